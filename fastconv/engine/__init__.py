@@ -1,0 +1,1 @@
+"""Base model, stack, training, scoring, sampling: the only package that knows torch."""

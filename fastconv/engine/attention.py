@@ -1,0 +1,155 @@
+"""One attention function for training, scoring and sampling: rows laid end to end, never seeing each other.
+
+Model code calls `attend` for every layer through transformers' attention interface and hands it the `layout` of the
+current forward pass. A layout knows which tokens form a row; nothing is padded and no mask is built for training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+
+#: Name under which `attend` is registered with transformers.
+ATTENTION = "fastconv"
+
+
+class Layout(Protocol):
+    """How the tokens of one forward pass form rows."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """query [heads, T, d], key and value [kv heads, T, d] -> [T, heads, d]."""
+        ...
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface; query [1, heads, T, d] -> ([1, T, heads, d], None)."""
+    if attention_mask is not None:
+        raise ValueError("fastconv's attention takes a layout, not a mask")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = layout.attend(int(module.layer_idx), query[0], key[0], value[0], scale)  # pyright: ignore[reportArgumentType]
+    return out[None], None
+
+
+def register() -> None:
+    """Make `attend` known to transformers (idempotent)."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, attend)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows laid end to end, row i being tokens starts[i] to starts[i+1]; each is causal within itself."""
+
+    starts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, lengths: list[int]) -> Packed:
+        """The layout of rows with these lengths (tokens)."""
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        return cls(tuple(starts))
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """Position of every token within its row, int64 [T]."""
+        spans = [torch.arange(stop - start) for start, stop in pairwise(self.starts)]
+        return torch.cat(spans).to(device)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """SDPA row by row."""
+        groups = query.shape[0] // key.shape[0]
+        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+        rows = [
+            F.scaled_dot_product_attention(
+                query[None, :, start:stop],
+                key[None, :, start:stop],
+                value[None, :, start:stop],
+                is_causal=True,
+                scale=scale,
+            )[0]
+            for start, stop in pairwise(self.starts)
+        ]
+        return torch.cat(rows, dim=1).transpose(0, 1)
+
+
+class Cache:
+    """Keys and values of rows being sampled, preallocated: per layer [rows, kv heads, length, d]."""
+
+    def __init__(
+        self, n_layers: int, n_rows: int, n_kv_heads: int, max_length_tok: int, head_dim: int, like: torch.Tensor
+    ) -> None:
+        shape = (n_rows, n_kv_heads, max_length_tok, head_dim)
+        self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)]
+        self.values = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)]
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Drop all rows but these (indices, int64): finished rows cost nothing any more."""
+        self.keys = [layer.index_select(0, rows) for layer in self.keys]
+        self.values = [layer.index_select(0, rows) for layer in self.values]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The first pass over prompts: packed attention that also fills the cache."""
+
+    packed: Packed
+    cache: Cache
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """As `Packed.attend`."""
+        starts = self.packed.starts
+        for row, (start, stop) in enumerate(pairwise(starts)):
+            self.cache.keys[layer][row, :, : stop - start] = key[:, start:stop]
+            self.cache.values[layer][row, :, : stop - start] = value[:, start:stop]
+        return self.packed.attend(layer, query, key, value, scale)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One new token for every row of the cache, row i standing at position lengths[i] (int64 [rows])."""
+
+    cache: Cache
+    lengths: torch.Tensor
+    longest: int
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Write the new keys and values, then attend to everything the row has so far."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        rows = torch.arange(keys.shape[0], device=keys.device)
+        keys[rows, :, self.lengths] = key.transpose(0, 1)
+        values[rows, :, self.lengths] = value.transpose(0, 1)
+        n_heads, n_rows, head_dim = query.shape
+        # The query heads of one kv head become query positions: grouped attention without copying the cache.
+        grouped = query.transpose(0, 1).reshape(n_rows, keys.shape[1], n_heads // keys.shape[1], head_dim)
+        seen = torch.arange(self.longest + 1, device=keys.device) <= self.lengths[:, None]
+        out = F.scaled_dot_product_attention(
+            grouped,
+            keys[:, :, : self.longest + 1],
+            values[:, :, : self.longest + 1],
+            attn_mask=seen[:, None, None],
+            scale=scale,
+        )
+        return out.reshape(n_rows, n_heads, head_dim)

@@ -1,0 +1,136 @@
+"""The base model: loaded once per process, frozen, never merged and never written back."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fastconv.engine import attention
+from fastconv.engine.builtin import ensure_builtin
+from fastconv.engine.locate import ModelSource, locate, model_folder
+from fastconv.errors import ModelError
+from fastconv.recipe import ModelSettings, sha256_of
+from fastconv.tokens import ChatTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Base:
+    """A frozen causal language model with its tokenizer; `name` is the sha256 of its identity."""
+
+    model: PreTrainedModel
+    tokenizer: ChatTokenizer
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model without its head."""
+        return self.model.get_decoder()
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output projection [vocab, hidden]; on tied models it shares the embedding's tensor."""
+        return self.model.get_output_embeddings()  # pyright: ignore[reportReturnType]
+
+    def hidden(self, ids: torch.Tensor, positions: torch.Tensor, layout: attention.Layout) -> torch.Tensor:
+        """Final hidden states [T, hidden] of tokens `ids` [T] (int64) at `positions` [T] under a layout."""
+        out = self.backbone(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
+        return out.last_hidden_state[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [n, vocab] in fp32 of hidden states [n, hidden]."""
+        return self.head(hidden).float()
+
+
+def resolve_device(settings: ModelSettings) -> torch.device:
+    """`auto` takes the GPU if there is one. Raises ModelError if the recipe asks for one that is not there."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ModelError(
+            "no GPU can be used",
+            where="model.device",
+            fix="check the driver with nvidia-smi, or set model.device = 'cpu'",
+        )
+    use_cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def resolve_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 on a GPU and fp32 on a CPU."""
+    if settings.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+
+
+def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Base:
+    """Load the recipe's base model, frozen and in evaluation mode. Raises ModelError with the mend."""
+    source = source or locate(settings)
+    folder = model_folder(source, settings)
+    if source.kind == "builtin":
+        ensure_builtin(folder)
+    device = resolve_device(settings)
+    dtype = resolve_dtype(settings, device)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    tokenizer = ChatTokenizer(folder)
+    model = _load_model(folder, dtype, device)
+    return wrap(model, tokenizer, sha256_of(dict(source.identity)))
+
+
+def wrap(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:
+    """Make a Base of a loaded transformers model: freeze it and route its attention through fastconv's."""
+    attention.register()
+    model.config._attn_implementation = attention.ATTENTION
+    model.requires_grad_(False).eval()
+    first = next(model.parameters())
+    return Base(model, tokenizer, name, first.device, first.dtype)
+
+
+def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    attention.register()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention.ATTENTION, local_files_only=True, use_safetensors=True
+        )
+        return model.to(device)
+    except torch.cuda.OutOfMemoryError:
+        raise ModelError(
+            "the model does not fit on this GPU", where=str(folder), fix="use a smaller model, or free the GPU"
+        ) from None
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"it cannot be loaded: {error}",
+            where=str(folder),
+            fix="fetch it again, or check that it is a causal language model",
+        ) from error
+
+
+def pack(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, attention.Packed]:
+    """Lay rows end to end: (ids [T], positions [T], layout), all on `device`."""
+    layout = attention.Packed.of([len(row) for row in rows])
+    ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64, device=device)
+    return ids, layout.positions(device), layout
+
+
+def length_batches(lengths: list[int], batch_tok: int) -> list[list[int]]:
+    """Indices in batches of at most `batch_tok` tokens, longest first; a longer row is a batch of its own."""
+    batches: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or room < lengths[index]:
+            batches.append([])
+            room = max(batch_tok, lengths[index])
+        batches[-1].append(index)
+        room -= lengths[index]
+    return batches

