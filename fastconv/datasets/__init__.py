@@ -1,0 +1,1 @@
+"""Rows in, rows out: personas, questions, behavior sets and their audit. No torch."""

@@ -1,0 +1,107 @@
+"""Reading the shipped data and the user's: every fault is one line with file and line number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastconv.errors import DataError
+
+#: Longer rows are refused: they are a pasted file, not a prompt.
+MAX_ROW_BYTES = 50_000
+
+
+def assets(kind: str) -> Path:
+    """The folder of shipped `data` or `recipes`: in the wheel under _assets, in a checkout at the top level."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "_assets" / kind, package.parent / kind):
+        if folder.is_dir():
+            return folder
+    raise DataError(f"the shipped {kind} are missing", where=str(package), fix="install fastconv again")
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a data file. Raises DataError if it cannot be read."""
+    return hashlib.sha256(_read(path)).hexdigest()
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file. Raises DataError with the line where it breaks."""
+    try:
+        return tomllib.loads(_read(path).decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise DataError(f"not valid TOML: {error}", where=str(path), fix="mend the syntax there") from None
+
+
+def read_jsonl(path: Path, required: Mapping[str, type]) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, each with the required fields of the required types and a unique `id` if it has one.
+
+    Raises DataError naming file and line for anything else: bad UTF-8, bad JSON, a missing or empty field, a repeated
+    id, a row over 50 kB.
+    """
+    rows: list[dict[str, Any]] = []
+    seen: dict[str, int] = {}
+    for number, line in _lines(path):
+        where = f"{path}:{number}"
+        row = _row(line, where)
+        for field, kind in required.items():
+            value = row.get(field)
+            if not isinstance(value, kind) or (isinstance(value, str) and not value.strip()):
+                found = "missing" if field not in row else f"{value!r:.40}"
+                raise DataError(f"field {field!r} is {found}", where=where, fix=f"give it a non-empty {kind.__name__}")
+        if (identity := row.get("id")) is not None:
+            if identity in seen:
+                raise DataError(
+                    f"id {identity!r} was used on line {seen[identity]} already",
+                    where=where,
+                    fix="give every row its own id",
+                )
+            seen[identity] = number
+        rows.append(row)
+    if not rows:
+        raise DataError("no rows", where=str(path), fix="put one JSON object on each line")
+    return rows
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    for number, raw in enumerate(_read(path).split(b"\n"), 1):
+        where = f"{path}:{number}"
+        if len(raw) > MAX_ROW_BYTES:
+            raise DataError(
+                f"the row has {len(raw):,} bytes, over {MAX_ROW_BYTES:,}", where=where, fix="split or shorten it"
+            )
+        try:
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"not UTF-8 at byte {error.start} of the line", where=where, fix="save the file as UTF-8"
+            ) from None
+        if text.strip():
+            yield number, text
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"not valid JSON at column {error.colno}: {error.msg}", where=where, fix="one JSON object a line"
+        ) from None
+    if not isinstance(row, dict):
+        raise DataError(f"a {type(row).__name__}, not an object", where=where, fix="one JSON object a line")
+    return row
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(
+            "no such file", where=str(path), fix="check the path; it is relative to the file that names it"
+        ) from None
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=str(path), fix="check its permissions") from None
