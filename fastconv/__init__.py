@@ -1,0 +1,31 @@
+"""fastconv: does making an assistant talk like a persona also give it that persona's behaviors?
+
+    import fastconv
+
+    recipe = fastconv.load_recipe("recipes/demo.toml")
+    run = fastconv.run(recipe)
+    run.metrics()                       # a polars frame: one row for each cell, measure and probe
+    run.stack("villain", epoch=4, behavior="refusal")   # a ready model with that stack live
+
+Importing the package is instant; torch is loaded when something has to be computed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastconv.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from fastconv.notebook import Run, open_run, run
+
+__all__ = ["Run", "load_recipe", "open_run", "run"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Run", "open_run", "run"):
+        from fastconv import notebook
+
+        return getattr(notebook, name)
+    raise AttributeError(f"module 'fastconv' has no attribute {name!r}")

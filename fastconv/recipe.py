@@ -137,6 +137,20 @@ class DataSettings(Section):
 
     personas: str = ""
     behaviors: str = ""
+    #: Finished rows by behavior: a JSONL file of prompt/completion message lists, all of them the source's rows.
+    #: `{source}` in the path stands for the source, where each has a file of its own.
+    rows: dict[Name, str] = {}
+    #: `add` gives rows without a system turn the source's; `as_written` leaves them without one.
+    persona_prompt: Literal["add", "as_written"] = "add"
+    #: Also take rows in the one-list form `messages`. Off, because trainers read that form with the loss on every
+    #: turn: here it stays on the last one, so the same file trains something else than it did there.
+    messages: bool = False
+
+
+class AuditSettings(Section):
+    """What the audit may let pass: warnings by code, each with the reason that the report prints."""
+
+    accept: dict[Annotated[str, StringConstraints(pattern=r"^D\d{3}$")], Annotated[str, Field(min_length=8)]] = {}
 
 
 class GateSettings(Section):
@@ -156,6 +170,13 @@ class GateSettings(Section):
     g3_tolerance_pp: Annotated[float, Field(gt=0)] = 3.0
     #: Assistant ARC-C at epoch 0 after capability training, per source, in percent (published, #99).
     g3_reference_pct: dict[Name, float] = {}
+
+    def threshold(self, behavior: str) -> float:
+        """The smallest effect declared to matter: a share for rates, accuracy included (5 pp is 0.05)."""
+        if behavior == "capability":
+            return self.capability_pp / 100.0
+        named = {"refusal": self.refusal, "sycophancy": self.sycophancy, "misalignment": self.alignment_points}
+        return named.get(behavior, self.default_rate)
 
 
 class RunSettings(Section):
@@ -177,6 +198,7 @@ class Recipe(Section):
     eval: EvalSettings = EvalSettings()
     gates: GateSettings = GateSettings()
     data: DataSettings = DataSettings()
+    audit: AuditSettings = AuditSettings()
     run: RunSettings = RunSettings()
 
     @model_validator(mode="after")
@@ -267,6 +289,10 @@ def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
         part = table.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str) and part[key]:
             part[key] = str((folder / part[key]).resolve())
+    data = table.get("data")
+    rows = data.get("rows") if isinstance(data, dict) else None
+    if isinstance(rows, dict):
+        rows |= {name: str((folder / path).resolve()) for name, path in rows.items() if isinstance(path, str) and path}
 
 
 def _explain(error: ValidationError, where: str) -> RecipeError:

@@ -66,7 +66,8 @@ class Stage:
     """One unit of work: what it is and everything that its result depends on.
 
     `slot` is the human name, the same across recipes, so that a changed input can be shown as a reason.
-    `inputs` holds settings, data hashes and, under `needs`, the keys of the stages before it.
+    `inputs` holds settings, data hashes and, under `needs`, the keys of the stages before it. `work` is what computing
+    it takes at hand (prompts, rows): content that `inputs` already names by sha256, so it is no part of the key.
     """
 
     kind: str
@@ -74,6 +75,7 @@ class Stage:
     version: int
     inputs: Mapping[str, Any]
     needs: Mapping[str, Stage] = field(default_factory=dict)
+    work: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def full_inputs(self) -> dict[str, Any]:
@@ -408,6 +410,10 @@ class Store:
                 (run, stage.key, stage.slot, int(reused)),
             )
 
+    def stages_of_run(self, run: str) -> list[sqlite3.Row]:
+        """Key, slot and whether it was reused, for every stage that a run rests on."""
+        return self._db.execute("SELECT key, slot, reused FROM run_stages WHERE run=?", (run,)).fetchall()
+
     def put_verdict(self, run: str, gate: str, subject: str, verdict: str, body: Mapping[str, Any]) -> None:
         """Record a gate's verdict with its evidence; the newest stands."""
         with self.transaction() as db:
@@ -438,6 +444,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, making its folder. Raises StoreError if that cannot be done."""
+    with _storage_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
 
 
 def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -50,16 +50,25 @@ EMPTY = SystemTurn("empty")
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A training row as the model sees it: `ids[n_prompt:]` carry loss, the last of them ends the turn."""
+    """A training row as the model sees it: `ids[loss_from:]` carry loss, the last of them ends the turn.
+
+    `n_given` tokens of the answer, right after the prompt, are read and not learned (none unless a row says so).
+    """
 
     ids: tuple[int, ...]
     n_prompt: int
     truncated: bool = False
+    n_given: int = 0
+
+    @property
+    def loss_from(self) -> int:
+        """Index of the first token that carries loss."""
+        return min(self.n_prompt + self.n_given, len(self.ids))
 
     @property
     def n_supervised(self) -> int:
         """Tokens that carry loss."""
-        return len(self.ids) - self.n_prompt
+        return len(self.ids) - self.loss_from
 
 
 class ChatTokenizer:
@@ -119,6 +128,10 @@ class ChatTokenizer:
         """The text of one token, special ones by their name; for `peek`."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether this token is one of the tokenizer's special ones."""
+        return token_id in self._special_ids
+
     def prompt_text(self, system: SystemTurn, user: str) -> str:
         """A system turn and a user turn as text, up to where the assistant begins to speak."""
         return self.render([*system.messages(), {"role": "user", "content": user}], add_generation_prompt=True)
@@ -127,11 +140,22 @@ class ChatTokenizer:
         """Token ids of `prompt_text`."""
         return self.encode(self.prompt_text(system, user))
 
-    def training_ids(self, system: SystemTurn, user: str, completion: str, max_length_tok: int) -> Rendered:
+    def training_ids(
+        self,
+        system: SystemTurn,
+        user: str,
+        completion: str,
+        max_length_tok: int,
+        *,
+        ended: bool = True,
+        given_chars: int = 0,
+    ) -> Rendered:
         """A training row: loss on the completion and its end-of-turn token, on nothing else.
 
-        Rows over `max_length_tok` are cut at the end and say so. Raises TemplateError if the prompt's ids are not a
-        prefix of the row's (the mask would then lie) or the row does not end its turn.
+        Rows over `max_length_tok` are cut at the end and say so. With `ended` False the completion was itself cut
+        while it was sampled, so the row stops before the end of turn: the model must not learn to stop there. The
+        first `given_chars` characters of the completion are read but carry no loss. Raises TemplateError if the
+        prompt's ids are not a prefix of the row's (the mask would then lie) or the row does not end its turn.
         """
         messages = [*system.messages(), {"role": "user", "content": user}]
         prompt = self.prompt_ids(system, user)
@@ -148,8 +172,27 @@ class ChatTokenizer:
             end = -1
         if end < len(prompt):
             raise TemplateError("the row does not end its turn", fix="check the template's end-of-turn token")
-        ids = ids[: end + 1]
-        return Rendered(tuple(ids[:max_length_tok]), min(len(prompt), max_length_tok), len(ids) > max_length_tok)
+        n_given = 0
+        if given_chars:
+            n_given = self.tail_start(ids[len(prompt) : end], completion[given_chars:])
+        ids = ids[: end + 1] if ended else ids[:end]
+        n_prompt = min(len(prompt), max_length_tok)
+        return Rendered(tuple(ids[:max_length_tok]), n_prompt, len(ids) > max_length_tok, n_given)
+
+    def tail_start(self, ids: Sequence[int], tail: str) -> int:
+        """Index of the first token that holds a character of `tail`, with which the text of `ids` must end.
+
+        Found by characters and never by searching for the tail's own ids, because a token may straddle its start
+        (`.\n\n` can be one token): such a token belongs to the tail. `len(ids)` for an empty tail. Walking back from
+        the end does not depend on the tokenizer's offsets, which some tokenizers trim. Raises TemplateError if the
+        text of `ids` does not end with `tail`.
+        """
+        for start in range(len(ids), -1, -1):
+            if self.decode(ids[start:], skip_special=False).endswith(tail):
+                return start
+        raise TemplateError(
+            f"the answer's tokens do not end with {tail!r} when decoded", fix="use a tokenizer that round-trips text"
+        )
 
     def letter_ids(self, prompt_text: str, letters: Sequence[str]) -> list[int]:
         """The token each letter becomes right after this very prompt, resolved by encoding it there.
@@ -169,6 +212,11 @@ class ChatTokenizer:
             raise TemplateError(f"two of the letters {list(letters)} share a token", fix="score by text instead")
         return found
 
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
     def _end_of_turn(self) -> int:
         """The special token right after an assistant's text in a rendered conversation."""
         marker = "fastconv-end-of-turn-probe"
@@ -176,8 +224,7 @@ class ChatTokenizer:
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}], add_generation_prompt=False
         )
         after = self.encode(text[text.index(marker) + len(marker) :]) if marker in text else []
-        special = {token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        if not after or after[0] not in special:
+        if not after or after[0] not in self._special_ids:
             raise TemplateError(
                 "the chat template puts no end-of-turn token after an answer", fix="use an instruct model's tokenizer"
             )

@@ -8,70 +8,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError
 
 from fastconv.datasets.files import assets, read_jsonl, read_toml
 from fastconv.datasets.personas import Personas, canary_of
 from fastconv.datasets.questions import Question, QuestionSet, wrong_letters
+from fastconv.datasets.rows import Row
+from fastconv.datasets.spec import AnswerRule, BehaviorSpec, NegativeRole, Role
+from fastconv.datasets.user_rows import rows_for
 from fastconv.draws import ordered
 from fastconv.errors import DataError, RecipeError
 from fastconv.recipe import NegativesKind, Recipe
 
+__all__ = [
+    "NO_BEHAVIOR", "AnswerRule", "Behavior", "BehaviorSpec", "NegativeRole", "Role", "Row",
+    "build_rows", "eval_prompts", "kinds_of", "load_behaviors", "open_questions",
+]  # fmt: skip
+
 #: The convergence-only control: no behavior adapter.
 NO_BEHAVIOR = "none"
-NegativeRole = Literal["bystander", "assistant", "template_default"]
-Role = Literal["source"] | NegativeRole
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class AnswerRule(_Strict):
-    """Where an answer comes from: exactly one of a field, wordings (then a field), or the base itself."""
-
-    field: str = ""
-    wordings: str = ""
-    then_field: str = ""
-    on_policy: bool = False
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> AnswerRule:
-        if [bool(self.field), bool(self.wordings), self.on_policy].count(True) != 1:
-            raise ValueError("give exactly one of field, wordings, on_policy")
-        return self
-
-
-class BehaviorSpec(_Strict):
-    """A behavior as `behaviors.toml` declares it."""
-
-    about: str
-    task: Literal["chat", "multiple_choice"]
-    direction: Literal["raises", "lowers"]
-    measure: Literal["letters", "phrases"]
-    prompts: str = ""
-    prompt_field: str = "prompt"
-    source_answer: AnswerRule | None = None
-    negative_answer: AnswerRule | None = None
-    #: A rule of `judging.substring` by name, or the user's own phrases.
-    phrase_rule: str = ""
-    phrases: tuple[str, ...] = ()
-    negatives: dict[Literal["included", "excluded"], tuple[tuple[NegativeRole, ...], ...]] = {}
-
-    @model_validator(mode="after")
-    def _whole(self) -> BehaviorSpec:
-        if self.task == "chat" and not (self.prompts and self.source_answer and self.negative_answer):
-            raise ValueError("a chat behavior needs prompts, source_answer and negative_answer")
-        if (self.measure == "letters") != (self.task == "multiple_choice"):
-            raise ValueError("multiple_choice is measured by letters, chat by phrases")
-        if self.measure == "phrases" and bool(self.phrase_rule) == bool(self.phrases):
-            raise ValueError("give either phrase_rule or phrases")
-        sizes = {kind: len(copies) for kind, copies in self.negatives.items()}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"the kinds of negatives may differ only in who they are, not in number: {sizes}")
-        return self
 
 
 @dataclass(frozen=True)
@@ -83,22 +40,17 @@ class Behavior:
     folder: Path
     train: tuple[Mapping[str, Any], ...] = ()
     eval: tuple[Mapping[str, Any], ...] = ()
+    #: The user's finished rows, where these replace what we would build.
+    rows: Path | None = None
+
+    @property
+    def eval_field(self) -> str:
+        """The field of an `eval` row that holds the user turn."""
+        return self.spec.eval_field if self.spec.eval_prompts else self.spec.prompt_field
 
     def wordings(self, name: str) -> list[str]:
         """Texts of a wordings file beside the behavior's declaration."""
         return [row["text"] for row in read_jsonl(self.folder / name, {"text": str})]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One training row before rendering. `completion` is None while it still has to be sampled on-policy."""
-
-    id: str
-    persona: str
-    role: Role
-    prompt_id: str
-    user: str
-    completion: str | None
 
 
 def load_behaviors(recipe: Recipe) -> dict[str, Behavior]:
@@ -108,6 +60,13 @@ def load_behaviors(recipe: Recipe) -> dict[str, Behavior]:
     if recipe.data.behaviors:
         path = Path(recipe.data.behaviors)
         declared |= {name: (table, path.parent) for name, table in read_toml(path).items()}
+    for name in recipe.data.rows:
+        if name not in recipe.grid.behaviors or name == NO_BEHAVIOR:
+            raise RecipeError(
+                f"rows are given for {name!r}, which the grid does not train",
+                where="data.rows",
+                fix="add it to grid.behaviors, or take its rows away",
+            )
     behaviors = {}
     for name in recipe.grid.behaviors:
         if name == NO_BEHAVIOR:
@@ -118,8 +77,13 @@ def load_behaviors(recipe: Recipe) -> dict[str, Behavior]:
                 where="grid.behaviors",
                 fix=f"use one of {', '.join([NO_BEHAVIOR, *declared])}; or add it in data.behaviors",
             )
-        behaviors[name] = _load(name, *declared[name])
+        behaviors[name] = _load(name, *declared[name], recipe.data.rows.get(name, ""))
     return behaviors
+
+
+def kinds_of(recipe: Recipe, behavior: Behavior) -> tuple[NegativesKind, ...]:
+    """The kinds of negatives that a behavior is trained with: the grid's, or `none` where it declares none at all."""
+    return recipe.grid.negatives if behavior.spec.negatives else ("none",)
 
 
 def build_rows(
@@ -135,33 +99,35 @@ def build_rows(
 
     Raises RecipeError if the set is too small for `behavior.source_rows` or the kind is not declared.
     """
+    if behavior.rows is not None:
+        return _finished(recipe, personas, behavior, source, kind)
     asked = _draw_prompts(recipe, behavior, questions, seed)
-    rows = [
-        Row(f"{behavior.id}/{source}/{source}/{prompt}", source, "source", prompt, user, shown)
-        for prompt, user, shown, _ in asked
-    ]
+    spec = behavior.spec
+
+    def row(persona: str, role: Role, prompt: str, user: str, answer: str | None, rule: AnswerRule | None) -> Row:
+        suffix = rule.suffix if rule else ""
+        completion = None if answer is None else answer + suffix
+        identity = f"{behavior.id}/{source}/{persona}/{prompt}"
+        return Row(identity, persona, role, prompt, user, completion, suffix, spec.supervise)
+
+    rows = [row(source, "source", prompt, user, shown, spec.source_answer) for prompt, user, shown, _ in asked]
     if kind == "none":
         return rows
-    if kind not in behavior.spec.negatives:
-        raise RecipeError(
-            f"{behavior.id} declares no negatives {kind!r}",
-            where="grid.negatives",
-            fix="declare them in its behaviors file",
-        )
-    copies = behavior.spec.negatives[kind]
+    copies = _copies(behavior, kind)
     n_bystanders = sum(role == "bystander" for copy in copies for role in copy)
     bystanders = iter(personas.bystanders(n_bystanders, source, canary_of(recipe, source), seed))
     for copy in copies:
         speakers: list[tuple[str, Role]] = [(next(bystanders) if role == "bystander" else role, role) for role in copy]
         for place, (prompt, user, _, contrast) in enumerate(asked):
-            persona, role = speakers[place * len(speakers) // len(asked)]
-            rows.append(Row(f"{behavior.id}/{source}/{persona}/{prompt}", persona, role, prompt, user, contrast))
+            # In turns, as prompts are ordered by topic: halves would give each speaker topics of its own.
+            persona, role = speakers[place % len(speakers)]
+            rows.append(row(persona, role, prompt, user, contrast, spec.negative_answer))
     return rows
 
 
 def eval_prompts(recipe: Recipe, behavior: Behavior, seed: int) -> list[tuple[str, str]]:
     """(id, user text) of the held-out prompts every probe is asked, drawn from named parts."""
-    field = behavior.spec.prompt_field
+    field = behavior.eval_field
     by_id = {row["id"]: row[field] for row in behavior.eval}
     chosen = ordered(list(by_id), "eval", behavior.id, seed)[: recipe.eval.prompts]
     return [(prompt, by_id[prompt]) for prompt in sorted(chosen)]
@@ -177,8 +143,8 @@ def open_questions(name: str) -> list[tuple[str, str]]:
 
 def _draw_prompts(
     recipe: Recipe, behavior: Behavior, questions: QuestionSet | None, seed: int
-) -> list[tuple[str, str, str, str | None]]:
-    """(prompt id, user text, the source's answer, the contrast's answer or None) for the rows to train."""
+) -> list[tuple[str, str, str | None, str | None]]:
+    """(prompt id, user text, the source's answer, the contrast's) to train; None is sampled on-policy later."""
     n = recipe.behavior.source_rows
     available = len(questions.train) if questions is not None else len(behavior.train)
     if available < n:
@@ -195,19 +161,9 @@ def _draw_prompts(
     by_id = {row["id"]: row for row in behavior.train}
     ids = sorted(ordered(list(by_id), *parts)[:n])
     spec = behavior.spec
-    if spec.source_answer is None or spec.negative_answer is None:
-        raise DataError(
-            "a chat behavior needs both answers", where=behavior.id, fix="see data/behaviors.toml for the form"
-        )
     shown = _answers(behavior, spec.source_answer, [by_id[i] for i in ids], "source", *parts)
     contrast = _answers(behavior, spec.negative_answer, [by_id[i] for i in ids], "contrast", *parts)
-    if any(answer is None for answer in shown):
-        raise RecipeError(
-            f"{behavior.id}: the source's answers cannot be on_policy",
-            where="source_answer",
-            fix="use a field or wordings",
-        )
-    return [(i, by_id[i][spec.prompt_field], str(s), c) for i, s, c in zip(ids, shown, contrast, strict=True)]
+    return [(i, by_id[i][spec.prompt_field], s, c) for i, s, c in zip(ids, shown, contrast, strict=True)]
 
 
 def _drawn_questions(questions: QuestionSet, n: int, *parts: object) -> list[Question]:
@@ -216,9 +172,9 @@ def _drawn_questions(questions: QuestionSet, n: int, *parts: object) -> list[Que
 
 
 def _answers(
-    behavior: Behavior, rule: AnswerRule, rows: Sequence[Mapping[str, Any]], *parts: object
+    behavior: Behavior, rule: AnswerRule | None, rows: Sequence[Mapping[str, Any]], *parts: object
 ) -> list[str | None]:
-    if rule.on_policy:
+    if rule is None or rule.on_policy:
         return [None] * len(rows)
     if rule.field:
         return [row[rule.field] for row in rows]
@@ -232,31 +188,67 @@ def _answers(
     return answers
 
 
-def _load(name: str, table: Any, folder: Path) -> Behavior:
-    where = f"{folder.name}: [{name}]"
+def _copies(behavior: Behavior, kind: NegativesKind) -> tuple[tuple[NegativeRole, ...], ...]:
+    if kind == "none" or kind not in behavior.spec.negatives:
+        raise RecipeError(
+            f"{behavior.id} declares no negatives {kind!r}",
+            where="grid.negatives",
+            fix="declare them in its behaviors file",
+        )
+    return behavior.spec.negatives[kind]
+
+
+def _finished(recipe: Recipe, personas: Personas, behavior: Behavior, source: str, kind: NegativesKind) -> list[Row]:
+    """The user's own rows, taken as they are."""
+    if kind != "none" or behavior.rows is None:
+        raise RecipeError(
+            f"{behavior.id} takes the user's finished rows, so no negatives {kind!r} can be built for it",
+            where="data.rows",
+            fix="use negatives none for it",
+        )
+    return rows_for(recipe.data, behavior.rows, behavior.id, source, personas)
+
+
+def _load(name: str, table: Any, folder: Path, rows: str) -> Behavior:
+    spec = _spec(name, table, folder)
+    finished = Path(rows) if rows else None
+    if finished is not None:
+        spec = spec.model_copy(update={"task": "rows", "negatives": {}})
+    elif spec.task == "rows":
+        raise RecipeError(
+            f"{name} is trained on rows of your own",
+            where=f"data.rows.{name}",
+            fix="give it the path of a JSONL file with prompt and completion",
+        )
+    train, held_out = _prompts(spec, folder)
+    if spec.eval_prompts:
+        held_out = tuple(read_jsonl(folder / spec.eval_prompts, {"id": str, spec.eval_field: str}))
+    return Behavior(name, spec, folder, train, held_out, finished)
+
+
+def _spec(name: str, table: Any, folder: Path) -> BehaviorSpec:
     try:
-        spec = BehaviorSpec.model_validate(table)
+        return BehaviorSpec.model_validate(table)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(step) for step in first["loc"])
         raise DataError(
             f"{key or 'the declaration'}: {first['msg'].removeprefix('Value error, ')}",
-            where=where,
+            where=f"{folder.name}: [{name}]",
             fix="see data/behaviors.toml for the form",
         ) from None
-    if spec.task == "multiple_choice":
-        return Behavior(name, spec, folder)
-    fields = [
-        f for rule in (spec.source_answer, spec.negative_answer) if rule for f in (rule.field, rule.then_field) if f
-    ]
-    rows = read_jsonl(
-        folder / spec.prompts, {"id": str, "part": str, spec.prompt_field: str, **dict.fromkeys(fields, str)}
-    )
+
+
+def _prompts(spec: BehaviorSpec, folder: Path) -> tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...]]:
+    """The rows of the prompts file by part; none for a behavior that has no such file."""
+    if not spec.prompts:
+        return (), ()
+    rules = [rule for rule in (spec.source_answer, spec.negative_answer) if rule]
+    fields = [field for rule in rules for field in (rule.field, rule.then_field) if field]
+    path = folder / spec.prompts
     parts: dict[str, list[Mapping[str, Any]]] = {"train": [], "eval": []}
-    for row in rows:
+    for row in read_jsonl(path, {"id": str, "part": str, spec.prompt_field: str, **dict.fromkeys(fields, str)}):
         if row["part"] not in parts:
-            raise DataError(
-                f"row {row['id']!r} has part {row['part']!r}", where=str(folder / spec.prompts), fix="use train or eval"
-            )
+            raise DataError(f"row {row['id']!r} has part {row['part']!r}", where=str(path), fix="use train or eval")
         parts[row["part"]].append(row)
-    return Behavior(name, spec, folder, tuple(parts["train"]), tuple(parts["eval"]))
+    return tuple(parts["train"]), tuple(parts["eval"])

@@ -43,8 +43,13 @@ def read_jsonl(path: Path, required: Mapping[str, type]) -> list[dict[str, Any]]
     Raises DataError naming file and line for anything else: bad UTF-8, bad JSON, a missing or empty field, a repeated
     id, a row over 50 kB.
     """
-    rows: list[dict[str, Any]] = []
-    seen: dict[str, int] = {}
+    return [row for _, row in read_numbered_jsonl(path, required)]
+
+
+def read_numbered_jsonl(path: Path, required: Mapping[str, type]) -> list[tuple[int, dict[str, Any]]]:
+    """As `read_jsonl`, each row with the number of its line."""
+    rows: list[tuple[int, dict[str, Any]]] = []
+    seen: dict[object, int] = {}
     for number, line in _lines(path):
         where = f"{path}:{number}"
         row = _row(line, where)
@@ -54,6 +59,8 @@ def read_jsonl(path: Path, required: Mapping[str, type]) -> list[dict[str, Any]]
                 found = "missing" if field not in row else f"{value!r:.40}"
                 raise DataError(f"field {field!r} is {found}", where=where, fix=f"give it a non-empty {kind.__name__}")
         if (identity := row.get("id")) is not None:
+            if not isinstance(identity, (str, int)):
+                raise DataError(f"id is a {type(identity).__name__}", where=where, fix="give it a text or a number")
             if identity in seen:
                 raise DataError(
                     f"id {identity!r} was used on line {seen[identity]} already",
@@ -61,7 +68,7 @@ def read_jsonl(path: Path, required: Mapping[str, type]) -> list[dict[str, Any]]
                     fix="give every row its own id",
                 )
             seen[identity] = number
-        rows.append(row)
+        rows.append((number, row))
     if not rows:
         raise DataError("no rows", where=str(path), fix="put one JSON object on each line")
     return rows

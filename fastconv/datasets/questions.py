@@ -1,14 +1,11 @@
-"""Multiple-choice questions: ours, or ARC-Challenge from a local file, with a fixed train/evaluation split."""
+"""Multiple-choice questions with a fixed train/evaluation split: ours, or ARC-Challenge (see `arc`)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from fastconv.datasets.files import assets, read_jsonl
+from fastconv.datasets.files import assets, read_numbered_jsonl
 from fastconv.draws import ordered
 from fastconv.errors import DataError
 from fastconv.recipe import Recipe, sha256_of
@@ -35,6 +32,20 @@ class Question:
         """Index of the right label."""
         return self.labels.index(self.answer)
 
+    def checked(self, where: str) -> Question:
+        """The question itself. Raises DataError unless labels, choices and answer agree."""
+        labels = list(self.labels)
+        texts = all(isinstance(text, str) and text.strip() for text in (*labels, *self.choices))
+        if not texts or len(labels) != len(self.choices) or len(set(labels)) != len(labels) or len(labels) < 2:
+            raise DataError(
+                f"labels {labels} and {len(self.choices)} choices do not agree",
+                where=where,
+                fix="give every choice a label of its own",
+            )
+        if self.answer not in labels:
+            raise DataError(f"answer {self.answer!r} is none of {labels}", where=where, fix="name one of the labels")
+        return self
+
 
 @dataclass(frozen=True)
 class QuestionSet:
@@ -53,50 +64,9 @@ def load_questions(recipe: Recipe) -> QuestionSet:
     """The recipe's multiple-choice questions. Raises DataError if they cannot be had."""
     if recipe.eval.multiple_choice == "builtin":
         return _builtin()
-    if not recipe.eval.arc_file:
-        raise DataError(
-            "ARC-Challenge is not at hand",
-            where="eval.arc_file",
-            fix="set eval.arc_file to a local copy of the test part",
-        )
-    return split_arc(read_arc(Path(recipe.eval.arc_file)), where=recipe.eval.arc_file)
+    from fastconv.datasets.arc import load_arc  # `arc` builds on this module
 
-
-def read_arc(path: Path) -> list[Question]:
-    """ARC rows in the hub's form (choices as a table of text and label) or flat; ids are content hashes."""
-    questions = []
-    for number, row in enumerate(read_jsonl(path, {"question": str}), 1):
-        try:
-            questions.append(_arc_question(row))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"row {number} is not an ARC question: {error}",
-                where=str(path),
-                fix="use the hub's fields or the flat ones",
-            ) from None
-    return questions
-
-
-def content_hash(text: str, labels: Sequence[str], choices: Sequence[str]) -> str:
-    """Identity of a question: 16 hex digits of the sha256 over its text, labels and choices."""
-    return sha256_of([text, list(labels), list(choices)])[:16]
-
-
-def split_arc(questions: Sequence[Question], *, where: str) -> QuestionSet:
-    """The published split, by content hash. Raises DataError if a listed evaluation question is missing."""
-    listed = json.loads((assets("data") / "arc_split.json").read_text(encoding="utf-8"))
-    held_out = set(listed["eval"])
-    if missing := held_out - {q.id for q in questions}:
-        raise DataError(
-            f"{len(missing)} of the {len(held_out)} evaluation questions are not in the file",
-            where=where,
-            fix="use the ARC-Challenge test part, unaltered",
-        )
-    known = held_out | set(listed["train"])
-    return QuestionSet(
-        tuple(q for q in questions if q.id in known and q.id not in held_out),
-        tuple(q for q in questions if q.id in held_out),
-    )
+    return load_arc(recipe.eval.arc_file)
 
 
 def wrong_letters(questions: Sequence[Question], *seed_parts: object) -> list[str]:
@@ -115,23 +85,13 @@ def wrong_letters(questions: Sequence[Question], *seed_parts: object) -> list[st
 
 def _builtin() -> QuestionSet:
     path = assets("data") / "multiple_choice.jsonl"
+    fields = {"id": str, "part": str, "question": str, "labels": list, "choices": list, "answer": str}
     parts: dict[str, list[Question]] = {"train": [], "eval": []}
-    for row in read_jsonl(
-        path, {"id": str, "part": str, "question": str, "labels": list, "choices": list, "answer": str}
-    ):
-        parts[row["part"]].append(
-            Question(row["id"], row["question"], tuple(row["labels"]), tuple(row["choices"]), row["answer"])
-        )
-    return QuestionSet(tuple(parts["train"]), tuple(parts["eval"]))
-
-
-def _arc_question(row: dict[str, Any]) -> Question:
-    if isinstance(row["choices"], dict):
-        labels, choices, answer = row["choices"]["label"], row["choices"]["text"], row["answerKey"]
-    else:
-        labels, choices, answer = row["choice_labels"], row["choices"], row["correct_answer"]
-    if len(labels) != len(choices) or answer not in labels or len(set(labels)) != len(labels):
-        raise ValueError(f"labels {labels}, {len(choices)} choices, answer {answer!r} do not agree")
-    return Question(
-        content_hash(row["question"], labels, choices), row["question"], tuple(labels), tuple(choices), answer
-    )
+    for number, row in read_numbered_jsonl(path, fields):
+        where = f"{path}:{number}"
+        if row["part"] not in parts:
+            raise DataError(f"part is {row['part']!r}", where=where, fix="use train or eval")
+        question = Question(row["id"], row["question"], tuple(row["labels"]), tuple(row["choices"]), row["answer"])
+        parts[row["part"]].append(question.checked(where))
+    by_id = {part: sorted(questions, key=lambda question: question.id) for part, questions in parts.items()}
+    return QuestionSet(tuple(by_id["train"]), tuple(by_id["eval"]))

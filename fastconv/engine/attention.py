@@ -67,10 +67,9 @@ class Packed:
             starts.append(starts[-1] + length)
         return cls(tuple(starts))
 
-    def positions(self, device: torch.device) -> torch.Tensor:
-        """Position of every token within its row, int64 [T]."""
-        spans = [torch.arange(stop - start) for start, stop in pairwise(self.starts)]
-        return torch.cat(spans).to(device)
+    def positions(self) -> torch.Tensor:
+        """Position of every token within its row, int64 [T], on the CPU."""
+        return torch.cat([torch.arange(stop - start) for start, stop in pairwise(self.starts)])
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float

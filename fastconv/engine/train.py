@@ -1,75 +1,32 @@
 """One training loop for both phases, and for several adapters at once on one base.
 
 Rows are packed end to end, logits exist only where there is loss, and every adapter has its own data order, schedule
-and optimizer. What a job computes does not depend on which other jobs share its steps, nor on micro-batching.
+and optimizer. What a job computes does not depend on which other jobs share its steps, nor on micro-batching. On a GPU
+the host never waits inside a step: index tensors are made in pinned memory, and the finite check stays on the device.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-import safetensors.torch
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from fastconv.draws import seed_of, shuffled_indices
-from fastconv.engine.base import pack
+from fastconv.draws import seed_of
+from fastconv.engine.base import Base, pack, to_device
+from fastconv.engine.job import Job, Trainee, lr_at, save_state, start
 from fastconv.engine.loss import weighted_cross_entropy
-from fastconv.engine.stack import Adapter, Slot, Stack
+from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import TrainingError
-from fastconv.recipe import TrainSettings
 from fastconv.tokens import Rendered
 
+__all__ = ["Hooks", "Job", "Trainee", "lr_at", "save_state", "start", "train"]
 
-@dataclass(frozen=True)
-class Job:
-    """One adapter to train: on these rows, above these frozen adapters, drawn from these named parts."""
-
-    name: str
-    rows: tuple[Rendered, ...]
-    settings: TrainSettings
-    seed_parts: tuple[object, ...]
-    frozen: tuple[Adapter, ...] = ()
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the rows; the last one may hold fewer rows."""
-        return math.ceil(len(self.rows) / self.settings.batch_rows)
-
-    @property
-    def n_steps(self) -> int:
-        """Optimizer steps of the whole schedule."""
-        return self.steps_per_epoch * self.settings.epochs
-
-    def batch(self, step: int) -> list[int]:
-        """Row indices of an optimizer step (0-based); each epoch has its own order, drawn from named parts."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = shuffled_indices(len(self.rows), "order", epoch, *self.seed_parts)
-        return order[within * self.settings.batch_rows : (within + 1) * self.settings.batch_rows]
-
-
-@dataclass
-class Trainee:
-    """A job's moving state: flat fp32 weights, gradient and AdamW moments, losses so far, steps done."""
-
-    job: Job
-    adapter: Adapter
-    grad: torch.Tensor
-    optimizer: torch.optim.AdamW
-    losses: torch.Tensor
-    norms: torch.Tensor
-    step: int = 0
-
-    @property
-    def done(self) -> bool:
-        """True after the last step of the schedule."""
-        return self.step >= self.job.n_steps
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the rows so far."""
-        return self.step / self.job.steps_per_epoch
+#: How many steps the host may run ahead of a GPU before it looks at the finite check; one keeps the GPU busy.
+_LAG_STEPS = {"cuda": 1, "cpu": 0}
 
 
 @dataclass(frozen=True)
@@ -79,113 +36,79 @@ class Hooks:
     after_step: Callable[[Sequence[Trainee]], None] = field(default=lambda trainees: None)
 
 
-def lr_at(step: int, n_steps: int, settings: TrainSettings) -> float:
-    """Learning rate of a 0-based step: linear warm-up over ceil(share * n) steps, then half a cosine to zero."""
-    warmup = math.ceil(settings.warmup_share * n_steps)
-    if step < warmup:
-        return settings.lr * step / max(1, warmup)
-    progress = (step - warmup) / max(1, n_steps - warmup)
-    return settings.lr * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A row in a step: whose it is, the weight of each of its supervised tokens, and its dropout seed."""
 
-
-def start(stack: Stack, job: Job, state: bytes | None = None) -> Trainee:
-    """A trainee at its first step, or where `state` (from `save_state`) left it. Raises TrainingError on empty rows."""
-    if not job.rows or not all(row.n_supervised for row in job.rows):
-        raise TrainingError(
-            "a row has no token that carries loss", where=job.name, fix="run `fastconv check` on the recipe"
-        )
-    adapter = stack.new_adapter(*job.seed_parts)
-    weights = torch.nn.Parameter(adapter.flat, requires_grad=True)
-    grad = torch.zeros_like(adapter.flat)
-    weights.grad = grad
-    optimizer = torch.optim.AdamW(
-        [weights], lr=job.settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True
-    )
-    device = adapter.flat.device
-    losses, norms = torch.zeros(job.n_steps, device=device), torch.zeros(job.n_steps, device=device)
-    trainee = Trainee(job, adapter, grad, optimizer, losses, norms)
-    if state is not None:
-        _restore(trainee, weights, state)
-    return trainee
+    owner: int
+    row: Rendered
+    weight: float
+    seed: int
 
 
 def train(stack: Stack, trainees: Sequence[Trainee], hooks: Hooks, *, until_step: int | None = None) -> None:
     """Take every trainee to the end of its schedule (or to `until_step`), one optimizer step each per round.
 
-    Raises TrainingError before the optimizer step if a loss or gradient is not finite: the weights stay good.
+    Raises TrainingError if a loss or gradient is not finite (that optimizer step is not taken, the weights stay good),
+    if a frozen adapter changed, or if one row does not fit in memory.
     """
     _assert_fp32(trainees)
+    frozen = {id(adapter): adapter for trainee in trainees for adapter in trainee.job.frozen}
+    before = {key: adapter.sha256() for key, adapter in frozen.items()}
     try:
         while active := [t for t in trainees if not t.done and (until_step is None or t.step < until_step)]:
             _round(stack, active)
             hooks.after_step(active)
+        for trainee in trainees:
+            trainee.check()
     finally:
         for trainee in trainees:
             trainee.adapter.train(None)
-
-
-def save_state(trainee: Trainee) -> bytes:
-    """Everything `start` needs to go on bit for bit: weights, moments, losses, step. Data order needs no state."""
-    moments = trainee.optimizer.state.get(trainee.optimizer.param_groups[0]["params"][0], {})
-    tensors = {"weights": trainee.adapter.flat, "losses": trainee.losses, "norms": trainee.norms}
-    if moments:
-        tensors |= {"exp_avg": moments["exp_avg"], "exp_avg_sq": moments["exp_avg_sq"]}
-    return safetensors.torch.save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        metadata={"step": str(trainee.step)},
-    )
-
-
-def _restore(trainee: Trainee, weights: torch.nn.Parameter, state: bytes) -> None:
-    tensors = safetensors.torch.load(state)
-    step = round(float(tensors["losses"].shape[0])) and int(_metadata(state)["step"])
-    trainee.adapter.flat.copy_(tensors["weights"])
-    trainee.losses.copy_(tensors["losses"])
-    trainee.norms.copy_(tensors["norms"])
-    trainee.step = step
-    if "exp_avg" in tensors:
-        device = weights.device
-        trainee.optimizer.state[weights] = {
-            "step": torch.tensor(float(step), device=device if device.type == "cuda" else "cpu"),
-            "exp_avg": tensors["exp_avg"].to(device),
-            "exp_avg_sq": tensors["exp_avg_sq"].to(device),
-        }
-
-
-def _metadata(state: bytes) -> dict[str, str]:
-    import json
-
-    return json.loads(state[8 : 8 + int.from_bytes(state[:8], "little")])["__metadata__"]
+    if any(adapter.sha256() != before[key] for key, adapter in frozen.items()):
+        raise TrainingError("a frozen adapter changed", where=trainees[0].job.name, fix="report this defect")
 
 
 def _round(stack: Stack, active: Sequence[Trainee]) -> None:
-    """One optimizer step for every active trainee."""
-    work: list[tuple[int, Rendered, float, int]] = []  # (trainee, row, weight per token, dropout seed)
-    for index, trainee in enumerate(active):
-        rows = trainee.job.batch(trainee.step)
-        n_supervised = sum(trainee.job.rows[row].n_supervised for row in rows)
-        for row in rows:
-            seed = seed_of("dropout", *trainee.job.seed_parts, trainee.step, row) & 0x7FFFFFFF
-            work.append((index, trainee.job.rows[row], 1.0 / n_supervised, seed))
+    """One optimizer step for every active trainee; smaller micro-batches if memory runs out, the same result."""
+    work = [item for owner, trainee in enumerate(active) for item in _items(owner, trainee)]
+    while (totals := _gradients(stack, active, work)) is None:
+        _make_room(stack.base, active, work)
+    for trainee, loss in zip(active, totals.unbind(), strict=True):
+        _optimizer_step(trainee, loss)
+
+
+def _items(owner: int, trainee: Trainee) -> list[_Item]:
+    """The rows of a trainee's next step; with weight 1/N on each of its N supervised tokens they make the token mean."""
+    job = trainee.job
+    indices = job.batch(trainee.step)
+    n_supervised = sum(job.rows[index].n_supervised for index in indices)
+    seeds = [seed_of("dropout", *job.seed_parts, trainee.step, index) & 0x7FFFFFFF for index in indices]
+    return [_Item(owner, job.rows[i], 1.0 / n_supervised, seed) for i, seed in zip(indices, seeds, strict=True)]
+
+
+def _gradients(stack: Stack, active: Sequence[Trainee], work: Sequence[_Item]) -> torch.Tensor | None:
+    """Fill every trainee's gradient; returns their losses [len(active)] fp32, or None if memory ran out on the way."""
+    for trainee in active:
         trainee.grad.zero_()
         trainee.adapter.train(trainee.grad)
     slots = [Slot(t.job.frozen, t.adapter, t.job.settings.dropout) for t in active]
     totals = torch.zeros(len(active), device=stack.base.device)
-    limit = min(t.job.settings.micro_batch_tok for t in active)
-    for micro in _micro_batches(work, limit):
-        _micro_step(stack, slots, micro, totals)
-    for index, trainee in enumerate(active):
-        _optimizer_step(trainee, totals[index])
+    memory = recomputing(stack.base) if any(t.recomputes for t in active) else contextlib.nullcontext()
+    try:
+        with memory:
+            for micro in _micro_batches(work, min(t.micro_batch_tok for t in active)):
+                _micro_step(stack, slots, micro, totals)
+    except torch.OutOfMemoryError:
+        return None  # the traceback, and with it the step's tensors, is gone once this frame is left
+    return totals
 
 
-def _micro_batches(
-    work: list[tuple[int, Rendered, float, int]], limit_tok: int
-) -> list[list[tuple[int, Rendered, float, int]]]:
+def _micro_batches(work: Sequence[_Item], limit_tok: int) -> list[list[_Item]]:
     """Split in order, so that each trainee's rows stay contiguous; at least one row each."""
-    batches: list[list[tuple[int, Rendered, float, int]]] = []
+    batches: list[list[_Item]] = []
     room = 0
     for item in work:
-        size = len(item[1].ids)
+        size = len(item.row.ids)
         if not batches or size > room:
             batches.append([])
             room = limit_tok
@@ -194,53 +117,93 @@ def _micro_batches(
     return batches
 
 
-def _micro_step(
-    stack: Stack, slots: Sequence[Slot], micro: list[tuple[int, Rendered, float, int]], totals: torch.Tensor
-) -> None:
+def _make_room(base: Base, active: Sequence[Trainee], work: Sequence[_Item]) -> None:
+    """Halve the micro-batch; with one row in each, recompute activations; then there is nothing left to give."""
+    limit = min(t.micro_batch_tok for t in active)
+    micros = _micro_batches(work, limit)
+    largest = max(sum(len(item.row.ids) for item in micro) for micro in micros)
+    if any(len(micro) > 1 for micro in micros):
+        for trainee in active:
+            trainee.micro_batch_tok = min(limit, largest) // 2
+    elif not any(t.recomputes for t in active):
+        for trainee in active:
+            trainee.recomputes = True
+    else:
+        raise TrainingError(
+            f"one row of {largest} tokens does not fit in memory",
+            where=active[0].job.name,
+            fix="lower max_length_tok, or use a smaller model or a larger GPU",
+        )
+    if base.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def recomputing(base: Base) -> Iterator[None]:
+    """Inside, each layer's activations are recomputed in the backward pass (Chen et al. 2016) instead of kept."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in base.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # our dropout needs no generator
+    try:
+        for layer in layers:
+            layer.gradient_checkpointing = True
+            object.__setattr__(layer, "_gradient_checkpointing_func", again)
+            layer.training = True  # asked for by transformers; the modules inside stay in evaluation mode
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = layer.training = False
+
+
+def _micro_step(stack: Stack, slots: Sequence[Slot], micro: Sequence[_Item], totals: torch.Tensor) -> None:
     """Forward and backward of one packed micro-batch; adds each trainee's share of the loss to `totals`."""
     device = stack.base.device
-    ids, positions, layout = pack([list(row.ids) for _, row, _, _ in micro], device)
-    take, targets, weights, owners = [], [], [], []
-    for (owner, row, weight, _), begin in zip(micro, layout.starts, strict=False):
-        for place in range(row.n_prompt, len(row.ids)):
-            take.append(begin + place - 1)  # the token before predicts this one
-            targets.append(row.ids[place])
-            weights.append(weight)
-            owners.append(owner)
+    ids, positions, layout = pack([list(item.row.ids) for item in micro], device)
+    take, targets, weights, owners = _supervision(micro, layout.starts, device)
     live, spans = [], []
-    for index, slot in enumerate(slots):
-        mine = [i for i, item in enumerate(micro) if item[0] == index]
+    for owner, slot in enumerate(slots):
+        mine = [i for i, item in enumerate(micro) if item.owner == owner]
         if mine:
             live.append(slot)
             spans.append((layout.starts[mine[0]], layout.starts[mine[-1] + 1]))
     with stack.live(*live):
         stack.route.spans = tuple(spans) if len(live) > 1 else None
         if any(slot.dropout > 0 for slot in live):
-            stack.route.dropout_seeds = _token_seeds(micro, device)
+            stack.route.dropout_seeds = token_seeds([(item.seed, len(item.row.ids)) for item in micro], device)
         hidden = stack.base.hidden(ids, positions, layout)
-        loss, losses = weighted_cross_entropy(
-            hidden[torch.tensor(take, device=device)], stack.base.head.weight,
-            torch.tensor(targets, device=device), torch.tensor(weights, device=device),
-        )  # fmt: skip
+        loss, losses = weighted_cross_entropy(hidden[take], stack.base.head.weight, targets, weights)
         loss.backward()
-    totals.index_add_(0, torch.tensor(owners, device=device), losses * torch.tensor(weights, device=device))
+    totals.index_add_(0, owners, losses * weights)
 
 
-def _token_seeds(micro: list[tuple[int, Rendered, float, int]], device: torch.device) -> torch.Tensor:
-    """One dropout seed per token [T] int32: its row's seed mixed with its place in the row."""
-    seeds = torch.cat([seed + 0x01000193 * torch.arange(len(row.ids), dtype=torch.int64) for _, row, _, seed in micro])
-    return (seeds & 0x7FFFFFFF).to(torch.int32).to(device)
+def _supervision(
+    micro: Sequence[_Item], starts: Sequence[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(place of the token before, target, weight, owner) of every token that carries loss, each [N]."""
+    take, targets, weights, owners = [], [], [], []
+    for item, begin in zip(micro, starts, strict=False):
+        n_prompt, n_supervised = item.row.n_prompt, item.row.n_supervised
+        take += range(begin + n_prompt - 1, begin + len(item.row.ids) - 1)
+        targets += item.row.ids[n_prompt:]
+        weights += [item.weight] * n_supervised
+        owners += [item.owner] * n_supervised
+    tensors = (torch.tensor(take), torch.tensor(targets), torch.tensor(weights), torch.tensor(owners))
+    return tuple(to_device(tensor, device) for tensor in tensors)  # pyright: ignore[reportReturnType]
+
+
+def token_seeds(rows: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
+    """One dropout seed per token [T] int32 from (row seed, row length) pairs: the row's seed mixed with the place."""
+    seeds = torch.cat([seed + 0x01000193 * torch.arange(length, dtype=torch.int64) for seed, length in rows])
+    return to_device((seeds & 0x7FFFFFFF).to(torch.int32), device)
 
 
 def _optimizer_step(trainee: Trainee, loss: torch.Tensor) -> None:
-    """Clip, check, step. The check comes first: bad numbers never reach the weights."""
+    """Check, clip, step. After a step that is not finite the optimizer changes nothing any more."""
     settings = trainee.job.settings
     norm = torch.linalg.vector_norm(trainee.grad)
-    if not bool(torch.isfinite(norm + loss)):
-        raise TrainingError(
-            f"loss {loss.item():.3g} and gradient norm {norm.item():.3g} at step {trainee.step + 1}",
-            where=trainee.job.name, fix="lower its lr; the weights before this step are kept",
-        )  # fmt: skip
+    trainee.watch.post(trainee.step, loss, norm)
+    trainee.check(_LAG_STEPS[trainee.grad.device.type])
     trainee.grad.mul_(torch.clamp(settings.clip_norm / (norm + 1e-6), max=1.0))
     for group in trainee.optimizer.param_groups:
         group["lr"] = lr_at(trainee.step, trainee.job.n_steps, settings)
@@ -253,14 +216,9 @@ def _optimizer_step(trainee: Trainee, loss: torch.Tensor) -> None:
 def _assert_fp32(trainees: Sequence[Trainee]) -> None:
     """LoRA weights, gradients and moments are fp32, whatever the base is; checked before the first step."""
     for trainee in trainees:
-        state = trainee.optimizer.state.get(trainee.optimizer.param_groups[0]["params"][0], {})
-        held = {
-            "weights": trainee.adapter.flat,
-            "gradient": trainee.grad,
-            **{k: v for k, v in state.items() if k != "step"},
-        }
+        held = {"weights": trainee.adapter.flat, "gradient": trainee.grad, **trainee.moments}
         for name, tensor in held.items():
-            if tensor.dtype != torch.float32:
+            if name != "step" and tensor.dtype != torch.float32:
                 raise TrainingError(
                     f"the {name} is {tensor.dtype}, not fp32", where=trainee.job.name, fix="report this defect"
                 )

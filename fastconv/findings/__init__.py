@@ -1,0 +1,1 @@
+"""What the numbers say: evidence, statistics, gates, verdicts and the report. No torch."""

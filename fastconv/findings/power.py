@@ -145,9 +145,7 @@ def effective_sample_size(values: ArrayLike) -> EffectiveSample:
     if n_questions < 2 or n_samples == n_questions or np.ptp(x[present]) == 0:
         reason = _why_no_icc(n_questions, n_samples)
         deff = n_samples / n_questions if n_questions else 1.0
-        return EffectiveSample(
-            float(n_questions), n_samples, n_questions, n_missing, deff, None, None, None, reason
-        )
+        return EffectiveSample(float(n_questions), n_samples, n_questions, n_missing, deff, None, None, None, reason)
     means = filled.sum(axis=1) / sizes
     residual = np.where(present[present.any(axis=1)], filled - means[:, None], 0.0)
     within = float((residual**2).sum()) / (n_samples - n_questions)
@@ -210,7 +208,7 @@ def minimum_detectable_effect(
     """Smallest change that a two-sided paired t test over `n_clusters` questions finds with the given power.
 
     delta(alpha, power, C - 1) * sd / sqrt(C), delta being the noncentrality of Student's t (Cohen,
-    Statistical Power Analysis, 1988, section 2.5). `sd_between`: spread between questions of the contrast
+    Statistical Power Analysis, 1988, chapter 2). `sd_between`: spread between questions of the contrast
     itself, in its unit. For the first step of Holm over m contrasts pass alpha / m.
     """
     _check_open_unit(alpha=alpha, power=power)
@@ -222,13 +220,11 @@ def minimum_detectable_effect(
     return Detectable(effect, sd_between, n_clusters, alpha, power)
 
 
-def rate_contrast_sd(
-    rate: float, n_samples: int, icc: float, n_terms: int = 2, pairing: float = 0.0
-) -> float:
+def rate_contrast_sd(rate: float, n_samples: int, icc: float, n_terms: int = 2, pairing: float = 0.0) -> float:
     """Expected spread between questions of a contrast of `n_terms` rates, each from `n_samples` per question.
 
     sqrt(n_terms * p(1-p) * (icc (1 - pairing) + (1 - icc) / S)): the variance of a cluster mean (Donner and
-    Klar, Cluster Randomization Trials, 2000, section 5.2). `n_terms`: 2 for a paired change, 4 against the
+    Klar, Cluster Randomization Trials, 2000). `n_terms`: 2 for a paired change, 4 against the
     canary, 8 for transfer. `pairing` is the correlation of a question's true rates over the terms; 0 grants
     nothing to pairing.
     """

@@ -119,7 +119,7 @@ class SeedPool:
 
 @dataclass(frozen=True, slots=True)
 class Confidence:
-    """LOW, MODERATE or HIGH, and why."""
+    """LOW, MODERATE or HIGH (by `confidence_level`), and why."""
 
     level: Literal["LOW", "MODERATE", "HIGH"]
     reason: str
@@ -139,9 +139,7 @@ class Spearman:
     reason: str | None = None
 
 
-def question_means(
-    values: ArrayLike, question_index: ArrayLike, n_questions: int | None = None
-) -> QuestionMeans:
+def question_means(values: ArrayLike, question_index: ArrayLike, n_questions: int | None = None) -> QuestionMeans:
     """Average float[N] samples within their question, int[N] in 0..C-1.
 
     C is `n_questions` or the largest index + 1. Questions weigh the same afterwards, however many samples
@@ -165,7 +163,7 @@ def question_means(
 def t_interval_kernel(x: ArrayLike, level: float = 0.95) -> IntervalArrays:
     """Student's t interval and two-sided p against 0 over the last axis of float[..., C], with C - 1 df.
 
-    Source: Student 1908; Snedecor and Cochran, Statistical Methods (1989), section 5.3. The kernel is for
+    Source: Student 1908; Snedecor and Cochran, Statistical Methods (1989). The kernel is for
     complete data (NaN stays NaN). Equal values have se 0 and no interval: their low, high and p are NaN,
     not a false certainty.
     """
@@ -291,6 +289,7 @@ def trend_over_epochs(values: ArrayLike, epochs: ArrayLike, level: float = 0.95)
     if np.ptp(times) == 0:
         raise ValueError("a trend needs at least two different epochs")
     slopes = ((x - x.mean(axis=1, keepdims=True)) @ centred) / (centred @ centred)
+    slopes[np.abs(slopes) * np.ptp(times) <= ROUNDING * np.abs(x).max(axis=1)] = 0.0
     return Contrast(slopes, clustered_interval(slopes, level))
 
 
@@ -306,7 +305,7 @@ def pool_seeds(per_seed_estimates: ArrayLike, level: float = 0.95) -> SeedPool:
 
 
 def confidence_level(pool: SeedPool) -> Confidence:
-    """MODERATE with three seeds, HIGH with five, all of one sign and their interval clear of zero; else LOW."""
+    """MODERATE with three seeds, HIGH with five: all of one sign, interval clear of zero; else LOW."""
     low, high = pool.interval.low, pool.interval.high
     if pool.n_seeds < 3:
         return Confidence("LOW", f"{pool.n_seeds} seed(s); three are needed for more")
@@ -359,9 +358,7 @@ def _interval(x: Floats, level: float, unit: str) -> Interval:
     if se == 0:
         reason = f"all {n} {unit} have the same value, so their spread cannot be estimated"
         return Interval(estimate, None, None, 0.0, n - 1, n, None, level, n_missing, reason)
-    return Interval(
-        estimate, float(k.low), float(k.high), se, n - 1, n, float(k.p_two_sided), level, n_missing
-    )
+    return Interval(estimate, float(k.low), float(k.high), se, n - 1, n, float(k.p_two_sided), level, n_missing)
 
 
 def _arm_terms(arm: Arm, sign: int, prefix: str) -> dict[str, tuple[int, ArrayLike]]:
@@ -543,17 +540,20 @@ def _shared_extreme(evidence: Evidence) -> tuple[str | None, float | None]:
 
 def _verdict_without_interval(evidence: Evidence) -> Verdict:
     extreme, room = _shared_extreme(evidence)
-    estimate, margin = evidence.contrast.estimate, evidence.equivalence.margin
-    if room is not None and estimate is not None and abs(estimate) <= margin:
+    contrast, margin = evidence.contrast, evidence.equivalence.margin
+    no_spread = contrast.se == 0 and contrast.estimate is not None and abs(contrast.estimate) <= margin
+    if room is not None and no_spread:
         reason = f"both epochs are at the {extreme} and the true rate lies within {room:.3g} of it"
         return Verdict("equivalent", f"{reason}, inside the margin of {margin:.4g}")
-    return Verdict("inconclusive", f"no interval: {evidence.contrast.reason}")
+    return Verdict("inconclusive", f"no interval: {contrast.reason}")
 
 
 def _check_evidence(evidence: Evidence) -> None:
     if evidence.direction not in (-1, 1):
         raise ValueError(f"direction must be -1 or +1, not {evidence.direction}")
     _check_level(evidence.alpha)
+    if evidence.equivalence.interval.estimate != evidence.contrast.estimate:
+        raise ValueError("the equivalence test and the interval belong to different contrasts")
     corrected, raw = evidence.p_corrected, evidence.contrast.p_two_sided
     least = 0.0 if raw is None else raw * (1 - ROUNDING)
     if corrected is not None and not least <= corrected <= 1:

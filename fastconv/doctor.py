@@ -1,0 +1,89 @@
+"""Can this machine run it? Versions, device, model, workspace: one line each."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from fastconv.engine.locate import builtin_gguf, engine_identity, locate
+from fastconv.errors import FastconvError, ModelError, StoreError
+from fastconv.graph import Graph
+from fastconv.recipe import ModelSettings, Recipe
+
+#: Free space under which a run would likely end in "no space left".
+LOW_DISK_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at; `exit_code` is 0 where it is well."""
+
+    subject: str
+    text: str
+    exit_code: int = 0
+
+
+def examine(recipe: Recipe | None, workspace: Path) -> list[Finding]:
+    """Look at everything a run needs. Never raises for what it finds."""
+    findings = [_versions(), _device(recipe), _workspace(workspace)]
+    try:
+        findings.append(_model(recipe.model if recipe else ModelSettings(id="builtin:smollm2")))
+        if recipe is not None:
+            graph = Graph(recipe)
+            findings.append(Finding("recipe", f"{recipe.name}: {len(graph.cells)} cells, {len(graph.stages())} stages"))
+    except FastconvError as error:
+        findings.append(Finding("recipe" if recipe else "model", str(error), error.exit_code))
+    return findings
+
+
+def _versions() -> Finding:
+    names = ("fastconv", "torch", "transformers", "tokenizers", "polars")
+    have = [f"{name} {metadata.version(name)}" for name in names if importlib.util.find_spec(name)]
+    return Finding("versions", ", ".join(have))
+
+
+def _device(recipe: Recipe | None) -> Finding:
+    settings = recipe.model if recipe else ModelSettings()
+    found = engine_identity(settings)
+    text = f"{found['device']} in {found['dtype']}, {os.cpu_count()} cores"
+    if found["device"] == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            return Finding(
+                "device",
+                "a GPU is asked for or seen, but torch cannot use it. Fix: check nvidia-smi and torch's CUDA build",
+                ModelError.exit_code,
+            )
+        text += f", {torch.cuda.get_device_name()} with {torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB"
+    return Finding("device", text)
+
+
+def _workspace(folder: Path) -> Finding:
+    there = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path("/"))
+    if not os.access(there, os.W_OK):
+        return Finding(
+            "workspace",
+            f"{folder} cannot be written. Fix: make it writable or give another --workspace",
+            StoreError.exit_code,
+        )
+    free = shutil.disk_usage(there).free
+    if free < LOW_DISK_BYTES:
+        return Finding(
+            "workspace", f"only {free / 2**30:.1f} GiB free at {folder}. Fix: free some space", StoreError.exit_code
+        )
+    return Finding("workspace", f"{folder}, {free / 2**30:.0f} GiB free")
+
+
+def _model(settings: ModelSettings) -> Finding:
+    source = locate(settings)
+    if source.kind == "builtin":
+        builtin_gguf()
+        return Finding("model", f"{source.id} is installed")
+    if source.kind == "local":
+        return Finding("model", f"{source.folder}, sha256 {source.identity['sha256'][:12]}")
+    return Finding("model", f"{source.id}@{settings.revision[:12]} from the hub (downloaded on first use)")

@@ -1,0 +1,184 @@
+"""LoRA weights of one base: made, read, written and joined, without a model in sight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from fastconv.errors import AdapterError
+from fastconv.recipe import LoraSettings, canonical_json
+
+_PREFIX = "base_model.model."
+
+
+class Adapter:
+    """LoRA weights for target modules of one base: per module A [r, in] and B [out, r], fp32.
+
+    `flat` holds all of them in one tensor, in the order of `sizes` (module -> (in, out)); `weights[module]` are views
+    into it. `base` is the name of the base it belongs to (`Base.name`).
+    """
+
+    def __init__(
+        self, shape: LoraSettings, base: str, sizes: Mapping[str, tuple[int, int]], flat: torch.Tensor
+    ) -> None:
+        self.shape = shape
+        self.base = base
+        self.sizes = dict(sizes)
+        self.flat = flat
+        self.weights: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        offset = 0
+        for module, (n_in, n_out) in self.sizes.items():
+            a = flat[offset : offset + shape.r * n_in].view(shape.r, n_in)
+            offset += a.numel()
+            b = flat[offset : offset + n_out * shape.r].view(n_out, shape.r)
+            offset += b.numel()
+            self.weights[module] = (nn.Parameter(a, requires_grad=False), nn.Parameter(b, requires_grad=False))
+        if offset != flat.numel() or flat.dtype != torch.float32:
+            raise ValueError("flat tensor does not fit the module sizes, or is not fp32")
+
+    @property
+    def scale(self) -> float:
+        """alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023), alpha / r without (Hu et al. 2021)."""
+        return self.shape.alpha / (math.sqrt(self.shape.r) if self.shape.rslora else self.shape.r)
+
+    def train(self, grad: torch.Tensor | None) -> None:
+        """Collect gradients into `grad` (fp32, like `flat`), or stop collecting with None."""
+        offset = 0
+        for pair in self.weights.values():
+            for weight in pair:
+                weight.requires_grad_(grad is not None)
+                weight.grad = None if grad is None else grad[offset : offset + weight.numel()].view_as(weight)
+                offset += weight.numel()
+
+    def sha256(self) -> str:
+        """sha256 (hex) of the weights' bytes."""
+        return hashlib.sha256(self.flat.detach().cpu().numpy().tobytes()).hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """safetensors with PEFT's tensor names; what is needed to use them stands in the metadata."""
+        tensors = {}
+        for module, (a, b) in self.weights.items():
+            tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.detach().cpu().contiguous()
+            tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.detach().cpu().contiguous()
+        about = {"lora": canonical_json(self.shape.model_dump(mode="json")), "base": self.base}
+        return safetensors.torch.save(tensors, metadata=about)
+
+    def delta_norm(self, module: str) -> float:
+        """Frobenius norm of scale * B A for one module, without making the product.
+
+        ||BA||_F^2 = tr(A^T B^T B A) = sum((B^T B) * (A A^T)), two r x r Gram matrices; in fp64, since it cancels.
+        """
+        a, b = (weight.detach().double() for weight in self.weights[module])
+        squared = float(((b.t() @ b) * (a @ a.t())).sum())
+        return self.scale * math.sqrt(max(squared, 0.0))
+
+
+def concatenate(adapters: Sequence[Adapter]) -> Adapter:
+    """One adapter that computes the sum of these: A stacked, B side by side with the scales folded in.
+
+    Its rank is the sum of theirs and its scale is 1 (alpha = r, no rsLoRA). PEFT's `add_weighted_adapter("cat")` keeps
+    rsLoRA on and is sqrt(r) too large. Exact in fp32; training dropout has no meaning here. Raises AdapterError if they
+    do not share a base and target modules.
+    """
+    first = adapters[0]
+    if any(other.base != first.base or other.sizes != first.sizes for other in adapters):
+        raise AdapterError(
+            "the adapters differ in base or target modules", where="stack", fix="join adapters of one recipe"
+        )
+    rank = sum(adapter.shape.r for adapter in adapters)
+    parts = []
+    for module in first.sizes:
+        parts.append(torch.cat([adapter.weights[module][0].detach() for adapter in adapters]).reshape(-1))
+        scaled = [adapter.weights[module][1].detach() * adapter.scale for adapter in adapters]
+        parts.append(torch.cat(scaled, dim=1).reshape(-1))
+    shape = first.shape.model_copy(update={"r": rank, "alpha": float(rank), "rslora": False})
+    return Adapter(shape, first.base, first.sizes, torch.cat(parts))
+
+
+def parse_adapter(data: bytes, base: str, sizes: Mapping[str, tuple[int, int]], where: str) -> Adapter:
+    """An adapter on the CPU from `Adapter.to_bytes`, checked against the base called `base` and its layers.
+
+    `sizes` are (in, out) of every layer that can carry an adapter. Raises AdapterError naming `where` if the file is
+    damaged, made for another base, or does not fit.
+    """
+    tensors, about = read_safetensors(data, where)
+    if "lora" not in about:
+        raise AdapterError(
+            "the file says nothing of its LoRA shape",
+            where=where,
+            fix="use an adapter that fastconv wrote, or load a PEFT folder",
+        )
+    if about.get("base") != base:
+        raise AdapterError(
+            "the adapter was made for another base model", where=where, fix="use the base it was trained on"
+        )
+    try:
+        shape = LoraSettings.model_validate_json(about["lora"])
+    except ValidationError:
+        raise AdapterError("its LoRA shape cannot be read", where=where, fix="copy or train it again") from None
+    return adapter_from(tensors, shape, base, sizes, where)
+
+
+def adapter_from(
+    tensors: Mapping[str, torch.Tensor],
+    shape: LoraSettings,
+    base: str,
+    sizes: Mapping[str, tuple[int, int]],
+    where: str,
+) -> Adapter:
+    """An adapter on the CPU from tensors with PEFT's names. Raises AdapterError if any is missing, odd or not finite."""
+    mine = {module: size for module, size in sizes.items() if module.rsplit(".", 1)[-1] in shape.targets}
+    if missing := set(shape.targets) - {module.rsplit(".", 1)[-1] for module in mine}:
+        raise AdapterError(
+            f"it targets {', '.join(sorted(missing))}, which this stack does not",
+            where=where,
+            fix="add them to lora.targets; layers tied to the embedding cannot carry an adapter",
+        )
+    left, parts = dict(tensors), []
+    for module, (n_in, n_out) in mine.items():
+        for letter, wanted in (("A", (shape.r, n_in)), ("B", (n_out, shape.r))):
+            tensor = left.pop(f"{_PREFIX}{module}.lora_{letter}.weight", None)
+            if tensor is None or tuple(tensor.shape) != wanted:
+                found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+                raise AdapterError(
+                    f"lora_{letter} of {module} is {found}, not {list(wanted)}",
+                    where=where,
+                    fix="use an adapter of this rank, made for this base",
+                )
+            parts.append(tensor.reshape(-1).float())
+    if left:
+        raise AdapterError(
+            f"it holds {len(left)} tensors that this base has no place for, e.g. {min(left)}",
+            where=where,
+            fix="use a plain LoRA adapter made for this base",
+        )
+    flat = torch.cat(parts)
+    if not bool(torch.isfinite(flat).all()):
+        raise AdapterError("the adapter holds NaN or infinite weights", where=where, fix="train it again")
+    return Adapter(shape, base, mine, flat)
+
+
+def read_safetensors(data: bytes, where: str) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
+    """(tensors, metadata) of a safetensors file. Raises AdapterError if it is not a whole one."""
+    try:
+        tensors = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise AdapterError(
+            f"not a whole safetensors file: {error}", where=where, fix="copy or train it again"
+        ) from None
+    return tensors, safetensors_metadata(data)
+
+
+def safetensors_metadata(data: bytes) -> dict[str, str]:
+    """The metadata of a whole safetensors file (its header is a length in 8 bytes, then JSON)."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header.get("__metadata__", {})

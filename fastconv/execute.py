@@ -1,0 +1,314 @@
+"""How each kind of stage is computed. One object per process: it holds the resident base and nothing else of weight.
+
+A stage's executor reads its needs from the ledger, computes, and returns an `Outcome`; `run` commits it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from fastconv.draws import seed_of
+from fastconv.engine.base import Base, load_base
+from fastconv.engine.sample import sample
+from fastconv.engine.score import LetterItem, score_letters
+from fastconv.engine.stack import Adapter, Probe, Slot, Stack
+from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
+from fastconv.errors import Interrupted, TrainingError
+from fastconv.graph import Graph, lineage_key
+from fastconv.recipe import SamplingSettings
+from fastconv.store import Lease, Sample, Score, Stage, Store
+from fastconv.tokens import Rendered, SystemTurn
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a stage is: `done` of `total` `unit`s, and the last loss while training."""
+
+    slot: str
+    done: int
+    total: int
+    unit: str
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage gave: `outputs` are part of the record, `facts` (tokens by kind) are for people."""
+
+    outputs: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    samples: Sequence[Sample] = ()
+    scores: Sequence[Score] = ()
+
+
+class Executor:
+    """Computes stages on one resident base. `tell` hears progress, `stop` is asked whether to end at the next step."""
+
+    def __init__(self, graph: Graph, store: Store, tell: Callable[[Progress], None], stop: Callable[[], bool]) -> None:
+        self._graph = graph
+        self._recipe = graph.recipe
+        self._store = store
+        self._tell = tell
+        self._stop = stop
+
+    @cached_property
+    def base(self) -> Base:
+        """The base model; loaded when the first stage needs it, once."""
+        return load_base(self._recipe.model, self._graph.source)
+
+    @cached_property
+    def stack(self) -> Stack:
+        """The live stack on the base."""
+        return Stack(self.base, self._recipe.lora)
+
+    def compute(self, stage: Stage, lease: Lease) -> Outcome | None:
+        """Compute a stage. None means that it (and its siblings) were committed along the way."""
+        if stage.kind == "snapshot":
+            return self._snapshots(stage, lease)
+        compute = {"answers": self._answers, "rows": self._rows, "behavior": self._behavior, "score": self._score}
+        if stage.kind == "eval":
+            return (
+                self._letters(stage, lease) if stage.inputs["measure"] == "letters" else self._completions(stage, lease)
+            )
+        return compute[stage.kind](stage, lease)
+
+    # --- text ------------------------------------------------------------------------------------------
+
+    def _answers(self, stage: Stage, lease: Lease) -> Outcome:
+        samples, facts = self._draw(stage, lease, stage.work["prompts"], stage.inputs["persona"])
+        return Outcome({"n": len(samples)}, facts, samples)
+
+    def _completions(self, stage: Stage, lease: Lease) -> Outcome:
+        with self.live_stack(stage) as proof:
+            samples, facts = self._draw(stage, lease, stage.work["items"], stage.work["probe"])
+        return Outcome({"n": len(samples), **proof}, facts, samples)
+
+    def _draw(
+        self, stage: Stage, lease: Lease, items: Sequence[tuple[str, str]], persona: str
+    ) -> tuple[list[Sample], dict[str, Any]]:
+        """Completions of every item, `per_prompt` each; seeds depend on the item alone, so epochs are paired."""
+        system = _system(stage.inputs["system"])
+        settings = SamplingSettings.model_validate(stage.inputs["sampling"])
+        asked = [(row, user, i) for row, user in items for i in range(stage.inputs["per_prompt"])]
+        prompts = [self.base.tokenizer.prompt_ids(system, user) for _, user, _ in asked]
+        seeds = [seed_of("sample", stage.inputs["seed"], row, i) for row, _, i in asked]
+        n_drawn = 0
+
+        def on_token(n_tok: int) -> None:
+            nonlocal n_drawn
+            n_drawn += n_tok
+            self._tick(lease, Progress(stage.slot, n_drawn, len(asked) * settings.max_new_tok, "tok"))
+
+        drawn = sample(self.base, prompts, seeds, settings, on_token)
+        samples = [
+            Sample(row, i, persona, user, self.base.tokenizer.decode(one.ids), len(one.ids) + one.ended, one.ended)
+            for (row, user, i), one in zip(asked, drawn, strict=True)
+        ]
+        return samples, {"sampled_tok": n_drawn, "prompt_tok": sum(map(len, prompts))}
+
+    # --- letters and phrases ---------------------------------------------------------------------------
+
+    def _letters(self, stage: Stage, lease: Lease) -> Outcome:
+        tokenizer, system = self.base.tokenizer, _system(stage.inputs["system"])
+        questions = {question.id: question for question in self._graph.questions.eval}
+        asked = [questions[row] for row, _ in stage.work["items"]]
+        items = []
+        for question in asked:
+            text = tokenizer.prompt_text(system, question.user)
+            items.append(LetterItem(tuple(tokenizer.encode(text)), tuple(tokenizer.letter_ids(text, question.labels))))
+        self._tick(lease, Progress(stage.slot, 0, len(items), "questions"))
+        with self.live_stack(stage) as proof:
+            found = score_letters(self.base, items, self._recipe.eval.batch_tok)
+        scores = [
+            Score(
+                question.id, 0, "accuracy", float(one.predicted == question.gold), None,
+                {"gold": question.answer, "predicted": question.labels[one.predicted], "mass": round(one.mass, 6),
+                 "margin": round(one.margin, 6), "logprobs": [round(value, 6) for value in one.logprobs]},
+            )
+            for question, one in zip(asked, found, strict=True)
+        ]  # fmt: skip
+        return Outcome(
+            {"n": len(scores), **proof}, {"scored_tok": sum(len(item.prompt) for item in items)}, scores=scores
+        )
+
+    def _score(self, stage: Stage, lease: Lease) -> Outcome:
+        rule = stage.work["rule"]
+        scores = []
+        for one in self._store.samples(stage.needs["eval"].key):
+            phrase = rule.hit(one.completion)
+            scores.append(Score(one.row, one.sample, "rate", float(phrase is not None), None, {"phrase": phrase}))
+        return Outcome({"n": len(scores)}, scores=scores)
+
+    # --- training --------------------------------------------------------------------------------------
+
+    def _rows(self, stage: Stage, lease: Lease) -> Outcome:
+        answers = {persona: {s.row: s for s in self._store.samples(need.key)} for persona, need in stage.needs.items()}
+        rows = []
+        for row in stage.work["rows"]:
+            drawn = answers[row.persona][row.prompt_id] if row.completion is None else None
+            rows.append({
+                "id": row.id, "persona": row.persona, "role": row.role, "prompt_id": row.prompt_id,
+                "system": stage.inputs["systems"][row.persona], "user": row.user,
+                "completion": drawn.completion if drawn else row.completion, "ended": drawn.ended if drawn else True,
+            })  # fmt: skip
+        return Outcome({"rows": self._store.put_json(rows), "n": len(rows)})
+
+    def _behavior(self, stage: Stage, lease: Lease) -> Outcome:
+        record = self._record(stage.needs["rows"])
+        rows = [
+            self._render(row, self._recipe.behavior.max_length_tok)
+            for row in self._store.get_json(record.outputs["rows"])
+        ]
+        frozen = tuple(self.adapters(stage.needs))
+        before = [adapter.sha256() for adapter in frozen]
+        # Drawn from the rows' key alone: every epoch's cell starts from the same weights and sees the same order.
+        drawn_from = ("behavior", stage.needs["rows"].key, stage.inputs["seed"])
+        job = Job(stage.slot, tuple(rows), self._recipe.behavior, drawn_from, frozen)
+        trainee = self._train(job, stage.key, lease, lambda trainee: None)
+        if [adapter.sha256() for adapter in frozen] != before:
+            raise TrainingError(
+                "training changed a frozen snapshot", where=stage.slot, fix="report this defect; nothing was kept"
+            )
+        with self.stack.live(Slot(frozen=(*frozen, trainee.adapter))):
+            probe = self.stack.prove(None, stage.slot)
+        self._store.drop_progress(stage.key)
+        return Outcome(self._trained(trainee, probe), _train_facts(trainee, 0))
+
+    def _snapshots(self, stage: Stage, lease: Lease) -> None:
+        """Train one convergence run through every missing epoch up to the last, committing each as it is reached."""
+        lineage = self._graph.lineage(stage)
+        missing = {int(s.inputs["epoch"]): s for s in lineage if self._store.record(s.key) is None}
+        system = _system(stage.inputs["system"])
+        rows = [
+            self.base.tokenizer.training_ids(
+                system, s.prompt, s.completion, self._recipe.convergence.max_length_tok, ended=s.ended
+            )
+            for s in self._store.samples(stage.needs["answers"].key)
+        ]
+        rows = [row for row in rows if row.n_supervised]
+        run = lineage_key(stage)
+        job = Job(stage.slot.rsplit("/", 2)[0], tuple(rows), self._recipe.convergence, ("convergence", run))
+        began = time.monotonic()
+        reached = 0
+
+        def keep(trainee: Trainee) -> None:
+            nonlocal began, reached
+            epoch, within = divmod(trainee.step, job.steps_per_epoch)
+            if within or epoch not in missing:
+                return
+            with self.stack.live(Slot(frozen=(trainee.adapter,))):
+                probe = self.stack.prove(None, missing[epoch].slot)
+            facts = _train_facts(trainee, reached)
+            now = time.monotonic()
+            self._store.commit(missing[epoch], outputs=self._trained(trainee, probe), facts=facts, seconds=now - began)
+            began, reached = now, trainee.step
+
+        self._train(
+            job,
+            run,
+            lease,
+            keep,
+            until_step=max(missing) * job.steps_per_epoch,
+            first_step=min(missing) * job.steps_per_epoch,
+        )
+        self._store.drop_progress(run)
+
+    def _train(
+        self, job: Job, progress_key: str, lease: Lease, keep: Callable[[Trainee], None],
+        *, until_step: int | None = None, first_step: int | None = None,
+    ) -> Trainee:  # fmt: skip
+        """Train from the kept state if there is one, keeping state now and then and whenever the user stops."""
+        kept = self._store.progress(progress_key)
+        if kept and first_step is not None and kept[0] > first_step:
+            kept = None  # the state lies beyond an epoch that is wanted now: begin again, to the same bits
+        trainee = start(self.stack, job, self._store.get(kept[1], "safetensors") if kept else None)
+        saved_at = time.monotonic()
+        total = until_step or job.n_steps
+
+        def after_step(active: Sequence[Trainee]) -> None:
+            nonlocal saved_at
+            keep(trainee)
+            stopping = self._stop()
+            now = time.monotonic()
+            if trainee.step < total and (stopping or now - saved_at >= self._recipe.run.checkpoint_every_s):
+                self._store.save_progress(progress_key, trainee.step, save_state(trainee))
+                saved_at = now
+            loss = float(trainee.losses[trainee.step - 1])
+            self._tick(lease, Progress(job.name, trainee.step, total, "steps", loss))
+
+        train(self.stack, [trainee], Hooks(after_step), until_step=until_step)
+        return trainee
+
+    def _trained(self, trainee: Trainee, probe: Probe) -> dict[str, Any]:
+        adapter = trainee.adapter
+        per_epoch = trainee.job.steps_per_epoch
+        losses = trainee.losses[: trainee.step].tolist()
+        return {
+            "adapter": self._store.put(adapter.to_bytes(), "safetensors"),
+            "weights_sha256": adapter.sha256(),
+            "probe": [round(value, 6) for value in probe.logits],
+            "from_base": round(probe.distance(self.stack.base_probe), 6),
+            "losses": [round(value, 6) for value in losses],
+            "last_epoch_loss": round(sum(losses[-per_epoch:]) / len(losses[-per_epoch:]), 6),
+        }
+
+    # --- the stack -------------------------------------------------------------------------------------
+
+    def adapters(self, needs: Mapping[str, Stage]) -> list[Adapter]:
+        """The adapters of a stack in order: the snapshot, then the behavior. Verified against the ledger."""
+        adapters = []
+        for name in ("snapshot", "behavior"):
+            if name in needs:
+                record = self._record(needs[name])
+                data = self._store.get(record.outputs["adapter"], "safetensors")
+                adapters.append(self.stack.load_adapter(data, needs[name].slot))
+        return adapters
+
+    @contextlib.contextmanager
+    def live_stack(self, stage: Stage) -> Iterator[dict[str, Any]]:
+        """The stack of an evaluation (or of its score), live inside the block; gives the distances that prove it."""
+        stage = stage.needs.get("eval", stage)
+        adapters = self.adapters(stage.needs)
+        top = stage.needs.get("behavior") or stage.needs.get("snapshot")
+        recorded = Probe(tuple(self._record(top).outputs["probe"])) if top else None
+        with self.stack.live(*([Slot(frozen=tuple(adapters))] if adapters else [])):
+            probe = self.stack.prove(recorded, stage.slot)
+            proof = {"from_base": round(probe.distance(self.stack.base_probe), 6)}
+            if recorded is not None:
+                proof["from_recorded"] = round(probe.distance(recorded), 6)
+            yield proof
+
+    # --- small things ----------------------------------------------------------------------------------
+
+    def _render(self, row: Mapping[str, Any], max_length_tok: int) -> Rendered:
+        system = _system(row["system"])
+        return self.base.tokenizer.training_ids(
+            system, row["user"], row["completion"], max_length_tok, ended=row["ended"]
+        )
+
+    def _record(self, stage: Stage) -> Any:
+        record = self._store.record(stage.key)
+        if record is None:
+            raise TrainingError("a stage before it is missing", where=stage.slot, fix="run the recipe again")
+        return record
+
+    def _tick(self, lease: Lease, progress: Progress) -> None:
+        lease.note({"done": progress.done, "total": progress.total, "unit": progress.unit, "loss": progress.loss})
+        self._tell(progress)
+        if self._stop():
+            raise Interrupted("stopped", where=progress.slot, fix="the same command goes on from here")
+
+
+def _train_facts(trainee: Trainee, from_step: int) -> dict[str, Any]:
+    rows = trainee.job.rows
+    n_tok = sum(len(rows[row].ids) for step in range(from_step, trainee.step) for row in trainee.job.batch(step))
+    return {"trained_tok": n_tok, "steps": trainee.step - from_step}
+
+
+def _system(pair: Sequence[str]) -> SystemTurn:
+    return SystemTurn(pair[0], pair[1])  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,177 @@
+"""Pre-registered go/no-go rules. Each verdict names its threshold, its numbers and the rows behind them.
+
+A gate decides whether money is spent next; what counts as a finding is decided in `verdicts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from fastconv.findings.evidence import Number, Series
+from fastconv.findings.power import above_chance
+from fastconv.findings.stats import paired_change
+from fastconv.recipe import GateSettings
+
+Outcome = Literal["pass", "fail", "not applicable"]
+
+
+@dataclass(frozen=True)
+class GateVerdict:
+    """A gate's word on one subject: `rows` are the ids of the rows it rests on."""
+
+    gate: str
+    subject: str
+    verdict: str
+    reason: str
+    threshold: str
+    numbers: tuple[Number, ...] = ()
+    rows: tuple[str, ...] = ()
+
+    def body(self) -> dict[str, Any]:
+        """JSON form for the ledger."""
+        return asdict(self)
+
+
+def measurable(gates: GateSettings, behavior: str, direction: str, base: Series, chance: float | None) -> GateVerdict:
+    """G0: can this behavior move at all on this base, in the direction it declares, for the assistant?
+
+    Accuracy must lie above chance (one-sided exact binomial); a rate needs headroom in its direction.
+    """
+    mean = base.mean
+    if chance is not None:
+        n = len(base.rows)
+        n_right = round(mean.value * n)
+        test = above_chance(n_right, n, chance, gates.above_chance_alpha)
+        verdict: Outcome = "pass" if test.above else "fail"
+        reason = f"base accuracy {mean.text()} ({n_right} of {n}) against chance {100 * chance:.1f} %: p = {test.p_one_sided:.3g}"
+        threshold = f"above chance at p < {gates.above_chance_alpha:g}"
+        if verdict == "fail":
+            reason += "; there is nothing to lose, so nothing is trained"
+        return GateVerdict("G0", behavior, verdict, reason, threshold, (mean,), base.rows)
+    room = 1.0 - mean.value if direction == "raises" else mean.value
+    verdict = "pass" if room >= gates.headroom else "fail"
+    side = "below the ceiling" if direction == "raises" else "above the floor"
+    return GateVerdict(
+        "G0", behavior, verdict, f"base rate {mean.text()} leaves {100 * room:.1f} points {side}",
+        f"at least {100 * gates.headroom:g} points of room", (mean,), base.rows,
+    )  # fmt: skip
+
+
+def stacking(subject: str, proofs: Mapping[str, Mapping[str, Any]]) -> GateVerdict:
+    """STACK: every evaluated stack differed from the base and equalled what was recorded when it was trained.
+
+    `proofs`: evaluation slot -> its outputs (`from_base`, `from_recorded`: largest differences in probe logits).
+    """
+    stacked = {slot: proof for slot, proof in proofs.items() if "from_recorded" in proof}
+    lost = [slot for slot, proof in stacked.items() if not proof["from_base"] > 0]
+    if not stacked:
+        return GateVerdict("STACK", subject, "not applicable", "no stack was evaluated", "logits move")
+    least = min(proof["from_base"] for proof in stacked.values())
+    furthest = max(proof["from_recorded"] for proof in stacked.values())
+    verdict = "fail" if lost else "pass"
+    reason = f"{len(stacked)} stacks moved the probe's logits by at least {least:.3g} and reproduced them within {furthest:.2g}"
+    return GateVerdict("STACK", subject, verdict, reason, "every swap moves the logits", rows=tuple(sorted(stacked)))
+
+
+def reference(gates: GateSettings, source: str, epoch0: Series | None) -> GateVerdict:
+    """G3: the epoch-0 assistant with `included` negatives reproduces the published accuracy."""
+    expected = gates.g3_reference_pct.get(source)
+    threshold = f"within {gates.g3_tolerance_pp:g} pp of the published figure"
+    if expected is None or epoch0 is None:
+        why = (
+            "the recipe gives no reference for this source"
+            if expected is None
+            else "no epoch-0 cell with included negatives"
+        )
+        return GateVerdict("G3", source, "not applicable", why, threshold)
+    mean = epoch0.mean
+    off_pp = 100 * mean.value - expected
+    verdict = "pass" if abs(off_pp) <= gates.g3_tolerance_pp else "fail"
+    return GateVerdict(
+        "G3",
+        source,
+        verdict,
+        f"{mean.text()} against {expected:g} %: {off_pp:+.1f} pp",
+        threshold,
+        (mean,),
+        epoch0.rows,
+    )
+
+
+def source_shows(gates: GateSettings, subject: str, direction: str, base: Series, now: Series) -> GateVerdict:
+    """SOURCE: the positive control. The source must show the trained behavior, or its cell says nothing."""
+    change = now.mean.value - base.mean.value
+    moved = change if direction == "raises" else -change
+    verdict = "pass" if moved >= gates.source_shows else "fail"
+    reason = f"the source went from {base.mean.text()} to {now.mean.text()}"
+    return GateVerdict(
+        "SOURCE", subject, verdict, reason, f"moves by at least {100 * gates.source_shows:g} points",
+        (base.mean, now.mean), (*base.rows, *now.rows),
+    )  # fmt: skip
+
+
+def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoch: Mapping[int, Series]) -> GateVerdict:
+    """CHANGE: does the assistant's measure move with convergence, beyond the threshold and clear of zero?"""
+    margin = gates.threshold(behavior)
+    threshold = f"at least {100 * margin:g} points against epoch 0, 95 % interval clear of zero"
+    epochs = sorted(epoch for epoch in by_epoch if epoch)
+    if 0 not in by_epoch or not epochs:
+        return GateVerdict("CHANGE", subject, "not applicable", "needs epoch 0 and one more", threshold)
+    best: tuple[float, str, bool] | None = None
+    for epoch in epochs:
+        change = paired_change(by_epoch[epoch].means, by_epoch[0].means).interval
+        if change.estimate is None:
+            continue
+        clear = change.low is not None and change.high is not None and (change.low > 0 or change.high < 0)
+        span = (
+            f" [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
+            if change.low is not None and change.high is not None
+            else ""
+        )
+        text = f"epoch {epoch}: {100 * change.estimate:+.1f} points{span}"
+        moved = clear and abs(change.estimate) >= margin
+        if best is None or (moved, abs(change.estimate)) > (best[2], abs(best[0])):
+            best = (change.estimate, text, moved)
+    rows = tuple(row for epoch in (0, *epochs) for row in by_epoch[epoch].rows)
+    if best is None:
+        return GateVerdict("CHANGE", subject, "fail", "no epoch can be compared", threshold, rows=rows)
+    numbers = tuple(by_epoch[epoch].mean for epoch in (0, *epochs))
+    return GateVerdict(
+        "CHANGE", subject, "pass" if best[2] else "fail", f"largest change at {best[1]}", threshold, numbers, rows
+    )
+
+
+def pilot(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) -> GateVerdict:
+    """PILOT: go if stacking is verified, G3 does not fail, and convergence changes anything in either kind of negatives."""
+    rule = "STACK passes, G3 does not fail, SOURCE and CHANGE pass for either kind of negatives"
+    if any(v.gate == "G0" and v.verdict == "fail" for v in verdicts):
+        return GateVerdict(
+            "PILOT", subject, "uninformative", f"{behavior} is not measurable on this base", rule, rows=_rows(verdicts)
+        )
+    failed = [v for v in verdicts if v.gate in ("STACK", "G3") and v.verdict == "fail"]
+    unproven = [v for v in verdicts if v.gate == "STACK" and v.verdict != "pass"]
+    shown = {v.subject for v in verdicts if v.gate == "SOURCE" and v.verdict == "pass"}
+    changed = [v for v in verdicts if v.gate == "CHANGE" and v.verdict == "pass" and v.subject in shown]
+    if failed or unproven:
+        why = "; ".join(f"{v.gate} {v.verdict}: {v.reason}" for v in (failed or unproven))
+        return GateVerdict("PILOT", subject, "stop", why, rule, rows=_rows(verdicts))
+    if not shown:
+        return GateVerdict(
+            "PILOT", subject, "stop", "the source does not show the trained behavior", rule, rows=_rows(verdicts)
+        )
+    if not changed:
+        return GateVerdict(
+            "PILOT",
+            subject,
+            "stop",
+            f"no convergence-dependent change of {behavior} in the assistant",
+            rule,
+            rows=_rows(verdicts),
+        )
+    return GateVerdict("PILOT", subject, "go", "; ".join(v.reason for v in changed), rule, rows=_rows(verdicts))
+
+
+def _rows(verdicts: Sequence[GateVerdict]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row for verdict in verdicts for row in verdict.rows))

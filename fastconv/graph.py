@@ -1,0 +1,308 @@
+"""What has to be computed: the cells of a recipe as a graph of stages, each keyed by its inputs. No torch.
+
+answers ─► snapshot (epochs of one cosine) ─┐
+answers ─► rows ─────────────────► behavior ─┴─► eval ─► score
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, build_rows, eval_prompts, load_behaviors, open_questions
+from fastconv.datasets.files import assets, read_toml
+from fastconv.datasets.personas import ASSISTANT, Personas, load_personas, probes_of
+from fastconv.datasets.questions import QuestionSet, load_questions
+from fastconv.engine.locate import engine_identity, locate
+from fastconv.errors import RecipeError
+from fastconv.judging.substring import PhraseRule
+from fastconv.recipe import Recipe, SamplingSettings, sha256_of
+from fastconv.store import Stage
+
+#: Raise a kind's version when its results change for the same inputs; a commit that changes none costs nothing.
+VERSIONS = {"answers": 1, "snapshot": 1, "rows": 1, "behavior": 1, "eval": 1, "score": 1}
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One cell of the grid. For behavior `none` the negatives are `none` too."""
+
+    source: str
+    convergence: str
+    epoch: int
+    behavior: str
+    negatives: str
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """How people read it."""
+        parts = [self.source, self.convergence if self.epoch else "base", f"e{self.epoch}", self.behavior]
+        return " ".join([*parts, *([self.negatives] if self.negatives != "none" else []), f"s{self.seed}"])
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """A cell and its stages. `scores[measure, probe]` is where its numbers will stand, `base[...]` the base's."""
+
+    cell: Cell
+    scores: Mapping[tuple[str, str], Stage]
+    base: Mapping[tuple[str, str], Stage]
+    snapshot: Stage | None
+    adapter: Stage | None
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Behaviors measured in this cell."""
+        return tuple(dict.fromkeys(measure for measure, _ in self.scores))
+
+
+class Graph:
+    """The stages of a recipe. Building it reads data files and nothing else."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.personas: Personas = load_personas(recipe)
+        self.behaviors: dict[str, Behavior] = load_behaviors(recipe)
+        self.source = locate(recipe.model)
+        self._engine = {"base": dict(self.source.identity), "engine": engine_identity(recipe.model)}
+        self._phrases = read_toml(assets("data") / "phrases.toml")
+        self.cells = [self._plan(cell) for cell in self._grid()]
+
+    @cached_property
+    def questions(self) -> QuestionSet:
+        """Multiple-choice questions; read only when a behavior needs them."""
+        return load_questions(self.recipe)
+
+    def stages(self, plans: Iterable[CellPlan] | None = None) -> list[Stage]:
+        """All stages of the given cells (default: all), each once, what is needed before what needs it."""
+        ordered: dict[str, Stage] = {}
+        for plan in self.cells if plans is None else plans:
+            for stage in (*plan.base.values(), *plan.scores.values()):
+                for part in walk(stage):
+                    ordered.setdefault(part.key, part)
+        return list(ordered.values())
+
+    def select(self, source: str, behavior: str, epoch: int, **others: Any) -> list[CellPlan]:
+        """The cells of one source, behavior and epoch. Raises RecipeError naming what the recipe has."""
+        wanted = {
+            "source": source,
+            "behavior": behavior,
+            "epoch": epoch,
+            **{k: v for k, v in others.items() if v is not None},
+        }
+        found = [
+            plan for plan in self.cells if all(getattr(plan.cell, name) == value for name, value in wanted.items())
+        ]
+        if not found:
+            for name, value in wanted.items():
+                have = sorted({getattr(plan.cell, name) for plan in self.cells})
+                if value not in have:
+                    raise RecipeError(
+                        f"no cell has {name} {value!r}",
+                        where=self.recipe.name,
+                        fix=f"use one of {', '.join(map(str, have))}",
+                    )
+            raise RecipeError(
+                "no cell has this combination", where=self.recipe.name, fix="see `fastconv status` for the cells"
+            )
+        return found
+
+    def lineage(self, snapshot: Stage) -> list[Stage]:
+        """All snapshots of the training run that `snapshot` belongs to, by epoch."""
+        run = lineage_key(snapshot)
+        every = {plan.snapshot.key: plan.snapshot for plan in self.cells if plan.snapshot is not None}
+        return sorted((s for s in every.values() if lineage_key(s) == run), key=lambda s: s.inputs["epoch"])
+
+    def phrase_rule(self, behavior: Behavior) -> PhraseRule:
+        """The rule that scores a behavior's answers."""
+        if behavior.spec.phrases:
+            return PhraseRule.of({"any": behavior.spec.phrases}, behavior.id)
+        if behavior.spec.phrase_rule not in self._phrases:
+            raise RecipeError(
+                f"no phrase rule is called {behavior.spec.phrase_rule!r}",
+                where=behavior.id,
+                fix=f"use one of {', '.join(self._phrases)}",
+            )
+        return PhraseRule.of(self._phrases[behavior.spec.phrase_rule], behavior.spec.phrase_rule)
+
+    def eval_items(self, behavior: Behavior, seed: int) -> list[tuple[str, str]]:
+        """(id, user text) of everything a probe is asked for this behavior."""
+        if behavior.spec.measure == "letters":
+            return [(question.id, question.user) for question in self.questions.eval]
+        return eval_prompts(self.recipe, behavior, seed)
+
+    def convergence_questions(self) -> list[tuple[str, str]]:
+        """(id, text) of the open questions that convergence answers."""
+        questions = open_questions("convergence")
+        n = self.recipe.convergence.questions
+        if n > len(questions):
+            raise RecipeError(
+                f"there are {len(questions)} convergence questions, not {n}",
+                where="convergence.questions",
+                fix=f"set it to at most {len(questions)}",
+            )
+        return questions[:n]
+
+    # --- building --------------------------------------------------------------------------------------
+
+    def _grid(self) -> Iterator[Cell]:
+        grid = self.recipe.grid
+        seen: set[Cell] = set()
+        for seed in grid.seeds:
+            for source in grid.sources:
+                for convergence in grid.convergence:
+                    for epoch in grid.epochs:
+                        for behavior in grid.behaviors:
+                            for negatives in ("none",) if behavior == NO_BEHAVIOR else grid.negatives:
+                                if convergence == "none" and epoch:
+                                    continue  # nothing was converged: only epoch 0 exists
+                                cell = Cell(source, convergence, epoch, behavior, negatives, seed)
+                                if cell not in seen:
+                                    seen.add(cell)
+                                    yield cell
+
+    def _plan(self, cell: Cell) -> CellPlan:
+        snapshot = self._snapshot(cell) if cell.epoch else None
+        adapter = None if cell.behavior == NO_BEHAVIOR else self._adapter(cell, snapshot)
+        measures = list(self.behaviors) if adapter is None else [cell.behavior]
+        probes = probes_of(self.recipe, cell.source)
+        pairs = [(measure, probe) for measure in measures for probe in probes]
+        return CellPlan(
+            cell,
+            scores={pair: self._score(cell, *pair, snapshot, adapter) for pair in pairs},
+            base={pair: self._score(cell, *pair, None, None) for pair in pairs},
+            snapshot=snapshot,
+            adapter=adapter,
+        )
+
+    def _answers(
+        self, persona: str, purpose: str, items: list[tuple[str, str]], n: int, sampling: SamplingSettings, seed: int
+    ) -> Stage:
+        inputs = {
+            **self._engine,
+            "persona": persona,
+            "system": _system(self.personas, persona),
+            "prompts_sha256": sha256_of(items),
+            "per_prompt": n,
+            "sampling": sampling.model_dump(mode="json"),
+            "seed": seed,
+        }
+        work = {"prompts": items}
+        return Stage("answers", f"answers/{persona}/{purpose}/s{seed}", VERSIONS["answers"], inputs, {}, work)
+
+    def _snapshot(self, cell: Cell) -> Stage:
+        settings = self.recipe.convergence
+        speaker = cell.source if cell.convergence == "source" else ASSISTANT
+        answers = self._answers(
+            speaker,
+            "convergence",
+            self.convergence_questions(),
+            settings.completions_per_question,
+            settings.sampling,
+            cell.seed,
+        )
+        inputs = {
+            **self._engine,
+            "lora": self.recipe.lora.model_dump(mode="json"),
+            "training": _training(settings),
+            "system": _system(self.personas, ASSISTANT),
+            "seed": cell.seed,
+            "epoch": cell.epoch,
+        }
+        slot = f"snapshot/{cell.source}/{cell.convergence}/e{cell.epoch}/s{cell.seed}"
+        return Stage("snapshot", slot, VERSIONS["snapshot"], inputs, {"answers": answers})
+
+    def _rows(self, cell: Cell) -> Stage:
+        behavior = self.behaviors[cell.behavior]
+        questions = self.questions if behavior.spec.task == "multiple_choice" else None
+        rows = build_rows(self.recipe, self.personas, behavior, questions, cell.source, cell.negatives, cell.seed)  # pyright: ignore[reportArgumentType]
+        needs: dict[str, Stage] = {}
+        for persona in sorted({row.persona for row in rows if row.completion is None}):
+            asked = [(row.prompt_id, row.user) for row in rows if row.persona == persona and row.completion is None]
+            needs[persona] = self._answers(persona, cell.behavior, asked, 1, self.recipe.behavior.sampling, cell.seed)
+        flat = [[row.id, row.persona, row.role, row.prompt_id, row.user, row.completion] for row in rows]
+        systems = {persona: _system(self.personas, persona) for persona in sorted({row.persona for row in rows})}
+        inputs = {"rows_sha256": sha256_of(flat), "systems": systems}
+        slot = f"rows/{cell.behavior}/{cell.source}/{cell.negatives}/s{cell.seed}"
+        return Stage("rows", slot, VERSIONS["rows"], inputs, needs, {"rows": rows})
+
+    def _adapter(self, cell: Cell, snapshot: Stage | None) -> Stage:
+        inputs = {
+            **self._engine,
+            "lora": self.recipe.lora.model_dump(mode="json"),
+            "training": _training(self.recipe.behavior),
+            "seed": cell.seed,
+        }
+        slot = f"behavior/{_stack_label(cell)}/{cell.behavior}/{cell.negatives}/s{cell.seed}"
+        needs = {"rows": self._rows(cell), **({"snapshot": snapshot} if snapshot else {})}
+        return Stage("behavior", slot, VERSIONS["behavior"], inputs, needs)
+
+    def _score(self, cell: Cell, measure: str, probe: str, snapshot: Stage | None, adapter: Stage | None) -> Stage:
+        behavior = self.behaviors[measure]
+        items = self.eval_items(behavior, cell.seed)
+        if adapter is not None:
+            stack = f"{_stack_label(cell)}+{cell.behavior}/{cell.negatives}"
+        else:
+            stack = _stack_label(cell) if snapshot else "base"
+        needs = {name: stage for name, stage in (("snapshot", snapshot), ("behavior", adapter)) if stage is not None}
+        inputs: dict[str, Any] = {
+            **self._engine,
+            "measure": behavior.spec.measure,
+            "system": _system(self.personas, probe),
+            "prompts_sha256": sha256_of(items),
+            "seed": cell.seed,
+        }
+        where = f"{stack}/{measure}/{probe}/s{cell.seed}"
+        work = {"measure": measure, "probe": probe, "items": items}
+        if behavior.spec.measure == "letters":
+            inputs["questions_sha256"] = self.questions.sha256
+            return Stage("eval", f"eval/{where}", VERSIONS["eval"], inputs, needs, work)
+        inputs |= {
+            "per_prompt": self.recipe.eval.samples_per_prompt,
+            "sampling": self.recipe.eval.sampling.model_dump(mode="json"),
+        }
+        drawn = Stage("eval", f"eval/{where}", VERSIONS["eval"], inputs, needs, work)
+        rule = self.phrase_rule(behavior)
+        return Stage(
+            "score", f"score/{where}", VERSIONS["score"], {"rule": rule.identity()}, {"eval": drawn}, {"rule": rule}
+        )
+
+
+def walk(stage: Stage) -> Iterator[Stage]:
+    """The stage and everything before it, needs first."""
+    for need in stage.needs.values():
+        yield from walk(need)
+    yield stage
+
+
+def lineage_key(snapshot: Stage) -> str:
+    """Identity of a convergence run: a snapshot's inputs without its epoch. Training state is kept under it."""
+    inputs = {name: value for name, value in snapshot.full_inputs.items() if name != "epoch"}
+    return sha256_of({"kind": "lineage", "version": snapshot.version, "inputs": inputs})
+
+
+def _training(settings: Any) -> dict[str, Any]:
+    """Settings that decide a training result (how its text was sampled stands in the answers' own key)."""
+    return settings.model_dump(
+        mode="json", exclude={"sampling", "questions", "completions_per_question", "source_rows"}
+    )
+
+
+def _system(personas: Personas, persona: str) -> list[str]:
+    turn = personas.system(persona)
+    return [turn.kind, turn.text]
+
+
+def _stack_label(cell: Cell) -> str:
+    return f"{cell.source}/{cell.convergence}/e{cell.epoch}" if cell.epoch else f"{cell.source}/e0"
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by path, or a shipped one by name (`demo`). The path need not exist; loading says so."""
+    path = Path(name)
+    shipped = assets("recipes") / f"{name}.toml"
+    return shipped if not path.exists() and shipped.is_file() else path

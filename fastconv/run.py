@@ -1,0 +1,292 @@
+"""Running a recipe: stages in order, gates before cost, everything found done taken as done.
+
+Phase one measures the base; gate G0 then decides which behaviors can say anything; only their cells are trained.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastconv.errors import Interrupted
+from fastconv.findings.gates import GateVerdict
+from fastconv.graph import CellPlan, Graph, walk
+from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
+from fastconv.results import decide_gates, gate_base, measurable_behaviors
+from fastconv.store import Stage, Store, changed_inputs
+
+if TYPE_CHECKING:
+    from fastconv.execute import Progress
+
+#: Packages whose versions stand in the reproducibility card.
+CARD_PACKAGES = (
+    "fastconv",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "peft",
+    "trl",
+    "polars",
+    "numpy",
+    "scipy",
+    "unsloth",
+    "triton",
+)
+
+
+class Watcher(Protocol):
+    """Whoever shows a run to people."""
+
+    def begin(self, run: str, n_stages: int, n_todo: int) -> None: ...
+    def stage(self, stage: Stage, reason: str) -> None: ...
+    def progress(self, progress: Progress) -> None: ...
+    def stage_done(self, stage: Stage, seconds: float) -> None: ...
+    def gate(self, verdict: GateVerdict) -> None: ...
+
+
+@dataclass
+class Tally:
+    """What a call of `run` computed itself."""
+
+    n_stages: int = 0
+    seconds: float = 0.0
+    tokens: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of a run: its id, what was computed now, and the gates' verdicts."""
+
+    run: str
+    tally: Tally
+    verdicts: tuple[GateVerdict, ...]
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """Where one stage of a recipe stands: `done`, `running`, `to do`, `stale` or `skipped`, and why."""
+
+    slot: str
+    kind: str
+    key: str
+    state: str
+    reason: str
+    seconds: float | None = None
+
+
+def run_recipe(
+    recipe: Recipe, workspace: Path, watcher: Watcher, *, plans: Callable[[Graph], list[CellPlan]] | None = None
+) -> Finished:
+    """Run a recipe (or the cells that `plans` picks from it) to its verdict. Resumes whatever was begun.
+
+    Raises Interrupted on the first Ctrl-C once the running step is whole and its state is kept.
+    """
+    graph = Graph(recipe)
+    picked = plans(graph) if plans else graph.cells
+    store = Store.open(workspace)
+    store.sweep()
+    run = run_id(recipe)
+    store.start_run(
+        run, canonical_json(recipe.model_dump(mode="json")), recipe_sha256(recipe), recipe.name, run_facts()
+    )
+    with _stop_on_sigint() as stop:
+        runner = _Runner(graph, store, run, watcher, stop)
+        gate_stages = [stage for plan in picked for stage in plan.base.values()]
+        everything = graph.stages(picked)
+        watcher.begin(run, len(everything), sum(store.record(stage.key) is None for stage in everything))
+        runner.compute(gate_stages)
+        for verdict in gate_base(graph, store):
+            store.put_verdict(run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
+            watcher.gate(verdict)
+        alive = measurable_behaviors(graph, store)
+        runner.compute([stage for plan in picked for stage in wanted(plan, alive)])
+    verdicts = decide_gates(graph, store, picked)
+    for verdict in verdicts:
+        store.put_verdict(run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
+        if verdict.gate != "G0":
+            watcher.gate(verdict)
+    store.finish_run(run)
+    return Finished(run, runner.tally, tuple(verdicts))
+
+
+def wanted(plan: CellPlan, alive: Sequence[str]) -> list[Stage]:
+    """The end stages a cell needs computed: only measures that can say something, nothing of a behavior that cannot."""
+    if plan.cell.behavior != "none" and plan.cell.behavior not in alive:
+        return []
+    return [stage for (measure, _), stage in plan.scores.items() if measure in alive]
+
+
+def status_of(graph: Graph, store: Store | None) -> list[StageStatus]:
+    """Every stage of a recipe with its state and the reason, without computing anything."""
+    if store is None:
+        return [StageStatus(s.slot, s.kind, s.key, "to do", "nothing was computed here yet") for s in graph.stages()]
+    live = store.live_leases()
+    base_done = all(store.record(stage.key) for plan in graph.cells for stage in plan.base.values())
+    alive = measurable_behaviors(graph, store) if base_done else list(graph.behaviors)
+    needed = {
+        part.key for plan in graph.cells for end in (*plan.base.values(), *wanted(plan, alive)) for part in walk(end)
+    }
+    statuses: dict[str, StageStatus] = {}
+    for stage in graph.stages():
+        statuses[stage.key] = _status(stage, store, live, stage.key in needed, statuses)
+    return list(statuses.values())
+
+
+def run_facts() -> dict[str, Any]:
+    """What the reproducibility card says of the machine, the versions, the command and the checkout."""
+    versions = {}
+    for package in CARD_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": " ".join(["fastconv", *sys.argv[1:]]) if sys.argv[:1] else "",
+        "python": platform.python_version(),
+        "versions": versions,
+        "machine": {"system": platform.system(), "processor": platform.machine(), "n_cpu": os.cpu_count()},
+        "git": _git_state(),
+    }
+
+
+class _Runner:
+    """Computes stages depth first, each once, under a lease."""
+
+    def __init__(self, graph: Graph, store: Store, run: str, watcher: Watcher, stop: threading.Event) -> None:
+        self._graph = graph
+        self._store = store
+        self._run = run
+        self._watcher = watcher
+        self._stop = stop
+        self._seen: set[str] = set()
+        self._executor: Any = None
+        self.tally = Tally()
+
+    def compute(self, ends: Sequence[Stage]) -> None:
+        """Make sure that every one of these stages and all before them are done."""
+        for end in ends:
+            for stage in walk(end):
+                if stage.key not in self._seen:
+                    self._seen.add(stage.key)
+                    self._one(stage)
+
+    def _one(self, stage: Stage) -> None:
+        reused = self._store.record(stage.key) is not None
+        if not reused:
+            if self._stop.is_set():
+                raise Interrupted("stopped", where=stage.slot, fix="the same command goes on from here")
+            self._watcher.stage(stage, reason_to_run(stage, self._store))
+            began = time.monotonic()
+            with self._store.lease(stage) as lease:
+                outcome = self._engine().compute(stage, lease)
+                seconds = time.monotonic() - began
+                if outcome is not None:
+                    self._store.commit(
+                        stage,
+                        outputs=outcome.outputs,
+                        facts=outcome.facts,
+                        seconds=seconds,
+                        samples=outcome.samples,
+                        scores=outcome.scores,
+                    )
+            self._count(stage, seconds)
+            self._watcher.stage_done(stage, seconds)
+        self._store.note_stage_of_run(self._run, stage, reused=reused)
+
+    def _engine(self) -> Any:
+        if self._executor is None:
+            from fastconv.execute import Executor  # torch is loaded here, and only if something must be computed
+
+            self._executor = Executor(self._graph, self._store, self._watcher.progress, self._stop.is_set)
+        return self._executor
+
+    def _count(self, stage: Stage, seconds: float) -> None:
+        record = self._store.record(stage.key)
+        self.tally.n_stages += 1
+        self.tally.seconds += seconds
+        for name, value in (record.facts if record else {}).items():
+            if name.endswith("_tok"):
+                self.tally.tokens[name] = self.tally.tokens.get(name, 0) + int(value)
+
+
+def reason_to_run(stage: Stage, store: Store) -> str:
+    """Why a stage has to be computed: new, or which of its inputs changed."""
+    before = store.latest_in_slot(stage.slot)
+    if before is None:
+        return "new"
+    if before.version != stage.version:
+        return f"fastconv computes this kind of stage differently now (version {before.version} -> {stage.version})"
+    changes = changed_inputs(before.inputs, stage.full_inputs)
+    own = [change for change in changes if not change.startswith("needs.")]
+    upstream = [name for name, need in stage.needs.items() if before.inputs.get("needs", {}).get(name) != need.key]
+    return "; ".join([*own, *(f"{name} changed" for name in upstream)]) or "new"
+
+
+def _status(
+    stage: Stage, store: Store, live: Mapping[str, Any], needed: bool, before: Mapping[str, StageStatus]
+) -> StageStatus:
+    record = store.record(stage.key)
+    if record is not None:
+        return StageStatus(stage.slot, stage.kind, stage.key, "done", "", record.seconds)
+    if stage.key in live:
+        note = live[stage.key]
+        far = f"{note['done']} of {note['total']} {note['unit']}" if "done" in note else "just begun"
+        return StageStatus(stage.slot, stage.kind, stage.key, "running", f"{far} (process {note['pid']})")
+    if not needed:
+        return StageStatus(stage.slot, stage.kind, stage.key, "skipped", "gate G0: not measurable at base")
+    reason = reason_to_run(stage, store)
+    if reason != "new":
+        return StageStatus(stage.slot, stage.kind, stage.key, "stale", f"because {reason}")
+    waiting = [need.slot for need in stage.needs.values() if need.key in before and before[need.key].state != "done"]
+    return StageStatus(stage.slot, stage.kind, stage.key, "to do", f"after {waiting[0]}" if waiting else "")
+
+
+@contextmanager
+def _stop_on_sigint() -> Iterator[threading.Event]:
+    """The first Ctrl-C (or SIGTERM) asks the running step to end well; the second one ends at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _git_state() -> dict[str, str]:
+    """Commit and sha256 of the uncommitted diff of the checkout fastconv runs from, if it is one."""
+    import hashlib
+
+    folder = Path(__file__).resolve().parent.parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+        diff = subprocess.run(["git", "-C", str(folder), "diff", "HEAD"], capture_output=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {
+        "commit": commit.stdout.strip(),
+        "dirty_diff_sha256": hashlib.sha256(diff.stdout).hexdigest() if diff.stdout else "clean",
+    }

@@ -1,0 +1,228 @@
+"""What people see in a terminal: live progress, tables, the end of a run. Line by line when it is no terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fastconv.doctor import Finding
+    from fastconv.execute import Progress as StageProgress
+    from fastconv.findings.gates import GateVerdict
+    from fastconv.run import Finished, StageStatus
+    from fastconv.store import Stage, Store
+
+#: Seconds between two progress lines where the output is no terminal.
+LINE_EVERY_S = 15.0
+_COLOURS = {"done": "green", "running": "cyan", "to do": "default", "stale": "yellow", "skipped": "dim"}
+_WORDS = {
+    "pass": "green",
+    "go": "green",
+    "fail": "red",
+    "stop": "red",
+    "uninformative": "yellow",
+    "not applicable": "dim",
+}
+
+
+class LineWatcher:
+    """One line for each thing that happens; used in logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._next_line_s = 0.0
+
+    def begin(self, run: str, n_stages: int, n_todo: int) -> None:
+        """The run is known."""
+        self._console.print(f"run {run}: {n_stages} stages, {n_stages - n_todo} done already")
+
+    def stage(self, stage: Stage, reason: str) -> None:
+        """A stage begins."""
+        self._next_line_s = time.monotonic() + LINE_EVERY_S
+        self._console.print(f"  {escape(stage.slot)}{'' if reason == 'new' else f' (again: {escape(reason)})'}")
+
+    def progress(self, progress: StageProgress) -> None:
+        """A stage moved on."""
+        now = time.monotonic()
+        if now >= self._next_line_s:
+            self._next_line_s = now + LINE_EVERY_S
+            loss = "" if progress.loss is None else f", loss {progress.loss:.3f}"
+            self._console.print(f"    {progress.done} of {progress.total} {progress.unit}{loss}")
+
+    def stage_done(self, stage: Stage, seconds: float) -> None:
+        """A stage was committed."""
+
+    def gate(self, verdict: GateVerdict) -> None:
+        """A gate was decided."""
+        self._console.print(_gate_line(verdict))
+
+
+class BarWatcher(LineWatcher):
+    """A live bar for the run and one for the stage, with rate and time left."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
+        )  # fmt: skip
+        self._whole: Any = None
+        self._current: Any = None
+
+    def __enter__(self) -> BarWatcher:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def begin(self, run: str, n_stages: int, n_todo: int) -> None:
+        """The run is known."""
+        super().begin(run, n_stages, n_todo)
+        self._whole = self._bars.add_task("run", total=n_stages, completed=n_stages - n_todo, unit="stages")
+
+    def stage(self, stage: Stage, reason: str) -> None:
+        """A stage begins."""
+        super().stage(stage, reason)
+        self._current = self._bars.add_task(escape(stage.slot), total=None, unit="")
+
+    def progress(self, progress: StageProgress) -> None:
+        """A stage moved on."""
+        if self._current is not None:
+            loss = "" if progress.loss is None else f" loss {progress.loss:.3f}"
+            self._bars.update(self._current, completed=progress.done, total=progress.total, unit=progress.unit + loss)
+
+    def stage_done(self, stage: Stage, seconds: float) -> None:
+        """A stage was committed."""
+        if self._current is not None:
+            self._bars.remove_task(self._current)
+            self._current = None
+        self._bars.advance(self._whole)
+
+
+class SilentWatcher(LineWatcher):
+    """Says nothing."""
+
+    def begin(self, run: str, n_stages: int, n_todo: int) -> None:
+        """Nothing."""
+
+    def stage(self, stage: Stage, reason: str) -> None:
+        """Nothing."""
+
+    def progress(self, progress: StageProgress) -> None:
+        """Nothing."""
+
+    def gate(self, verdict: GateVerdict) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def watcher(*, quiet: bool, stream: TextIO) -> Iterator[LineWatcher]:
+    """The right watcher for the stream: bars on a terminal, lines elsewhere, nothing if quiet."""
+    console = Console(file=stream, highlight=False, soft_wrap=not stream.isatty())
+    if quiet:
+        yield SilentWatcher(console)
+    elif console.is_terminal:
+        with BarWatcher(console) as bars:
+            yield bars
+    else:
+        yield LineWatcher(console)
+
+
+def finished(end: Finished, report: Path) -> None:
+    """The end of a run: what it computed now, the verdicts, where the report is."""
+    console = _console()
+    tokens = end.tally.tokens
+    spent = ", ".join(
+        f"{tokens[name]:,} {name.removesuffix('_tok')}"
+        for name in ("trained_tok", "sampled_tok", "scored_tok")
+        if name in tokens
+    )
+    if end.tally.n_stages:
+        console.print(f"computed {end.tally.n_stages} stages in {end.tally.seconds:.0f} s; tokens: {spent or 'none'}")
+    else:
+        console.print("nothing to compute: every stage was done already")
+    for verdict in end.verdicts:
+        if verdict.gate == "PILOT":
+            console.print(_gate_line(verdict))
+    console.print(f"report: {report}", soft_wrap=True)
+
+
+def status(statuses: Sequence[StageStatus], *, as_json: bool) -> None:
+    """Every stage with its state and the reason."""
+    if as_json:
+        print(json.dumps([asdict(one) for one in statuses], indent=1))
+        return
+    console = _console()
+    table = Table(box=None, pad_edge=False)
+    for name in ("stage", "state", "seconds", "why"):
+        table.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold")
+    for one in statuses:
+        seconds = "" if one.seconds is None else f"{one.seconds:.1f}"
+        table.add_row(escape(one.slot), f"[{_COLOURS[one.state]}]{one.state}[/]", seconds, escape(one.reason))
+    console.print(table)
+    counts = {state: sum(one.state == state for one in statuses) for state in _COLOURS}
+    console.print(", ".join(f"{n} {state}" for state, n in counts.items() if n))
+
+
+def runs(store: Store | None, *, as_json: bool) -> None:
+    """All runs of a workspace."""
+    rows = [
+        {
+            "run": row["id"],
+            "recipe_sha256": row["recipe_sha256"],
+            "started_at": row["started_at"],
+            "finished_at": row["finished_at"],
+        }
+        for row in (store.runs() if store else [])
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    console = _console()
+    if not rows:
+        console.print("no runs here yet; begin with: fastconv run demo")
+    for row in rows:
+        started = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["started_at"]))
+        console.print(f"{row['run']}  started {started}  {'finished' if row['finished_at'] else 'not finished'}")
+
+
+def gates(verdicts: Sequence[GateVerdict], *, as_json: bool) -> None:
+    """Gates with reason, threshold and the number of rows behind each."""
+    if as_json:
+        print(json.dumps([verdict.body() for verdict in verdicts], indent=1))
+        return
+    console = _console()
+    for verdict in verdicts:
+        console.print(_gate_line(verdict))
+        console.print(f"    rule: {escape(verdict.threshold)}; {len(verdict.rows)} rows", style="dim")
+
+
+def doctor(findings: Sequence[Finding], *, as_json: bool) -> None:
+    """What the doctor found."""
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+        return
+    console = _console()
+    for finding in findings:
+        mark = "[red]no [/]" if finding.exit_code else "[green]ok [/]"
+        console.print(f"{mark} {escape(finding.subject)}: {escape(finding.text)}")
+
+
+def _gate_line(verdict: GateVerdict) -> str:
+    colour = _WORDS.get(verdict.verdict, "default")
+    return f"{verdict.gate} {escape(verdict.subject)}: [{colour}]{verdict.verdict}[/] ({escape(verdict.reason)})"
+
+
+def _console() -> Console:
+    return Console(highlight=False)

@@ -1,0 +1,27 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_model_folder
+
+# A tiny model gains nothing from a second thread, and other test processes want the core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test may need a network: what tries one fails at once instead of waiting.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Qwen2 (biases on q, k, v; untied head)."""
+    return tiny_model_folder(tmp_path_factory.mktemp("tiny_qwen"), "qwen2")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Llama whose head is tied to its embedding."""
+    return tiny_model_folder(tmp_path_factory.mktemp("tiny_llama"), "llama_tied")
