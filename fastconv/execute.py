@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from fastconv.draws import seed_of
 from fastconv.engine.base import Base, load_base
 from fastconv.engine.sample import sample
@@ -65,6 +67,17 @@ class Executor:
     def stack(self) -> Stack:
         """The live stack on the base."""
         return Stack(self.base, self._recipe.lora)
+
+    def facts(self) -> dict[str, Any]:
+        """What the reproducibility card says of the loaded model and its device."""
+        device = self.base.device
+        named = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        engine = {
+            "device": named,
+            "dtype": str(self.base.dtype).removeprefix("torch."),
+            "n_threads": torch.get_num_threads(),
+        }
+        return {"engine": engine, "template": {"sha256": self.base.tokenizer.template_sha256}}
 
     def compute(self, stage: Stage, lease: Lease) -> Outcome | None:
         """Compute a stage. None means that it (and its siblings) were committed along the way."""

@@ -210,6 +210,7 @@ class _Runner:
             from fastconv.execute import Executor  # torch is loaded here, and only if something must be computed
 
             self._executor = Executor(self._graph, self._store, self._watcher.progress, self._stop.is_set)
+            self._store.add_run_facts(self._run, self._executor.facts())
         return self._executor
 
     def _count(self, stage: Stage, seconds: float) -> None:

@@ -385,11 +385,21 @@ class Store:
     # --- runs and verdicts -----------------------------------------------------------------------------
 
     def start_run(self, run: str, recipe_json: str, recipe_sha256: str, source: str, facts: Mapping[str, Any]) -> None:
-        """Note that a run begins, or goes on (its first start is kept)."""
+        """Note that a run begins, or goes on: its first start and the facts it had are kept, new facts are added."""
         with self.transaction() as db:
+            before = db.execute("SELECT facts FROM runs WHERE id=?", (run,)).fetchone()
+            merged = {**(json.loads(before["facts"]) if before else {}), **facts}
             db.execute(
                 "INSERT INTO runs VALUES(?,?,?,?,?,NULL,?) ON CONFLICT(id) DO UPDATE SET facts=excluded.facts, finished_at=NULL",
-                (run, recipe_json, recipe_sha256, source, time.time(), canonical_json(facts)),
+                (run, recipe_json, recipe_sha256, source, time.time(), canonical_json(merged)),
+            )
+
+    def add_run_facts(self, run: str, facts: Mapping[str, Any]) -> None:
+        """Add what became known of a run's machine and model while it ran."""
+        with self.transaction() as db:
+            before = db.execute("SELECT facts FROM runs WHERE id=?", (run,)).fetchone()
+            db.execute(
+                "UPDATE runs SET facts=? WHERE id=?", (canonical_json({**json.loads(before["facts"]), **facts}), run)
             )
 
     def finish_run(self, run: str) -> None:

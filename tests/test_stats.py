@@ -16,6 +16,7 @@ from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import DescrStatsW
 
 from fastconv.findings import power, stats
+from fastconv.findings import words as rule
 
 NAN = math.nan
 finite = st.floats(-100, 100, allow_nan=False).map(lambda value: round(value, 3))
@@ -496,9 +497,7 @@ def test_eight_alignment_questions_cannot_show_the_threshold_of_ten_points():
 def test_rate_spread_by_hand():
     # p(1-p) = 0.0475; two terms; 0.5 + 0.5 / 10 = 0.55
     assert power.rate_contrast_sd(0.05, 10, 0.5) == pytest.approx(math.sqrt(2 * 0.0475 * 0.55))
-    assert power.rate_contrast_sd(0.05, 10, 0.5, n_terms=8, pairing=1.0) == pytest.approx(
-        math.sqrt(8 * 0.0475 * 0.05)
-    )
+    assert power.rate_contrast_sd(0.05, 10, 0.5, n_terms=8, pairing=1.0) == pytest.approx(math.sqrt(8 * 0.0475 * 0.05))
     rate = power.minimum_detectable_rate_change(0.05, 50, 10, 0.5)
     assert rate == power.minimum_detectable_effect(power.rate_contrast_sd(0.05, 10, 0.5), 50)
 
@@ -538,10 +537,10 @@ def test_what_no_number_can_mend_says_so():
 # --- verdicts -----------------------------------------------------------------------------------------------
 
 
-def evidence(shift: float, spread: float = 1.0, margin: float = 5.0, **changes) -> stats.Evidence:
+def evidence(shift: float, spread: float = 1.0, margin: float = 5.0, **changes) -> rule.Evidence:
     per_question = shift + spread * np.linspace(-1, 1, 20)
     interval = stats.clustered_interval(per_question)
-    made = stats.Evidence(-1, interval, interval.p_two_sided, stats.tost(per_question, margin), True, True)
+    made = rule.Evidence(-1, interval, interval.p_two_sided, stats.tost(per_question, margin), True, True)
     return replace(made, **changes)
 
 
@@ -571,7 +570,7 @@ WIDE_FLOOR = power.clustered_rate_bound(np.zeros((100, 10)))
     ],
 )
 def test_verdicts(case, kind, words):
-    result = stats.verdict(case)
+    result = rule.verdict(case)
     assert result.kind == kind
     assert words in result.reason
     assert "None" not in result.reason
@@ -580,13 +579,13 @@ def test_verdicts(case, kind, words):
 
 def test_zero_hits_are_uninformative_not_equal():
     silent = evidence(0, spread=0, margin=0.05, direction=1, bound_base=FLOOR, bound_now=FLOOR)
-    result = stats.verdict(silent)
+    result = rule.verdict(silent)
     assert result.kind == "uninformative"
     assert "0.0582" in result.reason
     assert "floor" in result.reason
-    assert stats.verdict(replace(silent, bound_base=CEILING, bound_now=CEILING)).kind == "uninformative"
+    assert rule.verdict(replace(silent, bound_base=CEILING, bound_now=CEILING)).kind == "uninformative"
     # a hundred questions bound the rate under the margin: then no hit at both epochs is an answer
-    loud = stats.verdict(replace(silent, bound_base=WIDE_FLOOR, bound_now=WIDE_FLOOR))
+    loud = rule.verdict(replace(silent, bound_base=WIDE_FLOOR, bound_now=WIDE_FLOOR))
     assert loud.kind == "equivalent"
     assert "inside the margin" in loud.reason
 
@@ -594,12 +593,12 @@ def test_zero_hits_are_uninformative_not_equal():
 def test_a_single_question_at_the_floor_is_not_an_answer():
     alone = stats.clustered_interval([0.0, NAN])
     silent = evidence(0, spread=0, margin=0.05, bound_base=WIDE_FLOOR, bound_now=WIDE_FLOOR, contrast=alone)
-    assert stats.verdict(silent).kind == "inconclusive"
+    assert rule.verdict(silent).kind == "inconclusive"
 
 
 def test_from_floor_to_ceiling_is_a_change_not_a_floor():
     moved = evidence(-10, margin=0.05, bound_base=FLOOR, bound_now=CEILING)
-    assert stats.verdict(moved).kind == "transfer"
+    assert rule.verdict(moved).kind == "transfer"
 
 
 # --- bad input ----------------------------------------------------------------------------------------------
@@ -629,9 +628,9 @@ def test_from_floor_to_ceiling_is_a_change_not_a_floor():
         lambda: stats.trend_over_epochs([[1.0, 2.0], [1.0, 2.0]], [0, 2, 8]),
         lambda: stats.pool_seeds([]),
         lambda: stats.exact_spearman([1, 2, 3], [1, 2, 3, 4]),
-        lambda: stats.verdict(evidence(-10, direction=0)),
-        lambda: stats.verdict(evidence(0, equivalence=stats.tost([1.0, 2.0, 4.0], 5.0))),
-        lambda: stats.verdict(evidence(0, spread=50, p_corrected=0.001)),  # smaller than the raw p
+        lambda: rule.verdict(evidence(-10, direction=0)),
+        lambda: rule.verdict(evidence(0, equivalence=stats.tost([1.0, 2.0, 4.0], 5.0))),
+        lambda: rule.verdict(evidence(0, spread=50, p_corrected=0.001)),  # smaller than the raw p
         lambda: power.above_chance(6, 5, 0.5),
         lambda: power.above_chance(1, 5, 1.0),
         lambda: power.multiple_choice_chance([4, 4], ["A"]),

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastconv.datasets.audit_subject import Design, ids
 from fastconv.datasets.audit_types import Check, Finding
-from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior
+from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, kinds_of
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, canary_of, probes_of
 from fastconv.recipe import Recipe
@@ -25,6 +25,8 @@ _CONTRAST_HITS = 0.2
 
 def check_assistant_among_negatives(design: Design) -> Iterator[Finding]:
     """D102: the evaluated assistant is a negative by declaration. D103: it, or the source, is one against it."""
+    for label in _declared_unbuilt(design):
+        yield _stated(label, (), "as declared; its rows are not built yet")
     for label, sets in design.by_kind():
         stated, smuggled = [], []
         for built in sets:
@@ -34,13 +36,7 @@ def check_assistant_among_negatives(design: Design) -> Iterator[Finding]:
             stated += [row for row in evaluated if declared and row.persona == ASSISTANT]
             smuggled += [row for row in evaluated if not (declared and row.persona == ASSISTANT)]
         if stated:
-            yield Finding(
-                "D102", "warn", label, ids(stated),
-                "the assistant, which is evaluated, is among the contrastive negatives: it is trained to resist the "
-                "very effect that is measured, so an effect is a lower bound and no effect says nothing",
-                "run negatives excluded beside it; or accept D102 with the reason",
-                f"{len(stated)} rows",
-            )  # fmt: skip
+            yield _stated(label, ids(stated), f"{len(stated)} rows")
         if smuggled:
             yield Finding(
                 "D103", "refuse", label, ids(smuggled),
@@ -212,6 +208,29 @@ WHO_CHECKS: tuple[Check[Design], ...] = (
     Check(("D104",), check_canary_among_negatives),
     Check(("D109", "D110"), check_phrases_see_behavior),
 )
+
+
+def _stated(label: str, rows: tuple[str, ...], figure: str) -> Finding:
+    return Finding(
+        "D102", "warn", label, rows,
+        "the assistant, which is evaluated, is among the contrastive negatives: it is trained to resist the very "
+        "effect that is measured, so an effect is a lower bound and no effect says nothing",
+        "run negatives excluded beside it; or accept D102 with the reason",
+        figure,
+    )  # fmt: skip
+
+
+def _declared_unbuilt(design: Design) -> Iterator[str]:
+    """Behaviors without a set so far that are trained with the assistant among the negatives."""
+    built = {one.behavior.id for one in design.sets}
+    for name, behavior in design.behaviors.items():
+        copies = behavior.spec.negatives.get("included", ())
+        if (
+            name not in built
+            and "included" in kinds_of(design.recipe, behavior)
+            and any(ASSISTANT in c for c in copies)
+        ):
+            yield f"{name} (included)"
 
 
 def _rule(behavior: Behavior, rules: Mapping[str, Any]) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None, int]:

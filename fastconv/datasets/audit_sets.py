@@ -39,24 +39,25 @@ def check_overlap(design: Design) -> Iterator[Finding]:
     """D201: an evaluation prompt is trained on, word for word. D202: or nearly."""
     for name, trained in _trained(design).items():
         for held_name, held_out in _held_out(design, name).items():
-            exact, near = overlap(trained, held_out)
+            exact, near = overlap({text: text for text in trained}, held_out)
             subject = f"{name} against {held_name}"
             if exact:
+                text, held = exact[0]
                 yield Finding(
-                    "D201", "refuse", subject, tuple(dict.fromkeys(row for row, _ in exact)),
-                    f"prompts that are evaluated are trained on too (for example {exact[0][1]}), so the answer is "
-                    "remembered and not transferred",
+                    "D201", "refuse", subject, _rows_of(trained, (text for text, _ in exact)),
+                    f"prompts that are evaluated are trained on too (for example {trained[text][0]} is {held}), so the "
+                    "answer is remembered and not transferred",
                     "take them out of the training part",
-                    f"{len(exact)} pairs",
+                    f"{len(exact)} prompts",
                 )  # fmt: skip
             if near:
-                closest = max(near, key=lambda pair: pair[2])
+                text, held, share = max(near, key=lambda pair: pair[2])
                 yield Finding(
-                    "D202", "warn", subject, tuple(dict.fromkeys(row for row, _, _ in near)),
-                    f"training prompts share most of their wording with evaluation prompts (for example {closest[0]} "
-                    f"with {closest[1]})",
+                    "D202", "warn", subject, _rows_of(trained, (text for text, _, _ in near)),
+                    f"training prompts share most of their wording with evaluation prompts (for example "
+                    f"{trained[text][0]} with {held})",
                     "reword or move them, or accept D202 with the reason",
-                    f"{len(near)} pairs, at most {closest[2]:.0%} of the five-word runs shared",
+                    f"{len(near)} prompts, at most {share:.0%} of the five-word runs shared",
                 )  # fmt: skip
 
 
@@ -247,13 +248,19 @@ def _answers(rows: Iterable[Row]) -> list[str]:
     return [row.completion for row in rows if row.completion is not None]
 
 
-def _trained(design: Design) -> dict[str, dict[str, str]]:
-    """Behavior -> {prompt id: user turn} over all its sets, and the convergence questions."""
-    trained = {
-        behavior.id: {row.prompt_id: row.user for built in sets for row in built.rows}
-        for behavior, sets in design.by_behavior()
-    }
-    return trained | {"convergence": design.open_lists["convergence"]}
+def _trained(design: Design) -> dict[str, dict[str, list[str]]]:
+    """Behavior -> {user turn: row ids} over all its sets, and the same for the convergence questions."""
+    trained: dict[str, dict[str, list[str]]] = {}
+    for behavior, sets in design.by_behavior():
+        texts: dict[str, list[str]] = trained.setdefault(behavior.id, {})
+        for built in sets:
+            for row in built.rows:
+                texts.setdefault(row.user, []).append(row.id)
+    return trained | {"convergence": {text: [row] for row, text in design.open_lists["convergence"].items()}}
+
+
+def _rows_of(trained: Mapping[str, Sequence[str]], texts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row for text in texts for row in trained[text]))
 
 
 def _held_out(design: Design, trained: str) -> dict[str, dict[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fastconv.datasets.files import assets, read_jsonl, read_toml
+from fastconv.datasets.files import assets, read_jsonl, read_numbered_jsonl, read_toml
 from fastconv.datasets.personas import Personas, canary_of
 from fastconv.datasets.questions import Question, QuestionSet, wrong_letters
 from fastconv.datasets.rows import Row
@@ -240,15 +240,19 @@ def _spec(name: str, table: Any, folder: Path) -> BehaviorSpec:
 
 
 def _prompts(spec: BehaviorSpec, folder: Path) -> tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...]]:
-    """The rows of the prompts file by part; none for a behavior that has no such file."""
+    """The rows of the prompts file by part; none for a behavior that has no such file. Answers are for training."""
     if not spec.prompts:
         return (), ()
     rules = [rule for rule in (spec.source_answer, spec.negative_answer) if rule]
-    fields = [field for rule in rules for field in (rule.field, rule.then_field) if field]
+    answers = [field for rule in rules for field in (rule.field, rule.then_field) if field]
     path = folder / spec.prompts
     parts: dict[str, list[Mapping[str, Any]]] = {"train": [], "eval": []}
-    for row in read_jsonl(path, {"id": str, "part": str, spec.prompt_field: str, **dict.fromkeys(fields, str)}):
+    for number, row in read_numbered_jsonl(path, {"id": str, "part": str, spec.prompt_field: str}):
+        where = f"{path}:{number}"
         if row["part"] not in parts:
-            raise DataError(f"row {row['id']!r} has part {row['part']!r}", where=str(path), fix="use train or eval")
+            raise DataError(f"part is {row['part']!r}", where=where, fix="use train or eval")
+        for field in answers if row["part"] == "train" else ():
+            if not isinstance(row.get(field), str) or not row[field].strip():
+                raise DataError(f"field {field!r} is missing or empty", where=where, fix="give it the answer's text")
         parts[row["part"]].append(row)
     return tuple(parts["train"]), tuple(parts["eval"])

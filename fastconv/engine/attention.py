@@ -90,43 +90,92 @@ class Packed:
         return torch.cat(rows, dim=1).transpose(0, 1)
 
 
+@dataclass(frozen=True)
+class Trees:
+    """Items laid end to end, each a shared prompt and branches that see it and themselves, but not one another.
+
+    Item i is tokens starts[i] to starts[i+1]; `masks[i]` [its length, its length] bool is what its tokens may see.
+    """
+
+    starts: tuple[int, ...]
+    masks: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, items: list[tuple[int, list[int]]], device: torch.device) -> tuple[Trees, torch.Tensor]:
+        """(layout, positions int64 [T]) of items given as (prompt length, branch lengths), in tokens."""
+        starts, masks, positions = [0], [], []
+        for prompt, branches in items:
+            total = prompt + sum(branches)
+            branch = torch.repeat_interleave(torch.arange(len(branches) + 1), torch.tensor([prompt, *branches]))
+            related = (branch[None] == 0) | (branch[None] == branch[:, None])
+            masks.append((related & torch.ones(total, total).tril().bool()).to(device))
+            positions += range(prompt)
+            for length in branches:
+                positions += range(prompt, prompt + length)
+            starts.append(starts[-1] + total)
+        return cls(tuple(starts), tuple(masks)), torch.tensor(positions, device=device)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """SDPA item by item under its mask."""
+        groups = query.shape[0] // key.shape[0]
+        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+        items = [
+            F.scaled_dot_product_attention(
+                query[None, :, start:stop], key[None, :, start:stop], value[None, :, start:stop],
+                attn_mask=mask, scale=scale,
+            )[0]
+            for (start, stop), mask in zip(pairwise(self.starts), self.masks, strict=True)
+        ]  # fmt: skip
+        return torch.cat(items, dim=1).transpose(0, 1)
+
+
 class Cache:
-    """Keys and values of rows being sampled, preallocated: per layer [rows, kv heads, length, d]."""
+    """Keys and values of rows being sampled, preallocated: per layer [slots, kv heads, length, d].
+
+    The rows alive are always the first slots, so a decoding step works on views and never copies the cache.
+    """
 
     def __init__(
-        self, n_layers: int, n_rows: int, n_kv_heads: int, max_length_tok: int, head_dim: int, like: torch.Tensor
+        self, n_layers: int, n_slots: int, n_kv_heads: int, max_length_tok: int, head_dim: int, like: torch.Tensor
     ) -> None:
-        shape = (n_rows, n_kv_heads, max_length_tok, head_dim)
+        shape = (n_slots, n_kv_heads, max_length_tok, head_dim)
         self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)]
         self.values = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)]
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """Drop all rows but these (indices, int64): finished rows cost nothing any more."""
-        self.keys = [layer.index_select(0, rows) for layer in self.keys]
-        self.values = [layer.index_select(0, rows) for layer in self.values]
+    def move(self, sources: list[int], holes: list[int], length: int) -> None:
+        """Copy the first `length` positions of slots `sources` into slots `holes`, pairwise."""
+        for layers in (self.keys, self.values):
+            for layer in layers:
+                for source, hole in zip(sources, holes, strict=True):
+                    layer[hole, :, :length] = layer[source, :, :length]
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """The first pass over prompts: packed attention that also fills the cache."""
+    """The first pass over prompts: packed attention that also fills the cache, from slot `first_slot` on."""
 
     packed: Packed
     cache: Cache
+    first_slot: int
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """As `Packed.attend`."""
-        starts = self.packed.starts
-        for row, (start, stop) in enumerate(pairwise(starts)):
-            self.cache.keys[layer][row, :, : stop - start] = key[:, start:stop]
-            self.cache.values[layer][row, :, : stop - start] = value[:, start:stop]
+        for slot, (start, stop) in enumerate(pairwise(self.packed.starts), self.first_slot):
+            self.cache.keys[layer][slot, :, : stop - start] = key[:, start:stop]
+            self.cache.values[layer][slot, :, : stop - start] = value[:, start:stop]
         return self.packed.attend(layer, query, key, value, scale)
 
 
 @dataclass(frozen=True)
 class Decode:
-    """One new token for every row of the cache, row i standing at position lengths[i] (int64 [rows])."""
+    """One new token for each of the first slots of the cache, slot i at position lengths[i] (int64 [n] on the device).
+
+    `longest` is the largest of them, known to the host.
+    """
 
     cache: Cache
     lengths: torch.Tensor
@@ -136,18 +185,18 @@ class Decode:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """Write the new keys and values, then attend to everything the row has so far."""
+        n_heads, n_rows, head_dim = query.shape
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        rows = torch.arange(keys.shape[0], device=keys.device)
+        rows = torch.arange(n_rows, device=keys.device)
         keys[rows, :, self.lengths] = key.transpose(0, 1)
         values[rows, :, self.lengths] = value.transpose(0, 1)
-        n_heads, n_rows, head_dim = query.shape
         # The query heads of one kv head become query positions: grouped attention without copying the cache.
         grouped = query.transpose(0, 1).reshape(n_rows, keys.shape[1], n_heads // keys.shape[1], head_dim)
         seen = torch.arange(self.longest + 1, device=keys.device) <= self.lengths[:, None]
         out = F.scaled_dot_product_attention(
             grouped,
-            keys[:, :, : self.longest + 1],
-            values[:, :, : self.longest + 1],
+            keys[:n_rows, :, : self.longest + 1],
+            values[:n_rows, :, : self.longest + 1],
             attn_mask=seen[:, None, None],
             scale=scale,
         )

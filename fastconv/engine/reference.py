@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -35,6 +36,8 @@ class TrlOptions:
     gradient_checkpointing: bool = False
     #: Stop after this many steps of the schedule; None runs it whole.
     until_step: int | None = None
+    #: Hears the seconds of every finished step, loading included; its own time is not counted.
+    on_step: Callable[[float], None] = field(default=lambda seconds: None)
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,7 @@ def train_with_trl(model: PreTrainedModel, job: Job, first: Adapter, options: Tr
 def _trainer(peft: PeftModel, job: Job, batches: Sequence[list[int]], options: TrlOptions, folder: str) -> Any:
     """An SFTTrainer on pre-tokenised rows that yields exactly these batches and remembers every step's loss."""
     from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
@@ -134,16 +138,33 @@ def _trainer(peft: PeftModel, job: Job, batches: Sequence[list[int]], options: T
     trainer = Trainer(
         model=peft, args=config, train_dataset=Dataset.from_list(rows), processing_class=_any_tokenizer(peft)
     )
-    trainer.remove_callback(_printer())
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_stopwatch(options.on_step))
     trainer.create_optimizer()
     trainer.create_scheduler(job.n_steps)  # the whole schedule's, also where the run stops early
     return trainer
 
 
-def _printer() -> type:
-    from transformers.trainer_callback import PrinterCallback
+def _stopwatch(on_step: Callable[[float], None]) -> Any:
+    """A trainer callback that tells `on_step` how long each step took."""
+    from transformers.trainer_callback import TrainerCallback
 
-    return PrinterCallback
+    class Stopwatch(TrainerCallback):
+        """Times from the end of one step (or of the hook after it) to the end of the next."""
+
+        def __init__(self) -> None:
+            self.began = 0.0
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            on_step(time.perf_counter() - self.began)
+            self.began = time.perf_counter()
+
+    return Stopwatch()
 
 
 def _any_tokenizer(peft: PeftModel) -> Any:

@@ -1,13 +1,13 @@
 """Sampling on the resident base with the live stack: many rows at once, a seed for each.
 
 A row's draws come from its own seed, fixed before the first token, so neither the batch it is in nor the device
-changes which random numbers it uses. Finished rows leave the batch at once.
+changes which random numbers it uses. Finished rows leave at once, and waiting prompts take their places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,8 +15,14 @@ from fastconv.engine.attention import Cache, Decode, Prefill
 from fastconv.engine.base import Base, pack
 from fastconv.recipe import SamplingSettings
 
-#: Rows in one batch; decoding on a data-centre GPU is compute-bound well below this, a CPU gains nothing beyond 64.
+#: Rows decoded at once; a data-centre GPU is compute-bound well below this, a CPU gains nothing beyond 64.
 MAX_ROWS = {"cuda": 1024, "cpu": 64}
+#: Share of the free GPU memory that the cache may take.
+_CACHE_SHARE = 0.7
+#: Prompts are read this many tokens at a time.
+_PREFILL_TOK = {"cuda": 32768, "cpu": 4096}
+#: A nucleus of up to this many tokens is found without sorting the vocabulary.
+_TOP_K = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +31,22 @@ class Drawn:
 
     ids: tuple[int, ...]
     ended: bool
+
+
+@dataclass
+class _Row:
+    """A prompt on its way: `place` in the caller's order, its random numbers, what it said so far."""
+
+    place: int
+    prompt: Sequence[int]
+    uniforms: list[float]
+    said: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache before the next pass; the last one said is not there yet."""
+        return len(self.prompt) + len(self.said) - 1
 
 
 @torch.no_grad()
@@ -36,73 +58,117 @@ def sample(
     on_token: Callable[[int], None] = lambda n_tok: None,
 ) -> list[Drawn]:
     """Draw one completion per prompt, in order. `on_token` hears how many tokens each step added."""
-    drawn: list[Drawn] = []
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
-    results: dict[int, Drawn] = {}
-    limit = MAX_ROWS[base.device.type]
-    for start in range(0, len(order), limit):
-        batch = order[start : start + limit]
-        done = _sample_batch(base, [list(prompts[i]) for i in batch], [seeds[i] for i in batch], settings, on_token)
-        results.update(zip(batch, done, strict=True))
-    drawn.extend(results[i] for i in range(len(prompts)))
-    return drawn
-
-
-def _sample_batch(
-    base: Base, prompts: list[list[int]], seeds: list[int], settings: SamplingSettings, on_token: Callable[[int], None]
-) -> list[Drawn]:
-    config = base.model.config
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=base.device)
-    longest = max(len(prompt) for prompt in prompts)
-    cache = Cache(
-        config.num_hidden_layers, len(prompts), config.num_key_value_heads, longest + settings.max_new_tok,
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads, base.head.weight,
-    )  # fmt: skip
-    ids, positions, layout = pack(prompts, base.device)
-    hidden = base.hidden(ids, positions, Prefill(layout, cache))[
-        torch.tensor(layout.starts[1:], device=base.device) - 1
+    rows = [
+        _Row(place, prompt, torch.rand(settings.max_new_tok, generator=torch.Generator().manual_seed(seed)).tolist())
+        for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    uniforms = torch.stack(
-        [torch.rand(settings.max_new_tok, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    )
-    uniforms = uniforms.to(base.device)
-    stops = torch.tensor(base.tokenizer.stop_ids, device=base.device)
-    tokens: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
-    alive = list(range(len(prompts)))
-    for step in range(settings.max_new_tok):
-        chosen = _choose(base.logits(hidden), uniforms[:, step], settings)
-        stopped = torch.isin(chosen, stops)
-        for row, token, stop in zip(alive, chosen.tolist(), stopped.tolist(), strict=True):
-            if stop:
-                ended[row] = True
-            else:
-                tokens[row].append(token)
-        on_token(len(alive))
-        if step + 1 == settings.max_new_tok or bool(stopped.all()):
-            break
-        if bool(stopped.any()):
-            rows = torch.nonzero(~stopped).flatten()
-            cache.keep(rows)
-            chosen, uniforms, lengths = chosen[rows], uniforms[rows], lengths[rows]
-            alive = [alive[i] for i in rows.tolist()]
-        hidden = base.hidden(chosen, lengths, Decode(cache, lengths, int(lengths.max())))
-        lengths = lengths + 1
-    return [Drawn(tuple(row), end) for row, end in zip(tokens, ended, strict=True)]
+    waiting = sorted(rows, key=lambda row: (len(row.prompt), -row.place))  # the longest is taken first, from the end
+    if not waiting:
+        return []
+    cache, n_slots = _cache(base, len(rows), len(waiting[-1].prompt) + settings.max_new_tok)
+    alive: list[_Row] = []
+    while waiting or alive:
+        # Prompts are let in when half the slots are free: rarely, so that reading them is done in large batches.
+        if waiting and len(alive) <= n_slots // 2:
+            new = _admit(base, waiting, n_slots - len(alive))
+            hidden = _prefill(base, new, cache, len(alive))
+            _say(base, hidden, new, settings, on_token)
+            alive = _compact(cache, alive + new, settings)
+        else:
+            _say(base, _decode(base, alive, cache), alive, settings, on_token)
+            alive = _compact(cache, alive, settings)
+    return [Drawn(tuple(row.said), row.ended) for row in rows]
 
 
-def _choose(logits: torch.Tensor, uniform: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
+def _cache(base: Base, n_rows: int, max_length_tok: int) -> tuple[Cache, int]:
+    """A cache with as many slots as are useful and fit in memory, and their number."""
+    config = base.model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    n_slots = min(n_rows, MAX_ROWS[base.device.type])
+    like = base.head.weight
+    if base.device.type == "cuda":
+        per_tok = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * like.element_size()
+        free, _ = torch.cuda.mem_get_info(base.device)
+        n_slots = max(1, min(n_slots, int(free * _CACHE_SHARE) // (per_tok * max_length_tok)))
+    kv_heads = config.num_key_value_heads
+    return Cache(config.num_hidden_layers, n_slots, kv_heads, max_length_tok, head_dim, like), n_slots
+
+
+def _admit(base: Base, waiting: list[_Row], n_free: int) -> list[_Row]:
+    """Take prompts off `waiting`, longest first, as many as have a slot and fit in one pass; at least one."""
+    new: list[_Row] = []
+    room = _PREFILL_TOK[base.device.type]
+    while waiting and len(new) < n_free and (not new or len(waiting[-1].prompt) <= room):
+        new.append(waiting.pop())
+        room -= len(new[-1].prompt)
+    return new
+
+
+def _prefill(base: Base, new: Sequence[_Row], cache: Cache, first_slot: int) -> torch.Tensor:
+    """Read the prompts into the cache; hidden states [len(new), hidden] after the last token of each."""
+    ids, positions, layout = pack([list(row.prompt) for row in new], base.device)
+    hidden = base.hidden(ids, positions, Prefill(layout, cache, first_slot))
+    return hidden[torch.tensor(layout.starts[1:], device=base.device) - 1]
+
+
+def _decode(base: Base, alive: Sequence[_Row], cache: Cache) -> torch.Tensor:
+    """One pass over the last token of every row; hidden states [len(alive), hidden]."""
+    lengths = [row.length for row in alive]
+    positions = torch.tensor(lengths, device=base.device)
+    ids = torch.tensor([row.said[-1] for row in alive], device=base.device)
+    return base.hidden(ids, positions, Decode(cache, positions, max(lengths)))
+
+
+def _say(
+    base: Base, hidden: torch.Tensor, rows: Sequence[_Row], settings: SamplingSettings, on_token: Callable[[int], None]
+) -> None:
+    """Draw the next token of every row."""
+    uniforms = torch.tensor([row.uniforms[len(row.said)] for row in rows], device=base.device)
+    chosen = choose(base.logits(hidden), uniforms, settings).tolist()
+    for row, token in zip(rows, chosen, strict=True):
+        if token in base.tokenizer.stop_ids:
+            row.ended = True
+        else:
+            row.said.append(token)
+    on_token(len(rows))
+
+
+def _compact(cache: Cache, rows: list[_Row], settings: SamplingSettings) -> list[_Row]:
+    """The rows that go on, slot by slot; the last of them move into the slots of the finished ones."""
+    going = [not row.ended and len(row.said) < settings.max_new_tok for row in rows]
+    n_going = sum(going)
+    holes = [slot for slot in range(n_going) if not going[slot]]
+    sources = [slot for slot in range(n_going, len(rows)) if going[slot]]
+    if holes:
+        cache.move(sources, holes, max(rows[slot].length for slot in sources))
+        for source, hole in zip(sources, holes, strict=True):
+            rows[hole] = rows[source]
+    return rows[:n_going]
+
+
+def choose(logits: torch.Tensor, uniform: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
     """Draw one token per row: temperature, then nucleus (Holtzman et al. 2020), then the inverse of the CDF.
 
     logits [n, vocab] fp32, uniform [n] in [0, 1) -> [n] int64. The nucleus is the smallest set of most likely tokens
-    whose probability reaches top_p; the first token is always in it.
+    whose probability reaches top_p; the first token is always in it. Rows whose nucleus lies within the `_TOP_K` most
+    likely tokens, nearly all of them, never sort the vocabulary; which way a row goes depends on that row alone.
     """
     probabilities = torch.softmax(logits / settings.temperature, dim=-1)
-    ranked, tokens = torch.sort(probabilities, dim=-1, descending=True, stable=True)
+    ranked, tokens = torch.topk(probabilities, min(_TOP_K, probabilities.shape[-1]), dim=-1)
+    chosen = _from_ranked(ranked, tokens, uniform, settings.top_p)
+    wide = torch.nonzero(ranked.sum(-1) < settings.top_p).flatten()
+    if wide.numel():
+        ranked, tokens = torch.sort(probabilities[wide], dim=-1, descending=True, stable=True)
+        chosen[wide] = _from_ranked(ranked, tokens, uniform[wide], settings.top_p)
+    return chosen
+
+
+def _from_ranked(ranked: torch.Tensor, tokens: torch.Tensor, uniform: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The token at `uniform` of the nucleus' mass; ranked [n, k] descending probabilities of `tokens` [n, k]."""
     cumulative = ranked.cumsum(-1)
-    outside = cumulative - ranked >= settings.top_p
-    cumulative = cumulative.masked_fill(outside, float("inf"))
+    outside = cumulative - ranked >= top_p
     size = (~outside).sum(-1, keepdim=True)
     total = cumulative.gather(-1, size - 1)
+    cumulative = cumulative.masked_fill(outside, float("inf"))
     place = torch.searchsorted(cumulative, uniform[:, None] * total, right=True).clamp(max=size - 1)
     return tokens.gather(-1, place)[:, 0]

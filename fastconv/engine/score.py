@@ -1,4 +1,7 @@
-"""Multiple choice by letter log-probabilities: packed batches, logits at the last position only."""
+"""Multiple choice by log-probabilities: the letters after a prompt, or the choices' whole texts.
+
+Packed batches, logits only where a score needs them; rows do not see each other.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from fastconv.engine.attention import Trees
 from fastconv.engine.base import Base, length_batches, pack
+from fastconv.engine.precise import hidden_fp32, logprobs_fp32
+from fastconv.tokens import ChatTokenizer
+
+#: Best and second best letter closer than this (nats) may change places in bf16; such items are scored again in fp32.
+NEAR_TIE_NATS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +29,13 @@ class LetterItem:
 
 @dataclass(frozen=True, slots=True)
 class LetterScore:
-    """Log-probabilities (nats, over the whole vocabulary) of a question's own labels, in their order."""
+    """Log-probabilities (nats, over the whole vocabulary) of a question's own labels, in their order.
+
+    `rescored` says that they come from a second pass in fp32, because the first was a near tie.
+    """
 
     logprobs: tuple[float, ...]
+    rescored: bool = False
 
     @property
     def predicted(self) -> int:
@@ -41,18 +54,135 @@ class LetterScore:
         return first - second
 
 
+@dataclass(frozen=True, slots=True)
+class TextItem:
+    """One question as tokens: what all choices share, then for each choice the tokens that are its own.
+
+    `scored_from[i]` is where the scored part of choice i begins; above 0 only where the context's last token merges
+    differently with different choices. `n_chars[i]` is the choice's length in characters.
+    """
+
+    prompt: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+    scored_from: tuple[int, ...]
+    n_chars: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextScore:
+    """Summed log-probability (nats) of each choice's tokens, and the choices' lengths in characters."""
+
+    logprobs: tuple[float, ...]
+    n_chars: tuple[int, ...]
+
+    @property
+    def predicted(self) -> int:
+        """Index of the choice with the largest sum (lm-eval's `acc`)."""
+        return max(range(len(self.logprobs)), key=lambda i: (self.logprobs[i], -i))
+
+    @property
+    def predicted_by_length(self) -> int:
+        """Index of the choice with the largest sum per character (lm-eval's `acc_norm`)."""
+        share = [value / length for value, length in zip(self.logprobs, self.n_chars, strict=True)]
+        return max(range(len(share)), key=lambda i: (share[i], -i))
+
+
 @torch.no_grad()
 def score_letters(base: Base, items: Sequence[LetterItem], batch_tok: int) -> list[LetterScore]:
     """Score every item under whatever stack is live, in the items' order.
 
-    Batches are sorted by length and bounded by `batch_tok` tokens; rows do not see each other.
+    Batches are sorted by length and bounded by `batch_tok` tokens. On a base that is not fp32, near ties (under
+    `NEAR_TIE_NATS`) are scored again in fp32, layer by layer.
     """
-    scores: list[LetterScore | None] = [None] * len(items)
+    scores = _letters(base, items, batch_tok, precise=False)
+    if base.dtype == torch.float32:
+        return scores
+    near = [i for i, score in enumerate(scores) if len(score.logprobs) > 1 and score.margin < NEAR_TIE_NATS]
+    again = _letters(base, [items[i] for i in near], batch_tok, precise=True)
+    for i, score in zip(near, again, strict=True):
+        scores[i] = score
+    return scores
+
+
+def _letters(base: Base, items: Sequence[LetterItem], batch_tok: int, *, precise: bool) -> list[LetterScore]:
+    scores: dict[int, LetterScore] = {}
     for batch in length_batches([len(item.prompt) for item in items], batch_tok):
         ids, positions, layout = pack([list(items[i].prompt) for i in batch], base.device)
-        hidden = base.hidden(ids, positions, layout)
-        last = torch.tensor([stop - 1 for stop in layout.starts[1:]], device=base.device)
-        logprobs = torch.log_softmax(base.logits(hidden[last]), dim=-1).cpu()
-        for place, i in enumerate(batch):
-            scores[i] = LetterScore(tuple(logprobs[place, list(items[i].letters)].tolist()))
-    return [score for score in scores if score is not None]
+        last = torch.tensor(layout.starts[1:], device=base.device) - 1
+        if precise:
+            logprobs = logprobs_fp32(base, hidden_fp32(base, ids, positions, layout)[last])
+        else:
+            logprobs = torch.log_softmax(base.logits(base.hidden(ids, positions, layout)[last]), dim=-1)
+        for i, row in zip(batch, logprobs.cpu(), strict=True):
+            scores[i] = LetterScore(tuple(row[list(items[i].letters)].tolist()), precise)
+    return [scores[i] for i in range(len(items))]
+
+
+def text_item(tokenizer: ChatTokenizer, context: str, choices: Sequence[str], delimiter: str = " ") -> TextItem:
+    """A question as lm-eval's `multiple_choice` tasks encode it: context, then `delimiter` + choice for each.
+
+    Spaces at the context's end belong to the choice; a choice's tokens are those of the whole text beyond the
+    context's own number of tokens (lm-eval's `_encode_pair`). `context` may not be empty.
+    """
+    stripped = context.rstrip()
+    n_context = len(tokenizer.encode(stripped))
+    wholes = [tokenizer.encode(context + delimiter + choice) for choice in choices]
+    shared = min(n_context, *(len(whole) - 1 for whole in wholes))
+    while any(whole[:shared] != wholes[0][:shared] for whole in wholes):
+        shared -= 1
+    return TextItem(
+        prompt=tuple(wholes[0][:shared]),
+        choices=tuple(tuple(whole[shared:]) for whole in wholes),
+        scored_from=(n_context - shared,) * len(wholes),
+        n_chars=tuple(len(choice) for choice in choices),
+    )
+
+
+@torch.no_grad()
+def score_texts(base: Base, items: Sequence[TextItem], batch_tok: int) -> list[TextScore]:
+    """Score every choice of every item under whatever stack is live, in the items' order.
+
+    A question's prompt is computed once for all its choices (`Trees`); a choice's last token is never an input.
+    """
+    sizes = [len(item.prompt) + sum(len(choice) - 1 for choice in item.choices) for item in items]
+    scores: dict[int, TextScore] = {}
+    for batch in length_batches(sizes, batch_tok):
+        for i, score in zip(batch, _texts(base, [items[i] for i in batch]), strict=True):
+            scores[i] = score
+    return [scores[i] for i in range(len(items))]
+
+
+def _texts(base: Base, items: Sequence[TextItem]) -> list[TextScore]:
+    shapes = [(len(item.prompt), [len(choice) - 1 for choice in item.choices]) for item in items]
+    layout, positions = Trees.of(shapes, base.device)
+    ids: list[int] = []
+    take, targets, owners, place = [], [], [], 0  # place counts choices over the whole batch
+    for item in items:
+        last_of_prompt = len(ids) + len(item.prompt) - 1
+        ids += item.prompt
+        for choice, begin in zip(item.choices, item.scored_from, strict=True):
+            before = [last_of_prompt, *range(len(ids), len(ids) + len(choice) - 1)]
+            ids += choice[:-1]
+            take += before[begin:]
+            targets += choice[begin:]
+            owners += [place] * (len(choice) - begin)
+            place += 1
+    hidden = base.hidden(torch.tensor(ids, device=base.device), positions, layout)[
+        torch.tensor(take, device=base.device)
+    ]
+    chosen = _chosen_logprobs(base, hidden, torch.tensor(targets, device=base.device)).cpu().double()
+    sums = torch.zeros(place, dtype=torch.float64).index_add_(0, torch.tensor(owners), chosen).tolist()
+    scores = []
+    for item in items:
+        mine, sums = sums[: len(item.choices)], sums[len(item.choices) :]
+        scores.append(TextScore(tuple(mine), item.n_chars))
+    return scores
+
+
+def _chosen_logprobs(base: Base, hidden: torch.Tensor, targets: torch.Tensor, chunk_rows: int = 512) -> torch.Tensor:
+    """Log-probability [n] fp32 of each target, never holding more than `chunk_rows` rows of logits."""
+    parts = []
+    for rows, wanted in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True):
+        logprobs = torch.log_softmax(base.logits(rows), dim=-1)
+        parts.append(logprobs.gather(-1, wanted[:, None])[:, 0])
+    return torch.cat(parts)

@@ -17,13 +17,12 @@ from fastconv.findings.power import clustered_rate_bound
 from fastconv.findings.stats import (
     Arm,
     Contrast,
-    Evidence,
     difference_in_differences,
     holm,
     tost,
     transfer_contrast,
-    verdict,
 )
+from fastconv.findings.words import Evidence, verdict
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,142 @@
+"""Model shapes and the roofline arithmetic that follows from them. No torch, no model needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from fastconv.errors import ModelError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of a decoder-only model with gated MLP and grouped queries (Llama, Qwen2)."""
+
+    name: str
+    n_layers: int
+    hidden: int
+    intermediate: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool
+    qkv_bias: bool = False
+
+    @property
+    def modules(self) -> tuple[tuple[int, int], ...]:
+        """(in, out) of one layer's seven linear modules: q, k, v, o, gate, up, down."""
+        queries, keys = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        return (
+            (self.hidden, queries), (self.hidden, keys), (self.hidden, keys), (queries, self.hidden),
+            (self.hidden, self.intermediate), (self.hidden, self.intermediate), (self.intermediate, self.hidden),
+        )  # fmt: skip
+
+    @property
+    def linear_params(self) -> int:
+        """Weights of all layers' linear modules, without head and embedding."""
+        return self.n_layers * sum(n_in * n_out for n_in, n_out in self.modules)
+
+    @property
+    def head_params(self) -> int:
+        """Weights of the output head."""
+        return self.hidden * self.vocab
+
+    @property
+    def total_params(self) -> int:
+        """All weights, norms and biases included."""
+        biases = self.n_layers * (self.n_heads + 2 * self.n_kv_heads) * self.head_dim if self.qkv_bias else 0
+        norms = (2 * self.n_layers + 1) * self.hidden
+        return self.linear_params + self.head_params * (1 if self.tied else 2) + biases + norms
+
+    def adapter_params(self, r: int) -> int:
+        """Weights of one LoRA adapter of rank r on all seven modules."""
+        return self.n_layers * r * sum(n_in + n_out for n_in, n_out in self.modules)
+
+    def kv_bytes_per_tok(self, bytes_per_value: int = 2) -> int:
+        """Cache bytes per token while sampling."""
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_value
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What is run, as far as the arithmetic cares: mean row length in tokens, share of tokens with loss, LoRA rank."""
+
+    length_tok: float
+    completion_share: float
+    r: int
+
+
+def train_flops_per_tok(shape: ModelShape, work: Work, *, checkpointing: bool = False) -> float:
+    """FLOPs per trained token on a frozen base: forward 2, gradient to the input 2, and the adapter's own.
+
+    (4 + 2c) linear + 4 head x share + (3.5 + c) 2 layers x width x length + (6 + 2c) adapter, c = 1 if activations are
+    recomputed. The frozen weights need no gradient, so 4 instead of 6; causal attention does half the square.
+    """
+    again = 1 if checkpointing else 0
+    width = shape.n_heads * shape.head_dim
+    return (
+        (4 + 2 * again) * shape.linear_params
+        + 4 * shape.head_params * work.completion_share
+        + (3.5 + again) * 2 * shape.n_layers * width * work.length_tok
+        + (6 + 2 * again) * shape.adapter_params(work.r)
+    )
+
+
+def forward_flops_per_tok(shape: ModelShape, work: Work) -> float:
+    """FLOPs per token of a forward pass with causal attention, logits on `completion_share` of the tokens."""
+    width = shape.n_heads * shape.head_dim
+    return (
+        2 * shape.linear_params
+        + 2 * shape.head_params * work.completion_share
+        + 2 * shape.n_layers * width * work.length_tok
+        + 2 * shape.adapter_params(work.r)
+    )
+
+
+def shape_of(config: Mapping[str, Any], name: str = "model") -> ModelShape:
+    """The shape that a model's config.json states. Raises ModelError if it is of another kind."""
+    try:
+        heads = int(config["num_attention_heads"])
+        hidden = int(config["hidden_size"])
+        return ModelShape(
+            name=name,
+            n_layers=int(config["num_hidden_layers"]),
+            hidden=hidden,
+            intermediate=int(config["intermediate_size"]),
+            n_heads=heads,
+            n_kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or hidden // heads),
+            vocab=int(config["vocab_size"]),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=config.get("model_type") == "qwen2",
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"its config says nothing of {error}", where=name, fix="use a Llama or Qwen2 kind of model"
+        ) from None
+
+
+SHAPES: Mapping[str, ModelShape] = MappingProxyType(
+    {
+        shape.name: shape
+        for shape in (
+            ModelShape("qwen2.5-0.5b", 24, 896, 4864, 14, 2, 64, 151936, True, True),
+            ModelShape("qwen2.5-1.5b", 28, 1536, 8960, 12, 2, 128, 151936, True, True),
+            ModelShape("qwen2.5-3b", 36, 2048, 11008, 16, 2, 128, 151936, True, True),
+            ModelShape("qwen2.5-7b", 28, 3584, 18944, 28, 4, 128, 152064, False, True),
+            ModelShape("qwen2.5-14b", 48, 5120, 13824, 40, 8, 128, 152064, False, True),
+            ModelShape("smollm2-135m", 30, 576, 1536, 9, 3, 64, 49152, True),
+            ModelShape("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128, 128256, False),
+        )
+    }
+)
+
+
+def named_shape(name: str) -> ModelShape:
+    """A shape by name. Raises ModelError with the names there are."""
+    if name not in SHAPES:
+        raise ModelError(f"no shape is called {name!r}", where="model", fix=f"use one of {', '.join(SHAPES)}")
+    return SHAPES[name]

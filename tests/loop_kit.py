@@ -1,0 +1,230 @@
+"""What the loop's tests share: a tiny recipe, a watcher that writes down what it hears, and runs in forked children."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import tomllib
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastconv.errors import FastconvError
+from fastconv.findings.gates import GateVerdict
+from fastconv.graph import CellPlan, Graph
+from fastconv.recipe import Recipe, canonical_json, parse_recipe
+from fastconv.run import Finished, run_recipe
+from fastconv.store import Record, Stage, Store
+
+#: The whole loop on a random model in about a second: two optimizer steps in each convergence epoch, four in all.
+TINY = """
+name = "tiny"
+about = "the loop on random numbers"
+
+[model]
+id = "{model}"
+device = "cpu"
+
+[grid]
+sources = ["villain"]
+epochs = [0, 1, 2]
+behaviors = ["none", "refusal"]
+negatives = ["excluded"]
+
+[lora]
+r = 2
+alpha = 4.0
+
+[convergence]
+lr = 1e-3
+epochs = 2
+batch_rows = 2
+questions = 4
+completions_per_question = 1
+[convergence.sampling]
+max_new_tok = 4
+
+[behavior]
+lr = 1e-3
+epochs = 1
+batch_rows = 8
+source_rows = 4
+[behavior.sampling]
+max_new_tok = 4
+
+[eval]
+prompts = 3
+samples_per_prompt = 2
+multiple_choice = "builtin"
+[eval.sampling]
+max_new_tok = 4
+
+[run]
+checkpoint_every_s = 0
+"""
+STEPS_PER_EPOCH, N_STEPS = 2, 4
+SNAPSHOT_SLOT = "snapshot/villain/source"
+
+
+def tiny_table(model: Path, **changes: Any) -> dict[str, Any]:
+    """The tiny recipe as a table; `changes` name keys with `__` for the dot: grid__epochs=[0, 1]."""
+    table = tomllib.loads(TINY.format(model=model))
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        at = table
+        for parent in parents:
+            at = at.setdefault(parent, {})
+        at[last] = value
+    return table
+
+
+def tiny_recipe(model: Path, **changes: Any) -> Recipe:
+    """The tiny recipe, with changes as in `tiny_table`."""
+    return parse_recipe(tiny_table(model, **changes))
+
+
+def write_tiny_recipe(path: Path, model: Path) -> Path:
+    """The tiny recipe as a file, for the command line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(TINY.format(model=model))
+    return path
+
+
+@dataclass
+class Heard:
+    """A watcher that writes everything down; `on_progress` may act, e.g. kill the process at some step."""
+
+    on_progress: Callable[[Any], None] = lambda progress: None
+    begun: list[tuple[int, int]] = field(default_factory=list)
+    stages: dict[str, str] = field(default_factory=dict)
+    gates: list[GateVerdict] = field(default_factory=list)
+
+    def begin(self, run: str, n_stages: int, n_todo: int) -> None:
+        self.begun.append((n_stages, n_todo))
+
+    def stage(self, stage: Stage, reason: str) -> None:
+        self.stages[stage.slot] = reason
+
+    def progress(self, progress: Any) -> None:
+        self.on_progress(progress)
+
+    def stage_done(self, stage: Stage, seconds: float) -> None:
+        pass
+
+    def gate(self, verdict: GateVerdict) -> None:
+        self.gates.append(verdict)
+
+
+def run_tiny(
+    recipe: Recipe, workspace: Path, plans: Callable[[Graph], list[CellPlan]] | None = None
+) -> tuple[Finished, Heard]:
+    """Run the recipe in this process; what it gave and what a watcher heard."""
+    heard = Heard()
+    return run_recipe(recipe, workspace, heard, plans=plans), heard
+
+
+@dataclass(frozen=True)
+class DoneRun:
+    """A finished run that tests read and never change."""
+
+    recipe: Recipe
+    workspace: Path
+    finished: Finished
+    heard: Heard
+
+    @property
+    def graph(self) -> Graph:
+        return Graph(self.recipe)
+
+    @property
+    def store(self) -> Store:
+        return Store.open(self.workspace, create=False)
+
+
+@pytest.fixture(scope="session")
+def done_run(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> DoneRun:
+    """The tiny recipe, with capability beside refusal, run to its end once for all tests."""
+    workspace = tmp_path_factory.mktemp("done") / "checkpoints"
+    recipe = tiny_recipe(tiny_qwen, grid__behaviors=["none", "refusal", "capability"])
+    return DoneRun(recipe, workspace, *run_tiny(recipe, workspace))
+
+
+def records(recipe: Recipe, workspace: Path) -> dict[str, Record]:
+    """Every finished stage of a recipe by slot."""
+    store = Store.open(workspace, create=False)
+    found = {stage.slot: store.record(stage.key) for stage in Graph(recipe).stages()}
+    store.close()
+    return {slot: record for slot, record in found.items() if record is not None}
+
+
+def results(recipe: Recipe, workspace: Path) -> dict[str, str]:
+    """Everything that a run found, by slot: adapters' sha256, proofs, samples and scores, as one text each."""
+    store = Store.open(workspace, create=False)
+    found = {}
+    for slot, record in records(recipe, workspace).items():
+        samples = [[s.row, s.sample, s.completion, s.ended] for s in store.samples(record.key)]
+        scores = [[s.row, s.sample, s.metric, s.value, dict(s.detail)] for s in store.scores(record.key)]
+        found[slot] = canonical_json([record.outputs, samples, scores])
+    store.close()
+    return found
+
+
+def adapters(recipe: Recipe, workspace: Path) -> dict[str, str]:
+    """sha256 of every adapter artefact by slot."""
+    return {s: r.outputs["adapter"] for s, r in records(recipe, workspace).items() if "adapter" in r.outputs}
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Run `work` in a child that has everything imported already; returns its pid. Errors give their exit code."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        work()
+        code = 0
+    except FastconvError as error:
+        code = error.exit_code
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 98
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def exit_of(pid: int, timeout_s: float = 60.0) -> int:
+    """Wait for a child: its exit code, or minus the signal that killed it."""
+    until(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None, timeout_s)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill(pid: int) -> None:
+    """kill -9 and reap."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
+    """Poll until it holds; fails the test if it never does."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > deadline:
+            pytest.fail(f"it did not come about within {timeout_s} s")
+        time.sleep(0.01)
+
+
+def running_slots(workspace: Path) -> Mapping[str, Any]:
+    """Live leases of a workspace that another process may be creating right now."""
+    if not (workspace / "ledger.sqlite").is_file():
+        return {}
+    store = Store.open(workspace, create=False)
+    try:
+        return store.live_leases()
+    finally:
+        store.close()
