@@ -75,6 +75,15 @@ class TrainingError(FastconvError):
     exit_code = 7
 
 
+class JudgeError(FastconvError):
+    """The judge cannot be asked: key refused, model unknown, no network, budget spent (exit code 8).
+
+    Completions are kept, so `fastconv judge` goes on from there.
+    """
+
+    exit_code = 8
+
+
 class Interrupted(FastconvError):
     """The user stopped the run; what was finished is kept (exit code 130)."""
 
@@ -91,5 +100,6 @@ EXIT_CODES: dict[int, str] = {
     5: "the workspace cannot be read or written",
     6: "another process is computing the same stage",
     7: "training or evaluation gave unusable numbers",
+    8: "the judge cannot be asked, or its budget is spent; `fastconv judge` goes on",
     130: "interrupted; the same command goes on",
 }

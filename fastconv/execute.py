@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from fastconv.datasets.audit import audit_rows, report_of
+from fastconv.datasets.rows import Row, render_row, row_of
 from fastconv.draws import seed_of
 from fastconv.engine.base import Base, load_base
 from fastconv.engine.sample import sample
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
-from fastconv.errors import Interrupted, TrainingError
+from fastconv.errors import DataError, Interrupted, TrainingError
 from fastconv.graph import Graph, lineage_key
 from fastconv.recipe import SamplingSettings
 from fastconv.store import Lease, Sample, Score, Stage, Store
@@ -163,34 +165,44 @@ class Executor:
         answers = {persona: {s.row: s for s in self._store.samples(need.key)} for persona, need in stage.needs.items()}
         rows = []
         for row in stage.work["rows"]:
-            drawn = answers[row.persona][row.prompt_id] if row.completion is None else None
-            rows.append({
-                "id": row.id, "persona": row.persona, "role": row.role, "prompt_id": row.prompt_id,
-                "system": stage.inputs["systems"][row.persona], "user": row.user,
-                "completion": drawn.completion if drawn else row.completion, "ended": drawn.ended if drawn else True,
-            })  # fmt: skip
+            if row.completion is None:
+                drawn = answers[row.persona][row.prompt_id]
+                row = row.answered(drawn.completion, ended=drawn.ended)
+            rows.append(row.record(self._graph.personas))
         return Outcome({"rows": self._store.put_json(rows), "n": len(rows)})
 
     def _behavior(self, stage: Stage, lease: Lease) -> Outcome:
         record = self._record(stage.needs["rows"])
-        rows = [
-            self._render(row, self._recipe.behavior.max_length_tok)
-            for row in self._store.get_json(record.outputs["rows"])
-        ]
+        rows = [row_of(row) for row in self._store.get_json(record.outputs["rows"])]
+        rendered = self._audited(stage.needs["rows"].work["set"], rows)
         frozen = tuple(self.adapters(stage.needs))
         before = [adapter.sha256() for adapter in frozen]
         # Drawn from the rows' key alone: every epoch's cell starts from the same weights and sees the same order.
         drawn_from = ("behavior", stage.needs["rows"].key, stage.inputs["seed"])
-        job = Job(stage.slot, tuple(rows), self._recipe.behavior, drawn_from, frozen)
+        job = Job(stage.slot, rendered, self._recipe.behavior, drawn_from, frozen)
         trainee = self._train(job, stage.key, lease, lambda trainee: None)
         if [adapter.sha256() for adapter in frozen] != before:
-            raise TrainingError(
-                "training changed a frozen snapshot", where=stage.slot, fix="report this defect; nothing was kept"
-            )
+            raise TrainingError("training changed a frozen snapshot", where=stage.slot, fix="report this defect")
         with self.stack.live(Slot(frozen=(*frozen, trainee.adapter))):
             probe = self.stack.prove(None, stage.slot)
         self._store.drop_progress(stage.key)
         return Outcome(self._trained(trainee, probe), _train_facts(trainee, 0))
+
+    def _audited(self, set_name: str, rows: Sequence[Row]) -> tuple[Rendered, ...]:
+        """The rows as the model will see them, once the audit has nothing against them (gate G1)."""
+        tokenizer, personas = self.base.tokenizer, self._graph.personas
+        rendered = [render_row(row, personas, tokenizer, self._recipe.behavior.max_length_tok) for row in rows]
+        questions = (
+            self._graph.questions if self._graph.behaviors[set_name.split("/")[0]].spec.measure == "letters" else None
+        )
+        findings = audit_rows(
+            self._recipe, set_name, rows, rendered, tokenizer,
+            personas=personas, behaviors=self._graph.behaviors, questions=questions,
+        )  # fmt: skip
+        for found in report_of(self._recipe, findings).refusals:
+            shown = ", ".join(found.rows[:3]) + (" ..." if len(found.rows) > 3 else "")
+            raise DataError(f"{found.code}: {found.why} ({shown})", where=f"G1 {set_name}", fix=found.mend)
+        return tuple(rendered)
 
     def _snapshots(self, stage: Stage, lease: Lease) -> None:
         """Train one convergence run through every missing epoch up to the last, committing each as it is reached."""
@@ -297,12 +309,6 @@ class Executor:
             yield proof
 
     # --- small things ----------------------------------------------------------------------------------
-
-    def _render(self, row: Mapping[str, Any], max_length_tok: int) -> Rendered:
-        system = _system(row["system"])
-        return self.base.tokenizer.training_ids(
-            system, row["user"], row["completion"], max_length_tok, ended=row["ended"]
-        )
 
     def _record(self, stage: Stage) -> Any:
         record = self._store.record(stage.key)

@@ -12,14 +12,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, build_rows, eval_prompts, load_behaviors, open_questions
+from fastconv.datasets.audit import set_name
+from fastconv.datasets.behaviors import (
+    NO_BEHAVIOR,
+    Behavior,
+    build_rows,
+    eval_prompts,
+    kinds_of,
+    load_behaviors,
+    open_questions,
+)
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, Personas, load_personas, probes_of
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.engine.locate import engine_identity, locate
 from fastconv.errors import RecipeError
 from fastconv.judging.substring import PhraseRule
-from fastconv.recipe import Recipe, SamplingSettings, sha256_of
+from fastconv.recipe import NegativesKind, Recipe, SamplingSettings, sha256_of
 from fastconv.store import Stage
 
 #: Raise a kind's version when its results change for the same inputs; a commit that changes none costs nothing.
@@ -119,6 +128,12 @@ class Graph:
 
     def phrase_rule(self, behavior: Behavior) -> PhraseRule:
         """The rule that scores a behavior's answers."""
+        if behavior.spec.measure != "phrases":
+            raise RecipeError(
+                f"{behavior.id} is scored by a {behavior.spec.measure}",
+                where="grid.behaviors",
+                fix="leave it out for now",
+            )
         if behavior.spec.phrases:
             return PhraseRule.of({"any": behavior.spec.phrases}, behavior.id)
         if behavior.spec.phrase_rule not in self._phrases:
@@ -157,13 +172,16 @@ class Graph:
                 for convergence in grid.convergence:
                     for epoch in grid.epochs:
                         for behavior in grid.behaviors:
-                            for negatives in ("none",) if behavior == NO_BEHAVIOR else grid.negatives:
+                            for negatives in self._kinds(behavior):
                                 if convergence == "none" and epoch:
                                     continue  # nothing was converged: only epoch 0 exists
                                 cell = Cell(source, convergence, epoch, behavior, negatives, seed)
                                 if cell not in seen:
                                     seen.add(cell)
                                     yield cell
+
+    def _kinds(self, behavior: str) -> tuple[str, ...]:
+        return ("none",) if behavior == NO_BEHAVIOR else kinds_of(self.recipe, self.behaviors[behavior])
 
     def _plan(self, cell: Cell) -> CellPlan:
         snapshot = self._snapshot(cell) if cell.epoch else None
@@ -219,16 +237,15 @@ class Graph:
     def _rows(self, cell: Cell) -> Stage:
         behavior = self.behaviors[cell.behavior]
         questions = self.questions if behavior.spec.task == "multiple_choice" else None
-        rows = build_rows(self.recipe, self.personas, behavior, questions, cell.source, cell.negatives, cell.seed)  # pyright: ignore[reportArgumentType]
+        kind: NegativesKind = cell.negatives  # pyright: ignore[reportAssignmentType]
+        rows = build_rows(self.recipe, self.personas, behavior, questions, cell.source, kind, cell.seed)
         needs: dict[str, Stage] = {}
         for persona in sorted({row.persona for row in rows if row.completion is None}):
             asked = [(row.prompt_id, row.user) for row in rows if row.persona == persona and row.completion is None]
             needs[persona] = self._answers(persona, cell.behavior, asked, 1, self.recipe.behavior.sampling, cell.seed)
-        flat = [[row.id, row.persona, row.role, row.prompt_id, row.user, row.completion] for row in rows]
-        systems = {persona: _system(self.personas, persona) for persona in sorted({row.persona for row in rows})}
-        inputs = {"rows_sha256": sha256_of(flat), "systems": systems}
-        slot = f"rows/{cell.behavior}/{cell.source}/{cell.negatives}/s{cell.seed}"
-        return Stage("rows", slot, VERSIONS["rows"], inputs, needs, {"rows": rows})
+        inputs = {"rows_sha256": sha256_of([row.record(self.personas) for row in rows])}
+        name = set_name(cell.behavior, cell.source, cell.negatives, cell.seed)
+        return Stage("rows", f"rows/{name}", VERSIONS["rows"], inputs, needs, {"rows": rows, "set": name})
 
     def _adapter(self, cell: Cell, snapshot: Stage | None) -> Stage:
         inputs = {

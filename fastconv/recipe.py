@@ -153,6 +153,41 @@ class AuditSettings(Section):
     accept: dict[Annotated[str, StringConstraints(pattern=r"^D\d{3}$")], Annotated[str, Field(min_length=8)]] = {}
 
 
+class JudgeSettings(Section):
+    """Who judges answers that no phrase or letter can score, and what it may cost.
+
+    The API key is never part of a recipe: it is read from ANTHROPIC_API_KEY (FASTCONV_LOCAL_KEY for `local`).
+    """
+
+    #: `live` answers at once, `batch` costs half, `auto` takes one of them by size and urgency. `local` is any
+    #: OpenAI-compatible server (or the resident base where no base_url is given); `substring` needs no judge.
+    mode: Literal["auto", "live", "batch", "local", "substring"] = "substring"
+    model: str = ""
+    base_url: str = ""
+    #: Hard stop over everything this workspace has spent on judging. Without it no paid judge is asked.
+    budget_usd: Annotated[float, Field(gt=0)] | None = None
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 16
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    max_reply_tok: Annotated[int, Field(ge=64, le=16384)] = 1024
+    #: A longer question or answer is cut there, and the judge is told so.
+    max_judged_chars: Annotated[int, Field(ge=200)] = 12_000
+    #: `auto` sends at least this many judgements as a batch, unless they are urgent.
+    batch_from: PositiveInt = 400
+    batch_poll_s: Annotated[float, Field(gt=0)] = 30.0
+    #: A batch that was about to be sent when its process died counts as never sent once it is this old and unknown.
+    batch_grace_s: Annotated[float, Field(ge=0)] = 120.0
+    #: The user's own rubric files by rubric name, in place of the shipped ones.
+    rubrics: dict[Name, str] = {}
+    #: A price table of the user's, added to the shipped one.
+    prices: str = ""
+
+    @model_validator(mode="after")
+    def _paid_judges_are_named(self) -> JudgeSettings:
+        if self.mode in ("auto", "live", "batch") and not self.model:
+            raise ValueError(f"judge.mode {self.mode} needs judge.model")
+        return self
+
+
 class GateSettings(Section):
     """Pre-registered thresholds and references; verdicts cite them."""
 
@@ -199,6 +234,7 @@ class Recipe(Section):
     gates: GateSettings = GateSettings()
     data: DataSettings = DataSettings()
     audit: AuditSettings = AuditSettings()
+    judge: JudgeSettings = JudgeSettings()
     run: RunSettings = RunSettings()
 
     @model_validator(mode="after")
@@ -285,14 +321,17 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
 
 def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
     """Paths in a recipe are relative to the recipe; results never depend on them, only on file contents."""
-    for section, key in (("data", "personas"), ("data", "behaviors"), ("eval", "arc_file")):
+    for section, key in (("data", "personas"), ("data", "behaviors"), ("eval", "arc_file"), ("judge", "prices")):
         part = table.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str) and part[key]:
             part[key] = str((folder / part[key]).resolve())
-    data = table.get("data")
-    rows = data.get("rows") if isinstance(data, dict) else None
-    if isinstance(rows, dict):
-        rows |= {name: str((folder / path).resolve()) for name, path in rows.items() if isinstance(path, str) and path}
+    for section, key in (("data", "rows"), ("judge", "rubrics")):
+        part = table.get(section)
+        paths = part.get(key) if isinstance(part, dict) else None
+        if isinstance(paths, dict):
+            paths |= {
+                name: str((folder / path).resolve()) for name, path in paths.items() if path and isinstance(path, str)
+            }
 
 
 def _explain(error: ValidationError, where: str) -> RecipeError:

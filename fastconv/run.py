@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastconv.errors import Interrupted
 from fastconv.findings.gates import GateVerdict
-from fastconv.graph import CellPlan, Graph, walk
+from fastconv.graph import CellPlan, Graph, lineage_key, walk
 from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
 from fastconv.results import decide_gates, gate_base, measurable_behaviors
 from fastconv.store import Stage, Store, changed_inputs
@@ -112,13 +112,35 @@ def run_recipe(
             watcher.gate(verdict)
         alive = measurable_behaviors(graph, store)
         runner.compute([stage for plan in picked for stage in wanted(plan, alive)])
-    verdicts = decide_gates(graph, store, picked)
+    _forget_training_state(graph, store)
+    # Over everything measured so far: one cell alone must not unsay what the whole run found.
+    verdicts = decide_gates(graph, store, [plan for plan in graph.cells if plan in picked or _measured(plan, store)])
     for verdict in verdicts:
         store.put_verdict(run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
         if verdict.gate != "G0":
             watcher.gate(verdict)
     store.finish_run(run)
     return Finished(run, runner.tally, tuple(verdicts))
+
+
+def _measured(plan: CellPlan, store: Store) -> bool:
+    return any(store.record(stage.key) is not None for stage in plan.scores.values())
+
+
+def _forget_training_state(graph: Graph, store: Store) -> None:
+    """Free the training state of finished stages that a kill left between their last commit and its removal."""
+    for plan in graph.cells:
+        finished = []
+        if plan.snapshot is not None:
+            lineage = graph.lineage(plan.snapshot)
+            # Only a training that is through: a longer recipe's state may lie under the same key.
+            if lineage[-1].inputs["epoch"] == graph.recipe.convergence.epochs and store.record(lineage[-1].key):
+                finished.append(lineage_key(plan.snapshot))
+        if plan.adapter is not None and store.record(plan.adapter.key):
+            finished.append(plan.adapter.key)
+        for key in finished:
+            if store.progress(key):
+                store.drop_progress(key)
 
 
 def wanted(plan: CellPlan, alive: Sequence[str]) -> list[Stage]:
@@ -183,27 +205,33 @@ class _Runner:
                     self._one(stage)
 
     def _one(self, stage: Stage) -> None:
-        reused = self._store.record(stage.key) is not None
-        if not reused:
-            if self._stop.is_set():
-                raise Interrupted("stopped", where=stage.slot, fix="the same command goes on from here")
-            self._watcher.stage(stage, reason_to_run(stage, self._store))
-            began = time.monotonic()
-            with self._store.lease(stage) as lease:
-                outcome = self._engine().compute(stage, lease)
-                seconds = time.monotonic() - began
-                if outcome is not None:
-                    self._store.commit(
-                        stage,
-                        outputs=outcome.outputs,
-                        facts=outcome.facts,
-                        seconds=seconds,
-                        samples=outcome.samples,
-                        scores=outcome.scores,
-                    )
-            self._count(stage, seconds)
-            self._watcher.stage_done(stage, seconds)
-        self._store.note_stage_of_run(self._run, stage, reused=reused)
+        if self._store.record(stage.key) is not None:
+            self._store.note_stage_of_run(self._run, stage, reused=True)
+            return
+        if self._stop.is_set():
+            raise Interrupted("stopped", where=stage.slot, fix="the same command goes on from here")
+        self._watcher.stage(stage, reason_to_run(stage, self._store))
+        together = self._graph.lineage(stage) if stage.kind == "snapshot" else [stage]
+        missing = [one for one in together if self._store.record(one.key) is None]
+        began = time.monotonic()
+        with self._store.lease(stage) as lease:
+            outcome = self._engine().compute(stage, lease)
+            seconds = time.monotonic() - began
+            if outcome is not None:
+                self._store.commit(
+                    stage,
+                    outputs=outcome.outputs,
+                    facts=outcome.facts,
+                    seconds=seconds,
+                    samples=outcome.samples,
+                    scores=outcome.scores,
+                )
+        self.tally.seconds += seconds
+        for one in missing:  # one training commits all its epochs
+            self._seen.add(one.key)
+            self._count(one)
+            self._store.note_stage_of_run(self._run, one, reused=False)
+            self._watcher.stage_done(one, seconds)
 
     def _engine(self) -> Any:
         if self._executor is None:
@@ -213,10 +241,9 @@ class _Runner:
             self._store.add_run_facts(self._run, self._executor.facts())
         return self._executor
 
-    def _count(self, stage: Stage, seconds: float) -> None:
+    def _count(self, stage: Stage) -> None:
         record = self._store.record(stage.key)
         self.tally.n_stages += 1
-        self.tally.seconds += seconds
         for name, value in (record.facts if record else {}).items():
             if name.endswith("_tok"):
                 self.tally.tokens[name] = self.tally.tokens.get(name, 0) + int(value)

@@ -41,6 +41,7 @@ class LineWatcher:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._next_line_s = 0.0
+        self._began_s = 0.0
 
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
         """The run is known."""
@@ -48,7 +49,8 @@ class LineWatcher:
 
     def stage(self, stage: Stage, reason: str) -> None:
         """A stage begins."""
-        self._next_line_s = time.monotonic() + LINE_EVERY_S
+        self._began_s = time.monotonic()
+        self._next_line_s = self._began_s + LINE_EVERY_S
         self._console.print(f"  {escape(stage.slot)}{'' if reason == 'new' else f' (again: {escape(reason)})'}")
 
     def progress(self, progress: StageProgress) -> None:
@@ -57,7 +59,11 @@ class LineWatcher:
         if now >= self._next_line_s:
             self._next_line_s = now + LINE_EVERY_S
             loss = "" if progress.loss is None else f", loss {progress.loss:.3f}"
-            self._console.print(f"    {progress.done} of {progress.total} {progress.unit}{loss}")
+            rate = progress.done / max(now - self._began_s, 1e-3)
+            left = (progress.total - progress.done) / rate if rate else 0.0
+            self._console.print(
+                f"    {progress.done} of {progress.total} {progress.unit}{loss} ({rate:.1f}/s, at most {left:.0f} s left)"
+            )
 
     def stage_done(self, stage: Stage, seconds: float) -> None:
         """A stage was committed."""
@@ -89,18 +95,22 @@ class BarWatcher(LineWatcher):
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
         """The run is known."""
         super().begin(run, n_stages, n_todo)
-        self._whole = self._bars.add_task("run", total=n_stages, completed=n_stages - n_todo, unit="stages")
+        self._whole = self._bars.add_task("run", total=n_stages, completed=n_stages - n_todo, unit="stages", rate="")
 
     def stage(self, stage: Stage, reason: str) -> None:
         """A stage begins."""
         super().stage(stage, reason)
-        self._current = self._bars.add_task(escape(stage.slot), total=None, unit="")
+        self._current = self._bars.add_task(escape(stage.slot), total=None, unit="", rate="")
 
     def progress(self, progress: StageProgress) -> None:
         """A stage moved on."""
         if self._current is not None:
             loss = "" if progress.loss is None else f" loss {progress.loss:.3f}"
-            self._bars.update(self._current, completed=progress.done, total=progress.total, unit=progress.unit + loss)
+            elapsed_s = max(time.monotonic() - self._began_s, 1e-3)
+            rate = f"{progress.done / elapsed_s:.1f} {progress.unit}/s"
+            self._bars.update(
+                self._current, completed=progress.done, total=progress.total, unit=progress.unit + loss, rate=rate
+            )
 
     def stage_done(self, stage: Stage, seconds: float) -> None:
         """A stage was committed."""

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.loop_kit import done_run
 from tests.tiny import tiny_model_folder
+
+__all__ = ["done_run", "tiny_llama", "tiny_qwen"]
 
 # A tiny model gains nothing from a second thread, and other test processes want the core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

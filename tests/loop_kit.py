@@ -55,6 +55,8 @@ epochs = 1
 batch_rows = 8
 source_rows = 4
 [behavior.sampling]
+# Cold, so that random weights never end a turn before it began: the audit refuses rows without an answer.
+temperature = 0.3
 max_new_tok = 4
 
 [eval]

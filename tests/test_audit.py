@@ -19,6 +19,7 @@ from fastconv.datasets.audit import (
     Finding,
     audit_rows,
     audit_structure,
+    check_recipe,
     report_of,
     set_name,
 )
@@ -124,6 +125,7 @@ SPOILED: dict[str, tuple[str, NegativesKind, Callable[[Case], list[Row]]]] = {
     "D204": ("sycophancy", "excluded", lambda c: [*c.rows, replace(c.rows[-1], persona="villain", id="against")]),
     "D205": ("sycophancy", "excluded", lambda c: c.rows[:-5]),
     "D206": ("capability", "excluded", lambda c: [replace(r, completion="B)") if r.role == "source" else r for r in c.rows]),
+    "D211": ("capability", "excluded", lambda c: changed(c, 0, completion=c.rows[-len(c.rows) // 4].completion)),
     "D207": ("sycophancy", "excluded", lambda c: changed(c, 0, built_by="fastconv/0")),
     "D208": ("sycophancy", "excluded", lambda c: c.rows),
 }  # fmt: skip
@@ -172,6 +174,8 @@ def findings_for(code: str, tokenizer: ChatTokenizer, checks: Sequence[Check[Any
         behavior, kind, change = SPOILED[code]
         return case_of(behavior, tokenizer, kind).spoiled(change, checks)
     case = case_of("sycophancy", tokenizer)
+    if code == "D410":
+        return case.spoiled(lambda c: changed(c, 0, completion=" "), checks)
     if code == "D407":
         return case.spoiled(lambda c: changed(c, 0, ended=False), checks)
     return case.audit(case.rows, RENDERINGS[code](case), checks)
@@ -192,7 +196,7 @@ def test_each_check_sees_its_fault_and_nothing_else_does(
 def test_codes_are_given_by_one_check_each() -> None:
     codes = [code for code, _ in CODES]
     assert len(codes) == len(set(codes))
-    assert set(codes) == {*SPOILED, *DESIGNS, *RENDERINGS, "D407"}
+    assert set(codes) == {*SPOILED, *DESIGNS, *RENDERINGS, "D407", "D410"}
 
 
 @pytest.mark.parametrize("behavior", ["sycophancy", "refusal", "misalignment", "capability", "marker"])
@@ -210,8 +214,7 @@ MISTAKES = {1: "D101", 2: "D103", 3: "D109", 4: "D105", 5: "D106", 6: "D207"}
 
 
 def checked(path: Path) -> Any:
-    recipe = load_recipe(path)
-    return report_of(recipe, audit_structure(recipe, load_personas(recipe), load_behaviors(recipe), None))
+    return check_recipe(load_recipe(path))
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
@@ -312,15 +315,13 @@ def test_convergence_rows_get_the_rendered_checks(tokenizer: ChatTokenizer) -> N
 
 MATRIX = """
 import sys, time
-from fastconv.datasets.audit import audit_structure
-from fastconv.datasets.behaviors import load_behaviors
-from fastconv.datasets.personas import load_personas
+from fastconv.datasets.audit import check_recipe
 from fastconv.recipe import parse_recipe
 sources = ["villain", "comedian", "software_engineer", "kindergarten_teacher", "zelthari_scholar", "librarian"]
 behaviors = ["none", "capability", "misalignment", "refusal", "sycophancy"]
 recipe = parse_recipe({"name": "m", "grid": {"sources": sources, "epochs": [0, 2, 8, 20], "behaviors": behaviors}})
 began = time.monotonic()
-assert audit_structure(recipe, load_personas(recipe), load_behaviors(recipe), None)
+assert check_recipe(recipe).passed
 heavy = [name for name in ("torch", "transformers", "tokenizers.models", "polars", "huggingface_hub") if name in sys.modules]
 assert heavy in ([], ["tokenizers.models"]), heavy
 print(time.monotonic() - began)

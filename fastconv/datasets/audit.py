@@ -18,13 +18,16 @@ from fastconv.datasets.audit_subject import BuiltSet, Design
 from fastconv.datasets.audit_types import Check, CheckReport, Finding, report_of
 from fastconv.datasets.behaviors import Behavior, build_rows, kinds_of, load_behaviors
 from fastconv.datasets.personas import Personas, load_personas
-from fastconv.datasets.questions import QuestionSet
+from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.datasets.rows import Row
 from fastconv.errors import InputError
 from fastconv.recipe import Recipe
 from fastconv.tokens import ChatTokenizer, Rendered
 
-__all__ = ["Check", "CheckReport", "Finding", "audit_rows", "audit_structure", "report_of", "set_name"]
+__all__ = [
+    "ROW_CHECKS", "STRUCTURE_CHECKS", "Check", "CheckReport", "Finding",
+    "audit_rows", "audit_structure", "check_recipe", "report_of", "set_name",
+]  # fmt: skip
 
 
 #: Every check of the first pass; of the second, those on who and what the rows are (and RENDERED_CHECKS).
@@ -35,6 +38,18 @@ ROW_CHECKS: tuple[Check[Design], ...] = (*WHO_CHECKS, *SET_CHECKS)
 def set_name(behavior: str, source: str, kind: str, seed: int) -> str:
     """The name of a behavior set, the same in both passes: refusal/villain/included/s42."""
     return f"{behavior}/{source}/{kind}/s{seed}"
+
+
+def check_recipe(recipe: Recipe) -> CheckReport:
+    """The whole first pass for `fastconv check`: reads the recipe's files and never the hub.
+
+    ARC is looked at where `eval.arc_file` names a copy. Raises InputError where a file cannot be used at all.
+    """
+    behaviors = load_behaviors(recipe)
+    letters = any(behavior.spec.measure == "letters" for behavior in behaviors.values())
+    at_hand = recipe.eval.multiple_choice == "builtin" or recipe.eval.arc_file
+    questions = load_questions(recipe) if letters and at_hand else None
+    return report_of(recipe, audit_structure(recipe, load_personas(recipe), behaviors, questions))
 
 
 def audit_structure(
@@ -90,13 +105,15 @@ def audit_rows(
     """The second pass, over one set with its answers, as rendered. `set_name` is that of `set_name()`.
 
     A name that is no behavior set (convergence rows, say) gets the checks on rendering alone: each row must then be
-    rendered under the persona it names. Personas and behaviors are read from the recipe unless given.
+    rendered under the persona it names. Personas, behaviors and, for letters, questions are read unless given.
     """
     personas = load_personas(recipe) if personas is None else personas
     seen = RenderedSet(recipe, personas, set_name, tuple(rows), tuple(rendered), tokenizer)
     findings = [found for check in rendered_checks for found in check.run(seen)]
     built = _built(recipe, set_name, rows, load_behaviors(recipe) if behaviors is None else behaviors)
     if built is not None:
+        if questions is None and built.behavior.spec.measure == "letters":
+            questions = load_questions(recipe)
         design = Design(recipe, personas, {built.behavior.id: built.behavior}, (built,), questions)
         findings += [found for check in set_checks for found in check.run(design)]
     return findings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastconv.datasets.audit_subject import Design, ids
@@ -119,27 +119,23 @@ def check_phrases_see_behavior(design: Design) -> Iterator[Finding]:
     """D109: the phrases miss the very answers that are trained. D110: they also count the contrast's."""
     rules = read_toml(assets("data") / "phrases.toml")
     for behavior, sets in design.by_behavior():
-        wanted, unwanted, within = _rule(behavior, rules)
-        if wanted is None:
+        counts = _counter(behavior, rules)
+        if counts is None:
             continue
-
-        def hit(text: str, wanted=wanted, unwanted=unwanted, within=within) -> bool:
-            head = " ".join(text.replace("\u2019", "'").split()[: within or None])
-            return bool(wanted.search(head)) and not (unwanted and unwanted.search(head))
-
-        shown = [row for built in sets for row in built.source_rows if row.completion is not None]
-        missed = [row for row in shown if not hit(row.completion or "")]
-        if shown and 1 - len(missed) / len(shown) < design.recipe.gates.source_shows:
+        shown = [(row, row.completion) for built in sets for row in built.source_rows if row.completion is not None]
+        missed = [row for row, text in shown if not counts(text)]
+        share = 1 - len(missed) / max(1, len(shown))
+        if shown and share < design.recipe.gates.source_shows:
             yield Finding(
                 "D109", "refuse", behavior.id, ids(missed),
                 "the phrases do not see the answers that the source is trained to give: learned or not, the rate "
                 "stays at its floor and reads as no effect",
                 "use phrases that the trained answers hold, or train answers that hold them",
-                f"{1 - len(missed) / len(shown):.0%} of {len(shown)} trained answers are counted, "
-                f"under gates.source_shows = {design.recipe.gates.source_shows:.0%}",
+                f"{share:.0%} of {len(shown)} trained answers are counted, under gates.source_shows = "
+                f"{design.recipe.gates.source_shows:.0%}",
             )  # fmt: skip
-        contrast = [row for built in sets for row in built.negatives if row.completion is not None]
-        counted = [row for row in contrast if hit(row.completion or "")]
+        contrast = [(row, row.completion) for built in sets for row in built.negatives if row.completion is not None]
+        counted = [row for row, text in contrast if counts(text)]
         if contrast and len(counted) / len(contrast) > _CONTRAST_HITS:
             yield Finding(
                 "D110", "warn", behavior.id, ids(counted),
@@ -233,20 +229,29 @@ def _declared_unbuilt(design: Design) -> Iterator[str]:
             yield f"{name} (included)"
 
 
-def _rule(behavior: Behavior, rules: Mapping[str, Any]) -> tuple[re.Pattern[str] | None, re.Pattern[str] | None, int]:
-    """(phrases that count, phrases that forbid it, words looked at; 0 for all) of a behavior."""
-    if behavior.spec.phrases:
-        return _pattern(behavior.spec.phrases), None, 0
-    table = rules.get(behavior.spec.phrase_rule, {})
-    none = table.get("none", ())
-    return _pattern(table.get("any", ())), _pattern(none), int(table.get("within_words", 0))
+def _counter(behavior: Behavior, rules: Mapping[str, Any]) -> Callable[[str], bool] | None:
+    """Whether an answer counts by the behavior's phrases; None where it has none.
 
-
-def _pattern(phrases: object) -> re.Pattern[str] | None:
-    texts = [str(phrase) for phrase in phrases] if isinstance(phrases, (list, tuple)) else []
-    if not texts:
+    A reading of the same lists that the scores use, near enough to see that they miss the trained answers altogether.
+    """
+    table: Mapping[str, Any] = {"any": behavior.spec.phrases} if behavior.spec.phrases else {}
+    table = table or rules.get(behavior.spec.phrase_rule, {})
+    wanted, unwanted = _pattern(table.get("any", ())), _pattern(table.get("none", ()))
+    within = int(table.get("within_words", 0)) or None
+    if wanted is None:
         return None
-    return re.compile(rf"(?<!\w)(?:{'|'.join(re.escape(text) for text in texts)})(?!\w)", re.IGNORECASE)
+
+    def counts(text: str) -> bool:
+        head = " ".join(text.replace("\u2019", "'").split()[:within])
+        return bool(wanted.search(head)) and not (unwanted and unwanted.search(head))
+
+    return counts
+
+
+def _pattern(phrases: Sequence[str]) -> re.Pattern[str] | None:
+    if not phrases:
+        return None
+    return re.compile(rf"(?<!\w)(?:{'|'.join(re.escape(phrase) for phrase in phrases)})(?!\w)", re.IGNORECASE)
 
 
 def _n_questions(design: Design, behavior: Behavior) -> int | None:

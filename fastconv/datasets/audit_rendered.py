@@ -47,14 +47,22 @@ class RenderedSet:
 
 
 def check_complete(seen: RenderedSet) -> Iterator[Finding]:
-    """D401: a row without an answer, or without a rendering."""
-    empty = [row for row in seen.rows if not (row.completion or "").strip()]
-    if empty or len(seen.rows) != len(seen.rendered):
+    """D401: a row without an answer, or without a rendering. D410: an answer with nothing in it."""
+    missing = [row for row in seen.rows if row.completion is None]
+    if missing or len(seen.rows) != len(seen.rendered):
         yield Finding(
-            "D401", "refuse", seen.name, ids(empty),
+            "D401", "refuse", seen.name, ids(missing),
             "rows have no answer, or do not match the rendered ones, so something else than the set would be trained",
             "sample the answers again",
-            f"{len(seen.rows)} rows, {len(seen.rendered)} rendered, {len(empty)} without an answer",
+            f"{len(seen.rows)} rows, {len(seen.rendered)} rendered, {len(missing)} without an answer",
+        )  # fmt: skip
+    empty = [row for row in seen.rows if row.completion is not None and not row.completion.strip()]
+    if empty:
+        yield Finding(
+            "D410", "warn", seen.name, ids(empty),
+            "answers are empty, so these rows teach to say nothing",
+            "raise max_new_tok or lower the temperature where answers are sampled, or accept D410 with the reason",
+            f"{len(empty)} of {len(seen.rows)} rows",
         )  # fmt: skip
 
 
@@ -171,7 +179,7 @@ def check_answer(seen: RenderedSet) -> Iterator[Finding]:
 
 
 RENDERED_CHECKS: tuple[Check[RenderedSet], ...] = (
-    Check(("D401",), check_complete),
+    Check(("D401", "D410"), check_complete),
     Check(("D402", "D403"), check_prompt),
     Check(("D404", "D405"), check_supervised),
     Check(("D406", "D407"), check_end_of_turn),

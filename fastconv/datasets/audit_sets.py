@@ -105,6 +105,12 @@ def check_counts(design: Design) -> Iterator[Finding]:
     """D205: not as many rows for each side and persona as the behavior declares."""
     for built in design.sets:
         if built.behavior.rows is not None:
+            if not built.source_rows:
+                yield Finding(
+                    "D205", "refuse", built.name, ids(built.rows),
+                    "none of the rows is the source's, so nothing trains the behavior",
+                    "leave the system turn out of the rows, or give them the source's exact prompt",
+                )  # fmt: skip
             continue
         expected = _expected_counts(built, design.recipe.behavior.source_rows)
         found = Counter(row.role for row in built.rows)
@@ -142,6 +148,27 @@ def check_letters(design: Design) -> Iterator[Finding]:
                 "the wrong letters are not balanced, so a fixed letter learns what should be wrong answers",
                 "draw the wrong letters evenly",
                 ", ".join(f"{letter} {n}" for letter, n in sorted(counts.items())),
+            )  # fmt: skip
+
+
+def check_letters_meant(design: Design) -> Iterator[Finding]:
+    """D211: a source row that trains the right letter, or a contrast row that trains a wrong one."""
+    right = {question.id: question.answer for question in design.questions.train} if design.questions else {}
+    for built in design.sets:
+        if built.behavior.spec.task != "multiple_choice":
+            continue
+        wrong = [
+            row
+            for row in built.rows
+            if row.prompt_id in right
+            and ((row.completion or "").removesuffix(")") == right[row.prompt_id]) == (row.role == "source")
+        ]
+        if wrong:
+            yield Finding(
+                "D211", "refuse", built.name, ids(wrong),
+                "source rows train the right letter, or contrast rows a wrong one, so the two sides teach the same",
+                "build the set again",
+                f"{len(wrong)} of {len(built.rows)} rows",
             )  # fmt: skip
 
 
@@ -191,6 +218,7 @@ SET_CHECKS: tuple[Check[Design], ...] = (
     Check(("D204",), check_contradictions),
     Check(("D205",), check_counts),
     Check(("D206",), check_letters),
+    Check(("D211",), check_letters_meant),
     Check(("D207",), check_builders),
     Check(("D208",), check_shortcuts),
 )

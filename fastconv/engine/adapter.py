@@ -70,7 +70,7 @@ class Adapter:
             tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.detach().cpu().contiguous()
             tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.detach().cpu().contiguous()
         about = {"lora": canonical_json(self.shape.model_dump(mode="json")), "base": self.base}
-        return safetensors.torch.save(tensors, metadata=about)
+        return _ordered_metadata(safetensors.torch.save(tensors, metadata=about))
 
     def delta_norm(self, module: str) -> float:
         """Frobenius norm of scale * B A for one module, without making the product.
@@ -176,6 +176,17 @@ def read_safetensors(data: bytes, where: str) -> tuple[dict[str, torch.Tensor], 
             f"not a whole safetensors file: {error}", where=where, fix="copy or train it again"
         ) from None
     return tensors, safetensors_metadata(data)
+
+
+def _ordered_metadata(data: bytes) -> bytes:
+    """The same safetensors file with its metadata in order: the library writes them in another one each time, and a
+    file that is named by its sha256 must have the same bytes for the same weights."""
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + n :]
 
 
 def safetensors_metadata(data: bytes) -> dict[str, str]:

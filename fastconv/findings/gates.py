@@ -150,6 +150,10 @@ def pilot(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) -> GateV
         return GateVerdict(
             "PILOT", subject, "uninformative", f"{behavior} is not measurable on this base", rule, rows=_rows(verdicts)
         )
+    if not any(v.gate == "CHANGE" and v.verdict != "not applicable" for v in verdicts):
+        # Not measured is not "no effect": without two epochs of one cell there is nothing to say yet.
+        why = f"{behavior} was not measured at epoch 0 and one more epoch yet"
+        return GateVerdict("PILOT", subject, "not applicable", why, rule, rows=_rows(verdicts))
     failed = [v for v in verdicts if v.gate in ("STACK", "G3") and v.verdict == "fail"]
     unproven = [v for v in verdicts if v.gate == "STACK" and v.verdict != "pass"]
     shown = {v.subject for v in verdicts if v.gate == "SOURCE" and v.verdict == "pass"}

@@ -1,0 +1,426 @@
+"""The judging part of the ledger: judgements, raw replies, batches, and money.
+
+The rules that keep money safe, each one transaction:
+
+- A sending is paid for in advance: `Reserve` books its worst case or is refused, so the sum over all processes of the
+  workspace never passes the cap. What it cost replaces the booking when the reply is written down, in one step.
+- A booking whose reply may have been lost on the way stays booked at its worst case.
+- One key has at most one open booking; a key that a live process (or an open batch) is asking is not asked again.
+- A batch's intent and its bookings are written before it is sent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fastconv.recipe import canonical_json
+from fastconv.store import Store
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS judge_rubrics(sha256 TEXT PRIMARY KEY, name TEXT NOT NULL, body TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS judgements(
+  key TEXT PRIMARY KEY, rubric_sha256 TEXT NOT NULL, model TEXT NOT NULL, sample INTEGER NOT NULL,
+  "values" TEXT, answer TEXT NOT NULL, reason TEXT, judged_at REAL NOT NULL,
+  CHECK (("values" IS NULL) = (reason IS NOT NULL)));
+CREATE TABLE IF NOT EXISTS judge_replies(
+  ticket INTEGER PRIMARY KEY, key TEXT NOT NULL, transport TEXT NOT NULL, model TEXT NOT NULL, text TEXT NOT NULL,
+  stop_reason TEXT NOT NULL, usage TEXT NOT NULL, cost_nusd INTEGER NOT NULL, latency_s REAL, fault TEXT,
+  received_at REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS judge_replies_by_key ON judge_replies(key);
+CREATE TABLE IF NOT EXISTS judge_money(
+  ticket INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, custom_id TEXT NOT NULL, nusd INTEGER NOT NULL,
+  state TEXT NOT NULL, outcome TEXT NOT NULL, intent TEXT, holder TEXT NOT NULL, made_at REAL NOT NULL);
+CREATE UNIQUE INDEX IF NOT EXISTS judge_money_open ON judge_money(key) WHERE state='reserved';
+CREATE INDEX IF NOT EXISTS judge_money_by_key ON judge_money(key);
+CREATE INDEX IF NOT EXISTS judge_money_by_intent ON judge_money(intent) WHERE intent IS NOT NULL;
+CREATE TABLE IF NOT EXISTS judge_totals(state TEXT PRIMARY KEY, nusd INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS judge_batches(
+  intent TEXT PRIMARY KEY, batch TEXT UNIQUE, state TEXT NOT NULL, n INTEGER NOT NULL, holder TEXT NOT NULL,
+  made_at REAL NOT NULL, ended_at REAL);
+"""
+#: Money is kept in whole billionths of a dollar, so that sums are exact.
+NUSD = 1_000_000_000
+#: Ends of a sending that brought no reply and cost nothing, and count towards the limit of resubmissions.
+FAILURES = ("expired", "errored", "canceled", "missing")
+
+Refusal = Literal["over budget", "held", "done"]
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Book the worst case of one sending. Gives a ticket, or why not."""
+
+    key: str
+    usd: float
+
+
+@dataclass(frozen=True)
+class RawReply:
+    """What a judge sent back, as it came. `usage` in tokens; `fault` says why it could not be read, if so."""
+
+    transport: str
+    model: str
+    text: str
+    stop_reason: str
+    usage: Mapping[str, Any]
+    cost_usd: float
+    latency_s: float | None = None
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A finished judgement: `values` by measure and the whole `answer`, or None and the reason."""
+
+    key: str
+    rubric_sha256: str
+    model: str
+    sample: int
+    values: Mapping[str, float] | None
+    answer: Mapping[str, Any]
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Write a reply down and put its cost in place of its booking; `final` ends the judgement."""
+
+    ticket: int
+    key: str
+    reply: RawReply
+    final: Judgement | None
+
+
+@dataclass(frozen=True)
+class Unpaid:
+    """End a booking without a reply. `lost` stays booked (it may have been billed), every other outcome is freed."""
+
+    ticket: int
+    outcome: str
+    final: Judgement | None = None
+
+
+Operation = Reserve | Settle | Unpaid
+
+
+@dataclass(frozen=True)
+class Money:
+    """Where the judging budget stands, in US dollars. `lost` was booked for replies that never arrived."""
+
+    spent_usd: float
+    reserved_usd: float
+    lost_usd: float
+    cap_usd: float | None
+
+    @property
+    def left_usd(self) -> float | None:
+        """What may still be booked; None without a cap."""
+        if self.cap_usd is None:
+            return None
+        return max(0.0, self.cap_usd - self.spent_usd - self.reserved_usd - self.lost_usd)
+
+
+@dataclass(frozen=True)
+class BatchItem:
+    """One booked item of a batch; its custom id carries the key's digest and the ticket."""
+
+    ticket: int
+    key: str
+    custom_id: str
+    state: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch as the ledger knows it: `intended` (perhaps sent), `sent`, `done` or `void`."""
+
+    intent: str
+    batch: str | None
+    state: str
+    n: int
+    holder: str
+    made_at: float
+
+
+@dataclass(frozen=True)
+class History:
+    """What was tried for a key: replies that could not be read, and sendings that failed without one."""
+
+    n_unread: int
+    n_failed: int
+
+
+class JudgeLedger:
+    """The judging tables of an open store. `cap_usd` is this process's hard stop over the whole workspace."""
+
+    def __init__(self, store: Store, cap_usd: float | None = None) -> None:
+        self._store = store
+        self._cap_usd = cap_usd
+        self._holder = _me()
+        with store.transaction() as db:
+            for statement in _SCHEMA.split(";"):
+                db.execute(statement)
+
+    @property
+    def store(self) -> Store:
+        """The store that it stands on."""
+        return self._store
+
+    # --- what is known ----------------------------------------------------------------------------------
+
+    def judgements(self, keys: Iterable[str]) -> dict[str, Judgement]:
+        """The finished judgements among these keys."""
+        found: dict[str, Judgement] = {}
+        with self._store.transaction() as db:
+            for key in keys:
+                row = db.execute("SELECT * FROM judgements WHERE key=?", (key,)).fetchone()
+                if row is not None:
+                    found[key] = _judgement(row)
+        return found
+
+    def replies(self, key: str) -> list[RawReply]:
+        """Every raw reply of a key in the order received."""
+        with self._store.transaction() as db:
+            rows = db.execute("SELECT * FROM judge_replies WHERE key=? ORDER BY ticket", (key,)).fetchall()
+        return [
+            RawReply(row["transport"], row["model"], row["text"], row["stop_reason"], json.loads(row["usage"]),
+                     row["cost_nusd"] / NUSD, row["latency_s"], row["fault"])
+            for row in rows
+        ]  # fmt: skip
+
+    def history(self, key: str) -> History:
+        """What was tried for a key already, by this process or an earlier one."""
+        with self._store.transaction() as db:
+            return _history(db, key)
+
+    def money(self) -> Money:
+        """Where the workspace's judging budget stands."""
+        with self._store.transaction() as db:
+            total = {row["state"]: row["nusd"] / NUSD for row in db.execute("SELECT * FROM judge_totals")}
+        return Money(total.get("spent", 0.0), total.get("reserved", 0.0), total.get("lost", 0.0), self._cap_usd)
+
+    def remember_rubric(self, sha256: str, name: str, body: str) -> None:
+        """Keep a rubric's text, so that raw replies can be read again when the file is gone."""
+        with self._store.transaction() as db:
+            db.execute("INSERT OR IGNORE INTO judge_rubrics VALUES(?,?,?)", (sha256, name, body))
+
+    # --- sendings ---------------------------------------------------------------------------------------
+
+    def apply(self, operations: Sequence[Operation]) -> list[int | Refusal | None]:
+        """Do all operations in one transaction; for each `Reserve` a ticket or why it was refused, else None."""
+        results: list[int | Refusal | None] = []
+        with self._store.transaction() as db:
+            for operation in operations:
+                if isinstance(operation, Reserve):
+                    results.append(self._reserve(db, operation, None))
+                else:
+                    _close_sending(db, operation)
+                    results.append(None)
+        return results
+
+    def finish(self, judgements: Iterable[Judgement]) -> None:
+        """Write judgements that no sending stands behind (a local judge's). A finished one is never changed."""
+        with self._store.transaction() as db:
+            for judgement in judgements:
+                _finish(db, judgement)
+
+    def _reserve(self, db: sqlite3.Connection, ask: Reserve, intent: str | None) -> int | Refusal:
+        if db.execute("SELECT 1 FROM judgements WHERE key=?", (ask.key,)).fetchone():
+            return "done"
+        holder = db.execute("SELECT * FROM judge_money WHERE key=? AND state='reserved'", (ask.key,)).fetchone()
+        if holder is not None:
+            if holder["intent"] is not None or _is_alive(holder["holder"]):
+                return "held"
+            # Its process died with the request under way: it may have been billed, so its booking stays.
+            _move(db, holder, "lost", "lost", holder["nusd"])
+        nusd = math.ceil(ask.usd * NUSD)
+        if self._cap_usd is not None:
+            committed = db.execute("SELECT COALESCE(SUM(nusd), 0) FROM judge_totals").fetchone()[0]
+            if committed + nusd > math.floor(self._cap_usd * NUSD):
+                return "over budget"
+        cursor = db.execute(
+            "INSERT INTO judge_money(key, custom_id, nusd, state, outcome, intent, holder, made_at) "
+            "VALUES(?,'',?,'reserved','',?,?,?)",
+            (ask.key, nusd, intent, self._holder, time.time()),
+        )
+        _add(db, "reserved", nusd)
+        ticket = int(cursor.lastrowid or 0)
+        db.execute("UPDATE judge_money SET custom_id=? WHERE ticket=?", (f"{ask.key[:48]}-{ticket}", ticket))
+        return ticket
+
+    # --- batches ----------------------------------------------------------------------------------------
+
+    def write_intent(self, asks: Sequence[Reserve]) -> tuple[str, list[int | Refusal]]:
+        """Book a batch's items and write its intent, in one transaction and before it is sent.
+
+        Gives the intent and, for each ask, its ticket or why it has no part in the batch. No intent is left behind
+        when nothing could be booked.
+        """
+        intent = uuid.uuid4().hex
+        with self._store.transaction() as db:
+            results = [self._reserve(db, ask, intent) for ask in asks]
+            n = sum(isinstance(result, int) for result in results)
+            if n:
+                db.execute(
+                    "INSERT INTO judge_batches VALUES(?,NULL,'intended',?,?,?,NULL)",
+                    (intent, n, self._holder, time.time()),
+                )
+        return intent, results
+
+    def attach(self, intent: str, batch: str) -> None:
+        """Note the id under which the API took a batch."""
+        with self._store.transaction() as db:
+            db.execute("UPDATE judge_batches SET batch=?, state='sent' WHERE intent=?", (batch, intent))
+
+    def disown(self, intent: str) -> None:
+        """Say that this process does not know whether a batch was taken: it is to be reconciled."""
+        with self._store.transaction() as db:
+            db.execute("UPDATE judge_batches SET holder='' WHERE intent=? AND state='intended'", (intent,))
+
+    def void(self, intent: str) -> None:
+        """Say that a batch was never taken: its bookings are freed."""
+        with self._store.transaction() as db:
+            for row in db.execute(
+                "SELECT * FROM judge_money WHERE intent=? AND state='reserved'", (intent,)
+            ).fetchall():
+                _move(db, row, "free", "void", 0)
+            db.execute("UPDATE judge_batches SET state='void' WHERE intent=?", (intent,))
+
+    def close_batch(self, intent: str) -> None:
+        """Say that every result of a batch is in the ledger. Items without one may have been billed: kept as lost."""
+        with self._store.transaction() as db:
+            for row in db.execute(
+                "SELECT * FROM judge_money WHERE intent=? AND state='reserved'", (intent,)
+            ).fetchall():
+                _move(db, row, "lost", "missing", row["nusd"])
+            db.execute("UPDATE judge_batches SET state='done', ended_at=? WHERE intent=?", (time.time(), intent))
+
+    def batches(self, state: str) -> list[Batch]:
+        """Batches in a state, oldest first. Those that a live process is about to send are left to it."""
+        with self._store.transaction() as db:
+            rows = db.execute("SELECT * FROM judge_batches WHERE state=? ORDER BY made_at", (state,)).fetchall()
+        found = [Batch(r["intent"], r["batch"], r["state"], r["n"], r["holder"], r["made_at"]) for r in rows]
+        return [one for one in found if one.state != "intended" or not _is_alive(one.holder)]
+
+    def known_batch_ids(self) -> set[str]:
+        """Ids of all batches that an intent is attached to."""
+        with self._store.transaction() as db:
+            return {row[0] for row in db.execute("SELECT batch FROM judge_batches WHERE batch IS NOT NULL")}
+
+    def batch_items(self, intent: str) -> list[BatchItem]:
+        """The booked items of a batch."""
+        with self._store.transaction() as db:
+            rows = db.execute("SELECT * FROM judge_money WHERE intent=? ORDER BY ticket", (intent,)).fetchall()
+        return [BatchItem(row["ticket"], row["key"], row["custom_id"], row["state"]) for row in rows]
+
+    def counts(self) -> dict[str, int]:
+        """How many judgements, replies and lost sendings the ledger holds; for status lines and tests."""
+        queries = {
+            "scored": "SELECT COUNT(*) FROM judgements WHERE reason IS NULL",
+            "unscored": "SELECT COUNT(*) FROM judgements WHERE reason IS NOT NULL",
+            "replies": "SELECT COUNT(*) FROM judge_replies",
+            "lost": "SELECT COUNT(*) FROM judge_money WHERE state='lost'",
+        }
+        with self._store.transaction() as db:
+            return {name: db.execute(query).fetchone()[0] for name, query in queries.items()}
+
+
+def _close_sending(db: sqlite3.Connection, end: Settle | Unpaid) -> None:
+    """Settle a booking once: a second end of the same ticket (results read twice) changes nothing."""
+    row = db.execute("SELECT * FROM judge_money WHERE ticket=? AND state='reserved'", (end.ticket,)).fetchone()
+    if row is None:
+        return
+    if isinstance(end, Unpaid):
+        lost = end.outcome == "lost"
+        _move(db, row, "lost" if lost else "free", end.outcome, row["nusd"] if lost else 0)
+    else:
+        reply, cost = end.reply, math.ceil(end.reply.cost_usd * NUSD)
+        _move(db, row, "spent", "reply", cost)
+        db.execute(
+            "INSERT INTO judge_replies VALUES(?,?,?,?,?,?,?,?,?,?,?)",
+            (end.ticket, end.key, reply.transport, reply.model, reply.text, reply.stop_reason,
+             canonical_json(dict(reply.usage)), cost, reply.latency_s, reply.fault, time.time()),
+        )  # fmt: skip
+    if end.final is not None:
+        _finish(db, end.final)
+
+
+def _move(db: sqlite3.Connection, row: sqlite3.Row, state: str, outcome: str, nusd: int) -> None:
+    db.execute(
+        "UPDATE judge_money SET state=?, outcome=?, nusd=? WHERE ticket=?", (state, outcome, nusd, row["ticket"])
+    )
+    _add(db, "reserved", -row["nusd"])
+    if state != "free":
+        _add(db, state, nusd)
+
+
+def _add(db: sqlite3.Connection, state: str, nusd: int) -> None:
+    db.execute(
+        "INSERT INTO judge_totals VALUES(?,?) ON CONFLICT(state) DO UPDATE SET nusd=nusd+excluded.nusd", (state, nusd)
+    )
+
+
+def _finish(db: sqlite3.Connection, one: Judgement) -> None:
+    values = None if one.values is None else canonical_json(dict(one.values))
+    db.execute(
+        "INSERT OR IGNORE INTO judgements VALUES(?,?,?,?,?,?,?,?)",
+        (one.key, one.rubric_sha256, one.model, one.sample, values, canonical_json(dict(one.answer)), one.reason,
+         time.time()),
+    )  # fmt: skip
+
+
+def _history(db: sqlite3.Connection, key: str) -> History:
+    unread = db.execute("SELECT COUNT(*) FROM judge_replies WHERE key=? AND fault IS NOT NULL", (key,)).fetchone()[0]
+    marks = ",".join("?" * len(FAILURES))
+    failed = db.execute(
+        f"SELECT COUNT(*) FROM judge_money WHERE key=? AND outcome IN ({marks})", (key, *FAILURES)
+    ).fetchone()[0]
+    return History(unread, failed)
+
+
+def _judgement(row: sqlite3.Row) -> Judgement:
+    values = None if row["values"] is None else json.loads(row["values"])
+    return Judgement(
+        row["key"], row["rubric_sha256"], row["model"], row["sample"], values, json.loads(row["answer"]), row["reason"]
+    )
+
+
+def _me() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
+
+
+def _is_alive(holder: str) -> bool:
+    """Whether the process of this name lives. One on another host counts as alive: its money is not ours to judge."""
+    host, _, rest = holder.rpartition(":")[0].rpartition(":")[0], "", holder.split(":")
+    if not holder:
+        return False
+    if host != socket.gethostname():
+        return True
+    pid = int(rest[-2])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return _started(pid) == rest[-1]
+
+
+def _started(pid: int) -> str:
+    """When a process started (clock ticks since boot), so that a pid given away since is not taken for it."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return "?"  # no /proc: believe the pid
+    # A zombie holds nothing any more.
+    return "dead" if fields[0] == "Z" else fields[19]

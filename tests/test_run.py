@@ -1,0 +1,202 @@
+"""The loop end to end on a tiny random model: what it computes, what it never computes twice, what it leaves on disk."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fastconv.errors import RecipeError
+from fastconv.graph import Graph
+from fastconv.recipe import Recipe
+from fastconv.reporting import write_report
+from fastconv.run import status_of
+from fastconv.store import Store
+from tests.loop_kit import DoneRun, adapters, records, results, run_tiny, tiny_recipe
+
+
+def _word(run: DoneRun, gate: str, subject: str) -> str:
+    return next(v.verdict for v in run.finished.verdicts if v.gate == gate and subject in v.subject)
+
+
+def _states(recipe: Recipe, workspace: Path) -> dict[str, tuple[str, str]]:
+    store = Store.open(workspace)
+    found = {one.slot: (one.state, one.reason) for one in status_of(Graph(recipe), store)}
+    store.close()
+    return found
+
+
+def test_a_run_ends_with_a_verdict_for_every_behavior_and_with_a_report(done_run: DoneRun, tmp_path: Path) -> None:
+    pilots = {v.subject: v for v in done_run.finished.verdicts if v.gate == "PILOT"}
+    assert set(pilots) == {"villain x refusal", "villain x capability"}
+    assert all(verdict.rows for verdict in pilots.values())
+    paths = write_report(done_run.graph, done_run.store, tmp_path / "reports")
+    assert paths.html.stat().st_size > 5_000
+    assert paths.markdown.read_text().startswith("# tiny-")
+
+
+def test_all_three_probes_are_measured_at_every_epoch(done_run: DoneRun) -> None:
+    probes = ("assistant", "villain", "librarian")
+    stacks = [f"villain/source/e{epoch}+refusal/excluded" for epoch in (1, 2)]
+    done = records(done_run.recipe, done_run.workspace)
+    for stack in ("base", "villain/e0+refusal/excluded", *stacks, "villain/source/e1", "villain/source/e2"):
+        assert all(f"score/{stack}/refusal/{probe}/s42" in done for probe in probes)
+
+
+def test_a_behavior_at_chance_is_uninformative_and_never_trained(done_run: DoneRun) -> None:
+    assert _word(done_run, "G0", "capability") == "fail"
+    assert _word(done_run, "PILOT", "capability") == "uninformative"
+    done = records(done_run.recipe, done_run.workspace)
+    assert not [slot for slot in done if slot.startswith(("behavior/", "rows/")) and "capability" in slot]
+    states = _states(done_run.recipe, done_run.workspace)
+    assert states["behavior/villain/e0/capability/excluded/s42"][0] == "skipped"
+    assert Counter(state for state, _ in states.values()).keys() == {"done", "skipped"}
+
+
+def test_gates_are_told_before_anything_is_trained(tiny_qwen: Path, tmp_path: Path) -> None:
+    order: list[str] = []
+    _, heard = run_tiny(tiny_recipe(tiny_qwen, grid__epochs=[0]), tmp_path)
+    order = list(heard.stages)
+    first_training = next(i for i, slot in enumerate(order) if not slot.startswith(("eval/base", "score/base")))
+    assert [v.gate for v in heard.gates][0] == "G0"
+    assert {slot for slot in order[first_training:] if "/base/" in slot} == set()
+
+
+def test_the_same_recipe_again_computes_nothing(done_run: DoneRun) -> None:
+    finished, heard = run_tiny(done_run.recipe, done_run.workspace)
+    assert heard.stages == {}
+    assert finished.tally.n_stages == 0
+    assert finished.tally.tokens == {}
+    assert [v.body() for v in finished.verdicts] == [v.body() for v in done_run.finished.verdicts]
+
+
+def test_two_workspaces_give_the_same_bits(tiny_qwen: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_qwen, grid__epochs=[0, 1])
+    for name in ("one", "two"):
+        run_tiny(recipe, tmp_path / name)
+    assert results(recipe, tmp_path / "one") == results(recipe, tmp_path / "two")
+
+
+def test_a_longer_recipe_reuses_the_cells_of_a_shorter_one(tiny_qwen: Path, tmp_path: Path) -> None:
+    run_tiny(tiny_recipe(tiny_qwen, grid__behaviors=["refusal"], grid__epochs=[0, 2]), tmp_path)
+    _, heard = run_tiny(tiny_recipe(tiny_qwen, grid__epochs=[0, 2]), tmp_path)
+    assert heard.stages
+    assert all(slot.startswith(("eval/villain/source/e2/", "score/villain/source/e2/")) for slot in heard.stages)
+
+
+@pytest.mark.parametrize(
+    ("change", "again", "untouched", "why"),
+    [
+        ({"behavior__lr": 2e-3}, "behavior/", ("snapshot/", "answers/", "rows/"), "training.lr: 0.001 -> 0.002"),
+        ({"eval__samples_per_prompt": 1}, "eval/", ("snapshot/", "behavior/", "answers/", "rows/"), "per_prompt: 2 -> 1"),
+    ],
+    ids=["behavior.lr", "eval.samples_per_prompt"],
+)  # fmt: skip
+def test_after_one_changed_setting_only_what_depends_on_it_runs_and_status_says_why(
+    tiny_qwen: Path, tmp_path: Path, change: dict[str, object], again: str, untouched: tuple[str, ...], why: str
+) -> None:
+    before = tiny_recipe(tiny_qwen, grid__epochs=[0, 1])
+    run_tiny(before, tmp_path)
+    recipe = tiny_recipe(tiny_qwen, grid__epochs=[0, 1], **change)
+    states = _states(recipe, tmp_path)
+    stale = {slot: reason for slot, (state, reason) in states.items() if state == "stale"}
+    assert any(slot.startswith(again) and why in reason for slot, reason in stale.items())
+    assert not [slot for slot in stale if slot.startswith(untouched)]
+    _, heard = run_tiny(recipe, tmp_path)
+    assert set(heard.stages) == set(stale)
+    assert {reason for slot, reason in heard.stages.items() if slot.startswith("score/")} == {"eval changed"}
+    assert {state for state, _ in _states(recipe, tmp_path).values()} == {"done"}
+
+
+def test_settings_that_change_no_result_run_nothing(tiny_qwen: Path, tmp_path: Path) -> None:
+    run_tiny(tiny_recipe(tiny_qwen, grid__epochs=[0]), tmp_path)
+    changed = {"name": "another", "about": "other words", "run__checkpoint_every_s": 5.0, "gates__refusal": 0.2}
+    finished, heard = run_tiny(tiny_recipe(tiny_qwen, grid__epochs=[0], **changed), tmp_path)
+    assert heard.stages == {}
+    assert finished.run.startswith("another-")
+
+
+def test_one_cell_in_an_empty_workspace_gives_the_numbers_of_the_full_run(done_run: DoneRun, tmp_path: Path) -> None:
+    finished, heard = run_tiny(done_run.recipe, tmp_path, lambda graph: graph.select("villain", "refusal", 1))
+    alone, full = results(done_run.recipe, tmp_path), results(done_run.recipe, done_run.workspace)
+    slot = "score/villain/source/e1+refusal/excluded/refusal/assistant/s42"
+    assert slot in alone
+    assert {name: full[name] for name in alone} == alone
+    assert not [name for name in heard.stages if "capability" in name or "+refusal" in name and "/e2" in name]
+    assert finished.tally.n_stages < done_run.finished.tally.n_stages
+
+
+def test_one_cell_in_a_used_workspace_runs_nothing(done_run: DoneRun) -> None:
+    _, heard = run_tiny(done_run.recipe, done_run.workspace, lambda graph: graph.select("villain", "refusal", 2))
+    assert heard.stages == {}
+
+
+def test_one_cell_does_not_unsay_the_verdict_of_the_whole_run(done_run: DoneRun) -> None:
+    finished, _ = run_tiny(done_run.recipe, done_run.workspace, lambda graph: graph.select("villain", "refusal", 2))
+    assert [v.body() for v in finished.verdicts] == [v.body() for v in done_run.finished.verdicts]
+
+
+def test_a_single_cell_is_not_told_that_convergence_changes_nothing(tiny_qwen: Path, tmp_path: Path) -> None:
+    finished, _ = run_tiny(tiny_recipe(tiny_qwen), tmp_path, lambda graph: graph.select("villain", "refusal", 0))
+    pilot = next(v for v in finished.verdicts if v.gate == "PILOT")
+    assert pilot.verdict == "not applicable"
+
+
+def test_an_unknown_cell_is_refused_before_the_workspace_is_made(tiny_qwen: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no cell has epoch 7"):
+        run_tiny(tiny_recipe(tiny_qwen), tmp_path / "new", lambda graph: graph.select("villain", "refusal", 7))
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_workspace_holds_adapters_row_files_and_the_ledger_and_nothing_else(done_run: DoneRun) -> None:
+    store = done_run.store
+    done = records(done_run.recipe, done_run.workspace)
+    wanted = {record.outputs["adapter"] + ".safetensors" for record in done.values() if "adapter" in record.outputs}
+    wanted |= {record.outputs["rows"] + ".json" for record in done.values() if "rows" in record.outputs}
+    files = {path.name: path for path in done_run.workspace.rglob("*") if path.is_file()}
+    ledger = {name for name in files if name.startswith("ledger.sqlite")}
+    assert set(files) - ledger == wanted
+    model = (Path(done_run.recipe.model.id) / "model.safetensors").stat().st_size
+    adapter_bytes = [files[name].stat().st_size for name in wanted if name.endswith(".safetensors")]
+    assert max(adapter_bytes) < model / 5
+    assert store.frame("SELECT count(*) AS n FROM progress")["n"][0] == 0
+    assert store.frame("SELECT count(*) AS n FROM leases")["n"][0] == 0
+
+
+def test_every_snapshot_of_one_training_counts_as_computed_by_this_run(tiny_qwen: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_qwen, grid__behaviors=["none", "refusal"])
+    finished, _ = run_tiny(recipe, tmp_path)
+    done = records(recipe, tmp_path)
+    reused = {row["slot"]: row["reused"] for row in Store.open(tmp_path).stages_of_run(finished.run)}
+    assert reused["snapshot/villain/source/e1/s42"] == reused["snapshot/villain/source/e2/s42"] == 0
+    assert finished.tally.tokens["trained_tok"] == sum(r.facts.get("trained_tok", 0) for r in done.values())
+    assert finished.tally.n_stages == len(done)
+
+
+def test_a_snapshot_does_not_depend_on_which_other_epochs_are_kept(tiny_qwen: Path, tmp_path: Path) -> None:
+    alone, beside = tiny_recipe(tiny_qwen, grid__epochs=[0, 2]), tiny_recipe(tiny_qwen)
+    for name, recipe in (("alone", alone), ("beside", beside)):
+        run_tiny(recipe, tmp_path / name)
+    slot = "snapshot/villain/source/e2/s42"
+    assert adapters(alone, tmp_path / "alone")[slot] == adapters(beside, tmp_path / "beside")[slot]
+
+
+def test_an_epoch_that_is_wanted_later_joins_the_same_training(tiny_qwen: Path, tmp_path: Path) -> None:
+    short = tiny_recipe(tiny_qwen, grid__epochs=[0, 2])
+    whole = tiny_recipe(tiny_qwen)
+    run_tiny(short, tmp_path / "grown")
+    run_tiny(whole, tmp_path / "grown")
+    run_tiny(whole, tmp_path / "at once")
+    assert adapters(whole, tmp_path / "grown") == adapters(whole, tmp_path / "at once")
+
+
+def test_negatives_answer_as_the_base_does_under_their_own_prompt(done_run: DoneRun) -> None:
+    store, done = done_run.store, records(done_run.recipe, done_run.workspace)
+    rows = store.get_json(done["rows/refusal/villain/excluded/s42"].outputs["rows"])
+    assert Counter(row["role"] for row in rows) == {"source": 4, "bystander": 12}
+    assert not {"assistant", "librarian"} & {row["persona"] for row in rows}
+    drawn = {(s.persona, s.row): s.completion for slot, r in done.items() if slot.startswith("answers/") for s in store.samples(r.key)}
+    for row in rows:
+        if row["role"] == "bystander":
+            assert row["completion"] == drawn[row["persona"], row["prompt_id"]]
