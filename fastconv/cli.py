@@ -187,6 +187,50 @@ def report(
 
 @app.command()
 @_answered
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+) -> None:
+    """Audit the design and the rows of a recipe before a GPU second is spent. Exit code 2 if anything is refused."""
+    from fastconv import show
+    from fastconv.auditing import audit_recipe
+    from fastconv.errors import DataError
+
+    report = audit_recipe(_load(recipe, overrides), _open_if_there(workspace))
+    show.check(report, as_json=as_json)
+    if not report.passed:
+        if as_json:
+            raise typer.Exit(DataError.exit_code)
+        raise DataError(
+            f"{len(report.refusals)} findings refuse this recipe", where=recipe, fix="mend them as said above"
+        )
+
+
+@app.command()
+@_answered
+def peek(
+    recipe: RecipePath,
+    sets: Annotated[
+        list[str],
+        typer.Option("--set", help="A training set, e.g. refusal/villain/excluded/s42; or key=value to override"),
+    ] = [],  # noqa: B006
+    rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows of each set")] = 4,
+    workspace: Workspace = DEFAULT_WORKSPACE,
+) -> None:
+    """Show training rows exactly as the model sees them, with the tokens that carry loss marked."""
+    from fastconv import show
+    from fastconv.auditing import peek_recipe
+
+    loaded = _load(recipe, [one for one in sets if "=" in one])
+    names = [one for one in sets if "=" not in one]
+    for title, lines in peek_recipe(loaded, _open_if_there(workspace), names, rows):
+        show.peek(title, lines)
+
+
+@app.command()
+@_answered
 def doctor(
     recipe: Annotated[str, typer.Argument(help="Also check what this recipe needs", show_default=False)] = "",
     workspace: Workspace = DEFAULT_WORKSPACE,

@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 
-from fastconv.datasets.audit import audit_rows, report_of
-from fastconv.datasets.rows import Row, render_row, row_of
+from fastconv.auditing import audit_set, require_passed
+from fastconv.datasets.audit import report_of
+from fastconv.datasets.rows import Row, row_of
 from fastconv.draws import seed_of
 from fastconv.engine.base import Base, load_base
 from fastconv.engine.sample import sample
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
-from fastconv.errors import DataError, Interrupted, TrainingError
+from fastconv.errors import Interrupted, TrainingError
 from fastconv.graph import Graph, lineage_key
 from fastconv.recipe import SamplingSettings
 from fastconv.store import Lease, Sample, Score, Stage, Store
@@ -190,19 +191,9 @@ class Executor:
 
     def _audited(self, set_name: str, rows: Sequence[Row]) -> tuple[Rendered, ...]:
         """The rows as the model will see them, once the audit has nothing against them (gate G1)."""
-        tokenizer, personas = self.base.tokenizer, self._graph.personas
-        rendered = [render_row(row, personas, tokenizer, self._recipe.behavior.max_length_tok) for row in rows]
-        questions = (
-            self._graph.questions if self._graph.behaviors[set_name.split("/")[0]].spec.measure == "letters" else None
-        )
-        findings = audit_rows(
-            self._recipe, set_name, rows, rendered, tokenizer,
-            personas=personas, behaviors=self._graph.behaviors, questions=questions,
-        )  # fmt: skip
-        for found in report_of(self._recipe, findings).refusals:
-            shown = ", ".join(found.rows[:3]) + (" ..." if len(found.rows) > 3 else "")
-            raise DataError(f"{found.code}: {found.why} ({shown})", where=f"G1 {set_name}", fix=found.mend)
-        return tuple(rendered)
+        rendered, findings = audit_set(self._graph, set_name, rows, self.base.tokenizer)
+        require_passed(report_of(self._recipe, findings), f"G1 {set_name}")
+        return rendered
 
     def _snapshots(self, stage: Stage, lease: Lease) -> None:
         """Train one convergence run through every missing epoch up to the last, committing each as it is reached."""
@@ -264,7 +255,9 @@ class Executor:
                 self._store.save_progress(progress_key, trainee.step, save_state(trainee))
                 saved_at = now
             loss = float(trainee.losses[trainee.step - 1])
-            self._tick(lease, Progress(job.name, trainee.step, total, "steps", loss))
+            self._note(lease, Progress(job.name, trainee.step, total, "steps", loss))
+            if stopping:  # not asked again: a stop that came since then ends the next step, whose state is kept
+                raise _stopped(job.name)
 
         train(self.stack, [trainee], Hooks(after_step), until_step=until_step)
         return trainee
@@ -317,10 +310,17 @@ class Executor:
         return record
 
     def _tick(self, lease: Lease, progress: Progress) -> None:
+        self._note(lease, progress)
+        if self._stop():
+            raise _stopped(progress.slot)
+
+    def _note(self, lease: Lease, progress: Progress) -> None:
         lease.note({"done": progress.done, "total": progress.total, "unit": progress.unit, "loss": progress.loss})
         self._tell(progress)
-        if self._stop():
-            raise Interrupted("stopped", where=progress.slot, fix="the same command goes on from here")
+
+
+def _stopped(slot: str) -> Interrupted:
+    return Interrupted("stopped", where=slot, fix="the same command goes on from here")
 
 
 def _train_facts(trainee: Trainee, from_step: int) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fastconv.auditing import audit_design, require_passed
+from fastconv.datasets.audit import CheckReport
 from fastconv.errors import Interrupted
 from fastconv.findings.gates import GateVerdict
 from fastconv.graph import CellPlan, Graph, lineage_key, walk
@@ -49,6 +51,7 @@ CARD_PACKAGES = (
 class Watcher(Protocol):
     """Whoever shows a run to people."""
 
+    def audited(self, report: CheckReport) -> None: ...
     def begin(self, run: str, n_stages: int, n_todo: int) -> None: ...
     def stage(self, stage: Stage, reason: str) -> None: ...
     def progress(self, progress: Progress) -> None: ...
@@ -93,6 +96,9 @@ def run_recipe(
 
     Raises Interrupted on the first Ctrl-C once the running step is whole and its state is kept.
     """
+    report = audit_design(recipe)
+    require_passed(report, "audit")
+    watcher.audited(report)
     graph = Graph(recipe)
     picked = plans(graph) if plans else graph.cells
     store = Store.open(workspace)

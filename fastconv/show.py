@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,12 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from fastconv.datasets.audit import CheckReport
     from fastconv.doctor import Finding
     from fastconv.execute import Progress as StageProgress
     from fastconv.findings.gates import GateVerdict
@@ -42,6 +44,14 @@ class LineWatcher:
         self._console = console
         self._next_line_s = 0.0
         self._began_s = 0.0
+
+    def audited(self, report: CheckReport) -> None:
+        """The design passed its audit, perhaps with warnings."""
+        codes = sorted({found.code for found in report.warnings})
+        if codes:
+            self._console.print(
+                f"audit: {len(report.warnings)} warnings ({', '.join(codes)}); `fastconv check` shows them"
+            )
 
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
         """The run is known."""
@@ -122,6 +132,9 @@ class BarWatcher(LineWatcher):
 
 class SilentWatcher(LineWatcher):
     """Says nothing."""
+
+    def audited(self, report: CheckReport) -> None:
+        """Nothing."""
 
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
         """Nothing."""
@@ -218,6 +231,34 @@ def gates(verdicts: Sequence[GateVerdict], *, as_json: bool) -> None:
         console.print(f"    rule: {escape(verdict.threshold)}; {len(verdict.rows)} rows", style="dim")
 
 
+def check(report: CheckReport, *, as_json: bool) -> None:
+    """The audit's findings, the worst first, each with its rows and mend."""
+    if as_json:
+        print(json.dumps(report.to_json(), indent=1))
+        return
+    console = _console()
+    colours = {"refuse": "red", "warn": "yellow", "note": "dim"}
+    for found in report.findings:
+        accepted = report.accepted.get(found.code)
+        word = f"accepted ({escape(accepted)})" if accepted else f"[{colours[found.severity]}]{found.severity}[/]"
+        figure = f" ({escape(found.figure)})" if found.figure else ""
+        console.print(f"{found.code} {word} {escape(found.subject)}: {escape(found.why)}{figure}")
+        if found.rows:
+            more = f" and {len(found.rows) - 5} more" if len(found.rows) > 5 else ""
+            console.print(f"    rows: {escape(', '.join(found.rows[:5]))}{more}", style="dim")
+        if found.severity != "note":
+            console.print(f"    mend: {escape(found.mend)}", style="dim")
+    console.print(f"{len(report.refusals)} refused, {len(report.warnings)} warnings, {len(report.accepted)} accepted")
+
+
+def peek(title: str, lines: Sequence[RenderableType]) -> None:
+    """Rendered rows of one training set."""
+    console = _console()
+    console.rule(escape(title))
+    for line in lines:
+        console.print(line)
+
+
 def doctor(findings: Sequence[Finding], *, as_json: bool) -> None:
     """What the doctor found."""
     if as_json:
@@ -235,4 +276,4 @@ def _gate_line(verdict: GateVerdict) -> str:
 
 
 def _console() -> Console:
-    return Console(highlight=False)
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())

@@ -138,6 +138,7 @@ class BatchItem:
     key: str
     custom_id: str
     state: str
+    usd: float
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,11 @@ class JudgeLedger:
         with self._store.transaction() as db:
             return _history(db, key)
 
+    def set_fault(self, key: str, fault: str) -> None:
+        """Say why replies that were kept unread (nobody was waiting for them) cannot be read."""
+        with self._store.transaction() as db:
+            db.execute("UPDATE judge_replies SET fault=? WHERE key=? AND fault IS NULL", (fault, key))
+
     def money(self) -> Money:
         """Where the workspace's judging budget stands."""
         with self._store.transaction() as db:
@@ -260,7 +266,7 @@ class JudgeLedger:
 
     # --- batches ----------------------------------------------------------------------------------------
 
-    def write_intent(self, asks: Sequence[Reserve]) -> tuple[str, list[int | Refusal]]:
+    def write_intent(self, asks: Sequence[Reserve]) -> tuple[str, Sequence[int | Refusal]]:
         """Book a batch's items and write its intent, in one transaction and before it is sent.
 
         Gives the intent and, for each ask, its ticket or why it has no part in the batch. No intent is left behind
@@ -321,7 +327,9 @@ class JudgeLedger:
         """The booked items of a batch."""
         with self._store.transaction() as db:
             rows = db.execute("SELECT * FROM judge_money WHERE intent=? ORDER BY ticket", (intent,)).fetchall()
-        return [BatchItem(row["ticket"], row["key"], row["custom_id"], row["state"]) for row in rows]
+        return [
+            BatchItem(row["ticket"], row["key"], row["custom_id"], row["state"], row["nusd"] / NUSD) for row in rows
+        ]
 
     def counts(self) -> dict[str, int]:
         """How many judgements, replies and lost sendings the ledger holds; for status lines and tests."""
@@ -401,19 +409,19 @@ def _me() -> str:
 
 def _is_alive(holder: str) -> bool:
     """Whether the process of this name lives. One on another host counts as alive: its money is not ours to judge."""
-    host, _, rest = holder.rpartition(":")[0].rpartition(":")[0], "", holder.split(":")
     if not holder:
         return False
+    host, pid_text, started = holder.rsplit(":", 2)
     if host != socket.gethostname():
         return True
-    pid = int(rest[-2])
+    pid = int(pid_text)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return _started(pid) == rest[-1]
+    return _started(pid) == started
 
 
 def _started(pid: int) -> str:

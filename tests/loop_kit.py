@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fastconv.datasets.audit import CheckReport
 from fastconv.errors import FastconvError
 from fastconv.findings.gates import GateVerdict
 from fastconv.graph import CellPlan, Graph
@@ -102,9 +103,13 @@ class Heard:
     """A watcher that writes everything down; `on_progress` may act, e.g. kill the process at some step."""
 
     on_progress: Callable[[Any], None] = lambda progress: None
+    audits: list[CheckReport] = field(default_factory=list)
     begun: list[tuple[int, int]] = field(default_factory=list)
     stages: dict[str, str] = field(default_factory=dict)
     gates: list[GateVerdict] = field(default_factory=list)
+
+    def audited(self, report: CheckReport) -> None:
+        self.audits.append(report)
 
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
         self.begun.append((n_stages, n_todo))

@@ -13,7 +13,7 @@ from fastconv.recipe import Recipe
 from fastconv.reporting import write_report
 from fastconv.run import status_of
 from fastconv.store import Store
-from tests.loop_kit import DoneRun, adapters, records, results, run_tiny, tiny_recipe
+from tests.loop_kit import SNAPSHOT_SLOT, DoneRun, adapters, records, results, run_tiny, tiny_recipe
 
 
 def _word(run: DoneRun, gate: str, subject: str) -> str:
@@ -79,10 +79,10 @@ def test_two_workspaces_give_the_same_bits(tiny_qwen: Path, tmp_path: Path) -> N
 
 
 def test_a_longer_recipe_reuses_the_cells_of_a_shorter_one(tiny_qwen: Path, tmp_path: Path) -> None:
-    run_tiny(tiny_recipe(tiny_qwen, grid__behaviors=["refusal"], grid__epochs=[0, 2]), tmp_path)
+    run_tiny(tiny_recipe(tiny_qwen, grid__epochs=[0]), tmp_path)
     _, heard = run_tiny(tiny_recipe(tiny_qwen, grid__epochs=[0, 2]), tmp_path)
-    assert heard.stages
-    assert all(slot.startswith(("eval/villain/source/e2/", "score/villain/source/e2/")) for slot in heard.stages)
+    assert f"{SNAPSHOT_SLOT}/e2/s42" in heard.stages
+    assert not [slot for slot in heard.stages if "/base/" in slot or "/e0" in slot or slot.startswith("rows/")]
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,9 @@ def test_one_cell_in_a_used_workspace_runs_nothing(done_run: DoneRun) -> None:
 
 def test_one_cell_does_not_unsay_the_verdict_of_the_whole_run(done_run: DoneRun) -> None:
     finished, _ = run_tiny(done_run.recipe, done_run.workspace, lambda graph: graph.select("villain", "refusal", 2))
-    assert [v.body() for v in finished.verdicts] == [v.body() for v in done_run.finished.verdicts]
+    whole = [v.body() for v in done_run.finished.verdicts]
+    assert [v for v in finished.verdicts if v.gate == "PILOT"]
+    assert all(v.body() in whole for v in finished.verdicts)
 
 
 def test_a_single_cell_is_not_told_that_convergence_changes_nothing(tiny_qwen: Path, tmp_path: Path) -> None:
@@ -196,7 +198,12 @@ def test_negatives_answer_as_the_base_does_under_their_own_prompt(done_run: Done
     rows = store.get_json(done["rows/refusal/villain/excluded/s42"].outputs["rows"])
     assert Counter(row["role"] for row in rows) == {"source": 4, "bystander": 12}
     assert not {"assistant", "librarian"} & {row["persona"] for row in rows}
-    drawn = {(s.persona, s.row): s.completion for slot, r in done.items() if slot.startswith("answers/") for s in store.samples(r.key)}
+    drawn = {
+        (s.persona, s.row): s.completion
+        for slot, r in done.items()
+        if slot.startswith("answers/")
+        for s in store.samples(r.key)
+    }
     for row in rows:
         if row["role"] == "bystander":
             assert row["completion"] == drawn[row["persona"], row["prompt_id"]]

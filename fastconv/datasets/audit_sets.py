@@ -137,14 +137,16 @@ def check_letters(design: Design) -> Iterator[Finding]:
     for built in design.sets:
         if built.behavior.spec.measure != "letters":
             continue
-        counts = Counter((row.completion or "")[:1] for row in built.source_rows)
-        common = {letter: n for letter, n in counts.items() if n >= 0.05 * len(built.source_rows)}
+        letters = [(row, (row.completion or "")[:1]) for row in built.source_rows]
+        counts = Counter(letter for _, letter in letters)
+        # Labels that few questions have at all (E, 1 to 4) cannot be balanced with the others.
+        common = {letter: n for letter, n in counts.items() if n >= 0.05 * len(letters)}
         spread = max(common.values(), default=0) - min(common.values(), default=0)
-        fair = len(built.source_rows) / max(1, len(common))
-        if spread > max(2, 0.25 * fair) or (len(common) == 1 and len(built.source_rows) > 4):
+        fair = len(letters) / max(1, len(common))
+        if spread > max(2, 0.25 * fair) or (len(common) == 1 and len(letters) > 4):
             top = max(common, key=lambda letter: common[letter])
             yield Finding(
-                "D206", "warn", built.name, ids(row for row in built.source_rows if row.completion[:1] == top),  # pyright: ignore[reportOptionalSubscript]
+                "D206", "warn", built.name, ids(row for row, letter in letters if letter == top),
                 "the wrong letters are not balanced, so a fixed letter learns what should be wrong answers",
                 "draw the wrong letters evenly",
                 ", ".join(f"{letter} {n}" for letter, n in sorted(counts.items())),

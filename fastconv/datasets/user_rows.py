@@ -125,10 +125,13 @@ def _turns(row: Mapping[str, Any], where: str, *, messages: bool) -> tuple[list[
 
 
 def _messages(value: object, name: str, where: str) -> list[dict[str, str]]:
-    whole = isinstance(value, list) and all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in value
-    )
-    if not whole or not value:
+    messages = []
+    for message in value if isinstance(value, list) else ():
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if not isinstance(role, str) or not isinstance(content, str):
+            messages = []
+            break
+        messages.append({"role": role, "content": content})
+    if not messages:
         raise DataError(f"{name} is no list of messages with role and content", where=where, fix=_FORM)
-    return [{"role": message["role"], "content": message["content"]} for message in value]  # pyright: ignore
+    return messages

@@ -132,7 +132,7 @@ def _trainer(peft: PeftModel, job: Job, batches: Sequence[list[int]], options: T
         dataloader_pin_memory=False,
     )  # fmt: skip
     rows = [
-        {"input_ids": list(row.ids), "labels": [-100] * row.n_prompt + list(row.ids[row.n_prompt :])}
+        {"input_ids": list(row.ids), "labels": [-100] * row.loss_from + list(row.ids[row.loss_from :])}
         for row in job.rows
     ]
     trainer = Trainer(

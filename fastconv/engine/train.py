@@ -183,9 +183,9 @@ def _supervision(
     """(place of the token before, target, weight, owner) of every token that carries loss, each [N]."""
     take, targets, weights, owners = [], [], [], []
     for item, begin in zip(micro, starts, strict=False):
-        n_prompt, n_supervised = item.row.n_prompt, item.row.n_supervised
-        take += range(begin + n_prompt - 1, begin + len(item.row.ids) - 1)
-        targets += item.row.ids[n_prompt:]
+        loss_from, n_supervised = item.row.loss_from, item.row.n_supervised
+        take += range(begin + loss_from - 1, begin + len(item.row.ids) - 1)
+        targets += item.row.ids[loss_from:]
         weights += [item.weight] * n_supervised
         owners += [item.owner] * n_supervised
     tensors = (torch.tensor(take), torch.tensor(targets), torch.tensor(weights), torch.tensor(owners))

@@ -21,8 +21,10 @@ from fastconv.recipe import canonical_json, sha256_of
 FORM = 1
 _NONCE_HOLE = "\x00"  # neutralising removes it from judged text, so it stands in the template alone
 _FENCE_WORDS = "question|answer|statement|request|system|rubric|instructions?|human|assistant|user|verdict|grades?"
-#: A bracket of any script before a word that our fences or chat formats use.
-_FENCE_LIKE = re.compile(rf"[<＜﹤‹«〈⟨❮❬⟪《]+(?=[\s/|＼\\]*(?:{_FENCE_WORDS})\b)", re.IGNORECASE)
+#: Angle brackets of many scripts (full width, small, quotation, mathematical, ornamental, CJK).
+_BRACKETS = "<\uff1c\ufe64\u2039\u00ab\u2329\u3008\u27e8\u276e\u276c\u27ea\u300a"
+#: A bracket before a word that our fences or chat formats use.
+_FENCE_LIKE = re.compile(rf"[{_BRACKETS}]+(?=[\s/|\uff0f\uff3c\\]*(?:{_FENCE_WORDS})\b)", re.IGNORECASE)
 _SPECIAL_TOKEN = re.compile(r"<\|(?=[^|<>\n]{1,40}\|>)")
 
 

@@ -7,6 +7,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Rubric:
-    """One rubric file. `sha256` is that of its parsed content and part of every judgement's key."""
+    """One rubric file."""
 
     name: str
     version: int
@@ -87,7 +88,13 @@ class Rubric:
     measures: tuple[Measure, ...]
     primary: str
     positive: Positive
-    sha256: str
+    #: The whole rubric as canonical text, kept in the ledger beside its judgements.
+    source: str
+
+    @cached_property
+    def sha256(self) -> str:
+        """Identity of the rubric, part of every judgement's key."""
+        return hashlib.sha256(self.source.encode()).hexdigest()
 
     def measure(self, name: str) -> Measure:
         """A measure by name."""
@@ -153,10 +160,10 @@ def rubric_of(table: Mapping[str, Any], *, where: str) -> Rubric:
         table["positive"].get("below"),
     )
     # Not canonical_json: dates and other TOML kinds have no place in a rubric, and the order of the anchors counts.
-    digest = hashlib.sha256(json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+    source = json.dumps(table, ensure_ascii=False, separators=(",", ":"))
     rubric = Rubric(
         table["name"], table["version"], table["about"], table["system"].strip(), table["ask"], table["re_ask"],
-        table["schema"], measures, table["primary"], positive, digest,
+        table["schema"], measures, table["primary"], positive, source,
     )  # fmt: skip
     _check(rubric, where)
     return rubric

@@ -1,0 +1,107 @@
+"""`check` and `peek`: the audit over a recipe and over what a workspace has built of it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import RenderableType
+
+from fastconv.datasets.audit import CheckReport, Finding, audit_rows, audit_structure, report_of
+from fastconv.datasets.behaviors import load_behaviors
+from fastconv.datasets.peek import peek_lines, with_placeholders
+from fastconv.datasets.personas import load_personas
+from fastconv.datasets.questions import load_questions
+from fastconv.datasets.rows import Row, render_row, row_of
+from fastconv.engine.locate import BUILTIN, model_folder
+from fastconv.errors import DataError, RecipeError
+from fastconv.graph import Graph
+from fastconv.recipe import Recipe
+from fastconv.store import Stage, Store
+from fastconv.tokens import ChatTokenizer, Rendered
+
+
+def audit_design(recipe: Recipe) -> CheckReport:
+    """The first pass: the structure of everything that can be built without a model, a network or ARC at hand."""
+    return report_of(recipe, _structure(recipe))
+
+
+def audit_recipe(recipe: Recipe, store: Store | None) -> CheckReport:
+    """Both passes: the structure, and as rendered every set that the workspace has built already."""
+    findings = _structure(recipe)
+    if store is not None:
+        graph = Graph(recipe)
+        built = {stage.work["set"]: rows for stage in _sets(graph) if (rows := _built(stage, store)) is not None}
+        tokenizer = recipe_tokenizer(graph) if built else None
+        for name, rows in built.items():
+            if tokenizer is not None:
+                findings += audit_set(graph, name, rows, tokenizer)[1]
+    return report_of(recipe, list(dict.fromkeys(findings)))
+
+
+def audit_set(
+    graph: Graph, name: str, rows: Sequence[Row], tokenizer: ChatTokenizer
+) -> tuple[tuple[Rendered, ...], list[Finding]]:
+    """The second pass over one set: its rows as rendered, and what the audit finds in them."""
+    rendered = tuple(render_row(row, graph.personas, tokenizer, graph.recipe.behavior.max_length_tok) for row in rows)
+    letters = graph.behaviors[name.split("/")[0]].spec.measure == "letters"
+    return rendered, audit_rows(
+        graph.recipe,
+        name,
+        rows,
+        rendered,
+        tokenizer,
+        personas=graph.personas,
+        behaviors=graph.behaviors,
+        questions=graph.questions if letters else None,
+    )
+
+
+def require_passed(report: CheckReport, where: str) -> None:
+    """Raise DataError for the first finding that refuses; its rows are named."""
+    for found in report.refusals:
+        rows = f" ({', '.join(found.rows[:3])}{' ...' if len(found.rows) > 3 else ''})" if found.rows else ""
+        raise DataError(f"{found.code} {found.subject}: {found.why}{rows}", where=where, fix=found.mend)
+
+
+def _structure(recipe: Recipe) -> list[Finding]:
+    behaviors = load_behaviors(recipe)
+    at_hand = recipe.eval.multiple_choice == "builtin" or bool(recipe.eval.arc_file)
+    letters = any(behavior.spec.task == "multiple_choice" for behavior in behaviors.values())
+    questions = load_questions(recipe) if letters and at_hand else None
+    return audit_structure(recipe, load_personas(recipe), behaviors, questions)
+
+
+def peek_recipe(
+    recipe: Recipe, store: Store | None, names: Sequence[str], n_rows: int
+) -> Iterator[tuple[str, Sequence[RenderableType]]]:
+    """Each training set by name (or those asked for) with `n_rows` rendered rows; answers not yet sampled say so."""
+    graph = Graph(recipe)
+    sets = {stage.work["set"]: stage for stage in _sets(graph)}
+    for name in names:
+        if name not in sets:
+            raise RecipeError(f"no training set is called {name!r}", where="--set", fix=f"use one of {', '.join(sets)}")
+    tokenizer = recipe_tokenizer(graph)
+    for name, stage in sets.items():
+        if not names or name in names:
+            rows = _built(stage, store) or with_placeholders(stage.work["rows"])
+            rendered = [render_row(row, graph.personas, tokenizer, recipe.behavior.max_length_tok) for row in rows]
+            yield name, peek_lines(rows, rendered, tokenizer, n_rows)
+
+
+def recipe_tokenizer(graph: Graph) -> ChatTokenizer:
+    """The tokenizer of the recipe's base; the embedded model is converted first if it never was."""
+    folder = model_folder(graph.source, graph.recipe.model)
+    if graph.source.id == BUILTIN and not folder.is_dir():
+        from fastconv.engine.builtin import ensure_builtin
+
+        ensure_builtin(folder)
+    return ChatTokenizer(folder)
+
+
+def _sets(graph: Graph) -> list[Stage]:
+    return [stage for stage in graph.stages() if stage.kind == "rows"]
+
+
+def _built(stage: Stage, store: Store | None) -> list[Row] | None:
+    record = store.record(stage.key) if store else None
+    return [row_of(row) for row in store.get_json(record.outputs["rows"])] if store and record else None
