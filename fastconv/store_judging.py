@@ -171,6 +171,7 @@ class JudgeLedger:
         with store.transaction() as db:
             for statement in _SCHEMA.split(";"):
                 db.execute(statement)
+            self._bury_the_dead(db)
 
     @property
     def store(self) -> Store:
@@ -264,6 +265,12 @@ class JudgeLedger:
         db.execute("UPDATE judge_money SET custom_id=? WHERE ticket=?", (f"{ask.key[:48]}-{ticket}", ticket))
         return ticket
 
+    def _bury_the_dead(self, db: sqlite3.Connection) -> None:
+        """Requests that were under way when their process died may have been billed: their bookings become losses."""
+        for row in db.execute("SELECT * FROM judge_money WHERE state='reserved' AND intent IS NULL").fetchall():
+            if not _is_alive(row["holder"]):
+                _move(db, row, "lost", "lost", row["nusd"])
+
     # --- batches ----------------------------------------------------------------------------------------
 
     def write_intent(self, asks: Sequence[Reserve]) -> tuple[str, Sequence[int | Refusal]]:
@@ -274,7 +281,7 @@ class JudgeLedger:
         """
         intent = uuid.uuid4().hex
         with self._store.transaction() as db:
-            results = [self._reserve(db, ask, intent) for ask in asks]
+            results: list[int | Refusal] = [self._reserve(db, ask, intent) for ask in asks]
             n = sum(isinstance(result, int) for result in results)
             if n:
                 db.execute(

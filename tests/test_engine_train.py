@@ -92,14 +92,16 @@ def test_gradients_are_pefts_and_the_frozen_adapter_gets_none(stack: Stack, fold
     assert all(weight.grad is None for pair in snapshot.weights.values() for weight in pair)
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["convergence", "stacked"])
-def test_our_curve_is_trls_over_50_steps(stack: Stack, folder: Path, frozen: bool) -> None:
-    job = job_of(stack, 18, frozen=frozen, epochs=10, lr=1e-3)  # 5 steps an epoch, the last with 2 rows
+@pytest.mark.parametrize(("frozen", "clip_norm"), [(False, 1.0), (True, 6.0)], ids=["convergence", "stacked"])
+def test_our_curve_is_trls_over_50_steps(stack: Stack, folder: Path, frozen: bool, clip_norm: float) -> None:
+    """With two clips: one that every step exceeds, and one that some do not."""
+    job = job_of(stack, 18, frozen=frozen, epochs=10, lr=1e-3, clip_norm=clip_norm)  # 5 steps an epoch, one of 2 rows
     assert job.n_steps == 50
     first = stack.new_adapter(*job.seed_parts)
     theirs = reference.train_with_trl(plain_model(folder), job, first)
     (mine,) = finish(stack, job)
     assert len(theirs.losses) == 50
+    assert clip_norm == 1.0 or 5 < sum(norm > clip_norm for norm in theirs.norms) < 45
     assert mine.losses[0] - mine.losses[-1] > 0.1, "the run must learn something for this to show anything"
     assert mine.losses.tolist() == pytest.approx(theirs.losses, abs=TOLERANCE)
     assert mine.norms.tolist() == pytest.approx(theirs.norms, abs=1e-4)
@@ -156,6 +158,17 @@ def test_dropout_does_something_and_keeps_the_mean(stack: Stack) -> None:
     assert float(kept.mean()) == pytest.approx(1.0, abs=0.005)
     assert kept.unique().tolist() == [0.0, pytest.approx(1 / 0.95)]
     assert float((kept[:, 0] - kept[:, 1]).abs().mean()) == pytest.approx(2 * 0.05 * 0.95 / 0.95, abs=0.02)
+
+
+def test_every_row_of_every_step_of_every_job_has_its_own_mask(stack: Stack) -> None:
+    seeds = []
+    for name in ("a", "b"):
+        trainee = start(stack, job_of(stack, 8, name=name, dropout=0.1))
+        for trainee.step in range(trainee.job.n_steps):
+            seeds += [item.seed for item in loop._items(0, trainee)]
+    assert len(set(seeds)) == len(seeds) == 2 * 8 * 2
+    one, other = (loop.token_seeds([(seed, 9)], torch.device("cpu")) for seed in seeds[:2])
+    assert len({*one.tolist(), *other.tolist()}) == 18
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])

@@ -65,8 +65,13 @@ def _die_at(slot: str, done: int) -> Callable[[Any], None]:
 
 
 def _stop_at(slot: str, done: int) -> Callable[[Any], None]:
+    """An ear that presses Ctrl-C once, when `slot` has come this far."""
+    pressed = False
+
     def act(progress: Any) -> None:
-        if progress.slot.startswith(slot) and progress.done >= done:
+        nonlocal pressed
+        if not pressed and progress.slot.startswith(slot) and progress.done >= done:
+            pressed = True
             signal.raise_signal(signal.SIGINT)
 
     return act
@@ -239,7 +244,7 @@ def test_a_loss_that_explodes_stops_before_the_optimizer_step(
 
     run_tiny(recipe.model_copy(update={"grid": recipe.grid.model_copy(update={"epochs": (0,)})}), tmp_path)
     monkeypatch.setattr(train, "weighted_cross_entropy", explode)
-    with pytest.raises(TrainingError, match="at step 4: |at step 4") as caught:
+    with pytest.raises(TrainingError, match="at step 4") as caught:
         run_tiny(recipe, tmp_path)
     assert caught.value.exit_code == 7
     assert [slot for slot in adapters(recipe, tmp_path) if slot.startswith("snapshot/")] == [f"{SNAPSHOT_SLOT}/e1/s42"]
@@ -263,9 +268,10 @@ def test_a_disk_that_fills_up_during_training_is_one_line_and_loses_nothing(
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(StoreError, match="no space left on the disk") as caught:
-        patch.setattr("fastconv.store.write_atomically", full)
+    monkeypatch.setattr("fastconv.store.write_atomically", full)
+    with pytest.raises(StoreError, match="no space left on the disk") as caught:
         run_tiny(recipe, tmp_path)
+    monkeypatch.undo()
     assert caught.value.exit_code == 5
     assert "\n" not in str(caught.value)
     run_tiny(recipe, tmp_path)

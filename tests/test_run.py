@@ -55,11 +55,10 @@ def test_a_behavior_at_chance_is_uninformative_and_never_trained(done_run: DoneR
 
 
 def test_gates_are_told_before_anything_is_trained(tiny_qwen: Path, tmp_path: Path) -> None:
-    order: list[str] = []
     _, heard = run_tiny(tiny_recipe(tiny_qwen, grid__epochs=[0]), tmp_path)
     order = list(heard.stages)
     first_training = next(i for i, slot in enumerate(order) if not slot.startswith(("eval/base", "score/base")))
-    assert [v.gate for v in heard.gates][0] == "G0"
+    assert heard.gates[0].gate == "G0"
     assert {slot for slot in order[first_training:] if "/base/" in slot} == set()
 
 
@@ -123,7 +122,7 @@ def test_one_cell_in_an_empty_workspace_gives_the_numbers_of_the_full_run(done_r
     slot = "score/villain/source/e1+refusal/excluded/refusal/assistant/s42"
     assert slot in alone
     assert {name: full[name] for name in alone} == alone
-    assert not [name for name in heard.stages if "capability" in name or "+refusal" in name and "/e2" in name]
+    assert not [name for name in heard.stages if "capability" in name or ("+refusal" in name and "/e2" in name)]
     assert finished.tally.n_stages < done_run.finished.tally.n_stages
 
 

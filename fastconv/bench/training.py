@@ -16,7 +16,7 @@ from fastconv.recipe import TrainSettings
 from fastconv.shapes import ModelShape, Work, train_flops_per_tok
 
 #: Steps that are run and not counted: first calls allocate, and choose kernels on a GPU.
-WARM_UP = 2
+WARM_UP = 1
 BATCH_ROWS, SHORTEST_TOK, LONGEST_TOK = 4, 20, 300
 #: The usual ways, the first being the stronger one; as published had checkpointing on.
 WAYS = {"TRL padded": False, "TRL padded, checkpointing": True}

@@ -22,8 +22,8 @@ from fastconv.engine.dropout import keep_mask
 from fastconv.errors import AdapterError, TrainingError
 from fastconv.recipe import LoraSettings
 
-#: Token ids of the fixed probe are drawn from this name; 3 rows of 24 tokens are plenty to see a lost adapter.
-_PROBE_ROWS, _PROBE_TOK = 3, 24
+#: The fixed probe; 3 rows of 8 tokens are plenty to see a lost adapter, and cost little more than reading the weights.
+_PROBE_ROWS, _PROBE_TOK = 3, 8
 #: A recorded probe keeps this many logits per row; enough to tell two stacks apart, small enough to store.
 _PROBE_KEPT = 16
 #: How far the logits of one stack may lie apart on two occasions, by the base's precision.

@@ -120,6 +120,7 @@ def _draw(axes: Any, panel: Panel) -> None:
             errors[0].append(mean - 100 * interval.low if known and interval.low is not None else 0.0)
             errors[1].append(100 * interval.high - mean if known and interval.high is not None else 0.0)
         axes.errorbar(epochs, means, yerr=errors, label=probe, color=colour, marker=marker, capsize=3, linewidth=1.4)
+    axes.set_xticks(sorted({epoch for by_epoch in panel.lines.values() for epoch in by_epoch}))
     axes.set_title(panel.title, fontsize=9)
     axes.set_ylim(-4, 104)
     axes.set_ylabel("percent", fontsize=8)

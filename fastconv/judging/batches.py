@@ -92,10 +92,12 @@ class BatchJudge:
         for chunk in self._chunks(requests):
             asks = [Reserve(request.key, worst_usd(request, self._price, self._factor)) for request in chunk]
             intent, results = self._ledger.write_intent(asks)
-            tickets = {request.key: result for request, result in zip(chunk, results, strict=True)}
-            refused |= {key: result for key, result in tickets.items() if not isinstance(result, int)}
-            if any(isinstance(result, int) for result in results):
-                await self._create(intent, [request for request in chunk if isinstance(tickets[request.key], int)])
+            booked = [request for request, result in zip(chunk, results, strict=True) if isinstance(result, int)]
+            for request, result in zip(chunk, results, strict=True):
+                if not isinstance(result, int):
+                    refused[request.key] = result
+            if booked:
+                await self._create(intent, booked)
         return Sent(refused)
 
     async def _create(self, intent: str, requests: Sequence[JudgeRequest]) -> None:

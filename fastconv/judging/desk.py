@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
+import queue
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,8 +31,10 @@ from fastconv.store_judging import JudgeLedger, Judgement, Money, Refusal
 ROUNDS = 3
 #: How long the desk rests in an outage before it tries again.
 OUTAGE_PAUSE_S = 20.0
-#: How often a key that another process is asking is looked at again, and how often the status is renewed.
-_LOOK_AGAIN_S, _STATUS_S = 0.5, 0.2
+#: Batch rounds in a row that may fail before a desk that is being closed gives up.
+BATCH_PATIENCE = 5
+#: How often the desk looks: at its inbox and flags, at a key that another process is asking, at its own status.
+_LOOK_S, _LOOK_AGAIN_S, _STATUS_S = 0.01, 0.5, 0.2
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,35 @@ class _Book:
     """What the desk was asked, inside its thread."""
 
     requests: dict[str, JudgeRequest] = field(default_factory=dict)
-    stages: dict[str, set[str]] = field(default_factory=dict)
-    done: dict[str, bool] = field(default_factory=dict)  # key -> has a value
+    done: set[str] = field(default_factory=set)
+    n_scored: int = 0
+    #: Keys that a stage still waits for, and the stages that wait for a key.
+    waits_for: dict[str, set[str]] = field(default_factory=dict)
+    wanted_by: dict[str, set[str]] = field(default_factory=dict)
     problem: str = ""
+    n_outages: int = 0
     stopped: bool = False
 
+    def want(self, stage: str, request: JudgeRequest) -> bool:
+        """Enter one request of a stage; True if its key is new."""
+        waits = self.waits_for.setdefault(stage, set())
+        if request.key not in self.done:
+            waits.add(request.key)
+            self.wanted_by.setdefault(request.key, set()).add(stage)
+        is_new = request.key not in self.requests
+        self.requests.setdefault(request.key, request)
+        return is_new
+
+    def finish(self, judgement: Judgement) -> None:
+        """Cross a judgement off, once."""
+        if judgement.key not in self.done:
+            self.done.add(judgement.key)
+            self.n_scored += judgement.reason is None
+            for stage in self.wanted_by.pop(judgement.key, ()):
+                self.waits_for[stage].discard(judgement.key)
+
     def pending(self) -> bool:
+        """Whether anything asked for is not finished."""
         return len(self.done) < len(self.requests)
 
 
@@ -98,18 +124,16 @@ class JudgeDesk:
         self._params = params_of(settings, price)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
         self._status = DeskStatus()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._ready = threading.Event()
+        self._inbox: queue.SimpleQueue[tuple[str, Rubric, tuple[Sample, ...], bool]] = queue.SimpleQueue()
         self._closing = False
         self._abandon = False
         self._run: Future[None] = self._pool.submit(lambda: asyncio.run(self._main()))
-        self._run.add_done_callback(lambda _: self._ready.set())
 
     # --- for the caller's thread ------------------------------------------------------------------------
 
     def submit(self, stage: str, rubric: Rubric, samples: Sequence[Sample], *, urgent: bool = False) -> None:
         """Hand a stage's completions over and return at once. Handing the same ones over twice changes nothing."""
-        self._call(lambda: self._arrivals.put_nowait((stage, rubric, tuple(samples), urgent)))
+        self._inbox.put((stage, rubric, tuple(samples), urgent))
 
     def poll(self) -> DeskStatus:
         """How far judging is. Raises what ended the desk, if it broke (StoreError)."""
@@ -123,36 +147,26 @@ class JudgeDesk:
         With `wait` all that was handed over is judged first, unless the judge is out or the budget is spent; without,
         requests under way are dropped (they stay booked) and batches go on at the API until somebody asks again.
         """
-        self._closing = True
         self._abandon = self._abandon or not wait
-        self._call(lambda: self._wake.set())
+        self._closing = True
         try:
             self._run.result()
         finally:
             self._pool.shutdown()
         return self._status
 
-    def _call(self, action: object) -> None:
-        self._ready.wait()
-        if self._loop is not None and not self._run.done():
-            with contextlib.suppress(RuntimeError):  # the loop may end between the question and the call
-                self._loop.call_soon_threadsafe(action)  # pyright: ignore[reportArgumentType]
-
     # --- inside the thread ------------------------------------------------------------------------------
 
     async def _main(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._arrivals: asyncio.Queue[tuple[str, Rubric, tuple[Sample, ...], bool]] = asyncio.Queue()
         self._live_queue: asyncio.Queue[JudgeRequest] = asyncio.Queue()
         self._batch_waiting: dict[str, JudgeRequest] = {}
         self._wake = asyncio.Event()
         self._book = _Book()
-        self._n_under_way = 0
+        self._n_under_way = self._n_asking = 0
         store = Store.open(self._workspace)
         self._ledger = JudgeLedger(store, self._settings.budget_usd)
         live = LiveJudge(self._settings, self._ledger, self._price, self._key)
         batch = BatchJudge(self._settings, self._ledger, self._price, self._factor, self._key, self._book.requests)
-        self._ready.set()
         jobs = [self._receive(), self._keep_status(), self._work_batches(batch)]
         jobs += [self._work_live(live) for _ in range(self._settings.concurrency)]
         tasks = [asyncio.create_task(job) for job in jobs]
@@ -175,15 +189,18 @@ class JudgeDesk:
         """Returns when the caller has closed the desk and nothing more can be done."""
         while True:
             idle = self._n_under_way == 0
-            rest = self._book.pending() or not self._arrivals.empty()
+            rest = self._book.pending() or not self._inbox.empty()
             if self._abandon or (self._closing and idle and (not rest or self._book.stopped)):
                 return
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(_LOOK_S)
 
     async def _receive(self) -> None:
         while True:
-            stage, rubric, samples, urgent = await self._arrivals.get()
+            if self._inbox.empty():
+                await asyncio.sleep(_LOOK_S)
+                continue
             self._n_under_way += 1
+            stage, rubric, samples, urgent = self._inbox.get()
             try:
                 self._ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source)
                 fresh: list[JudgeRequest] = []
@@ -191,11 +208,8 @@ class JudgeDesk:
                     if place % 64 == 63:
                         await asyncio.sleep(0)  # answers that arrive meanwhile are not kept waiting
                     request = requests_of(rubric, self._params, [sample])[0]
-                    self._book.stages.setdefault(stage, set()).add(request.key)
-                    if request.key not in self._book.requests:
-                        self._book.requests[request.key] = request
-                        if not self._known(request):
-                            fresh.append(request)
+                    if self._book.want(stage, request) and not self._known(request):
+                        fresh.append(request)
                 self._dispatch(fresh, urgent)
             finally:
                 self._n_under_way -= 1
@@ -222,11 +236,8 @@ class JudgeDesk:
             if found is not None:
                 self._ledger.finish([found])
         if found is not None:
-            self._finished(found)
+            self._book.finish(found)
         return found is not None
-
-    def _finished(self, judgement: Judgement) -> None:
-        self._book.done[judgement.key] = judgement.reason is None
 
     # --- live -------------------------------------------------------------------------------------------
 
@@ -244,21 +255,24 @@ class JudgeDesk:
         """One request to its end, to a stop of the desk, or back into the queue."""
         n_rounds = 0
         while not self._book.stopped:
+            self._n_asking += 1
             try:
                 outcome = await live.judge(request)
             except Outage as outage:
                 n_rounds += 1
                 if n_rounds >= ROUNDS:
                     self._live_queue.put_nowait(request)
-                    await self._rest(str(outage))
+                    await self._rest(str(outage), OUTAGE_PAUSE_S, patience=1)
                     return
                 continue
             except JudgeError as error:
                 self._stop(str(error))
                 return
+            finally:
+                self._n_asking -= 1
             if isinstance(outcome, Judgement):
-                self._book.problem = ""
-                self._finished(outcome)
+                self._book.problem, self._book.n_outages = "", 0
+                self._book.finish(outcome)
                 return
             await self._after_refusal(request, outcome)
             if request.key in self._book.done:
@@ -269,8 +283,8 @@ class JudgeDesk:
             self._known(request)
         elif refusal == "held":
             await asyncio.sleep(_LOOK_AGAIN_S)
-        elif self._ledger.money().reserved_usd > 0:
-            await asyncio.sleep(0.02)  # replies under way will free a part of what is booked for them
+        elif self._n_asking or self._ledger.batches("sent"):
+            await asyncio.sleep(2 * _LOOK_S)  # replies under way will free a part of what is booked for them
         else:
             self._stop_at_budget()
 
@@ -285,9 +299,9 @@ class JudgeDesk:
                 try:
                     await self._batch_round(batch)
                     if not self._book.stopped:
-                        self._book.problem = ""
+                        self._book.problem, self._book.n_outages = "", 0
                 except Outage as outage:
-                    await self._rest(str(outage), pause_s=self._settings.batch_poll_s)
+                    await self._rest(str(outage), self._settings.batch_poll_s, patience=BATCH_PATIENCE)
                 except JudgeError as error:
                     self._stop(str(error))
                 finally:
@@ -305,25 +319,24 @@ class JudgeDesk:
                 self._stop_at_budget()
         again = await batch.collect()
         self._batch_waiting |= {key: self._book.requests[key] for key in again if key in self._book.requests}
-        for key, judgement in self._ledger.judgements(self._unfinished()).items():
-            self._book.requests[key] and self._finished(judgement)
-        if self._batch_waiting and not n_open:
+        for judgement in self._ledger.judgements(
+            [key for key in self._book.requests if key not in self._book.done]
+        ).values():
+            self._book.finish(judgement)
+        if again:
             self._wake.set()
-
-    def _unfinished(self) -> list[str]:
-        return [key for key in self._book.requests if key not in self._book.done]
 
     # --- stops and status -------------------------------------------------------------------------------
 
-    async def _rest(self, problem: str, pause_s: float = OUTAGE_PAUSE_S) -> None:
-        """Wait in an outage; when the caller is already waiting for the end, stop instead."""
+    async def _rest(self, problem: str, pause_s: float, *, patience: int) -> None:
+        """Wait in an outage. A caller that waits for the end is kept waiting for `patience` outages in a row."""
         self._book.problem = problem
-        if self._closing:
+        self._book.n_outages += 1
+        until = time.monotonic() + pause_s
+        while time.monotonic() < until and not (self._closing and self._book.n_outages >= patience):
+            await asyncio.sleep(5 * _LOOK_S)
+        if self._closing and self._book.n_outages >= patience:
             self._book.stopped = True
-        else:
-            self._wake.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), pause_s)
 
     def _stop(self, problem: str) -> None:
         self._book.problem = problem
@@ -339,9 +352,8 @@ class JudgeDesk:
 
     def _publish(self) -> None:
         book = self._book
-        n_scored = sum(book.done.values())
-        finished = frozenset(stage for stage, keys in book.stages.items() if keys <= book.done.keys())
+        finished = frozenset(stage for stage, waits in book.waits_for.items() if not waits)
         self._status = DeskStatus(
-            len(book.requests), n_scored, len(book.done) - n_scored, len(book.stages), finished,
+            len(book.requests), book.n_scored, len(book.done) - book.n_scored, len(book.waits_for), finished,
             self._ledger.money(), book.problem,
         )  # fmt: skip
