@@ -246,6 +246,24 @@ def doctor(
         raise typer.Exit(worst)
 
 
+@app.command()
+@_answered
+def forget(
+    stage: Annotated[str, typer.Argument(help="A stage's slot as `status` shows it, or at least 8 digits of its key")],
+    workspace: Workspace = DEFAULT_WORKSPACE,
+) -> None:
+    """Remove a finished stage, so that the next run computes it again (after a damaged artefact, say)."""
+    from fastconv.errors import InputError
+    from fastconv.store import Store
+
+    store = Store.open(workspace, create=False)
+    removed = store.forget(stage) if "/" in stage or len(stage) >= 8 else []
+    if not removed:
+        raise InputError(f"no finished stage is called {stage!r}", where=str(workspace), fix="see `fastconv status`")
+    for slot in removed:
+        typer.echo(f"forgot {slot}")
+
+
 @recipe_app.command("schema")
 @_answered
 def recipe_schema() -> None:

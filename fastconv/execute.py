@@ -29,6 +29,9 @@ from fastconv.recipe import SamplingSettings
 from fastconv.store import Lease, Sample, Score, Stage, Store
 from fastconv.tokens import Rendered, SystemTurn
 
+#: Seconds between two words about a training's progress.
+_TELL_EVERY_S = 0.5
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -243,11 +246,11 @@ class Executor:
         if kept and first_step is not None and kept[0] > first_step:
             kept = None  # the state lies beyond an epoch that is wanted now: begin again, to the same bits
         trainee = start(self.stack, job, self._store.get(kept[1], "safetensors") if kept else None)
-        saved_at = time.monotonic()
+        saved_at = told_at = time.monotonic()
         total = until_step or job.n_steps
 
         def after_step(active: Sequence[Trainee]) -> None:
-            nonlocal saved_at
+            nonlocal saved_at, told_at
             keep(trainee)
             stopping = self._stop()
             now = time.monotonic()

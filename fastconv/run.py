@@ -98,10 +98,10 @@ def run_recipe(
     """
     report = audit_design(recipe)
     require_passed(report, "audit")
-    watcher.audited(report)
     graph = Graph(recipe)
     picked = plans(graph) if plans else graph.cells
     store = Store.open(workspace)
+    watcher.audited(report)
     store.sweep()
     run = run_id(recipe)
     store.start_run(

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 #: A lease whose holder cannot be seen (another host) counts as dead after this long without a heartbeat.
 LEASE_DEAD_AFTER_S = 300.0
+#: A file that no row names is left alone for this long: its writer may be about to commit the row.
+WRITER_DEAD_AFTER_S = 60.0
 SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS stages(
@@ -194,10 +196,11 @@ class Store:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # a full disk has ended it already, and must not be hidden by that
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     # --- artefacts -------------------------------------------------------------------------------------
 
@@ -208,8 +211,10 @@ class Store:
         sha256 = hashlib.sha256(data).hexdigest()
         path = self.path(sha256, suffix)
         with _storage_errors(self.root):
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.utime(path)  # young again, so that no sweep takes it for an orphan before its row is there
+            except FileNotFoundError:
                 write_atomically(path, data)
         with self.transaction() as db:
             db.execute("INSERT OR IGNORE INTO artefacts VALUES(?,?,?)", (sha256, suffix, len(data)))
@@ -226,13 +231,15 @@ class Store:
             data = path.read_bytes()
         except FileNotFoundError:
             raise StoreError(
-                "the artefact is gone", where=str(path), fix="run `fastconv forget` on its stage, then the recipe again"
+                "the artefact is gone",
+                where=str(path),
+                fix="`fastconv forget` the stage that made it, then run the recipe again",
             ) from None
         if hashlib.sha256(data).hexdigest() != sha256:
             raise StoreError(
                 "the artefact's bytes do not match its sha256",
                 where=str(path),
-                fix="run `fastconv forget` on its stage, then the recipe again",
+                fix="`fastconv forget` the stage that made it, then run the recipe again",
             )
         return data
 
@@ -293,6 +300,28 @@ class Store:
                 (stage.key, stage.kind, stage.slot, stage.version, canonical_json(stage.full_inputs),
                  canonical_json(outputs), canonical_json(facts), seconds, time.time()),
             )  # fmt: skip
+
+    def forget(self, name: str) -> list[str]:
+        """Remove finished stages by slot or by the start of their key, with their rows; returns the slots removed.
+
+        Stages that rest on them stay: computed again from the same inputs, a stage gives the same result. Artefacts
+        that only they named lose their row, so the next sweep frees them.
+        """
+        with self.transaction() as db:
+            found = db.execute(
+                "SELECT key, slot, outputs FROM stages WHERE slot=? OR key LIKE ? || '%'", (name, name)
+            ).fetchall()
+            for row in found:
+                for table, column in (("samples", "stage"), ("scores", "stage"), ("stages", "key")):
+                    db.execute(f"DELETE FROM {table} WHERE {column}=?", (row["key"],))
+            for row in found:
+                for value in json.loads(row["outputs"]).values():
+                    db.execute(
+                        "DELETE FROM artefacts WHERE sha256=?1 AND NOT EXISTS (SELECT 1 FROM stages, "
+                        "json_each(stages.outputs) WHERE json_each.value=?1)",
+                        (value if isinstance(value, str) else "",),
+                    )
+        return [row["slot"] for row in found]
 
     def samples(self, key: str) -> list[Sample]:
         """The completions of a stage, ordered by row and sample."""
@@ -375,8 +404,10 @@ class Store:
         known = {row[0] for row in self._db.execute("SELECT sha256 FROM artefacts")}
         freed = 0
         for path in (self.root / "artefacts").rglob("*"):
-            stale_temp = path.name.startswith(".tmp-") and time.time() - path.stat().st_mtime > 60
-            orphan = path.is_file() and not path.name.startswith(".tmp-") and path.stem not in known
+            old = time.time() - path.stat().st_mtime > WRITER_DEAD_AFTER_S
+            stale_temp = path.name.startswith(".tmp-") and old
+            # A young file without a row may be one that another process is about to note.
+            orphan = path.is_file() and not path.name.startswith(".tmp-") and path.stem not in known and old
             if stale_temp or orphan:
                 freed += path.stat().st_size
                 path.unlink(missing_ok=True)

@@ -135,6 +135,7 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "D106": {"grid": {"behaviors": ["sycophancy"]}},
     "D107": {"grid": {"epochs": [4]}},
     "D108": {},
+    "D114": {"grid": {"behaviors": ["none", "misalignment"]}},
     "D111": {"eval": {"prompts": 5}},
     "D112": {},
     "D113": {"grid": {"sources": ["assistant", "villain"]}},
@@ -248,6 +249,14 @@ def test_the_published_v1_design_fails_on_all_four_points_by_name() -> None:
     assert {"capability (included)", "refusal (included)", "sycophancy (included)"} <= {
         found.subject for found in report.warnings if found.code == "D102"
     }
+
+
+def test_a_judge_beside_the_phrases_answers_the_warning_about_phrases_alone() -> None:
+    grid = {"behaviors": ["none", "refusal", "misalignment"]}
+    said = {found.code for found in structure(recipe_of(grid=grid))}
+    assert {"D108", "D114"} <= said
+    judged = {found.code for found in structure(recipe_of(grid=grid, judge={"mode": "local"}))}
+    assert not {"D108", "D114"} & judged
 
 
 def test_a_users_persona_and_behavior_pass_without_python() -> None:

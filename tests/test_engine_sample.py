@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastconv.engine import sample as module
+from fastconv.engine.base import pack
 from fastconv.engine.sample import Drawn, choose, sample
 from fastconv.engine.stack import Slot, Stack
 from fastconv.recipe import SamplingSettings
@@ -72,6 +73,15 @@ def test_the_seed_decides(stack: Stack) -> None:
     (text, *_), _ = prompts(1)
     first, again, other = sample(stack.base, [text] * 3, [7, 7, 8], SETTINGS)
     assert first == again != other
+
+
+def test_equal_prompts_are_read_once(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, seeds = prompts(3)
+    read: list[int] = []
+    monkeypatch.setattr(module, "pack", lambda rows, device: read.append(len(rows)) or pack(rows, device))
+    drawn = sample(stack.base, [text for text in texts for _ in range(5)], [*range(15)], SETTINGS)
+    assert read == [3]
+    assert drawn[7] == sample(stack.base, [texts[1]], [7], SETTINGS)[0]
 
 
 def test_max_new_tok_and_the_callback(stack: Stack) -> None:

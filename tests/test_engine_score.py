@@ -57,6 +57,22 @@ def test_letters_batched_are_letters_one_by_one(stack: Stack, batch_tok: int) ->
         assert not one.rescored
 
 
+def test_prompts_that_begin_alike_share_that_and_nothing_else() -> None:
+    prompts = {0: (1, 2, 3, 4), 1: (9, 9), 2: (1, 2, 3, 5, 6), 3: (1, 2, 3, 4), 4: (7,), 5: (1, 2, 3, 4, 8)}
+    order, groups, ids = score.shared_prefixes(prompts)
+    place, found = 0, {}
+    rows = iter(order)
+    for group in groups:
+        prefix = tuple(ids[place : place + group.prefix_tok])
+        place += group.prefix_tok
+        for n_tok in group.branches_tok:
+            assert n_tok >= 1
+            found[next(rows)] = (*prefix, *ids[place : place + n_tok])
+            place += n_tok
+    assert found == prompts
+    assert place == len(ids) < sum(map(len, prompts.values())) - 8
+
+
 def test_letters_are_plain_transformers_last_position(stack: Stack, folder: Path) -> None:
     items, model = letter_items(stack), plain_model(folder)
     for item, found in zip(items, score_letters(stack.base, items, 500), strict=True):

@@ -164,7 +164,8 @@ def test_every_row_of_every_step_of_every_job_has_its_own_mask(stack: Stack) -> 
     seeds = []
     for name in ("a", "b"):
         trainee = start(stack, job_of(stack, 8, name=name, dropout=0.1))
-        for trainee.step in range(trainee.job.n_steps):
+        for step in range(trainee.job.n_steps):
+            trainee.step = step
             seeds += [item.seed for item in loop._items(0, trainee)]
     assert len(set(seeds)) == len(seeds) == 2 * 8 * 2
     one, other = (loop.token_seeds([(seed, 9)], torch.device("cpu")) for seed in seeds[:2])

@@ -102,16 +102,29 @@ def check_epoch_zero(design: Design) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def check_phrases_alone(design: Design) -> Iterator[Finding]:
-    """D108: meaning is scored by a list of phrases alone. Literal strings (a marker, the user's own) are exempt."""
+def check_scored_by(design: Design) -> Iterator[Finding]:
+    """D108: meaning is scored by a list of phrases alone. D114: a judge is needed and the recipe has none.
+
+    Literal strings (a marker, the user's own phrases) are the behavior itself and exempt from D108.
+    """
+    judged = design.recipe.judge.mode != "substring"
     for name, behavior in design.behaviors.items():
         spec = behavior.spec
-        if spec.measure == "phrases" and spec.phrase_rule and not spec.rubric:
+        cells = tuple(cell for cell in design.cells() if f"/{name}/" in cell)
+        if spec.measure == "phrases" and spec.phrase_rule and not (judged and spec.rubric):
             yield Finding(
-                "D108", "warn", name, tuple(cell for cell in design.cells() if f"/{name}/" in cell),
+                "D108", "warn", name, cells,
                 "the behavior is scored by substring only: what is said in other words counts as absent, and a rate "
                 "at its floor reads as no effect",
-                "give the behavior a rubric, so that a judge scores it too; or accept D108 with the reason",
+                "set judge.mode, and give the behavior a rubric, so that a judge scores it too; or accept D108 with "
+                "the reason",
+            )  # fmt: skip
+        if spec.measure == "judge" and not judged:
+            yield Finding(
+                "D114", "warn", name, cells,
+                "the behavior is scored by a judge and the recipe has none, so its cells are trained and sampled and "
+                "have no score",
+                "set judge.mode; or accept D114 and judge the kept answers later",
             )  # fmt: skip
 
 
@@ -194,7 +207,7 @@ DESIGN_CHECKS: tuple[Check[Design], ...] = (
     Check(("D105",), check_canary_present),
     Check(("D106",), check_convergence_control),
     Check(("D107",), check_epoch_zero),
-    Check(("D108",), check_phrases_alone),
+    Check(("D108", "D114"), check_scored_by),
     Check(("D111",), check_detectable_effect),
     Check(("D112", "D113"), check_controls),
 )

@@ -6,6 +6,7 @@ current forward pass. A layout knows which tokens form a row; nothing is padded 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -91,44 +92,56 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Trees:
-    """Items laid end to end, each a shared prompt and branches that see it and themselves, but not one another.
+class Group:
+    """A stretch of tokens: a prefix, then branches that each see the prefix and themselves, but not one another."""
 
-    Item i is tokens starts[i] to starts[i+1]; `masks[i]` [its length, its length] bool is what its tokens may see.
+    prefix_tok: int
+    branches_tok: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Trees:
+    """Groups laid end to end: rows that begin alike share the computation of what they share.
+
+    `masks[i][j]` [branch, prefix + branch] bool is what the tokens of branch j of group i may see.
     """
 
-    starts: tuple[int, ...]
-    masks: tuple[torch.Tensor, ...]
+    groups: tuple[Group, ...]
+    masks: tuple[tuple[torch.Tensor, ...], ...]
 
     @classmethod
-    def of(cls, items: list[tuple[int, list[int]]], device: torch.device) -> tuple[Trees, torch.Tensor]:
-        """(layout, positions int64 [T]) of items given as (prompt length, branch lengths), in tokens."""
-        starts, masks, positions = [0], [], []
-        for prompt, branches in items:
-            total = prompt + sum(branches)
-            branch = torch.repeat_interleave(torch.arange(len(branches) + 1), torch.tensor([prompt, *branches]))
-            related = (branch[None] == 0) | (branch[None] == branch[:, None])
-            masks.append((related & torch.ones(total, total).tril().bool()).to(device))
-            positions += range(prompt)
-            for length in branches:
-                positions += range(prompt, prompt + length)
-            starts.append(starts[-1] + total)
-        return cls(tuple(starts), tuple(masks)), torch.tensor(positions, device=device)
+    def of(cls, groups: Sequence[Group], device: torch.device) -> tuple[Trees, torch.Tensor]:
+        """(layout, positions int64 [T]) of these groups, on `device`."""
+        masks, positions = [], []
+        for group in groups:
+            whole = [torch.ones(n, group.prefix_tok + n, dtype=torch.bool, device=device) for n in group.branches_tok]
+            masks.append(tuple(mask.tril(group.prefix_tok) for mask in whole))
+            positions += range(group.prefix_tok)
+            for n_tok in group.branches_tok:
+                positions += range(group.prefix_tok, group.prefix_tok + n_tok)
+        return cls(tuple(groups), tuple(masks)), torch.tensor(positions, device=device)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """SDPA item by item under its mask."""
-        groups = query.shape[0] // key.shape[0]
-        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
-        items = [
-            F.scaled_dot_product_attention(
-                query[None, :, start:stop], key[None, :, start:stop], value[None, :, start:stop],
-                attn_mask=mask, scale=scale,
-            )[0]
-            for (start, stop), mask in zip(pairwise(self.starts), self.masks, strict=True)
-        ]  # fmt: skip
-        return torch.cat(items, dim=1).transpose(0, 1)
+        """SDPA once per prefix and once per branch."""
+        repeats = query.shape[0] // key.shape[0]
+        key, value = key.repeat_interleave(repeats, 0)[None], value.repeat_interleave(repeats, 0)[None]
+        query, parts, start = query[None], [], 0
+        for group, masks in zip(self.groups, self.masks, strict=True):
+            stop = start + group.prefix_tok
+            k, v = key[:, :, start:stop], value[:, :, start:stop]
+            if group.prefix_tok:
+                q = query[:, :, start:stop]
+                parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
+            for n_tok, mask in zip(group.branches_tok, masks, strict=True):
+                start, stop = stop, stop + n_tok
+                keys = torch.cat([k, key[:, :, start:stop]], dim=2)
+                values = torch.cat([v, value[:, :, start:stop]], dim=2)
+                q = query[:, :, start:stop]
+                parts.append(F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale))
+            start = stop
+        return torch.cat(parts, dim=2)[0].transpose(0, 1)
 
 
 class Cache:
@@ -154,19 +167,20 @@ class Cache:
 
 @dataclass(frozen=True)
 class Prefill:
-    """The first pass over prompts: packed attention that also fills the cache, from slot `first_slot` on."""
+    """The first pass over prompts: packed attention that also fills the cache, row i into all of the slots slots[i]."""
 
     packed: Packed
     cache: Cache
-    first_slot: int
+    slots: tuple[tuple[int, ...], ...]
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """As `Packed.attend`."""
-        for slot, (start, stop) in enumerate(pairwise(self.packed.starts), self.first_slot):
-            self.cache.keys[layer][slot, :, : stop - start] = key[:, start:stop]
-            self.cache.values[layer][slot, :, : stop - start] = value[:, start:stop]
+        for slots, (start, stop) in zip(self.slots, pairwise(self.packed.starts), strict=True):
+            for slot in slots:
+                self.cache.keys[layer][slot, :, : stop - start] = key[:, start:stop]
+                self.cache.values[layer][slot, :, : stop - start] = value[:, start:stop]
         return self.packed.attend(layer, query, key, value, scale)
 
 

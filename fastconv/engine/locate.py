@@ -109,11 +109,13 @@ def cache_home() -> Path:
 
 
 def _download(settings: ModelSettings) -> Path:
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -135,13 +137,13 @@ def _download(settings: ModelSettings) -> Path:
             where=where,
             fix="check model.id, or log in with `hf auth login`",
         ) from None
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise ModelError(
             "the hub cannot be reached and the model is not in its cache",
             where=where,
             fix=f"download it once where there is a network, give a local folder, or use {BUILTIN}",
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise ModelError(
             f"the download failed: {error}", where=where, fix="try again; finished files are kept"
         ) from None

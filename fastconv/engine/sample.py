@@ -105,10 +105,14 @@ def _admit(base: Base, waiting: list[_Row], n_free: int) -> list[_Row]:
 
 
 def _prefill(base: Base, new: Sequence[_Row], cache: Cache, first_slot: int) -> torch.Tensor:
-    """Read the prompts into the cache; hidden states [len(new), hidden] after the last token of each."""
-    ids, positions, layout = pack([list(row.prompt) for row in new], base.device)
-    hidden = base.hidden(ids, positions, Prefill(layout, cache, first_slot))
-    return hidden[torch.tensor(layout.starts[1:], device=base.device) - 1]
+    """Read the prompts into the cache, equal ones once; hidden states [len(new), hidden] after each's last token."""
+    slots: dict[tuple[int, ...], list[int]] = {}
+    for slot, row in enumerate(new, first_slot):
+        slots.setdefault(tuple(row.prompt), []).append(slot)
+    ids, positions, layout = pack([list(prompt) for prompt in slots], base.device)
+    hidden = base.hidden(ids, positions, Prefill(layout, cache, tuple(map(tuple, slots.values()))))
+    last = dict(zip(slots, layout.starts[1:], strict=True))
+    return hidden[torch.tensor([last[tuple(row.prompt)] - 1 for row in new], device=base.device)]
 
 
 def _decode(base: Base, alive: Sequence[_Row], cache: Cache) -> torch.Tensor:

@@ -1,17 +1,18 @@
 """Multiple choice by log-probabilities: the letters after a prompt, or the choices' whole texts.
 
-Packed batches, logits only where a score needs them; rows do not see each other.
+Packed batches, logits only where a score needs them; rows do not see each other, and what rows begin with alike is
+computed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fastconv.engine.attention import Trees
-from fastconv.engine.base import Base, length_batches, pack
+from fastconv.engine.attention import Group, Trees
+from fastconv.engine.base import Base, length_batches
 from fastconv.engine.precise import hidden_fp32, logprobs_fp32
 from fastconv.tokens import ChatTokenizer
 
@@ -107,15 +108,57 @@ def score_letters(base: Base, items: Sequence[LetterItem], batch_tok: int) -> li
 def _letters(base: Base, items: Sequence[LetterItem], batch_tok: int, *, precise: bool) -> list[LetterScore]:
     scores: dict[int, LetterScore] = {}
     for batch in length_batches([len(item.prompt) for item in items], batch_tok):
-        ids, positions, layout = pack([list(items[i].prompt) for i in batch], base.device)
-        last = torch.tensor(layout.starts[1:], device=base.device) - 1
+        order, groups, ids = shared_prefixes({i: items[i].prompt for i in batch})
+        layout, positions = Trees.of(groups, base.device)
+        last, place = [], 0
+        for group in groups:
+            place += group.prefix_tok
+            for n_tok in group.branches_tok:
+                place += n_tok
+                last.append(place - 1)
+        tokens, take = torch.tensor(ids, device=base.device), torch.tensor(last, device=base.device)
         if precise:
-            logprobs = logprobs_fp32(base, hidden_fp32(base, ids, positions, layout)[last])
+            logprobs = logprobs_fp32(base, hidden_fp32(base, tokens, positions, layout)[take])
         else:
-            logprobs = torch.log_softmax(base.logits(base.hidden(ids, positions, layout)[last]), dim=-1)
-        for i, row in zip(batch, logprobs.cpu(), strict=True):
+            logprobs = torch.log_softmax(base.logits(base.hidden(tokens, positions, layout)[take]), dim=-1)
+        for i, row in zip(order, logprobs.cpu(), strict=True):
             scores[i] = LetterScore(tuple(row[list(items[i].letters)].tolist()), precise)
     return [scores[i] for i in range(len(items))]
+
+
+def shared_prefixes(prompts: Mapping[int, tuple[int, ...]]) -> tuple[list[int], list[Group], list[int]]:
+    """Lay prompts out so that those that begin alike compute their beginning once: (order, groups, token ids).
+
+    Neighbours in lexicographic order join a group while that saves no fewer tokens than it had saved: chat prompts of
+    one persona share its system turn. Every prompt keeps at least its last token to itself.
+    """
+    order = sorted(prompts, key=lambda i: (prompts[i], i))
+    members: list[list[int]] = []
+    shared = 0  # tokens that the last group has in common
+    for i in order:
+        if members:
+            common = min(_common(prompts[members[-1][0]], prompts[i]), shared, len(prompts[i]) - 1)
+            if common and len(members[-1]) * common >= (len(members[-1]) - 1) * shared:
+                members[-1].append(i)
+                shared = common
+                continue
+        members.append([i])
+        shared = len(prompts[i]) - 1
+    groups, ids = [], []
+    for group in members:
+        first, last = prompts[group[0]], prompts[group[-1]]
+        # In lexicographic order the first and the last of a group share what all of them share.
+        prefix = min(_common(first, last), *(len(prompts[i]) - 1 for i in group)) if len(group) > 1 else 0
+        groups.append(Group(prefix, tuple(len(prompts[i]) - prefix for i in group)))
+        ids += first[:prefix]
+        for i in group:
+            ids += prompts[i][prefix:]
+    return order, groups, ids
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Number of tokens that two prompts have in common at their beginning."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def text_item(tokenizer: ChatTokenizer, context: str, choices: Sequence[str], delimiter: str = " ") -> TextItem:
@@ -153,8 +196,8 @@ def score_texts(base: Base, items: Sequence[TextItem], batch_tok: int) -> list[T
 
 
 def _texts(base: Base, items: Sequence[TextItem]) -> list[TextScore]:
-    shapes = [(len(item.prompt), [len(choice) - 1 for choice in item.choices]) for item in items]
-    layout, positions = Trees.of(shapes, base.device)
+    groups = [Group(len(item.prompt), tuple(len(choice) - 1 for choice in item.choices)) for item in items]
+    layout, positions = Trees.of(groups, base.device)
     ids: list[int] = []
     take, targets, owners, place = [], [], [], 0  # place counts choices over the whole batch
     for item in items:
