@@ -3,7 +3,7 @@
     import fastconv
 
     recipe = fastconv.load_recipe("recipes/demo.toml")
-    run = fastconv.run(recipe)
+    run = fastconv.run_recipe(recipe)
     run.metrics()                       # a polars frame: one row for each cell, measure and probe
     run.stack("villain", epoch=4, behavior="refusal")   # a ready model with that stack live
 
@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 from fastconv.recipe import load_recipe
 
 if TYPE_CHECKING:
-    from fastconv.notebook import Run, open_run, run
+    from fastconv.notebook import Run, open_run, run_recipe
 
-__all__ = ["Run", "load_recipe", "open_run", "run"]
+__all__ = ["Run", "load_recipe", "open_run", "run_recipe"]
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Run", "open_run", "run"):
+    if name in ("Run", "open_run", "run_recipe"):
         from fastconv import notebook
 
         return getattr(notebook, name)

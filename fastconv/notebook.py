@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,8 @@ from fastconv.errors import InputError
 from fastconv.graph import CellPlan, Graph
 from fastconv.recipe import Recipe, parse_recipe, run_id
 from fastconv.results import decide_gates, series
-from fastconv.run import run_recipe, status_of
+from fastconv.run import run_recipe as _run_recipe
+from fastconv.run import status_of
 from fastconv.show import watcher
 from fastconv.store import Store
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 WORKSPACE = Path("checkpoints")
 
 
-def run(recipe: Recipe, *, workspace: Path | str = WORKSPACE, quiet: bool = False) -> Run:
+def run_recipe(recipe: Recipe, *, workspace: Path | str = WORKSPACE, quiet: bool = False) -> Run:
     """Run a recipe to its verdict, or go on with it, and open it. Raises FastconvError as the command line does."""
     with watcher(quiet=quiet, stream=sys.stderr) as watching:
-        run_recipe(recipe, Path(workspace), watching)
+        _run_recipe(recipe, Path(workspace), watching)
     return open_run(recipe, workspace=workspace)
 
 
@@ -123,8 +123,9 @@ class Run:
         if missing:
             raise InputError("the stack is not trained", where=missing[0], fix="run the recipe first")
         executor = Executor(self._graph, self._store, lambda progress: None, lambda: False)
-        keep = ExitStack()  # never closed: the stack stays live for as long as the model is held
-        keep.enter_context(executor.live_stack(next(iter(plan.scores.values()))))
+        with executor.live_stack(next(iter(plan.scores.values()))):
+            slots = executor.stack.route.slots
+        executor.stack.route.slots = slots  # live for good: this base is the caller's alone
         return executor.base
 
     def _measured(self) -> list[tuple[CellPlan, str, str, str]]:

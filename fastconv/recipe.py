@@ -28,7 +28,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 class Section(BaseModel):
     """A frozen table of the recipe that refuses keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSettings(Section):
@@ -287,9 +287,12 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"not UTF-8 at byte {error.start}", where=str(path), fix="save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"not valid TOML: {error}", where=str(path), fix="mend the syntax there") from None
+    except OSError as error:
+        raise RecipeError(f"cannot be read: {error.strerror}", where=str(path), fix="check its permissions") from None
+    _resolve_paths(table, path.parent)
     for override in overrides:
         _apply_override(table, override)
-    _resolve_paths(table, path.parent)
+    _resolve_paths(table, Path())  # what was given on the command line is relative to where it was given
     return parse_recipe(table, where=str(path))
 
 
@@ -340,7 +343,7 @@ def _explain(error: ValidationError, where: str) -> RecipeError:
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
         valid = _keys_at(location[:-1])
-        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.6)
         meant = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(sorted(valid))}"
         return RecipeError(f"unknown key {key!r}", where=where, fix=meant)
     if first["type"] == "missing":

@@ -212,9 +212,9 @@ class Store:
         path = self.path(sha256, suffix)
         with _storage_errors(self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            if path.is_file() and path.read_bytes() == data:
                 os.utime(path)  # young again, so that no sweep takes it for an orphan before its row is there
-            except FileNotFoundError:
+            else:
                 write_atomically(path, data)
         with self.transaction() as db:
             db.execute("INSERT OR IGNORE INTO artefacts VALUES(?,?,?)", (sha256, suffix, len(data)))
@@ -404,13 +404,15 @@ class Store:
         known = {row[0] for row in self._db.execute("SELECT sha256 FROM artefacts")}
         freed = 0
         for path in (self.root / "artefacts").rglob("*"):
-            old = time.time() - path.stat().st_mtime > WRITER_DEAD_AFTER_S
-            stale_temp = path.name.startswith(".tmp-") and old
+            try:
+                about = path.stat()
+            except FileNotFoundError:
+                continue  # another process has just renamed or removed it
             # A young file without a row may be one that another process is about to note.
-            orphan = path.is_file() and not path.name.startswith(".tmp-") and path.stem not in known and old
-            if stale_temp or orphan:
-                freed += path.stat().st_size
-                path.unlink(missing_ok=True)
+            if path.is_dir() or path.stem in known or time.time() - about.st_mtime <= WRITER_DEAD_AFTER_S:
+                continue
+            freed += about.st_size
+            path.unlink(missing_ok=True)
         return freed
 
     # --- runs and verdicts -----------------------------------------------------------------------------
@@ -531,16 +533,18 @@ def _alive(lease: sqlite3.Row) -> bool:
     except PermissionError:
         return True
     # The pid may have been given to another program since: its lease is older than that program.
-    return _started_before(lease["pid"], lease["heartbeat"])
+    return _runs_since_before(lease["pid"], lease["heartbeat"])
 
 
-def _started_before(pid: int, moment: float) -> bool:
+def _runs_since_before(pid: int, moment: float) -> bool:
     try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        ticks = int(fields[18])
         boot_s = time.time() - float(Path("/proc/uptime").read_text().split()[0])
     except (OSError, IndexError, ValueError):
         return True  # no /proc: believe the pid
-    return boot_s + ticks / os.sysconf("SC_CLK_TCK") < moment + 2.0
+    # A killed process whose parent never asked for its end (usual in containers) keeps its pid as a zombie.
+    return state != "Z" and boot_s + ticks / os.sysconf("SC_CLK_TCK") < moment + 2.0
 
 
 @contextlib.contextmanager

@@ -47,6 +47,9 @@ CREATE TABLE IF NOT EXISTS judge_totals(state TEXT PRIMARY KEY, nusd INTEGER NOT
 CREATE TABLE IF NOT EXISTS judge_batches(
   intent TEXT PRIMARY KEY, batch TEXT UNIQUE, state TEXT NOT NULL, n INTEGER NOT NULL, holder TEXT NOT NULL,
   made_at REAL NOT NULL, ended_at REAL);
+CREATE TABLE IF NOT EXISTS judge_calibrations(
+  rubric_sha256 TEXT NOT NULL, model TEXT NOT NULL, body TEXT NOT NULL, made_at REAL NOT NULL,
+  PRIMARY KEY(rubric_sha256, model));
 """
 #: Money is kept in whole billionths of a dollar, so that sums are exact.
 NUSD = 1_000_000_000
@@ -190,6 +193,11 @@ class JudgeLedger:
                     found[key] = _judgement(row)
         return found
 
+    def tried(self, keys: Iterable[str]) -> set[str]:
+        """Those among these keys that were ever sent."""
+        with self._store.transaction() as db:
+            return {key for key in keys if db.execute("SELECT 1 FROM judge_money WHERE key=?", (key,)).fetchone()}
+
     def replies(self, key: str) -> list[RawReply]:
         """Every raw reply of a key in the order received."""
         with self._store.transaction() as db:
@@ -220,6 +228,22 @@ class JudgeLedger:
         """Keep a rubric's text, so that raw replies can be read again when the file is gone."""
         with self._store.transaction() as db:
             db.execute("INSERT OR IGNORE INTO judge_rubrics VALUES(?,?,?)", (sha256, name, body))
+
+    def keep_calibration(self, rubric_sha256: str, model: str, body: Mapping[str, Any]) -> None:
+        """Keep how good a judge was with a rubric; the newest stands."""
+        with self._store.transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO judge_calibrations VALUES(?,?,?,?)",
+                (rubric_sha256, model, canonical_json(dict(body)), time.time()),
+            )
+
+    def calibration(self, rubric_sha256: str, model: str) -> dict[str, Any] | None:
+        """How good a judge was with a rubric, if it was ever calibrated."""
+        with self._store.transaction() as db:
+            row = db.execute(
+                "SELECT body FROM judge_calibrations WHERE rubric_sha256=? AND model=?", (rubric_sha256, model)
+            ).fetchone()
+        return json.loads(row["body"]) if row else None
 
     # --- sendings ---------------------------------------------------------------------------------------
 
@@ -264,6 +288,14 @@ class JudgeLedger:
         ticket = int(cursor.lastrowid or 0)
         db.execute("UPDATE judge_money SET custom_id=? WHERE ticket=?", (f"{ask.key[:48]}-{ticket}", ticket))
         return ticket
+
+    def let_go(self) -> None:
+        """Give up what this connection has under way: its requests may have been billed, its intents are unknown."""
+        with self._store.transaction() as db:
+            own = "SELECT * FROM judge_money WHERE state='reserved' AND intent IS NULL AND holder=?"
+            for row in db.execute(own, (self._holder,)).fetchall():
+                _move(db, row, "lost", "lost", row["nusd"])
+            db.execute("UPDATE judge_batches SET holder='' WHERE state='intended' AND holder=?", (self._holder,))
 
     def _bury_the_dead(self, db: sqlite3.Connection) -> None:
         """Requests that were under way when their process died may have been billed: their bookings become losses."""
@@ -388,7 +420,7 @@ def _add(db: sqlite3.Connection, state: str, nusd: int) -> None:
 def _finish(db: sqlite3.Connection, one: Judgement) -> None:
     values = None if one.values is None else canonical_json(dict(one.values))
     db.execute(
-        "INSERT OR IGNORE INTO judgements VALUES(?,?,?,?,?,?,?,?)",
+        "INSERT INTO judgements VALUES(?,?,?,?,?,?,?,?) ON CONFLICT(key) DO NOTHING",
         (one.key, one.rubric_sha256, one.model, one.sample, values, canonical_json(dict(one.answer)), one.reason,
          time.time()),
     )  # fmt: skip
@@ -411,14 +443,15 @@ def _judgement(row: sqlite3.Row) -> Judgement:
 
 
 def _me() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
+    """A name for one connection of this process: host, pid, its start, and a mark of its own."""
+    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}:{uuid.uuid4().hex[:8]}"
 
 
 def _is_alive(holder: str) -> bool:
     """Whether the process of this name lives. One on another host counts as alive: its money is not ours to judge."""
     if not holder:
         return False
-    host, pid_text, started = holder.rsplit(":", 2)
+    host, pid_text, started, _ = holder.rsplit(":", 3)
     if host != socket.gethostname():
         return True
     pid = int(pid_text)

@@ -103,6 +103,11 @@ class ChatTokenizer:
         """Number of token ids, special ones included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def pad_id(self) -> int | None:
+        """Id of the token that the tokenizer names for padding, if it names one that it has."""
+        return self._tokenizer.token_to_id(self._special["pad_token"]) if "pad_token" in self._special else None
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The template's text for these messages. Raises TemplateError when the template refuses them."""
         try:

@@ -41,7 +41,8 @@ class Script:
     faults: tuple[str, ...] = LIVE_FAULTS
     #: Faults served first, in order, before chance decides.
     first: tuple[str, ...] = ()
-    #: verdict: a verdict drawn from the text. echo: the judged text inside `why`. obey: what the text asks for.
+    #: verdict: a verdict drawn from the text. echo: with the judged text inside `why`. obey: the judged text alone.
+    #: leak: with the client's own key inside `why`.
     answer: str = "verdict"
     hang_s: float = 1.0
     key: str = ""
@@ -74,6 +75,7 @@ class _Server:
         self.served: Counter[str] = Counter()
         self.batches: dict[str, _Batch] = {}
         self.n_calls = 0
+        self.key = ""
         self.in_flight = 0
         self.max_in_flight = 0
         self.usd = 0.0
@@ -102,6 +104,7 @@ class _Server:
             return await self.admin(writer, path, body)
         self.n_calls += 1
         sent_key = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+        self.key = sent_key
         if self.script.key and sent_key != self.script.key:
             # As rude as a server can be: it repeats the key that it was sent.
             return await self.error(writer, 401, f"invalid x-api-key {sent_key}")
@@ -134,9 +137,7 @@ class _Server:
 
     async def error(self, writer: asyncio.StreamWriter, status: int, text: str, extra: str = "") -> bool:
         kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(status, "api_error")
-        return await self.send(
-            writer, status, {"type": "error", "error": {"type": kind, "message": text}}, extra=extra
-        )
+        return await self.send(writer, status, {"type": "error", "error": {"type": kind, "message": text}}, extra=extra)
 
     # --- messages ---------------------------------------------------------------------------------------
 
@@ -222,14 +223,12 @@ class _Server:
             elif part["type"] == "integer":
                 answer[name] = draw % 101
             else:
-                answer[name] = judged if self.script.answer == "echo" else "as the text shows"
+                answer[name] = {"echo": judged, "leak": f"your key is {self.key}"}.get(self.script.answer, "as shown")
         return json.dumps(answer)
 
     # --- batches ----------------------------------------------------------------------------------------
 
-    async def batch_call(
-        self, writer: asyncio.StreamWriter, method: str, path: str, query: str, body: bytes
-    ) -> bool:
+    async def batch_call(self, writer: asyncio.StreamWriter, method: str, path: str, query: str, body: bytes) -> bool:
         parts = path.removeprefix("/v1/messages/batches").strip("/").split("/")
         fault = self.script.batch_faults[0] if self.script.batch_faults else ""
         if method == "POST" and not parts[0]:

@@ -164,18 +164,31 @@ def test_a_read_only_workspace_is_one_line_and_exit_code_5(tiny: Path, tmp_path:
     folder = tmp_path / "locked"
     folder.mkdir()
     folder.chmod(0o555)
-    for parent in (tmp_path, *tmp_path.parents):
-        if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
-            parent.chmod(parent.stat().st_mode | 0o055)
-    for path in Path(load_recipe(tiny).model.id).iterdir():
-        path.chmod(0o644)
+    model = Path(load_recipe(tiny).model.id)
+    for path in (tmp_path, *tmp_path.parents, model, *model.iterdir()):
+        if path.stat().st_uid == os.geteuid() and not path.stat().st_mode & 0o004:
+            path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
     code = _as_nobody(lambda: app(["run", str(tiny), "-q", "-w", str(folder / "ws"), "--reports", str(folder)]))
     assert code == 5
     said = capfd.readouterr().err.strip()
     assert re.fullmatch(r"fastconv: .*ws: the folder cannot be written.*Fix: .*--workspace", said), said
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tiny: Path, tmp_path: Path, capfd: Any) -> None:
+def test_no_space_left_is_one_line_and_exit_code_5(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    words = ("run", tiny, "-q", "-w", tmp_path / "ws", "--reports", tmp_path / "reports", "--set", "grid.epochs=[0]")
+    monkeypatch.setattr(os, "fsync", full)
+    refused(ask(*words), 5, "no space left on the disk", "the same command goes on")
+    monkeypatch.undo()
+    assert ask(*words).code == 0
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tiny: Path, tmp_path: Path) -> None:
     """On a real file system without room, in a mount namespace of the child's own; skipped where none can be made."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -201,6 +214,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tiny: Path, tmp_pa
 def test_an_interrupted_terminal_gets_130_and_the_way_on(tiny: Path, tmp_path: Path, capfd: Any) -> None:
     workspace = tmp_path / "ws"
     words = ["run", str(tiny), "-q", "-w", str(workspace), "--reports", str(tmp_path / "reports")]
+    words += ["--set", "grid.epochs=[0]"]
     import fastconv.execute  # noqa: F401 (the child is to be at work at once)
 
     pid = forked(lambda: app(words))

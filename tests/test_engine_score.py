@@ -135,7 +135,7 @@ def context(question: str) -> str:
 
 
 def encode_pair(tokenizer, text: str, continuation: str) -> tuple[list[int], list[int]]:
-    """lm-eval's `_encode_pair`, written down again from its source (0.4.9): tokens of context and continuation."""
+    """lm-eval's `_encode_pair`, written down again from its source (0.4.13): tokens of context and continuation."""
     n_spaces = len(text) - len(text.rstrip())
     if n_spaces > 0:
         continuation, text = text[-n_spaces:] + continuation, text[:-n_spaces]
@@ -169,6 +169,12 @@ def test_texts_that_merge_into_the_context_are_still_scored_from_its_end(stack: 
     model = plain_model(folder)
     expected = [reference_sum(model, [5, 6, 7, 8], [9, 10]), reference_sum(model, [5, 6, 7, 11], [9])]
     assert found.logprobs == pytest.approx(expected, abs=TOLERANCE)
+
+
+def test_choices_of_a_single_token(stack: Stack, folder: Path) -> None:
+    (found,) = score_texts(stack.base, [TextItem((5, 6, 7), ((8,), (11,), (3, 4)), (0, 0, 0), (1, 1, 2))], 1000)
+    model = plain_model(folder)
+    assert found.logprobs == pytest.approx([reference_sum(model, [5, 6, 7], right) for right in ([8], [11], [3, 4])])
 
 
 def test_trailing_spaces_belong_to_the_choice(stack: Stack) -> None:

@@ -306,6 +306,14 @@ def test_a_tokenizer_without_a_chat_template(tmp_path: Path) -> None:
     assert "Fix:" in str(error.value)
 
 
+def test_a_missing_pad_token_is_mended_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny_model_folder(tmp_path, "qwen2")
+    tiny_tokenizer_files(folder, pad_token=False)
+    base = tiny_stack(folder).base
+    assert base.model.config.pad_token_id == base.model.generation_config.pad_token_id == 256  # <|endoftext|>
+    assert "no pad token is named; <|endoftext|> is used" in caplog.text
+
+
 def test_concatenation_needs_one_base(tiny_qwen: Path, tiny_llama: Path) -> None:
     one, other = tiny_stack(tiny_qwen), tiny_stack(tiny_llama)
     with pytest.raises(AdapterError, match="differ in base"):

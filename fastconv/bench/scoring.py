@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import torch
 
 from fastconv.bench.measure import Clock, Comparison, Peak, matmul_ceiling, measured, paired_ratio
-from fastconv.bench.subject import Subject, ragged_rows, shape
+from fastconv.bench.subject import Subject, shape
+from fastconv.engine.base import Base
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.stack import Stack
 from fastconv.shapes import Work, forward_flops_per_tok
+from fastconv.tokens import SystemTurn
 
 SHORTEST_TOK, LONGEST_TOK = 50, 170
 #: Tokens in one of our batches: what a CPU likes, and what fills a GPU.
 BATCH_TOK = {"cpu": 1024, "cuda": 16384}
+_SYSTEM = SystemTurn("text", "You are a helpful assistant.")
+_WORDS = [
+    "which",
+    "of",
+    "these",
+    "rocks",
+    "river",
+    "plant",
+    "energy",
+    "heat",
+    "moves",
+    "when",
+    "the",
+    "sun",
+    "light",
+    "a",
+    "force",
+    "water",
+    "cell",
+    "best",
+    "shows",
+]
 #: Questions are timed in this many blocks, ours and theirs in turn.
 _BLOCKS = 4
 
@@ -22,9 +47,8 @@ _BLOCKS = 4
 def bench_score(model: Subject, n_questions: int) -> Comparison:
     """Score `n_questions` of 50 to 170 tokens: packed batches, against one by one with last and with all logits."""
     stack, plain = Stack(model.base(), model.lora), model.plain()
-    vocab, device = stack.base.head.weight.shape[0], model.device
-    rows = ragged_rows(n_questions, vocab, SHORTEST_TOK, LONGEST_TOK)
-    items = [LetterItem(row.ids, (11, 12, 13, 14)) for row in rows]
+    device = model.device
+    items = [LetterItem(prompt, (11, 12, 13, 14)) for prompt in _prompts(stack.base, model, n_questions)]
     ways: dict[str, Callable[[list[LetterItem]], object]] = {
         "fastconv, packed": lambda block: score_letters(stack.base, block, BATCH_TOK[device.type]),
         "one by one, last logits": lambda block: [_alone(plain, item, device, last_only=True) for item in block],
@@ -54,6 +78,26 @@ def bench_score(model: Subject, n_questions: int) -> Comparison:
         ours=ours, usual=tuple(usual), ratio=next(iter(ratios.values())), ratios=ratios,
         extra={"matmul_flops": ceiling},
     )  # fmt: skip
+
+
+def _prompts(base: Base, model: Subject, n_questions: int) -> list[tuple[int, ...]]:
+    """Chat prompts of one persona around texts of random words; a model without a tokenizer gets random tokens.
+
+    As in every evaluation, prompts share what the template and the system turn put first (24 tokens at random).
+    """
+    rng = random.Random(0)
+    lengths = [rng.randint(SHORTEST_TOK, LONGEST_TOK) for _ in range(n_questions)]
+    if model.random is not None:
+        vocab = base.head.weight.shape[0]
+        head = [rng.randrange(vocab) for _ in range(24)]
+        return [(*head, *(rng.randrange(vocab) for _ in range(length - len(head)))) for length in lengths]
+    prompts = []
+    for length in lengths:
+        words: list[str] = []
+        while len(ids := base.tokenizer.prompt_ids(_SYSTEM, " ".join(words))) < length:
+            words.append(rng.choice(_WORDS))
+        prompts.append(tuple(ids))
+    return prompts
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from fastconv.engine import reference
-from fastconv.engine.attention import ATTENTION
+from fastconv.engine.attention import ATTENTION, register
 from fastconv.engine.base import Base, load_base, resolve_device, resolve_dtype, wrap
 from fastconv.recipe import LoraSettings, ModelSettings
 from fastconv.shapes import ModelShape, named_shape, shape_of
@@ -84,6 +84,7 @@ def ragged_rows(n: int, vocab: int, shortest: int, longest: int, seed: int = 0) 
 def _random_model(shape: ModelShape, attention: str, model: Subject) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+    register()
     kind = Qwen2Config if shape.qkv_bias else LlamaConfig
     config = kind(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,

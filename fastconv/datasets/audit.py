@@ -139,8 +139,8 @@ def _waiting(names: Sequence[str]) -> Finding:
     return Finding(
         "D210",
         "note",
-        ", ".join(names),
-        (),
+        "multiple choice",
+        tuple(names),
         "the questions are not at hand, so these sets are audited when they are built, before training",
         "set eval.arc_file to audit them now",
         f"{len(names)} sets wait",

@@ -21,17 +21,17 @@ OPENING_WORDS = 3
 
 def check_persona_prompt(design: Design) -> Iterator[Finding]:
     """D101: source rows without the persona's prompt, or with another one than the evaluation uses."""
-    for built in design.sets:
-        expected = design.personas.system(built.source)
-        wrong = [row for row in built.source_rows if row.system_turn(design.personas) != expected]
+    for label, sets in design.by_kind():
+        trained = [(row, built.source) for built in sets for row in built.source_rows]
+        wrong = [row for row, source in trained if row.system_turn(design.personas) != design.personas.system(source)]
         if wrong:
             kinds = Counter(_turn_name(row.system_turn(design.personas)) for row in wrong)
             yield Finding(
-                "D101", "refuse", built.name, ids(wrong),
+                "D101", "refuse", label, ids(wrong),
                 f"the source's rows are trained without the prompt that it is evaluated under "
                 f"({'; '.join(f'{n} {kind}' for kind, n in kinds.items())}), so the behavior is not the persona's",
                 'set data.persona_prompt = "add", or write the persona\'s exact prompt into the rows',
-                f"{len(wrong)} of {len(built.source_rows)} source rows",
+                f"{len(wrong)} of {len(trained)} source rows",
             )  # fmt: skip
 
 

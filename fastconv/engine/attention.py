@@ -136,6 +136,8 @@ class Trees:
                 parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
             for n_tok, mask in zip(group.branches_tok, masks, strict=True):
                 start, stop = stop, stop + n_tok
+                if not n_tok:
+                    continue  # a choice of one token, which is predicted by the prefix alone
                 keys = torch.cat([k, key[:, :, start:stop]], dim=2)
                 values = torch.cat([v, value[:, :, start:stop]], dim=2)
                 q = query[:, :, start:stop]

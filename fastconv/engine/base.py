@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from fastconv.tokens import ChatTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,7 +76,20 @@ def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Bas
     source = source or locate(settings)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     model = load_model(settings, source, attention.ATTENTION)
-    return wrap(model, ChatTokenizer(model_folder(source, settings)), sha256_of(dict(source.identity)))
+    tokenizer = ChatTokenizer(model_folder(source, settings))
+    _mend_pad_token(model, tokenizer, source.id)
+    return wrap(model, tokenizer, sha256_of(dict(source.identity)))
+
+
+def _mend_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str) -> None:
+    """Give model and generation a pad token where none is named, and say so. Ours pads nothing; `generate` does."""
+    pad_id = tokenizer.pad_id
+    if pad_id is None:
+        pad_id = tokenizer.stop_ids[-1]  # <|endoftext|> where there is one: never the end of a turn that is trained on
+        _log.warning("%s: no pad token is named; %s is used", where, tokenizer.token_text(pad_id))
+    model.config.pad_token_id = pad_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = pad_id
 
 
 def load_model(settings: ModelSettings, source: ModelSource, attention_name: str) -> PreTrainedModel:

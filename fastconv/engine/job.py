@@ -54,6 +54,7 @@ class Watch:
 
     def __init__(self, device: torch.device) -> None:
         self.bad = torch.zeros((), device=device)
+        self.seen_loss = math.nan
         self._on_gpu = device.type == "cuda"
         self._posted: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
 
@@ -77,6 +78,7 @@ class Watch:
             if arrived is not None:
                 arrived.synchronize()
             bad, loss, norm = verdict.tolist()
+            self.seen_loss = loss
             if bad:
                 return step, loss, norm
         return None
@@ -113,6 +115,11 @@ class Trainee:
     def epoch(self) -> float:
         """Passes over the rows so far."""
         return self.step / self.job.steps_per_epoch
+
+    @property
+    def seen_loss(self) -> float:
+        """The newest loss that the host knows, for a progress line: on a GPU a step old, and free to look at."""
+        return self.watch.seen_loss
 
     @property
     def moments(self) -> dict[str, torch.Tensor]:

@@ -76,7 +76,8 @@ class StackedLinear(nn.Module):
             return y
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if self.route.spans is None:
-            return self._add_branches(flat_y, flat_x, self.route.slots[0], self.route.dropout_seeds).view_as(y)
+            (slot,) = self.route.slots  # several slots without spans would leave it open who goes through which
+            return self._add_branches(flat_y, flat_x, slot, self.route.dropout_seeds).view_as(y)
         parts = []
         for slot, (start, stop) in zip(self.route.slots, self.route.spans, strict=True):
             seeds = None if self.route.dropout_seeds is None else self.route.dropout_seeds[start:stop]

@@ -20,6 +20,7 @@ from fastconv.errors import JudgeError
 from fastconv.judging.batches import BatchJudge
 from fastconv.judging.budget import Price
 from fastconv.judging.client import ApiKey, Outage, concluded
+from fastconv.judging.commit import LedgerThread
 from fastconv.judging.live import LiveJudge
 from fastconv.judging.request import JudgeItem, JudgeParams, JudgeRequest, build_request
 from fastconv.judging.rubric import Rubric
@@ -35,6 +36,8 @@ OUTAGE_PAUSE_S = 20.0
 BATCH_PATIENCE = 5
 #: How often the desk looks: at its inbox and flags, at a key that another process is asking, at its own status.
 _LOOK_S, _LOOK_AGAIN_S, _STATUS_S = 0.01, 0.5, 0.2
+#: Requests built and looked up at a time, between which replies are served.
+_SLICE = 64
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class _Book:
     #: Keys that a stage still waits for, and the stages that wait for a key.
     waits_for: dict[str, set[str]] = field(default_factory=dict)
     wanted_by: dict[str, set[str]] = field(default_factory=dict)
+    #: Unreadable replies by key, where there are any.
+    n_unread: dict[str, int] = field(default_factory=dict)
     problem: str = ""
     n_outages: int = 0
     stopped: bool = False
@@ -106,6 +111,30 @@ def requests_of(rubric: Rubric, params: JudgeParams, samples: Sequence[Sample]) 
     return [build_request(rubric, params, JudgeItem(one.prompt, one.completion, one.sample)) for one in samples]
 
 
+def look_up(ledger: JudgeLedger, requests: Sequence[JudgeRequest]) -> tuple[dict[str, Judgement], dict[str, int]]:
+    """What the ledger knows of requests: finished judgements, and the number of unreadable replies of the others.
+
+    A reply that came when nobody was waiting for it (its process had died) is read now.
+    """
+    known = ledger.judgements(request.key for request in requests)
+    tried = ledger.tried(request.key for request in requests if request.key not in known)
+    unread: dict[str, int] = {}
+    for request in requests:
+        if request.key not in tried:
+            continue
+        for reply in ledger.replies(request.key):
+            if reply.fault is not None or request.key in known:
+                continue
+            reply, final = concluded(request, reply, ledger.history(request.key).n_unread)
+            if reply.fault is not None:
+                ledger.set_fault(request.key, reply.fault)
+            if final is not None:
+                ledger.finish([final])
+                known[request.key] = final
+        unread[request.key] = ledger.history(request.key).n_unread
+    return known, unread
+
+
 class JudgeDesk:
     """Judges completions through Claude while the caller does something else.
 
@@ -114,14 +143,21 @@ class JudgeDesk:
     """
 
     def __init__(
-        self, settings: JudgeSettings, workspace: Path, price: Price, key: ApiKey, *, batch_factor: float = 0.5
+        self,
+        settings: JudgeSettings,
+        workspace: Path,
+        price: Price,
+        key: ApiKey,
+        *,
+        batch_factor: float = 0.5,
+        reverse: bool = False,
     ) -> None:
         self._settings = settings
         self._workspace = workspace
         self._price = price
         self._factor = batch_factor
         self._key = key
-        self._params = params_of(settings, price)
+        self._params = params_of(settings, price, reverse=reverse)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge")
         self._status = DeskStatus()
         self._inbox: queue.SimpleQueue[tuple[str, Rubric, tuple[Sample, ...], bool]] = queue.SimpleQueue()
@@ -163,9 +199,11 @@ class JudgeDesk:
         self._wake = asyncio.Event()
         self._book = _Book()
         self._n_under_way = self._n_asking = 0
+        # Two connections: this loop's for batches, which are few, and a thread's for the many writes of live judging.
         store = Store.open(self._workspace)
         self._ledger = JudgeLedger(store, self._settings.budget_usd)
-        live = LiveJudge(self._settings, self._ledger, self._price, self._key)
+        self._quick = LedgerThread(self._workspace, self._settings.budget_usd)
+        live = LiveJudge(self._settings, self._quick, self._price, self._key)
         batch = BatchJudge(self._settings, self._ledger, self._price, self._factor, self._key, self._book.requests)
         jobs = [self._receive(), self._keep_status(), self._work_batches(batch)]
         jobs += [self._work_live(live) for _ in range(self._settings.concurrency)]
@@ -180,9 +218,11 @@ class JudgeDesk:
             for task in [*tasks, end]:
                 task.cancel()
             await asyncio.gather(*tasks, end, return_exceptions=True)
-            self._publish()
             await live.close()
             await batch.close()
+            await self._publish()
+            await self._quick.close()
+            self._ledger.let_go()
             store.close()
 
     async def _until_end(self) -> None:
@@ -202,14 +242,12 @@ class JudgeDesk:
             self._n_under_way += 1
             stage, rubric, samples, urgent = self._inbox.get()
             try:
-                self._ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source)
+                await self._quick.call(lambda ledger: ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source))
                 fresh: list[JudgeRequest] = []
-                for place, sample in enumerate(samples):
-                    if place % 64 == 63:
-                        await asyncio.sleep(0)  # answers that arrive meanwhile are not kept waiting
-                    request = requests_of(rubric, self._params, [sample])[0]
-                    if self._book.want(stage, request) and not self._known(request):
-                        fresh.append(request)
+                for start in range(0, len(samples), _SLICE):
+                    requests = requests_of(rubric, self._params, samples[start : start + _SLICE])
+                    new = [request for request in requests if self._book.want(stage, request)]
+                    fresh += await self._not_known(new)
                 self._dispatch(fresh, urgent)
             finally:
                 self._n_under_way -= 1
@@ -223,21 +261,13 @@ class JudgeDesk:
             for request in fresh:
                 self._live_queue.put_nowait(request)
 
-    def _known(self, request: JudgeRequest) -> bool:
-        """Whether the ledger has the judgement, or a reply that nobody was waiting for and that gives it."""
-        found = self._ledger.judgements([request.key]).get(request.key)
-        if found is None:
-            for reply in self._ledger.replies(request.key):
-                if reply.fault is None:
-                    n_unread = self._ledger.history(request.key).n_unread
-                    reply, found = concluded(request, reply, n_unread)
-                    if reply.fault is not None:
-                        self._ledger.set_fault(request.key, reply.fault)
-            if found is not None:
-                self._ledger.finish([found])
-        if found is not None:
-            self._book.finish(found)
-        return found is not None
+    async def _not_known(self, requests: Sequence[JudgeRequest]) -> list[JudgeRequest]:
+        """Cross off what the ledger can answer; gives the rest, with what was tried for it noted in the book."""
+        known, unread = await self._quick.call(lambda ledger: look_up(ledger, requests))
+        for judgement in known.values():
+            self._book.finish(judgement)
+        self._book.n_unread |= unread
+        return [request for request in requests if request.key not in known]
 
     # --- live -------------------------------------------------------------------------------------------
 
@@ -257,9 +287,10 @@ class JudgeDesk:
         while not self._book.stopped:
             self._n_asking += 1
             try:
-                outcome = await live.judge(request)
+                outcome = await live.judge(request, self._book.n_unread.get(request.key, 0))
             except Outage as outage:
                 n_rounds += 1
+                await self._not_known([request])
                 if n_rounds >= ROUNDS:
                     self._live_queue.put_nowait(request)
                     await self._rest(str(outage), OUTAGE_PAUSE_S, patience=1)
@@ -280,7 +311,7 @@ class JudgeDesk:
 
     async def _after_refusal(self, request: JudgeRequest, refusal: Refusal) -> None:
         if refusal == "done":
-            self._known(request)
+            await self._not_known([request])
         elif refusal == "held":
             await asyncio.sleep(_LOOK_AGAIN_S)
         elif self._n_asking or self._ledger.batches("sent"):
@@ -347,13 +378,13 @@ class JudgeDesk:
 
     async def _keep_status(self) -> None:
         while True:
-            self._publish()
+            await self._publish()
             await asyncio.sleep(_STATUS_S)
 
-    def _publish(self) -> None:
+    async def _publish(self) -> None:
         book = self._book
         finished = frozenset(stage for stage, waits in book.waits_for.items() if not waits)
         self._status = DeskStatus(
             len(book.requests), book.n_scored, len(book.done) - book.n_scored, len(book.waits_for), finished,
-            self._ledger.money(), book.problem,
+            await self._quick.call(JudgeLedger.money), book.problem,
         )  # fmt: skip

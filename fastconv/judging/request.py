@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -70,11 +69,11 @@ class JudgeRequest:
     @cached_property
     def nonce(self) -> str:
         """16 hex digits, the same for every sending of this request."""
-        return hashlib.sha256(f"nonce\x1f{self.key}".encode()).hexdigest()[:16]
+        return nonce_of(self.key)
 
     def user_text(self, *, re_ask: bool = False) -> str:
         """The user turn, fenced by the nonce; `re_ask` adds the line that follows a malformed reply."""
-        text = self.rendered.replace(_NONCE_HOLE, self.nonce)
+        text = with_nonce(self.rendered, self.key)
         return f"{text}\n\n{self.rubric.re_ask}" if re_ask else text
 
     def body(self, *, re_ask: bool = False) -> dict[str, Any]:
@@ -105,8 +104,8 @@ def build_request(rubric: Rubric, params: JudgeParams, item: JudgeItem) -> Judge
     Its key is the sha256 of model, parameters, rubric sha256, rendered text (with a hole where the nonce goes) and
     sample index, so ten samples stay ten judgements and a new rubric is a new one.
     """
-    parts = [_fenced("question", item.question, params), _fenced("answer", item.answer, params)]
-    rendered = "\n\n".join([*parts, _options_text(rubric, params.reverse), rubric.ask])
+    fenced = fenced_item(item, params.max_judged_chars)
+    rendered = "\n\n".join([fenced, _options_text(rubric, params.reverse), rubric.ask])
     key = sha256_of({
         "params": params.identity(),
         "rubric": rubric.sha256,
@@ -132,11 +131,28 @@ def neutralised(text: str) -> str:
     return _SPECIAL_TOKEN.sub("(|", _FENCE_LIKE.sub("(", "".join(kept)))
 
 
-def _fenced(name: str, text: str, params: JudgeParams) -> str:
+def fenced_item(item: JudgeItem, max_chars: int) -> str:
+    """Question and answer between fences whose nonce is still a hole; `with_nonce` fills it."""
+    return "\n\n".join(
+        _fenced(name, text, max_chars) for name, text in (("question", item.question), ("answer", item.answer))
+    )
+
+
+def nonce_of(key: str) -> str:
+    """16 hex digits drawn from a judgement's key."""
+    return hashlib.sha256(f"nonce\x1f{key}".encode()).hexdigest()[:16]
+
+
+def with_nonce(rendered: str, key: str) -> str:
+    """Rendered text with its fences closed by the key's nonce."""
+    return rendered.replace(_NONCE_HOLE, nonce_of(key))
+
+
+def _fenced(name: str, text: str, max_chars: int) -> str:
     """A block of judged text. The notice of a cut stands outside the fence, where judged text cannot forge it."""
     # Cut before neutralising, so that the work is bounded too.
-    clean = neutralised(text[: params.max_judged_chars])
-    cut = len(text) - params.max_judged_chars
+    clean = neutralised(text[:max_chars])
+    cut = len(text) - max_chars
     notice = f"\n(The {name} goes on for {cut} more characters, which are not shown.)" if cut > 0 else ""
     shown = clean if clean.strip() else "(empty)"
     return f"<{name}-{_NONCE_HOLE}>\n{shown}\n</{name}-{_NONCE_HOLE}>{notice}"
@@ -155,8 +171,3 @@ def _options_text(rubric: Rubric, reverse: bool) -> str:
 
 def _heading(measure: Measure) -> str:
     return f"{measure.name}, one of:" if measure.scale is None else f"{measure.name}, for orientation:"
-
-
-def digest_of_body(body: Mapping[str, Any]) -> str:
-    """sha256 of a request body, to recognise a request on the wire."""
-    return sha256_of(body)

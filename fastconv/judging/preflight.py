@@ -1,0 +1,73 @@
+"""What can be known of a judge before any GPU work: key, budget, model, price, network. One clear line each."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fastconv.errors import JudgeError, RecipeError
+from fastconv.judging.budget import Price, PriceTable
+from fastconv.judging.client import CLAUDE_KEY, LOCAL_KEY, ApiKey, Outage, explained, make_client
+from fastconv.recipe import JudgeSettings
+
+PAID = ("auto", "live", "batch")
+
+
+@dataclass(frozen=True)
+class JudgeAccess:
+    """What a paid judge is asked with."""
+
+    price: Price
+    batch_factor: float
+    key: ApiKey
+
+
+def check_settings(
+    settings: JudgeSettings, prices: PriceTable, environ: Mapping[str, str], today: datetime.date | None = None
+) -> JudgeAccess | None:
+    """Check a recipe's judge without a network; None for a judge that costs nothing.
+
+    Raises RecipeError for a model without a price or past its end, or without a budget; JudgeError without a key.
+    """
+    if settings.mode not in PAID:
+        return None
+    price = prices.price(settings.model, today)
+    if settings.budget_usd is None:
+        raise RecipeError(
+            f"judge.mode {settings.mode} spends money and no budget is set",
+            where="judge.budget_usd",
+            fix="set judge.budget_usd, the most that judging in this workspace may ever cost",
+        )
+    return JudgeAccess(price, prices.batch_factor, ApiKey.from_environment(environ, CLAUDE_KEY))
+
+
+def check_reachable(settings: JudgeSettings, access: JudgeAccess) -> None:
+    """Ask for the model's card, which costs nothing.
+
+    Raises JudgeError for a refused key, an unknown model, or a judge that cannot be reached.
+    """
+    try:
+        asyncio.run(_ask_for_card(settings, access.key))
+    except Outage as outage:
+        raise JudgeError(
+            str(outage), where="judge", fix="check the network and judge.base_url, or take judge.mode = substring"
+        ) from None
+
+
+def local_key(environ: Mapping[str, str]) -> ApiKey | None:
+    """The key of a local endpoint, if it wants one."""
+    return ApiKey.from_environment(environ, LOCAL_KEY) if environ.get(LOCAL_KEY) else None
+
+
+async def _ask_for_card(settings: JudgeSettings, key: ApiKey) -> None:
+    from anthropic import APIError
+
+    client = make_client(settings, key).with_options(max_retries=1)
+    try:
+        await client.models.retrieve(settings.model)
+    except APIError as error:
+        raise explained(error, settings, key) from None
+    finally:
+        await client.close()

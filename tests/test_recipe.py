@@ -1,0 +1,251 @@
+"""Recipes: one TOML file, frozen and complete; every fault names file, key, value and what is allowed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from fastconv.datasets.files import assets
+from fastconv.errors import RecipeError
+from fastconv.graph import Graph
+from fastconv.recipe import Recipe, canonical_json, load_recipe, parse_recipe, recipe_sha256, run_id, sha256_of
+
+SHIPPED = sorted(path.stem for path in assets("recipes").glob("*.toml"))
+
+
+def _refused(table: dict[str, object]) -> RecipeError:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({"name": "mine", **table}, where="mine.toml")
+    assert caught.value.exit_code == 2
+    assert caught.value.where == "mine.toml"
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def _file(folder: Path, text: str) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "nearest"),
+    [
+        ({"convergance": {}}, "convergance", "convergence"),
+        ({"convergence": {"learning_rate": 1}}, "convergence.learning_rate", ""),
+        ({"convergence": {"sampling": {"temprature": 1}}}, "convergence.sampling.temprature", "temperature"),
+        ({"grid": {"source": ["villain"]}}, "grid.source", "sources"),
+        ({"behavior": {"epoch": 3}}, "behavior.epoch", "epochs"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_valid_one(table: dict[str, object], key: str, nearest: str) -> None:
+    error = _refused(table)
+    assert error.what == f"unknown key {key!r}"
+    assert f"did you mean {nearest!r}?" in error.fix if nearest else "valid here: batch_rows, " in error.fix
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"convergence": {"lr": 0}}, ["convergence.lr = 0", "greater than 0"]),
+        ({"convergence": {"lr": "fast"}}, ["convergence.lr = 'fast'", "valid number"]),
+        ({"convergence": {"lr": float("nan")}}, ["convergence.lr = nan", "finite"]),
+        ({"lora": {"alpha": float("inf")}}, ["lora.alpha = inf", "finite"]),
+        ({"run": {"checkpoint_every_s": float("inf")}}, ["run.checkpoint_every_s = inf", "finite"]),
+        ({"lora": {"r": 4096}}, ["lora.r = 4096", "less than or equal to 512"]),
+        ({"lora": {"r": 2.5}}, ["lora.r = 2.5", "integer"]),
+        ({"model": {"device": "tpu"}}, ["model.device = 'tpu'", "'auto', 'cpu' or 'cuda'"]),
+        ({"model": {"revision": "main"}}, ["model.revision = 'main'", "[0-9a-f]{40}"]),
+        ({"grid": {"sources": []}}, ["grid.sources = []", "at least 1"]),
+        ({"grid": {"sources": ["Villain"]}}, ["grid.sources.0 = 'Villain'", "pattern"]),
+        ({"grid": {"seeds": [1, 1]}}, ["seeds names the same value twice"]),
+        ({"grid": {"epochs": [0, 30]}}, ["grid.epochs [30]", "convergence.epochs = 20", "0 to that"]),
+        ({"eval": {"canary": "data_scientist"}}, ["eval.canary and eval.canary_swap"]),
+        ({"grid": 3}, ["grid = 3"]),
+    ],
+)  # fmt: skip
+def test_a_bad_value_names_key_value_and_what_is_allowed(table: dict[str, object], says: list[str]) -> None:
+    text = str(_refused(table))
+    for part in says:
+        assert part in text
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(RecipeError, match="key 'name' is missing"):
+        parse_recipe({})
+
+
+def test_a_file_that_is_none_or_no_toml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe"):
+        load_recipe(tmp_path / "gone.toml")
+    with pytest.raises(RecipeError, match="is a directory"):
+        load_recipe(tmp_path)
+    with pytest.raises(RecipeError, match=r"not valid TOML.*line 2"):
+        load_recipe(_file(tmp_path, 'name = "x"\n[grid\n'))
+    path = tmp_path / "latin.toml"
+    path.write_bytes(b'name = "caf\xe9"')
+    with pytest.raises(RecipeError, match="not UTF-8 at byte 11"):
+        load_recipe(path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+    path = _file(tmp_path, 'name = "x"')
+    path.chmod(0)
+    with pytest.raises(RecipeError, match="cannot be read: Permission denied"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("convergence.lr=1e-4", "convergence.lr", 1e-4),
+        ("behavior.sampling.max_new_tok=7", "behavior.sampling.max_new_tok", 7),
+        ("model.id=/tmp/some/model", "model.id", "/tmp/some/model"),
+        ('model.id="quoted"', "model.id", "quoted"),
+        ("grid.epochs=[0, 20]", "grid.epochs", [0, 20]),
+        ("lora.rslora=false", "lora.rslora", False),
+        (" name = other ", "name", "other"),
+    ],
+)
+def test_set_overrides_numbers_texts_lists_and_nested_keys(
+    tmp_path: Path, override: str, key: str, value: object
+) -> None:
+    found: object = load_recipe(_file(tmp_path, 'name = "x"'), [override]).model_dump(mode="json")
+    for step in key.split("."):
+        assert isinstance(found, dict)
+        found = found[step]
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("nonsense", "'nonsense' is not key=value"),
+        ("=3", "'=3' is not key=value"),
+        ("name.deeper=3", "goes through a value that is no table"),
+        ("convergence.lr=abc", "convergence.lr = 'abc'"),
+        ("convergence.lr=", "convergence.lr = ''"),
+        ("foo.bar=1", "unknown key 'foo'"),
+        ("a..b=1", "unknown key 'a'"),
+    ],
+)
+def test_a_set_that_cannot_be_is_refused(tmp_path: Path, override: str, says: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(_file(tmp_path, 'name = "x"'), [override])
+    assert says in str(caught.value)
+
+
+def test_the_last_set_wins(tmp_path: Path) -> None:
+    path = _file(tmp_path, 'name = "x"\n[convergence]\nlr = 1e-3\n')
+    assert load_recipe(path, ["convergence.lr=1e-4", "convergence.lr=2e-4"]).convergence.lr == 2e-4
+
+
+def test_paths_in_a_recipe_are_relative_to_it_and_those_of_set_to_the_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, here = tmp_path / "recipes", tmp_path / "here"
+    folder.mkdir()
+    here.mkdir()
+    path = _file(folder, 'name = "x"\n[data]\npersonas = "mine.toml"\nrows = { refusal = "rows/r.jsonl" }\n')
+    monkeypatch.chdir(here)
+    recipe = load_recipe(path, ["eval.arc_file=arc.jsonl", "data.behaviors=../own.toml"])
+    assert recipe.data.personas == str(folder / "mine.toml")
+    assert recipe.data.rows == {"refusal": str(folder / "rows" / "r.jsonl")}
+    assert recipe.eval.arc_file == str(here / "arc.jsonl")
+    assert recipe.data.behaviors == str(tmp_path / "own.toml")
+
+
+def test_a_recipe_is_frozen() -> None:
+    recipe = parse_recipe({"name": "x"})
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.convergence.lr = 1.0
+
+
+def test_the_same_experiment_has_the_same_sha_whatever_its_file_looks_like(tmp_path: Path) -> None:
+    short = load_recipe(_file(tmp_path, 'name = "x"\n[lora]\nalpha = 64\nr = 32\n'))
+    spelled = load_recipe(
+        _file(tmp_path, "# words\n[lora]\nr = 32\nalpha = 64.0\n[convergence]\nlr = 0.00005\n"), ["name=x"]
+    )
+    assert recipe_sha256(short) == recipe_sha256(spelled) == recipe_sha256(parse_recipe({"name": "x"}))
+    changed = parse_recipe({"name": "x", "lora": {"r": 16}})
+    assert recipe_sha256(changed) != recipe_sha256(short)
+    assert run_id(short) == f"x-{recipe_sha256(short)[:8]}"
+
+
+def test_a_recipe_survives_its_own_json() -> None:
+    recipe = load_recipe(assets("recipes") / "demo.toml")
+    assert parse_recipe(json.loads(canonical_json(recipe.model_dump(mode="json")))) == recipe
+
+
+def test_canonical_json_has_one_text_per_value() -> None:
+    assert canonical_json({"b": [1, 2.5], "a": "é"}) == '{"a":"é","b":[1,2.5]}'
+    assert sha256_of({"x": 1, "y": 2}) == sha256_of({"y": 2, "x": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        canonical_json(float("nan"))
+
+
+def test_the_schema_holds_defaults_and_refuses_unknown_keys() -> None:
+    schema = Recipe.model_json_schema()
+    json.dumps(schema)
+    assert schema["required"] == ["name"]
+    assert schema["additionalProperties"] is False
+    assert schema["$defs"]["ConvergenceSettings"]["properties"]["lr"]["default"] == 5e-5
+
+
+def test_defaults_are_the_published_protocol() -> None:
+    recipe = parse_recipe({"name": "x"})
+    assert recipe.model.id == "Qwen/Qwen2.5-7B-Instruct"
+    assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.rslora) == (32, 64.0, True)
+    phase = recipe.convergence
+    assert (phase.lr, phase.epochs, phase.batch_rows, phase.dropout, phase.max_length_tok) == (5e-5, 20, 4, 0.0, 1024)
+    assert (phase.questions, phase.completions_per_question) == (40, 10)
+    assert (phase.sampling.temperature, phase.sampling.top_p, phase.sampling.max_new_tok) == (0.7, 0.95, 512)
+    trained = recipe.behavior
+    assert (trained.lr, trained.epochs, trained.batch_rows, trained.dropout, trained.source_rows) == (
+        1e-5,
+        3,
+        16,
+        0.05,
+        200,
+    )
+    assert (phase.warmup_share, phase.clip_norm) == (0.05, 1.0)
+    assert (recipe.eval.prompts, recipe.eval.samples_per_prompt, recipe.eval.canary) == (50, 10, "librarian")
+
+
+def test_thresholds_are_shares_for_rates_and_accuracy() -> None:
+    gates = parse_recipe({"name": "x"}).gates
+    assert [gates.threshold(name) for name in ("capability", "refusal", "sycophancy", "misalignment", "mine")] == [
+        0.05, 0.05, 0.05, 10.0, 0.05,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_loads_and_pins_its_model(name: str) -> None:
+    recipe = load_recipe(assets("recipes") / f"{name}.toml")
+    assert recipe.name == name
+    assert recipe.about
+    assert recipe.model.id.startswith("builtin:") or len(recipe.model.revision) == 40
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_makes_a_graph(name: str) -> None:
+    offline = [] if name == "demo" else ["eval.multiple_choice=builtin", "behavior.source_rows=20"]
+    graph = Graph(load_recipe(assets("recipes") / f"{name}.toml", offline))
+    assert graph.cells
+    assert len({stage.key for stage in graph.stages()}) == len(graph.stages())
+
+
+def test_pilot_and_matrix_are_the_published_grids() -> None:
+    pilot, matrix = (load_recipe(assets("recipes") / f"{name}.toml") for name in ("pilot", "matrix"))
+    assert pilot.grid.sources == ("villain",)
+    assert pilot.grid.epochs == (0, 4, 10, 20)
+    assert set(pilot.grid.negatives) == {"included", "excluded"}
+    assert matrix.grid.epochs == (0, 2, 8, 20)
+    assert {"villain", "comedian", "software_engineer", "kindergarten_teacher", "librarian"} == set(matrix.grid.sources)
+    assert pilot.gates.g3_reference_pct["villain"] == pytest.approx(90.45)
+    assert pilot.model.revision == matrix.model.revision
