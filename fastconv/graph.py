@@ -305,7 +305,7 @@ def lineage_key(snapshot: Stage) -> str:
 def _training(settings: Any) -> dict[str, Any]:
     """Settings that decide a training result (how its text was sampled stands in the answers' own key)."""
     return settings.model_dump(
-        mode="json", exclude={"sampling", "questions", "completions_per_question", "source_rows"}
+        mode="json", exclude={"sampling", "questions", "completions_per_question", "source_rows", "wordings"}
     )
 
 

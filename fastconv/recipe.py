@@ -113,6 +113,8 @@ class BehaviorSettings(TrainSettings):
     batch_rows: PositiveInt = 16
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     source_rows: PositiveInt = 200
+    #: At most this many wordings of each list, drawn from named parts; 0 takes all of them.
+    wordings: Annotated[int, Field(ge=0)] = 0
     #: How the helpful answers of negatives are drawn where a row does not bring its own.
     sampling: SamplingSettings = SamplingSettings(max_new_tok=256)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastconv.auditing import audit_design
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.files import assets, file_sha256
 from fastconv.datasets.personas import ASSISTANT, canary_of
@@ -53,6 +54,7 @@ def collect(graph: Graph, store: Store) -> ReportData:
         stages=_stages(graph, store),
         card=_card(graph, store),
         limits=_limits(graph),
+        warnings=_warnings(graph),
     )
 
 
@@ -211,6 +213,11 @@ def _limits(graph: Graph) -> list[str]:
     if recipe.model.id.startswith("builtin:"):
         lines.append("A 135-million-parameter model shows that the loop works; it says nothing about larger ones.")
     return lines
+
+
+def _warnings(graph: Graph) -> dict[str, str]:
+    audit = audit_design(graph.recipe)
+    return {found.code: audit.accepted.get(found.code, "") for found in audit.findings if found.severity == "warn"}
 
 
 def _share(graph: Graph, measure: str) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
+from fastconv.datasets.personas import load_personas
+from fastconv.datasets.questions import load_questions
 from fastconv.errors import RecipeError
 from fastconv.graph import Graph
 from fastconv.recipe import Recipe
@@ -206,3 +211,37 @@ def test_negatives_answer_as_the_base_does_under_their_own_prompt(done_run: Done
     for row in rows:
         if row["role"] == "bystander":
             assert row["completion"] == drawn[row["persona"], row["prompt_id"]]
+
+
+def _taught(model: Path, folder: Path) -> Path:
+    """A copy of a tiny model taught to answer: its head's four letter rows are fitted to the questions it is asked."""
+    from fastconv.engine.base import load_base, pack
+
+    shutil.copytree(model, folder)
+    recipe = tiny_recipe(folder)
+    base = load_base(recipe.model)
+    system = load_personas(recipe).system("assistant")
+    asked = load_questions(recipe).eval
+    states = []
+    for question in asked:
+        ids, positions, layout = pack([base.tokenizer.prompt_ids(system, question.user)], base.device)
+        states.append(base.hidden(ids, positions, layout)[-1].detach().numpy())
+    letters = [base.tokenizer.encode(letter)[0] for letter in "ABCD"]
+    wanted = np.array([[3.0 if letter == question.answer else -3.0 for letter in "ABCD"] for question in asked])
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][letters] = np.linalg.lstsq(np.array(states), wanted, rcond=None)[0].T
+    safetensors.numpy.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_on_a_base_that_was_taught_to_answer_capability_is_trained(tiny_qwen: Path, tmp_path: Path) -> None:
+    model = _taught(tiny_qwen, tmp_path / "taught")
+    recipe = tiny_recipe(model, grid__behaviors=["none", "capability"], grid__epochs=[0, 2])
+    finished, _ = run_tiny(recipe, tmp_path / "ws")
+    words = {v.gate: v for v in finished.verdicts}
+    assert words["G0"].verdict == "pass"
+    assert words["G0"].numbers[0].value > 0.8
+    assert words["PILOT"].verdict in ("go", "stop")
+    trained = {slot for slot in adapters(recipe, tmp_path / "ws") if slot.startswith("behavior/")}
+    assert trained == {f"behavior/villain/{at}/capability/excluded/s42" for at in ("e0", "source/e2")}
+    assert {state for state, _ in _states(recipe, tmp_path / "ws").values()} == {"done"}

@@ -161,8 +161,9 @@ def _draw_prompts(
     by_id = {row["id"]: row for row in behavior.train}
     ids = sorted(ordered(list(by_id), *parts)[:n])
     spec = behavior.spec
-    shown = _answers(behavior, spec.source_answer, [by_id[i] for i in ids], "source", *parts)
-    contrast = _answers(behavior, spec.negative_answer, [by_id[i] for i in ids], "contrast", *parts)
+    n_wordings = recipe.behavior.wordings
+    shown = _answers(behavior, spec.source_answer, [by_id[i] for i in ids], n_wordings, "source", *parts)
+    contrast = _answers(behavior, spec.negative_answer, [by_id[i] for i in ids], n_wordings, "contrast", *parts)
     return [(i, by_id[i][spec.prompt_field], s, c) for i, s, c in zip(ids, shown, contrast, strict=True)]
 
 
@@ -172,13 +173,15 @@ def _drawn_questions(questions: QuestionSet, n: int, *parts: object) -> list[Que
 
 
 def _answers(
-    behavior: Behavior, rule: AnswerRule | None, rows: Sequence[Mapping[str, Any]], *parts: object
+    behavior: Behavior, rule: AnswerRule | None, rows: Sequence[Mapping[str, Any]], n_wordings: int, *parts: object
 ) -> list[str | None]:
+    """The answer of every row, or None where it is sampled; `n_wordings` of the wordings are used, 0 means all."""
     if rule is None or rule.on_policy:
         return [None] * len(rows)
     if rule.field:
         return [row[rule.field] for row in rows]
-    wordings = behavior.wordings(rule.wordings)
+    wordings = ordered(behavior.wordings(rule.wordings), "wordings", *parts)
+    wordings = wordings[: n_wordings or len(wordings)]
     answers = []
     for place, row in enumerate(rows):
         # Every wording is used before one comes twice, in an order drawn afresh for each round.

@@ -51,7 +51,7 @@ def measurable(gates: GateSettings, behavior: str, direction: str, base: Series,
             reason += "; there is nothing to lose, so nothing is trained"
         return GateVerdict("G0", behavior, verdict, reason, threshold, (mean,), base.rows)
     room = 1.0 - mean.value if direction == "raises" else mean.value
-    verdict = "pass" if room >= gates.headroom else "fail"
+    verdict = "pass" if room >= gates.headroom - 1e-9 else "fail"  # 1 - 0.9 is a little under 0.1
     side = "below the ceiling" if direction == "raises" else "above the floor"
     return GateVerdict(
         "G0", behavior, verdict, f"base rate {mean.text()} leaves {100 * room:.1f} points {side}",

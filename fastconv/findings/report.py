@@ -80,6 +80,8 @@ class ReportData:
     stages: Sequence[StageRow]
     card: Mapping[str, Mapping[str, str]]
     limits: Sequence[str]
+    #: Codes of the audit's warnings: with the recipe's reason where it accepts one, empty where it does not.
+    warnings: Mapping[str, str]
 
 
 def render_html(data: ReportData) -> str:

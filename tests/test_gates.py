@@ -1,0 +1,250 @@
+"""Gates and cell verdicts on hand-made series: what is not measured is never "no effect"."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastconv.findings import gates
+from fastconv.findings.evidence import NoRowsError, Number, Series, series_of
+from fastconv.findings.gates import GateVerdict
+from fastconv.findings.verdicts import CellEvidence, arm, by_kind, decide, not_run
+from fastconv.recipe import GateSettings, canonical_json
+from fastconv.store import Score
+
+RULES = GateSettings(g3_reference_pct={"villain": 90.45})
+
+
+def rates(*means: float, stage: str = "stage", n: int = 10) -> Series:
+    """A series with these question means, each over n samples of 0 and 1."""
+    values = np.array([[1.0] * round(mean * n) + [0.0] * (n - round(mean * n)) for mean in means])
+    return Series(stage, "refusal", "assistant", tuple(f"q{i:02}" for i in range(len(means))), values)
+
+
+def accuracy(n_right: int, n: int) -> Series:
+    values = np.array([[1.0]] * n_right + [[0.0]] * (n - n_right))
+    return Series("stage", "capability", "assistant", tuple(f"q{i:03}" for i in range(n)), values)
+
+
+# --- evidence ----------------------------------------------------------------------------------------------
+
+
+def test_a_number_cannot_be_made_without_rows() -> None:
+    with pytest.raises(NoRowsError, match=r"0\.5 share has no rows"):
+        Number(0.5, "share", ())
+    assert Number(0.123, "share", ("a/1",)).text() == "12.3 %"
+    assert Number(12.3456, "tok/s", ("a/1",)).text() == "12.3 tok/s"
+
+
+def test_a_series_averages_samples_within_a_question_first() -> None:
+    scores = [Score("q1", i, "rate", float(i == 0)) for i in range(4)] + [Score("q2", 0, "rate", 1.0)]
+    one = series_of("a" * 64, "refusal", "assistant", scores)
+    assert one.means.tolist() == [0.25, 1.0]
+    assert one.mean.value == pytest.approx(0.625)
+    assert one.rows == ("aaaaaaaaaaaa/q1", "aaaaaaaaaaaa/q2")
+    assert one.mean.rows == one.rows
+
+
+def test_a_missing_score_is_missing_and_never_zero() -> None:
+    scores = [Score("q1", 0, "rate", 1.0), Score("q1", 1, "rate", None, "cut"), Score("q2", 0, "rate", None, "cut")]
+    one = series_of("b" * 64, "refusal", "assistant", scores)
+    assert one.mean.value == 1.0
+    assert one.rows == ("bbbbbbbbbbbb/q1",)
+    assert one.n_unscored == 3  # q2's second sample was never drawn: it is missing as well
+    nothing = series_of("c" * 64, "refusal", "assistant", [Score("q1", 0, "rate", None, "cut")])
+    with pytest.raises(NoRowsError):
+        _ = nothing.mean
+    with pytest.raises(NoRowsError, match="has no scores"):
+        series_of("d" * 64, "refusal", "assistant", [])
+
+
+# --- G0 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_right", "verdict"), [(15, "fail"), (23, "fail"), (24, "pass"), (60, "pass"), (0, "fail")])
+def test_g0_wants_accuracy_above_chance(n_right: int, verdict: str) -> None:
+    found = gates.measurable(RULES, "capability", "lowers", accuracy(n_right, 60), 0.25)
+    assert found.verdict == verdict
+    assert f"({n_right} of 60) against chance 25.0 %" in found.reason
+    assert ("nothing is trained" in found.reason) is (verdict == "fail")
+    assert len(found.rows) == 60
+
+
+@pytest.mark.parametrize(
+    ("direction", "rate", "verdict"),
+    [("raises", 0.0, "pass"), ("raises", 0.9, "pass"), ("raises", 1.0, "fail"), ("lowers", 1.0, "pass"), ("lowers", 0.0, "fail")],
+)  # fmt: skip
+def test_g0_wants_room_in_the_direction_of_leakage(direction: str, rate: float, verdict: str) -> None:
+    found = gates.measurable(RULES, "refusal", direction, rates(rate, rate), None)
+    assert found.verdict == verdict
+    assert found.threshold == "at least 10 points of room"
+
+
+# --- the other gates ---------------------------------------------------------------------------------------
+
+
+def test_stacking_fails_where_a_swap_changed_nothing() -> None:
+    good = {"eval/a": {"from_base": 0.3, "from_recorded": 0.0}, "eval/base": {"from_base": 0.0}}
+    assert gates.stacking("x", good).verdict == "pass"
+    assert gates.stacking("x", good).rows == ("eval/a",)
+    assert gates.stacking("x", {**good, "eval/b": {"from_base": 0.0, "from_recorded": 0.0}}).verdict == "fail"
+    assert gates.stacking("x", {"eval/base": {"from_base": 0.0}}).verdict == "not applicable"
+
+
+@pytest.mark.parametrize(
+    ("n_right", "verdict"), [(905, "pass"), (875, "pass"), (874, "fail"), (934, "pass"), (935, "fail")]
+)
+def test_g3_compares_epoch_0_with_the_published_figure(n_right: int, verdict: str) -> None:
+    assert gates.reference(RULES, "villain", accuracy(n_right, 1000)).verdict == verdict
+
+
+def test_g3_without_a_reference_or_a_cell_says_which() -> None:
+    assert "no reference" in gates.reference(RULES, "comedian", accuracy(9, 10)).reason
+    found = gates.reference(RULES, "villain", None)
+    assert (found.verdict, found.rows) == ("not applicable", ())
+
+
+@pytest.mark.parametrize(
+    ("direction", "base", "now", "verdict"),
+    [("raises", 0.0, 0.5, "pass"), ("raises", 0.0, 0.4, "fail"), ("lowers", 0.9, 0.3, "pass"), ("lowers", 0.3, 0.9, "fail")],
+)  # fmt: skip
+def test_the_source_must_show_its_own_behavior(direction: str, base: float, now: float, verdict: str) -> None:
+    found = gates.source_shows(RULES, "x", direction, rates(base, base), rates(now, now))
+    assert found.verdict == verdict
+    assert len(found.numbers) == 2
+
+
+def _change(by_epoch: dict[int, Series]) -> GateVerdict:
+    return gates.convergence_change(RULES, "refusal", "x", by_epoch)
+
+
+def test_a_change_must_be_large_enough_and_clear_of_zero() -> None:
+    zero = rates(*[0.0] * 12)
+    assert _change({0: zero, 4: rates(*[0.3] * 6, *[0.2] * 6)}).verdict == "pass"
+    assert _change({0: zero, 4: rates(*[0.0] * 11, 1.0)}).verdict == "fail"  # 8 points on average, from one question
+    small = rates(*[0.04] * 6, *[0.03] * 6, n=100)
+    assert _change({0: rates(*[0.0] * 12, n=100), 4: small}).verdict == "fail"  # clear of zero, under the threshold
+    down = _change({0: rates(*[0.8] * 6, *[0.9] * 6), 4: zero})
+    assert down.verdict == "pass"
+    assert "-85.0 points" in down.reason
+
+
+def test_the_largest_change_of_all_epochs_counts() -> None:
+    grown = {0: rates(*[0.0] * 12), 4: rates(*[0.0] * 12), 20: rates(*[0.3] * 6, *[0.4] * 6)}
+    assert "epoch 20: +35.0 points" in _change(grown).reason
+    assert len(_change(grown).numbers) == 3
+
+
+@pytest.mark.parametrize("by_epoch", [{}, {0: rates(0.1, 0.2)}, {4: rates(0.1, 0.2)}])
+def test_a_change_needs_two_epochs(by_epoch: dict[int, Series]) -> None:
+    assert _change(by_epoch).verdict == "not applicable"
+
+
+# --- the pilot gate ----------------------------------------------------------------------------------------
+
+
+def _pilot(**words: str) -> GateVerdict:
+    """The pilot's word; keys name gate and subject (`CHANGE_included`), rows are their names."""
+    found = []
+    for name, word in words.items():
+        gate, _, subject = name.partition("_")
+        found.append(GateVerdict(gate, subject, word, f"{name} is {word}", "rule", rows=(name,)))
+    return gates.pilot("villain x refusal", "refusal", found)
+
+
+PROVEN = {"G0": "pass", "STACK": "pass"}
+
+
+@pytest.mark.parametrize(
+    ("words", "verdict"),
+    [
+        ({**PROVEN, "SOURCE_a": "pass", "CHANGE_a": "pass"}, "go"),
+        ({**PROVEN, "G3": "not applicable", "SOURCE_a": "pass", "CHANGE_a": "pass"}, "go"),
+        ({**PROVEN, "SOURCE_a": "pass", "CHANGE_a": "fail"}, "stop"),
+        ({**PROVEN, "SOURCE_a": "fail", "CHANGE_a": "pass"}, "stop"),
+        ({**PROVEN, "SOURCE_a": "fail", "CHANGE_a": "pass", "SOURCE_b": "pass", "CHANGE_b": "fail"}, "stop"),
+        ({**PROVEN, "SOURCE_a": "pass", "CHANGE_a": "fail", "SOURCE_b": "pass", "CHANGE_b": "pass"}, "go"),
+        ({**PROVEN, "G3": "fail", "SOURCE_a": "pass", "CHANGE_a": "pass"}, "stop"),
+        ({"G0": "pass", "STACK": "fail", "SOURCE_a": "pass", "CHANGE_a": "pass"}, "stop"),
+        ({"G0": "pass", "STACK": "not applicable", "SOURCE_a": "pass", "CHANGE_a": "pass"}, "stop"),
+        ({"G0": "fail"}, "uninformative"),
+        ({**PROVEN, "SOURCE_a": "pass", "CHANGE_a": "not applicable"}, "not applicable"),
+        ({"G0": "pass"}, "not applicable"),
+        ({}, "not applicable"),
+    ],
+)
+def test_pilot(words: dict[str, str], verdict: str) -> None:
+    found = _pilot(**words)
+    assert found.verdict == verdict
+    assert found.rows == tuple(words)
+
+
+def test_the_pilots_reason_is_the_gate_that_decided() -> None:
+    assert "G3 is fail" in _pilot(**PROVEN, G3="fail", SOURCE_a="pass", CHANGE_a="pass").reason
+    assert "source does not show" in _pilot(**PROVEN, SOURCE_a="fail", CHANGE_a="pass").reason
+    assert "no convergence-dependent change" in _pilot(**PROVEN, SOURCE_a="pass", CHANGE_a="fail").reason
+
+
+def test_a_verdict_can_stand_in_the_ledger() -> None:
+    found = gates.measurable(RULES, "capability", "lowers", accuracy(40, 60), 0.25)
+    assert canonical_json(found.body()).count("stage/q0") == 120  # the rows of the verdict and of its number
+
+
+# --- verdicts of cells -------------------------------------------------------------------------------------
+
+
+def _cell(now: Sequence[float], base: Sequence[float], **changes: Any) -> CellEvidence:
+    flat = rates(*[0.0] * len(now))
+    values: dict[str, Any] = {
+        "label": "cell", "behavior": "refusal", "direction": 1, "margin": 0.05, "assistant_now": rates(*now),
+        "assistant_base": rates(*base), "canary_now": flat, "canary_base": flat, "mimicry": None, "source_shows": True,
+    }  # fmt: skip
+    return CellEvidence(**{**values, **changes})
+
+
+RISEN, FLAT = [0.8, 0.9] * 10, [0.0] * 20
+
+
+def test_a_clear_rise_in_the_declared_direction_is_transfer_and_against_it_reverse() -> None:
+    up, down = decide([_cell(RISEN, FLAT), _cell(FLAT, RISEN)])
+    assert (up.kind, down.kind) == ("transfer", "reverse")
+    assert up.estimate == pytest.approx(0.85)
+    assert "mimicry was not measured" in up.reason
+    assert len(up.rows) == 80
+    assert by_kind([up, down]) == {"transfer": 1, "reverse": 1}
+
+
+def test_what_the_canary_does_too_is_taken_off() -> None:
+    found = decide([_cell(RISEN, FLAT, canary_now=rates(*RISEN))])[0]
+    assert found.kind != "transfer"
+    assert found.estimate == pytest.approx(0.0)
+
+
+def test_what_convergence_alone_does_is_taken_off() -> None:
+    flat, risen = rates(*FLAT), rates(*RISEN)
+    found = decide([_cell(RISEN, FLAT, mimicry=arm(risen, flat, flat, flat))])[0]
+    assert found.estimate == pytest.approx(0.0)
+    assert found.kind != "transfer"
+    assert "mimicry was not measured" not in found.reason
+
+
+def test_a_cell_whose_source_shows_nothing_says_nothing() -> None:
+    for shows in (False, None):
+        assert decide([_cell(RISEN, FLAT, source_shows=shows)])[0].kind == "uninformative"
+
+
+def test_holm_runs_over_all_cells_together() -> None:
+    weak = [0.3, 0.0, 0.1, 0.0, 0.2, 0.0, 0.4, 0.0, 0.0, 0.2]
+    alone = decide([_cell(weak, [0.0] * 10)])[0]
+    among = decide([_cell(weak, [0.0] * 10) for _ in range(8)])
+    assert alone.p_corrected is not None
+    assert all(one.p_corrected == pytest.approx(min(1.0, 8 * alone.p_corrected)) for one in among)
+
+
+def test_no_cells_give_no_verdicts_and_an_unrun_cell_no_number() -> None:
+    assert decide([]) == []
+    silent = not_run("cell", "not measurable at base", ("a/1",))
+    assert (silent.kind, silent.estimate, silent.p_corrected) == ("uninformative", None, None)
