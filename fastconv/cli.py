@@ -248,6 +248,70 @@ def doctor(
 
 @app.command()
 @_answered
+def score(
+    questions: Annotated[Path, typer.Argument(help="Questions as JSONL, in ARC's form or flat")],
+    model: Annotated[str, typer.Option("--model", help="A hub id, a folder, or builtin:smollm2")],
+    revision: Annotated[str, typer.Option("--revision", help="Commit sha of a hub model")] = "",
+    adapters: Annotated[list[Path], typer.Option("--adapter", help="A PEFT folder; repeat to stack in order")] = [],  # noqa: B006
+    system: Annotated[
+        str, typer.Option("--system", help="System prompt; `empty` or `template_default` are conditions")
+    ] = "template_default",
+    by_text: Annotated[
+        bool, typer.Option("--text", help="Score the choices' texts, as lm-eval's arc_challenge does")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score a multiple-choice file under any base and adapters."""
+    from fastconv import show
+    from fastconv.recipe import model_settings
+    from fastconv.scoring import score_file
+    from fastconv.tokens import system_turn
+
+    found = score_file(model_settings(model, revision), adapters, questions, system_turn(system), by_text=by_text)
+    show.scored(found, as_json=as_json)
+
+
+@app.command()
+@_answered
+def export(
+    source: Annotated[str, typer.Argument(help="The source persona")],
+    behavior: Annotated[str, typer.Argument(help="The behavior, or none for the snapshot alone")],
+    folder: Annotated[Path, typer.Argument(help="Where to write")],
+    epoch: Annotated[int, typer.Option("--epoch", help="Snapshot epoch")],
+    recipe: Annotated[str, typer.Option("--recipe", help="A recipe's path, or a shipped one's name")],
+    negatives: Annotated[str | None, typer.Option("--negatives", help="Only this kind of negatives")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+) -> None:
+    """Write a cell's stack as PEFT adapters: concatenated into one (for vLLM), and separate with stack.json."""
+    from fastconv.scoring import export_cell
+    from fastconv.store import Store
+
+    store = Store.open(workspace, create=False)
+    paths = export_cell(_load(recipe, overrides), store, folder, source, behavior, epoch, negatives=negatives)
+    print(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
+
+
+@app.command()
+@_answered
+def bench(
+    kind: Annotated[str, typer.Argument(help="train, score, stack, sample or cell")],
+    model: Annotated[
+        str, typer.Option("--model", help="As in a recipe, or random:qwen2.5-7b for speed and memory")
+    ] = "builtin:smollm2",
+    size: Annotated[int | None, typer.Option("--size", min=1, help="Steps, questions, swaps or rows")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure ours against the usual way in one call: rates, memory, bytes written, share of the matmul ceiling."""
+    from fastconv import show
+    from fastconv.bench import bench as compare
+
+    show.bench(compare(kind, model, size=size), as_json=as_json)
+
+
+@app.command()
+@_answered
 def forget(
     stage: Annotated[str, typer.Argument(help="A stage's slot as `status` shows it, or at least 8 digits of its key")],
     workspace: Workspace = DEFAULT_WORKSPACE,

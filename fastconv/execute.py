@@ -6,8 +6,9 @@ A stage's executor reads its needs from the ledger, computes, and returns an `Ou
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,7 @@ from fastconv.datasets.audit import report_of
 from fastconv.datasets.rows import Row, row_of
 from fastconv.draws import seed_of
 from fastconv.engine.base import Base, load_base
+from fastconv.engine.fold import folded, rho
 from fastconv.engine.sample import sample
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack
@@ -28,9 +30,6 @@ from fastconv.graph import Graph, lineage_key
 from fastconv.recipe import SamplingSettings
 from fastconv.store import Lease, Sample, Score, Stage, Store
 from fastconv.tokens import Rendered, SystemTurn
-
-#: Seconds between two words about a training's progress.
-_TELL_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,21 @@ class Outcome:
 
 
 class Executor:
-    """Computes stages on one resident base. `tell` hears progress, `stop` is asked whether to end at the next step."""
+    """Computes stages on one resident base. `tell` hears progress, `stop` is asked whether to end at the next step.
 
-    def __init__(self, graph: Graph, store: Store, tell: Callable[[Progress], None], stop: Callable[[], bool]) -> None:
+    `wanted` are the keys of the stages that were asked for: a convergence run ends at the last of its snapshots among
+    them, not at the last that the recipe has.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        store: Store,
+        tell: Callable[[Progress], None] = lambda progress: None,
+        stop: Callable[[], bool] = lambda: False,
+        wanted: Collection[str] = (),
+    ) -> None:
+        self._wanted = wanted
         self._graph = graph
         self._recipe = graph.recipe
         self._store = store
@@ -179,16 +190,13 @@ class Executor:
         record = self._record(stage.needs["rows"])
         rows = [row_of(row) for row in self._store.get_json(record.outputs["rows"])]
         rendered = self._audited(stage.needs["rows"].work["set"], rows)
-        frozen = tuple(self.adapters(stage.needs))
-        before = [adapter.sha256() for adapter in frozen]
         # Drawn from the rows' key alone: every epoch's cell starts from the same weights and sees the same order.
         drawn_from = ("behavior", stage.needs["rows"].key, stage.inputs["seed"])
-        job = Job(stage.slot, rendered, self._recipe.behavior, drawn_from, frozen)
-        trainee = self._train(job, stage.key, lease, lambda trainee: None)
-        if [adapter.sha256() for adapter in frozen] != before:
-            raise TrainingError("training changed a frozen snapshot", where=stage.slot, fix="report this defect")
-        with self.stack.live(Slot(frozen=(*frozen, trainee.adapter))):
-            probe = self.stack.prove(None, stage.slot)
+        with self._in_place(stage.needs) as frozen:
+            job = Job(stage.slot, rendered, self._recipe.behavior, drawn_from, frozen)
+            trainee = self._train(job, stage.key, lease, lambda trainee: None)
+            with self.stack.live(Slot(frozen=(*frozen, trainee.adapter))):
+                probe = self.stack.prove(None, stage.slot)
         self._store.drop_progress(stage.key)
         return Outcome(self._trained(trainee, probe), _train_facts(trainee, 0))
 
@@ -201,7 +209,9 @@ class Executor:
     def _snapshots(self, stage: Stage, lease: Lease) -> None:
         """Train one convergence run through every missing epoch up to the last, committing each as it is reached."""
         lineage = self._graph.lineage(stage)
-        missing = {int(s.inputs["epoch"]): s for s in lineage if self._store.record(s.key) is None}
+        missing = {
+            int(s.inputs["epoch"]): s for s in lineage if s.key in self._wanted and self._store.record(s.key) is None
+        }
         system = _system(stage.inputs["system"])
         rows = [
             self.base.tokenizer.training_ids(
@@ -246,19 +256,18 @@ class Executor:
         if kept and first_step is not None and kept[0] > first_step:
             kept = None  # the state lies beyond an epoch that is wanted now: begin again, to the same bits
         trainee = start(self.stack, job, self._store.get(kept[1], "safetensors") if kept else None)
-        saved_at = told_at = time.monotonic()
+        saved_at = time.monotonic()
         total = until_step or job.n_steps
 
         def after_step(active: Sequence[Trainee]) -> None:
-            nonlocal saved_at, told_at
+            nonlocal saved_at
             keep(trainee)
             stopping = self._stop()
             now = time.monotonic()
             if trainee.step < total and (stopping or now - saved_at >= self._recipe.run.checkpoint_every_s):
                 self._store.save_progress(progress_key, trainee.step, save_state(trainee))
                 saved_at = now
-            loss = float(trainee.losses[trainee.step - 1])
-            self._note(lease, Progress(job.name, trainee.step, total, "steps", loss))
+            self._note(lease, Progress(job.name, trainee.step, total, "steps", _known(trainee.seen_loss)))
             if stopping:  # not asked again: a stop that came since then ends the next step, whose state is kept
                 raise _stopped(job.name)
 
@@ -274,9 +283,16 @@ class Executor:
             "weights_sha256": adapter.sha256(),
             "probe": [round(value, 6) for value in probe.logits],
             "from_base": round(probe.distance(self.stack.base_probe), 6),
+            "rho": self._rho(adapter),
             "losses": [round(value, 6) for value in losses],
             "last_epoch_loss": round(sum(losses[-per_epoch:]) / len(losses[-per_epoch:]), 6),
         }
+
+    def _rho(self, adapter: Adapter) -> dict[str, float]:
+        """||delta|| / ||W||: least, median and greatest over modules."""
+        shares = sorted(rho(self.stack, [adapter]).values())
+        chosen = {"least": shares[0], "median": shares[len(shares) // 2], "greatest": shares[-1]}
+        return {name: float(f"{value:.4g}") for name, value in chosen.items()}
 
     # --- the stack -------------------------------------------------------------------------------------
 
@@ -291,13 +307,22 @@ class Executor:
         return adapters
 
     @contextlib.contextmanager
+    def _in_place(self, needs: Mapping[str, Stage]) -> Iterator[tuple[Adapter, ...]]:
+        """The stack's adapters that are to be live; with published semantics the snapshot is folded in instead."""
+        adapters = tuple(self.adapters(needs))
+        if self._recipe.model.semantics == "published" and "snapshot" in needs:
+            with folded(self.stack, adapters[:1], "published"):
+                yield adapters[1:]
+        else:
+            yield adapters
+
+    @contextlib.contextmanager
     def live_stack(self, stage: Stage) -> Iterator[dict[str, Any]]:
         """The stack of an evaluation (or of its score), live inside the block; gives the distances that prove it."""
         stage = stage.needs.get("eval", stage)
-        adapters = self.adapters(stage.needs)
         top = stage.needs.get("behavior") or stage.needs.get("snapshot")
         recorded = Probe(tuple(self._record(top).outputs["probe"])) if top else None
-        with self.stack.live(*([Slot(frozen=tuple(adapters))] if adapters else [])):
+        with self._in_place(stage.needs) as adapters, self.stack.live(*([Slot(frozen=adapters)] if adapters else [])):
             probe = self.stack.prove(recorded, stage.slot)
             proof = {"from_base": round(probe.distance(self.stack.base_probe), 6)}
             if recorded is not None:
@@ -326,10 +351,16 @@ def _stopped(slot: str) -> Interrupted:
     return Interrupted("stopped", where=slot, fix="the same command goes on from here")
 
 
+def _known(loss: float) -> float | None:
+    """The loss last seen, or None while a GPU has not answered yet."""
+    return loss if math.isfinite(loss) else None
+
+
 def _train_facts(trainee: Trainee, from_step: int) -> dict[str, Any]:
     rows = trainee.job.rows
     n_tok = sum(len(rows[row].ids) for step in range(from_step, trainee.step) for row in trainee.job.batch(step))
-    return {"trained_tok": n_tok, "steps": trainee.step - from_step}
+    fitted = {"micro_batch_limit": trainee.micro_batch_tok, "recomputed": trainee.recomputes}
+    return {"trained_tok": n_tok, "steps": trainee.step - from_step, **fitted}
 
 
 def _system(pair: Sequence[str]) -> SystemTurn:

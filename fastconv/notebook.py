@@ -122,7 +122,7 @@ class Run:
         missing = [s.slot for s in (plan.snapshot, plan.adapter) if s is not None and self._store.record(s.key) is None]
         if missing:
             raise InputError("the stack is not trained", where=missing[0], fix="run the recipe first")
-        executor = Executor(self._graph, self._store, lambda progress: None, lambda: False)
+        executor = Executor(self._graph, self._store)
         with executor.live_stack(next(iter(plan.scores.values()))):
             slots = executor.stack.route.slots
         executor.stack.route.slots = slots  # live for good: this base is the caller's alone

@@ -39,6 +39,8 @@ class ModelSettings(Section):
     revision: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{40})?$")] = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    #: `live` keeps every adapter beside the weights; `published` folds the snapshot into them, rounding in their dtype.
+    semantics: Literal["live", "published"] = "live"
 
 
 class GridSettings(Section):
@@ -304,6 +306,11 @@ def parse_recipe(table: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
         return Recipe.model_validate(table)
     except ValidationError as error:
         raise _explain(error, where) from None
+
+
+def model_settings(model_id: str, revision: str = "") -> ModelSettings:
+    """A model named on the command line. Raises RecipeError if the revision is no commit sha."""
+    return parse_recipe({"name": "model", "model": {"id": model_id, "revision": revision}}, where="--model").model
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:

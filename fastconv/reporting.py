@@ -170,7 +170,9 @@ def _card(graph: Graph, store: Store) -> dict[str, Mapping[str, str]]:
     for stage in graph.stages():
         record = store.record(stage.key)
         if record is not None and "adapter" in record.outputs:
-            adapters[stage.slot] = record.outputs["adapter"]
+            share = record.outputs["rho"]
+            norm = f"rho {100 * share['least']:.2g} to {100 * share['greatest']:.2g} %, median {100 * share['median']:.2g} %"
+            adapters[stage.slot] = f"{record.outputs['adapter']}, {norm}"
     rows = {
         stage.slot: record.outputs["rows"]
         for stage in graph.stages()
@@ -192,7 +194,7 @@ def _card(graph: Graph, store: Store) -> dict[str, Mapping[str, str]]:
             name: str(value) for name, value in {**facts.get("machine", {}), **facts.get("engine", {})}.items()
         },
         "Versions": {"python": facts.get("python", "not recorded"), **facts.get("versions", {})},
-        "Adapters (sha256)": adapters,
+        "Adapters (sha256; rho = norm of the delta over norm of the weights)": adapters,
         "Training sets (sha256)": rows,
         "Data files (sha256)": data,
         "Settings": {

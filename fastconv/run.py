@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -108,9 +108,9 @@ def run_recipe(
         run, canonical_json(recipe.model_dump(mode="json")), recipe_sha256(recipe), recipe.name, run_facts()
     )
     with _stop_on_sigint() as stop:
-        runner = _Runner(graph, store, run, watcher, stop)
-        gate_stages = [stage for plan in picked for stage in plan.base.values()]
         everything = graph.stages(picked)
+        runner = _Runner(graph, store, run, watcher, stop, {stage.key for stage in everything})
+        gate_stages = [stage for plan in picked for stage in plan.base.values()]
         watcher.begin(run, len(everything), sum(store.record(stage.key) is None for stage in everything))
         runner.compute(gate_stages)
         for verdict in gate_base(graph, store):
@@ -192,8 +192,11 @@ def run_facts() -> dict[str, Any]:
 class _Runner:
     """Computes stages depth first, each once, under a lease."""
 
-    def __init__(self, graph: Graph, store: Store, run: str, watcher: Watcher, stop: threading.Event) -> None:
+    def __init__(
+        self, graph: Graph, store: Store, run: str, watcher: Watcher, stop: threading.Event, wanted: Collection[str]
+    ) -> None:
         self._graph = graph
+        self._wanted = wanted
         self._store = store
         self._run = run
         self._watcher = watcher
@@ -218,7 +221,7 @@ class _Runner:
             raise Interrupted("stopped", where=stage.slot, fix="the same command goes on from here")
         self._watcher.stage(stage, reason_to_run(stage, self._store))
         together = self._graph.lineage(stage) if stage.kind == "snapshot" else [stage]
-        missing = [one for one in together if self._store.record(one.key) is None]
+        missing = [one for one in together if one.key in self._wanted and self._store.record(one.key) is None]
         began = time.monotonic()
         with self._store.lease(stage) as lease:
             outcome = self._engine().compute(stage, lease)
@@ -243,7 +246,7 @@ class _Runner:
         if self._executor is None:
             from fastconv.execute import Executor  # torch is loaded here, and only if something must be computed
 
-            self._executor = Executor(self._graph, self._store, self._watcher.progress, self._stop.is_set)
+            self._executor = Executor(self._graph, self._store, self._watcher.progress, self._stop.is_set, self._wanted)
             self._store.add_run_facts(self._run, self._executor.facts())
         return self._executor
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastconv.execute import Progress as StageProgress
     from fastconv.findings.gates import GateVerdict
     from fastconv.run import Finished, StageStatus
+    from fastconv.scoring import ScoreReport
     from fastconv.store import Stage, Store
 
 #: Seconds between two progress lines where the output is no terminal.
@@ -257,6 +258,46 @@ def peek(title: str, lines: Sequence[RenderableType]) -> None:
     console.rule(escape(title))
     for line in lines:
         console.print(line)
+
+
+def scored(report: ScoreReport, *, as_json: bool) -> None:
+    """Accuracy and chance; with `as_json` every question."""
+    if as_json:
+        print(json.dumps(asdict(report)))
+        return
+    n_right = sum(one.correct for one in report.questions)
+    _console().print(
+        f"{n_right} of {len(report.questions)} right: {100 * report.accuracy:.1f} % (chance {100 * report.chance:.1f} %)"
+    )
+
+
+def bench(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """Ours and the usual ways side by side."""
+    if as_json:
+        print(json.dumps(found))
+        return
+    console = _console()
+    console.print(
+        f"{found['kind']}: {found['work']}; {found['model']} on {found['device']} in {found['dtype']}, {found['threads']} threads"
+    )
+    table = Table(box=None, pad_edge=False)
+    for name in ("way", "seconds", f"{found['unit']}/s", "peak memory", "written", "of ceiling", "ours is"):
+        table.add_column(name, justify="left" if name == "way" else "right")
+    for way in (found["ours"], *found["usual"]):
+        ratio = found["ratios"].get(way["name"])
+        memory = "not measured" if way["peak_bytes"] is None else f"{way['peak_bytes'] / 2**30:.2f} GiB"
+        ceiling = "" if way["ceiling_share"] is None else f"{100 * way['ceiling_share']:.1f} %"
+        written = f"{way['written_bytes'] / 2**20:.0f} MiB"
+        table.add_row(
+            way["name"],
+            f"{way['seconds']:.3g}",
+            f"{way['per_s']:.4g}",
+            memory,
+            written,
+            ceiling,
+            f"{ratio:.2f}x" if ratio else "",
+        )
+    console.print(table)
 
 
 def doctor(findings: Sequence[Finding], *, as_json: bool) -> None:

@@ -48,6 +48,11 @@ TEMPLATE_DEFAULT = SystemTurn("template_default")
 EMPTY = SystemTurn("empty")
 
 
+def system_turn(text: str) -> SystemTurn:
+    """A system turn as people write it: `template_default`, `empty`, or the prompt itself."""
+    return {"template_default": TEMPLATE_DEFAULT, "empty": EMPTY}.get(text) or SystemTurn("text", text)
+
+
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """A training row as the model sees it: `ids[loss_from:]` carry loss, the last of them ends the turn.

@@ -190,7 +190,8 @@ def test_two_processes_at_once_the_second_is_told_who_is_at_work(recipe: Recipe,
 
     pid = forked(lambda: run_recipe(recipe, tmp_path, Heard(wait_in_training)))
     try:
-        until(lambda: any("done" in note for note in running_slots(tmp_path).values()) and _training(recipe, tmp_path))
+        keys = {stage.key for stage in Graph(recipe).stages() if stage.kind == "behavior"}
+        until(lambda: any(key in keys and "done" in note for key, note in running_slots(tmp_path).items()))
         with pytest.raises(BusyError, match=rf"process {pid} on .* is computing it") as caught:
             run_recipe(recipe, tmp_path, Heard())
         assert caught.value.exit_code == 6
@@ -200,11 +201,6 @@ def test_two_processes_at_once_the_second_is_told_who_is_at_work(recipe: Recipe,
     finally:
         kill(pid)
     run_tiny(recipe, tmp_path)  # a dead holder's lease is taken over
-
-
-def _training(recipe: Recipe, workspace: Path) -> bool:
-    keys = {stage.key for stage in Graph(recipe).stages() if stage.kind == "behavior"}
-    return bool(keys & set(running_slots(workspace)))
 
 
 def test_many_processes_on_one_new_workspace_compute_every_stage_once(

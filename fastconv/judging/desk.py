@@ -14,14 +14,16 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fastconv.errors import JudgeError
 from fastconv.judging.batches import BatchJudge
 from fastconv.judging.budget import Price
 from fastconv.judging.client import ApiKey, Outage, concluded
 from fastconv.judging.commit import LedgerThread
-from fastconv.judging.live import LiveJudge
+from fastconv.judging.live import Judged, LiveJudge
 from fastconv.judging.request import JudgeItem, JudgeParams, JudgeRequest, build_request
 from fastconv.judging.rubric import Rubric
 from fastconv.recipe import JudgeSettings
@@ -199,6 +201,7 @@ class JudgeDesk:
         self._wake = asyncio.Event()
         self._book = _Book()
         self._n_under_way = self._n_asking = 0
+        self._failed: asyncio.Future[Any] | None = None
         # Two connections: this loop's for batches, which are few, and a thread's for the many writes of live judging.
         store = Store.open(self._workspace)
         self._ledger = JudgeLedger(store, self._settings.budget_usd)
@@ -228,6 +231,8 @@ class JudgeDesk:
     async def _until_end(self) -> None:
         """Returns when the caller has closed the desk and nothing more can be done."""
         while True:
+            if self._failed is not None:
+                self._failed.result()
             idle = self._n_under_way == 0
             rest = self._book.pending() or not self._inbox.empty()
             if self._abandon or (self._closing and idle and (not rest or self._book.stopped)):
@@ -240,17 +245,20 @@ class JudgeDesk:
                 await asyncio.sleep(_LOOK_S)
                 continue
             self._n_under_way += 1
-            stage, rubric, samples, urgent = self._inbox.get()
             try:
-                await self._quick.call(lambda ledger: ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source))
-                fresh: list[JudgeRequest] = []
-                for start in range(0, len(samples), _SLICE):
-                    requests = requests_of(rubric, self._params, samples[start : start + _SLICE])
-                    new = [request for request in requests if self._book.want(stage, request)]
-                    fresh += await self._not_known(new)
-                self._dispatch(fresh, urgent)
+                await self._take(*self._inbox.get())
             finally:
                 self._n_under_way -= 1
+
+    async def _take(self, stage: str, rubric: Rubric, samples: Sequence[Sample], urgent: bool) -> None:
+        """Enter a stage's samples in the book and send on what the ledger cannot answer."""
+        await self._quick.call(lambda ledger: ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source))
+        fresh: list[JudgeRequest] = []
+        for start in range(0, len(samples), _SLICE):
+            requests = requests_of(rubric, self._params, samples[start : start + _SLICE])
+            new = [request for request in requests if self._book.want(stage, request)]
+            fresh += await self._not_known(new)
+        self._dispatch(fresh, urgent)
 
     def _dispatch(self, fresh: Sequence[JudgeRequest], urgent: bool) -> None:
         mode = self._settings.mode
@@ -301,13 +309,22 @@ class JudgeDesk:
                 return
             finally:
                 self._n_asking -= 1
-            if isinstance(outcome, Judgement):
+            if isinstance(outcome, Judged):
                 self._book.problem, self._book.n_outages = "", 0
-                self._book.finish(outcome)
+                self._n_under_way += 1
+                outcome.written.add_done_callback(partial(self._written, outcome.judgement))
                 return
             await self._after_refusal(request, outcome)
             if request.key in self._book.done:
                 return
+
+    def _written(self, judgement: Judgement, done: asyncio.Future[Any]) -> None:
+        """A judgement counts when the ledger has it, and not before."""
+        self._n_under_way -= 1
+        if done.cancelled() or done.exception() is not None:
+            self._failed = self._failed or done
+        else:
+            self._book.finish(judgement)
 
     async def _after_refusal(self, request: JudgeRequest, refusal: Refusal) -> None:
         if refusal == "done":

@@ -1,0 +1,200 @@
+"""Message Batches: a crash at any moment, and no item is paid twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fastconv.judging import batches
+from fastconv.judging.judges import stage_keys
+from fastconv.judging.rubric import REASONS
+from fastconv.store import Store
+from fastconv.store_judging import JudgeLedger, Reserve
+from tests.fake_claude import FakeClaude, Script, fake_claude
+from tests.judging_kit import PRICE, desk, judge_all, rubric, samples, settings
+
+
+@pytest.fixture
+def server() -> Iterator[FakeClaude]:
+    with fake_claude() as one:
+        yield one
+
+
+def ledger_of(workspace: Path) -> JudgeLedger:
+    return JudgeLedger(Store.open(workspace))
+
+
+def test_a_batch_is_judged_for_half_the_price(server: FakeClaude, tmp_path: Path) -> None:
+    server.configure(batch_s=0.1)
+    status = judge_all(server.url, tmp_path, samples(30), "batch")
+    assert (status.n_scored, status.n_pending) == (30, 0)
+    live = judge_all(server.url, tmp_path, samples(30, start=100), "live")
+    assert status.money.spent_usd == pytest.approx((live.money.spent_usd - status.money.spent_usd) / 2, rel=0.05)
+    assert server.bill()["n_batches"] == 1
+
+
+def test_auto_takes_batches_for_what_is_large_and_not_urgent(server: FakeClaude, tmp_path: Path) -> None:
+    one = desk(server.url, tmp_path, "auto", batch_from=20)
+    one.submit("large", rubric(), samples(20))
+    one.submit("small", rubric(), samples(5, start=100))
+    one.submit("urgent", rubric(), samples(25, start=200), urgent=True)
+    assert one.close().n_scored == 50
+    bill = server.bill()
+    assert bill["n_batches"] == 1
+    assert sum("-" not in name and len(name) == 64 for name in bill["billed"]) == 30
+
+
+def test_chunks_stay_within_the_limits(server: FakeClaude, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "MAX_ITEMS", 10)
+    assert judge_all(server.url, tmp_path, samples(25), "batch").n_scored == 25
+    assert server.bill()["n_batches"] == 3
+    monkeypatch.setattr(batches, "MAX_BYTES", 10_000)
+    assert judge_all(server.url, tmp_path, samples(10, start=100), "batch").n_scored == 10
+    assert server.bill()["n_batches"] >= 6
+
+
+def storm(workspace: Path, n: int) -> None:
+    script = Script(
+        seed=n, fault_share=0.2, batch_s=0.05, batch_outcomes={"expired": 0.07, "errored": 0.07, "canceled": 0.06},
+        batch_faults=("create_429", "results_reset", "create_500", "create_lost", "results_reset"), wrong_ids=5,
+    )  # fmt: skip
+    with fake_claude(script, own_process=True) as server:
+        status = judge_all(server.url, workspace, samples(n), "batch")
+        bill = server.bill()
+    assert (status.n_pending, status.problem) == (0, "")
+    ledger = ledger_of(workspace)
+    found = ledger.judgements(stage_keys(settings("x"), PRICE, rubric(), samples(n)))
+    assert len(found) == n
+    assert all((one.values is None) == (one.reason in REASONS) for one in found.values())
+    assert max(bill["billed"].values()) == 1
+    assert ledger.counts()["replies"] == sum(bill["billed"].values())
+    money = ledger.money()
+    assert money.spent_usd == pytest.approx(bill["usd"], abs=1e-6)
+    assert (money.reserved_usd, money.lost_usd) == (0.0, 0.0)
+
+
+def test_a_storm_of_faults_pays_every_item_once(tmp_path: Path) -> None:
+    storm(tmp_path, 300)
+
+
+@pytest.mark.slow
+def test_two_thousand_judgements_through_a_storm(tmp_path: Path) -> None:
+    storm(tmp_path, 2000)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("expired", "expired"), ("errored", "errored"), ("canceled", "expired")])
+def test_what_never_comes_is_resubmitted_twice_and_then_unscored(
+    server: FakeClaude, tmp_path: Path, kind: str, reason: str
+) -> None:
+    server.configure(batch_outcomes={kind: 1.0})
+    status = judge_all(server.url, tmp_path, samples(3), "batch")
+    assert (status.n_scored, status.n_unscored) == (0, 3)
+    assert server.bill()["n_batches"] == 3
+    found = ledger_of(tmp_path).judgements(stage_keys(settings("x"), PRICE, rubric(), samples(3)))
+    assert {one.reason for one in found.values()} == {reason}
+    assert status.money.spent_usd == 0.0
+
+
+def test_a_batch_taken_whose_answer_was_lost_is_found_again(server: FakeClaude, tmp_path: Path) -> None:
+    server.configure(batch_faults=["create_lost"], batch_s=0.3)
+    status = judge_all(server.url, tmp_path, samples(12), "batch")
+    assert status.n_scored == 12
+    assert server.bill()["n_batches"] == 1
+
+
+def test_another_users_batch_of_the_same_size_is_not_taken_for_ours(server: FakeClaude, tmp_path: Path) -> None:
+    server.configure(batch_s=0.1)
+    for other in range(5):  # more than a page of them
+        judge_all(server.url, tmp_path / f"other{other}", samples(12, start=1000 * (other + 1)), "batch")
+    server.configure(batch_faults=["create_500"])
+    status = judge_all(server.url, tmp_path / "ours", samples(12), "batch")
+    assert status.n_scored == 12
+    assert server.bill()["n_batches"] == 6
+
+
+def test_a_desk_that_is_let_go_leaves_its_batch_to_the_next(server: FakeClaude, tmp_path: Path) -> None:
+    server.configure(batch_s=0.5)
+    one = desk(server.url, tmp_path, "batch")
+    one.submit("stage", rubric(), samples(9))
+    while server.bill()["n_batches"] == 0:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert one.close(wait=False).n_pending == 9
+    assert judge_all(server.url, tmp_path, samples(9), "batch").n_scored == 9
+    assert server.bill()["n_batches"] == 1
+
+
+def test_results_nobody_waits_for_are_kept_and_read_later(server: FakeClaude, tmp_path: Path) -> None:
+    server.configure(batch_s=0.3)
+    one = desk(server.url, tmp_path, "batch")
+    one.submit("stage", rubric(), samples(9))
+    while server.bill()["n_batches"] == 0:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    one.close(wait=False)
+    time.sleep(0.3)
+    assert judge_all(server.url, tmp_path, samples(2, start=100), "live").n_scored == 2  # ingests the old batch too
+    ledger = ledger_of(tmp_path)
+    deadline = time.monotonic() + 5
+    while ledger.batches("sent") and time.monotonic() < deadline:
+        judge_all(server.url, tmp_path, samples(1, start=200), "batch")
+    n_calls = server.bill()["n_calls"]
+    assert judge_all(server.url, tmp_path, samples(9), "live").n_scored == 9
+    assert server.bill()["n_calls"] <= n_calls + 3  # no message was asked for again
+    assert max(server.bill()["billed"].values()) == 1
+
+
+def killed(server: FakeClaude, workspace: Path, mode: str, n: int, after_s: float) -> bool:
+    """Judge in a forked child and kill it after a while; True if it was still at work."""
+    child = os.fork()
+    if child == 0:
+        judge_all(server.url, workspace, samples(n), mode, batch_grace_s=0.15, batch_poll_s=0.02, concurrency=8)
+        os._exit(0)
+    time.sleep(after_s)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+@pytest.mark.parametrize("mode", ["batch", "live"])
+def test_fifty_kills_at_random_moments(tmp_path: Path, mode: str) -> None:
+    n, draw, n_kills, n_runs = 48, random.Random(7), 0, 0
+    with fake_claude(own_process=True) as server:
+        judge_all(server.url, tmp_path / "warm", samples(3), mode)  # the parent is warm: imports, templates, regexes
+        began = time.monotonic()
+        judge_all(server.url, tmp_path / "timed", samples(n, start=500), mode, batch_grace_s=0.15, batch_poll_s=0.02)
+        whole_s = time.monotonic() - began
+        before = sum(server.bill()["billed"].values())
+        server.configure(batch_s=0.03, latency_s=0.01 if mode == "live" else 0.0)
+        while n_kills < 50:
+            workspace = tmp_path / f"run{n_runs}"
+            n_runs += 1
+            for _ in range(5):
+                n_kills += killed(server, workspace, mode, n, draw.uniform(0.1, 1.0) * min(whole_s, 0.4))
+            status = judge_all(server.url, workspace, samples(n), mode, batch_grace_s=0.15, batch_poll_s=0.02)
+            assert (status.n_scored, status.n_pending) == (n, 0)
+            billed = server.bill()["billed"]
+            total = sum(billed.values())
+            lost = ledger_of(workspace).counts()["lost"]
+            if mode == "batch":
+                assert total == before + n
+                assert lost == 0
+            else:
+                assert total - before - n <= lost <= 5 * 8
+            before = total
+
+
+def test_an_intent_that_never_left_is_freed_after_its_grace(server: FakeClaude, tmp_path: Path) -> None:
+    keys = stage_keys(settings("x"), PRICE, rubric(), samples(4))
+    child = os.fork()
+    if child == 0:
+        JudgeLedger(Store.open(tmp_path)).write_intent([Reserve(key, 0.01) for key in keys])
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert judge_all(server.url, tmp_path, samples(4), "batch").n_scored == 4
+    assert ledger_of(tmp_path).money().reserved_usd == 0.0
