@@ -253,10 +253,15 @@ class Graph:
             "lora": self.recipe.lora.model_dump(mode="json"),
             "training": _training(self.recipe.behavior),
             "seed": cell.seed,
+            **self._semantics(snapshot),
         }
         slot = f"behavior/{_stack_label(cell)}/{cell.behavior}/{cell.negatives}/s{cell.seed}"
         needs = {"rows": self._rows(cell), **({"snapshot": snapshot} if snapshot else {})}
         return Stage("behavior", slot, VERSIONS["behavior"], inputs, needs)
+
+    def _semantics(self, snapshot: Stage | None) -> dict[str, str]:
+        """How a snapshot is put in place matters to what stands on one, and to nothing else."""
+        return {"semantics": self.recipe.model.semantics} if snapshot is not None else {}
 
     def _score(self, cell: Cell, measure: str, probe: str, snapshot: Stage | None, adapter: Stage | None) -> Stage:
         behavior = self.behaviors[measure]
@@ -272,6 +277,7 @@ class Graph:
             "system": _system(self.personas, probe),
             "prompts_sha256": sha256_of(items),
             "seed": cell.seed,
+            **self._semantics(snapshot),
         }
         where = f"{stack}/{measure}/{probe}/s{cell.seed}"
         work = {"measure": measure, "probe": probe, "items": items}

@@ -286,7 +286,9 @@ class JudgeLedger:
         )
         _add(db, "reserved", nusd)
         ticket = int(cursor.lastrowid or 0)
-        db.execute("UPDATE judge_money SET custom_id=? WHERE ticket=?", (f"{ask.key[:48]}-{ticket}", ticket))
+        # The intent in it makes a custom id unique among all workspaces that share an account.
+        custom_id = f"{ask.key[:32]}-{(intent or '')[:16]}-{ticket}"
+        db.execute("UPDATE judge_money SET custom_id=? WHERE ticket=?", (custom_id, ticket))
         return ticket
 
     def let_go(self) -> None:

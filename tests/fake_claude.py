@@ -293,7 +293,7 @@ class _Server:
                     faulty = self.random.random() < self.script.fault_share
                     fault = self.random.choice([f for f in DELIVERED if f != "broken_body"]) if faulty else ""
                     self.served[fault or "ok"] += 1
-                    self.bill(request["custom_id"].rpartition("-")[0] + hashlib.sha256(
+                    self.bill(request["custom_id"].split("-")[0] + hashlib.sha256(
                         json.dumps(request["params"]["messages"]).encode()).hexdigest()[:8],
                         request["params"], factor=0.5)  # fmt: skip
                     result["message"] = self.reply(request["params"], fault)

@@ -13,6 +13,8 @@ import pytest
 from tests.loop_kit import DoneRun
 
 PACKAGE = Path(__file__).parent.parent / "fastconv"
+#: Who may know torch: the engine, the bench, and what computes stages on the resident base.
+TORCH_ROOMS = ("engine", "bench", "execute", "scoring")
 WINGS = ("datasets", "engine", "judging", "findings")
 #: Level by level, the lowest first; a module imports from the levels below its own, and within its own package.
 LEVELS = (
@@ -102,7 +104,7 @@ def _importers(*roots: str, lazy: bool = True) -> set[str]:
 
 
 def test_only_the_engine_and_the_executor_know_torch() -> None:
-    allowed = {name for name in map(_name, MODULES) if name.startswith(("engine", "bench"))} | {"execute", "doctor"}
+    allowed = {name for name in map(_name, MODULES) if name.split(".")[0] in TORCH_ROOMS} | {"doctor"}
     assert _importers("torch", "transformers", "safetensors", "accelerate") <= allowed
     assert "doctor" not in _importers("torch", lazy=False)  # only where a GPU is asked after
 
@@ -115,7 +117,7 @@ def test_the_upper_level_reaches_into_the_engine_without_torch_only_through_loca
     free = {"engine.locate", "engine"}
     for path in MODULES:
         name = _name(path)
-        if not name or name.split(".")[0] in ("engine", "bench", "execute"):
+        if not name or name.split(".")[0] in TORCH_ROOMS:
             continue
         eager = {n.removeprefix("fastconv.") for n in _imports(path, lazy=False) if n.startswith("fastconv.engine")}
         assert {n for n in eager if n in {_name(p) for p in MODULES}} <= free, name

@@ -47,7 +47,7 @@ def test_auto_takes_batches_for_what_is_large_and_not_urgent(server: FakeClaude,
     assert one.close().n_scored == 50
     bill = server.bill()
     assert bill["n_batches"] == 1
-    assert sum("-" not in name and len(name) == 64 for name in bill["billed"]) == 30
+    assert sum(len(name) == 64 for name in bill["billed"]) == 30
 
 
 def test_chunks_stay_within_the_limits(server: FakeClaude, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,8 +174,8 @@ def test_fifty_kills_at_random_moments(tmp_path: Path, mode: str) -> None:
         while n_kills < 50:
             workspace = tmp_path / f"run{n_runs}"
             n_runs += 1
-            for _ in range(5):
-                n_kills += killed(server, workspace, mode, n, draw.uniform(0.1, 1.0) * min(whole_s, 0.4))
+            for _ in range(10):
+                n_kills += killed(server, workspace, mode, n, draw.uniform(0.1, 1.0) * min(whole_s, 0.25))
             status = judge_all(server.url, workspace, samples(n), mode, batch_grace_s=0.15, batch_poll_s=0.02)
             assert (status.n_scored, status.n_pending) == (n, 0)
             billed = server.bill()["billed"]
@@ -185,7 +185,7 @@ def test_fifty_kills_at_random_moments(tmp_path: Path, mode: str) -> None:
                 assert total == before + n
                 assert lost == 0
             else:
-                assert total - before - n <= lost <= 5 * 8
+                assert total - before - n <= lost <= 10 * 8
             before = total
 
 

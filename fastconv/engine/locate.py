@@ -70,7 +70,7 @@ def engine_identity(settings: ModelSettings) -> dict[str, str]:
     if device == "auto":
         device = "cuda" if any(Path(node).exists() for node in ("/dev/nvidia0", "/dev/dxg")) else "cpu"
     dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
-    return {"engine": "torch", "device": device, "dtype": dtype, "semantics": settings.semantics}
+    return {"engine": "torch", "device": device, "dtype": dtype}
 
 
 def model_folder(source: ModelSource, settings: ModelSettings) -> Path:

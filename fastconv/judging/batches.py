@@ -57,7 +57,7 @@ class _Intake:
 
     items: dict[str, BatchItem]
     waiting: list[Operation]
-    n_foreign: int = 0
+    seen: set[str]
 
 
 class BatchJudge:
@@ -189,7 +189,8 @@ class BatchJudge:
         """Whether a batch that ended holds one of these custom ids. They are unique, so one is proof."""
         async with aclosing(self._results(batch.id)) as lines:
             async for line in lines:
-                return str(line.get("custom_id")) in own
+                if str(line.get("custom_id")) in own:
+                    return True
         return False
 
     # --- results ----------------------------------------------------------------------------------------
@@ -213,18 +214,20 @@ class BatchJudge:
         return again
 
     async def _ingest(self, batch: Batch) -> list[str]:
-        intake = _Intake({item.custom_id: item for item in self._ledger.batch_items(batch.intent)}, [])
+        intake = _Intake({item.custom_id: item for item in self._ledger.batch_items(batch.intent)}, [], set())
         async for line in self._results(batch.batch or ""):
             item = intake.items.get(str(line.get("custom_id")))
             if item is None:
                 self.n_foreign += 1
                 continue
+            intake.seen.add(item.custom_id)
             if item.state == "reserved":
                 intake.waiting.append(self._taken(item, line.get("result") or {}))
             if len(intake.waiting) >= _INGEST_ITEMS:
                 self._ledger.apply(intake.waiting)
                 intake.waiting = []
-        self._ledger.apply(intake.waiting)
+        missing = [item for item in intake.items.values() if item.custom_id not in intake.seen]
+        self._ledger.apply([*intake.waiting, *(self._taken(item, {}) for item in missing)])
         self._ledger.close_batch(batch.intent)
         keys = [item.key for item in intake.items.values()]
         done = self._ledger.judgements(keys)
@@ -243,6 +246,7 @@ class BatchJudge:
                 return Settle(item.ticket, item.key, reply, None)
             reply, final = concluded(request, reply, history.n_unread)
             return Settle(item.ticket, item.key, reply, final)
+        # An item without a result may have been billed: it stays booked, and is asked again no oftener than the others.
         outcome = kind if kind in ("expired", "errored", "canceled") else "missing"
         given_up = history.n_failed >= MAX_RESUBMISSIONS and request is not None
         reason = "errored" if outcome == "errored" else "expired"
