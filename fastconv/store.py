@@ -11,7 +11,6 @@ The only module that writes either. The rules that make resuming safe:
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -19,16 +18,18 @@ import socket
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastconv.disk import storage_errors, write_atomically, write_text
 from fastconv.errors import BusyError, StoreError
-from fastconv.recipe import canonical_json, sha256_of
+from fastconv.recipe import canonical_json
+from fastconv.stage import Record, Sample, Score, Stage, changed_inputs
 
 if TYPE_CHECKING:
     import polars
+
+__all__ = ["Lease", "Record", "Sample", "Score", "Stage", "Store", "changed_inputs", "write_atomically", "write_text"]
 
 #: A lease whose holder cannot be seen (another host) counts as dead after this long without a heartbeat.
 LEASE_DEAD_AFTER_S = 300.0
@@ -61,73 +62,6 @@ CREATE TABLE IF NOT EXISTS verdicts(
   run TEXT NOT NULL, gate TEXT NOT NULL, subject TEXT NOT NULL, verdict TEXT NOT NULL, body TEXT NOT NULL,
   decided_at REAL NOT NULL, PRIMARY KEY(run, gate, subject));
 """
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One unit of work: what it is and everything that its result depends on.
-
-    `slot` is the human name, the same across recipes, so that a changed input can be shown as a reason.
-    `inputs` holds settings, data hashes and, under `needs`, the keys of the stages before it. `work` is what computing
-    it takes at hand (prompts, rows): content that `inputs` already names by sha256, so it is no part of the key.
-    """
-
-    kind: str
-    slot: str
-    version: int
-    inputs: Mapping[str, Any]
-    needs: Mapping[str, Stage] = field(default_factory=dict)
-    work: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    @cached_property
-    def full_inputs(self) -> dict[str, Any]:
-        """Settings plus the keys of the stages before this one."""
-        return {**self.inputs, "needs": {name: stage.key for name, stage in self.needs.items()}}
-
-    @cached_property
-    def key(self) -> str:
-        """sha256 over kind, version and inputs; equal keys are equal results."""
-        return sha256_of({"kind": self.kind, "version": self.version, "inputs": self.full_inputs})
-
-
-@dataclass(frozen=True)
-class Record:
-    """A finished stage as the ledger holds it; `facts` are for people (tokens, device) and never identity."""
-
-    key: str
-    kind: str
-    slot: str
-    version: int
-    inputs: Mapping[str, Any]
-    outputs: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    seconds: float
-    finished_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One drawn completion; `ended` tells whether the end of turn was reached."""
-
-    row: str
-    sample: int
-    persona: str
-    prompt: str
-    completion: str
-    n_tok: int
-    ended: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One measured value of one sample, or the reason why there is none."""
-
-    row: str
-    sample: int
-    metric: str
-    value: float | None
-    reason: str | None = None
-    detail: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Lease:
@@ -166,7 +100,7 @@ class Store:
         path = root / "ledger.sqlite"
         if not create and not path.is_file():
             raise StoreError("no ledger here yet", where=str(root), fix="run a recipe first, or give --workspace")
-        with _storage_errors(root):
+        with storage_errors(root):
             if create:
                 (root / "artefacts").mkdir(parents=True, exist_ok=True)
             db = sqlite3.connect(path, timeout=60, isolation_level=None)
@@ -192,7 +126,7 @@ class Store:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """One atomic write. Storage faults (disk full, read-only) come out as StoreError."""
-        with _storage_errors(self.root):
+        with storage_errors(self.root):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
@@ -210,7 +144,7 @@ class Store:
             raise ValueError(f"artefacts are safetensors or json, not {suffix!r}")
         sha256 = hashlib.sha256(data).hexdigest()
         path = self.path(sha256, suffix)
-        with _storage_errors(self.root):
+        with storage_errors(self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file() and path.read_bytes() == data:
                 os.utime(path)  # young again, so that no sweep takes it for an orphan before its row is there
@@ -471,50 +405,6 @@ class Store:
         return [json.loads(row["body"]) for row in rows]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees all of it or none: temp, fsync, rename, fsync the folder."""
-    temporary = path.parent / f".tmp-{os.getpid()}-{time.time_ns()}"
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, making its folder. Raises StoreError if that cannot be done."""
-    with _storage_errors(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, text.encode())
-
-
-def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Names of the leaves that differ, as `name: old -> new`; used for `stale because`."""
-    changes: list[str] = []
-    for name in sorted({*before, *now}):
-        old, new = before.get(name), now.get(name)
-        if old == new:
-            continue
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changes += changed_inputs(old, new, f"{prefix}{name}.")
-        else:
-            changes.append(f"{prefix}{name}: {_short(old)} -> {_short(new)}")
-    return changes
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) else canonical_json(value)
-    return text if len(text) <= 24 else f"{text[:10]}…"
-
-
 def _record(row: sqlite3.Row) -> Record:
     return Record(
         key=row["key"], kind=row["kind"], slot=row["slot"], version=row["version"], inputs=json.loads(row["inputs"]),
@@ -545,35 +435,3 @@ def _runs_since_before(pid: int, moment: float) -> bool:
         return True  # no /proc: believe the pid
     # A killed process whose parent never asked for its end (usual in containers) keeps its pid as a zombie.
     return state != "Z" and boot_s + ticks / os.sysconf("SC_CLK_TCK") < moment + 2.0
-
-
-@contextlib.contextmanager
-def _storage_errors(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise _storage_error(root, error.errno, str(error)) from error
-    except sqlite3.OperationalError as error:
-        code = {"SQLITE_FULL": errno.ENOSPC, "SQLITE_READONLY": errno.EROFS, "SQLITE_CANTOPEN": errno.EACCES}
-        name = getattr(error, "sqlite_errorname", "")
-        found = next((number for start, number in code.items() if name.startswith(start)), None)
-        raise _storage_error(root, found, str(error)) from error
-    except sqlite3.DatabaseError as error:
-        raise StoreError(
-            f"the ledger is damaged: {error}",
-            where=str(root),
-            fix="restore it from a backup or start another --workspace",
-        ) from error
-
-
-def _storage_error(root: Path, code: int | None, text: str) -> StoreError:
-    where = str(root)
-    if code in (errno.ENOSPC, errno.EDQUOT):
-        return StoreError(
-            "no space left on the disk", where=where, fix="free some space, then the same command goes on"
-        )
-    if code in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return StoreError(
-            "the folder cannot be written", where=where, fix="make it writable or give another --workspace"
-        )
-    return StoreError(f"storage fault: {text}", where=where, fix="mend it, then the same command goes on")

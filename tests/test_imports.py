@@ -19,7 +19,8 @@ WINGS = ("datasets", "engine", "judging", "findings")
 #: Level by level, the lowest first; a module imports from the levels below its own, and within its own package.
 LEVELS = (
     ("errors",),
-    ("recipe", "draws"),
+    ("recipe", "draws", "disk"),
+    ("stage",),
     ("store",),
     ("store_judging",),
     ("tokens", "shapes"),

@@ -1,0 +1,71 @@
+"""Writing files so that nothing is lost: all of a file or none of it, and storage faults as one clear line."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastconv.errors import StoreError
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees all of it or none: temp, fsync, rename, fsync the folder."""
+    temporary = path.parent / f".tmp-{os.getpid()}-{time.time_ns()}"
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, making its folder. Raises StoreError if that cannot be done."""
+    with storage_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text.encode())
+
+
+@contextlib.contextmanager
+def storage_errors(root: Path) -> Iterator[None]:
+    """Inside, faults of disk and database come out as StoreError with the mend; `root` is named as the place."""
+    try:
+        yield
+    except OSError as error:
+        raise _storage_error(root, error.errno, str(error)) from error
+    except sqlite3.OperationalError as error:
+        code = {"SQLITE_FULL": errno.ENOSPC, "SQLITE_READONLY": errno.EROFS, "SQLITE_CANTOPEN": errno.EACCES}
+        name = getattr(error, "sqlite_errorname", "")
+        found = next((number for start, number in code.items() if name.startswith(start)), None)
+        raise _storage_error(root, found, str(error)) from error
+    except sqlite3.DatabaseError as error:
+        raise StoreError(
+            f"the ledger is damaged: {error}",
+            where=str(root),
+            fix="restore it from a backup or start another --workspace",
+        ) from error
+
+
+def _storage_error(root: Path, code: int | None, text: str) -> StoreError:
+    where = str(root)
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(
+            "no space left on the disk", where=where, fix="free some space, then the same command goes on"
+        )
+    if code in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return StoreError(
+            "the folder cannot be written", where=where, fix="make it writable or give another --workspace"
+        )
+    return StoreError(f"storage fault: {text}", where=where, fix="mend it, then the same command goes on")
