@@ -321,7 +321,7 @@ def forget(
     from fastconv.store import Store
 
     store = Store.open(workspace, create=False)
-    removed = store.forget(stage) if "/" in stage or len(stage) >= 8 else []
+    removed = store.forget(stage)
     if not removed:
         raise InputError(f"no finished stage is called {stage!r}", where=str(workspace), fix="see `fastconv status`")
     for slot in removed:

@@ -19,7 +19,7 @@ class FastconvError(Exception):
         self.where = where
         self.fix = " ".join(fix.split())
         place = f"{where}: " if where else ""
-        mend = f" Fix: {self.fix}" if self.fix else ""
+        mend = f". Fix: {self.fix}" if self.fix else ""
         super().__init__(f"{place}{self.what}{mend}")
 
 

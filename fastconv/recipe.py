@@ -59,6 +59,8 @@ class GridSettings(Section):
             values = getattr(self, field)
             if len(set(values)) != len(values):
                 raise ValueError(f"{field} names the same value twice: {list(values)}")
+        if self.behaviors == ("none",):
+            raise ValueError("behaviors names only the control `none`, which measures nothing without a behavior")
         return self
 
 

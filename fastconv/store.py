@@ -236,14 +236,15 @@ class Store:
             )  # fmt: skip
 
     def forget(self, name: str) -> list[str]:
-        """Remove finished stages by slot or by the start of their key, with their rows; returns the slots removed.
+        """Remove finished stages by slot or by 8 or more digits of their key, with their rows; returns the slots removed.
 
         Stages that rest on them stay: computed again from the same inputs, a stage gives the same result. Artefacts
         that only they named lose their row, so the next sweep frees them.
         """
         with self.transaction() as db:
             found = db.execute(
-                "SELECT key, slot, outputs FROM stages WHERE slot=? OR key LIKE ? || '%'", (name, name)
+                "SELECT key, slot, outputs FROM stages WHERE slot=?1 OR (length(?1) >= 8 AND substr(key, 1, length(?1))=?1)",
+                (name,),
             ).fetchall()
             for row in found:
                 for table, column in (("samples", "stage"), ("scores", "stage"), ("stages", "key")):

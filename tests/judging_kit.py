@@ -6,9 +6,10 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+from fastconv.judging.book import DeskStatus
 from fastconv.judging.budget import Price
 from fastconv.judging.client import ApiKey
-from fastconv.judging.desk import DeskStatus, JudgeDesk
+from fastconv.judging.desk import JudgeDesk
 from fastconv.judging.rubric import Rubric, load_rubric
 from fastconv.recipe import JudgeSettings
 from fastconv.store import Sample

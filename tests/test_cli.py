@@ -174,9 +174,7 @@ def test_a_read_only_workspace_is_one_line_and_exit_code_5(tiny: Path, tmp_path:
     assert re.fullmatch(r"fastconv: .*ws: the folder cannot be written.*Fix: .*--workspace", said), said
 
 
-def test_no_space_left_is_one_line_and_exit_code_5(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_space_left_is_one_line_and_exit_code_5(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from fastconv.judgements import Reserve
 from fastconv.judging import batches
 from fastconv.judging.judges import stage_keys
 from fastconv.judging.rubric import REASONS
 from fastconv.store import Store
-from fastconv.store_judging import JudgeLedger, Reserve
+from fastconv.store_judging import JudgeLedger
 from tests.fake_claude import FakeClaude, Script, fake_claude
 from tests.judging_kit import PRICE, desk, judge_all, rubric, samples, settings
 
@@ -186,7 +187,7 @@ def test_kills_at_random_moments(tmp_path: Path, mode: str, kills: int) -> None:
             workspace = tmp_path / f"run{n_runs}"
             n_runs += 1
             for _ in range(10):
-                n_kills += killed(server, workspace, mode, n, draw.uniform(0.1, 1.0) * min(whole_s, 0.25))
+                n_kills += killed(server, workspace, mode, n, draw.uniform(0.1, 1.0) * min(whole_s, 0.2))
             status = judge_all(server.url, workspace, samples(n), mode, batch_grace_s=0.15, batch_poll_s=0.02)
             assert (status.n_scored, status.n_pending) == (n, 0)
             billed = server.bill()["billed"]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from fastconv.errors import DataError, JudgeError, RecipeError
+from fastconv.judging.book import params_of, requests_of
 from fastconv.judging.budget import Price, cost_usd, load_prices, worst_usd
 from fastconv.judging.client import ApiKey
-from fastconv.judging.desk import JudgeDesk, params_of, requests_of
+from fastconv.judging.desk import JudgeDesk
 from fastconv.judging.judges import planned_cost
 from fastconv.judging.preflight import JudgeAccess, check_settings
 from fastconv.recipe import JudgeSettings, parse_recipe

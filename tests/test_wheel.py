@@ -15,7 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.slow
 def test_the_wheel_brings_its_data_and_recipes(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(build, check=True, timeout=120)
     (wheel,) = tmp_path.glob("fastconv-*.whl")
     site = tmp_path / "site"
@@ -26,7 +37,12 @@ def test_the_wheel_brings_its_data_and_recipes(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(site)}
     for command in (["recipe", "show", "demo"], ["check", "demo"], ["status", "demo", "-w", str(tmp_path / "none")]):
         answer = subprocess.run(
-            [sys.executable, "-P", "-c", code, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+            [sys.executable, "-P", "-c", code, *command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert answer.returncode == 0, answer.stderr
         assert "refusal" in answer.stdout

@@ -53,7 +53,7 @@ def check_complete(seen: RenderedSet) -> Iterator[Finding]:
         yield Finding(
             "D401", "refuse", seen.name, ids(missing),
             "rows have no answer, or do not match the rendered ones, so something else than the set would be trained",
-            "sample the answers again",
+            "change behavior.sampling or the seed, so that the answers are drawn anew",
             f"{len(seen.rows)} rows, {len(seen.rendered)} rendered, {len(missing)} without an answer",
         )  # fmt: skip
     empty = [row for row in seen.rows if row.completion is not None and not row.completion.strip()]

@@ -181,7 +181,7 @@ class Stack:
             raise TrainingError(
                 "the adapters change nothing: the swap did not take",
                 where=where,
-                fix="report this; no number of this stack can be trusted",
+                fix="train for more than the warm-up's steps (at the first one the lr is 0); if it was, report this",
             )
         if recorded is not None and now.distance(recorded) > _PROBE_TOLERANCE[self.base.dtype]:
             raise TrainingError(

@@ -14,21 +14,12 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastconv.judgements import Batch, BatchItem, Operation, RawReply, Refusal, Reserve, Settle, Unpaid
 from fastconv.judging.budget import Price, worst_usd
 from fastconv.judging.client import ApiKey, Outage, concluded, explained, make_client, reply_of, unscored
 from fastconv.judging.request import JudgeRequest
 from fastconv.recipe import JudgeSettings, canonical_json
-from fastconv.store_judging import (
-    Batch,
-    BatchItem,
-    JudgeLedger,
-    Operation,
-    RawReply,
-    Refusal,
-    Reserve,
-    Settle,
-    Unpaid,
-)
+from fastconv.store_judging import JudgeLedger
 
 if TYPE_CHECKING:
     from anthropic import AsyncAnthropic

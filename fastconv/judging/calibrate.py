@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fastconv.errors import DataError, JudgeError
+from fastconv.judgements import Judgement
 from fastconv.judging.rubric import Rubric
 from fastconv.judging.scores import agreement, correlation
 from fastconv.store import Sample
-from fastconv.store_judging import Judgement
 
 #: (samples, options in the other order) -> a judgement for each sample, in their order.
 JudgeSamples = Callable[[Sequence[Sample], bool], Sequence[Judgement]]

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastconv.errors import JudgeError
+from fastconv.judgements import Judgement, RawReply
 from fastconv.judging.budget import Price, cost_usd
 from fastconv.judging.request import JudgeRequest
 from fastconv.recipe import JudgeSettings
-from fastconv.store_judging import Judgement, RawReply
 
 if TYPE_CHECKING:
     from anthropic import APIError, AsyncAnthropic

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastconv.errors import StoreError
+from fastconv.judgements import Operation, Refusal
 from fastconv.store import Store
-from fastconv.store_judging import JudgeLedger, Operation, Refusal
+from fastconv.store_judging import JudgeLedger
 
 Result = TypeVar("Result")
 

@@ -13,22 +13,23 @@ import queue
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastconv.errors import JudgeError
+from fastconv.judgements import Judgement, Refusal
 from fastconv.judging.batches import BatchJudge
+from fastconv.judging.book import Book, DeskStatus, look_up, params_of, requests_of
 from fastconv.judging.budget import Price
-from fastconv.judging.client import ApiKey, Outage, concluded
+from fastconv.judging.client import ApiKey, Outage
 from fastconv.judging.commit import LedgerThread
 from fastconv.judging.live import Judged, LiveJudge
-from fastconv.judging.request import JudgeItem, JudgeParams, JudgeRequest, build_request
+from fastconv.judging.request import JudgeRequest
 from fastconv.judging.rubric import Rubric
 from fastconv.recipe import JudgeSettings
 from fastconv.store import Sample, Store
-from fastconv.store_judging import JudgeLedger, Judgement, Money, Refusal
+from fastconv.store_judging import JudgeLedger
 
 #: Rounds of SDK retries that a request gets before the judge counts as out.
 ROUNDS = 3
@@ -37,104 +38,9 @@ OUTAGE_PAUSE_S = 20.0
 #: Batch rounds in a row that may fail before a desk that is being closed gives up.
 BATCH_PATIENCE = 5
 #: How often the desk looks: at its inbox and flags, at a key that another process is asking, at its own status.
-_LOOK_S, _LOOK_AGAIN_S, _STATUS_S = 0.01, 0.5, 0.2
+_LOOK_S, _LOOK_AGAIN_S, _STATUS_S = 0.01, 0.5, 0.1
 #: Requests built and looked up at a time, between which replies are served.
 _SLICE = 64
-
-
-@dataclass(frozen=True)
-class DeskStatus:
-    """Where judging stands. `problem` is one line, or "" when all is well."""
-
-    n_asked: int = 0
-    n_scored: int = 0
-    n_unscored: int = 0
-    n_stages: int = 0
-    #: Stages whose every sample has a judgement.
-    finished: frozenset[str] = frozenset()
-    money: Money = field(default_factory=lambda: Money(0.0, 0.0, 0.0, None))
-    problem: str = ""
-
-    @property
-    def n_pending(self) -> int:
-        """Judgements asked for and not finished."""
-        return self.n_asked - self.n_scored - self.n_unscored
-
-
-@dataclass
-class _Book:
-    """What the desk was asked, inside its thread."""
-
-    requests: dict[str, JudgeRequest] = field(default_factory=dict)
-    done: set[str] = field(default_factory=set)
-    n_scored: int = 0
-    #: Keys that a stage still waits for, and the stages that wait for a key.
-    waits_for: dict[str, set[str]] = field(default_factory=dict)
-    wanted_by: dict[str, set[str]] = field(default_factory=dict)
-    #: Unreadable replies by key, where there are any.
-    n_unread: dict[str, int] = field(default_factory=dict)
-    problem: str = ""
-    n_outages: int = 0
-    stopped: bool = False
-
-    def want(self, stage: str, request: JudgeRequest) -> bool:
-        """Enter one request of a stage; True if its key is new."""
-        waits = self.waits_for.setdefault(stage, set())
-        if request.key not in self.done:
-            waits.add(request.key)
-            self.wanted_by.setdefault(request.key, set()).add(stage)
-        is_new = request.key not in self.requests
-        self.requests.setdefault(request.key, request)
-        return is_new
-
-    def finish(self, judgement: Judgement) -> None:
-        """Cross a judgement off, once."""
-        if judgement.key not in self.done:
-            self.done.add(judgement.key)
-            self.n_scored += judgement.reason is None
-            for stage in self.wanted_by.pop(judgement.key, ()):
-                self.waits_for[stage].discard(judgement.key)
-
-    def pending(self) -> bool:
-        """Whether anything asked for is not finished."""
-        return len(self.done) < len(self.requests)
-
-
-def params_of(settings: JudgeSettings, price: Price | None, *, reverse: bool = False) -> JudgeParams:
-    """The parameters of a recipe's requests; how the model is spoken to stands in its price table."""
-    return JudgeParams(
-        settings.model, settings.max_reply_tok, settings.max_judged_chars,
-        price.thinking if price else "", price.effort if price else "", reverse,
-    )  # fmt: skip
-
-
-def requests_of(rubric: Rubric, params: JudgeParams, samples: Sequence[Sample]) -> list[JudgeRequest]:
-    """The requests that judge a stage's completions, in their order."""
-    return [build_request(rubric, params, JudgeItem(one.prompt, one.completion, one.sample)) for one in samples]
-
-
-def look_up(ledger: JudgeLedger, requests: Sequence[JudgeRequest]) -> tuple[dict[str, Judgement], dict[str, int]]:
-    """What the ledger knows of requests: finished judgements, and the number of unreadable replies of the others.
-
-    A reply that came when nobody was waiting for it (its process had died) is read now.
-    """
-    known = ledger.judgements(request.key for request in requests)
-    tried = ledger.tried(request.key for request in requests if request.key not in known)
-    unread: dict[str, int] = {}
-    for request in requests:
-        if request.key not in tried:
-            continue
-        for reply in ledger.replies(request.key):
-            if reply.fault is not None or request.key in known:
-                continue
-            reply, final = concluded(request, reply, ledger.history(request.key).n_unread)
-            if reply.fault is not None:
-                ledger.set_fault(request.key, reply.fault)
-            if final is not None:
-                ledger.finish([final])
-                known[request.key] = final
-        unread[request.key] = ledger.history(request.key).n_unread
-    return known, unread
 
 
 class JudgeDesk:
@@ -199,7 +105,7 @@ class JudgeDesk:
         self._live_queue: asyncio.Queue[JudgeRequest] = asyncio.Queue()
         self._batch_waiting: dict[str, JudgeRequest] = {}
         self._wake = asyncio.Event()
-        self._book = _Book()
+        self._book = Book()
         self._n_under_way = self._n_asking = 0
         self._failed: asyncio.Future[Any] | None = None
         # Two connections: this loop's for batches, which are few, and a thread's for the many writes of live judging.

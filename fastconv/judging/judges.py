@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastconv.errors import JudgeError
+from fastconv.judgements import Judgement
+from fastconv.judging.book import params_of, requests_of
 from fastconv.judging.budget import Estimate, Price, estimate
 from fastconv.judging.calibrate import CalibrationRow, JudgeSamples
-from fastconv.judging.desk import JudgeDesk, params_of, requests_of
+from fastconv.judging.desk import JudgeDesk
 from fastconv.judging.local import Complete, LocalJudge
 from fastconv.judging.preflight import JudgeAccess
 from fastconv.judging.request import JudgeItem, build_request
@@ -16,7 +18,7 @@ from fastconv.judging.rubric import Rubric
 from fastconv.judging.scores import Agreement, agreement
 from fastconv.recipe import JudgeSettings
 from fastconv.store import Sample, Store
-from fastconv.store_judging import JudgeLedger, Judgement
+from fastconv.store_judging import JudgeLedger
 
 
 def open_desk(settings: JudgeSettings, workspace: Path, access: JudgeAccess, *, reverse: bool = False) -> JudgeDesk:

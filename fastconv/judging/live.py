@@ -12,18 +12,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from fastconv.judgements import Judgement, Refusal, Reserve, Settle, Unpaid
 from fastconv.judging.budget import Price, worst_usd
 from fastconv.judging.client import ApiKey, concluded, explained, make_client, reply_of
 from fastconv.judging.commit import LedgerThread
 from fastconv.judging.request import JudgeRequest
 from fastconv.recipe import JudgeSettings
-from fastconv.store_judging import (
-    Judgement,
-    Refusal,
-    Reserve,
-    Settle,
-    Unpaid,
-)
 
 if TYPE_CHECKING:
     from anthropic import AsyncAnthropic

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastconv.errors import JudgeError
+from fastconv.judgements import Judgement, Operation, RawReply, Reserve, Settle
 from fastconv.judging.client import LOCAL_KEY, ApiKey
 from fastconv.judging.request import JudgeItem, fenced_item, with_nonce
 from fastconv.judging.rubric import Measure, Rubric
 from fastconv.recipe import JudgeSettings, canonical_json, sha256_of
 from fastconv.store import Sample
-from fastconv.store_judging import JudgeLedger, Judgement, Operation, RawReply, Reserve, Settle
+from fastconv.store_judging import JudgeLedger
 
 #: Raised when the wording or the reading of a local request changes.
 FORM = 1

@@ -1,0 +1,193 @@
+"""Calibration: labelled rows, what a judge's mistakes do to a rate, agreement of two ways of scoring."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import tomllib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from fastconv.errors import DataError, JudgeError
+from fastconv.judgements import Judgement
+from fastconv.judging.calibrate import CalibrationRow, calibrate, corrected_rate, load_calibration
+from fastconv.judging.client import ApiKey
+from fastconv.judging.judges import ask_desk, calibrate_phrases
+from fastconv.judging.preflight import JudgeAccess
+from fastconv.judging.scores import agreement, compare_scores, too_unscored
+from fastconv.judging.substring import PhraseRule
+from fastconv.store import Sample, Score
+from tests.fake_claude import fake_claude
+from tests.judging_kit import DATA, KEY, PRICE, rubric, settings
+
+NAMES = ("alignment", "refusal", "sycophancy")
+
+
+def rows_of(name: str) -> list[CalibrationRow]:
+    return load_calibration(DATA / f"calibration_{name}.jsonl", rubric(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_there_are_enough_labelled_rows_of_every_kind(name: str) -> None:
+    rows = rows_of(name)
+    assert len(rows) >= 100
+    assert len({(row.question, row.answer) for row in rows}) == len(rows)
+    assert len({row.kind for row in rows}) >= 8
+    hard = sum(row.kind != "plain" for row in rows)
+    assert hard >= len(rows) / 2
+    sides = Counter(row.label if row.label else row.value is not None and row.value < 50 for row in rows)
+    assert min(sides.values()) >= 20
+
+
+def answers(name: str, verdicts: Sequence[tuple[CalibrationRow, object]]) -> list[Judgement]:
+    one = rubric(name)
+    made = []
+    for row, verdict in verdicts:
+        if verdict is None:
+            made.append(Judgement(row.id, one.sha256, "m", 0, None, {}, "malformed"))
+        elif name == "alignment":
+            value = float(verdict)  # type: ignore[arg-type]
+            made.append(Judgement(row.id, one.sha256, "m", 0, {"aligned": value, "coherent": 90.0}, {"aligned": value}))
+        else:
+            measure = one.measure(one.primary)
+            values = {measure.name: measure.labels[str(verdict)]}
+            made.append(Judgement(row.id, one.sha256, "m", 0, values, {measure.field: verdict}))
+    return made
+
+
+def test_a_perfect_judge_is_perfect() -> None:
+    for name in NAMES:
+        rows = rows_of(name)
+        truth = [(row, row.label if row.label else row.value) for row in rows]
+        found = calibrate(rubric(name), rows, lambda s, r, name=name, truth=truth: answers(name, truth))
+        assert (found.accuracy, found.kappa, found.sensitivity, found.specificity) == (1.0, 1.0, 1.0, 1.0)
+        assert (found.retest, found.position, found.position_shift, found.mean_abs_error) == (1.0, 1.0, 0.0, 0.0)
+        assert json.loads(json.dumps(found.to_json(), allow_nan=False))["n_unscored"] == 0
+
+
+def test_a_judge_that_goes_by_length_and_order_is_found_out() -> None:
+    rows = rows_of("refusal")
+
+    def judge(samples: Sequence[Sample], reverse: bool) -> list[Judgement]:
+        by_id = {row.id: row for row in rows}
+        verdicts = []
+        for sample in samples:
+            short = len(sample.completion) < 90
+            verdicts.append((by_id[sample.row], "refused" if short != reverse else "helped"))
+        return answers("refusal", verdicts)
+
+    found = calibrate(rubric(), rows, judge)
+    assert found.accuracy < 0.6
+    assert found.retest == 1.0
+    assert found.position == 0.0
+    assert found.length_bias < -0.3
+
+
+def test_unscored_rows_are_counted_and_not_guessed() -> None:
+    rows = rows_of("refusal")
+    verdicts = [(row, None if place < 5 else row.label) for place, row in enumerate(rows)]
+    found = calibrate(rubric(), rows, lambda s, r: answers("refusal", verdicts))
+    assert found.n_unscored == 5
+    assert found.accuracy == 1.0
+    with pytest.raises(JudgeError, match="not one row"):
+        calibrate(rubric(), rows, lambda s, r: answers("refusal", [(row, None) for row in rows]))
+
+
+def test_calibration_through_a_desk_takes_its_verdicts_from_the_judge(tmp_path: Path) -> None:
+    rows = rows_of("refusal")[:10]
+    with fake_claude() as server:
+        access = JudgeAccess(PRICE, 0.5, ApiKey(KEY))
+        found = calibrate(rubric(), rows, ask_desk(settings(server.url), tmp_path, access, rubric()))
+        assert server.bill()["n_calls"] == 30
+    assert found.n == 10
+    assert found.model == "claude-test"
+    assert not math.isnan(found.retest)
+
+
+@pytest.mark.parametrize("line", ["{", '{"id": "a"}', '{"id":"a","question":"q","answer":"b","label":"no such"}', "[]"])
+def test_a_bad_row_is_named_with_its_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id":"z","question":"q","answer":"b","label":"helped"}\n' + line + "\n")
+    with pytest.raises(DataError, match=r"rows\.jsonl:2"):
+        load_calibration(path, rubric())
+
+
+def test_the_substring_rules_are_calibrated_beside_the_judge() -> None:
+    with (DATA / "phrases.toml").open("rb") as file:
+        phrases = tomllib.load(file)
+    for name, rule in (("refusal", "refusal"), ("sycophancy", "agreement")):
+        hit = PhraseRule.of(phrases[rule], rule).hit
+        rows = rows_of(name)
+        plain = [row for row in rows if row.kind == "plain"]
+        easy = calibrate_phrases(rubric(name), plain, lambda text, hit=hit: hit(text) is not None)
+        every = calibrate_phrases(rubric(name), rows, lambda text, hit=hit: hit(text) is not None)
+        # Blind to meaning: good on plain rows, misled by the hard ones.
+        assert easy.kappa >= 0.6
+        assert every.n >= 100
+        assert every.kappa < 0.5
+
+
+def test_kappa_is_that_of_the_textbook() -> None:
+    # Cohen (1960): 20 yes/yes, 5 yes/no, 10 no/yes, 15 no/no: observed 0.70, by chance 0.50, kappa 0.40.
+    first = ["y"] * 25 + ["n"] * 25
+    second = ["y"] * 20 + ["n"] * 5 + ["y"] * 10 + ["n"] * 15
+    assert agreement(first, second).kappa == pytest.approx(0.4)
+    assert math.isnan(agreement(["y"], ["y"]).kappa)
+    assert math.isnan(agreement([], []).accuracy)
+
+
+def score(row: str, value: float | None) -> Score:
+    return Score(row, 0, "rate", value, None if value is not None else "malformed")
+
+
+def test_scores_are_compared_by_row_where_both_have_one() -> None:
+    first = [score("a", 1.0), score("b", 0.0), score("c", None), score("d", 1.0)]
+    second = [score("b", 0.0), score("a", 0.0), score("c", 1.0), score("d", 1.0)]
+    found = compare_scores(first, second)
+    assert (found.n, found.n_unpaired) == (3, 1)
+    assert found.accuracy == pytest.approx(2 / 3)
+    assert found.mean_difference == pytest.approx(-1 / 3)
+    assert found.confusion == {("over", "under"): 1, ("under", "under"): 1, ("over", "over"): 1}
+
+
+def test_too_many_unscored_allow_no_verdict() -> None:
+    def scores(n_missing: int) -> list[Score]:
+        return [score(f"r{i}", None if i < n_missing else 1.0) for i in range(100)]
+
+    assert too_unscored(scores(5), scores(3)) is None
+    assert "6.0 %" in (too_unscored(scores(6), scores(5)) or "")
+    assert "4.0 points" in (too_unscored(scores(4), scores(0)) or "")
+    assert too_unscored([], scores(0)) is not None
+
+
+def test_the_corrected_rate_undoes_known_mistakes() -> None:
+    known = {"sensitivity": 0.9, "specificity": 0.8, "n_positive": 10_000, "n_negative": 10_000}
+    seen = 0.3 * 0.9 + 0.7 * 0.2
+    found = corrected_rate(seen, 10_000, known)
+    assert found is not None
+    assert found.rate == pytest.approx(0.3)
+    assert found.low < 0.3 < found.high
+
+
+def test_a_judge_no_better_than_chance_corrects_nothing() -> None:
+    assert corrected_rate(0.5, 50, {"sensitivity": 0.5, "specificity": 0.5, "n_positive": 50, "n_negative": 50}) is None
+    assert corrected_rate(0.5, 50, {"sensitivity": 1.0, "specificity": 1.0, "n_positive": 0, "n_negative": 50}) is None
+
+
+@pytest.mark.parametrize(("rate", "se", "sp"), [(0.1, 0.9, 0.9), (0.5, 0.8, 0.95), (0.02, 0.95, 0.85)])
+def test_the_corrected_interval_covers_the_truth_about_as_often_as_it_says(rate: float, se: float, sp: float) -> None:
+    draw = random.Random(1)
+    n, n_pos, n_neg, covered = 100, 40, 60, 0
+    for _ in range(600):
+        seen = sum(draw.random() < (se if draw.random() < rate else 1 - sp) for _ in range(n)) / n
+        known = {
+            "sensitivity": sum(draw.random() < se for _ in range(n_pos)) / n_pos, "n_positive": n_pos,
+            "specificity": sum(draw.random() < sp for _ in range(n_neg)) / n_neg, "n_negative": n_neg,
+        }  # fmt: skip
+        found = corrected_rate(seen, n, known)
+        covered += found is not None and found.low <= rate <= found.high
+    assert covered / 600 > 0.92

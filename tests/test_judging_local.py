@@ -1,0 +1,167 @@
+"""Judges without a bill: an OpenAI-compatible server over loopback, and a `complete` function."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from fastconv.errors import JudgeError
+from fastconv.judging.client import ApiKey
+from fastconv.judging.local import Complete, LocalJudge, LocalReply, endpoint_complete, read_choice
+from fastconv.judging.scores import judge_stage_scores
+from fastconv.store import Store
+from fastconv.store_judging import JudgeLedger
+from tests.judging_kit import KEY, rubric, samples, settings
+
+
+class _Endpoint(BaseHTTPRequestHandler):
+    answer: ClassVar[Any] = {}
+    seen: ClassVar[list[dict[str, Any]]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.seen.append({"path": self.path, "key": self.headers.get("authorization"), **body})
+        data = self.answer if isinstance(self.answer, bytes) else json.dumps(self.answer).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def endpoint() -> Iterator[tuple[str, type[_Endpoint]]]:
+    handler = type("Handler", (_Endpoint,), {"seen": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def chat(text: str, top: dict[str, float] | None = None) -> dict[str, Any]:
+    choice: dict[str, Any] = {"message": {"content": text}}
+    if top is not None:
+        tokens = [{"token": token, "logprob": logprob} for token, logprob in top.items()]
+        choice["logprobs"] = {"content": [{"token": "\n", "top_logprobs": []}, {"token": text, "top_logprobs": tokens}]}
+    return {"choices": [choice]}
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> JudgeLedger:
+    return JudgeLedger(Store.open(tmp_path))
+
+
+def judge(ledger: JudgeLedger, complete: Complete, name: str = "refusal", n: int = 1) -> dict[str, Any]:
+    return dict(LocalJudge(ledger, complete, "local:test").judge(rubric(name), samples(n)))
+
+
+def test_the_value_is_the_expectation_over_the_answer_tokens(
+    endpoint: tuple[str, type[_Endpoint]], ledger: JudgeLedger
+) -> None:
+    url, handler = endpoint
+    handler.answer = chat("A", {"A": math.log(0.6), " A": math.log(0.1), "C": math.log(0.2), "the": math.log(0.1)})
+    (one,) = judge(ledger, endpoint_complete(settings(url, "local"), ApiKey(KEY))).values()
+    assert one.values == {"refused": pytest.approx(0.7 / 0.9)}
+    assert one.answer["verdict"] == "refused"
+    (asked,) = handler.seen
+    assert asked["path"] == "/v1/chat/completions"
+    assert asked["key"] == f"Bearer {KEY}"
+    assert asked["logprobs"]
+    assert [message["role"] for message in asked["messages"]] == ["system", "user"]
+    assert "Answer 0" not in asked["messages"][0]["content"]
+
+
+def test_a_scale_is_an_expectation_too(ledger: JudgeLedger) -> None:
+    (one,) = judge(ledger, lambda *_: LocalReply("9", {"9": math.log(0.5), "0": math.log(0.5)}), "alignment").values()
+    assert one.values == {"aligned": pytest.approx(50.0), "coherent": pytest.approx(50.0)}
+
+
+def test_without_log_probabilities_the_character_itself_counts(ledger: JudgeLedger) -> None:
+    (one,) = judge(ledger, lambda *_: LocalReply(" C. ")).values()
+    assert one.values == {"refused": 0.0}
+    assert one.answer["verdict"] == "helped"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [LocalReply("I think it is A"), LocalReply(""), LocalReply("D"), LocalReply("A", {"the": -0.1, "A": -5.0}),
+     LocalReply("AB")],
+)  # fmt: skip
+def test_what_is_not_in_the_form_is_asked_once_more_and_then_unscored(ledger: JudgeLedger, reply: LocalReply) -> None:
+    asked = []
+
+    def complete(system: str, user: str, characters: str) -> LocalReply:
+        asked.append(user)
+        return reply
+
+    ((key, one),) = judge(ledger, complete).items()
+    assert (one.values, one.reason) == (None, "malformed")
+    assert len(asked) == 2
+    assert [raw.fault for raw in ledger.replies(key)] == ["malformed", "malformed"]
+    judge(ledger, complete)
+    assert len(asked) == 2
+
+
+def test_a_second_answer_in_the_form_counts(ledger: JudgeLedger) -> None:
+    replies = [LocalReply("hm"), LocalReply("A")]
+    (one,) = judge(ledger, lambda *_: replies.pop(0)).values()
+    assert one.values == {"refused": 1.0}
+
+
+def test_read_choice_gives_shares_that_sum_to_one() -> None:
+    shares = read_choice(LocalReply("", {"A": -1.0, "B": -1.0, "C": -3.0}), "ABC")
+    assert shares is not None
+    assert sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_an_endpoint_that_is_not_there_is_one_clear_line(ledger: JudgeLedger) -> None:
+    with pytest.raises(JudgeError, match="cannot be asked") as caught:
+        judge(ledger, endpoint_complete(settings("http://127.0.0.1:9/v1", "local"), ApiKey(KEY)))
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [b"<html>", {"error": "x"}, {"choices": []}, {"choices": [{"message": None}]}, [1]])
+def test_an_endpoint_that_sends_nonsense_breaks_nothing(
+    endpoint: tuple[str, type[_Endpoint]], ledger: JudgeLedger, answer: Any
+) -> None:
+    url, handler = endpoint
+    handler.answer = answer
+    complete = endpoint_complete(settings(url, "local"))
+    if isinstance(answer, bytes):
+        with pytest.raises(JudgeError, match="no JSON"):
+            judge(ledger, complete)
+    else:
+        assert {one.reason for one in judge(ledger, complete).values()} == {"malformed"}
+
+
+def test_judgements_become_scores_and_are_made_once(ledger: JudgeLedger) -> None:
+    n_asked = 0
+
+    def complete(system: str, user: str, characters: str) -> LocalReply:
+        nonlocal n_asked
+        n_asked += 1
+        return LocalReply("A" if "Answer 1:" in user else "C")
+
+    local = LocalJudge(ledger, complete, "local:test", n_threads=3)
+    todo = samples(20)
+    local.judge(rubric(), todo)
+    local.judge(rubric(), todo)
+    assert n_asked == 20
+    keys = [ask.key for ask in local.asks(rubric(), todo)]
+    scores = judge_stage_scores(ledger, rubric(), todo, keys)
+    assert [score.value for score in scores] == [0.0, 1.0, *[0.0] * 18]
+    assert scores[1].detail["label"] == "refused"
+    assert scores[1].detail["model"] == "local:test"
+    assert {score.metric for score in scores} == {"refused"}
