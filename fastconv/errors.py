@@ -78,7 +78,7 @@ class TrainingError(FastconvError):
 class JudgeError(FastconvError):
     """The judge cannot be asked: key refused, model unknown, no network, budget spent (exit code 8).
 
-    Completions are kept, so `fastconv judge` goes on from there.
+    Completions are kept, so nothing has to be sampled again.
     """
 
     exit_code = 8
@@ -100,6 +100,6 @@ EXIT_CODES: dict[int, str] = {
     5: "the workspace cannot be read or written",
     6: "another process is computing the same stage",
     7: "training or evaluation gave unusable numbers",
-    8: "the judge cannot be asked, or its budget is spent; `fastconv judge` goes on",
+    8: "the judge cannot be asked, or its budget is spent",
     130: "interrupted; the same command goes on",
 }

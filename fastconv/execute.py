@@ -21,6 +21,7 @@ from fastconv.datasets.rows import Row, row_of
 from fastconv.draws import seed_of
 from fastconv.engine.base import Base, load_base
 from fastconv.engine.fold import folded, rho
+from fastconv.engine.reference import TrlOptions, plain_model, train_with_trl
 from fastconv.engine.sample import sample
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack
@@ -194,7 +195,7 @@ class Executor:
         drawn_from = ("behavior", stage.needs["rows"].key, stage.inputs["seed"])
         with self._in_place(stage.needs) as frozen:
             job = Job(stage.slot, rendered, self._recipe.behavior, drawn_from, frozen)
-            trainee = self._train(job, stage.key, lease, lambda trainee: None)
+            trainee = self._train(job, stage.key, lease, lambda trainee: None, [job.n_steps])
             with self.stack.live(Slot(frozen=(*frozen, trainee.adapter))):
                 probe = self.stack.prove(None, stage.slot)
         self._store.drop_progress(stage.key)
@@ -221,7 +222,8 @@ class Executor:
         ]
         rows = [row for row in rows if row.n_supervised]
         run = lineage_key(stage)
-        job = Job(stage.slot.rsplit("/", 2)[0], tuple(rows), self._recipe.convergence, ("convergence", run))
+        drawn_from = ("convergence", stage.needs["answers"].key, stage.inputs["seed"])
+        job = Job(stage.slot.rsplit("/", 2)[0], tuple(rows), self._recipe.convergence, drawn_from)
         began = time.monotonic()
         reached = 0
 
@@ -237,27 +239,24 @@ class Executor:
             self._store.commit(missing[epoch], outputs=self._trained(trainee, probe), facts=facts, seconds=now - began)
             began, reached = now, trainee.step
 
-        self._train(
-            job,
-            run,
-            lease,
-            keep,
-            until_step=max(missing) * job.steps_per_epoch,
-            first_step=min(missing) * job.steps_per_epoch,
-        )
+        self._train(job, run, lease, keep, [epoch * job.steps_per_epoch for epoch in sorted(missing)])
         self._store.drop_progress(run)
 
     def _train(
-        self, job: Job, progress_key: str, lease: Lease, keep: Callable[[Trainee], None],
-        *, until_step: int | None = None, first_step: int | None = None,
-    ) -> Trainee:  # fmt: skip
-        """Train from the kept state if there is one, keeping state now and then and whenever the user stops."""
+        self, job: Job, progress_key: str, lease: Lease, keep: Callable[[Trainee], None], stops: Sequence[int]
+    ) -> Trainee:
+        """Train through the steps where `keep` wants the adapter, from the kept state if there is one.
+
+        State is kept now and then and whenever the user stops.
+        """
+        if self._recipe.model.trainer == "trl":
+            return self._train_with_trl(job, keep, stops)
         kept = self._store.progress(progress_key)
-        if kept and first_step is not None and kept[0] > first_step:
+        if kept and kept[0] > stops[0]:
             kept = None  # the state lies beyond an epoch that is wanted now: begin again, to the same bits
         trainee = start(self.stack, job, self._store.get(kept[1], "safetensors") if kept else None)
         saved_at = time.monotonic()
-        total = until_step or job.n_steps
+        total = stops[-1]
 
         def after_step(active: Sequence[Trainee]) -> None:
             nonlocal saved_at
@@ -271,7 +270,21 @@ class Executor:
             if stopping:  # not asked again: a stop that came since then ends the next step, whose state is kept
                 raise _stopped(job.name)
 
-        train(self.stack, [trainee], Hooks(after_step), until_step=until_step)
+        train(self.stack, [trainee], Hooks(after_step), until_step=total)
+        return trainee
+
+    def _train_with_trl(self, job: Job, keep: Callable[[Trainee], None], stops: Sequence[int]) -> Trainee:
+        """The same job by the reference, from its beginning for every stop: slow, and only for checking ours."""
+        trainee = start(self.stack, job)
+        first = trainee.adapter.flat.clone()
+        for stop in stops:
+            trainee.adapter.flat.copy_(first)
+            model = plain_model(self._recipe.model)
+            found = train_with_trl(model, job, trainee.adapter, TrlOptions(until_step=stop))
+            trainee.adapter.flat.copy_(found.weights)
+            trainee.losses[:stop] = torch.tensor(found.losses)
+            trainee.step = stop
+            keep(trainee)
         return trainee
 
     def _trained(self, trainee: Trainee, probe: Probe) -> dict[str, Any]:

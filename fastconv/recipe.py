@@ -41,6 +41,8 @@ class ModelSettings(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     #: `live` keeps every adapter beside the weights; `published` folds the snapshot into them, rounding in their dtype.
     semantics: Literal["live", "published"] = "live"
+    #: `trl` trains by SFTTrainer and PEFT: slow, padded, and the reference that ours is checked against.
+    trainer: Literal["fastconv", "trl"] = "fastconv"
 
 
 class GridSettings(Section):

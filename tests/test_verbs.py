@@ -152,6 +152,24 @@ def test_published_semantics_fold_the_snapshot_and_agree_with_the_live_stack_in_
     assert one["adapter"] != other["adapter"]  # the same function, not the same bits: another key, another stage
 
 
+def test_the_trl_engine_trains_the_same_adapters(tiny_qwen: Path, tmp_path: Path) -> None:
+    # Without dropout, whose masks are the library's own; rows of the reference are padded, ours are packed.
+    ours, theirs = (
+        tiny_recipe(tiny_qwen, behavior__dropout=0.0, model__trainer=trainer) for trainer in ("fastconv", "trl")
+    )
+    found = {}
+    for recipe in (ours, theirs):
+        workspace = tmp_path / recipe.model.trainer
+        run_tiny(recipe, workspace)
+        found[recipe.model.trainer] = results(recipe, workspace)
+    trained = [slot for slot in found["trl"] if slot.startswith(("snapshot/", "behavior/"))]
+    assert len(trained) == 5
+    for slot in trained:
+        one, other = (json.loads(found[trainer][slot])[0] for trainer in ("fastconv", "trl"))
+        assert one["losses"] == pytest.approx(other["losses"], abs=1e-4), slot
+        assert one["probe"] == pytest.approx(other["probe"], abs=1e-3), slot
+
+
 def test_rho_of_every_adapter_stands_in_the_ledger(done_run: DoneRun) -> None:
     store = done_run.store
     for stage in done_run.graph.stages():
