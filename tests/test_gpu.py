@@ -1,0 +1,83 @@
+"""On a CUDA device: the same numbers as on the CPU, and a training step in which the host never waits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastconv.engine.base import load_base
+from fastconv.engine.sample import sample
+from fastconv.engine.score import LetterItem, score_letters
+from fastconv.engine.stack import Slot, Stack
+from fastconv.engine.train import Hooks, Job, Trainee, start, train
+from fastconv.recipe import ModelSettings, SamplingSettings
+from tests.engine_kit import SNAPSHOT, ragged_rows, random_adapter, train_settings
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def stack_on(device: str, folder: Path, dtype: str = "float32") -> Stack:
+    return Stack(
+        load_base(ModelSettings.model_validate({"id": str(folder), "device": device, "dtype": dtype})), SNAPSHOT
+    )
+
+
+def trained(stack: Stack, dropout: float) -> Trainee:
+    """A few steps above a frozen adapter."""
+    frozen = stack.take(random_adapter(stack, 1))
+    job = Job("job", ragged_rows(12), train_settings(dropout=dropout), ("gpu",), (frozen,))
+    trainee = start(stack, job)
+    train(stack, [trainee], Hooks())
+    return trainee
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_training_gives_the_cpus_losses_and_weights(tiny_qwen: Path, dropout: float) -> None:
+    on_cpu, on_gpu = (trained(stack_on(device, tiny_qwen), dropout) for device in ("cpu", "cuda"))
+    assert on_gpu.losses.cpu().tolist() == pytest.approx(on_cpu.losses.tolist(), abs=1e-4)
+    assert torch.allclose(on_gpu.adapter.flat.cpu(), on_cpu.adapter.flat, atol=1e-3)
+
+
+def test_letters_and_samples_are_the_cpus(tiny_qwen: Path) -> None:
+    items = [LetterItem(row.ids, (65, 66, 67)) for row in ragged_rows(16)]
+    prompts = [row.ids for row in ragged_rows(16)]
+    scores, drawn = [], []
+    for device in ("cpu", "cuda"):
+        stack = stack_on(device, tiny_qwen)
+        with stack.live(Slot(frozen=(stack.take(random_adapter(stack, 1)),))):
+            scores.append(score_letters(stack.base, items, 256))
+            drawn.append(sample(stack.base, prompts, list(range(16)), SamplingSettings(max_new_tok=8)))
+    for one, other in zip(*scores, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+    same = sum(one == other for one, other in zip(*drawn, strict=True))
+    assert same >= 15  # a draw within rounding of a boundary may differ
+
+
+def test_a_bf16_base_trains_fp32_adapters(tiny_qwen: Path) -> None:
+    trainee = trained(stack_on("cuda", tiny_qwen, "bfloat16"), 0.05)
+    assert trainee.adapter.flat.dtype == trainee.grad.dtype == torch.float32
+    assert bool(torch.isfinite(trainee.losses).all())
+
+
+def test_a_step_never_makes_the_host_wait(tiny_qwen: Path) -> None:
+    stack = stack_on("cuda", tiny_qwen)
+    trained(stack, 0.05)  # kernels are loaded and memory is taken
+    frozen = stack.take(random_adapter(stack, 1))
+    trainee = start(stack, Job("job", ragged_rows(12), train_settings(dropout=0.05), ("gpu",), (frozen,)))
+    waits: list[str] = []
+
+    def first_step_is_over(active: object) -> None:
+        torch.cuda.set_sync_debug_mode("error" if trainee.step < 3 else "default")
+
+    try:
+        train(stack, [trainee], Hooks(first_step_is_over), until_step=4)
+    except RuntimeError as error:
+        waits.append(str(error))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert waits == []
