@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from fastconv.datasets.behaviors import NO_BEHAVIOR
@@ -12,7 +13,7 @@ from fastconv.findings.evidence import Series, series_of
 from fastconv.findings.gates import GateVerdict
 from fastconv.findings.power import multiple_choice_chance
 from fastconv.findings.verdicts import CellEvidence, CellVerdict, arm, decide, not_run
-from fastconv.graph import CellPlan, Graph
+from fastconv.graph import Cell, CellPlan, Graph
 from fastconv.store import Stage, Store
 
 
@@ -152,9 +153,7 @@ def _mimicry(graph: Graph, store: Store, plan: CellPlan, canary: str) -> Any:
     return arm(now, base, canary_now, canary_base)
 
 
-def _at(cell: Any, epoch: int, behavior: str, negatives: str) -> Any:
-    from dataclasses import replace
-
+def _at(cell: Cell, epoch: int, behavior: str, negatives: str) -> Cell:
     return replace(cell, epoch=epoch, behavior=behavior, negatives=negatives)
 
 

@@ -171,6 +171,8 @@ class JudgeLedger:
     def _reserve(self, db: sqlite3.Connection, ask: Reserve, intent: str | None) -> int | Refusal:
         if db.execute("SELECT 1 FROM judgements WHERE key=?", (ask.key,)).fetchone():
             return "done"
+        if db.execute("SELECT 1 FROM judge_replies WHERE key=? AND fault IS NULL", (ask.key,)).fetchone():
+            return "done"  # paid for, and kept unread because nobody was waiting for it: to be read, not asked again
         holder = db.execute("SELECT * FROM judge_money WHERE key=? AND state='reserved'", (ask.key,)).fetchone()
         if holder is not None:
             if holder["intent"] is not None or _is_alive(holder["holder"]):

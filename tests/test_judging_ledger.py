@@ -57,6 +57,16 @@ def test_a_key_is_asked_once_at_a_time_and_never_after_its_judgement(store: Stor
     assert [one.fault for one in ledger.replies("a")] == ["malformed", None]
 
 
+def test_a_reply_that_nobody_has_read_yet_is_not_paid_for_again(store: Store) -> None:
+    ledger = JudgeLedger(store)
+    ticket = ledger.apply([Reserve("a", 0.1)])[0]
+    assert isinstance(ticket, int)
+    ledger.apply([Settle(ticket, "a", reply(0.01), None)])
+    assert ledger.apply([Reserve("a", 0.1)]) == ["done"]
+    ledger.set_fault("a", "malformed")
+    assert isinstance(ledger.apply([Reserve("a", 0.1)])[0], int)
+
+
 def test_ending_a_sending_twice_changes_nothing(store: Store) -> None:
     ledger = JudgeLedger(store)
     ticket = ledger.apply([Reserve("a", 0.1)])[0]

@@ -8,7 +8,6 @@ again by whoever submits them next.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import time
 from collections.abc import Sequence
@@ -260,25 +259,37 @@ class JudgeDesk:
                     self._stop(str(error))
                 finally:
                     self._n_under_way -= 1
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), self._settings.batch_poll_s)
+            # Not wait_for: in Python 3.11 it can swallow the cancellation that ends this task (python/cpython#86296).
+            until = time.monotonic() + self._settings.batch_poll_s
+            while time.monotonic() < until and not self._wake.is_set():
+                await asyncio.sleep(_LOOK_S)
 
     async def _batch_round(self, batch: BatchJudge) -> None:
         n_open = await batch.reconcile()
         if self._batch_waiting and not n_open and not self._book.stopped:
-            taken = list(self._batch_waiting.values())
-            refused = (await batch.submit(taken)).refused
-            self._batch_waiting = {key: self._book.requests[key] for key, why in refused.items() if why != "done"}
-            if "over budget" in refused.values() and not self._ledger.batches("sent"):
-                self._stop_at_budget()
+            await self._send_batches(batch)
         again = await batch.collect()
         self._batch_waiting |= {key: self._book.requests[key] for key in again if key in self._book.requests}
-        for judgement in self._ledger.judgements(
-            [key for key in self._book.requests if key not in self._book.done]
-        ).values():
+        unfinished = [request for key, request in self._book.requests.items() if key not in self._book.done]
+        for judgement in self._ledger.judgements(request.key for request in unfinished).values():
             self._book.finish(judgement)
         if again:
             self._wake.set()
+
+    async def _send_batches(self, batch: BatchJudge) -> None:
+        """Send what waits; what the ledger refuses waits on, unless it is done already."""
+        # Taken out first: more may be put in while this waits for the API.
+        taken, self._batch_waiting = self._batch_waiting, {}
+        try:
+            refused = (await batch.submit(await self._not_known(list(taken.values())))).refused
+        except (Outage, JudgeError):
+            self._batch_waiting |= taken
+            raise
+        unread = await self._not_known([taken[key] for key, why in refused.items() if why == "done"])
+        self._batch_waiting |= {key: taken[key] for key, why in refused.items() if why != "done"}
+        self._batch_waiting |= {request.key: request for request in unread}
+        if "over budget" in refused.values() and not self._ledger.batches("sent"):
+            self._stop_at_budget()
 
     # --- stops and status -------------------------------------------------------------------------------
 
