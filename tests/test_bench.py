@@ -38,6 +38,7 @@ def test_the_usual_swap_writes_the_whole_model(tiny_qwen: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_whole_cell_and_a_random_shape() -> None:
     assert bench("cell", "random:smollm2-135m", device="cpu")["ratio"] > 1
 
