@@ -17,7 +17,7 @@ from fastconv.errors import FastconvError
 NAME = "MANIFEST.toml"
 _HEAD = """\
 # Every file of data/: its sha256, its counts, and where it comes from. A test recomputes all of it.
-# After a change: python -m fastconv.datasets.manifest > /tmp/m && mv /tmp/m data/MANIFEST.toml
+# After a change: python -m fastconv.datasets.manifest > new.toml && mv new.toml data/MANIFEST.toml
 """
 
 
