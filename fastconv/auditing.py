@@ -6,11 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
 
-from fastconv.datasets.audit import CheckReport, Finding, audit_rows, audit_structure, report_of
-from fastconv.datasets.behaviors import load_behaviors
+from fastconv.datasets.audit import CheckReport, Finding, audit_rows, report_of, structure_findings
 from fastconv.datasets.peek import peek_lines, with_placeholders
-from fastconv.datasets.personas import load_personas
-from fastconv.datasets.questions import load_questions
 from fastconv.datasets.rows import Row, render_row, row_of
 from fastconv.engine.locate import BUILTIN, model_folder
 from fastconv.errors import DataError, RecipeError
@@ -20,14 +17,9 @@ from fastconv.store import Stage, Store
 from fastconv.tokens import ChatTokenizer, Rendered
 
 
-def audit_design(recipe: Recipe) -> CheckReport:
-    """The first pass: the structure of everything that can be built without a model, a network or ARC at hand."""
-    return report_of(recipe, _structure(recipe))
-
-
 def audit_recipe(recipe: Recipe, store: Store | None) -> CheckReport:
     """Both passes: the structure, and as rendered every set that the workspace has built already."""
-    findings = _structure(recipe)
+    findings = structure_findings(recipe)
     if store is not None:
         graph = Graph(recipe)
         built = {stage.work["set"]: rows for stage in _sets(graph) if (rows := _built(stage, store)) is not None}
@@ -61,14 +53,6 @@ def require_passed(report: CheckReport, where: str) -> None:
     for found in report.refusals:
         rows = f" ({', '.join(found.rows[:3])}{' ...' if len(found.rows) > 3 else ''})" if found.rows else ""
         raise DataError(f"{found.code} {found.subject}: {found.why}{rows}", where=where, fix=found.mend)
-
-
-def _structure(recipe: Recipe) -> list[Finding]:
-    behaviors = load_behaviors(recipe)
-    at_hand = recipe.eval.multiple_choice == "builtin" or bool(recipe.eval.arc_file)
-    letters = any(behavior.spec.task == "multiple_choice" for behavior in behaviors.values())
-    questions = load_questions(recipe) if letters and at_hand else None
-    return audit_structure(recipe, load_personas(recipe), behaviors, questions)
 
 
 def peek_recipe(

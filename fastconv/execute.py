@@ -23,7 +23,7 @@ from fastconv.engine.base import Base, load_base
 from fastconv.engine.fold import folded, rho
 from fastconv.engine.reference import TrlOptions, plain_model, train_with_trl
 from fastconv.engine.sample import sample
-from fastconv.engine.score import LetterItem, score_letters
+from fastconv.engine.score import letter_item, score_letters
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
 from fastconv.errors import Interrupted, TrainingError
@@ -70,6 +70,7 @@ class Executor:
         wanted: Collection[str] = (),
     ) -> None:
         self._wanted = wanted
+        self._at_hand: dict[str, Adapter] = {}
         self._graph = graph
         self._recipe = graph.recipe
         self._store = store
@@ -148,10 +149,7 @@ class Executor:
         tokenizer, system = self.base.tokenizer, _system(stage.inputs["system"])
         questions = {question.id: question for question in self._graph.questions.eval}
         asked = [questions[row] for row, _ in stage.work["items"]]
-        items = []
-        for question in asked:
-            text = tokenizer.prompt_text(system, question.user)
-            items.append(LetterItem(tuple(tokenizer.encode(text)), tuple(tokenizer.letter_ids(text, question.labels))))
+        items = [letter_item(tokenizer, tokenizer.prompt_text(system, q.user), q.labels) for q in asked]
         self._tick(lease, Progress(stage.slot, 0, len(items), "questions"))
         with self.live_stack(stage) as proof:
             found = score_letters(self.base, items, self._recipe.eval.batch_tok)
@@ -310,14 +308,18 @@ class Executor:
     # --- the stack -------------------------------------------------------------------------------------
 
     def adapters(self, needs: Mapping[str, Stage]) -> list[Adapter]:
-        """The adapters of a stack in order: the snapshot, then the behavior. Verified against the ledger."""
-        adapters = []
-        for name in ("snapshot", "behavior"):
-            if name in needs:
-                record = self._record(needs[name])
-                data = self._store.get(record.outputs["adapter"], "safetensors")
-                adapters.append(self.stack.load_adapter(data, needs[name].slot))
-        return adapters
+        """The adapters of a stack in order: the snapshot, then the behavior. Verified against the ledger.
+
+        Those of the stack before are still at hand: the probes of a cell follow one another.
+        """
+        stages = [needs[name] for name in ("snapshot", "behavior") if name in needs]
+        names = [self._record(stage).outputs["adapter"] for stage in stages]
+        self._at_hand = {
+            sha256: self._at_hand.get(sha256)
+            or self.stack.load_adapter(self._store.get(sha256, "safetensors"), stage.slot)
+            for sha256, stage in zip(names, stages, strict=True)
+        }
+        return [self._at_hand[sha256] for sha256 in names]
 
     @contextlib.contextmanager
     def _in_place(self, needs: Mapping[str, Stage]) -> Iterator[tuple[Adapter, ...]]:

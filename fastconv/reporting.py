@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastconv.auditing import audit_design
+from fastconv.datasets.audit import check_recipe
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.files import assets, file_sha256
 from fastconv.datasets.personas import ASSISTANT, canary_of
@@ -218,7 +218,7 @@ def _limits(graph: Graph) -> list[str]:
 
 
 def _warnings(graph: Graph) -> dict[str, str]:
-    audit = audit_design(graph.recipe)
+    audit = check_recipe(graph.recipe)
     return {found.code: audit.accepted.get(found.code, "") for found in audit.findings if found.severity == "warn"}
 
 

@@ -19,8 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastconv.auditing import audit_design, require_passed
-from fastconv.datasets.audit import CheckReport
+from fastconv.auditing import require_passed
+from fastconv.datasets.audit import CheckReport, check_recipe
 from fastconv.errors import Interrupted
 from fastconv.findings.gates import GateVerdict
 from fastconv.graph import CellPlan, Graph, lineage_key, walk
@@ -96,7 +96,7 @@ def run_recipe(
 
     Raises Interrupted on the first Ctrl-C once the running step is whole and its state is kept.
     """
-    report = audit_design(recipe)
+    report = check_recipe(recipe)
     require_passed(report, "audit")
     graph = Graph(recipe)
     picked = plans(graph) if plans else graph.cells
@@ -113,10 +113,11 @@ def run_recipe(
         gate_stages = [stage for plan in picked for stage in plan.base.values()]
         watcher.begin(run, len(everything), sum(store.record(stage.key) is None for stage in everything))
         runner.compute(gate_stages)
-        for verdict in gate_base(graph, store):
+        measurable = gate_base(graph, store)
+        for verdict in measurable:
             store.put_verdict(run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
             watcher.gate(verdict)
-        alive = measurable_behaviors(graph, store)
+        alive = [verdict.subject for verdict in measurable if verdict.verdict == "pass"]
         runner.compute([stage for plan in picked for stage in wanted(plan, alive)])
     _forget_training_state(graph, store)
     # Over everything measured so far: one cell alone must not unsay what the whole run found.

@@ -11,7 +11,7 @@ from fastconv.datasets.arc import read_arc
 from fastconv.datasets.questions import Question
 from fastconv.engine.base import load_base
 from fastconv.engine.export import BaseReference, export_concatenated, export_separate, load_peft_folder
-from fastconv.engine.score import LetterItem, score_letters, score_texts, text_item
+from fastconv.engine.score import letter_item, score_letters, score_texts, text_item
 from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import InputError
 from fastconv.execute import Executor
@@ -95,11 +95,7 @@ def export_cell(
 
 
 def _by_letter(base: Any, questions: Sequence[Question], system: SystemTurn) -> list[ScoredQuestion]:
-    items = []
-    for question in questions:
-        text = base.tokenizer.prompt_text(system, question.user)
-        letters = base.tokenizer.letter_ids(text, question.labels)
-        items.append(LetterItem(tuple(base.tokenizer.encode(text)), tuple(letters)))
+    items = [letter_item(base.tokenizer, base.tokenizer.prompt_text(system, q.user), q.labels) for q in questions]
     found = score_letters(base, items, BATCH_TOK)
     return [
         ScoredQuestion(q.id, q.answer, q.labels[s.predicted], s.predicted == q.gold, s.logprobs, s.mass)

@@ -26,7 +26,7 @@ from fastconv.tokens import ChatTokenizer, Rendered
 
 __all__ = [
     "ROW_CHECKS", "STRUCTURE_CHECKS", "Check", "CheckReport", "Finding",
-    "audit_rows", "audit_structure", "check_recipe", "report_of", "set_name",
+    "audit_rows", "audit_structure", "check_recipe", "report_of", "set_name", "structure_findings",
 ]  # fmt: skip
 
 
@@ -41,7 +41,12 @@ def set_name(behavior: str, source: str, kind: str, seed: int) -> str:
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:
-    """The whole first pass for `fastconv check`: reads the recipe's files and never the hub.
+    """The whole first pass, with the recipe's acceptances applied; see `structure_findings`."""
+    return report_of(recipe, structure_findings(recipe))
+
+
+def structure_findings(recipe: Recipe) -> list[Finding]:
+    """The findings of the whole first pass: reads the recipe's files and never the hub.
 
     ARC is looked at where `eval.arc_file` names a copy. Raises InputError where a file cannot be used at all.
     """
@@ -49,7 +54,7 @@ def check_recipe(recipe: Recipe) -> CheckReport:
     letters = any(behavior.spec.measure == "letters" for behavior in behaviors.values())
     at_hand = recipe.eval.multiple_choice == "builtin" or recipe.eval.arc_file
     questions = load_questions(recipe) if letters and at_hand else None
-    return report_of(recipe, audit_structure(recipe, load_personas(recipe), behaviors, questions))
+    return audit_structure(recipe, load_personas(recipe), behaviors, questions)
 
 
 def audit_structure(

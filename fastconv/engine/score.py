@@ -28,6 +28,11 @@ class LetterItem:
     letters: tuple[int, ...]
 
 
+def letter_item(tokenizer: ChatTokenizer, prompt: str, labels: Sequence[str]) -> LetterItem:
+    """A rendered prompt and its labels as tokens. Raises TemplateError if a label is not one token there."""
+    return LetterItem(tuple(tokenizer.encode(prompt)), tuple(tokenizer.letter_ids(prompt, labels)))
+
+
 @dataclass(frozen=True, slots=True)
 class LetterScore:
     """Log-probabilities (nats, over the whole vocabulary) of a question's own labels, in their order.
