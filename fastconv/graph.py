@@ -7,7 +7,7 @@ answers ─► rows ─────────────────► behav
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class CellPlan:
-    """A cell and its stages. `scores[measure, probe]` is where its numbers will stand, `base[...]` the base's."""
+    """A cell and its stages. `scores[measure, probe]` is where its numbers will stand, `base[...]` the base's.
+
+    `beside[measure, probe]` scores the same completions another way (phrases, where a judge decides).
+    """
 
     cell: Cell
     scores: Mapping[tuple[str, str], Stage]
     base: Mapping[tuple[str, str], Stage]
     snapshot: Stage | None
     adapter: Stage | None
+    beside: Mapping[tuple[str, str], Stage] = field(default_factory=dict)
 
     @property
     def measures(self) -> tuple[str, ...]:

@@ -82,6 +82,11 @@ class BehaviorSpec(_Strict):
             raise ValueError("supervise tail needs a suffix in source_answer")
         return self._negatives_of_one_size()
 
+    @property
+    def unit(self) -> Literal["share", "points"]:
+        """What the measure counts in: shares of 1, or a judge's points (0 to 100)."""
+        return "points" if self.measure == "judge" else "share"
+
     def _negatives_of_one_size(self) -> BehaviorSpec:
         if any(not copy for copies in self.negatives.values() for copy in copies):
             raise ValueError("an empty list among the negatives names nobody")
