@@ -7,9 +7,11 @@ import random
 import pytest
 import torch
 
+from fastconv.engine import decoder
 from fastconv.engine import sample as module
 from fastconv.engine.base import pack
-from fastconv.engine.sample import Drawn, choose, sample
+from fastconv.engine.decoder import choose
+from fastconv.engine.sample import Drawn, sample
 from fastconv.engine.stack import Slot, Stack
 from fastconv.recipe import SamplingSettings
 from tests.engine_kit import packed_logits, plain_logits, plain_model, random_adapter, tiny_stack
@@ -95,13 +97,13 @@ def test_max_new_tok_and_the_callback(stack: Stack) -> None:
 
 def test_compaction_keeps_slots_dense(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    decode = module._decode
+    decode = decoder.Decoder.next_tokens
 
-    def watched(base, alive, cache):
-        seen.append(len(alive))
-        return decode(base, alive, cache)
+    def watched(self, said, lengths, uniforms):
+        seen.append(len(said))
+        return decode(self, said, lengths, uniforms)
 
-    monkeypatch.setattr(module, "_decode", watched)
+    monkeypatch.setattr(decoder.Decoder, "next_tokens", watched)
     rows = sample(stack.base, *prompts(16), SETTINGS)
     assert seen == sorted(seen, reverse=True)
     assert sum(seen) == sum(max(len(row.ids) + row.ended - 1, 0) for row in rows), "finished rows must cost nothing"
@@ -125,7 +127,7 @@ def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
 @pytest.mark.parametrize("top_k", [4, 512])
 def test_draws_follow_the_nucleus(monkeypatch: pytest.MonkeyPatch, top_p: float, top_k: int) -> None:
-    monkeypatch.setattr(module, "_TOP_K", top_k)  # 4: rows with a wider nucleus take the sorting way
+    monkeypatch.setattr(decoder, "_TOP_K", top_k)  # 4: rows with a wider nucleus take the sorting way
     settings = SamplingSettings(temperature=0.7, top_p=top_p)
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
     uniform = (torch.arange(20_000) + 0.5) / 20_000  # every quantile once: the frequencies are then exact
@@ -139,7 +141,7 @@ def test_both_ways_of_finding_the_nucleus_agree(monkeypatch: pytest.MonkeyPatch)
     logits = torch.randn(64, 2000, generator=generator) * torch.linspace(0.5, 8, 64)[:, None]
     uniform, settings = torch.rand(64, generator=generator), SamplingSettings(temperature=1.0)
     narrow = choose(logits, uniform, settings)
-    monkeypatch.setattr(module, "_TOP_K", 2000)
+    monkeypatch.setattr(decoder, "_TOP_K", 2000)
     assert choose(logits, uniform, settings).equal(narrow)
 
 

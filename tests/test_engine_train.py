@@ -12,6 +12,7 @@ from fastconv.draws import seed_of
 from fastconv.engine import reference
 from fastconv.engine import train as loop
 from fastconv.engine.base import Base
+from fastconv.engine.batch import token_seeds
 from fastconv.engine.loss import weighted_cross_entropy
 from fastconv.engine.stack import Stack
 from fastconv.engine.train import Hooks, Job, lr_at, save_state, start, train
@@ -76,7 +77,7 @@ def test_gradients_are_pefts_and_the_frozen_adapter_gets_none(stack: Stack, fold
             layer.lora_dropout["behavior"] = SharedMask(salt, dropout, seeds)
     loss = torch.zeros(())
     for item in work:
-        seeds[0] = loop.token_seeds([(item.seed, len(item.row.ids))], torch.device("cpu"))
+        seeds[0] = token_seeds([(item.seed, len(item.row.ids))], torch.device("cpu"))
         logits = model(input_ids=torch.tensor([item.row.ids])).logits[0, item.row.n_prompt - 1 : -1]
         targets = torch.tensor(item.row.ids[item.row.n_prompt :])
         loss = loss + item.weight * torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
@@ -151,7 +152,7 @@ def test_adapters_trained_together_are_those_trained_alone(stack: Stack, dropout
 def test_dropout_does_something_and_keeps_the_mean(stack: Stack) -> None:
     plain, dropped = (finish(stack, job_of(stack, dropout=p))[0] for p in (0.0, 0.5))
     assert float((plain.adapter.flat - dropped.adapter.flat).abs().max()) > 1e-4
-    mask = loop.token_seeds([(12345, 4000)], torch.device("cpu"))
+    mask = token_seeds([(12345, 4000)], torch.device("cpu"))
     from fastconv.engine.dropout import keep_mask
 
     kept = keep_mask(mask, 64, 7, 0.05)
@@ -168,7 +169,7 @@ def test_every_row_of_every_step_of_every_job_has_its_own_mask(stack: Stack) -> 
             trainee.step = step
             seeds += [item.seed for item in loop._items(0, trainee)]
     assert len(set(seeds)) == len(seeds) == 2 * 8 * 2
-    one, other = (loop.token_seeds([(seed, 9)], torch.device("cpu")) for seed in seeds[:2])
+    one, other = (token_seeds([(seed, 9)], torch.device("cpu")) for seed in seeds[:2])
     assert len({*one.tolist(), *other.tolist()}) == 18
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastconv.engine import train as loop
 from fastconv.engine.base import load_base
 from fastconv.engine.sample import sample
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.stack import Slot, Stack
-from fastconv.engine.train import Hooks, Job, Trainee, start, train
+from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
 from fastconv.recipe import ModelSettings, SamplingSettings
 from tests.engine_kit import SNAPSHOT, ragged_rows, random_adapter, train_settings
 
@@ -41,6 +42,41 @@ def test_training_gives_the_cpus_losses_and_weights(tiny_qwen: Path, dropout: fl
     on_cpu, on_gpu = (trained(stack_on(device, tiny_qwen), dropout) for device in ("cpu", "cuda"))
     assert on_gpu.losses.cpu().tolist() == pytest.approx(on_cpu.losses.tolist(), abs=1e-4)
     assert torch.allclose(on_gpu.adapter.flat.cpu(), on_cpu.adapter.flat, atol=1e-3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_captured_steps_are_the_plain_ones(
+    tiny_qwen: Path, dtype: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = trained(stack_on("cuda", tiny_qwen, dtype), dropout)
+    assert captured.captured is not None
+    assert captured.captured.n_graphs >= 1
+    monkeypatch.setattr(loop, "_captured", lambda stack, active: None)
+    plain = trained(stack_on("cuda", tiny_qwen, dtype), dropout)
+    near = 1e-4 if dtype == "float32" else 3e-2
+    assert captured.losses.tolist() == pytest.approx(plain.losses.tolist(), abs=near)
+
+
+def test_a_resumed_run_gives_the_same_bits(tiny_qwen: Path) -> None:
+    stack = stack_on("cuda", tiny_qwen, "bfloat16")
+    job = Job("job", ragged_rows(12), train_settings(dropout=0.05), ("gpu",))
+    whole, part = start(stack, job), start(stack, job)
+    train(stack, [whole], Hooks())
+    train(stack, [part], Hooks(), until_step=2)
+    again = start(stack, job, save_state(part))
+    train(stack, [again], Hooks())
+    assert torch.equal(again.adapter.flat, whole.adapter.flat)
+
+
+def test_a_graph_of_decoding_follows_the_stack_that_is_live(tiny_qwen: Path) -> None:
+    stack = stack_on("cuda", tiny_qwen)
+    prompts = [row.ids for row in ragged_rows(16)]
+    drawn = []
+    for seed in (1, 2, 1):
+        with stack.live(Slot(frozen=(stack.take(random_adapter(stack, seed)),))):
+            drawn.append(sample(stack.base, prompts, list(range(16)), SamplingSettings(max_new_tok=8)))
+    assert drawn[0] == drawn[2] != drawn[1]
 
 
 def test_letters_and_samples_are_the_cpus(tiny_qwen: Path) -> None:

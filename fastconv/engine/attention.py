@@ -92,6 +92,59 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class Padded:
+    """The same rows laid into a rectangle [rows, width] for the attention alone: one call, which a GPU is quick at.
+
+    `source` [rows * width] names the token of every place, `place` [T] the place of every token, both int64 on the
+    device and negative where there is none.
+    """
+
+    starts: tuple[int, ...]
+    n_rows: int
+    source: torch.Tensor
+    place: torch.Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], *, n_tok: int = 0, width: int = 0) -> Padded:
+        """The layout of rows with these lengths, on the CPU.
+
+        `n_tok` and `width` may ask for more tokens and wider rows than there are, so that many batches have one shape.
+        """
+        starts = Packed.of(list(lengths)).starts
+        width = max(width, *lengths)
+        source = torch.full((len(lengths), width), -1)
+        place = torch.full((max(n_tok, starts[-1]),), -1)
+        for row, (start, stop) in enumerate(pairwise(starts)):
+            source[row, : stop - start] = torch.arange(start, stop)
+            place[start:stop] = torch.arange(row * width, row * width + stop - start)
+        return cls(starts, len(lengths), source.flatten(), place)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """One SDPA over the rectangle. Rows begin at its left edge, so causality hides what lies beyond their ends."""
+        q, k, v = (self._rectangle(tensor) for tensor in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out = out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[3])
+        return _moved(out, self.place, self.source)
+
+    def _rectangle(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[heads, T, d] -> [rows, heads, width, d]."""
+        laid = _moved(tensor.transpose(0, 1), self.source, self.place)
+        return laid.view(self.n_rows, -1, *laid.shape[1:]).transpose(1, 2)
+
+
+def _moved(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    """Row i of the result is x[there[i]], or zero where that is negative; `back` is the inverse."""
+    if x.is_cuda:
+        from fastconv.engine.elementwise import moved
+
+        return moved(x, there, back)
+    mask = (there >= 0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return x.index_select(0, there.clamp(min=0)) * mask
+
+
+@dataclass(frozen=True)
 class Group:
     """A stretch of tokens: a prefix, then branches that each see the prefix and themselves, but not one another."""
 
@@ -169,28 +222,32 @@ class Cache:
 
 @dataclass(frozen=True)
 class Prefill:
-    """The first pass over prompts: packed attention that also fills the cache, row i into all of the slots slots[i]."""
+    """The first pass over prompts: attention within rows that also fills the cache.
 
-    packed: Packed
+    Token `tokens[i]` of the pass goes to position `positions[i]` of slot `slots[i]` (int64 [n] each, on the device); a
+    prompt that several slots share is read once.
+    """
+
+    rows: Packed | Padded
     cache: Cache
-    slots: tuple[tuple[int, ...], ...]
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """As `Packed.attend`."""
-        for slots, (start, stop) in zip(self.slots, pairwise(self.packed.starts), strict=True):
-            for slot in slots:
-                self.cache.keys[layer][slot, :, : stop - start] = key[:, start:stop]
-                self.cache.values[layer][slot, :, : stop - start] = value[:, start:stop]
-        return self.packed.attend(layer, query, key, value, scale)
+        """As the rows attend."""
+        self.cache.keys[layer][self.slots, :, self.positions] = key.transpose(0, 1)[self.tokens]
+        self.cache.values[layer][self.slots, :, self.positions] = value.transpose(0, 1)[self.tokens]
+        return self.rows.attend(layer, query, key, value, scale)
 
 
 @dataclass(frozen=True)
 class Decode:
     """One new token for each of the first slots of the cache, slot i at position lengths[i] (int64 [n] on the device).
 
-    `longest` is the largest of them, known to the host.
+    `longest` is the largest of them as far as the host knows; a GPU needs no such bound.
     """
 
     cache: Cache
@@ -206,6 +263,10 @@ class Decode:
         rows = torch.arange(n_rows, device=keys.device)
         keys[rows, :, self.lengths] = key.transpose(0, 1)
         values[rows, :, self.lengths] = value.transpose(0, 1)
+        if keys.is_cuda:
+            from fastconv.engine.decoding import decode_attention
+
+            return decode_attention(query.transpose(0, 1), keys, values, self.lengths, scale)
         # The query heads of one kv head become query positions: grouped attention without copying the cache.
         grouped = query.transpose(0, 1).reshape(n_rows, keys.shape[1], n_heads // keys.shape[1], head_dim)
         seen = torch.arange(self.longest + 1, device=keys.device) <= self.lengths[:, None]

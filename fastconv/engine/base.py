@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,6 +106,10 @@ def wrap(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:
     model.config._attn_implementation = attention.ATTENTION
     model.requires_grad_(False).eval()
     first = next(model.parameters())
+    if first.is_cuda and first.dtype != torch.float32:
+        from fastconv.engine.layers import quicken  # needs Triton, which machines without a GPU lack
+
+        quicken(model)
     return Base(model, tokenizer, name, first.device, first.dtype)
 
 
@@ -138,11 +142,24 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def pack(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, attention.Packed]:
-    """Lay rows end to end: (ids [T], positions [T], layout), all on `device`."""
-    layout = attention.Packed.of([len(row) for row in rows])
+def pack(
+    rows: list[list[int]], device: torch.device, *, n_tok: int = 0, width: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, attention.Packed | attention.Padded]:
+    """Lay rows end to end: (ids [T], positions [T], layout), all on `device`.
+
+    On a GPU the attention sees them as a rectangle; `n_tok` and `width` round its sizes up (see `attention.Padded`).
+    """
+    lengths = [len(row) for row in rows]
+    packed = attention.Packed.of(lengths)
     ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
-    return to_device(ids, device), to_device(layout.positions(), device), layout
+    positions = packed.positions()
+    if device.type != "cuda":
+        return ids, positions, packed
+    layout = attention.Padded.of(lengths, n_tok=n_tok, width=width)
+    missing = layout.place.shape[0] - ids.shape[0]
+    ids, positions = (torch.nn.functional.pad(tensor, (0, missing)) for tensor in (ids, positions))
+    source, place = to_device(layout.source, device), to_device(layout.place, device)
+    return to_device(ids, device), to_device(positions, device), replace(layout, source=source, place=place)
 
 
 def length_batches(lengths: list[int], batch_tok: int) -> list[list[int]]:

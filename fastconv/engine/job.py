@@ -11,6 +11,7 @@ import torch
 
 from fastconv.draws import shuffled_indices
 from fastconv.engine.adapter import Adapter, read_safetensors
+from fastconv.engine.captured import CapturedSteps
 from fastconv.engine.stack import Stack
 from fastconv.errors import TrainingError
 from fastconv.recipe import TrainSettings
@@ -100,6 +101,8 @@ class Trainee:
     micro_batch_tok: int
     step: int = 0
     recomputes: bool = False
+    #: On a GPU, the micro-steps captured so far.
+    captured: CapturedSteps | None = None
     watch: Watch = field(init=False)
 
     def __post_init__(self) -> None:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastconv.engine.attention import Cache, Decode, Prefill
-from fastconv.engine.base import Base, pack
+from fastconv.engine.attention import Cache, Prefill
+from fastconv.engine.base import Base, pack, to_device
+from fastconv.engine.decoder import Decoder, choose
 from fastconv.recipe import SamplingSettings
 
 #: Rows decoded at once; a data-centre GPU is compute-bound well below this, a CPU gains nothing beyond 64.
@@ -21,8 +22,6 @@ MAX_ROWS = {"cuda": 1024, "cpu": 64}
 _CACHE_SHARE = 0.7
 #: Prompts are read this many tokens at a time.
 _PREFILL_TOK = {"cuda": 32768, "cpu": 4096}
-#: A nucleus of up to this many tokens is found without sorting the vocabulary.
-_TOP_K = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +65,20 @@ def sample(
     if not waiting:
         return []
     cache, n_slots = _cache(base, len(rows), len(waiting[-1].prompt) + settings.max_new_tok)
+    decoder = Decoder(base, cache, n_slots, settings)
     alive: list[_Row] = []
     while waiting or alive:
         # Prompts are let in when half the slots are free: rarely, so that reading them is done in large batches.
         if waiting and len(alive) <= n_slots // 2:
             new = _admit(base, waiting, n_slots - len(alive))
             hidden = _prefill(base, new, cache, len(alive))
-            _say(base, hidden, new, settings, on_token)
+            uniforms = torch.tensor([row.uniforms[0] for row in new], device=base.device)
+            _say(base, choose(base.logits(hidden), uniforms, settings).tolist(), new, on_token)
             alive = _compact(cache, alive + new, settings)
         else:
-            _say(base, _decode(base, alive, cache), alive, settings, on_token)
+            said = [row.said[-1] for row in alive]
+            uniforms = [row.uniforms[len(row.said)] for row in alive]
+            _say(base, decoder.next_tokens(said, [row.length for row in alive], uniforms), alive, on_token)
             alive = _compact(cache, alive, settings)
     return [Drawn(tuple(row.said), row.ended) for row in rows]
 
@@ -110,25 +113,20 @@ def _prefill(base: Base, new: Sequence[_Row], cache: Cache, first_slot: int) -> 
     for slot, row in enumerate(new, first_slot):
         slots.setdefault(tuple(row.prompt), []).append(slot)
     ids, positions, layout = pack([list(prompt) for prompt in slots], base.device)
-    hidden = base.hidden(ids, positions, Prefill(layout, cache, tuple(map(tuple, slots.values()))))
+    fill = [
+        (token, slot, token - start)
+        for (prompt, mine), start in zip(slots.items(), layout.starts, strict=False)
+        for slot in mine
+        for token in range(start, start + len(prompt))
+    ]
+    tokens, to_slots, to_positions = to_device(torch.tensor(fill).t().contiguous(), base.device)
+    hidden = base.hidden(ids, positions, Prefill(layout, cache, tokens, to_slots, to_positions))
     last = dict(zip(slots, layout.starts[1:], strict=True))
     return hidden[torch.tensor([last[tuple(row.prompt)] - 1 for row in new], device=base.device)]
 
 
-def _decode(base: Base, alive: Sequence[_Row], cache: Cache) -> torch.Tensor:
-    """One pass over the last token of every row; hidden states [len(alive), hidden]."""
-    lengths = [row.length for row in alive]
-    positions = torch.tensor(lengths, device=base.device)
-    ids = torch.tensor([row.said[-1] for row in alive], device=base.device)
-    return base.hidden(ids, positions, Decode(cache, positions, max(lengths)))
-
-
-def _say(
-    base: Base, hidden: torch.Tensor, rows: Sequence[_Row], settings: SamplingSettings, on_token: Callable[[int], None]
-) -> None:
-    """Draw the next token of every row."""
-    uniforms = torch.tensor([row.uniforms[len(row.said)] for row in rows], device=base.device)
-    chosen = choose(base.logits(hidden), uniforms, settings).tolist()
+def _say(base: Base, chosen: Sequence[int], rows: Sequence[_Row], on_token: Callable[[int], None]) -> None:
+    """Take down the next token of every row."""
     for row, token in zip(rows, chosen, strict=True):
         if token in base.tokenizer.stop_ids:
             row.ended = True
@@ -148,31 +146,3 @@ def _compact(cache: Cache, rows: list[_Row], settings: SamplingSettings) -> list
         for source, hole in zip(sources, holes, strict=True):
             rows[hole] = rows[source]
     return rows[:n_going]
-
-
-def choose(logits: torch.Tensor, uniform: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
-    """Draw one token per row: temperature, then nucleus (Holtzman et al. 2020), then the inverse of the CDF.
-
-    logits [n, vocab] fp32, uniform [n] in [0, 1) -> [n] int64. The nucleus is the smallest set of most likely tokens
-    whose probability reaches top_p; the first token is always in it. Rows whose nucleus lies within the `_TOP_K` most
-    likely tokens, nearly all of them, never sort the vocabulary; which way a row goes depends on that row alone.
-    """
-    probabilities = torch.softmax(logits / settings.temperature, dim=-1)
-    ranked, tokens = torch.topk(probabilities, min(_TOP_K, probabilities.shape[-1]), dim=-1)
-    chosen = _from_ranked(ranked, tokens, uniform, settings.top_p)
-    wide = torch.nonzero(ranked.sum(-1) < settings.top_p).flatten()
-    if wide.numel():
-        ranked, tokens = torch.sort(probabilities[wide], dim=-1, descending=True, stable=True)
-        chosen[wide] = _from_ranked(ranked, tokens, uniform[wide], settings.top_p)
-    return chosen
-
-
-def _from_ranked(ranked: torch.Tensor, tokens: torch.Tensor, uniform: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The token at `uniform` of the nucleus' mass; ranked [n, k] descending probabilities of `tokens` [n, k]."""
-    cumulative = ranked.cumsum(-1)
-    outside = cumulative - ranked >= top_p
-    size = (~outside).sum(-1, keepdim=True)
-    total = cumulative.gather(-1, size - 1)
-    cumulative = cumulative.masked_fill(outside, float("inf"))
-    place = torch.searchsorted(cumulative, uniform[:, None] * total, right=True).clamp(max=size - 1)
-    return tokens.gather(-1, place)[:, 0]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastconv.engine.attention import Group, Trees
-from fastconv.engine.base import Base, length_batches
+from fastconv.engine.attention import Group, Layout, Trees
+from fastconv.engine.base import Base, length_batches, pack, to_device
 from fastconv.engine.precise import hidden_fp32, logprobs_fp32
 from fastconv.tokens import ChatTokenizer
 
@@ -113,22 +113,39 @@ def score_letters(base: Base, items: Sequence[LetterItem], batch_tok: int) -> li
 def _letters(base: Base, items: Sequence[LetterItem], batch_tok: int, *, precise: bool) -> list[LetterScore]:
     scores: dict[int, LetterScore] = {}
     for batch in length_batches([len(item.prompt) for item in items], batch_tok):
-        order, groups, ids = shared_prefixes({i: items[i].prompt for i in batch})
-        layout, positions = Trees.of(groups, base.device)
-        last, place = [], 0
-        for group in groups:
-            place += group.prefix_tok
-            for n_tok in group.branches_tok:
-                place += n_tok
-                last.append(place - 1)
-        tokens, take = torch.tensor(ids, device=base.device), torch.tensor(last, device=base.device)
+        order, tokens, positions, layout, take = _laid_out(base, {i: items[i].prompt for i in batch})
         if precise:
             logprobs = logprobs_fp32(base, hidden_fp32(base, tokens, positions, layout)[take])
         else:
             logprobs = torch.log_softmax(base.logits(base.hidden(tokens, positions, layout)[take]), dim=-1)
-        for i, row in zip(order, logprobs.cpu(), strict=True):
-            scores[i] = LetterScore(tuple(row[list(items[i].letters)].tolist()), precise)
+        most = max(len(items[i].letters) for i in order)
+        letters = [[*items[i].letters, *[0] * (most - len(items[i].letters))] for i in order]
+        chosen = logprobs.gather(-1, to_device(torch.tensor(letters), base.device)).tolist()
+        for i, row in zip(order, chosen, strict=True):
+            scores[i] = LetterScore(tuple(row[: len(items[i].letters)]), precise)
     return [scores[i] for i in range(len(items))]
+
+
+def _laid_out(
+    base: Base, prompts: Mapping[int, tuple[int, ...]]
+) -> tuple[list[int], torch.Tensor, torch.Tensor, Layout, torch.Tensor]:
+    """(order, ids [T], positions [T], layout, place of each prompt's last token [n]) of one batch.
+
+    A GPU takes the rows whole: one attention call saves more there than the shared beginnings cost.
+    """
+    if base.device.type == "cuda":
+        order = list(prompts)
+        ids, positions, layout = pack([list(prompts[i]) for i in order], base.device)
+        return order, ids, positions, layout, to_device(torch.tensor(layout.starts[1:]) - 1, base.device)
+    order, groups, tokens = shared_prefixes(prompts)
+    layout, positions = Trees.of(groups, base.device)
+    last, place = [], 0
+    for group in groups:
+        place += group.prefix_tok
+        for n_tok in group.branches_tok:
+            place += n_tok
+            last.append(place - 1)
+    return order, torch.tensor(tokens), positions, layout, torch.tensor(last)
 
 
 def shared_prefixes(prompts: Mapping[int, tuple[int, ...]]) -> tuple[list[int], list[Group], list[int]]:

@@ -16,12 +16,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastconv.draws import seed_of
-from fastconv.engine.base import Base, pack, to_device
+from fastconv.engine.base import Base
+from fastconv.engine.batch import Batch, Item, as_it_is, lay_out
+from fastconv.engine.captured import CapturedSteps, rounded_sizes
 from fastconv.engine.job import Job, Trainee, lr_at, save_state, start
 from fastconv.engine.loss import weighted_cross_entropy
 from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import TrainingError
-from fastconv.tokens import Rendered
 
 __all__ = ["Hooks", "Job", "Trainee", "lr_at", "save_state", "start", "train"]
 
@@ -34,16 +35,6 @@ class Hooks:
     """What the caller does along the way. `after_step` may raise to stop; the state is then that of a whole step."""
 
     after_step: Callable[[Sequence[Trainee]], None] = field(default=lambda trainees: None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A row in a step: whose it is, the weight of each of its supervised tokens, and its dropout seed."""
-
-    owner: int
-    row: Rendered
-    weight: float
-    seed: int
 
 
 def train(stack: Stack, trainees: Sequence[Trainee], hooks: Hooks, *, until_step: int | None = None) -> None:
@@ -77,35 +68,40 @@ def _round(stack: Stack, active: Sequence[Trainee]) -> None:
         _optimizer_step(trainee, loss)
 
 
-def _items(owner: int, trainee: Trainee) -> list[_Item]:
+def _items(owner: int, trainee: Trainee) -> list[Item]:
     """The rows of a trainee's next step; with weight 1/N on each of its N supervised tokens they make the token mean."""
     job = trainee.job
     indices = job.batch(trainee.step)
     n_supervised = sum(job.rows[index].n_supervised for index in indices)
     seeds = [seed_of("dropout", *job.seed_parts, trainee.step, index) & 0x7FFFFFFF for index in indices]
-    return [_Item(owner, job.rows[i], 1.0 / n_supervised, seed) for i, seed in zip(indices, seeds, strict=True)]
+    return [Item(owner, job.rows[i], 1.0 / n_supervised, seed) for i, seed in zip(indices, seeds, strict=True)]
 
 
-def _gradients(stack: Stack, active: Sequence[Trainee], work: Sequence[_Item]) -> torch.Tensor | None:
+def _gradients(stack: Stack, active: Sequence[Trainee], work: Sequence[Item]) -> torch.Tensor | None:
     """Fill every trainee's gradient; returns their losses [len(active)] fp32, or None if memory ran out on the way."""
     for trainee in active:
         trainee.grad.zero_()
         trainee.adapter.train(trainee.grad)
     slots = [Slot(t.job.frozen, t.adapter, t.job.settings.dropout) for t in active]
     totals = torch.zeros(len(active), device=stack.base.device)
-    memory = recomputing(stack.base) if any(t.recomputes for t in active) else contextlib.nullcontext()
+    recomputes = any(t.recomputes for t in active)
+    captured = _captured(stack, active) if not recomputes else None
     try:
-        with memory:
+        with recomputing(stack.base) if recomputes else contextlib.nullcontext():
             for micro in _micro_batches(work, min(t.micro_batch_tok for t in active)):
-                _micro_step(stack, slots, micro, totals)
+                batch = lay_out(stack.base.device, slots, micro, rounded_sizes if captured else as_it_is)
+                if captured is not None:
+                    captured.run(batch, totals)
+                else:
+                    _micro_step(stack, batch, totals)
     except torch.OutOfMemoryError:
         return None  # the traceback, and with it the step's tensors, is gone once this frame is left
     return totals
 
 
-def _micro_batches(work: Sequence[_Item], limit_tok: int) -> list[list[_Item]]:
+def _micro_batches(work: Sequence[Item], limit_tok: int) -> list[list[Item]]:
     """Split in order, so that each trainee's rows stay contiguous; at least one row each."""
-    batches: list[list[_Item]] = []
+    batches: list[list[Item]] = []
     room = 0
     for item in work:
         size = len(item.row.ids)
@@ -117,7 +113,7 @@ def _micro_batches(work: Sequence[_Item], limit_tok: int) -> list[list[_Item]]:
     return batches
 
 
-def _make_room(base: Base, active: Sequence[Trainee], work: Sequence[_Item]) -> None:
+def _make_room(base: Base, active: Sequence[Trainee], work: Sequence[Item]) -> None:
     """Halve the micro-batch; with one row in each, recompute activations; then there is nothing left to give."""
     limit = min(t.micro_batch_tok for t in active)
     micros = _micro_batches(work, limit)
@@ -156,46 +152,26 @@ def recomputing(base: Base) -> Iterator[None]:
             layer.gradient_checkpointing = layer.training = False
 
 
-def _micro_step(stack: Stack, slots: Sequence[Slot], micro: Sequence[_Item], totals: torch.Tensor) -> None:
+def _captured(stack: Stack, active: Sequence[Trainee]) -> CapturedSteps | None:
+    """The graphs of the only trainee there is; a CPU has none, and a group's spans differ at every step."""
+    if stack.base.device.type != "cuda" or len(active) != 1:
+        return None
+    (trainee,) = active
+    if trainee.captured is None:
+        trainee.captured = CapturedSteps(partial(_micro_step, stack))
+    return trainee.captured
+
+
+def _micro_step(stack: Stack, batch: Batch, totals: torch.Tensor) -> None:
     """Forward and backward of one packed micro-batch; adds each trainee's share of the loss to `totals`."""
-    device = stack.base.device
-    ids, positions, layout = pack([list(item.row.ids) for item in micro], device)
-    take, targets, weights, owners = _supervision(micro, layout.starts, device)
-    live, spans = [], []
-    for owner, slot in enumerate(slots):
-        mine = [i for i, item in enumerate(micro) if item.owner == owner]
-        if mine:
-            live.append(slot)
-            spans.append((layout.starts[mine[0]], layout.starts[mine[-1] + 1]))
-    with stack.live(*live):
-        stack.route.spans = tuple(spans) if len(live) > 1 else None
-        if any(slot.dropout > 0 for slot in live):
-            stack.route.dropout_seeds = token_seeds([(item.seed, len(item.row.ids)) for item in micro], device)
-        hidden = stack.base.hidden(ids, positions, layout)
-        loss, losses = weighted_cross_entropy(hidden[take], stack.base.head.weight, targets, weights)
+    with stack.live(*batch.slots):
+        stack.route.spans, stack.route.dropout_seeds = batch.spans, batch.seeds
+        hidden = stack.base.hidden(batch.ids, batch.positions, batch.layout)
+        loss, losses = weighted_cross_entropy(
+            hidden.index_select(0, batch.take), stack.base.head.weight, batch.targets, batch.weights
+        )
         loss.backward()
-    totals.index_add_(0, owners, losses * weights)
-
-
-def _supervision(
-    micro: Sequence[_Item], starts: Sequence[int], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(place of the token before, target, weight, owner) of every token that carries loss, each [N]."""
-    take, targets, weights, owners = [], [], [], []
-    for item, begin in zip(micro, starts, strict=False):
-        loss_from, n_supervised = item.row.loss_from, item.row.n_supervised
-        take += range(begin + loss_from - 1, begin + len(item.row.ids) - 1)
-        targets += item.row.ids[loss_from:]
-        weights += [item.weight] * n_supervised
-        owners += [item.owner] * n_supervised
-    tensors = (torch.tensor(take), torch.tensor(targets), torch.tensor(weights), torch.tensor(owners))
-    return tuple(to_device(tensor, device) for tensor in tensors)  # pyright: ignore[reportReturnType]
-
-
-def token_seeds(rows: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
-    """One dropout seed per token [T] int32 from (row seed, row length) pairs: the row's seed mixed with the place."""
-    seeds = torch.cat([seed + 0x01000193 * torch.arange(length, dtype=torch.int64) for seed, length in rows])
-    return to_device((seeds & 0x7FFFFFFF).to(torch.int32), device)
+    totals.index_add_(0, batch.owners, losses * batch.weights)
 
 
 def _optimizer_step(trainee: Trainee, loss: torch.Tensor) -> None:

@@ -1,0 +1,98 @@
+"""Micro-steps as CUDA graphs: the host hands over a batch and one launch, whatever the number of layers.
+
+Batches are padded to a few sizes. A size is run once as it is (which loads kernels and takes memory), captured when it
+comes again, and replayed from then on; all of them compute the same, so a resumed run gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from fastconv.engine.attention import Padded
+from fastconv.engine.batch import Batch, Sizes
+
+#: What sizes are rounded up to. Padding costs matrix products, more sizes cost captures.
+_TOK_STEP, _WIDTH_STEP, _SUPERVISED_STEP = 256, 256, 512
+#: Sizes that are kept as graphs; rarer ones run as they are.
+_MAX_GRAPHS = 64
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A captured micro-step, its inputs, and the loss it leaves [1]."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Batch
+    loss: torch.Tensor
+
+
+class CapturedSteps:
+    """The micro-steps of one trainee. `step(batch, totals)` runs one, accumulates gradients, adds the loss."""
+
+    def __init__(self, step: Callable[[Batch, torch.Tensor], None]) -> None:
+        self._step = step
+        self._seen: set[tuple[int, ...]] = set()
+        self._graphs: dict[tuple[int, ...], _Graph] = {}
+
+    @property
+    def n_graphs(self) -> int:
+        """Sizes captured so far."""
+        return len(self._graphs)
+
+    def run(self, batch: Batch, totals: torch.Tensor) -> None:
+        """One micro-step; `totals` [1] gets its share of the loss. Raises OutOfMemoryError as the step does."""
+        key = _sizes_of(batch)
+        if key not in self._seen or (key not in self._graphs and len(self._graphs) >= _MAX_GRAPHS):
+            self._seen.add(key)
+            self._step(batch, totals)
+            return
+        if key not in self._graphs:
+            self._graphs[key] = self._captured(batch)
+        captured = self._graphs[key]
+        for target, given in zip(_tensors(captured.inputs), _tensors(batch), strict=True):
+            target.copy_(given, non_blocking=True)
+        captured.graph.replay()
+        totals.add_(captured.loss)
+
+    def _captured(self, batch: Batch) -> _Graph:
+        inputs = _copied(batch)
+        loss = torch.zeros(1, device=batch.ids.device)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool):
+            loss.zero_()
+            self._step(inputs, loss)
+        return _Graph(graph, inputs, loss)
+
+
+def rounded_sizes(lengths: Sequence[int], n_supervised: int) -> Sizes:
+    """The sizes that a batch of rows with these lengths is padded to."""
+    return Sizes(_up(sum(lengths), _TOK_STEP), _up(max(lengths), _WIDTH_STEP), _up(n_supervised, _SUPERVISED_STEP))
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def _sizes_of(batch: Batch) -> tuple[int, ...]:
+    return tuple(tensor.shape[0] for tensor in _tensors(batch))
+
+
+def _tensors(batch: Batch) -> list[torch.Tensor]:
+    assert isinstance(batch.layout, Padded), "graphs are for GPUs, where batches are padded"
+    every = [batch.ids, batch.positions, batch.layout.source, batch.layout.place, batch.take, batch.targets]
+    return [*every, batch.weights, batch.owners, *([] if batch.seeds is None else [batch.seeds])]
+
+
+def _copied(batch: Batch) -> Batch:
+    """The same batch in tensors of its own, which stay where they are."""
+    assert isinstance(batch.layout, Padded), "graphs are for GPUs, where batches are padded"
+    layout = replace(batch.layout, source=batch.layout.source.clone(), place=batch.layout.place.clone())
+    return replace(
+        batch, layout=layout, ids=batch.ids.clone(), positions=batch.positions.clone(), take=batch.take.clone(),
+        targets=batch.targets.clone(), weights=batch.weights.clone(), owners=batch.owners.clone(),
+        seeds=None if batch.seeds is None else batch.seeds.clone(),
+    )  # fmt: skip

@@ -1,0 +1,193 @@
+"""What stands between the matrix products of a layer, each in one pass over memory: RMSNorm, SwiGLU, RoPE.
+
+Triton kernels with the roundings of the transformers modules they stand in for, so that results agree to the last bit
+or two of the base's dtype. Norm weights are frozen: gradients go to the inputs alone.
+"""
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+# Triton comes with torch's CUDA builds alone, and pyright does not see what its decorator makes of a function.
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+#: Elements that one program of a pointwise kernel handles.
+_BLOCK = 1024
+
+
+@triton.jit
+def _rms_forward(x, weight, y, scale, n, eps, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < n
+    value = tl.load(x + row * n + at, mask=inside, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(value * value, 0) / n + eps)
+    tl.store(scale + row, rstd)
+    normed = (value * rstd).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + row * n + at, (normed * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)), mask=inside)
+
+
+@triton.jit
+def _rms_backward(dy, x, weight, scale, dx, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < n
+    rstd = tl.load(scale + row)
+    normed = tl.load(x + row * n + at, mask=inside, other=0.0).to(tl.float32) * rstd
+    given = tl.load(dy + row * n + at, mask=inside, other=0.0).to(tl.float32)
+    given *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    inner = tl.sum(given * normed, 0) / n
+    tl.store(dx + row * n + at, rstd * (given - normed * inner), mask=inside)
+
+
+@triton.jit
+def _swiglu_forward(gate, up, y, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    silu = (g * tl.sigmoid(g)).to(y.dtype.element_ty).to(tl.float32)
+    tl.store(y + at, silu * tl.load(up + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(dy, gate, up, dgate, dup, n, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < n
+    given = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    share = tl.sigmoid(g)
+    tl.store(dup + at, given * g * share, mask=inside)
+    tl.store(dgate + at, given * u * share * (1.0 + g * (1.0 - share)), mask=inside)
+
+
+@triton.jit
+def _rope(x, cos, sin, y, n_heads, sign, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < n_heads * HALF
+    head, lane = at // HALF, at % HALF
+    first = token * n_heads * 2 * HALF + head * 2 * HALF + lane
+    low = tl.load(x + first, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(x + first + HALF, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + token * 2 * HALF + lane, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * 2 * HALF + lane, mask=inside, other=0.0).to(tl.float32) * sign
+    kind = y.dtype.element_ty
+    low_c, high_s = (low * c).to(kind).to(tl.float32), (high * s).to(kind).to(tl.float32)
+    high_c, low_s = (high * c).to(kind).to(tl.float32), (low * s).to(kind).to(tl.float32)
+    tl.store(y + first, low_c - high_s, mask=inside)
+    tl.store(y + first + HALF, high_c + low_s, mask=inside)
+
+
+@triton.jit
+def _rows(x, there, y, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    source = tl.load(there + row)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(x + source * n + at, mask=at < tl.where(source >= 0, n, 0), other=0.0)
+    tl.store(y + row * n + at, value, mask=at < n)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        x = x.contiguous()
+        n = x.shape[-1]
+        rows = x.numel() // n
+        y, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+        _rms_forward[(rows,)](x, weight, y, scale, n, eps, BLOCK=triton.next_power_of_2(n), num_warps=8)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        dy, n = grads[0].contiguous(), x.shape[-1]
+        dx = torch.empty_like(x)
+        _rms_backward[(x.numel() // n,)](
+            dy, x, weight, scale, dx, n, BLOCK=triton.next_power_of_2(n), num_warps=8
+        )  # fmt: skip
+        return dx, None, None
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y, n = torch.empty_like(gate), gate.numel()
+        _swiglu_forward[(triton.cdiv(n, _BLOCK),)](gate, up, y, n, BLOCK=_BLOCK)
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        dy, n = grads[0].contiguous(), gate.numel()
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        _swiglu_backward[(triton.cdiv(n, _BLOCK),)](dy, gate, up, dgate, dup, n, BLOCK=_BLOCK)
+        return dgate, dup
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(grads[0], cos, sin, -1.0), None, None
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float) -> torch.Tensor:
+    x = x.contiguous()
+    n_tok, n_heads, width = x.shape
+    y, half = torch.empty_like(x), width // 2
+    _rope[(n_tok,)](x, cos, sin, y, n_heads, sign, HALF=half, BLOCK=triton.next_power_of_2(n_heads * half))
+    return y
+
+
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(there, back)
+        return _moved(x, there)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _moved(grads[0], ctx.saved_tensors[1]), None, None
+
+
+def _moved(x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    x, n_rows = x.contiguous(), there.shape[0]
+    n = x.numel() // x.shape[0]
+    y = x.new_empty(n_rows, *x.shape[1:])
+    _rows[(n_rows, triton.cdiv(n, _BLOCK))](x, there, y, n, BLOCK=_BLOCK)
+    return y
+
+
+def moved(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+    """x [T, ...] -> [P, ...]: row i is x[there[i]], or zero where that is negative.
+
+    `back` [T] is the inverse (negative where a row goes nowhere), so that the gradient is a gather too, not a sum.
+    """
+    return _Moved.apply(x, there, back)  # pyright: ignore[reportReturnType]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., n] over its root mean square (Zhang and Sennrich 2019), times the frozen weight [n]; x's dtype."""
+    return _RmsNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (Shazeer 2020), both [..., n]."""
+    return _SwiGlu.apply(gate, up)  # pyright: ignore[reportReturnType]
+
+
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [T, heads, d] turned by its position (Su et al. 2021), halves paired as in Llama; cos and sin [T, d]."""
+    return _Rope.apply(x, cos.contiguous(), sin.contiguous())  # pyright: ignore[reportReturnType]
