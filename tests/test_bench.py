@@ -17,7 +17,7 @@ from fastconv.recipe import ModelSettings
 
 @pytest.mark.parametrize(
     ("kind", "size", "ways"),
-    [("train", 2, 2), ("score", 8, 2), ("stack", 1, 1), ("sample", 4, 1)],
+    [("train", 2, 2), ("behavior", 2, 2), ("group", 2, 1), ("score", 8, 2), ("stack", 1, 1), ("sample", 4, 1)],
 )
 def test_a_comparison_is_well_formed(tiny_qwen: Path, kind: str, size: int, ways: int) -> None:
     found = json.loads(json.dumps(bench(kind, str(tiny_qwen), device="cpu", size=size)))
@@ -51,7 +51,7 @@ def test_a_random_shape_is_the_named_one() -> None:
 
 
 def test_an_unknown_comparison(tiny_qwen: Path) -> None:
-    with pytest.raises(InputError, match="train, score, stack, sample, cell"):
+    with pytest.raises(InputError, match="train, behavior, group, score, stack, sample, cell"):
         bench("speed", str(tiny_qwen))
 
 

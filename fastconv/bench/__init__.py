@@ -17,7 +17,7 @@ from fastconv.recipe import ModelSettings
 
 __all__ = ["KINDS", "Comparison", "Subject", "bench", "compare", "subject"]
 
-KINDS = ("train", "score", "stack", "sample", "cell")
+KINDS = ("train", "behavior", "group", "score", "stack", "sample", "cell")
 
 
 def compare(kind: str, model: Subject, size: int | None = None) -> Comparison:
@@ -25,8 +25,8 @@ def compare(kind: str, model: Subject, size: int | None = None) -> Comparison:
 
     Raises InputError for an unknown kind.
     """
-    if kind == "train":
-        return bench_train(model, size or 8)
+    if kind in ("train", "behavior", "group"):
+        return bench_train(model, size or (8 if model.device.type == "cpu" else 48), kind)
     if kind == "score":
         return bench_score(model, size or 128)
     if kind == "stack":

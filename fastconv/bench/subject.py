@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RANDOM = "random:"
+#: How much a fresh head is scaled up, so that next-token distributions are about as sure as a trained model's.
+_SURENESS = 8.0
 
 
 @dataclass(frozen=True)
@@ -95,4 +97,8 @@ def _random_model(shape: ModelShape, attention: str, model: Subject) -> PreTrain
     config.head_dim = shape.head_dim
     with model.device:
         made = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
+        if (
+            not shape.tied
+        ):  # fresh heads are nearly indifferent, which no trained model is: draws would be made of it all
+            made.get_output_embeddings().weight.data.mul_(_SURENESS)
     return made.requires_grad_(False).eval()

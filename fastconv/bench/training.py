@@ -1,27 +1,150 @@
-"""Training steps: ours against SFTTrainer + PEFT (padded batches), with and without gradient checkpointing."""
+"""Training steps: ours against SFTTrainer + PEFT (padded batches), with and without gradient checkpointing.
+
+Three loads: `train` is convergence (one adapter, small batches), `behavior` a dropped-out adapter above a frozen one,
+`group` several convergence runs at once against the same runs one after another.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fastconv.bench.measure import Clock, Comparison, Peak, matmul_ceiling, measured, paired_ratio
+from fastconv.bench.measure import Clock, Comparison, Measured, Peak, matmul_ceiling, measured, paired_ratio
 from fastconv.bench.subject import Subject, ragged_rows, shape
 from fastconv.engine.reference import TrlOptions, train_with_trl
 from fastconv.engine.stack import Adapter, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, start, train
 from fastconv.recipe import TrainSettings
-from fastconv.shapes import ModelShape, Work, train_flops_per_tok
+from fastconv.shapes import Work, train_flops_per_tok
 
-#: Steps that are run and not counted: the first allocates and chooses kernels, in the second memory is watched (which
-#: costs time: what was freed is given back to the system first).
-WARM_UP = 2
-BATCH_ROWS, SHORTEST_TOK, LONGEST_TOK = 4, 20, 300
+
+@dataclass(frozen=True)
+class Load:
+    """What is trained: rows in a batch, the shortest and longest row (tokens), dropout, frozen adapters below, runs."""
+
+    kind: str
+    batch_rows: int
+    shortest_tok: int
+    longest_tok: int
+    dropout: float = 0.0
+    n_frozen: int = 0
+    n_jobs: int = 1
+
+
+#: By kind and device: a GPU gets the protocol's rows of 300 tokens on average, two cores ragged short ones.
+LOADS = {
+    ("train", "cpu"): Load("train", 4, 20, 300),
+    ("train", "cuda"): Load("train", 4, 200, 400),
+    ("behavior", "cpu"): Load("behavior", 4, 20, 120, 0.05, 1),
+    ("behavior", "cuda"): Load("behavior", 16, 200, 400, 0.05, 1),
+    ("group", "cpu"): Load("group", 2, 20, 80, n_jobs=3),
+    ("group", "cuda"): Load("group", 4, 200, 400, n_jobs=6),
+}
+#: Steps that are run and not counted. On a CPU the first allocates, in the second memory is watched; a GPU captures
+#: the sizes that it meets.
+WARM_UP = {"cpu": 2, "cuda": 24}
+#: Steps of the usual ways on a GPU, two of them uncounted: each takes about as long as the one before.
+USUAL_STEPS, USUAL_WARM_UP = 12, 2
 #: The usual ways, the first being the stronger one; as published had checkpointing on.
 WAYS = {"TRL padded": False, "TRL padded, checkpointing": True}
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Seconds of every counted step (or of all of them), their tokens, and the peak memory above what was resident."""
+
+    seconds: Sequence[float]
+    n_tok: int
+    peak: int | None
+
+
+def bench_train(model: Subject, n_steps: int, kind: str = "train") -> Comparison:
+    """`n_steps` optimizer steps of a load, counted in real tokens, not padding.
+
+    On a CPU each of our steps is timed right after the same step of theirs, so that a busy machine slows both; on a
+    GPU, which nobody disturbs, one model is held at a time and our steps are timed as a whole, as they overlap.
+    """
+    load = LOADS[kind, model.device.type]
+    ceiling = matmul_ceiling(model.device, model.dtype)
+    stack = Stack(model.base(), model.lora)
+    jobs = _jobs(stack, load, n_steps + WARM_UP[model.device.type])
+    form = shape(stack.base)
+    first = stack.new_adapter(*jobs[0].seed_parts)
+    ratios: dict[str, float] = {}
+    theirs: dict[str, _Run] = {}
+    if load.n_jobs > 1:
+        mine, theirs = _timed(stack, jobs), {"one after another": _in_turn(stack, jobs)}
+    elif model.device.type == "cpu":
+        pairs = {name: _interleaved(model, stack, jobs[0], first, again) for name, again in WAYS.items()}
+        mine = next(iter(pairs.values()))[0]
+        theirs = {name: usual for name, (_, usual) in pairs.items()}
+        ratios = {name: paired_ratio(usual.seconds, ours.seconds) for name, (ours, usual) in pairs.items()}
+    else:
+        mine = _timed(stack, jobs)
+        del stack
+        _free()
+        theirs = {name: _usual(model, jobs[0], first, again, USUAL_STEPS) for name, again in WAYS.items()}
+    work = Work(_mean_length(jobs[0]), _loss_share(jobs[0]), model.lora.r)
+    flops_per_tok = train_flops_per_tok(form, work)
+
+    def as_measured(name: str, run: _Run) -> Measured:
+        return measured(name, sum(run.seconds), run.n_tok, run.n_tok * flops_per_tok, ceiling, run.peak)
+
+    ours = as_measured("fastconv, packed" if load.n_jobs == 1 else "fastconv, together", mine)
+    usual = tuple(as_measured(name, run) for name, run in theirs.items())
+    ratios = ratios or {one.name: ours.per_s / one.per_s for one in usual}
+    return Comparison(
+        kind=load.kind, model=model.settings.id, device=model.device.type,
+        dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(), unit="tokens",
+        work=f"{n_steps} steps of {load.n_jobs} x {load.batch_rows} rows, {load.shortest_tok} to {load.longest_tok} "
+        f"tokens, dropout {load.dropout:g}, {load.n_frozen} frozen adapters below; {mine.n_tok} tokens",
+        ours=ours, usual=usual, ratio=next(iter(ratios.values())), ratios=ratios,
+        extra={"matmul_flops": ceiling, "flops_per_tok": flops_per_tok},
+    )  # fmt: skip
+
+
+def _jobs(stack: Stack, load: Load, n_steps: int) -> list[Job]:
+    settings = TrainSettings(lr=5e-5, epochs=1, batch_rows=load.batch_rows, dropout=load.dropout)
+    frozen = tuple(stack.new_adapter("frozen", place) for place in range(load.n_frozen))
+    for adapter in frozen:
+        adapter.flat.normal_(0.0, 0.01)
+    vocab = stack.base.head.weight.shape[0]
+    return [
+        Job(
+            "bench", ragged_rows(n_steps * load.batch_rows, vocab, load.shortest_tok, load.longest_tok, place),
+            settings, ("bench", 42 + place), frozen,
+        )
+        for place in range(load.n_jobs)
+    ]  # fmt: skip
+
+
+def _timed(stack: Stack, jobs: Sequence[Job]) -> _Run:
+    """Ours as a whole: all jobs together, warmed up, then one block of time."""
+    device = stack.base.device
+    trainees = [start(stack, job) for job in jobs]
+    warm_up, clock, peak = WARM_UP[device.type], Clock(device), Peak(device)
+    train(stack, trainees, Hooks(), until_step=warm_up)
+    with peak.watching(), clock.running():
+        train(stack, trainees, Hooks())
+    return _Run(clock.blocks, sum(_n_tok(job, warm_up, job.n_steps) for job in jobs), peak.bytes)
+
+
+def _in_turn(stack: Stack, jobs: Sequence[Job]) -> _Run:
+    runs = [_timed(stack, [job]) for job in jobs]
+    peaks = [run.peak for run in runs if run.peak is not None]
+    return _Run([sum(run.seconds) for run in runs], sum(run.n_tok for run in runs), max(peaks, default=None))
+
+
+def _interleaved(model: Subject, stack: Stack, job: Job, first: Adapter, checkpointing: bool) -> tuple[_Run, _Run]:
+    """(ours, theirs), step by step in turn, on a CPU."""
+    ours = _Ours(stack, start(stack, job), Clock(model.device), Peak(model.device))
+    usual = _usual(model, job, first, checkpointing, job.n_steps, ours)
+    warm_up = WARM_UP["cpu"]
+    return _Run(ours.clock.blocks[warm_up:], _n_tok(job, warm_up, job.n_steps), ours.peak.bytes), usual
 
 
 @dataclass
@@ -35,61 +158,15 @@ class _Ours:
 
     def step(self) -> None:
         """One optimizer step."""
-        watched = self.peak.watching() if self.trainee.step == WARM_UP - 1 else contextlib.nullcontext()
+        watched = self.peak.watching() if self.trainee.step == WARM_UP["cpu"] - 1 else contextlib.nullcontext()
         with watched, self.clock.running():
             train(self.stack, [self.trainee], Hooks(), until_step=self.trainee.step + 1)
 
 
-def bench_train(model: Subject, n_steps: int) -> Comparison:
-    """`n_steps` optimizer steps on ragged rows (20 to 300 tokens, batch 4), counted in real tokens, not padding.
-
-    On a CPU each of our steps is timed right after the same step of theirs, so that a busy machine slows both; on a
-    GPU, which nobody disturbs, one model is held at a time.
-    """
-    ceiling = matmul_ceiling(model.device, model.dtype)
-    stack = Stack(model.base(), model.lora)
-    rows = ragged_rows((n_steps + WARM_UP) * BATCH_ROWS, stack.base.head.weight.shape[0], SHORTEST_TOK, LONGEST_TOK)
-    job = Job("bench", rows, TrainSettings(lr=5e-5, epochs=1, batch_rows=BATCH_ROWS, dropout=0.0), ("bench", 42))
-    first, form = stack.new_adapter(*job.seed_parts), shape(stack.base)
-    if model.device.type == "cpu":
-        pairs = {name: _interleaved(model, stack, job, first, again) for name, again in WAYS.items()}
-        mine = next(iter(pairs.values()))[0]
-        theirs = {name: usual for name, (_, usual) in pairs.items()}
-        ratios = {name: paired_ratio(usual.seconds, ours.seconds) for name, (ours, usual) in pairs.items()}
-    else:
-        mine = _alone(stack, job)
-        del stack
-        _free()
-        theirs = {name: _usual(model, job, first, again) for name, again in WAYS.items()}
-        ratios = {name: paired_ratio(usual.seconds, mine.seconds) for name, usual in theirs.items()}
-    return _comparison(model, job, form, ceiling, mine, theirs, ratios)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Seconds of every counted step, and the peak memory of one (bytes above what was resident)."""
-
-    seconds: list[float]
-    peak: int | None
-
-
-def _interleaved(model: Subject, stack: Stack, job: Job, first: Adapter, checkpointing: bool) -> tuple[_Run, _Run]:
-    """(ours, theirs), step by step in turn."""
-    ours = _Ours(stack, start(stack, job), Clock(model.device), Peak(model.device))
-    usual = _usual(model, job, first, checkpointing, ours)
-    return _Run(ours.clock.blocks[WARM_UP:], ours.peak.bytes), usual
-
-
-def _alone(stack: Stack, job: Job) -> _Run:
-    device = stack.base.device
-    ours = _Ours(stack, start(stack, job), Clock(device), Peak(device))
-    for _ in range(job.n_steps):
-        ours.step()
-    return _Run(ours.clock.blocks[WARM_UP:], ours.peak.bytes)
-
-
-def _usual(model: Subject, job: Job, first: Adapter, checkpointing: bool, ours: _Ours | None = None) -> _Run:
-    """Their whole run; after each of their steps, one of `ours` if given."""
+def _usual(
+    model: Subject, job: Job, first: Adapter, checkpointing: bool, n_steps: int, ours: _Ours | None = None
+) -> _Run:
+    """Their run of `n_steps`; after each of their steps, one of `ours` if given."""
     seconds: list[float] = []
     peak, watched = Peak(model.device), contextlib.ExitStack()
 
@@ -98,35 +175,30 @@ def _usual(model: Subject, job: Job, first: Adapter, checkpointing: bool, ours: 
         watched.close()
         if ours is not None:
             ours.step()
-        if len(seconds) == WARM_UP - 1:
+        if len(seconds) == USUAL_WARM_UP - 1:
             watched.enter_context(peak.watching())
 
     plain = model.plain()
-    train_with_trl(plain, job, first, TrlOptions(gradient_checkpointing=checkpointing, on_step=on_step))
+    options = TrlOptions(gradient_checkpointing=checkpointing, on_step=on_step, until_step=n_steps)
+    train_with_trl(plain, job, first, options)
     del plain
     _free()
-    return _Run(seconds[WARM_UP:], peak.bytes)
+    return _Run(seconds[USUAL_WARM_UP:], _n_tok(job, USUAL_WARM_UP, n_steps), peak.bytes)
+
+
+def _n_tok(job: Job, begin: int, end: int) -> int:
+    return sum(len(job.rows[i].ids) for step in range(begin, end) for i in job.batch(step))
+
+
+def _mean_length(job: Job) -> float:
+    return sum(len(row.ids) for row in job.rows) / len(job.rows)
+
+
+def _loss_share(job: Job) -> float:
+    return sum(row.n_supervised for row in job.rows) / sum(len(row.ids) for row in job.rows)
 
 
 def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _comparison(
-    model: Subject, job: Job, form: ModelShape, ceiling: float, ours: _Run, theirs: dict[str, _Run],
-    ratios: dict[str, float],
-) -> Comparison:  # fmt: skip
-    counted = [job.rows[i] for step in range(WARM_UP, job.n_steps) for i in job.batch(step)]
-    n_tok = sum(len(row.ids) for row in counted)
-    work = Work(n_tok / len(counted), sum(row.n_supervised for row in counted) / n_tok, model.lora.r)
-    flops = n_tok * train_flops_per_tok(form, work)
-    return Comparison(
-        kind="train", model=model.settings.id, device=model.device.type, dtype=str(model.dtype).removeprefix("torch."),
-        threads=torch.get_num_threads(), unit="tokens",
-        work=f"{job.n_steps - WARM_UP} steps of {BATCH_ROWS} rows, {SHORTEST_TOK} to {LONGEST_TOK} tokens, {n_tok} in all",
-        ours=measured("fastconv, packed", sum(ours.seconds), n_tok, flops, ceiling, ours.peak),
-        usual=tuple(measured(name, sum(run.seconds), n_tok, flops, ceiling, run.peak) for name, run in theirs.items()),
-        ratio=next(iter(ratios.values())), ratios=ratios, extra={"matmul_flops": ceiling},
-    )  # fmt: skip

@@ -20,6 +20,7 @@ def quicken(model: nn.Module) -> int:
     """
     forwards: dict[str, Callable[..., Any]] = {"RMSNorm": _norm, "MLP": _mlp, "Attention": _attention}
     n_changed = 0
+    module: Any
     for module in model.modules():
         kind = type(module).__name__
         if not kind.startswith(("Llama", "Qwen2")):

@@ -45,7 +45,7 @@ def train(stack: Stack, trainees: Sequence[Trainee], hooks: Hooks, *, until_step
     """
     _assert_fp32(trainees)
     frozen = {id(adapter): adapter for trainee in trainees for adapter in trainee.job.frozen}
-    before = {key: adapter.sha256() for key, adapter in frozen.items()}
+    before = {key: adapter.flat.clone() for key, adapter in frozen.items()}
     try:
         while active := [t for t in trainees if not t.done and (until_step is None or t.step < until_step)]:
             _round(stack, active)
@@ -55,7 +55,7 @@ def train(stack: Stack, trainees: Sequence[Trainee], hooks: Hooks, *, until_step
     finally:
         for trainee in trainees:
             trainee.adapter.train(None)
-    if any(adapter.sha256() != before[key] for key, adapter in frozen.items()):
+    if not all(torch.equal(adapter.flat, before[key]) for key, adapter in frozen.items()):
         raise TrainingError("a frozen adapter changed", where=trainees[0].job.name, fix="report this defect")
 
 
