@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +16,13 @@ if importlib.util.find_spec("triton") is None:
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastconv.engine.adapter import Adapter
+from fastconv.engine.base import load_base
 from fastconv.engine.dropout import keep_mask
 from fastconv.engine.kernel import StackedKernel, Tiling
 from fastconv.engine.stack import Route, Slot, Stack, StackedLinear
 from fastconv.engine.train import Hooks, Job, start, token_seeds, train
 from fastconv.errors import ModelError, TrainingError
-from fastconv.recipe import LoraSettings
+from fastconv.recipe import LoraSettings, ModelSettings
 from tests.engine_kit import BEHAVIOR, live_logits, ragged_rows, random_adapter, tiny_stack, train_settings
 
 pytestmark = pytest.mark.fused
@@ -35,9 +35,8 @@ N_IN, N_OUT = 72, 40
 
 
 @pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    yield
 
 
 def adapter(r: int, seed: int, targets: tuple[str, ...] = ("q_proj", "o_proj"), n_in: int = N_IN, n_out: int = N_OUT):
@@ -61,7 +60,9 @@ def go_live(stacked: StackedLinear, slots: tuple[Slot, ...], lengths: tuple[int,
     """Put the slots on the layer's route, one row each; every trainable adapter gets a gradient of zeros."""
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     stacked.route.slots = slots
-    stacked.route.spans = tuple((end - n, end) for end, n in zip(ends, lengths, strict=True)) if len(slots) > 1 else None
+    stacked.route.spans = (
+        tuple((end - n, end) for end, n in zip(ends, lengths, strict=True)) if len(slots) > 1 else None
+    )
     stacked.route.dropout_seeds = token_seeds([(101 + 7 * i, n) for i, n in enumerate(lengths)], CPU)
     for slot in slots:
         if slot.trainable is not None:
@@ -78,8 +79,8 @@ def in_fp64(stacked: StackedLinear, x: torch.Tensor, dy: torch.Tensor) -> tuple[
     if stacked.base.bias is not None:
         y = y + stacked.base.bias.double()
     leaves, parts = [], []
-    for slot, (start, stop) in zip(route.slots, route.spans or ((0, len(x)),), strict=True):
-        part, rows = y[start:stop], wide[start:stop]
+    for slot, (begin, end) in zip(route.slots, route.spans or ((0, len(x)),), strict=True):
+        part, rows = y[begin:end], wide[begin:end]
         for one in slot.frozen:
             if NAME in one.weights:
                 a, b = (w.detach().double() for w in one.weights[NAME])
@@ -87,7 +88,7 @@ def in_fp64(stacked: StackedLinear, x: torch.Tensor, dy: torch.Tensor) -> tuple[
         if slot.trainable is not None and NAME in slot.trainable.weights:
             a, b = (w.detach().double().requires_grad_() for w in slot.trainable.weights[NAME])
             leaves += [a, b]
-            mask = keep_mask(route.dropout_seeds[start:stop], x.shape[1], stacked.salt, slot.dropout)
+            mask = keep_mask(route.dropout_seeds[begin:end], x.shape[1], stacked.salt, slot.dropout)
             exact = (mask > 0).double() / (1 - slot.dropout)
             part = part + slot.trainable.scale * ((rows * exact) @ a.t() @ b.t())
         parts.append(part)
@@ -277,8 +278,7 @@ def test_a_changed_adapter_is_read_again_in_the_next_block_or_on_refresh() -> No
     after = stacked(x)
     assert not torch.equal(before, after)
     one.flat.mul_(0.5)
-    stacked.route.slots = (slots[0],)[:]
-    stacked.route.slots = tuple(list(slots))
+    stacked.route.slots = (Slot((one,)),)
     assert torch.equal(stacked(x), before)
 
 
@@ -303,7 +303,60 @@ def test_without_a_gpu_or_the_interpreter_it_is_refused(monkeypatch: pytest.Monk
 
 def both(folder: Path) -> tuple[Stack, Stack]:
     """The same tiny base by torch's operations and by the kernel."""
-    plain = tiny_stack(folder)
-    stacked = Stack(tiny_stack(folder).base, plain.settings, kernel="plain")
+    plain, stacked = tiny_stack(folder), tiny_stack(folder)
     stacked.route.kernel = StackedKernel(CPU, replace(TILING, shrink_m=64, expand_m=64, expand_n=64, shrink_k=64))
     return plain, stacked
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_tiny_model_trains_as_by_torchs_operations(tiny_qwen: Path, dropout: float) -> None:
+    """Two jobs in one step, one above a frozen adapter, a few steps: losses, weights and the frozen adapter."""
+    outcomes = []
+    for stack in both(tiny_qwen):
+        snapshot = random_adapter(stack, 1)
+        settings = train_settings(dropout=dropout, lr=1e-2, batch_rows=2, epochs=1)
+        jobs = [
+            Job(name, ragged_rows(4, seed, longest=16), settings, (name, 42), below)
+            for name, seed, below in (("a", 1, (snapshot,)), ("b", 2, ()))
+        ]
+        trainees = [start(stack, job) for job in jobs]
+        train(stack, trainees, Hooks())
+        outcomes.append(trainees)
+    for plain, stacked in zip(*outcomes, strict=True):
+        assert plain.losses.tolist() == pytest.approx(stacked.losses.tolist(), abs=1e-5)
+        assert plain.norms.tolist() == pytest.approx(stacked.norms.tolist(), rel=1e-4)
+        assert float((plain.adapter.flat - stacked.adapter.flat).abs().max()) < 1e-4
+
+
+def test_live_logits_and_recomputed_activations(tiny_qwen: Path) -> None:
+    plain, stacked = both(tiny_qwen)
+    rows = [row.ids for row in ragged_rows(2, longest=12)]
+    pair = [random_adapter(plain, 1), random_adapter(plain, 2, BEHAVIOR)]
+    for one, other in zip(live_logits(plain, pair, rows), live_logits(stacked, pair, rows), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    job = Job("a", ragged_rows(2, 1, longest=12), train_settings(dropout=0.1, batch_rows=2, epochs=1), ("a", 42))
+    kept, again = start(stacked, job), start(stacked, job)
+    again.recomputes = True
+    train(stacked, [kept], Hooks())
+    train(stacked, [again], Hooks())
+    assert torch.equal(kept.adapter.flat, again.adapter.flat)
+
+
+def test_a_stack_takes_the_kernel_when_told(tiny_qwen: Path) -> None:
+    def kernel(choice) -> StackedKernel | None:
+        settings = ModelSettings.model_validate({"id": str(tiny_qwen), "device": "cpu", "dtype": "float32"})
+        return Stack(load_base(settings), BEHAVIOR, choice).route.kernel
+
+    assert isinstance(kernel("stacked"), StackedKernel)
+    assert kernel("auto") is kernel("plain") is None
+
+
+def test_the_comparison_is_well_formed(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastconv.bench import bench, kernels
+
+    monkeypatch.setattr(kernels, "ROUNDS", 1)
+    found = bench("kernel", str(tiny_qwen), device="cpu", dtype="float32", size=20)
+    assert found["kind"] == "kernel"
+    assert sum(line["per_block"] for line in found["extra"]["layers"]) == 7
+    for errors in found["extra"]["errors"]:
+        assert all(max(errors[way].values()) < 1e-5 for way in (kernels.PLAIN, *kernels.TILINGS))

@@ -90,6 +90,7 @@ class _Live:
 
     slots: tuple[Slot, ...]
     dtype: torch.dtype
+    seeded: bool
     drops: bool
     lows: tuple[tuple[_Low | None, _Low | None], ...]
     layers: Mapping[str, Places]
@@ -173,9 +174,7 @@ class StackedKernel:
     def _ready(self, route: Route, dtype: torch.dtype) -> _Live:
         """What is live now; made anew when the slots are others than last time."""
         live, seeded = self._live, route.dropout_seeds is not None
-        if live is None or live.slots is not route.slots or live.dtype != dtype or (live.drops and not seeded):
-            live = self._live = self._prepare(route.slots, dtype, seeded)
-        elif seeded and not live.drops and any(slot.dropout > 0 and slot.trainable for slot in route.slots):
+        if live is None or live.slots is not route.slots or (live.dtype, live.seeded) != (dtype, seeded):
             live = self._live = self._prepare(route.slots, dtype, seeded)
         return live
 
@@ -192,7 +191,7 @@ class StackedKernel:
             for (frozen, trained), rate in zip(lows, rates, strict=True)
         ]
         return _Live(
-            slots, dtype, any(rates), lows, self._tables[key], to_device(torch.tensor(scales), self.device),
+            slots, dtype, seeded, any(rates), lows, self._tables[key], to_device(torch.tensor(scales), self.device),
             to_device(torch.tensor([round(rate * 2**24) for rate in rates], dtype=torch.int32), self.device),
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from fastconv.engine import kernel_triton
 from fastconv.engine.kernel import Call
 
+#: Jitted functions look like plain ones to a type checker.
+_KERNELS = cast(Any, kernel_triton)
 #: Rows that one program of `finish_shrink` sums, and elements that one of `add_up` adds.
 _FINISH_ROWS, _ADD_ELEMENTS = 16, 1024
 #: Columns of `Places.table`: A of the frozen and the trainable part, B of both, the gradients of the trainable two.
@@ -59,14 +61,14 @@ def _shrink(x: torch.Tensor, call: Call, columns: tuple[int, int], seeds: torch.
     splits, width = -(-n_k // tiling.shrink_split), places.rank_f + places.rank_t
     partial = torch.empty(splits, n_tok, width, dtype=torch.float32, device=x.device)
     tiles = call.rows.shrink_tiles
-    kernel_triton.shrink[(len(tiles), splits)](
+    _KERNELS.shrink[(len(tiles), splits)](
         x, partial, tiles, places.table, call.thresholds, _or_any(seeds, tiles), call.salt, n_tok, n_k,
         FROZEN=columns[0], TRAINED=columns[1], ACROSS=columns == _B, RF=places.rank_f, RT=places.rank_t,
         DROPS=seeds is not None, M=tiling.shrink_m, K=tiling.shrink_k, ALIGNED=places.aligned,
         SPLIT=tiling.shrink_split,
     )  # fmt: skip
     out = torch.empty(n_tok, width, dtype=x.dtype, device=x.device)
-    kernel_triton.finish_shrink[(len(tiles), tiling.shrink_m // _FINISH_ROWS)](
+    _KERNELS.finish_shrink[(len(tiles), tiling.shrink_m // _FINISH_ROWS)](
         partial, out, tiles, call.scales, n_tok, RF=places.rank_f, RT=places.rank_t, SPLITS=splits, ROWS=_FINISH_ROWS
     )
     return out
@@ -76,7 +78,7 @@ def _expand(xa: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, call: 
     """y [T, out] = (y +) xa B^T (+ bias), in place."""
     tiles, places, tiling = call.rows.expand_tiles, call.places, call.tiling
     n_tok, n_out = y.shape
-    kernel_triton.expand[(len(tiles), -(-n_out // tiling.expand_n))](
+    _KERNELS.expand[(len(tiles), -(-n_out // tiling.expand_n))](
         xa, y, _or_any(bias, xa), tiles, places.table, n_tok, n_out, RF=places.rank_f, RT=places.rank_t,
         BIASED=bias is not None, ALIGNED=places.aligned, ADDS=adds, M=tiling.expand_m, N=tiling.expand_n,
     )  # fmt: skip
@@ -94,7 +96,7 @@ def _input_side(
         return
     n_partial = len(rows.chunks) * places.rank_t * n_in if wants_a else 0
     partial = torch.empty(n_partial, dtype=torch.float32, device=x.device)
-    kernel_triton.input_side[(len(rows.chunks), -(-n_in // tiling.chunk_n))](
+    _KERNELS.input_side[(len(rows.chunks), -(-n_in // tiling.chunk_n))](
         x, dxa, x if dx is None else dx, partial, rows.chunks, places.table, call.thresholds,
         _or_any(call.seeds, rows.chunks), call.salt, n_tok, n_in, RF=places.rank_f, RT=places.rank_t,
         DROPS=call.seeds is not None, WANTS_X=dx is not None, WANTS_A=wants_a, ALIGNED=places.aligned, ADDS=adds,
@@ -109,7 +111,7 @@ def _output_side(dy: torch.Tensor, xa: torch.Tensor, call: Call) -> None:
     rows, places, tiling = call.rows, call.places, call.tiling
     n_tok, n_out = dy.shape
     partial = torch.empty(len(rows.chunks) * places.rank_t * n_out, dtype=torch.float32, device=dy.device)
-    kernel_triton.output_side[(len(rows.chunks), -(-n_out // tiling.chunk_n))](
+    _KERNELS.output_side[(len(rows.chunks), -(-n_out // tiling.chunk_n))](
         dy, xa, partial, rows.chunks, places.table, n_tok, n_out, ALIGNED=places.aligned, RF=places.rank_f,
         RT=places.rank_t, M=tiling.chunk_m, N=tiling.chunk_n,
     )  # fmt: skip
@@ -118,7 +120,7 @@ def _output_side(dy: torch.Tensor, xa: torch.Tensor, call: Call) -> None:
 
 def _add_up(partial: torch.Tensor, call: Call, width: int, column: int) -> None:
     places, chunks_of = call.places, call.rows.chunks_of
-    kernel_triton.add_up[(len(chunks_of), -(-places.rank_t * width // _ADD_ELEMENTS))](
+    _KERNELS.add_up[(len(chunks_of), -(-places.rank_t * width // _ADD_ELEMENTS))](
         partial, chunks_of, places.table, width, AT=column, RT=places.rank_t, N=_ADD_ELEMENTS
     )
 

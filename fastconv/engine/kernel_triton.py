@@ -7,6 +7,8 @@ frozen part, A and B of the trainable part, the gradients of those two, and both
 fp32 in a fixed order; nothing is added atomically.
 """
 
+# pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
 import triton
@@ -180,7 +182,9 @@ def input_side(x, dxa, dx, partial, chunks, places, thresholds, seeds, salt, n_t
             if RF:
                 frozen = _rank_by_columns(_weights(places, slot, 0, element, ALIGNED), columns, n_in, rank_f, RF, False)
             if RT:
-                trained = _rank_by_columns(_weights(places, slot, 2, element, ALIGNED), columns, n_in, rank_t, RT, False)
+                trained = _rank_by_columns(
+                    _weights(places, slot, 2, element, ALIGNED), columns, n_in, rank_t, RT, False
+                )
         for first in range(start, stop, M):
             rows = first + tl.arange(0, M)
             live = rows < stop
@@ -230,7 +234,9 @@ def output_side(dy, xa, partial, chunks, places, n_tok, n_out,
             live = rows < stop
             inside = live[:, None] & (columns < n_out)[None, :]
             given = tl.load(dy + rows.to(tl.int64)[:, None] * n_out + columns[None, :], mask=inside, other=0.0)
-            low = tl.load(xa + rows.to(tl.int64)[:, None] * (RF + RT) + RF + ranks[None, :], mask=live[:, None], other=0.0)
+            low = tl.load(
+                xa + rows.to(tl.int64)[:, None] * (RF + RT) + RF + ranks[None, :], mask=live[:, None], other=0.0
+            )
             sums = tl.dot(tl.trans(given), low, sums, input_precision="ieee")
         out = partial + chunk.to(tl.int64) * RT * n_out + columns.to(tl.int64)[:, None] * rank_t + ranks[None, :]
         tl.store(out, sums, mask=(columns < n_out)[:, None] & (ranks < rank_t)[None, :])
