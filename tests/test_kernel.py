@@ -29,7 +29,7 @@ pytestmark = pytest.mark.fused
 
 CPU = torch.device("cpu")
 #: Small blocks, so that small sizes have several tiles, splits and chunks, none of them whole.
-TILING = Tiling(16, 16, 32, 16, 32, 32, 16, 16)
+TILING = Tiling(16, 16, 32, 2, 16, 32, 32, 16, 16)
 NAME, OTHER = "layer.q_proj", "layer.o_proj"
 N_IN, N_OUT = 72, 40
 
@@ -158,10 +158,10 @@ def test_the_default_tiling() -> None:
     check(layer(Tiling(), n_in=600, n_out=200), (Slot((next(pair),), next(pair), 0.05),), (300,))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.01), (torch.float16, 0.002)])
-def test_half_precision_accumulates_in_fp32(dtype: torch.dtype, tolerance: float) -> None:
+def test_half_precision_accumulates_in_fp32() -> None:
+    """In fp16; the interpreter multiplies bf16 as if its bits were integers, so that waits for a GPU (test_gpu)."""
     slot = Slot((adapter(8, 1),), adapter(8, 2), 0.1)
-    check(layer(dtype=dtype), (slot,), (45,), tolerance)
+    check(layer(dtype=torch.float16), (slot,), (45,), 0.002)
     assert slot.trainable is not None
     assert all(w.grad.dtype == torch.float32 for w in slot.trainable.weights[NAME])
 
@@ -269,9 +269,9 @@ def test_no_seeds_no_dropout() -> None:
 
 
 def test_a_changed_adapter_is_read_again_in_the_next_block_or_on_refresh() -> None:
-    stacked, one = layer(dtype=torch.bfloat16), adapter(8, 2)
+    stacked, one = layer(dtype=torch.float16), adapter(8, 2)
     slots = (Slot((one,)),)
-    x = go_live(stacked, slots, (20,)).bfloat16()
+    x = go_live(stacked, slots, (20,)).half()
     before = stacked(x)
     one.flat.mul_(2.0)
     stacked.route.kernel.refresh()
@@ -280,6 +280,26 @@ def test_a_changed_adapter_is_read_again_in_the_next_block_or_on_refresh() -> No
     one.flat.mul_(0.5)
     stacked.route.slots = (Slot((one,)),)
     assert torch.equal(stacked(x), before)
+
+
+def test_two_frozen_adapters_are_read_again_on_refresh_and_outlive_the_block() -> None:
+    stacked, pair = layer(dtype=torch.float16), (adapter(8, 2), adapter(4, 3))
+    x = go_live(stacked, (Slot(pair),), (20,)).half().requires_grad_()
+    y = stacked(x)
+    pair[1].flat.mul_(2.0)
+    stacked.route.kernel.refresh()
+    again = stacked(x)
+    assert not torch.equal(y, again)
+    stacked.route.kernel.release()
+    torch.full((4096,), float("nan"), dtype=torch.float16)  # would land where the joined weights lay
+    again.sum().backward()
+    exact = sum(one.scale * one.weights[NAME][1] @ one.weights[NAME][0] for one in pair) + stacked.base.weight.float()
+    assert torch.allclose(x.grad.float(), exact.sum(0).expand(20, -1), atol=0.05)
+
+
+def test_blocks_that_overlap_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiples"):
+        Tiling(shrink_k=64, shrink_split=32)
 
 
 def test_a_trainable_adapter_without_a_gradient_is_refused() -> None:
@@ -304,19 +324,18 @@ def test_without_a_gpu_or_the_interpreter_it_is_refused(monkeypatch: pytest.Monk
 def both(folder: Path) -> tuple[Stack, Stack]:
     """The same tiny base by torch's operations and by the kernel."""
     plain, stacked = tiny_stack(folder), tiny_stack(folder)
-    stacked.route.kernel = StackedKernel(CPU, replace(TILING, shrink_m=64, expand_m=64, expand_n=64, shrink_k=64))
+    stacked.route.kernel = StackedKernel(CPU, Tiling(64, 128, 128, 2, 64, 128, 64, 64, 128))
     return plain, stacked
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_tiny_model_trains_as_by_torchs_operations(tiny_qwen: Path, dropout: float) -> None:
+def test_a_tiny_model_trains_as_by_torchs_operations(tiny_qwen: Path) -> None:
     """Two jobs in one step, one above a frozen adapter, a few steps: losses, weights and the frozen adapter."""
     outcomes = []
     for stack in both(tiny_qwen):
         snapshot = random_adapter(stack, 1)
-        settings = train_settings(dropout=dropout, lr=1e-2, batch_rows=2, epochs=1)
+        settings = train_settings(dropout=0.1, lr=1e-2, batch_rows=1, epochs=1)
         jobs = [
-            Job(name, ragged_rows(4, seed, longest=16), settings, (name, 42), below)
+            Job(name, ragged_rows(3, seed, longest=12), settings, (name, 42), below)
             for name, seed, below in (("a", 1, (snapshot,)), ("b", 2, ()))
         ]
         trainees = [start(stack, job) for job in jobs]

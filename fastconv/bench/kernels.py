@@ -30,8 +30,8 @@ BASE, PLAIN, STACKED = "base product alone", "torch's operations", "stacked kern
 TILINGS: Mapping[str, Tiling] = MappingProxyType({
     STACKED: Tiling(),
     f"{STACKED}, base first": Tiling(order="base_first"),
-    f"{STACKED}, small blocks": Tiling(shrink_m=32, shrink_split=1024, chunk=128),
-    f"{STACKED}, large blocks": Tiling(shrink_split=1024, expand_m=128, chunk=512, chunk_n=128),
+    f"{STACKED}, small blocks": Tiling(shrink_m=32, shrink_split=1024, expand_n=64, chunk=128),
+    f"{STACKED}, large blocks": Tiling(shrink_split=1024, shrink_splits=4, expand_m=128, chunk=512, chunk_n=128),
 })  # fmt: skip
 #: Rounds in which every way is timed once, and the seconds that one of them should take on a GPU.
 ROUNDS, ROUND_S = 5, 0.02

@@ -34,7 +34,8 @@ class Tiling:
     """Sizes of the kernels' blocks: powers of two, at least 16. None depends on how many tokens a pass has, so that a
     row's result does not depend on what else is in the batch.
 
-    `shrink_m` x `shrink_k` tokens and channels at a time, `shrink_split` channels in one sum; `expand_m` x `expand_n`
+    `shrink_m` x `shrink_k` tokens and channels at a time, at least `shrink_split` channels in one sum and at most
+    `shrink_splits` sums; `expand_m` x `expand_n`
     of the output; weight gradients over `chunk_m` of at most `chunk` tokens at a time and `chunk_n` channels. `order`
     says whether the base's product is added to the branches' (their sum is then written once and read while the
     product is computed) or they to it.
@@ -43,12 +44,21 @@ class Tiling:
     shrink_m: int = 64
     shrink_k: int = 64
     shrink_split: int = 512
+    shrink_splits: int = 8
     expand_m: int = 64
     expand_n: int = 128
     chunk: int = 256
     chunk_m: int = 64
     chunk_n: int = 64
     order: Order = "branches_first"
+
+    def __post_init__(self) -> None:
+        if self.shrink_split % self.shrink_k or self.chunk % self.chunk_m or self.shrink_m % 16:
+            raise ValueError("shrink_split, chunk and shrink_m must be multiples of shrink_k, chunk_m and 16")
+
+    def split_of(self, n_k: int) -> int:
+        """Channels in one sum where there are `n_k`."""
+        return max(self.shrink_split, -(-n_k // (self.shrink_splits * self.shrink_k)) * self.shrink_k)
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class _Low:
+class Low:
     """Adapters in one tensor of the compute dtype: for each module the offsets of A and B in it, and the rank."""
 
     flat: torch.Tensor
@@ -85,14 +95,15 @@ class _Low:
 
 
 @dataclass(frozen=True)
-class _Live:
-    """The slots that are live, ready for the kernels. `scales` [slots, 2] fp32, `thresholds` [slots] int32."""
+class Live:
+    """The slots that are live, ready for the kernels. `scales` [slots, 2] fp32, `thresholds` [slots] int32; `lows`
+    keeps what `layers` points to."""
 
     slots: tuple[Slot, ...]
     dtype: torch.dtype
     seeded: bool
     drops: bool
-    lows: tuple[tuple[_Low | None, _Low | None], ...]
+    lows: tuple[tuple[Low | None, Low | None], ...]
     layers: Mapping[str, Places]
     scales: torch.Tensor
     thresholds: torch.Tensor
@@ -106,8 +117,7 @@ class Call:
     bias: torch.Tensor | None
     places: Places
     rows: Rows
-    scales: torch.Tensor
-    thresholds: torch.Tensor
+    live: Live
     seeds: torch.Tensor | None
     salt: int
     tiling: Tiling
@@ -128,7 +138,7 @@ class StackedKernel:
         default_factory=weakref.WeakKeyDictionary, repr=False
     )
     _tables: dict[Any, dict[str, Places]] = field(default_factory=dict, repr=False)
-    _live: _Live | None = None
+    _live: Live | None = None
     _rows: tuple[Any, Rows] | None = None
 
     def __post_init__(self) -> None:
@@ -153,7 +163,7 @@ class StackedKernel:
             return layer.base(x)
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         call = Call(
-            layer.base.weight, layer.base.bias, places, self._rows_of(route, len(flat)), live.scales, live.thresholds,
+            layer.base.weight, layer.base.bias, places, self._rows_of(route, len(flat)), live,
             route.dropout_seeds if live.drops else None, layer.salt, self.tiling,
         )  # fmt: skip
         trained = [
@@ -167,18 +177,25 @@ class StackedKernel:
 
     def refresh(self) -> None:
         """Read the live adapters' weights again, at the same addresses. No host synchronisation."""
-        if self._live is not None:
-            for slot in self._live.slots:
-                self._lows(slot, self._live.dtype)
+        if self._live is None:
+            return
+        for slot, (frozen, _) in zip(self._live.slots, self._live.lows, strict=True):
+            again, _ = self._lows(slot, self._live.dtype)
+            if frozen is not None and again is not None and len(slot.frozen) > 1:
+                frozen.flat.copy_(again.flat)
 
-    def _ready(self, route: Route, dtype: torch.dtype) -> _Live:
+    def release(self) -> None:
+        """Nothing is live any more; the next pass reads its weights anew."""
+        self._live = None
+
+    def _ready(self, route: Route, dtype: torch.dtype) -> Live:
         """What is live now; made anew when the slots are others than last time."""
         live, seeded = self._live, route.dropout_seeds is not None
         if live is None or live.slots is not route.slots or (live.dtype, live.seeded) != (dtype, seeded):
             live = self._live = self._prepare(route.slots, dtype, seeded)
         return live
 
-    def _prepare(self, slots: tuple[Slot, ...], dtype: torch.dtype, seeded: bool) -> _Live:
+    def _prepare(self, slots: tuple[Slot, ...], dtype: torch.dtype, seeded: bool) -> Live:
         rates = [slot.dropout if seeded and slot.trainable is not None else 0.0 for slot in slots]
         lows = tuple(self._lows(slot, dtype) for slot in slots)
         key = tuple((_key(slot, pair), rate) for slot, pair, rate in zip(slots, lows, rates, strict=True))
@@ -190,12 +207,12 @@ class StackedKernel:
             [frozen.scale if frozen else 0.0, trained.scale / (1.0 - rate) if trained else 0.0]
             for (frozen, trained), rate in zip(lows, rates, strict=True)
         ]
-        return _Live(
+        return Live(
             slots, dtype, seeded, any(rates), lows, self._tables[key], to_device(torch.tensor(scales), self.device),
             to_device(torch.tensor([round(rate * 2**24) for rate in rates], dtype=torch.int32), self.device),
         )  # fmt: skip
 
-    def _lows(self, slot: Slot, dtype: torch.dtype) -> tuple[_Low | None, _Low | None]:
+    def _lows(self, slot: Slot, dtype: torch.dtype) -> tuple[Low | None, Low | None]:
         """The slot's frozen adapters as one, and the trainable one, in this dtype."""
         frozen = None
         if len(slot.frozen) == 1:
@@ -204,7 +221,7 @@ class StackedKernel:
             frozen = _joined(slot.frozen, dtype)
         return frozen, None if slot.trainable is None else self._low(slot.trainable, dtype)
 
-    def _low(self, adapter: Adapter, dtype: torch.dtype) -> _Low:
+    def _low(self, adapter: Adapter, dtype: torch.dtype) -> Low:
         flat = adapter.flat.detach()
         if dtype != flat.dtype:
             kept = self._narrow.setdefault(adapter, {})
@@ -215,7 +232,7 @@ class StackedKernel:
         for module, (n_in, n_out) in adapter.sizes.items():
             offsets[module] = (at, at + r * n_in, r)
             at += r * (n_in + n_out)
-        return _Low(flat, offsets, adapter.scale)
+        return Low(flat, offsets, adapter.scale)
 
     def _rows_of(self, route: Route, n_tok: int) -> Rows:
         """The tables of this pass's tokens; one pass's layers all use the same."""
@@ -256,7 +273,7 @@ def _cut(spans: Sequence[tuple[int, int]], size: int, n: int) -> list[tuple[int,
     return pieces + [(0, 0, 0)] * (n - len(pieces))
 
 
-def _joined(adapters: Sequence[Adapter], dtype: torch.dtype) -> _Low:
+def _joined(adapters: Sequence[Adapter], dtype: torch.dtype) -> Low:
     """Frozen adapters as one: A stacked, B side by side with the scales in, module by module, those that have it."""
     parts: list[torch.Tensor] = []
     offsets: dict[str, tuple[int, int, int]] = {}
@@ -268,10 +285,10 @@ def _joined(adapters: Sequence[Adapter], dtype: torch.dtype) -> _Low:
         offsets[module] = (at, at + a.numel(), a.shape[0])
         at += a.numel() + b.numel()
         parts += [a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)]
-    return _Low(torch.cat(parts), offsets, 1.0)
+    return Low(torch.cat(parts), offsets, 1.0)
 
 
-def _key(slot: Slot, pair: tuple[_Low | None, _Low | None]) -> Any:
+def _key(slot: Slot, pair: tuple[Low | None, Low | None]) -> Any:
     """All that a slot's addresses follow from."""
     ranks = tuple((a.shape.r, a.shape.targets) for a in slot.adapters)
     starts = tuple(low.flat.data_ptr() if low else 0 for low in pair)
@@ -282,7 +299,7 @@ def _key(slot: Slot, pair: tuple[_Low | None, _Low | None]) -> Any:
 
 
 def _addresses(
-    slots: Sequence[Slot], lows: Sequence[tuple[_Low | None, _Low | None]], device: torch.device
+    slots: Sequence[Slot], lows: Sequence[tuple[Low | None, Low | None]], device: torch.device
 ) -> dict[str, Places]:
     """For every module that any slot's adapter targets, where its weights lie; one copy to the device for all."""
     modules = list(dict.fromkeys(module for pair in lows for low in pair if low for module in low.offsets))
@@ -298,7 +315,7 @@ def _addresses(
     }  # fmt: skip
 
 
-def _line(module: str, slot: Slot, pair: tuple[_Low | None, _Low | None]) -> list[int]:
+def _line(module: str, slot: Slot, pair: tuple[Low | None, Low | None]) -> list[int]:
     """A row of `Places.table`."""
     addresses, ranks, grads = [], [], [0, 0]
     for low in pair:

@@ -58,18 +58,27 @@ def _shrink(x: torch.Tensor, call: Call, columns: tuple[int, int], seeds: torch.
     """Scaled products [T, ranks] of x [T, n] with A (dropping out where there are seeds), or with B transposed."""
     places, tiling = call.places, call.tiling
     n_tok, n_k = x.shape
-    splits, width = -(-n_k // tiling.shrink_split), places.rank_f + places.rank_t
+    split, width = tiling.split_of(n_k), places.rank_f + places.rank_t
+    splits = -(-n_k // split)
     partial = torch.empty(splits, n_tok, width, dtype=torch.float32, device=x.device)
     tiles = call.rows.shrink_tiles
     _KERNELS.shrink[(len(tiles), splits)](
-        x, partial, tiles, places.table, call.thresholds, _or_any(seeds, tiles), call.salt, n_tok, n_k,
+        x, partial, tiles, places.table, call.live.thresholds, _or_any(seeds, tiles), call.salt, n_tok, n_k,
         FROZEN=columns[0], TRAINED=columns[1], ACROSS=columns == _B, RF=places.rank_f, RT=places.rank_t,
         DROPS=seeds is not None, M=tiling.shrink_m, K=tiling.shrink_k, ALIGNED=places.aligned,
-        SPLIT=tiling.shrink_split,
+        SPLIT=split,
     )  # fmt: skip
     out = torch.empty(n_tok, width, dtype=x.dtype, device=x.device)
     _KERNELS.finish_shrink[(len(tiles), tiling.shrink_m // _FINISH_ROWS)](
-        partial, out, tiles, call.scales, n_tok, RF=places.rank_f, RT=places.rank_t, SPLITS=splits, ROWS=_FINISH_ROWS
+        partial,
+        out,
+        tiles,
+        call.live.scales,
+        n_tok,
+        RF=places.rank_f,
+        RT=places.rank_t,
+        SPLITS=splits,
+        ROWS=_FINISH_ROWS,
     )
     return out
 
@@ -97,7 +106,7 @@ def _input_side(
     n_partial = len(rows.chunks) * places.rank_t * n_in if wants_a else 0
     partial = torch.empty(n_partial, dtype=torch.float32, device=x.device)
     _KERNELS.input_side[(len(rows.chunks), -(-n_in // tiling.chunk_n))](
-        x, dxa, x if dx is None else dx, partial, rows.chunks, places.table, call.thresholds,
+        x, dxa, x if dx is None else dx, partial, rows.chunks, places.table, call.live.thresholds,
         _or_any(call.seeds, rows.chunks), call.salt, n_tok, n_in, RF=places.rank_f, RT=places.rank_t,
         DROPS=call.seeds is not None, WANTS_X=dx is not None, WANTS_A=wants_a, ALIGNED=places.aligned, ADDS=adds,
         M=tiling.chunk_m, N=tiling.chunk_n,

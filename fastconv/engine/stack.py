@@ -162,6 +162,8 @@ class Stack:
             yield
         finally:
             self.route.slots, self.route.spans, self.route.dropout_seeds = before
+            if self.route.kernel is not None:
+                self.route.kernel.release()
 
     @torch.no_grad()
     def probe(self) -> Probe:
