@@ -296,11 +296,11 @@ def export(
 @app.command()
 @_answered
 def bench(
-    kind: Annotated[str, typer.Argument(help="train, behavior, group, score, stack, sample or cell")],
+    kind: Annotated[str, typer.Argument(help="train, behavior, group, score, stack, sample, cell or kernel")],
     model: Annotated[
         str, typer.Option("--model", help="As in a recipe, or random:qwen2.5-7b for speed and memory")
     ] = "builtin:smollm2",
-    size: Annotated[int | None, typer.Option("--size", min=1, help="Steps, questions, swaps or rows")] = None,
+    size: Annotated[int | None, typer.Option("--size", min=1, help="Steps, questions, swaps, rows or tokens")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure ours against the usual way in one call: rates, memory, bytes written, share of the matmul ceiling."""

@@ -51,7 +51,7 @@ def test_a_random_shape_is_the_named_one() -> None:
 
 
 def test_an_unknown_comparison(tiny_qwen: Path) -> None:
-    with pytest.raises(InputError, match="train, behavior, group, score, stack, sample, cell"):
+    with pytest.raises(InputError, match="train, behavior, group, score, stack, sample, cell, kernel"):
         bench("speed", str(tiny_qwen))
 
 
@@ -64,3 +64,10 @@ def test_the_instruments() -> None:
     assert len(clock.blocks) == 1
     assert peak.bytes is None or 60e6 < peak.bytes < 300e6
     assert paired_ratio([2.0, 30.0, 3.0], [1.0, 1.0, 1.0]) == 3.0
+
+
+def test_the_kernel_is_compared_on_a_gpu_only(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ModelError, match=r"cannot run: (triton is not installed|it needs a GPU)") as error:
+        bench("kernel", str(tiny_qwen), device="cpu")
+    assert "\n" not in str(error.value)

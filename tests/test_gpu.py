@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastconv.bench import bench, kernels
 from fastconv.engine import train as loop
 from fastconv.engine.base import load_base
+from fastconv.engine.kernel import StackedKernel
 from fastconv.engine.sample import sample
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.stack import Slot, Stack
@@ -117,3 +119,23 @@ def test_a_step_never_makes_the_host_wait(tiny_qwen: Path) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert waits == []
+
+
+def test_the_stacked_kernel_trains_as_torchs_operations(tiny_qwen: Path) -> None:
+    plain, stacked = (stack_on("cuda", tiny_qwen) for _ in range(2))
+    stacked.route.kernel = StackedKernel(stacked.base.device)
+    one, other = trained(plain, 0.05), trained(stacked, 0.05)
+    assert one.losses.tolist() == pytest.approx(other.losses.tolist(), abs=1e-5)
+    assert torch.allclose(one.adapter.flat, other.adapter.flat, atol=1e-4)
+    assert torch.equal(trained(stacked, 0.05).adapter.flat, other.adapter.flat)
+
+
+@pytest.mark.parametrize("case", [(300, 1), (777, 3)], ids=["one_slot", "three_slots"])
+def test_the_stacked_kernel_in_bf16_errs_no_more_than_torchs_operations(
+    monkeypatch: pytest.MonkeyPatch, case: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(kernels, "CASES", (case,))
+    found = bench("kernel", "random:smollm2-135m", device="cuda", dtype="bfloat16")
+    for errors in found["extra"]["errors"]:
+        for way in kernels.TILINGS:
+            assert all(error < 1.5 * errors[kernels.PLAIN][key] + 1e-4 for key, error in errors[way].items()), way

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from fastconv.bench.kernels import bench_kernel
 from fastconv.bench.measure import Comparison
 from fastconv.bench.sampling import bench_sample
 from fastconv.bench.scoring import bench_score
@@ -17,11 +18,11 @@ from fastconv.recipe import ModelSettings
 
 __all__ = ["KINDS", "Comparison", "Subject", "bench", "compare", "subject"]
 
-KINDS = ("train", "behavior", "group", "score", "stack", "sample", "cell")
+KINDS = ("train", "behavior", "group", "score", "stack", "sample", "cell", "kernel")
 
 
 def compare(kind: str, model: Subject, size: int | None = None) -> Comparison:
-    """Run one comparison. `size` is its number of steps, questions, swaps or rows; None takes the documented one.
+    """Run one comparison. `size` is its number of steps, questions, swaps, rows or tokens; None takes the documented one.
 
     Raises InputError for an unknown kind.
     """
@@ -35,6 +36,8 @@ def compare(kind: str, model: Subject, size: int | None = None) -> Comparison:
         return bench_sample(model, size or 64)
     if kind == "cell":
         return bench_cell(model)
+    if kind == "kernel":
+        return bench_kernel(model, size)
     raise InputError(f"no comparison is called {kind!r}", where="bench", fix=f"use one of {', '.join(KINDS)}")
 
 

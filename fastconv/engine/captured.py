@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from fastconv.engine.attention import Padded
 from fastconv.engine.batch import Batch, Sizes
+from fastconv.engine.stack import Stack
 
 #: What sizes are rounded up to. Padding costs matrix products, more sizes cost captures.
 _TOK_STEP, _WIDTH_STEP, _SUPERVISED_STEP = 256, 256, 512
@@ -22,17 +24,19 @@ _MAX_GRAPHS = 64
 
 @dataclass(frozen=True)
 class _Graph:
-    """A captured micro-step, its inputs, and the loss it leaves [1]."""
+    """A captured micro-step, its inputs, the loss it leaves [1], and what its kernels point to."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Batch
     loss: torch.Tensor
+    held: Any
 
 
 class CapturedSteps:
-    """The micro-steps of one trainee. `step(batch, totals)` runs one, accumulates gradients, adds the loss."""
+    """The micro-steps of one trainee. `step(batch, totals)`, under the live stack, accumulates gradients and loss."""
 
-    def __init__(self, step: Callable[[Batch, torch.Tensor], None]) -> None:
+    def __init__(self, stack: Stack, step: Callable[[Batch, torch.Tensor], None]) -> None:
+        self._stack = stack
         self._step = step
         self._seen: set[tuple[int, ...]] = set()
         self._graphs: dict[tuple[int, ...], _Graph] = {}
@@ -47,13 +51,16 @@ class CapturedSteps:
         key = _sizes_of(batch)
         if key not in self._seen or (key not in self._graphs and len(self._graphs) >= _MAX_GRAPHS):
             self._seen.add(key)
-            self._step(batch, totals)
+            with self._stack.live(*batch.slots, spans=batch.spans, dropout_seeds=batch.seeds):
+                self._step(batch, totals)
             return
         if key not in self._graphs:
             self._graphs[key] = self._captured(batch)
         captured = self._graphs[key]
         for target, given in zip(_tensors(captured.inputs), _tensors(batch), strict=True):
             target.copy_(given, non_blocking=True)
+        if self._stack.route.kernel is not None:
+            self._stack.route.kernel.take_up(captured.held)
         captured.graph.replay()
         totals.add_(captured.loss)
 
@@ -62,10 +69,16 @@ class CapturedSteps:
         loss = torch.zeros(1, device=batch.ids.device)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-        with torch.cuda.graph(graph, pool=pool):
-            loss.zero_()
-            self._step(inputs, loss)
-        return _Graph(graph, inputs, loss)
+        kernel, held = self._stack.route.kernel, None
+        with self._stack.live(*inputs.slots, spans=inputs.spans, dropout_seeds=inputs.seeds):
+            if kernel is not None:  # its tables come from the host, which a graph cannot wait for
+                kernel.prepare(self._stack.route, self._stack.base.dtype, inputs.ids.shape[0])
+            with torch.cuda.graph(graph, pool=pool):
+                loss.zero_()
+                self._step(inputs, loss)
+            if kernel is not None:
+                held = kernel.held()
+        return _Graph(graph, inputs, loss, held)
 
 
 def rounded_sizes(lengths: Sequence[int], n_supervised: int) -> Sizes:

@@ -10,6 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from fastconv.draws import seed_of
 from fastconv.engine.adapter import Adapter, parse_adapter
 from fastconv.engine.base import Base, pack
 from fastconv.engine.dropout import keep_mask
+from fastconv.engine.kernel import StackedKernel
 from fastconv.errors import AdapterError, TrainingError
 from fastconv.recipe import LoraSettings
 
@@ -28,6 +30,8 @@ _PROBE_ROWS, _PROBE_TOK = 3, 8
 _PROBE_KEPT = 16
 #: How far the logits of one stack may lie apart on two occasions, by the base's precision.
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+KernelChoice = Literal["auto", "plain", "stacked"]
 
 
 @dataclass
@@ -50,12 +54,13 @@ class Route:
 
     `spans[i]` is the token range of `slots[i]`, together they cover the pass; None sends all tokens through the only
     slot. `dropout_seeds` [T] (int32) is one seed per token, so that a mask depends on the row and the step alone,
-    never on what else is in the batch.
+    never on what else is in the batch. `kernel` computes the branches where there is one, else torch's operations do.
     """
 
     slots: tuple[Slot, ...] = ()
     spans: tuple[tuple[int, int], ...] | None = None
     dropout_seeds: torch.Tensor | None = None
+    kernel: StackedKernel | None = None
 
 
 class StackedLinear(nn.Module):
@@ -71,6 +76,9 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., T, in] -> [..., T, out]."""
+        kernel = self.route.kernel
+        if kernel is not None and self.route.slots and kernel.serves(self, x):
+            return kernel.forward(self, x)
         y = self.base(x)
         if not self.route.slots:
             return y
@@ -109,12 +117,16 @@ class Probe:
 
 
 class Stack:
-    """The live adapters of a base. One per base; made once, it replaces the target layers by stacked ones."""
+    """The live adapters of a base. One per base; made once, it replaces the target layers by stacked ones.
 
-    def __init__(self, base: Base, settings: LoraSettings) -> None:
+    `kernel` says what computes the branches: "plain" torch's operations, "stacked" the Triton kernel (ModelError where
+    it cannot run), "auto" the plain ones.
+    """
+
+    def __init__(self, base: Base, settings: LoraSettings, kernel: KernelChoice = "auto") -> None:
         self.base = base
         self.settings = settings
-        self.route = Route()
+        self.route = Route(kernel=StackedKernel(base.device) if kernel == "stacked" else None)
         self.sizes = _install(base, settings, self.route)
         self.tied = tied_layers(base)
         self.base_probe = self.probe()
@@ -142,14 +154,21 @@ class Stack:
         return Adapter(adapter.shape, adapter.base, adapter.sizes, adapter.flat.to(self.base.device))
 
     @contextlib.contextmanager
-    def live(self, *slots: Slot) -> Iterator[None]:
+    def live(
+        self,
+        *slots: Slot,
+        spans: tuple[tuple[int, int], ...] | None = None,
+        dropout_seeds: torch.Tensor | None = None,
+    ) -> Iterator[None]:
         """Make these slots live inside the block; outside, the base is bare again. Milliseconds, no copies."""
         before = self.route.slots, self.route.spans, self.route.dropout_seeds
-        self.route.slots, self.route.spans, self.route.dropout_seeds = tuple(slots), None, None
+        self.route.slots, self.route.spans, self.route.dropout_seeds = tuple(slots), spans, dropout_seeds
         try:
             yield
         finally:
             self.route.slots, self.route.spans, self.route.dropout_seeds = before
+            if self.route.kernel is not None:
+                self.route.kernel.release()
 
     @torch.no_grad()
     def probe(self) -> Probe:

@@ -158,19 +158,23 @@ def _captured(stack: Stack, active: Sequence[Trainee]) -> CapturedSteps | None:
         return None
     (trainee,) = active
     if trainee.captured is None:
-        trainee.captured = CapturedSteps(partial(_micro_step, stack))
+        trainee.captured = CapturedSteps(stack, partial(_forward_backward, stack))
     return trainee.captured
 
 
 def _micro_step(stack: Stack, batch: Batch, totals: torch.Tensor) -> None:
     """Forward and backward of one packed micro-batch; adds each trainee's share of the loss to `totals`."""
-    with stack.live(*batch.slots):
-        stack.route.spans, stack.route.dropout_seeds = batch.spans, batch.seeds
-        hidden = stack.base.hidden(batch.ids, batch.positions, batch.layout)
-        loss, losses = weighted_cross_entropy(
-            hidden.index_select(0, batch.take), stack.base.head.weight, batch.targets, batch.weights
-        )
-        loss.backward()
+    with stack.live(*batch.slots, spans=batch.spans, dropout_seeds=batch.seeds):
+        _forward_backward(stack, batch, totals)
+
+
+def _forward_backward(stack: Stack, batch: Batch, totals: torch.Tensor) -> None:
+    """The micro-step itself, under the stack that is live."""
+    hidden = stack.base.hidden(batch.ids, batch.positions, batch.layout)
+    loss, losses = weighted_cross_entropy(
+        hidden.index_select(0, batch.take), stack.base.head.weight, batch.targets, batch.weights
+    )
+    loss.backward()
     totals.index_add_(0, batch.owners, losses * batch.weights)
 
 
