@@ -12,15 +12,16 @@ import json
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import httpx
 
 from fastconv.engine.sample import Drawn
 from fastconv.errors import SamplerError
 from fastconv.recipe import SamplingSettings
+
+T = TypeVar("T")
 
 #: Sendings of one request; between them the client waits as the server asks, or twice as long each time.
 ATTEMPTS = 5
@@ -63,7 +64,7 @@ class Client:
 
     def close(self) -> None:
         """Drop what is under way and close the connections."""
-        asyncio.run_coroutine_threadsafe(self._http.aclose(), self._loop).result()
+        self._in_loop(self._http.aclose())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -108,7 +109,7 @@ class Client:
     ) -> Iterator[tuple[int, Any]]:
         """(place, reply) of every body as it comes. Whatever ends this early drops what is under way."""
         done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        asking = asyncio.run_coroutine_threadsafe(self._ask_all(enumerate(bodies), done), self._loop)
+        asking = self._in_loop(self._begin(enumerate(bodies), done))
         heard_at = time.monotonic()
         try:
             while n:
@@ -116,7 +117,7 @@ class Client:
                     one = done.get(timeout=_LOOK_S)
                 except queue.Empty:
                     if asking.done() and done.empty():
-                        asking.result()
+                        asking.result()  # raises: it ended before all were answered
                     if not self._server.alive:
                         raise self._server.lost("the vLLM server is gone") from None
                     if time.monotonic() - heard_at > self._stall_s:
@@ -127,9 +128,16 @@ class Client:
                 n -= 1
                 yield one
         finally:
-            asking.cancel()
-            with contextlib.suppress(CancelledError, SamplerError):
-                asking.result()
+            self._in_loop(_end(asking))
+
+    def _in_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` in the client's thread and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _begin(
+        self, bodies: Iterator[tuple[int, Any]], done: queue.SimpleQueue[tuple[int, Any]]
+    ) -> asyncio.Task[None]:
+        return asyncio.create_task(self._ask_all(bodies, done))
 
     async def _ask_all(self, bodies: Iterator[tuple[int, Any]], done: queue.SimpleQueue[tuple[int, Any]]) -> None:
         async def work() -> None:
@@ -171,11 +179,17 @@ class Client:
         """Sent once: a name that was taken, though the answer got lost, must not be sent again."""
         sending = self._http.post(path, content=json.dumps(body), timeout=_ADAPTER_S)
         try:
-            reply = asyncio.run_coroutine_threadsafe(sending, self._loop).result()
+            reply = self._in_loop(sending)
         except httpx.TransportError as error:
             raise self._server.lost(f"{path} failed ({type(error).__name__})") from None
         if reply.status_code != 200:
             raise _refused(self._server.url, f"{path} answered {reply.status_code}: {_message(reply)}")
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait until it has let go of its connections."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 def _drawn(reply: Any, model: str, prompt: Sequence[int], stop_ids: Sequence[int]) -> Drawn:
