@@ -10,8 +10,6 @@ from importlib import metadata
 from pathlib import Path
 
 from fastconv.engine.locate import builtin_gguf, engine_identity, locate
-from fastconv.engine.room import lora_rank, stacked_rank
-from fastconv.engine.serve import server_command
 from fastconv.errors import FastconvError, ModelError, StoreError
 from fastconv.graph import Graph
 from fastconv.recipe import ModelSettings, Recipe
@@ -84,6 +82,9 @@ def _workspace(folder: Path) -> Finding:
 
 
 def _sampler(recipe: Recipe) -> Finding:
+    from fastconv.engine.room import lora_rank, stacked_rank
+    from fastconv.engine.serve import server_command
+
     command = server_command(engine_identity(recipe.model)["device"])
     return Finding("sampler", f"{' '.join(command)}, stacks of rank {lora_rank(stacked_rank(recipe))}")
 

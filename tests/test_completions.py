@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from pathlib import Path
@@ -160,11 +161,9 @@ def test_a_server_that_died_between_two_calls(fake: Fake, tmp_path: Path) -> Non
     with fake.client() as client:
         client.complete("base", prompts(4), range(4), SETTINGS, STOPS)
         pids = fake.pids
-        import os
-
         os.kill(pids[0], 9)
         until(lambda: not running(pids[0]), 5)
-        with pytest.raises(SamplerError, match="/v1/load_lora_adapter failed|ended by itself"):
+        with pytest.raises(SamplerError, match=r"/v1/load_lora_adapter failed|ended by itself"):
             client.load("stack-1", adapter(tmp_path, 4))
         with pytest.raises(SamplerError, match="ended by itself"):
             client.complete("base", prompts(4), range(4), SETTINGS, STOPS)

@@ -112,7 +112,7 @@ def test_another_server_at_the_port_is_not_ours(fake: Fake, monkeypatch: pytest.
     try:
         port = int(other.url.rsplit(":", 1)[1])
         monkeypatch.setattr("fastconv.engine.serve._free_port", lambda: port)
-        with pytest.raises(SamplerError, match="not our vLLM server|ended by itself"):
+        with pytest.raises(SamplerError, match=r"not our vLLM server|ended by itself"):
             fake.server(folder=fake.folder / "mine", log=fake.folder / "mine.log")
     finally:
         other.close()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fastconv.doctor import examine
+from fastconv.engine.sample import sample
 from fastconv.engine.sampler import LOG_FILE, Served
 from fastconv.engine.stack import Slot
 from fastconv.errors import ModelError, RecipeError, SamplerError
@@ -19,7 +20,7 @@ from fastconv.recipe import Recipe, SamplingSettings, parse_recipe
 from fastconv.run import run_recipe
 from fastconv.store import Store
 from tests.engine_kit import random_adapter, tiny_stack
-from tests.loop_kit import Heard, adapters, exit_of, forked, kill, records, run_tiny, tiny_recipe, until
+from tests.loop_kit import Heard, exit_of, forked, kill, records, run_tiny, tiny_recipe, until
 from tests.serve_kit import Fake, fake, running
 
 __all__ = ["fake"]
@@ -49,31 +50,20 @@ def test_the_resident_sampler_stands_in_no_key(tiny_qwen: Path) -> None:
             assert theirs.inputs["sampler"] == "vllm"
 
 
-def test_no_key_of_a_shipped_recipe_has_changed() -> None:
-    """The stages of the demo as they were before there was another sampler."""
-    from fastconv.graph import find_recipe
-    from fastconv.recipe import load_recipe
-
-    stages = {stage.slot: stage for stage in Graph(load_recipe(find_recipe("demo"))).stages()}
-    drawn = [stage for stage in stages.values() if "sampling" in stage.inputs]
-    assert drawn
-    assert all(set(stage.inputs) & {"sampler"} == set() for stage in drawn)
-
-
+@pytest.mark.slow
 def test_a_server_with_the_same_engine_gives_the_same_run(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
+    """Bare base for bare base; behaviors start from weights drawn by key, so their adapters are others."""
     fake.script(engine=True)
     before = shm()
     finished, _ = run_tiny(served(tiny_qwen), tmp_path / "served")
     resident, _ = run_tiny(tiny_recipe(tiny_qwen), tmp_path / "resident")
     mine = completions(served(tiny_qwen), tmp_path / "served")
     theirs = completions(tiny_recipe(tiny_qwen), tmp_path / "resident")
-    assert sum(map(len, mine.values())) > 100
-    assert mine == theirs
-    assert [v.body() | {"rows": 0} for v in finished.verdicts] == [v.body() | {"rows": 0} for v in resident.verdicts]
-    assert (
-        adapters(served(tiny_qwen), tmp_path / "served").keys()
-        == adapters(tiny_recipe(tiny_qwen), tmp_path / "resident").keys()
-    )
+    assert mine.keys() == theirs.keys()
+    bare = [slot for slot in mine if slot.startswith(("answers/", "eval/base/"))]
+    assert sum(len(mine[slot]) for slot in bare) > 30
+    assert {slot: mine[slot] for slot in bare} == {slot: theirs[slot] for slot in bare}
+    assert [verdict.gate for verdict in finished.verdicts] == [verdict.gate for verdict in resident.verdicts]
     assert not any(map(running, fake.pids))
     assert shm() == before
 
@@ -112,8 +102,6 @@ def test_a_stack_reaches_the_server_whole(tiny_qwen: Path, fake: Fake) -> None:
         for live in ((), (first,), (first, second), (second,), (first, second)):
             with stack.live(*([Slot(frozen=live)] if live else [])):
                 mine = sampler.draw(prompts, range(12), settings, lambda n_tok: None)
-                from fastconv.engine.sample import sample
-
                 assert mine == sample(stack.base, prompts, list(range(12)), settings)
             found.append(mine)
             files = sorted(path.name for path in server.folder.iterdir())
@@ -143,9 +131,12 @@ def test_a_server_that_dies_midway_stops_the_run_and_the_next_one_goes_on(
 
 
 def test_a_server_that_dies_while_we_train(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
+    """What is being trained is finished and kept; only what needs the server cannot go on."""
     killed: list[int] = []
+    trained: set[str] = set()
 
     def on_progress(progress: Any) -> None:
+        trained.update([progress.slot] * (progress.unit == "steps"))
         if progress.unit == "steps" and not killed:
             killed.append(fake.pids[0])
             os.kill(killed[0], 9)
@@ -153,8 +144,8 @@ def test_a_server_that_dies_while_we_train(tiny_qwen: Path, tmp_path: Path, fake
 
     with pytest.raises(SamplerError):
         run_recipe(served(tiny_qwen), tmp_path / "work", Heard(on_progress))
-    assert killed
-    assert any("snapshot" in slot for slot in records(served(tiny_qwen), tmp_path / "work"))
+    assert len(trained) == 1
+    assert trained < set(records(served(tiny_qwen), tmp_path / "work"))
 
 
 def test_a_server_that_cannot_start_stops_the_run_before_the_base_is_loaded(
