@@ -109,7 +109,7 @@ class Client:
     ) -> Iterator[tuple[int, Any]]:
         """(place, reply) of every body as it comes. Whatever ends this early drops what is under way."""
         done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        asking = self._in_loop(self._begin(enumerate(bodies), done))
+        asking = self._in_loop(self._begin(enumerate(bodies), min(n, self._n), done))
         heard_at = time.monotonic()
         try:
             while n:
@@ -135,16 +135,18 @@ class Client:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _begin(
-        self, bodies: Iterator[tuple[int, Any]], done: queue.SimpleQueue[tuple[int, Any]]
+        self, bodies: Iterator[tuple[int, Any]], n_workers: int, done: queue.SimpleQueue[tuple[int, Any]]
     ) -> asyncio.Task[None]:
-        return asyncio.create_task(self._ask_all(bodies, done))
+        return asyncio.create_task(self._ask_all(bodies, n_workers, done))
 
-    async def _ask_all(self, bodies: Iterator[tuple[int, Any]], done: queue.SimpleQueue[tuple[int, Any]]) -> None:
+    async def _ask_all(
+        self, bodies: Iterator[tuple[int, Any]], n_workers: int, done: queue.SimpleQueue[tuple[int, Any]]
+    ) -> None:
         async def work() -> None:
             for place, body in bodies:  # shared: every worker takes the next one
                 done.put((place, await self._ask(body)))
 
-        workers = [asyncio.create_task(work()) for _ in range(self._n)]
+        workers = [asyncio.create_task(work()) for _ in range(n_workers)]
         try:
             await asyncio.gather(*workers)
         finally:

@@ -22,7 +22,7 @@ from fastconv.engine.locate import ModelSource
 from fastconv.engine.sample import Drawn, sample
 from fastconv.engine.serve import BASE_NAME, Server, adapter_folder, server_command
 from fastconv.engine.stack import Stack
-from fastconv.recipe import Recipe, SamplingSettings
+from fastconv.recipe import ModelSettings, Recipe, SamplingSettings, TrainSettings
 from fastconv.shapes import shape_of
 
 #: The server's log, in the workspace; each run begins it anew.
@@ -106,23 +106,37 @@ def start_server(recipe: Recipe, source: ModelSource, longest_tok: int, workspac
     vLLM measures free memory while it starts and fails if that changes; what training needs is left free for it.
     Raises ModelError, RecipeError or SamplerError, one line each.
     """
-    device, dtype = resolve_device(recipe.model), resolve_dtype(recipe.model)
-    command = server_command(device.type)
-    folder = model_files(recipe.model, source)
+    rank, phases = room.stacked_rank(recipe), (recipe.convergence, recipe.behavior)
+    return launch(recipe.model, source, longest_tok, rank, workspace, phases=phases, r=recipe.lora.r)
+
+
+def launch(
+    settings: ModelSettings,
+    source: ModelSource,
+    longest_tok: int,
+    stacked_r: int,
+    workspace: Path,
+    *,
+    phases: Sequence[TrainSettings] = (),
+    r: int = 1,
+) -> Server:
+    """Start vLLM for a model and stacks of rank `stacked_r`, beside training of these phases with adapters of rank `r`.
+
+    Without phases it takes what is free now. Raises as `start_server` does.
+    """
+    device, dtype = resolve_device(settings), resolve_dtype(settings)
+    command, rank = server_command(device.type), room.lora_rank(stacked_r)
+    folder = model_files(settings, source)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shape = shape_of(config, source.id)
-    rank = room.lora_rank(room.stacked_rank(recipe))
     length = room.length_tok(longest_tok, int(config.get("max_position_embeddings") or longest_tok))
     chosen = room.Room(length, rank)
     if device.type == "cuda":
-        training = room.training_bytes(
-            shape, (recipe.convergence, recipe.behavior), recipe.lora.r, weight_bytes=dtype.itemsize
-        )
+        others = room.training_bytes(shape, phases, r, weight_bytes=dtype.itemsize) if phases else room.TRAINER_BYTES
         chosen = room.share_memory(
-            room.Memory(*torch.cuda.mem_get_info(device)), shape, others_bytes=training,
+            room.Memory(*torch.cuda.mem_get_info(device)), shape, others_bytes=others,
             max_length_tok=length, max_lora_rank=rank, weight_bytes=dtype.itemsize,
         )  # fmt: skip
     adapters = adapter_folder(shape.adapter_params(rank) * dtype.itemsize, workspace)
-    return Server(
-        command, folder, chosen, dtype=str(dtype).removeprefix("torch."), folder=adapters, log=workspace / LOG_FILE
-    )
+    named = str(dtype).removeprefix("torch.")
+    return Server(command, folder, chosen, dtype=named, folder=adapters, log=workspace / LOG_FILE)
