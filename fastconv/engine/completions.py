@@ -31,6 +31,8 @@ STALL_S = 300.0
 #: Loading an adapter reads a file of some hundred MB.
 _ADAPTER_S, _CONNECT_S, _LOOK_S = 120.0, 10.0, 0.2
 _SHOWN_CHARS = 300
+#: A pool looks at each of its connections for every request, so many small ones cost less than a large one.
+_POOL_CONNECTIONS = 8
 
 
 class Endpoint(Protocol):
@@ -51,20 +53,14 @@ class Client:
         self._server = server
         self._n = n_connections
         self._stall_s = stall_s
-        self._http = httpx.AsyncClient(
-            base_url=server.url,
-            headers={"authorization": f"Bearer {server.key}", "content-type": "application/json"},
-            limits=httpx.Limits(max_connections=n_connections, max_keepalive_connections=n_connections),
-            timeout=httpx.Timeout(None, connect=_CONNECT_S),
-            trust_env=False,
-        )
+        self._pools = [_pool(server) for _ in range(-(-n_connections // _POOL_CONNECTIONS))]
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm client", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         """Drop what is under way and close the connections."""
-        self._in_loop(self._http.aclose())
+        self._in_loop(_close_all(self._pools))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -142,11 +138,11 @@ class Client:
     async def _ask_all(
         self, bodies: Iterator[tuple[int, Any]], n_workers: int, done: queue.SimpleQueue[tuple[int, Any]]
     ) -> None:
-        async def work() -> None:
+        async def work(pool: httpx.AsyncClient) -> None:
             for place, body in bodies:  # shared: every worker takes the next one
-                done.put((place, await self._ask(body)))
+                done.put((place, await self._ask(pool, body)))
 
-        workers = [asyncio.create_task(work()) for _ in range(n_workers)]
+        workers = [asyncio.create_task(work(self._pools[i % len(self._pools)])) for i in range(n_workers)]
         try:
             await asyncio.gather(*workers)
         finally:
@@ -154,7 +150,7 @@ class Client:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
-    async def _ask(self, body: Any) -> Any:
+    async def _ask(self, pool: httpx.AsyncClient, body: Any) -> Any:
         """The reply to one request, sent again where that may help."""
         wait_s, fault = _FIRST_WAIT_S, ""
         for attempt in range(ATTEMPTS):
@@ -162,7 +158,7 @@ class Client:
                 await asyncio.sleep(min(wait_s, _LONGEST_WAIT_S))
                 wait_s *= 2
             try:
-                reply = await self._http.post("/v1/completions", content=json.dumps(body))
+                reply = await pool.post("/v1/completions", content=json.dumps(body))
             except httpx.TransportError as error:
                 fault = f"{type(error).__name__} {error}".strip()
                 if not self._server.alive:
@@ -179,13 +175,29 @@ class Client:
 
     def _adapter(self, path: str, body: dict[str, str]) -> None:
         """Sent once: a name that was taken, though the answer got lost, must not be sent again."""
-        sending = self._http.post(path, content=json.dumps(body), timeout=_ADAPTER_S)
+        sending = self._pools[0].post(path, content=json.dumps(body), timeout=_ADAPTER_S)
         try:
             reply = self._in_loop(sending)
         except httpx.TransportError as error:
             raise self._server.lost(f"{path} failed ({type(error).__name__})") from None
         if reply.status_code != 200:
             raise _refused(self._server.url, f"{path} answered {reply.status_code}: {_message(reply)}")
+
+
+def _pool(server: Endpoint) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        base_url=server.url,
+        headers={"authorization": f"Bearer {server.key}", "content-type": "application/json"},
+        limits=httpx.Limits(max_connections=_POOL_CONNECTIONS, max_keepalive_connections=_POOL_CONNECTIONS),
+        timeout=httpx.Timeout(None, connect=_CONNECT_S),
+        trust_env=False,
+        verify=False,  # loopback and plain HTTP: no certificates are read
+    )
+
+
+async def _close_all(pools: Sequence[httpx.AsyncClient]) -> None:
+    for pool in pools:
+        await pool.aclose()
 
 
 async def _end(task: asyncio.Task[None]) -> None:
