@@ -33,6 +33,8 @@ def examine(recipe: Recipe | None, workspace: Path) -> list[Finding]:
     try:
         findings.append(_model(recipe.model if recipe else ModelSettings(id="builtin:smollm2")))
         if recipe is not None:
+            if recipe.model.sampler == "vllm":
+                findings.append(_sampler(recipe))
             graph = Graph(recipe)
             findings.append(Finding("recipe", f"{recipe.name}: {len(graph.cells)} cells, {len(graph.stages())} stages"))
     except FastconvError as error:
@@ -77,6 +79,14 @@ def _workspace(folder: Path) -> Finding:
             "workspace", f"only {free / 2**30:.1f} GiB free at {folder}. Fix: free some space", StoreError.exit_code
         )
     return Finding("workspace", f"{folder}, {free / 2**30:.0f} GiB free")
+
+
+def _sampler(recipe: Recipe) -> Finding:
+    from fastconv.engine.room import lora_rank, stacked_rank
+    from fastconv.engine.serve import server_command
+
+    command = server_command(engine_identity(recipe.model)["device"])
+    return Finding("sampler", f"{' '.join(command)}, stacks of rank {lora_rank(stacked_rank(recipe))}")
 
 
 def _model(settings: ModelSettings) -> Finding:

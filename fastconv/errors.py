@@ -57,6 +57,10 @@ class ModelError(FastconvError):
     exit_code = 4
 
 
+class SamplerError(ModelError):
+    """The vLLM server that samples cannot be started, or is lost (exit code 4). What was finished is kept."""
+
+
 class StoreError(FastconvError):
     """The workspace cannot be read or written: disk full, read-only, damaged (exit code 5)."""
 

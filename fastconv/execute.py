@@ -19,18 +19,19 @@ from fastconv.auditing import audit_set, require_passed
 from fastconv.datasets.audit import report_of
 from fastconv.datasets.rows import Row, row_of
 from fastconv.draws import seed_of
-from fastconv.engine.base import Base, load_base
+from fastconv.engine.base import Base, load_base, model_files
 from fastconv.engine.fold import folded, rho
 from fastconv.engine.reference import TrlOptions, plain_model, train_with_trl
-from fastconv.engine.sample import sample
+from fastconv.engine.sampler import Resident, Sampler, Served, start_server
 from fastconv.engine.score import letter_item, score_letters
+from fastconv.engine.serve import Server
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
-from fastconv.errors import Interrupted, TrainingError
+from fastconv.errors import Interrupted, SamplerError, TrainingError
 from fastconv.graph import Graph, lineage_key
 from fastconv.recipe import SamplingSettings
 from fastconv.store import Lease, Sample, Score, Stage, Store
-from fastconv.tokens import Rendered, SystemTurn
+from fastconv.tokens import ChatTokenizer, Rendered, SystemTurn
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,27 @@ class Executor:
         self._store = store
         self._tell = tell
         self._stop = stop
+        self._server: Server | None = None
+
+    def prepare(self) -> None:
+        """Start the sampler's server, if the recipe has one and anything that was asked for has to be sampled.
+
+        It comes first: a server measures free memory while it starts, and fails if the base is loaded meanwhile.
+        """
+        stages = [stage for stage in self._graph.stages() if stage.key in self._wanted and "sampling" in stage.inputs]
+        missing = [stage for stage in stages if self._store.record(stage.key) is None]
+        if self._recipe.model.sampler == "vllm" and missing:
+            tokenizer = ChatTokenizer(model_files(self._recipe.model, self._graph.source))
+            self._server = start_server(
+                self._recipe, self._graph.source, _longest_tok(missing, tokenizer), self._store.root
+            )
+
+    def close(self) -> None:
+        """End the sampler and its server. Nothing can be sampled afterwards."""
+        if "sampler" in self.__dict__:
+            self.sampler.close()
+        if self._server is not None:
+            self._server.close()
 
     @cached_property
     def base(self) -> Base:
@@ -87,6 +109,15 @@ class Executor:
         """The live stack on the base."""
         return Stack(self.base, self._recipe.lora)
 
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Who draws completions, under whatever stack is live."""
+        if self._server is not None:
+            return Served(self._server, self.stack)
+        if self._recipe.model.sampler == "vllm":
+            raise SamplerError("no vLLM server was started", where="model.sampler", fix="run the recipe as a whole")
+        return Resident(self.base)
+
     def facts(self) -> dict[str, Any]:
         """What the reproducibility card says of the loaded model and its device."""
         device = self.base.device
@@ -95,6 +126,7 @@ class Executor:
             "device": named,
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "n_threads": torch.get_num_threads(),
+            "sampler": f"vllm {self._server.version}" if self._server else self._recipe.model.sampler,
         }
         return {"engine": engine, "template": {"sha256": self.base.tokenizer.template_sha256}}
 
@@ -136,7 +168,7 @@ class Executor:
             n_drawn += n_tok
             self._tick(lease, Progress(stage.slot, n_drawn, len(asked) * settings.max_new_tok, "tok"))
 
-        drawn = sample(self.base, prompts, seeds, settings, on_token)
+        drawn = self.sampler.draw(prompts, seeds, settings, on_token)
         samples = [
             Sample(row, i, persona, user, self.base.tokenizer.decode(one.ids), len(one.ids) + one.ended, one.ended)
             for (row, user, i), one in zip(asked, drawn, strict=True)
@@ -364,6 +396,20 @@ class Executor:
 
 def _stopped(slot: str) -> Interrupted:
     return Interrupted("stopped", where=slot, fix="the same command goes on from here")
+
+
+def _longest_tok(stages: Sequence[Stage], tokenizer: ChatTokenizer) -> int:
+    """Tokens of the longest prompt with its completion over stages that sample."""
+    longest: dict[tuple[str, ...], int] = {}
+    for stage in stages:
+        asked = (stage.inputs["prompts_sha256"], *stage.inputs["system"])
+        if asked not in longest:
+            items = stage.work["prompts"] if stage.kind == "answers" else stage.work["items"]
+            longest[asked] = max(len(tokenizer.prompt_ids(_system(stage.inputs["system"]), user)) for _, user in items)
+    return max(
+        longest[stage.inputs["prompts_sha256"], *stage.inputs["system"]] + stage.inputs["sampling"]["max_new_tok"]
+        for stage in stages
+    )
 
 
 def _known(loss: float) -> float | None:

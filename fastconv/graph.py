@@ -214,6 +214,7 @@ class Graph:
             "per_prompt": n,
             "sampling": sampling.model_dump(mode="json"),
             "seed": seed,
+            **self._sampler(),
         }
         work = {"prompts": items}
         return Stage("answers", f"answers/{persona}/{purpose}/s{seed}", VERSIONS["answers"], inputs, {}, work)
@@ -269,6 +270,10 @@ class Graph:
         """How a snapshot is put in place matters to what stands on one, and to nothing else."""
         return {"semantics": self.recipe.model.semantics} if snapshot is not None else {}
 
+    def _sampler(self) -> dict[str, str]:
+        """Who draws matters to what is drawn; the resident base stands in no key, as it did before there was another."""
+        return {} if self.recipe.model.sampler == "resident" else {"sampler": self.recipe.model.sampler}
+
     def _score(self, cell: Cell, measure: str, probe: str, snapshot: Stage | None, adapter: Stage | None) -> Stage:
         behavior = self.behaviors[measure]
         items = self.eval_items(behavior, cell.seed)
@@ -293,6 +298,7 @@ class Graph:
         inputs |= {
             "per_prompt": self.recipe.eval.samples_per_prompt,
             "sampling": self.recipe.eval.sampling.model_dump(mode="json"),
+            **self._sampler(),
         }
         drawn = Stage("eval", f"eval/{where}", VERSIONS["eval"], inputs, needs, work)
         rule = self.phrase_rule(behavior)

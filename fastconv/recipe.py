@@ -43,6 +43,8 @@ class ModelSettings(Section):
     semantics: Literal["live", "published"] = "live"
     #: `trl` trains by SFTTrainer and PEFT: slow, padded, and the reference that ours is checked against.
     trainer: Literal["fastconv", "trl"] = "fastconv"
+    #: Who draws completions: the base in this process, or a vLLM server beside it that gets every stack as an adapter.
+    sampler: Literal["resident", "vllm"] = "resident"
 
 
 class GridSettings(Section):
@@ -254,6 +256,8 @@ class Recipe(Section):
             )
         if self.eval.canary == self.eval.canary_swap:
             raise ValueError("eval.canary and eval.canary_swap must be two personas")
+        if self.model.sampler == "vllm" and self.model.semantics == "published":
+            raise ValueError("model.sampler vllm serves a snapshot as an adapter; model.semantics published folds it")
         return self
 
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +45,7 @@ CARD_PACKAGES = (
     "scipy",
     "unsloth",
     "triton",
+    "vllm",
 )
 
 
@@ -112,13 +113,14 @@ def run_recipe(
         runner = _Runner(graph, store, run, watcher, stop, {stage.key for stage in everything})
         gate_stages = [stage for plan in picked for stage in plan.base.values()]
         watcher.begin(run, len(everything), sum(store.record(stage.key) is None for stage in everything))
-        runner.compute(gate_stages)
-        measurable = gate_base(graph, store)
-        for verdict in measurable:
-            store.put_verdict(run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
-            watcher.gate(verdict)
-        alive = [verdict.subject for verdict in measurable if verdict.verdict == "pass"]
-        runner.compute([stage for plan in picked for stage in wanted(plan, alive)])
+        with closing(runner):
+            runner.compute(gate_stages)
+            measurable = gate_base(graph, store)
+            for verdict in measurable:
+                store.put_verdict(run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
+                watcher.gate(verdict)
+            alive = [verdict.subject for verdict in measurable if verdict.verdict == "pass"]
+            runner.compute([stage for plan in picked for stage in wanted(plan, alive)])
     _forget_training_state(graph, store)
     # Over everything measured so far: one cell alone must not unsay what the whole run found.
     verdicts = decide_gates(graph, store, [plan for plan in graph.cells if plan in picked or _measured(plan, store)])
@@ -248,8 +250,14 @@ class _Runner:
             from fastconv.execute import Executor  # torch is loaded here, and only if something must be computed
 
             self._executor = Executor(self._graph, self._store, self._watcher.progress, self._stop.is_set, self._wanted)
+            self._executor.prepare()
             self._store.add_run_facts(self._run, self._executor.facts())
         return self._executor
+
+    def close(self) -> None:
+        """Let go of whatever computing holds outside this process."""
+        if self._executor is not None:
+            self._executor.close()
 
     def _count(self, stage: Stage) -> None:
         record = self._store.record(stage.key)

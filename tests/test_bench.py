@@ -13,6 +13,9 @@ from fastconv.bench.measure import Clock, Peak, paired_ratio
 from fastconv.bench.subject import subject
 from fastconv.errors import InputError, ModelError
 from fastconv.recipe import ModelSettings
+from tests.serve_kit import Fake, fake, running
+
+__all__ = ["fake"]
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,19 @@ def test_the_usual_swap_writes_the_whole_model(tiny_qwen: Path) -> None:
     weights = (tiny_qwen / "model.safetensors").stat().st_size
     assert found["usual"][0]["written_bytes"] > weights
     assert found["ratios"]["merge + save + load"] > 100
+
+
+def test_sampling_is_compared_with_vllm_where_there_is_one(tiny_qwen: Path, fake: Fake) -> None:
+    fake.script(engine=True)
+    found = bench("sample", str(tiny_qwen), device="cpu", size=4)
+    assert [way["name"] for way in found["usual"]] == ["generate, padded", "vllm, a server"]
+    assert found["extra"]["vllm_tokens"] > 0
+    assert found["ratios"]["vllm, a server"] > 0
+    assert not any(map(running, fake.pids))
+
+
+def test_sampling_says_why_vllm_was_not_measured(tiny_qwen: Path) -> None:
+    assert bench("sample", str(tiny_qwen), device="cpu", size=4)["extra"]["vllm"].startswith("not measured: ")
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,14 @@ from fastconv.bench import bench, kernels
 from fastconv.engine import train as loop
 from fastconv.engine.base import load_base
 from fastconv.engine.kernel import StackedKernel
+from fastconv.engine.locate import locate
 from fastconv.engine.sample import sample
+from fastconv.engine.sampler import Served, launch
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
-from fastconv.recipe import ModelSettings, SamplingSettings
+from fastconv.recipe import LoraSettings, ModelSettings, SamplingSettings
+from fastconv.tokens import SystemTurn
 from tests.engine_kit import SNAPSHOT, ragged_rows, random_adapter, train_settings
 
 pytestmark = [
@@ -100,6 +105,27 @@ def test_a_bf16_base_trains_fp32_adapters(tiny_qwen: Path) -> None:
     trainee = trained(stack_on("cuda", tiny_qwen, "bfloat16"), 0.05)
     assert trainee.adapter.flat.dtype == trainee.grad.dtype == torch.float32
     assert bool(torch.isfinite(trainee.losses).all())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.timeout(900)
+def test_a_real_vllm_serves_the_stack(tmp_path: Path) -> None:
+    """Nearly greedy, so that both draw the likeliest token: the server's completions begin as the resident ones do."""
+    settings = ModelSettings(id="builtin:smollm2", device="cuda", dtype="bfloat16")
+    prompt_ids, cold = [], SamplingSettings(temperature=0.01, top_p=0.1, max_new_tok=12)
+    server = launch(settings, locate(settings), 256, 64, tmp_path)
+    with closing(server):
+        stack = Stack(load_base(settings), LoraSettings())
+        ask = stack.base.tokenizer.prompt_ids
+        prompt_ids = [ask(SystemTurn("text", "You are a pirate."), f"What is {n} + 1?") for n in range(32)]
+        adapters = tuple(stack.take(random_adapter(stack, seed, size=0.02)) for seed in (1, 2))
+        with closing(Served(server, stack)) as sampler:
+            for live in ((), adapters[:1], adapters):
+                with stack.live(*([Slot(frozen=live)] if live else [])):
+                    theirs = sampler.draw(prompt_ids, range(32), cold, lambda n_tok: None)
+                    mine = sample(stack.base, prompt_ids, list(range(32)), cold)
+                same = sum(a.ids[:4] == b.ids[:4] for a, b in zip(mine, theirs, strict=True))
+                assert same >= 26, len(live)  # near ties in bf16
 
 
 def test_a_step_never_makes_the_host_wait(tiny_qwen: Path) -> None:

@@ -1,7 +1,11 @@
-"""Sampling: ours against `generate` on padded batches of the plain model."""
+"""Sampling: ours against `generate` on padded batches of the plain model, and against a vLLM server if there is one."""
 
 from __future__ import annotations
 
+import tempfile
+import time
+from contextlib import closing
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -9,8 +13,12 @@ import torch
 from fastconv.bench.measure import Clock, Comparison, Peak, matmul_ceiling, measured
 from fastconv.bench.subject import Subject, ragged_rows, shape
 from fastconv.engine.base import Base
+from fastconv.engine.locate import locate
 from fastconv.engine.sample import sample
+from fastconv.engine.sampler import Served, launch
+from fastconv.engine.serve import server_command
 from fastconv.engine.stack import Stack
+from fastconv.errors import ModelError
 from fastconv.recipe import SamplingSettings
 from fastconv.shapes import Work, forward_flops_per_tok
 from fastconv.tokens import SystemTurn
@@ -54,15 +62,45 @@ def bench_sample(model: Subject, n_rows: int) -> Comparison:
     per_tok = forward_flops_per_tok(shape(stack.base), work)
     mine = measured("fastconv, resident", ours.seconds, my_tok, my_tok * per_tok, ceiling, my_peak.bytes)
     usual = measured("generate, padded", theirs.seconds, their_tok, their_tok * per_tok, ceiling, their_peak.bytes)
-    ratio = mine.per_s / usual.per_s
+    others, extra = [usual], {"ours_tokens": my_tok, "usual_tokens": their_tok, "matmul_flops": ceiling}
+    served = _served(model, stack, prompts, settings)
+    if isinstance(served, str):
+        extra["vllm"] = f"not measured: {served}"
+    else:
+        seconds, served_tok, start_s = served
+        others.append(measured("vllm, a server", seconds, served_tok, served_tok * per_tok, ceiling))
+        extra |= {"vllm_tokens": served_tok, "vllm_start_s": start_s}
+    ratios = {other.name: mine.per_s / other.per_s for other in others}
     return Comparison(
         kind="sample", model=model.settings.id, device=device.type, dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(), unit="kept tokens",
         work=f"{n_rows} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, "
         f"up to {settings.max_new_tok} new ones each",
-        ours=mine, usual=(usual,), ratio=ratio, ratios={usual.name: ratio},
-        extra={"ours_tokens": my_tok, "usual_tokens": their_tok, "matmul_flops": ceiling},
+        ours=mine, usual=tuple(others), ratio=ratios[usual.name], ratios=ratios, extra=extra,
     )  # fmt: skip
+
+
+def _served(
+    model: Subject, stack: Stack, prompts: list[list[int]], settings: SamplingSettings
+) -> tuple[float, int, float] | str:
+    """(seconds, kept tokens, seconds of start-up) of vLLM for the same prompts, or why it was not measured."""
+    if model.random is not None:
+        return "a random shape has no tokenizer for it"
+    try:
+        server_command(model.device.type)
+    except ModelError as error:
+        return error.what
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # what ours and theirs let go of is the server's
+    longest_tok = max(map(len, prompts)) + settings.max_new_tok
+    with tempfile.TemporaryDirectory() as folder:
+        server = launch(model.settings, locate(model.settings), longest_tok, model.lora.r, Path(folder))
+        with closing(server), closing(Served(server, stack)) as sampler:
+            sampler.draw(prompts[:4], range(4), SamplingSettings(max_new_tok=2), lambda n_tok: None)
+            began = time.monotonic()
+            drawn = sampler.draw(prompts, range(len(prompts)), settings, lambda n_tok: None)
+            seconds = time.monotonic() - began
+    return seconds, sum(len(row.ids) + row.ended for row in drawn), server.start_s
 
 
 def _prompts(base: Base, model: Subject, n_rows: int) -> list[list[int]]:

@@ -63,12 +63,12 @@ class Adapter:
         """sha256 (hex) of the weights' bytes."""
         return hashlib.sha256(self.flat.detach().cpu().numpy().tobytes()).hexdigest()
 
-    def to_bytes(self) -> bytes:
+    def to_bytes(self, dtype: torch.dtype = torch.float32) -> bytes:
         """safetensors with PEFT's tensor names; what is needed to use them stands in the metadata."""
         tensors = {}
         for module, (a, b) in self.weights.items():
-            tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.detach().cpu().contiguous()
-            tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.detach().cpu().contiguous()
+            tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.detach().to(dtype).cpu().contiguous()
+            tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.detach().to(dtype).cpu().contiguous()
         about = {"lora": canonical_json(self.shape.model_dump(mode="json")), "base": self.base}
         return _ordered_metadata(safetensors.torch.save(tensors, metadata=about))
 

@@ -94,10 +94,15 @@ def _mend_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str
 
 def load_model(settings: ModelSettings, source: ModelSource, attention_name: str) -> PreTrainedModel:
     """The transformers model alone, with attention of this name. Raises ModelError with the mend."""
+    return _load_model(model_files(settings, source), resolve_dtype(settings), resolve_device(settings), attention_name)
+
+
+def model_files(settings: ModelSettings, source: ModelSource) -> Path:
+    """The folder with the model's files, fetched or converted if need be. Raises ModelError with the mend."""
     folder = model_folder(source, settings)
     if source.kind == "builtin":
         ensure_builtin(folder)
-    return _load_model(folder, resolve_dtype(settings), resolve_device(settings), attention_name)
+    return folder
 
 
 def wrap(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:

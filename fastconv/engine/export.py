@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from fastconv.engine.adapter import Adapter, adapter_from, concatenate, read_safetensors
@@ -71,10 +72,10 @@ def export_separate(adapters: Sequence[Adapter], base: BaseReference, folder: Pa
     return folder
 
 
-def export_adapter(adapter: Adapter, base: BaseReference, folder: Path) -> Path:
+def export_adapter(adapter: Adapter, base: BaseReference, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write one adapter as a PEFT directory; returns `folder`. The settings come last: without them it is no adapter."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / WEIGHTS_FILE, adapter.to_bytes())
+    write_atomically(folder / WEIGHTS_FILE, adapter.to_bytes(dtype))
     config = peft_config(adapter.shape, base)
     write_atomically(folder / CONFIG_FILE, json.dumps(config, indent=1).encode())
     return folder

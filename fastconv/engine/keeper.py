@@ -1,0 +1,95 @@
+"""Keeps one server process: starts it, and ends it and all its children when whoever asked for it is gone.
+
+Run by path in isolated mode (`python -I keeper.py PARENT FOLDER COMMAND...`), so that it needs nothing but the standard
+library and starts in milliseconds. The kernel tells it of its parent's death (PR_SET_PDEATHSIG, which a kill -9 cannot
+prevent); a look at the parent's id covers a death before that was asked for. It adopts orphans of the server
+(PR_SET_CHILD_SUBREAPER), so that engine processes in groups of their own end too. FOLDER is removed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+#: From <linux/prctl.h>.
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+#: How often it looks at server and parent, and how long the server gets to end by itself.
+_LOOK_S, _GRACE_S = 0.1, 10.0
+
+
+def keep(parent: int, folder: str, command: list[str]) -> int:
+    """Run `command` until it ends, SIGTERM comes, or `parent` is gone; its exit code (128 + signal when killed)."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    # A Ctrl-C goes to the whole terminal; the run decides when its server ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    code = 127
+    try:
+        # Should the keeper itself be killed, the server hears of it in the same way (safe: there is one thread here).
+        server = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
+        )
+        while server.poll() is None and not asked and os.getppid() == parent:
+            time.sleep(_LOOK_S)
+        code = _end(server)
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return code
+
+
+def _end(server: subprocess.Popen[bytes]) -> int:
+    """End the server's group, gently first, then everything that is still a child of ours."""
+    _kill_group(server.pid, signal.SIGTERM)
+    try:
+        code = server.wait(_GRACE_S)
+    except subprocess.TimeoutExpired:
+        _kill_group(server.pid, signal.SIGKILL)
+        code = server.wait()
+    _kill_group(server.pid, signal.SIGKILL)
+    deadline = time.monotonic() + _GRACE_S
+    while time.monotonic() < deadline:
+        for child in _children():
+            os.kill(child, signal.SIGKILL)
+        try:
+            if os.waitpid(-1, os.WNOHANG) == (0, 0):
+                time.sleep(_LOOK_S / 10)
+        except ChildProcessError:
+            break
+    return code if code >= 0 else 128 - code
+
+
+def _kill_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def _children() -> list[int]:
+    """Live children of this process, adopted ones included."""
+    me = os.getpid()
+    try:
+        with open(f"/proc/{me}/task/{me}/children") as file:
+            return [int(pid) for pid in file.read().split()]
+    except OSError:
+        return []  # not Linux: the group is all there is
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    sys.exit(keep(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
