@@ -50,12 +50,13 @@ class Route:
 
     `spans[i]` is the token range of `slots[i]`, together they cover the pass; None sends all tokens through the only
     slot. `dropout_seeds` [T] (int32) is one seed per token, so that a mask depends on the row and the step alone,
-    never on what else is in the batch.
+    never on what else is in the batch. `plain` keeps fused kernels out, to compare them with.
     """
 
     slots: tuple[Slot, ...] = ()
     spans: tuple[tuple[int, int], ...] | None = None
     dropout_seeds: torch.Tensor | None = None
+    plain: bool = False
 
 
 class StackedLinear(nn.Module):
