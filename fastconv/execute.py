@@ -24,6 +24,7 @@ from fastconv.engine.fold import folded, rho
 from fastconv.engine.reference import TrlOptions, plain_model, train_with_trl
 from fastconv.engine.sample import sample
 from fastconv.engine.score import letter_item, score_letters
+from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
 from fastconv.errors import Interrupted, TrainingError
@@ -84,8 +85,11 @@ class Executor:
 
     @cached_property
     def stack(self) -> Stack:
-        """The live stack on the base."""
-        return Stack(self.base, self._recipe.lora)
+        """The live stack on the base; on a GPU proven by the self-tests before anything is computed with it."""
+        stack = Stack(self.base, self._recipe.lora)
+        if self.base.device.type == "cuda":
+            self_test(stack, {self._recipe.convergence.optimizer, self._recipe.behavior.optimizer})
+        return stack
 
     def facts(self) -> dict[str, Any]:
         """What the reproducibility card says of the loaded model and its device."""

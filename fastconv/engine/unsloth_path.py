@@ -65,9 +65,13 @@ def import_unsloth() -> ModuleType:
 
 
 def assert_first(*, about_to_import: bool = False) -> None:
-    """Raise ModelError unless unsloth was (or is about to be) imported before what it patches."""
-    order = [name for name in sys.modules if name in (*PATCHED, "unsloth")]
-    before = order if about_to_import else order[: order.index("unsloth")]
+    """Raise ModelError unless unsloth was (or is about to be) imported before what it patches.
+
+    `sys.modules` lists modules as their imports end: unsloth's first part does so before it turns to the others.
+    """
+    order = [name.split(".")[0] for name in sys.modules]
+    start = len(order) if about_to_import else order.index("unsloth")
+    before = [name for name in PATCHED if name in order[:start]]
     if before:
         raise ModelError(
             f"{before[0]} was imported before unsloth, which must patch it first",
