@@ -37,7 +37,7 @@ def load_four_bit(folder: Path, device: torch.device, attention_name: str) -> Pr
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    return AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=config,
         dtype=torch.bfloat16,
@@ -46,6 +46,11 @@ def load_four_bit(folder: Path, device: torch.device, attention_name: str) -> Pr
         local_files_only=True,
         use_safetensors=True,
     )
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # On some CPUs the first inference would repack the weights for good, and training fails from there on.
+            layer.support_avx512bf16_for_cpu = False
+    return model
 
 
 def is_four_bit(layer: nn.Linear) -> bool:
