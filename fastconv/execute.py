@@ -16,11 +16,13 @@ from typing import Any
 import torch
 
 from fastconv.auditing import audit_set, require_passed
+from fastconv.card import look, require_fit, shape_on_disk
 from fastconv.datasets.audit import report_of
 from fastconv.datasets.rows import Row, row_of
 from fastconv.draws import seed_of
 from fastconv.engine.base import Base, load_base
 from fastconv.engine.fold import folded, rho
+from fastconv.engine.locate import engine_identity
 from fastconv.engine.reference import TrlOptions, plain_model, train_with_trl
 from fastconv.engine.sample import sample
 from fastconv.engine.score import letter_item, score_letters
@@ -80,7 +82,9 @@ class Executor:
 
     @cached_property
     def base(self) -> Base:
-        """The base model; loaded when the first stage needs it, once."""
+        """The base model; loaded when the first stage needs it, once. Raises ModelError if the GPU is not fit for it."""
+        if engine_identity(self._recipe.model)["device"] == "cuda":
+            require_fit(look(torch.cuda, torch.version.cuda), self._recipe, shape_on_disk(self._recipe.model))
         return load_base(self._recipe.model, self._graph.source)
 
     @cached_property

@@ -3,6 +3,7 @@
 Run by `make test-fused` in a virtual environment and a process of its own.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import json

@@ -31,9 +31,7 @@ def four_bit(tiny_qwen: Path) -> Stack:
     return Stack(load_base(settings), SNAPSHOT)
 
 
-def test_a_stack_lives_on_four_bit_layers_as_on_the_dense_ones_they_stand_for(
-    four_bit: Stack, tiny_qwen: Path
-) -> None:
+def test_a_stack_lives_on_four_bit_layers_as_on_the_dense_ones_they_stand_for(four_bit: Stack, tiny_qwen: Path) -> None:
     dense = tiny_stack(tiny_qwen)
     layers = {m.name: m.base for m in four_bit.base.model.modules() if isinstance(m, StackedLinear)}
     assert len(layers) == 21

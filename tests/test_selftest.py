@@ -26,9 +26,7 @@ def stack(tiny_qwen: Path) -> Stack:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("folder", ["tiny_qwen", "tiny_llama"])
-def test_a_good_engine_passes_and_is_left_as_it_was(
-    folder: str, dtype: str, request: pytest.FixtureRequest
-) -> None:
+def test_a_good_engine_passes_and_is_left_as_it_was(folder: str, dtype: str, request: pytest.FixtureRequest) -> None:
     stack = tiny_stack(request.getfixturevalue(folder), dtype=dtype)
     before = stack.probe()
     found = self_test(stack)

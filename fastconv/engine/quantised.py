@@ -49,7 +49,7 @@ def load_four_bit(folder: Path, device: torch.device, attention_name: str) -> Pr
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             # On some CPUs the first inference would repack the weights for good, and training fails from there on.
-            layer.support_avx512bf16_for_cpu = False
+            setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010
     return model
 
 
