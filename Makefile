@@ -20,9 +20,11 @@ test-slow: .venv/ready
 test-gpu: .venv/ready
 	$(BIN)/pytest -m gpu
 
-# Unsloth's GPU path on a machine without a GPU; in a virtual environment of its own, since importing it patches others.
+# Unsloth's GPU path on a machine without a GPU; in a virtual environment of its own, since importing it patches others;
+# a process for each file for the same reason.
 test-fused: .venv-fused/ready
-	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused $(wildcard tests/test_fused*.py)
+	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused tests/test_fused.py
+	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused tests/test_fused_quantised.py
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -100,6 +100,7 @@ class Executor:
         device = self.base.device
         named = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         engine = {
+            "name": engine_identity(self._recipe.model)["engine"],
             "device": named,
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "n_threads": torch.get_num_threads(),

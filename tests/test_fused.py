@@ -34,7 +34,7 @@ from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import token_seeds
 from fastconv.errors import TrainingError
 from fastconv.tokens import ChatTokenizer
-from tests.engine_kit import SNAPSHOT, furthest, live_logits
+from tests.engine_kit import SNAPSHOT, furthest, live_logits, random_adapter
 from tests.fused_reference import ROWS, adapters
 
 pytestmark = pytest.mark.fused
@@ -147,6 +147,26 @@ def test_a_kernel_that_drops_the_second_adapter_is_seen(
     stack, peft = case
     monkeypatch.setattr(fast_lora, "get_lora_parameters", one_of_two)
     assert furthest(live_logits(stack, adapters(stack), ROWS), [peft[f"logits_{i}"] for i in range(len(ROWS))]) > 0.3
+
+
+def test_a_model_of_random_weights_takes_the_same_path(kernels: Counter[str]) -> None:
+    unsloth_path.patched_classes("qwen2")
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    fused.adopt(model)
+    stack = Stack(wrap(model, None, "random"), SNAPSHOT)  # type: ignore[arg-type]
+    adapters = [random_adapter(stack, seed, size=0.2) for seed in (1, 2)]
+    rows = [[1, 2, 3, 4, 5], [6, 7, 8]]
+    kernels.clear()
+    mine = live_logits(stack, adapters, rows)
+    assert kernels["LoRA_MLP"] == 1
+    stack.route.plain = True
+    assert furthest(mine, live_logits(stack, adapters, rows)) < NEAR
 
 
 def test_a_batch_longer_than_the_model_is_not_cut(tiny_llama: Path, tmp_path: Path) -> None:

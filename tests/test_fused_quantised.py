@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-if os.environ.get("FASTCONV_FUSED") != "1":
-    pytest.skip("needs the virtual environment of make test-fused", allow_module_level=True)
+if os.environ.get("FASTCONV_FUSED") != "1" or "unsloth" in sys.modules:
+    pytest.skip("needs the virtual environment of make test-fused, and no Unsloth beside it", allow_module_level=True)
 
 import torch
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from fastconv import execute
 from fastconv.engine import selftest
 from fastconv.engine.attention import Packed
 from fastconv.engine.selftest import Ground, self_test
 from fastconv.engine.stack import Stack, StackedLinear
 from fastconv.errors import ModelError, TrainingError
+from fastconv.recipe import parse_recipe
 from tests.engine_kit import tiny_stack
 
 
@@ -34,6 +36,18 @@ def test_a_good_engine_passes_and_is_left_as_it_was(folder: str, dtype: str, req
     assert max(found.values()) < 0.1
     assert stack.probe() == before
     assert not stack.route.slots
+
+
+@pytest.mark.parametrize(("device", "tested"), [("cuda", [{"adamw", "adamw8bit"}]), ("cpu", [])])
+def test_every_load_on_a_gpu_is_tested(device: str, tested: list[set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    recipe = parse_recipe({"name": "x", "behavior": {"optimizer": "adamw8bit"}})
+    executor = execute.Executor(SimpleNamespace(recipe=recipe), SimpleNamespace())  # type: ignore[arg-type]
+    vars(executor)["base"] = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr(execute, "Stack", lambda base, settings: "stack")
+    monkeypatch.setattr(execute, "self_test", lambda stack, optimizers: asked.append(set(optimizers)))
+    assert executor.stack == "stack"
+    assert asked == tested
 
 
 def test_unsloth_after_what_it_patches_is_refused(monkeypatch: pytest.MonkeyPatch, stack: Stack) -> None:
