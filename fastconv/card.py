@@ -24,7 +24,7 @@ from fastconv.shapes import (
 
 #: bfloat16 in hardware begins with Ampere.
 MIN_CAPABILITY = (8, 0)
-#: CUDA context, cuBLAS workspace and the allocator's slack, seen between 0.6 and 1.2 GiB.
+#: Set aside for the CUDA context, cuBLAS workspace and the allocator's slack; an allowance, not a measurement.
 _OVERHEAD_BYTES = 1.2 * 2**30
 _GIB = 2**30
 

@@ -111,8 +111,8 @@ def adapter_bytes(shape: ModelShape, r: int, *, eight_bit: bool = False) -> floa
 def activation_bytes_per_tok(shape: ModelShape, *, recomputed: bool = False) -> float:
     """Bytes kept for the backward pass for each token, unfused, two adapters with dropout.
 
-    Counted in the layers' forward: about six values of the MLP's width and twelve of the model's for each layer (8.8 MB
-    for Qwen2.5-7B, 8.9 measured with PEFT). Recomputed: one layer at a time, and the inputs of all.
+    Estimated from what a layer's forward keeps: about six values of the MLP's width and twelve of the model's (8.8 MB
+    for Qwen2.5-7B). Recomputed: one layer at a time, and the inputs of all.
     """
     layer = 2.0 * (6 * shape.intermediate + 12 * shape.hidden)
     return layer + 2.0 * shape.n_layers * shape.hidden if recomputed else layer * shape.n_layers

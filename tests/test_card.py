@@ -47,7 +47,7 @@ def line(cuda: Any, recipe: str = "pilot", *changes: str) -> str:
         return str(error)
 
 
-def test_bytes_are_those_measured_for_qwen_7b() -> None:
+def test_bytes_are_those_worked_out_for_qwen_7b() -> None:
     assert weight_bytes(QWEN) == 2 * 7_615_616_512
     assert 5.4 < weight_bytes(QWEN, four_bit=True) / 1e9 < 5.7
     assert adapter_bytes(QWEN, 32) == 80_740_352 * 20
