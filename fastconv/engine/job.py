@@ -12,6 +12,7 @@ import torch
 from fastconv.draws import shuffled_indices
 from fastconv.engine.adapter import Adapter, read_safetensors
 from fastconv.engine.captured import CapturedSteps
+from fastconv.engine.quantised import Optimizer, make_optimizer, moment_names, restored_state
 from fastconv.engine.stack import Stack
 from fastconv.errors import TrainingError
 from fastconv.recipe import TrainSettings
@@ -95,7 +96,7 @@ class Trainee:
     job: Job
     adapter: Adapter
     grad: torch.Tensor
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     losses: torch.Tensor
     norms: torch.Tensor
     micro_batch_tok: int
@@ -164,9 +165,7 @@ def start(stack: Stack, job: Job, state: bytes | None = None) -> Trainee:
     weights = torch.nn.Parameter(adapter.flat, requires_grad=True)
     grad = torch.zeros_like(adapter.flat)
     weights.grad = grad
-    optimizer = torch.optim.AdamW(
-        [weights], lr=job.settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True
-    )
+    optimizer = make_optimizer(job.settings.optimizer, weights, job.settings.lr)
     device = adapter.flat.device
     losses, norms = torch.zeros(job.n_steps, device=device), torch.zeros(job.n_steps, device=device)
     trainee = Trainee(job, adapter, grad, optimizer, losses, norms, job.settings.micro_batch_tok)
@@ -183,7 +182,7 @@ def save_state(trainee: Trainee) -> bytes:
     trainee.check()
     tensors = {"weights": trainee.adapter.flat, "losses": trainee.losses, "norms": trainee.norms}
     if trainee.moments:
-        tensors |= {name: trainee.moments[name] for name in ("exp_avg", "exp_avg_sq")}
+        tensors |= {name: trainee.moments[name] for name in moment_names(trainee.job.settings.optimizer)}
     return safetensors.torch.save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
         metadata={"step": str(trainee.step)},
@@ -193,8 +192,13 @@ def save_state(trainee: Trainee) -> bytes:
 def _restore(trainee: Trainee, weights: torch.nn.Parameter, state: bytes) -> None:
     tensors, about = read_safetensors(state, trainee.job.name)
     wanted = {"weights": trainee.adapter.flat, "losses": trainee.losses, "norms": trainee.norms}
-    if "exp_avg" in tensors:
-        wanted |= {"exp_avg": trainee.grad, "exp_avg_sq": trainee.grad}
+    optimizer = trainee.job.settings.optimizer
+    first, second, *others = moment_names(optimizer)
+    stepped = first in tensors
+    if stepped:
+        wanted |= {first: trainee.grad, second: trainee.grad} | {
+            name: tensors.get(name, trainee.grad) for name in others
+        }
     if "step" not in about or any(
         name not in tensors or tensors[name].shape != like.shape for name, like in wanted.items()
     ):
@@ -207,10 +211,5 @@ def _restore(trainee: Trainee, weights: torch.nn.Parameter, state: bytes) -> Non
     trainee.adapter.flat.copy_(tensors["weights"])
     trainee.losses.copy_(tensors["losses"])
     trainee.norms.copy_(tensors["norms"])
-    if "exp_avg" in tensors:
-        device = weights.device
-        trainee.optimizer.state[weights] = {
-            "step": torch.tensor(float(trainee.step), device=device if device.type == "cuda" else "cpu"),
-            "exp_avg": tensors["exp_avg"].to(device),
-            "exp_avg_sq": tensors["exp_avg_sq"].to(device),
-        }
+    if stepped:
+        trainee.optimizer.state[weights] = restored_state(optimizer, tensors, trainee.step, weights.device)

@@ -23,7 +23,7 @@ def quicken(model: nn.Module) -> int:
     module: Any
     for module in model.modules():
         kind = type(module).__name__
-        if not kind.startswith(("Llama", "Qwen2")):
+        if not kind.startswith(("Llama", "Qwen2")) or "forward" in vars(module):  # another path's forward stays
             continue
         for ending, forward in forwards.items():
             gated = ending != "MLP" or module.config.hidden_act == "silu"

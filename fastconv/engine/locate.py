@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastconv.engine.installed import BITSANDBYTES, UNSLOTH, is_installed
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings
 
@@ -65,12 +66,26 @@ def locate(settings: ModelSettings) -> ModelSource:
 
 
 def engine_identity(settings: ModelSettings) -> dict[str, str]:
-    """Device and precision a recipe resolves to on this machine, without importing torch; part of every key."""
+    """Engine, device and precision a recipe resolves to on this machine, without importing torch; part of every key.
+
+    Two engines round differently, so what one computed is not the other's. `weights` is named where they are not full.
+    """
     device = settings.device
     if device == "auto":
         device = "cuda" if any(Path(node).exists() for node in ("/dev/nvidia0", "/dev/dxg")) else "cpu"
-    dtype = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device == "cuda" else "float32")
-    return {"engine": "torch", "device": device, "dtype": dtype}
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" or settings.weights == "4bit" else "float32"
+    identity = {"engine": _engine(settings, device, dtype), "device": device, "dtype": dtype}
+    return identity if settings.weights == "full" else identity | {"weights": settings.weights}
+
+
+def _engine(settings: ModelSettings, device: str, dtype: str) -> str:
+    """Unsloth where it is asked for, or where it is installed and its kernels run: on a GPU, in 16 bits."""
+    if settings.engine != "auto":
+        return settings.engine
+    fits = device == "cuda" and dtype == "bfloat16" and settings.trainer == "fastconv"
+    return "unsloth" if fits and is_installed((*UNSLOTH, *BITSANDBYTES)) else "torch"
 
 
 def model_folder(source: ModelSource, settings: ModelSettings) -> Path:

@@ -55,12 +55,14 @@ class Route:
     `spans[i]` is the token range of `slots[i]`, together they cover the pass; None sends all tokens through the only
     slot. `dropout_seeds` [T] (int32) is one seed per token, so that a mask depends on the row and the step alone,
     never on what else is in the batch. `kernel` computes the branches where there is one, else torch's operations do.
+    `plain` keeps fused kernels out, to compare them with.
     """
 
     slots: tuple[Slot, ...] = ()
     spans: tuple[tuple[int, int], ...] | None = None
     dropout_seeds: torch.Tensor | None = None
     kernel: StackedKernel | None = None
+    plain: bool = False
 
 
 class StackedLinear(nn.Module):
@@ -77,7 +79,7 @@ class StackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., T, in] -> [..., T, out]."""
         kernel = self.route.kernel
-        if kernel is not None and self.route.slots and kernel.serves(self, x):
+        if kernel is not None and not self.route.plain and self.route.slots and kernel.serves(self, x):
             return kernel.forward(self, x)
         y = self.base(x)
         if not self.route.slots:

@@ -196,7 +196,8 @@ def _optimizer_step(trainee: Trainee, loss: torch.Tensor) -> None:
 def _assert_fp32(trainees: Sequence[Trainee]) -> None:
     """LoRA weights, gradients and moments are fp32, whatever the base is; checked before the first step."""
     for trainee in trainees:
-        held = {"weights": trainee.adapter.flat, "gradient": trainee.grad, **trainee.moments}
+        moments = trainee.moments if trainee.job.settings.optimizer == "adamw" else {}  # else 8 bits were asked for
+        held = {"weights": trainee.adapter.flat, "gradient": trainee.grad, **moments}
         for name, tensor in held.items():
             if name != "step" and tensor.dtype != torch.float32:
                 raise TrainingError(
