@@ -31,7 +31,10 @@ pytestmark = [
 
 def stack_on(device: str, folder: Path, dtype: str = "float32") -> Stack:
     return Stack(
-        load_base(ModelSettings.model_validate({"id": str(folder), "device": device, "dtype": dtype})), SNAPSHOT
+        load_base(
+            ModelSettings.model_validate({"id": str(folder), "device": device, "dtype": dtype, "engine": "torch"})
+        ),
+        SNAPSHOT,
     )
 
 

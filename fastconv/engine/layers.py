@@ -25,11 +25,10 @@ def quicken(model: nn.Module) -> int:
         kind = type(module).__name__
         if not kind.startswith(("Llama", "Qwen2")) or "forward" in vars(module):  # another path's forward stays
             continue
-        for ending, forward in forwards.items():
-            gated = ending != "MLP" or module.config.hidden_act == "silu"
-            if kind in (f"Llama{ending}", f"Qwen2{ending}") and gated:
-                module.forward = MethodType(forward, module)
-                n_changed += 1
+        forward = forwards.get(kind.removeprefix("Llama").removeprefix("Qwen2"))
+        if forward is not None and (forward is not _mlp or module.config.hidden_act == "silu"):
+            module.forward = MethodType(forward, module)
+            n_changed += 1
     return n_changed
 
 

@@ -20,7 +20,7 @@ from fastconv.draws import seed_of
 from fastconv.engine.adapter import Adapter, parse_adapter
 from fastconv.engine.base import Base, pack
 from fastconv.engine.dropout import keep_mask
-from fastconv.engine.kernel import StackedKernel
+from fastconv.engine.kernel import StackedKernel, unusable
 from fastconv.errors import AdapterError, TrainingError
 from fastconv.recipe import LoraSettings
 
@@ -122,12 +122,15 @@ class Stack:
     """The live adapters of a base. One per base; made once, it replaces the target layers by stacked ones.
 
     `kernel` says what computes the branches: "plain" torch's operations, "stacked" the Triton kernel (ModelError where
-    it cannot run), "auto" the plain ones.
+    it cannot run), "auto" the kernel on a GPU in 16 bits, where `fastconv bench kernel` measured it ahead.
     """
 
     def __init__(self, base: Base, settings: LoraSettings, kernel: KernelChoice = "auto") -> None:
         self.base = base
         self.settings = settings
+        if kernel == "auto":
+            fits = base.device.type == "cuda" and base.dtype != torch.float32 and unusable(base.device) is None
+            kernel = "stacked" if fits else "plain"
         self.route = Route(kernel=StackedKernel(base.device) if kernel == "stacked" else None)
         self.sizes = _install(base, settings, self.route)
         self.tied = tied_layers(base)
