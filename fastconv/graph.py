@@ -27,7 +27,7 @@ from fastconv.datasets.personas import ASSISTANT, Personas, load_personas, probe
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.engine.locate import engine_identity, locate
 from fastconv.errors import RecipeError
-from fastconv.judging.substring import PhraseRule
+from fastconv.phrases import PhraseRule
 from fastconv.recipe import NegativesKind, Recipe, SamplingSettings, sha256_of
 from fastconv.store import Stage
 
