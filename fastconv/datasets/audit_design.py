@@ -121,10 +121,10 @@ def check_scored_by(design: Design) -> Iterator[Finding]:
             )  # fmt: skip
         if spec.measure == "judge" and not judged:
             yield Finding(
-                "D114", "warn", name, cells,
-                "the behavior is scored by a judge and the recipe has none, so its cells are trained and sampled and "
+                "D114", "refuse", name, cells,
+                "the behavior is scored by a judge and the recipe has none, so its cells would be trained and sampled and "
                 "have no score",
-                "set judge.mode; or accept D114 and judge the kept answers later",
+                "set judge.mode (auto, live, batch or local), or take the behavior out of grid.behaviors",
             )  # fmt: skip
 
 

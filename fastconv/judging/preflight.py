@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from fastconv.errors import JudgeError, RecipeError
 from fastconv.judging.budget import Price, PriceTable
 from fastconv.judging.client import CLAUDE_KEY, LOCAL_KEY, ApiKey, Outage, explained, make_client
+from fastconv.judging.identity import PAID
 from fastconv.recipe import JudgeSettings
-
-PAID = ("auto", "live", "batch")
 
 
 @dataclass(frozen=True)
