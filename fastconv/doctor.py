@@ -12,7 +12,9 @@ from pathlib import Path
 from fastconv.engine.locate import builtin_gguf, engine_identity, locate
 from fastconv.errors import FastconvError, ModelError, StoreError
 from fastconv.graph import Graph
+from fastconv.judge_room import check_judge
 from fastconv.recipe import ModelSettings, Recipe
+from fastconv.store import Store
 
 #: Free space under which a run would likely end in "no space left".
 LOW_DISK_BYTES = 2 * 1024**3
@@ -35,6 +37,7 @@ def examine(recipe: Recipe | None, workspace: Path) -> list[Finding]:
         if recipe is not None:
             graph = Graph(recipe)
             findings.append(Finding("recipe", f"{recipe.name}: {len(graph.cells)} cells, {len(graph.stages())} stages"))
+            findings.append(_judge(graph, workspace))
     except FastconvError as error:
         findings.append(Finding("recipe" if recipe else "model", str(error), error.exit_code))
     return findings
@@ -77,6 +80,25 @@ def _workspace(folder: Path) -> Finding:
             "workspace", f"only {free / 2**30:.1f} GiB free at {folder}. Fix: free some space", StoreError.exit_code
         )
     return Finding("workspace", f"{folder}, {free / 2**30:.0f} GiB free")
+
+
+def _judge(graph: Graph, workspace: Path) -> Finding:
+    """Whether the recipe's judge can be asked: key, price, end date, budget, network, model. Asking costs nothing."""
+    judge = graph.judge
+    if judge is None:
+        return Finding("judge", "phrases alone; no judge reads the answers")
+    store = Store.open(workspace, create=False) if (workspace / "ledger.sqlite").is_file() else None
+    try:
+        check_judge(judge, store)
+    except FastconvError as error:
+        return Finding("judge", str(error), error.exit_code)
+    finally:
+        if store is not None:
+            store.close()
+    if judge.family == "paid":
+        budget = f"at most ${judge.settings.budget_usd:g} in {workspace}"
+        return Finding("judge", f"{judge.name} ({judge.settings.mode}) answers; {budget}")
+    return Finding("judge", f"{judge.name}, a weak judge: it answers by one character")
 
 
 def _model(settings: ModelSettings) -> Finding:

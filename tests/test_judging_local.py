@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import pytest
 
 from fastconv.errors import JudgeError
-from fastconv.judging.client import ApiKey
-from fastconv.judging.local import Complete, LocalJudge, LocalReply, endpoint_complete, read_choice
+from fastconv.judging.client import ApiKey, Outage
+from fastconv.judging.local import Complete, LocalJudge, LocalReply, at_once, endpoint_complete, read_choice
 from fastconv.judging.scores import judge_stage_scores
 from fastconv.store import Store
 from fastconv.store_judging import JudgeLedger
@@ -64,7 +64,7 @@ def ledger(tmp_path: Path) -> JudgeLedger:
 
 
 def judge(ledger: JudgeLedger, complete: Complete, name: str = "refusal", n: int = 1) -> dict[str, Any]:
-    return dict(LocalJudge(ledger, complete, "local:test").judge(rubric(name), samples(n)))
+    return dict(LocalJudge(ledger, at_once(complete), "local:test").judge(rubric(name), samples(n)))
 
 
 def test_the_value_is_the_expectation_over_the_answer_tokens(
@@ -127,7 +127,7 @@ def test_read_choice_gives_shares_that_sum_to_one() -> None:
 
 
 def test_an_endpoint_that_is_not_there_is_one_clear_line(ledger: JudgeLedger) -> None:
-    with pytest.raises(JudgeError, match="cannot be asked") as caught:
+    with pytest.raises(Outage, match="cannot be asked") as caught:
         judge(ledger, endpoint_complete(settings("http://127.0.0.1:9/v1", "local"), ApiKey(KEY)))
     assert KEY not in str(caught.value)
 
@@ -154,7 +154,7 @@ def test_judgements_become_scores_and_are_made_once(ledger: JudgeLedger) -> None
         n_asked += 1
         return LocalReply("A" if "Answer 1:" in user else "C")
 
-    local = LocalJudge(ledger, complete, "local:test", n_threads=3)
+    local = LocalJudge(ledger, at_once(complete, 3), "local:test")
     todo = samples(20)
     local.judge(rubric(), todo)
     local.judge(rubric(), todo)

@@ -27,6 +27,9 @@ class DeskStatus:
     finished: frozenset[str] = frozenset()
     money: Money = field(default_factory=lambda: Money(0.0, 0.0, 0.0, None))
     problem: str = ""
+    #: The judge is out for now (it is tried again), or done with for good (key refused, budget spent).
+    out: bool = False
+    stopped: bool = False
 
     @property
     def n_pending(self) -> int:

@@ -106,6 +106,7 @@ class JudgeDesk:
         self._wake = asyncio.Event()
         self._book = Book()
         self._n_under_way = self._n_asking = 0
+        self._patience = 1
         self._failed: asyncio.Future[Any] | None = None
         # Two connections: this loop's for batches, which are few, and a thread's for the many writes of live judging.
         store = Store.open(self._workspace)
@@ -206,7 +207,8 @@ class JudgeDesk:
                 await self._not_known([request])
                 if n_rounds >= ROUNDS:
                     self._live_queue.put_nowait(request)
-                    await self._rest(str(outage), OUTAGE_PAUSE_S, patience=1)
+                    self._patience = 1
+                    await self._rest(str(outage), OUTAGE_PAUSE_S)
                     return
                 continue
             except JudgeError as error:
@@ -254,7 +256,8 @@ class JudgeDesk:
                     if not self._book.stopped:
                         self._book.problem, self._book.n_outages = "", 0
                 except Outage as outage:
-                    await self._rest(str(outage), self._settings.batch_poll_s, patience=BATCH_PATIENCE)
+                    self._patience = BATCH_PATIENCE
+                    await self._rest(str(outage), self._settings.batch_poll_s)
                 except JudgeError as error:
                     self._stop(str(error))
                 finally:
@@ -293,14 +296,14 @@ class JudgeDesk:
 
     # --- stops and status -------------------------------------------------------------------------------
 
-    async def _rest(self, problem: str, pause_s: float, *, patience: int) -> None:
-        """Wait in an outage. A caller that waits for the end is kept waiting for `patience` outages in a row."""
+    async def _rest(self, problem: str, pause_s: float) -> None:
+        """Wait in an outage. A caller that waits for the end is kept waiting for some outages in a row."""
         self._book.problem = problem
         self._book.n_outages += 1
         until = time.monotonic() + pause_s
-        while time.monotonic() < until and not (self._closing and self._book.n_outages >= patience):
+        while time.monotonic() < until and not (self._closing and self._book.n_outages >= self._patience):
             await asyncio.sleep(5 * _LOOK_S)
-        if self._closing and self._book.n_outages >= patience:
+        if self._closing and self._book.n_outages >= self._patience:
             self._book.stopped = True
 
     def _stop(self, problem: str) -> None:
@@ -320,5 +323,5 @@ class JudgeDesk:
         finished = frozenset(stage for stage, waits in book.waits_for.items() if not waits)
         self._status = DeskStatus(
             len(book.requests), book.n_scored, len(book.done) - book.n_scored, len(book.waits_for), finished,
-            await self._quick.call(JudgeLedger.money), book.problem,
+            await self._quick.call(JudgeLedger.money), book.problem, book.n_outages >= self._patience, book.stopped,
         )  # fmt: skip
