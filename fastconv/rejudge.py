@@ -129,8 +129,9 @@ def calibrate_judge(
                 local = access.endpoint or _resident(graph, store)()
                 ledger = JudgeLedger(store)
                 ask = ask_local(ledger, local, judge.name, rubric, max_judged_chars=settings.max_judged_chars)
-            done = replace(calibrate(rubric, labelled, ask), model=judge.name)
-            JudgeLedger(store).keep_calibration(rubric.sha256, judge.name, done.to_json())
+            done = calibrate(rubric, labelled, ask)
+            # Under the model's name as its replies give it, which stands beside every score too.
+            JudgeLedger(store).keep_calibration(rubric.sha256, done.model, done.to_json())
         found.append(Calibrated(name, done, _phrases_on(rubric, labelled)))
     return found
 
