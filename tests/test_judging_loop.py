@@ -320,9 +320,9 @@ def test_an_outage_at_the_base_holds_its_cells_back_until_it_is_judged(server: F
 
 
 def test_a_spent_budget_stops_judging_and_nothing_else(server: FakeClaude, tiny_qwen: Path, tmp_path: Path) -> None:
-    loop = Loop(tmp_path, tiny_qwen, server.url, budget_usd=0.1)
-    left_pending(loop.run(), "judge.budget_usd = 0.1 is spent")
-    assert 0.05 < server.bill()["usd"] <= 0.1
+    loop = Loop(tmp_path, tiny_qwen, server.url, budget_usd=0.06, concurrency=1)
+    left_pending(loop.run(), "judge.budget_usd = 0.06 is spent")
+    assert 0.03 < server.bill()["usd"] <= 0.06
     assert [slot for slot in records(loop.recipe(), loop.workspace) if slot.startswith("behavior/")]
     answer = loop.ask("judge", "-q", "--set", "judge.budget_usd=5")
     assert answer.code == 0, answer

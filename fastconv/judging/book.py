@@ -52,6 +52,8 @@ class Book:
     problem: str = ""
     n_outages: int = 0
     stopped: bool = False
+    #: How often a stage's last judgement came in.
+    n_finished: int = 0
 
     def want(self, stage: str, request: JudgeRequest) -> bool:
         """Enter one request of a stage; True if its key is new."""
@@ -70,6 +72,7 @@ class Book:
             self.n_scored += judgement.reason is None
             for stage in self.wanted_by.pop(judgement.key, ()):
                 self.waits_for[stage].discard(judgement.key)
+                self.n_finished += not self.waits_for[stage]
 
     def pending(self) -> bool:
         """Whether anything asked for is not finished."""

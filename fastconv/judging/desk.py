@@ -39,7 +39,7 @@ BATCH_PATIENCE = 5
 #: How often the desk looks: at its inbox and flags, at a key that another process is asking, at its own status.
 _LOOK_S, _LOOK_AGAIN_S, _STATUS_S = 0.01, 0.5, 0.1
 #: Requests built and looked up at a time, between which replies are served.
-_SLICE = 64
+_SLICE = 32
 
 
 class JudgeDesk:
@@ -162,18 +162,25 @@ class JudgeDesk:
         fresh: list[JudgeRequest] = []
         for start in range(0, len(samples), _SLICE):
             requests = requests_of(rubric, self._params, samples[start : start + _SLICE])
-            new = [request for request in requests if self._book.want(stage, request)]
-            fresh += await self._not_known(new)
-        self._dispatch(fresh, urgent)
-
-    def _dispatch(self, fresh: Sequence[JudgeRequest], urgent: bool) -> None:
-        mode = self._settings.mode
-        if mode == "batch" or (mode == "auto" and not urgent and len(fresh) >= self._settings.batch_from):
+            new = await self._not_known([request for request in requests if self._book.want(stage, request)])
+            if self._goes_live(len(samples), urgent):
+                self._ask_live(new)  # at once: the first are answered while the rest are looked up
+            else:
+                fresh += new
+        if self._goes_live(len(fresh), urgent):
+            self._ask_live(fresh)
+        else:
             self._batch_waiting |= {request.key: request for request in fresh}
             self._wake.set()
-        else:
-            for request in fresh:
-                self._live_queue.put_nowait(request)
+
+    def _goes_live(self, n: int, urgent: bool) -> bool:
+        """Whether so many judgements are asked for live and not as a batch."""
+        mode = self._settings.mode
+        return mode == "live" or (mode == "auto" and (urgent or n < self._settings.batch_from))
+
+    def _ask_live(self, requests: Sequence[JudgeRequest]) -> None:
+        for request in requests:
+            self._live_queue.put_nowait(request)
 
     async def _not_known(self, requests: Sequence[JudgeRequest]) -> list[JudgeRequest]:
         """Cross off what the ledger can answer; gives the rest, with what was tried for it noted in the book."""
@@ -314,9 +321,13 @@ class JudgeDesk:
         self._stop(f"judge.budget_usd = {self._settings.budget_usd:g} is spent; raise it and run `fastconv judge`")
 
     async def _keep_status(self) -> None:
+        n_finished = 0
         while True:
             await self._publish()
-            await asyncio.sleep(_STATUS_S)
+            until = time.monotonic() + _STATUS_S
+            while time.monotonic() < until and self._book.n_finished == n_finished:
+                await asyncio.sleep(_LOOK_S)
+            n_finished = self._book.n_finished
 
     async def _publish(self) -> None:
         book = self._book
