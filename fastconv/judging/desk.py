@@ -22,7 +22,7 @@ from fastconv.judging.batches import BatchJudge
 from fastconv.judging.book import Book, DeskStatus, look_up, params_of, requests_of
 from fastconv.judging.budget import Price
 from fastconv.judging.client import ApiKey, Outage
-from fastconv.judging.commit import LedgerThread
+from fastconv.judging.commit import LoopLedger
 from fastconv.judging.live import Judged, LiveJudge
 from fastconv.judging.request import JudgeRequest
 from fastconv.judging.rubric import Rubric
@@ -108,10 +108,10 @@ class JudgeDesk:
         self._n_under_way = self._n_asking = 0
         self._patience = 1
         self._failed: asyncio.Future[Any] | None = None
-        # Two connections: this loop's for batches, which are few, and a thread's for the many writes of live judging.
+        # Two connections: one that waits for the disk, for batches, and one for the many writes of live judging.
         store = Store.open(self._workspace)
         self._ledger = JudgeLedger(store, self._settings.budget_usd)
-        self._quick = LedgerThread(self._workspace, self._settings.budget_usd)
+        self._quick = LoopLedger(self._workspace, self._settings.budget_usd)
         live = LiveJudge(self._settings, self._quick, self._price, self._key)
         batch = BatchJudge(self._settings, self._ledger, self._price, self._factor, self._key, self._book.requests)
         jobs = [self._receive(), self._keep_status(), self._work_batches(batch)]
@@ -129,7 +129,7 @@ class JudgeDesk:
             await asyncio.gather(*tasks, end, return_exceptions=True)
             await live.close()
             await batch.close()
-            await self._publish()
+            self._publish()
             await self._quick.close()
             self._ledger.let_go()
             store.close()
@@ -158,11 +158,12 @@ class JudgeDesk:
 
     async def _take(self, stage: str, rubric: Rubric, samples: Sequence[Sample], urgent: bool) -> None:
         """Enter a stage's samples in the book and send on what the ledger cannot answer."""
-        await self._quick.call(lambda ledger: ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source))
+        self._quick.ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source)
         fresh: list[JudgeRequest] = []
         for start in range(0, len(samples), _SLICE):
             requests = requests_of(rubric, self._params, samples[start : start + _SLICE])
-            new = await self._not_known([request for request in requests if self._book.want(stage, request)])
+            new = self._not_known([request for request in requests if self._book.want(stage, request)])
+            await asyncio.sleep(0)  # replies are served between two slices
             if self._goes_live(len(samples), urgent):
                 self._ask_live(new)  # at once: the first are answered while the rest are looked up
             else:
@@ -182,9 +183,9 @@ class JudgeDesk:
         for request in requests:
             self._live_queue.put_nowait(request)
 
-    async def _not_known(self, requests: Sequence[JudgeRequest]) -> list[JudgeRequest]:
+    def _not_known(self, requests: Sequence[JudgeRequest]) -> list[JudgeRequest]:
         """Cross off what the ledger can answer; gives the rest, with what was tried for it noted in the book."""
-        known, unread = await self._quick.call(lambda ledger: look_up(ledger, requests))
+        known, unread = look_up(self._quick.ledger, requests)
         for judgement in known.values():
             self._book.finish(judgement)
         self._book.n_unread |= unread
@@ -211,7 +212,7 @@ class JudgeDesk:
                 outcome = await live.judge(request, self._book.n_unread.get(request.key, 0))
             except Outage as outage:
                 n_rounds += 1
-                await self._not_known([request])
+                self._not_known([request])
                 if n_rounds >= ROUNDS:
                     self._live_queue.put_nowait(request)
                     self._patience = 1
@@ -242,7 +243,7 @@ class JudgeDesk:
 
     async def _after_refusal(self, request: JudgeRequest, refusal: Refusal) -> None:
         if refusal == "done":
-            await self._not_known([request])
+            self._not_known([request])
         elif refusal == "held":
             await asyncio.sleep(_LOOK_AGAIN_S)
         elif self._n_asking or self._ledger.batches("sent"):
@@ -291,11 +292,11 @@ class JudgeDesk:
         # Taken out first: more may be put in while this waits for the API.
         taken, self._batch_waiting = self._batch_waiting, {}
         try:
-            refused = (await batch.submit(await self._not_known(list(taken.values())))).refused
+            refused = (await batch.submit(self._not_known(list(taken.values())))).refused
         except (Outage, JudgeError):
             self._batch_waiting |= taken
             raise
-        unread = await self._not_known([taken[key] for key, why in refused.items() if why == "done"])
+        unread = self._not_known([taken[key] for key, why in refused.items() if why == "done"])
         self._batch_waiting |= {key: taken[key] for key, why in refused.items() if why != "done"}
         self._batch_waiting |= {request.key: request for request in unread}
         if "over budget" in refused.values() and not self._ledger.batches("sent"):
@@ -323,16 +324,16 @@ class JudgeDesk:
     async def _keep_status(self) -> None:
         n_finished = 0
         while True:
-            await self._publish()
+            self._publish()
             until = time.monotonic() + _STATUS_S
             while time.monotonic() < until and self._book.n_finished == n_finished:
                 await asyncio.sleep(_LOOK_S)
             n_finished = self._book.n_finished
 
-    async def _publish(self) -> None:
+    def _publish(self) -> None:
         book = self._book
         finished = frozenset(stage for stage, waits in book.waits_for.items() if not waits)
         self._status = DeskStatus(
             len(book.requests), book.n_scored, len(book.done) - book.n_scored, len(book.waits_for), finished,
-            await self._quick.call(JudgeLedger.money), book.problem, book.n_outages >= self._patience, book.stopped,
+            self._quick.ledger.money(), book.problem, book.n_outages >= self._patience, book.stopped,
         )  # fmt: skip
