@@ -289,12 +289,12 @@ def test_a_judge_that_cannot_be_asked_is_one_line_before_any_gpu_work(
 def test_an_outage_leaves_stages_pending_and_the_judge_verb_finishes_them(server: FakeClaude, loop: Loop) -> None:
     server.configure(down_after=25)
     left_pending(loop.run(), "529", "fastconv judge tiny-")
+    assert "stages wait for the judge: judge/" in (loop.folder / "reports" / f"{run_id(loop.recipe())}.md").read_text()
     pending = [one for one in loop.ask("status", "--json").json if one["state"] == "pending"]
     assert pending
     assert all("529" in one["reason"] and one["kind"] == "judge" for one in pending)
     done = records(loop.recipe(), loop.workspace)
     assert {slot for slot, _ in done.items() if slot.startswith("behavior/")}  # the rest was finished
-    assert (loop.folder / "reports").exists()
     server.configure(down_after=-1)
     answer = ask("judge", run_id(loop.recipe()), "-w", loop.workspace, "--json")
     assert answer.code == 0, answer
