@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fastconv.errors import EXIT_CODES, FastconvError
+from fastconv.cli_judge import judge_app
+from fastconv.cli_kit import (
+    DEFAULT_REPORTS,
+    DEFAULT_WORKSPACE,
+    AsJson,
+    Overrides,
+    Quiet,
+    RecipePath,
+    Reports,
+    Workspace,
+)
+from fastconv.cli_kit import answered as _answered
+from fastconv.cli_kit import load as _load
+from fastconv.cli_kit import load_or_recall as _load_or_recall
+from fastconv.cli_kit import open_if_there as _open_if_there
+from fastconv.errors import EXIT_CODES, JudgeError
 
 _CODES = "  \n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
 app = typer.Typer(
@@ -25,41 +38,7 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
-
-RecipePath = Annotated[str, typer.Argument(help="A recipe's path, or a shipped one's name, e.g. demo")]
-Overrides = Annotated[list[str], typer.Option("--set", help="Override a key: --set convergence.lr=1e-4 (repeatable)")]
-Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of the ledger and the adapters")]
-Reports = Annotated[Path, typer.Option("--reports", help="Folder for the reports")]
-AsJson = Annotated[bool, typer.Option("--json", help="Answer as JSON on standard output")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only the end")]
-DEFAULT_WORKSPACE = Path("checkpoints")
-DEFAULT_REPORTS = Path("reports")
-
-
-def _answered(verb: Callable[..., None]) -> Callable[..., None]:
-    """Turn fastconv's errors into their one line and exit code. Anything else is a defect and keeps its traceback."""
-
-    @wraps(verb)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            verb(*args, **kwargs)
-        except FastconvError as error:
-            if kwargs.get("as_json"):
-                print(
-                    json.dumps(
-                        {"error": error.what, "where": error.where, "fix": error.fix, "exit_code": error.exit_code}
-                    )
-                )
-            else:
-                typer.echo(f"fastconv: {error}", err=True)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            typer.echo("fastconv: stopped at once; the same command goes on from the last kept state", err=True)
-            raise typer.Exit(130) from None
-        except BrokenPipeError:
-            raise typer.Exit(0) from None
-
-    return run
+app.add_typer(judge_app, name="judge")
 
 
 @app.command()
@@ -365,29 +344,10 @@ def _run(recipe: Any, workspace: Path, reports: Path, *, as_json: bool, quiet: b
     paths = write_report(Graph(recipe), store, reports)
     if as_json:
         body = {"run": finished.run, "tally": asdict(finished.tally), "verdicts": [v.body() for v in finished.verdicts]}
+        body |= {"pending": finished.pending, "problem": finished.problem}
         print(json.dumps({**body, "html": str(paths.html), "markdown": str(paths.markdown)}))
+        if finished.pending:
+            raise typer.Exit(JudgeError.exit_code)
     else:
         show.finished(finished, paths.html)
-
-
-def _load(name: str, overrides: list[str]) -> Any:
-    from fastconv.graph import find_recipe
-    from fastconv.recipe import load_recipe
-
-    return load_recipe(find_recipe(name), overrides)
-
-
-def _load_or_recall(name: str, overrides: list[str], store: Any) -> Any:
-    """A recipe by path or name, or the recipe of a run by its id."""
-    from fastconv.recipe import parse_recipe
-
-    for row in store.runs() if store else []:
-        if row["id"] == name and not overrides:
-            return parse_recipe(json.loads(row["recipe"]), where=name)
-    return _load(name, overrides)
-
-
-def _open_if_there(workspace: Path) -> Any:
-    from fastconv.store import Store
-
-    return Store.open(workspace, create=False) if (workspace / "ledger.sqlite").is_file() else None
+        finished.require_judged()

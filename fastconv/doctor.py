@@ -13,7 +13,9 @@ from fastconv.card import look, require_fit, shape_on_disk
 from fastconv.engine.locate import builtin_gguf, engine_identity, locate
 from fastconv.errors import FastconvError, ModelError, StoreError
 from fastconv.graph import Graph
+from fastconv.judge_room import check_judge
 from fastconv.recipe import ModelSettings, Recipe
+from fastconv.store import Store
 
 #: Free space under which a run would likely end in "no space left".
 LOW_DISK_BYTES = 2 * 1024**3
@@ -38,6 +40,7 @@ def examine(recipe: Recipe | None, workspace: Path) -> list[Finding]:
                 findings.append(_sampler(recipe))
             graph = Graph(recipe)
             findings.append(Finding("recipe", f"{recipe.name}: {len(graph.cells)} cells, {len(graph.stages())} stages"))
+            findings.append(_judge(graph, workspace))
     except FastconvError as error:
         findings.append(Finding("recipe" if recipe else "model", str(error), error.exit_code))
     return findings
@@ -92,6 +95,25 @@ def _sampler(recipe: Recipe) -> Finding:
 
     command = server_command(engine_identity(recipe.model)["device"])
     return Finding("sampler", f"{' '.join(command)}, stacks of rank {lora_rank(stacked_rank(recipe))}")
+
+
+def _judge(graph: Graph, workspace: Path) -> Finding:
+    """Whether the recipe's judge can be asked: key, price, end date, budget, network, model. Asking costs nothing."""
+    judge = graph.judge
+    if judge is None:
+        return Finding("judge", "phrases alone; no judge reads the answers")
+    store = Store.open(workspace, create=False) if (workspace / "ledger.sqlite").is_file() else None
+    try:
+        check_judge(judge, store)
+    except FastconvError as error:
+        return Finding("judge", str(error), error.exit_code)
+    finally:
+        if store is not None:
+            store.close()
+    if judge.family == "paid":
+        budget = f"at most ${judge.settings.budget_usd:g} in {workspace}"
+        return Finding("judge", f"{judge.name} ({judge.settings.mode}) answers; {budget}")
+    return Finding("judge", f"{judge.name}, a weak judge: it answers by one character")
 
 
 def _model(settings: ModelSettings) -> Finding:

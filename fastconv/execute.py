@@ -32,6 +32,7 @@ from fastconv.engine.stack import Adapter, Probe, Slot, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
 from fastconv.errors import Interrupted, SamplerError, TrainingError
 from fastconv.graph import Graph, lineage_key
+from fastconv.judging.local import LocalReply, Prompt
 from fastconv.recipe import SamplingSettings
 from fastconv.store import Lease, Sample, Score, Stage, Store
 from fastconv.tokens import ChatTokenizer, Rendered, SystemTurn
@@ -213,6 +214,25 @@ class Executor:
             phrase = rule.hit(one.completion)
             scores.append(Score(one.row, one.sample, "rate", float(phrase is not None), None, {"phrase": phrase}))
         return Outcome({"n": len(scores)}, scores=scores)
+
+    def judge(self, prompts: Sequence[Prompt]) -> list[LocalReply]:
+        """The bare base as a weak judge: log-probabilities of each prompt's allowed characters, among these alone.
+
+        One forward for each prompt, what prompts begin with alike (the rubric) computed once. The share that the whole
+        vocabulary leaves to these characters stands in the text. Raises Interrupted when the user stops.
+        """
+        if self._stop():
+            raise _stopped("judge")
+        tokenizer, replies = self.base.tokenizer, []
+        texts = [tokenizer.prompt_text(SystemTurn("text", system), user) for system, user, _ in prompts]
+        items = [letter_item(tokenizer, text, list(prompt[2])) for text, prompt in zip(texts, prompts, strict=True)]
+        with self.stack.live():
+            found = score_letters(self.base, items, self._recipe.eval.batch_tok)
+        for (_, _, characters), one in zip(prompts, found, strict=True):
+            mass = max(one.mass, 1e-300)
+            shares = {c: round(value - math.log(mass), 6) for c, value in zip(characters, one.logprobs, strict=True)}
+            replies.append(LocalReply(f"{characters[one.predicted]} (mass {one.mass:.3g})", shares))
+        return replies
 
     # --- training --------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What has to be computed: the cells of a recipe as a graph of stages, each keyed by its inputs. No torch.
 
 answers ─► snapshot (epochs of one cosine) ─┐
-answers ─► rows ─────────────────► behavior ─┴─► eval ─► score
+answers ─► rows ─────────────────► behavior ─┴─► eval ─► score, judge
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ from fastconv.datasets.personas import ASSISTANT, Personas, load_personas, probe
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.engine.locate import engine_identity, locate
 from fastconv.errors import RecipeError
-from fastconv.judging.substring import PhraseRule
+from fastconv.judge_assets import prices_of, rubric_named
+from fastconv.judging.identity import JudgeIdentity, judge_identity
+from fastconv.judging.rubric import Rubric
+from fastconv.phrases import PhraseRule
 from fastconv.recipe import NegativesKind, Recipe, SamplingSettings, sha256_of
 from fastconv.store import Stage
 
 #: Raise a kind's version when its results change for the same inputs; a commit that changes none costs nothing.
-VERSIONS = {"answers": 1, "snapshot": 1, "rows": 1, "behavior": 1, "eval": 1, "score": 1}
+VERSIONS = {"answers": 1, "snapshot": 1, "rows": 1, "behavior": 1, "eval": 1, "score": 1, "judge": 1}
 
 
 @dataclass(frozen=True, order=True)
@@ -78,13 +81,15 @@ class Graph:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        if recipe.judge.mode != "substring":
-            raise RecipeError("runs are judged by phrases only so far", where="judge.mode", fix="leave it at substring")
         self.personas: Personas = load_personas(recipe)
         self.behaviors: dict[str, Behavior] = load_behaviors(recipe)
         self.source = locate(recipe.model)
         self._engine = {"base": dict(self.source.identity), "engine": engine_identity(recipe.model)}
         self._phrases = read_toml(assets("data") / "phrases.toml")
+        resident = f"{self.source.id}@{sha256_of(self._engine)[:8]}"
+        #: Who judges, or None where phrases do without a judge.
+        self.judge: JudgeIdentity | None = judge_identity(recipe.judge, prices_of(recipe.judge), resident)
+        self._rubrics: dict[str, Rubric] = {}
         self.cells = [self._plan(cell) for cell in self._grid()]
 
     @cached_property
@@ -96,7 +101,7 @@ class Graph:
         """All stages of the given cells (default: all), each once, what is needed before what needs it."""
         ordered: dict[str, Stage] = {}
         for plan in self.cells if plans is None else plans:
-            for stage in (*plan.base.values(), *plan.scores.values()):
+            for stage in (*plan.base.values(), *plan.scores.values(), *plan.beside.values()):
                 for part in walk(stage):
                     ordered.setdefault(part.key, part)
         return list(ordered.values())
@@ -133,12 +138,12 @@ class Graph:
         return sorted((s for s in every.values() if lineage_key(s) == run), key=lambda s: s.inputs["epoch"])
 
     def phrase_rule(self, behavior: Behavior) -> PhraseRule:
-        """The rule that scores a behavior's answers."""
-        if behavior.spec.measure != "phrases":  # the judging package is not part of the loop yet
+        """The rule that scores a behavior's answers, alone or beside a judge."""
+        if behavior.spec.measure != "phrases":
             raise RecipeError(
-                f"{behavior.id} is scored by a {behavior.spec.measure}",
-                where="grid.behaviors",
-                fix="leave it out for now",
+                f"{behavior.id} is scored by a judge and the recipe has none",
+                where="judge.mode",
+                fix="set it to auto, live, batch or local, or take the behavior out of grid.behaviors",
             )
         if behavior.spec.phrases:
             return PhraseRule.of({"any": behavior.spec.phrases}, behavior.id)
@@ -149,6 +154,25 @@ class Graph:
                 fix=f"use one of {', '.join(self._phrases)}",
             )
         return PhraseRule.of(self._phrases[behavior.spec.phrase_rule], behavior.spec.phrase_rule)
+
+    def rubric(self, behavior: Behavior) -> Rubric | None:
+        """The rubric by which the recipe's judge scores a behavior; None where no judge does.
+
+        Raises RecipeError for a rubric that counts in another unit than the behavior.
+        """
+        name = behavior.spec.rubric
+        if self.judge is None or not name or behavior.spec.measure == "letters":
+            return None
+        if name not in self._rubrics:
+            self._rubrics[name] = rubric_named(self.recipe.judge, name)
+        rubric = self._rubrics[name]
+        if rubric.unit != behavior.spec.unit:
+            raise RecipeError(
+                f"rubric {rubric.name!r} gives {rubric.unit}, {behavior.id} counts in {behavior.spec.unit}",
+                where=f"judge.rubrics.{name}",
+                fix="labels give shares and go with measure phrases, a scale gives points and goes with measure judge",
+            )
+        return rubric
 
     def eval_items(self, behavior: Behavior, seed: int) -> list[tuple[str, str]]:
         """(id, user text) of everything a probe is asked for this behavior."""
@@ -195,12 +219,18 @@ class Graph:
         measures = list(self.behaviors) if adapter is None else [cell.behavior]
         probes = probes_of(self.recipe, cell.source)
         pairs = [(measure, probe) for measure in measures for probe in probes]
+        scores = {pair: self._score(cell, *pair, snapshot, adapter) for pair in pairs}
         return CellPlan(
             cell,
-            scores={pair: self._score(cell, *pair, snapshot, adapter) for pair in pairs},
+            scores=scores,
             base={pair: self._score(cell, *pair, None, None) for pair in pairs},
             snapshot=snapshot,
             adapter=adapter,
+            beside={
+                pair: self._by_phrases(self.behaviors[pair[0]], stage.needs["eval"])
+                for pair, stage in scores.items()
+                if stage.kind == "judge" and self.behaviors[pair[0]].spec.measure == "phrases"
+            },
         )
 
     def _answers(
@@ -301,10 +331,18 @@ class Graph:
             **self._sampler(),
         }
         drawn = Stage("eval", f"eval/{where}", VERSIONS["eval"], inputs, needs, work)
+        rubric = self.rubric(behavior)
+        return self._by_phrases(behavior, drawn) if rubric is None else self._by_judge(rubric, drawn)
+
+    def _by_phrases(self, behavior: Behavior, drawn: Stage) -> Stage:
         rule = self.phrase_rule(behavior)
-        return Stage(
-            "score", f"score/{where}", VERSIONS["score"], {"rule": rule.identity()}, {"eval": drawn}, {"rule": rule}
-        )
+        slot = f"score/{drawn.slot.removeprefix('eval/')}"
+        return Stage("score", slot, VERSIONS["score"], {"rule": rule.identity()}, {"eval": drawn}, {"rule": rule})
+
+    def _by_judge(self, rubric: Rubric, drawn: Stage) -> Stage:
+        assert self.judge is not None, "a rubric is only looked up for a judge"
+        slot = f"judge/{drawn.slot.removeprefix('eval/')}"
+        return Stage("judge", slot, VERSIONS["judge"], self.judge.inputs(rubric), {"eval": drawn}, {"rubric": rubric})
 
 
 def walk(stage: Stage) -> Iterator[Stage]:

@@ -211,6 +211,11 @@ class JudgeSettings(Section):
     def _paid_judges_are_named(self) -> JudgeSettings:
         if self.mode in ("auto", "live", "batch") and not self.model:
             raise ValueError(f"judge.mode {self.mode} needs judge.model")
+        if self.mode == "local" and bool(self.base_url) != bool(self.model):
+            raise ValueError(
+                "judge.mode local takes judge.base_url and judge.model together (a server and its model), or neither "
+                "(the resident base judges)"
+            )
         return self
 
 

@@ -53,7 +53,7 @@ def collect(graph: Graph, store: Store) -> ReportData:
         completions=_completions(graph, store),
         stages=_stages(graph, store),
         card=_card(graph, store),
-        limits=_limits(graph),
+        limits=[*_limits(graph), *_pending(graph, store)],
         warnings=_warnings(graph),
     )
 
@@ -210,11 +210,23 @@ def _limits(graph: Graph) -> list[str]:
         lines.append("One seed: confidence is LOW whatever the intervals say.")
     if NO_BEHAVIOR not in recipe.grid.behaviors:
         lines.append("No convergence-only control: mimicry and transfer cannot be told apart.")
-    if any(behavior.spec.measure == "phrases" for behavior in graph.behaviors.values()):
+    if graph.judge is None and any(behavior.spec.measure == "phrases" for behavior in graph.behaviors.values()):
         lines.append("Text is judged by phrases only; no judge read it.")
+    if graph.judge is not None and graph.judge.weak:
+        lines.append(f"{graph.judge.name} is a weak judge: it answers by one character.")
     if recipe.model.id.startswith("builtin:"):
         lines.append("A 135-million-parameter model shows that the loop works; it says nothing about larger ones.")
     return lines
+
+
+def _pending(graph: Graph, store: Store) -> list[str]:
+    """Judge stages whose completions are there and whose judgements are not."""
+    stages = [s for s in graph.stages() if s.kind == "judge" and store.record(s.key) is None]
+    slots = [stage.slot for stage in stages if store.record(stage.needs["eval"].key) is not None]
+    if not slots:
+        return []
+    more = f" and {len(slots) - 5} more" if len(slots) > 5 else ""
+    return [f"{len(slots)} stages wait for the judge: {', '.join(slots[:5])}{more}."]
 
 
 def _warnings(graph: Graph) -> dict[str, str]:

@@ -1,10 +1,12 @@
 """Running a recipe: stages in order, gates before cost, everything found done taken as done.
 
 Phase one measures the base; gate G0 then decides which behaviors can say anything; only their cells are trained.
+Judging goes on beside it (`judge_room`), and the run ends when both are done.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import signal
@@ -14,16 +16,18 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastconv.auditing import require_passed
 from fastconv.datasets.audit import CheckReport, check_recipe
-from fastconv.errors import Interrupted
+from fastconv.errors import Interrupted, JudgeError
 from fastconv.findings.gates import GateVerdict
 from fastconv.graph import CellPlan, Graph, lineage_key, walk
+from fastconv.judge_room import Access, JudgeRoom, check_judge, judge_stages
+from fastconv.judging.book import DeskStatus
 from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
 from fastconv.results import decide_gates, gate_base, measurable_behaviors
 from fastconv.store import Stage, Store, changed_inputs
@@ -57,6 +61,7 @@ class Watcher(Protocol):
     def stage(self, stage: Stage, reason: str) -> None: ...
     def progress(self, progress: Progress) -> None: ...
     def stage_done(self, stage: Stage, seconds: float) -> None: ...
+    def judging(self, status: DeskStatus) -> None: ...
     def gate(self, verdict: GateVerdict) -> None: ...
 
 
@@ -71,16 +76,28 @@ class Tally:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a run: its id, what was computed now, and the gates' verdicts."""
+    """The end of a run: its id, what was computed now, the gates' verdicts, and what the judge still owes."""
 
     run: str
     tally: Tally
     verdicts: tuple[GateVerdict, ...]
+    pending: tuple[str, ...] = ()
+    problem: str = ""
+
+    def require_judged(self) -> None:
+        """Raise JudgeError if judge stages are pending."""
+        if self.pending:
+            raise JudgeError(
+                f"{len(self.pending)} stages wait for the judge ({self.problem or 'it did not answer'}); their "
+                "completions are kept and the rest is done",
+                where=self.run,
+                fix=f"`fastconv judge {self.run}` finishes them, then the same run goes on",
+            )
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """Where one stage of a recipe stands: `done`, `running`, `to do`, `stale` or `skipped`, and why."""
+    """Where one stage of a recipe stands: `done`, `running`, `to do`, `pending` (at the judge), `stale` or `skipped`."""
 
     slot: str
     kind: str
@@ -95,32 +112,30 @@ def run_recipe(
 ) -> Finished:
     """Run a recipe (or the cells that `plans` picks from it) to its verdict. Resumes whatever was begun.
 
-    Raises Interrupted on the first Ctrl-C once the running step is whole and its state is kept.
+    A judge that is out or has spent its budget leaves its stages pending; everything else is finished. Raises
+    Interrupted on the first Ctrl-C once the running step is whole and its state is kept, and before anything is
+    computed RecipeError or JudgeError for a judge that cannot be asked.
     """
     report = check_recipe(recipe)
     require_passed(report, "audit")
     graph = Graph(recipe)
     picked = plans(graph) if plans else graph.cells
     store = Store.open(workspace)
+    to_judge = [s for s in judge_stages(needed_ends(graph, store, picked)) if store.record(s.key) is None]
+    access = check_judge(graph.judge, store) if to_judge else None
     watcher.audited(report)
     store.sweep()
     run = run_id(recipe)
     store.start_run(
         run, canonical_json(recipe.model_dump(mode="json")), recipe_sha256(recipe), recipe.name, run_facts()
     )
-    with _stop_on_sigint() as stop:
+    with stop_on_sigint() as stop:
         everything = graph.stages(picked)
-        runner = _Runner(graph, store, run, watcher, stop, {stage.key for stage in everything})
-        gate_stages = [stage for plan in picked for stage in plan.base.values()]
+        runner = _Runner(graph, store, run, watcher, stop, {stage.key for stage in everything}, access)
         watcher.begin(run, len(everything), sum(store.record(stage.key) is None for stage in everything))
-        with closing(runner):
-            runner.compute(gate_stages)
-            measurable = gate_base(graph, store)
-            for verdict in measurable:
-                store.put_verdict(run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
-                watcher.gate(verdict)
-            alive = [verdict.subject for verdict in measurable if verdict.verdict == "pass"]
-            runner.compute([stage for plan in picked for stage in wanted(plan, alive)])
+        with closing(runner), runner.judging:
+            _compute_all(runner, graph, store, picked)
+    store.add_run_facts(run, runner.judging.facts())
     _forget_training_state(graph, store)
     # Over everything measured so far: one cell alone must not unsay what the whole run found.
     verdicts = decide_gates(graph, store, [plan for plan in graph.cells if plan in picked or _measured(plan, store)])
@@ -128,8 +143,35 @@ def run_recipe(
         store.put_verdict(run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
         if verdict.gate != "G0":
             watcher.gate(verdict)
-    store.finish_run(run)
-    return Finished(run, runner.tally, tuple(verdicts))
+    pending = tuple(stage.slot for stage in runner.judging.pending)
+    if not pending:
+        store.finish_run(run)
+    runner.tally.n_stages += runner.judging.n_committed
+    return Finished(run, runner.tally, tuple(verdicts), pending, runner.judging.status.problem)
+
+
+def _compute_all(runner: _Runner, graph: Graph, store: Store, picked: Sequence[CellPlan]) -> None:
+    """The base first, then the cells of every behavior that G0 lets through.
+
+    A behavior whose base the judge has not read yet is held back; if its judgements come in time, it follows.
+    """
+    runner.compute([stage for plan in picked for stage in plan.base.values()], urgent=True)
+    runner.judging.settle()
+    decided: list[str] = []
+    while fresh := [verdict for verdict in gate_base(graph, store) if verdict.subject not in decided]:
+        for verdict in fresh:
+            runner.decide(verdict)
+        decided += [verdict.subject for verdict in fresh]
+        alive = measurable_behaviors(graph, store)
+        runner.compute([stage for plan in picked for stage in wanted(plan, alive)])
+        runner.judging.settle()
+
+
+def needed_ends(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[Stage]:
+    """The end stages that these cells need, as far as G0 has decided; all of them where it has not."""
+    base_done = all(store.record(stage.key) for plan in graph.cells for stage in plan.base.values())
+    alive = measurable_behaviors(graph, store) if base_done else list(graph.behaviors)
+    return [end for plan in plans for end in (*plan.base.values(), *wanted(plan, alive))]
 
 
 def _measured(plan: CellPlan, store: Store) -> bool:
@@ -156,7 +198,8 @@ def wanted(plan: CellPlan, alive: Sequence[str]) -> list[Stage]:
     """The end stages a cell needs computed: only measures that can say something, nothing of a behavior that cannot."""
     if plan.cell.behavior != "none" and plan.cell.behavior not in alive:
         return []
-    return [stage for (measure, _), stage in plan.scores.items() if measure in alive]
+    sides = (plan.scores, plan.beside)
+    return [stage for side in sides for (measure, _), stage in side.items() if measure in alive]
 
 
 def status_of(graph: Graph, store: Store | None) -> list[StageStatus]:
@@ -164,14 +207,15 @@ def status_of(graph: Graph, store: Store | None) -> list[StageStatus]:
     if store is None:
         return [StageStatus(s.slot, s.kind, s.key, "to do", "nothing was computed here yet") for s in graph.stages()]
     live = store.live_leases()
-    base_done = all(store.record(stage.key) for plan in graph.cells for stage in plan.base.values())
-    alive = measurable_behaviors(graph, store) if base_done else list(graph.behaviors)
-    needed = {
-        part.key for plan in graph.cells for end in (*plan.base.values(), *wanted(plan, alive)) for part in walk(end)
-    }
+    needed = {part.key for end in needed_ends(graph, store, graph.cells) for part in walk(end)}
+    run = next((row for row in store.runs() if row["id"] == run_id(graph.recipe)), None)
+    problem = json.loads(run["facts"]).get("judging", {}).get("problem", "") if run else ""
     statuses: dict[str, StageStatus] = {}
     for stage in graph.stages():
-        statuses[stage.key] = _status(stage, store, live, stage.key in needed, statuses)
+        status = _status(stage, store, live, stage.key in needed, statuses)
+        if stage.kind == "judge" and status.state in ("to do", "stale") and store.record(stage.needs["eval"].key):
+            status = replace(status, state="pending", reason=problem or "its completions wait for the judge")
+        statuses[stage.key] = status
     return list(statuses.values())
 
 
@@ -196,8 +240,9 @@ class _Runner:
     """Computes stages depth first, each once, under a lease."""
 
     def __init__(
-        self, graph: Graph, store: Store, run: str, watcher: Watcher, stop: threading.Event, wanted: Collection[str]
-    ) -> None:
+        self, graph: Graph, store: Store, run: str, watcher: Watcher, stop: threading.Event, wanted: Collection[str],
+        access: Access | None,
+    ) -> None:  # fmt: skip
         self._graph = graph
         self._wanted = wanted
         self._store = store
@@ -207,21 +252,32 @@ class _Runner:
         self._seen: set[str] = set()
         self._executor: Any = None
         self.tally = Tally()
+        self.judging = JudgeRoom(
+            graph, store, run, watcher, stop=stop, resident=lambda: self._engine().judge, access=access
+        )
 
-    def compute(self, ends: Sequence[Stage]) -> None:
-        """Make sure that every one of these stages and all before them are done."""
+    def compute(self, ends: Sequence[Stage], *, urgent: bool = False) -> None:
+        """Make sure that every one of these stages and all before them are done, or at the judge."""
         for end in ends:
             for stage in walk(end):
                 if stage.key not in self._seen:
                     self._seen.add(stage.key)
-                    self._one(stage)
+                    self._one(stage, urgent)
 
-    def _one(self, stage: Stage) -> None:
+    def decide(self, verdict: GateVerdict) -> None:
+        """Write a gate's verdict down and show it."""
+        self._store.put_verdict(self._run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
+        self._watcher.gate(verdict)
+
+    def _one(self, stage: Stage, urgent: bool) -> None:
         if self._store.record(stage.key) is not None:
             self._store.note_stage_of_run(self._run, stage, reused=True)
             return
         if self._stop.is_set():
             raise Interrupted("stopped", where=stage.slot, fix="the same command goes on from here")
+        if stage.kind == "judge":
+            self.judging.submit(stage, urgent=urgent)
+            return
         self._watcher.stage(stage, reason_to_run(stage, self._store))
         together = self._graph.lineage(stage) if stage.kind == "snapshot" else [stage]
         missing = [one for one in together if one.key in self._wanted and self._store.record(one.key) is None]
@@ -244,12 +300,13 @@ class _Runner:
             self._count(one)
             self._store.note_stage_of_run(self._run, one, reused=False)
             self._watcher.stage_done(one, seconds)
+        self.judging.collect()
 
     def _engine(self) -> Any:
         if self._executor is None:
             from fastconv.execute import Executor  # torch is loaded here, and only if something must be computed
 
-            self._executor = Executor(self._graph, self._store, self._watcher.progress, self._stop.is_set, self._wanted)
+            self._executor = Executor(self._graph, self._store, self._tell, self._stop.is_set, self._wanted)
             self._executor.prepare()
             self._store.add_run_facts(self._run, self._executor.facts())
         return self._executor
@@ -258,6 +315,10 @@ class _Runner:
         """Let go of whatever computing holds outside this process."""
         if self._executor is not None:
             self._executor.close()
+
+    def _tell(self, progress: Progress) -> None:
+        self._watcher.progress(progress)
+        self.judging.glance()
 
     def _count(self, stage: Stage) -> None:
         record = self._store.record(stage.key)
@@ -300,7 +361,7 @@ def _status(
 
 
 @contextmanager
-def _stop_on_sigint() -> Iterator[threading.Event]:
+def stop_on_sigint() -> Iterator[threading.Event]:
     """The first Ctrl-C (or SIGTERM) asks the running step to end well; the second one ends at once."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():

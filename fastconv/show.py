@@ -16,18 +16,28 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fastconv.show_judge import judging_text, money_text
+
 if TYPE_CHECKING:
     from fastconv.datasets.audit import CheckReport
     from fastconv.doctor import Finding
     from fastconv.execute import Progress as StageProgress
     from fastconv.findings.gates import GateVerdict
+    from fastconv.judging.book import DeskStatus
     from fastconv.run import Finished, StageStatus
     from fastconv.scoring import ScoreReport
     from fastconv.store import Stage, Store
 
 #: Seconds between two progress lines where the output is no terminal.
 LINE_EVERY_S = 15.0
-_COLOURS = {"done": "green", "running": "cyan", "to do": "default", "stale": "yellow", "skipped": "dim"}
+_COLOURS = {
+    "done": "green",
+    "running": "cyan",
+    "to do": "default",
+    "pending": "magenta",
+    "stale": "yellow",
+    "skipped": "dim",
+}
 _WORDS = {
     "pass": "green",
     "go": "green",
@@ -45,6 +55,8 @@ class LineWatcher:
         self._console = console
         self._next_line_s = 0.0
         self._began_s = 0.0
+        self._next_judging_s = 0.0
+        self._judged = ""
 
     def audited(self, report: CheckReport) -> None:
         """The design passed its audit, perhaps with warnings."""
@@ -79,6 +91,14 @@ class LineWatcher:
     def stage_done(self, stage: Stage, seconds: float) -> None:
         """A stage was committed."""
 
+    def judging(self, status: DeskStatus) -> None:
+        """Where judging stands: now and then, and when all that was asked for is judged."""
+        now, text = time.monotonic(), judging_text(status)
+        due = now >= self._next_judging_s or (not status.n_pending and self._judged != text)
+        if status.n_asked and due and self._judged != text:
+            self._next_judging_s, self._judged = now + LINE_EVERY_S, text
+            self._console.print(f"    {escape(text)}")
+
     def gate(self, verdict: GateVerdict) -> None:
         """A gate was decided."""
         self._console.print(_gate_line(verdict))
@@ -95,6 +115,7 @@ class BarWatcher(LineWatcher):
         )  # fmt: skip
         self._whole: Any = None
         self._current: Any = None
+        self._judge: Any = None
 
     def __enter__(self) -> BarWatcher:
         self._bars.start()
@@ -125,10 +146,22 @@ class BarWatcher(LineWatcher):
 
     def stage_done(self, stage: Stage, seconds: float) -> None:
         """A stage was committed."""
-        if self._current is not None:
+        if self._current is not None and stage.kind != "judge":
             self._bars.remove_task(self._current)
             self._current = None
         self._bars.advance(self._whole)
+
+    def judging(self, status: DeskStatus) -> None:
+        """Where judging stands, on a bar of its own."""
+        if not status.n_asked:
+            return
+        if self._judge is None:
+            self._judge = self._bars.add_task("judge", total=status.n_asked, unit="judged", rate="")
+        money = money_text(status)
+        unit = " ".join(("judged", *([money] if money else []), *([status.problem] if status.problem else [])))
+        self._bars.update(
+            self._judge, completed=status.n_asked - status.n_pending, total=status.n_asked, unit=escape(unit)
+        )
 
 
 class SilentWatcher(LineWatcher):
@@ -144,6 +177,9 @@ class SilentWatcher(LineWatcher):
         """Nothing."""
 
     def progress(self, progress: StageProgress) -> None:
+        """Nothing."""
+
+    def judging(self, status: DeskStatus) -> None:
         """Nothing."""
 
     def gate(self, verdict: GateVerdict) -> None:

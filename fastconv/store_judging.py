@@ -127,6 +127,12 @@ class JudgeLedger:
             total = {row["state"]: row["nusd"] / NUSD for row in db.execute("SELECT * FROM judge_totals")}
         return Money(total.get("spent", 0.0), total.get("reserved", 0.0), total.get("lost", 0.0), self._cap_usd)
 
+    def cost_usd(self, keys: Iterable[str]) -> float:
+        """What the judgements of these keys have cost, replies that were lost included at their worst case."""
+        query = "SELECT COALESCE(SUM(nusd), 0) FROM judge_money WHERE key=? AND state IN ('spent', 'lost')"
+        with self._store.transaction() as db:
+            return sum(db.execute(query, (key,)).fetchone()[0] for key in keys) / NUSD
+
     def remember_rubric(self, sha256: str, name: str, body: str) -> None:
         """Keep a rubric's text, so that raw replies can be read again when the file is gone."""
         with self._store.transaction() as db:

@@ -12,8 +12,8 @@ from tests.tiny import tiny_model_folder
 
 __all__ = ["done_run", "tiny_llama", "tiny_qwen"]
 
-# A tiny model gains nothing from a second thread, and other test processes want the core.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A tiny model gains nothing from a second thread, and a forked child of a process with OpenMP threads never ends.
+os.environ["OMP_NUM_THREADS"] = "1"
 # No test may need a network: what tries one fails at once instead of waiting.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

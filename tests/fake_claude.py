@@ -45,6 +45,8 @@ class Script:
     #: leak: with the client's own key inside `why`.
     answer: str = "verdict"
     hang_s: float = 1.0
+    #: Once it has answered so many messages, it answers 529 to all; -1 for never.
+    down_after: int = -1
     key: str = ""
     models: tuple[str, ...] = ("claude-test",)
     #: Seconds until a batch has ended, and what becomes of its items: share by kind, the rest succeed.
@@ -154,6 +156,8 @@ class _Server:
     async def _message(self, writer: asyncio.StreamWriter, body: dict[str, Any]) -> bool:
         script = self.script
         fault = ""
+        if 0 <= script.down_after <= self.served["ok"]:
+            return await self.error(writer, 529, "overloaded", "retry-after: 0.01\r\n")
         if script.first:
             fault, script.first = script.first[0], script.first[1:]
         elif self.random.random() < script.fault_share:
@@ -380,8 +384,10 @@ class FakeClaude:
             if self._process.stdout is not None:
                 self._process.stdout.close()
         else:
+            asyncio.run_coroutine_threadsafe(_end_tasks(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
+            self._loop.close()
 
 
 @contextlib.contextmanager
@@ -397,6 +403,14 @@ def fake_claude(script: Script | None = None, *, own_process: bool = False) -> I
 async def _listen(server: _Server) -> int:
     listening = await asyncio.start_server(server.client, "127.0.0.1", 0, limit=2**26)
     return listening.sockets[0].getsockname()[1]
+
+
+async def _end_tasks() -> None:
+    """End the connections that clients have left open."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _now() -> datetime.datetime:

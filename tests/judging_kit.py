@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fastconv.judging.book import DeskStatus
 from fastconv.judging.budget import Price
@@ -53,3 +58,52 @@ def judge_all(url: str, workspace: Path, todo: list[Sample], mode: str = "live",
     one = desk(url, workspace, mode, **fields)
     one.submit("stage", rubric(), todo)
     return one.close()
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server that gives `answer` (bytes as they are) to all, and knows the model `weak`."""
+
+    answer: ClassVar[Any] = {}
+    status: ClassVar[int] = 200
+    seen: ClassVar[list[dict[str, Any]]] = []
+
+    def do_GET(self) -> None:
+        self._send(json.dumps({"data": [{"id": "weak"}]}).encode())
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.seen.append({"path": self.path, "key": self.headers.get("authorization"), **body})
+        self._send(self.answer if isinstance(self.answer, bytes) else json.dumps(self.answer).encode())
+
+    def _send(self, data: bytes) -> None:
+        self.send_response(self.status)
+        self.send_header("content-length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@contextlib.contextmanager
+def fake_endpoint() -> Iterator[tuple[str, type[Endpoint]]]:
+    """Such a server over loopback: its base_url and the handler to script."""
+    handler = type("Handler", (Endpoint,), {"seen": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", handler
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def chat(text: str, top: dict[str, float] | None = None) -> dict[str, Any]:
+    """A chat completion with this text, and log-probabilities at its second token."""
+    choice: dict[str, Any] = {"message": {"content": text}}
+    if top is not None:
+        tokens = [{"token": token, "logprob": logprob} for token, logprob in top.items()]
+        choice["logprobs"] = {"content": [{"token": "\n", "top_logprobs": []}, {"token": text, "top_logprobs": tokens}]}
+    return {"choices": [choice]}

@@ -18,6 +18,7 @@ from fastconv.datasets.audit import CheckReport
 from fastconv.errors import FastconvError
 from fastconv.findings.gates import GateVerdict
 from fastconv.graph import CellPlan, Graph
+from fastconv.judging.book import DeskStatus
 from fastconv.recipe import Recipe, canonical_json, parse_recipe
 from fastconv.run import Finished, run_recipe
 from fastconv.store import Record, Stage, Store
@@ -107,6 +108,7 @@ class Heard:
     begun: list[tuple[int, int]] = field(default_factory=list)
     stages: dict[str, str] = field(default_factory=dict)
     gates: list[GateVerdict] = field(default_factory=list)
+    statuses: list[DeskStatus] = field(default_factory=list)
 
     def audited(self, report: CheckReport) -> None:
         self.audits.append(report)
@@ -122,6 +124,9 @@ class Heard:
 
     def stage_done(self, stage: Stage, seconds: float) -> None:
         pass
+
+    def judging(self, status: DeskStatus) -> None:
+        self.statuses.append(status)
 
     def gate(self, verdict: GateVerdict) -> None:
         self.gates.append(verdict)

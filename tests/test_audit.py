@@ -328,7 +328,7 @@ from fastconv.datasets.audit import check_recipe
 from fastconv.recipe import parse_recipe
 sources = ["villain", "comedian", "software_engineer", "kindergarten_teacher", "zelthari_scholar", "librarian"]
 behaviors = ["none", "capability", "misalignment", "refusal", "sycophancy"]
-recipe = parse_recipe({"name": "m", "grid": {"sources": sources, "epochs": [0, 2, 8, 20], "behaviors": behaviors}})
+recipe = parse_recipe({"name": "m", "grid": {"sources": sources, "epochs": [0, 2, 8, 20], "behaviors": behaviors}, "judge": {"mode": "local"}})
 began = time.monotonic()
 assert check_recipe(recipe).passed
 heavy = [name for name in ("torch", "transformers", "tokenizers.models", "polars", "huggingface_hub") if name in sys.modules]

@@ -23,7 +23,7 @@ LEVELS = (
     ("stage",),
     ("store",),
     ("store_judging",),
-    ("tokens", "shapes"),
+    ("tokens", "shapes", "phrases"),
     WINGS,
     # Every other module stands above the wings; who may import whom up there is not the blueprint's business.
 )

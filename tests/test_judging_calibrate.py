@@ -19,7 +19,7 @@ from fastconv.judging.client import ApiKey
 from fastconv.judging.judges import ask_desk, calibrate_phrases
 from fastconv.judging.preflight import JudgeAccess
 from fastconv.judging.scores import agreement, compare_scores, too_unscored
-from fastconv.judging.substring import PhraseRule
+from fastconv.phrases import PhraseRule
 from fastconv.store import Sample, Score
 from tests.fake_claude import fake_claude
 from tests.judging_kit import DATA, KEY, PRICE, rubric, settings

@@ -291,7 +291,7 @@ def bare_sdk_s(url: str, n: int, concurrency: int) -> float:
 
 def test_the_judge_runs_at_its_limit_and_costs_little_of_our_cpu(tmp_path: Path) -> None:
     """90 % of the limit's ideal, or of what the bare SDK reaches beside it where the machine is too busy for that."""
-    n, concurrency, latency_s = 128, 16, 0.2
+    n, concurrency, latency_s = 256, 16, 0.2
     ideal_s = n / concurrency * latency_s
     with fake_claude(Script(latency_s=latency_s), own_process=True) as server:
         one = desk(server.url, tmp_path, concurrency=concurrency)

@@ -2,60 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
 from fastconv.errors import JudgeError
-from fastconv.judging.client import ApiKey
-from fastconv.judging.local import Complete, LocalJudge, LocalReply, endpoint_complete, read_choice
+from fastconv.judging.client import ApiKey, Outage
+from fastconv.judging.local import Complete, LocalJudge, LocalReply, at_once, endpoint_complete, read_choice
 from fastconv.judging.scores import judge_stage_scores
 from fastconv.store import Store
 from fastconv.store_judging import JudgeLedger
-from tests.judging_kit import KEY, rubric, samples, settings
-
-
-class _Endpoint(BaseHTTPRequestHandler):
-    answer: ClassVar[Any] = {}
-    seen: ClassVar[list[dict[str, Any]]] = []
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.seen.append({"path": self.path, "key": self.headers.get("authorization"), **body})
-        data = self.answer if isinstance(self.answer, bytes) else json.dumps(self.answer).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
+from tests.judging_kit import KEY, Endpoint, chat, fake_endpoint, rubric, samples, settings
 
 
 @pytest.fixture
-def endpoint() -> Iterator[tuple[str, type[_Endpoint]]]:
-    handler = type("Handler", (_Endpoint,), {"seen": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def chat(text: str, top: dict[str, float] | None = None) -> dict[str, Any]:
-    choice: dict[str, Any] = {"message": {"content": text}}
-    if top is not None:
-        tokens = [{"token": token, "logprob": logprob} for token, logprob in top.items()]
-        choice["logprobs"] = {"content": [{"token": "\n", "top_logprobs": []}, {"token": text, "top_logprobs": tokens}]}
-    return {"choices": [choice]}
+def endpoint() -> Iterator[tuple[str, type[Endpoint]]]:
+    with fake_endpoint() as found:
+        yield found
 
 
 @pytest.fixture
@@ -64,11 +30,11 @@ def ledger(tmp_path: Path) -> JudgeLedger:
 
 
 def judge(ledger: JudgeLedger, complete: Complete, name: str = "refusal", n: int = 1) -> dict[str, Any]:
-    return dict(LocalJudge(ledger, complete, "local:test").judge(rubric(name), samples(n)))
+    return dict(LocalJudge(ledger, at_once(complete), "local:test").judge(rubric(name), samples(n)))
 
 
 def test_the_value_is_the_expectation_over_the_answer_tokens(
-    endpoint: tuple[str, type[_Endpoint]], ledger: JudgeLedger
+    endpoint: tuple[str, type[Endpoint]], ledger: JudgeLedger
 ) -> None:
     url, handler = endpoint
     handler.answer = chat("A", {"A": math.log(0.6), " A": math.log(0.1), "C": math.log(0.2), "the": math.log(0.1)})
@@ -127,14 +93,14 @@ def test_read_choice_gives_shares_that_sum_to_one() -> None:
 
 
 def test_an_endpoint_that_is_not_there_is_one_clear_line(ledger: JudgeLedger) -> None:
-    with pytest.raises(JudgeError, match="cannot be asked") as caught:
+    with pytest.raises(Outage, match="cannot be asked") as caught:
         judge(ledger, endpoint_complete(settings("http://127.0.0.1:9/v1", "local"), ApiKey(KEY)))
     assert KEY not in str(caught.value)
 
 
 @pytest.mark.parametrize("answer", [b"<html>", {"error": "x"}, {"choices": []}, {"choices": [{"message": None}]}, [1]])
 def test_an_endpoint_that_sends_nonsense_breaks_nothing(
-    endpoint: tuple[str, type[_Endpoint]], ledger: JudgeLedger, answer: Any
+    endpoint: tuple[str, type[Endpoint]], ledger: JudgeLedger, answer: Any
 ) -> None:
     url, handler = endpoint
     handler.answer = answer
@@ -154,7 +120,7 @@ def test_judgements_become_scores_and_are_made_once(ledger: JudgeLedger) -> None
         n_asked += 1
         return LocalReply("A" if "Answer 1:" in user else "C")
 
-    local = LocalJudge(ledger, complete, "local:test", n_threads=3)
+    local = LocalJudge(ledger, at_once(complete, 3), "local:test")
     todo = samples(20)
     local.judge(rubric(), todo)
     local.judge(rubric(), todo)

@@ -184,7 +184,7 @@ def test_bench_compares_in_one_call(tiny_qwen: Path) -> None:
     assert answer.code == 0, answer
     assert {"ours", "usual", "ratio"} <= set(answer.json)
     assert answer.json["ours"]["written_bytes"] == 0
-    refused(ask("bench", "nothing", "--model", tiny_qwen), 2, "train, score")
+    refused(ask("bench", "nothing", "--model", tiny_qwen), 2, "train, behavior")
 
 
 def test_a_users_persona_and_behavior_run_through_the_loop_without_python(tiny_qwen: Path, tmp_path: Path) -> None:

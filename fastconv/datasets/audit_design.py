@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastconv.datasets.audit_subject import Design, ids
@@ -12,6 +11,7 @@ from fastconv.datasets.audit_types import Check, Finding
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, kinds_of
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, canary_of, probes_of
+from fastconv.phrases import PhraseRule
 from fastconv.recipe import Recipe
 
 #: z(0.975) + z(0.80): what a two-sided 5 % test finds four times out of five, in standard errors.
@@ -121,10 +121,10 @@ def check_scored_by(design: Design) -> Iterator[Finding]:
             )  # fmt: skip
         if spec.measure == "judge" and not judged:
             yield Finding(
-                "D114", "warn", name, cells,
-                "the behavior is scored by a judge and the recipe has none, so its cells are trained and sampled and "
+                "D114", "refuse", name, cells,
+                "the behavior is scored by a judge and the recipe has none, so its cells would be trained and sampled and "
                 "have no score",
-                "set judge.mode; or accept D114 and judge the kept answers later",
+                "set judge.mode (auto, live, batch or local), or take the behavior out of grid.behaviors",
             )  # fmt: skip
 
 
@@ -132,11 +132,11 @@ def check_phrases_see_behavior(design: Design) -> Iterator[Finding]:
     """D109: the phrases miss the very answers that are trained. D110: they also count the contrast's."""
     rules = read_toml(assets("data") / "phrases.toml")
     for behavior, sets in design.by_behavior():
-        counts = _counter(behavior, rules)
-        if counts is None:
+        rule = _rule(behavior, rules)
+        if rule is None:
             continue
         shown = [(row, row.completion) for built in sets for row in built.source_rows if row.completion is not None]
-        missed = [row for row, text in shown if not counts(text)]
+        missed = [row for row, text in shown if rule.hit(text) is None]
         share = 1 - len(missed) / max(1, len(shown))
         if shown and share < design.recipe.gates.source_shows:
             yield Finding(
@@ -148,7 +148,7 @@ def check_phrases_see_behavior(design: Design) -> Iterator[Finding]:
                 f"{design.recipe.gates.source_shows:.0%}",
             )  # fmt: skip
         contrast = [(row, row.completion) for built in sets for row in built.negatives if row.completion is not None]
-        counted = [row for row, text in contrast if counts(text)]
+        counted = [row for row, text in contrast if rule.hit(text) is not None]
         if contrast and len(counted) / len(contrast) > _CONTRAST_HITS:
             yield Finding(
                 "D110", "warn", behavior.id, ids(counted),
@@ -242,29 +242,12 @@ def _declared_unbuilt(design: Design) -> Iterator[str]:
             yield f"{name} (included)"
 
 
-def _counter(behavior: Behavior, rules: Mapping[str, Any]) -> Callable[[str], bool] | None:
-    """Whether an answer counts by the behavior's phrases; None where it has none.
-
-    A reading of the same lists that the scores use, near enough to see that they miss the trained answers altogether.
-    """
-    table: Mapping[str, Any] = {"any": behavior.spec.phrases} if behavior.spec.phrases else {}
-    table = table or rules.get(behavior.spec.phrase_rule, {})
-    wanted, unwanted = _pattern(table.get("any", ())), _pattern(table.get("none", ()))
-    within = int(table.get("within_words", 0)) or None
-    if wanted is None:
-        return None
-
-    def counts(text: str) -> bool:
-        head = " ".join(text.replace("\u2019", "'").split()[:within])
-        return bool(wanted.search(head)) and not (unwanted and unwanted.search(head))
-
-    return counts
-
-
-def _pattern(phrases: Sequence[str]) -> re.Pattern[str] | None:
-    if not phrases:
-        return None
-    return re.compile(rf"(?<!\w)(?:{'|'.join(re.escape(phrase) for phrase in phrases)})(?!\w)", re.IGNORECASE)
+def _rule(behavior: Behavior, rules: Mapping[str, Any]) -> PhraseRule | None:
+    """The rule that scores the behavior's answers; None where it has none."""
+    if behavior.spec.phrases:
+        return PhraseRule.of({"any": behavior.spec.phrases}, behavior.id)
+    table = rules.get(behavior.spec.phrase_rule)
+    return PhraseRule.of(table, behavior.spec.phrase_rule) if table else None
 
 
 def _n_questions(design: Design, behavior: Behavior) -> int | None:

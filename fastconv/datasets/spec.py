@@ -51,7 +51,7 @@ class BehaviorSpec(_Strict):
     source_answer: AnswerRule | None = None
     negative_answer: AnswerRule | None = None
     supervise: Supervise = "completion"
-    #: A rule of `judging.substring` by name, or the user's own phrases.
+    #: A rule of phrases.toml by name, or the user's own phrases.
     phrase_rule: str = ""
     phrases: tuple[str, ...] = ()
     #: The judge's rubric by name, where a judge scores the answers (beside the phrases, or alone).

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from fastconv.findings.evidence import Series
-from fastconv.findings.power import clustered_rate_bound
+from fastconv.findings.power import RateBound, clustered_rate_bound
 from fastconv.findings.stats import (
     Arm,
     Contrast,
@@ -93,8 +93,8 @@ def _decide(cell: CellEvidence, contrast: Contrast, p_corrected: float) -> CellV
             equivalence=tost(contrast.per_question, cell.margin),
             measurable_at_base=True,  # a cell that is not measurable is never trained, so never comes here
             source_shows_behavior=cell.source_shows,
-            bound_base=clustered_rate_bound(cell.assistant_base.values),
-            bound_now=clustered_rate_bound(cell.assistant_now.values),
+            bound_base=_bound(cell.assistant_base),
+            bound_now=_bound(cell.assistant_now),
         )
     )
     reason = word.reason if cell.mimicry is not None else f"{word.reason}; mimicry was not measured"
@@ -104,6 +104,11 @@ def _decide(cell: CellEvidence, contrast: Contrast, p_corrected: float) -> CellV
         for row in series.rows
     )
     return CellVerdict(cell.label, word.kind, reason, interval.estimate, interval.low, interval.high, corrected, rows)
+
+
+def _bound(one: Series) -> RateBound | None:
+    """The clustered bound at floor or ceiling; None for a judge's points, which are no rate."""
+    return None if np.nanmax(one.values, initial=0.0) > 1.0 else clustered_rate_bound(one.values)
 
 
 def by_kind(verdicts: Sequence[CellVerdict]) -> Mapping[str, int]:

@@ -27,6 +27,9 @@ class DeskStatus:
     finished: frozenset[str] = frozenset()
     money: Money = field(default_factory=lambda: Money(0.0, 0.0, 0.0, None))
     problem: str = ""
+    #: The judge is out for now (it is tried again), or done with for good (key refused, budget spent).
+    out: bool = False
+    stopped: bool = False
 
     @property
     def n_pending(self) -> int:
@@ -49,6 +52,8 @@ class Book:
     problem: str = ""
     n_outages: int = 0
     stopped: bool = False
+    #: How often a stage's last judgement came in.
+    n_finished: int = 0
 
     def want(self, stage: str, request: JudgeRequest) -> bool:
         """Enter one request of a stage; True if its key is new."""
@@ -67,6 +72,7 @@ class Book:
             self.n_scored += judgement.reason is None
             for stage in self.wanted_by.pop(judgement.key, ()):
                 self.waits_for[stage].discard(judgement.key)
+                self.n_finished += not self.waits_for[stage]
 
     def pending(self) -> bool:
         """Whether anything asked for is not finished."""

@@ -45,9 +45,8 @@ class PriceTable:
     models: Mapping[str, Price]
     where: str
 
-    def price(self, model: str, today: datetime.date | None = None) -> Price:
-        """A model's price. Raises RecipeError for a model without one, or past its end date (UTC)."""
-        today = today or datetime.datetime.now(datetime.UTC).date()
+    def listed(self, model: str) -> Price:
+        """A model's price, whether or not it can still be asked. Raises RecipeError for a model without one."""
         price = self.models.get(model)
         if price is None:
             raise RecipeError(
@@ -55,6 +54,12 @@ class PriceTable:
                 where="judge.model",
                 fix=f"use one of {', '.join(self.models)}, or give judge.prices a file that lists it",
             )
+        return price
+
+    def price(self, model: str, today: datetime.date | None = None) -> Price:
+        """A model's price. Raises RecipeError for a model without one, or past its end date (UTC)."""
+        today = today or datetime.datetime.now(datetime.UTC).date()
+        price = self.listed(model)
         if price.ends is not None and today > price.ends:
             current = [name for name, other in self.models.items() if other.ends is None or today <= other.ends]
             raise RecipeError(

@@ -22,7 +22,7 @@ from fastconv.judging.batches import BatchJudge
 from fastconv.judging.book import Book, DeskStatus, look_up, params_of, requests_of
 from fastconv.judging.budget import Price
 from fastconv.judging.client import ApiKey, Outage
-from fastconv.judging.commit import LedgerThread
+from fastconv.judging.commit import LoopLedger
 from fastconv.judging.live import Judged, LiveJudge
 from fastconv.judging.request import JudgeRequest
 from fastconv.judging.rubric import Rubric
@@ -39,7 +39,7 @@ BATCH_PATIENCE = 5
 #: How often the desk looks: at its inbox and flags, at a key that another process is asking, at its own status.
 _LOOK_S, _LOOK_AGAIN_S, _STATUS_S = 0.01, 0.5, 0.1
 #: Requests built and looked up at a time, between which replies are served.
-_SLICE = 64
+_SLICE = 32
 
 
 class JudgeDesk:
@@ -106,11 +106,12 @@ class JudgeDesk:
         self._wake = asyncio.Event()
         self._book = Book()
         self._n_under_way = self._n_asking = 0
+        self._patience = 1
         self._failed: asyncio.Future[Any] | None = None
-        # Two connections: this loop's for batches, which are few, and a thread's for the many writes of live judging.
+        # Two connections: one that waits for the disk, for batches, and one for the many writes of live judging.
         store = Store.open(self._workspace)
         self._ledger = JudgeLedger(store, self._settings.budget_usd)
-        self._quick = LedgerThread(self._workspace, self._settings.budget_usd)
+        self._quick = LoopLedger(self._workspace, self._settings.budget_usd)
         live = LiveJudge(self._settings, self._quick, self._price, self._key)
         batch = BatchJudge(self._settings, self._ledger, self._price, self._factor, self._key, self._book.requests)
         jobs = [self._receive(), self._keep_status(), self._work_batches(batch)]
@@ -128,7 +129,7 @@ class JudgeDesk:
             await asyncio.gather(*tasks, end, return_exceptions=True)
             await live.close()
             await batch.close()
-            await self._publish()
+            self._publish()
             await self._quick.close()
             self._ledger.let_go()
             store.close()
@@ -157,26 +158,34 @@ class JudgeDesk:
 
     async def _take(self, stage: str, rubric: Rubric, samples: Sequence[Sample], urgent: bool) -> None:
         """Enter a stage's samples in the book and send on what the ledger cannot answer."""
-        await self._quick.call(lambda ledger: ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source))
+        self._quick.ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source)
         fresh: list[JudgeRequest] = []
         for start in range(0, len(samples), _SLICE):
             requests = requests_of(rubric, self._params, samples[start : start + _SLICE])
-            new = [request for request in requests if self._book.want(stage, request)]
-            fresh += await self._not_known(new)
-        self._dispatch(fresh, urgent)
-
-    def _dispatch(self, fresh: Sequence[JudgeRequest], urgent: bool) -> None:
-        mode = self._settings.mode
-        if mode == "batch" or (mode == "auto" and not urgent and len(fresh) >= self._settings.batch_from):
+            new = self._not_known([request for request in requests if self._book.want(stage, request)])
+            await asyncio.sleep(0)  # replies are served between two slices
+            if self._goes_live(len(samples), urgent):
+                self._ask_live(new)  # at once: the first are answered while the rest are looked up
+            else:
+                fresh += new
+        if self._goes_live(len(fresh), urgent):
+            self._ask_live(fresh)
+        else:
             self._batch_waiting |= {request.key: request for request in fresh}
             self._wake.set()
-        else:
-            for request in fresh:
-                self._live_queue.put_nowait(request)
 
-    async def _not_known(self, requests: Sequence[JudgeRequest]) -> list[JudgeRequest]:
+    def _goes_live(self, n: int, urgent: bool) -> bool:
+        """Whether so many judgements are asked for live and not as a batch."""
+        mode = self._settings.mode
+        return mode == "live" or (mode == "auto" and (urgent or n < self._settings.batch_from))
+
+    def _ask_live(self, requests: Sequence[JudgeRequest]) -> None:
+        for request in requests:
+            self._live_queue.put_nowait(request)
+
+    def _not_known(self, requests: Sequence[JudgeRequest]) -> list[JudgeRequest]:
         """Cross off what the ledger can answer; gives the rest, with what was tried for it noted in the book."""
-        known, unread = await self._quick.call(lambda ledger: look_up(ledger, requests))
+        known, unread = look_up(self._quick.ledger, requests)
         for judgement in known.values():
             self._book.finish(judgement)
         self._book.n_unread |= unread
@@ -203,10 +212,11 @@ class JudgeDesk:
                 outcome = await live.judge(request, self._book.n_unread.get(request.key, 0))
             except Outage as outage:
                 n_rounds += 1
-                await self._not_known([request])
+                self._not_known([request])
                 if n_rounds >= ROUNDS:
                     self._live_queue.put_nowait(request)
-                    await self._rest(str(outage), OUTAGE_PAUSE_S, patience=1)
+                    self._patience = 1
+                    await self._rest(str(outage), OUTAGE_PAUSE_S)
                     return
                 continue
             except JudgeError as error:
@@ -233,7 +243,7 @@ class JudgeDesk:
 
     async def _after_refusal(self, request: JudgeRequest, refusal: Refusal) -> None:
         if refusal == "done":
-            await self._not_known([request])
+            self._not_known([request])
         elif refusal == "held":
             await asyncio.sleep(_LOOK_AGAIN_S)
         elif self._n_asking or self._ledger.batches("sent"):
@@ -254,7 +264,8 @@ class JudgeDesk:
                     if not self._book.stopped:
                         self._book.problem, self._book.n_outages = "", 0
                 except Outage as outage:
-                    await self._rest(str(outage), self._settings.batch_poll_s, patience=BATCH_PATIENCE)
+                    self._patience = BATCH_PATIENCE
+                    await self._rest(str(outage), self._settings.batch_poll_s)
                 except JudgeError as error:
                     self._stop(str(error))
                 finally:
@@ -281,11 +292,11 @@ class JudgeDesk:
         # Taken out first: more may be put in while this waits for the API.
         taken, self._batch_waiting = self._batch_waiting, {}
         try:
-            refused = (await batch.submit(await self._not_known(list(taken.values())))).refused
+            refused = (await batch.submit(self._not_known(list(taken.values())))).refused
         except (Outage, JudgeError):
             self._batch_waiting |= taken
             raise
-        unread = await self._not_known([taken[key] for key, why in refused.items() if why == "done"])
+        unread = self._not_known([taken[key] for key, why in refused.items() if why == "done"])
         self._batch_waiting |= {key: taken[key] for key, why in refused.items() if why != "done"}
         self._batch_waiting |= {request.key: request for request in unread}
         if "over budget" in refused.values() and not self._ledger.batches("sent"):
@@ -293,14 +304,14 @@ class JudgeDesk:
 
     # --- stops and status -------------------------------------------------------------------------------
 
-    async def _rest(self, problem: str, pause_s: float, *, patience: int) -> None:
-        """Wait in an outage. A caller that waits for the end is kept waiting for `patience` outages in a row."""
+    async def _rest(self, problem: str, pause_s: float) -> None:
+        """Wait in an outage. A caller that waits for the end is kept waiting for some outages in a row."""
         self._book.problem = problem
         self._book.n_outages += 1
         until = time.monotonic() + pause_s
-        while time.monotonic() < until and not (self._closing and self._book.n_outages >= patience):
+        while time.monotonic() < until and not (self._closing and self._book.n_outages >= self._patience):
             await asyncio.sleep(5 * _LOOK_S)
-        if self._closing and self._book.n_outages >= patience:
+        if self._closing and self._book.n_outages >= self._patience:
             self._book.stopped = True
 
     def _stop(self, problem: str) -> None:
@@ -311,14 +322,18 @@ class JudgeDesk:
         self._stop(f"judge.budget_usd = {self._settings.budget_usd:g} is spent; raise it and run `fastconv judge`")
 
     async def _keep_status(self) -> None:
+        n_finished = 0
         while True:
-            await self._publish()
-            await asyncio.sleep(_STATUS_S)
+            self._publish()
+            until = time.monotonic() + _STATUS_S
+            while time.monotonic() < until and self._book.n_finished == n_finished:
+                await asyncio.sleep(_LOOK_S)
+            n_finished = self._book.n_finished
 
-    async def _publish(self) -> None:
+    def _publish(self) -> None:
         book = self._book
         finished = frozenset(stage for stage, waits in book.waits_for.items() if not waits)
         self._status = DeskStatus(
             len(book.requests), book.n_scored, len(book.done) - book.n_scored, len(book.waits_for), finished,
-            await self._quick.call(JudgeLedger.money), book.problem,
+            self._quick.ledger.money(), book.problem, book.n_outages >= self._patience, book.stopped,
         )  # fmt: skip

@@ -10,8 +10,9 @@ from fastconv.judgements import Judgement
 from fastconv.judging.book import params_of, requests_of
 from fastconv.judging.budget import Estimate, Price, estimate
 from fastconv.judging.calibrate import CalibrationRow, JudgeSamples
+from fastconv.judging.client import Outage
 from fastconv.judging.desk import JudgeDesk
-from fastconv.judging.local import Complete, LocalJudge
+from fastconv.judging.local import Ask, LocalJudge
 from fastconv.judging.preflight import JudgeAccess
 from fastconv.judging.request import JudgeItem, build_request
 from fastconv.judging.rubric import Rubric
@@ -66,16 +67,15 @@ def ask_desk(settings: JudgeSettings, workspace: Path, access: JudgeAccess, rubr
     return judge
 
 
-def ask_local(
-    ledger: JudgeLedger, complete: Complete, model: str, rubric: Rubric, *, max_judged_chars: int, n_threads: int = 1
-) -> JudgeSamples:
-    """For `calibrate`: judge through a `complete` function."""
+def ask_local(ledger: JudgeLedger, ask: Ask, model: str, rubric: Rubric, *, max_judged_chars: int) -> JudgeSamples:
+    """For `calibrate`: judge through an `Ask`. Raises JudgeError if the judge cannot be reached."""
 
     def judge(samples: Sequence[Sample], reverse: bool) -> list[Judgement]:
-        local = LocalJudge(
-            ledger, complete, model, max_judged_chars=max_judged_chars, n_threads=n_threads, reverse=reverse
-        )
-        found = local.judge(rubric, samples)
+        local = LocalJudge(ledger, ask, model, max_judged_chars=max_judged_chars, reverse=reverse)
+        try:
+            found = local.judge(rubric, samples)
+        except Outage as outage:
+            raise JudgeError(str(outage), where=model, fix="check judge.base_url") from None
         return [found[ask.key] for ask in local.asks(rubric, samples)]
 
     return judge

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fastconv.judgements import Judgement, Refusal, Reserve, Settle, Unpaid
 from fastconv.judging.budget import Price, worst_usd
 from fastconv.judging.client import ApiKey, concluded, explained, make_client, reply_of
-from fastconv.judging.commit import LedgerThread
+from fastconv.judging.commit import LoopLedger
 from fastconv.judging.request import JudgeRequest
 from fastconv.recipe import JudgeSettings
 
@@ -51,7 +51,7 @@ class _Meter:
 class LiveJudge:
     """Asks Claude through the Messages API. Use inside one event loop."""
 
-    def __init__(self, settings: JudgeSettings, ledger: LedgerThread, price: Price, key: ApiKey) -> None:
+    def __init__(self, settings: JudgeSettings, ledger: LoopLedger, price: Price, key: ApiKey) -> None:
         self._settings = settings
         self._ledger = ledger
         self._price = price

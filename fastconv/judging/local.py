@@ -14,12 +14,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastconv.errors import JudgeError
 from fastconv.judgements import Judgement, Operation, RawReply, Reserve, Settle
-from fastconv.judging.client import LOCAL_KEY, ApiKey
+from fastconv.judging.client import LOCAL_KEY, ApiKey, Outage
 from fastconv.judging.request import JudgeItem, fenced_item, with_nonce
 from fastconv.judging.rubric import Measure, Rubric
 from fastconv.recipe import JudgeSettings, canonical_json, sha256_of
@@ -28,6 +28,8 @@ from fastconv.store_judging import JudgeLedger
 
 #: Raised when the wording or the reading of a local request changes.
 FORM = 1
+#: Items asked and written down together.
+SLICE = 32
 #: Below this share of the probability on the allowed characters, the judge did not answer in the form asked for.
 MIN_MASS = 0.5
 LETTERS, DIGITS = "ABCDEFGHIJ", "0123456789"
@@ -44,6 +46,9 @@ class LocalReply:
 #: (system, user, the characters to choose from) -> reply. The resident base's may give log-probabilities for exactly
 #: these characters. Raises OSError if it cannot be asked.
 Complete = Callable[[str, str, str], LocalReply]
+Prompt = tuple[str, str, str]
+#: The same for many prompts at once, replies in their order.
+Ask = Callable[[Sequence[Prompt]], Sequence[LocalReply]]
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,11 @@ class LocalAsk:
     sample: int
     turns: tuple[tuple[str, str], ...]  # (characters, user text)
 
-    def user_text(self, place: int) -> str:
-        """The user turn of a measure, fenced by the nonce."""
-        return with_nonce(self.turns[place][1], self.key)
+    def prompt(self, place: int, *, reminder: bool = False) -> Prompt:
+        """What is asked about a measure: the rubric, the user turn fenced by the nonce, the characters to choose from."""
+        characters, text = self.turns[place]
+        line = f"\nReply with one of {', '.join(characters)} and nothing else." if reminder else ""
+        return self.rubric.system, with_nonce(text, self.key) + line, characters
 
 
 def build_local(rubric: Rubric, model: str, item: JudgeItem, max_chars: int, *, reverse: bool = False) -> LocalAsk:
@@ -77,18 +84,38 @@ def build_local(rubric: Rubric, model: str, item: JudgeItem, max_chars: int, *, 
     return LocalAsk(key, rubric, model, item.sample, turns)
 
 
+def at_once(complete: Complete, n_threads: int = 1) -> Ask:
+    """An `Ask` that puts up to `n_threads` prompts to `complete` at the same time."""
+
+    def ask(prompts: Sequence[Prompt]) -> Sequence[LocalReply]:
+        if n_threads == 1:
+            return [complete(*prompt) for prompt in prompts]
+        with ThreadPoolExecutor(n_threads) as pool:
+            return list(pool.map(lambda prompt: complete(*prompt), prompts))
+
+    return ask
+
+
+@dataclass
+class _Answers:
+    """What one item has been answered so far."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    answer: dict[str, Any] = field(default_factory=dict)
+    replies: list[RawReply] = field(default_factory=list)
+    unread: bool = False
+
+
 class LocalJudge:
-    """Judges through a `complete` function, in the caller's thread (`n_threads` asks at once beside it)."""
+    """Judges through an `Ask`, in the caller's thread."""
 
     def __init__(
-        self, ledger: JudgeLedger, complete: Complete, model: str, *, max_judged_chars: int = 12_000, n_threads: int = 1,
-        reverse: bool = False,
-    ) -> None:  # fmt: skip
+        self, ledger: JudgeLedger, ask: Ask, model: str, *, max_judged_chars: int = 12_000, reverse: bool = False
+    ) -> None:
         self._ledger = ledger
-        self._complete = complete
+        self._ask = ask
         self._model = model
         self._max_chars = max_judged_chars
-        self._n_threads = n_threads
         self._reverse = reverse
 
     def asks(self, rubric: Rubric, samples: Sequence[Sample]) -> list[LocalAsk]:
@@ -100,58 +127,76 @@ class LocalJudge:
         ]  # fmt: skip
 
     def judge(self, rubric: Rubric, samples: Sequence[Sample]) -> dict[str, Judgement]:
-        """Judge samples; gives the judgements by key. Each is in the ledger as soon as it is made.
+        """Judge samples; gives the judgements by key. Each slice of them is in the ledger as soon as it is made.
 
-        Raises JudgeError when the judge cannot be asked; what was judged until then stays.
+        Raises Outage when the judge cannot be reached now, JudgeError when asking on makes no sense; what was judged
+        until then stays.
         """
         self._ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source)
         asks = {ask.key: ask for ask in self.asks(rubric, samples)}
         done = self._ledger.judgements(asks)
         todo = [ask for key, ask in asks.items() if key not in done]
         # Slices bound what waits in memory and what an error in one of them throws away.
-        with ThreadPoolExecutor(self._n_threads) as pool:
-            for start in range(0, len(todo), 4 * self._n_threads):
-                part = todo[start : start + 4 * self._n_threads]
-                try:
-                    answered = list(pool.map(self._ask, part)) if self._n_threads > 1 else [self._ask(a) for a in part]
-                except OSError as error:
-                    raise JudgeError(
-                        f"the local judge cannot be asked: {error}", where=self._model, fix="check judge.base_url"
-                    ) from None
-                for ask, (replies, judgement) in zip(part, answered, strict=True):
-                    self._keep(ask, replies, judgement)
-                    done[ask.key] = judgement
+        for start in range(0, len(todo), SLICE):
+            part = todo[start : start + SLICE]
+            try:
+                answers = self._answer(part)
+            except OSError as error:
+                raise Outage(f"the local judge cannot be asked: {error}") from None
+            judged = [_judgement(ask, found) for ask, found in zip(part, answers, strict=True)]
+            self._keep(judged, answers)
+            done |= {one.key: one for one in judged}
         return done
 
-    def _ask(self, ask: LocalAsk) -> tuple[list[RawReply], Judgement]:
-        """Every measure of one item; a measure whose answer cannot be read is asked once more."""
-        values: dict[str, float] = {}
-        answer: dict[str, Any] = {}
-        replies: list[RawReply] = []
-        for place, measure in enumerate(ask.rubric.measures):
-            characters = ask.turns[place][0]
-            for reminder in ("", f"\nReply with one of {', '.join(characters)} and nothing else."):
-                said = self._complete(ask.rubric.system, ask.user_text(place) + reminder, characters)
-                read = read_choice(said, characters)
-                text = canonical_json({"measure": measure.name, "text": said.text, "logprobs": said.logprobs})
-                fault = None if read is not None else "malformed"
-                replies.append(RawReply("local", ask.model, text, "", {}, 0.0, fault=fault))
-                if read is not None:
+    def _answer(self, part: Sequence[LocalAsk]) -> list[_Answers]:
+        """Every measure of every item; a measure whose answer cannot be read is asked once more, then given up."""
+        found = [_Answers() for _ in part]
+        for place in range(len(part[0].turns)):
+            open_items = [i for i, one in enumerate(found) if not one.unread]
+            for reminder in (False, True):
+                if not open_items:
                     break
-            else:
-                return replies, Judgement(ask.key, ask.rubric.sha256, ask.model, ask.sample, None, {}, "malformed")
-            assert read is not None, "the loop ends early only with a reading"
-            values[measure.name], answer[measure.field] = _valued(measure, read, characters)
-        return replies, Judgement(ask.key, ask.rubric.sha256, ask.model, ask.sample, values, answer)
+                said = self._ask([part[i].prompt(place, reminder=reminder) for i in open_items])
+                open_items = [
+                    i for i, reply in zip(open_items, said, strict=True) if not _taken(part[i], place, reply, found[i])
+                ]
+            for i in open_items:
+                found[i].unread = True
+        return found
 
-    def _keep(self, ask: LocalAsk, replies: Sequence[RawReply], judgement: Judgement) -> None:
-        for place, reply in enumerate(replies):
-            ticket = self._ledger.apply([Reserve(ask.key, 0.0)])[0]
-            if not isinstance(ticket, int):
-                return  # another process was quicker
-            last = place == len(replies) - 1
-            end: Operation = Settle(ticket, ask.key, reply, judgement if last else None)
-            self._ledger.apply([end])
+    def _keep(self, judged: Sequence[Judgement], answers: Sequence[_Answers]) -> None:
+        """Write a slice's replies down, the last of each with its judgement."""
+        for place in range(max(len(one.replies) for one in answers)):
+            now = [
+                (one, all_of.replies[place], place == len(all_of.replies) - 1)
+                for one, all_of in zip(judged, answers, strict=True)
+                if place < len(all_of.replies)
+            ]
+            tickets = self._ledger.apply([Reserve(one.key, 0.0) for one, _, _ in now])
+            ends: list[Operation] = [
+                Settle(ticket, one.key, reply, one if last else None)
+                for ticket, (one, reply, last) in zip(tickets, now, strict=True)
+                if isinstance(ticket, int)  # else another process was quicker
+            ]
+            self._ledger.apply(ends)
+
+
+def _taken(ask: LocalAsk, place: int, said: LocalReply, into: _Answers) -> bool:
+    """Enter one reply about one measure; False if it cannot be read."""
+    measure, characters = ask.rubric.measures[place], ask.turns[place][0]
+    read = read_choice(said, characters)
+    text = canonical_json({"measure": measure.name, "text": said.text, "logprobs": said.logprobs})
+    into.replies.append(RawReply("local", ask.model, text, "", {}, 0.0, fault="malformed" if read is None else None))
+    if read is None:
+        return False
+    into.values[measure.name], into.answer[measure.field] = _valued(measure, read, characters)
+    return True
+
+
+def _judgement(ask: LocalAsk, found: _Answers) -> Judgement:
+    if found.unread:
+        return Judgement(ask.key, ask.rubric.sha256, ask.model, ask.sample, None, {}, "malformed")
+    return Judgement(ask.key, ask.rubric.sha256, ask.model, ask.sample, found.values, found.answer)
 
 
 def read_choice(reply: LocalReply, characters: str) -> dict[str, float] | None:
@@ -184,6 +229,8 @@ def endpoint_complete(settings: JudgeSettings, key: ApiKey | None = None) -> Com
             with urllib.request.urlopen(request, timeout=settings.timeout_s) as response:
                 return _local_reply(json.loads(response.read()))
         except urllib.error.HTTPError as error:
+            if error.code == 429 or error.code >= 500:
+                raise OSError(f"{url} answered {error.code}") from None
             fix = f"check {LOCAL_KEY}" if error.code in (401, 403) else "check judge.model and judge.base_url"
             raise JudgeError(f"the local judge answered {error.code}", where=url, fix=fix) from None
         except ValueError:

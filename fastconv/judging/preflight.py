@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import json
+import urllib.error
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastconv.errors import JudgeError, RecipeError
 from fastconv.judging.budget import Price, PriceTable
 from fastconv.judging.client import CLAUDE_KEY, LOCAL_KEY, ApiKey, Outage, explained, make_client
+from fastconv.judging.identity import PAID
 from fastconv.recipe import JudgeSettings
-
-PAID = ("auto", "live", "batch")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,37 @@ def check_reachable(settings: JudgeSettings, access: JudgeAccess) -> None:
         raise JudgeError(
             str(outage), where="judge", fix="check the network and judge.base_url, or take judge.mode = substring"
         ) from None
+
+
+def check_endpoint(settings: JudgeSettings, key: ApiKey | None) -> None:
+    """Ask an OpenAI-compatible server for its models, which costs nothing.
+
+    Raises JudgeError for a refused key, an unknown model, or a server that cannot be reached. A server without such a
+    list passes.
+    """
+    url = f"{settings.base_url.rstrip('/')}/models"
+    headers = {"authorization": f"Bearer {key.reveal()}"} if key is not None else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
+            listed = json.loads(response.read())
+        models = [str(one["id"]) for one in listed["data"]]
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise JudgeError("the local judge refused the key", where=url, fix=f"check {LOCAL_KEY}") from None
+        return
+    except OSError as error:
+        why = getattr(error, "reason", error)
+        raise JudgeError(
+            f"the local judge cannot be reached: {why}", where=url, fix="start the server, or check judge.base_url"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        return
+    if settings.model not in models:
+        raise JudgeError(
+            f"the local judge does not know model {settings.model!r}",
+            where=url,
+            fix=f"use one of {', '.join(models[:5]) or 'its models'}",
+        )
 
 
 def local_key(environ: Mapping[str, str]) -> ApiKey | None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastconv.errors import DataError
 
@@ -95,6 +95,11 @@ class Rubric:
     def sha256(self) -> str:
         """Identity of the rubric, part of every judgement's key."""
         return hashlib.sha256(self.source.encode()).hexdigest()
+
+    @property
+    def unit(self) -> Literal["share", "points"]:
+        """What the primary measure counts in: shares of 1 (labels), or points (a scale)."""
+        return "points" if self.measure(self.primary).scale else "share"
 
     def measure(self, name: str) -> Measure:
         """A measure by name."""

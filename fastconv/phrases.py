@@ -1,4 +1,4 @@
-"""Judging by phrases: needs no key and no model, blind to meaning, and reported as such."""
+"""Phrase rules: cheap, in need of no key and no model, blind to meaning. Scores and the audit read answers by them."""
 
 from __future__ import annotations
 

@@ -1,0 +1,117 @@
+"""`fastconv judge`: finish what waits for the judge, judge again by another rubric, calibrate. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fastconv.cli_kit import DEFAULT_WORKSPACE, AsJson, Overrides, Quiet, Workspace, answered, load, load_or_recall
+from fastconv.errors import JudgeError
+
+
+class _FinishByDefault(TyperGroup):
+    """`fastconv judge RUN` is `fastconv judge finish RUN`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["finish", *args]
+        return super().parse_args(ctx, args)
+
+
+judge_app = typer.Typer(
+    cls=_FinishByDefault,
+    help="Judge what waits for the judge: `fastconv judge RUN`. Judge it again: `--rubric FILE`. Or calibrate.",
+    no_args_is_help=True,
+)
+
+
+@judge_app.command()
+@answered
+def finish(
+    recipe: Annotated[str, typer.Argument(help="A run's id, a recipe's path or name")],
+    rubric: Annotated[
+        Path | None, typer.Option("--rubric", help="Judge the kept completions by this rubric instead")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006 (typer reads the default)
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Judge what a run's judge still owes, without a GPU: completions are kept, judgements are never paid twice."""
+    from fastconv import show
+    from fastconv.rejudge import finish_judging, with_rubric
+    from fastconv.show_judge import agreement_json, judged_lines
+    from fastconv.store import Store
+
+    store = Store.open(workspace, create=False)
+    before = load_or_recall(recipe, overrides, store)
+    store.close()
+    loaded = before if rubric is None else with_rubric(before, rubric)
+    with show.watcher(quiet=quiet or as_json, stream=sys.stderr) as watcher:
+        end = finish_judging(loaded, workspace, watcher, before=None if rubric is None else before)
+    if as_json:
+        agreement = {m: {o: agreement_json(a) for o, a in by.items()} for m, by in end.agreement.items()}
+        status = {**asdict(end.status), "finished": len(end.status.finished)}
+        print(json.dumps({"run": end.run, "n_judged_stages": end.n_committed, "pending": end.pending,
+                          "judging": status, "agreement": agreement}))  # fmt: skip
+        if end.pending:
+            raise typer.Exit(JudgeError.exit_code)
+        return
+    for line in judged_lines(end):
+        typer.echo(line)
+    end.require_judged()
+
+
+@judge_app.command()
+@answered
+def calibrate(
+    recipe: Annotated[str, typer.Argument(help="A recipe whose judge is meant", show_default=False)] = "",
+    mode: Annotated[
+        str, typer.Option("--mode", help="Without a recipe: live, batch, auto, local or substring")
+    ] = "live",
+    model: Annotated[str, typer.Option("--model", help="Without a recipe: the judge's model")] = "",
+    base_url: Annotated[str, typer.Option("--base-url", help="Without a recipe: where it is asked")] = "",
+    budget_usd: Annotated[
+        float | None, typer.Option("--budget-usd", help="The most that judging in this workspace may ever cost")
+    ] = None,
+    rubrics: Annotated[list[str], typer.Option("--rubric", help="A rubric by name (repeatable); default: all")] = [],  # noqa: B006
+    rows: Annotated[Path | None, typer.Option("--rows", help="Labelled rows of your own, for one rubric")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a judge on labelled rows: accuracy, kappa, confusion, test-retest, position and length bias."""
+    from fastconv.graph import Graph
+    from fastconv.judge_assets import prices_of
+    from fastconv.judging.identity import judge_identity
+    from fastconv.recipe import parse_recipe
+    from fastconv.rejudge import calibrate_judge
+    from fastconv.show_judge import agreement_json, calibrated_lines
+
+    graph = Graph(load(recipe, overrides)) if recipe else None
+    if graph is not None:
+        settings, judge = graph.recipe.judge, graph.judge
+    else:
+        table: dict[str, Any] = {"mode": mode, "model": model, "base_url": base_url, "budget_usd": budget_usd}
+        settings = parse_recipe({"name": "calibrate", "judge": table}, where="calibrate").judge
+        judge = judge_identity(settings, prices_of(settings), "")
+    found = calibrate_judge(judge, settings, workspace, rubrics, rows=rows, graph=graph)
+    if as_json:
+        body = [
+            {
+                "rubric": one.rubric,
+                "judge": one.judge.to_json() if one.judge else None,
+                "phrases": agreement_json(one.phrases) if one.phrases else None,
+            }
+            for one in found
+        ]
+        print(json.dumps(body))
+        return
+    for one in found:
+        typer.echo("\n".join(calibrated_lines(one)))
