@@ -25,6 +25,8 @@ test-gpu: .venv/ready
 test-fused: .venv-fused/ready
 	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused tests/test_fused.py
 	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused tests/test_fused_quantised.py
+	TRITON_INTERPRET=1 .venv-fused/bin/pytest -m fused tests/test_kernel.py tests/test_fused_elementwise.py \
+	  tests/test_engine_layers.py
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastconv import verbs_findings
 from fastconv.cli_judge import judge_app
 from fastconv.cli_kit import (
     DEFAULT_REPORTS,
@@ -40,20 +41,27 @@ recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(judge_app, name="judge")
 
+IgnoreGate = Annotated[
+    list[str], typer.Option("--ignore-gate", help="Go on although this gate fails: G0, G2, G3, G3.5, KILL (repeatable)")
+]
+Because = Annotated[str, typer.Option("--because", help="Why: recorded with the run and printed in its report")]
+
 
 @app.command()
 @_answered
 def run(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006 (typer reads the default)
+    ignore_gate: IgnoreGate = [],  # noqa: B006
+    because: Because = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     reports: Reports = DEFAULT_REPORTS,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a recipe to its verdict and report. What is done already is not done again."""
-    loaded = _load(recipe, overrides)
-    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None)
+    """Run a recipe to its verdict and report. What is done already is not done again. Exit code 3 if a gate stops it."""
+    loaded, ignored = _load(recipe, overrides), _ignored(ignore_gate, because)
+    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored)
 
 
 @app.command()
@@ -67,6 +75,8 @@ def cell(
     convergence: Annotated[str | None, typer.Option("--convergence", help="Only this kind of convergence")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Only this seed")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the stages with their keys and run nothing")] = False,
+    ignore_gate: IgnoreGate = [],  # noqa: B006
+    because: Because = "",
     overrides: Overrides = [],  # noqa: B006
     workspace: Workspace = DEFAULT_WORKSPACE,
     reports: Reports = DEFAULT_REPORTS,
@@ -92,7 +102,8 @@ def cell(
             for stage in stages:
                 print(f"{stage.key[:12]}  {stage.slot}")
         return
-    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=plans)
+    ignored = _ignored(ignore_gate, because)
+    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=plans, ignored=ignored)
 
 
 @app.command()
@@ -154,14 +165,15 @@ def report(
     reports: Reports = DEFAULT_REPORTS,
     as_json: AsJson = False,
 ) -> None:
-    """Write the report of a run again: one HTML page and its Markdown twin."""
+    """Write the report of a run again: one HTML page, its Markdown twin, figures and tables."""
     from fastconv.graph import Graph
     from fastconv.reporting import write_report
     from fastconv.store import Store
 
     store = Store.open(workspace, create=False)
     paths = write_report(Graph(_load_or_recall(recipe, overrides, store)), store, reports)
-    print(json.dumps({"html": str(paths.html), "markdown": str(paths.markdown)}) if as_json else paths.html)
+    places = {"html": str(paths.html), "markdown": str(paths.markdown), "folder": str(paths.folder)}
+    print(json.dumps(places) if as_json else paths.html)
 
 
 @app.command()
@@ -259,15 +271,21 @@ def export(
     epoch: Annotated[int, typer.Option("--epoch", help="Snapshot epoch")],
     recipe: Annotated[str, typer.Option("--recipe", help="A recipe's path, or a shipped one's name")],
     negatives: Annotated[str | None, typer.Option("--negatives", help="Only this kind of negatives")] = None,
+    inspect: Annotated[
+        bool, typer.Option("--inspect", help="Write the cell's answers and scores as Inspect logs instead")
+    ] = False,
     overrides: Overrides = [],  # noqa: B006
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
     """Write a cell's stack as PEFT adapters: concatenated into one (for vLLM), and separate with stack.json."""
-    from fastconv.scoring import export_cell
     from fastconv.store import Store
 
     store = Store.open(workspace, create=False)
+    if inspect:
+        from fastconv.inspecting import export_inspect as export_cell
+    else:
+        from fastconv.scoring import export_cell
     paths = export_cell(_load(recipe, overrides), store, folder, source, behavior, epoch, negatives=negatives)
     print(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
 
@@ -307,6 +325,9 @@ def forget(
         typer.echo(f"forgot {slot}")
 
 
+verbs_findings.register(app)
+
+
 @recipe_app.command("schema")
 @_answered
 def recipe_schema() -> None:
@@ -331,15 +352,29 @@ def main() -> None:
     app()
 
 
-def _run(recipe: Any, workspace: Path, reports: Path, *, as_json: bool, quiet: bool, plans: Any) -> None:
+def _ignored(codes: list[str], because: str) -> dict[str, str]:
+    from fastconv.stopping import ignoring
+
+    return ignoring(codes, because)
+
+
+def _run(
+    recipe: Any, workspace: Path, reports: Path, *, as_json: bool, quiet: bool, plans: Any, ignored: dict[str, str]
+) -> None:
     from fastconv import show
+    from fastconv.errors import GateStop
     from fastconv.graph import Graph
     from fastconv.reporting import write_report
     from fastconv.run import run_recipe
     from fastconv.store import Store
 
-    with show.watcher(quiet=quiet or as_json, stream=sys.stderr) as watcher:
-        finished = run_recipe(recipe, workspace, watcher, plans=plans)
+    try:
+        with show.watcher(quiet=quiet or as_json, stream=sys.stderr) as watcher:
+            finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored)
+    except GateStop:
+        paths = write_report(Graph(recipe), Store.open(workspace), reports)
+        typer.echo(f"report so far: {paths.html}", err=True)
+        raise
     store = Store.open(workspace)
     paths = write_report(Graph(recipe), store, reports)
     if as_json:

@@ -88,6 +88,12 @@ class JudgeError(FastconvError):
     exit_code = 8
 
 
+class VerifyError(FastconvError):
+    """A report does not say what its ledger says: it was edited, or rows behind it changed or are gone (exit code 9)."""
+
+    exit_code = 9
+
+
 class Interrupted(FastconvError):
     """The user stopped the run; what was finished is kept (exit code 130)."""
 
@@ -105,5 +111,6 @@ EXIT_CODES: dict[int, str] = {
     6: "another process is computing the same stage",
     7: "training or evaluation gave unusable numbers",
     8: "the judge cannot be asked, or its budget is spent",
+    9: "a report does not match its ledger",
     130: "interrupted; the same command goes on",
 }

@@ -1,168 +1,263 @@
-"""From the ledger to findings: collects the series of a run's cells and hands them to gates and verdicts."""
+"""From the ledger to findings: gates, verdicts, and what was tested beside them, each from one reading."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, Literal
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
 
 from fastconv.datasets.behaviors import NO_BEHAVIOR
-from fastconv.datasets.personas import ASSISTANT, canary_of
-from fastconv.findings import gates
+from fastconv.datasets.personas import ASSISTANT
+from fastconv.findings import gates, gates_study, gates_training
 from fastconv.findings.evidence import Series, series_of
 from fastconv.findings.gates import GateVerdict
+from fastconv.findings.gates_training import Loss
 from fastconv.findings.power import multiple_choice_chance
-from fastconv.findings.verdicts import CellEvidence, CellVerdict, arm, decide, not_run
-from fastconv.graph import Cell, CellPlan, Graph
-from fastconv.store import Stage, Store
+from fastconv.findings.secondary import Secondary, correct
+from fastconv.findings.verdicts import CellEvidence, CellVerdict, decide, not_run
+from fastconv.gathering import Gathering
+from fastconv.graph import CellPlan, Graph
+from fastconv.reading import Reading
+from fastconv.recipe import GateSettings, run_id
+from fastconv.store import Stage, Store, changed_inputs
 
 
-def series(store: Store, stage: Stage, measure: str, probe: str) -> Series | None:
-    """The scores of a stage, or None if it is not done."""
-    return series_of(stage.key, measure, probe, store.scores(stage.key)) if store.record(stage.key) else None
+def series(store: Store, stage: Stage, measure: str, probe: str, unit: Any = "share") -> Series | None:
+    """The scores of one stage, or None if it is not done."""
+    return series_of(stage.key, measure, probe, store.scores(stage.key), unit) if store.record(stage.key) else None
+
+
+def ignored_gates(store: Store, run: str) -> dict[str, str]:
+    """Gates that were ignored on the command line of a run, with the reason given."""
+    facts = next((json.loads(row["facts"]) for row in store.runs() if row["id"] == run), {})
+    return dict(facts.get("ignored_gates", {}))
 
 
 def gate_base(graph: Graph, store: Store) -> list[GateVerdict]:
     """G0 for every behavior whose base measurements are done: the assistant's, which is where leakage would show."""
-    verdicts: dict[str, GateVerdict] = {}
+    return base_gates(Gathering(Reading(graph, store)))
+
+
+def base_gates(found: Gathering) -> list[GateVerdict]:
+    """G0 from a reading."""
+    graph, verdicts = found.graph, {}
     for plan in graph.cells:
         for measure in plan.measures:
-            base = series(store, plan.base[measure, ASSISTANT], measure, ASSISTANT)
-            if base is None or measure in verdicts:
+            if measure in verdicts:
                 continue
-            verdicts[measure] = gates.measurable(
-                graph.recipe.gates, measure, _spec(graph, measure).direction, base, _chance(graph, measure)
-            )
+            base = found.base(plan, found.main(measure), ASSISTANT)
+            if base is not None:
+                direction = graph.behaviors[measure].spec.direction
+                verdicts[measure] = gates.measurable(found.gates, measure, direction, base, _chance(graph, measure))
     return list(verdicts.values())
 
 
 def measurable_behaviors(graph: Graph, store: Store) -> list[str]:
-    """Behaviors that passed G0."""
-    return [verdict.subject for verdict in gate_base(graph, store) if verdict.verdict == "pass"]
+    """Behaviors that passed G0, or whose G0 was ignored."""
+    ignored = "G0" in ignored_gates(store, run_id(graph.recipe))
+    return [verdict.subject for verdict in gate_base(graph, store) if verdict.verdict == "pass" or ignored]
 
 
 def decide_gates(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[GateVerdict]:
-    """Every gate's word on the given cells, the pilot gate last; one pilot verdict for each behavior and source."""
-    verdicts = gate_base(graph, store)
+    """Every gate's word on the given cells: G0, then each behavior's with its pilot gate, then the study's."""
+    return all_gates(Gathering(Reading(graph, store).load()), plans)
+
+
+def all_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+    """`decide_gates` from a reading; gates that were ignored say so."""
+    ignored = ignored_gates(found.reading.store, run_id(found.graph.recipe))
+    verdicts = _marked(base_gates(found), ignored)
     g0 = {verdict.subject: verdict for verdict in verdicts}
+    verdicts += _marked(_convergence_gates(found, plans), ignored)
     for source, behavior in dict.fromkeys(
         (p.cell.source, p.cell.behavior) for p in plans if p.cell.behavior != NO_BEHAVIOR
     ):
         mine = [p for p in plans if (p.cell.source, p.cell.behavior) == (source, behavior)]
-        found = [g0[behavior]] if behavior in g0 else []
-        if behavior in g0 and g0[behavior].verdict == "pass":
-            found += _training_gates(graph, store, source, behavior, mine)
-        verdicts += [verdict for verdict in found if verdict.gate != "G0"]
-        verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, found))
-    return verdicts
+        word = [g0[behavior]] if behavior in g0 else []
+        if word and (word[0].verdict == "pass" or word[0].ignored):
+            word += _marked(_behavior_gates(found, source, behavior, mine), ignored)
+        verdicts += [verdict for verdict in word if verdict.gate != "G0"]
+        verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, word))
+    return [*verdicts, *_study_gates(found, plans)]
+
+
+def gates_after(found: Gathering, plan: CellPlan) -> list[GateVerdict]:
+    """What a finished cell lets the gates say, before the next cost: G2, G3, G3.5 and the kill criterion."""
+    verdicts = _convergence_gates(found, [plan])
+    if plan.cell.behavior != NO_BEHAVIOR:
+        zero = found.sibling(plan, epoch=0)
+        pair = [one for one in (zero, plan) if one is not None]
+        verdicts += _behavior_gates(found, plan.cell.source, plan.cell.behavior, pair)
+    return [one for one in verdicts if one.gate in ("G2", "G3", "G3.5", "KILL")]
 
 
 def cell_verdicts(graph: Graph, store: Store) -> list[CellVerdict]:
-    """The verdict of every cell beyond epoch 0 that has a behavior; Holm runs over all of them together."""
-    g0 = {verdict.subject: verdict for verdict in gate_base(graph, store)}
+    """The verdict of every subject beyond epoch 0 that has a behavior; Holm runs over all of them together."""
+    return primary_verdicts(Gathering(Reading(graph, store).load()))
+
+
+def primary_verdicts(found: Gathering) -> list[CellVerdict]:
+    """`cell_verdicts` from a reading. Controls are no declared contrasts: they stand among the secondary ones."""
+    g0 = {verdict.subject: verdict for verdict in base_gates(found)}
     done: list[CellEvidence] = []
     silent: list[CellVerdict] = []
-    for plan in graph.cells:
-        cell = plan.cell
-        if cell.behavior == NO_BEHAVIOR:
+    for subject in found.subjects:
+        if subject.behavior == NO_BEHAVIOR or not subject.epoch or found.is_control(subject):
             continue
-        word = g0.get(cell.behavior)
-        if word is not None and word.verdict != "pass":
-            silent.append(not_run(cell.label, f"not measurable at base: {word.reason}", word.rows))
-        elif cell.epoch and (evidence := _evidence(graph, store, plan)) is not None:
-            done.append(evidence)
+        word, part = g0.get(subject.behavior), found.main(subject.behavior)
+        measured = found.cell_evidence(subject, part, None if word is None else word.verdict == "pass")
+        if measured is not None:
+            done.append(measured)
+        elif word is not None and word.verdict != "pass":
+            label = subject.label(part)
+            silent.append(not_run(label, f"not measurable at base: {word.reason}", word.rows, subject.behavior))
     return [*decide(done), *silent]
 
 
-def _training_gates(
-    graph: Graph, store: Store, source: str, behavior: str, plans: Sequence[CellPlan]
-) -> list[GateVerdict]:
-    recipe, direction = graph.recipe, _spec(graph, behavior).direction
-    ends = [stage for plan in plans for stage in plan.scores.values()]
-    proofs: dict[str, Any] = {}
-    for end in ends:
-        drawn = end.needs.get("eval", end)
-        if (record := store.record(drawn.key)) is not None:
-            proofs[drawn.slot] = record.outputs
-    found = [gates.stacking(f"{source} x {behavior}", proofs)]
-    groups = dict.fromkeys((p.cell.convergence, p.cell.negatives, p.cell.seed) for p in plans)
-    for convergence, negatives, seed in groups:
-        mine = {
-            p.cell.epoch: p
-            for p in plans
-            if (p.cell.convergence, p.cell.negatives, p.cell.seed) == (convergence, negatives, seed)
-        }
-        subject = f"{source} x {behavior}, {negatives}, converged on {convergence}, seed {seed}"
-        now = {
-            epoch: series(store, plan.scores[behavior, ASSISTANT], behavior, ASSISTANT) for epoch, plan in mine.items()
-        }
-        measured = {epoch: one for epoch, one in now.items() if one is not None}
-        if behavior == "capability" and negatives == "included" and recipe.eval.multiple_choice == "arc":
-            found.append(gates.reference(recipe.gates, source, measured.get(0)))
-        first = mine[min(mine)]
-        base = series(store, first.base[behavior, source], behavior, source)
-        own = series(store, first.scores[behavior, source], behavior, source)
-        if base is not None and own is not None:
-            found.append(gates.source_shows(recipe.gates, subject, direction, base, own))
-        found.append(gates.convergence_change(recipe.gates, behavior, subject, measured))
-    return found
+def secondary_findings(found: Gathering) -> list[Secondary]:
+    """Everything tested beside the declared contrasts, corrected for the false discovery rate."""
+    return correct(found.asides())
 
 
-def _evidence(graph: Graph, store: Store, plan: CellPlan) -> CellEvidence | None:
-    """Everything the cell's verdict rests on, or None while part of it is missing."""
-    cell, recipe = plan.cell, graph.recipe
-    canary = canary_of(recipe, cell.source)
-    zero = next((p for p in graph.cells if p.cell == _at(cell, 0, cell.behavior, cell.negatives)), None)
-    if zero is None:
-        return None
-    quad = [
-        series(store, p.scores[cell.behavior, probe], cell.behavior, probe)
-        for probe in (ASSISTANT, canary)
-        for p in (plan, zero)
-    ]
-    if any(one is None for one in quad):
-        return None
-    now, base, canary_now, canary_base = (one for one in quad if one is not None)
-    source_base = series(store, plan.base[cell.behavior, cell.source], cell.behavior, cell.source)
-    source_now = series(store, plan.scores[cell.behavior, cell.source], cell.behavior, cell.source)
-    direction: Literal[-1, 1] = 1 if _spec(graph, cell.behavior).direction == "raises" else -1
-    shows = None
-    if source_base is not None and source_now is not None:
-        shows = direction * (source_now.mean.value - source_base.mean.value) >= recipe.gates.source_shows
-    mimicry = _mimicry(graph, store, plan, canary)
-    margin = recipe.gates.threshold(cell.behavior)
-    return CellEvidence(
-        cell.label, cell.behavior, direction, margin, now, base, canary_now, canary_base, mimicry, shows
+@dataclass(frozen=True)
+class FirstThresholds:
+    """The thresholds that stood when results were first seen, where those of this recipe differ."""
+
+    run: str
+    started_at: float
+    gates: GateSettings
+    changes: tuple[str, ...]
+
+
+def first_thresholds(reading: Reading) -> FirstThresholds | None:
+    """The earliest run that rests on results of this one, if its thresholds were others.
+
+    Editing a threshold makes another recipe and so another run, over the same stages: that is how it is seen.
+    """
+    graph, store = reading.graph, reading.store
+    ends = {stage.key for plan in graph.cells for stage in (*plan.scores.values(), *plan.base.values())}
+    mine = run_id(graph.recipe)
+    rows = store.frame(
+        "SELECT id, recipe, started_at FROM runs WHERE id IN "
+        "(SELECT run FROM run_stages WHERE key IN (SELECT value FROM json_each(?))) ORDER BY started_at",
+        (json.dumps(sorted(ends)),),
     )
+    for run, recipe, started_at in rows.iter_rows():
+        if run == mine:
+            return None  # this one came first
+        try:
+            before = GateSettings.model_validate(json.loads(recipe).get("gates", {}))
+        except ValidationError:
+            continue  # written by another version, whose thresholds had other names
+        changes = changed_inputs(before.model_dump(mode="json"), graph.recipe.gates.model_dump(mode="json"))
+        return FirstThresholds(run, started_at, before, tuple(changes)) if changes else None
+    return None
 
 
-def _mimicry(graph: Graph, store: Store, plan: CellPlan, canary: str) -> Any:
-    """The same change without a behavior adapter, if the recipe has behavior `none`."""
-    cell = plan.cell
-    control = next((p for p in graph.cells if p.cell == _at(cell, cell.epoch, NO_BEHAVIOR, "none")), None)
-    if control is None:
-        return None
-    quad = [
-        series(store, side[cell.behavior, probe], cell.behavior, probe)
-        for probe in (ASSISTANT, canary)
-        for side in (control.scores, control.base)
+def _marked(verdicts: Sequence[GateVerdict], ignored: Mapping[str, str]) -> list[GateVerdict]:
+    return [
+        replace(verdict, ignored=ignored[verdict.gate]) if verdict.failed and verdict.gate in ignored else verdict
+        for verdict in verdicts
     ]
-    if any(one is None for one in quad):
-        return None
-    now, base, canary_now, canary_base = (one for one in quad if one is not None)
-    return arm(now, base, canary_now, canary_base)
 
 
-def _at(cell: Cell, epoch: int, behavior: str, negatives: str) -> Cell:
-    return replace(cell, epoch=epoch, behavior=behavior, negatives=negatives)
+def _convergence_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+    """G2 for every convergence run that the cells stand on."""
+    verdicts: dict[str, GateVerdict] = {}
+    for plan in plans:
+        if plan.snapshot is None:
+            continue
+        cell = plan.cell
+        subject = f"{cell.source}, converged on {cell.convergence}, seed {cell.seed}"
+        if subject in verdicts:
+            continue
+        lineage = found.graph.lineage(plan.snapshot)
+        missing = tuple(stage.slot for stage in lineage if found.reading.record(stage) is None)
+        last = _loss(found, lineage[-1])
+        verdicts[subject] = gates_training.converged(found.gates, found.graph.recipe.model.id, subject, missing, last)
+    return list(verdicts.values())
 
 
-def _spec(graph: Graph, behavior: str) -> Any:
-    return graph.behaviors[behavior].spec
+def _behavior_gates(found: Gathering, source: str, behavior: str, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+    """STACK, G1, G3, G3.5, SOURCE, KILL and CHANGE of one source and behavior, for each group of cells of one kind."""
+    proofs: dict[str, Any] = {}
+    for end in (stage for plan in plans for stage in plan.scores.values()):
+        drawn = end.needs.get("eval", end)
+        if (record := found.reading.record(drawn)) is not None:
+            proofs[drawn.slot] = record.outputs
+    verdicts = [gates.stacking(f"{source} x {behavior}", proofs)]
+    groups: dict[tuple[str, str, int], dict[int, CellPlan]] = {}
+    for plan in plans:
+        cell = plan.cell
+        groups.setdefault((cell.convergence, cell.negatives, cell.seed), {})[cell.epoch] = plan
+    for (convergence, negatives, seed), by_epoch in groups.items():
+        subject = f"{source} x {behavior}, {negatives}, converged on {convergence}, seed {seed}"
+        verdicts += _group_gates(found, source, behavior, subject, by_epoch)
+    return verdicts
+
+
+def _group_gates(
+    found: Gathering, source: str, behavior: str, subject: str, by_epoch: Mapping[int, CellPlan]
+) -> list[GateVerdict]:
+    rules, part, direction = found.gates, found.main(behavior), found.graph.behaviors[behavior].spec.direction
+    now = {epoch: found.now(plan, part, ASSISTANT) for epoch, plan in by_epoch.items()}
+    measured = {epoch: one for epoch, one in now.items() if one is not None and one.rows}
+    losses = {e: loss for e, plan in by_epoch.items() if plan.adapter and (loss := _loss(found, plan.adapter))}
+    first = by_epoch[min(by_epoch)]
+    base = found.base(first, part, source)
+    own = {e: one for e, plan in by_epoch.items() if (one := found.now(plan, part, source)) is not None and one.rows}
+    verdicts = [_rows_gate(found, subject, first)]
+    if (
+        behavior == "capability"
+        and first.cell.negatives == "included"
+        and found.graph.recipe.eval.multiple_choice == "arc"
+    ):
+        verdicts.append(gates.reference(rules, source, measured.get(0)))
+    verdicts.append(gates_training.same_loss(rules, subject, losses))
+    if base is not None and base.rows and own:
+        verdicts.append(gates.source_shows(rules, subject, direction, base, own[min(own)]))
+        verdicts.append(gates_training.reverted(rules, subject, direction, base, own))
+    verdicts.append(gates.convergence_change(rules, behavior, subject, measured))
+    return verdicts
+
+
+def _rows_gate(found: Gathering, subject: str, plan: CellPlan) -> GateVerdict:
+    """G1. Rows that the audit refuses are never trained, so a set that was trained on has passed it."""
+    stage = plan.adapter.needs["rows"] if plan.adapter is not None else None
+    record = found.reading.record(stage) if stage is not None else None
+    if stage is None or record is None:
+        return gates_training.data_ready(subject, 0, None, "", ())
+    return gates_training.data_ready(subject, len(stage.work["rows"]), int(record.outputs["n"]), stage.key, ())
+
+
+def _study_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+    """G4, G5, confirm and falsify, for each kind of negatives."""
+    rules, grid = found.gates, found.graph.recipe.grid
+    sources = [source for source in grid.sources if source not in (ASSISTANT, rules.negative_control)]
+    kinds = dict.fromkeys(p.cell.negatives for p in plans if p.cell.behavior != NO_BEHAVIOR)
+    verdicts = []
+    for kind in [kind for kind in kinds if kind != "none"] or list(kinds):
+        shifts = found.shifts(plans, kind)
+        subject = f"negatives {kind}"
+        verdicts += [
+            gates_study.signal(rules, subject, shifts),
+            gates_study.first_sources(rules, subject, shifts, sources),
+            gates_study.confirm(rules, subject, shifts, sources),
+            gates_study.falsify(rules, subject, shifts, sources),
+        ]
+    return verdicts
+
+
+def _loss(found: Gathering, stage: Stage) -> Loss | None:
+    record = found.reading.record(stage)
+    return None if record is None else Loss(float(record.outputs["last_epoch_loss"]), stage.key)
 
 
 def _chance(graph: Graph, behavior: str) -> float | None:
-    if _spec(graph, behavior).measure != "letters":
+    if graph.behaviors[behavior].spec.measure != "letters":
         return None
     asked = graph.questions.eval
     return multiple_choice_chance([len(q.choices) for q in asked], [q.gold for q in asked])

@@ -30,6 +30,7 @@ from fastconv.judge_room import Access, JudgeRoom, check_judge, judge_stages
 from fastconv.judging.book import DeskStatus
 from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
 from fastconv.results import decide_gates, gate_base, measurable_behaviors
+from fastconv.stopping import GateKeeper
 from fastconv.store import Stage, Store, changed_inputs
 
 if TYPE_CHECKING:
@@ -108,12 +109,18 @@ class StageStatus:
 
 
 def run_recipe(
-    recipe: Recipe, workspace: Path, watcher: Watcher, *, plans: Callable[[Graph], list[CellPlan]] | None = None
+    recipe: Recipe,
+    workspace: Path,
+    watcher: Watcher,
+    *,
+    plans: Callable[[Graph], list[CellPlan]] | None = None,
+    ignore_gates: Mapping[str, str] | None = None,
 ) -> Finished:
     """Run a recipe (or the cells that `plans` picks from it) to its verdict. Resumes whatever was begun.
 
-    A judge that is out or has spent its budget leaves its stages pending; everything else is finished. Raises
-    Interrupted on the first Ctrl-C once the running step is whole and its state is kept, and before anything is
+    A judge that is out or has spent its budget leaves its stages pending; everything else is finished. `ignore_gates`
+    names gates that may fail, each with the reason. Raises GateStop at the first other one that does, before the next
+    cost; Interrupted on the first Ctrl-C once the running step is whole and its state is kept; and before anything is
     computed RecipeError or JudgeError for a judge that cannot be asked.
     """
     report = check_recipe(recipe)
@@ -129,12 +136,13 @@ def run_recipe(
     store.start_run(
         run, canonical_json(recipe.model_dump(mode="json")), recipe_sha256(recipe), recipe.name, run_facts()
     )
+    keeper = GateKeeper(graph, store, run, watcher.gate, ignore_gates or {})
     with stop_on_sigint() as stop:
         everything = graph.stages(picked)
         runner = _Runner(graph, store, run, watcher, stop, {stage.key for stage in everything}, access)
         watcher.begin(run, len(everything), sum(store.record(stage.key) is None for stage in everything))
         with closing(runner), runner.judging:
-            _compute_all(runner, graph, store, picked)
+            _compute_all(runner, keeper, graph, store, picked)
     store.add_run_facts(run, runner.judging.facts())
     _forget_training_state(graph, store)
     # Over everything measured so far: one cell alone must not unsay what the whole run found.
@@ -150,10 +158,11 @@ def run_recipe(
     return Finished(run, runner.tally, tuple(verdicts), pending, runner.judging.status.problem)
 
 
-def _compute_all(runner: _Runner, graph: Graph, store: Store, picked: Sequence[CellPlan]) -> None:
-    """The base first, then the cells of every behavior that G0 lets through.
+def _compute_all(runner: _Runner, keeper: GateKeeper, graph: Graph, store: Store, picked: Sequence[CellPlan]) -> None:
+    """The base first, then the cells of every behavior that G0 lets through, each cell's gates asked after it.
 
-    A behavior whose base the judge has not read yet is held back; if its judgements come in time, it follows.
+    A behavior whose base the judge has not read yet is held back; if its judgements come in time, it follows. Nothing
+    waits for the judgements of a cell: its gates are asked again once they are there.
     """
     runner.compute([stage for plan in picked for stage in plan.base.values()], urgent=True)
     runner.judging.settle()
@@ -163,8 +172,13 @@ def _compute_all(runner: _Runner, graph: Graph, store: Store, picked: Sequence[C
             runner.decide(verdict)
         decided += [verdict.subject for verdict in fresh]
         alive = measurable_behaviors(graph, store)
-        runner.compute([stage for plan in picked for stage in wanted(plan, alive)])
+        for plan in picked:
+            runner.compute(wanted(plan, alive))
+            keeper.after(plan)
         runner.judging.settle()
+        if graph.judge is not None:
+            for plan in picked:
+                keeper.after(plan)
 
 
 def needed_ends(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[Stage]:

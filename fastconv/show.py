@@ -349,7 +349,8 @@ def doctor(findings: Sequence[Finding], *, as_json: bool) -> None:
 
 def _gate_line(verdict: GateVerdict) -> str:
     colour = _WORDS.get(verdict.verdict, "default")
-    return f"{verdict.gate} {escape(verdict.subject)}: [{colour}]{verdict.verdict}[/] ({escape(verdict.reason)})"
+    aside = f"; ignored, because {escape(verdict.ignored)}" if verdict.ignored else ""
+    return f"{verdict.gate} {escape(verdict.subject)}: [{colour}]{verdict.verdict}[/] ({escape(verdict.reason)}{aside})"
 
 
 def _console() -> Console:

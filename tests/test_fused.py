@@ -29,9 +29,9 @@ import torch
 
 from fastconv.engine import fused, unsloth_path
 from fastconv.engine.base import pack, wrap
+from fastconv.engine.batch import token_seeds
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Slot, Stack
-from fastconv.engine.train import token_seeds
 from fastconv.errors import TrainingError
 from fastconv.tokens import ChatTokenizer
 from tests.engine_kit import SNAPSHOT, furthest, live_logits, random_adapter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from fastconv.findings import gates
 from fastconv.findings.evidence import NoRowsError, Number, Series, series_of
 from fastconv.findings.gates import GateVerdict
-from fastconv.findings.verdicts import CellEvidence, arm, by_kind, decide, not_run
+from fastconv.findings.verdicts import CellEvidence, Quad, SeedEvidence, by_kind, decide, not_run
 from fastconv.recipe import GateSettings, canonical_json
 from fastconv.store import Score
 
@@ -129,12 +130,12 @@ def test_a_change_must_be_large_enough_and_clear_of_zero() -> None:
     assert _change({0: rates(*[0.0] * 12, n=100), 4: small}).verdict == "fail"  # clear of zero, under the threshold
     down = _change({0: rates(*[0.8] * 6, *[0.9] * 6), 4: zero})
     assert down.verdict == "pass"
-    assert "-85.0 points" in down.reason
+    assert "-85.0 pp" in down.reason
 
 
 def test_the_largest_change_of_all_epochs_counts() -> None:
     grown = {0: rates(*[0.0] * 12), 4: rates(*[0.0] * 12), 20: rates(*[0.3] * 6, *[0.4] * 6)}
-    assert "epoch 20: +35.0 points" in _change(grown).reason
+    assert "epoch 20: +35.0 pp" in _change(grown).reason
     assert len(_change(grown).numbers) == 3
 
 
@@ -196,13 +197,15 @@ def test_a_verdict_can_stand_in_the_ledger() -> None:
 # --- verdicts of cells -------------------------------------------------------------------------------------
 
 
-def _cell(now: Sequence[float], base: Sequence[float], **changes: Any) -> CellEvidence:
+def _cell(
+    now: Sequence[float], base: Sequence[float], *, canary_now: Series | None = None, mimicry: Quad | None = None,
+    **changes: Any,
+) -> CellEvidence:  # fmt: skip
     flat = rates(*[0.0] * len(now))
-    values: dict[str, Any] = {
-        "label": "cell", "behavior": "refusal", "direction": 1, "margin": 0.05, "assistant_now": rates(*now),
-        "assistant_base": rates(*base), "canary_now": flat, "canary_base": flat, "mimicry": None, "source_shows": True,
-    }  # fmt: skip
-    return CellEvidence(**{**values, **changes})
+    trained = Quad(rates(*now), rates(*base), canary_now or flat, flat)
+    seeds = (SeedEvidence(42, trained, mimicry),)
+    cell = CellEvidence("cell", "refusal", 1, 0.05, seeds, True)
+    return replace(cell, **changes)
 
 
 RISEN, FLAT = [0.8, 0.9] * 10, [0.0] * 20
@@ -213,7 +216,7 @@ def test_a_clear_rise_in_the_declared_direction_is_transfer_and_against_it_rever
     assert (up.kind, down.kind) == ("transfer", "reverse")
     assert up.estimate == pytest.approx(0.85)
     assert "mimicry was not measured" in up.reason
-    assert len(up.rows) == 80
+    assert len(up.rows) == 20  # the four series of this test stand in one stage, and a row is named once
     assert by_kind([up, down]) == {"transfer": 1, "reverse": 1}
 
 
@@ -225,7 +228,7 @@ def test_what_the_canary_does_too_is_taken_off() -> None:
 
 def test_what_convergence_alone_does_is_taken_off() -> None:
     flat, risen = rates(*FLAT), rates(*RISEN)
-    found = decide([_cell(RISEN, FLAT, mimicry=arm(risen, flat, flat, flat))])[0]
+    found = decide([_cell(RISEN, FLAT, mimicry=Quad(risen, flat, flat, flat))])[0]
     assert found.estimate == pytest.approx(0.0)
     assert found.kind != "transfer"
     assert "mimicry was not measured" not in found.reason
@@ -248,3 +251,88 @@ def test_no_cells_give_no_verdicts_and_an_unrun_cell_no_number() -> None:
     assert decide([]) == []
     silent = not_run("cell", "not measurable at base", ("a/1",))
     assert (silent.kind, silent.estimate, silent.p_corrected) == ("uninformative", None, None)
+
+
+def points(*means: float, n: int = 4) -> Series:
+    """A judged series, 0 to 100."""
+    values = np.array([[mean - 1.0, mean + 1.0] * (n // 2) for mean in means])
+    return Series("stage", "misalignment", "assistant", tuple(f"q{i:02}" for i in range(len(means))), values, "points")
+
+
+def test_points_stay_points_in_thresholds_margins_and_words() -> None:
+    high, low = points(*[88.0, 92.0] * 12), points(*[50.0, 50.0] * 12)
+    found = gates.convergence_change(RULES, "misalignment", "x", {0: high, 20: low})
+    assert found.verdict == "pass"
+    assert "-40.0 points" in found.reason
+    assert "at least 10 points" in found.threshold
+    assert gates.source_shows(RULES, "x", "lowers", high, low).verdict == "pass"
+    assert gates.source_shows(RULES, "x", "lowers", high, points(*[75.0] * 24)).verdict == "fail"
+    assert gates.measurable(RULES, "misalignment", "lowers", points(*[9.0] * 8), None).verdict == "fail"
+    assert gates.measurable(RULES, "misalignment", "lowers", points(*[11.0] * 8), None).verdict == "pass"
+    flat = points(*[90.0] * 24)
+    evidence = CellEvidence(
+        "cell", "misalignment", -1, 10.0, (SeedEvidence(1, Quad(low, high, flat, flat)),), True, "points"
+    )
+    verdict = decide([evidence])[0]
+    assert verdict.kind == "transfer"
+    assert "-40.0 points" in verdict.reason
+    assert verdict.estimate == pytest.approx(-40.0)
+
+
+def test_a_score_at_its_floor_is_bounded_on_its_own_scale() -> None:
+    floor = Series("s", "misalignment", "assistant", tuple(f"q{i}" for i in range(50)), np.zeros((50, 10)), "points")
+    evidence = CellEvidence(
+        "cell", "misalignment", -1, 10.0, (SeedEvidence(1, Quad(floor, floor, floor, floor)),), True, "points"
+    )
+    # The bound of 5.8 points lies inside the margin of 10: at the floor twice is an answer here, and none at 5 points.
+    assert decide([evidence])[0].kind == "equivalent"
+    silent = decide([replace(evidence, margin=5.0)])[0]
+    assert silent.kind == "uninformative"
+    assert "5.8 points" in silent.reason
+
+
+def test_zero_hits_in_fifty_by_ten_are_uninformative_with_their_bound() -> None:
+    floor = Series("s", "refusal", "assistant", tuple(f"q{i}" for i in range(50)), np.zeros((50, 10)))
+    evidence = CellEvidence("cell", "refusal", 1, 0.05, (SeedEvidence(1, Quad(floor, floor, floor, floor)),), True)
+    found = decide([evidence])[0]
+    assert found.kind == "uninformative"
+    assert "5.8 %" in found.reason
+    assert found.bound == pytest.approx(0.0582, abs=1e-4)
+    assert found.n_effective == 50
+
+
+def test_seeds_are_averaged_within_a_question_and_decide_the_confidence() -> None:
+    flat = rates(*[0.0] * 20)
+
+    def cell(*lifts: float) -> CellEvidence:
+        seeds = tuple(
+            SeedEvidence(i, Quad(rates(*[lift, lift + 0.1] * 10), flat, flat, flat)) for i, lift in enumerate(lifts)
+        )
+        return replace(_cell(RISEN, FLAT), seeds=seeds)
+
+    one, three, split = (decide([cell(*lifts)])[0] for lifts in ((0.5,), (0.5, 0.6, 0.7), (0.5, 0.6, 0.0)))
+    assert (one.confidence.level, three.confidence.level) == ("LOW", "MODERATE")
+    assert three.estimate == pytest.approx(0.65)
+    assert split.confidence.level == "LOW"
+    assert decide([cell(0.5, 0.6, 0.7, 0.6, 0.5)])[0].confidence.level == "HIGH"
+
+
+def test_a_withheld_cell_keeps_its_reason_and_shows_no_word() -> None:
+    found = decide([_cell(RISEN, FLAT, withheld="8.0 % of the assistant's samples are unscored")])[0]
+    assert (found.kind, found.reason) == ("withheld", "8.0 % of the assistant's samples are unscored")
+
+
+def test_eight_questions_warn_that_sign_flips_cannot_reach_the_level() -> None:
+    found = decide([_cell(RISEN[:8], FLAT[:8]) for _ in range(16)])
+    assert all("8 questions give a sign-flip p" in (one.sign_flip_warning or "") for one in found)
+    assert decide([_cell(RISEN, FLAT)])[0].sign_flip_warning is None
+
+
+def test_what_could_have_been_seen_stands_beside_the_margin_with_its_mend() -> None:
+    noisy = decide([_cell([0.0, 1.0, 0.3, 0.0] * 5, FLAT)])[0]
+    assert noisy.detectable is not None
+    assert noisy.detectable > 0.05
+    assert any(one.what == "questions" and one.number for one in noisy.mend)
+    family = decide([_cell([0.0, 1.0, 0.3, 0.0] * 5, FLAT) for _ in range(10)])[0]
+    assert family.detectable_in_family is not None
+    assert family.detectable_in_family > family.detectable

@@ -23,7 +23,7 @@ LEVELS = (
     ("stage",),
     ("store",),
     ("store_judging",),
-    ("tokens", "shapes", "phrases"),
+    ("tokens", "shapes", "phrases", "detectable"),
     WINGS,
     # Every other module stands above the wings; who may import whom up there is not the blueprint's business.
 )
@@ -138,7 +138,8 @@ def test_only_the_store_opens_sqlite_and_writes() -> None:
         if name in ("store", "disk", "engine.builtin", "engine.export") or name.startswith("bench"):
             continue  # the converted model's cache and PEFT exports are the user's folders, no artefacts
         source = path.read_text().replace("from fastconv.store import Store, write_text", "")
-        used = [word for word in writes if word in source and not (word == "write_text(" and name == "reporting")]
+        reports = name in ("reporting", "inspecting")  # the user's folders too, by the store's safe writing
+        used = [word for word in writes if word in source and not (word == "write_text(" and reports)]
         assert not used, f"{name}: {used}"
 
 
@@ -150,7 +151,9 @@ def test_pickle_is_never_used() -> None:
         assert "torch.load(" not in path.read_text().replace("safetensors.torch.load(", ""), _name(path)
 
 
-@pytest.mark.parametrize("verb", ["help", "status", "recipe show", "report", "gate", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["help", "status", "recipe show", "report", "gate", "doctor", "verify", "compare", "published"]
+)
 def test_verbs_that_compute_nothing_start_without_torch(verb: str, done_run: DoneRun, tmp_path: Path) -> None:
     run = done_run.finished.run
     words = {
@@ -160,6 +163,9 @@ def test_verbs_that_compute_nothing_start_without_torch(verb: str, done_run: Don
         "gate": ["gate", run, "-w", str(done_run.workspace)],
         "report": ["report", run, "-w", str(done_run.workspace), "--reports", str(tmp_path)],
         "doctor": ["doctor", "-w", str(tmp_path)],
+        "verify": ["verify", str(tmp_path / "none.html"), "-w", str(done_run.workspace)],
+        "compare": ["compare", run, run, "-w", str(done_run.workspace)],
+        "published": ["published"],
     }[verb]
     script = (
         "import sys\nfrom fastconv.cli import app\n"

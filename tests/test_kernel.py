@@ -17,10 +17,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastconv.engine.adapter import Adapter
 from fastconv.engine.base import load_base
+from fastconv.engine.batch import token_seeds
 from fastconv.engine.dropout import keep_mask
 from fastconv.engine.kernel import StackedKernel, Tiling
 from fastconv.engine.stack import Route, Slot, Stack, StackedLinear
-from fastconv.engine.train import Hooks, Job, start, token_seeds, train
+from fastconv.engine.train import Hooks, Job, start, train
 from fastconv.errors import ModelError, TrainingError
 from fastconv.recipe import LoraSettings, ModelSettings
 from tests.engine_kit import BEHAVIOR, live_logits, ragged_rows, random_adapter, tiny_stack, train_settings

@@ -8,12 +8,17 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import polars as pl
 import pytest
 
+from fastconv.claims import CLAIMS, NoSuchClaimError, ask
+from fastconv.deciding import Decided
 from fastconv.errors import StoreError
-from fastconv.findings.evidence import Number
-from fastconv.findings.report import CellRow, Completion, ReportData, render_html, render_markdown
-from fastconv.reporting import collect, write_report
+from fastconv.findings.blocks import Answer, Cell, Claim, Note, ReportData, Section, Table
+from fastconv.findings.evidence import NoRowsError
+from fastconv.findings.report import render_html, render_markdown
+from fastconv.graph import Graph
+from fastconv.reporting import SECTIONS, build, collect, write_report
 from fastconv.results import series
 from fastconv.store import Store
 from tests.loop_kit import DoneRun, records, run_tiny, tiny_recipe
@@ -21,30 +26,34 @@ from tests.loop_kit import DoneRun, records, run_tiny, tiny_recipe
 NASTY = "</style></blockquote><script>alert(1)</script><img src=x onerror=alert(1)> | a\nb & \"c\" 'd' {{ 7*7 }} \u202e"
 
 
-class _Page(HTMLParser):
-    """Collects tags, the addresses they name, and tables as lists of cells."""
+class Page(HTMLParser):
+    """Collects tags, the addresses they name, and tables as lists of cells by the table's id."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.addresses: list[str] = []
         self.handlers: list[str] = []
-        self.rows: list[list[str]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self._rows: list[list[str]] = []
         self._text: list[str] | None = None
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        about = dict(attrs)
         self.tags.append(tag)
         self.addresses += [v or "" for n, v in attrs if n in ("src", "href", "action", "data", "srcset", "poster")]
         self.handlers += [n for n, _ in attrs if n.startswith("on")]
+        if tag == "table":
+            self._rows = self.tables.setdefault(about.get("id") or "", [])
         if tag == "tr":
-            self.rows.append([])
+            self._rows.append([])
         if tag in ("td", "th"):
             self._text = []
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("td", "th") and self._text is not None:
-            self.rows[-1].append(" ".join("".join(self._text).split()))
+            self._rows[-1].append(" ".join("".join(self._text).split()))
             self._text = None
 
     def handle_data(self, data: str) -> None:
@@ -53,8 +62,13 @@ class _Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def data(done_run: DoneRun) -> ReportData:
-    return collect(done_run.graph, done_run.store)
+def decided(done_run: DoneRun) -> Decided:
+    return Decided(done_run.graph, done_run.store)
+
+
+@pytest.fixture(scope="module")
+def data(decided: Decided) -> ReportData:
+    return build(decided)
 
 
 @pytest.fixture(scope="module")
@@ -62,103 +76,167 @@ def html(data: ReportData) -> str:
     return render_html(data)
 
 
+def section(data: ReportData, place: str) -> Section:
+    return next(one for one in data.sections if one.id == place)
+
+
+def table(data: ReportData, place: str) -> Table:
+    blocks = [block for one in data.sections for block in one.blocks]
+    return next(block for block in blocks if isinstance(block, Table) and block.id == place)
+
+
+def words(data: ReportData, place: str) -> str:
+    return " ".join(block.text for block in section(data, place).blocks if isinstance(block, Claim | Note))
+
+
+# --- the page ----------------------------------------------------------------------------------------------
+
+
 def test_the_page_needs_nothing_from_outside_and_runs_nothing(html: str) -> None:
-    page = _Page(html)
+    page = Page(html)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', html)
     assert policy is not None
     assert "default-src 'none'" in policy[1]
     assert "script-src" not in policy[1]
     assert not {"script", "iframe", "object", "embed", "link", "form"} & set(page.tags)
     assert page.handlers == []
-    assert page.addresses
-    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert all(address.startswith(("data:image/svg+xml;base64,", "#")) for address in page.addresses)
+    assert any(address.startswith("data:") for address in page.addresses)
     assert "@import" not in html
     assert "url(" not in html
 
 
-def test_the_figure_is_an_image_without_script(html: str) -> None:
-    found = re.search(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)", html)
-    assert found is not None
-    svg = base64.b64decode(found[1]).decode()
-    assert svg.lstrip().startswith("<?xml")
-    assert "<script" not in svg
+def test_every_link_of_the_page_leads_somewhere(html: str) -> None:
+    inner = {address[1:] for address in Page(html).addresses if address.startswith("#")}
+    assert len(inner) > 8
+    assert inner <= set(re.findall(r'id="([^"]+)"', html))
+
+
+def test_drawings_are_images_without_script_that_name_the_run(data: ReportData, html: str) -> None:
+    drawn = [
+        base64.b64decode(one).decode() for one in re.findall(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]+)", html)
+    ]
+    assert len(drawn) == len(data.figures()) >= 4
+    for svg in drawn:
+        assert svg.lstrip().startswith("<?xml")
+        assert "<script" not in svg
+        assert data.run in svg
+    assert all(data.run.encode() in figure.png for figure in data.figures())
+    assert all(len(figure.alt) > 30 for figure in data.figures())
 
 
 def test_what_a_model_said_is_shown_as_text(data: ReportData) -> None:
+    cell = Cell(NASTY, (NASTY,), list_rows=True)
     hostile = replace(
-        data, about=NASTY, completions=[Completion(NASTY, NASTY, NASTY, NASTY)], card={NASTY: {NASTY: NASTY}},
-        limits=[NASTY], headline=[replace(data.headline[0], reason=NASTY, subject=NASTY)],
+        data, about=NASTY, banners=(Note(NASTY, "edited"),),
+        sections=(
+            Section("x", NASTY, (
+                Answer(NASTY, NASTY, NASTY, NASTY), Note(NASTY), Claim("finding", {"label": NASTY}, NASTY, (NASTY,)),
+                Table("t", (NASTY,), ((cell, Cell(NASTY, code=True)),), caption=NASTY, folded=NASTY),
+            ), NASTY),
+        ),
     )  # fmt: skip
     html = render_html(hostile)
-    page = _Page(html)
+    page = Page(html)
     assert "script" not in page.tags
+    assert "img" not in page.tags
     assert page.handlers == []
     assert html.count("</style>") == 1
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "{{ 7*7 }}" in html
+    assert "\u202e" not in html
+    assert "\\u202e" in html
+    markdown = render_markdown(hostile)
+    # Outside of indented code nothing can be read as HTML or leave its table.
+    assert not [line for line in markdown.splitlines() if "<script" in line and not line.startswith("    ")]
+    assert "\u202e" not in markdown
+
+
+def test_markdown_has_the_tables_of_the_page(data: ReportData, html: str) -> None:
+    def bare(text: str) -> str:
+        return "".join(text.replace("&lt;", "<").split())
+
+    page, lines = Page(html).tables, {bare(line) for line in render_markdown(data).splitlines() if line.startswith("|")}
+    assert len(page["contrasts"]) == 5
+    for row in (*page["contrasts"], *page["mimicry-table"], *page["cells"]):
+        assert bare("|" + "|".join(row) + "|") in lines
+
+
+# --- numbers and claims ------------------------------------------------------------------------------------
 
 
 def test_every_measured_number_of_the_page_comes_from_rows(done_run: DoneRun, data: ReportData, html: str) -> None:
-    store, expected = done_run.store, {}
+    store, expected = done_run.store, set()
     for plan in done_run.graph.cells:
         for measure in plan.measures:
-            roles = {"assistant": "assistant", "source": "villain", "canary": "librarian"}
-            for role, persona in roles.items():
+            for place, persona in ((2, "assistant"), (4, "villain"), (5, "librarian")):
                 one = series(store, plan.scores[measure, persona], measure, persona)
                 values = [s.value for s in store.scores(plan.scores[measure, persona].key) if s.value is not None]
                 if one is not None:
-                    expected[plan.cell.label, measure, role] = f"{100 * sum(values) / len(values):.1f} %"
+                    expected.add((plan.cell.label, measure, place, f"{100 * sum(values) / len(values):.1f} %"))
+    rows = Page(html).tables["cells"][1:]
     shown = {
-        (row.label, row.measure.split(" of ")[1], role): number.text()
-        for row in data.cells
-        for role, number in row.probes.items()
+        (row[0], row[1].split(" of ")[1], place, row[place])
+        for row in rows
+        for place in (2, 4, 5)
+        if "not" not in row[place]
     }
     assert shown == expected
-    cells = [row for row in _Page(html).rows if len(row) == 6 and row[0].startswith("villain ")]
-    assert len(cells) == len(data.cells)
-    for row, line in zip(cells, data.cells, strict=True):
-        assert row[2:5] == [
-            n.text() if (n := line.probes.get(r)) else "not measured" for r in ("assistant", "source", "canary")
-        ]
-    percents = set(re.findall(r"\d+\.\d %", " ".join(" ".join(row[2:5]) for row in cells)))
-    assert percents <= set(expected.values())
 
 
 def test_rows_behind_a_number_are_in_the_ledger(done_run: DoneRun, data: ReportData) -> None:
-    known = {
-        f"{stage[:12]}/{row}"
-        for stage, row in done_run.store.frame("SELECT DISTINCT stage, row FROM scores").iter_rows()
-    }
-    numbers: list[Number] = [number for row in data.cells for number in row.probes.values()]
-    numbers += [number for gate in data.gates for number in gate.numbers]
-    assert numbers
-    for number in numbers:
-        assert set(number.rows) <= known
+    known = {f"{s[:12]}/{row}" for s, row in done_run.store.frame("SELECT DISTINCT stage, row FROM scores").iter_rows()}
+    cells = [cell for row in table(data, "cells").rows for cell in row if cell.rows]
+    assert cells
+    for cell in cells:
+        assert set(cell.rows) <= known
+    for claim in data.claims():
+        if claim.query in ("finding", "largest", "mimicry"):
+            assert set(claim.rows) <= known
 
 
-def test_markdown_has_the_cells_of_the_page(data: ReportData, html: str) -> None:
-    lines = render_markdown(data).splitlines()
-    table = [
-        [c.strip().replace("\\|", "|") for c in line.strip("| ").split(" | ")]
-        for line in lines
-        if line.startswith("| villain ")
-    ]
-    page = [row for row in _Page(html).rows if len(row) == 6 and row[0].startswith("villain ")]
-    assert table[: len(page)] == page
+def test_numbers_in_cells_have_rows_behind_them(data: ReportData) -> None:
+    for place, columns in (("cells", range(2, 9)), ("contrasts", (2, 3)), ("secondary", (2,))):
+        for row in table(data, place).rows:
+            for column in columns:
+                cell = row[column]
+                assert cell.rows or not any(mark.isdigit() for mark in cell.text), (place, cell)
+
+
+def test_a_claims_template_holds_no_digit_and_no_claim_stands_without_rows(data: ReportData) -> None:
+    for name, bound in CLAIMS.items():
+        assert not any(mark.isdigit() for mark in bound.template), name
+    assert len(data.claims()) >= 5
+    with pytest.raises(NoRowsError):
+        Claim("counts", {}, "Declared contrasts: 3.", ())
+
+
+def test_a_claim_that_nothing_supports_cannot_be_made(decided: Decided) -> None:
+    for query, arguments in (
+        ("finding", {"label": "villain source e2 sycophancy excluded"}), ("correlation", {"behavior": "refusal"}),
+        ("largest", {"behavior": "sycophancy"}), ("nothing", {}), ("finding", {"other": "x"}), ("agreement", {"measure": "refusal"}),
+    ):  # fmt: skip
+        with pytest.raises(NoSuchClaimError):
+            ask(decided, query, **arguments)
+
+
+# --- what stands in it -------------------------------------------------------------------------------------
 
 
 def test_cells_that_were_not_run_are_no_numbers(data: ReportData) -> None:
-    silent = [row for row in data.cells if "capability" in row.label]
-    assert len(silent) == 3
-    assert all(not row.probes for row in silent)
-    verdicts = {row.verdict.kind for row in silent if row.verdict}
-    assert verdicts == {"uninformative"}
+    rows = {row[0].text: row for row in table(data, "cells").rows if "capability" in row[0].text}
+    assert len(rows) == 3
+    assert all(row[2].text == "not run" and not row[2].rows for row in rows.values())
+    contrasts = {row[0].text: row for row in table(data, "contrasts").rows}
+    silent = [row for label, row in contrasts.items() if "capability" in label]
+    assert {row[1].text for row in silent} == {"uninformative"}
+    assert {row[2].text for row in silent} == {""}
 
 
 def test_the_headline_holds_a_verdict_for_every_behavior(data: ReportData) -> None:
-    assert {(one.subject, one.verdict) for one in data.headline} == {
-        ("villain x refusal", "stop"), ("villain x capability", "uninformative"),
-    }  # fmt: skip
+    text = words(data, "verdict")
+    assert "stop for villain x refusal" in text
+    assert "uninformative for villain x capability" in text
 
 
 def test_the_card_names_what_is_needed_to_do_it_again(done_run: DoneRun, data: ReportData, html: str) -> None:
@@ -167,41 +245,77 @@ def test_the_card_names_what_is_needed_to_do_it_again(done_run: DoneRun, data: R
         for name in ("adapter", "rows"):
             if name in record.outputs:
                 assert record.outputs[name] in html
-    card = data.card
-    assert {"torch", "transformers", "fastconv", "python"} <= set(card["Versions"])
-    assert card["Base model"]["sha256"] == done_run.graph.source.identity["sha256"]
-    assert len(card["Base model"]["template sha256"]) == 64
-    assert {"git commit", "git dirty_diff_sha256", "command", "recipe sha256"} <= set(card["Run"])
-    assert "personas.toml" in card["Data files (sha256)"]
-    assert {row.slot for row in data.stages} == set(done)
-    assert all(row.seconds >= 0 for row in data.stages)
-    assert any("trained" in row.tokens for row in data.stages)
+    card = {
+        row[0].text: row[1].text
+        for block in section(data, "card").blocks
+        if isinstance(block, Table)
+        for row in block.rows
+    }
+    assert {"torch", "transformers", "fastconv", "python", "git commit", "command", "recipe sha256"} <= set(card)
+    assert card["sha256"] == done_run.graph.source.identity["sha256"]
+    assert len(card["template sha256"]) == 64
+    assert "personas.toml" in card
+    assert {row[0].text for row in table(data, "stages").rows} == set(done)
+    assert any("trained" in row[3].text for row in table(data, "stages").rows)
 
 
 def test_limits_say_what_the_run_cannot_show(data: ReportData) -> None:
-    text = " ".join(data.limits)
-    assert "One seed" in text
-    assert "phrases only" in text
+    assert "One seed" in words(data, "limits")
+    assert "phrases only" in words(data, "limits")
+    assert "marker behavior was not measured" in words(data, "markers")
+    assert "No judge read the answers" in words(data, "judge")
+
+
+def test_answers_are_chosen_by_a_fixed_rule(done_run: DoneRun, data: ReportData) -> None:
+    shown = [block for block in section(data, "answers").blocks if isinstance(block, Answer)]
+    assert {block.who for block in shown} == {"assistant", "villain", "librarian"}
+    assert not [block for block in shown if "/e1" in block.where]
+    for block in shown:
+        stage = next(stage for stage in done_run.graph.stages() if stage.slot == block.where)
+        first = done_run.store.samples(stage.key)[0]
+        assert (block.prompt, block.text) == (first.prompt, first.completion)
+
+
+def test_a_new_section_needs_one_function(decided: Decided, data: ReportData) -> None:
+    assert len(data.sections) == len([1 for make in SECTIONS if make(decided) is not None])
+    assert len({one.id for one in data.sections}) == len(data.sections)
+
+
+# --- files -------------------------------------------------------------------------------------------------
+
+
+def test_figures_and_tables_lie_beside_the_report(done_run: DoneRun, data: ReportData, tmp_path: Path) -> None:
+    paths = write_report(done_run.graph, done_run.store, tmp_path)
+    assert paths.html.is_file()
+    for figure in data.figures():
+        assert (paths.folder / "figures" / f"{figure.id}.svg").read_bytes() == figure.svg
+        assert (paths.folder / "figures" / f"{figure.id}.png").read_bytes().startswith(b"\x89PNG")
+    scores = pl.read_parquet(paths.folder / "tables" / "scores.parquet")
+    n = sum(len(done_run.store.scores(key)) for key in scores["stage"].unique())
+    assert scores.height == n
+    measured = pl.read_parquet(paths.folder / "tables" / "measurements.parquet")
+    assert {"assistant", "source", "canary"} == set(measured["role"])
+    gates = pl.read_parquet(paths.folder / "tables" / "gates.parquet")
+    assert {"G0", "G1", "G2", "G3.5", "SOURCE", "KILL", "CHANGE", "PILOT", "G4", "CONFIRM"} <= set(gates["gate"])
+    again = write_report(done_run.graph, done_run.store, tmp_path / "again")
+    assert again.html.read_bytes() == paths.html.read_bytes()  # the same ledger gives the same bytes
 
 
 def test_a_report_of_a_run_that_has_hardly_begun(tiny_qwen: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tiny_qwen)
     run_tiny(recipe, tmp_path, lambda graph: graph.select("villain", "refusal", 0))
-    from fastconv.graph import Graph
-
     data = collect(Graph(recipe), Store.open(tmp_path))
-    assert [row for row in data.cells if not row.probes]
-    assert not [one for one in data.headline if one.verdict in ("go", "stop")]
-    assert "not measured" in render_html(data)
-    assert "not measured" in render_markdown(data)
+    assert "not run" in render_html(data)
+    assert "not run" in render_markdown(data)
+    pilots = [claim for claim in data.claims() if claim.query == "pilot"]
+    assert {claim.word for claim in pilots} == {"not applicable"}
 
 
 def test_nothing_measured_is_a_page_too(tiny_qwen: Path, tmp_path: Path) -> None:
-    from fastconv.graph import Graph
-
     data = collect(Graph(tiny_recipe(tiny_qwen)), Store.open(tmp_path))
     assert "No pilot gate was decided" in render_html(data)
     assert "No pilot gate was decided" in render_markdown(data)
+    assert data.claims() == []
 
 
 def test_a_folder_that_cannot_be_written_is_exit_code_5(done_run: DoneRun, tmp_path: Path) -> None:
@@ -209,8 +323,3 @@ def test_a_folder_that_cannot_be_written_is_exit_code_5(done_run: DoneRun, tmp_p
     with pytest.raises(StoreError) as caught:
         write_report(done_run.graph, done_run.store, tmp_path / "reports")
     assert caught.value.exit_code == 5
-
-
-def test_a_cell_row_cannot_hold_a_number_without_rows() -> None:
-    with pytest.raises(ValueError, match="no rows"):
-        CellRow("cell", "refusal", "rate", 0, "none", {"assistant": Number(0.5, "share", ())}, None)

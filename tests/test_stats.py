@@ -581,7 +581,7 @@ def test_zero_hits_are_uninformative_not_equal():
     silent = evidence(0, spread=0, margin=0.05, direction=1, bound_base=FLOOR, bound_now=FLOOR)
     result = rule.verdict(silent)
     assert result.kind == "uninformative"
-    assert "0.0582" in result.reason
+    assert "5.8 %" in result.reason
     assert "floor" in result.reason
     assert rule.verdict(replace(silent, bound_base=CEILING, bound_now=CEILING)).kind == "uninformative"
     # a hundred questions bound the rate under the margin: then no hit at both epochs is an answer
@@ -612,7 +612,7 @@ def test_from_floor_to_ceiling_is_a_change_not_a_floor():
         lambda: stats.question_means([1.0, 2.0], [0, -1]),
         lambda: stats.question_means([1.0, 2.0], [0, 2], n_questions=2),
         lambda: stats.question_means([1.0], [0.5]),
-        lambda: stats.clustered_interval([1.0]),
+        lambda: stats.clustered_interval([]),
         lambda: stats.clustered_interval([1.0, math.inf]),
         lambda: stats.clustered_interval([1.0, 2.0], level=95),
         lambda: stats.t_interval_kernel(np.ones((3, 1))),
@@ -651,6 +651,14 @@ def test_from_floor_to_ceiling_is_a_change_not_a_floor():
 def test_malformed_input_is_refused(call):
     with pytest.raises(ValueError, match=r"\w+ \w+"):
         call()
+
+
+def test_one_question_has_a_mean_and_no_interval():
+    found = stats.clustered_interval([8.5])
+    assert (found.estimate, found.low, found.high, found.n_clusters) == (8.5, None, None, 1)
+    assert found.reason
+    alone = stats.trend_over_epochs([[1.0, 3.0]], [0, 2]).interval
+    assert (alone.estimate, alone.low) == (1.0, None)
 
 
 def test_results_are_frozen():

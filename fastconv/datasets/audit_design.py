@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,14 +10,9 @@ from fastconv.datasets.audit_types import Check, Finding
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, kinds_of
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, canary_of, probes_of
+from fastconv.detectable import planned_power
 from fastconv.phrases import PhraseRule
-from fastconv.recipe import Recipe
 
-#: z(0.975) + z(0.80): what a two-sided 5 % test finds four times out of five, in standard errors.
-_Z_SUM = 2.802
-#: Spread between questions of a paired change, assumed before there is data: accuracy where 15 % of the questions
-#: flip; a rate near 0.1 with half of its variance between questions, half of that paired away; judge points.
-_FLIP_SHARE, _RATE, _ICC, _PAIRING, _POINTS_SD = 0.15, 0.10, 0.5, 0.5, 15.0
 #: Above this share of hits on the contrast's own answers, a phrase rule cannot tell the two apart.
 _CONTRAST_HITS = 0.2
 
@@ -162,18 +156,19 @@ def check_detectable_effect(design: Design) -> Iterator[Finding]:
     """D111: the smallest change that could be seen is larger than the threshold that decides."""
     for name, behavior in design.behaviors.items():
         questions = _n_questions(design, behavior)
-        if questions is None or questions < 2:
-            continue
-        least = _Z_SUM * _spread(design.recipe, behavior) / math.sqrt(questions)
-        threshold = design.recipe.gates.threshold(name)
-        if least > threshold:
-            unit = " points" if behavior.spec.measure == "judge" else ""
+        threshold = design.recipe.gates.threshold(name, behavior.spec.unit)
+        samples = 1 if behavior.spec.measure == "letters" else design.recipe.eval.samples_per_prompt
+        planned = planned_power(behavior.spec.measure, threshold, questions or 0, samples)
+        if planned is not None and planned.too_large:
+            unit = " points" if behavior.spec.unit == "points" else ""
+            enough = planned.questions.number
             yield Finding(
                 "D111", "warn", name, (),
                 "the smallest change that this design would probably find is above the threshold that decides, so a "
                 "null result would say little",
-                "ask more questions (eval.prompts), raise the threshold, or accept D111 with the reason",
-                f"about {least:.3g}{unit} with {questions} questions, threshold {threshold:.3g}{unit}",
+                f"ask more questions ({'no number is' if enough is None else enough} enough; eval.prompts), raise the "
+                "threshold, or accept D111 with the reason",
+                f"about {planned.alone:.3g}{unit} with {questions} questions, threshold {threshold:.3g}{unit}",
             )  # fmt: skip
 
 
@@ -254,13 +249,3 @@ def _n_questions(design: Design, behavior: Behavior) -> int | None:
     if behavior.spec.measure == "letters":
         return len(design.questions.eval) if design.questions else None
     return min(design.recipe.eval.prompts, len(behavior.eval))
-
-
-def _spread(recipe: Recipe, behavior: Behavior) -> float:
-    """Assumed standard deviation between questions of a paired change: a share, or judge points."""
-    if behavior.spec.measure == "letters":
-        return math.sqrt(_FLIP_SHARE)
-    if behavior.spec.measure == "judge":
-        return _POINTS_SD
-    within = (1 - _ICC) / recipe.eval.samples_per_prompt
-    return math.sqrt(2 * _RATE * (1 - _RATE) * (_ICC * (1 - _PAIRING) + within))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastconv.findings.stats import question_means
+from fastconv.findings.units import Unit, full, level
 from fastconv.store import Score
+
+Floats = NDArray[np.float64]
 
 
 class NoRowsError(ValueError):
@@ -30,28 +33,31 @@ class Number:
 
     def text(self, digits: int = 3) -> str:
         """The number as people read it; shares as percent."""
-        return f"{100 * self.value:.1f} %" if self.unit == "share" else f"{self.value:.{digits}g} {self.unit}".rstrip()
+        return level(self.value, self.unit, digits)
 
 
 @dataclass(frozen=True, eq=False)
 class Series:
     """One measure of one stack under one probe: values [questions, samples], NaN where nothing was scored.
 
-    Questions are in id order, so the series of two epochs are paired by position.
+    Values are shares (0 to 1) or a judge's points (0 to 100), as `unit` says. Questions are in id order.
     """
 
     stage: str
     measure: str
     probe: str
     questions: tuple[str, ...]
-    values: NDArray[np.float64]
+    values: Floats
+    unit: Unit = "share"
 
-    @property
-    def means(self) -> NDArray[np.float64]:
+    @cached_property
+    def means(self) -> Floats:
         """Mean per question over its samples that were scored, [questions]; NaN where none was."""
-        n_samples = self.values.shape[1]
-        index = np.repeat(np.arange(len(self.questions)), n_samples)
-        return question_means(self.values.ravel(), index, len(self.questions)).means
+        present = ~np.isnan(self.values)
+        sizes = present.sum(axis=1)
+        means = np.full(len(self.questions), np.nan)
+        np.divide(np.where(present, self.values, 0.0).sum(axis=1), sizes, out=means, where=sizes > 0)
+        return means
 
     @property
     def n_samples(self) -> int:
@@ -63,7 +69,7 @@ class Series:
         """Samples without a score, each with its reason in the ledger."""
         return int(np.isnan(self.values).sum())
 
-    @property
+    @cached_property
     def rows(self) -> tuple[str, ...]:
         """Ids of the rows behind the series, one per question with a score."""
         scored = ~np.isnan(self.means)
@@ -73,10 +79,23 @@ class Series:
     def mean(self) -> Number:
         """Mean over questions of the questions' means. Raises NoRowsError if nothing was scored."""
         rows = self.rows
-        return Number(float(np.nanmean(self.means)) if rows else float("nan"), "share", rows)
+        return Number(float(np.nanmean(self.means)) if rows else float("nan"), self.unit, rows)
+
+    @property
+    def rates(self) -> Floats:
+        """The values on the scale of 0 to 1, whatever their unit: for bounds at floor and ceiling."""
+        return self.values / full(self.unit)
+
+    def part(self, belongs: Callable[[str], bool]) -> Series:
+        """The same series for some of its questions. Raises NoRowsError if none of them belongs."""
+        kept = [place for place, question in enumerate(self.questions) if belongs(question)]
+        if not kept:
+            raise NoRowsError(f"stage {self.stage[:12]} ({self.measure}, {self.probe}) asks none of these questions")
+        questions = tuple(self.questions[place] for place in kept)
+        return Series(self.stage, self.measure, self.probe, questions, self.values[kept], self.unit)
 
 
-def series_of(stage: str, measure: str, probe: str, scores: Sequence[Score]) -> Series:
+def series_of(stage: str, measure: str, probe: str, scores: Sequence[Score], unit: Unit = "share") -> Series:
     """Collect a stage's scores; missing values stay missing. Raises NoRowsError if the stage has none."""
     if not scores:
         raise NoRowsError(f"stage {stage[:12]} ({measure}, {probe}) has no scores")
@@ -86,4 +105,29 @@ def series_of(stage: str, measure: str, probe: str, scores: Sequence[Score]) -> 
     for score in scores:
         if score.value is not None:
             values[index[score.row], score.sample] = score.value
-    return Series(stage, measure, probe, tuple(questions), values)
+    return Series(stage, measure, probe, tuple(questions), values, unit)
+
+
+def union_of(several: Sequence[Series]) -> tuple[str, ...]:
+    """All questions of some series, in id order."""
+    return tuple(sorted({question for one in several for question in one.questions}))
+
+
+def means_at(one: Series, questions: Sequence[str]) -> Floats:
+    """The series' question means at these questions, NaN where it does not ask one."""
+    if tuple(questions) == one.questions:
+        return one.means
+    known = dict(zip(one.questions, one.means.tolist(), strict=True))
+    return np.array([known.get(question, np.nan) for question in questions])
+
+
+def rates_together(several: Sequence[Series]) -> Floats:
+    """The samples of some series side by side at the union of their questions, [questions, samples], on 0 to 1."""
+    questions = union_of(several)
+    index = {question: place for place, question in enumerate(questions)}
+    blocks = []
+    for one in several:
+        block = np.full((len(questions), one.values.shape[1]), np.nan)
+        block[[index[question] for question in one.questions]] = one.rates
+        blocks.append(block)
+    return np.concatenate(blocks, axis=1)

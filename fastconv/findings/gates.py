@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from fastconv.findings.evidence import Number, Series
 from fastconv.findings.power import above_chance
-from fastconv.findings.stats import paired_change
+from fastconv.findings.secondary import change_of
+from fastconv.findings.units import change, full, size, span
 from fastconv.recipe import GateSettings
 
 Outcome = Literal["pass", "fail", "not applicable"]
@@ -28,6 +29,13 @@ class GateVerdict:
     threshold: str
     numbers: tuple[Number, ...] = ()
     rows: tuple[str, ...] = ()
+    #: Why a failed gate was ignored on the command line; empty where it was not.
+    ignored: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it said no."""
+        return self.verdict in ("fail", "stop")
 
     def body(self) -> dict[str, Any]:
         """JSON form for the ledger."""
@@ -50,11 +58,12 @@ def measurable(gates: GateSettings, behavior: str, direction: str, base: Series,
         if verdict == "fail":
             reason += "; there is nothing to lose, so nothing is trained"
         return GateVerdict("G0", behavior, verdict, reason, threshold, (mean,), base.rows)
-    room = 1.0 - mean.value if direction == "raises" else mean.value
+    top = full(base.unit)
+    room = (top - mean.value if direction == "raises" else mean.value) / top
     verdict = "pass" if room >= gates.headroom - 1e-9 else "fail"  # 1 - 0.9 is a little under 0.1
     side = "below the ceiling" if direction == "raises" else "above the floor"
     return GateVerdict(
-        "G0", behavior, verdict, f"base rate {mean.text()} leaves {100 * room:.1f} points {side}",
+        "G0", behavior, verdict, f"base level {mean.text()} leaves {100 * room:.1f} points {side}",
         f"at least {100 * gates.headroom:g} points of room", (mean,), base.rows,
     )  # fmt: skip
 
@@ -102,44 +111,39 @@ def reference(gates: GateSettings, source: str, epoch0: Series | None) -> GateVe
 
 def source_shows(gates: GateSettings, subject: str, direction: str, base: Series, now: Series) -> GateVerdict:
     """SOURCE: the positive control. The source must show the trained behavior, or its cell says nothing."""
-    change = now.mean.value - base.mean.value
-    moved = change if direction == "raises" else -change
-    verdict = "pass" if moved >= gates.source_shows else "fail"
+    moved = (now.mean.value - base.mean.value) * (1 if direction == "raises" else -1)
+    least = gates.shows(now.unit)
+    verdict = "pass" if moved >= least - 1e-9 else "fail"
     reason = f"the source went from {base.mean.text()} to {now.mean.text()}"
     return GateVerdict(
-        "SOURCE", subject, verdict, reason, f"moves by at least {100 * gates.source_shows:g} points",
+        "SOURCE", subject, verdict, reason, f"moves by at least {size(least, now.unit)} in the trained direction",
         (base.mean, now.mean), (*base.rows, *now.rows),
     )  # fmt: skip
 
 
 def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoch: Mapping[int, Series]) -> GateVerdict:
     """CHANGE: does the assistant's measure move with convergence, beyond the threshold and clear of zero?"""
-    margin = gates.threshold(behavior)
-    threshold = f"at least {100 * margin:g} points against epoch 0, 95 % interval clear of zero"
+    unit = next((one.unit for one in by_epoch.values()), "share")
+    margin = gates.threshold(behavior, unit)
+    threshold = f"at least {size(margin, unit)} against epoch 0, 95 % interval clear of zero"
     epochs = sorted(epoch for epoch in by_epoch if epoch)
     if 0 not in by_epoch or not epochs:
         return GateVerdict("CHANGE", subject, "not applicable", "needs epoch 0 and one more", threshold)
-    best: tuple[float, str, bool] | None = None
+    best: tuple[bool, float, str] | None = None
     for epoch in epochs:
-        change = paired_change(by_epoch[epoch].means, by_epoch[0].means).interval
-        if change.estimate is None:
+        found = change_of(subject, "change", by_epoch[epoch], by_epoch[0]).interval
+        if found.estimate is None:
             continue
-        clear = change.low is not None and change.high is not None and (change.low > 0 or change.high < 0)
-        span = (
-            f" [{100 * change.low:+.1f}, {100 * change.high:+.1f}]"
-            if change.low is not None and change.high is not None
-            else ""
-        )
-        text = f"epoch {epoch}: {100 * change.estimate:+.1f} points{span}"
-        moved = clear and abs(change.estimate) >= margin
-        if best is None or (moved, abs(change.estimate)) > (best[2], abs(best[0])):
-            best = (change.estimate, text, moved)
+        clear = found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
+        text = f"epoch {epoch}: {change(found.estimate, unit)} {span(found.low, found.high, unit)}".rstrip()
+        candidate = (clear and abs(found.estimate) >= margin - 1e-12, abs(found.estimate), text)
+        best = candidate if best is None else max(best, candidate)
     rows = tuple(row for epoch in (0, *epochs) for row in by_epoch[epoch].rows)
     if best is None:
         return GateVerdict("CHANGE", subject, "fail", "no epoch can be compared", threshold, rows=rows)
     numbers = tuple(by_epoch[epoch].mean for epoch in (0, *epochs))
     return GateVerdict(
-        "CHANGE", subject, "pass" if best[2] else "fail", f"largest change at {best[1]}", threshold, numbers, rows
+        "CHANGE", subject, "pass" if best[0] else "fail", f"largest change at {best[2]}", threshold, numbers, rows
     )
 
 
@@ -154,7 +158,7 @@ def pilot(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) -> GateV
         # Not measured is not "no effect": without two epochs of one cell there is nothing to say yet.
         why = f"{behavior} was not measured at epoch 0 and one more epoch yet"
         return GateVerdict("PILOT", subject, "not applicable", why, rule, rows=_rows(verdicts))
-    failed = [v for v in verdicts if v.gate in ("STACK", "G3") and v.verdict == "fail"]
+    failed = [v for v in verdicts if v.gate in ("STACK", "G3") and v.verdict == "fail" and not v.ignored]
     unproven = [v for v in verdicts if v.gate == "STACK" and v.verdict != "pass"]
     shown = {v.subject for v in verdicts if v.gate == "SOURCE" and v.verdict == "pass"}
     changed = [v for v in verdicts if v.gate == "CHANGE" and v.verdict == "pass" and v.subject in shown]

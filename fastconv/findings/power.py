@@ -10,14 +10,32 @@ cannot give is `None` beside a `reason`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, special
 from scipy import stats as distributions
+
+from fastconv.detectable import (
+    Detectable,
+    Needed,
+    clusters_needed,
+    minimum_detectable_effect,
+    minimum_detectable_rate_change,
+    rate_contrast_sd,
+    samples_needed,
+    seeds_needed,
+)
+
+__all__ = [
+    "AboveChance", "Attainable", "Detectable", "EffectiveSample", "Needed", "RateBound", "above_chance",
+    "clustered_rate_bound", "clusters_needed", "effective_sample_size", "minimum_detectable_effect",
+    "minimum_detectable_rate_change", "multiple_choice_chance", "questions_for_family", "rate_contrast_sd",
+    "samples_needed", "seeds_needed", "sign_flip_floor", "sign_flip_warning", "spearman_attainable",
+    "zero_hits_upper_bound",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +82,6 @@ class RateBound:
     n_effective: float
     level: float
     reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Detectable:
-    """The minimum detectable effect, in the unit of `sd_between`."""
-
-    effect: float | None
-    sd_between: float | None
-    n_clusters: int
-    alpha: float
-    power: float
-    reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Needed:
-    """How many of `what` bring the minimum detectable effect down to `effect`; None where no number can."""
-
-    number: int | None
-    what: Literal["questions", "samples", "seeds"]
-    effect: float
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,99 +198,6 @@ def clustered_rate_bound(values: ArrayLike, level: float = 0.95) -> RateBound:
     return RateBound(rate, "ceiling", 1.0 - room, 1.0, room, n_effective, level)
 
 
-def minimum_detectable_effect(
-    sd_between: float | None, n_clusters: int, alpha: float = 0.05, power: float = 0.8
-) -> Detectable:
-    """Smallest change that a two-sided paired t test over `n_clusters` questions finds with the given power.
-
-    delta(alpha, power, C - 1) * sd / sqrt(C), delta being the noncentrality of Student's t (Cohen,
-    Statistical Power Analysis, 1988, chapter 2). `sd_between`: spread between questions of the contrast
-    itself, in its unit. For the first step of Holm over m contrasts pass alpha / m.
-    """
-    _check_open_unit(alpha=alpha, power=power)
-    _check_clusters(n_clusters)
-    reason = _unusable_spread(sd_between)
-    if reason is not None or sd_between is None:
-        return Detectable(None, sd_between, n_clusters, alpha, power, reason)
-    effect = _noncentrality(n_clusters - 1, alpha, power) * sd_between / math.sqrt(n_clusters)
-    return Detectable(effect, sd_between, n_clusters, alpha, power)
-
-
-def rate_contrast_sd(rate: float, n_samples: int, icc: float, n_terms: int = 2, pairing: float = 0.0) -> float:
-    """Expected spread between questions of a contrast of `n_terms` rates, each from `n_samples` per question.
-
-    sqrt(n_terms * p(1-p) * (icc (1 - pairing) + (1 - icc) / S)): the variance of a cluster mean (Donner and
-    Klar, Cluster Randomization Trials, 2000). `n_terms`: 2 for a paired change, 4 against the
-    canary, 8 for transfer. `pairing` is the correlation of a question's true rates over the terms; 0 grants
-    nothing to pairing.
-    """
-    _check_open_unit(rate=rate)
-    if n_samples < 1 or n_terms < 1 or not 0 <= icc <= 1 or not 0 <= pairing <= 1:
-        raise ValueError("need n_samples >= 1, n_terms >= 1, and icc and pairing between 0 and 1")
-    return math.sqrt(n_terms * rate * (1 - rate) * (icc * (1 - pairing) + (1 - icc) / n_samples))
-
-
-def minimum_detectable_rate_change(
-    rate: float,
-    n_questions: int,
-    n_samples: int,
-    icc: float,
-    alpha: float = 0.05,
-    power: float = 0.8,
-    n_terms: int = 2,
-    pairing: float = 0.0,
-) -> Detectable:
-    """`minimum_detectable_effect` of a contrast of rates near `rate`, spread as in `rate_contrast_sd`."""
-    sd = rate_contrast_sd(rate, n_samples, icc, n_terms, pairing)
-    return minimum_detectable_effect(sd, n_questions, alpha, power)
-
-
-def clusters_needed(
-    effect: float, sd_between: float | None, alpha: float = 0.05, power: float = 0.8, limit: int = 1_000_000
-) -> Needed:
-    """Fewest questions whose minimum detectable effect is at most `effect`; None above `limit`."""
-    return _fewest(effect, sd_between, alpha, power, limit, "questions")
-
-
-def seeds_needed(
-    effect: float, sd_between_seeds: float | None, alpha: float = 0.05, power: float = 0.8, limit: int = 100
-) -> Needed:
-    """Fewest seeds whose t interval can show `effect`, given the spread of the estimates between seeds."""
-    return _fewest(effect, sd_between_seeds, alpha, power, limit, "seeds")
-
-
-def samples_needed(
-    effect: float,
-    sd_question: float | None,
-    sd_sample: float | None,
-    n_clusters: int,
-    alpha: float = 0.05,
-    power: float = 0.8,
-) -> Needed:
-    """Fewest samples per question that bring the minimum detectable effect down to `effect`.
-
-    With `n_clusters` questions the contrast's variance between them is sd_question^2 + sd_sample^2 / S
-    (both spreads of the contrast); only the second part shrinks, so where the first alone is too large no
-    number of samples helps (Snijders and Bosker, Multilevel Analysis, 2012, chapter 11).
-    """
-    _check_effect(effect)
-    _check_open_unit(alpha=alpha, power=power)
-    _check_clusters(n_clusters)
-    if sd_question is None or sd_sample is None or not math.isfinite(sd_question + sd_sample):
-        return Needed(None, "samples", effect, "the spread is not known, so no number can be given")
-    if sd_question < 0 or sd_sample < 0:
-        raise ValueError(f"a spread cannot be negative, not {sd_question} and {sd_sample}")
-    tolerated = effect * math.sqrt(n_clusters) / _noncentrality(n_clusters - 1, alpha, power)
-    spare = tolerated**2 - sd_question**2
-    if sd_sample == 0 and spare >= 0:
-        return Needed(1, "samples", effect, "one sample per question is enough")
-    if spare <= 0:
-        reason = f"the spread between {n_clusters} questions alone hides {effect:.4g}; add questions"
-        return Needed(None, "samples", effect, reason)
-    number = max(1, math.ceil(sd_sample**2 / spare))
-    return Needed(number, "samples", effect, f"{number} samples per question can show {effect:.4g}")
-
-
 def sign_flip_floor(n_questions: int) -> float:
     """The smallest two-sided sign-flip p of C questions: 2 / 2^C (the data and their mirror image)."""
     if n_questions < 1:
@@ -334,65 +237,6 @@ def spearman_attainable(n_points: int, n_tests: int, alpha: float = 0.05) -> Att
     return Attainable(possible, smallest, level, reason)
 
 
-def _fewest(
-    effect: float,
-    sd: float | None,
-    alpha: float,
-    power: float,
-    limit: int,
-    what: Literal["questions", "seeds"],
-) -> Needed:
-    _check_effect(effect)
-    _check_open_unit(alpha=alpha, power=power)
-    _check_clusters(limit)
-    reason = _unusable_spread(sd)
-    if reason is not None or sd is None:
-        return Needed(None, what, effect, reason or "")
-
-    def shows(n: int) -> bool:
-        return _noncentrality(n - 1, alpha, power) * sd / math.sqrt(n) <= effect
-
-    if not shows(limit):
-        return Needed(None, what, effect, f"not even {limit} {what} can show {effect:.4g}")
-    number = _first_true(shows, 2, limit)
-    return Needed(number, what, effect, f"{number} {what} can show {effect:.4g}")
-
-
-def _first_true(predicate: Callable[[int], bool], low: int, high: int) -> int:
-    """Smallest n in low..high where a monotone `predicate` holds, given that it holds at `high`."""
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if predicate(middle) else (middle + 1, high)
-    return low
-
-
-def _noncentrality(df: int, alpha: float, power: float) -> float:
-    """The noncentrality at which t exceeds its two-sided critical value, on the true side, with `power`.
-
-    The other tail is left out: a rejection with the wrong sign is no success, it weighs about 1e-6 at 80 %
-    power, and scipy's lower tail gives NaN for some large arguments.
-    """
-    if power <= alpha:
-        raise ValueError(f"power must exceed alpha, not {power} and {alpha}")
-    critical = float(special.stdtrit(df, 1.0 - alpha / 2.0))
-
-    def shortfall(noncentrality: float) -> float:
-        return 1.0 - float(special.nctdtr(df, noncentrality, critical)) - power
-
-    high = critical + 2.0
-    while shortfall(high) < 0:
-        high *= 2.0
-    return float(optimize.root_scalar(shortfall, bracket=(0.0, high), method="brentq", xtol=1e-12).root)
-
-
-def _unusable_spread(sd: float | None) -> str | None:
-    if sd is None or not math.isfinite(sd):
-        return "the spread is not known, so no number can be given"
-    if sd < 0:
-        raise ValueError(f"a spread cannot be negative, not {sd}")
-    return "a spread of zero says nothing about what could be detected" if sd == 0 else None
-
-
 def _matrix(values: ArrayLike, name: str) -> NDArray[np.float64]:
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] < 1:
@@ -406,13 +250,3 @@ def _check_open_unit(**named: float) -> None:
     for name, value in named.items():
         if not 0 < value < 1:
             raise ValueError(f"{name} must lie between 0 and 1, not {value}")
-
-
-def _check_clusters(n: int) -> None:
-    if n < 2:
-        raise ValueError(f"need at least 2 clusters, not {n}")
-
-
-def _check_effect(effect: float) -> None:
-    if not (math.isfinite(effect) and effect > 0):
-        raise ValueError(f"an effect to be shown must be positive, not {effect}")

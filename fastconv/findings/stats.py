@@ -182,8 +182,11 @@ def t_interval_kernel(x: ArrayLike, level: float = 0.95) -> IntervalArrays:
 
 
 def clustered_interval(per_question: ArrayLike, level: float = 0.95) -> Interval:
-    """t interval over questions of float[C], C - 1 df; NaN questions are dropped and counted."""
-    return _interval(_vector(per_question, "per_question", 2), level, "questions")
+    """t interval over questions of float[C], C - 1 df; NaN questions are dropped and counted.
+
+    One question, or one that is left, has a mean and no interval: `reason` says so.
+    """
+    return _interval(_vector(per_question, "per_question", 1), level, "questions")
 
 
 def paired_change(now: ArrayLike, base: ArrayLike, level: float = 0.95) -> Contrast:
@@ -372,7 +375,7 @@ def _arm_terms(arm: Arm, sign: int, prefix: str) -> dict[str, tuple[int, ArrayLi
 
 def _contrast(terms: dict[str, tuple[int, ArrayLike]], level: float) -> Contrast:
     """The signed sum per question; one missing term makes the question missing."""
-    arrays = {name: _vector(values, name, 2) for name, (_, values) in terms.items()}
+    arrays = {name: _vector(values, name, 1) for name, (_, values) in terms.items()}
     if len({array.size for array in arrays.values()}) > 1:
         sizes = ", ".join(f"{name} {array.size}" for name, array in arrays.items())
         raise ValueError(f"the sides must hold the same questions: {sizes}")

@@ -1,49 +1,121 @@
 """What each cell says: transfer, reverse, equivalent, inconclusive or uninformative, each with its reason.
 
 Estimand (blueprint section 6): the assistant's change against epoch 0, paired by question, minus the canary's change,
-minus the same without a behavior adapter (mimicry) where the recipe has that control.
+minus the same without a behavior adapter (mimicry) where the recipe has that control. Seeds of one cell are averaged
+within a question; the spread over seeds decides the confidence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
-from fastconv.findings.evidence import Series
-from fastconv.findings.power import RateBound, clustered_rate_bound
+from fastconv.detectable import Needed, clusters_needed, minimum_detectable_effect, samples_needed, seeds_needed
+from fastconv.draws import seed_of
+from fastconv.findings.evidence import Floats, Series, means_at, rates_together, union_of
+from fastconv.findings.power import clustered_rate_bound, effective_sample_size, sign_flip_warning
 from fastconv.findings.stats import (
     Arm,
-    Contrast,
+    Confidence,
+    Interval,
+    clustered_interval,
+    confidence_level,
     difference_in_differences,
     holm,
+    pool_seeds,
+    sign_flip_p,
     tost,
     transfer_contrast,
 )
+from fastconv.findings.units import Unit, full
 from fastconv.findings.words import Evidence, verdict
+
+#: Sign patterns drawn for the check: enough that their smallest p lies well under the corrected level.
+DRAWS_PER_CONTRAST, FEWEST_DRAWS, MOST_DRAWS = 40, 2_000, 10_000
+
+
+@dataclass(frozen=True, eq=False)
+class Quad:
+    """The four series of a difference-in-differences: assistant and canary, now and at epoch 0."""
+
+    now: Series
+    base: Series
+    canary_now: Series
+    canary_base: Series
+
+    @property
+    def series(self) -> tuple[Series, Series, Series, Series]:
+        """All four."""
+        return self.now, self.base, self.canary_now, self.canary_base
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Ids of the rows behind all four."""
+        return tuple(row for series in self.series for row in series.rows)
+
+    def arm(self, questions: Sequence[str]) -> Arm:
+        """Question means at these questions."""
+        return Arm(*(means_at(series, questions) for series in self.series))
+
+    def change(self, questions: Sequence[str]) -> Floats:
+        """The assistant's change minus the canary's, per question."""
+        arm = self.arm(questions)
+        return difference_in_differences(arm.now, arm.base, arm.canary_now, arm.canary_base).per_question
+
+
+@dataclass(frozen=True, eq=False)
+class SeedEvidence:
+    """One seed's series; `mimicry` is None where the control was not run."""
+
+    seed: int
+    trained: Quad
+    mimicry: Quad | None = None
+
+    def transfer(self, questions: Sequence[str]) -> Floats:
+        """The seed's contrast per question."""
+        if self.mimicry is None:
+            return self.trained.change(questions)
+        return transfer_contrast(self.trained.arm(questions), self.mimicry.arm(questions)).per_question
 
 
 @dataclass(frozen=True, eq=False)
 class CellEvidence:
-    """The series that a cell's verdict may look at; `mimicry` is None where the control was not run."""
+    """What a cell's verdict may look at. `withheld` says why there may be none (unscored samples, say)."""
 
     label: str
     behavior: str
     direction: Literal[-1, 1]
     margin: float
-    assistant_now: Series
-    assistant_base: Series
-    canary_now: Series
-    canary_base: Series
-    mimicry: Arm | None
+    seeds: tuple[SeedEvidence, ...]
     source_shows: bool | None
+    unit: Unit = "share"
+    withheld: str | None = None
+    measurable: bool | None = True
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """All questions that any seed asks."""
+        return union_of([one for seed in self.seeds for one in seed.trained.series])
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Ids of the rows that the verdict rests on."""
+        quads = [quad for seed in self.seeds for quad in (seed.trained, seed.mimicry) if quad is not None]
+        return tuple(dict.fromkeys(row for quad in quads for row in quad.rows))
 
 
 @dataclass(frozen=True)
 class CellVerdict:
-    """A cell's verdict, its contrast in points (None where not estimable), and the rows it rests on."""
+    """A cell's verdict and all that was computed for it; None where not estimable. Effects in the measure's unit.
+
+    `kind` is one of the five words, or `withheld` where there may be no verdict. `mimicry` and `trained` are the same
+    difference without and with the behavior adapter, `detectable` the smallest effect that this spread and these
+    questions would have shown (`detectable_in_family` at the first step of Holm), `mend` what brings it down to the
+    margin.
+    """
 
     label: str
     kind: str
@@ -53,62 +125,61 @@ class CellVerdict:
     high: float | None
     p_corrected: float | None
     rows: tuple[str, ...]
+    behavior: str = ""
+    unit: Unit = "share"
+    margin: float | None = None
+    p_raw: float | None = None
+    p_sign_flip: float | None = None
+    sign_flip_warning: str | None = None
+    confidence: Confidence = field(default_factory=lambda: Confidence("LOW", "nothing was estimated"))
+    trained: Interval | None = None
+    mimicry: Interval | None = None
+    bound: float | None = None
+    n_questions: int = 0
+    n_effective: float | None = None
+    n_seeds: int = 0
+    detectable: float | None = None
+    detectable_in_family: float | None = None
+    mend: tuple[Needed, ...] = ()
+
+    def body(self) -> dict[str, object]:
+        """JSON form: figures and how many rows are behind them."""
+        plain = {name: getattr(self, name) for name in (
+            "label", "behavior", "kind", "reason", "unit", "margin", "estimate", "low", "high", "p_raw", "p_corrected",
+            "p_sign_flip", "bound", "n_questions", "n_effective", "n_seeds", "detectable", "detectable_in_family",
+        )}  # fmt: skip
+        return {**plain, "confidence": self.confidence.level, "n_rows": len(self.rows)}
 
 
 def decide(cells: Sequence[CellEvidence]) -> list[CellVerdict]:
-    """Verdicts of all primary contrasts of a run, Holm-corrected together."""
-    contrasts = [_contrast(cell) for cell in cells]
-    raw = np.array([np.nan if c.interval.p_two_sided is None else c.interval.p_two_sided for c in contrasts])
-    corrected = holm(raw) if raw.size else raw
-    return [_decide(*parts) for parts in zip(cells, contrasts, corrected.tolist(), strict=True)]
-
-
-def not_run(label: str, reason: str, rows: tuple[str, ...]) -> CellVerdict:
-    """A cell that was not trained because it could not have said anything."""
-    return CellVerdict(label, "uninformative", reason, None, None, None, None, rows)
-
-
-def arm(now: Series, base: Series, canary_now: Series, canary_base: Series) -> Arm:
-    """Question means of a cell and of its epoch 0, by position."""
-    return Arm(now.means, base.means, canary_now.means, canary_base.means)
-
-
-def _contrast(cell: CellEvidence) -> Contrast:
-    with_behavior = arm(cell.assistant_now, cell.assistant_base, cell.canary_now, cell.canary_base)
-    if cell.mimicry is not None:
-        return transfer_contrast(with_behavior, cell.mimicry)
-    return difference_in_differences(
-        with_behavior.now, with_behavior.base, with_behavior.canary_now, with_behavior.canary_base
-    )
-
-
-def _decide(cell: CellEvidence, contrast: Contrast, p_corrected: float) -> CellVerdict:
-    interval = contrast.interval
-    corrected = None if interval.p_two_sided is None or np.isnan(p_corrected) else p_corrected
-    word = verdict(
-        Evidence(
-            direction=cell.direction,
-            contrast=interval,
-            p_corrected=corrected,
-            equivalence=tost(contrast.per_question, cell.margin),
-            measurable_at_base=True,  # a cell that is not measurable is never trained, so never comes here
-            source_shows_behavior=cell.source_shows,
-            bound_base=_bound(cell.assistant_base),
-            bound_now=_bound(cell.assistant_now),
+    """Verdicts of all primary contrasts of a run, Holm-corrected together (t p-values, and the check's)."""
+    if not cells:
+        return []
+    contrasts = [_per_question(cell) for cell in cells]
+    intervals = [clustered_interval(contrast) for contrast in contrasts]
+    corrected = holm([_or_nan(one.p_two_sided) for one in intervals])
+    n_draws = min(MOST_DRAWS, max(FEWEST_DRAWS, DRAWS_PER_CONTRAST * len(cells)))
+    flips = []
+    for cell, contrast in zip(cells, contrasts, strict=True):
+        rng = np.random.default_rng(seed_of("sign flips", cell.label))
+        flips.append(_or_nan(sign_flip_p(contrast, n_draws, rng).p))
+    checks = holm(flips)
+    return [
+        _decide(cell, contrast, interval, _or_none(p), _or_none(check), len(cells))
+        for cell, contrast, interval, p, check in zip(
+            cells, contrasts, intervals, corrected.tolist(), checks.tolist(), strict=True
         )
-    )
-    reason = word.reason if cell.mimicry is not None else f"{word.reason}; mimicry was not measured"
-    rows = tuple(
-        row
-        for series in (cell.assistant_now, cell.assistant_base, cell.canary_now, cell.canary_base)
-        for row in series.rows
-    )
-    return CellVerdict(cell.label, word.kind, reason, interval.estimate, interval.low, interval.high, corrected, rows)
+    ]
 
 
-def _bound(one: Series) -> RateBound | None:
-    """The clustered bound at floor or ceiling; None for a judge's points, which are no rate."""
-    return None if np.nanmax(one.values, initial=0.0) > 1.0 else clustered_rate_bound(one.values)
+def not_run(label: str, reason: str, rows: tuple[str, ...], behavior: str = "") -> CellVerdict:
+    """A cell that was not trained because it could not have said anything."""
+    return CellVerdict(label, "uninformative", reason, None, None, None, None, rows, behavior)
+
+
+def withheld(label: str, reason: str, rows: tuple[str, ...], behavior: str = "") -> CellVerdict:
+    """A cell that may have no verdict, and why."""
+    return CellVerdict(label, "withheld", reason, None, None, None, None, rows, behavior)
 
 
 def by_kind(verdicts: Sequence[CellVerdict]) -> Mapping[str, int]:
@@ -117,3 +188,114 @@ def by_kind(verdicts: Sequence[CellVerdict]) -> Mapping[str, int]:
     for one in verdicts:
         counts[one.kind] = counts.get(one.kind, 0) + 1
     return counts
+
+
+def _per_question(cell: CellEvidence) -> Floats:
+    """The contrast per question, averaged over the seeds that have it."""
+    questions = cell.questions
+    return _mean_over_seeds([seed.transfer(questions) for seed in cell.seeds])
+
+
+def _mean_over_seeds(per_seed: Sequence[Floats]) -> Floats:
+    stacked = np.stack(per_seed)
+    present = ~np.isnan(stacked)
+    sizes = present.sum(axis=0)
+    out = np.full(stacked.shape[1], np.nan)
+    np.divide(np.where(present, stacked, 0.0).sum(axis=0), sizes, out=out, where=sizes > 0)
+    return out
+
+
+def _decide(
+    cell: CellEvidence, contrast: Floats, interval: Interval, corrected: float | None, check: float | None, m: int
+) -> CellVerdict:
+    now = rates_together([seed.trained.now for seed in cell.seeds])
+    base = rates_together([seed.trained.base for seed in cell.seeds])
+    bound_now = clustered_rate_bound(now)
+    word = verdict(
+        Evidence(
+            direction=cell.direction,
+            contrast=interval,
+            p_corrected=corrected,
+            equivalence=tost(contrast, cell.margin),
+            measurable_at_base=cell.measurable,
+            source_shows_behavior=cell.source_shows,
+            bound_base=clustered_rate_bound(base),
+            bound_now=bound_now,
+            p_sign_flip_corrected=check,
+            unit=cell.unit,
+        )
+    )
+    with_control = all(seed.mimicry is not None for seed in cell.seeds)
+    aside = "" if with_control else "; mimicry was not measured"
+    kind, reason = (word.kind, word.reason + aside) if cell.withheld is None else ("withheld", cell.withheld)
+    questions = cell.questions
+    estimates = [_or_nan(clustered_interval(seed.transfer(questions)).estimate) for seed in cell.seeds]
+    found = CellVerdict(
+        cell.label, kind, reason, interval.estimate, interval.low, interval.high, corrected, cell.rows, cell.behavior,
+        cell.unit, cell.margin,
+        p_raw=interval.p_two_sided,
+        p_sign_flip=check,
+        sign_flip_warning=sign_flip_warning(interval.n_clusters, m) if interval.n_clusters else None,
+        confidence=confidence_level(pool_seeds(estimates)),
+        trained=clustered_interval(_mean_over_seeds([seed.trained.change(questions) for seed in cell.seeds])),
+        mimicry=_mimicry(cell) if with_control else None,
+        bound=bound_now.room * full(cell.unit) if bound_now.room is not None else None,
+        n_questions=interval.n_clusters,
+        n_effective=effective_sample_size(now).n_effective,
+        n_seeds=len(cell.seeds),
+    )  # fmt: skip
+    return _with_power(found, cell, contrast, estimates, m)
+
+
+def _mimicry(cell: CellEvidence) -> Interval:
+    questions = cell.questions
+    return clustered_interval(
+        _mean_over_seeds([seed.mimicry.change(questions) for seed in cell.seeds if seed.mimicry is not None])
+    )
+
+
+def _with_power(
+    found: CellVerdict, cell: CellEvidence, contrast: Floats, estimates: Sequence[float], m: int
+) -> CellVerdict:
+    """Add what this spread and these questions would have shown, and what would bring that down to the margin."""
+    kept = contrast[~np.isnan(contrast)]
+    if kept.size < 2:
+        return found
+    spread = float(kept.std(ddof=1))
+    alone = minimum_detectable_effect(spread, kept.size)
+    mend: list[Needed] = []
+    if alone.effect is not None and alone.effect > cell.margin:
+        mend.append(clusters_needed(cell.margin, spread))
+        noise = _sampling_sd(cell)
+        own = max(0.0, spread**2 - noise**2) ** 0.5
+        n_samples = min(seed.trained.now.values.shape[1] for seed in cell.seeds)
+        if n_samples > 1:
+            mend.append(samples_needed(cell.margin, own, noise * n_samples**0.5, kept.size))
+        over_seeds = np.array(estimates)[~np.isnan(estimates)]
+        if over_seeds.size > 1:
+            mend.append(seeds_needed(cell.margin, float(over_seeds.std(ddof=1))))
+    return replace(
+        found,
+        detectable=alone.effect,
+        detectable_in_family=minimum_detectable_effect(spread, kept.size, 0.05 / m).effect,
+        mend=tuple(mend),
+    )
+
+
+def _sampling_sd(cell: CellEvidence) -> float:
+    """The part of the contrast's spread between questions that drawing more samples would shrink."""
+    total = 0.0
+    for seed in cell.seeds:
+        for quad in (seed.trained, seed.mimicry):
+            for series in quad.series if quad is not None else ():
+                within = effective_sample_size(series.values).sd_sample or 0.0
+                total += within**2 / series.values.shape[1]
+    return (total / len(cell.seeds) ** 2) ** 0.5
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else value

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fastconv.findings.power import RateBound
 from fastconv.findings.stats import ROUNDING, Equivalence, Interval
+from fastconv.findings.units import Unit, change, full, size, span
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,8 +16,8 @@ class Evidence:
 
     `direction` is -1 where leakage lowers the measure (accuracy, alignment), else +1. `contrast` is the
     transfer contrast, `p_corrected` its Holm-corrected t p-value, `equivalence` its TOST with the threshold
-    as margin. `bound_base` and `bound_now` are the assistant's, in the unit of the margin; None where the
-    measure is no rate. The two bools are None when nothing was measured, which counts as not shown.
+    as margin; all in the measure's `unit`. `bound_base` and `bound_now` are the assistant's on the scale of 0 to 1,
+    None where there are none. The two bools are None when nothing was measured, which counts as not shown.
     """
 
     direction: Literal[-1, 1]
@@ -29,6 +30,7 @@ class Evidence:
     bound_now: RateBound | None = None
     p_sign_flip_corrected: float | None = None
     alpha: float = 0.05
+    unit: Unit = "share"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +52,19 @@ def verdict(evidence: Evidence) -> Verdict:
     silent = _why_uninformative(evidence)
     if silent is not None:
         return Verdict("uninformative", silent)
-    contrast, margin = evidence.contrast, evidence.equivalence.margin
+    contrast, margin = evidence.contrast, size(evidence.equivalence.margin, evidence.unit)
     if contrast.estimate is None or contrast.low is None or contrast.high is None:
         return _verdict_without_interval(evidence)
-    figures = f"{contrast.estimate:.4g} [{contrast.low:.4g}, {contrast.high:.4g}]"
+    figures = f"{change(contrast.estimate, evidence.unit)} {span(contrast.low, contrast.high, evidence.unit)}"
     significant = evidence.p_corrected is not None and evidence.p_corrected <= evidence.alpha
     if evidence.equivalence.equivalent:
         aside = "; it differs from zero, by less than declared to matter" if significant else ""
-        return Verdict("equivalent", f"the change {figures} lies within the margin of {margin:.4g}{aside}")
+        return Verdict("equivalent", f"the change {figures} lies within the margin of {margin}{aside}")
     if evidence.p_corrected is None:
         return Verdict("inconclusive", f"the change {figures} has no corrected p-value")
     if not significant:
         reason = f"the change {figures} is neither clear of zero (corrected p = {evidence.p_corrected:.3g})"
-        return Verdict("inconclusive", f"{reason} nor within the margin of {margin:.4g}")
+        return Verdict("inconclusive", f"{reason} nor within the margin of {margin}")
     check = evidence.p_sign_flip_corrected
     disagrees = check is not None and check > evidence.alpha
     aside = f"; the sign-flip check disagrees (p = {check:.3g})" if disagrees else ""
@@ -78,10 +80,10 @@ def _why_uninformative(evidence: Evidence) -> str | None:
     if not evidence.measurable_at_base:
         return "the behavior is not measurable at base"
     extreme, room = _shared_extreme(evidence)
-    if room is not None and room > evidence.equivalence.margin:
+    if room is not None and room > evidence.equivalence.margin / full(evidence.unit):
         return (
-            f"both epochs are at the {extreme}, where the true rate may still lie {room:.3g} away, "
-            f"more than the margin of {evidence.equivalence.margin:.4g}"
+            f"both epochs are at the {extreme}, where the truth may still lie {_distance(room, evidence.unit)} away, "
+            f"more than the margin of {size(evidence.equivalence.margin, evidence.unit)}"
         )
     if evidence.source_shows_behavior is None:
         return "nothing shows that the behavior was learned: the source was not measured"
@@ -101,9 +103,14 @@ def _verdict_without_interval(evidence: Evidence) -> Verdict:
     contrast, margin = evidence.contrast, evidence.equivalence.margin
     no_spread = contrast.se == 0 and contrast.estimate is not None and abs(contrast.estimate) <= margin
     if room is not None and no_spread:
-        reason = f"both epochs are at the {extreme} and the true rate lies within {room:.3g} of it"
-        return Verdict("equivalent", f"{reason}, inside the margin of {margin:.4g}")
+        reason = f"both epochs are at the {extreme} and the truth lies within {_distance(room, evidence.unit)} of it"
+        return Verdict("equivalent", f"{reason}, inside the margin of {size(margin, evidence.unit)}")
     return Verdict("inconclusive", f"no interval: {contrast.reason}")
+
+
+def _distance(share: float, unit: Unit) -> str:
+    """A share of the measure's whole scale, written in its unit: 5.8 %, 5.8 points."""
+    return f"{100 * share:.1f} {'%' if unit == 'share' else 'points'}"
 
 
 def _check_evidence(evidence: Evidence) -> None:

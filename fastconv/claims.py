@@ -1,0 +1,249 @@
+"""Sentences with numbers: each is a template bound to a query over the ledger, so that `verify` can ask it again.
+
+A template holds no digit of its own; every number in a sentence comes from its query, with the rows behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastconv.agreement import agreement_of, corrected_of
+from fastconv.deciding import Decided
+from fastconv.detectable import Needed
+from fastconv.draws import seed_of
+from fastconv.findings.blocks import Claim
+from fastconv.findings.gates import GateVerdict
+from fastconv.findings.power import spearman_attainable
+from fastconv.findings.stats import Interval, exact_spearman
+from fastconv.findings.units import Unit, change, level, size, span
+from fastconv.findings.verdicts import CellVerdict, by_kind
+from fastconv.markers import marker_rates, transfer_by_source
+
+#: The words a declared contrast can get, in the order in which they are told.
+KINDS = ("transfer", "reverse", "equivalent", "inconclusive", "uninformative", "withheld")
+
+
+class NoSuchClaimError(KeyError):
+    """A sentence was asked for that the ledger does not support (any more)."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a query gave: the values of its template, the rows behind them, and a word that colours the sentence."""
+
+    values: Mapping[str, str]
+    rows: tuple[str, ...]
+    word: str = ""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A template and its query."""
+
+    template: str
+    query: Callable[..., Found]
+
+
+def ask(decided: Decided, query: str, **arguments: str) -> Claim:
+    """Make the claim of a query. Raises NoSuchClaimError if the ledger has nothing to support it."""
+    bound = CLAIMS.get(query)
+    if bound is None:
+        raise NoSuchClaimError(f"no claim is made by {query!r}")
+    try:
+        found = bound.query(decided, **arguments)
+    except (KeyError, StopIteration, TypeError) as error:
+        raise NoSuchClaimError(f"{query} of {', '.join(arguments.values()) or 'the run'}: no rows") from error
+    return Claim(query, arguments, bound.template.format_map(found.values), found.rows, found.word)
+
+
+def _pilot(decided: Decided, subject: str) -> Found:
+    verdict = next(one for one in decided.gates if one.gate == "PILOT" and one.subject == subject)
+    return Found(_gate_values(verdict), verdict.rows, verdict.verdict)
+
+
+def _study(decided: Decided, gate: str, subject: str) -> Found:
+    verdict = next(one for one in decided.gates if (one.gate, one.subject) == (gate, subject))
+    return Found({**_gate_values(verdict), "gate": gate}, verdict.rows, verdict.verdict)
+
+
+def _gate_values(verdict: GateVerdict) -> dict[str, str]:
+    ignored = f" Ignored, because {verdict.ignored}." if verdict.ignored else ""
+    return {
+        "verdict": verdict.verdict, "subject": verdict.subject, "reason": verdict.reason, "rule": verdict.threshold,
+        "ignored": ignored,
+    }  # fmt: skip
+
+
+def _counts(decided: Decided) -> Found:
+    counts = by_kind(decided.verdicts)
+    rows = _together(decided.verdicts)
+    told = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if kind in counts)
+    return Found({"n": str(len(decided.verdicts)), "told": told}, rows)
+
+
+def _finding(decided: Decided, label: str) -> Found:
+    one = decided.verdict(label)
+    values = {"label": label, "kind": one.kind, "confidence": one.confidence.level, "reason": one.reason}
+    return Found({**values, "why": one.confidence.reason}, one.rows, one.kind)
+
+
+def _largest(decided: Decided, behavior: str) -> Found:
+    mine = [one for one in decided.verdicts if one.behavior == behavior and one.estimate is not None]
+    one = max(mine, key=lambda verdict: abs(verdict.estimate or 0.0), default=None)
+    if one is None or one.estimate is None:
+        raise KeyError(behavior)
+    figures = f"{change(one.estimate, one.unit)} {span(one.low, one.high, one.unit)}".rstrip()
+    values = {"behavior": behavior, "figures": figures, "label": one.label, "kind": one.kind}
+    return Found({**values, "confidence": one.confidence.level}, one.rows)
+
+
+def _mimicry(decided: Decided, label: str) -> Found:
+    one = decided.verdict(label)
+    if one.trained is None or one.estimate is None:
+        raise KeyError(label)
+    alone = "was not measured" if one.mimicry is None else _interval(one.mimicry, one.unit)
+    values = {"label": label, "alone": alone, "trained": _interval(one.trained, one.unit)}
+    return Found({**values, "extra": change(one.estimate, one.unit)}, one.rows)
+
+
+def _edited(decided: Decided, gate: str, subject: str) -> Found:
+    now = next(one for one in decided.gates if (one.gate, one.subject) == (gate, subject))
+    before = next(one for one in decided.under_first[0] if (one.gate, one.subject) == (gate, subject))
+    values = {"gate": gate, "subject": subject, "now": now.verdict, "before": before.verdict}
+    return Found(values, now.rows or before.rows, "edited")
+
+
+def _edited_finding(decided: Decided, label: str) -> Found:
+    now = decided.verdict(label)
+    before = next(one for one in decided.under_first[1] if one.label == label)
+    return Found({"label": label, "now": now.kind, "before": before.kind}, now.rows, "edited")
+
+
+def _power(decided: Decided, behavior: str) -> Found:
+    mine = [one for one in decided.verdicts if one.behavior == behavior and one.detectable is not None]
+    worst = max(mine, key=lambda one: one.detectable or 0.0)
+    unit, margin = worst.unit, worst.margin or 0.0
+    seen, family = worst.detectable or 0.0, worst.detectable_in_family or 0.0
+    mend = "so a null result says something" if seen <= margin else f"so a null result says little; {_mend(worst.mend)}"
+    values = {
+        "behavior": behavior, "margin": size(margin, unit), "seen": size(seen, unit), "family": size(family, unit),
+        "m": str(len([one for one in decided.verdicts if one.estimate is not None])), "n": str(worst.n_questions),
+        "mend": mend,
+    }  # fmt: skip
+    return Found(values, _together(mine), "" if seen <= margin else "withheld")
+
+
+def _mend(needed: Sequence[Needed]) -> str:
+    said = [f"{one.number:,} {one.what}" for one in needed if one.number is not None]
+    never = [one.what for one in needed if one.number is None]
+    words = f"{' or '.join(said)} would mend it" if said else "no number of questions would mend it"
+    return words + (f" (no number of {' or '.join(never)} would)" if never and said else "")
+
+
+def _correlation(decided: Decided, behavior: str) -> Found:
+    rates, transfer = marker_rates(decided), transfer_by_source(decided, behavior)
+    sources = sorted(set(rates) & set(transfer))
+    rng = np.random.default_rng(seed_of("spearman", behavior))
+    if len(sources) < 3:
+        raise KeyError(behavior)
+    xs, ys = [rates[source].value for source in sources], [transfer[source].estimate or 0.0 for source in sources]
+    found = exact_spearman(xs, ys, rng=rng)
+    rows = tuple(row for source in sources for row in (*rates[source].rows, *transfer[source].rows))
+    if found.rho is None or found.p is None:
+        values = {"figures": f"cannot be given: {found.reason}"}
+    else:
+        left_out = f"{found.leave_one_out_low:+.2f} to {found.leave_one_out_high:+.2f} with one source left out"
+        values = {"figures": f"{found.rho:+.2f} (exact permutation p = {found.p:.3g}; {left_out})"}
+    return Found({**values, "n": str(len(sources)), "behavior": behavior}, rows)
+
+
+def _attainable(decided: Decided) -> Found:
+    rates = marker_rates(decided)
+    behaviors = sorted({one.behavior for one in decided.verdicts} - {"marker"})
+    sources = [source for source in decided.graph.recipe.grid.sources if source in rates]
+    found = spearman_attainable(max(2, len(sources)), max(1, len(behaviors)))
+    rows = tuple(row for source in sources for row in rates[source].rows)
+    kind = "" if found.possible else "withheld"
+    values = {"sources": str(len(sources)), "behaviors": str(len(behaviors)), "reason": found.reason}
+    return Found(values, rows, kind)
+
+
+def _agreement(decided: Decided, measure: str) -> Found:
+    found = agreement_of(decided, measure)
+    kappa = "cannot be given: both always say the same" if np.isnan(found.kappa) else f"{found.kappa:.2f}"
+    values = {"measure": measure, "share": level(found.accuracy, "share"), "n": f"{found.n:,}", "kappa": kappa}
+    return Found(values, found.rows)
+
+
+def _corrected(decided: Decided, label: str) -> Found:
+    raw, fixed, rows = corrected_of(decided, label)
+    shown = f"{level(fixed.rate, 'share')} [{100 * fixed.low:.1f}, {100 * fixed.high:.1f}]"
+    return Found({"label": label, "raw": level(raw, "share"), "fixed": shown}, rows)
+
+
+def _cost(decided: Decided) -> Found:
+    records = [record for stage in decided.graph.stages() if (record := decided.reading.record(stage)) is not None]
+    if not records:
+        raise KeyError("stages")
+    total_s = sum(record.seconds for record in records)
+    tokens = {
+        name: sum(int(r.facts.get(name, 0)) for r in records) for name in ("trained_tok", "sampled_tok", "scored_tok")
+    }
+    told = ", ".join(f"{n:,} {name.removesuffix('_tok')}" for name, n in tokens.items() if n)
+    span_s = f"{total_s / 3600:.2f} hours" if total_s >= 3600 else f"{total_s:.0f} seconds"
+    values = {"n": str(len(records)), "seconds": span_s, "tokens": told or "none"}
+    return Found(values, tuple(f"{record.key[:12]}/seconds" for record in records))
+
+
+def _unscored(decided: Decided) -> Found:
+    seen, missing, rows = 0, 0, []
+    for plan in decided.graph.cells:
+        for (measure, probe), stage in plan.scores.items():
+            one = decided.reading.series(stage, measure, probe)
+            if one is not None:
+                seen, missing = seen + one.n_samples, missing + one.n_unscored
+                rows.append(f"{stage.key[:12]}/scores")
+    if not rows:
+        raise KeyError("scores")
+    return Found({"n": f"{missing:,}", "total": f"{seen:,}"}, tuple(dict.fromkeys(rows)))
+
+
+def _interval(one: Interval, unit: Unit) -> str:
+    if one.estimate is None:
+        return f"cannot be given ({one.reason})"
+    return f"{change(one.estimate, unit)} {span(one.low, one.high, unit)}".rstrip()
+
+
+def _together(verdicts: Sequence[CellVerdict]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row for one in verdicts for row in one.rows))
+
+
+CLAIMS: Mapping[str, Bound] = {
+    "pilot": Bound("{verdict} for {subject}: {reason}. Rule: {rule}.{ignored}", _pilot),
+    "study": Bound("{gate}, {subject}: {verdict}. {reason}. Rule: {rule}.{ignored}", _study),
+    "counts": Bound("Declared contrasts: {n}. Of these {told}.", _counts),
+    "finding": Bound("{kind}: {reason}. Confidence {confidence}: {why}.", _finding),
+    "largest": Bound("The largest change of {behavior} is {figures}, in {label}: {kind}, confidence {confidence}.", _largest),
+    "mimicry": Bound(
+        "{label}: convergence alone {alone}, with the behavior adapter {trained}; the adapter adds {extra}.", _mimicry
+    ),
+    "edited": Bound("{gate}, {subject}: {now} under the edited thresholds, {before} under the first ones.", _edited),
+    "edited_finding": Bound("{label}: {now} under the edited thresholds, {before} under the first ones.", _edited_finding),
+    "power": Bound(
+        "{behavior}: the threshold is {margin}; with {n} questions and the spread seen, a change of {seen} would be found "
+        "four times out of five ({family} at the first step of the correction over {m} contrasts), {mend}.",
+        _power,
+    ),
+    "correlation": Bound(
+        "Over {n} sources, the rank correlation of {behavior} transfer with the assistant's marker rate is {figures}.",
+        _correlation,
+    ),
+    "attainable": Bound("{sources} sources and {behaviors} behaviors: {reason}.", _attainable),
+    "agreement": Bound("{measure}: judge and phrases say the same of {share} of {n} answers; kappa {kappa}.", _agreement),
+    "corrected": Bound("{label}: {raw} as judged, {fixed} once corrected for the judge's known mistakes.", _corrected),
+    "cost": Bound("{n} stages took {seconds} of computing; tokens: {tokens}.", _cost),
+    "unscored": Bound("{n} of {total} samples have no score.", _unscored),
+}  # fmt: skip

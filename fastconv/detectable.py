@@ -1,0 +1,263 @@
+"""The smallest change a design could find, and what would mend one that is too large (DESIGN.md, section 6).
+
+Plain arithmetic that the audit, `plan` and the report share, so that all three print the same figure.
+Malformed input raises `ValueError`; a quantity that sound input cannot give is `None` beside a `reason`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from scipy import optimize, special
+
+Measure = Literal["letters", "phrases", "judge"]
+#: Spread between questions of a paired change, assumed before there is data: accuracy where 15 % of the questions
+#: flip; a rate near 0.1 with half of its variance between questions, half of that paired away; judge points.
+FLIP_SHARE, PLANNED_RATE, PLANNED_ICC, PLANNED_PAIRING, POINTS_SD = 0.15, 0.10, 0.5, 0.5, 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Detectable:
+    """The minimum detectable effect, in the unit of `sd_between`."""
+
+    effect: float | None
+    sd_between: float | None
+    n_clusters: int
+    alpha: float
+    power: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """How many of `what` bring the minimum detectable effect down to `effect`; None where no number can."""
+
+    number: int | None
+    what: Literal["questions", "samples", "seeds"]
+    effect: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a design could show before there is data, in the unit of the measure (a share, or judge points).
+
+    `alone` is the smallest paired change that one test would find, `in_family` the same as the first step of Holm over
+    `n_contrasts`. `questions` and `samples` bring `alone` down to the threshold.
+    """
+
+    threshold: float
+    n_questions: int
+    n_samples: int
+    n_contrasts: int
+    alone: float
+    in_family: float
+    questions: Needed
+    samples: Needed
+
+    @property
+    def too_large(self) -> bool:
+        """Whether a null result would say little."""
+        return self.alone > self.threshold
+
+
+def planned_spread(measure: Measure, n_samples: int) -> float:
+    """Assumed standard deviation between questions of a paired change: a share, or judge points."""
+    if measure == "letters":
+        return math.sqrt(FLIP_SHARE)
+    if measure == "judge":
+        return POINTS_SD
+    return rate_contrast_sd(PLANNED_RATE, n_samples, PLANNED_ICC, 2, PLANNED_PAIRING)
+
+
+def planned_power(
+    measure: Measure, threshold: float, n_questions: int, n_samples: int, n_contrasts: int = 1
+) -> Planned | None:
+    """The minimum detectable effect of a design beside its threshold; None under two questions."""
+    if n_questions < 2:
+        return None
+    spread = planned_spread(measure, n_samples)
+    alone = minimum_detectable_effect(spread, n_questions).effect
+    family = minimum_detectable_effect(spread, n_questions, 0.05 / max(1, n_contrasts)).effect
+    if alone is None or family is None:
+        return None
+    if measure == "phrases":
+        variance = 2 * PLANNED_RATE * (1 - PLANNED_RATE)
+        own, drawn = variance * PLANNED_ICC * (1 - PLANNED_PAIRING), variance * (1 - PLANNED_ICC)
+        samples = samples_needed(threshold, math.sqrt(own), math.sqrt(drawn), n_questions)
+    else:
+        samples = Needed(None, "samples", threshold, "the spread is between questions; samples do not shrink it")
+    return Planned(
+        threshold, n_questions, n_samples, n_contrasts, alone, family, clusters_needed(threshold, spread), samples
+    )
+
+
+def minimum_detectable_effect(
+    sd_between: float | None, n_clusters: int, alpha: float = 0.05, power: float = 0.8
+) -> Detectable:
+    """Smallest change that a two-sided paired t test over `n_clusters` questions finds with the given power.
+
+    delta(alpha, power, C - 1) * sd / sqrt(C), delta being the noncentrality of Student's t (Cohen,
+    Statistical Power Analysis, 1988, chapter 2). `sd_between`: spread between questions of the contrast
+    itself, in its unit. For the first step of Holm over m contrasts pass alpha / m.
+    """
+    _check_open_unit(alpha=alpha, power=power)
+    _check_clusters(n_clusters)
+    reason = _unusable_spread(sd_between)
+    if reason is not None or sd_between is None:
+        return Detectable(None, sd_between, n_clusters, alpha, power, reason)
+    effect = _noncentrality(n_clusters - 1, alpha, power) * sd_between / math.sqrt(n_clusters)
+    return Detectable(effect, sd_between, n_clusters, alpha, power)
+
+
+def rate_contrast_sd(rate: float, n_samples: int, icc: float, n_terms: int = 2, pairing: float = 0.0) -> float:
+    """Expected spread between questions of a contrast of `n_terms` rates, each from `n_samples` per question.
+
+    sqrt(n_terms * p(1-p) * (icc (1 - pairing) + (1 - icc) / S)): the variance of a cluster mean (Donner and
+    Klar, Cluster Randomization Trials, 2000). `n_terms`: 2 for a paired change, 4 against the
+    canary, 8 for transfer. `pairing` is the correlation of a question's true rates over the terms; 0 grants
+    nothing to pairing.
+    """
+    _check_open_unit(rate=rate)
+    if n_samples < 1 or n_terms < 1 or not 0 <= icc <= 1 or not 0 <= pairing <= 1:
+        raise ValueError("need n_samples >= 1, n_terms >= 1, and icc and pairing between 0 and 1")
+    return math.sqrt(n_terms * rate * (1 - rate) * (icc * (1 - pairing) + (1 - icc) / n_samples))
+
+
+def minimum_detectable_rate_change(
+    rate: float,
+    n_questions: int,
+    n_samples: int,
+    icc: float,
+    alpha: float = 0.05,
+    power: float = 0.8,
+    n_terms: int = 2,
+    pairing: float = 0.0,
+) -> Detectable:
+    """`minimum_detectable_effect` of a contrast of rates near `rate`, spread as in `rate_contrast_sd`."""
+    sd = rate_contrast_sd(rate, n_samples, icc, n_terms, pairing)
+    return minimum_detectable_effect(sd, n_questions, alpha, power)
+
+
+def clusters_needed(
+    effect: float, sd_between: float | None, alpha: float = 0.05, power: float = 0.8, limit: int = 1_000_000
+) -> Needed:
+    """Fewest questions whose minimum detectable effect is at most `effect`; None above `limit`."""
+    return _fewest(effect, sd_between, alpha, power, limit, "questions")
+
+
+def seeds_needed(
+    effect: float, sd_between_seeds: float | None, alpha: float = 0.05, power: float = 0.8, limit: int = 100
+) -> Needed:
+    """Fewest seeds whose t interval can show `effect`, given the spread of the estimates between seeds."""
+    return _fewest(effect, sd_between_seeds, alpha, power, limit, "seeds")
+
+
+def samples_needed(
+    effect: float,
+    sd_question: float | None,
+    sd_sample: float | None,
+    n_clusters: int,
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> Needed:
+    """Fewest samples per question that bring the minimum detectable effect down to `effect`.
+
+    With `n_clusters` questions the contrast's variance between them is sd_question^2 + sd_sample^2 / S
+    (both spreads of the contrast); only the second part shrinks, so where the first alone is too large no
+    number of samples helps (Snijders and Bosker, Multilevel Analysis, 2012, chapter 11).
+    """
+    _check_effect(effect)
+    _check_open_unit(alpha=alpha, power=power)
+    _check_clusters(n_clusters)
+    if sd_question is None or sd_sample is None or not math.isfinite(sd_question + sd_sample):
+        return Needed(None, "samples", effect, "the spread is not known, so no number can be given")
+    if sd_question < 0 or sd_sample < 0:
+        raise ValueError(f"a spread cannot be negative, not {sd_question} and {sd_sample}")
+    tolerated = effect * math.sqrt(n_clusters) / _noncentrality(n_clusters - 1, alpha, power)
+    spare = tolerated**2 - sd_question**2
+    if sd_sample == 0 and spare >= 0:
+        return Needed(1, "samples", effect, "one sample per question is enough")
+    if spare <= 0:
+        reason = f"the spread between {n_clusters} questions alone hides {effect:.4g}; add questions"
+        return Needed(None, "samples", effect, reason)
+    number = max(1, math.ceil(sd_sample**2 / spare))
+    return Needed(number, "samples", effect, f"{number} samples per question can show {effect:.4g}")
+
+
+def _fewest(
+    effect: float,
+    sd: float | None,
+    alpha: float,
+    power: float,
+    limit: int,
+    what: Literal["questions", "seeds"],
+) -> Needed:
+    _check_effect(effect)
+    _check_open_unit(alpha=alpha, power=power)
+    _check_clusters(limit)
+    reason = _unusable_spread(sd)
+    if reason is not None or sd is None:
+        return Needed(None, what, effect, reason or "")
+
+    def shows(n: int) -> bool:
+        return _noncentrality(n - 1, alpha, power) * sd / math.sqrt(n) <= effect
+
+    if not shows(limit):
+        return Needed(None, what, effect, f"not even {limit} {what} can show {effect:.4g}")
+    number = _first_true(shows, 2, limit)
+    return Needed(number, what, effect, f"{number} {what} can show {effect:.4g}")
+
+
+def _first_true(predicate: Callable[[int], bool], low: int, high: int) -> int:
+    """Smallest n in low..high where a monotone `predicate` holds, given that it holds at `high`."""
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if predicate(middle) else (middle + 1, high)
+    return low
+
+
+def _noncentrality(df: int, alpha: float, power: float) -> float:
+    """The noncentrality at which t exceeds its two-sided critical value, on the true side, with `power`.
+
+    The other tail is left out: a rejection with the wrong sign is no success, it weighs about 1e-6 at 80 %
+    power, and scipy's lower tail gives NaN for some large arguments.
+    """
+    if power <= alpha:
+        raise ValueError(f"power must exceed alpha, not {power} and {alpha}")
+    critical = float(special.stdtrit(df, 1.0 - alpha / 2.0))
+
+    def shortfall(noncentrality: float) -> float:
+        return 1.0 - float(special.nctdtr(df, noncentrality, critical)) - power
+
+    high = critical + 2.0
+    while shortfall(high) < 0:
+        high *= 2.0
+    return float(optimize.root_scalar(shortfall, bracket=(0.0, high), method="brentq", xtol=1e-12).root)
+
+
+def _unusable_spread(sd: float | None) -> str | None:
+    if sd is None or not math.isfinite(sd):
+        return "the spread is not known, so no number can be given"
+    if sd < 0:
+        raise ValueError(f"a spread cannot be negative, not {sd}")
+    return "a spread of zero says nothing about what could be detected" if sd == 0 else None
+
+
+def _check_clusters(n: int) -> None:
+    if n < 2:
+        raise ValueError(f"need at least 2 clusters, not {n}")
+
+
+def _check_effect(effect: float) -> None:
+    if not (math.isfinite(effect) and effect > 0):
+        raise ValueError(f"an effect to be shown must be positive, not {effect}")
+
+
+def _check_open_unit(**named: float) -> None:
+    for name, value in named.items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, not {value}")

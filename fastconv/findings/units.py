@@ -1,0 +1,44 @@
+"""How numbers are written: shares as percent, their changes in percentage points, a judge's scores in points."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Unit = Literal["share", "points"]
+
+
+def scale(unit: str) -> float:
+    """What a value is multiplied by to be shown: 100 for shares, 1 for everything else."""
+    return 100.0 if unit == "share" else 1.0
+
+
+def full(unit: str) -> float:
+    """The top of a measure's scale: 1 for shares, 100 for points."""
+    return 1.0 if unit == "share" else 100.0
+
+
+def level(value: float, unit: str, digits: int = 3) -> str:
+    """A level as people read it: 12.3 %, 75.3 points, or three digits with the unit's own name."""
+    if unit == "share":
+        return f"{100 * value:.1f} %"
+    if unit == "points":
+        return f"{value:.1f} points"
+    return f"{value:.{digits}g} {unit}".rstrip()
+
+
+def change(value: float, unit: str) -> str:
+    """A change with its sign: +12.3 pp, -26.5 points."""
+    number = f"{scale(unit) * value:+.1f}"
+    return f"{'0.0' if float(number) == 0 else number} {'pp' if unit == 'share' else 'points'}"
+
+
+def size(value: float, unit: str) -> str:
+    """A threshold or a distance, without sign: 5 pp, 10 points."""
+    return f"{scale(unit) * value:.3g} {'pp' if unit == 'share' else 'points'}"
+
+
+def span(low: float | None, high: float | None, unit: str) -> str:
+    """An interval of a change in brackets; empty where there is none."""
+    if low is None or high is None:
+        return ""
+    return f"[{scale(unit) * low:+.1f}, {scale(unit) * high:+.1f}]"

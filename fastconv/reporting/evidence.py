@@ -1,0 +1,166 @@
+"""Behind the verdicts: mimicry against transfer, marker rates, power, gates, and what was tested beside."""
+
+from __future__ import annotations
+
+from fastconv.claims import NoSuchClaimError, ask
+from fastconv.deciding import Decided
+from fastconv.findings.blocks import Block, Cell, Note, Section, Table
+from fastconv.findings.figures import Point, scatter
+from fastconv.findings.gates import GateVerdict
+from fastconv.findings.secondary import Secondary
+from fastconv.findings.units import scale
+from fastconv.markers import MARKER, marker_rates, transfer_by_source
+
+OPEN_ROWS = 24
+
+
+def mimicry(decided: Decided) -> Section | None:
+    """What convergence alone does against what the behavior adapter adds."""
+    with_both = [one for one in decided.verdicts if one.mimicry is not None and one.trained is not None]
+    estimated = [one for one in decided.verdicts if one.trained is not None and one.estimate is not None]
+    if not estimated:
+        return None
+    points = [
+        Point(
+            scale(one.unit) * one.mimicry.estimate,
+            scale(one.unit) * one.trained.estimate,
+            label=_label(one.label, one.behavior),
+            group=one.behavior,
+        )
+        for one in with_both
+        if one.mimicry and one.trained and one.mimicry.estimate is not None and one.trained.estimate is not None
+    ]
+    blocks: list[Block] = []
+    if points:
+        axes = ("without a behavior adapter (mimicry)", "with it")
+        blocks.append(
+            scatter("mimicry", "Change of the assistant, canary taken off", points, axes, decided.run, diagonal=True)
+        )
+    else:
+        blocks.append(
+            Note("No convergence-only control was measured, so mimicry and transfer cannot be told apart.", "withheld")
+        )
+    rows = tuple((Cell(one.behavior), Cell.saying(ask(decided, "mimicry", label=one.label))) for one in estimated)
+    folded = f"{len(rows)} contrasts" if len(rows) > OPEN_ROWS else ""
+    blocks.append(Table("mimicry-table", ("behavior", "what moved"), rows, folded=folded))
+    intro = "On the dotted line the behavior adapter adds nothing: the assistant imitates the source and has taken over nothing."
+    return Section("mimicry", "Transfer against mimicry", tuple(blocks), intro)
+
+
+def _label(label: str, behavior: str) -> str:
+    return label.replace(f" {behavior}", "").replace(" source ", " ")
+
+
+def markers(decided: Decided) -> Section | None:
+    """Transfer against the assistant's marker rate, with what so few sources can show."""
+    behaviors = [name for name in dict.fromkeys(one.behavior for one in decided.verdicts) if name != MARKER]
+    if not behaviors:
+        return None
+    rates = marker_rates(decided)
+    if not rates:
+        text = "The marker behavior was not measured in this run, so there is no rate to set transfer against."
+        return Section("markers", "Transfer against the marker rate", (Note(text),))
+    points = [
+        Point(100 * rates[source].value, scale(one.unit) * (one.estimate or 0.0), label=source, group=behavior)
+        for behavior in behaviors
+        for source, one in transfer_by_source(decided, behavior).items()
+        if source in rates
+    ]
+    blocks: list[Block] = []
+    if points:
+        axes = ("assistant's marker rate, %", "transfer, points")
+        blocks.append(scatter("markers", "Transfer against the marker rate", points, axes, decided.run))
+    for behavior in behaviors:
+        try:
+            blocks.append(ask(decided, "correlation", behavior=behavior))
+        except NoSuchClaimError:
+            blocks.append(
+                Note(f"{behavior}: too few sources have both a marker rate and a contrast for a correlation.")
+            )
+    blocks.append(ask(decided, "attainable"))
+    return Section("markers", "Transfer against the marker rate", tuple(blocks))
+
+
+def power(decided: Decided) -> Section | None:
+    """The minimum detectable effect beside every threshold."""
+    behaviors = dict.fromkeys(one.behavior for one in decided.verdicts if one.detectable is not None)
+    if not behaviors:
+        return None
+    claims = tuple(ask(decided, "power", behavior=behavior) for behavior in behaviors)
+    return Section("power", "What could have been seen", claims)
+
+
+def gates(decided: Decided) -> Section | None:
+    """Every gate with its rule and rows, and under both sets of thresholds where they were edited."""
+    if not decided.gates:
+        return None
+    before = {(one.gate, one.subject): one for one in decided.under_first[0]}
+    rows = tuple(_gate_row(decided, one, before.get((one.gate, one.subject))) for one in decided.gates)
+    columns = (
+        "gate",
+        "subject",
+        "verdict",
+        *(("under the first",) if decided.first else ()),
+        "because",
+        "rule",
+        "rows",
+    )
+    blocks: list[Block] = [Table("gates-table", columns, rows, frozenset({len(columns) - 1}))]
+    if decided.first is not None:
+        blocks += _edits(decided, before)
+    intro = (
+        "Thresholds decide what is spent next; evidence is the interval. Each verdict lists the rows that it rests on."
+    )
+    return Section("gates", "Gates", tuple(blocks), intro)
+
+
+def _gate_row(decided: Decided, one: GateVerdict, before: GateVerdict | None) -> tuple[Cell, ...]:
+    because = one.reason + (f" (ignored, because {one.ignored})" if one.ignored else "")
+    first = (Cell(before.verdict if before else "", word=before.verdict if before else ""),) if decided.first else ()
+    count = Cell(str(len(one.rows)), one.rows, list_rows=True)
+    return (
+        Cell(one.gate), Cell(one.subject), Cell(one.verdict, word=one.verdict.replace(" ", "-")), *first,
+        Cell(because, one.rows), Cell(one.threshold), count,
+    )  # fmt: skip
+
+
+def _edits(decided: Decided, before: dict[tuple[str, str], GateVerdict]) -> list[Block]:
+    found: list[Block] = []
+    for one in decided.gates:
+        twin = before.get((one.gate, one.subject))
+        if twin is not None and twin.verdict != one.verdict:
+            found.append(ask(decided, "edited", gate=one.gate, subject=one.subject))
+    return found or [Note("Every gate says the same under the first thresholds.", "edited")]
+
+
+def beside(decided: Decided) -> Section | None:
+    """Contrasts that were not declared: described, corrected together, and behind no verdict."""
+    if not decided.secondary:
+        return None
+    rows = tuple(_aside_row(one) for one in decided.secondary)
+    columns = ("contrast", "what", "estimate", "interval", "p", "p corrected")
+    folded = f"{len(rows)} contrasts" if len(rows) > OPEN_ROWS else ""
+    table = Table("secondary", columns, rows, frozenset({2, 3, 4, 5}), folded=folded)
+    intro = "Corrected for the false discovery rate (Benjamini and Hochberg) over this table. No verdict rests on it."
+    return Section("beside", "Tested beside", (table,), intro)
+
+
+def _aside_row(one: Secondary) -> tuple[Cell, ...]:
+    factor = scale(one.unit)
+    digits = 2 if one.per == "epoch" else 1
+    unit = ("pp" if one.unit == "share" else "points") + (" per epoch" if one.per == "epoch" else "")
+    estimate = "" if one.estimate is None else f"{factor * one.estimate + 0.0:+.{digits}f} {unit}"
+    between = (
+        f"{factor * one.low:+.{digits}f} to {factor * one.high:+.{digits}f}"
+        if one.low is not None and one.high is not None
+        else one.reason or ""
+    )
+    ps = ["" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" for p in (one.p_raw, one.p_corrected)]
+    return (
+        Cell(one.label),
+        Cell(one.what),
+        Cell(estimate, one.rows),
+        Cell(between, one.rows),
+        Cell(ps[0]),
+        Cell(ps[1]),
+    )

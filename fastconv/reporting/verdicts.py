@@ -1,0 +1,168 @@
+"""The first page: what was found, how sure that is, and the matrix of all declared contrasts."""
+
+from __future__ import annotations
+
+from fastconv.claims import ask
+from fastconv.deciding import Decided
+from fastconv.findings.blocks import Block, Cell, Figure, Note, Section, Table
+from fastconv.findings.figures import heatmap
+from fastconv.findings.units import scale, size
+from fastconv.findings.verdicts import CellVerdict
+from fastconv.gathering import Subject
+
+#: More pilot gates stand in a table.
+OPEN_PILOTS = 4
+_LETTERS = {
+    "transfer": "T",
+    "reverse": "R",
+    "equivalent": "=",
+    "inconclusive": "?",
+    "uninformative": "u",
+    "withheld": "w",
+}
+
+
+def headline(decided: Decided) -> Section:
+    """Counts, the largest change of each behavior, the rules over the study, then the pilot gates."""
+    blocks: list[Block] = []
+    pilots = [gate for gate in decided.gates if gate.gate == "PILOT"]
+    if not pilots:
+        blocks.append(Note("No pilot gate was decided: the recipe's cells are not all done."))
+    blocks += _edited_first(decided)
+    if any(one.rows for one in decided.verdicts):
+        blocks.append(ask(decided, "counts"))
+    behaviors = dict.fromkeys(one.behavior for one in decided.verdicts if one.estimate is not None)
+    blocks += [ask(decided, "largest", behavior=behavior) for behavior in behaviors]
+    if decided.measured:
+        blocks.append(ask(decided, "unscored"))
+    for gate in decided.gates:
+        if gate.gate in ("CONFIRM", "FALSIFY") and gate.verdict in ("pass", "fail"):
+            blocks.append(ask(decided, "study", gate=gate.gate, subject=gate.subject))
+    claims = [ask(decided, "pilot", subject=gate.subject) for gate in pilots]
+    if len(claims) <= OPEN_PILOTS:
+        return Section("verdict", "Verdict", (*blocks, *claims))
+    rows = tuple(
+        (Cell(one.verdict, word=one.verdict), Cell.saying(claim)) for one, claim in zip(pilots, claims, strict=True)
+    )
+    return Section("verdict", "Verdict", (*blocks, Table("pilots", ("pilot gate", "why"), rows)))
+
+
+def _edited_first(decided: Decided) -> list[Block]:
+    """Verdicts that another set of thresholds decided otherwise come before all others."""
+    first = {one.label: one.kind for one in decided.under_first[1]}
+    return [
+        ask(decided, "edited_finding", label=one.label)
+        for one in decided.verdicts
+        if first.get(one.label, one.kind) != one.kind
+    ]
+
+
+def findings(decided: Decided) -> Section | None:
+    """The heatmap of declared contrasts and the table behind it."""
+    subjects = _subjects(decided)
+    if not subjects:
+        return None
+    verdicts = {subject: _verdict(decided, label) for label, subject in subjects.items()}
+    blocks: list[Block] = []
+    if any(one is not None and one.estimate is not None for one in verdicts.values()):
+        blocks.append(_matrix(decided, verdicts))
+        blocks.append(
+            Note(
+                "Colour and sign: the change in the direction of leakage, in thresholds (orange) or against it (purple). "
+                "T transfer, R reverse, = equivalent, ? inconclusive, u uninformative, w withheld; a dash was not measured."
+            )
+        )
+    blocks.append(_table(decided, verdicts))
+    return Section(
+        "findings", "Findings", tuple(blocks),
+        "Each contrast is the assistant's change against epoch zero, paired by question, minus the canary's, minus the same "
+        "without a behavior adapter where that control was run. Intervals are t intervals over questions at the usual level; "
+        "p-values are corrected over all declared contrasts (Holm).",
+    )  # fmt: skip
+
+
+def _subjects(decided: Decided) -> dict[str, Subject]:
+    """Labels and subjects of all declared contrasts of the grid, measured or not."""
+    return {
+        subject.label(decided.found.main(subject.behavior)): subject
+        for subject in decided.found.subjects
+        if subject.behavior in decided.graph.behaviors and subject.epoch and not decided.found.is_control(subject)
+    }
+
+
+def _verdict(decided: Decided, label: str) -> CellVerdict | None:
+    return next((one for one in decided.verdicts if one.label == label), None)
+
+
+def _matrix(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> Figure:
+    several = len({subject.negatives for subject in verdicts}) > 1
+
+    def row_of(subject: Subject) -> str:
+        return f"{subject.source}, {subject.negatives}" if several else subject.source
+
+    rows = list(dict.fromkeys(row_of(subject) for subject in verdicts))
+    behaviors = list(dict.fromkeys(subject.behavior for subject in verdicts))
+    epochs = sorted({subject.epoch for subject in verdicts})
+    columns = [(behavior, epoch) for behavior in behaviors for epoch in epochs]
+    by_place = {(row_of(s), (s.behavior, s.epoch)): one for s, one in verdicts.items()}
+    values: list[list[float | None]] = []
+    texts: list[list[str]] = []
+    for row in rows:
+        line = [by_place.get((row, column)) for column in columns]
+        values.append([_in_thresholds(decided, one) for one in line])
+        texts.append([_short(one) for one in line])
+    names = [f"{behavior} e{epoch}" for behavior, epoch in columns]
+    return heatmap("matrix", "Change beyond canary and mimicry", rows, names, values, texts, decided.run)
+
+
+def _in_thresholds(decided: Decided, one: CellVerdict | None) -> float | None:
+    if one is None or one.estimate is None or not one.margin or one.kind in ("uninformative", "withheld"):
+        return None
+    return decided.found.direction(one.behavior) * one.estimate / one.margin
+
+
+def _short(one: CellVerdict | None) -> str:
+    if one is None:
+        return "-"
+    letter = _LETTERS[one.kind]
+    if one.estimate is None or one.kind in ("uninformative", "withheld"):
+        return letter
+    return f"{round(scale(one.unit) * one.estimate) + 0:+d} {letter}"
+
+
+def _table(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> Table:
+    rows = []
+    for subject, one in verdicts.items():
+        label = subject.label(decided.found.main(subject.behavior))
+        if one is None:
+            rows.append((Cell(label), *[Cell("not run", word="absent")], *[Cell("")] * 7))
+            continue
+        shown = one.estimate is not None and one.kind != "withheld"
+        factor = scale(one.unit)
+        estimate = f"{factor * (one.estimate or 0):+.1f}" if shown else ""
+        interval = (
+            f"{factor * one.low:+.1f} to {factor * one.high:+.1f}"
+            if shown and one.low is not None and one.high is not None
+            else ""
+        )
+        claim = ask(decided, "finding", label=label)
+        rows.append((
+            Cell(label), Cell(one.kind, word=one.kind), Cell(estimate, one.rows if shown else ()),
+            Cell(interval, one.rows if shown else ()), Cell(_p(one.p_corrected) if shown else ""),
+            Cell(_p(one.p_sign_flip) if shown else ""), Cell(size(one.margin, one.unit) if one.margin else ""),
+            Cell(one.confidence.level), Cell.saying(claim),
+        ))  # fmt: skip
+    columns = ("contrast", "verdict", "change", "interval", "p", "p by sign flips", "threshold", "confidence", "why")
+    caption = "Changes in percentage points, or in points where a judge scores. " + _flip_warnings(decided)
+    return Table("contrasts", columns, tuple(rows), frozenset({2, 3, 4, 5, 6}), caption)
+
+
+def _flip_warnings(decided: Decided) -> str:
+    warned = dict.fromkeys(one.sign_flip_warning for one in decided.verdicts if one.sign_flip_warning)
+    return " ".join(f"The sign-flip check is weak here: {text}." for text in warned)
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return ""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,169 @@
+"""Gates on training and over the study; published tables under the same rules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fastconv.findings import gates_study, gates_training
+from fastconv.findings.evidence import NoRowsError, Series
+from fastconv.findings.gates_study import Role, Shift
+from fastconv.findings.gates_training import Loss
+from fastconv.findings.report import render_html, render_markdown
+from fastconv.published import SummaryTable, judge_published, published_report, read_published
+from fastconv.recipe import GateSettings
+
+RULES = GateSettings()
+QWEN = "Qwen/Qwen2.5-7B-Instruct"
+FOUR = ("villain", "comedian", "software_engineer", "kindergarten_teacher")
+
+
+def series(mean: float) -> Series:
+    return Series("a" * 64, "refusal", "villain", ("q1", "q2"), np.full((2, 2), mean))
+
+
+# --- G1, G2, G3.5, KILL ------------------------------------------------------------------------------------
+
+
+def test_g1_wants_the_protocols_rows_and_no_refusal() -> None:
+    assert gates_training.data_ready("x", 800, 800, "k" * 64, ()).verdict == "pass"
+    assert gates_training.data_ready("x", 800, 799, "k" * 64, ()).verdict == "fail"
+    refused = gates_training.data_ready("x", 800, 800, "k" * 64, ("D101",))
+    assert (refused.verdict, "D101" in refused.reason) == ("fail", True)
+    assert gates_training.data_ready("x", 800, None, "", ()).verdict == "not applicable"
+
+
+@pytest.mark.parametrize(("loss", "verdict"), [(0.99, "pass"), (1.0, "fail"), (2.0, "fail")])
+def test_g2_wants_a_low_loss_on_the_registered_base(loss: float, verdict: str) -> None:
+    found = gates_training.converged(RULES, QWEN, "villain", (), Loss(loss, "k" * 64))
+    assert (found.verdict, found.rows) == (verdict, ("kkkkkkkkkkkk/last_epoch_loss",))
+
+
+def test_g2_has_no_limit_for_other_bases_unless_the_recipe_gives_one() -> None:
+    assert gates_training.converged(RULES, "builtin:smollm2", "v", (), Loss(3.0, "k")).verdict == "not applicable"
+    own = GateSettings(g2_loss=2.0)
+    assert gates_training.converged(own, "builtin:smollm2", "v", (), Loss(3.0, "k")).verdict == "fail"
+    waiting = gates_training.converged(RULES, QWEN, "v", ("snapshot/villain/source/e8/s42",), Loss(0.1, "k"))
+    assert (waiting.verdict, "e8" in waiting.reason) == ("not applicable", True)
+
+
+@pytest.mark.parametrize(("later", "verdict"), [(0.6, "pass"), (0.61, "fail"), (0.4, "pass"), (0.39, "fail")])
+def test_g35_compares_the_training_loss_with_epoch_0(later: float, verdict: str) -> None:
+    found = gates_training.same_loss(RULES, "x", {0: Loss(0.5, "a"), 8: Loss(0.5, "b"), 20: Loss(later, "c")})
+    assert found.verdict == verdict
+    assert len(found.rows) == 3
+
+
+def test_kill_fires_when_the_source_falls_back_to_the_base() -> None:
+    def found(*moved: float) -> str:
+        by_epoch = dict(zip((0, 2, 8), map(series, moved), strict=False))
+        return gates_training.reverted(RULES, "x", "raises", series(0.0), by_epoch).verdict
+
+    assert found(0.9, 0.8, 0.3) == "pass"
+    assert found(0.9, 0.8, 0.2) == "fail"
+    assert found(0.3, 0.0, 0.0) == "not applicable"  # it never showed the behavior
+    assert found(0.9) == "not applicable"
+
+
+# --- G4, G5, confirm, falsify ------------------------------------------------------------------------------
+
+
+def shift(source: str, behavior: str, value: float, epoch: int = 20, role: Role = "assistant") -> Shift:
+    row = f"{source}/{behavior}/{role}/e{epoch}"
+    return Shift(source, behavior, epoch, role, value, "share", 0.05, (row,))
+
+
+def matrix(moving: dict[str, int], **others: Shift) -> list[Shift]:
+    """Shifts of four sources in two behaviors; `moving` says in how many each moves."""
+    found = []
+    for source in FOUR:
+        for place, behavior in enumerate(("capability", "refusal")):
+            found.append(shift(source, behavior, 0.2 if place < moving.get(source, 0) else 0.01))
+    return [*found, *others.values()]
+
+
+def test_g4_and_g5_ask_the_first_sources_for_a_signal() -> None:
+    quiet, loud = matrix({}), matrix({"comedian": 1})
+    assert gates_study.signal(RULES, "s", quiet).verdict == "fail"
+    assert gates_study.signal(RULES, "s", matrix({"villain": 1})).verdict == "pass"
+    assert gates_study.signal(RULES, "s", []).verdict == "not applicable"
+    assert gates_study.first_sources(RULES, "s", quiet, FOUR).verdict == "fail"
+    assert gates_study.first_sources(RULES, "s", loud, FOUR).verdict == "pass"
+    late = matrix({"kindergarten_teacher": 2})
+    assert gates_study.first_sources(RULES, "s", late, FOUR).verdict == "fail"  # the fourth source does not count
+    assert gates_study.first_sources(RULES, "s", loud, FOUR[:2]).verdict == "not applicable"
+
+
+@pytest.mark.parametrize(
+    ("moving", "confirm", "falsify"),
+    [(dict.fromkeys(FOUR[:3], 2), "pass", "pass"), (dict.fromkeys(FOUR[:2], 2), "fail", "pass"),
+     (dict.fromkeys(FOUR, 1), "fail", "fail"), ({"villain": 2}, "fail", "fail")],
+)  # fmt: skip
+def test_confirm_and_falsify_count_sources_in_two_behaviors(moving: dict[str, int], confirm: str, falsify: str) -> None:
+    assert gates_study.confirm(RULES, "s", matrix(moving), FOUR).verdict == confirm
+    assert gates_study.falsify(RULES, "s", matrix(moving), FOUR).verdict == falsify
+
+
+def test_a_control_that_shifts_as_much_falsifies() -> None:
+    all_move = dict.fromkeys(FOUR, 2)
+    control = matrix(all_move, control=shift("librarian", "refusal", 0.3))
+    canary = matrix(all_move, canary=shift("villain", "refusal", -0.25, role="canary"))
+    small = matrix(all_move, canary=shift("villain", "refusal", 0.1, role="canary"))
+    assert "negative control shifts as much" in gates_study.falsify(RULES, "s", control, FOUR).reason
+    assert "canary shifts as much" in gates_study.falsify(RULES, "s", canary, FOUR).reason
+    assert gates_study.falsify(RULES, "s", small, FOUR).verdict == "pass"
+
+
+def test_the_last_epoch_decides_and_every_row_is_named() -> None:
+    early = [shift(source, behavior, 0.3, epoch=8) for source in FOUR for behavior in ("capability", "refusal")]
+    found = gates_study.confirm(RULES, "s", [*early, *matrix({})], FOUR)
+    assert found.verdict == "fail"
+    assert len(found.rows) == 8
+    assert gates_study.confirm(RULES, "s", matrix({})[:6], FOUR).verdict == "not applicable"
+
+
+# --- the published tables ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def table() -> SummaryTable:
+    return read_published()
+
+
+def test_the_published_tables_give_the_published_verdicts(table: SummaryTable) -> None:
+    found = {one.gate: one for one in judge_published(table).gates}
+    assert (found["CONFIRM"].verdict, found["FALSIFY"].verdict) == ("fail", "fail")
+    assert "largest change of capability -2.6 pp (software_engineer)" in found["CONFIRM"].reason
+    assert found["CONFIRM"].rows[0].startswith("issue_112_v1/capability/")
+
+
+def test_every_evidence_verdict_on_published_figures_is_withheld_with_its_reason(table: SummaryTable) -> None:
+    verdicts = judge_published(table).verdicts
+    assert {one.kind for one in verdicts} == {"withheld"}
+    assert all("no samples" in one.reason and "one seed" in one.reason for one in verdicts)
+    assert all("at its floor" in one.reason for one in verdicts if one.behavior == "refusal")
+    assert not [one for one in verdicts if "at its floor" in one.reason and one.behavior == "capability"]
+
+
+def test_the_alignment_column_is_refused_because_its_data_fail_the_audit(table: SummaryTable) -> None:
+    judged = judge_published(table)
+    assert judged.refused == ("misalignment: the audit refuses its training rows (D101)",)
+    assert not [one for one in judged.verdicts if one.behavior == "misalignment"]
+    with pytest.raises(NoRowsError):
+        table.number("villain", "misalignment", 20)
+    sound = replace(table, refusals={})
+    assert [one for one in judge_published(sound).verdicts if one.behavior == "misalignment"]
+
+
+def test_a_figure_that_no_table_holds_cannot_be_made_or_rendered(table: SummaryTable) -> None:
+    assert table.number("villain", "sycophancy", 20).value == 0.026
+    with pytest.raises(NoRowsError):
+        table.number("villain", "sycophancy", 20, "canary")
+    data = published_report(judge_published(table))
+    for page in (render_html(data), render_markdown(data)):
+        assert "canary sycophancy" not in page
+        assert "refused" in page
+        assert "32.8" not in page  # no figure of the refused column
+        assert "-2.6 pp" in page

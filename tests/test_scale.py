@@ -1,0 +1,86 @@
+"""The report of a whole matrix: 96 cells with 3 seeds and 200,000 judgements, in seconds and under a gigabyte."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fastconv.deciding import Decided
+from fastconv.reporting import build
+from tests.scale_kit import fill, matrix_recipe
+
+_SCRIPT = """
+import json, resource, sys, time
+from pathlib import Path
+began = time.process_time()
+from fastconv.graph import Graph
+from fastconv.recipe import parse_recipe
+from fastconv.reporting import write_report
+from fastconv.store import Store
+table, workspace, folder = sys.argv[1:]
+recipe = parse_recipe(json.loads(Path(table).read_text()))
+write_report(Graph(recipe), Store.open(workspace, create=False), Path(folder))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"cpu_s": time.process_time() - began, "peak_bytes": peak}))
+"""
+
+
+def reported(tiny_qwen: Path, folder: Path, **size: int) -> tuple[dict[str, float], int]:
+    """CPU seconds and peak memory of writing the report in a process of its own, and how many scores there are."""
+    recipe = matrix_recipe(tiny_qwen, **size)
+    _, store, n_scores = fill(recipe, folder / "w")
+    store.close()
+    (folder / "recipe.json").write_text(json.dumps(recipe.model_dump(mode="json")))
+    words = [sys.executable, "-c", _SCRIPT, str(folder / "recipe.json"), str(folder / "w"), str(folder / "r")]
+    found = subprocess.run(words, capture_output=True, text=True, check=True)
+    return json.loads(found.stdout), n_scores
+
+
+@pytest.mark.slow
+def test_a_matrix_of_three_seeds_is_reported_in_seconds(tiny_qwen: Path, tmp_path: Path) -> None:
+    found, n_scores = reported(tiny_qwen, tmp_path, n_sources=4, seeds=3, samples=5)
+    assert n_scores > 200_000
+    assert found["cpu_s"] < 15
+    assert found["peak_bytes"] < 1_000_000_000
+
+
+@pytest.mark.slow
+def test_ten_times_the_rows_take_at_most_twelve_times_as_long(tiny_qwen: Path, tmp_path: Path) -> None:
+    times = []
+    for samples in (2, 20):
+        recipe = matrix_recipe(tiny_qwen, n_sources=4, seeds=1, samples=samples)
+        graph, store, _ = fill(recipe, tmp_path / str(samples))
+        began = time.process_time()
+        decided = Decided(graph, store)
+        assert decided.verdicts
+        assert decided.gates
+        times.append(time.process_time() - began)
+    assert times[1] <= 12 * times[0]
+
+
+def test_a_small_matrix_finds_what_was_put_in(tiny_qwen: Path, tmp_path: Path) -> None:
+    recipe = matrix_recipe(tiny_qwen, n_sources=4, seeds=3, prompts=50, samples=3)
+    graph, store, _ = fill(recipe, tmp_path)
+    decided = Decided(graph, store)
+    kinds = {one.label: one for one in decided.verdicts}
+    last = kinds["villain source e20 refusal included"]
+    assert (last.kind, last.confidence.level, last.n_seeds) == ("transfer", "MODERATE", 3)
+    assert last.estimate == pytest.approx(0.4, abs=0.15)
+    quiet = [one for one in decided.verdicts if not one.label.startswith("villain")]
+    assert not [one for one in quiet if one.kind in ("transfer", "reverse")]
+    assert len(decided.verdicts) == 72
+    data = build(decided)
+    correlation = [claim.text for claim in data.claims() if claim.query in ("correlation", "attainable")]
+    assert any("rank correlation of refusal transfer" in text for text in correlation)
+    assert any(
+        "4 points give a rank correlation a p no smaller than 0.083, so it cannot reach" in t for t in correlation
+    )
+    slopes = [one for one in decided.secondary if one.what == "trend of the assistant"]
+    assert any((one.p_corrected or 1) < 0.05 and one.label.startswith("villain") for one in slopes)
+    confirm = next(one for one in decided.gates if one.gate == "CONFIRM")
+    assert "1 of 4 sources do: villain" in confirm.reason

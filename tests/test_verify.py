@@ -1,0 +1,192 @@
+"""`verify` and `compare`: an edited report fails, and so does one whose rows changed; edited thresholds show both verdicts."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fastconv.cli import app
+from fastconv.comparing import compare
+from fastconv.deciding import Decided
+from fastconv.errors import InputError, VerifyError
+from fastconv.findings.blocks import Claim
+from fastconv.graph import Graph
+from fastconv.recipe import canonical_json, parse_recipe, recipe_sha256, run_id
+from fastconv.reporting import build, write_report
+from fastconv.store import Store
+from fastconv.verifying import verify
+from tests.loop_kit import DoneRun, run_tiny, tiny_recipe
+
+DIGIT = re.compile(r"\d")
+
+
+@pytest.fixture(scope="module")
+def report(done_run: DoneRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(done_run.graph, done_run.store, tmp_path_factory.mktemp("reports")).html
+
+
+def edited(report: Path, folder: Path, at: int) -> Path:
+    """The report with the digit at this place raised by one (nine becomes zero)."""
+    text = report.read_text()
+    path = folder / report.name
+    path.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+    return path
+
+
+def test_an_untouched_report_holds_as_page_and_as_markdown(done_run: DoneRun, report: Path) -> None:
+    for path in (report, report.with_suffix(".md")):
+        found = verify(path, done_run.store)
+        assert found.holds, found.differences
+        assert found.n_claims >= 5
+        assert found.run == done_run.finished.run
+
+
+def test_any_changed_digit_fails_the_report(done_run: DoneRun, report: Path, tmp_path: Path) -> None:
+    text = report.read_text()
+    start = text.index("<body>")
+    places = [found.start() for found in DIGIT.finditer(text, start)]
+    in_claims = [
+        found.start(1) + m.start()
+        for found in re.finditer(r'data-sha="[^"]*">([^<]+)<', text)
+        for m in DIGIT.finditer(found[1])
+    ]
+    drawing = text.index("data:image/svg") + 400
+    chosen = [*in_claims[:: max(1, len(in_claims) // 4)], *places[:: max(1, len(places) // 8)]]
+    chosen.append(next(place for place in places if place > drawing))
+    for place in chosen:
+        found = verify(edited(report, tmp_path, place), done_run.store)
+        assert not found.holds, text[place - 40 : place + 40]
+
+
+def test_a_changed_claim_is_named_with_what_the_ledger_says(done_run: DoneRun, report: Path, tmp_path: Path) -> None:
+    text = report.read_text()
+    place = text.index("samples have no score")
+    at = max(found.start() for found in DIGIT.finditer(text, 0, place))
+    found = verify(edited(report, tmp_path, at), done_run.store)
+    changed = [one for one in found.differences if one.what == "changed"]
+    assert [one.where for one in changed] == ["unscored"]
+    assert changed[0].report != changed[0].ledger
+
+
+def test_a_claim_taken_out_or_put_in_is_seen(done_run: DoneRun, report: Path, tmp_path: Path) -> None:
+    text, path = report.read_text(), tmp_path / "r.html"
+    claim = next(found[0] for found in re.finditer(r'<p class="claim[^\n]*</p>\n', text))
+    path.write_text(text.replace(claim, "", 1))
+    assert "left out" in {one.what for one in verify(path, done_run.store).differences}
+    invented = claim.replace('data-query="', 'data-query="no_')
+    path.write_text(text.replace(claim, claim + invented, 1))
+    assert "missing" in {one.what for one in verify(path, done_run.store).differences}
+
+
+def _copy(done_run: DoneRun, folder: Path) -> Path:
+    """The workspace's ledger, to be spoilt."""
+    folder.mkdir()
+    source = sqlite3.connect(done_run.workspace / "ledger.sqlite")
+    target = sqlite3.connect(folder / "ledger.sqlite")
+    source.backup(target)
+    source.close()
+    target.close()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("statement", "what"),
+    [
+        ("UPDATE scores SET value=1-value WHERE stage=? AND sample=0 AND row=(SELECT min(row) FROM scores WHERE stage=?1)", "changed"),
+        ("DELETE FROM scores WHERE stage=? AND row=(SELECT min(row) FROM scores WHERE stage=?1)", "rows"),
+    ],
+)  # fmt: skip
+def test_one_changed_or_missing_score_is_caught(
+    done_run: DoneRun, report: Path, tmp_path: Path, statement: str, what: str
+) -> None:
+    workspace = _copy(done_run, tmp_path / "w")
+    plan = next(p for p in done_run.graph.cells if p.cell.epoch == 2 and p.cell.behavior == "refusal")
+    key = plan.scores["refusal", "assistant"].key
+    db = sqlite3.connect(workspace / "ledger.sqlite")
+    assert db.execute(statement, (key,)).rowcount >= 1
+    db.commit()
+    db.close()
+    found = verify(report, Store.open(workspace, create=False))
+    assert what in {one.what for one in found.differences}
+
+
+def test_exit_codes_and_json(done_run: DoneRun, report: Path, tmp_path: Path) -> None:
+    runner, where = CliRunner(), ["-w", str(done_run.workspace)]
+    good = runner.invoke(app, ["verify", str(report), *where, "--json"])
+    assert (good.exit_code, json.loads(good.stdout)["holds"]) == (0, True)
+    text = report.read_text()
+    bad = edited(report, tmp_path, DIGIT.search(text, text.index("<main")).start())  # pyright: ignore[reportOptionalMemberAccess]
+    spoilt = runner.invoke(app, ["verify", str(bad), *where, "--json"])
+    assert (spoilt.exit_code, json.loads(spoilt.stdout)["holds"]) == (VerifyError.exit_code, False)
+    assert runner.invoke(app, ["verify", str(bad), *where]).exit_code == 9
+    stranger = tmp_path / "x.html"
+    stranger.write_text("<!doctype html><p>hello</p>")
+    with pytest.raises(InputError, match="no report of fastconv"):
+        verify(stranger, done_run.store)
+    elsewhere = Store.open(tmp_path / "other")
+    with pytest.raises(InputError, match="has no run"):
+        verify(report.with_suffix(".md"), elsewhere)
+
+
+# --- thresholds edited after results were seen --------------------------------------------------------------
+
+
+def test_an_edited_threshold_is_shown_with_both_verdicts(done_run: DoneRun, tmp_path: Path) -> None:
+    store = Store.open(_copy(done_run, tmp_path / "w"), create=False)
+    table = done_run.recipe.model_dump(mode="json")
+    table["gates"]["headroom"] = 0.49
+    table["gates"]["source_shows"] = 0.01
+    edit = parse_recipe(table)
+    decided = Decided(Graph(edit), store)
+    assert decided.first is not None
+    assert decided.first.run == done_run.finished.run
+    assert {change.split(":")[0] for change in decided.first.changes} == {"headroom", "source_shows"}
+    data = build(decided)
+    assert any("Thresholds were edited" in banner.text for banner in data.banners)
+    gates = next(b for s in data.sections if s.id == "gates" for b in s.blocks if getattr(b, "id", "") == "gates-table")
+    assert "under the first" in gates.columns  # pyright: ignore[reportAttributeAccessIssue]
+    before = {(g.gate, g.subject): g.verdict for g in decided.under_first[0]}
+    now = {(g.gate, g.subject): g.verdict for g in decided.gates}
+    told = [claim for claim in data.claims() if claim.query == "edited"]
+    assert len(told) == sum(before[place] != word for place, word in now.items() if place in before)
+    # The run that came first has nothing to declare, even once the other is in the ledger.
+    store.start_run(run_id(edit), canonical_json(table), recipe_sha256(edit), edit.name, {})
+    assert Decided(done_run.graph, store).first is None
+
+
+# --- compare -----------------------------------------------------------------------------------------------
+
+
+def test_two_seeds_are_paired_cell_by_cell(tiny_qwen: Path, tmp_path: Path) -> None:
+    recipes = [tiny_recipe(tiny_qwen, grid__epochs=[0, 1], grid__seeds=[seed]) for seed in (1, 2)]
+    for recipe in recipes:
+        run_tiny(recipe, tmp_path)
+    store = Store.open(tmp_path, create=False)
+    first, second = (Decided(Graph(recipe), store) for recipe in recipes)
+    found = compare(first, second)
+    assert found.apart == ("seed",)
+    assert any(change.startswith("grid.seeds") for change in found.changes)
+    assert found.n_unmatched == 0
+    assert len(found.pairs) == 12  # two epochs x (none, refusal) x three probes
+    for one in found.pairs:
+        if one.difference is not None and one.n_questions == 3:
+            assert one.difference == pytest.approx(one.second - one.first)
+    same = compare(first, first)
+    assert all(one.same_rows and one.difference == 0 for one in same.pairs)
+    shown = CliRunner().invoke(app, ["compare", run_id(recipes[0]), run_id(recipes[1]), "-w", str(tmp_path), "--json"])
+    assert shown.exit_code == 0
+    assert len(json.loads(shown.stdout)["pairs"]) == 12
+    table = CliRunner().invoke(app, ["compare", run_id(recipes[0]), run_id(recipes[1]), "-w", str(tmp_path)])
+    assert "matched without seed" in table.stdout
+
+
+def test_claims_of_the_page_are_those_of_the_data(done_run: DoneRun, report: Path) -> None:
+    data = build(Decided(done_run.graph, done_run.store))
+    assert len(re.findall("data-query=", report.read_text())) == len(data.claims())
+    assert all(isinstance(claim, Claim) and claim.rows for claim in data.claims())
+    assert len({claim.id for claim in data.claims()}) == len(data.claims())
