@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from fastconv.datasets.personas import ASSISTANT, canary_of
+from fastconv.deciding.results import decide_gates, series
 from fastconv.errors import InputError
 from fastconv.graph import CellPlan, Graph
 from fastconv.recipe import Recipe, parse_recipe, run_id
-from fastconv.results import decide_gates, series
 from fastconv.run import run_recipe as _run_recipe
 from fastconv.run import status_of
 from fastconv.show import watcher

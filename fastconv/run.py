@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastconv.auditing import require_passed
 from fastconv.datasets.audit import CheckReport, check_recipe
+from fastconv.deciding.results import decide_gates, gate_base, measurable_behaviors
+from fastconv.deciding.stopping import GateKeeper
 from fastconv.errors import Interrupted, JudgeError
 from fastconv.findings.gates import GateVerdict
 from fastconv.graph import CellPlan, Graph, lineage_key, walk
 from fastconv.judge_room import Access, JudgeRoom, check_judge, judge_stages
 from fastconv.judging.book import DeskStatus
 from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
-from fastconv.results import decide_gates, gate_base, measurable_behaviors
-from fastconv.stopping import GateKeeper
 from fastconv.store import Stage, Store, changed_inputs
 
 if TYPE_CHECKING:

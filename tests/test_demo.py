@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from fastconv.datasets.files import assets
+from fastconv.deciding.results import series
 from fastconv.graph import Graph
 from fastconv.recipe import load_recipe
 from fastconv.reporting import write_report
-from fastconv.results import series
 from fastconv.store import Store
 from tests.loop_kit import records, run_tiny
 

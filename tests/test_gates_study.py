@@ -12,8 +12,8 @@ from fastconv.findings.evidence import NoRowsError, Series
 from fastconv.findings.gates_study import Role, Shift
 from fastconv.findings.gates_training import Loss
 from fastconv.findings.report import render_html, render_markdown
-from fastconv.published import SummaryTable, judge_published, published_report, read_published
 from fastconv.recipe import GateSettings
+from fastconv.reporting.published import SummaryTable, judge_published, published_report, read_published
 
 RULES = GateSettings()
 QWEN = "Qwen/Qwen2.5-7B-Instruct"

@@ -11,15 +11,15 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from fastconv.claims import CLAIMS, NoSuchClaimError, ask
-from fastconv.deciding import Decided
+from fastconv.deciding.decided import Decided
+from fastconv.deciding.results import series
 from fastconv.errors import StoreError
 from fastconv.findings.blocks import Answer, Cell, Claim, Note, ReportData, Section, Table
 from fastconv.findings.evidence import NoRowsError
 from fastconv.findings.report import render_html, render_markdown
 from fastconv.graph import Graph
 from fastconv.reporting import SECTIONS, build, collect, write_report
-from fastconv.results import series
+from fastconv.reporting.claims import CLAIMS, NoSuchClaimError, ask
 from fastconv.store import Store
 from tests.loop_kit import DoneRun, records, run_tiny, tiny_recipe
 

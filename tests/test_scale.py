@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.deciding import Decided
+from fastconv.deciding.decided import Decided
 from fastconv.reporting import build
 from tests.scale_kit import fill, matrix_recipe
 

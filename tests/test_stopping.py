@@ -8,14 +8,14 @@ import pytest
 from typer.testing import CliRunner
 
 from fastconv.cli import app
+from fastconv.deciding.results import decide_gates, ignored_gates, measurable_behaviors
+from fastconv.deciding.stopping import ignoring
 from fastconv.errors import GateStop, InputError
 from fastconv.findings.report import render_html
 from fastconv.graph import Graph
 from fastconv.recipe import run_id
 from fastconv.reporting import collect
-from fastconv.results import decide_gates, ignored_gates, measurable_behaviors
 from fastconv.run import run_recipe
-from fastconv.stopping import ignoring
 from fastconv.store import Store
 from tests.loop_kit import Heard, run_tiny, tiny_recipe, write_tiny_recipe
 

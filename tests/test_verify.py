@@ -11,15 +11,15 @@ import pytest
 from typer.testing import CliRunner
 
 from fastconv.cli import app
-from fastconv.comparing import compare
-from fastconv.deciding import Decided
+from fastconv.deciding.decided import Decided
 from fastconv.errors import InputError, VerifyError
 from fastconv.findings.blocks import Claim
 from fastconv.graph import Graph
 from fastconv.recipe import canonical_json, parse_recipe, recipe_sha256, run_id
 from fastconv.reporting import build, write_report
+from fastconv.reporting.comparing import compare
+from fastconv.reporting.verifying import verify
 from fastconv.store import Store
-from fastconv.verifying import verify
 from tests.loop_kit import DoneRun, run_tiny, tiny_recipe
 
 DIGIT = re.compile(r"\d")

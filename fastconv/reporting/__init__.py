@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastconv.deciding import Decided
+from fastconv.deciding.decided import Decided
 from fastconv.disk import storage_errors, write_atomically
 from fastconv.findings.blocks import Note, ReportData, Section
 from fastconv.findings.report import render_html, render_markdown

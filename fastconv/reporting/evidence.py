@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from fastconv.claims import NoSuchClaimError, ask
-from fastconv.deciding import Decided
+from fastconv.deciding.decided import Decided
+from fastconv.deciding.markers import MARKER, marker_rates, transfer_by_source
 from fastconv.findings.blocks import Block, Cell, Note, Section, Table
 from fastconv.findings.figures import Point, scatter
 from fastconv.findings.gates import GateVerdict
 from fastconv.findings.secondary import Secondary
 from fastconv.findings.units import scale
-from fastconv.markers import MARKER, marker_rates, transfer_by_source
+from fastconv.reporting.claims import NoSuchClaimError, ask
 
 OPEN_ROWS = 24
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fastconv.deciding import Decided
+from fastconv.deciding.decided import Decided
 from fastconv.reporting.measures import ROLES
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fastconv.agreement import judged_measures, judging_money, pair_of
-from fastconv.claims import NoSuchClaimError, ask
-from fastconv.deciding import Decided
+from fastconv.deciding.agreement import judged_measures, judging_money, pair_of
+from fastconv.deciding.decided import Decided
 from fastconv.findings.blocks import Block, Cell, Note, Section, Table
 from fastconv.findings.figures import Point, scatter
 from fastconv.findings.units import full
+from fastconv.reporting.claims import NoSuchClaimError, ask
 
 
 def judge_against_phrases(decided: Decided) -> Section | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from fastconv.datasets.behaviors import NO_BEHAVIOR
-from fastconv.deciding import Decided
+from fastconv.deciding.decided import Decided
+from fastconv.deciding.gathering import Part, Subject
 from fastconv.findings.blocks import Answer, Block, Cell, Figure, Figures, Section, Table
 from fastconv.findings.evidence import Series, means_at, union_of
 from fastconv.findings.figures import Point, lines
@@ -13,7 +14,6 @@ from fastconv.findings.gates_study import Role
 from fastconv.findings.power import effective_sample_size
 from fastconv.findings.stats import Interval, clustered_interval
 from fastconv.findings.units import Unit, scale, span
-from fastconv.gathering import Part, Subject
 from fastconv.graph import CellPlan
 
 ROLES: tuple[Role, ...] = ("assistant", "source", "canary")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from fastconv.datasets.audit import check_recipe
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.files import assets, file_sha256
-from fastconv.deciding import Decided
+from fastconv.deciding.decided import Decided
 from fastconv.findings.blocks import Block, Cell, Note, Section, Table, plain_row
 from fastconv.recipe import recipe_sha256, sha256_of
 from fastconv.store import changed_inputs

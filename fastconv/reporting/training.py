@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fastconv.claims import ask
-from fastconv.deciding import Decided
+from fastconv.deciding.decided import Decided
 from fastconv.findings.blocks import Block, Cell, Figure, Figures, Section, Table
 from fastconv.findings.figures import curves
 from fastconv.graph import lineage_key
+from fastconv.reporting.claims import ask
 from fastconv.stage import Record
 from fastconv.store import Stage
 

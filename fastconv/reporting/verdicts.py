@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from fastconv.claims import ask
-from fastconv.deciding import Decided
+from fastconv.deciding.decided import Decided
+from fastconv.deciding.gathering import Subject
 from fastconv.findings.blocks import Block, Cell, Figure, Note, Section, Table
 from fastconv.findings.figures import heatmap
 from fastconv.findings.units import scale, size
 from fastconv.findings.verdicts import CellVerdict
-from fastconv.gathering import Subject
+from fastconv.reporting.claims import ask
 
 #: More pilot gates stand in a table.
 OPEN_PILOTS = 4

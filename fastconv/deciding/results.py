@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.personas import ASSISTANT
+from fastconv.deciding.gathering import Gathering
+from fastconv.deciding.reading import Reading
 from fastconv.findings import gates, gates_study, gates_training
 from fastconv.findings.evidence import Series, series_of
 from fastconv.findings.gates import GateVerdict
@@ -18,9 +20,7 @@ from fastconv.findings.gates_training import Loss
 from fastconv.findings.power import multiple_choice_chance
 from fastconv.findings.secondary import Secondary, correct
 from fastconv.findings.verdicts import CellEvidence, CellVerdict, decide, not_run
-from fastconv.gathering import Gathering
 from fastconv.graph import CellPlan, Graph
-from fastconv.reading import Reading
 from fastconv.recipe import GateSettings, run_id
 from fastconv.store import Stage, Store, changed_inputs
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.personas import ASSISTANT, canary_of
+from fastconv.deciding.reading import Reading
 from fastconv.findings.evidence import Series
 from fastconv.findings.gates_study import Role, Shift
 from fastconv.findings.secondary import Aside, change_of, difference_of, trend
 from fastconv.findings.verdicts import CellEvidence, Quad, SeedEvidence
 from fastconv.graph import Cell, CellPlan
 from fastconv.judging.scores import MAX_UNSCORED_DIFFERENCE, MAX_UNSCORED_SHARE
-from fastconv.reading import Reading
 from fastconv.recipe import GateSettings
 
 

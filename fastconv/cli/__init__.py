@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fastconv import verbs_findings
-from fastconv.cli_judge import judge_app
-from fastconv.cli_kit import (
+from fastconv.cli.findings import register
+from fastconv.cli.judging import judge_app
+from fastconv.cli.kit import (
     DEFAULT_REPORTS,
     DEFAULT_WORKSPACE,
     AsJson,
@@ -22,10 +22,10 @@ from fastconv.cli_kit import (
     Reports,
     Workspace,
 )
-from fastconv.cli_kit import answered as _answered
-from fastconv.cli_kit import load as _load
-from fastconv.cli_kit import load_or_recall as _load_or_recall
-from fastconv.cli_kit import open_if_there as _open_if_there
+from fastconv.cli.kit import answered as _answered
+from fastconv.cli.kit import load as _load
+from fastconv.cli.kit import load_or_recall as _load_or_recall
+from fastconv.cli.kit import open_if_there as _open_if_there
 from fastconv.errors import EXIT_CODES, JudgeError
 
 _CODES = "  \n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
@@ -139,9 +139,9 @@ def gate(
 ) -> None:
     """Decide the gates again from the ledger. Exit code 3 if a pilot gate says stop."""
     from fastconv import show
+    from fastconv.deciding.results import decide_gates
     from fastconv.errors import GateStop
     from fastconv.graph import Graph
-    from fastconv.results import decide_gates
     from fastconv.store import Store
 
     store = Store.open(workspace, create=False)
@@ -283,7 +283,7 @@ def export(
 
     store = Store.open(workspace, create=False)
     if inspect:
-        from fastconv.inspecting import export_inspect as export_cell
+        from fastconv.reporting.inspecting import export_inspect as export_cell
     else:
         from fastconv.scoring import export_cell
     paths = export_cell(_load(recipe, overrides), store, folder, source, behavior, epoch, negatives=negatives)
@@ -325,7 +325,7 @@ def forget(
         typer.echo(f"forgot {slot}")
 
 
-verbs_findings.register(app)
+register(app)
 
 
 @recipe_app.command("schema")
@@ -353,7 +353,7 @@ def main() -> None:
 
 
 def _ignored(codes: list[str], because: str) -> dict[str, str]:
-    from fastconv.stopping import ignoring
+    from fastconv.deciding.stopping import ignoring
 
     return ignoring(codes, because)
 

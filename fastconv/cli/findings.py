@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastconv.cli_kit import DEFAULT_WORKSPACE, AsJson, Workspace, answered
+from fastconv.cli.kit import DEFAULT_WORKSPACE, AsJson, Workspace, answered
 
 if TYPE_CHECKING:
-    from fastconv.deciding import Decided
+    from fastconv.deciding.decided import Decided
 
 
 def register(app: typer.Typer) -> None:
@@ -27,8 +27,8 @@ def verify(
 ) -> None:
     """Ask the ledger again for every claim of a report, and compare every line. Exit code 9 if anything differs."""
     from fastconv.errors import VerifyError
+    from fastconv.reporting.verifying import verify as check
     from fastconv.store import Store
-    from fastconv.verifying import verify as check
 
     found = check(report, Store.open(workspace, create=False))
     if as_json:
@@ -57,20 +57,20 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Set two runs side by side: what their recipes differ in, and paired differences of every cell both have."""
-    from fastconv.comparing import compare as pair_up
+    from fastconv.reporting.comparing import compare as pair_up
 
     found = pair_up(_decided(first, workspace), _decided(second, other or workspace))
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
         return
-    from fastconv.show_findings import comparison
+    from fastconv.show.findings import comparison
 
     comparison(found)
 
 
 def published(as_json: AsJson = False) -> None:
     """The published tables under these rules: what the thresholds say of them, and why no evidence verdict is possible."""
-    from fastconv.published import judge_published
+    from fastconv.reporting.published import judge_published
     from fastconv.show import gates
 
     found = judge_published()
@@ -86,7 +86,7 @@ def published(as_json: AsJson = False) -> None:
 
 
 def _decided(name: str, workspace: Path) -> Decided:
-    from fastconv.deciding import Decided
+    from fastconv.deciding.decided import Decided
     from fastconv.graph import Graph, find_recipe
     from fastconv.recipe import load_recipe, parse_recipe
     from fastconv.store import Store

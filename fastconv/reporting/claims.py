@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastconv.agreement import agreement_of, corrected_of
-from fastconv.deciding import Decided
+from fastconv.deciding.agreement import agreement_of, corrected_of
+from fastconv.deciding.decided import Decided
+from fastconv.deciding.markers import marker_rates, transfer_by_source
 from fastconv.detectable import Needed
 from fastconv.draws import seed_of
 from fastconv.findings.blocks import Claim
@@ -20,7 +21,6 @@ from fastconv.findings.power import spearman_attainable
 from fastconv.findings.stats import Interval, exact_spearman
 from fastconv.findings.units import Unit, change, level, size, span
 from fastconv.findings.verdicts import CellVerdict, by_kind
-from fastconv.markers import marker_rates, transfer_by_source
 
 #: The words a declared contrast can get, in the order in which they are told.
 KINDS = ("transfer", "reverse", "equivalent", "inconclusive", "uninformative", "withheld")

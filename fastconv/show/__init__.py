@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fastconv.show_judge import judging_text, money_text
+from fastconv.show.judging import judging_text, money_text
 
 if TYPE_CHECKING:
     from fastconv.datasets.audit import CheckReport

@@ -13,14 +13,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from fastconv.claims import NoSuchClaimError, ask
-from fastconv.deciding import Decided
+from fastconv.deciding.decided import Decided
 from fastconv.errors import InputError, RecipeError
 from fastconv.findings.blocks import Claim, ReportData
 from fastconv.findings.report import render_html, render_markdown, visible
 from fastconv.graph import Graph
 from fastconv.recipe import Recipe, parse_recipe, run_id
 from fastconv.reporting import build
+from fastconv.reporting.claims import NoSuchClaimError, ask
 from fastconv.store import Store
 
 _DRAWING = re.compile(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]*)")

@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from fastconv.deciding.gathering import Gathering
+from fastconv.deciding.reading import Reading
+from fastconv.deciding.results import gates_after, ignored_gates
 from fastconv.errors import GateStop, InputError
 from fastconv.findings.gates import GateVerdict
-from fastconv.gathering import Gathering
 from fastconv.graph import CellPlan, Graph
-from fastconv.reading import Reading
-from fastconv.results import gates_after, ignored_gates
 from fastconv.store import Store
 
 #: Gates that a user may ignore. A refusal of the audit (G1) is no opinion and cannot be.

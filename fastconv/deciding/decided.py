@@ -8,14 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fastconv.findings.gates import GateVerdict
-from fastconv.findings.secondary import Secondary
-from fastconv.findings.verdicts import CellVerdict
-from fastconv.gathering import Gathering, Subject, subject_of
-from fastconv.graph import CellPlan, Graph
-from fastconv.reading import Reading
-from fastconv.recipe import run_id
-from fastconv.results import (
+from fastconv.deciding.gathering import Gathering, Subject, subject_of
+from fastconv.deciding.reading import Reading
+from fastconv.deciding.results import (
     FirstThresholds,
     all_gates,
     base_gates,
@@ -24,6 +19,11 @@ from fastconv.results import (
     primary_verdicts,
     secondary_findings,
 )
+from fastconv.findings.gates import GateVerdict
+from fastconv.findings.secondary import Secondary
+from fastconv.findings.verdicts import CellVerdict
+from fastconv.graph import CellPlan, Graph
+from fastconv.recipe import run_id
 from fastconv.store import Store
 
 

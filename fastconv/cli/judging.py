@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastconv.cli_kit import DEFAULT_WORKSPACE, AsJson, Overrides, Quiet, Workspace, answered, load, load_or_recall
+from fastconv.cli.kit import DEFAULT_WORKSPACE, AsJson, Overrides, Quiet, Workspace, answered, load, load_or_recall
 from fastconv.errors import JudgeError
 
 
@@ -46,7 +46,7 @@ def finish(
     """Judge what a run's judge still owes, without a GPU: completions are kept, judgements are never paid twice."""
     from fastconv import show
     from fastconv.rejudge import finish_judging, with_rubric
-    from fastconv.show_judge import agreement_json, judged_lines
+    from fastconv.show.judging import agreement_json, judged_lines
     from fastconv.store import Store
 
     store = Store.open(workspace, create=False)
@@ -92,7 +92,7 @@ def calibrate(
     from fastconv.judging.identity import judge_identity
     from fastconv.recipe import parse_recipe
     from fastconv.rejudge import calibrate_judge
-    from fastconv.show_judge import agreement_json, calibrated_lines
+    from fastconv.show.judging import agreement_json, calibrated_lines
 
     graph = Graph(load(recipe, overrides)) if recipe else None
     if graph is not None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from fastconv.deciding import Decided
+from fastconv.deciding.decided import Decided
+from fastconv.deciding.gathering import Part
 from fastconv.findings.evidence import Series, means_at
 from fastconv.findings.stats import benjamini_hochberg, paired_change
 from fastconv.findings.units import Unit
-from fastconv.gathering import Part
 from fastconv.graph import Cell, CellPlan
 from fastconv.reporting.measures import ROLES
 from fastconv.stage import changed_inputs

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastconv.comparing import Comparison, Paired
 from fastconv.findings.units import change, level, span
+from fastconv.reporting.comparing import Comparison, Paired
 
 
 def comparison(found: Comparison) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from fastconv.datasets.personas import ASSISTANT
-from fastconv.deciding import Decided
+from fastconv.deciding.decided import Decided
+from fastconv.deciding.gathering import subject_of
 from fastconv.findings.evidence import Series
 from fastconv.findings.units import full
-from fastconv.gathering import subject_of
 from fastconv.graph import CellPlan
 from fastconv.judging.calibrate import Corrected, corrected_rate
 from fastconv.judging.scores import agreement

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from fastconv.datasets.personas import ASSISTANT
-from fastconv.deciding import Decided
+from fastconv.deciding.decided import Decided
+from fastconv.deciding.gathering import subject_of
 from fastconv.findings.evidence import Number
 from fastconv.findings.verdicts import CellVerdict
-from fastconv.gathering import subject_of
 
 MARKER = "marker"
 
