@@ -96,6 +96,15 @@ class Executor:
                 self._recipe, self._graph.source, _longest_tok(missing, tokenizer), self._store.root
             )
 
+    def prove(self) -> None:
+        """Load the base and prove that it can be trusted. Raises ModelError or TrainingError if it cannot."""
+        if not all(map(math.isfinite, self.stack.base_probe.logits)):
+            raise TrainingError(
+                "the base gives logits that are not finite",
+                where=self._recipe.model.id,
+                fix="its weights are damaged: fetch the model again",
+            )
+
     def close(self) -> None:
         """End the sampler and its server. Nothing can be sampled afterwards."""
         if "sampler" in self.__dict__:
