@@ -42,10 +42,10 @@ class Failing:
         self._store.note_failure(stage, error.exit_code, str(error))
 
     def blocks(self, stage: Stage) -> bool:
-        """Whether something before this stage failed, so that it cannot be computed."""
+        """Whether this stage failed, or something before it did, so that it cannot be computed."""
         if any(need.key in self._keys or need.key in self._blocked for need in stage.needs.values()):
             self._blocked.add(stage.key)
-        return stage.key in self._blocked
+        return stage.key in self._keys or stage.key in self._blocked
 
     def touches(self, plan: CellPlan) -> bool:
         """Whether a failure takes anything from this cell."""

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,7 @@ from fastconv.auditing import require_passed
 from fastconv.datasets.audit import CheckReport, check_recipe
 from fastconv.deciding.results import decide_gates, gate_base, measurable_behaviors
 from fastconv.deciding.stopping import GateKeeper
+from fastconv.engine.locate import engine_identity
 from fastconv.errors import DataError, Interrupted, JudgeError, TrainingError
 from fastconv.failing import FailedStage, Failing, raise_failed
 from fastconv.findings.gates import GateVerdict
@@ -32,6 +33,7 @@ from fastconv.graph import CellPlan, Graph, lineage_key, walk
 from fastconv.judge_room import Access, JudgeRoom, check_judge, judge_stages
 from fastconv.judging.book import DeskStatus
 from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
+from fastconv.schedule import steps, wanted
 from fastconv.stage import Failure
 from fastconv.store import Stage, Store, changed_inputs
 
@@ -172,7 +174,7 @@ def run_recipe(
 
 
 def _compute_all(runner: _Runner, keeper: GateKeeper, graph: Graph, store: Store, picked: Sequence[CellPlan]) -> None:
-    """The base first, then the cells of every behavior that G0 lets through, each cell's gates asked after it.
+    """The base first, then the cells of every behavior that G0 lets through, as `schedule` orders them.
 
     A behavior whose base the judge has not read yet is held back; if its judgements come in time, it follows. Nothing
     waits for the judgements of a cell: its gates are asked again once they are there.
@@ -185,13 +187,24 @@ def _compute_all(runner: _Runner, keeper: GateKeeper, graph: Graph, store: Store
             runner.decide(verdict)
         decided += [verdict.subject for verdict in fresh]
         alive = measurable_behaviors(graph, store)
-        for plan in picked:
-            runner.compute(wanted(plan, alive))
-            runner.ask(keeper, plan)
+        for step in steps(picked, alive, _group(graph.recipe)):
+            runner.converge(step.runs)
+            runner.compute(step.ends)
+            for plan in step.cells:
+                runner.ask(keeper, plan)
         runner.judging.settle()
         if graph.judge is not None:
             for plan in picked:
                 runner.ask(keeper, plan)
+
+
+def _group(recipe: Recipe) -> int:
+    """How many convergence runs may be trained in the same steps; 0 is for as many as memory allows."""
+    if recipe.model.trainer == "trl":
+        return 1
+    if recipe.run.group != "auto":
+        return recipe.run.group
+    return 0 if engine_identity(recipe.model)["device"] == "cuda" else 1
 
 
 def needed_ends(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[Stage]:
@@ -224,14 +237,6 @@ def _forget_training_state(graph: Graph, store: Store) -> None:
         for key in finished:
             if store.progress(key):
                 store.drop_progress(key)
-
-
-def wanted(plan: CellPlan, alive: Sequence[str]) -> list[Stage]:
-    """The end stages a cell needs computed: only measures that can say something, nothing of a behavior that cannot."""
-    if plan.cell.behavior != "none" and plan.cell.behavior not in alive:
-        return []
-    sides = (plan.scores, plan.beside)
-    return [stage for side in sides for (measure, _), stage in side.items() if measure in alive]
 
 
 def status_of(graph: Graph, store: Store | None) -> list[StageStatus]:
@@ -284,6 +289,7 @@ class _Runner:
         self._watcher = watcher
         self._stop = stop
         self._seen: set[str] = set()
+        self._counted: set[str] = set()
         self._executor: Any = None
         self.tally = Tally()
         self.failing = Failing(store)
@@ -320,34 +326,74 @@ class _Runner:
         if stage.kind == "judge":
             self.judging.submit(stage, urgent=urgent)
             return
+        if stage.kind == "snapshot":
+            self.converge([self._graph.lineage(stage)])
+            return
         self._watcher.stage(stage, reason_to_run(stage, self._store))
-        together = self._graph.lineage(stage) if stage.kind == "snapshot" else [stage]
-        missing = [one for one in together if one.key in self._wanted and self._store.record(one.key) is None]
         began = time.monotonic()
         engine = self._engine()
         try:
             with self._store.lease(stage) as lease:
                 outcome = engine.compute(stage, lease)
-                seconds = time.monotonic() - began
-                if outcome is not None:
-                    self._store.commit(
-                        stage,
-                        outputs=outcome.outputs,
-                        facts=outcome.facts,
-                        seconds=seconds,
-                        samples=outcome.samples,
-                        scores=outcome.scores,
-                    )
+                self._store.commit(
+                    stage,
+                    outputs=outcome.outputs,
+                    facts=outcome.facts,
+                    seconds=time.monotonic() - began,
+                    samples=outcome.samples,
+                    scores=outcome.scores,
+                )
         except (TrainingError, DataError) as error:
-            self._note_failure([one for one in missing if self._store.record(one.key) is None], error)
-        seconds = time.monotonic() - began
+            self._note_failure([stage], error)
+        self._account([stage], time.monotonic() - began)
+
+    def converge(self, runs: Sequence[Sequence[Stage]]) -> None:
+        """Train convergence runs, each given by its snapshots, in the same steps as far as memory allows."""
+        for run in runs:
+            self.compute([run[0].needs["answers"]])
+        missing = [left for run in runs if (left := [one for one in run if self._is_missing(one)])]
+        while missing:
+            size = self._engine().group_size([run[0] for run in missing]) if len(missing) > 1 else 1
+            self._converge_together(missing[:size])
+            missing = missing[size:]
+
+    def _is_missing(self, snapshot: Stage) -> bool:
+        """Whether a snapshot was asked for and still has to be trained."""
+        if snapshot.key not in self._wanted or self._store.record(snapshot.key) is not None:
+            return False
+        return not self.failing.blocks(snapshot)
+
+    def _converge_together(self, runs: Sequence[Sequence[Stage]]) -> None:
+        """Train these runs in one call. Should one of them fail, each goes on alone, to find out which."""
+        if self._stop.is_set():
+            raise Interrupted("stopped", where=runs[0][0].slot, fix="the same command goes on from here")
+        for run in runs:
+            self._watcher.stage(run[0], reason_to_run(run[0], self._store))
+        began = time.monotonic()
+        engine, failed = self._engine(), False
+        try:
+            with ExitStack() as leases:
+                engine.converge([(run, leases.enter_context(self._store.lease(run[0]))) for run in runs])
+        except TrainingError as error:
+            failed = True
+            if len(runs) == 1:
+                self._note_failure([one for one in runs[0] if self._store.record(one.key) is None], error)
+        everything = [one for run in runs for one in run]
+        self._account(everything, time.monotonic() - began)
+        if failed and len(runs) > 1:
+            for run in runs:
+                if left := [one for one in run if self._store.record(one.key) is None]:
+                    self._converge_together([left])
+
+    def _account(self, stages: Sequence[Stage], seconds: float) -> None:
+        """Count and show what is done of these stages, which took so long together; then look at the judge."""
         self.tally.seconds += seconds
-        for one in missing:  # one training commits all its epochs
-            self._seen.add(one.key)
-            if self._store.record(one.key) is not None:
-                self._count(one)
-                self._store.note_stage_of_run(self._run, one, reused=False)
-                self._watcher.stage_done(one, seconds)
+        for stage in stages:
+            if self._store.record(stage.key) is not None and stage.key not in self._counted:
+                self._counted.add(stage.key)
+                self._count(stage)
+                self._store.note_stage_of_run(self._run, stage, reused=False)
+                self._watcher.stage_done(stage, seconds)
         self.judging.collect()
 
     def _note_failure(self, stages: Sequence[Stage], error: TrainingError | DataError) -> None:
