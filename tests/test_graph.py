@@ -110,7 +110,10 @@ _NOTHING: tuple[str, ...] = ()
         ({"behavior__lr": 2e-3}, _AFTER_BEHAVIOR),
         ({"behavior__dropout": 0.1}, _AFTER_BEHAVIOR),
         ({"behavior__source_rows": 5}, (*_AFTER_BEHAVIOR, "rows/", "/refusal/villain/excluded/s42")),
-        ({"behavior__sampling__max_new_tok": 5}, ("behavior/", "+refusal", "rows/refusal", "/refusal/villain/excluded/s42")),
+        (
+            {"behavior__sampling__max_new_tok": 5},
+            ("behavior/", "+refusal", "rows/refusal", "/refusal/villain/excluded/s42"),
+        ),
         ({"lora__r": 3}, (*_AFTER_SNAPSHOT, *_AFTER_BEHAVIOR)),
         ({"eval__prompts": 2}, ("/refusal/assistant", "/refusal/villain", "/refusal/librarian")),
         ({"eval__samples_per_prompt": 1}, ("/refusal/assistant", "/refusal/villain", "/refusal/librarian")),
