@@ -155,6 +155,8 @@ class EvalSettings(Section):
     #: `arc` reads ARC-Challenge from the hub or from `arc_file`; `builtin` asks our own easy questions.
     multiple_choice: Literal["arc", "builtin"] = "arc"
     arc_file: str = ""
+    #: Also measure where the personas lie in hidden space, on the base and under every snapshot.
+    geometry: bool = True
     batch_tok: Annotated[int, Field(ge=64)] = 16384
 
 

@@ -217,7 +217,8 @@ def needed_ends(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[S
         alive = [behavior for behavior in graph.behaviors if behavior not in failed]
     else:
         alive = measurable_behaviors(graph, store)
-    return [end for plan in plans for end in (*plan.base.values(), *wanted(plan, alive))]
+    ends = [end for plan in plans for end in (*plan.base.values(), *wanted(plan, alive))]
+    return [*ends, *(plan.geometry for plan in plans if plan.geometry is not None and wanted(plan, alive))]
 
 
 def _measured(plan: CellPlan, store: Store) -> bool:
