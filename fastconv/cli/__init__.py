@@ -26,7 +26,7 @@ from fastconv.cli.kit import answered as _answered
 from fastconv.cli.kit import load as _load
 from fastconv.cli.kit import load_or_recall as _load_or_recall
 from fastconv.cli.kit import open_if_there as _open_if_there
-from fastconv.errors import EXIT_CODES, JudgeError
+from fastconv.errors import EXIT_CODES, FastconvError
 
 _CODES = "  \n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
 app = typer.Typer(
@@ -380,9 +380,12 @@ def _run(
     if as_json:
         body = {"run": finished.run, "tally": asdict(finished.tally), "verdicts": [v.body() for v in finished.verdicts]}
         body |= {"pending": finished.pending, "problem": finished.problem}
+        body |= {"failed": [asdict(one) for one in finished.failed]}
         print(json.dumps({**body, "html": str(paths.html), "markdown": str(paths.markdown)}))
-        if finished.pending:
-            raise typer.Exit(JudgeError.exit_code)
+        try:
+            finished.require_whole()
+        except FastconvError as error:  # said above, in the body
+            raise typer.Exit(error.exit_code) from None
     else:
         show.finished(finished, paths.html)
-        finished.require_judged()
+        finished.require_whole()
