@@ -10,6 +10,7 @@ from fastconv.datasets.audit import check_recipe
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.files import assets, file_sha256
 from fastconv.deciding.decided import Decided
+from fastconv.engine.locate import TINY
 from fastconv.findings.blocks import Block, Cell, Note, Section, Table, plain_row
 from fastconv.recipe import recipe_sha256, sha256_of
 from fastconv.store import changed_inputs
@@ -64,7 +65,9 @@ def limits(decided: Decided) -> Section:
         said.append("Text is judged by phrases only; no judge read it.")
     if decided.graph.judge is not None and decided.graph.judge.weak:
         said.append(f"{decided.graph.judge.name} is a weak judge: it answers by one character.")
-    if recipe.model.id.startswith("builtin:"):
+    if recipe.model.id == TINY:
+        said.append("Random weights: the numbers show that every stage runs and that they can be traced, nothing else.")
+    elif recipe.model.id.startswith("builtin:"):
         said.append("A small embedded model shows that the loop works; it says nothing about larger ones.")
     if recipe.grid.negatives == ("included",):
         said.append(
