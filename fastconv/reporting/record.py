@@ -12,7 +12,7 @@ from fastconv.datasets.files import assets, file_sha256
 from fastconv.deciding.decided import Decided
 from fastconv.engine.locate import TINY
 from fastconv.findings.blocks import Block, Cell, Note, Section, Table, plain_row
-from fastconv.recipe import recipe_sha256, sha256_of
+from fastconv.recipe import canonical_json, recipe_sha256, sha256_of
 from fastconv.store import changed_inputs
 
 
@@ -127,7 +127,7 @@ def _tables(decided: Decided) -> dict[str, Mapping[str, str]]:
         "Data files (sha256)": data,
         "Settings": {
             "canonical recipe": sha256_of(graph.recipe.model_dump(mode="json")),
-            "recipe": json.dumps(graph.recipe.model_dump(mode="json")),
+            "recipe": canonical_json(graph.recipe.model_dump(mode="json")),  # sorted, as the ledger keeps it
         },
     }
 
