@@ -20,6 +20,7 @@ from fastconv.cli.kit import (
     Quiet,
     RecipePath,
     Reports,
+    Scale,
     Workspace,
 )
 from fastconv.cli.kit import answered as _answered
@@ -52,6 +53,7 @@ Because = Annotated[str, typer.Option("--because", help="Why: recorded with the 
 def run(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006 (typer reads the default)
+    scale: Scale = "",
     ignore_gate: IgnoreGate = [],  # noqa: B006
     because: Because = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
@@ -60,7 +62,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe to its verdict and report. What is done already is not done again. Exit code 3 if a gate stops it."""
-    loaded, ignored = _load(recipe, overrides), _ignored(ignore_gate, because)
+    loaded, ignored = _load(recipe, overrides, scale), _ignored(ignore_gate, because)
     _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored)
 
 
@@ -78,6 +80,7 @@ def cell(
     ignore_gate: IgnoreGate = [],  # noqa: B006
     because: Because = "",
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     reports: Reports = DEFAULT_REPORTS,
     as_json: AsJson = False,
@@ -86,7 +89,7 @@ def cell(
     """Run single cells of a recipe: the same stages, with the same keys, that the whole recipe would run."""
     from fastconv.graph import Graph
 
-    loaded = _load(recipe, overrides)
+    loaded = _load(recipe, overrides, scale)
 
     def plans(graph: Graph) -> list[Any]:
         return graph.select(source, behavior, epoch, negatives=negatives, convergence=convergence, seed=seed)
@@ -113,6 +116,7 @@ def status(
         str, typer.Argument(help="A run's id, a recipe's path or name; without it, all runs", show_default=False)
     ] = "",
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
@@ -125,7 +129,7 @@ def status(
     if not recipe:
         show.runs(store, as_json=as_json)
         return
-    loaded = _load_or_recall(recipe, overrides, store)
+    loaded = _load_or_recall(recipe, overrides, store, scale)
     show.status(status_of(Graph(loaded), store), as_json=as_json)
 
 
@@ -134,6 +138,7 @@ def status(
 def gate(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
@@ -145,7 +150,7 @@ def gate(
     from fastconv.store import Store
 
     store = Store.open(workspace, create=False)
-    graph = Graph(_load_or_recall(recipe, overrides, store))
+    graph = Graph(_load_or_recall(recipe, overrides, store, scale))
     verdicts = decide_gates(graph, store, graph.cells)
     show.gates(verdicts, as_json=as_json)
     if stopped := [verdict.subject for verdict in verdicts if verdict.gate == "PILOT" and verdict.verdict == "stop"]:
@@ -161,6 +166,7 @@ def gate(
 def report(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     reports: Reports = DEFAULT_REPORTS,
     as_json: AsJson = False,
@@ -171,7 +177,7 @@ def report(
     from fastconv.store import Store
 
     store = Store.open(workspace, create=False)
-    paths = write_report(Graph(_load_or_recall(recipe, overrides, store)), store, reports)
+    paths = write_report(Graph(_load_or_recall(recipe, overrides, store, scale)), store, reports)
     places = {"html": str(paths.html), "markdown": str(paths.markdown), "folder": str(paths.folder)}
     print(json.dumps(places) if as_json else paths.html)
 
@@ -181,6 +187,7 @@ def report(
 def check(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
@@ -189,7 +196,7 @@ def check(
     from fastconv.auditing import audit_recipe
     from fastconv.errors import DataError
 
-    report = audit_recipe(_load(recipe, overrides), _open_if_there(workspace))
+    report = audit_recipe(_load(recipe, overrides, scale), _open_if_there(workspace))
     show.check(report, as_json=as_json)
     if not report.passed:
         if as_json:
@@ -339,11 +346,11 @@ def recipe_schema() -> None:
 
 @recipe_app.command("show")
 @_answered
-def recipe_show(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+def recipe_show(recipe: RecipePath, overrides: Overrides = [], scale: Scale = "") -> None:  # noqa: B006
     """Print a recipe complete, with every default and override, as JSON, and its sha256."""
     from fastconv.recipe import recipe_sha256
 
-    loaded = _load(recipe, overrides)
+    loaded = _load(recipe, overrides, scale)
     print(json.dumps({**loaded.model_dump(mode="json"), "sha256": recipe_sha256(loaded)}, indent=1))
 
 
