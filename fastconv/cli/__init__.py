@@ -26,6 +26,7 @@ from fastconv.cli.kit import answered as _answered
 from fastconv.cli.kit import load as _load
 from fastconv.cli.kit import load_or_recall as _load_or_recall
 from fastconv.cli.kit import open_if_there as _open_if_there
+from fastconv.cli.workspace import register as register_workspace
 from fastconv.errors import EXIT_CODES, JudgeError
 
 _CODES = "  \n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
@@ -326,6 +327,7 @@ def forget(
 
 
 register(app)
+register_workspace(app)
 
 
 @recipe_app.command("schema")
