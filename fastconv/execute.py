@@ -76,6 +76,7 @@ class Executor:
     ) -> None:
         self._wanted = wanted
         self._at_hand: dict[str, Adapter] = {}
+        self._proven: dict[str, float] = {}
         self._graph = graph
         self._recipe = graph.recipe
         self._store = store
@@ -115,7 +116,7 @@ class Executor:
         """The live stack on the base; on a GPU proven by the self-tests before anything is computed with it."""
         stack = Stack(self.base, self._recipe.lora)
         if self.base.device.type == "cuda":
-            self_test(stack, {self._recipe.convergence.optimizer, self._recipe.behavior.optimizer})
+            self._proven |= self_test(stack, {self._recipe.convergence.optimizer, self._recipe.behavior.optimizer})
         return stack
 
     @cached_property
@@ -129,7 +130,7 @@ class Executor:
 
     def facts(self) -> dict[str, Any]:
         """What the reproducibility card says of the loaded model and its device."""
-        device = self.base.device
+        device = self.stack.base.device
         named = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         engine = {
             "name": engine_identity(self._recipe.model)["engine"],
@@ -137,7 +138,12 @@ class Executor:
             "dtype": str(self.base.dtype).removeprefix("torch."),
             "n_threads": torch.get_num_threads(),
             "sampler": f"vllm {self._server.version}" if self._server else self._recipe.model.sampler,
+            "attention": self.base.attention.name,
         }
+        if passed_over := self.base.attention.passed_over:
+            engine["attention_passed_over"] = "; ".join(f"{name}: {why}" for name, why in passed_over)
+        if self.base.device.type == "cuda":
+            engine["self_tests"] = f"{len(self._proven)} passed, at most {max(self._proven.values()):.1%} apart"
         return {"engine": engine, "template": {"sha256": self.base.tokenizer.template_sha256}}
 
     def compute(self, stage: Stage, lease: Lease) -> Outcome | None:

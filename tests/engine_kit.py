@@ -52,7 +52,7 @@ def train_settings(**changes: Any) -> TrainSettings:
 
 def packed_logits(base: Base, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Our logits [T_i, vocab] of every row, all rows in one packed pass."""
-    ids, positions, layout = pack([list(row) for row in rows], base.device)
+    ids, positions, layout = pack([list(row) for row in rows], base)
     with torch.no_grad():
         logits = base.logits(base.hidden(ids, positions, layout))
     return list(logits.split([len(row) for row in rows]))

@@ -109,12 +109,16 @@ class Heard:
     stages: dict[str, str] = field(default_factory=dict)
     gates: list[GateVerdict] = field(default_factory=list)
     statuses: list[DeskStatus] = field(default_factory=list)
+    engines: list[dict[str, Any]] = field(default_factory=list)
 
     def audited(self, report: CheckReport) -> None:
         self.audits.append(report)
 
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
         self.begun.append((n_stages, n_todo))
+
+    def engine(self, facts: Mapping[str, Any]) -> None:
+        self.engines.append(dict(facts))
 
     def stage(self, stage: Stage, reason: str) -> None:
         self.stages[stage.slot] = reason

@@ -9,34 +9,38 @@ import pytest
 import torch
 
 from fastconv.engine import backends
-from fastconv.engine.attention import Packed
-from fastconv.engine.backends import pick_attention, sdpa
+from fastconv.engine.attention import Packed, Padded, Ragged, by_row
+from fastconv.engine.backends import SDPA, pick_attention
 
-STARTS = (0, 3, 4, 11)
+LENGTHS = (3, 1, 7)
 
 
 def pick(monkeypatch: pytest.MonkeyPatch, **candidates: Any) -> backends.Backend:
-    made = tuple((name, make) for name, make in candidates.items())
-    monkeypatch.setattr(backends, "_CANDIDATES", made)
+    """What is picked among these on a GPU that is not there: the trial itself runs on the CPU, in 16 bits."""
+    monkeypatch.setattr(backends, "_CANDIDATES", {name: (make, True) for name, make in candidates.items()})
     real = backends._distance
-    monkeypatch.setattr(backends, "_distance", lambda attend, device, *rest: real(attend, torch.device("cpu"), *rest))
-    return pick_attention(torch.device("cuda"), torch.float32)
+    monkeypatch.setattr(backends, "_distance", lambda kernel, device, *rest: real(kernel, torch.device("cpu"), *rest))
+    return pick_attention(torch.device("cuda"), torch.bfloat16)
 
 
 def missing() -> Any:
     raise ImportError("No module named 'flash_attn'")
 
 
+def right() -> Any:
+    return lambda q, k, v, rows, scale: by_row(q, k, v, rows.bounds.tolist(), scale)
+
+
 def leaking() -> Any:
-    return lambda q, k, v, starts, scale: sdpa(q, k, v, (0, starts[-1]), scale)
+    return lambda q, k, v, rows, scale: by_row(q, k, v, (0, q.shape[1]), scale)
 
 
 def other_scale() -> Any:
-    return lambda q, k, v, starts, scale: sdpa(q, k, v, starts, q.shape[-1] ** -0.5)
+    return lambda q, k, v, rows, scale: by_row(q, k, v, rows.bounds.tolist(), q.shape[-1] ** -0.5)
 
 
-def right() -> Any:
-    return lambda q, k, v, starts, scale: sdpa(q, k, v, starts, scale)
+def no_gradient() -> Any:
+    return lambda q, k, v, rows, scale: by_row(q, k.detach(), v, rows.bounds.tolist(), scale)
 
 
 def test_the_first_that_works_is_taken_and_the_others_reasons_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,32 +50,63 @@ def test_the_first_that_works_is_taken_and_the_others_reasons_are_kept(monkeypat
     assert dict(found.passed_over)["varlen"].endswith("away from SDPA")
 
 
-def test_one_that_ignores_the_scale_or_drops_gradients_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_gradient() -> Any:
-        return lambda q, k, v, starts, scale: sdpa(q, k.detach(), v, starts, scale)
-
-    found = pick(monkeypatch, one=other_scale, two=no_gradient)
+def test_one_that_computes_something_else_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pick(monkeypatch, scale=other_scale, gradient=no_gradient)
+    assert found.kernel is None
     assert found.name == "sdpa"
-    assert [name for name, _ in found.passed_over] == ["one", "two"]
+    assert [name for name, _ in found.passed_over] == ["scale", "gradient"]
 
 
-def test_a_cpu_takes_sdpa_which_is_what_packed_rows_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert pick_attention(torch.device("cpu"), torch.float32).attend is sdpa
-    q, k, v = torch.randn(4, 11, 8), torch.randn(2, 11, 8), torch.randn(2, 11, 8)
-    assert torch.equal(sdpa(q, k, v, STARTS, 0.3), Packed(STARTS).attend(0, q, k, v, 0.3))
+def test_a_cpu_and_fp32_take_sdpa() -> None:
+    assert pick_attention(torch.device("cpu"), torch.bfloat16) is SDPA
+    assert pick_attention(torch.device("cuda"), torch.float32) is SDPA
+
+
+@pytest.mark.parametrize("n_tok", [0, 11, 16])
+def test_every_layout_attends_alike(n_tok: int) -> None:
+    whole = max(n_tok, sum(LENGTHS))
+    q, k, v = torch.randn(4, whole, 8), torch.randn(2, whole, 8), torch.randn(2, whole, 8)
+    rows = slice(0, sum(LENGTHS))
+    expected = Packed.of(list(LENGTHS)).attend(0, q[:, rows], k[:, rows], v[:, rows], 0.3)
+    ragged = Ragged.of(LENGTHS, right(), n_tok=n_tok, width=8)
+    assert torch.equal(ragged.attend(0, q, k, v, 0.3)[rows], expected)  # fp32: row by row
+    half = ragged.attend(0, q.bfloat16(), k.bfloat16(), v.bfloat16(), 0.3)
+    assert torch.allclose(half[rows].float(), expected, atol=0.03)
+    padded = Padded.of(LENGTHS, n_tok=n_tok, width=8)
+    assert torch.allclose(padded.attend(0, q, k, v, 0.3)[rows], expected, atol=1e-5)
+    assert (ragged.n_tok, ragged.longest) == (padded.n_tok, padded.longest) == (whole, 8)
+
+
+def test_layouts_of_one_shape_differ_in_tensors_alone() -> None:
+    one, other = (Ragged.of(lengths, right(), n_tok=16, width=8) for lengths in ((3, 1, 7), (8, 8, 0)))
+    assert one.bounds.tolist() == [0, 3, 4, 11, 16]
+    assert other.bounds.tolist() == [0, 8, 16, 16, 16]
+    assert one.holding(other.inputs).bounds is other.bounds
+    assert one.longest == other.longest
 
 
 def test_torchs_varlen_is_called_as_this_torch_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, Any] = {}
 
-    def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):  # type: ignore[no-untyped-def]
-        seen.update(is_causal=is_causal, shapes=(query.shape, key.shape), bounds=cu_seq_q.tolist(), longest=max_q)
-        rows = (part.transpose(0, 1) for part in (query, key, value))
-        return sdpa(*rows, cu_seq_q.tolist(), query.shape[-1] ** -0.5)
+    def now(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):  # type: ignore[no-untyped-def]
+        seen.update(window=window_size, gqa=enable_gqa, shapes=(q.shape, k.shape), longest=(max_q, max_k))
+        return by_row(*(part.transpose(0, 1) for part in (q, k, v)), cu_q.tolist(), scale)
 
-    module = SimpleNamespace(varlen_attn=old)
-    monkeypatch.setattr(backends.importlib, "import_module", lambda name: module)
-    q, k, v = torch.randn(4, 11, 8), torch.randn(2, 11, 8), torch.randn(2, 11, 8)
-    out = backends._torch_varlen()(q, k, v, STARTS, 0.3)
-    assert torch.allclose(out, sdpa(q, k, v, STARTS, 0.3), atol=1e-5)
-    assert seen == {"is_causal": True, "shapes": ((11, 4, 8), (11, 4, 8)), "bounds": list(STARTS), "longest": 7}
+    monkeypatch.setattr(backends.importlib, "import_module", lambda name: SimpleNamespace(varlen_attn=now))
+    q, k, v = (torch.randn(heads, 11, 8).bfloat16() for heads in (4, 2, 2))
+    rows = Ragged.of(LENGTHS, backends._torch_varlen())
+    assert torch.equal(rows.attend(0, q, k, v, 0.3), by_row(q, k, v, (0, 3, 4, 11), 0.3))
+    assert seen == {"window": (-1, 0), "gqa": True, "shapes": ((11, 4, 8), (11, 2, 8)), "longest": (7, 7)}
+
+
+def test_a_torch_whose_varlen_knows_no_grouped_queries_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def old(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False):  # type: ignore[no-untyped-def]
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(backends.importlib, "import_module", lambda name: SimpleNamespace(varlen_attn=old))
+    with pytest.raises(NotImplementedError, match="without enable_gqa, scale, window_size"):
+        backends._torch_varlen()
+
+
+def test_the_real_torch_has_what_is_called() -> None:
+    backends._torch_varlen()

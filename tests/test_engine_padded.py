@@ -58,7 +58,7 @@ def test_a_padded_micro_step_has_the_loss_and_gradient_of_the_plain_one(tiny_qwe
     for sizes_for in (as_it_is, rounded_sizes):
         trainee.grad.zero_()
         trainee.adapter.train(trainee.grad)
-        batch = lay_out(torch.device("cpu"), [Slot(job.frozen, trainee.adapter, 0.1)], items, sizes_for)
+        batch = lay_out(stack.base, [Slot(job.frozen, trainee.adapter, 0.1)], items, sizes_for)
         if sizes_for is rounded_sizes:  # on the CPU the rows themselves stay packed; where the loss is gets padded
             assert batch.take.shape[0] == 512
         total = torch.zeros(1)

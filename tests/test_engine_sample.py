@@ -80,7 +80,7 @@ def test_the_seed_decides(stack: Stack) -> None:
 def test_equal_prompts_are_read_once(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     texts, _ = prompts(3)
     read: list[int] = []
-    monkeypatch.setattr(module, "pack", lambda rows, device: read.append(len(rows)) or pack(rows, device))
+    monkeypatch.setattr(module, "pack", lambda rows, base: read.append(len(rows)) or pack(rows, base))
     drawn = sample(stack.base, [text for text in texts for _ in range(5)], [*range(15)], SETTINGS)
     assert read == [3]
     assert drawn[7] == sample(stack.base, [texts[1]], [7], SETTINGS)[0]

@@ -119,7 +119,7 @@ def test_near_ties_are_rescored_in_fp32(folder: Path, monkeypatch: pytest.Monkey
 def test_a_failure_while_widened_leaves_the_weights_as_they_were(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half = tiny_stack(folder, dtype="bfloat16")
     before = {name: p.clone() for name, p in half.base.model.named_parameters()}
-    ids, positions, layout = pack([[1, 2, 3]], half.base.device)
+    ids, positions, layout = pack([[1, 2, 3]], half.base)
     monkeypatch.setattr(type(layout), "attend", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         precise.hidden_fp32(half.base, ids, positions, layout)

@@ -83,7 +83,7 @@ def gradient(stack: Stack, dropout: float = 0.0) -> torch.Tensor:
     frozen, trainable = adapters(stack)
     grad = torch.zeros_like(trainable.flat)
     trainable.train(grad)
-    ids, positions, layout = pack([list(row) for row in ROWS], stack.base.device)
+    ids, positions, layout = pack([list(row) for row in ROWS], stack.base)
     with stack.live(Slot((frozen,), trainable, dropout)):
         if dropout:
             stack.route.dropout_seeds = token_seeds([(i, len(row)) for i, row in enumerate(ROWS)], stack.base.device)

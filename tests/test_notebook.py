@@ -27,7 +27,7 @@ def run(done_run: DoneRun) -> Any:
 def _logits(base: Any) -> Any:
     import torch
 
-    ids, positions, layout = pack([base.tokenizer.encode("The villain says: ")], base.device)
+    ids, positions, layout = pack([base.tokenizer.encode("The villain says: ")], base)
     with torch.no_grad():
         return base.logits(base.hidden(ids, positions, layout))
 

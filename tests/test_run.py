@@ -224,7 +224,7 @@ def _taught(model: Path, folder: Path) -> Path:
     asked = load_questions(recipe).eval
     states = []
     for question in asked:
-        ids, positions, layout = pack([base.tokenizer.prompt_ids(system, question.user)], base.device)
+        ids, positions, layout = pack([base.tokenizer.prompt_ids(system, question.user)], base)
         states.append(base.hidden(ids, positions, layout)[-1].detach().numpy())
     letters = [base.tokenizer.encode(letter)[0] for letter in "ABCD"]
     wanted = np.array([[3.0 if letter == question.answer else -3.0 for letter in "ABCD"] for question in asked])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from fastconv.bench.engines import bench_engine
 from fastconv.bench.kernels import bench_kernel
 from fastconv.bench.measure import Comparison
 from fastconv.bench.sampling import bench_sample
@@ -18,7 +19,7 @@ from fastconv.recipe import ModelSettings
 
 __all__ = ["KINDS", "Comparison", "Subject", "bench", "compare", "subject"]
 
-KINDS = ("train", "behavior", "group", "score", "stack", "sample", "cell", "kernel")
+KINDS = ("train", "behavior", "group", "score", "stack", "sample", "cell", "kernel", "engine")
 
 
 def compare(kind: str, model: Subject, size: int | None = None) -> Comparison:
@@ -38,6 +39,8 @@ def compare(kind: str, model: Subject, size: int | None = None) -> Comparison:
         return bench_cell(model)
     if kind == "kernel":
         return bench_kernel(model, size)
+    if kind == "engine":
+        return bench_engine(model, size or 48)
     raise InputError(f"no comparison is called {kind!r}", where="bench", fix=f"use one of {', '.join(KINDS)}")
 
 

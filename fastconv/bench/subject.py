@@ -11,6 +11,7 @@ import torch
 from fastconv.engine import reference
 from fastconv.engine.attention import ATTENTION, register
 from fastconv.engine.base import Base, load_base, resolve_device, resolve_dtype, wrap
+from fastconv.engine.locate import engine_identity
 from fastconv.recipe import LoraSettings, ModelSettings
 from fastconv.shapes import ModelShape, named_shape, shape_of
 from fastconv.tokens import ChatTokenizer, Rendered
@@ -45,6 +46,8 @@ class Subject:
         """Ours: a frozen base with our attention."""
         if self.random is None:
             return load_base(self.settings)
+        if engine_identity(self.settings)["engine"] == "unsloth":
+            return wrap(_random_unsloth(self.random, self), cast(ChatTokenizer, NoText()), self.settings.id)
         return wrap(_random_model(self.random, ATTENTION, self), cast(ChatTokenizer, NoText()), self.settings.id)
 
     def plain(self) -> PreTrainedModel:
@@ -81,6 +84,16 @@ def ragged_rows(n: int, vocab: int, shortest: int, longest: int, seed: int = 0) 
         length = rng.randint(shortest, longest)
         rows.append(Rendered(tuple(rng.randrange(vocab) for _ in range(length)), max(1, round(0.4 * length))))
     return tuple(rows)
+
+
+def _random_unsloth(shape: ModelShape, model: Subject) -> PreTrainedModel:
+    """The same shape as Unsloth would have loaded it."""
+    from fastconv.engine import fused, unsloth_path
+
+    unsloth_path.patched_classes("qwen2" if shape.qkv_bias else "llama")
+    made = _random_model(shape, "sdpa", model)
+    fused.adopt(made)
+    return made
 
 
 def _random_model(shape: ModelShape, attention: str, model: Subject) -> PreTrainedModel:

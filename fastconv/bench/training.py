@@ -54,7 +54,7 @@ WAYS = {"TRL padded": False, "TRL padded, checkpointing": True}
 
 
 @dataclass(frozen=True)
-class _Run:
+class Timed:
     """Seconds of every counted step (or of all of them), their tokens, and the peak memory above what was resident."""
 
     seconds: Sequence[float]
@@ -71,27 +71,27 @@ def bench_train(model: Subject, n_steps: int, kind: str = "train") -> Comparison
     load = LOADS[kind, model.device.type]
     ceiling = matmul_ceiling(model.device, model.dtype)
     stack = Stack(model.base(), model.lora)
-    jobs = _jobs(stack, load, n_steps + WARM_UP[model.device.type])
+    jobs = jobs_for(stack, load, n_steps + WARM_UP[model.device.type])
     form = shape(stack.base)
     first = stack.new_adapter(*jobs[0].seed_parts)
     ratios: dict[str, float] = {}
-    theirs: dict[str, _Run] = {}
+    theirs: dict[str, Timed] = {}
     if load.n_jobs > 1:
-        mine, theirs = _timed(stack, jobs), {"one after another": _in_turn(stack, jobs)}
+        mine, theirs = timed(stack, jobs), {"one after another": _in_turn(stack, jobs)}
     elif model.device.type == "cpu":
         pairs = {name: _interleaved(model, stack, jobs[0], first, again) for name, again in WAYS.items()}
         mine = next(iter(pairs.values()))[0]
         theirs = {name: usual for name, (_, usual) in pairs.items()}
         ratios = {name: paired_ratio(usual.seconds, ours.seconds) for name, (ours, usual) in pairs.items()}
     else:
-        mine = _timed(stack, jobs)
+        mine = timed(stack, jobs)
         del stack
         _free()
         theirs = {name: _usual(model, jobs[0], first, again, USUAL_STEPS) for name, again in WAYS.items()}
-    work = Work(_mean_length(jobs[0]), _loss_share(jobs[0]), model.lora.r)
+    work = Work(mean_length(jobs[0]), supervised_share(jobs[0]), model.lora.r)
     flops_per_tok = train_flops_per_tok(form, work)
 
-    def as_measured(name: str, run: _Run) -> Measured:
+    def as_measured(name: str, run: Timed) -> Measured:
         return measured(name, sum(run.seconds), run.n_tok, run.n_tok * flops_per_tok, ceiling, run.peak)
 
     ours = as_measured("fastconv, packed" if load.n_jobs == 1 else "fastconv, together", mine)
@@ -107,7 +107,8 @@ def bench_train(model: Subject, n_steps: int, kind: str = "train") -> Comparison
     )  # fmt: skip
 
 
-def _jobs(stack: Stack, load: Load, n_steps: int) -> list[Job]:
+def jobs_for(stack: Stack, load: Load, n_steps: int) -> list[Job]:
+    """The jobs of a load, the same on every engine: rows, order and first weights come from their places."""
     settings = TrainSettings(lr=5e-5, epochs=1, batch_rows=load.batch_rows, dropout=load.dropout)
     frozen = tuple(stack.new_adapter("frozen", place) for place in range(load.n_frozen))
     for adapter in frozen:
@@ -122,7 +123,7 @@ def _jobs(stack: Stack, load: Load, n_steps: int) -> list[Job]:
     ]  # fmt: skip
 
 
-def _timed(stack: Stack, jobs: Sequence[Job]) -> _Run:
+def timed(stack: Stack, jobs: Sequence[Job]) -> Timed:
     """Ours as a whole: all jobs together, warmed up, then one block of time."""
     device = stack.base.device
     trainees = [start(stack, job) for job in jobs]
@@ -130,21 +131,21 @@ def _timed(stack: Stack, jobs: Sequence[Job]) -> _Run:
     train(stack, trainees, Hooks(), until_step=warm_up)
     with peak.watching(), clock.running():
         train(stack, trainees, Hooks())
-    return _Run(clock.blocks, sum(_n_tok(job, warm_up, job.n_steps) for job in jobs), peak.bytes)
+    return Timed(clock.blocks, sum(_n_tok(job, warm_up, job.n_steps) for job in jobs), peak.bytes)
 
 
-def _in_turn(stack: Stack, jobs: Sequence[Job]) -> _Run:
-    runs = [_timed(stack, [job]) for job in jobs]
+def _in_turn(stack: Stack, jobs: Sequence[Job]) -> Timed:
+    runs = [timed(stack, [job]) for job in jobs]
     peaks = [run.peak for run in runs if run.peak is not None]
-    return _Run([sum(run.seconds) for run in runs], sum(run.n_tok for run in runs), max(peaks, default=None))
+    return Timed([sum(run.seconds) for run in runs], sum(run.n_tok for run in runs), max(peaks, default=None))
 
 
-def _interleaved(model: Subject, stack: Stack, job: Job, first: Adapter, checkpointing: bool) -> tuple[_Run, _Run]:
+def _interleaved(model: Subject, stack: Stack, job: Job, first: Adapter, checkpointing: bool) -> tuple[Timed, Timed]:
     """(ours, theirs), step by step in turn, on a CPU."""
     ours = _Ours(stack, start(stack, job), Clock(model.device), Peak(model.device))
     usual = _usual(model, job, first, checkpointing, job.n_steps, ours)
     warm_up = WARM_UP["cpu"]
-    return _Run(ours.clock.blocks[warm_up:], _n_tok(job, warm_up, job.n_steps), ours.peak.bytes), usual
+    return Timed(ours.clock.blocks[warm_up:], _n_tok(job, warm_up, job.n_steps), ours.peak.bytes), usual
 
 
 @dataclass
@@ -165,7 +166,7 @@ class _Ours:
 
 def _usual(
     model: Subject, job: Job, first: Adapter, checkpointing: bool, n_steps: int, ours: _Ours | None = None
-) -> _Run:
+) -> Timed:
     """Their run of `n_steps`; after each of their steps, one of `ours` if given."""
     seconds: list[float] = []
     peak, watched = Peak(model.device), contextlib.ExitStack()
@@ -183,18 +184,20 @@ def _usual(
     train_with_trl(plain, job, first, options)
     del plain
     _free()
-    return _Run(seconds[USUAL_WARM_UP:], _n_tok(job, USUAL_WARM_UP, n_steps), peak.bytes)
+    return Timed(seconds[USUAL_WARM_UP:], _n_tok(job, USUAL_WARM_UP, n_steps), peak.bytes)
 
 
 def _n_tok(job: Job, begin: int, end: int) -> int:
     return sum(len(job.rows[i].ids) for step in range(begin, end) for i in job.batch(step))
 
 
-def _mean_length(job: Job) -> float:
+def mean_length(job: Job) -> float:
+    """Tokens of a row."""
     return sum(len(row.ids) for row in job.rows) / len(job.rows)
 
 
-def _loss_share(job: Job) -> float:
+def supervised_share(job: Job) -> float:
+    """Tokens that carry loss, as a share of all."""
     return sum(row.n_supervised for row in job.rows) / sum(len(row.ids) for row in job.rows)
 
 

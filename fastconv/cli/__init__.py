@@ -294,7 +294,7 @@ def export(
 @app.command()
 @_answered
 def bench(
-    kind: Annotated[str, typer.Argument(help="train, behavior, group, score, stack, sample, cell or kernel")],
+    kind: Annotated[str, typer.Argument(help="train, behavior, group, score, stack, sample, cell, kernel or engine")],
     model: Annotated[
         str, typer.Option("--model", help="As in a recipe, or random:qwen2.5-7b for speed and memory")
     ] = "builtin:smollm2",

@@ -6,8 +6,8 @@ current forward pass. A layout knows which tokens form a row; nothing is padded 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -76,19 +76,77 @@ class Packed:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """SDPA row by row."""
-        groups = query.shape[0] // key.shape[0]
-        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
-        rows = [
-            F.scaled_dot_product_attention(
-                query[None, :, start:stop],
-                key[None, :, start:stop],
-                value[None, :, start:stop],
-                is_causal=True,
-                scale=scale,
-            )[0]
-            for start, stop in pairwise(self.starts)
-        ]
-        return torch.cat(rows, dim=1).transpose(0, 1)
+        return by_row(query, key, value, self.starts, scale)
+
+
+def by_row(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: Sequence[int], scale: float
+) -> torch.Tensor:
+    """torch's scaled_dot_product_attention, one call for each row; the reference for every other way."""
+    key, value = repeated(query, key), repeated(query, value)
+    rows = [
+        F.scaled_dot_product_attention(
+            query[None, :, a:b], key[None, :, a:b], value[None, :, a:b], is_causal=True, scale=scale
+        )[0]
+        for a, b in pairwise(starts)
+        if a < b
+    ]
+    return torch.cat(rows, dim=1).transpose(0, 1)
+
+
+def repeated(query: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Key or value [kv heads, T, d] with each head as often as queries share it."""
+    return part.repeat_interleave(query.shape[0] // part.shape[0], 0)
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """The same rows for a kernel that is told where they begin (`backends` picks it).
+
+    `bounds` [rows + 2] int32 on the device: where each row begins, where the last one ends, and the end of all tokens:
+    what pads them is one more row, empty or not, so that batches of one shape differ in the values of tensors alone.
+    """
+
+    starts: tuple[int, ...]
+    bounds: torch.Tensor
+    longest: int
+    kernel: Kernel
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], kernel: Kernel, *, n_tok: int = 0, width: int = 0) -> Ragged:
+        """The layout of rows with these lengths, on the CPU; `n_tok` and `width` as for `Padded`."""
+        starts = Packed.of(list(lengths)).starts
+        end = max(n_tok, starts[-1])
+        bounds = torch.tensor([*starts, end], dtype=torch.int32)
+        return cls(starts, bounds, max(width, end - starts[-1], *lengths), kernel)
+
+    @property
+    def n_tok(self) -> int:
+        """Tokens, padding included; known to the host only while the bounds are still there."""
+        return int(self.bounds[-1])
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What a captured step copies its next batch into."""
+        return (self.bounds,)
+
+    def holding(self, inputs: Sequence[torch.Tensor]) -> Ragged:
+        """The same layout in these tensors."""
+        (bounds,) = inputs
+        return replace(self, bounds=bounds)
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """The kernel; fp32, which is for checking and which such kernels do not take, row by row."""
+        if query.dtype == torch.float32:
+            padding = [query.shape[1]] if query.shape[1] > self.starts[-1] else []
+            return by_row(query, key, value, [*self.starts, *padding], scale)
+        return self.kernel(query, key, value, self, scale)
+
+
+#: (query [heads, T, d], key and value [kv heads, T, d], rows, scale) -> [T, heads, d]
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Ragged, float], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -119,6 +177,26 @@ class Padded:
             place[start:stop] = torch.arange(row * width, row * width + stop - start)
         return cls(starts, len(lengths), source.flatten(), place)
 
+    @property
+    def n_tok(self) -> int:
+        """Tokens, padding included."""
+        return self.place.shape[0]
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a row has room for."""
+        return self.source.shape[0] // self.n_rows
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What a captured step copies its next batch into."""
+        return self.source, self.place
+
+    def holding(self, inputs: Sequence[torch.Tensor]) -> Padded:
+        """The same layout in these tensors."""
+        source, place = inputs
+        return replace(self, source=source, place=place)
+
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
@@ -132,6 +210,10 @@ class Padded:
         """[heads, T, d] -> [rows, heads, width, d]."""
         laid = _moved(tensor.transpose(0, 1), self.source, self.place)
         return laid.view(self.n_rows, -1, *laid.shape[1:]).transpose(1, 2)
+
+
+#: Rows of one pass: on a CPU, on a GPU as a rectangle, on a GPU for a kernel that takes bounds.
+Rows = Packed | Padded | Ragged
 
 
 def _moved(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
@@ -228,7 +310,7 @@ class Prefill:
     prompt that several slots share is read once.
     """
 
-    rows: Packed | Padded
+    rows: Rows
     cache: Cache
     tokens: torch.Tensor
     slots: torch.Tensor

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from fastconv.engine import attention
+from fastconv.engine.backends import SDPA, Backend, pick_attention
 from fastconv.engine.builtin import ensure_builtin
 from fastconv.engine.locate import ModelSource, engine_identity, locate, model_folder
 from fastconv.engine.quantised import load_four_bit
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, sha256_of
+from fastconv.shapes import shape_of
 from fastconv.tokens import ChatTokenizer
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ class Base:
     name: str
     device: torch.device
     dtype: torch.dtype
+    #: How packed rows attend on this device.
+    attention: Backend = SDPA
 
     @property
     def backbone(self) -> nn.Module:
@@ -140,7 +144,9 @@ def wrap(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:
         from fastconv.engine.layers import quicken  # needs Triton, which machines without a GPU lack
 
         quicken(model)
-    return Base(model, tokenizer, name, first.device, first.dtype)
+    form = shape_of(model.config.to_dict(), name)
+    picked = pick_attention(first.device, first.dtype, form.n_heads, form.n_kv_heads, form.head_dim)
+    return Base(model, tokenizer, name, first.device, first.dtype, picked)
 
 
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, attention_name: str) -> PreTrainedModel:
@@ -182,23 +188,26 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def pack(
-    rows: list[list[int]], device: torch.device, *, n_tok: int = 0, width: int = 0
-) -> tuple[torch.Tensor, torch.Tensor, attention.Packed | attention.Padded]:
-    """Lay rows end to end: (ids [T], positions [T], layout), all on `device`.
+    rows: list[list[int]], base: Base, *, n_tok: int = 0, width: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, attention.Rows]:
+    """Lay rows end to end: (ids [T], positions [T], layout), all on the base's device.
 
-    On a GPU the attention sees them as a rectangle; `n_tok` and `width` round its sizes up (see `attention.Padded`).
+    On a GPU the layout is what the base's attention takes; `n_tok` and `width` round its sizes up (`attention.Padded`).
     """
     lengths = [len(row) for row in rows]
     packed = attention.Packed.of(lengths)
     ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
     positions = packed.positions()
-    if device.type != "cuda":
+    if base.device.type != "cuda":
         return ids, positions, packed
-    layout = attention.Padded.of(lengths, n_tok=n_tok, width=width)
-    missing = layout.place.shape[0] - ids.shape[0]
+    if base.attention.kernel is None:
+        layout = attention.Padded.of(lengths, n_tok=n_tok, width=width)
+    else:
+        layout = attention.Ragged.of(lengths, base.attention.kernel, n_tok=n_tok, width=width)
+    missing = layout.n_tok - ids.shape[0]
     ids, positions = (torch.nn.functional.pad(tensor, (0, missing)) for tensor in (ids, positions))
-    source, place = to_device(layout.source, device), to_device(layout.place, device)
-    return to_device(ids, device), to_device(positions, device), replace(layout, source=source, place=place)
+    layout = layout.holding([to_device(tensor, base.device) for tensor in layout.inputs])
+    return to_device(ids, base.device), to_device(positions, base.device), layout
 
 
 def length_batches(lengths: list[int], batch_tok: int) -> list[list[int]]:

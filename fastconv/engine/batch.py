@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fastconv.engine.attention import Packed, Padded
-from fastconv.engine.base import pack, to_device
+from fastconv.engine.attention import Rows
+from fastconv.engine.base import Base, pack, to_device
 from fastconv.engine.stack import Slot
 from fastconv.tokens import Rendered
 
@@ -43,7 +43,7 @@ class Batch:
 
     slots: tuple[Slot, ...]
     spans: tuple[tuple[int, int], ...] | None
-    layout: Packed | Padded
+    layout: Rows
     ids: torch.Tensor
     positions: torch.Tensor
     seeds: torch.Tensor | None
@@ -59,12 +59,13 @@ def as_it_is(lengths: Sequence[int], n_supervised: int) -> Sizes:
 
 
 def lay_out(
-    device: torch.device, slots: Sequence[Slot], micro: Sequence[Item], sizes_for: Callable[[Sequence[int], int], Sizes]
+    base: Base, slots: Sequence[Slot], micro: Sequence[Item], sizes_for: Callable[[Sequence[int], int], Sizes]
 ) -> Batch:
-    """Lay a micro-batch out on the device, padded to the sizes asked for."""
+    """Lay a micro-batch out on the base's device, padded to the sizes asked for."""
+    device = base.device
     lengths = [len(item.row.ids) for item in micro]
     sizes = sizes_for(lengths, sum(item.row.n_supervised for item in micro))
-    ids, positions, layout = pack([list(item.row.ids) for item in micro], device, n_tok=sizes.n_tok, width=sizes.width)
+    ids, positions, layout = pack([list(item.row.ids) for item in micro], base, n_tok=sizes.n_tok, width=sizes.width)
     take, targets, weights, owners = _supervision(micro, layout.starts, sizes.n_supervised, device)
     live, spans = [], []
     for owner, slot in enumerate(slots):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastconv.engine.attention import Padded
+from fastconv.engine.attention import Packed, Padded, Ragged
 from fastconv.engine.batch import Batch, Sizes
 from fastconv.engine.stack import Stack
 
@@ -91,19 +91,22 @@ def _up(n: int, step: int) -> int:
 
 
 def _sizes_of(batch: Batch) -> tuple[int, ...]:
-    return tuple(tensor.shape[0] for tensor in _tensors(batch))
+    return (_layout(batch).longest, *(tensor.shape[0] for tensor in _tensors(batch)))
 
 
 def _tensors(batch: Batch) -> list[torch.Tensor]:
-    assert isinstance(batch.layout, Padded), "graphs are for GPUs, where batches are padded"
-    every = [batch.ids, batch.positions, batch.layout.source, batch.layout.place, batch.take, batch.targets]
+    every = [batch.ids, batch.positions, *_layout(batch).inputs, batch.take, batch.targets]
     return [*every, batch.weights, batch.owners, *([] if batch.seeds is None else [batch.seeds])]
+
+
+def _layout(batch: Batch) -> Padded | Ragged:
+    assert not isinstance(batch.layout, Packed), "graphs are for GPUs, whose layouts lie on the device"
+    return batch.layout
 
 
 def _copied(batch: Batch) -> Batch:
     """The same batch in tensors of its own, which stay where they are."""
-    assert isinstance(batch.layout, Padded), "graphs are for GPUs, where batches are padded"
-    layout = replace(batch.layout, source=batch.layout.source.clone(), place=batch.layout.place.clone())
+    layout = _layout(batch).holding([tensor.clone() for tensor in _layout(batch).inputs])
     return replace(
         batch, layout=layout, ids=batch.ids.clone(), positions=batch.positions.clone(), take=batch.take.clone(),
         targets=batch.targets.clone(), weights=batch.weights.clone(), owners=batch.owners.clone(),

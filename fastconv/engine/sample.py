@@ -112,7 +112,7 @@ def _prefill(base: Base, new: Sequence[_Row], cache: Cache, first_slot: int) -> 
     slots: dict[tuple[int, ...], list[int]] = {}
     for slot, row in enumerate(new, first_slot):
         slots.setdefault(tuple(row.prompt), []).append(slot)
-    ids, positions, layout = pack([list(prompt) for prompt in slots], base.device)
+    ids, positions, layout = pack([list(prompt) for prompt in slots], base)
     fill = [
         (token, slot, token - start)
         for (prompt, mine), start in zip(slots.items(), layout.starts, strict=False)

@@ -135,7 +135,7 @@ def _laid_out(
     """
     if base.device.type == "cuda":
         order = list(prompts)
-        ids, positions, layout = pack([list(prompts[i]) for i in order], base.device)
+        ids, positions, layout = pack([list(prompts[i]) for i in order], base)
         return order, ids, positions, layout, to_device(torch.tensor(layout.starts[1:]) - 1, base.device)
     order, groups, tokens = shared_prefixes(prompts)
     layout, positions = Trees.of(groups, base.device)

@@ -52,14 +52,14 @@ class Ground:
     @torch.no_grad()
     def logits(self, rows: Sequence[Sequence[int]], *adapters: Adapter) -> list[torch.Tensor]:
         """Logits [T_i, vocab] of each row, packed, with these adapters live."""
-        ids, positions, layout = pack([list(row) for row in rows], self.base.device)
+        ids, positions, layout = pack([list(row) for row in rows], self.base)
         with self.stack.live(*([Slot(frozen=adapters)] if adapters else [])):
             logits = self.base.logits(self.base.hidden(ids, positions, layout))
         return list(logits.split([len(row) for row in rows]))
 
     def gradient(self) -> torch.Tensor:
         """Gradient [flat] fp32 of the rows' mean loss, for the trainable adapter above the frozen one."""
-        ids, positions, layout = pack(self.rows, self.base.device)
+        ids, positions, layout = pack(self.rows, self.base)
         grad = torch.zeros_like(self.trainable.flat)
         self.trainable.train(grad)
         try:

@@ -180,7 +180,7 @@ class Stack:
         """Logits of the fixed probe under whatever is live now."""
         vocab = self.base.head.weight.shape[0]
         rows = [[seed_of("probe", row, i) % vocab for i in range(_PROBE_TOK)] for row in range(_PROBE_ROWS)]
-        ids, positions, layout = pack(rows, self.base.device)
+        ids, positions, layout = pack(rows, self.base)
         spans, self.route.spans = self.route.spans, None
         hidden = self.base.hidden(ids, positions, layout)
         self.route.spans = spans

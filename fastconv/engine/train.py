@@ -89,7 +89,7 @@ def _gradients(stack: Stack, active: Sequence[Trainee], work: Sequence[Item]) ->
     try:
         with recomputing(stack.base) if recomputes else contextlib.nullcontext():
             for micro in _micro_batches(work, min(t.micro_batch_tok for t in active)):
-                batch = lay_out(stack.base.device, slots, micro, rounded_sizes if captured else as_it_is)
+                batch = lay_out(stack.base, slots, micro, rounded_sizes if captured else as_it_is)
                 if captured is not None:
                     captured.run(batch, totals)
                 else:
@@ -154,7 +154,7 @@ def recomputing(base: Base) -> Iterator[None]:
 
 def _captured(stack: Stack, active: Sequence[Trainee]) -> CapturedSteps | None:
     """The graphs of the only trainee there is; a CPU has none, and a group's spans differ at every step."""
-    if stack.base.device.type != "cuda" or len(active) != 1:
+    if stack.base.device.type != "cuda" or not stack.base.attention.captures or len(active) != 1:
         return None
     (trainee,) = active
     if trainee.captured is None:

@@ -70,6 +70,13 @@ class LineWatcher:
         """The run is known."""
         self._console.print(f"run {run}: {n_stages} stages, {n_stages - n_todo} done already")
 
+    def engine(self, facts: Mapping[str, Any]) -> None:
+        """The base is loaded: on what, and by what it will be trained, asked and sampled."""
+        said = f"{facts['name']} on {facts['device']}, {facts['dtype']}, attention {facts['attention']}"
+        self._console.print(f"engine: {escape(said)}, sampler {escape(facts['sampler'])}")
+        if "attention_passed_over" in facts:
+            self._console.print(f"  attention passed over: {escape(facts['attention_passed_over'])}", style="dim")
+
     def stage(self, stage: Stage, reason: str) -> None:
         """A stage begins."""
         self._began_s = time.monotonic()
@@ -171,6 +178,9 @@ class SilentWatcher(LineWatcher):
         """Nothing."""
 
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
+        """Nothing."""
+
+    def engine(self, facts: Mapping[str, Any]) -> None:
         """Nothing."""
 
     def stage(self, stage: Stage, reason: str) -> None:
