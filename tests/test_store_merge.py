@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -76,9 +77,12 @@ def test_merging_again_changes_nothing(here: Store, there: Store) -> None:
     assert before["verdicts"]
 
 
-def test_two_results_for_one_stage_are_refused_and_nothing_is_written(here: Store, there: Store) -> None:
-    _commit(here, value=0.0)
-    _commit(there, value=1.0)
+@pytest.mark.parametrize("other", [{"value": 0.0}, {"adapter": b"other weights"}])
+def test_two_results_for_one_stage_are_refused_and_nothing_is_written(
+    here: Store, there: Store, other: dict[str, Any]
+) -> None:
+    _commit(here, **other)
+    _commit(there)
     _commit(there, replace(EVAL, slot="eval/two", inputs={"seed": 43}))
     before = _whole(here), _whole(there)
     with pytest.raises(StoreError, match="eval/one has one result here and another there") as caught:
