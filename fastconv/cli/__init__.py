@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fastconv.cli.findings import register
 from fastconv.cli.judging import judge_app
@@ -27,6 +28,7 @@ from fastconv.cli.kit import answered as _answered
 from fastconv.cli.kit import load as _load
 from fastconv.cli.kit import load_or_recall as _load_or_recall
 from fastconv.cli.kit import open_if_there as _open_if_there
+from fastconv.cli.workspace import register as register_workspace
 from fastconv.errors import EXIT_CODES, FastconvError
 
 _CODES = "  \n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
@@ -48,7 +50,17 @@ IgnoreGate = Annotated[
 Because = Annotated[str, typer.Option("--because", help="Why: recorded with the run and printed in its report")]
 
 
-@app.command()
+class _RunCommand(TyperCommand):
+    """`--ray` may stand without an address."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: list[str] = []
+        for word, after in zip(args, [*args[1:], "-"], strict=True):
+            given += [word, "local"] if word == "--ray" and after.startswith("-") else [word]
+        return super().parse_args(ctx, given)
+
+
+@app.command(cls=_RunCommand)
 @_answered
 def run(
     recipe: RecipePath,
@@ -58,12 +70,18 @@ def run(
     because: Because = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     reports: Reports = DEFAULT_REPORTS,
+    ray: Annotated[
+        str,
+        typer.Option(
+            "--ray", metavar="[ADDRESS]", help="Spread sources over a Ray cluster; without ADDRESS over this machine"
+        ),
+    ] = "",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe to its verdict and report. What is done already is not done again. Exit code 3 if a gate stops it."""
     loaded, ignored = _load(recipe, overrides, scale), _ignored(ignore_gate, because)
-    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored)
+    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored, ray=ray)
 
 
 @app.command()
@@ -333,6 +351,7 @@ def forget(
 
 
 register(app)
+register_workspace(app)
 
 
 @recipe_app.command("schema")
@@ -366,8 +385,9 @@ def _ignored(codes: list[str], because: str) -> dict[str, str]:
 
 
 def _run(
-    recipe: Any, workspace: Path, reports: Path, *, as_json: bool, quiet: bool, plans: Any, ignored: dict[str, str]
-) -> None:
+    recipe: Any, workspace: Path, reports: Path, *, as_json: bool, quiet: bool, plans: Any, ignored: dict[str, str],
+    ray: str = "",
+) -> None:  # fmt: skip
     from fastconv import show
     from fastconv.errors import GateStop
     from fastconv.graph import Graph
@@ -377,7 +397,12 @@ def _run(
 
     try:
         with show.watcher(quiet=quiet or as_json, stream=sys.stderr) as watcher:
-            finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored)
+            if ray:
+                from fastconv.cluster import run_on_ray
+
+                finished = run_on_ray(recipe, workspace, watcher, address=ray, ignore_gates=ignored)
+            else:
+                finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored)
     except GateStop:
         paths = write_report(Graph(recipe), Store.open(workspace), reports)
         typer.echo(f"report so far: {paths.html}", err=True)
