@@ -378,8 +378,13 @@ def walk(stage: Stage) -> Iterator[Stage]:
 
 def lineage_key(snapshot: Stage) -> str:
     """Identity of a convergence run: a snapshot's inputs without its epoch. Training state is kept under it."""
-    inputs = {name: value for name, value in snapshot.full_inputs.items() if name != "epoch"}
-    return sha256_of({"kind": "lineage", "version": snapshot.version, "inputs": inputs})
+    return lineage_of(snapshot.version, snapshot.full_inputs)
+
+
+def lineage_of(version: int, full_inputs: Mapping[str, Any]) -> str:
+    """`lineage_key` of a snapshot as the ledger holds it."""
+    inputs = {name: value for name, value in full_inputs.items() if name != "epoch"}
+    return sha256_of({"kind": "lineage", "version": version, "inputs": inputs})
 
 
 def _training(settings: Any) -> dict[str, Any]:

@@ -130,12 +130,16 @@ def run_recipe(
     *,
     plans: Callable[[Graph], list[CellPlan]] | None = None,
     ignore_gates: Mapping[str, str] | None = None,
+    stop: threading.Event | None = None,
+    judge_later: bool = False,
 ) -> Finished:
     """Run a recipe (or the cells that `plans` picks from it) to its verdict. Resumes whatever was begun.
 
     A judge that is out or has spent its budget leaves its stages pending, a stage whose numbers cannot be used (or whose
     rows the audit refuses) is noted as failed; everything else is finished. `ignore_gates` names gates that may fail, each
-    with the reason. Raises GateStop at the first other one that does, before the next cost; Interrupted on the first Ctrl-C once the running step is whole and its state is kept; and before anything is
+    with the reason; `stop` ends the run like a Ctrl-C; with `judge_later` no judge is asked and its stages stay pending.
+    Raises GateStop at the first gate that fails and may not, before the next cost; Interrupted on the first Ctrl-C once
+    the running step is whole and its state is kept; and before anything is
     computed RecipeError or JudgeError for a judge that cannot be asked.
     """
     report = check_recipe(recipe)
@@ -144,7 +148,7 @@ def run_recipe(
     picked = plans(graph) if plans else graph.cells
     store = Store.open(workspace)
     to_judge = [s for s in judge_stages(needed_ends(graph, store, picked)) if store.record(s.key) is None]
-    access = check_judge(graph.judge, store) if to_judge else None
+    access = check_judge(graph.judge, store) if to_judge and not judge_later else None
     watcher.audited(report)
     store.sweep()
     run = run_id(recipe)
@@ -152,9 +156,10 @@ def run_recipe(
         run, canonical_json(recipe.model_dump(mode="json")), recipe_sha256(recipe), recipe.name, run_facts()
     )
     keeper = GateKeeper(graph, store, run, watcher.gate, ignore_gates or {})
-    with stop_on_sigint() as stop:
+    with stop_on_sigint(stop) as stop:
         everything = graph.stages(picked)
-        runner = _Runner(graph, store, run, watcher, stop, {stage.key for stage in everything}, access)
+        asked = {stage.key for stage in everything}
+        runner = _Runner(graph, store, run, watcher, stop, asked, access, judge_later=judge_later)
         watcher.begin(run, len(everything), sum(store.record(stage.key) is None for stage in everything))
         with closing(runner), runner.judging:
             _compute_all(runner, keeper, graph, store, picked)
@@ -172,6 +177,27 @@ def run_recipe(
         store.finish_run(run)
     runner.tally.n_stages += runner.judging.n_committed
     return Finished(run, runner.tally, tuple(verdicts), pending, runner.judging.status.problem, failed)
+
+
+def compute_stages(
+    recipe: Recipe, workspace: Path, watcher: Watcher, keys: Collection[str], *, stop: threading.Event | None = None
+) -> None:
+    """Compute these stages of a recipe and what they need. No gate is asked, and no judge but the resident base.
+
+    Raises what `run_recipe` raises while computing.
+    """
+    graph, store, run = Graph(recipe), Store.open(workspace), run_id(recipe)
+    store.sweep()
+    store.start_run(
+        run, canonical_json(recipe.model_dump(mode="json")), recipe_sha256(recipe), recipe.name, run_facts()
+    )
+    ends = [stage for stage in graph.stages() if stage.key in keys]
+    asked = {part.key for end in ends for part in walk(end)}
+    with stop_on_sigint(stop) as stop:
+        later = graph.judge is not None and graph.judge.family != "resident"
+        runner = _Runner(graph, store, run, watcher, stop, asked, None, judge_later=later)
+        with closing(runner), runner.judging:
+            runner.compute(ends)
 
 
 def _compute_all(runner: _Runner, keeper: GateKeeper, graph: Graph, store: Store, picked: Sequence[CellPlan]) -> None:
@@ -282,7 +308,7 @@ class _Runner:
 
     def __init__(
         self, graph: Graph, store: Store, run: str, watcher: Watcher, stop: threading.Event, wanted: Collection[str],
-        access: Access | None,
+        access: Access | None, *, judge_later: bool = False,
     ) -> None:  # fmt: skip
         self._graph = graph
         self._wanted = wanted
@@ -296,8 +322,9 @@ class _Runner:
         self.tally = Tally()
         self.failing = Failing(store)
         self.judging = JudgeRoom(
-            graph, store, run, watcher, stop=stop, resident=lambda: self._engine().judge, access=access
-        )
+            graph, store, run, watcher, stop=stop, resident=lambda: self._engine().judge, access=access,
+            later=judge_later,
+        )  # fmt: skip
 
     def compute(self, ends: Sequence[Stage], *, urgent: bool = False) -> None:
         """Make sure that every one of these stages and all before them are done, or at the judge."""
@@ -474,9 +501,12 @@ def _failed(stage: Stage, failures: Mapping[str, Failure]) -> StageStatus | None
 
 
 @contextmanager
-def stop_on_sigint() -> Iterator[threading.Event]:
-    """The first Ctrl-C (or SIGTERM) asks the running step to end well; the second one ends at once."""
-    stop = threading.Event()
+def stop_on_sigint(stop: threading.Event | None = None) -> Iterator[threading.Event]:
+    """The first Ctrl-C (or SIGTERM) asks the running step to end well; the second one ends at once.
+
+    `stop` is the event that it sets, where others set it too.
+    """
+    stop = stop or threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

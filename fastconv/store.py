@@ -163,6 +163,10 @@ class Store:
                 write_atomically(path, data)
         with self.transaction() as db:
             db.execute("INSERT OR IGNORE INTO artefacts VALUES(?,?,?)", (sha256, suffix, len(data)))
+        with storage_errors(self.root):
+            # A `gc` removes a file only under the ledger's lock and while no row names it: from here on it cannot.
+            if not path.is_file():
+                write_atomically(path, data)
         return sha256
 
     def path(self, sha256: str, suffix: str) -> Path:
@@ -299,6 +303,11 @@ class Store:
         return [
             Score(r["row"], r["sample"], r["metric"], r["value"], r["reason"], json.loads(r["detail"])) for r in rows
         ]
+
+    def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Any read-only query as plain tuples."""
+        with storage_errors(self.root):
+            return [tuple(row) for row in self._db.execute(query, tuple(parameters))]
 
     def frame(self, query: str, parameters: Sequence[Any] = ()) -> polars.DataFrame:
         """Any read-only query as a polars frame (columns named as in the query)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import time
 import tomllib
 import traceback
@@ -192,6 +193,16 @@ def results(recipe: Recipe, workspace: Path) -> dict[str, str]:
         found[slot] = canonical_json([record.outputs, samples, scores])
     store.close()
     return found
+
+
+def copy_ledger(workspace: Path, folder: Path) -> Path:
+    """A workspace's ledger, without its artefacts, in a new folder: to be spoilt. Returns the folder."""
+    folder.mkdir()
+    source, target = (sqlite3.connect(one / "ledger.sqlite") for one in (workspace, folder))
+    source.backup(target)
+    source.close()
+    target.close()
+    return folder
 
 
 def adapters(recipe: Recipe, workspace: Path) -> dict[str, str]:

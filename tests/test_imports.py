@@ -23,6 +23,8 @@ LEVELS = (
     ("stage",),
     ("store",),
     ("store_judging",),
+    ("store_merge",),
+    ("store_gc",),
     ("tokens", "shapes", "phrases", "detectable"),
     WINGS,
     # Every other module stands above the wings; who may import whom up there is not the blueprint's business.
