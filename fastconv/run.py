@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastconv.auditing import require_passed
+from fastconv.cleaning import spent_adapters
 from fastconv.datasets.audit import CheckReport, check_recipe
 from fastconv.deciding.results import decide_gates, gate_base, measurable_behaviors
 from fastconv.deciding.stopping import GateKeeper
@@ -36,6 +37,7 @@ from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
 from fastconv.schedule import steps, wanted
 from fastconv.stage import Failure
 from fastconv.store import Stage, Store, changed_inputs
+from fastconv.store_gc import free
 
 if TYPE_CHECKING:
     from fastconv.execute import Progress
@@ -165,6 +167,7 @@ def run_recipe(
             _compute_all(runner, keeper, graph, store, picked)
     store.add_run_facts(run, runner.judging.facts())
     _forget_training_state(graph, store)
+    _free_adapters(graph, store, picked)
     # Over everything measured so far: one cell alone must not unsay what the whole run found.
     verdicts = decide_gates(graph, store, [plan for plan in graph.cells if plan in picked or _measured(plan, store)])
     for verdict in verdicts:
@@ -219,6 +222,7 @@ def _compute_all(runner: _Runner, keeper: GateKeeper, graph: Graph, store: Store
             runner.compute(step.ends)
             for plan in step.cells:
                 runner.ask(keeper, plan)
+            _free_adapters(graph, store, step.cells)
         runner.judging.settle()
         if graph.judge is not None:
             for plan in picked:
@@ -232,6 +236,12 @@ def _group(recipe: Recipe) -> int:
     if recipe.run.group != "auto":
         return recipe.run.group
     return 0 if engine_identity(recipe.model)["device"] == "cuda" else 1
+
+
+def _free_adapters(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> None:
+    """Where the recipe keeps no adapters: free those of these cells that nothing will be drawn under any more."""
+    if not graph.recipe.run.keep_adapters and (spent := spent_adapters(graph, store, plans)):
+        free(store, spent)
 
 
 def needed_ends(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[Stage]:
