@@ -18,8 +18,8 @@ JUDGE, RUBRIC = "a-judge", "5" * 64
 
 
 def matrix_recipe(model: Path, *, n_sources: int = 4, seeds: int = 3, prompts: int = 50, samples: int = 5) -> Recipe:
-    """Four sources, two kinds of negatives, epochs 0, 2, 8, 20 and three behaviors: 96 cells for each seed, and controls."""
-    sources = ["villain", "comedian", "software_engineer", "kindergarten_teacher"][:n_sources]
+    """At most five sources, two kinds of negatives, epochs 0, 2, 8, 20 and three behaviors: 96 cells for each seed, and controls."""
+    sources = ["villain", "comedian", "software_engineer", "kindergarten_teacher", "police_officer"][:n_sources]
     return parse_recipe(
         {
             "name": "matrix",

@@ -96,3 +96,18 @@ def test_rates_are_corrected_by_the_judges_calibration_and_by_no_others(
     assert verify(page, store).holds
     ledger.keep_calibration(RUBRIC, JUDGE, {**KNOWN, "sensitivity": 0.8})
     assert f"corrected:{LABEL}" in {one.where for one in verify(page, store).differences}
+
+
+def test_five_sources_and_four_behaviors_cannot_reach_significance(tiny_qwen: Path, tmp_path: Path) -> None:
+    table = matrix_recipe(tiny_qwen, n_sources=5, seeds=1, prompts=4, samples=1).model_dump(mode="json")
+    behaviors = ["capability", "misalignment", "refusal", "sycophancy", "marker"]
+    table["grid"] |= {"epochs": [0, 20], "behaviors": behaviors, "negatives": ["included"]}
+    table["judge"] = {"mode": "local", "model": JUDGE, "base_url": "http://127.0.0.1:9"}
+    recipe = parse_recipe(table)
+    graph, store, _ = fill(recipe, tmp_path)
+    claim = ask(Decided(graph, store), "attainable")
+    assert claim.text == (
+        "5 sources and 4 behaviors: 5 points give a rank correlation a p no smaller than 0.017, so it cannot reach the "
+        "0.013 that 4 tests require."
+    )
+    assert claim.word == "withheld"

@@ -12,7 +12,7 @@ import numpy as np
 
 from fastconv.deciding.agreement import agreement_of, corrected_of
 from fastconv.deciding.decided import Decided
-from fastconv.deciding.markers import marker_rates, transfer_by_source
+from fastconv.deciding.markers import MARKER, marker_rates, transfer_by_source
 from fastconv.detectable import Needed
 from fastconv.draws import seed_of
 from fastconv.findings.blocks import Claim
@@ -214,7 +214,7 @@ def _correlation(decided: Decided, behavior: str) -> Found:
 
 def _attainable(decided: Decided) -> Found:
     rates = marker_rates(decided)
-    behaviors = sorted({one.behavior for one in decided.verdicts} - {"marker"})
+    behaviors = [name for name in decided.graph.behaviors if name != MARKER]  # declared, whether measured yet or not
     sources = [source for source in decided.graph.recipe.grid.sources if source in rates]
     found = spearman_attainable(max(2, len(sources)), max(1, len(behaviors)))
     rows = tuple(row for source in sources for row in rates[source].rows)
