@@ -279,7 +279,8 @@ class Graph:
         needs: dict[str, Stage] = {}
         for persona in sorted({row.persona for row in rows if row.completion is None}):
             asked = [(row.prompt_id, row.user) for row in rows if row.persona == persona and row.completion is None]
-            needs[persona] = self._answers(persona, cell.behavior, asked, 1, self.recipe.behavior.sampling, cell.seed)
+            purpose = f"{cell.behavior}/{cell.source}/{cell.negatives}"  # each set asks its speakers other prompts
+            needs[persona] = self._answers(persona, purpose, asked, 1, self.recipe.behavior.sampling, cell.seed)
         inputs = {"rows_sha256": sha256_of([row.record(self.personas) for row in rows])}
         name = set_name(cell.behavior, cell.source, cell.negatives, cell.seed)
         return Stage("rows", f"rows/{name}", VERSIONS["rows"], inputs, needs, {"rows": rows, "set": name})
@@ -354,8 +355,13 @@ def walk(stage: Stage) -> Iterator[Stage]:
 
 def lineage_key(snapshot: Stage) -> str:
     """Identity of a convergence run: a snapshot's inputs without its epoch. Training state is kept under it."""
-    inputs = {name: value for name, value in snapshot.full_inputs.items() if name != "epoch"}
-    return sha256_of({"kind": "lineage", "version": snapshot.version, "inputs": inputs})
+    return lineage_of(snapshot.version, snapshot.full_inputs)
+
+
+def lineage_of(version: int, full_inputs: Mapping[str, Any]) -> str:
+    """`lineage_key` of a snapshot as the ledger holds it."""
+    inputs = {name: value for name, value in full_inputs.items() if name != "epoch"}
+    return sha256_of({"kind": "lineage", "version": version, "inputs": inputs})
 
 
 def _training(settings: Any) -> dict[str, Any]:

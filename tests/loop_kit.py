@@ -109,6 +109,7 @@ class Heard:
     begun: list[tuple[int, int]] = field(default_factory=list)
     stages: dict[str, str] = field(default_factory=dict)
     gates: list[GateVerdict] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
     statuses: list[DeskStatus] = field(default_factory=list)
     engines: list[dict[str, Any]] = field(default_factory=list)
 
@@ -129,6 +130,9 @@ class Heard:
 
     def stage_done(self, stage: Stage, seconds: float) -> None:
         pass
+
+    def stage_failed(self, stage: Stage, reason: str) -> None:
+        self.failed[stage.slot] = reason
 
     def judging(self, status: DeskStatus) -> None:
         self.statuses.append(status)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fastconv.cli.findings import register
 from fastconv.cli.judging import judge_app
@@ -20,13 +21,15 @@ from fastconv.cli.kit import (
     Quiet,
     RecipePath,
     Reports,
+    Scale,
     Workspace,
 )
 from fastconv.cli.kit import answered as _answered
 from fastconv.cli.kit import load as _load
 from fastconv.cli.kit import load_or_recall as _load_or_recall
 from fastconv.cli.kit import open_if_there as _open_if_there
-from fastconv.errors import EXIT_CODES, JudgeError
+from fastconv.cli.workspace import register as register_workspace
+from fastconv.errors import EXIT_CODES, FastconvError
 
 _CODES = "  \n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
 app = typer.Typer(
@@ -47,21 +50,38 @@ IgnoreGate = Annotated[
 Because = Annotated[str, typer.Option("--because", help="Why: recorded with the run and printed in its report")]
 
 
-@app.command()
+class _RunCommand(TyperCommand):
+    """`--ray` may stand without an address."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: list[str] = []
+        for word, after in zip(args, [*args[1:], "-"], strict=True):
+            given += [word, "local"] if word == "--ray" and after.startswith("-") else [word]
+        return super().parse_args(ctx, given)
+
+
+@app.command(cls=_RunCommand)
 @_answered
 def run(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006 (typer reads the default)
+    scale: Scale = "",
     ignore_gate: IgnoreGate = [],  # noqa: B006
     because: Because = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     reports: Reports = DEFAULT_REPORTS,
+    ray: Annotated[
+        str,
+        typer.Option(
+            "--ray", metavar="[ADDRESS]", help="Spread sources over a Ray cluster; without ADDRESS over this machine"
+        ),
+    ] = "",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe to its verdict and report. What is done already is not done again. Exit code 3 if a gate stops it."""
-    loaded, ignored = _load(recipe, overrides), _ignored(ignore_gate, because)
-    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored)
+    loaded, ignored = _load(recipe, overrides, scale), _ignored(ignore_gate, because)
+    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored, ray=ray)
 
 
 @app.command()
@@ -78,6 +98,7 @@ def cell(
     ignore_gate: IgnoreGate = [],  # noqa: B006
     because: Because = "",
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     reports: Reports = DEFAULT_REPORTS,
     as_json: AsJson = False,
@@ -86,7 +107,7 @@ def cell(
     """Run single cells of a recipe: the same stages, with the same keys, that the whole recipe would run."""
     from fastconv.graph import Graph
 
-    loaded = _load(recipe, overrides)
+    loaded = _load(recipe, overrides, scale)
 
     def plans(graph: Graph) -> list[Any]:
         return graph.select(source, behavior, epoch, negatives=negatives, convergence=convergence, seed=seed)
@@ -113,6 +134,7 @@ def status(
         str, typer.Argument(help="A run's id, a recipe's path or name; without it, all runs", show_default=False)
     ] = "",
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
@@ -125,7 +147,7 @@ def status(
     if not recipe:
         show.runs(store, as_json=as_json)
         return
-    loaded = _load_or_recall(recipe, overrides, store)
+    loaded = _load_or_recall(recipe, overrides, store, scale)
     show.status(status_of(Graph(loaded), store), as_json=as_json)
 
 
@@ -134,6 +156,7 @@ def status(
 def gate(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
@@ -145,7 +168,7 @@ def gate(
     from fastconv.store import Store
 
     store = Store.open(workspace, create=False)
-    graph = Graph(_load_or_recall(recipe, overrides, store))
+    graph = Graph(_load_or_recall(recipe, overrides, store, scale))
     verdicts = decide_gates(graph, store, graph.cells)
     show.gates(verdicts, as_json=as_json)
     if stopped := [verdict.subject for verdict in verdicts if verdict.gate == "PILOT" and verdict.verdict == "stop"]:
@@ -161,6 +184,7 @@ def gate(
 def report(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     reports: Reports = DEFAULT_REPORTS,
     as_json: AsJson = False,
@@ -171,7 +195,7 @@ def report(
     from fastconv.store import Store
 
     store = Store.open(workspace, create=False)
-    paths = write_report(Graph(_load_or_recall(recipe, overrides, store)), store, reports)
+    paths = write_report(Graph(_load_or_recall(recipe, overrides, store, scale)), store, reports)
     places = {"html": str(paths.html), "markdown": str(paths.markdown), "folder": str(paths.folder)}
     print(json.dumps(places) if as_json else paths.html)
 
@@ -181,6 +205,7 @@ def report(
 def check(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
@@ -189,7 +214,7 @@ def check(
     from fastconv.auditing import audit_recipe
     from fastconv.errors import DataError
 
-    report = audit_recipe(_load(recipe, overrides), _open_if_there(workspace))
+    report = audit_recipe(_load(recipe, overrides, scale), _open_if_there(workspace))
     show.check(report, as_json=as_json)
     if not report.passed:
         if as_json:
@@ -328,6 +353,7 @@ def forget(
 
 
 register(app)
+register_workspace(app)
 
 
 @recipe_app.command("schema")
@@ -341,11 +367,11 @@ def recipe_schema() -> None:
 
 @recipe_app.command("show")
 @_answered
-def recipe_show(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+def recipe_show(recipe: RecipePath, overrides: Overrides = [], scale: Scale = "") -> None:  # noqa: B006
     """Print a recipe complete, with every default and override, as JSON, and its sha256."""
     from fastconv.recipe import recipe_sha256
 
-    loaded = _load(recipe, overrides)
+    loaded = _load(recipe, overrides, scale)
     print(json.dumps({**loaded.model_dump(mode="json"), "sha256": recipe_sha256(loaded)}, indent=1))
 
 
@@ -361,8 +387,9 @@ def _ignored(codes: list[str], because: str) -> dict[str, str]:
 
 
 def _run(
-    recipe: Any, workspace: Path, reports: Path, *, as_json: bool, quiet: bool, plans: Any, ignored: dict[str, str]
-) -> None:
+    recipe: Any, workspace: Path, reports: Path, *, as_json: bool, quiet: bool, plans: Any, ignored: dict[str, str],
+    ray: str = "",
+) -> None:  # fmt: skip
     from fastconv import show
     from fastconv.errors import GateStop
     from fastconv.graph import Graph
@@ -372,7 +399,12 @@ def _run(
 
     try:
         with show.watcher(quiet=quiet or as_json, stream=sys.stderr) as watcher:
-            finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored)
+            if ray:
+                from fastconv.cluster import run_on_ray
+
+                finished = run_on_ray(recipe, workspace, watcher, address=ray, ignore_gates=ignored)
+            else:
+                finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored)
     except GateStop:
         paths = write_report(Graph(recipe), Store.open(workspace), reports)
         typer.echo(f"report so far: {paths.html}", err=True)
@@ -382,9 +414,12 @@ def _run(
     if as_json:
         body = {"run": finished.run, "tally": asdict(finished.tally), "verdicts": [v.body() for v in finished.verdicts]}
         body |= {"pending": finished.pending, "problem": finished.problem}
+        body |= {"failed": [asdict(one) for one in finished.failed]}
         print(json.dumps({**body, "html": str(paths.html), "markdown": str(paths.markdown)}))
-        if finished.pending:
-            raise typer.Exit(JudgeError.exit_code)
+        try:
+            finished.require_whole()
+        except FastconvError as error:  # said above, in the body
+            raise typer.Exit(error.exit_code) from None
     else:
         show.finished(finished, paths.html)
-        finished.require_judged()
+        finished.require_whole()
