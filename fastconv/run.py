@@ -116,11 +116,12 @@ def run_recipe(
     *,
     plans: Callable[[Graph], list[CellPlan]] | None = None,
     ignore_gates: Mapping[str, str] | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Finished:
     """Run a recipe (or the cells that `plans` picks from it) to its verdict. Resumes whatever was begun.
 
     A judge that is out or has spent its budget leaves its stages pending; everything else is finished. `ignore_gates`
-    names gates that may fail, each with the reason. Raises GateStop at the first other one that does, before the next
+    names gates that may fail, each with the reason; `notes` join the run's facts. Raises GateStop at the first other one that does, before the next
     cost; Interrupted on the first Ctrl-C once the running step is whole and its state is kept; and before anything is
     computed RecipeError or JudgeError for a judge that cannot be asked.
     """
@@ -135,7 +136,11 @@ def run_recipe(
     store.sweep()
     run = run_id(recipe)
     store.start_run(
-        run, canonical_json(recipe.model_dump(mode="json")), recipe_sha256(recipe), recipe.name, run_facts()
+        run,
+        canonical_json(recipe.model_dump(mode="json")),
+        recipe_sha256(recipe),
+        recipe.name,
+        {**run_facts(), **(notes or {})},
     )
     keeper = GateKeeper(graph, store, run, watcher.gate, ignore_gates or {})
     with stop_on_sigint() as stop:
