@@ -94,6 +94,12 @@ class VerifyError(FastconvError):
     exit_code = 9
 
 
+class ClusterError(FastconvError):
+    """Ray is missing or cannot be reached, or its workers were lost again and again (exit code 10)."""
+
+    exit_code = 10
+
+
 class Interrupted(FastconvError):
     """The user stopped the run; what was finished is kept (exit code 130)."""
 
@@ -112,5 +118,6 @@ EXIT_CODES: dict[int, str] = {
     7: "training or evaluation gave unusable numbers",
     8: "the judge cannot be asked, or its budget is spent",
     9: "a report does not match its ledger",
+    10: "Ray is missing or not reached, or loses its workers",
     130: "interrupted; the same command goes on",
 }

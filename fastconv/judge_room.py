@@ -94,12 +94,12 @@ class JudgeRoom:
     """Hands completions to the judge and commits what comes back. Use as a context: leaving it by an error drops what
     is under way (booked, and asked again by the next run), batches go on at the API.
 
-    `resident` gives the base's `Ask` when the resident base judges; `ready` makes sure of the judge at the first stage.
+    `later` leaves everything pending, for whoever judges it elsewhere. `resident` gives the base's `Ask` when the resident base judges; `ready` makes sure of the judge at the first stage.
     """
 
     def __init__(
         self, graph: Graph, store: Store, run: str, watcher: JudgeWatcher, *,
-        stop: threading.Event, resident: Callable[[], Ask], access: Access | None = None,
+        stop: threading.Event, resident: Callable[[], Ask], access: Access | None = None, later: bool = False,
     ) -> None:  # fmt: skip
         self._graph = graph
         self._store = store
@@ -108,6 +108,7 @@ class JudgeRoom:
         self._stop = stop
         self._resident = resident
         self._access = access
+        self._later = later
         self._desk: Desk | None = None
         self._ledger: JudgeLedger | None = None
         self._waiting: dict[str, tuple[Stage, float]] = {}
@@ -135,6 +136,8 @@ class JudgeRoom:
         """Hand a judge stage over; its completions are in the ledger. Returns at once unless the resident base judges."""
         samples = self._store.samples(stage.needs["eval"].key)
         self._waiting[stage.key] = (stage, time.monotonic())
+        if self._later:
+            return
         if self._desk is None:
             self._desk = self._open()
         self._desk.submit(stage.key, stage.work["rubric"], samples, urgent=urgent)
@@ -167,7 +170,7 @@ class JudgeRoom:
     def facts(self) -> dict[str, Any]:
         """What the run's record says of its judging."""
         judge = self._graph.judge
-        if judge is None:
+        if judge is None or self._later:
             return {}
         slots = [stage.slot for stage in self.pending]
         return {"judging": {"judge": judge.name, "weak": judge.weak, "pending": slots, "problem": self.status.problem}}

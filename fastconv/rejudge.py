@@ -69,10 +69,12 @@ def with_rubric(recipe: Recipe, path: Path) -> Recipe:
     return recipe.model_copy(update={"judge": judge})
 
 
-def finish_judging(recipe: Recipe, workspace: Path, watcher: Watcher, *, before: Recipe | None = None) -> JudgedRun:
+def finish_judging(
+    recipe: Recipe, workspace: Path, watcher: Watcher, *, before: Recipe | None = None, urgent: bool = False
+) -> JudgedRun:
     """Judge every kept completion that a judge stage of the recipe still wants; samples and trains nothing.
 
-    `before` is the recipe as it was (another rubric, say): its scores are compared with the new ones. Raises RecipeError
+    `urgent` is for what others wait for. `before` is the recipe as it was (another rubric, say): its scores are compared with the new ones. Raises RecipeError
     without a judge, JudgeError if it cannot be asked, Interrupted on Ctrl-C.
     """
     graph = Graph(recipe)
@@ -93,7 +95,7 @@ def finish_judging(recipe: Recipe, workspace: Path, watcher: Watcher, *, before:
         room = JudgeRoom(graph, store, run, watcher, stop=stop, resident=_resident(graph, store), access=access)
         with room:
             for stage in todo:
-                room.submit(stage)
+                room.submit(stage, urgent=urgent)
             room.settle()
     store.add_run_facts(run, room.facts())
     if all(store.record(end.key) for end in needed_ends(graph, store, graph.cells)):

@@ -154,6 +154,27 @@ class JudgeLedger:
             ).fetchone()
         return json.loads(row["body"]) if row else None
 
+    def take_over(self, other: Store) -> int:
+        """Add another ledger's judgements, replies, rubrics, calibrations and what they cost; the judgements added.
+
+        Doing it again changes nothing. Open bookings stay with the process that made them; what was spent or lost counts
+        here too, as a budget is over everything that a workspace holds.
+        """
+        if not other.rows("SELECT 1 FROM sqlite_master WHERE name='judge_money'"):
+            return 0
+        n_added = 0
+        with self._store.transaction() as db:
+            for table in ("judge_rubrics", "judge_calibrations", "judgements"):
+                for row in other.rows(f"SELECT * FROM {table}"):
+                    marks = ",".join("?" * len(row))
+                    cursor = db.execute(f"INSERT OR IGNORE INTO {table} VALUES({marks})", row)
+                    n_added += cursor.rowcount if table == "judgements" else 0
+            replies = {row[0]: row[1:] for row in other.rows("SELECT * FROM judge_replies")}
+            ended = "SELECT ticket, key, custom_id, nusd, state, outcome, holder, made_at FROM judge_money WHERE state<>'reserved'"
+            for ticket, *booking in other.rows(ended):
+                _take_booking(db, booking, replies.get(ticket))
+        return n_added
+
     # --- sendings ---------------------------------------------------------------------------------------
 
     def apply(self, operations: Sequence[Operation]) -> list[int | Refusal | None]:
@@ -309,6 +330,25 @@ def _close_sending(db: sqlite3.Connection, end: Settle | Unpaid) -> None:
         )  # fmt: skip
     if end.final is not None:
         _finish(db, end.final)
+
+
+def _take_booking(db: sqlite3.Connection, booking: Sequence[Any], reply: Sequence[Any] | None) -> None:
+    """Add an ended booking of another ledger with its reply, under a ticket of this one; once, whoever brings it."""
+    key, custom_id, nusd, state, outcome, holder, made_at = booking
+    # Tickets are counted in each ledger; the request's own id, its process and its moment are the same in all of them.
+    same = "SELECT 1 FROM judge_money WHERE key=? AND custom_id=? AND holder=? AND made_at=?"
+    if db.execute(same, (key, custom_id, holder, made_at)).fetchone():
+        return
+    cursor = db.execute(
+        "INSERT INTO judge_money(key, custom_id, nusd, state, outcome, intent, holder, made_at) "
+        "VALUES(?,?,?,?,?,NULL,?,?)",
+        (key, custom_id, nusd, state, outcome, holder, made_at),
+    )
+    if state != "free":
+        _add(db, state, nusd)
+    if reply is not None:
+        marks = ",".join("?" * (1 + len(reply)))
+        db.execute(f"INSERT INTO judge_replies VALUES({marks})", (cursor.lastrowid, *reply))
 
 
 def _move(db: sqlite3.Connection, row: sqlite3.Row, state: str, outcome: str, nusd: int) -> None:

@@ -77,6 +77,7 @@ def demands(graph: Graph, stages: Iterable[Stage], device: str) -> dict[str, Dem
     count: dict[str, Callable[[Graph, Stage], Demand]] = {
         "answers": lambda graph, stage: _drawn(stage, rows), "snapshot": _snapshot, "behavior": _behavior,
         "eval": lambda graph, stage: _eval(graph, stage, rows), "judge": _judge,
+        "geometry": _geometry,
     }  # fmt: skip
     return {stage.key: count[stage.kind](graph, stage) if stage.kind in count else Demand() for stage in stages}
 
@@ -127,6 +128,12 @@ def _eval(graph: Graph, stage: Stage, at_once: int) -> Demand:
     n_batches = max(1.0, own / graph.recipe.eval.batch_tok)
     read = own + n_batches * (text_tok(system[1]) + TEMPLATE_TOK / 2)
     return Demand(read_tok=read, samples=len(items), length_tok=read / max(1, len(items)))
+
+
+def _geometry(graph: Graph, stage: Stage) -> Demand:
+    """Every persona reads every question."""
+    prompts = [prompt_tok(system, user) for _, *system in stage.inputs["personas"] for _, user in stage.work["items"]]
+    return Demand(read_tok=sum(prompts), length_tok=sum(prompts) / max(1, len(prompts)))
 
 
 def _snapshot(graph: Graph, stage: Stage) -> Demand:

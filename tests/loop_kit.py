@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import time
 import tomllib
 import traceback
@@ -108,6 +109,7 @@ class Heard:
     begun: list[tuple[int, int]] = field(default_factory=list)
     stages: dict[str, str] = field(default_factory=dict)
     gates: list[GateVerdict] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
     statuses: list[DeskStatus] = field(default_factory=list)
     engines: list[dict[str, Any]] = field(default_factory=list)
 
@@ -128,6 +130,9 @@ class Heard:
 
     def stage_done(self, stage: Stage, seconds: float) -> None:
         pass
+
+    def stage_failed(self, stage: Stage, reason: str) -> None:
+        self.failed[stage.slot] = reason
 
     def judging(self, status: DeskStatus) -> None:
         self.statuses.append(status)
@@ -188,6 +193,16 @@ def results(recipe: Recipe, workspace: Path) -> dict[str, str]:
         found[slot] = canonical_json([record.outputs, samples, scores])
     store.close()
     return found
+
+
+def copy_ledger(workspace: Path, folder: Path) -> Path:
+    """A workspace's ledger, without its artefacts, in a new folder: to be spoilt. Returns the folder."""
+    folder.mkdir()
+    source, target = (sqlite3.connect(one / "ledger.sqlite") for one in (workspace, folder))
+    source.backup(target)
+    source.close()
+    target.close()
+    return folder
 
 
 def adapters(recipe: Recipe, workspace: Path) -> dict[str, str]:

@@ -95,7 +95,13 @@ def test_one_cell_has_the_keys_of_the_whole_recipe(graph: Graph) -> None:
 
 
 _EVERY_EVAL = ("eval/", "score/")
-_AFTER_SNAPSHOT = ("snapshot/", "behavior/villain/source/", "eval/villain/source/", "score/villain/source/")
+_AFTER_SNAPSHOT = (
+    "snapshot/",
+    "behavior/villain/source/",
+    "eval/villain/source/",
+    "score/villain/source/",
+    "geometry/villain/source/",
+)
 _AFTER_BEHAVIOR = ("behavior/", "+")
 _NOTHING: tuple[str, ...] = ()
 
@@ -109,8 +115,11 @@ _NOTHING: tuple[str, ...] = ()
         ({"convergence__sampling__temperature": 1.0}, (*_AFTER_SNAPSHOT, "answers/villain/convergence")),
         ({"behavior__lr": 2e-3}, _AFTER_BEHAVIOR),
         ({"behavior__dropout": 0.1}, _AFTER_BEHAVIOR),
-        ({"behavior__source_rows": 5}, (*_AFTER_BEHAVIOR, "rows/", "refusal/s42")),
-        ({"behavior__sampling__max_new_tok": 5}, ("behavior/", "+refusal", "rows/refusal", "/refusal/s42")),
+        ({"behavior__source_rows": 5}, (*_AFTER_BEHAVIOR, "rows/", "/refusal/villain/excluded/s42")),
+        (
+            {"behavior__sampling__max_new_tok": 5},
+            ("behavior/", "+refusal", "rows/refusal", "/refusal/villain/excluded/s42"),
+        ),
         ({"lora__r": 3}, (*_AFTER_SNAPSHOT, *_AFTER_BEHAVIOR)),
         ({"eval__prompts": 2}, ("/refusal/assistant", "/refusal/villain", "/refusal/librarian")),
         ({"eval__samples_per_prompt": 1}, ("/refusal/assistant", "/refusal/villain", "/refusal/librarian")),

@@ -230,5 +230,5 @@ def test_a_cells_dry_run_lists_exactly_the_stages_of_the_pilot() -> None:
     assert listed == {stage.slot: stage.key for stage in graph.stages(plans)}
     assert {stage.key for stage in graph.stages()} >= set(listed.values())
     kinds = sorted(slot.split("/")[0] for slot in listed)
-    assert kinds == sorted(["answers", "snapshot", *["rows", "behavior"] * 2, *["eval"] * 9])
+    assert kinds == sorted(["answers", "snapshot", *["rows", "behavior"] * 2, *["eval"] * 9, "geometry"])
     assert not [slot for slot in listed if "/e4/" in slot or "/e10/" in slot]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fastconv.cli.findings import register
 from fastconv.cli.judging import judge_app
@@ -27,9 +28,14 @@ from fastconv.cli.kit import answered as _answered
 from fastconv.cli.kit import load as _load
 from fastconv.cli.kit import load_or_recall as _load_or_recall
 from fastconv.cli.kit import open_if_there as _open_if_there
+<<<<<<< HEAD
 from fastconv.cli.planning import Approve, pass_cost_gate
 from fastconv.cli.planning import register as register_plan
 from fastconv.errors import EXIT_CODES, JudgeError
+=======
+from fastconv.cli.workspace import register as register_workspace
+from fastconv.errors import EXIT_CODES, FastconvError
+>>>>>>> main
 
 _CODES = "  \n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
 app = typer.Typer(
@@ -50,7 +56,17 @@ IgnoreGate = Annotated[
 Because = Annotated[str, typer.Option("--because", help="Why: recorded with the run and printed in its report")]
 
 
-@app.command()
+class _RunCommand(TyperCommand):
+    """`--ray` may stand without an address."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: list[str] = []
+        for word, after in zip(args, [*args[1:], "-"], strict=True):
+            given += [word, "local"] if word == "--ray" and after.startswith("-") else [word]
+        return super().parse_args(ctx, given)
+
+
+@app.command(cls=_RunCommand)
 @_answered
 def run(
     recipe: RecipePath,
@@ -61,12 +77,22 @@ def run(
     approve: Approve = False,
     workspace: Workspace = DEFAULT_WORKSPACE,
     reports: Reports = DEFAULT_REPORTS,
+    ray: Annotated[
+        str,
+        typer.Option(
+            "--ray", metavar="[ADDRESS]", help="Spread sources over a Ray cluster; without ADDRESS over this machine"
+        ),
+    ] = "",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe to its verdict and report. What is done already is not done again. Exit code 3 if a gate stops it."""
     loaded, ignored = _load(recipe, overrides, scale), _ignored(ignore_gate, because)
+<<<<<<< HEAD
     _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored, approve=approve)
+=======
+    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored, ray=ray)
+>>>>>>> main
 
 
 @app.command()
@@ -337,7 +363,11 @@ def forget(
 
 
 register(app)
+<<<<<<< HEAD
 register_plan(app)
+=======
+register_workspace(app)
+>>>>>>> main
 
 
 @recipe_app.command("schema")
@@ -371,8 +401,13 @@ def _ignored(codes: list[str], because: str) -> dict[str, str]:
 
 
 def _run(
+<<<<<<< HEAD
     recipe: Any, workspace: Path, reports: Path, *,
     as_json: bool, quiet: bool, plans: Any, ignored: dict[str, str], approve: bool,
+=======
+    recipe: Any, workspace: Path, reports: Path, *, as_json: bool, quiet: bool, plans: Any, ignored: dict[str, str],
+    ray: str = "",
+>>>>>>> main
 ) -> None:  # fmt: skip
     from fastconv import show
     from fastconv.errors import GateStop
@@ -384,7 +419,16 @@ def _run(
     notes = pass_cost_gate(recipe, workspace, plans, approved=approve)
     try:
         with show.watcher(quiet=quiet or as_json, stream=sys.stderr) as watcher:
+<<<<<<< HEAD
             finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored, notes=notes)
+=======
+            if ray:
+                from fastconv.cluster import run_on_ray
+
+                finished = run_on_ray(recipe, workspace, watcher, address=ray, ignore_gates=ignored)
+            else:
+                finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored)
+>>>>>>> main
     except GateStop:
         paths = write_report(Graph(recipe), Store.open(workspace), reports)
         typer.echo(f"report so far: {paths.html}", err=True)
@@ -394,9 +438,12 @@ def _run(
     if as_json:
         body = {"run": finished.run, "tally": asdict(finished.tally), "verdicts": [v.body() for v in finished.verdicts]}
         body |= {"pending": finished.pending, "problem": finished.problem}
+        body |= {"failed": [asdict(one) for one in finished.failed]}
         print(json.dumps({**body, "html": str(paths.html), "markdown": str(paths.markdown)}))
-        if finished.pending:
-            raise typer.Exit(JudgeError.exit_code)
+        try:
+            finished.require_whole()
+        except FastconvError as error:  # said above, in the body
+            raise typer.Exit(error.exit_code) from None
     else:
         show.finished(finished, paths.html)
-        finished.require_judged()
+        finished.require_whole()

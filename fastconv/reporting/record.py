@@ -11,6 +11,7 @@ from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.files import assets, file_sha256
 from fastconv.deciding.decided import Decided
 from fastconv.engine.locate import TINY
+from fastconv.failing import failed_stages
 from fastconv.findings.blocks import Block, Cell, Note, Section, Table, plain_row
 from fastconv.recipe import canonical_json, recipe_sha256, sha256_of
 from fastconv.store import changed_inputs
@@ -29,6 +30,17 @@ def warnings(decided: Decided) -> Section:
         return Section("audit", "Warnings of the audit", (Note("none"),))
     table = Table("warnings", ("code", "accepted", "what it means", "figures"), tuple(rows))
     return Section("audit", "Warnings of the audit", (table,))
+
+
+def failures(decided: Decided) -> Section | None:
+    """Stages that gave no usable numbers when they were last tried, with the cells that miss them."""
+    failed = failed_stages(decided.store.failures(), decided.graph.cells)
+    if not failed:
+        return None
+    rows = tuple(plain_row((Cell(one.slot, code=True), one.reason, "; ".join(one.cells))) for one in failed)
+    table = Table("failed", ("stage", "why it failed", "cells without its numbers"), rows)
+    intro = "What these stages would have given is missing below, not zero. The same command tries them again."
+    return Section("failed", "Failed", (table,), intro)
 
 
 def superseded(decided: Decided) -> Section | None:

@@ -1,0 +1,88 @@
+"""The verbs that look after workspaces: `merge` and `gc`. The command line registers them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fastconv.cli.kit import DEFAULT_WORKSPACE, AsJson, Workspace, answered
+
+if TYPE_CHECKING:
+    from fastconv.cleaning import Cleaning
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    for verb in (merge, gc):
+        app.command()(answered(verb))
+
+
+def merge(
+    others: Annotated[list[Path], typer.Argument(help="Workspaces to take results from; they are only read")],
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+) -> None:
+    """Take over what other workspaces computed. Again changes nothing; two results for one stage are refused."""
+    from fastconv.store import Store
+    from fastconv.store_merge import merge as take_over
+
+    sources = [Store.open(other, create=False) for other in others]
+    store = Store.open(workspace)
+    found = {str(other): take_over(store, source) for other, source in zip(others, sources, strict=True)}
+    if as_json:
+        print(json.dumps({name: asdict(one) for name, one in found.items()}, indent=1))
+        return
+    for name, one in found.items():
+        judged = f", {one.n_judgements} judgements" if one.n_judgements else ""
+        typer.echo(f"{name}: {one.n_added} stages taken over ({size(one.copied_bytes)}{judged}), {one.n_known} known")
+
+
+def gc(
+    yes: Annotated[bool, typer.Option("--yes", help="Free it; without this it is only shown")] = False,
+    adapters: Annotated[
+        list[str],
+        typer.Option("--adapters", help="Also the adapters of this finished run; its scores stay (repeatable)"),
+    ] = [],  # noqa: B006 (typer reads the default)
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+) -> None:
+    """Show what of a workspace nothing needs any more and how many bytes that is; with --yes, free it."""
+    from fastconv.cleaning import find_waste
+    from fastconv.store import Store
+    from fastconv.store_gc import free
+
+    store = Store.open(workspace, create=False)
+    found = find_waste(store, adapters)
+    freed = free(store, found.waste) if yes else 0
+    if as_json:
+        shown = [{"kind": w.kind, "name": w.name, "why": w.why, "bytes": w.n_bytes} for w in found.waste]
+        print(json.dumps({"waste": shown, "bytes": found.n_bytes, "freed_bytes": freed, "left": found.left}, indent=1))
+        return
+    _show(found, freed if yes else None)
+
+
+def size(n_bytes: int) -> str:
+    """Bytes as people read them."""
+    amount, unit = float(n_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
+
+
+def _show(found: Cleaning, freed: int | None) -> None:
+    for one in found.waste:
+        typer.echo(f"{size(one.n_bytes):>10}  {one.kind} {one.name}: {one.why}")
+    for text in found.left:
+        typer.echo(f"left alone: {text}")
+    if not found.waste:
+        typer.echo("nothing to free")
+    elif freed is None:
+        typer.echo(f"{size(found.n_bytes)} can be freed: the same command with --yes")
+    else:
+        typer.echo(f"{size(freed)} freed")

@@ -1,0 +1,149 @@
+"""`fastconv run RECIPE --ray`: sources as Ray tasks, one worker for each GPU, one ledger in the end.
+
+Ray decides where and when a task runs. Here stands only what is handed over (`orders`), how it is computed there
+(`worker`), and how results come together: merged into the driver's workspace stage by stage, as they arrive. The driver
+computes nothing; it asks a paid judge, so that one ledger holds the budget, and decides the gates.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastconv.auditing import require_passed
+from fastconv.cluster.driver import Driver, judges_here, needs_of, unannounced
+from fastconv.cluster.orders import base_order, is_whole, shared_order, source_orders
+from fastconv.datasets.audit import check_recipe
+from fastconv.deciding.results import ignored_gates, measurable_behaviors
+from fastconv.deciding.stopping import GateKeeper
+from fastconv.errors import ClusterError, RecipeError
+from fastconv.graph import CellPlan, Graph
+from fastconv.judge_room import check_judge, judge_stages
+from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
+from fastconv.run import Finished, Watcher, needed_ends, run_facts, run_recipe, stop_on_sigint
+from fastconv.store import Store
+
+#: A local Ray is started and ended again.
+LOCAL = "local"
+
+
+def run_on_ray(
+    recipe: Recipe,
+    workspace: Path,
+    watcher: Watcher,
+    *,
+    address: str = LOCAL,
+    ignore_gates: Mapping[str, str] | None = None,
+) -> Finished:
+    """Run a recipe with its sources spread over a Ray cluster; the same stages as `run_recipe`, merged into `workspace`.
+
+    A worker that is lost is replaced by one that goes on from what came back. If a worker ends with an error, the other
+    sources go on to their end (but for a GateStop, which ends the run), and then that error is raised as it was there.
+    Raises ClusterError without Ray, Interrupted on Ctrl-C, and before anything is computed what `run_recipe` raises.
+    """
+    report = check_recipe(recipe)
+    require_passed(report, "audit")
+    graph, store, run = Graph(recipe), Store.open(workspace), run_id(recipe)
+    to_judge = [s for s in judge_stages(needed_ends(graph, store, graph.cells)) if store.record(s.key) is None]
+    if to_judge and judges_here(graph):
+        check_judge(graph.judge, store)
+    watcher.audited(report)
+    recipe_json = canonical_json(recipe.model_dump(mode="json"))
+    with _ray(address, graph) as ray:
+        store.start_run(run, recipe_json, recipe_sha256(recipe), recipe.name, run_facts())
+        GateKeeper(graph, store, run, watcher.gate, ignore_gates or {})  # records what is ignored
+        stages = graph.stages()
+        watcher.begin(run, len(stages), sum(store.record(stage.key) is None for stage in stages))
+        with stop_on_sigint() as stop:
+            driver = Driver(ray, graph, store, watcher, stop)
+            _in_rounds(driver)
+    finished = run_recipe(
+        recipe, workspace, unannounced(watcher), plans=lambda again: _whole_cells(again, store), judge_later=True
+    )
+    if driver.errors:
+        store.start_run(run, recipe_json, recipe_sha256(recipe), recipe.name, {})  # it is not finished
+        raise driver.errors[0]
+    return replace(finished, tally=driver.tally, problem=driver.problem)
+
+
+def _in_rounds(driver: Driver) -> None:
+    """The base, what sources share, the sources; again while the judge's word on the base lets more behaviors in."""
+    graph, store = driver.graph, driver.store
+    before: list[str] | None = None
+    while not driver.errors:
+        if (base := base_order(graph, store)) is not None:
+            driver.compute([base])
+        driver.judge(urgent=True)
+        if driver.errors:
+            return
+        alive = measurable_behaviors(graph, store)
+        if before is not None and set(alive) <= set(before):
+            return
+        before = alive
+        if (shared := shared_order(graph, store, alive)) is not None:
+            driver.compute([shared])
+        if not driver.errors:
+            driver.compute(source_orders(graph, store, alive, ignored_gates(store, graph.recipe)))
+            driver.judge(urgent=False)
+
+
+def _whole_cells(graph: Graph, store: Store) -> list[CellPlan]:
+    """Cells of which nothing is left to compute; the driver has no model to compute it with."""
+    alive = measurable_behaviors(graph, store)
+    return [plan for plan in graph.cells if is_whole(graph, store, plan, alive)]
+
+
+@contextmanager
+def _ray(address: str, graph: Graph) -> Iterator[Any]:
+    """Ray, connected; a local one is ended with the block. Raises ClusterError, RecipeError."""
+    try:
+        import ray
+    except ImportError:
+        raise ClusterError("Ray is not installed", where="--ray", fix="pip install 'fastconv[cluster]'") from None
+    mine = not ray.is_initialized()
+    try:
+        if mine:
+            _connect(ray, address)
+        _require_room(ray, graph)
+        yield ray
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    where = {"include_dashboard": False, "address": "local"} if address == LOCAL else {"address": address}
+    try:
+        ray.init(**where, log_to_driver=False, logging_level="error")
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise ClusterError(
+            f"Ray cannot be reached ({reason})",
+            where=f"--ray {address}",
+            fix="give HOST:PORT of a running cluster (`ray start --head`), or --ray alone for a local one",
+        ) from None
+
+
+def _require_room(ray: Any, graph: Graph) -> None:
+    """Raise unless some node could take a task, which Ray would otherwise wait for without end."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    needs = needs_of(graph)
+    most = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in ("GPU", "CPU")}
+    if graph.recipe.model.device == "auto" and "num_gpus" not in needs and most["GPU"]:
+        raise RecipeError(
+            "auto is cpu on this machine, and the cluster has GPUs",
+            where="model.device",
+            fix="say which: --set model.device=cuda (or cpu)",
+        )
+    for kind, wanted in (("GPU", needs.get("num_gpus", 0)), ("CPU", needs["num_cpus"])):
+        if most[kind] < wanted:
+            raise ClusterError(
+                f"a worker needs {wanted} {kind}, and no node has more than {most[kind]:g}",
+                where="--ray",
+                fix="set OMP_NUM_THREADS to fewer threads" if kind == "CPU" else "add a node with a GPU",
+            )

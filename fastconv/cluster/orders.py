@@ -1,0 +1,176 @@
+"""What is handed to whom: the base first, then what sources share, then one order for each source. Pure; no Ray.
+
+An order carries everything by content, so that a worker needs nothing but fastconv and the model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastconv.datasets.files import read_toml
+from fastconv.disk import storage_errors, write_atomically
+from fastconv.errors import ClusterError, DataError
+from fastconv.graph import CellPlan, Graph, walk
+from fastconv.recipe import Recipe, parse_recipe
+from fastconv.run import wanted
+from fastconv.store import Stage, Store, changed_inputs
+
+BASE, SHARED = "base", "shared"
+
+
+@dataclass(frozen=True)
+class Order:
+    """One worker's work: the stages `keys` (needs included), either as `ends` alone or as the cells of a `source`.
+
+    `inputs` are those stages' inputs by slot, as the driver sees them.
+    """
+
+    name: str
+    recipe: Mapping[str, Any]
+    files: Mapping[str, bytes]
+    inputs: Mapping[str, Mapping[str, Any]]
+    keys: tuple[str, ...]
+    ends: tuple[str, ...] = ()
+    source: str | None = None
+    ignore_gates: Mapping[str, str] | None = None
+
+
+def base_order(graph: Graph, store: Store) -> Order | None:
+    """The base under every prompt that any cell compares with, as far as it is missing."""
+    ends = [stage for plan in graph.cells for stage in plan.base.values()]
+    return _order(graph, store, BASE, ends)
+
+
+def shared_order(graph: Graph, store: Store, alive: Sequence[str]) -> Order | None:
+    """Missing stages that two or more sources need, so that no two workers compute the same."""
+    times: Counter[str] = Counter()
+    stages: dict[str, Stage] = {}
+    for source in sources_of(graph):
+        mine = _parts(graph, source, alive)
+        times.update(mine.keys())
+        stages |= mine
+    return _order(graph, store, SHARED, [stage for key, stage in stages.items() if times[key] > 1])
+
+
+def source_orders(
+    graph: Graph, store: Store, alive: Sequence[str], ignore_gates: Mapping[str, str] | None = None
+) -> list[Order]:
+    """For each source that misses anything, its cells."""
+    orders = []
+    for source in sources_of(graph):
+        parts = list(_parts(graph, source, alive).values())
+        base = [end for plan in graph.cells if plan.cell.source == source for end in plan.base.values()]
+        order = _order(graph, store, source, [*base, *parts])
+        if order is not None:
+            orders.append(_with_source(order, source, ignore_gates or {}))
+    return orders
+
+
+def sources_of(graph: Graph) -> list[str]:
+    """The sources of a recipe in their order."""
+    return list(dict.fromkeys(plan.cell.source for plan in graph.cells))
+
+
+def start_keys(graph: Graph, store: Store, order: Order) -> list[str]:
+    """Finished stages that a worker begins with: what its order rests on, and the whole base, on which G0 decides."""
+    base = [part.key for plan in graph.cells for end in plan.base.values() for part in walk(end)]
+    return [key for key in dict.fromkeys([*base, *order.keys]) if store.record(key) is not None]
+
+
+def left_to_compute(order: Order, store: Store) -> bool:
+    """Whether anything of an order that is not the judge's is missing."""
+    return any(store.record(key) is None for key in order.keys)
+
+
+def is_whole(graph: Graph, store: Store, plan: CellPlan, alive: Sequence[str]) -> bool:
+    """Whether everything of a cell but its judging is computed."""
+    ends = [*plan.base.values(), *wanted(plan, alive)]
+    parts = (part for end in ends for part in walk(end) if _is_computed(graph, part))
+    return all(store.record(part.key) is not None for part in parts)
+
+
+def recipe_files(recipe: Recipe) -> dict[str, bytes]:
+    """Every file of the user's that the recipe reads, by its path. Raises DataError for one that cannot be read."""
+    named = [recipe.data.personas, recipe.data.behaviors, recipe.eval.arc_file, recipe.judge.prices]
+    named += recipe.judge.rubrics.values()
+    named += [path.replace("{source}", source) for path in recipe.data.rows.values() for source in recipe.grid.sources]
+    if recipe.data.behaviors:
+        folder = Path(recipe.data.behaviors).parent
+        named += [str(folder / text) for text in _texts(read_toml(Path(recipe.data.behaviors)))
+                  if text and "\n" not in text and (folder / text).is_file()]  # fmt: skip
+    try:
+        return {path: Path(path).read_bytes() for path in dict.fromkeys(named) if path}
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=str(error.filename), fix="check the path") from None
+
+
+def unpacked_recipe(order: Order, folder: Path) -> Recipe:
+    """The order's recipe with its files written under `folder`, each below its own old path, and named there."""
+    with storage_errors(folder):
+        for path, data in order.files.items():
+            here = _below(folder, path)
+            here.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(here, data)
+    table = {name: dict(part) if isinstance(part, Mapping) else part for name, part in order.recipe.items()}
+    for section, key in (("data", "personas"), ("data", "behaviors"), ("eval", "arc_file"), ("judge", "prices")):
+        if table[section][key]:
+            table[section][key] = str(_below(folder, table[section][key]))
+    for section, key in (("data", "rows"), ("judge", "rubrics")):
+        table[section][key] = {name: str(_below(folder, path)) for name, path in table[section][key].items()}
+    return parse_recipe(table, where=order.name)
+
+
+def require_same_stages(order: Order, graph: Graph, node: str) -> None:
+    """Raise ClusterError unless this node would compute the very stages that were ordered; says what differs."""
+    for stage in graph.stages():  # needs come first, so that the first difference is the cause
+        ordered = order.inputs.get(stage.slot)
+        if ordered is not None and stage.key not in order.keys:
+            changes = "; ".join(changed_inputs(ordered, stage.full_inputs)) or "another version of fastconv"
+            raise ClusterError(
+                f"the worker would compute {stage.slot} differently ({changes})",
+                where=node,
+                fix="install the same fastconv and extras on every node, and name model.device and model.engine",
+            )
+
+
+def _parts(graph: Graph, source: str, alive: Sequence[str]) -> dict[str, Stage]:
+    """Every stage that a source's cells rest on, by key, for behaviors that G0 let through; judging left out."""
+    plans = [plan for plan in graph.cells if plan.cell.source == source]
+    parts = [part for plan in plans for end in wanted(plan, alive) for part in walk(end)]
+    return {part.key: part for part in parts if _is_computed(graph, part)}
+
+
+def _order(graph: Graph, store: Store, name: str, ends: Sequence[Stage]) -> Order | None:
+    parts = {part.key: part for end in ends for part in walk(end) if _is_computed(graph, part)}
+    missing = [key for key in parts if store.record(key) is None]
+    if not missing:
+        return None
+    recipe = graph.recipe
+    inputs = {part.slot: part.full_inputs for part in parts.values()}
+    return Order(name, recipe.model_dump(mode="json"), recipe_files(recipe), inputs, tuple(parts), tuple(missing))
+
+
+def _with_source(order: Order, source: str, ignore_gates: Mapping[str, str]) -> Order:
+    return Order(order.name, order.recipe, order.files, order.inputs, order.keys, (), source, dict(ignore_gates))
+
+
+def _is_computed(graph: Graph, stage: Stage) -> bool:
+    """Whether a worker computes it. A paid judge is asked by the driver alone, whose ledger holds the budget."""
+    return stage.kind != "judge" or (graph.judge is not None and graph.judge.family == "resident")
+
+
+def _below(folder: Path, path: str) -> Path:
+    """Where a file lies below `folder`, with the whole of its old path, so that files find one another as before."""
+    return folder.joinpath(*Path(path).absolute().parts[1:])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
