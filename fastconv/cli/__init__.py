@@ -28,14 +28,10 @@ from fastconv.cli.kit import answered as _answered
 from fastconv.cli.kit import load as _load
 from fastconv.cli.kit import load_or_recall as _load_or_recall
 from fastconv.cli.kit import open_if_there as _open_if_there
-<<<<<<< HEAD
 from fastconv.cli.planning import Approve, pass_cost_gate
 from fastconv.cli.planning import register as register_plan
-from fastconv.errors import EXIT_CODES, JudgeError
-=======
 from fastconv.cli.workspace import register as register_workspace
 from fastconv.errors import EXIT_CODES, FastconvError
->>>>>>> main
 
 _CODES = "  \n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
 app = typer.Typer(
@@ -88,11 +84,9 @@ def run(
 ) -> None:
     """Run a recipe to its verdict and report. What is done already is not done again. Exit code 3 if a gate stops it."""
     loaded, ignored = _load(recipe, overrides, scale), _ignored(ignore_gate, because)
-<<<<<<< HEAD
-    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored, approve=approve)
-=======
-    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored, ray=ray)
->>>>>>> main
+    _run(
+        loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored, approve=approve, ray=ray
+    )
 
 
 @app.command()
@@ -363,11 +357,8 @@ def forget(
 
 
 register(app)
-<<<<<<< HEAD
 register_plan(app)
-=======
 register_workspace(app)
->>>>>>> main
 
 
 @recipe_app.command("schema")
@@ -401,13 +392,8 @@ def _ignored(codes: list[str], because: str) -> dict[str, str]:
 
 
 def _run(
-<<<<<<< HEAD
-    recipe: Any, workspace: Path, reports: Path, *,
-    as_json: bool, quiet: bool, plans: Any, ignored: dict[str, str], approve: bool,
-=======
     recipe: Any, workspace: Path, reports: Path, *, as_json: bool, quiet: bool, plans: Any, ignored: dict[str, str],
-    ray: str = "",
->>>>>>> main
+    approve: bool, ray: str = "",
 ) -> None:  # fmt: skip
     from fastconv import show
     from fastconv.errors import GateStop
@@ -419,16 +405,13 @@ def _run(
     notes = pass_cost_gate(recipe, workspace, plans, approved=approve)
     try:
         with show.watcher(quiet=quiet or as_json, stream=sys.stderr) as watcher:
-<<<<<<< HEAD
-            finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored, notes=notes)
-=======
             if ray:
                 from fastconv.cluster import run_on_ray
 
                 finished = run_on_ray(recipe, workspace, watcher, address=ray, ignore_gates=ignored)
+                Store.open(workspace).add_run_facts(finished.run, notes)
             else:
-                finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored)
->>>>>>> main
+                finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored, notes=notes)
     except GateStop:
         paths = write_report(Graph(recipe), Store.open(workspace), reports)
         typer.echo(f"report so far: {paths.html}", err=True)
