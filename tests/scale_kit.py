@@ -10,7 +10,7 @@ import numpy as np
 from fastconv.draws import seed_of
 from fastconv.graph import Graph
 from fastconv.recipe import Recipe, canonical_json, parse_recipe, recipe_sha256, run_id
-from fastconv.store import Sample, Score, Store
+from fastconv.store import Sample, Score, Stage, Store
 
 BEHAVIORS = ("refusal", "sycophancy", "marker")
 #: The judge of a judged recipe, and the sha256 of its rubric, as its scores name them.
@@ -54,6 +54,9 @@ def fill(recipe: Recipe, workspace: Path) -> tuple[Graph, Store, int]:
             outputs |= {"adapter": stage.key, "losses": losses, "last_epoch_loss": 0.52, "rho": rho, "from_base": 1.0}
         if stage.kind == "rows":
             outputs["rows"] = stage.key
+        if stage.kind == "geometry":
+            outputs["layers"] = [1, 2]
+            scores = _geometry(stage)
         if stage.kind == "eval":
             outputs |= {"from_base": 1.0, "from_recorded": 0.0}
             row, user = stage.work["items"][0]
@@ -68,6 +71,17 @@ def fill(recipe: Recipe, workspace: Path) -> tuple[Graph, Store, int]:
         store.note_stage_of_run(run, stage, reused=False)
     store.finish_run(run)
     return graph, store, n_scores
+
+
+def _geometry(stage: Stage) -> list[Score]:
+    """Cosine and distinctiveness of every persona at two depths."""
+    rng = np.random.default_rng(seed_of("geometry", stage.key))
+    return [
+        Score(persona, layer, metric, round(float(rng.random()), 3), None, {})
+        for persona, *_ in stage.inputs["personas"]
+        for layer in (1, 2)
+        for metric in ("cosine", "distinctiveness")
+    ]
 
 
 def _scores(recipe: Recipe, measure: str, probe: str, cell: object, graph: Graph, key: str) -> list[Score]:
