@@ -30,6 +30,8 @@ from fastconv.store_merge import Parcel, pack, unpack
 
 #: How often a worker looks for finished stages, and whether it is to stop.
 LOOK_S = 0.25
+#: A worker's workspace that was left behind (its driver never came back) is kept for this long.
+FORGOTTEN_AFTER_S = 14 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def work(order: Order, start: Sequence[Parcel], folder_name: str, stopped: Calla
     """
     node = socket.gethostname()
     yield Hello(node, os.getpid())
+    _drop_old_workspaces()
     root = cache_home() / "cluster" / f"{node}-{folder_name}"
     try:
         recipe = unpacked_recipe(order, root / "inputs")
@@ -165,8 +168,9 @@ def _console() -> Any:
     return Console(quiet=True)
 
 
-def drop_old_workspaces(days: float = 14.0) -> None:
-    """Remove workspaces on this node that nobody came back to."""
+def _drop_old_workspaces() -> None:
+    """Remove workspaces on this node to which nobody came back."""
     for folder in (cache_home() / "cluster").glob("*"):
-        if time.time() - max((p.stat().st_mtime for p in folder.rglob("*")), default=time.time()) > days * 86400:
+        touched = max((path.stat().st_mtime for path in folder.rglob("*")), default=0.0)
+        if time.time() - touched > FORGOTTEN_AFTER_S:
             shutil.rmtree(folder, ignore_errors=True)
