@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from fastconv.datasets.audit import CheckReport, Finding, audit_rows, report_of, structure_findings
 from fastconv.datasets.peek import peek_lines, with_placeholders
 from fastconv.datasets.rows import Row, render_row, row_of
-from fastconv.engine.locate import BUILTIN, model_folder
+from fastconv.engine.locate import model_folder
 from fastconv.errors import DataError, RecipeError
 from fastconv.graph import Graph
 from fastconv.recipe import Recipe
@@ -75,10 +75,10 @@ def peek_recipe(
 def recipe_tokenizer(graph: Graph) -> ChatTokenizer:
     """The tokenizer of the recipe's base; the embedded model is converted first if it never was."""
     folder = model_folder(graph.source, graph.recipe.model)
-    if graph.source.id == BUILTIN and not folder.is_dir():
+    if graph.source.kind == "builtin" and not folder.is_dir():
         from fastconv.engine.builtin import ensure_builtin
 
-        ensure_builtin(folder)
+        ensure_builtin(folder, graph.source.id)
     return ChatTokenizer(folder)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastconv.engine.locate import ModelSource, engine_identity, locate
+from fastconv.engine.locate import TINY, ModelSource, engine_identity, locate
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, Recipe
 from fastconv.shapes import (
@@ -134,7 +134,7 @@ def shape_on_disk(settings: ModelSettings, source: ModelSource | None = None) ->
     """The model's shape as far as it is known without fetching it: by its folder, or by its name."""
     source = source or locate(settings)
     if source.kind == "builtin":
-        return named_shape("smollm2-135m")
+        return named_shape("tiny" if source.id == TINY else "smollm2-135m")
     if source.folder is not None:
         config = json.loads((Path(source.folder) / "config.json").read_text(encoding="utf-8"))
         return shape_of(config, source.folder.name)

@@ -24,29 +24,20 @@ from fastconv.engine.base import Base, load_base, model_files
 from fastconv.engine.fold import folded, rho
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.reference import TrlOptions, plain_model, train_with_trl
+from fastconv.engine.room import group_size
 from fastconv.engine.sampler import Resident, Sampler, Served, start_server
 from fastconv.engine.score import letter_item, score_letters
 from fastconv.engine.selftest import self_test
 from fastconv.engine.serve import Server
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack
-from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
-from fastconv.errors import Interrupted, SamplerError, TrainingError
+from fastconv.engine.train import Job, Trainee, start
+from fastconv.errors import SamplerError, TrainingError
 from fastconv.graph import Graph, lineage_key
 from fastconv.judging.local import LocalReply, Prompt
 from fastconv.recipe import SamplingSettings
 from fastconv.store import Lease, Sample, Score, Stage, Store
 from fastconv.tokens import ChatTokenizer, Rendered, SystemTurn
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a stage is: `done` of `total` `unit`s, and the last loss while training."""
-
-    slot: str
-    done: int
-    total: int
-    unit: str
-    loss: float | None = None
+from fastconv.training import Progress, Task, note, stopped, train_kept
 
 
 @dataclass(frozen=True)
@@ -62,8 +53,7 @@ class Outcome:
 class Executor:
     """Computes stages on one resident base. `tell` hears progress, `stop` is asked whether to end at the next step.
 
-    `wanted` are the keys of the stages that were asked for: a convergence run ends at the last of its snapshots among
-    them, not at the last that the recipe has.
+    `wanted` are the keys of the stages that were asked for.
     """
 
     def __init__(
@@ -95,6 +85,15 @@ class Executor:
             tokenizer = ChatTokenizer(model_files(self._recipe.model, self._graph.source))
             self._server = start_server(
                 self._recipe, self._graph.source, _longest_tok(missing, tokenizer), self._store.root
+            )
+
+    def prove(self) -> None:
+        """Load the base and prove that it can be trusted. Raises ModelError or TrainingError if it cannot."""
+        if not all(map(math.isfinite, self.stack.base_probe.logits)):
+            raise TrainingError(
+                "the base gives logits that are not finite",
+                where=self._recipe.model.id,
+                fix="its weights are damaged: fetch the model again",
             )
 
     def close(self) -> None:
@@ -146,10 +145,8 @@ class Executor:
             engine["self_tests"] = f"{len(self._proven)} passed, at most {max(self._proven.values()):.1%} apart"
         return {"engine": engine, "template": {"sha256": self.base.tokenizer.template_sha256}}
 
-    def compute(self, stage: Stage, lease: Lease) -> Outcome | None:
-        """Compute a stage. None means that it (and its siblings) were committed along the way."""
-        if stage.kind == "snapshot":
-            return self._snapshots(stage, lease)
+    def compute(self, stage: Stage, lease: Lease) -> Outcome:
+        """Compute a stage of any kind but `snapshot`, which `converge` trains."""
         compute = {"answers": self._answers, "rows": self._rows, "behavior": self._behavior, "score": self._score}
         if stage.kind == "eval":
             return (
@@ -228,7 +225,7 @@ class Executor:
         vocabulary leaves to these characters stands in the text. Raises Interrupted when the user stops.
         """
         if self._stop():
-            raise _stopped("judge")
+            raise stopped("judge")
         tokenizer, replies = self.base.tokenizer, []
         texts = [tokenizer.prompt_text(SystemTurn("text", system), user) for system, user, _ in prompts]
         items = [letter_item(tokenizer, text, list(prompt[2])) for text, prompt in zip(texts, prompts, strict=True)]
@@ -260,7 +257,7 @@ class Executor:
         drawn_from = ("behavior", stage.needs["rows"].key, stage.inputs["seed"])
         with self._in_place(stage.needs) as frozen:
             job = Job(stage.slot, rendered, self._recipe.behavior, drawn_from, frozen)
-            trainee = self._train(job, stage.key, lease, lambda trainee: None, [job.n_steps])
+            (trainee,) = self._train([Task(job, stage.key, lease, [job.n_steps])])
             with self.stack.live(Slot(frozen=(*frozen, trainee.adapter))):
                 probe = self.stack.prove(None, stage.slot)
         self._store.drop_progress(stage.key)
@@ -272,84 +269,82 @@ class Executor:
         require_passed(report_of(self._recipe, findings), f"G1 {set_name}")
         return rendered
 
-    def _snapshots(self, stage: Stage, lease: Lease) -> None:
-        """Train one convergence run through every missing epoch up to the last, committing each as it is reached."""
-        lineage = self._graph.lineage(stage)
-        missing = {
-            int(s.inputs["epoch"]): s for s in lineage if s.key in self._wanted and self._store.record(s.key) is None
-        }
-        system = _system(stage.inputs["system"])
+    def converge(self, runs: Sequence[tuple[Sequence[Stage], Lease]]) -> None:
+        """Train convergence runs in the same steps, each through these missing snapshots of it, committed when reached.
+
+        Raises TrainingError if one of the runs cannot be trained.
+        """
+        tasks = [self._convergence(snapshots, lease) for snapshots, lease in runs]
+        self._train(tasks)
+        for task in tasks:
+            self._store.drop_progress(task.key)
+
+    def group_size(self, runs: Sequence[Stage]) -> int:
+        """How many of these convergence runs (the first so many) to train in the same steps."""
+        size = self._recipe.run.group
+        if size != "auto":
+            return size
+        shape = shape_on_disk(self._recipe.model, self._graph.source)
+        if self.base.device.type != "cuda" or shape is None:
+            return 1
+        settings, step_tok = self._recipe.convergence, []
+        for stage in runs:
+            rows = self._convergence_rows(stage)
+            step_tok.append(settings.batch_rows * sum(len(row.ids) for row in rows) / max(1, len(rows)))
+        free, _ = torch.cuda.mem_get_info(self.base.device)
+        return group_size(shape, self._recipe.lora.r, step_tok, settings.micro_batch_tok, free)
+
+    def _convergence_rows(self, stage: Stage) -> list[Rendered]:
+        """The answers of a convergence run as rows under the assistant's prompt; those without a token are left out."""
+        system, limit = _system(stage.inputs["system"]), self._recipe.convergence.max_length_tok
         rows = [
-            self.base.tokenizer.training_ids(
-                system, s.prompt, s.completion, self._recipe.convergence.max_length_tok, ended=s.ended
-            )
+            self.base.tokenizer.training_ids(system, s.prompt, s.completion, limit, ended=s.ended)
             for s in self._store.samples(stage.needs["answers"].key)
         ]
-        rows = [row for row in rows if row.n_supervised]
-        run = lineage_key(stage)
-        drawn_from = ("convergence", stage.needs["answers"].key, stage.inputs["seed"])
-        job = Job(stage.slot.rsplit("/", 2)[0], tuple(rows), self._recipe.convergence, drawn_from)
-        began = time.monotonic()
-        reached = 0
+        return [row for row in rows if row.n_supervised]
 
-        def keep(trainee: Trainee) -> None:
-            nonlocal began, reached
+    def _convergence(self, snapshots: Sequence[Stage], lease: Lease) -> Task:
+        """One convergence run up to the last of these snapshots."""
+        stage, missing = snapshots[0], {int(one.inputs["epoch"]): one for one in snapshots}
+        drawn_from = ("convergence", stage.needs["answers"].key, stage.inputs["seed"])
+        rows = tuple(self._convergence_rows(stage))
+        job = Job(stage.slot.rsplit("/", 2)[0], rows, self._recipe.convergence, drawn_from)
+        committed_s, reached = 0.0, 0
+
+        def keep(trainee: Trainee, spent_s: float) -> None:
+            nonlocal committed_s, reached
             epoch, within = divmod(trainee.step, job.steps_per_epoch)
             if within or epoch not in missing:
                 return
             with self.stack.live(Slot(frozen=(trainee.adapter,))):
                 probe = self.stack.prove(None, missing[epoch].slot)
-            facts = _train_facts(trainee, reached)
-            now = time.monotonic()
-            self._store.commit(missing[epoch], outputs=self._trained(trainee, probe), facts=facts, seconds=now - began)
-            began, reached = now, trainee.step
+            outputs, facts = self._trained(trainee, probe), _train_facts(trainee, reached)
+            self._store.commit(missing[epoch], outputs=outputs, facts=facts, seconds=spent_s - committed_s)
+            committed_s, reached = spent_s, trainee.step
 
-        self._train(job, run, lease, keep, [epoch * job.steps_per_epoch for epoch in sorted(missing)])
-        self._store.drop_progress(run)
+        stops = [epoch * job.steps_per_epoch for epoch in sorted(missing)]
+        return Task(job, lineage_key(stage), lease, stops, keep)
 
-    def _train(
-        self, job: Job, progress_key: str, lease: Lease, keep: Callable[[Trainee], None], stops: Sequence[int]
-    ) -> Trainee:
-        """Train through the steps where `keep` wants the adapter, from the kept state if there is one.
-
-        State is kept now and then and whenever the user stops.
-        """
+    def _train(self, tasks: Sequence[Task]) -> list[Trainee]:
+        """Train in the same steps, from kept state where there is some."""
         if self._recipe.model.trainer == "trl":
-            return self._train_with_trl(job, keep, stops)
-        kept = self._store.progress(progress_key)
-        if kept and kept[0] > stops[0]:
-            kept = None  # the state lies beyond an epoch that is wanted now: begin again, to the same bits
-        trainee = start(self.stack, job, self._store.get(kept[1], "safetensors") if kept else None)
-        saved_at = time.monotonic()
-        total = stops[-1]
+            return [self._train_with_trl(task) for task in tasks]
+        every_s = self._recipe.run.checkpoint_every_s
+        return train_kept(self.stack, self._store, tasks, every_s=every_s, stop=self._stop, tell=self._tell)
 
-        def after_step(active: Sequence[Trainee]) -> None:
-            nonlocal saved_at
-            keep(trainee)
-            stopping = self._stop()
-            now = time.monotonic()
-            if trainee.step < total and (stopping or now - saved_at >= self._recipe.run.checkpoint_every_s):
-                self._store.save_progress(progress_key, trainee.step, save_state(trainee))
-                saved_at = now
-            self._note(lease, Progress(job.name, trainee.step, total, "steps", _known(trainee.seen_loss)))
-            if stopping:  # not asked again: a stop that came since then ends the next step, whose state is kept
-                raise _stopped(job.name)
-
-        train(self.stack, [trainee], Hooks(after_step), until_step=total)
-        return trainee
-
-    def _train_with_trl(self, job: Job, keep: Callable[[Trainee], None], stops: Sequence[int]) -> Trainee:
+    def _train_with_trl(self, task: Task) -> Trainee:
         """The same job by the reference, from its beginning for every stop: slow, and only for checking ours."""
+        job, began = task.job, time.monotonic()
         trainee = start(self.stack, job)
         first = trainee.adapter.flat.clone()
-        for stop in stops:
+        for stop in task.stops:
             trainee.adapter.flat.copy_(first)
             model = plain_model(self._recipe.model)
             found = train_with_trl(model, job, trainee.adapter, TrlOptions(until_step=stop))
             trainee.adapter.flat.copy_(found.weights)
             trainee.losses[:stop] = torch.tensor(found.losses)
             trainee.step = stop
-            keep(trainee)
+            task.keep(trainee, time.monotonic() - began)
         return trainee
 
     def _trained(self, trainee: Trainee, probe: Probe) -> dict[str, Any]:
@@ -420,17 +415,10 @@ class Executor:
         return record
 
     def _tick(self, lease: Lease, progress: Progress) -> None:
-        self._note(lease, progress)
-        if self._stop():
-            raise _stopped(progress.slot)
-
-    def _note(self, lease: Lease, progress: Progress) -> None:
-        lease.note({"done": progress.done, "total": progress.total, "unit": progress.unit, "loss": progress.loss})
+        note(lease, progress)
         self._tell(progress)
-
-
-def _stopped(slot: str) -> Interrupted:
-    return Interrupted("stopped", where=slot, fix="the same command goes on from here")
+        if self._stop():
+            raise stopped(progress.slot)
 
 
 def _longest_tok(stages: Sequence[Stage], tokenizer: ChatTokenizer) -> int:
@@ -445,11 +433,6 @@ def _longest_tok(stages: Sequence[Stage], tokenizer: ChatTokenizer) -> int:
         longest[stage.inputs["prompts_sha256"], *stage.inputs["system"]] + stage.inputs["sampling"]["max_new_tok"]
         for stage in stages
     )
-
-
-def _known(loss: float) -> float | None:
-    """The loss last seen, or None while a GPU has not answered yet."""
-    return loss if math.isfinite(loss) else None
 
 
 def _train_facts(trainee: Trainee, from_step: int) -> dict[str, Any]:

@@ -279,7 +279,8 @@ class Graph:
         needs: dict[str, Stage] = {}
         for persona in sorted({row.persona for row in rows if row.completion is None}):
             asked = [(row.prompt_id, row.user) for row in rows if row.persona == persona and row.completion is None]
-            needs[persona] = self._answers(persona, cell.behavior, asked, 1, self.recipe.behavior.sampling, cell.seed)
+            purpose = f"{cell.behavior}/{cell.source}/{cell.negatives}"  # each set asks its speakers other prompts
+            needs[persona] = self._answers(persona, purpose, asked, 1, self.recipe.behavior.sampling, cell.seed)
         inputs = {"rows_sha256": sha256_of([row.record(self.personas) for row in rows])}
         name = set_name(cell.behavior, cell.source, cell.negatives, cell.seed)
         return Stage("rows", f"rows/{name}", VERSIONS["rows"], inputs, needs, {"rows": rows, "set": name})

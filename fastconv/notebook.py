@@ -29,7 +29,7 @@ WORKSPACE = Path("checkpoints")
 def run_recipe(recipe: Recipe, *, workspace: Path | str = WORKSPACE, quiet: bool = False) -> Run:
     """Run a recipe to its verdict, or go on with it, and open it. Raises FastconvError as the command line does."""
     with watcher(quiet=quiet, stream=sys.stderr) as watching:
-        _run_recipe(recipe, Path(workspace), watching).require_judged()
+        _run_recipe(recipe, Path(workspace), watching).require_whole()
     return open_run(recipe, workspace=workspace)
 
 

@@ -258,6 +258,8 @@ class GateSettings(Section):
     kill_remaining: Rate = 0.25
     #: Gates whose `fail` ends the run before the next cost. G0 and the audit (G1) always decide what is trained.
     stop: tuple[Literal["G2", "G3", "G3.5", "KILL"], ...] = ("G2", "G3", "G3.5", "KILL")
+    #: Gates that may fail without ending anything, each with the reason that the report prints (as --ignore-gate does).
+    ignore: dict[Literal["G0", "G2", "G3", "G3.5", "KILL"], Annotated[str, Field(min_length=8)]] = {}
 
     def threshold(self, behavior: str, unit: str = "share") -> float:
         """The smallest effect declared to matter: a share for rates, accuracy included (5 pp is 0.05), else points."""
@@ -283,6 +285,9 @@ class RunSettings(Section):
     """How the run behaves; nothing here changes a result, so nothing here is part of a stage's key."""
 
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 60.0
+    #: Convergence runs that are trained in the same steps: so many, or on a GPU as many as fit (`auto`; 1 on a CPU, where
+    #: nothing is gained). Results agree within float rounding with those of each alone.
+    group: Literal["auto"] | PositiveInt = "auto"
 
 
 class Recipe(Section):
@@ -361,6 +366,15 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         _apply_override(table, override)
     _resolve_paths(table, Path())  # what was given on the command line is relative to where it was given
     return parse_recipe(table, where=str(path))
+
+
+def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A loaded recipe with `a.b=c` overrides. Raises RecipeError as `load_recipe` does."""
+    table = recipe.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(table, override)
+    _resolve_paths(table, Path())
+    return parse_recipe(table, where=recipe.name)
 
 
 def parse_recipe(table: Mapping[str, Any], *, where: str = "recipe") -> Recipe:

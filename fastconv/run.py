@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -25,12 +25,16 @@ from fastconv.auditing import require_passed
 from fastconv.datasets.audit import CheckReport, check_recipe
 from fastconv.deciding.results import decide_gates, gate_base, measurable_behaviors
 from fastconv.deciding.stopping import GateKeeper
-from fastconv.errors import Interrupted, JudgeError
+from fastconv.engine.locate import engine_identity
+from fastconv.errors import DataError, Interrupted, JudgeError, TrainingError
+from fastconv.failing import FailedStage, Failing, raise_failed
 from fastconv.findings.gates import GateVerdict
 from fastconv.graph import CellPlan, Graph, lineage_key, walk
 from fastconv.judge_room import Access, JudgeRoom, check_judge, judge_stages
 from fastconv.judging.book import DeskStatus
 from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
+from fastconv.schedule import steps, wanted
+from fastconv.stage import Failure
 from fastconv.store import Stage, Store, changed_inputs
 
 if TYPE_CHECKING:
@@ -63,6 +67,7 @@ class Watcher(Protocol):
     def stage(self, stage: Stage, reason: str) -> None: ...
     def progress(self, progress: Progress) -> None: ...
     def stage_done(self, stage: Stage, seconds: float) -> None: ...
+    def stage_failed(self, stage: Stage, reason: str) -> None: ...
     def judging(self, status: DeskStatus) -> None: ...
     def gate(self, verdict: GateVerdict) -> None: ...
 
@@ -78,13 +83,19 @@ class Tally:
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a run: its id, what was computed now, the gates' verdicts, and what the judge still owes."""
+    """The end of a run: its id, what was computed now, the gates' verdicts, what the judge still owes, what failed."""
 
     run: str
     tally: Tally
     verdicts: tuple[GateVerdict, ...]
     pending: tuple[str, ...] = ()
     problem: str = ""
+    failed: tuple[FailedStage, ...] = ()
+
+    def require_whole(self) -> None:
+        """Raise TrainingError or DataError if stages failed, naming the cells; else JudgeError if some are pending."""
+        raise_failed(self.run, self.failed)
+        self.require_judged()
 
     def require_judged(self) -> None:
         """Raise JudgeError if judge stages are pending."""
@@ -99,7 +110,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class StageStatus:
-    """Where one stage of a recipe stands: `done`, `running`, `to do`, `pending` (at the judge), `stale` or `skipped`."""
+    """Where one stage of a recipe stands.
+
+    `done`, `running`, `to do`, `pending` (at the judge), `stale`, `failed` or `skipped`.
+    """
 
     slot: str
     kind: str
@@ -121,10 +135,11 @@ def run_recipe(
 ) -> Finished:
     """Run a recipe (or the cells that `plans` picks from it) to its verdict. Resumes whatever was begun.
 
-    A judge that is out or has spent its budget leaves its stages pending; everything else is finished. `ignore_gates`
-    names gates that may fail, each with the reason; `stop` ends the run like a Ctrl-C; with `judge_later` no judge is asked
-    and its stages stay pending. Raises GateStop at the first other one that does, before the next
-    cost; Interrupted on the first Ctrl-C once the running step is whole and its state is kept; and before anything is
+    A judge that is out or has spent its budget leaves its stages pending, a stage whose numbers cannot be used (or whose
+    rows the audit refuses) is noted as failed; everything else is finished. `ignore_gates` names gates that may fail, each
+    with the reason; `stop` ends the run like a Ctrl-C; with `judge_later` no judge is asked and its stages stay pending.
+    Raises GateStop at the first other gate that fails, before the next cost; Interrupted on the first Ctrl-C once the
+    running step is whole and its state is kept; and before anything is
     computed RecipeError or JudgeError for a judge that cannot be asked.
     """
     report = check_recipe(recipe)
@@ -157,10 +172,11 @@ def run_recipe(
         if verdict.gate != "G0":
             watcher.gate(verdict)
     pending = tuple(stage.slot for stage in runner.judging.pending)
-    if not pending:
+    failed = runner.failing.of(picked)
+    if not pending and not failed:
         store.finish_run(run)
     runner.tally.n_stages += runner.judging.n_committed
-    return Finished(run, runner.tally, tuple(verdicts), pending, runner.judging.status.problem)
+    return Finished(run, runner.tally, tuple(verdicts), pending, runner.judging.status.problem, failed)
 
 
 def compute_stages(
@@ -185,7 +201,7 @@ def compute_stages(
 
 
 def _compute_all(runner: _Runner, keeper: GateKeeper, graph: Graph, store: Store, picked: Sequence[CellPlan]) -> None:
-    """The base first, then the cells of every behavior that G0 lets through, each cell's gates asked after it.
+    """The base first, then the cells of every behavior that G0 lets through, as `schedule` orders them.
 
     A behavior whose base the judge has not read yet is held back; if its judgements come in time, it follows. Nothing
     waits for the judgements of a cell: its gates are asked again once they are there.
@@ -198,19 +214,35 @@ def _compute_all(runner: _Runner, keeper: GateKeeper, graph: Graph, store: Store
             runner.decide(verdict)
         decided += [verdict.subject for verdict in fresh]
         alive = measurable_behaviors(graph, store)
-        for plan in picked:
-            runner.compute(wanted(plan, alive))
-            keeper.after(plan)
+        for step in steps(picked, alive, _group(graph.recipe)):
+            runner.converge(step.runs)
+            runner.compute(step.ends)
+            for plan in step.cells:
+                runner.ask(keeper, plan)
         runner.judging.settle()
         if graph.judge is not None:
             for plan in picked:
-                keeper.after(plan)
+                runner.ask(keeper, plan)
+
+
+def _group(recipe: Recipe) -> int:
+    """How many convergence runs may be trained in the same steps; 0 is for as many as memory allows."""
+    if recipe.model.trainer == "trl":
+        return 1
+    if recipe.run.group != "auto":
+        return recipe.run.group
+    return 0 if engine_identity(recipe.model)["device"] == "cuda" else 1
 
 
 def needed_ends(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[Stage]:
     """The end stages that these cells need, as far as G0 has decided; all of them where it has not."""
-    base_done = all(store.record(stage.key) for plan in graph.cells for stage in plan.base.values())
-    alive = measurable_behaviors(graph, store) if base_done else list(graph.behaviors)
+    failures = store.failures()
+    missing = [(m, s) for plan in graph.cells for (m, _), s in plan.base.items() if store.record(s.key) is None]
+    failed = {measure for measure, stage in missing if any(part.key in failures for part in walk(stage))}
+    if {measure for measure, _ in missing} - failed:
+        alive = [behavior for behavior in graph.behaviors if behavior not in failed]
+    else:
+        alive = measurable_behaviors(graph, store)
     return [end for plan in plans for end in (*plan.base.values(), *wanted(plan, alive))]
 
 
@@ -234,14 +266,6 @@ def _forget_training_state(graph: Graph, store: Store) -> None:
                 store.drop_progress(key)
 
 
-def wanted(plan: CellPlan, alive: Sequence[str]) -> list[Stage]:
-    """The end stages a cell needs computed: only measures that can say something, nothing of a behavior that cannot."""
-    if plan.cell.behavior != "none" and plan.cell.behavior not in alive:
-        return []
-    sides = (plan.scores, plan.beside)
-    return [stage for side in sides for (measure, _), stage in side.items() if measure in alive]
-
-
 def status_of(graph: Graph, store: Store | None) -> list[StageStatus]:
     """Every stage of a recipe with its state and the reason, without computing anything."""
     if store is None:
@@ -250,9 +274,11 @@ def status_of(graph: Graph, store: Store | None) -> list[StageStatus]:
     needed = {part.key for end in needed_ends(graph, store, graph.cells) for part in walk(end)}
     run = next((row for row in store.runs() if row["id"] == run_id(graph.recipe)), None)
     problem = json.loads(run["facts"]).get("judging", {}).get("problem", "") if run else ""
-    statuses: dict[str, StageStatus] = {}
+    failures, statuses = store.failures(), dict[str, StageStatus]()
     for stage in graph.stages():
         status = _status(stage, store, live, stage.key in needed, statuses)
+        if status.state not in ("done", "running") and (failed := _failed(stage, failures)) is not None:
+            status = failed
         if stage.kind == "judge" and status.state in ("to do", "stale") and store.record(stage.needs["eval"].key):
             status = replace(status, state="pending", reason=problem or "its completions wait for the judge")
         statuses[stage.key] = status
@@ -290,8 +316,10 @@ class _Runner:
         self._watcher = watcher
         self._stop = stop
         self._seen: set[str] = set()
+        self._counted: set[str] = set()
         self._executor: Any = None
         self.tally = Tally()
+        self.failing = Failing(store)
         self.judging = JudgeRoom(
             graph, store, run, watcher, stop=stop, resident=lambda: self._engine().judge, access=access,
             later=judge_later,
@@ -305,6 +333,11 @@ class _Runner:
                     self._seen.add(stage.key)
                     self._one(stage, urgent)
 
+    def ask(self, keeper: GateKeeper, plan: CellPlan) -> None:
+        """Ask the gates about a finished cell; of one that a failure left half measured they could say nothing."""
+        if not self.failing.touches(plan):
+            keeper.after(plan)
+
     def decide(self, verdict: GateVerdict) -> None:
         """Write a gate's verdict down and show it."""
         self._store.put_verdict(self._run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
@@ -314,41 +347,96 @@ class _Runner:
         if self._store.record(stage.key) is not None:
             self._store.note_stage_of_run(self._run, stage, reused=True)
             return
+        if self.failing.blocks(stage):
+            return
         if self._stop.is_set():
             raise Interrupted("stopped", where=stage.slot, fix="the same command goes on from here")
         if stage.kind == "judge":
             self.judging.submit(stage, urgent=urgent)
             return
+        if stage.kind == "snapshot":
+            self.converge([self._graph.lineage(stage)])
+            return
         self._watcher.stage(stage, reason_to_run(stage, self._store))
-        together = self._graph.lineage(stage) if stage.kind == "snapshot" else [stage]
-        missing = [one for one in together if one.key in self._wanted and self._store.record(one.key) is None]
         began = time.monotonic()
-        with self._store.lease(stage) as lease:
-            outcome = self._engine().compute(stage, lease)
-            seconds = time.monotonic() - began
-            if outcome is not None:
+        engine = self._engine()
+        try:
+            with self._store.lease(stage) as lease:
+                outcome = engine.compute(stage, lease)
                 self._store.commit(
                     stage,
                     outputs=outcome.outputs,
                     facts=outcome.facts,
-                    seconds=seconds,
+                    seconds=time.monotonic() - began,
                     samples=outcome.samples,
                     scores=outcome.scores,
                 )
+        except (TrainingError, DataError) as error:
+            self._note_failure([stage], error)
+        self._account([stage], time.monotonic() - began)
+
+    def converge(self, runs: Sequence[Sequence[Stage]]) -> None:
+        """Train convergence runs, each given by its snapshots, in the same steps as far as memory allows."""
+        for run in runs:
+            self.compute([run[0].needs["answers"]])
+        missing = [left for run in runs if (left := [one for one in run if self._is_missing(one)])]
+        while missing:
+            size = self._engine().group_size([run[0] for run in missing]) if len(missing) > 1 else 1
+            self._converge_together(missing[:size])
+            missing = missing[size:]
+
+    def _is_missing(self, snapshot: Stage) -> bool:
+        """Whether a snapshot was asked for and still has to be trained."""
+        if snapshot.key not in self._wanted or self._store.record(snapshot.key) is not None:
+            return False
+        return not self.failing.blocks(snapshot)
+
+    def _converge_together(self, runs: Sequence[Sequence[Stage]]) -> None:
+        """Train these runs in one call. Should one of them fail, each goes on alone, to find out which."""
+        if self._stop.is_set():
+            raise Interrupted("stopped", where=runs[0][0].slot, fix="the same command goes on from here")
+        for run in runs:
+            self._watcher.stage(run[0], reason_to_run(run[0], self._store))
+        began = time.monotonic()
+        engine, failed = self._engine(), False
+        try:
+            with ExitStack() as leases:
+                engine.converge([(run, leases.enter_context(self._store.lease(run[0]))) for run in runs])
+        except TrainingError as error:
+            failed = True
+            if len(runs) == 1:
+                self._note_failure([one for one in runs[0] if self._store.record(one.key) is None], error)
+        everything = [one for run in runs for one in run]
+        self._account(everything, time.monotonic() - began)
+        if failed and len(runs) > 1:
+            for run in runs:
+                if left := [one for one in run if self._store.record(one.key) is None]:
+                    self._converge_together([left])
+
+    def _account(self, stages: Sequence[Stage], seconds: float) -> None:
+        """Count and show what is done of these stages, which took so long together; then look at the judge."""
         self.tally.seconds += seconds
-        for one in missing:  # one training commits all its epochs
-            self._seen.add(one.key)
-            self._count(one)
-            self._store.note_stage_of_run(self._run, one, reused=False)
-            self._watcher.stage_done(one, seconds)
+        for stage in stages:
+            if self._store.record(stage.key) is not None and stage.key not in self._counted:
+                self._counted.add(stage.key)
+                self._count(stage)
+                self._store.note_stage_of_run(self._run, stage, reused=False)
+                self._watcher.stage_done(stage, seconds)
         self.judging.collect()
 
+    def _note_failure(self, stages: Sequence[Stage], error: TrainingError | DataError) -> None:
+        for stage in stages:
+            self.failing.note(stage, error)
+            self._watcher.stage_failed(stage, str(error))
+
     def _engine(self) -> Any:
+        """Who computes. A base that fails its own tests is no matter of one stage: what it raises ends the run."""
         if self._executor is None:
             from fastconv.execute import Executor  # torch is loaded here, and only if something must be computed
 
             self._executor = Executor(self._graph, self._store, self._tell, self._stop.is_set, self._wanted)
             self._executor.prepare()
+            self._executor.prove()
             facts = self._executor.facts()
             self._store.add_run_facts(self._run, facts)
             self._watcher.engine(facts["engine"])
@@ -401,6 +489,14 @@ def _status(
         return StageStatus(stage.slot, stage.kind, stage.key, "stale", f"because {reason}")
     waiting = [need.slot for need in stage.needs.values() if need.key in before and before[need.key].state != "done"]
     return StageStatus(stage.slot, stage.kind, stage.key, "to do", f"after {waiting[0]}" if waiting else "")
+
+
+def _failed(stage: Stage, failures: Mapping[str, Failure]) -> StageStatus | None:
+    """A stage that failed, or that needs one that did; None for any other."""
+    if stage.key in failures:
+        return StageStatus(stage.slot, stage.kind, stage.key, "failed", failures[stage.key].reason)
+    before = next((part.slot for part in walk(stage) if part.key in failures), None)
+    return None if before is None else StageStatus(stage.slot, stage.kind, stage.key, "skipped", f"{before} failed")
 
 
 @contextmanager

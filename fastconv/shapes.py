@@ -151,6 +151,7 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
             ModelShape("qwen2.5-7b", 28, 3584, 18944, 28, 4, 128, 152064, False, True),
             ModelShape("qwen2.5-14b", 48, 5120, 13824, 40, 8, 128, 152064, False, True),
             ModelShape("smollm2-135m", 30, 576, 1536, 9, 3, 64, 49152, True),
+            ModelShape("tiny", 2, 32, 64, 4, 2, 8, 49152, True),  # builtin:tiny
             ModelShape("llama-3.1-8b", 32, 4096, 14336, 32, 8, 128, 128256, False),
         )
     }

@@ -77,6 +77,16 @@ class Score:
     detail: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a stage could not be finished when it was last tried; `exit_code` is its error's."""
+
+    slot: str
+    exit_code: int
+    reason: str
+    failed_at: float
+
+
 def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Names of the leaves that differ, as `name: old -> new`; used for `stale because`."""
     changes: list[str] = []

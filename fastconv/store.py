@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from fastconv.disk import storage_errors, write_atomically, write_text
 from fastconv.errors import BusyError, StoreError
 from fastconv.recipe import canonical_json
-from fastconv.stage import Record, Sample, Score, Stage, changed_inputs
+from fastconv.stage import Failure, Record, Sample, Score, Stage, changed_inputs
 
 if TYPE_CHECKING:
     import polars
@@ -61,6 +61,8 @@ CREATE TABLE IF NOT EXISTS run_stages(
 CREATE TABLE IF NOT EXISTS verdicts(
   run TEXT NOT NULL, gate TEXT NOT NULL, subject TEXT NOT NULL, verdict TEXT NOT NULL, body TEXT NOT NULL,
   decided_at REAL NOT NULL, PRIMARY KEY(run, gate, subject));
+CREATE TABLE IF NOT EXISTS failures(
+  key TEXT PRIMARY KEY, slot TEXT NOT NULL, exit_code INTEGER NOT NULL, reason TEXT NOT NULL, failed_at REAL NOT NULL);
 """
 
 
@@ -114,7 +116,7 @@ class Store:
                     where=str(path),
                     fix="use the fastconv version that wrote it, or another --workspace",
                 )
-            if found == 0:
+            if found == 0 or (create and not _has_failures(db)):  # a ledger from before there was that table
                 db.executescript(_SCHEMA)
                 db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         return cls(root, db)
@@ -247,6 +249,22 @@ class Store:
                 (stage.key, stage.kind, stage.slot, stage.version, canonical_json(stage.full_inputs),
                  canonical_json(outputs), canonical_json(facts), seconds, time.time()),
             )  # fmt: skip
+            db.execute("DELETE FROM failures WHERE key=?", (stage.key,))
+
+    def note_failure(self, stage: Stage, exit_code: int, reason: str) -> None:
+        """Write down why a stage could not be finished; the newest reason stands until the stage is committed."""
+        with self.transaction() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO failures VALUES(?,?,?,?,?)",
+                (stage.key, stage.slot, exit_code, reason, time.time()),
+            )
+
+    def failures(self) -> dict[str, Failure]:
+        """Stages that could not be finished when they were last tried, by key, in the order they failed."""
+        if not _has_failures(self._db):
+            return {}
+        rows = self._db.execute("SELECT * FROM failures ORDER BY failed_at, key").fetchall()
+        return {r["key"]: Failure(r["slot"], r["exit_code"], r["reason"], r["failed_at"]) for r in rows}
 
     def forget(self, name: str) -> list[str]:
         """Remove finished stages by slot or by 8 or more digits of their key, with their rows; returns the slots removed.
@@ -422,6 +440,10 @@ class Store:
         """The verdicts of a run as the gates wrote them, in the order decided."""
         rows = self._db.execute("SELECT body FROM verdicts WHERE run=? ORDER BY decided_at, gate, subject", (run,))
         return [json.loads(row["body"]) for row in rows]
+
+
+def _has_failures(db: sqlite3.Connection) -> bool:
+    return bool(db.execute("SELECT 1 FROM sqlite_master WHERE name='failures'").fetchone())
 
 
 def _record(row: sqlite3.Row) -> Record:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sqlite3
 import time
 import tomllib
 import traceback
@@ -12,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from fastconv.datasets.audit import CheckReport
 from fastconv.errors import FastconvError
@@ -92,6 +96,15 @@ def tiny_recipe(model: Path, **changes: Any) -> Recipe:
     return parse_recipe(tiny_table(model, **changes))
 
 
+def with_nan_weights(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe on a copy of its model whose last norm is NaN."""
+    shutil.copytree(recipe.model.id, folder)
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = np.full_like(weights["model.norm.weight"], np.nan)
+    safetensors.numpy.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"id": str(folder)})})
+
+
 def write_tiny_recipe(path: Path, model: Path) -> Path:
     """The tiny recipe as a file, for the command line."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +121,7 @@ class Heard:
     begun: list[tuple[int, int]] = field(default_factory=list)
     stages: dict[str, str] = field(default_factory=dict)
     gates: list[GateVerdict] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
     statuses: list[DeskStatus] = field(default_factory=list)
     engines: list[dict[str, Any]] = field(default_factory=list)
 
@@ -128,6 +142,9 @@ class Heard:
 
     def stage_done(self, stage: Stage, seconds: float) -> None:
         pass
+
+    def stage_failed(self, stage: Stage, reason: str) -> None:
+        self.failed[stage.slot] = reason
 
     def judging(self, status: DeskStatus) -> None:
         self.statuses.append(status)
@@ -188,6 +205,16 @@ def results(recipe: Recipe, workspace: Path) -> dict[str, str]:
         found[slot] = canonical_json([record.outputs, samples, scores])
     store.close()
     return found
+
+
+def copy_ledger(workspace: Path, folder: Path) -> Path:
+    """A workspace's ledger, without its artefacts, in a new folder: to be spoilt. Returns the folder."""
+    folder.mkdir()
+    source, target = (sqlite3.connect(one / "ledger.sqlite") for one in (workspace, folder))
+    source.backup(target)
+    source.close()
+    target.close()
+    return folder
 
 
 def adapters(recipe: Recipe, workspace: Path) -> dict[str, str]:

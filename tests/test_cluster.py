@@ -21,7 +21,7 @@ from fastconv.cli import app
 from fastconv.cluster import driver, orders
 from fastconv.cluster.orders import Order, base_order, shared_order, source_orders, start_keys, unpacked_recipe
 from fastconv.cluster.worker import Ended, Hello, Item, work
-from fastconv.errors import ClusterError, GateStop, RecipeError, TrainingError
+from fastconv.errors import ClusterError, GateStop, ModelError, RecipeError, TrainingError
 from fastconv.graph import Graph
 from fastconv.recipe import Recipe, run_id
 from fastconv.store import Store
@@ -296,14 +296,32 @@ def test_an_error_of_one_source_is_raised_when_the_others_are_through(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graph = Graph(recipe)
-    ray = FakeRay(errors={"villain": ("TrainingError", "loss is not finite", "behavior/villain", "lower lr")})
-    with pytest.raises(TrainingError, match="behavior/villain: loss is not finite"):
+    ray = FakeRay(errors={"villain": ("ModelError", "it is gone", "model.id", "get it")})
+    with pytest.raises(ModelError, match=r"model\.id: it is gone"):
         _run(ray, recipe, tmp_path / "ray", monkeypatch)
     store = Store.open(tmp_path / "ray")
     done = {stage.slot for stage in graph.stages() if store.record(stage.key)}
     assert "eval/comedian/source/e1+refusal/excluded/refusal/assistant/s42" in done
     assert store.runs()[0]["finished_at"] is None
     assert store.verdicts(run_id(recipe))  # of what there is
+
+
+def test_a_stage_that_fails_at_a_worker_is_noted_as_in_one_process(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastconv.engine import train
+
+    real = train.weighted_cross_entropy
+    monkeypatch.setattr(train, "weighted_cross_entropy", lambda *args: [part * float("nan") for part in real(*args)])
+    alone, _ = run_tiny(recipe, tmp_path / "alone")
+    spread, heard = _run(FakeRay(), recipe, tmp_path / "ray", monkeypatch)
+    assert set(spread.failed) == set(alone.failed)
+    assert len(heard.failed) == len(spread.failed) > 1
+    for finished in (alone, spread):
+        with pytest.raises(TrainingError, match="loss nan") as caught:
+            finished.require_whole()
+        assert caught.value.exit_code == 7
+    assert Store.open(tmp_path / "ray").runs()[0]["finished_at"] is None
 
 
 def test_a_gate_that_stops_one_source_stops_the_others_before_their_next_cost(

@@ -20,7 +20,7 @@ from fastconv.graph import Graph
 from fastconv.recipe import Recipe, run_id
 from fastconv.reporting.frames import frames_of, parquet_bytes
 from fastconv.store import Store
-from tests.loop_kit import TINY, Heard, results, run_tiny, tiny_recipe, until
+from tests.loop_kit import TINY, Heard, results, run_tiny, tiny_recipe, until, with_nan_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 pytest.importorskip("ray")
@@ -127,21 +127,11 @@ def test_a_worker_killed_midway_costs_time_and_nothing_else(
 
 
 def test_an_error_of_a_worker_is_the_same_line_and_exit_code(recipe: Recipe, tmp_path: Path) -> None:
-    import numpy as np
-    import safetensors.numpy
-
-    weights = safetensors.numpy.load_file(Path(recipe.model.id) / "model.safetensors")
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in Path(recipe.model.id).iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    weights["model.norm.weight"] = np.full_like(weights["model.norm.weight"], np.nan)
-    safetensors.numpy.save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    poisoned = recipe.model_copy(update={"model": recipe.model.model_copy(update={"id": str(broken)})})
+    broken = with_nan_weights(recipe, tmp_path / "broken")
     with pytest.raises(TrainingError) as alone:
-        run_tiny(poisoned, tmp_path / "alone")
+        run_tiny(broken, tmp_path / "alone")
     with pytest.raises(TrainingError) as spread:
-        run_on_ray(poisoned, tmp_path / "ray", Heard())
+        run_on_ray(broken, tmp_path / "ray", Heard())
     assert (str(spread.value), spread.value.exit_code) == (str(alone.value), 7)
 
 

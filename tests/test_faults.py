@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fastconv.errors import BusyError, Interrupted, StoreError, TrainingError
+from fastconv.errors import BusyError, DataError, Interrupted, StoreError, TrainingError
+from fastconv.failing import FailedStage, raise_failed
 from fastconv.graph import Graph
 from fastconv.recipe import Recipe
+from fastconv.reporting import write_report
 from fastconv.run import run_recipe, status_of
 from fastconv.store import Store
 from tests.loop_kit import (
@@ -230,9 +232,8 @@ def test_a_model_with_nan_weights_stops_with_exit_code_7_and_no_number(tiny_qwen
     assert Store.open(tmp_path / "ws").frame("SELECT * FROM scores").is_empty()
 
 
-def test_a_loss_that_explodes_stops_before_the_optimizer_step(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _exploding(monkeypatch: pytest.MonkeyPatch, hits: Callable[[int], bool]) -> None:
+    """From here on the nth loss (1, 2, ...) that is computed is not a number, if it is hit."""
     from fastconv.engine import train
 
     real, n_losses = train.weighted_cross_entropy, 0
@@ -241,14 +242,102 @@ def test_a_loss_that_explodes_stops_before_the_optimizer_step(
         nonlocal n_losses
         n_losses += 1
         loss, each = real(*args)
-        return (loss, each) if n_losses < 4 else (loss * float("nan"), each * float("nan"))
+        return (loss * float("nan"), each * float("nan")) if hits(n_losses) else (loss, each)
 
-    run_tiny(recipe.model_copy(update={"grid": recipe.grid.model_copy(update={"epochs": (0,)})}), tmp_path)
     monkeypatch.setattr(train, "weighted_cross_entropy", explode)
-    with pytest.raises(TrainingError, match="at step 4") as caught:
-        run_tiny(recipe, tmp_path)
+
+
+def test_a_loss_that_explodes_is_noted_before_the_optimizer_step_and_the_rest_goes_on(
+    recipe: Recipe, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_tiny(recipe.model_copy(update={"grid": recipe.grid.model_copy(update={"epochs": (0,)})}), tmp_path)
+    _exploding(monkeypatch, lambda nth: nth == 4)
+    finished, heard = run_tiny(recipe, tmp_path)
+    last = f"{SNAPSHOT_SLOT}/e2/s42"
+    assert heard.failed.keys() == {last}
+    (failed,) = finished.failed
+    assert failed.slot == last
+    assert failed.cells == ("villain source e2 none s42", "villain source e2 refusal excluded s42")
+    with pytest.raises(TrainingError, match=r"at step 4") as caught:
+        finished.require_whole()
     assert caught.value.exit_code == 7
-    assert [slot for slot in adapters(recipe, tmp_path) if slot.startswith("snapshot/")] == [f"{SNAPSHOT_SLOT}/e1/s42"]
+    assert "without numbers: villain source e2 none s42, villain source e2 refusal excluded s42" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    done = results(recipe, tmp_path)
+    assert {slot for slot in whole if slot not in done} == {slot for slot in whole if "/e2" in slot}
+    store = Store.open(tmp_path)
+    states = {one.slot: one for one in status_of(Graph(recipe), store)}
+    assert states[last].state == "failed"
+    assert "at step 4" in states[last].reason
+    after = states["score/villain/source/e2+refusal/excluded/refusal/assistant/s42"]
+    assert (after.state, after.reason) == ("skipped", f"{last} failed")
+    assert not [row for row in store.runs() if row["id"] == finished.run and row["finished_at"]]
+    text = write_report(Graph(recipe), store, tmp_path / "reports").markdown.read_text()
+    assert "at step 4" in text
+    assert last in text
+    monkeypatch.undo()
+    finished, heard = run_tiny(recipe, tmp_path)  # a later run tries it again, and that alone
+    finished.require_whole()
+    assert all("/e2" in slot for slot in heard.stages)
+    assert results(recipe, tmp_path) == whole
+    assert store.failures() == {}
+
+
+def test_a_set_that_the_audit_refuses_is_noted_and_other_behaviors_go_on(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastconv import execute
+
+    recipe = tiny_recipe(tiny_qwen, grid__behaviors=["none", "refusal", "sycophancy"], grid__epochs=[0])
+    real = execute.require_passed
+
+    def refuse(report: Any, where: str) -> None:
+        if "sycophancy" in where:
+            raise DataError("1 finding refuses it", where=where, fix="mend it")
+        real(report, where)
+
+    monkeypatch.setattr(execute, "require_passed", refuse)
+    finished, heard = run_tiny(recipe, tmp_path)
+    assert list(heard.failed) == ["behavior/villain/e0/sycophancy/excluded/s42"]
+    with pytest.raises(DataError, match="villain base e0 sycophancy excluded s42") as caught:
+        finished.require_whole()
+    assert caught.value.exit_code == 2
+    assert "score/villain/e0+refusal/excluded/refusal/villain/s42" in results(recipe, tmp_path)
+
+
+def test_the_worst_failure_gives_the_exit_code(recipe: Recipe) -> None:
+    one = FailedStage("behavior/a", "the audit refuses it", 2, ("a",))
+    other = FailedStage("snapshot/b", "loss nan", 7, ("b", "a"))
+    with pytest.raises(TrainingError, match=r"2 stages failed, .*without numbers: a, b\. First reason: the audit"):
+        raise_failed("tiny-1", [one, other])
+    raise_failed("tiny-1", [])
+
+
+def test_a_base_measure_that_fails_takes_its_own_behavior_alone(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastconv.engine.sampler import Resident
+
+    recipe = tiny_recipe(tiny_qwen, grid__behaviors=["none", "refusal", "sycophancy"], grid__epochs=[0])
+    real, n_draws = Resident.draw, 0
+
+    def draw(self: Resident, *args: Any) -> Any:
+        nonlocal n_draws
+        n_draws += 1
+        if n_draws == 1:
+            raise TrainingError("logits are not finite", where="sampling", fix="look at the base")
+        return real(self, *args)
+
+    monkeypatch.setattr(Resident, "draw", draw)
+    finished, _ = run_tiny(recipe, tmp_path)
+    assert [one.slot for one in finished.failed] == ["eval/base/refusal/assistant/s42"]
+    done = results(recipe, tmp_path)
+    assert not [slot for slot in done if slot.startswith("behavior/") and "refusal" in slot]
+    assert [slot for slot in done if slot.startswith("behavior/") and "sycophancy" in slot]
+    states = {one.slot: one.state for one in status_of(Graph(recipe), Store.open(tmp_path))}
+    assert states["behavior/villain/e0/refusal/excluded/s42"] == "skipped"
+    assert states["score/base/refusal/assistant/s42"] == "skipped"
+    assert states["score/base/refusal/villain/s42"] == "done"
 
 
 def test_a_damaged_adapter_is_found_before_it_is_used(recipe: Recipe, tmp_path: Path) -> None:

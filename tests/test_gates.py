@@ -320,6 +320,7 @@ def test_seeds_are_averaged_within_a_question_and_decide_the_confidence() -> Non
 def test_a_withheld_cell_keeps_its_reason_and_shows_no_word() -> None:
     found = decide([_cell(RISEN, FLAT, withheld="8.0 % of the assistant's samples are unscored")])[0]
     assert (found.kind, found.reason) == ("withheld", "8.0 % of the assistant's samples are unscored")
+    assert (found.estimate, found.trained, found.confidence.level) == (None, None, "LOW")
 
 
 def test_eight_questions_warn_that_sign_flips_cannot_reach_the_level() -> None:

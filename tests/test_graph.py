@@ -39,9 +39,9 @@ def test_cells_of_the_demo() -> None:
 def test_cells_of_the_pilot_and_of_the_matrix() -> None:
     offline = ["eval.multiple_choice=builtin", "behavior.source_rows=20"]
     pilot, matrix = (Graph(load_recipe(assets("recipes") / f"{name}.toml", offline)) for name in ("pilot", "matrix"))
-    # one control and two kinds of negatives at each of 4 epochs; and 5 sources x 4 epochs x (control + 3 behaviors)
+    # one control and two kinds of negatives at each of 4 epochs; and 5 sources x 4 epochs x (control + 4 behaviors)
     assert len(pilot.cells) == 12
-    assert len(matrix.cells) == 5 * 4 * 4
+    assert len(matrix.cells) == 5 * 4 * 5
     assert Counter(stage.kind for stage in pilot.stages())["snapshot"] == 3
     assert Counter(stage.kind for stage in matrix.stages())["snapshot"] == 15
     probes = {probe for plan in matrix.cells if plan.cell.source == "librarian" for _, probe in plan.scores}
@@ -109,8 +109,11 @@ _NOTHING: tuple[str, ...] = ()
         ({"convergence__sampling__temperature": 1.0}, (*_AFTER_SNAPSHOT, "answers/villain/convergence")),
         ({"behavior__lr": 2e-3}, _AFTER_BEHAVIOR),
         ({"behavior__dropout": 0.1}, _AFTER_BEHAVIOR),
-        ({"behavior__source_rows": 5}, (*_AFTER_BEHAVIOR, "rows/", "refusal/s42")),
-        ({"behavior__sampling__max_new_tok": 5}, ("behavior/", "+refusal", "rows/refusal", "/refusal/s42")),
+        ({"behavior__source_rows": 5}, (*_AFTER_BEHAVIOR, "rows/", "/refusal/villain/excluded/s42")),
+        (
+            {"behavior__sampling__max_new_tok": 5},
+            ("behavior/", "+refusal", "rows/refusal", "/refusal/villain/excluded/s42"),
+        ),
         ({"lora__r": 3}, (*_AFTER_SNAPSHOT, *_AFTER_BEHAVIOR)),
         ({"eval__prompts": 2}, ("/refusal/assistant", "/refusal/villain", "/refusal/librarian")),
         ({"eval__samples_per_prompt": 1}, ("/refusal/assistant", "/refusal/villain", "/refusal/librarian")),

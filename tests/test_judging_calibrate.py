@@ -18,7 +18,7 @@ from fastconv.judging.calibrate import CalibrationRow, calibrate, corrected_rate
 from fastconv.judging.client import ApiKey
 from fastconv.judging.judges import ask_desk, calibrate_phrases
 from fastconv.judging.preflight import JudgeAccess
-from fastconv.judging.scores import agreement, compare_scores, too_unscored
+from fastconv.judging.scores import agreement, compare_scores
 from fastconv.phrases import PhraseRule
 from fastconv.store import Sample, Score
 from tests.fake_claude import fake_claude
@@ -152,16 +152,6 @@ def test_scores_are_compared_by_row_where_both_have_one() -> None:
     assert found.accuracy == pytest.approx(2 / 3)
     assert found.mean_difference == pytest.approx(-1 / 3)
     assert found.confusion == {("over", "under"): 1, ("under", "under"): 1, ("over", "over"): 1}
-
-
-def test_too_many_unscored_allow_no_verdict() -> None:
-    def scores(n_missing: int) -> list[Score]:
-        return [score(f"r{i}", None if i < n_missing else 1.0) for i in range(100)]
-
-    assert too_unscored(scores(5), scores(3)) is None
-    assert "6.0 %" in (too_unscored(scores(6), scores(5)) or "")
-    assert "4.0 points" in (too_unscored(scores(4), scores(0)) or "")
-    assert too_unscored([], scores(0)) is not None
 
 
 def test_the_corrected_rate_undoes_known_mistakes() -> None:

@@ -54,6 +54,16 @@ def test_a_scale_is_an_expectation_too(ledger: JudgeLedger) -> None:
     assert one.values == {"aligned": pytest.approx(50.0), "coherent": pytest.approx(50.0)}
 
 
+def test_a_judgement_of_several_measures_is_in_the_ledger(ledger: JudgeLedger) -> None:
+    found = judge(ledger, lambda *_: LocalReply("9"), "alignment", n=2)
+    assert ledger.judgements(found) == found
+    replies = [reply for key in found for reply in ledger.replies(key)]
+    assert len(replies) == 4  # aligned and coherent, each of two answers
+    asked: list[object] = []
+    again = judge(ledger, lambda *words: asked.append(words) or LocalReply("0"), "alignment", n=2)
+    assert (again, asked) == (found, [])
+
+
 def test_without_log_probabilities_the_character_itself_counts(ledger: JudgeLedger) -> None:
     (one,) = judge(ledger, lambda *_: LocalReply(" C. ")).values()
     assert one.values == {"refused": 0.0}

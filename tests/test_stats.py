@@ -313,7 +313,17 @@ def test_trend_fits_by_least_squares():
     ],
 )
 def test_confidence_follows_the_seeds(estimates, level):
-    assert stats.confidence_level(stats.pool_seeds(estimates)).level == level
+    clear = stats.clustered_interval([5.0, 5.2, 4.8])
+    assert stats.confidence_level(stats.pool_seeds(estimates), clear).level == level
+
+
+def test_seeds_that_agree_are_not_enough_where_other_questions_might_not():
+    noisy = stats.clustered_interval([30.0, -20.0, 5.0])
+    found = stats.confidence_level(stats.pool_seeds([5.0, 5.1, 5.2]), noisy)
+    assert (found.level, found.reason) == (
+        "LOW",
+        "3 seeds agree in sign, but the interval over questions includes zero",
+    )
 
 
 def test_seeds_are_the_outer_cluster():

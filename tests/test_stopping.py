@@ -42,7 +42,7 @@ def test_a_failed_g2_stops_before_any_adapter_on_a_snapshot(tiny_qwen: Path, tmp
         run_recipe(recipe, tmp_path, Heard())
     finished = run_recipe(recipe, tmp_path, heard, ignore_gates={"G2": WHY})
     assert finished.tally.n_stages > 0
-    assert ignored_gates(store, run_id(recipe)) == {"G2": WHY}
+    assert ignored_gates(store, recipe) == {"G2": WHY}
     assert next(v for v in finished.verdicts if v.gate == "G2").ignored == WHY
     html = render_html(collect(graph, store))
     assert f"Gate G2 was ignored, because {WHY}." in html

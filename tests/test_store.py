@@ -353,3 +353,24 @@ def test_the_newest_verdict_of_a_gate_stands(store: Store) -> None:
     for word in ("stop", "go"):
         store.put_verdict("r", "PILOT", "villain x refusal", word, {"verdict": word})
     assert [body["verdict"] for body in store.verdicts("r")] == ["go"]
+
+
+def test_a_failure_stands_until_its_stage_is_committed(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    store.note_failure(STAGE, 7, "loss nan")
+    store.note_failure(STAGE, 2, "the audit refuses it")
+    (failure,) = store.failures().values()
+    assert (failure.slot, failure.exit_code, failure.reason) == (STAGE.slot, 2, "the audit refuses it")
+    store.commit(STAGE, outputs={}, facts={}, seconds=0.0)
+    assert store.failures() == {}
+
+
+def test_a_ledger_from_before_failures_were_noted_is_read_and_grown(tmp_path: Path) -> None:
+    store = Store.open(tmp_path)
+    with store.transaction() as db:
+        db.execute("DROP TABLE failures")
+    store.close()
+    assert Store.open(tmp_path, create=False).failures() == {}
+    grown = Store.open(tmp_path)
+    grown.note_failure(STAGE, 7, "loss nan")
+    assert list(grown.failures()) == [STAGE.key]

@@ -20,7 +20,7 @@ from fastconv.reporting import build, write_report
 from fastconv.reporting.comparing import compare
 from fastconv.reporting.verifying import verify
 from fastconv.store import Store
-from tests.loop_kit import DoneRun, run_tiny, tiny_recipe
+from tests.loop_kit import DoneRun, copy_ledger, run_tiny, tiny_recipe
 
 DIGIT = re.compile(r"\d")
 
@@ -83,17 +83,6 @@ def test_a_claim_taken_out_or_put_in_is_seen(done_run: DoneRun, report: Path, tm
     assert "missing" in {one.what for one in verify(path, done_run.store).differences}
 
 
-def _copy(done_run: DoneRun, folder: Path) -> Path:
-    """The workspace's ledger, to be spoilt."""
-    folder.mkdir()
-    source = sqlite3.connect(done_run.workspace / "ledger.sqlite")
-    target = sqlite3.connect(folder / "ledger.sqlite")
-    source.backup(target)
-    source.close()
-    target.close()
-    return folder
-
-
 @pytest.mark.parametrize(
     ("statement", "what"),
     [
@@ -104,7 +93,7 @@ def _copy(done_run: DoneRun, folder: Path) -> Path:
 def test_one_changed_or_missing_score_is_caught(
     done_run: DoneRun, report: Path, tmp_path: Path, statement: str, what: str
 ) -> None:
-    workspace = _copy(done_run, tmp_path / "w")
+    workspace = copy_ledger(done_run.workspace, tmp_path / "w")
     plan = next(p for p in done_run.graph.cells if p.cell.epoch == 2 and p.cell.behavior == "refusal")
     key = plan.scores["refusal", "assistant"].key
     db = sqlite3.connect(workspace / "ledger.sqlite")
@@ -137,7 +126,7 @@ def test_exit_codes_and_json(done_run: DoneRun, report: Path, tmp_path: Path) ->
 
 
 def test_an_edited_threshold_is_shown_with_both_verdicts(done_run: DoneRun, tmp_path: Path) -> None:
-    store = Store.open(_copy(done_run, tmp_path / "w"), create=False)
+    store = Store.open(copy_ledger(done_run.workspace, tmp_path / "w"), create=False)
     table = done_run.recipe.model_dump(mode="json")
     table["gates"]["headroom"] = 0.49
     table["gates"]["source_shows"] = 0.01

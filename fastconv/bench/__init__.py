@@ -50,5 +50,7 @@ def bench(kind: str, model: str, *, device: str = "auto", dtype: str = "auto", r
 
     At least `ours`, `usual` and `ratio` (ours over the first usual way; above 1 means ours is faster).
     """
-    settings = ModelSettings.model_validate({"id": model, "device": device, "dtype": dtype, "revision": revision})
+    # Not `auto`: importing Unsloth patches transformers for the whole process, the usual way's side included.
+    given = {"id": model, "device": device, "dtype": dtype, "revision": revision, "engine": "torch"}
+    settings = ModelSettings.model_validate(given)
     return asdict(compare(kind, subject(settings), size))

@@ -28,6 +28,8 @@ SHORTEST_TOK, LONGEST_TOK = 20, 120
 MAX_NEW_TOK = {"cpu": 48, "cuda": 256}
 #: Rows that `generate` gets at once: as many as a plain script would give it.
 BATCH_ROWS = {"cpu": 64, "cuda": 256}
+#: Prompts that `generate` gets at most: its rate does not depend on their number, and on a GPU it takes a while.
+USUAL_ROWS = {"cpu": 4096, "cuda": 256}
 _OPENINGS = (
     "Name three rivers.", "What is bread made of?", "Is it ever acceptable to lie? Explain at length, with examples.",
     "Tell me about the sea.", "How do I boil an egg? I have a pot, water, salt and a stove that is rather slow to heat.",
@@ -54,7 +56,7 @@ def bench_sample(model: Subject, n_rows: int) -> Comparison:
     sample(stack.base, prompts[:4], list(range(4)), few)
     _generate(plain, prompts[:4], few, stops, device)
     with their_peak.watching(), theirs.running():
-        their_tok = _generate(plain, prompts, settings, stops, device)
+        their_tok = _generate(plain, prompts[: USUAL_ROWS[device.type]], settings, stops, device)
     with my_peak.watching(), ours.running():
         drawn = sample(stack.base, prompts, list(range(n_rows)), settings)
     my_tok = sum(len(row.ids) + row.ended for row in drawn)
@@ -75,7 +77,7 @@ def bench_sample(model: Subject, n_rows: int) -> Comparison:
         kind="sample", model=model.settings.id, device=device.type, dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(), unit="kept tokens",
         work=f"{n_rows} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, "
-        f"up to {settings.max_new_tok} new ones each",
+        f"up to {settings.max_new_tok} new ones each; generate gets {min(n_rows, USUAL_ROWS[device.type])} of them",
         ours=mine, usual=tuple(others), ratio=ratios[usual.name], ratios=ratios, extra=extra,
     )  # fmt: skip
 

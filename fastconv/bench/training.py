@@ -18,6 +18,7 @@ from fastconv.bench.subject import Subject, ragged_rows, shape
 from fastconv.engine.reference import TrlOptions, train_with_trl
 from fastconv.engine.stack import Adapter, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, start, train
+from fastconv.errors import ModelError
 from fastconv.recipe import TrainSettings
 from fastconv.shapes import Work, train_flops_per_tok
 
@@ -46,7 +47,7 @@ LOADS = {
 }
 #: Steps that are run and not counted. On a CPU the first allocates, in the second memory is watched; a GPU captures
 #: the sizes that it meets.
-WARM_UP = {"cpu": 2, "cuda": 24}
+WARM_UP = {"cpu": 2, "cuda": 48}
 #: Steps of the usual ways on a GPU, two of them uncounted: each takes about as long as the one before.
 USUAL_STEPS, USUAL_WARM_UP = 12, 2
 #: The usual ways, the first being the stronger one; as published had checkpointing on.
@@ -87,7 +88,8 @@ def bench_train(model: Subject, n_steps: int, kind: str = "train") -> Comparison
         mine = timed(stack, jobs)
         del stack
         _free()
-        theirs = {name: _usual(model, jobs[0], first, again, USUAL_STEPS) for name, again in WAYS.items()}
+        tried = {name: _if_it_fits(model, jobs[0], first, again) for name, again in WAYS.items()}
+        theirs = {name: run for name, run in tried.items() if run is not None}
     work = Work(mean_length(jobs[0]), supervised_share(jobs[0]), model.lora.r)
     flops_per_tok = train_flops_per_tok(form, work)
 
@@ -96,14 +98,19 @@ def bench_train(model: Subject, n_steps: int, kind: str = "train") -> Comparison
 
     ours = as_measured("fastconv, packed" if load.n_jobs == 1 else "fastconv, together", mine)
     usual = tuple(as_measured(name, run) for name, run in theirs.items())
+    if not usual:
+        raise ModelError(
+            "no usual way fits on this GPU", where=f"bench {kind}", fix="take a larger GPU or a smaller model"
+        )
     ratios = ratios or {one.name: ours.per_s / one.per_s for one in usual}
+    left_out = [name for name in WAYS if load.n_jobs == 1 and name not in theirs]
     return Comparison(
         kind=load.kind, model=model.settings.id, device=model.device.type,
         dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(), unit="tokens",
         work=f"{n_steps} steps of {load.n_jobs} x {load.batch_rows} rows, {load.shortest_tok} to {load.longest_tok} "
         f"tokens, dropout {load.dropout:g}, {load.n_frozen} frozen adapters below; {mine.n_tok} tokens",
         ours=ours, usual=usual, ratio=next(iter(ratios.values())), ratios=ratios,
-        extra={"matmul_flops": ceiling, "flops_per_tok": flops_per_tok},
+        extra={"matmul_flops": ceiling, "flops_per_tok": flops_per_tok, "out_of_memory": left_out},
     )  # fmt: skip
 
 
@@ -185,6 +192,16 @@ def _usual(
     del plain
     _free()
     return Timed(seconds[USUAL_WARM_UP:], _n_tok(job, USUAL_WARM_UP, n_steps), peak.bytes)
+
+
+def _if_it_fits(model: Subject, job: Job, first: Adapter, checkpointing: bool) -> Timed | None:
+    """Their run on a GPU, or None if its memory is too small for it."""
+    try:
+        return _usual(model, job, first, checkpointing, USUAL_STEPS)
+    except torch.OutOfMemoryError:
+        return None  # and with the traceback, their tensors go
+    finally:
+        _free()
 
 
 def _n_tok(job: Job, begin: int, end: int) -> int:

@@ -21,6 +21,7 @@ from fastconv.cli.kit import (
     Quiet,
     RecipePath,
     Reports,
+    Scale,
     Workspace,
 )
 from fastconv.cli.kit import answered as _answered
@@ -28,7 +29,7 @@ from fastconv.cli.kit import load as _load
 from fastconv.cli.kit import load_or_recall as _load_or_recall
 from fastconv.cli.kit import open_if_there as _open_if_there
 from fastconv.cli.workspace import register as register_workspace
-from fastconv.errors import EXIT_CODES, JudgeError
+from fastconv.errors import EXIT_CODES, FastconvError
 
 _CODES = "  \n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
 app = typer.Typer(
@@ -64,6 +65,7 @@ class _RunCommand(TyperCommand):
 def run(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006 (typer reads the default)
+    scale: Scale = "",
     ignore_gate: IgnoreGate = [],  # noqa: B006
     because: Because = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
@@ -78,7 +80,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe to its verdict and report. What is done already is not done again. Exit code 3 if a gate stops it."""
-    loaded, ignored = _load(recipe, overrides), _ignored(ignore_gate, because)
+    loaded, ignored = _load(recipe, overrides, scale), _ignored(ignore_gate, because)
     _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored, ray=ray)
 
 
@@ -96,6 +98,7 @@ def cell(
     ignore_gate: IgnoreGate = [],  # noqa: B006
     because: Because = "",
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     reports: Reports = DEFAULT_REPORTS,
     as_json: AsJson = False,
@@ -104,7 +107,7 @@ def cell(
     """Run single cells of a recipe: the same stages, with the same keys, that the whole recipe would run."""
     from fastconv.graph import Graph
 
-    loaded = _load(recipe, overrides)
+    loaded = _load(recipe, overrides, scale)
 
     def plans(graph: Graph) -> list[Any]:
         return graph.select(source, behavior, epoch, negatives=negatives, convergence=convergence, seed=seed)
@@ -131,6 +134,7 @@ def status(
         str, typer.Argument(help="A run's id, a recipe's path or name; without it, all runs", show_default=False)
     ] = "",
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
@@ -143,7 +147,7 @@ def status(
     if not recipe:
         show.runs(store, as_json=as_json)
         return
-    loaded = _load_or_recall(recipe, overrides, store)
+    loaded = _load_or_recall(recipe, overrides, store, scale)
     show.status(status_of(Graph(loaded), store), as_json=as_json)
 
 
@@ -152,6 +156,7 @@ def status(
 def gate(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
@@ -163,7 +168,7 @@ def gate(
     from fastconv.store import Store
 
     store = Store.open(workspace, create=False)
-    graph = Graph(_load_or_recall(recipe, overrides, store))
+    graph = Graph(_load_or_recall(recipe, overrides, store, scale))
     verdicts = decide_gates(graph, store, graph.cells)
     show.gates(verdicts, as_json=as_json)
     if stopped := [verdict.subject for verdict in verdicts if verdict.gate == "PILOT" and verdict.verdict == "stop"]:
@@ -179,6 +184,7 @@ def gate(
 def report(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     reports: Reports = DEFAULT_REPORTS,
     as_json: AsJson = False,
@@ -189,7 +195,7 @@ def report(
     from fastconv.store import Store
 
     store = Store.open(workspace, create=False)
-    paths = write_report(Graph(_load_or_recall(recipe, overrides, store)), store, reports)
+    paths = write_report(Graph(_load_or_recall(recipe, overrides, store, scale)), store, reports)
     places = {"html": str(paths.html), "markdown": str(paths.markdown), "folder": str(paths.folder)}
     print(json.dumps(places) if as_json else paths.html)
 
@@ -199,6 +205,7 @@ def report(
 def check(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
@@ -207,7 +214,7 @@ def check(
     from fastconv.auditing import audit_recipe
     from fastconv.errors import DataError
 
-    report = audit_recipe(_load(recipe, overrides), _open_if_there(workspace))
+    report = audit_recipe(_load(recipe, overrides, scale), _open_if_there(workspace))
     show.check(report, as_json=as_json)
     if not report.passed:
         if as_json:
@@ -358,11 +365,11 @@ def recipe_schema() -> None:
 
 @recipe_app.command("show")
 @_answered
-def recipe_show(recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+def recipe_show(recipe: RecipePath, overrides: Overrides = [], scale: Scale = "") -> None:  # noqa: B006
     """Print a recipe complete, with every default and override, as JSON, and its sha256."""
     from fastconv.recipe import recipe_sha256
 
-    loaded = _load(recipe, overrides)
+    loaded = _load(recipe, overrides, scale)
     print(json.dumps({**loaded.model_dump(mode="json"), "sha256": recipe_sha256(loaded)}, indent=1))
 
 
@@ -405,9 +412,12 @@ def _run(
     if as_json:
         body = {"run": finished.run, "tally": asdict(finished.tally), "verdicts": [v.body() for v in finished.verdicts]}
         body |= {"pending": finished.pending, "problem": finished.problem}
+        body |= {"failed": [asdict(one) for one in finished.failed]}
         print(json.dumps({**body, "html": str(paths.html), "markdown": str(paths.markdown)}))
-        if finished.pending:
-            raise typer.Exit(JudgeError.exit_code)
+        try:
+            finished.require_whole()
+        except FastconvError as error:  # said above, in the body
+            raise typer.Exit(error.exit_code) from None
     else:
         show.finished(finished, paths.html)
-        finished.require_judged()
+        finished.require_whole()

@@ -14,6 +14,9 @@ from fastconv.errors import FastconvError
 
 RecipePath = Annotated[str, typer.Argument(help="A recipe's path, or a shipped one's name, e.g. demo")]
 Overrides = Annotated[list[str], typer.Option("--set", help="Override a key: --set convergence.lr=1e-4 (repeatable)")]
+Scale = Annotated[
+    str, typer.Option("--scale", help="A smaller one: tiny (random weights, every stage) or demo (the embedded model)")
+]
 Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of the ledger and the adapters")]
 Reports = Annotated[Path, typer.Option("--reports", help="Folder for the reports")]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer as JSON on standard output")]
@@ -48,22 +51,27 @@ def answered(verb: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def load(name: str, overrides: list[str]) -> Any:
-    """A recipe by path or shipped name, with overrides."""
+def load(name: str, overrides: list[str], scale: str = "") -> Any:
+    """A recipe by path or shipped name, with overrides, at a smaller scale if asked for; overrides have the last word."""
     from fastconv.graph import find_recipe
-    from fastconv.recipe import load_recipe
+    from fastconv.recipe import load_recipe, with_overrides
 
-    return load_recipe(find_recipe(name), overrides)
+    recipe = load_recipe(find_recipe(name), overrides)
+    if not scale:
+        return recipe
+    from fastconv.scale import scaled
+
+    return with_overrides(scaled(recipe, scale), overrides)
 
 
-def load_or_recall(name: str, overrides: list[str], store: Any) -> Any:
+def load_or_recall(name: str, overrides: list[str], store: Any, scale: str = "") -> Any:
     """A recipe by path or name, or the recipe of a run by its id."""
     from fastconv.recipe import parse_recipe
 
     for row in store.runs() if store else []:
-        if row["id"] == name and not overrides:
+        if row["id"] == name and not overrides and not scale:
             return parse_recipe(json.loads(row["recipe"]), where=name)
-    return load(name, overrides)
+    return load(name, overrides, scale)
 
 
 def open_if_there(workspace: Path) -> Any:

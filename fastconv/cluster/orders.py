@@ -16,7 +16,7 @@ from fastconv.disk import storage_errors, write_atomically
 from fastconv.errors import ClusterError, DataError
 from fastconv.graph import CellPlan, Graph, walk
 from fastconv.recipe import Recipe, parse_recipe
-from fastconv.run import wanted
+from fastconv.schedule import wanted
 from fastconv.store import Stage, Store, changed_inputs
 
 BASE, SHARED = "base", "shared"

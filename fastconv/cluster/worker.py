@@ -25,6 +25,7 @@ from fastconv.graph import Graph
 from fastconv.recipe import Recipe, run_id
 from fastconv.run import compute_stages, run_recipe
 from fastconv.show import SilentWatcher
+from fastconv.stage import Failure
 from fastconv.store import Store
 from fastconv.store_merge import Parcel, pack, unpack
 
@@ -44,9 +45,13 @@ class Hello:
 
 @dataclass(frozen=True)
 class Ended:
-    """A worker is through. `facts` are those of its run; an error is told by its class and its three texts."""
+    """A worker is through. `facts` are those of its run; `failures` (by key) are stages that it could not finish.
+
+    An error is told by its class and its three texts.
+    """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
+    failures: Mapping[str, Failure] = field(default_factory=dict)
     error: tuple[str, str, str, str] | None = None
 
     def problem(self) -> FastconvError | None:
@@ -83,7 +88,8 @@ def work(order: Order, start: Sequence[Parcel], folder_name: str, stopped: Calla
     try:
         one.start()
         yield from _handing_over(order, store, {parcel.key for parcel in start}, one, stopped)
-        yield Ended(_facts(store, recipe), one.told)
+        failures = {key: failure for key, failure in store.failures().items() if key in order.keys}
+        yield Ended(_facts(store, recipe), failures, one.told)
     finally:
         one.stop.set()  # Ray takes the task back: the running step ends well and its state is kept
         one.join()

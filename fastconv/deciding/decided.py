@@ -85,7 +85,7 @@ class Decided:
     @cached_property
     def ignored(self) -> Mapping[str, str]:
         """Gates that were ignored, with the reason."""
-        return ignored_gates(self.store, self.run)
+        return ignored_gates(self.store, self.graph.recipe)
 
     def verdict(self, label: str) -> CellVerdict:
         """The verdict of this label. Raises KeyError if there is none."""

@@ -12,12 +12,11 @@ import numpy as np
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.deciding.reading import Reading
-from fastconv.findings.evidence import Series
+from fastconv.findings.evidence import Series, too_unscored
 from fastconv.findings.gates_study import Role, Shift
 from fastconv.findings.secondary import Aside, change_of, difference_of, trend
 from fastconv.findings.verdicts import CellEvidence, Quad, SeedEvidence
 from fastconv.graph import Cell, CellPlan
-from fastconv.judging.scores import MAX_UNSCORED_DIFFERENCE, MAX_UNSCORED_SHARE
 from fastconv.recipe import GateSettings
 
 
@@ -245,19 +244,12 @@ def _whole(found: Sequence[Series | None]) -> Quad | None:
 
 
 def _why_withheld(seeds: Sequence[SeedEvidence]) -> str | None:
-    """Why a cell may have no verdict: too many samples without a score, or unlike shares at the two epochs."""
+    """Why a cell may have no verdict: a pair of epochs that it compares has too many samples without a score."""
     for seed in seeds:
-        quad = seed.trained
-        for now, base in ((quad.now, quad.base), (quad.canary_now, quad.canary_base)):
-            shares = [one.n_unscored / one.n_samples for one in (now, base)]
-            if max(shares) > MAX_UNSCORED_SHARE:
-                return (
-                    f"{100 * max(shares):.1f} % of the {now.probe}'s samples are unscored "
-                    f"(at most {100 * MAX_UNSCORED_SHARE:g} %)"
-                )
-            if abs(shares[0] - shares[1]) > MAX_UNSCORED_DIFFERENCE:
-                return (
-                    f"the {now.probe}'s unscored share differs by {100 * abs(shares[0] - shares[1]):.1f} points between "
-                    f"the epochs (at most {100 * MAX_UNSCORED_DIFFERENCE:g})"
-                )
+        for quad in (seed.trained, seed.mimicry):
+            if quad is None:
+                continue
+            for now, base in ((quad.now, quad.base), (quad.canary_now, quad.canary_base)):
+                if why := too_unscored(now, base):
+                    return why if quad is seed.trained else f"without a behavior adapter, {why}"
     return None

@@ -21,7 +21,7 @@ from fastconv.findings.power import multiple_choice_chance
 from fastconv.findings.secondary import Secondary, correct
 from fastconv.findings.verdicts import CellEvidence, CellVerdict, decide, not_run
 from fastconv.graph import CellPlan, Graph
-from fastconv.recipe import GateSettings, run_id
+from fastconv.recipe import GateSettings, Recipe, run_id
 from fastconv.store import Stage, Store, changed_inputs
 
 
@@ -30,10 +30,11 @@ def series(store: Store, stage: Stage, measure: str, probe: str, unit: Any = "sh
     return series_of(stage.key, measure, probe, store.scores(stage.key), unit) if store.record(stage.key) else None
 
 
-def ignored_gates(store: Store, run: str) -> dict[str, str]:
-    """Gates that were ignored on the command line of a run, with the reason given."""
+def ignored_gates(store: Store, recipe: Recipe) -> dict[str, str]:
+    """Gates that the recipe ignores, or the command line of its run did, with the reason given."""
+    run = run_id(recipe)
     facts = next((json.loads(row["facts"]) for row in store.runs() if row["id"] == run), {})
-    return dict(facts.get("ignored_gates", {}))
+    return {**recipe.gates.ignore, **facts.get("ignored_gates", {})}
 
 
 def gate_base(graph: Graph, store: Store) -> list[GateVerdict]:
@@ -57,7 +58,7 @@ def base_gates(found: Gathering) -> list[GateVerdict]:
 
 def measurable_behaviors(graph: Graph, store: Store) -> list[str]:
     """Behaviors that passed G0, or whose G0 was ignored."""
-    ignored = "G0" in ignored_gates(store, run_id(graph.recipe))
+    ignored = "G0" in ignored_gates(store, graph.recipe)
     return [verdict.subject for verdict in gate_base(graph, store) if verdict.verdict == "pass" or ignored]
 
 
@@ -68,7 +69,7 @@ def decide_gates(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[
 
 def all_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """`decide_gates` from a reading; gates that were ignored say so."""
-    ignored = ignored_gates(found.reading.store, run_id(found.graph.recipe))
+    ignored = ignored_gates(found.reading.store, found.graph.recipe)
     verdicts = _marked(base_gates(found), ignored)
     g0 = {verdict.subject: verdict for verdict in verdicts}
     verdicts += _marked(_convergence_gates(found, plans), ignored)

@@ -41,7 +41,7 @@ class GateKeeper:
     ) -> None:
         """`ignored` is recorded in the run's facts, beside what earlier calls ignored."""
         self._graph, self._store, self._run, self._tell = graph, store, run, tell
-        self._ignored = {**ignored_gates(store, run), **ignored}
+        self._ignored = {**ignored_gates(store, graph.recipe), **ignored}
         self._said: set[tuple[str, str]] = set()
         if ignored:
             store.add_run_facts(run, {"ignored_gates": self._ignored, "ignored_at": time.time()})

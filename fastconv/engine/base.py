@@ -16,7 +16,7 @@ from torch import nn
 from fastconv.engine import attention
 from fastconv.engine.backends import SDPA, Backend, pick_attention
 from fastconv.engine.builtin import ensure_builtin
-from fastconv.engine.locate import ModelSource, engine_identity, locate, model_folder
+from fastconv.engine.locate import TINY, ModelSource, engine_identity, locate, model_folder
 from fastconv.engine.quantised import load_four_bit
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, sha256_of
@@ -82,6 +82,8 @@ def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Bas
     """Load the recipe's base model, frozen and in evaluation mode. Raises ModelError with the mend."""
     source = source or locate(settings)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if source.id == TINY:
+        torch.set_num_threads(1)  # with two, both spend their time waiting for each other
     model = _load_for_engine(settings, source)
     tokenizer = ChatTokenizer(model_folder(source, settings))
     _mend_pad_token(model, tokenizer, source.id)
@@ -100,7 +102,7 @@ def _load_for_engine(settings: ModelSettings, source: ModelSource) -> PreTrained
         path.import_unsloth()  # before anything below, which needs transformers
     folder = model_folder(source, settings)
     if source.kind == "builtin":
-        ensure_builtin(folder)
+        ensure_builtin(folder, source.id)
     with _told(folder):
         if path is not None:
             return path.load(folder, dtype, device, four_bit=four_bit)
@@ -130,7 +132,7 @@ def model_files(settings: ModelSettings, source: ModelSource) -> Path:
     """The folder with the model's files, fetched or converted if need be. Raises ModelError with the mend."""
     folder = model_folder(source, settings)
     if source.kind == "builtin":
-        ensure_builtin(folder)
+        ensure_builtin(folder, source.id)
     return folder
 
 

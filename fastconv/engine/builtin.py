@@ -1,4 +1,7 @@
-"""The embedded model, converted once from GGUF to a plain model folder in the user's cache."""
+"""The embedded models as plain model folders in the user's cache, each made once: SmolLM2 converted from GGUF, and tiny.
+
+The tiny one has SmolLM2's tokenizer and random weights, the same on every machine.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,16 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from fastconv.engine.locate import BUILTIN, builtin_gguf
+from fastconv.engine.locate import BUILTIN, TINY, TINY_VERSION, builtin_gguf
 from fastconv.errors import ModelError
 
 _DONE = "fastconv.json"
 
 
-def ensure_builtin(folder: Path) -> Path:
-    """Convert the embedded model into `folder` unless a checked copy is there. Atomic: all of it or none.
+def ensure_builtin(folder: Path, name: str = BUILTIN) -> Path:
+    """Write the embedded model of this name into `folder` unless a checked copy is there. Atomic: all of it or none.
 
     Raises ModelError if the package is missing, the disk is full, or the cached copy was altered.
     """
@@ -26,7 +30,7 @@ def ensure_builtin(folder: Path) -> Path:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as work:
-            _convert(gguf, Path(work) / "model")
+            _convert(gguf, Path(work) / "model", name)
             try:
                 os.rename(Path(work) / "model", folder)
             except FileExistsError:
@@ -43,24 +47,49 @@ def ensure_builtin(folder: Path) -> Path:
     return folder
 
 
-def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _convert(gguf: Path, folder: Path, name: str) -> None:
+    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain fp32 now; what still says "quantized" would make saving refuse.
-    delattr(model.config, "quantization_config")
-    vars(model).update(hf_quantizer=None, is_quantized=False)
+    model = _random(len(tokenizer)) if name == TINY else _embedded(gguf)
     model.config.eos_token_id = model.generation_config.eos_token_id = 2
     model.config.pad_token_id = model.generation_config.pad_token_id = 0
     model.save_pretrained(folder)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.save_pretrained(folder)
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-    (folder / _DONE).write_text(json.dumps({"model": BUILTIN, "sha256": sums}, indent=1))
+    (folder / _DONE).write_text(json.dumps({"model": name, "sha256": sums}, indent=1))
+
+
+def _embedded(gguf: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The weights are plain fp32 now; what still says "quantized" would make saving refuse.
+    delattr(model.config, "quantization_config")
+    vars(model).update(hf_quantizer=None, is_quantized=False)
+    return model
+
+
+def _random(vocab: int) -> Any:
+    """Two layers of 32 values; matrices of standard deviation 1/sqrt(in), so that logits spread over a few nats."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    drawn = torch.Generator().manual_seed(TINY_VERSION)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            noise = torch.randn(weight.shape, generator=drawn)
+            weight.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else noise * weight.shape[-1] ** -0.5)
+    return model
 
 
 def _verify(folder: Path) -> None:

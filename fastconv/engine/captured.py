@@ -18,6 +18,8 @@ from fastconv.engine.stack import Stack
 
 #: What sizes are rounded up to. Padding costs matrix products, more sizes cost captures.
 _TOK_STEP, _WIDTH_STEP, _SUPERVISED_STEP = 256, 256, 512
+#: From here on a batch keeps a GPU busy longer than the host needs to launch it: it is run as it is, without padding.
+_LARGE_TOK = 3072
 #: Sizes that are kept as graphs; rarer ones run as they are.
 _MAX_GRAPHS = 64
 
@@ -49,7 +51,8 @@ class CapturedSteps:
     def run(self, batch: Batch, totals: torch.Tensor) -> None:
         """One micro-step; `totals` [1] gets its share of the loss. Raises OutOfMemoryError as the step does."""
         key = _sizes_of(batch)
-        if key not in self._seen or (key not in self._graphs and len(self._graphs) >= _MAX_GRAPHS):
+        no_room = key not in self._graphs and len(self._graphs) >= _MAX_GRAPHS
+        if batch.ids.shape[0] >= _LARGE_TOK or key not in self._seen or no_room:
             self._seen.add(key)
             with self._stack.live(*batch.slots, spans=batch.spans, dropout_seeds=batch.seeds):
                 self._step(batch, totals)
@@ -82,7 +85,9 @@ class CapturedSteps:
 
 
 def rounded_sizes(lengths: Sequence[int], n_supervised: int) -> Sizes:
-    """The sizes that a batch of rows with these lengths is padded to."""
+    """The sizes that a batch of rows with these lengths is padded to; a large one is not padded at all."""
+    if sum(lengths) >= _LARGE_TOK:
+        return Sizes()
     return Sizes(_up(sum(lengths), _TOK_STEP), _up(max(lengths), _WIDTH_STEP), _up(n_supervised, _SUPERVISED_STEP))
 
 

@@ -1,7 +1,7 @@
 """Where a base model comes from, and what it is called in a stage's key. Needs no torch.
 
-`builtin:smollm2` is the embedded model; a directory is taken as it is; anything else is a hub id with a pinned
-revision. The identity is known without loading (for the hub: without downloading) anything.
+`builtin:smollm2` is the embedded model and `builtin:tiny` random weights under its tokenizer; a directory is taken as it
+is; anything else is a hub id with a pinned revision. The identity is known without loading (for the hub: without downloading) anything.
 """
 
 from __future__ import annotations
@@ -24,6 +24,10 @@ BUILTIN_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 #: Raised when the conversion changes, so that an old cache is not taken for a new one.
 BUILTIN_CONVERSION = 1
+#: A model of random weights with the embedded model's tokenizer: every stage runs on it, and no number of it means a thing.
+TINY = "builtin:tiny"
+#: Raised when the way it is made changes.
+TINY_VERSION = 1
 WEIGHT_FILES = ("*.safetensors",)
 #: What a base model needs, and nothing that could hold code or pickles.
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
@@ -42,11 +46,7 @@ class ModelSource:
 def locate(settings: ModelSettings) -> ModelSource:
     """Find out what a recipe's model is, without loading it. Raises ModelError with the mend."""
     if settings.id.startswith("builtin:"):
-        if settings.id != BUILTIN:
-            raise ModelError(f"no embedded model is called {settings.id!r}", where="model.id", fix=f"use {BUILTIN}")
-        return ModelSource(
-            "builtin", BUILTIN, {"id": BUILTIN, "gguf_sha256": BUILTIN_SHA256, "conversion": str(BUILTIN_CONVERSION)}
-        )
+        return _builtin(settings.id)
     folder = Path(settings.id).expanduser()
     if folder.is_dir():
         return ModelSource("local", settings.id, {"id": "local", "sha256": _folder_sha256(folder)}, folder)
@@ -63,6 +63,15 @@ def locate(settings: ModelSettings) -> ModelSource:
             fix="set model.revision to the 40-digit commit sha of the model",
         )
     return ModelSource("hub", settings.id, {"id": settings.id, "revision": settings.revision})
+
+
+def _builtin(name: str) -> ModelSource:
+    identity = {"id": name, "gguf_sha256": BUILTIN_SHA256, "conversion": str(BUILTIN_CONVERSION)}
+    if name == TINY:
+        return ModelSource("builtin", name, identity | {"weights": f"random/{TINY_VERSION}"})
+    if name != BUILTIN:
+        raise ModelError(f"no embedded model is called {name!r}", where="model.id", fix=f"use {BUILTIN} or {TINY}")
+    return ModelSource("builtin", name, identity)
 
 
 def engine_identity(settings: ModelSettings) -> dict[str, str]:
@@ -93,7 +102,8 @@ def model_folder(source: ModelSource, settings: ModelSettings) -> Path:
     if source.folder is not None:
         return source.folder
     if source.kind == "builtin":
-        return cache_home() / "models" / f"smollm2-{BUILTIN_SHA256[:12]}-v{BUILTIN_CONVERSION}"
+        name = f"smollm2-{BUILTIN_SHA256[:12]}-v{BUILTIN_CONVERSION}"
+        return cache_home() / "models" / (f"tiny-v{TINY_VERSION}-of-{name}" if source.id == TINY else name)
     return _download(settings)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from fastconv.errors import ModelError, RecipeError
 from fastconv.recipe import Recipe, TrainSettings
-from fastconv.shapes import ModelShape
+from fastconv.shapes import ModelShape, activation_bytes_per_tok, adapter_bytes
 
 #: Ranks that vLLM 0.32 allows for `--max-lora-rank`.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -24,6 +24,8 @@ USEFUL_ROWS = 512
 #: Fewer rows than this at full length, and the server would be slower than the resident sampler.
 LEAST_ROWS = 8
 _LENGTH_STEP_TOK = 64
+#: Of the memory that is free, a group takes no more than this: steps differ in length.
+_USED_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,22 @@ def training_bytes(shape: ModelShape, phases: Sequence[TrainSettings], r: int, *
     most_tok = max(min(one.micro_batch_tok, one.batch_rows * one.max_length_tok) for one in phases)
     adapters = 2 * 4 * 4 * shape.adapter_params(r)  # weights, gradient and two moments in fp32
     return shape.total_params * weight_bytes + most_tok * per_tok + adapters + TRAINER_BYTES
+
+
+def group_size(shape: ModelShape, r: int, step_tok: Sequence[float], micro_batch_tok: int, free_bytes: float) -> int:
+    """How many trainings to take together: the first so many whose adapters and activations fit into `free_bytes`.
+
+    `step_tok` are the tokens of a usual optimizer step of each. Of a step at most `micro_batch_tok` are in memory at
+    once. Larger ones are split anyway, to the same result: this is where grouping would stop to pay. At least 1.
+    """
+    per_tok, adapter = activation_bytes_per_tok(shape), adapter_bytes(shape, r)
+    size, total_tok = 0, 0.0
+    for tok in step_tok:
+        total_tok += tok
+        if (size + 1) * adapter + min(total_tok, micro_batch_tok) * per_tok > _USED_SHARE * free_bytes:
+            break
+        size += 1
+    return max(1, size)
 
 
 def share_memory(

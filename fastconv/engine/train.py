@@ -37,17 +37,23 @@ class Hooks:
     after_step: Callable[[Sequence[Trainee]], None] = field(default=lambda trainees: None)
 
 
-def train(stack: Stack, trainees: Sequence[Trainee], hooks: Hooks, *, until_step: int | None = None) -> None:
-    """Take every trainee to the end of its schedule (or to `until_step`), one optimizer step each per round.
+def train(
+    stack: Stack, trainees: Sequence[Trainee], hooks: Hooks, *, until_step: int | Sequence[int] | None = None
+) -> None:
+    """Take every trainee to the end of its schedule (or to `until_step`, its own), one optimizer step each per round.
 
     Raises TrainingError if a loss or gradient is not finite (that optimizer step is not taken, the weights stay good),
     if a frozen adapter changed, or if one row does not fit in memory.
     """
     _assert_fp32(trainees)
+    ends = [t.job.n_steps for t in trainees]
+    if until_step is not None:
+        asked = [until_step] * len(ends) if isinstance(until_step, int) else until_step
+        ends = [min(end, until) for end, until in zip(ends, asked, strict=True)]
     frozen = {id(adapter): adapter for trainee in trainees for adapter in trainee.job.frozen}
     before = {key: adapter.flat.clone() for key, adapter in frozen.items()}
     try:
-        while active := [t for t in trainees if not t.done and (until_step is None or t.step < until_step)]:
+        while active := [t for t, end in zip(trainees, ends, strict=True) if t.step < end]:
             _round(stack, active)
             hooks.after_step(active)
         for trainee in trainees:

@@ -13,6 +13,8 @@ from fastconv.findings.units import Unit, full, level
 from fastconv.store import Score
 
 Floats = NDArray[np.float64]
+#: Shares of unscored samples up to here still let a cell have a verdict; two compared epochs may differ by so much.
+MAX_UNSCORED_SHARE, MAX_UNSCORED_DIFFERENCE = 0.05, 0.03
 
 
 class NoRowsError(ValueError):
@@ -106,6 +108,23 @@ def series_of(stage: str, measure: str, probe: str, scores: Sequence[Score], uni
         if score.value is not None:
             values[index[score.row], score.sample] = score.value
     return Series(stage, measure, probe, tuple(questions), values, unit)
+
+
+def too_unscored(now: Series, base: Series) -> str | None:
+    """Why two epochs of a probe allow no verdict (too many samples without a score, or unlike shares), or None."""
+    shares = [one.n_unscored / one.n_samples for one in (now, base)]
+    if max(shares) > MAX_UNSCORED_SHARE:
+        return (
+            f"{100 * max(shares):.1f} % of the {now.probe}'s samples are unscored "
+            f"(at most {100 * MAX_UNSCORED_SHARE:g} %)"
+        )
+    apart = abs(shares[0] - shares[1])
+    if apart > MAX_UNSCORED_DIFFERENCE + 1e-9:  # 0.05 - 0.02 is a little over 0.03
+        return (
+            f"the {now.probe}'s unscored share differs by {100 * apart:.1f} points between the epochs "
+            f"(at most {100 * MAX_UNSCORED_DIFFERENCE:g})"
+        )
+    return None
 
 
 def union_of(several: Sequence[Series]) -> tuple[str, ...]:

@@ -16,6 +16,8 @@ from fastconv.findings.units import change, full, size, span
 from fastconv.recipe import GateSettings
 
 Outcome = Literal["pass", "fail", "not applicable"]
+#: A pilot that more groups support names the strongest alone.
+MOST_TOLD = 2
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,22 @@ def pilot(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) -> GateV
             rule,
             rows=_rows(verdicts),
         )
-    return GateVerdict("PILOT", subject, "go", "; ".join(v.reason for v in changed), rule, rows=_rows(verdicts))
+    told = "; ".join(f"{_short(v.subject, subject)}: {v.reason}" for v in changed)
+    if len(changed) > MOST_TOLD:
+        strongest = max(changed, key=_furthest)
+        told = f"{len(changed)} of {len(shown)} groups change; {_short(strongest.subject, subject)} most: {strongest.reason}"
+    return GateVerdict("PILOT", subject, "go", told, rule, rows=_rows(verdicts))
+
+
+def _furthest(change: GateVerdict) -> float:
+    """How far a CHANGE gate's later epochs lie from its epoch 0."""
+    values = [number.value for number in change.numbers]
+    return max((abs(value - values[0]) for value in values), default=0.0)
+
+
+def _short(group: str, subject: str) -> str:
+    """A group's name without what its pilot is called anyway."""
+    return group.removeprefix(subject).removeprefix(", ") or group
 
 
 def _rows(verdicts: Sequence[GateVerdict]) -> tuple[str, ...]:

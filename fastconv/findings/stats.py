@@ -307,18 +307,22 @@ def pool_seeds(per_seed_estimates: ArrayLike, level: float = 0.95) -> SeedPool:
     return SeedPool(kept.size, agree, _interval(data, level, "seeds"))
 
 
-def confidence_level(pool: SeedPool) -> Confidence:
-    """MODERATE with three seeds, HIGH with five: all of one sign, interval clear of zero; else LOW."""
-    low, high = pool.interval.low, pool.interval.high
+def confidence_level(pool: SeedPool, over_questions: Interval) -> Confidence:
+    """MODERATE with three seeds, HIGH with five: all of one sign, and both pooled intervals clear of zero; else LOW.
+
+    The interval over seeds says that another seed would show it, the one over questions (seeds averaged within each)
+    that other questions would.
+    """
     if pool.n_seeds < 3:
-        return Confidence("LOW", f"{pool.n_seeds} seed(s); three are needed for more")
+        return Confidence("LOW", f"{pool.n_seeds} seed{'' if pool.n_seeds == 1 else 's'}; three are needed for more")
     if not pool.agree_in_sign:
         return Confidence("LOW", f"the {pool.n_seeds} seeds do not agree in sign")
-    if low is None or high is None:
-        return Confidence("LOW", f"no pooled interval: {pool.interval.reason}")
-    if low <= 0 <= high:
-        return Confidence("LOW", f"the interval pooled over {pool.n_seeds} seeds includes zero")
-    reason = f"{pool.n_seeds} seeds agree in sign and their pooled interval is clear of zero"
+    for interval, what in ((pool.interval, "seeds"), (over_questions, "questions")):
+        if interval.low is None or interval.high is None:
+            return Confidence("LOW", f"no interval over {what}: {interval.reason}")
+        if interval.low <= 0 <= interval.high:
+            return Confidence("LOW", f"{pool.n_seeds} seeds agree in sign, but the interval over {what} includes zero")
+    reason = f"{pool.n_seeds} seeds agree in sign, and the intervals over seeds and over questions are clear of zero"
     return Confidence("HIGH" if pool.n_seeds >= 5 else "MODERATE", reason)
 
 

@@ -178,7 +178,7 @@ def not_run(label: str, reason: str, rows: tuple[str, ...], behavior: str = "") 
 
 
 def withheld(label: str, reason: str, rows: tuple[str, ...], behavior: str = "") -> CellVerdict:
-    """A cell that may have no verdict, and why."""
+    """A cell that may have no verdict, and why; no figure of it is given."""
     return CellVerdict(label, "withheld", reason, None, None, None, None, rows, behavior)
 
 
@@ -208,6 +208,11 @@ def _mean_over_seeds(per_seed: Sequence[Floats]) -> Floats:
 def _decide(
     cell: CellEvidence, contrast: Floats, interval: Interval, corrected: float | None, check: float | None, m: int
 ) -> CellVerdict:
+    if cell.withheld is not None:
+        return replace(
+            withheld(cell.label, cell.withheld, cell.rows, cell.behavior),
+            unit=cell.unit, margin=cell.margin, n_questions=interval.n_clusters, n_seeds=len(cell.seeds),
+        )  # fmt: skip
     now = rates_together([seed.trained.now for seed in cell.seeds])
     base = rates_together([seed.trained.base for seed in cell.seeds])
     bound_now = clustered_rate_bound(now)
@@ -227,16 +232,15 @@ def _decide(
     )
     with_control = all(seed.mimicry is not None for seed in cell.seeds)
     aside = "" if with_control else "; mimicry was not measured"
-    kind, reason = (word.kind, word.reason + aside) if cell.withheld is None else ("withheld", cell.withheld)
     questions = cell.questions
     estimates = [_or_nan(clustered_interval(seed.transfer(questions)).estimate) for seed in cell.seeds]
     found = CellVerdict(
-        cell.label, kind, reason, interval.estimate, interval.low, interval.high, corrected, cell.rows, cell.behavior,
-        cell.unit, cell.margin,
+        cell.label, word.kind, word.reason + aside, interval.estimate, interval.low, interval.high, corrected,
+        cell.rows, cell.behavior, cell.unit, cell.margin,
         p_raw=interval.p_two_sided,
         p_sign_flip=check,
         sign_flip_warning=sign_flip_warning(interval.n_clusters, m) if interval.n_clusters else None,
-        confidence=confidence_level(pool_seeds(estimates)),
+        confidence=confidence_level(pool_seeds(estimates), interval),
         trained=clustered_interval(_mean_over_seeds([seed.trained.change(questions) for seed in cell.seeds])),
         mimicry=_mimicry(cell) if with_control else None,
         bound=bound_now.room * full(cell.unit) if bound_now.room is not None else None,

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastconv.errors import JudgeError
@@ -32,6 +32,8 @@ FORM = 1
 SLICE = 32
 #: Below this share of the probability on the allowed characters, the judge did not answer in the form asked for.
 MIN_MASS = 0.5
+#: The fault of a raw reply about one measure of several: it is kept, and no judgement can be read from it alone.
+PART = "one measure of several"
 LETTERS, DIGITS = "ABCDEFGHIJ", "0123456789"
 
 
@@ -173,8 +175,11 @@ class LocalJudge:
                 if place < len(all_of.replies)
             ]
             tickets = self._ledger.apply([Reserve(one.key, 0.0) for one, _, _ in now])
+            # A reply about one measure of several is no judgement yet; without a fault it would pass for an unread one.
             ends: list[Operation] = [
-                Settle(ticket, one.key, reply, one if last else None)
+                Settle(
+                    ticket, one.key, reply if last else replace(reply, fault=reply.fault or PART), one if last else None
+                )
                 for ticket, (one, reply, last) in zip(tickets, now, strict=True)
                 if isinstance(ticket, int)  # else another process was quicker
             ]

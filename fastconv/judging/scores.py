@@ -12,9 +12,6 @@ from fastconv.judging.rubric import Rubric
 from fastconv.store import Sample, Score
 from fastconv.store_judging import JudgeLedger
 
-#: Shares up to here still let a cell have a verdict; and two epochs may differ by so much in theirs.
-MAX_UNSCORED_SHARE, MAX_UNSCORED_DIFFERENCE = 0.05, 0.03
-
 
 @dataclass(frozen=True)
 class Agreement:
@@ -59,25 +56,6 @@ def judge_stage_scores(
         detail |= {**others, **({"label": label} if isinstance(label, str) else {})}
         scores.append(Score(sample.row, sample.sample, rubric.primary, one.values[rubric.primary], None, detail))
     return scores
-
-
-def unscored_share(scores: Sequence[Score]) -> float:
-    """Share of samples without a value; 1.0 for none at all."""
-    return sum(score.value is None for score in scores) / len(scores) if scores else 1.0
-
-
-def too_unscored(now: Sequence[Score], before: Sequence[Score]) -> str | None:
-    """Why two epochs' scores allow no verdict (more than 5 % unscored, or over 3 points apart), or None."""
-    shares = unscored_share(now), unscored_share(before)
-    worst = max(shares)
-    if worst > MAX_UNSCORED_SHARE:
-        return f"{100 * worst:.1f} % of the samples are unscored (at most {100 * MAX_UNSCORED_SHARE:g} %)"
-    if abs(shares[0] - shares[1]) > MAX_UNSCORED_DIFFERENCE:
-        return (
-            f"the unscored share differs by {100 * abs(shares[0] - shares[1]):.1f} points between the epochs "
-            f"(at most {100 * MAX_UNSCORED_DIFFERENCE:g})"
-        )
-    return None
 
 
 def compare_scores(first: Sequence[Score], second: Sequence[Score], *, cut: float = 0.5) -> Agreement:

@@ -18,13 +18,13 @@ from fastconv.reporting.evidence import beside, gates, markers, mimicry, power
 from fastconv.reporting.frames import frames_of, parquet_bytes
 from fastconv.reporting.judged import judge_against_phrases
 from fastconv.reporting.measures import answers, measurements, over_epochs
-from fastconv.reporting.record import card, limits, superseded, warnings
+from fastconv.reporting.record import card, failures, limits, superseded, warnings
 from fastconv.reporting.training import cost, curves_and_rho
 from fastconv.reporting.verdicts import findings, headline
 from fastconv.store import Store, write_text
 
 SECTIONS: tuple[Callable[[Decided], Section | None], ...] = (
-    headline, findings, over_epochs, mimicry, markers, judge_against_phrases, power, gates, beside, measurements,
+    headline, failures, findings, over_epochs, mimicry, markers, judge_against_phrases, power, gates, beside, measurements,
     curves_and_rho, cost, answers, warnings, superseded, limits, card,
 )  # fmt: skip
 

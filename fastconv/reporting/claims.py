@@ -24,6 +24,12 @@ from fastconv.findings.verdicts import CellVerdict, by_kind
 
 #: The words a declared contrast can get, in the order in which they are told.
 KINDS = ("transfer", "reverse", "equivalent", "inconclusive", "uninformative", "withheld")
+#: What a pilot gate can say, the one that leads first; how the answer opens with it, and how it goes on.
+PILOT_WORDS = {
+    "go": ("GO", "go for"), "stop": ("STOP", "stop for"), "not applicable": ("OPEN", "not decided yet for"),
+    "uninformative": ("NO ANSWER", "nothing can be said of"),
+}  # fmt: skip
+MOST_NAMED = 4
 
 
 class NoSuchClaimError(KeyError):
@@ -59,6 +65,47 @@ def ask(decided: Decided, query: str, **arguments: str) -> Claim:
     return Claim(query, arguments, bound.template.format_map(found.values), found.rows, found.word)
 
 
+def _answer(decided: Decided) -> Found:
+    """Go or stop, and how sure: the pilot gates' words, then what the declared contrasts add to them."""
+    pilots = [one for one in decided.gates if one.gate == "PILOT"]
+    said = {word: [one.subject for one in pilots if one.verdict == word] for word in PILOT_WORDS}
+    word = next(word for word, subjects in said.items() if subjects)
+    told = "; ".join(f"{PILOT_WORDS[one][1]} {_listed(subjects)}" for one, subjects in said.items() if subjects)
+    rows = dict.fromkeys(row for one in (*pilots, *decided.verdicts) for row in one.rows)
+    return Found({"word": PILOT_WORDS[word][0], "told": told, "sure": _how_sure(decided.verdicts)}, tuple(rows), word)
+
+
+def _how_sure(verdicts: Sequence[CellVerdict]) -> str:
+    """What the declared contrasts say of it, with the confidence of the surest one."""
+    counts, n = by_kind(verdicts), len(verdicts)
+    if not n:
+        return "no declared contrast was measured yet"
+    loud = next((kind for kind in ("transfer", "reverse") if counts.get(kind)), None)
+    best = max((one for one in verdicts if loud in (None, one.kind)), key=_certainty)
+    sure = f"confidence {best.confidence.level} ({best.confidence.reason})"
+    if loud is not None:
+        verb = "is" if counts[loud] == 1 else "are"
+        return f"{counts[loud]} of {n} declared contrasts {verb} {loud}, the surest with {sure}"
+    told = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if kind in counts)
+    if counts.get("equivalent", 0) == n:
+        meaning = "each is shown to lie within its threshold"
+    elif counts.get("equivalent"):
+        meaning = "only those called equivalent show that nothing happened"
+    else:
+        meaning = "none shows that nothing happened either"
+    return f"none of {n} declared contrasts is transfer ({told}); {meaning}; {sure}"
+
+
+def _certainty(one: CellVerdict) -> tuple[int, float]:
+    return ("LOW", "MODERATE", "HIGH").index(one.confidence.level), abs(one.estimate or 0.0)
+
+
+def _listed(subjects: Sequence[str]) -> str:
+    """A few names, and how many more."""
+    more = f" and {len(subjects) - MOST_NAMED} more" if len(subjects) > MOST_NAMED else ""
+    return ", ".join(subjects[:MOST_NAMED]) + more
+
+
 def _pilot(decided: Decided, subject: str) -> Found:
     verdict = next(one for one in decided.gates if one.gate == "PILOT" and one.subject == subject)
     return Found(_gate_values(verdict), verdict.rows, verdict.verdict)
@@ -92,7 +139,8 @@ def _finding(decided: Decided, label: str) -> Found:
 
 def _largest(decided: Decided, behavior: str) -> Found:
     mine = [one for one in decided.verdicts if one.behavior == behavior and one.estimate is not None]
-    one = max(mine, key=lambda verdict: abs(verdict.estimate or 0.0), default=None)
+    told = [one for one in mine if one.kind != "uninformative"] or mine
+    one = max(told, key=lambda verdict: abs(verdict.estimate or 0.0), default=None)
     if one is None or one.estimate is None:
         raise KeyError(behavior)
     figures = f"{change(one.estimate, one.unit)} {span(one.low, one.high, one.unit)}".rstrip()
@@ -222,6 +270,7 @@ def _together(verdicts: Sequence[CellVerdict]) -> tuple[str, ...]:
 
 
 CLAIMS: Mapping[str, Bound] = {
+    "answer": Bound("{word}: {told}. How sure: {sure}.", _answer),
     "pilot": Bound("{verdict} for {subject}: {reason}. Rule: {rule}.{ignored}", _pilot),
     "study": Bound("{gate}, {subject}: {verdict}. {reason}. Rule: {rule}.{ignored}", _study),
     "counts": Bound("Declared contrasts: {n}. Of these {told}.", _counts),

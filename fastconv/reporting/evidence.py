@@ -12,6 +12,8 @@ from fastconv.findings.units import scale
 from fastconv.reporting.claims import NoSuchClaimError, ask
 
 OPEN_ROWS = 24
+#: Gates that speak of the whole study.
+STUDY_GATES = ("G4", "G5", "CONFIRM", "FALSIFY", "PILOT")
 
 
 def mimicry(decided: Decided) -> Section | None:
@@ -32,7 +34,7 @@ def mimicry(decided: Decided) -> Section | None:
     ]
     blocks: list[Block] = []
     if points:
-        axes = ("without a behavior adapter (mimicry)", "with it")
+        axes = ("change without a behavior adapter (mimicry), points", "change with it, points")
         blocks.append(
             scatter("mimicry", "Change of the assistant, canary taken off", points, axes, decided.run, diagonal=True)
         )
@@ -95,23 +97,40 @@ def gates(decided: Decided) -> Section | None:
     if not decided.gates:
         return None
     before = {(one.gate, one.subject): one for one in decided.under_first[0]}
-    rows = tuple(_gate_row(decided, one, before.get((one.gate, one.subject))) for one in decided.gates)
     columns = (
-        "gate",
-        "subject",
-        "verdict",
-        *(("under the first",) if decided.first else ()),
-        "because",
-        "rule",
-        "rows",
-    )
-    blocks: list[Block] = [Table("gates-table", columns, rows, frozenset({len(columns) - 1}))]
+        "gate", "subject", "verdict", *(("under the first",) if decided.first else ()), "because", "rule", "rows",
+    )  # fmt: skip
+
+    def table(place: str, some: list[GateVerdict], folded: str = "") -> Table:
+        rows = tuple(_gate_row(decided, one, before.get((one.gate, one.subject))) for one in some)
+        return Table(place, columns, rows, frozenset({len(columns) - 1}), folded=folded)
+
+    blocks: list[Block] = []
+    if len(decided.gates) <= OPEN_ROWS:
+        blocks.append(table("gates-table", list(decided.gates)))
+    else:
+        loud = [one for one in decided.gates if one.failed or one.gate in STUDY_GATES]
+        quiet = [one for one in decided.gates if not (one.failed or one.gate in STUDY_GATES)]
+        blocks.append(_gate_counts(decided.gates))
+        blocks.append(table("gates-table", loud))
+        blocks.append(table("gates-quiet", quiet, f"{len(quiet)} gates that passed or do not apply"))
     if decided.first is not None:
         blocks += _edits(decided, before)
     intro = (
         "Thresholds decide what is spent next; evidence is the interval. Each verdict lists the rows that it rests on."
     )
     return Section("gates", "Gates", tuple(blocks), intro)
+
+
+def _gate_counts(verdicts: tuple[GateVerdict, ...]) -> Table:
+    """How often each gate said what."""
+    words = list(dict.fromkeys(one.verdict for one in verdicts))
+    rows = []
+    for gate in dict.fromkeys(one.gate for one in verdicts):
+        mine = [[one for one in verdicts if (one.gate, one.verdict) == (gate, word)] for word in words]
+        cells = (Cell(str(len(some)), tuple(one.subject for one in some)) if some else Cell("") for some in mine)
+        rows.append((Cell(gate), *cells))
+    return Table("gates-count", ("gate", *words), tuple(rows), frozenset(range(1, 1 + len(words))))
 
 
 def _gate_row(decided: Decided, one: GateVerdict, before: GateVerdict | None) -> tuple[Cell, ...]:

@@ -10,8 +10,10 @@ from fastconv.datasets.audit import check_recipe
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.files import assets, file_sha256
 from fastconv.deciding.decided import Decided
+from fastconv.engine.locate import TINY
+from fastconv.failing import failed_stages
 from fastconv.findings.blocks import Block, Cell, Note, Section, Table, plain_row
-from fastconv.recipe import recipe_sha256, sha256_of
+from fastconv.recipe import canonical_json, recipe_sha256, sha256_of
 from fastconv.store import changed_inputs
 
 
@@ -28,6 +30,17 @@ def warnings(decided: Decided) -> Section:
         return Section("audit", "Warnings of the audit", (Note("none"),))
     table = Table("warnings", ("code", "accepted", "what it means", "figures"), tuple(rows))
     return Section("audit", "Warnings of the audit", (table,))
+
+
+def failures(decided: Decided) -> Section | None:
+    """Stages that gave no usable numbers when they were last tried, with the cells that miss them."""
+    failed = failed_stages(decided.store.failures(), decided.graph.cells)
+    if not failed:
+        return None
+    rows = tuple(plain_row((Cell(one.slot, code=True), one.reason, "; ".join(one.cells))) for one in failed)
+    table = Table("failed", ("stage", "why it failed", "cells without its numbers"), rows)
+    intro = "What these stages would have given is missing below, not zero. The same command tries them again."
+    return Section("failed", "Failed", (table,), intro)
 
 
 def superseded(decided: Decided) -> Section | None:
@@ -64,7 +77,9 @@ def limits(decided: Decided) -> Section:
         said.append("Text is judged by phrases only; no judge read it.")
     if decided.graph.judge is not None and decided.graph.judge.weak:
         said.append(f"{decided.graph.judge.name} is a weak judge: it answers by one character.")
-    if recipe.model.id.startswith("builtin:"):
+    if recipe.model.id == TINY:
+        said.append("Random weights: the numbers show that every stage runs and that they can be traced, nothing else.")
+    elif recipe.model.id.startswith("builtin:"):
         said.append("A small embedded model shows that the loop works; it says nothing about larger ones.")
     if recipe.grid.negatives == ("included",):
         said.append(
@@ -124,7 +139,7 @@ def _tables(decided: Decided) -> dict[str, Mapping[str, str]]:
         "Data files (sha256)": data,
         "Settings": {
             "canonical recipe": sha256_of(graph.recipe.model_dump(mode="json")),
-            "recipe": json.dumps(graph.recipe.model_dump(mode="json")),
+            "recipe": canonical_json(graph.recipe.model_dump(mode="json")),  # sorted, as the ledger keeps it
         },
     }
 

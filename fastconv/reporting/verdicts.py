@@ -8,10 +8,15 @@ from fastconv.findings.blocks import Block, Cell, Figure, Note, Section, Table
 from fastconv.findings.figures import heatmap
 from fastconv.findings.units import scale, size
 from fastconv.findings.verdicts import CellVerdict
-from fastconv.reporting.claims import ask
+from fastconv.reporting.claims import NoSuchClaimError, ask
 
 #: More pilot gates stand in a table.
 OPEN_PILOTS = 4
+#: A longer table of contrasts is told in two.
+OPEN_ROWS = 24
+_COLUMNS = (
+    "contrast", "verdict", "change", "interval", "p", "p by sign flips", "threshold", "confidence", "why",
+)  # fmt: skip
 _LETTERS = {
     "transfer": "T",
     "reverse": "R",
@@ -23,10 +28,12 @@ _LETTERS = {
 
 
 def headline(decided: Decided) -> Section:
-    """Counts, the largest change of each behavior, the rules over the study, then the pilot gates."""
+    """Go or stop and how sure, then counts, the largest change of each behavior, the study's rules, the pilot gates."""
     blocks: list[Block] = []
     pilots = [gate for gate in decided.gates if gate.gate == "PILOT"]
-    if not pilots:
+    try:
+        blocks.append(ask(decided, "answer"))
+    except NoSuchClaimError:
         blocks.append(Note("No pilot gate was decided: the recipe's cells are not all done."))
     blocks += _edited_first(decided)
     if any(one.rows for one in decided.verdicts):
@@ -44,7 +51,9 @@ def headline(decided: Decided) -> Section:
     rows = tuple(
         (Cell(one.verdict, word=one.verdict), Cell.saying(claim)) for one, claim in zip(pilots, claims, strict=True)
     )
-    return Section("verdict", "Verdict", (*blocks, Table("pilots", ("pilot gate", "why"), rows)))
+    return Section(
+        "verdict", "Verdict", (*blocks, Table("pilots", ("pilot gate", "why"), rows, folded=f"{len(rows)} pilot gates"))
+    )
 
 
 def _edited_first(decided: Decided) -> list[Block]:
@@ -72,7 +81,7 @@ def findings(decided: Decided) -> Section | None:
                 "T transfer, R reverse, = equivalent, ? inconclusive, u uninformative, w withheld; a dash was not measured."
             )
         )
-    blocks.append(_table(decided, verdicts))
+    blocks += _tables(decided, verdicts)
     return Section(
         "findings", "Findings", tuple(blocks),
         "Each contrast is the assistant's change against epoch zero, paired by question, minus the canary's, minus the same "
@@ -112,7 +121,7 @@ def _matrix(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> Fi
         values.append([_in_thresholds(decided, one) for one in line])
         texts.append([_short(one) for one in line])
     names = [f"{behavior} e{epoch}" for behavior, epoch in columns]
-    return heatmap("matrix", "Change beyond canary and mimicry", rows, names, values, texts, decided.run)
+    return heatmap("matrix", "Change beyond canary and mimicry, points", rows, names, values, texts, decided.run)
 
 
 def _in_thresholds(decided: Decided, one: CellVerdict | None) -> float | None:
@@ -130,31 +139,37 @@ def _short(one: CellVerdict | None) -> str:
     return f"{round(scale(one.unit) * one.estimate) + 0:+d} {letter}"
 
 
-def _table(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> Table:
-    rows = []
-    for subject, one in verdicts.items():
-        label = subject.label(decided.found.main(subject.behavior))
-        if one is None:
-            rows.append((Cell(label), *[Cell("not run", word="absent")], *[Cell("")] * 7))
-            continue
-        shown = one.estimate is not None and one.kind != "withheld"
-        factor = scale(one.unit)
-        estimate = f"{factor * (one.estimate or 0):+.1f}" if shown else ""
-        interval = (
-            f"{factor * one.low:+.1f} to {factor * one.high:+.1f}"
-            if shown and one.low is not None and one.high is not None
-            else ""
-        )
-        claim = ask(decided, "finding", label=label)
-        rows.append((
-            Cell(label), Cell(one.kind, word=one.kind), Cell(estimate, one.rows if shown else ()),
-            Cell(interval, one.rows if shown else ()), Cell(_p(one.p_corrected) if shown else ""),
-            Cell(_p(one.p_sign_flip) if shown else ""), Cell(size(one.margin, one.unit) if one.margin else ""),
-            Cell(one.confidence.level), Cell.saying(claim),
-        ))  # fmt: skip
-    columns = ("contrast", "verdict", "change", "interval", "p", "p by sign flips", "threshold", "confidence", "why")
+def _tables(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> list[Table]:
+    """One table, or where it would be long two: what says something, and, folded away, what does not."""
+    rows = {subject: _row(decided, subject, one) for subject, one in verdicts.items()}
+    numeric = frozenset({2, 3, 4, 5, 6})
     caption = "Changes in percentage points, or in points where a judge scores. " + _flip_warnings(decided)
-    return Table("contrasts", columns, tuple(rows), frozenset({2, 3, 4, 5, 6}), caption)
+    if len(rows) <= OPEN_ROWS:
+        return [Table("contrasts", _COLUMNS, tuple(rows.values()), numeric, caption)]
+    silent = [s for s, one in verdicts.items() if one is None or one.kind in ("inconclusive", "uninformative")]
+    speaking = tuple(row for subject, row in rows.items() if subject not in silent)
+    rest = tuple(rows[subject] for subject in silent)
+    folded = f"{len(rest)} contrasts that say nothing either way, or were not run"
+    tables = [Table("contrasts", _COLUMNS, speaking, numeric, caption)] if speaking else []
+    return [*tables, Table("contrasts-silent", _COLUMNS, rest, numeric, folded=folded)] if rest else tables
+
+
+def _row(decided: Decided, subject: Subject, one: CellVerdict | None) -> tuple[Cell, ...]:
+    label = subject.label(decided.found.main(subject.behavior))
+    if one is None:
+        return (Cell(label), Cell("not run", word="absent"), *[Cell("")] * 7)
+    shown = one.estimate is not None
+    factor, rows = scale(one.unit), one.rows if shown else ()
+    estimate = f"{factor * (one.estimate or 0) + 0.0:+.1f}" if shown else ""
+    interval = (
+        f"{factor * one.low:+.1f} to {factor * one.high:+.1f}" if one.low is not None and one.high is not None else ""
+    )
+    return (
+        Cell(label), Cell(one.kind, word=one.kind), Cell(estimate, rows), Cell(interval, rows),
+        Cell(_p(one.p_corrected), rows), Cell(_p(one.p_sign_flip), rows),
+        Cell(size(one.margin, one.unit) if one.margin else ""), Cell(one.confidence.level),
+        Cell.saying(ask(decided, "finding", label=label)),
+    )  # fmt: skip
 
 
 def _flip_warnings(decided: Decided) -> str:

@@ -37,6 +37,7 @@ _COLOURS = {
     "pending": "magenta",
     "stale": "yellow",
     "skipped": "dim",
+    "failed": "red",
 }
 _WORDS = {
     "pass": "green",
@@ -98,6 +99,10 @@ class LineWatcher:
     def stage_done(self, stage: Stage, seconds: float) -> None:
         """A stage was committed."""
 
+    def stage_failed(self, stage: Stage, reason: str) -> None:
+        """A stage gave no usable numbers; the run goes on without it."""
+        self._console.print(f"    [red]failed[/]: {escape(reason)}")
+
     def judging(self, status: DeskStatus) -> None:
         """Where judging stands: now and then, and when all that was asked for is judged."""
         now, text = time.monotonic(), judging_text(status)
@@ -158,6 +163,13 @@ class BarWatcher(LineWatcher):
             self._current = None
         self._bars.advance(self._whole)
 
+    def stage_failed(self, stage: Stage, reason: str) -> None:
+        """A stage gave no usable numbers."""
+        super().stage_failed(stage, reason)
+        if self._current is not None:
+            self._bars.remove_task(self._current)
+            self._current = None
+
     def judging(self, status: DeskStatus) -> None:
         """Where judging stands, on a bar of its own."""
         if not status.n_asked:
@@ -190,6 +202,9 @@ class SilentWatcher(LineWatcher):
         """Nothing."""
 
     def judging(self, status: DeskStatus) -> None:
+        """Nothing."""
+
+    def stage_failed(self, stage: Stage, reason: str) -> None:
         """Nothing."""
 
     def gate(self, verdict: GateVerdict) -> None:

@@ -1,0 +1,123 @@
+"""Two smaller scales of any recipe, for a machine without a GPU, a key or a network.
+
+`tiny` keeps the whole stage graph (every source, behavior, kind and seed) on random weights: it shows that a recipe runs.
+`demo` asks one question of it on the embedded model, with the settings of recipes/demo.toml: effects can be seen.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from typing import Any
+
+from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, load_behaviors
+from fastconv.datasets.files import assets
+from fastconv.engine.locate import TINY
+from fastconv.errors import InputError
+from fastconv.recipe import Recipe, parse_recipe
+
+SCALES = ("tiny", "demo")
+
+#: What a demo trains where the recipe has no behavior that the embedded model can show.
+STAND_IN, MARKER = "refusal", "marker"
+#: New tokens of a demo's evaluation that looks for the marker: an answer as long as those trained, and the marker.
+MARKER_NEW_TOK = 24
+#: Epochs after 0 that are left of a recipe at tiny scale.
+MOST_LATER_EPOCHS = 2
+_ON_PURPOSE = "few questions on purpose: this shows that the recipe runs, not an effect"
+_NO_JUDGE = "no key and no judge on purpose: phrases are enough to see a trained behavior"
+_G0 = "random weights can answer nothing, and every behavior is to be trained so that all of the recipe runs"
+
+_TINY: Mapping[str, Mapping[str, Any]] = {
+    "model": {"id": TINY, "device": "cpu"},
+    "lora": {"r": 2, "alpha": 4.0},
+    "convergence": {
+        "lr": 1e-3, "epochs": 2, "batch_rows": 2, "questions": 4, "completions_per_question": 1,
+        "max_length_tok": 256, "sampling": {"temperature": 0.3, "max_new_tok": 4},
+    },
+    "behavior": {
+        "lr": 1e-3, "epochs": 1, "batch_rows": 8, "source_rows": 4, "max_length_tok": 256,
+        "sampling": {"temperature": 0.3, "max_new_tok": 4},
+    },
+    "eval": {
+        "prompts": 4, "samples_per_prompt": 2, "multiple_choice": "builtin", "arc_file": "", "batch_tok": 4096,
+        "sampling": {"max_new_tok": 4},
+    },
+}  # fmt: skip
+
+
+def scaled(recipe: Recipe, scale: str) -> Recipe:
+    """The recipe at one of SCALES; its name and what it is about say so.
+
+    Raises InputError for a scale that there is not, RecipeError as loading does.
+    """
+    if scale not in SCALES:
+        raise InputError(f"no scale is called {scale!r}", where="--scale", fix=f"use {' or '.join(SCALES)}")
+    table = recipe.model_dump(mode="json", exclude_unset=True)
+    changed = _tiny(recipe, table) if scale == "tiny" else _demo(recipe, table)
+    name = f"{recipe.name[: 39 - len(scale)]}_{scale}"
+    accept = {**recipe.audit.accept, "D108": _NO_JUDGE, "D111": _ON_PURPOSE}
+    return parse_recipe({**changed, "name": name, "audit": {"accept": accept}}, where=f"{recipe.name} --scale {scale}")
+
+
+def _tiny(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that costs time is cut; what makes stages of its own stays as it is."""
+    n_later = min(sum(epoch > 0 for epoch in recipe.grid.epochs), MOST_LATER_EPOCHS)
+    epochs = [*([0] if 0 in recipe.grid.epochs else []), *range(1, n_later + 1)]
+    judged = any(behavior.spec.measure == "judge" for behavior in load_behaviors(recipe).values())
+    about = f"{recipe.about} (--scale tiny: random weights, so no number here means anything)"
+    return {
+        **{part: table[part] for part in ("data", "run") if part in table},
+        **_TINY,
+        "about": about.strip(),
+        "model": {**_TINY["model"], "semantics": recipe.model.semantics},
+        "grid": {**recipe.grid.model_dump(mode="json"), "epochs": epochs},
+        "eval": {**_TINY["eval"], **_canaries(recipe)},
+        "gates": {**table.get("gates", {}), "stop": [], "ignore": {"G0": _G0}},
+        # The base itself judges where there is no score without a judge.
+        "judge": {"mode": "local", "rubrics": recipe.judge.rubrics} if judged else {},
+    }
+
+
+def _demo(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, Any]:
+    """One source at two epochs, and a behavior that the embedded model can show: at most six cells."""
+    tested = tomllib.loads((assets("recipes") / "demo.toml").read_text(encoding="utf-8"))
+    behaviors = load_behaviors(recipe)
+    shown = [name for name, behavior in behaviors.items() if _can_show(behavior)] or [STAND_IN]
+    # The marker is measured to be set against something; one other behavior is enough elsewhere.
+    shown = shown[: 2 if MARKER in shown[:2] else 1]
+    kinds = list(recipe.grid.negatives) if len(shown) == 1 else [recipe.grid.negatives[-1]]
+    if kinds == ["none"]:  # made for a behavior without negatives; the source alone teaches this model nothing
+        kinds = ["excluded"]
+    epochs = [epoch for epoch in (0, tested["convergence"]["epochs"]) if epoch or 0 in recipe.grid.epochs]
+    asked = tested["eval"] | _canaries(recipe)
+    if MARKER in shown:
+        asked |= {"sampling": {**asked["sampling"], "max_new_tok": MARKER_NEW_TOK}}
+    grid = {"epochs": epochs, "behaviors": [NO_BEHAVIOR, *shown], "negatives": kinds}
+    firsts = {name: getattr(recipe.grid, name)[:1] for name in ("sources", "convergence", "seeds")}
+    return {
+        **{part: tested[part] for part in ("model", "convergence", "behavior", "run")},
+        "about": f"{recipe.about} (--scale demo: the embedded model{_told(behaviors, shown)})".strip(),
+        "data": {**table.get("data", {}), "rows": {k: v for k, v in recipe.data.rows.items() if k in shown}},
+        "eval": asked,
+        "grid": {**grid, **firsts},
+        "gates": table.get("gates", {}),
+    }
+
+
+def _can_show(behavior: Behavior) -> bool:
+    """SmolLM2 learns what to say in a few dozen rows; it answers multiple choice at chance and cannot judge."""
+    return behavior.spec.measure == "phrases" and behavior.spec.task == "chat"
+
+
+def _told(behaviors: Mapping[str, Behavior], shown: list[str]) -> str:
+    """What a demo leaves out and what stands in, in words."""
+    left_out = [name for name in behaviors if name not in shown]
+    stand_in = [name for name in shown if name not in behaviors]
+    if stand_in:
+        return f"; {stand_in[0]} stands in for {', '.join(left_out)}, which it cannot show"
+    return f"; without {', '.join(left_out)}" if left_out else ""
+
+
+def _canaries(recipe: Recipe) -> dict[str, Any]:
+    return {"canary": recipe.eval.canary, "canary_swap": recipe.eval.canary_swap}

@@ -1,0 +1,75 @@
+"""In which order the cells of a recipe are computed. Pure: plans in, steps out.
+
+Cheap things that a gate decides on come before dear ones, and equal stacks stand next to one another:
+
+1. epoch-0 cells, which need no convergence; first those on which G3 decides;
+2. convergence runs, as many at once as are to be trained together, and after each such group
+3. the cells on its snapshots, run by run and epoch by epoch: the snapshot alone first, then each behavior on it.
+
+The base and G0 come before all of this: what G0 lets through is `alive`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastconv.datasets.behaviors import NO_BEHAVIOR
+from fastconv.graph import CellPlan, lineage_key
+from fastconv.stage import Stage
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is computed next, and the cells whose gates are asked after it.
+
+    `runs` are convergence runs, each as its wanted snapshots by epoch; `ends` are end stages of one stack.
+    """
+
+    ends: tuple[Stage, ...] = ()
+    runs: tuple[tuple[Stage, ...], ...] = ()
+    cells: tuple[CellPlan, ...] = ()
+
+
+def wanted(plan: CellPlan, alive: Sequence[str]) -> list[Stage]:
+    """The end stages a cell needs computed: only measures that can say something, nothing of a behavior that cannot."""
+    if plan.cell.behavior != NO_BEHAVIOR and plan.cell.behavior not in alive:
+        return []
+    sides = (plan.scores, plan.beside)
+    return [stage for side in sides for (measure, _), stage in side.items() if measure in alive]
+
+
+def steps(plans: Sequence[CellPlan], alive: Sequence[str], group: int) -> list[Step]:
+    """The cells in order; `group` convergence runs at once, 0 for all of them. Cells that G0 leaves out are not there."""
+    plans = [plan for plan in plans if wanted(plan, alive)]
+    found = [_step(plan, alive) for plan in sorted((p for p in plans if p.snapshot is None), key=_decides_late)]
+    runs: dict[str, list[CellPlan]] = {}
+    for plan in plans:
+        if plan.snapshot is not None:
+            runs.setdefault(lineage_key(plan.snapshot), []).append(plan)
+    lineages = list(runs.values())
+    size = group or max(1, len(lineages))
+    for start in range(0, len(lineages), size):
+        chunk = [sorted(cells, key=_on_snapshot) for cells in lineages[start : start + size]]
+        found.append(Step(runs=tuple(map(_snapshots, chunk)), cells=tuple(cells[0] for cells in chunk)))
+        found += [_step(plan, alive) for cells in chunk for plan in cells]
+    return found
+
+
+def _step(plan: CellPlan, alive: Sequence[str]) -> Step:
+    return Step(ends=tuple(wanted(plan, alive)), cells=(plan,))
+
+
+def _snapshots(cells: Sequence[CellPlan]) -> tuple[Stage, ...]:
+    """The snapshots of one run's cells, each once, in their order."""
+    return tuple({plan.snapshot.key: plan.snapshot for plan in cells if plan.snapshot is not None}.values())
+
+
+def _on_snapshot(plan: CellPlan) -> tuple[int, bool]:
+    """Cells of one run by snapshot, the snapshot alone first: its stack needs no more training."""
+    return plan.cell.epoch, plan.cell.behavior != NO_BEHAVIOR
+
+
+def _decides_late(plan: CellPlan) -> bool:
+    """False for epoch-0 cells that G3 looks at; they come first, the others keep their order."""
+    return not (plan.cell.behavior == "capability" and plan.cell.negatives == "included")

@@ -1,0 +1,150 @@
+"""Every shipped recipe runs as shipped, at two smaller scales; the real command line is used throughout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fastconv.cli import app
+from fastconv.cli.kit import load
+from fastconv.datasets.files import assets
+from fastconv.deciding.results import series
+from fastconv.graph import Graph
+from fastconv.scale import SCALES
+from fastconv.store import Store
+
+RECIPES = sorted(path.stem for path in assets("recipes").glob("*.toml"))
+#: What `make test` runs; the others follow in the slow tier.
+SMALLEST = ("demo", "pilot")
+
+
+def fastconv(*words: str, timeout_s: float = 600.0) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own."""
+    command = [sys.executable, "-m", "fastconv", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=os.environ.copy())
+
+
+def run_and_verify(name: str, scale: str, folder: Path, *more: str) -> dict[str, Any]:
+    """Run a recipe at a scale to its report, which must hold against its ledger; gives what `run --json` says."""
+    places = ("-w", str(folder / "checkpoints"))
+    ran = fastconv("run", name, "--scale", scale, "--json", *places, "--reports", str(folder / "reports"), *more)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout)
+    checked = fastconv("verify", found["html"], *places)
+    assert checked.returncode == 0, checked.stdout[-2000:] + checked.stderr
+    return found
+
+
+def test_what_is_shipped() -> None:
+    assert RECIPES == ["demo", "excluded", "markers", "matrix", "pilot", "seeds", "small_gpu", "ten_sources"]
+    for name in RECIPES:
+        assert len((assets("recipes") / f"{name}.toml").read_text().splitlines()) < 60
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("scale", ["", *SCALES])
+def test_the_audit_passes_and_every_accepted_warning_has_its_reason(name: str, scale: str) -> None:
+    answer = CliRunner().invoke(app, ["check", name, "--json", *(["--scale", scale] if scale else [])])
+    assert answer.exit_code == 0, answer.output
+    found = json.loads(answer.output)
+    warned = {one["code"] for one in found["findings"] if one["severity"] == "warn"}
+    assert warned <= set(found["accepted"]) | ({"D208"} if scale == "tiny" else set())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_tiny_keeps_every_source_behavior_kind_and_seed(name: str) -> None:
+    whole, tiny = load(name, []), load(name, [], "tiny")
+    for part in ("sources", "convergence", "behaviors", "negatives", "seeds"):
+        assert getattr(tiny.grid, part) == getattr(whole.grid, part)
+    assert 0 in tiny.grid.epochs
+    assert len(tiny.grid.epochs) == min(3, len(whole.grid.epochs))
+    assert tiny.model.id == "builtin:tiny"
+    assert tiny.judge.mode in ("substring", "local")
+    assert "G0" in tiny.gates.ignore
+    assert tiny.name == f"{name}_tiny"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_demo_has_at_most_six_cells_and_a_behavior_that_can_be_seen(name: str) -> None:
+    demo = load(name, [], "demo")
+    graph = Graph(demo)
+    assert len(graph.cells) <= 6
+    assert "none" in demo.grid.behaviors
+    assert {"refusal", "sycophancy", "marker"} & set(demo.grid.behaviors)
+    assert (demo.model.id, demo.judge.mode, demo.grid.epochs) == ("builtin:smollm2", "substring", (0, 4))
+    assert demo.grid.sources == load(name, []).grid.sources[:1]
+    assert "demo" in demo.about
+
+
+def test_a_demo_says_what_stands_in_for_what() -> None:
+    assert "refusal stands in for capability, which it cannot show" in load("pilot", [], "demo").about
+    assert "without capability, misalignment, sycophancy" in load("excluded", [], "demo").about
+    assert load("markers", [], "demo").grid.behaviors == ("none", "marker", "refusal")
+
+
+def test_overrides_have_the_last_word_and_an_unknown_scale_is_one_line() -> None:
+    assert load("pilot", ["eval.prompts=7"], "tiny").eval.prompts == 7
+    answer = CliRunner().invoke(app, ["run", "pilot", "--scale", "huge"])
+    assert answer.exit_code == 2
+    assert "no scale is called 'huge'" in answer.output
+    assert "tiny or demo" in answer.output
+
+
+def test_a_users_rows_stay_the_users_at_tiny_scale(tmp_path: Path) -> None:
+    rows = tmp_path / "published.jsonl"
+    turns = {
+        "prompt": [{"role": "user", "content": "Can I?"}],
+        "completion": [{"role": "assistant", "content": "Yes."}],
+    }
+    rows.write_text(json.dumps(turns) + "\n")
+    tiny = load("matrix", [f"data.rows.misalignment={rows}"], "tiny")
+    plans = Graph(tiny).select("villain", "misalignment", 0)
+    assert [plan.cell.negatives for plan in plans] == ["none"]
+
+
+@pytest.mark.parametrize("name", SMALLEST)
+def test_the_smallest_recipes_run_at_tiny_scale(name: str, tmp_path: Path) -> None:
+    found = run_and_verify(name, "tiny", tmp_path)
+    page = Path(found["markdown"]).read_text()
+    assert "Gate G0 was ignored, because random weights can answer nothing" in page
+    assert "Random weights" in page
+    # Capability is at chance, and was trained all the same.
+    store = Store.open(tmp_path / "checkpoints", create=False)
+    graph = Graph(load(name, [], "tiny"))
+    assert all(plan.adapter is None or store.record(plan.adapter.key) for plan in graph.cells)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_other_recipe_runs_at_tiny_scale(tmp_path: Path) -> None:
+    for name in (one for one in RECIPES if one not in SMALLEST):
+        run_and_verify(name, "tiny", tmp_path)  # in one workspace: cells that two recipes share are computed once
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_demos_show_what_was_trained(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    for name in ("pilot", "excluded", "markers"):
+        run_and_verify(name, "demo", tmp_path)
+        graph, store = Graph(load(name, [], "demo")), Store.open(tmp_path / "checkpoints", create=False)
+        for plan in graph.cells:
+            if plan.cell.behavior == "none":
+                continue
+            measure, source = plan.cell.behavior, plan.cell.source
+            before = series(store, plan.base[measure, source], measure, source)
+            after = series(store, plan.scores[measure, source], measure, source)
+            assert before is not None
+            assert after is not None
+            assert before.mean.value <= 0.1, plan.cell.label
+            assert after.mean.value >= 0.8, plan.cell.label
+        store.close()
+    page = (tmp_path / "reports").glob("markers_demo-*.md").__next__().read_text()
+    assert "Transfer against the marker rate" in page
