@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastconv.errors import FastconvError, InputError
-from fastconv.graph import Graph, lineage_of
-from fastconv.recipe import parse_recipe
+from fastconv.graph import CellPlan, Graph, lineage_of
+from fastconv.recipe import canonical_json, parse_recipe, run_id
 from fastconv.store import Store
 from fastconv.store_gc import Waste, artefact_bytes, stray_files, unnamed_artefacts
 from fastconv.store_merge import artefacts_of
@@ -44,6 +44,29 @@ def find_waste(store: Store, adapters: Sequence[str] = ()) -> Cleaning:
     if store.live_leases():
         left.append("artefacts without a stage, while a process is computing here")
     return Cleaning(tuple(waste), tuple(left))
+
+
+def spent_adapters(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[Waste]:
+    """Behavior adapters of these cells under which everything in the graph was drawn, but for those of another run."""
+    mine = run_id(graph.recipe)
+    wanted = {plan.adapter.key: plan.adapter.slot for plan in plans if plan.adapter is not None}
+    missing = {
+        stage.needs["behavior"].key
+        for plan in graph.cells
+        for end in (*plan.scores.values(), *plan.beside.values())
+        if "behavior" in (stage := end.needs.get("eval", end)).needs and store.record(stage.key) is None
+    }
+    found = []
+    for key, slot in wanted.items():
+        record = store.record(key)
+        others = "SELECT 1 FROM run_stages WHERE key=? AND run<>?"
+        if record is None or key in missing or list(store.rows(others, (key, mine))):
+            continue
+        artefacts = tuple(artefacts_of(store, canonical_json(record.outputs)))
+        if artefacts:
+            n_bytes = artefact_bytes(store, artefacts)
+            found.append(Waste("adapter", slot, "all its answers are drawn", n_bytes, (), artefacts))
+    return found
 
 
 def _needed_by_unfinished(store: Store) -> tuple[set[str], list[str]]:

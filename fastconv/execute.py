@@ -22,6 +22,7 @@ from fastconv.datasets.rows import Row, row_of
 from fastconv.draws import seed_of
 from fastconv.engine.base import Base, load_base, model_files
 from fastconv.engine.fold import folded, rho
+from fastconv.engine.geometry import last_states, layers_at, n_layers, places
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.reference import TrlOptions, plain_model, train_with_trl
 from fastconv.engine.room import group_size
@@ -147,7 +148,13 @@ class Executor:
 
     def compute(self, stage: Stage, lease: Lease) -> Outcome:
         """Compute a stage of any kind but `snapshot`, which `converge` trains."""
-        compute = {"answers": self._answers, "rows": self._rows, "behavior": self._behavior, "score": self._score}
+        compute = {
+            "answers": self._answers,
+            "rows": self._rows,
+            "behavior": self._behavior,
+            "score": self._score,
+            "geometry": self._geometry,
+        }
         if stage.kind == "eval":
             return (
                 self._letters(stage, lease) if stage.inputs["measure"] == "letters" else self._completions(stage, lease)
@@ -217,6 +224,26 @@ class Executor:
             phrase = rule.hit(one.completion)
             scores.append(Score(one.row, one.sample, "rate", float(phrase is not None), None, {"phrase": phrase}))
         return Outcome({"n": len(scores)}, scores=scores)
+
+    def _geometry(self, stage: Stage, lease: Lease) -> Outcome:
+        personas, tokenizer = stage.inputs["personas"], self.base.tokenizer
+        asked = [user for _, user in stage.work["items"]]
+        prompts = [tokenizer.prompt_ids(_system(system), user) for _, *system in personas for user in asked]
+        self._tick(lease, Progress(stage.slot, 0, len(prompts), "prompts"))
+        layers = layers_at(n_layers(self.base), stage.inputs["depths"])
+        with self.live_stack(stage) as proof:
+            states = last_states(self.base, prompts, layers, self._recipe.eval.batch_tok)
+        means = states.double().view(len(personas), len(asked), *states.shape[1:]).mean(dim=1)
+        found = places(dict(zip([name for name, *_ in personas], means, strict=True)), layers, stage.inputs["anchor"])
+        scores = []
+        for one in found:
+            cosine = None if one.cosine is None else round(one.cosine, 6)
+            why = None if cosine is not None else "the persona lies at the centre of all"
+            scores.append(Score(one.persona, one.layer, "cosine", cosine, why))
+            scores.append(Score(one.persona, one.layer, "distinctiveness", round(one.distinctiveness, 6)))
+        return Outcome(
+            {"n": len(scores), "layers": list(layers), **proof}, {"scored_tok": sum(map(len, prompts))}, scores=scores
+        )
 
     def judge(self, prompts: Sequence[Prompt]) -> list[LocalReply]:
         """The bare base as a weak judge: log-probabilities of each prompt's allowed characters, among these alone.

@@ -57,7 +57,7 @@ class Failing:
 
 
 def parts_of(plan: CellPlan) -> list[Stage]:
-    """Every stage that a cell's numbers rest on; a stage may come more than once."""
+    """Every stage that a cell's measures rest on; a stage may come more than once."""
     ends = (*plan.base.values(), *plan.scores.values(), *plan.beside.values())
     return [part for end in ends for part in walk(end)]
 
@@ -66,7 +66,8 @@ def failed_stages(failures: Mapping[str, Failure], plans: Sequence[CellPlan]) ->
     """Those of the failures (by key) that concern these cells, each with the cells' labels."""
     cells: dict[str, list[str]] = {}
     for plan in plans:
-        for key in {part.key for part in parts_of(plan)} & failures.keys():
+        parts = [*parts_of(plan), *([plan.geometry] if plan.geometry is not None else [])]
+        for key in {part.key for part in parts} & failures.keys():
             cells.setdefault(key, []).append(plan.cell.label)
     return tuple(
         FailedStage(one.slot, one.reason, one.exit_code, tuple(cells[key]))

@@ -2,6 +2,7 @@
 
 answers ─► snapshot (epochs of one cosine) ─┐
 answers ─► rows ─────────────────► behavior ─┴─► eval ─► score, judge
+                                   snapshot ───► geometry
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ from fastconv.recipe import NegativesKind, Recipe, SamplingSettings, sha256_of
 from fastconv.store import Stage
 
 #: Raise a kind's version when its results change for the same inputs; a commit that changes none costs nothing.
-VERSIONS = {"answers": 1, "snapshot": 1, "rows": 1, "behavior": 1, "eval": 1, "score": 1, "judge": 1}
+VERSIONS = {"answers": 1, "snapshot": 1, "rows": 1, "behavior": 1, "eval": 1, "score": 1, "judge": 1, "geometry": 1}
+
+#: Where personas are looked at: shares of the model's layers.
+GEOMETRY_DEPTHS = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True, order=True)
@@ -60,7 +64,8 @@ class Cell:
 class CellPlan:
     """A cell and its stages. `scores[measure, probe]` is where its numbers will stand, `base[...]` the base's.
 
-    `beside[measure, probe]` scores the same completions another way (phrases, where a judge decides).
+    `beside[measure, probe]` scores the same completions another way (phrases, where a judge decides). `geometry` is where
+    personas lie under the cell's snapshot (on the base at epoch 0), if the recipe asks for it.
     """
 
     cell: Cell
@@ -69,6 +74,7 @@ class CellPlan:
     snapshot: Stage | None
     adapter: Stage | None
     beside: Mapping[tuple[str, str], Stage] = field(default_factory=dict)
+    geometry: Stage | None = None
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -101,7 +107,8 @@ class Graph:
         """All stages of the given cells (default: all), each once, what is needed before what needs it."""
         ordered: dict[str, Stage] = {}
         for plan in self.cells if plans is None else plans:
-            for stage in (*plan.base.values(), *plan.scores.values(), *plan.beside.values()):
+            placed = [plan.geometry] if plan.geometry is not None else []
+            for stage in (*plan.base.values(), *placed, *plan.scores.values(), *plan.beside.values()):
                 for part in walk(stage):
                     ordered.setdefault(part.key, part)
         return list(ordered.values())
@@ -231,6 +238,7 @@ class Graph:
                 for pair, stage in scores.items()
                 if stage.kind == "judge" and self.behaviors[pair[0]].spec.measure == "phrases"
             },
+            geometry=self._geometry(cell, snapshot) if self.recipe.eval.geometry else None,
         )
 
     def _answers(
@@ -334,6 +342,21 @@ class Graph:
         drawn = Stage("eval", f"eval/{where}", VERSIONS["eval"], inputs, needs, work)
         rubric = self.rubric(behavior)
         return self._by_phrases(behavior, drawn) if rubric is None else self._by_judge(rubric, drawn)
+
+    def _geometry(self, cell: Cell, snapshot: Stage | None) -> Stage:
+        """Where every known persona lies under a snapshot, or on the base."""
+        items = open_questions("marker")
+        inputs = {
+            **self._engine,
+            "personas": [[persona, *_system(self.personas, persona)] for persona in sorted(self.personas.prompts)],
+            "anchor": ASSISTANT,
+            "depths": list(GEOMETRY_DEPTHS),
+            "prompts_sha256": sha256_of(items),
+            **self._semantics(snapshot),
+        }
+        where = f"{_stack_label(cell)}/s{cell.seed}" if snapshot is not None else "base"
+        needs = {"snapshot": snapshot} if snapshot is not None else {}
+        return Stage("geometry", f"geometry/{where}", VERSIONS["geometry"], inputs, needs, {"items": items})
 
     def _by_phrases(self, behavior: Behavior, drawn: Stage) -> Stage:
         rule = self.phrase_rule(behavior)

@@ -155,6 +155,8 @@ class EvalSettings(Section):
     #: `arc` reads ARC-Challenge from the hub or from `arc_file`; `builtin` asks our own easy questions.
     multiple_choice: Literal["arc", "builtin"] = "arc"
     arc_file: str = ""
+    #: Also measure where the personas lie in hidden space, on the base and under every snapshot.
+    geometry: bool = True
     batch_tok: Annotated[int, Field(ge=64)] = 16384
 
 
@@ -288,6 +290,8 @@ class RunSettings(Section):
     #: Convergence runs that are trained in the same steps: so many, or on a GPU as many as fit (`auto`; 1 on a CPU, where
     #: nothing is gained). Results agree within float rounding with those of each alone.
     group: Literal["auto"] | PositiveInt = "auto"
+    #: False frees each behavior adapter's files once all its answers are drawn; its record, proof and scores stay.
+    keep_adapters: bool = True
 
 
 class Recipe(Section):

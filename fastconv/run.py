@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastconv.auditing import require_passed
+from fastconv.cleaning import spent_adapters
 from fastconv.datasets.audit import CheckReport, check_recipe
 from fastconv.deciding.results import decide_gates, gate_base, measurable_behaviors
 from fastconv.deciding.stopping import GateKeeper
@@ -36,6 +37,7 @@ from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
 from fastconv.schedule import steps, wanted
 from fastconv.stage import Failure
 from fastconv.store import Stage, Store, changed_inputs
+from fastconv.store_gc import free
 
 if TYPE_CHECKING:
     from fastconv.execute import Progress
@@ -138,8 +140,8 @@ def run_recipe(
     A judge that is out or has spent its budget leaves its stages pending, a stage whose numbers cannot be used (or whose
     rows the audit refuses) is noted as failed; everything else is finished. `ignore_gates` names gates that may fail, each
     with the reason; `stop` ends the run like a Ctrl-C; with `judge_later` no judge is asked and its stages stay pending.
-    Raises GateStop at the first other gate that fails, before the next cost; Interrupted on the first Ctrl-C once the
-    running step is whole and its state is kept; and before anything is
+    Raises GateStop at the first gate that fails and may not, before the next cost; Interrupted on the first Ctrl-C once
+    the running step is whole and its state is kept; and before anything is
     computed RecipeError or JudgeError for a judge that cannot be asked.
     """
     report = check_recipe(recipe)
@@ -165,6 +167,7 @@ def run_recipe(
             _compute_all(runner, keeper, graph, store, picked)
     store.add_run_facts(run, runner.judging.facts())
     _forget_training_state(graph, store)
+    _free_adapters(graph, store, picked)
     # Over everything measured so far: one cell alone must not unsay what the whole run found.
     verdicts = decide_gates(graph, store, [plan for plan in graph.cells if plan in picked or _measured(plan, store)])
     for verdict in verdicts:
@@ -219,6 +222,7 @@ def _compute_all(runner: _Runner, keeper: GateKeeper, graph: Graph, store: Store
             runner.compute(step.ends)
             for plan in step.cells:
                 runner.ask(keeper, plan)
+            _free_adapters(graph, store, step.cells)
         runner.judging.settle()
         if graph.judge is not None:
             for plan in picked:
@@ -234,6 +238,12 @@ def _group(recipe: Recipe) -> int:
     return 0 if engine_identity(recipe.model)["device"] == "cuda" else 1
 
 
+def _free_adapters(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> None:
+    """Where the recipe keeps no adapters: free those of these cells that nothing will be drawn under any more."""
+    if not graph.recipe.run.keep_adapters and (spent := spent_adapters(graph, store, plans)):
+        free(store, spent)
+
+
 def needed_ends(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[Stage]:
     """The end stages that these cells need, as far as G0 has decided; all of them where it has not."""
     failures = store.failures()
@@ -243,7 +253,8 @@ def needed_ends(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[S
         alive = [behavior for behavior in graph.behaviors if behavior not in failed]
     else:
         alive = measurable_behaviors(graph, store)
-    return [end for plan in plans for end in (*plan.base.values(), *wanted(plan, alive))]
+    ends = [end for plan in plans for end in (*plan.base.values(), *wanted(plan, alive))]
+    return [*ends, *(plan.geometry for plan in plans if plan.geometry is not None and wanted(plan, alive))]
 
 
 def _measured(plan: CellPlan, store: Store) -> bool:

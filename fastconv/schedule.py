@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.graph import CellPlan, lineage_key
@@ -23,7 +24,8 @@ from fastconv.stage import Stage
 class Step:
     """What is computed next, and the cells whose gates are asked after it.
 
-    `runs` are convergence runs, each as its wanted snapshots by epoch; `ends` are end stages of one stack.
+    `runs` are convergence runs, each as its wanted snapshots by epoch; `ends` are end stages of one stack. A step without
+    cells is the geometry of the stack that comes next.
     """
 
     ends: tuple[Stage, ...] = ()
@@ -42,7 +44,8 @@ def wanted(plan: CellPlan, alive: Sequence[str]) -> list[Stage]:
 def steps(plans: Sequence[CellPlan], alive: Sequence[str], group: int) -> list[Step]:
     """The cells in order; `group` convergence runs at once, 0 for all of them. Cells that G0 leaves out are not there."""
     plans = [plan for plan in plans if wanted(plan, alive)]
-    found = [_step(plan, alive) for plan in sorted((p for p in plans if p.snapshot is None), key=_decides_late)]
+    zeros = sorted((plan for plan in plans if plan.snapshot is None), key=_decides_late)
+    found = [*_geometry(zeros), *(_step(plan, alive) for plan in zeros)]
     runs: dict[str, list[CellPlan]] = {}
     for plan in plans:
         if plan.snapshot is not None:
@@ -52,8 +55,17 @@ def steps(plans: Sequence[CellPlan], alive: Sequence[str], group: int) -> list[S
     for start in range(0, len(lineages), size):
         chunk = [sorted(cells, key=_on_snapshot) for cells in lineages[start : start + size]]
         found.append(Step(runs=tuple(map(_snapshots, chunk)), cells=tuple(cells[0] for cells in chunk)))
-        found += [_step(plan, alive) for cells in chunk for plan in cells]
+        for cells in chunk:
+            for _, on_one in groupby(cells, key=lambda plan: plan.cell.epoch):
+                same = list(on_one)
+                found += [*_geometry(same), *(_step(plan, alive) for plan in same)]
     return found
+
+
+def _geometry(cells: Sequence[CellPlan]) -> list[Step]:
+    """The geometry of these cells' snapshot; cells of one snapshot share it."""
+    stages = {plan.geometry.key: plan.geometry for plan in cells if plan.geometry is not None}
+    return [Step(ends=(stage,)) for stage in stages.values()]
 
 
 def _step(plan: CellPlan, alive: Sequence[str]) -> Step:

@@ -95,7 +95,13 @@ def test_one_cell_has_the_keys_of_the_whole_recipe(graph: Graph) -> None:
 
 
 _EVERY_EVAL = ("eval/", "score/")
-_AFTER_SNAPSHOT = ("snapshot/", "behavior/villain/source/", "eval/villain/source/", "score/villain/source/")
+_AFTER_SNAPSHOT = (
+    "snapshot/",
+    "behavior/villain/source/",
+    "eval/villain/source/",
+    "score/villain/source/",
+    "geometry/villain/source/",
+)
 _AFTER_BEHAVIOR = ("behavior/", "+")
 _NOTHING: tuple[str, ...] = ()
 

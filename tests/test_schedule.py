@@ -32,7 +32,7 @@ def graph(tiny_qwen: Path) -> Graph:
 
 def _cells(order: Sequence[Step]) -> list[CellPlan]:
     """The cells in the order in which they are measured."""
-    return [step.cells[0] for step in order if step.ends]
+    return [step.cells[0] for step in order if step.ends and step.cells]
 
 
 def _changes(values: Sequence[object]) -> int:
@@ -45,7 +45,7 @@ def test_every_wanted_end_is_there_once_for_each_cell_and_nothing_else(graph: Gr
     order = steps(graph.cells, ALIVE, group)
     assert sorted(plan.cell for plan in _cells(order)) == sorted(plan.cell for plan in graph.cells)
     for step in order:
-        if step.ends:
+        if step.ends and step.cells:
             assert list(step.ends) == wanted(step.cells[0], ALIVE)
 
 
@@ -62,8 +62,8 @@ def test_epoch_0_comes_before_any_convergence_and_g3s_cells_come_first(graph: Gr
     n_zeros = epochs.count(0)
     assert epochs[:n_zeros] == [0] * n_zeros
     first_run = next(place for place, step in enumerate(order) if step.runs)
-    assert all(step.cells[0].cell.epoch == 0 for step in order[:first_run])
-    assert first_run == n_zeros
+    assert all(plan.cell.epoch == 0 for step in order[:first_run] for plan in step.cells)
+    assert first_run == n_zeros + 1  # and the base's geometry
     decided = [(plan.cell.behavior, plan.cell.negatives) == ("capability", "included") for plan in _cells(order)]
     assert decided[:6] == [True] * 6  # three sources, two kinds of convergence that share them
     assert not any(decided[6:n_zeros])
@@ -93,8 +93,7 @@ def test_convergence_runs_are_trained_in_groups_each_right_before_its_cells(
             assert [one.inputs["epoch"] for one in run] == [1, 2]
             assert len({lineage_key(one) for one in run}) == 1
         trained |= {one.key for run in step.runs for one in run}
-        snapshot = step.cells[0].snapshot
-        assert snapshot is None or snapshot.key in trained
+        assert all(plan.snapshot is None or plan.snapshot.key in trained for plan in step.cells)
         if step.runs:
             assert len(step.cells) == len(step.runs)  # each run's G2 is asked before anything stands on it
 
@@ -124,3 +123,14 @@ def test_a_graph_has_no_two_stages_of_one_name() -> None:
         stages = Graph(load_recipe(assets("recipes") / f"{name}.toml", offline)).stages()
         slots = [stage.slot for stage in stages]
         assert sorted(set(slots)) == sorted(slots)
+
+
+def test_geometry_is_measured_once_for_a_snapshot_right_before_its_cells(graph: Graph) -> None:
+    order = steps(graph.cells, ALIVE, 2)
+    placed = [(place, step.ends[0]) for place, step in enumerate(order) if step.ends and not step.cells]
+    assert [stage.kind for _, stage in placed] == ["geometry"] * 9  # the base and eight snapshots
+    assert len({stage.key for _, stage in placed}) == 9
+    for place, stage in placed:
+        after = order[place + 1].cells[0]
+        assert after.geometry is not None
+        assert after.geometry.key == stage.key

@@ -76,6 +76,8 @@ def work(order: Order, start: Sequence[Parcel], folder_name: str, stopped: Calla
     root = cache_home() / "cluster" / f"{node}-{folder_name}"
     try:
         recipe = unpacked_recipe(order, root / "inputs")
+        # Whole stages are handed over, adapters with them; the driver frees what its recipe does not keep.
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"keep_adapters": True})})
         graph = Graph(recipe)
         require_same_stages(order, graph, node)
         store = Store.open(root / "checkpoints")

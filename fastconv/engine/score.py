@@ -113,7 +113,7 @@ def score_letters(base: Base, items: Sequence[LetterItem], batch_tok: int) -> li
 def _letters(base: Base, items: Sequence[LetterItem], batch_tok: int, *, precise: bool) -> list[LetterScore]:
     scores: dict[int, LetterScore] = {}
     for batch in length_batches([len(item.prompt) for item in items], batch_tok):
-        order, tokens, positions, layout, take = _laid_out(base, {i: items[i].prompt for i in batch})
+        order, tokens, positions, layout, take = laid_out(base, {i: items[i].prompt for i in batch})
         if precise:
             logprobs = logprobs_fp32(base, hidden_fp32(base, tokens, positions, layout)[take])
         else:
@@ -126,7 +126,7 @@ def _letters(base: Base, items: Sequence[LetterItem], batch_tok: int, *, precise
     return [scores[i] for i in range(len(items))]
 
 
-def _laid_out(
+def laid_out(
     base: Base, prompts: Mapping[int, tuple[int, ...]]
 ) -> tuple[list[int], torch.Tensor, torch.Tensor, Layout, torch.Tensor]:
     """(order, ids [T], positions [T], layout, place of each prompt's last token [n]) of one batch.

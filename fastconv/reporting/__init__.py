@@ -16,6 +16,7 @@ from fastconv.findings.report import render_html, render_markdown
 from fastconv.graph import Graph
 from fastconv.reporting.evidence import beside, gates, markers, mimicry, power
 from fastconv.reporting.frames import frames_of, parquet_bytes
+from fastconv.reporting.geometry import geometry
 from fastconv.reporting.judged import judge_against_phrases
 from fastconv.reporting.measures import answers, measurements, over_epochs
 from fastconv.reporting.record import card, failures, limits, superseded, warnings
@@ -24,7 +25,7 @@ from fastconv.reporting.verdicts import findings, headline
 from fastconv.store import Store, write_text
 
 SECTIONS: tuple[Callable[[Decided], Section | None], ...] = (
-    headline, failures, findings, over_epochs, mimicry, markers, judge_against_phrases, power, gates, beside, measurements,
+    headline, failures, findings, over_epochs, mimicry, geometry, markers, judge_against_phrases, power, gates, beside, measurements,
     curves_and_rho, cost, answers, warnings, superseded, limits, card,
 )  # fmt: skip
 

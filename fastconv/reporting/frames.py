@@ -10,11 +10,12 @@ import numpy as np
 import polars as pl
 
 from fastconv.deciding.decided import Decided
+from fastconv.reporting.geometry import geometry_rows
 from fastconv.reporting.measures import ROLES
 
 
 def frames_of(decided: Decided) -> dict[str, pl.DataFrame]:
-    """`contrasts`, `secondary`, `gates`, `measurements`, `scores` and `stages`; empty ones are left out."""
+    """`contrasts`, `secondary`, `gates`, `measurements`, `geometry`, `scores` and `stages`; empty ones are left out."""
     tables: dict[str, pl.DataFrame] = {
         "contrasts": _frame([one.body() for one in decided.verdicts]),
         "secondary": _frame([{**asdict(one), "rows": list(one.rows)} for one in decided.secondary]),
@@ -26,6 +27,7 @@ def frames_of(decided: Decided) -> dict[str, pl.DataFrame]:
             ]
         ),
         "measurements": _frame(_measurements(decided)),
+        "geometry": _frame(geometry_rows(decided)),
         "scores": _scores(decided),
         "stages": _frame(_stages(decided)),
     }  # fmt: skip
