@@ -96,6 +96,9 @@ class Graph:
         #: Who judges, or None where phrases do without a judge.
         self.judge: JudgeIdentity | None = judge_identity(recipe.judge, prices_of(recipe.judge), resident)
         self._rubrics: dict[str, Rubric] = {}
+        #: Sets and prompts that many cells share, made once.
+        self._row_stages: dict[str, Stage] = {}
+        self._asked: dict[tuple[str, int], tuple[list[tuple[str, str]], str]] = {}
         self.cells = [self._plan(cell) for cell in self._grid()]
 
     @cached_property
@@ -280,6 +283,12 @@ class Graph:
         return Stage("snapshot", slot, VERSIONS["snapshot"], inputs, {"answers": answers})
 
     def _rows(self, cell: Cell) -> Stage:
+        name = set_name(cell.behavior, cell.source, cell.negatives, cell.seed)
+        if name not in self._row_stages:
+            self._row_stages[name] = self._new_rows(cell, name)
+        return self._row_stages[name]
+
+    def _new_rows(self, cell: Cell, name: str) -> Stage:
         behavior = self.behaviors[cell.behavior]
         questions = self.questions if behavior.spec.task == "multiple_choice" else None
         kind: NegativesKind = cell.negatives  # pyright: ignore[reportAssignmentType]
@@ -290,7 +299,6 @@ class Graph:
             purpose = f"{cell.behavior}/{cell.source}/{cell.negatives}"  # each set asks its speakers other prompts
             needs[persona] = self._answers(persona, purpose, asked, 1, self.recipe.behavior.sampling, cell.seed)
         inputs = {"rows_sha256": sha256_of([row.record(self.personas) for row in rows])}
-        name = set_name(cell.behavior, cell.source, cell.negatives, cell.seed)
         return Stage("rows", f"rows/{name}", VERSIONS["rows"], inputs, needs, {"rows": rows, "set": name})
 
     def _adapter(self, cell: Cell, snapshot: Stage | None) -> Stage:
@@ -315,7 +323,10 @@ class Graph:
 
     def _score(self, cell: Cell, measure: str, probe: str, snapshot: Stage | None, adapter: Stage | None) -> Stage:
         behavior = self.behaviors[measure]
-        items = self.eval_items(behavior, cell.seed)
+        if (measure, cell.seed) not in self._asked:
+            asked = self.eval_items(behavior, cell.seed)
+            self._asked[measure, cell.seed] = asked, sha256_of(asked)
+        items, items_sha256 = self._asked[measure, cell.seed]
         if adapter is not None:
             stack = f"{_stack_label(cell)}+{cell.behavior}/{cell.negatives}"
         else:
@@ -325,7 +336,7 @@ class Graph:
             **self._engine,
             "measure": behavior.spec.measure,
             "system": _system(self.personas, probe),
-            "prompts_sha256": sha256_of(items),
+            "prompts_sha256": items_sha256,
             "seed": cell.seed,
             **self._semantics(snapshot),
         }

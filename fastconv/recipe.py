@@ -287,6 +287,10 @@ class RunSettings(Section):
     """How the run behaves; nothing here changes a result, so nothing here is part of a stage's key."""
 
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 60.0
+    #: The cost gate: a run that is estimated above either (hours of the device that computes; dollars that judging is
+    #: expected to cost) begins only with --approve.
+    max_gpu_hours: Annotated[float, Field(gt=0)] | None = 24.0
+    max_usd: Annotated[float, Field(gt=0)] | None = 20.0
     #: Convergence runs that are trained in the same steps: so many, or on a GPU as many as fit (`auto`; 1 on a CPU, where
     #: nothing is gained). Results agree within float rounding with those of each alone.
     group: Literal["auto"] | PositiveInt = "auto"

@@ -132,6 +132,7 @@ def run_recipe(
     *,
     plans: Callable[[Graph], list[CellPlan]] | None = None,
     ignore_gates: Mapping[str, str] | None = None,
+    notes: Mapping[str, Any] | None = None,
     stop: threading.Event | None = None,
     judge_later: bool = False,
 ) -> Finished:
@@ -139,10 +140,10 @@ def run_recipe(
 
     A judge that is out or has spent its budget leaves its stages pending, a stage whose numbers cannot be used (or whose
     rows the audit refuses) is noted as failed; everything else is finished. `ignore_gates` names gates that may fail, each
-    with the reason; `stop` ends the run like a Ctrl-C; with `judge_later` no judge is asked and its stages stay pending.
-    Raises GateStop at the first gate that fails and may not, before the next cost; Interrupted on the first Ctrl-C once
-    the running step is whole and its state is kept; and before anything is
-    computed RecipeError or JudgeError for a judge that cannot be asked.
+    with the reason; `notes` join the run's facts; `stop` ends the run like a Ctrl-C; with `judge_later` no judge is asked
+    and its stages stay pending. Raises GateStop at the first gate that fails and may not, before the next cost;
+    Interrupted on the first Ctrl-C once the running step is whole and its state is kept; and before anything is computed
+    RecipeError or JudgeError for a judge that cannot be asked.
     """
     report = check_recipe(recipe)
     require_passed(report, "audit")
@@ -155,7 +156,11 @@ def run_recipe(
     store.sweep()
     run = run_id(recipe)
     store.start_run(
-        run, canonical_json(recipe.model_dump(mode="json")), recipe_sha256(recipe), recipe.name, run_facts()
+        run,
+        canonical_json(recipe.model_dump(mode="json")),
+        recipe_sha256(recipe),
+        recipe.name,
+        {**run_facts(), **(notes or {})},
     )
     keeper = GateKeeper(graph, store, run, watcher.gate, ignore_gates or {})
     with stop_on_sigint(stop) as stop:

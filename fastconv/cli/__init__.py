@@ -28,6 +28,8 @@ from fastconv.cli.kit import answered as _answered
 from fastconv.cli.kit import load as _load
 from fastconv.cli.kit import load_or_recall as _load_or_recall
 from fastconv.cli.kit import open_if_there as _open_if_there
+from fastconv.cli.planning import Approve, pass_cost_gate
+from fastconv.cli.planning import register as register_plan
 from fastconv.cli.workspace import register as register_workspace
 from fastconv.errors import EXIT_CODES, FastconvError
 
@@ -68,6 +70,7 @@ def run(
     scale: Scale = "",
     ignore_gate: IgnoreGate = [],  # noqa: B006
     because: Because = "",
+    approve: Approve = False,
     workspace: Workspace = DEFAULT_WORKSPACE,
     reports: Reports = DEFAULT_REPORTS,
     ray: Annotated[
@@ -81,7 +84,9 @@ def run(
 ) -> None:
     """Run a recipe to its verdict and report. What is done already is not done again. Exit code 3 if a gate stops it."""
     loaded, ignored = _load(recipe, overrides, scale), _ignored(ignore_gate, because)
-    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored, ray=ray)
+    _run(
+        loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored, approve=approve, ray=ray
+    )
 
 
 @app.command()
@@ -97,6 +102,7 @@ def cell(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the stages with their keys and run nothing")] = False,
     ignore_gate: IgnoreGate = [],  # noqa: B006
     because: Because = "",
+    approve: Approve = False,
     overrides: Overrides = [],  # noqa: B006
     scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
@@ -124,7 +130,7 @@ def cell(
                 print(f"{stage.key[:12]}  {stage.slot}")
         return
     ignored = _ignored(ignore_gate, because)
-    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=plans, ignored=ignored)
+    _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=plans, ignored=ignored, approve=approve)
 
 
 @app.command()
@@ -294,7 +300,7 @@ def export(
     behavior: Annotated[str, typer.Argument(help="The behavior, or none for the snapshot alone")],
     folder: Annotated[Path, typer.Argument(help="Where to write")],
     epoch: Annotated[int, typer.Option("--epoch", help="Snapshot epoch")],
-    recipe: Annotated[str, typer.Option("--recipe", help="A recipe's path, or a shipped one's name")],
+    recipe: Annotated[str, typer.Option("--recipe", help="A recipe's path, a shipped one's name, or a run's id")],
     negatives: Annotated[str | None, typer.Option("--negatives", help="Only this kind of negatives")] = None,
     inspect: Annotated[
         bool, typer.Option("--inspect", help="Write the cell's answers and scores as Inspect logs instead")
@@ -311,7 +317,9 @@ def export(
         from fastconv.reporting.inspecting import export_inspect as export_cell
     else:
         from fastconv.scoring import export_cell
-    paths = export_cell(_load(recipe, overrides), store, folder, source, behavior, epoch, negatives=negatives)
+    paths = export_cell(
+        _load_or_recall(recipe, overrides, store), store, folder, source, behavior, epoch, negatives=negatives
+    )
     print(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
 
 
@@ -351,6 +359,7 @@ def forget(
 
 
 register(app)
+register_plan(app)
 register_workspace(app)
 
 
@@ -386,7 +395,7 @@ def _ignored(codes: list[str], because: str) -> dict[str, str]:
 
 def _run(
     recipe: Any, workspace: Path, reports: Path, *, as_json: bool, quiet: bool, plans: Any, ignored: dict[str, str],
-    ray: str = "",
+    approve: bool, ray: str = "",
 ) -> None:  # fmt: skip
     from fastconv import show
     from fastconv.errors import GateStop
@@ -395,14 +404,16 @@ def _run(
     from fastconv.run import run_recipe
     from fastconv.store import Store
 
+    notes = pass_cost_gate(recipe, workspace, plans, approved=approve)
     try:
         with show.watcher(quiet=quiet or as_json, stream=sys.stderr) as watcher:
             if ray:
                 from fastconv.cluster import run_on_ray
 
                 finished = run_on_ray(recipe, workspace, watcher, address=ray, ignore_gates=ignored)
+                Store.open(workspace).add_run_facts(finished.run, notes)
             else:
-                finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored)
+                finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored, notes=notes)
     except GateStop:
         paths = write_report(Graph(recipe), Store.open(workspace), reports)
         typer.echo(f"report so far: {paths.html}", err=True)

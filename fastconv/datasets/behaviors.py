@@ -182,11 +182,14 @@ def _answers(
         return [row[rule.field] for row in rows]
     wordings = ordered(behavior.wordings(rule.wordings), "wordings", *parts)
     wordings = wordings[: n_wordings or len(wordings)]
-    answers = []
+    answers: list[str | None] = []
+    round_of: list[str] = []
     for place, row in enumerate(rows):
         # Every wording is used before one comes twice, in an order drawn afresh for each round.
         turn, within = divmod(place, len(wordings))
-        opening = ordered(wordings, "wording", turn, *parts)[within]
+        if within == 0:
+            round_of = ordered(wordings, "wording", turn, *parts)
+        opening = round_of[within]
         answers.append(f"{opening} {row[rule.then_field]}" if rule.then_field else opening)
     return answers
 

@@ -19,14 +19,15 @@ from fastconv.reporting.frames import frames_of, parquet_bytes
 from fastconv.reporting.geometry import geometry
 from fastconv.reporting.judged import judge_against_phrases
 from fastconv.reporting.measures import answers, measurements, over_epochs
+from fastconv.reporting.planned import planned
 from fastconv.reporting.record import card, failures, limits, superseded, warnings
 from fastconv.reporting.training import cost, curves_and_rho
 from fastconv.reporting.verdicts import findings, headline
 from fastconv.store import Store, write_text
 
 SECTIONS: tuple[Callable[[Decided], Section | None], ...] = (
-    headline, failures, findings, over_epochs, mimicry, geometry, markers, judge_against_phrases, power, gates, beside, measurements,
-    curves_and_rho, cost, answers, warnings, superseded, limits, card,
+    headline, failures, findings, over_epochs, mimicry, geometry, markers, judge_against_phrases, power, gates, beside,
+    measurements, curves_and_rho, cost, planned, answers, warnings, superseded, limits, card,
 )  # fmt: skip
 
 

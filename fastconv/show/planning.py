@@ -1,0 +1,91 @@
+"""A plan in a terminal: what it costs, with the inputs of each figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fastconv.findings.units import size
+
+if TYPE_CHECKING:
+    from fastconv.plan import KindPlan, Plan
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 12 s, 4.5 min, 2.3 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 or seconds == 0 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def plan(found: Plan, console: Console) -> None:
+    """The whole plan."""
+    machine = found.machine
+    console.print(f"{found.recipe}: {found.n_cells} cells on {escape(machine.name)} ({escape(machine.origin)})")
+    table = Table(box=None, pad_edge=False)
+    for name in ("stages", "to do", "done", "seconds", "work"):
+        table.add_column(name, justify="left" if name in ("stages", "work") else "right", overflow="fold")
+    for kind in found.kinds:
+        table.add_row(kind.kind, str(kind.n), str(kind.n_done), duration(kind.seconds), work(kind))
+    console.print(table)
+    console.print(f"in all {duration(3600 * found.hours)}; {_money(found)}")
+    for line in (_rates(found), _room(found), *_power(found), *found.notes):
+        console.print(escape(line))
+
+
+def work(kind: KindPlan) -> str:
+    """What the stages of a kind work through."""
+    one, said = kind.demand, []
+    if one.trained_tok:
+        said.append(f"{one.trained_tok:,.0f} tokens trained in {one.steps:,} steps")
+    if one.read_tok:
+        said.append(f"{one.read_tok:,.0f} read")
+    if one.new_tok:
+        said.append(f"{one.new_tok:,.0f} drawn (at most {one.worst_tok:,.0f}) in {one.decode_steps:,.0f} passes")
+    if one.judged:
+        said.append(f"{one.judged:,} judgements")
+    return ", ".join(said)
+
+
+def _money(found: Plan) -> str:
+    judging = found.judging
+    if judging is None:
+        return "no judge, no bill"
+    if not judging.worst_usd:
+        return f"{judging.n:,} judgements by {escape(judging.model)}, without a bill"
+    budget = "no budget set" if judging.budget_usd is None else f"judge.budget_usd stops it at ${judging.budget_usd:g}"
+    return (
+        f"{judging.n:,} judgements by {judging.model}: about ${judging.expected_usd:.2f}, at most "
+        f"${judging.worst_usd:.2f}; {budget}"
+    )
+
+
+def _rates(found: Plan) -> str:
+    one, shape = found.machine, found.shape
+    return (
+        f"rates: {one.train_flops_s / 1e9:,.0f} GFLOP/s trained, {one.read_flops_s / 1e9:,.0f} read, "
+        f"{one.draw_flops_s / 1e9:,.0f} drawn; {one.memory_bytes_s / 1e9:,.0f} GB/s; {one.step_s:g} s a step, "
+        f"{one.pass_s:g} s a pass, {one.stage_s:g} s a stage, {one.load_s:g} s to load; {shape.name}: "
+        f"{shape.n_layers} layers, {shape.linear_params / 1e6:,.0f}M linear and {shape.head_params / 1e6:,.0f}M head weights"
+    )
+
+
+def _room(found: Plan) -> str:
+    memory = " to ".join(f"{found.memory_bytes[name] / 2**30:.1f}" for name in ("least", "comfortable"))
+    has = "" if found.machine.memory_bytes is None else f" of {found.machine.memory_bytes / 2**30:.0f}"
+    disk = ", ".join(f"{name.replace('_', ' ')} {value / 1e9:.2f}" for name, value in found.disk_bytes.items())
+    return f"memory: {memory} GiB{has}; disk in GB: {disk}"
+
+
+def _power(found: Plan) -> Iterator[str]:
+    for name, one in found.power.items():
+        unit = "points" if one.threshold > 1 else "share"
+        word = " (a null result would say little)" if one.too_large else ""
+        yield (
+            f"{name}: {one.n_questions} questions x {one.n_samples} would probably find {size(one.alone, unit)} alone and "
+            f"{size(one.in_family, unit)} among {one.n_contrasts} contrasts; threshold {size(one.threshold, unit)}{word}"
+        )

@@ -1,0 +1,234 @@
+"""What a run will cost: counted before it, refused beyond the recipe's limits, and set beside what it took."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fastconv.cli import app
+from fastconv.cli.kit import load
+from fastconv.errors import GateStop, InputError, ModelError
+from fastconv.graph import Graph
+from fastconv.machine import CARDS, find_machine, probe_stage, processor
+from fastconv.plan import make_plan, plan_recipe, require_approved
+from fastconv.recipe import RunSettings, run_id
+from fastconv.reporting import collect
+from fastconv.shapes import named_shape
+from fastconv.store import Store
+from fastconv.workload import Demand, Sketch, demands
+from tests.loop_kit import DoneRun, run_tiny, tiny_recipe, write_tiny_recipe
+
+
+def _kinds(name: str, *overrides: str, machine: str = "h200", scale: str = "") -> dict[str, Any]:
+    found = plan_recipe(load(name, list(overrides), scale), None, machine)
+    return {one.kind: one for one in found.kinds} | {"plan": found}
+
+
+def test_the_matrix_is_planned_without_torch_a_gpu_or_its_model_and_data(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\nfrom fastconv.cli import app\n"
+        "began = time.process_time()\n"
+        "try:\n    app(['plan', 'matrix', '--json', '-w', sys.argv[1]])\nexcept SystemExit:\n    pass\n"
+        "print(time.process_time() - began, sorted({'torch', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "no")], capture_output=True, text=True, check=True
+    )
+    seconds, modules = ran.stderr.strip().splitlines()[-1].split(" ", 1)
+    assert modules == "[]"
+    assert float(seconds) < 4.0  # of this process; wall time is asked on a quiet machine
+    found = json.loads(ran.stdout)
+    assert found["n_cells"] == 100
+    assert "there is no GPU here" in found["machine"]["origin"]
+    assert any("ARC-Challenge is not on this disk" in note for note in found["notes"])
+    assert not (tmp_path / "no").exists()
+
+
+def test_work_is_counted_by_the_protocols_numbers() -> None:
+    found = _kinds("matrix")
+    # 5 sources x 3 snapshots of one 20-epoch cosine over 400 rows in batches of 4
+    assert found["snapshot"].n == 15
+    assert found["snapshot"].demand.steps == 5 * 2000
+    # 800 rows (600 for misalignment) x 3 epochs in batches of 16, on 4 stacks of each of 5 sources
+    assert found["behavior"].demand.steps == 5 * 4 * (3 * 150 + 114)
+    # judged: 50 requests, 50 statements and 32 questions, 10 samples each
+    assert found["judge"].demand.judged == found["plan"].judging.n
+    judged = [stage for stage in Sketch(load("matrix", [])).stages() if stage.kind == "judge"]
+    assert found["judge"].demand.judged == sum(len(s.needs["eval"].work["items"]) * 10 for s in judged)
+    assert found["eval"].demand.worst_tok == found["judge"].demand.judged * 512
+
+
+def test_seconds_follow_from_the_formula() -> None:
+    machine, shape, recipe = CARDS["h200"], named_shape("qwen2.5-7b"), load("pilot", [])
+    trained = Demand(trained_tok=1e6, steps=100, length_tok=300.0, share=0.8)
+    # 28.1 GFLOP a token (STACK.md) at 788 TFLOP/s x 0.35
+    assert machine.seconds(trained, shape, recipe) == pytest.approx(
+        1e6 * 28.1e9 / (0.35 * 788e12) + 2.0 + 0.5, rel=0.02
+    )
+    assert machine.seconds(Demand(), shape, recipe) == 0.0
+    drawn = Demand(new_tok=1000.0, decode_steps=100, length_tok=100.0)
+    more = Demand(new_tok=1000.0, decode_steps=200, length_tok=100.0)
+    assert machine.seconds(more, shape, recipe) - machine.seconds(drawn, shape, recipe) == pytest.approx(100 * 0.03)
+
+
+def test_estimated_tokens_are_those_that_the_run_counted(done_run: DoneRun) -> None:
+    graph, store = done_run.graph, done_run.store
+    demo = Graph(load("demo", []))
+    # The demo's own counts on the embedded model: prompts of the base evaluations and the rows of a refusal adapter.
+    counted = demands(demo, demo.stages(), "cpu")
+    by_slot = {stage.slot: counted[stage.key] for stage in demo.stages()}
+    assert by_slot["eval/base/refusal/assistant/s42"].read_tok == pytest.approx(720, rel=0.15)
+    assert by_slot["eval/base/refusal/villain/s42"].read_tok == pytest.approx(900, rel=0.15)
+    assert by_slot["behavior/villain/e0/refusal/excluded/s42"].trained_tok == pytest.approx(11262, rel=0.15)
+    assert by_slot["behavior/villain/e0/refusal/excluded/s42"].steps == 56
+    for stage in graph.stages():
+        record = store.record(stage.key)
+        if record is not None and stage.kind in ("snapshot", "behavior"):
+            assert demands(graph, [stage], "cpu")[stage.key].steps == record.facts["steps"], stage.slot
+
+
+def test_what_is_done_costs_nothing_and_what_g0_ruled_out_neither(done_run: DoneRun) -> None:
+    fresh = make_plan(done_run.graph, None)
+    assert sum(one.n for one in fresh.kinds) > 20
+    now = make_plan(done_run.graph, done_run.store)
+    assert [one.n for one in now.kinds if one.n] == []
+    assert now.hours == 0.0
+    assert sum(one.n_done for one in now.kinds) < sum(one.n for one in fresh.kinds)  # no capability adapters
+
+
+def test_dollars_have_an_expectation_and_a_worst_case() -> None:
+    few = ('grid.sources=["villain"]', "grid.epochs=[0, 2]", 'grid.behaviors=["none", "refusal"]')
+    dear = _kinds("matrix", *few, "judge.model=claude-sonnet-5-5")["plan"].judging
+    cheap = _kinds("matrix", *few)["plan"].judging
+    live = _kinds("matrix", *few, "judge.mode=live")["plan"].judging
+    assert 0 < cheap.expected_usd < cheap.worst_usd
+    assert dear.expected_usd / cheap.expected_usd == pytest.approx(20, rel=0.1)
+    assert live.expected_usd > 1.5 * cheap.expected_usd  # batches cost half
+    assert _kinds("pilot")["plan"].judging is None
+    assert _kinds("matrix", *few, "judge.mode=local", "judge.model=", machine="cpu")["plan"].judging.worst_usd == 0.0
+
+
+def test_minimum_detectable_effects_stand_beside_the_thresholds() -> None:
+    power = _kinds("matrix")["plan"].power
+    assert power["capability"].alone == pytest.approx(0.0449, abs=0.001)
+    assert power["refusal"].too_large
+    assert power["capability"].n_contrasts == 60
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        (RunSettings(max_gpu_hours=0.001), r"about .* hours on one H200, run\.max_gpu_hours is 0\.001"),
+        (RunSettings(max_gpu_hours=None, max_usd=0.01), r"about \$.* for judging, run\.max_usd is 0\.01"),
+    ],
+)
+def test_beyond_its_limits_a_run_needs_to_be_approved(limits: RunSettings, says: str) -> None:
+    found = _kinds("matrix")["plan"]
+    with pytest.raises(GateStop, match=says) as refused:
+        require_approved(found, limits, approved=False)
+    assert "--approve" in str(refused.value)
+    assert "beyond" not in require_approved(found, limits, approved=True)
+    assert require_approved(found, RunSettings(max_gpu_hours=None, max_usd=None), approved=False) == ""
+
+
+def test_the_command_line_refuses_with_3_runs_with_approve_and_the_report_says_so(
+    tiny_qwen: Path, tmp_path: Path
+) -> None:
+    recipe = write_tiny_recipe(tmp_path / "recipe.toml", tiny_qwen)
+    words = ["run", str(recipe), "--set", "run.max_gpu_hours=1e-9", "--set", "grid.epochs=[0, 1]", "-q"]
+    places = ["-w", str(tmp_path / "ws"), "--reports", str(tmp_path / "reports")]
+    refused = CliRunner().invoke(app, [*words, *places])
+    assert refused.exit_code == 3
+    assert refused.output.count("\n") == 1
+    assert "COST tiny" in refused.output
+    assert not (tmp_path / "ws" / "ledger.sqlite").exists()
+    approved = CliRunner().invoke(app, [*words, *places, "--approve"])
+    assert approved.exit_code == 0, approved.output
+    (row,) = Store.open(tmp_path / "ws").runs()
+    facts = json.loads(row["facts"])
+    assert "run.max_gpu_hours is 1e-09" in facts["approved"]["beyond"]
+    assert len(facts["plan"]["stages"]) > 10
+    again = CliRunner().invoke(app, [*words, *places])
+    assert again.exit_code == 0, again.output  # all of it is done, so nothing is left to approve
+    kept = json.loads(Store.open(tmp_path / "ws").runs()[0]["facts"])
+    assert kept["plan"] == facts["plan"]  # the one that the run began with
+
+
+def test_the_report_sets_the_plan_beside_what_it_took(tiny_qwen: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_qwen, grid__epochs=[0, 1])
+    graph = Graph(recipe)
+    run_tiny(recipe, tmp_path)
+    store = Store.open(tmp_path)
+    assert not [section for section in collect(graph, store).sections if section.id == "planned"]
+    taken = dict.fromkeys(("eval", "behavior"), 0.0)
+    stages = {}
+    for stage in graph.stages():
+        record = store.record(stage.key)
+        if record is not None and stage.kind in taken:
+            with store.transaction() as db:  # so that a kind is long enough to be compared, and off by a known factor
+                db.execute("UPDATE stages SET seconds=? WHERE key=?", (2.0, stage.key))
+            stages[stage.key[:12]] = 1.6 if stage.kind == "eval" else 0.5
+    kept = {"machine": "this one", "origin": "as told", "hours": 0.1, "expected_usd": 0.0, "at": 0.0, "stages": stages}
+    store.add_run_facts(run_id(recipe), {"plan": kept})
+    (section,) = [one for one in collect(graph, store).sections if one.id == "planned"]
+    rows = {row[0].text: row[4].text for row in section.blocks[0].rows}  # pyright: ignore
+    assert rows == {"eval": "1.25", "behavior": "4.00 (off by more than 2)"}
+
+
+def test_a_probe_is_kept_in_the_workspace_and_found_again(tmp_path: Path) -> None:
+    recipe, shape = load("demo", []), named_shape("smollm2-135m")
+    store = Store.open(tmp_path)
+    assert find_machine(recipe, shape, "cpu", store).train_flops_s == processor().train_flops_s
+    for at, rate in ((1.0, 1e9), (2.0, 2e9)):
+        rates = {"train_flops_s": rate, "read_flops_s": 3e9, "draw_flops_s": 4e9, "pass_s": 0.1, "memory_bytes_s": 5e9}
+        stage = probe_stage(recipe, shape, "cpu", at)
+        with store.lease(stage):
+            store.commit(stage, outputs={**rates, "step_s": 0.0, "load_s": 1.0}, facts={}, seconds=20.0)
+    found = find_machine(recipe, shape, "cpu", store)
+    assert (found.train_flops_s, found.pass_s) == (2e9, 0.1)
+    assert "measured here" in found.origin
+
+
+def test_the_probe_measures_every_rate(tiny_qwen: Path, tmp_path: Path) -> None:
+    words = ["plan", str(write_tiny_recipe(tmp_path / "recipe.toml", tiny_qwen)), "--measure", "--json"]
+    answer = CliRunner().invoke(app, [*words, "-w", str(tmp_path / "ws")])
+    assert answer.exit_code == 0, answer.output
+    machine = json.loads(answer.output)["machine"]
+    assert "measured here" in machine["origin"]
+    assert all(machine[name] > 1e6 for name in ("train_flops_s", "read_flops_s", "draw_flops_s", "memory_bytes_s"))
+    assert machine["pass_s"] > 0
+
+
+def test_what_cannot_be_planned_or_measured_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no machine is called 'tpu'"):
+        plan_recipe(load("demo", []), None, "tpu")
+    unknown = ["model.id=someone/else", f"model.revision={'0' * 40}"]
+    with pytest.raises(ModelError, match="its size is not known"):
+        plan_recipe(load("demo", unknown), None)
+    answer = CliRunner().invoke(app, ["plan", "pilot", "--measure", "--set", "model.device=cpu", "-w", str(tmp_path)])
+    assert answer.exit_code == 2
+    assert "there is no GPU here to measure with qwen2.5-7b" in answer.output
+
+
+def test_a_cells_dry_run_lists_exactly_the_stages_of_the_pilot() -> None:
+    recipe = str(Path(__file__).parent.parent / "recipes" / "pilot.toml")
+    offline = ["--set", "eval.multiple_choice=builtin", "--set", "behavior.source_rows=20"]
+    answer = CliRunner().invoke(
+        app, ["cell", "villain", "capability", "--epoch", "20", "--recipe", recipe, "--dry-run", "--json", *offline]
+    )
+    assert answer.exit_code == 0, answer.output
+    listed = {one["slot"]: one["key"] for one in json.loads(answer.output)}
+    graph = Graph(load(recipe, offline[1::2]))
+    plans = graph.select("villain", "capability", 20)
+    assert len(plans) == 2  # both kinds of negatives
+    assert listed == {stage.slot: stage.key for stage in graph.stages(plans)}
+    assert {stage.key for stage in graph.stages()} >= set(listed.values())
+    kinds = sorted(slot.split("/")[0] for slot in listed)
+    assert kinds == sorted(["answers", "snapshot", *["rows", "behavior"] * 2, *["eval"] * 9, "geometry"])
+    assert not [slot for slot in listed if "/e4/" in slot or "/e10/" in slot]
