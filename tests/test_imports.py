@@ -112,6 +112,11 @@ def test_only_the_engine_and_the_executor_know_torch() -> None:
     assert "doctor" not in _importers("torch", lazy=False)  # only where a GPU is asked after
 
 
+def test_only_the_cluster_knows_ray() -> None:
+    assert {name.split(".")[0] for name in _importers("ray")} == {"cluster"}
+    assert not _importers("ray", lazy=False)
+
+
 def test_peft_and_trl_are_touched_by_the_engine_and_the_bench_only() -> None:
     assert all(name.startswith(("engine", "bench")) for name in _importers("peft", "trl"))
 
