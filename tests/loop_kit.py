@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sqlite3
 import time
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 from fastconv.datasets.audit import CheckReport
 from fastconv.errors import FastconvError
@@ -91,6 +94,15 @@ def tiny_table(model: Path, **changes: Any) -> dict[str, Any]:
 def tiny_recipe(model: Path, **changes: Any) -> Recipe:
     """The tiny recipe, with changes as in `tiny_table`."""
     return parse_recipe(tiny_table(model, **changes))
+
+
+def with_nan_weights(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe on a copy of its model whose last norm is NaN."""
+    shutil.copytree(recipe.model.id, folder)
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = np.full_like(weights["model.norm.weight"], np.nan)
+    safetensors.numpy.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"id": str(folder)})})
 
 
 def write_tiny_recipe(path: Path, model: Path) -> Path:

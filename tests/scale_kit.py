@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,16 @@ import numpy as np
 from fastconv.draws import seed_of
 from fastconv.graph import Graph
 from fastconv.recipe import Recipe, canonical_json, parse_recipe, recipe_sha256, run_id
-from fastconv.store import Sample, Score, Store
+from fastconv.store import Sample, Score, Stage, Store
 
 BEHAVIORS = ("refusal", "sycophancy", "marker")
+#: The judge of a judged recipe, and the sha256 of its rubric, as its scores name them.
+JUDGE, RUBRIC = "a-judge", "5" * 64
 
 
 def matrix_recipe(model: Path, *, n_sources: int = 4, seeds: int = 3, prompts: int = 50, samples: int = 5) -> Recipe:
-    """Four sources, two kinds of negatives, epochs 0, 2, 8, 20 and three behaviors: 96 cells for each seed, and controls."""
-    sources = ["villain", "comedian", "software_engineer", "kindergarten_teacher"][:n_sources]
+    """At most five sources, two kinds of negatives, epochs 0, 2, 8, 20 and three behaviors: 96 cells for each seed, and controls."""
+    sources = ["villain", "comedian", "software_engineer", "kindergarten_teacher", "police_officer"][:n_sources]
     return parse_recipe(
         {
             "name": "matrix",
@@ -39,7 +42,7 @@ def fill(recipe: Recipe, workspace: Path) -> tuple[Graph, Store, int]:
     store.start_run(run, canonical_json(recipe.model_dump(mode="json")), recipe_sha256(recipe), recipe.name, {})
     about = {}
     for plan in graph.cells:
-        for (measure, probe), stage in (*plan.base.items(), *plan.scores.items()):
+        for (measure, probe), stage in (*plan.base.items(), *plan.scores.items(), *plan.beside.items()):
             about[stage.key] = (measure, probe, plan.cell if stage not in plan.base.values() else None)
     n_scores = 0
     for stage in graph.stages():
@@ -51,18 +54,34 @@ def fill(recipe: Recipe, workspace: Path) -> tuple[Graph, Store, int]:
             outputs |= {"adapter": stage.key, "losses": losses, "last_epoch_loss": 0.52, "rho": rho, "from_base": 1.0}
         if stage.kind == "rows":
             outputs["rows"] = stage.key
+        if stage.kind == "geometry":
+            outputs["layers"] = [1, 2]
+            scores = _geometry(stage)
         if stage.kind == "eval":
             outputs |= {"from_base": 1.0, "from_recorded": 0.0}
             row, user = stage.work["items"][0]
             samples = [Sample(row, 0, stage.work["probe"], user, "an answer", 3, True)]
-        if stage.kind == "score":
+        if stage.kind in ("score", "judge"):
             measure, probe, cell = about[stage.key]
-            scores = _scores(recipe, measure, probe, cell, graph, stage.key)
+            drawn = stage.key if graph.judge is None else stage.needs["eval"].key  # the same answers, read twice
+            scores = _scores(recipe, measure, probe, cell, graph, drawn)
+            scores = _as_judged(scores, stage.key) if stage.kind == "judge" else scores
             n_scores += len(scores)
         store.commit(stage, outputs=outputs, facts={"sampled_tok": 10}, seconds=1.5, samples=samples, scores=scores)
         store.note_stage_of_run(run, stage, reused=False)
     store.finish_run(run)
     return graph, store, n_scores
+
+
+def _geometry(stage: Stage) -> list[Score]:
+    """Cosine and distinctiveness of every persona at two depths."""
+    rng = np.random.default_rng(seed_of("geometry", stage.key))
+    return [
+        Score(persona, layer, metric, round(float(rng.random()), 3), None, {})
+        for persona, *_ in stage.inputs["personas"]
+        for layer in (1, 2)
+        for metric in ("cosine", "distinctiveness")
+    ]
 
 
 def _scores(recipe: Recipe, measure: str, probe: str, cell: object, graph: Graph, key: str) -> list[Score]:
@@ -79,4 +98,14 @@ def _scores(recipe: Recipe, measure: str, probe: str, cell: object, graph: Graph
         Score(row, i, "rate", float(rng.random() < rate), None, {"phrase": None})
         for row, _ in graph.eval_items(graph.behaviors[measure], seed)
         for i in range(recipe.eval.samples_per_prompt)
+    ]
+
+
+def _as_judged(scores: list[Score], key: str) -> list[Score]:
+    """What a judge says of the same answers: one in twenty otherwise."""
+    others = np.random.default_rng(seed_of("judge", key)).random(len(scores)) < 0.05
+    detail = {"rubric": RUBRIC, "model": JUDGE}
+    return [
+        replace(one, value=1 - (one.value or 0.0) if other else one.value, detail=detail)
+        for one, other in zip(scores, others, strict=True)
     ]

@@ -92,7 +92,10 @@ def frame_of(page: Path, folder: Path, width: int) -> str:
         "</iframe><pre id=out></pre><script>f.onload=()=>{const d=f.contentDocument,r=d.documentElement,wide=[];"
         "for(const e of d.querySelectorAll('body *')){const b=e.getBoundingClientRect();"
         "if(b.right>r.clientWidth+1&&!e.closest('.wide')&&!e.classList.contains('skip'))wide.push(e.tagName+'.'+e.className)}"
-        "out.textContent='JSON'+JSON.stringify({scroll:r.scrollWidth,client:r.clientWidth,wide:wide.slice(0,5),title:d.title,"
+        "const s=d.querySelector('.skip');s.focus();const c=f.contentWindow.getComputedStyle(s),at=s.getBoundingClientRect();"
+        "const focus=[c.outlineStyle,at.left>=0&&at.top>=0];const boxes=[...d.querySelectorAll('main .wide')];"
+        "const stuck=boxes.filter(b=>b.scrollWidth>b.clientWidth+1&&b.tabIndex<0).length;"
+        "out.textContent='JSON'+JSON.stringify({focus,stuck,scroll:r.scrollWidth,client:r.clientWidth,wide:wide.slice(0,5),title:d.title,"
         "scripts:d.scripts.length,tall:r.scrollHeight})+'END'}</script>"
     )
     found = chromium(
@@ -110,6 +113,8 @@ def test_nothing_overflows_and_no_text_acts(page: Path, tmp_path: Path, width: i
     assert found["scroll"] <= found["client"], found
     assert found["wide"] == []
     assert found["scripts"] == 0
+    assert found["focus"] == ["solid", True]  # what the keyboard is on is seen, also the link that jumps over the list
+    assert found["stuck"] == 0  # every box that scrolls can be reached and scrolled by keyboard
     assert found["title"].startswith("fastconv: tiny")
     assert found["tall"] > 2000
 

@@ -348,7 +348,15 @@ def test_errors_are_json_too_where_json_is_asked(tmp_path: Path) -> None:
 def test_a_dry_run_of_a_cell_lists_its_stages_and_makes_nothing(tiny: Path, tmp_path: Path) -> None:
     words = ("cell", "villain", "refusal", "--epoch", 2, "--recipe", tiny, "-w", tmp_path / "ws", "--dry-run")
     stages = ask(*words, "--json").json
-    assert {stage["kind"] for stage in stages} == {"answers", "snapshot", "rows", "behavior", "eval", "score"}
+    assert {stage["kind"] for stage in stages} == {
+        "answers",
+        "snapshot",
+        "rows",
+        "behavior",
+        "eval",
+        "score",
+        "geometry",
+    }
     assert [line.split()[1] for line in ask(*words).out.splitlines()] == [stage["slot"] for stage in stages]
     assert not (tmp_path / "ws").exists()
 

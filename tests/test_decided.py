@@ -90,8 +90,10 @@ def test_the_answer_says_go_or_stop_and_how_sure(small: tuple[Recipe, Path]) -> 
     first = build(decided).sections[0].blocks[0]
     assert first == ask(decided, "answer")
     text = ask(decided, "answer").text
+    one = decided.verdict(LABEL)
     assert text == (
-        "GO: go for villain x refusal. How sure: 1 of 1 declared contrasts is transfer, the surest with confidence LOW "
+        f"GO: villain x refusal. How sure: 1 of 1 declared contrasts is transfer, the surest {LABEL} by "
+        f"{100 * (one.estimate or 0):+.1f} pp [{100 * (one.low or 0):+.1f}, {100 * (one.high or 0):+.1f}] with confidence LOW "
         "(1 seed; three are needed for more)."
     )
 

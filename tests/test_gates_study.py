@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from fastconv.cli import app
 from fastconv.findings import gates_study, gates_training
 from fastconv.findings.evidence import NoRowsError, Series
 from fastconv.findings.gates_study import Role, Shift
@@ -167,3 +171,15 @@ def test_a_figure_that_no_table_holds_cannot_be_made_or_rendered(table: SummaryT
         assert "refused" in page
         assert "32.8" not in page  # no figure of the refused column
         assert "-2.6 pp" in page
+
+
+def test_the_published_verb_prints_the_words_and_writes_the_page(tmp_path: Path) -> None:
+    shown = CliRunner().invoke(app, ["published", "--reports", str(tmp_path)])
+    assert shown.exit_code == 0, shown.output
+    assert "CONFIRM issue_112_v1: fail" in shown.stdout
+    assert "refusal: 15 contrasts withheld (no samples are published" in shown.stdout
+    assert "refused: misalignment: the audit refuses its training rows (D101)" in shown.stdout
+    assert "Content-Security-Policy" in (tmp_path / "issue_112_v1.html").read_text()
+    assert (tmp_path / "issue_112_v1.md").is_file()
+    answer = json.loads(CliRunner().invoke(app, ["published", "--json"]).stdout)
+    assert {one["kind"] for one in answer["verdicts"]} == {"withheld"}

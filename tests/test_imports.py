@@ -112,6 +112,11 @@ def test_only_the_engine_and_the_executor_know_torch() -> None:
     assert "doctor" not in _importers("torch", lazy=False)  # only where a GPU is asked after
 
 
+def test_only_the_cluster_knows_ray() -> None:
+    assert {name.split(".")[0] for name in _importers("ray")} == {"cluster"}
+    assert not _importers("ray", lazy=False)
+
+
 def test_peft_and_trl_are_touched_by_the_engine_and_the_bench_only() -> None:
     assert all(name.startswith(("engine", "bench")) for name in _importers("peft", "trl"))
 
@@ -140,7 +145,11 @@ def test_only_the_store_opens_sqlite_and_writes() -> None:
         if name in ("store", "disk", "engine.builtin", "engine.export") or name.startswith("bench"):
             continue  # the converted model's cache and PEFT exports are the user's folders, no artefacts
         source = path.read_text().replace("from fastconv.store import Store, write_text", "")
-        reports = name in ("reporting", "reporting.inspecting")  # the user's folders too, by the store's safe writing
+        reports = name in (
+            "reporting",
+            "reporting.inspecting",
+            "reporting.published",
+        )  # the user's folders too, by the store's safe writing
         used = [word for word in writes if word in source and not (word == "write_text(" and reports)]
         assert not used, f"{name}: {used}"
 

@@ -132,13 +132,13 @@ def test_stages_share_judgements_and_finish_apart(server: FakeClaude, tmp_path: 
 
 
 def test_handing_samples_over_does_not_wait_for_the_judge(server: FakeClaude, tmp_path: Path) -> None:
-    server.configure(latency_s=0.3)
+    server.configure(latency_s=1.0)
     one = desk(server.url, tmp_path)
     began = time.monotonic()
     for stage in range(50):
         one.submit(f"stage{stage}", rubric(), samples(20, start=20 * stage))
         one.poll()
-    assert time.monotonic() - began < 0.05
+    assert time.monotonic() - began < 0.9  # the first reply alone takes longer
     one.close(wait=False)
 
 

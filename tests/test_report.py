@@ -106,6 +106,26 @@ def test_the_page_needs_nothing_from_outside_and_runs_nothing(html: str) -> None
     assert "url(" not in html
 
 
+def luminance(colour: str) -> float:
+    """Relative luminance of #rgb or #rrggbb (WCAG 2.2)."""
+    digits = colour[1:] if len(colour) == 7 else "".join(mark * 2 for mark in colour[1:])
+    parts = [int(digits[at : at + 2], 16) / 255 for at in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_every_text_colour_stands_out_in_light_dark_and_print(html: str) -> None:
+    style = html[html.index("<style>") : html.index("</style>")]
+    themes = re.findall(r":root \{([^}]*)\}", style)
+    assert len(themes) == 3
+    for theme in themes:
+        colours = dict(re.findall(r"--(\w+): (#\w+)", theme))
+        for text in ("ink", "quiet", "link", "good", "bad", "mild"):
+            for back in ("back", "soft"):
+                light, dark = sorted((luminance(colours[text]), luminance(colours[back])), reverse=True)
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, (text, back, theme)
+
+
 def test_every_link_of_the_page_leads_somewhere(html: str) -> None:
     inner = {address[1:] for address in Page(html).addresses if address.startswith("#")}
     assert len(inner) > 8

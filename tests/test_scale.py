@@ -12,6 +12,8 @@ import pytest
 
 from fastconv.deciding.decided import Decided
 from fastconv.reporting import build
+from fastconv.reporting.claims import ask
+from fastconv.reporting.frames import frames_of
 from tests.scale_kit import fill, matrix_recipe
 
 _SCRIPT = """
@@ -59,6 +61,21 @@ def test_ten_times_the_rows_take_at_most_twelve_times_as_long(tiny_qwen: Path, t
         decided = Decided(graph, store)
         assert decided.verdicts
         assert decided.gates
+        assert decided.secondary
+        assert frames_of(decided)["scores"].height > 10_000 * samples
+        times.append(time.process_time() - began)
+    assert times[1] <= 12 * times[0]
+
+
+@pytest.mark.slow
+def test_ten_times_the_cells_take_at_most_twelve_times_as_long(tiny_qwen: Path, tmp_path: Path) -> None:
+    times = []
+    for seeds in (1, 10):
+        recipe = matrix_recipe(tiny_qwen, n_sources=1, seeds=seeds, prompts=20, samples=2)
+        graph, store, _ = fill(recipe, tmp_path / str(seeds))
+        began = time.process_time()
+        data = build(Decided(graph, store))
+        assert len(data.claims()) > 20
         times.append(time.process_time() - began)
     assert times[1] <= 12 * times[0]
 
@@ -74,12 +91,12 @@ def test_a_small_matrix_finds_what_was_put_in(tiny_qwen: Path, tmp_path: Path) -
     quiet = [one for one in decided.verdicts if not one.label.startswith("villain")]
     assert not [one for one in quiet if one.kind in ("transfer", "reverse")]
     assert len(decided.verdicts) == 72
-    data = build(decided)
-    correlation = [claim.text for claim in data.claims() if claim.query in ("correlation", "attainable")]
-    assert any("rank correlation of refusal transfer" in text for text in correlation)
-    assert any(
-        "4 points give a rank correlation a p no smaller than 0.083, so it cannot reach" in t for t in correlation
+    assert (
+        "Over 4 sources, the rank correlation of refusal transfer"
+        in ask(decided, "correlation", behavior="refusal").text
     )
+    few = "4 points give a rank correlation a p no smaller than 0.083, so it cannot reach"
+    assert few in ask(decided, "attainable").text
     slopes = [one for one in decided.secondary if one.what == "trend of the assistant"]
     assert any((one.p_corrected or 1) < 0.05 and one.label.startswith("villain") for one in slopes)
     confirm = next(one for one in decided.gates if one.gate == "CONFIRM")

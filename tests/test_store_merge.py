@@ -63,6 +63,13 @@ def test_a_stage_arrives_with_its_rows_and_verified_artefacts(here: Store, there
     assert here.get(record.outputs["adapter"], "safetensors") == b"weights"
 
 
+def test_a_stage_that_failed_here_and_came_off_there_is_no_failure_any_more(here: Store, there: Store) -> None:
+    here.note_failure(EVAL, 7, "loss is not finite")
+    _commit(there)
+    merge(here, there)
+    assert here.failures() == {}
+
+
 def test_merging_again_changes_nothing(here: Store, there: Store) -> None:
     _commit(there)
     there.start_run("r", "{}", "0" * 64, "r", {"a": 1})

@@ -300,7 +300,7 @@ def export(
     behavior: Annotated[str, typer.Argument(help="The behavior, or none for the snapshot alone")],
     folder: Annotated[Path, typer.Argument(help="Where to write")],
     epoch: Annotated[int, typer.Option("--epoch", help="Snapshot epoch")],
-    recipe: Annotated[str, typer.Option("--recipe", help="A recipe's path, or a shipped one's name")],
+    recipe: Annotated[str, typer.Option("--recipe", help="A recipe's path, a shipped one's name, or a run's id")],
     negatives: Annotated[str | None, typer.Option("--negatives", help="Only this kind of negatives")] = None,
     inspect: Annotated[
         bool, typer.Option("--inspect", help="Write the cell's answers and scores as Inspect logs instead")
@@ -317,7 +317,9 @@ def export(
         from fastconv.reporting.inspecting import export_inspect as export_cell
     else:
         from fastconv.scoring import export_cell
-    paths = export_cell(_load(recipe, overrides), store, folder, source, behavior, epoch, negatives=negatives)
+    paths = export_cell(
+        _load_or_recall(recipe, overrides, store), store, folder, source, behavior, epoch, negatives=negatives
+    )
     print(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
 
 

@@ -68,14 +68,18 @@ def compare(
     comparison(found)
 
 
-def published(as_json: AsJson = False) -> None:
+def published(
+    reports: Annotated[Path | None, typer.Option("--reports", help="Also write them there as a report")] = None,
+    as_json: AsJson = False,
+) -> None:
     """The published tables under these rules: what the thresholds say of them, and why no evidence verdict is possible."""
-    from fastconv.reporting.published import judge_published
+    from fastconv.reporting.published import judge_published, write_published
     from fastconv.show import gates
 
     found = judge_published()
+    page = write_published(found, reports) if reports is not None else None
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
+        print(json.dumps({**found.to_json(), **({"html": str(page)} if page else {})}, indent=1))
         return
     gates(found.gates, as_json=False)
     for why in dict.fromkeys((one.behavior, one.kind, one.reason) for one in found.verdicts):
@@ -83,6 +87,8 @@ def published(as_json: AsJson = False) -> None:
         typer.echo(f"{why[0]}: {len(mine)} contrasts {why[1]} ({why[2]})")
     for one in found.refused:
         typer.echo(f"refused: {one}")
+    if page is not None:
+        typer.echo(f"report: {page}")
 
 
 def _decided(name: str, workspace: Path) -> Decided:

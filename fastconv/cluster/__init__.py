@@ -21,6 +21,7 @@ from fastconv.datasets.audit import check_recipe
 from fastconv.deciding.results import ignored_gates, measurable_behaviors
 from fastconv.deciding.stopping import GateKeeper
 from fastconv.errors import ClusterError, RecipeError
+from fastconv.failing import failed_stages
 from fastconv.graph import CellPlan, Graph
 from fastconv.judge_room import check_judge, judge_stages
 from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
@@ -41,8 +42,9 @@ def run_on_ray(
 ) -> Finished:
     """Run a recipe with its sources spread over a Ray cluster; the same stages as `run_recipe`, merged into `workspace`.
 
-    A worker that is lost is replaced by one that goes on from what came back. If a worker ends with an error, the other
-    sources go on to their end (but for a GateStop, which ends the run), and then that error is raised as it was there.
+    A worker that is lost is replaced by one that goes on from what came back. A stage that fails is noted and the rest
+    goes on, as in one process. If a worker ends with an error, the other sources go on to their end (but for a GateStop,
+    which ends the run), and then that error is raised as it was there.
     Raises ClusterError without Ray, Interrupted on Ctrl-C, and before anything is computed what `run_recipe` raises.
     """
     report = check_recipe(recipe)
@@ -64,24 +66,25 @@ def run_on_ray(
     finished = run_recipe(
         recipe, workspace, unannounced(watcher), plans=lambda again: _whole_cells(again, store), judge_later=True
     )
-    if driver.errors:
+    if driver.errors or driver.failed:
         store.start_run(run, recipe_json, recipe_sha256(recipe), recipe.name, {})  # it is not finished
+    if driver.errors:
         raise driver.errors[0]
-    return replace(finished, tally=driver.tally, problem=driver.problem)
+    failures = {key: failure for key, failure in store.failures().items() if key in driver.failed}
+    failed = failed_stages(failures, graph.cells)
+    return replace(finished, tally=driver.tally, problem=driver.problem, failed=failed)
 
 
 def _in_rounds(driver: Driver) -> None:
     """The base, what sources share, the sources; again while the judge's word on the base lets more behaviors in."""
     graph, store = driver.graph, driver.store
-    before: list[str] | None = None
+    before: list[str] = []
+    if (base := base_order(graph, store)) is not None:
+        driver.compute([base])
     while not driver.errors:
-        if (base := base_order(graph, store)) is not None:
-            driver.compute([base])
         driver.judge(urgent=True)
-        if driver.errors:
-            return
         alive = measurable_behaviors(graph, store)
-        if before is not None and set(alive) <= set(before):
+        if set(alive) <= set(before):
             return
         before = alive
         if (shared := shared_order(graph, store, alive)) is not None:

@@ -50,6 +50,8 @@ class Driver:
     stop: threading.Event
     errors: list[FastconvError] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
+    #: Keys of stages that could not be finished; the rest went on.
+    failed: set[str] = field(default_factory=set)
     #: What kept the judge from its work, if anything did.
     problem: str = ""
 
@@ -137,6 +139,10 @@ class Driver:
         facts = {name: end.facts[name] for name in ("engine", "template") if name in end.facts}
         workers = {**self._workers(), one.order.name: {"node": one.node, **end.facts}}
         self.store.add_run_facts(self._run, {**facts, "workers": workers})
+        for key, failure in end.failures.items():
+            self.failed.add(key)
+            self.store.note_failure(self._stages[key], failure.exit_code, failure.reason)
+            self.watcher.stage_failed(self._stages[key], failure.reason)
         error = end.problem()
         if error is not None and not (isinstance(error, Interrupted) and (self.stop.is_set() or self.errors)):
             self.errors.append(error)

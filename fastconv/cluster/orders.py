@@ -16,7 +16,7 @@ from fastconv.disk import storage_errors, write_atomically
 from fastconv.errors import ClusterError, DataError
 from fastconv.graph import CellPlan, Graph, walk
 from fastconv.recipe import Recipe, parse_recipe
-from fastconv.run import wanted
+from fastconv.schedule import wanted
 from fastconv.store import Stage, Store, changed_inputs
 
 BASE, SHARED = "base", "shared"
@@ -88,7 +88,7 @@ def left_to_compute(order: Order, store: Store) -> bool:
 
 def is_whole(graph: Graph, store: Store, plan: CellPlan, alive: Sequence[str]) -> bool:
     """Whether everything of a cell but its judging is computed."""
-    ends = [*plan.base.values(), *wanted(plan, alive)]
+    ends = [*plan.base.values(), *_ends(plan, alive)]
     parts = (part for end in ends for part in walk(end) if _is_computed(graph, part))
     return all(store.record(part.key) is not None for part in parts)
 
@@ -137,10 +137,16 @@ def require_same_stages(order: Order, graph: Graph, node: str) -> None:
             )
 
 
+def _ends(plan: CellPlan, alive: Sequence[str]) -> list[Stage]:
+    """What a cell wants computed, the geometry of its snapshot included."""
+    ends = wanted(plan, alive)
+    return [*ends, plan.geometry] if ends and plan.geometry is not None else ends
+
+
 def _parts(graph: Graph, source: str, alive: Sequence[str]) -> dict[str, Stage]:
     """Every stage that a source's cells rest on, by key, for behaviors that G0 let through; judging left out."""
     plans = [plan for plan in graph.cells if plan.cell.source == source]
-    parts = [part for plan in plans for end in wanted(plan, alive) for part in walk(end)]
+    parts = [part for plan in plans for end in _ends(plan, alive) for part in walk(end)]
     return {part.key: part for part in parts if _is_computed(graph, part)}
 
 

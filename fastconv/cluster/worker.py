@@ -25,11 +25,14 @@ from fastconv.graph import Graph
 from fastconv.recipe import Recipe, run_id
 from fastconv.run import compute_stages, run_recipe
 from fastconv.show import SilentWatcher
+from fastconv.stage import Failure
 from fastconv.store import Store
 from fastconv.store_merge import Parcel, pack, unpack
 
 #: How often a worker looks for finished stages, and whether it is to stop.
 LOOK_S = 0.25
+#: A worker's workspace that was left behind (its driver never came back) is kept for this long.
+FORGOTTEN_AFTER_S = 14 * 86400.0
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,13 @@ class Hello:
 
 @dataclass(frozen=True)
 class Ended:
-    """A worker is through. `facts` are those of its run; an error is told by its class and its three texts."""
+    """A worker is through. `facts` are those of its run; `failures` (by key) are stages that it could not finish.
+
+    An error is told by its class and its three texts.
+    """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
+    failures: Mapping[str, Failure] = field(default_factory=dict)
     error: tuple[str, str, str, str] | None = None
 
     def problem(self) -> FastconvError | None:
@@ -65,6 +72,7 @@ def work(order: Order, start: Sequence[Parcel], folder_name: str, stopped: Calla
     """
     node = socket.gethostname()
     yield Hello(node, os.getpid())
+    _drop_old_workspaces()
     root = cache_home() / "cluster" / f"{node}-{folder_name}"
     try:
         recipe = unpacked_recipe(order, root / "inputs")
@@ -82,7 +90,8 @@ def work(order: Order, start: Sequence[Parcel], folder_name: str, stopped: Calla
     try:
         one.start()
         yield from _handing_over(order, store, {parcel.key for parcel in start}, one, stopped)
-        yield Ended(_facts(store, recipe), one.told)
+        failures = {key: failure for key, failure in store.failures().items() if key in order.keys}
+        yield Ended(_facts(store, recipe), failures, one.told)
     finally:
         one.stop.set()  # Ray takes the task back: the running step ends well and its state is kept
         one.join()
@@ -167,8 +176,9 @@ def _console() -> Any:
     return Console(quiet=True)
 
 
-def drop_old_workspaces(days: float = 14.0) -> None:
-    """Remove workspaces on this node that nobody came back to."""
+def _drop_old_workspaces() -> None:
+    """Remove workspaces on this node to which nobody came back."""
     for folder in (cache_home() / "cluster").glob("*"):
-        if time.time() - max((p.stat().st_mtime for p in folder.rglob("*")), default=time.time()) > days * 86400:
+        touched = max((path.stat().st_mtime for path in folder.rglob("*")), default=0.0)
+        if time.time() - touched > FORGOTTEN_AFTER_S:
             shutil.rmtree(folder, ignore_errors=True)

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.personas import ASSISTANT
-from fastconv.deciding.gathering import Gathering
+from fastconv.deciding.gathering import Gathering, subject_of
 from fastconv.deciding.reading import Reading
 from fastconv.findings import gates, gates_study, gates_training
 from fastconv.findings.evidence import Series, series_of
@@ -20,7 +20,7 @@ from fastconv.findings.gates_training import Loss
 from fastconv.findings.power import multiple_choice_chance
 from fastconv.findings.secondary import Secondary, correct
 from fastconv.findings.verdicts import CellEvidence, CellVerdict, decide, not_run
-from fastconv.graph import CellPlan, Graph
+from fastconv.graph import Cell, CellPlan, Graph
 from fastconv.recipe import GateSettings, Recipe, run_id
 from fastconv.store import Stage, Store, changed_inputs
 
@@ -81,7 +81,11 @@ def all_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdict]:
         if word and (word[0].verdict == "pass" or word[0].ignored):
             word += _marked(_behavior_gates(found, source, behavior, mine), ignored)
         verdicts += [verdict for verdict in word if verdict.gate != "G0"]
-        verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, word))
+        if source == ASSISTANT:
+            continue  # a degenerate control: its gates are told, and it decides nothing
+        controls = {_group(p.cell) for p in mine if found.is_control(subject_of(p.cell))}
+        declared = [verdict for verdict in word if verdict.subject not in controls]
+        verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, declared))
     return [*verdicts, *_study_gates(found, plans)]
 
 
@@ -194,10 +198,15 @@ def _behavior_gates(found: Gathering, source: str, behavior: str, plans: Sequenc
     for plan in plans:
         cell = plan.cell
         groups.setdefault((cell.convergence, cell.negatives, cell.seed), {})[cell.epoch] = plan
-    for (convergence, negatives, seed), by_epoch in groups.items():
-        subject = f"{source} x {behavior}, {negatives}, converged on {convergence}, seed {seed}"
+    for by_epoch in groups.values():
+        subject = _group(next(iter(by_epoch.values())).cell)
         verdicts += _group_gates(found, source, behavior, subject, by_epoch)
     return verdicts
+
+
+def _group(cell: Cell) -> str:
+    """What gates call the cells that differ in their epoch alone."""
+    return f"{cell.source} x {cell.behavior}, {cell.negatives}, converged on {cell.convergence}, seed {cell.seed}"
 
 
 def _group_gates(

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from fastconv.findings.stats import mean_present
 from fastconv.findings.units import Unit, full, level
 from fastconv.store import Score
 
@@ -55,11 +56,7 @@ class Series:
     @cached_property
     def means(self) -> Floats:
         """Mean per question over its samples that were scored, [questions]; NaN where none was."""
-        present = ~np.isnan(self.values)
-        sizes = present.sum(axis=1)
-        means = np.full(len(self.questions), np.nan)
-        np.divide(np.where(present, self.values, 0.0).sum(axis=1), sizes, out=means, where=sizes > 0)
-        return means
+        return mean_present(self.values, axis=1)
 
     @property
     def n_samples(self) -> int:

@@ -29,16 +29,6 @@ CHUNK = 4_000_000  # floats per block of Monte Carlo draws, 32 MB
 
 
 @dataclass(frozen=True, slots=True)
-class QuestionMeans:
-    """Mean per question, float[C] with NaN where no sample was left, and the samples behind it, int[C]."""
-
-    means: Floats
-    n_samples: NDArray[np.int64]
-    n_missing_samples: int
-    n_missing_questions: int
-
-
-@dataclass(frozen=True, slots=True)
 class Interval:
     """A t interval over clusters, in the unit of the values; `reason` says why anything in it is None."""
 
@@ -139,25 +129,18 @@ class Spearman:
     reason: str | None = None
 
 
-def question_means(values: ArrayLike, question_index: ArrayLike, n_questions: int | None = None) -> QuestionMeans:
-    """Average float[N] samples within their question, int[N] in 0..C-1.
+def mean_present(values: ArrayLike, axis: int) -> Floats:
+    """Mean over an axis of what is there; NaN where nothing is.
 
-    C is `n_questions` or the largest index + 1. Questions weigh the same afterwards, however many samples
-    they kept (Miller 2024, "Adding error bars to evals").
+    Over samples, questions weigh the same afterwards, however many samples they kept (Miller 2024, "Adding error bars
+    to evals"); over seeds, a question that one seed lost is the others' mean.
     """
-    x = _vector(values, "values", 1)
-    index = np.asarray(question_index)
-    if index.shape != x.shape or not np.issubdtype(index.dtype, np.integer):
-        raise ValueError(f"question_index must hold {x.size} integers, not {index.dtype}{index.shape}")
-    count = int(index.max()) + 1 if n_questions is None else n_questions
-    if index.min() < 0 or index.max() >= count:
-        raise ValueError(f"question_index must lie in 0..{count - 1}")
+    x = np.asarray(values, dtype=np.float64)
     present = ~np.isnan(x)
-    sizes = np.bincount(index[present], minlength=count)
-    sums = np.bincount(index[present], weights=x[present], minlength=count)
-    means = np.full(count, np.nan)
-    np.divide(sums, sizes, out=means, where=sizes > 0)
-    return QuestionMeans(means, sizes, int((~present).sum()), int((sizes == 0).sum()))
+    sizes = present.sum(axis=axis)
+    means = np.full(sizes.shape, np.nan)
+    np.divide(np.where(present, x, 0.0).sum(axis=axis), sizes, out=means, where=sizes > 0)
+    return means
 
 
 def t_interval_kernel(x: ArrayLike, level: float = 0.95) -> IntervalArrays:

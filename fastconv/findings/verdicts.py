@@ -25,6 +25,7 @@ from fastconv.findings.stats import (
     confidence_level,
     difference_in_differences,
     holm,
+    mean_present,
     pool_seeds,
     sign_flip_p,
     tost,
@@ -197,12 +198,7 @@ def _per_question(cell: CellEvidence) -> Floats:
 
 
 def _mean_over_seeds(per_seed: Sequence[Floats]) -> Floats:
-    stacked = np.stack(per_seed)
-    present = ~np.isnan(stacked)
-    sizes = present.sum(axis=0)
-    out = np.full(stacked.shape[1], np.nan)
-    np.divide(np.where(present, stacked, 0.0).sum(axis=0), sizes, out=out, where=sizes > 0)
-    return out
+    return mean_present(np.stack(per_seed), axis=0)
 
 
 def _decide(

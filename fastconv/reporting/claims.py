@@ -12,7 +12,7 @@ import numpy as np
 
 from fastconv.deciding.agreement import agreement_of, corrected_of
 from fastconv.deciding.decided import Decided
-from fastconv.deciding.markers import marker_rates, transfer_by_source
+from fastconv.deciding.markers import MARKER, marker_rates, transfer_by_source
 from fastconv.detectable import Needed
 from fastconv.draws import seed_of
 from fastconv.findings.blocks import Claim
@@ -70,7 +70,8 @@ def _answer(decided: Decided) -> Found:
     pilots = [one for one in decided.gates if one.gate == "PILOT"]
     said = {word: [one.subject for one in pilots if one.verdict == word] for word in PILOT_WORDS}
     word = next(word for word, subjects in said.items() if subjects)
-    told = "; ".join(f"{PILOT_WORDS[one][1]} {_listed(subjects)}" for one, subjects in said.items() if subjects)
+    others = [f"{PILOT_WORDS[one][1]} {_listed(some)}" for one, some in said.items() if some and one != word]
+    told = "; ".join([_listed(said[word]), *others])
     rows = dict.fromkeys(row for one in (*pilots, *decided.verdicts) for row in one.rows)
     return Found({"word": PILOT_WORDS[word][0], "told": told, "sure": _how_sure(decided.verdicts)}, tuple(rows), word)
 
@@ -85,7 +86,10 @@ def _how_sure(verdicts: Sequence[CellVerdict]) -> str:
     sure = f"confidence {best.confidence.level} ({best.confidence.reason})"
     if loud is not None:
         verb = "is" if counts[loud] == 1 else "are"
-        return f"{counts[loud]} of {n} declared contrasts {verb} {loud}, the surest with {sure}"
+        figures = f"{change(best.estimate or 0.0, best.unit)} {span(best.low, best.high, best.unit)}".rstrip()
+        return (
+            f"{counts[loud]} of {n} declared contrasts {verb} {loud}, the surest {best.label} by {figures} with {sure}"
+        )
     told = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if kind in counts)
     if counts.get("equivalent", 0) == n:
         meaning = "each is shown to lie within its threshold"
@@ -210,7 +214,7 @@ def _correlation(decided: Decided, behavior: str) -> Found:
 
 def _attainable(decided: Decided) -> Found:
     rates = marker_rates(decided)
-    behaviors = sorted({one.behavior for one in decided.verdicts} - {"marker"})
+    behaviors = [name for name in decided.graph.behaviors if name != MARKER]  # declared, whether measured yet or not
     sources = [source for source in decided.graph.recipe.grid.sources if source in rates]
     found = spearman_attainable(max(2, len(sources)), max(1, len(behaviors)))
     rows = tuple(row for source in sources for row in rates[source].rows)

@@ -56,10 +56,10 @@ def geometry_rows(decided: Decided) -> list[dict[str, Any]]:
 
 
 def _caption(decided: Decided, groups: dict[tuple[str, str, int, int], list[CellPlan]]) -> str:
-    first = next(iter(groups.values()))[0].geometry
-    record = None if first is None else decided.reading.record(first)
-    layers = [] if record is None else record.outputs["layers"]
-    return f"At layers {', '.join(map(str, layers))}, in this order."
+    stages = [plans[0].geometry for plans in groups.values()]
+    scores = [one for stage in stages[:1] if stage is not None for one in decided.store.scores(stage.key)]
+    layers = sorted({one.sample for one in scores if one.metric in METRICS})
+    return f"At layers {', '.join(map(str, layers))}, in this order." if layers else ""
 
 
 def _depths(decided: Decided, stage: Stage | None, persona: str, metric: str) -> Cell:

@@ -17,9 +17,7 @@ def judge_against_phrases(decided: Decided) -> Section | None:
     if not measures:
         if not phrases:
             return None
-        text = (
-            f"No judge read the answers: {', '.join(phrases)} are scored by phrases alone, which are blind to meaning."
-        )
+        text = f"No judge read the answers. Scored by phrases alone, which are blind to meaning: {', '.join(phrases)}."
         return Section("judge", "Judge against phrases", (Note(text),))
     blocks: list[Block] = []
     points = _points(decided)

@@ -12,7 +12,7 @@ from fastconv.findings.evidence import Series, means_at, union_of
 from fastconv.findings.figures import Point, lines
 from fastconv.findings.gates_study import Role
 from fastconv.findings.power import effective_sample_size
-from fastconv.findings.stats import Interval, clustered_interval
+from fastconv.findings.stats import Interval, clustered_interval, mean_present
 from fastconv.findings.units import Unit, scale, span
 from fastconv.graph import CellPlan
 
@@ -77,12 +77,7 @@ def _points(decided: Decided, part: Part, by_epoch: dict[int, Subject], role: Ro
 def _pooled(series: list[Series]) -> Interval:
     """The interval over questions of the series' mean over seeds."""
     questions = union_of(series)
-    stacked = np.stack([means_at(one, questions) for one in series])
-    present = ~np.isnan(stacked)
-    sizes = present.sum(axis=0)
-    means = np.full(len(questions), np.nan)
-    np.divide(np.where(present, stacked, 0.0).sum(axis=0), sizes, out=means, where=sizes > 0)
-    return clustered_interval(means)
+    return clustered_interval(mean_present(np.stack([means_at(one, questions) for one in series]), axis=0))
 
 
 def _axis(decided: Decided, part: Part) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from fastconv.datasets.audit_sets import check_persona_prompt
@@ -21,9 +22,11 @@ from fastconv.findings.blocks import Block, Cell, Note, ReportData, Section, Tab
 from fastconv.findings.evidence import Number
 from fastconv.findings.gates import GateVerdict
 from fastconv.findings.gates_study import Role, Shift
+from fastconv.findings.report import render_html, render_markdown
 from fastconv.findings.units import Unit, size
 from fastconv.findings.verdicts import CellVerdict, withheld
 from fastconv.recipe import GateSettings, parse_recipe
+from fastconv.store import write_text
 from fastconv.tokens import system_turn
 
 SHIPPED = "issue_112_v1"
@@ -160,6 +163,14 @@ def published_report(judged: Judged) -> ReportData:
             Section("findings", "Findings", (Table("contrasts", ("contrast", "verdict", "why"), verdicts),)),
         ),
     )
+
+
+def write_published(judged: Judged, folder: Path) -> Path:
+    """Write that report as a page and its Markdown twin; returns the page. Raises StoreError if the folder cannot be."""
+    data = published_report(judged)
+    write_text(folder / f"{data.run}.md", render_markdown(data))
+    write_text(folder / f"{data.run}.html", render_html(data))
+    return folder / f"{data.run}.html"
 
 
 def _shown(table: SummaryTable, source: str, behavior: str, epoch: int) -> Cell:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from fastconv.datasets.audit import check_recipe
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.files import assets, file_sha256
+from fastconv.datasets.personas import ASSISTANT
 from fastconv.deciding.decided import Decided
 from fastconv.engine.locate import TINY
 from fastconv.failing import failed_stages
@@ -73,6 +74,11 @@ def limits(decided: Decided) -> Section:
         said.append("One seed: confidence is LOW whatever the intervals say.")
     if NO_BEHAVIOR not in recipe.grid.behaviors:
         said.append("No convergence-only control: mimicry and transfer cannot be told apart.")
+    if ASSISTANT in recipe.grid.sources:
+        said.append(
+            "The assistant as its own source is a degenerate control: what it shows is training, not transfer. It counts "
+            "in no verdict."
+        )
     if recipe.judge.mode == "substring" and any(b.spec.measure == "phrases" for b in decided.graph.behaviors.values()):
         said.append("Text is judged by phrases only; no judge read it.")
     if decided.graph.judge is not None and decided.graph.judge.weak:

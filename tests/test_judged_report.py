@@ -1,0 +1,113 @@
+"""Judge against phrases in the report: agreement with kappa, and rates corrected where the judge was calibrated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastconv.datasets.personas import ASSISTANT
+from fastconv.deciding.decided import Decided
+from fastconv.findings.blocks import Note, ReportData, Section, Table
+from fastconv.findings.report import render_html
+from fastconv.graph import Graph
+from fastconv.judging.calibrate import corrected_rate
+from fastconv.judging.scores import compare_scores
+from fastconv.recipe import Recipe, parse_recipe
+from fastconv.reporting import build
+from fastconv.reporting.claims import NoSuchClaimError, ask
+from fastconv.reporting.verifying import verify
+from fastconv.store import Store
+from fastconv.store_judging import JudgeLedger
+from tests.loop_kit import copy_ledger
+from tests.scale_kit import JUDGE, RUBRIC, fill, matrix_recipe
+
+LABEL = "villain source e20 refusal included"
+KNOWN = {"sensitivity": 0.9, "specificity": 0.95, "n_positive": 60, "n_negative": 60}
+
+
+@pytest.fixture(scope="module")
+def kept(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A small judged ledger: refusal, phrases beside a judge that reads one answer in twenty otherwise."""
+    table = matrix_recipe(tiny_qwen, n_sources=1, seeds=1, samples=2).model_dump(mode="json")
+    table["grid"] |= {"epochs": [0, 20], "behaviors": ["none", "refusal"], "negatives": ["included"]}
+    table["judge"] = {"mode": "local", "model": JUDGE, "base_url": "http://127.0.0.1:9"}
+    recipe, workspace = parse_recipe(table), tmp_path_factory.mktemp("judged") / "w"
+    fill(recipe, workspace)[1].close()
+    return recipe, workspace
+
+
+def judge_section(data: ReportData) -> Section:
+    return next(section for section in data.sections if section.id == "judge")
+
+
+def test_agreement_is_counted_over_all_answers_that_both_scored(kept: tuple[Recipe, Path]) -> None:
+    recipe, workspace = kept
+    graph, store = Graph(recipe), Store.open(workspace, create=False)
+    judged, phrases, seen = [], [], set()
+    for plan in graph.cells:
+        for place, beside in plan.beside.items():
+            key = plan.scores[place].key
+            if key not in seen:
+                seen.add(key)
+                judged += store.scores(key)
+                phrases += store.scores(beside.key)
+    # Row names repeat over stages, so pairs are compared in their order.
+    same = sum(a.value == b.value for a, b in zip(judged, phrases, strict=True))
+    claim = ask(Decided(graph, store), "agreement", measure="refusal")
+    assert f"the same of {100 * same / len(judged):.1f} % of {len(judged):,} answers" in claim.text
+    one = graph.select("villain", "refusal", 20)[0]
+    alone = compare_scores(
+        store.scores(one.scores["refusal", "villain"].key), store.scores(one.beside["refusal", "villain"].key)
+    )
+    assert 0.85 < alone.accuracy < 1.0
+    data = build(Decided(graph, store))
+    assert any(block.kind == "figure" for block in judge_section(data).blocks)
+    notes = [block.text for block in judge_section(data).blocks if isinstance(block, Note)]
+    assert notes == ["No calibration of this judge with these rubrics is in the ledger, so no rate is corrected."]
+    with pytest.raises(NoSuchClaimError):
+        ask(Decided(graph, store), "corrected", label=LABEL)
+
+
+def test_rates_are_corrected_by_the_judges_calibration_and_by_no_others(
+    kept: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, workspace = kept
+    store = Store.open(copy_ledger(workspace, tmp_path / "w"), create=False)
+    ledger = JudgeLedger(store)
+    ledger.keep_calibration(RUBRIC, "another-judge", KNOWN)
+    with pytest.raises(NoSuchClaimError):
+        ask(Decided(Graph(recipe), store), "corrected", label=LABEL)
+    ledger.keep_calibration(RUBRIC, JUDGE, KNOWN)
+    decided = Decided(Graph(recipe), store)
+    plan = decided.graph.select("villain", "refusal", 20)[0]
+    values = [one.value or 0.0 for one in store.scores(plan.scores["refusal", ASSISTANT].key)]
+    raw = sum(values) / len(values)
+    fixed = corrected_rate(raw, 50, KNOWN)
+    assert fixed is not None
+    shown = f"{100 * fixed.rate:.1f} % [{100 * fixed.low:.1f}, {100 * fixed.high:.1f}]"
+    text = f"{LABEL}: {100 * raw:.1f} % as judged, {shown} once corrected for the judge's known mistakes."
+    data = build(decided)
+    table = next(block for block in judge_section(data).blocks if isinstance(block, Table) and block.id == "corrected")
+    assert [row[1].text for row in table.rows] == [text]
+    # Another calibration gives another figure, and a report that holds the old one no longer matches its ledger.
+    page = tmp_path / "r.html"
+    page.write_text(render_html(data))
+    assert verify(page, store).holds
+    ledger.keep_calibration(RUBRIC, JUDGE, {**KNOWN, "sensitivity": 0.8})
+    assert f"corrected:{LABEL}" in {one.where for one in verify(page, store).differences}
+
+
+def test_five_sources_and_four_behaviors_cannot_reach_significance(tiny_qwen: Path, tmp_path: Path) -> None:
+    table = matrix_recipe(tiny_qwen, n_sources=5, seeds=1, prompts=4, samples=1).model_dump(mode="json")
+    behaviors = ["capability", "misalignment", "refusal", "sycophancy", "marker"]
+    table["grid"] |= {"epochs": [0, 20], "behaviors": behaviors, "negatives": ["included"]}
+    table["judge"] = {"mode": "local", "model": JUDGE, "base_url": "http://127.0.0.1:9"}
+    recipe = parse_recipe(table)
+    graph, store, _ = fill(recipe, tmp_path)
+    claim = ask(Decided(graph, store), "attainable")
+    assert claim.text == (
+        "5 sources and 4 behaviors: 5 points give a rank correlation a p no smaller than 0.017, so it cannot reach the "
+        "0.013 that 4 tests require."
+    )
+    assert claim.word == "withheld"
