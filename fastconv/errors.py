@@ -51,6 +51,10 @@ class GateStop(FastconvError):
     exit_code = 3
 
 
+class CostStop(GateStop):
+    """The cost gate: a run is estimated beyond its recipe's limits and nobody approved it (exit code 3)."""
+
+
 class ModelError(FastconvError):
     """The base model cannot be had or loaded (exit code 4)."""
 

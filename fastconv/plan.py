@@ -15,7 +15,7 @@ from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.detectable import Planned, planned_power
 from fastconv.engine.locate import engine_identity
-from fastconv.errors import GateStop, ModelError
+from fastconv.errors import CostStop, ModelError
 from fastconv.graph import CellPlan, Graph, walk
 from fastconv.judge_assets import prices_of
 from fastconv.judging.book import params_of
@@ -154,7 +154,7 @@ def known_shape(recipe: Recipe) -> ModelShape:
 def require_approved(plan: Plan, limits: RunSettings, *, approved: bool) -> str:
     """Why the run is beyond its limits, in words, if it is and was approved; empty if it is not beyond them.
 
-    Raises GateStop for one that is beyond them and not approved.
+    Raises CostStop for one that is beyond them and not approved.
     """
     beyond = []
     if limits.max_gpu_hours is not None and plan.hours > limits.max_gpu_hours:
@@ -165,7 +165,7 @@ def require_approved(plan: Plan, limits: RunSettings, *, approved: bool) -> str:
         beyond.append(f"about ${plan.expected_usd:.2f} for judging, run.max_usd is {limits.max_usd:g}")
     why = "; ".join(beyond)
     if beyond and not approved:
-        raise GateStop(
+        raise CostStop(
             f"the estimate is beyond the recipe's limits: {why}", where=f"COST {plan.recipe}",
             fix="see `fastconv plan`, then add --approve, or raise the limit",
         )  # fmt: skip

@@ -132,7 +132,7 @@ def run_recipe(
     *,
     plans: Callable[[Graph], list[CellPlan]] | None = None,
     ignore_gates: Mapping[str, str] | None = None,
-    notes: Mapping[str, Any] | None = None,
+    admit: Callable[[Graph, Sequence[CellPlan]], Mapping[str, Any]] | None = None,
     stop: threading.Event | None = None,
     judge_later: bool = False,
 ) -> Finished:
@@ -140,15 +140,16 @@ def run_recipe(
 
     A judge that is out or has spent its budget leaves its stages pending, a stage whose numbers cannot be used (or whose
     rows the audit refuses) is noted as failed; everything else is finished. `ignore_gates` names gates that may fail, each
-    with the reason; `notes` join the run's facts; `stop` ends the run like a Ctrl-C; with `judge_later` no judge is asked
-    and its stages stay pending. Raises GateStop at the first gate that fails and may not, before the next cost;
-    Interrupted on the first Ctrl-C once the running step is whole and its state is kept; and before anything is computed
-    RecipeError or JudgeError for a judge that cannot be asked.
+    with the reason; `admit` may refuse the audited cells by raising, and gives facts of the run; `stop` ends the run like a
+    Ctrl-C; with `judge_later` no judge is asked and its stages stay pending. Raises GateStop at the first gate that fails
+    and may not, before the next cost; Interrupted on the first Ctrl-C once the running step is whole and its state is
+    kept; and before anything is computed RecipeError or JudgeError for a judge that cannot be asked.
     """
     report = check_recipe(recipe)
     require_passed(report, "audit")
     graph = Graph(recipe)
     picked = plans(graph) if plans else graph.cells
+    notes = admit(graph, picked) if admit else {}
     store = Store.open(workspace)
     to_judge = [s for s in judge_stages(needed_ends(graph, store, picked)) if store.record(s.key) is None]
     access = check_judge(graph.judge, store) if to_judge and not judge_later else None
@@ -160,7 +161,7 @@ def run_recipe(
         canonical_json(recipe.model_dump(mode="json")),
         recipe_sha256(recipe),
         recipe.name,
-        {**run_facts(), **(notes or {})},
+        {**run_facts(), **notes},
     )
     keeper = GateKeeper(graph, store, run, watcher.gate, ignore_gates or {})
     with stop_on_sigint(stop) as stop:

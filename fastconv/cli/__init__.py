@@ -28,7 +28,7 @@ from fastconv.cli.kit import answered as _answered
 from fastconv.cli.kit import load as _load
 from fastconv.cli.kit import load_or_recall as _load_or_recall
 from fastconv.cli.kit import open_if_there as _open_if_there
-from fastconv.cli.planning import Approve, pass_cost_gate
+from fastconv.cli.planning import Approve, cost_gate
 from fastconv.cli.planning import register as register_plan
 from fastconv.cli.workspace import register as register_workspace
 from fastconv.errors import EXIT_CODES, FastconvError
@@ -398,22 +398,26 @@ def _run(
     approve: bool, ray: str = "",
 ) -> None:  # fmt: skip
     from fastconv import show
-    from fastconv.errors import GateStop
+    from fastconv.errors import CostStop, GateStop
     from fastconv.graph import Graph
     from fastconv.reporting import write_report
     from fastconv.run import run_recipe
     from fastconv.store import Store
 
-    notes = pass_cost_gate(recipe, workspace, plans, approved=approve)
+    admit = cost_gate(workspace, approved=approve)
     try:
         with show.watcher(quiet=quiet or as_json, stream=sys.stderr) as watcher:
             if ray:
                 from fastconv.cluster import run_on_ray
 
+                graph = Graph(recipe)
+                notes = admit(graph, graph.cells)
                 finished = run_on_ray(recipe, workspace, watcher, address=ray, ignore_gates=ignored)
                 Store.open(workspace).add_run_facts(finished.run, notes)
             else:
-                finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored, notes=notes)
+                finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored, admit=admit)
+    except CostStop:
+        raise  # nothing was begun, so there is nothing to report
     except GateStop:
         paths = write_report(Graph(recipe), Store.open(workspace), reports)
         typer.echo(f"report so far: {paths.html}", err=True)

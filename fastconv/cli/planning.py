@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastconv.cli.kit import DEFAULT_WORKSPACE, AsJson, Overrides, RecipePath, Scale, Workspace, answered, load
 from fastconv.cli.kit import open_if_there as open_store
+
+if TYPE_CHECKING:
+    from fastconv.graph import CellPlan, Graph
 
 Approve = Annotated[bool, typer.Option("--approve", help="Run although the estimate is beyond the recipe's limits")]
 
@@ -54,21 +58,27 @@ def plan(
     show_plan(found, Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
 
 
-def pass_cost_gate(recipe: Any, workspace: Path, plans: Any, *, approved: bool) -> dict[str, Any]:
-    """What the run's facts are to say of its plan. Raises GateStop for a run beyond its limits that nobody approved.
+def cost_gate(workspace: Path, *, approved: bool) -> Callable[[Graph, Sequence[CellPlan]], dict[str, Any]]:
+    """What `run_recipe` asks before it begins: facts of the run's plan, or CostStop for one beyond its limits.
 
-    A run that goes on keeps the plan that it began with.
+    A run that goes on keeps the plan that it began with. A model whose size is not known before it is fetched is not
+    planned, and so not limited.
     """
-    from fastconv.graph import Graph
-    from fastconv.plan import facts_of, make_plan, require_approved
-    from fastconv.recipe import run_id
 
-    store = open_store(workspace)
-    graph = Graph(recipe)
-    found = make_plan(graph, store, plans=plans(graph) if plans else None)
-    beyond = require_approved(found, recipe.run, approved=approved)
-    facts = facts_of(found, beyond)
-    begun = next((json.loads(row["facts"]) for row in store.runs() if row["id"] == run_id(recipe)), {}) if store else {}
-    if "plan" in begun:
-        del facts["plan"]
-    return facts
+    def admit(graph: Graph, cells: Sequence[CellPlan]) -> dict[str, Any]:
+        from fastconv.card import shape_on_disk
+        from fastconv.plan import facts_of, make_plan, require_approved
+        from fastconv.recipe import run_id
+
+        recipe = graph.recipe
+        if shape_on_disk(recipe.model) is None:
+            return {}
+        store = open_store(workspace)
+        found = make_plan(graph, store, plans=cells)
+        facts = facts_of(found, require_approved(found, recipe.run, approved=approved))
+        begun = [json.loads(row["facts"]) for row in store.runs() if row["id"] == run_id(recipe)] if store else []
+        return {
+            name: value for name, value in facts.items() if name != "plan" or not any("plan" in one for one in begun)
+        }
+
+    return admit
