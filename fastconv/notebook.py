@@ -16,8 +16,8 @@ from fastconv.errors import InputError
 from fastconv.graph import CellPlan, Graph
 from fastconv.recipe import Recipe, parse_recipe, run_id
 from fastconv.run import run_recipe as _run_recipe
-from fastconv.run import status_of
 from fastconv.show import watcher
+from fastconv.standing import status_of
 from fastconv.store import Store
 
 if TYPE_CHECKING:

@@ -176,7 +176,7 @@ def _wanted(graph: Graph, store: Store | None, cells: Sequence[CellPlan]) -> lis
     """Every stage that the cells need, each once; none of a behavior that G0 has ruled out already."""
     if store is None:
         return graph.stages(cells)
-    from fastconv.run import needed_ends  # slow to import
+    from fastconv.standing import needed_ends  # slow to import
 
     ends = needed_ends(graph, store, cells)
     return list({part.key: part for end in ends for part in walk(end)}.values())

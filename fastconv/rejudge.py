@@ -9,6 +9,7 @@ from pathlib import Path
 from fastconv.datasets.behaviors import load_behaviors
 from fastconv.datasets.files import assets, read_toml
 from fastconv.errors import InputError, JudgeError, RecipeError
+from fastconv.facts import run_facts
 from fastconv.graph import Graph
 from fastconv.judge_assets import rubric_named, shipped_rubrics
 from fastconv.judge_room import JudgeRoom, check_judge, judge_stages
@@ -21,7 +22,8 @@ from fastconv.judging.rubric import Rubric, load_rubric
 from fastconv.judging.scores import Agreement, compare_scores
 from fastconv.phrases import PhraseRule
 from fastconv.recipe import JudgeSettings, Recipe, canonical_json, recipe_sha256, run_id
-from fastconv.run import Watcher, needed_ends, run_facts, stop_on_sigint
+from fastconv.runner import Watcher, stop_on_sigint
+from fastconv.standing import needed_ends
 from fastconv.store import Score, Stage, Store
 from fastconv.store_judging import JudgeLedger
 

@@ -18,7 +18,8 @@ from fastconv.failing import FailedStage, raise_failed
 from fastconv.graph import Graph
 from fastconv.recipe import Recipe
 from fastconv.reporting import write_report
-from fastconv.run import run_recipe, status_of
+from fastconv.run import run_recipe
+from fastconv.standing import status_of
 from fastconv.store import Store
 from tests.loop_kit import (
     N_STEPS,

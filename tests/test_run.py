@@ -16,7 +16,7 @@ from fastconv.errors import RecipeError
 from fastconv.graph import Graph
 from fastconv.recipe import Recipe
 from fastconv.reporting import write_report
-from fastconv.run import status_of
+from fastconv.standing import status_of
 from fastconv.store import Store
 from tests.loop_kit import SNAPSHOT_SLOT, DoneRun, adapters, records, results, run_tiny, tiny_recipe
 

@@ -147,7 +147,7 @@ def status(
     """Show where a run stands: every stage done, running, to do, stale (and why) or skipped."""
     from fastconv import show
     from fastconv.graph import Graph
-    from fastconv.run import status_of
+    from fastconv.standing import status_of
 
     store = _open_if_there(workspace)
     if not recipe:

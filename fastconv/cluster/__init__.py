@@ -21,11 +21,14 @@ from fastconv.datasets.audit import check_recipe
 from fastconv.deciding.results import ignored_gates, measurable_behaviors
 from fastconv.deciding.stopping import GateKeeper
 from fastconv.errors import ClusterError, RecipeError
+from fastconv.facts import run_facts
 from fastconv.failing import failed_stages
 from fastconv.graph import CellPlan, Graph
 from fastconv.judge_room import check_judge, judge_stages
 from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
-from fastconv.run import Finished, Watcher, needed_ends, run_facts, run_recipe, stop_on_sigint
+from fastconv.run import Finished, run_recipe
+from fastconv.runner import Watcher, stop_on_sigint
+from fastconv.standing import needed_ends
 from fastconv.store import Store
 
 #: A local Ray is started and ended again.

@@ -19,7 +19,7 @@ from fastconv.errors import ClusterError, FastconvError, GateStop, Interrupted
 from fastconv.graph import Graph
 from fastconv.recipe import run_id, sha256_of
 from fastconv.rejudge import finish_judging
-from fastconv.run import Tally, Watcher
+from fastconv.runner import Tally, Watcher
 from fastconv.store import Stage, Store
 from fastconv.store_merge import Parcel, pack, unpack
 

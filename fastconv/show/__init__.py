@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from fastconv.execute import Progress as StageProgress
     from fastconv.findings.gates import GateVerdict
     from fastconv.judging.book import DeskStatus
-    from fastconv.run import Finished, StageStatus
+    from fastconv.run import Finished
     from fastconv.scoring import ScoreReport
+    from fastconv.standing import StageStatus
     from fastconv.store import Stage, Store
 
 #: Seconds between two progress lines where the output is no terminal.

@@ -1,0 +1,229 @@
+"""Computing stages one after another, each once, under a lease; what fails is noted and the rest goes on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastconv.datasets.audit import CheckReport
+from fastconv.deciding.stopping import GateKeeper
+from fastconv.errors import DataError, Interrupted, TrainingError
+from fastconv.failing import Failing
+from fastconv.findings.gates import GateVerdict
+from fastconv.graph import CellPlan, Graph, walk
+from fastconv.judge_room import Access, JudgeRoom
+from fastconv.judging.book import DeskStatus
+from fastconv.standing import reason_to_run
+from fastconv.store import Stage, Store
+
+if TYPE_CHECKING:
+    from fastconv.execute import Progress
+
+
+class Watcher(Protocol):
+    """Whoever shows a run to people."""
+
+    def audited(self, report: CheckReport) -> None: ...
+    def begin(self, run: str, n_stages: int, n_todo: int) -> None: ...
+    def engine(self, facts: Mapping[str, Any]) -> None: ...
+    def stage(self, stage: Stage, reason: str) -> None: ...
+    def progress(self, progress: Progress) -> None: ...
+    def stage_done(self, stage: Stage, seconds: float) -> None: ...
+    def stage_failed(self, stage: Stage, reason: str) -> None: ...
+    def judging(self, status: DeskStatus) -> None: ...
+    def gate(self, verdict: GateVerdict) -> None: ...
+
+
+@dataclass
+class Tally:
+    """What a call of `run` computed itself."""
+
+    n_stages: int = 0
+    seconds: float = 0.0
+    tokens: dict[str, int] = field(default_factory=dict)
+
+
+class Runner:
+    """Computes stages depth first, each once, under a lease."""
+
+    def __init__(
+        self, graph: Graph, store: Store, run: str, watcher: Watcher, stop: threading.Event, wanted: Collection[str],
+        access: Access | None, *, judge_later: bool = False,
+    ) -> None:  # fmt: skip
+        self._graph = graph
+        self._wanted = wanted
+        self._store = store
+        self._run = run
+        self._watcher = watcher
+        self._stop = stop
+        self._seen: set[str] = set()
+        self._counted: set[str] = set()
+        self._executor: Any = None
+        self.tally = Tally()
+        self.failing = Failing(store)
+        self.judging = JudgeRoom(
+            graph, store, run, watcher, stop=stop, resident=lambda: self._engine().judge, access=access,
+            later=judge_later,
+        )  # fmt: skip
+
+    def compute(self, ends: Sequence[Stage], *, urgent: bool = False) -> None:
+        """Make sure that every one of these stages and all before them are done, or at the judge."""
+        for end in ends:
+            for stage in walk(end):
+                if stage.key not in self._seen:
+                    self._seen.add(stage.key)
+                    self._one(stage, urgent)
+
+    def ask(self, keeper: GateKeeper, plan: CellPlan) -> None:
+        """Ask the gates about a finished cell; of one that a failure left half measured they could say nothing."""
+        if not self.failing.touches(plan):
+            keeper.after(plan)
+
+    def decide(self, verdict: GateVerdict) -> None:
+        """Write a gate's verdict down and show it."""
+        self._store.put_verdict(self._run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
+        self._watcher.gate(verdict)
+
+    def _one(self, stage: Stage, urgent: bool) -> None:
+        if self._store.record(stage.key) is not None:
+            self._store.note_stage_of_run(self._run, stage, reused=True)
+            return
+        if self.failing.blocks(stage):
+            return
+        if self._stop.is_set():
+            raise Interrupted("stopped", where=stage.slot, fix="the same command goes on from here")
+        if stage.kind == "judge":
+            self.judging.submit(stage, urgent=urgent)
+            return
+        if stage.kind == "snapshot":
+            self.converge([self._graph.lineage(stage)])
+            return
+        self._watcher.stage(stage, reason_to_run(stage, self._store))
+        began = time.monotonic()
+        engine = self._engine()
+        try:
+            with self._store.lease(stage) as lease:
+                outcome = engine.compute(stage, lease)
+                self._store.commit(
+                    stage,
+                    outputs=outcome.outputs,
+                    facts=outcome.facts,
+                    seconds=time.monotonic() - began,
+                    samples=outcome.samples,
+                    scores=outcome.scores,
+                )
+        except (TrainingError, DataError) as error:
+            self._note_failure([stage], error)
+        self._account([stage], time.monotonic() - began)
+
+    def converge(self, runs: Sequence[Sequence[Stage]]) -> None:
+        """Train convergence runs, each given by its snapshots, in the same steps as far as memory allows."""
+        for run in runs:
+            self.compute([run[0].needs["answers"]])
+        missing = [left for run in runs if (left := [one for one in run if self._is_missing(one)])]
+        while missing:
+            size = self._engine().group_size([run[0] for run in missing]) if len(missing) > 1 else 1
+            self._converge_together(missing[:size])
+            missing = missing[size:]
+
+    def _is_missing(self, snapshot: Stage) -> bool:
+        """Whether a snapshot was asked for and still has to be trained."""
+        if snapshot.key not in self._wanted or self._store.record(snapshot.key) is not None:
+            return False
+        return not self.failing.blocks(snapshot)
+
+    def _converge_together(self, runs: Sequence[Sequence[Stage]]) -> None:
+        """Train these runs in one call. Should one of them fail, each goes on alone, to find out which."""
+        if self._stop.is_set():
+            raise Interrupted("stopped", where=runs[0][0].slot, fix="the same command goes on from here")
+        for run in runs:
+            self._watcher.stage(run[0], reason_to_run(run[0], self._store))
+        began = time.monotonic()
+        engine, failed = self._engine(), False
+        try:
+            with ExitStack() as leases:
+                engine.converge([(run, leases.enter_context(self._store.lease(run[0]))) for run in runs])
+        except TrainingError as error:
+            failed = True
+            if len(runs) == 1:
+                self._note_failure([one for one in runs[0] if self._store.record(one.key) is None], error)
+        everything = [one for run in runs for one in run]
+        self._account(everything, time.monotonic() - began)
+        if failed and len(runs) > 1:
+            for run in runs:
+                if left := [one for one in run if self._store.record(one.key) is None]:
+                    self._converge_together([left])
+
+    def _account(self, stages: Sequence[Stage], seconds: float) -> None:
+        """Count and show what is done of these stages, which took so long together; then look at the judge."""
+        self.tally.seconds += seconds
+        for stage in stages:
+            if self._store.record(stage.key) is not None and stage.key not in self._counted:
+                self._counted.add(stage.key)
+                self._count(stage)
+                self._store.note_stage_of_run(self._run, stage, reused=False)
+                self._watcher.stage_done(stage, seconds)
+        self.judging.collect()
+
+    def _note_failure(self, stages: Sequence[Stage], error: TrainingError | DataError) -> None:
+        for stage in stages:
+            self.failing.note(stage, error)
+            self._watcher.stage_failed(stage, str(error))
+
+    def _engine(self) -> Any:
+        """Who computes. A base that fails its own tests is no matter of one stage: what it raises ends the run."""
+        if self._executor is None:
+            from fastconv.execute import Executor  # torch is loaded here, and only if something must be computed
+
+            self._executor = Executor(self._graph, self._store, self._tell, self._stop.is_set, self._wanted)
+            self._executor.prepare()
+            self._executor.prove()
+            facts = self._executor.facts()
+            self._store.add_run_facts(self._run, facts)
+            self._watcher.engine(facts["engine"])
+        return self._executor
+
+    def close(self) -> None:
+        """Let go of whatever computing holds outside this process."""
+        if self._executor is not None:
+            self._executor.close()
+
+    def _tell(self, progress: Progress) -> None:
+        self._watcher.progress(progress)
+        self.judging.glance()
+
+    def _count(self, stage: Stage) -> None:
+        record = self._store.record(stage.key)
+        self.tally.n_stages += 1
+        for name, value in (record.facts if record else {}).items():
+            if name.endswith("_tok"):
+                self.tally.tokens[name] = self.tally.tokens.get(name, 0) + int(value)
+
+
+@contextmanager
+def stop_on_sigint(stop: threading.Event | None = None) -> Iterator[threading.Event]:
+    """The first Ctrl-C (or SIGTERM) asks the running step to end well; the second one ends at once.
+
+    `stop` is the event that it sets, where others set it too.
+    """
+    stop = stop or threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(signum: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
