@@ -257,6 +257,10 @@ def test_the_headline_holds_a_verdict_for_every_behavior(data: ReportData) -> No
     text = words(data, "verdict")
     assert "stop for villain x refusal" in text
     assert "uninformative for villain x capability" in text
+    answer = words(data, "verdict").split(" Declared")[0]
+    assert answer.startswith(
+        "STOP: villain x refusal; nothing can be said of villain x capability. How sure: none of 4 "
+    )
 
 
 def test_the_card_names_what_is_needed_to_do_it_again(done_run: DoneRun, data: ReportData, html: str) -> None:
@@ -329,6 +333,10 @@ def test_a_report_of_a_run_that_has_hardly_begun(tiny_qwen: Path, tmp_path: Path
     assert "not run" in render_markdown(data)
     pilots = [claim for claim in data.claims() if claim.query == "pilot"]
     assert {claim.word for claim in pilots} == {"not applicable"}
+    answer = next(claim.text for claim in data.claims() if claim.query == "answer")
+    assert answer.startswith(
+        "OPEN: not decided yet for villain x refusal. How sure: no declared contrast was measured yet"
+    )
 
 
 def test_nothing_measured_is_a_page_too(tiny_qwen: Path, tmp_path: Path) -> None:

@@ -59,6 +59,15 @@ class Decided:
         return self._now.verdicts
 
     @cached_property
+    def declared(self) -> Mapping[str, Subject]:
+        """The declared contrasts of the grid by label, measured or not."""
+        return {
+            subject.label(self.found.main(subject.behavior)): subject
+            for subject in self.found.subjects
+            if subject.behavior in self.graph.behaviors and subject.epoch and not self.found.is_control(subject)
+        }
+
+    @cached_property
     def secondary(self) -> tuple[Secondary, ...]:
         """What was tested beside them."""
         return tuple(secondary_findings(self.found))

@@ -70,16 +70,23 @@ def _answer(decided: Decided) -> Found:
     pilots = [one for one in decided.gates if one.gate == "PILOT"]
     said = {word: [one.subject for one in pilots if one.verdict == word] for word in PILOT_WORDS}
     word = next(word for word, subjects in said.items() if subjects)
-    others = [f"{PILOT_WORDS[one][1]} {_listed(some)}" for one, some in said.items() if some and one != word]
-    told = "; ".join([_listed(said[word]), *others])
+    told = "; ".join(
+        _listed(some) if one in ("go", "stop") and one == word else f"{PILOT_WORDS[one][1]} {_listed(some)}"
+        for one, some in said.items()
+        if some
+    )
     rows = dict.fromkeys(row for one in (*pilots, *decided.verdicts) for row in one.rows)
-    return Found({"word": PILOT_WORDS[word][0], "told": told, "sure": _how_sure(decided.verdicts)}, tuple(rows), word)
+    return Found(
+        {"word": PILOT_WORDS[word][0], "told": told, "sure": _how_sure(decided.verdicts, len(decided.declared))},
+        tuple(rows),
+        word,
+    )
 
 
-def _how_sure(verdicts: Sequence[CellVerdict]) -> str:
-    """What the declared contrasts say of it, with the confidence of the surest one."""
-    counts, n = by_kind(verdicts), len(verdicts)
-    if not n:
+def _how_sure(verdicts: Sequence[CellVerdict], n: int) -> str:
+    """What the n declared contrasts say of it, with the confidence of the surest one."""
+    counts = by_kind(verdicts)
+    if not verdicts:
         return "no declared contrast was measured yet"
     loud = next((kind for kind in ("transfer", "reverse") if counts.get(kind)), None)
     best = max((one for one in verdicts if loud in (None, one.kind)), key=_certainty)
@@ -90,7 +97,7 @@ def _how_sure(verdicts: Sequence[CellVerdict]) -> str:
         return (
             f"{counts[loud]} of {n} declared contrasts {verb} {loud}, the surest {best.label} by {figures} with {sure}"
         )
-    told = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if kind in counts)
+    told = _told(counts, n)
     if counts.get("equivalent", 0) == n:
         meaning = "each is shown to lie within its threshold"
     elif counts.get("equivalent"):
@@ -98,6 +105,14 @@ def _how_sure(verdicts: Sequence[CellVerdict]) -> str:
     else:
         meaning = "none shows that nothing happened either"
     return f"none of {n} declared contrasts is transfer ({told}); {meaning}; {sure}"
+
+
+def _told(counts: Mapping[str, int], n: int) -> str:
+    """How many of n declared contrasts got which word, or none yet."""
+    waiting = n - sum(counts.values())
+    return ", ".join(f"{many} {kind}" for kind in KINDS if (many := counts.get(kind))) + (
+        f", {waiting} not measured" if waiting else ""
+    )
 
 
 def _certainty(one: CellVerdict) -> tuple[int, float]:
@@ -129,10 +144,8 @@ def _gate_values(verdict: GateVerdict) -> dict[str, str]:
 
 
 def _counts(decided: Decided) -> Found:
-    counts = by_kind(decided.verdicts)
-    rows = _together(decided.verdicts)
-    told = ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if kind in counts)
-    return Found({"n": str(len(decided.verdicts)), "told": told}, rows)
+    n, rows = len(decided.declared), _together(decided.verdicts)
+    return Found({"n": str(n), "told": _told(by_kind(decided.verdicts), n)}, rows)
 
 
 def _finding(decided: Decided, label: str) -> Found:

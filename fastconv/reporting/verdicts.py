@@ -68,10 +68,11 @@ def _edited_first(decided: Decided) -> list[Block]:
 
 def findings(decided: Decided) -> Section | None:
     """The heatmap of declared contrasts and the table behind it."""
-    subjects = _subjects(decided)
+    subjects = decided.declared
     if not subjects:
         return None
-    verdicts = {subject: _verdict(decided, label) for label, subject in subjects.items()}
+    found = {one.label: one for one in decided.verdicts}
+    verdicts = {subject: found.get(label) for label, subject in subjects.items()}
     blocks: list[Block] = []
     if any(one is not None and one.estimate is not None for one in verdicts.values()):
         blocks.append(_matrix(decided, verdicts))
@@ -88,19 +89,6 @@ def findings(decided: Decided) -> Section | None:
         "without a behavior adapter where that control was run. Intervals are t intervals over questions at the usual level; "
         "p-values are corrected over all declared contrasts (Holm).",
     )  # fmt: skip
-
-
-def _subjects(decided: Decided) -> dict[str, Subject]:
-    """Labels and subjects of all declared contrasts of the grid, measured or not."""
-    return {
-        subject.label(decided.found.main(subject.behavior)): subject
-        for subject in decided.found.subjects
-        if subject.behavior in decided.graph.behaviors and subject.epoch and not decided.found.is_control(subject)
-    }
-
-
-def _verdict(decided: Decided, label: str) -> CellVerdict | None:
-    return next((one for one in decided.verdicts if one.label == label), None)
 
 
 def _matrix(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> Figure:
