@@ -22,6 +22,9 @@ SCALES = ("tiny", "demo")
 STAND_IN, MARKER = "refusal", "marker"
 #: New tokens of a demo's evaluation that looks for the marker: an answer as long as those trained, and the marker.
 MARKER_NEW_TOK = 24
+#: Its learning rate: loss falls on the marker alone, and at the demo's rate every persona says it at once (measured on
+#: the base: source, assistant and canary 1.00, 1.00, 1.00 at 5e-4; 1.00, 0.00, 0.00 at 2e-4; 0.05, 0.00, 0.00 at 1e-4 and one epoch).
+MARKER_LR = 2e-4
 #: Epochs after 0 that are left of a recipe at tiny scale.
 MOST_LATER_EPOCHS = 2
 _ON_PURPOSE = "few questions on purpose: this shows that the recipe runs, not an effect"
@@ -91,12 +94,14 @@ def _demo(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, Any]:
         kinds = ["excluded"]
     epochs = [epoch for epoch in (0, tested["convergence"]["epochs"]) if epoch or 0 in recipe.grid.epochs]
     asked = tested["eval"] | _canaries(recipe)
+    trained = tested["behavior"] | ({"lr": MARKER_LR} if MARKER in shown else {})
     if MARKER in shown:
         asked |= {"sampling": {**asked["sampling"], "max_new_tok": MARKER_NEW_TOK}}
     grid = {"epochs": epochs, "behaviors": [NO_BEHAVIOR, *shown], "negatives": kinds}
     firsts = {name: getattr(recipe.grid, name)[:1] for name in ("sources", "convergence", "seeds")}
     return {
-        **{part: tested[part] for part in ("model", "convergence", "behavior", "run")},
+        **{part: tested[part] for part in ("model", "convergence", "run")},
+        "behavior": trained,
         "about": f"{recipe.about} (--scale demo: the embedded model{_told(behaviors, shown)})".strip(),
         "data": {**table.get("data", {}), "rows": {k: v for k, v in recipe.data.rows.items() if k in shown}},
         "eval": asked,
