@@ -248,6 +248,8 @@ class GateSettings(Section):
     g3_reference_pct: dict[Name, float] = {}
     #: Behavior training loss on a snapshot against that on the base (G3.5).
     g35_tolerance: Rate = 0.20
+    #: Losses under this many nats are alike whatever their ratio (a marker is learned to a thousandth of one).
+    g35_floor_nats: Annotated[float, Field(ge=0)] = 0.05
     #: The source that must show a signal first (G4), and among how many first sources one must (G5).
     g4_source: Name = "villain"
     g5_sources: PositiveInt = 3

@@ -60,6 +60,14 @@ def test_g35_compares_the_training_loss_with_epoch_0(later: float, verdict: str)
     assert len(found.rows) == 3
 
 
+@pytest.mark.parametrize(
+    ("zero", "later", "verdict"), [(0.002, 0.04, "pass"), (0.002, 0.06, "fail"), (0.06, 0.002, "fail")]
+)
+def test_g35_does_not_compare_losses_that_are_next_to_nothing(zero: float, later: float, verdict: str) -> None:
+    found = gates_training.same_loss(RULES, "x", {0: Loss(zero, "a"), 8: Loss(zero, "b"), 20: Loss(later, "c")})
+    assert found.verdict == verdict
+
+
 def test_kill_fires_when_the_source_falls_back_to_the_base() -> None:
     def found(*moved: float) -> str:
         by_epoch = dict(zip((0, 2, 8), map(series, moved), strict=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from fastconv.datasets.files import assets, read_numbered_jsonl
 from fastconv.draws import ordered
@@ -54,7 +55,7 @@ class QuestionSet:
     train: tuple[Question, ...]
     eval: tuple[Question, ...]
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """sha256 (hex) over the ids of both parts, which are themselves content hashes or checked ids."""
         return sha256_of([[q.id, q.text, q.labels, q.choices, q.answer] for q in (*self.train, *self.eval)])

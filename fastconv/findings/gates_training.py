@@ -62,7 +62,10 @@ def converged(
 
 def same_loss(gates: GateSettings, subject: str, by_epoch: Mapping[int, Loss]) -> GateVerdict:
     """G3.5: the behavior was learned alike on every snapshot: its training loss lies near the epoch-0 cell's."""
-    rule = f"training loss within {100 * gates.g35_tolerance:g} % of the epoch-0 cell's"
+    rule = (
+        f"training loss within {100 * gates.g35_tolerance:g} % of the epoch-0 cell's, or both under "
+        f"{gates.g35_floor_nats:g} nats"
+    )
     later = sorted(epoch for epoch in by_epoch if epoch)
     if 0 not in by_epoch or not later:
         return GateVerdict("G3.5", subject, "not applicable", "needs epoch 0 and one more", rule)
@@ -71,8 +74,11 @@ def same_loss(gates: GateSettings, subject: str, by_epoch: Mapping[int, Loss]) -
     def off(epoch: int) -> float:
         return abs(by_epoch[epoch].value - zero) / zero if zero else float("inf")
 
-    worst = max(later, key=off)
-    verdict = "pass" if off(worst) <= gates.g35_tolerance + 1e-12 else "fail"
+    def alike(epoch: int) -> bool:
+        return off(epoch) <= gates.g35_tolerance + 1e-12 or max(by_epoch[epoch].value, zero) < gates.g35_floor_nats
+
+    worst = max(later, key=lambda epoch: (not alike(epoch), off(epoch)))
+    verdict = "pass" if alike(worst) else "fail"
     numbers = tuple(by_epoch[epoch].number for epoch in (0, *later))
     reason = f"{zero:.3g} at epoch 0; furthest {by_epoch[worst].value:.3g} at epoch {worst} ({100 * off(worst):.0f} %)"
     rows = tuple(row for number in numbers for row in number.rows)
