@@ -39,11 +39,11 @@ def test_cells_of_the_demo() -> None:
 def test_cells_of_the_pilot_and_of_the_matrix() -> None:
     offline = ["eval.multiple_choice=builtin", "behavior.source_rows=20"]
     pilot, matrix = (Graph(load_recipe(assets("recipes") / f"{name}.toml", offline)) for name in ("pilot", "matrix"))
-    # one control and two kinds of negatives at each of 4 epochs; and 5 sources x 4 epochs x (control + 4 behaviors)
+    # one control and two kinds of negatives at each of 4 epochs; and 6 sources x 4 epochs x (control + 4 behaviors)
     assert len(pilot.cells) == 12
-    assert len(matrix.cells) == 5 * 4 * 5
+    assert len(matrix.cells) == 6 * 4 * 5
     assert Counter(stage.kind for stage in pilot.stages())["snapshot"] == 3
-    assert Counter(stage.kind for stage in matrix.stages())["snapshot"] == 15
+    assert Counter(stage.kind for stage in matrix.stages())["snapshot"] == 18
     probes = {probe for plan in matrix.cells if plan.cell.source == "librarian" for _, probe in plan.scores}
     assert probes == {"assistant", "librarian", "data_scientist"}
 
