@@ -44,7 +44,7 @@ def test_the_matrix_is_planned_without_torch_a_gpu_or_its_model_and_data(tmp_pat
     assert modules == "[]"
     assert float(seconds) < 4.0  # of this process; wall time is asked on a quiet machine
     found = json.loads(ran.stdout)
-    assert found["n_cells"] == 100
+    assert found["n_cells"] == 120
     assert "there is no GPU here" in found["machine"]["origin"]
     assert any("ARC-Challenge is not on this disk" in note for note in found["notes"])
     assert not (tmp_path / "no").exists()
@@ -52,11 +52,11 @@ def test_the_matrix_is_planned_without_torch_a_gpu_or_its_model_and_data(tmp_pat
 
 def test_work_is_counted_by_the_protocols_numbers() -> None:
     found = _kinds("matrix")
-    # 5 sources x 3 snapshots of one 20-epoch cosine over 400 rows in batches of 4
-    assert found["snapshot"].n == 15
-    assert found["snapshot"].demand.steps == 5 * 2000
-    # 800 rows (600 for misalignment) x 3 epochs in batches of 16, on 4 stacks of each of 5 sources
-    assert found["behavior"].demand.steps == 5 * 4 * (3 * 150 + 114)
+    # 6 sources x 3 snapshots of one 20-epoch cosine over 400 rows in batches of 4
+    assert found["snapshot"].n == 18
+    assert found["snapshot"].demand.steps == 6 * 2000
+    # 800 rows (600 for misalignment) x 3 epochs in batches of 16, on 4 stacks of each of 6 sources
+    assert found["behavior"].demand.steps == 6 * 4 * (3 * 150 + 114)
     # judged: 50 requests, 50 statements and 32 questions, 10 samples each
     assert found["judge"].demand.judged == found["plan"].judging.n
     judged = [stage for stage in Sketch(load("matrix", [])).stages() if stage.kind == "judge"]
@@ -118,7 +118,7 @@ def test_minimum_detectable_effects_stand_beside_the_thresholds() -> None:
     power = _kinds("matrix")["plan"].power
     assert power["capability"].alone == pytest.approx(0.0449, abs=0.001)
     assert power["refusal"].too_large
-    assert power["capability"].n_contrasts == 60
+    assert power["capability"].n_contrasts == 72
 
 
 @pytest.mark.parametrize(
