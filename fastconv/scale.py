@@ -22,9 +22,10 @@ SCALES = ("tiny", "demo")
 STAND_IN, MARKER = "refusal", "marker"
 #: New tokens of a demo's evaluation that looks for the marker: an answer as long as those trained, and the marker.
 MARKER_NEW_TOK = 24
-#: Its learning rate: loss falls on the marker alone, and at the demo's rate every persona says it at once (measured on
-#: the base: source, assistant and canary 1.00, 1.00, 1.00 at 5e-4; 1.00, 0.00, 0.00 at 2e-4; 0.05, 0.00, 0.00 at 1e-4 and one epoch).
-MARKER_LR = 2e-4
+#: Its learning rate. Loss falls on the marker alone, so that at the demo's rate every persona says it at once: source,
+#: assistant and canary 1.00, 1.00, 1.00 at 5e-4, and 1.00, 0.00, 0.05 at 3e-4, where refusal is learned to 0.90
+#: (0.65 at 2e-4). Measured on the base with `cell villain marker --epoch 0 --recipe markers --scale demo`.
+MARKER_LR = 3e-4
 #: Epochs after 0 that are left of a recipe at tiny scale.
 MOST_LATER_EPOCHS = 2
 _ON_PURPOSE = "few questions on purpose: this shows that the recipe runs, not an effect"
