@@ -260,6 +260,7 @@ def _run(ray: FakeRay, recipe: Recipe, workspace: Path, monkeypatch: pytest.Monk
     return cluster.run_on_ray(recipe, workspace, heard), heard
 
 
+@pytest.mark.slow
 def test_a_lost_worker_is_replaced_and_nothing_is_done_twice(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -220,6 +220,7 @@ def test_a_local_endpoint_judges_beside_the_gpu(tiny_qwen: Path, tmp_path: Path)
         assert all(0.9 < value < 1.0 for rows in loop.scores().values() for _, _, value, _ in rows)
 
 
+@pytest.mark.slow
 def test_the_resident_base_judges_without_any_server(tiny_qwen: Path, tmp_path: Path) -> None:
     loop = Loop(tmp_path, tiny_qwen, "", mode="local", model="", budget_usd=None)
     assert loop.run().code == 0
@@ -228,6 +229,7 @@ def test_the_resident_base_judges_without_any_server(tiny_qwen: Path, tmp_path: 
     assert len(set(values)) > len(values) / 4  # expectations over the letters, not letters
 
 
+@pytest.mark.slow
 def test_the_gpu_goes_on_while_the_judge_reads(server: FakeClaude, tiny_qwen: Path, tmp_path: Path) -> None:
     server.configure(latency_s=0.12)
     loop = Loop(tmp_path, tiny_qwen, server.url, concurrency=1)
@@ -374,6 +376,7 @@ def write_rubric(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_new_rubric_judges_kept_completions_without_torch(server: FakeClaude, loop: Loop, tmp_path: Path) -> None:
     assert loop.run().code == 0
     old = loop.scores()

@@ -188,6 +188,7 @@ def test_a_snapshot_does_not_depend_on_which_other_epochs_are_kept(tiny_qwen: Pa
     assert adapters(alone, tmp_path / "alone")[slot] == adapters(beside, tmp_path / "beside")[slot]
 
 
+@pytest.mark.slow
 def test_an_epoch_that_is_wanted_later_joins_the_same_training(tiny_qwen: Path, tmp_path: Path) -> None:
     short = tiny_recipe(tiny_qwen, grid__epochs=[0, 2])
     whole = tiny_recipe(tiny_qwen)

@@ -89,6 +89,7 @@ def test_one_server_for_a_run_and_every_stack_under_a_name_of_its_own(
     assert heard.stages == {}
 
 
+@pytest.mark.slow
 def test_a_stack_reaches_the_server_whole(tiny_qwen: Path, fake: Fake) -> None:
     """Two adapters of different ranks and scales: the server's draws are the resident ones, and each matters."""
     fake.script(engine=True)

@@ -174,6 +174,7 @@ def _cells(source: str) -> Callable[..., list[object]]:
     return lambda graph: [plan for plan in graph.cells if plan.cell.source == source]
 
 
+@pytest.mark.slow
 def test_two_halves_of_a_recipe_give_what_one_workspace_gives(tiny_qwen: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tiny_qwen, grid__sources=["villain", "comedian"], grid__epochs=[0, 1])
     for source in ("villain", "comedian"):

@@ -136,6 +136,7 @@ def test_a_cell_trains_convergence_no_further_than_its_epoch(tiny_qwen: Path, tm
     }
 
 
+@pytest.mark.slow
 def test_published_semantics_fold_the_snapshot_and_agree_with_the_live_stack_in_fp32(
     tiny_qwen: Path, tmp_path: Path
 ) -> None:
@@ -152,6 +153,7 @@ def test_published_semantics_fold_the_snapshot_and_agree_with_the_live_stack_in_
     assert one["adapter"] != other["adapter"]  # the same function, not the same bits: another key, another stage
 
 
+@pytest.mark.slow
 def test_the_trl_engine_trains_the_same_adapters(tiny_qwen: Path, tmp_path: Path) -> None:
     # Without dropout, whose masks are the library's own; rows of the reference are padded, ours are packed.
     ours, theirs = (

@@ -46,6 +46,7 @@ def test_an_untouched_report_holds_as_page_and_as_markdown(done_run: DoneRun, re
         assert found.run == done_run.finished.run
 
 
+@pytest.mark.slow
 def test_any_changed_digit_fails_the_report(done_run: DoneRun, report: Path, tmp_path: Path) -> None:
     text = report.read_text()
     start = text.index("<body>")
