@@ -241,6 +241,20 @@ def forked(work: Callable[[], None]) -> int:
         os._exit(code)
 
 
+def die_at_fsync(nth: int) -> None:
+    """In a forked child: kill -9 this process before its nth fsync from now."""
+    left, real = nth, os.fsync
+
+    def fsync(descriptor: int) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(descriptor)
+
+    os.fsync = fsync
+
+
 def exit_of(pid: int, timeout_s: float = 60.0) -> int:
     """Wait for a child: its exit code, or minus the signal that killed it."""
     until(lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None, timeout_s)

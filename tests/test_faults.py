@@ -26,6 +26,7 @@ from tests.loop_kit import (
     SNAPSHOT_SLOT,
     Heard,
     adapters,
+    die_at_fsync,
     exit_of,
     forked,
     kill,
@@ -110,16 +111,7 @@ def test_after_kill_9_in_the_middle_of_a_write_the_run_goes_on_to_the_same_bits(
     """Dies before the nth fsync of an artefact: its temporary file is whole or not, its row is not there."""
 
     def work() -> None:
-        left, real = nth, os.fsync
-
-        def fsync(descriptor: int) -> None:
-            nonlocal left
-            left -= 1
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(descriptor)
-
-        os.fsync = fsync
+        die_at_fsync(nth)
         run_recipe(recipe, tmp_path, Heard())
 
     assert exit_of(forked(work)) == -signal.SIGKILL

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from fastconv.run import run_recipe
 from fastconv.store import Sample, Score, Stage, Store
 from fastconv.store_judging import JudgeLedger
 from fastconv.store_merge import merge, pack, unpack
-from tests.loop_kit import DoneRun, Heard, exit_of, forked, results, run_tiny, tiny_recipe
+from tests.loop_kit import DoneRun, Heard, die_at_fsync, exit_of, forked, results, run_tiny, tiny_recipe
 
 EVAL = Stage("eval", "eval/one", 1, {"seed": 42})
 SAMPLES = [Sample("q1", 0, "assistant", "Why?", "Because.", 3, True)]
@@ -196,16 +195,7 @@ def test_a_merge_that_was_killed_goes_on(done_run: DoneRun, tmp_path: Path, nth:
     shutil.copytree(done_run.workspace, tmp_path / "there")
 
     def work() -> None:
-        left, real = nth, os.fsync
-
-        def fsync(descriptor: int) -> None:
-            nonlocal left
-            left -= 1
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(descriptor)
-
-        os.fsync = fsync
+        die_at_fsync(nth)
         merge(Store.open(tmp_path / "here"), Store.open(tmp_path / "there"))
 
     assert exit_of(forked(work)) == -signal.SIGKILL
