@@ -110,6 +110,11 @@ class Interrupted(FastconvError):
     exit_code = 130
 
 
+def stopped(where: str) -> Interrupted:
+    """The user asked to stop; `where` is the slot, run or part that was reached."""
+    return Interrupted("stopped", where=where, fix="the same command goes on from here")
+
+
 #: For the README's table and `fastconv --help`; a test compares it with the classes above.
 EXIT_CODES: dict[int, str] = {
     0: "done",

@@ -32,13 +32,13 @@ from fastconv.engine.selftest import self_test
 from fastconv.engine.serve import Server
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack
 from fastconv.engine.train import Job, Trainee, start
-from fastconv.errors import SamplerError, TrainingError
+from fastconv.errors import SamplerError, TrainingError, stopped
 from fastconv.graph import Graph, lineage_key
 from fastconv.judging.local import LocalReply, Prompt
 from fastconv.recipe import SamplingSettings
 from fastconv.store import Lease, Sample, Score, Stage, Store
 from fastconv.tokens import ChatTokenizer, Rendered, SystemTurn
-from fastconv.training import Progress, Task, note, stopped, train_kept
+from fastconv.training import Progress, Task, note, train_kept
 
 
 @dataclass(frozen=True)

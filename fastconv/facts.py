@@ -6,9 +6,13 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
+from fastconv.store import Store
 
 #: Packages whose versions stand in the reproducibility card.
 CARD_PACKAGES = (
@@ -26,6 +30,13 @@ CARD_PACKAGES = (
     "triton",
     "vllm",
 )
+
+
+def begin_run(store: Store, recipe: Recipe, facts: Mapping[str, Any]) -> str:
+    """Note that a run of the recipe begins, or goes on, with these facts; its id."""
+    run = run_id(recipe)
+    store.start_run(run, canonical_json(recipe.model_dump(mode="json")), recipe_sha256(recipe), recipe.name, facts)
+    return run
 
 
 def run_facts() -> dict[str, Any]:

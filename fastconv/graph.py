@@ -101,6 +101,11 @@ class Graph:
         self._asked: dict[tuple[str, int], tuple[list[tuple[str, str]], str]] = {}
         self.cells = [self._plan(cell) for cell in self._grid()]
 
+    @property
+    def judges_outside(self) -> bool:
+        """Whether a judge is asked that is not the resident base itself."""
+        return self.judge is not None and self.judge.family != "resident"
+
     @cached_property
     def questions(self) -> QuestionSet:
         """Multiple-choice questions; read only when a behavior needs them."""

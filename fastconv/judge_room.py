@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fastconv.errors import Interrupted, JudgeError
+from fastconv.errors import JudgeError, stopped
 from fastconv.graph import Graph
 from fastconv.judge_assets import prices_of
 from fastconv.judging.book import DeskStatus
@@ -94,7 +94,8 @@ class JudgeRoom:
     """Hands completions to the judge and commits what comes back. Use as a context: leaving it by an error drops what
     is under way (booked, and asked again by the next run), batches go on at the API.
 
-    `later` leaves everything pending, for whoever judges it elsewhere. `resident` gives the base's `Ask` when the resident base judges; `ready` makes sure of the judge at the first stage.
+    `later` leaves everything pending, for whoever judges it elsewhere. `resident` gives the base's `Ask` when the resident
+    base judges; `ready` makes sure of the judge at the first stage.
     """
 
     def __init__(
@@ -164,7 +165,7 @@ class JudgeRoom:
             if not self._waiting or self._desk is None or self.status.out or self.status.stopped:
                 return
             if self._stop.is_set():
-                raise Interrupted("stopped", where="judge", fix="the same command goes on from here")
+                raise stopped("judge")
             time.sleep(WAIT_S)
 
     def facts(self) -> dict[str, Any]:

@@ -38,9 +38,8 @@ def open_run(recipe: Recipe | str, *, workspace: Path | str = WORKSPACE) -> Run:
     store = Store.open(workspace, create=False)
     if isinstance(recipe, Recipe):
         return Run(recipe, store)
-    for row in store.runs():
-        if row["id"] == recipe:
-            return Run(parse_recipe(json.loads(row["recipe"]), where=recipe), store)
+    if (row := store.run(recipe)) is not None:
+        return Run(parse_recipe(json.loads(row["recipe"]), where=recipe), store)
     known = ", ".join(row["id"] for row in store.runs()) or "none"
     raise InputError(f"no run is called {recipe!r}", where=str(workspace), fix=f"runs here: {known}")
 

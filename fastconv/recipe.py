@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -420,17 +420,20 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
 
 def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
     """Paths in a recipe are relative to the recipe; results never depend on them, only on file contents."""
+    move_paths(table, lambda path: str((folder / path).resolve()))
+
+
+def move_paths(table: dict[str, Any], move: Callable[[str], str]) -> None:
+    """Replace, in place, every path of the user's files that a recipe's table names."""
     for section, key in (("data", "personas"), ("data", "behaviors"), ("eval", "arc_file"), ("judge", "prices")):
         part = table.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str) and part[key]:
-            part[key] = str((folder / part[key]).resolve())
+            part[key] = move(part[key])
     for section, key in (("data", "rows"), ("judge", "rubrics")):
         part = table.get(section)
         paths = part.get(key) if isinstance(part, dict) else None
         if isinstance(paths, dict):
-            paths |= {
-                name: str((folder / path).resolve()) for name, path in paths.items() if path and isinstance(path, str)
-            }
+            paths |= {name: move(path) for name, path in paths.items() if path and isinstance(path, str)}
 
 
 def _explain(error: ValidationError, where: str) -> RecipeError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from fastconv.datasets.behaviors import load_behaviors
 from fastconv.datasets.files import assets, read_toml
 from fastconv.errors import InputError, JudgeError, RecipeError
-from fastconv.facts import run_facts
+from fastconv.facts import begin_run, run_facts
 from fastconv.graph import Graph
 from fastconv.judge_assets import rubric_named, shipped_rubrics
 from fastconv.judge_room import JudgeRoom, check_judge, judge_stages
@@ -21,7 +21,7 @@ from fastconv.judging.local import Ask
 from fastconv.judging.rubric import Rubric, load_rubric
 from fastconv.judging.scores import Agreement, compare_scores
 from fastconv.phrases import PhraseRule
-from fastconv.recipe import JudgeSettings, Recipe, canonical_json, recipe_sha256, run_id
+from fastconv.recipe import JudgeSettings, Recipe, run_id
 from fastconv.runner import Watcher, stop_on_sigint
 from fastconv.standing import needed_ends
 from fastconv.store import Score, Stage, Store
@@ -76,8 +76,8 @@ def finish_judging(
 ) -> JudgedRun:
     """Judge every kept completion that a judge stage of the recipe still wants; samples and trains nothing.
 
-    `urgent` is for what others wait for. `before` is the recipe as it was (another rubric, say): its scores are compared with the new ones. Raises RecipeError
-    without a judge, JudgeError if it cannot be asked, Interrupted on Ctrl-C.
+    `urgent` is for what others wait for. `before` is the recipe as it was (another rubric, say): its scores are compared
+    with the new ones. Raises RecipeError without a judge, JudgeError if it cannot be asked, Interrupted on Ctrl-C.
     """
     graph = Graph(recipe)
     if graph.judge is None:
@@ -89,9 +89,8 @@ def finish_judging(
     stages = judge_stages(graph.stages())
     todo = [s for s in stages if store.record(s.key) is None and store.record(s.needs["eval"].key) is not None]
     access = check_judge(graph.judge, store) if todo else None
-    if run not in {row["id"] for row in store.runs()}:
-        recipe_json = canonical_json(recipe.model_dump(mode="json"))
-        store.start_run(run, recipe_json, recipe_sha256(recipe), recipe.name, run_facts())
+    if store.run(run) is None:
+        begin_run(store, recipe, run_facts())
     watcher.begin(run, len(todo), len(todo))
     with stop_on_sigint() as stop:
         room = JudgeRoom(graph, store, run, watcher, stop=stop, resident=_resident(graph, store), access=access)

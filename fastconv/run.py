@@ -20,12 +20,12 @@ from fastconv.deciding.results import decide_gates, gate_base, measurable_behavi
 from fastconv.deciding.stopping import GateKeeper
 from fastconv.engine.locate import engine_identity
 from fastconv.errors import JudgeError
-from fastconv.facts import run_facts
+from fastconv.facts import begin_run, run_facts
 from fastconv.failing import FailedStage, raise_failed
 from fastconv.findings.gates import GateVerdict
 from fastconv.graph import CellPlan, Graph, lineage_key, walk
 from fastconv.judge_room import check_judge, judge_stages
-from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
+from fastconv.recipe import Recipe
 from fastconv.runner import Runner, Tally, Watcher, stop_on_sigint
 from fastconv.schedule import steps
 from fastconv.standing import needed_ends
@@ -90,14 +90,7 @@ def run_recipe(
     access = check_judge(graph.judge, store) if to_judge and not judge_later else None
     watcher.audited(report)
     store.sweep()
-    run = run_id(recipe)
-    store.start_run(
-        run,
-        canonical_json(recipe.model_dump(mode="json")),
-        recipe_sha256(recipe),
-        recipe.name,
-        {**run_facts(), **notes},
-    )
+    run = begin_run(store, recipe, {**run_facts(), **notes})
     keeper = GateKeeper(graph, store, run, watcher.gate, ignore_gates or {})
     with stop_on_sigint(stop) as stop:
         everything = graph.stages(picked)
@@ -130,16 +123,13 @@ def compute_stages(
 
     Raises what `run_recipe` raises while computing.
     """
-    graph, store, run = Graph(recipe), Store.open(workspace), run_id(recipe)
+    graph, store = Graph(recipe), Store.open(workspace)
     store.sweep()
-    store.start_run(
-        run, canonical_json(recipe.model_dump(mode="json")), recipe_sha256(recipe), recipe.name, run_facts()
-    )
+    run = begin_run(store, recipe, run_facts())
     ends = [stage for stage in graph.stages() if stage.key in keys]
     asked = {part.key for end in ends for part in walk(end)}
     with stop_on_sigint(stop) as stop:
-        later = graph.judge is not None and graph.judge.family != "resident"
-        runner = Runner(graph, store, run, watcher, stop, asked, None, judge_later=later)
+        runner = Runner(graph, store, run, watcher, stop, asked, None, judge_later=graph.judges_outside)
         with closing(runner), runner.judging:
             runner.compute(ends)
 

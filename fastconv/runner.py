@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastconv.datasets.audit import CheckReport
 from fastconv.deciding.stopping import GateKeeper
-from fastconv.errors import DataError, Interrupted, TrainingError
+from fastconv.errors import DataError, TrainingError, stopped
 from fastconv.failing import Failing
 from fastconv.findings.gates import GateVerdict
 from fastconv.graph import CellPlan, Graph, walk
 from fastconv.judge_room import Access, JudgeRoom
 from fastconv.judging.book import DeskStatus
+from fastconv.stage import Record
 from fastconv.standing import reason_to_run
 from fastconv.store import Stage, Store
 
@@ -46,6 +47,13 @@ class Tally:
     n_stages: int = 0
     seconds: float = 0.0
     tokens: dict[str, int] = field(default_factory=dict)
+
+    def add(self, record: Record) -> None:
+        """Count a stage and the tokens that its record names."""
+        self.n_stages += 1
+        for name, value in record.facts.items():
+            if name.endswith("_tok"):
+                self.tokens[name] = self.tokens.get(name, 0) + int(value)
 
 
 class Runner:
@@ -96,7 +104,7 @@ class Runner:
         if self.failing.blocks(stage):
             return
         if self._stop.is_set():
-            raise Interrupted("stopped", where=stage.slot, fix="the same command goes on from here")
+            raise stopped(stage.slot)
         if stage.kind == "judge":
             self.judging.submit(stage, urgent=urgent)
             return
@@ -140,7 +148,7 @@ class Runner:
     def _converge_together(self, runs: Sequence[Sequence[Stage]]) -> None:
         """Train these runs in one call. Should one of them fail, each goes on alone, to find out which."""
         if self._stop.is_set():
-            raise Interrupted("stopped", where=runs[0][0].slot, fix="the same command goes on from here")
+            raise stopped(runs[0][0].slot)
         for run in runs:
             self._watcher.stage(run[0], reason_to_run(run[0], self._store))
         began = time.monotonic()
@@ -163,9 +171,9 @@ class Runner:
         """Count and show what is done of these stages, which took so long together; then look at the judge."""
         self.tally.seconds += seconds
         for stage in stages:
-            if self._store.record(stage.key) is not None and stage.key not in self._counted:
+            if (record := self._store.record(stage.key)) is not None and stage.key not in self._counted:
                 self._counted.add(stage.key)
-                self._count(stage)
+                self.tally.add(record)
                 self._store.note_stage_of_run(self._run, stage, reused=False)
                 self._watcher.stage_done(stage, seconds)
         self.judging.collect()
@@ -196,13 +204,6 @@ class Runner:
     def _tell(self, progress: Progress) -> None:
         self._watcher.progress(progress)
         self.judging.glance()
-
-    def _count(self, stage: Stage) -> None:
-        record = self._store.record(stage.key)
-        self.tally.n_stages += 1
-        for name, value in (record.facts if record else {}).items():
-            if name.endswith("_tok"):
-                self.tally.tokens[name] = self.tally.tokens.get(name, 0) + int(value)
 
 
 @contextmanager

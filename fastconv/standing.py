@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,8 +35,7 @@ def status_of(graph: Graph, store: Store | None) -> list[StageStatus]:
         return [StageStatus(s.slot, s.kind, s.key, "to do", "nothing was computed here yet") for s in graph.stages()]
     live = store.live_leases()
     needed = {part.key for end in needed_ends(graph, store, graph.cells) for part in walk(end)}
-    run = next((row for row in store.runs() if row["id"] == run_id(graph.recipe)), None)
-    problem = json.loads(run["facts"]).get("judging", {}).get("problem", "") if run else ""
+    problem = store.run_facts(run_id(graph.recipe)).get("judging", {}).get("problem", "")
     failures, statuses = store.failures(), dict[str, StageStatus]()
     for stage in graph.stages():
         status = _status(stage, store, live, stage.key in needed, statuses)

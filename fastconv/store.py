@@ -415,6 +415,15 @@ class Store:
         """All runs of the workspace, newest first."""
         return self._db.execute("SELECT * FROM runs ORDER BY started_at DESC").fetchall()
 
+    def run(self, run: str) -> sqlite3.Row | None:
+        """The run of this id, if it ever began here."""
+        return self._db.execute("SELECT * FROM runs WHERE id=?", (run,)).fetchone()
+
+    def run_facts(self, run: str) -> dict[str, Any]:
+        """What a run noted of its machine, versions and command; empty if it never began here."""
+        row = self.run(run)
+        return {} if row is None else json.loads(row["facts"])
+
     def note_stage_of_run(self, run: str, stage: Stage, *, reused: bool) -> None:
         """Record that a run rests on a stage, and whether it found it done. The first word stands."""
         with self.transaction() as db:

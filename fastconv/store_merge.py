@@ -117,16 +117,17 @@ def unpack(store: Store, parcel: Parcel) -> bool:
 
 def artefacts_of(store: Store, outputs: str) -> Iterator[tuple[str, str]]:
     """(sha256, suffix) of the artefacts that a stage's outputs (JSON) name."""
-    for text in _texts(json.loads(outputs)):
+    for text in texts_in(json.loads(outputs)):
         yield from store.rows("SELECT sha256, suffix FROM artefacts WHERE sha256=?", (text,))
 
 
-def _texts(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a JSON or TOML value, however deep."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
+            yield from texts_in(part)
 
 
 def _differs(store: Store, parcel: Parcel) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from fastconv.engine.stack import Stack
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
-from fastconv.errors import Interrupted
+from fastconv.errors import stopped
 from fastconv.store import Lease, Store
 
 
@@ -99,8 +99,3 @@ def note(lease: Lease, progress: Progress) -> None:
 def known(loss: float) -> float | None:
     """The loss last seen, or None while a GPU has not answered yet."""
     return loss if math.isfinite(loss) else None
-
-
-def stopped(slot: str) -> Interrupted:
-    """The user asked to stop; the slot is where."""
-    return Interrupted("stopped", where=slot, fix="the same command goes on from here")

@@ -172,7 +172,7 @@ def _judge(graph: Graph, stage: Stage) -> Demand:
     """Judgements of an evaluation's completions. The resident base reads them itself, the rubric once for a batch."""
     drawn = _drawn(stage.needs["eval"], 1)
     rubric = stage.work["rubric"]
-    if graph.judge is None or graph.judge.family != "resident":
+    if graph.judges_outside:
         return Demand(judged=drawn.samples)
     options = sum(len(option.meaning) + len(option.name) for measure in rubric.measures for option in measure.options)
     limit = stage.needs["eval"].inputs["sampling"]["max_new_tok"]

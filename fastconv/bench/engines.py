@@ -5,7 +5,6 @@ Importing Unsloth changes transformers for a whole process, so its side runs in 
 
 from __future__ import annotations
 
-import gc
 import json
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 
 from fastconv.bench.measure import Comparison, Measured, matmul_ceiling, measured
 from fastconv.bench.subject import Subject, shape, subject
-from fastconv.bench.training import LOADS, WARM_UP, Timed, jobs_for, mean_length, supervised_share, timed
+from fastconv.bench.training import LOADS, WARM_UP, Timed, free_memory, jobs_for, mean_length, supervised_share, timed
 from fastconv.engine.stack import Stack
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings
@@ -37,8 +36,7 @@ def bench_engine(model: Subject, n_steps: int) -> Comparison:
     flops = train_flops_per_tok(shape(stack.base), Work(mean_length(job), supervised_share(job), model.lora.r))
     mine = timed(stack, [job])
     del stack
-    gc.collect()
-    torch.cuda.empty_cache()
+    free_memory()
     theirs = _in_a_process(model, n_steps)
 
     def as_measured(name: str, run: Timed) -> Measured:

@@ -87,7 +87,7 @@ def bench_train(model: Subject, n_steps: int, kind: str = "train") -> Comparison
     else:
         mine = timed(stack, jobs)
         del stack
-        _free()
+        free_memory()
         tried = {name: _if_it_fits(model, jobs[0], first, again) for name, again in WAYS.items()}
         theirs = {name: run for name, run in tried.items() if run is not None}
     work = Work(mean_length(jobs[0]), supervised_share(jobs[0]), model.lora.r)
@@ -190,7 +190,7 @@ def _usual(
     options = TrlOptions(gradient_checkpointing=checkpointing, on_step=on_step, until_step=n_steps)
     train_with_trl(plain, job, first, options)
     del plain
-    _free()
+    free_memory()
     return Timed(seconds[USUAL_WARM_UP:], _n_tok(job, USUAL_WARM_UP, n_steps), peak.bytes)
 
 
@@ -201,7 +201,7 @@ def _if_it_fits(model: Subject, job: Job, first: Adapter, checkpointing: bool) -
     except torch.OutOfMemoryError:
         return None  # and with the traceback, their tensors go
     finally:
-        _free()
+        free_memory()
 
 
 def _n_tok(job: Job, begin: int, end: int) -> int:
@@ -218,7 +218,8 @@ def supervised_share(job: Job) -> float:
     return sum(row.n_supervised for row in job.rows) / sum(len(row.ids) for row in job.rows)
 
 
-def _free() -> None:
+def free_memory() -> None:
+    """Let go of what Python and a GPU's allocator still hold."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -410,10 +410,7 @@ def _run(
             if ray:
                 from fastconv.cluster import run_on_ray
 
-                graph = Graph(recipe)
-                notes = admit(graph, graph.cells)
-                finished = run_on_ray(recipe, workspace, watcher, address=ray, ignore_gates=ignored)
-                Store.open(workspace).add_run_facts(finished.run, notes)
+                finished = run_on_ray(recipe, workspace, watcher, address=ray, ignore_gates=ignored, admit=admit)
             else:
                 finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored, admit=admit)
     except CostStop:

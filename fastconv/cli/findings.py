@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastconv.cli.kit import DEFAULT_WORKSPACE, AsJson, Workspace, answered
+from fastconv.cli.kit import DEFAULT_WORKSPACE, AsJson, Workspace, answered, load_or_recall
 
 if TYPE_CHECKING:
     from fastconv.deciding.decided import Decided
@@ -93,11 +93,8 @@ def published(
 
 def _decided(name: str, workspace: Path) -> Decided:
     from fastconv.deciding.decided import Decided
-    from fastconv.graph import Graph, find_recipe
-    from fastconv.recipe import load_recipe, parse_recipe
+    from fastconv.graph import Graph
     from fastconv.store import Store
 
     store = Store.open(workspace, create=False)
-    kept: Any = next((row["recipe"] for row in store.runs() if row["id"] == name), None)
-    recipe = parse_recipe(json.loads(kept), where=name) if kept is not None else load_recipe(find_recipe(name))
-    return Decided(Graph(recipe), store)
+    return Decided(Graph(load_or_recall(name, [], store)), store)

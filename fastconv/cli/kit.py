@@ -68,9 +68,9 @@ def load_or_recall(name: str, overrides: list[str], store: Any, scale: str = "")
     """A recipe by path or name, or the recipe of a run by its id."""
     from fastconv.recipe import parse_recipe
 
-    for row in store.runs() if store else []:
-        if row["id"] == name and not overrides and not scale:
-            return parse_recipe(json.loads(row["recipe"]), where=name)
+    row = store.run(name) if store and not overrides and not scale else None
+    if row is not None:
+        return parse_recipe(json.loads(row["recipe"]), where=name)
     return load(name, overrides, scale)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,11 +50,10 @@ def plan(
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
         return
-    from rich.console import Console
-
+    from fastconv.show import console_of_output
     from fastconv.show.planning import plan as show_plan
 
-    show_plan(found, Console(highlight=False, soft_wrap=not sys.stdout.isatty()))
+    show_plan(found, console_of_output())
 
 
 def cost_gate(workspace: Path, *, approved: bool) -> Callable[[Graph, Sequence[CellPlan]], dict[str, Any]]:
@@ -76,9 +74,8 @@ def cost_gate(workspace: Path, *, approved: bool) -> Callable[[Graph, Sequence[C
         store = open_store(workspace)
         found = make_plan(graph, store, plans=cells)
         facts = facts_of(found, require_approved(found, recipe.run, approved=approved))
-        begun = [json.loads(row["facts"]) for row in store.runs() if row["id"] == run_id(recipe)] if store else []
-        return {
-            name: value for name, value in facts.items() if name != "plan" or not any("plan" in one for one in begun)
-        }
+        if store is not None and "plan" in store.run_facts(run_id(recipe)):
+            del facts["plan"]
+        return facts
 
     return admit

@@ -8,24 +8,24 @@ computes nothing; it asks a paid judge, so that one ledger holds the budget, and
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastconv.auditing import require_passed
-from fastconv.cluster.driver import Driver, judges_here, needs_of, unannounced
+from fastconv.cluster.driver import Driver, needs_of, unannounced
 from fastconv.cluster.orders import base_order, is_whole, shared_order, source_orders
 from fastconv.datasets.audit import check_recipe
 from fastconv.deciding.results import ignored_gates, measurable_behaviors
 from fastconv.deciding.stopping import GateKeeper
 from fastconv.errors import ClusterError, RecipeError
-from fastconv.facts import run_facts
+from fastconv.facts import begin_run, run_facts
 from fastconv.failing import failed_stages
 from fastconv.graph import CellPlan, Graph
 from fastconv.judge_room import check_judge, judge_stages
-from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
+from fastconv.recipe import Recipe
 from fastconv.run import Finished, run_recipe
 from fastconv.runner import Watcher, stop_on_sigint
 from fastconv.standing import needed_ends
@@ -42,24 +42,26 @@ def run_on_ray(
     *,
     address: str = LOCAL,
     ignore_gates: Mapping[str, str] | None = None,
+    admit: Callable[[Graph, Sequence[CellPlan]], Mapping[str, Any]] | None = None,
 ) -> Finished:
     """Run a recipe with its sources spread over a Ray cluster; the same stages as `run_recipe`, merged into `workspace`.
 
     A worker that is lost is replaced by one that goes on from what came back. A stage that fails is noted and the rest
     goes on, as in one process. If a worker ends with an error, the other sources go on to their end (but for a GateStop,
-    which ends the run), and then that error is raised as it was there.
+    which ends the run), and then that error is raised as it was there. `admit` is asked as by `run_recipe`.
     Raises ClusterError without Ray, Interrupted on Ctrl-C, and before anything is computed what `run_recipe` raises.
     """
     report = check_recipe(recipe)
     require_passed(report, "audit")
-    graph, store, run = Graph(recipe), Store.open(workspace), run_id(recipe)
+    graph = Graph(recipe)
+    notes = admit(graph, graph.cells) if admit else {}
+    store = Store.open(workspace)
     to_judge = [s for s in judge_stages(needed_ends(graph, store, graph.cells)) if store.record(s.key) is None]
-    if to_judge and judges_here(graph):
+    if to_judge and graph.judges_outside:
         check_judge(graph.judge, store)
     watcher.audited(report)
-    recipe_json = canonical_json(recipe.model_dump(mode="json"))
     with _ray(address, graph) as ray:
-        store.start_run(run, recipe_json, recipe_sha256(recipe), recipe.name, run_facts())
+        run = begin_run(store, recipe, {**run_facts(), **notes})
         GateKeeper(graph, store, run, watcher.gate, ignore_gates or {})  # records what is ignored
         stages = graph.stages()
         watcher.begin(run, len(stages), sum(store.record(stage.key) is None for stage in stages))
@@ -70,7 +72,7 @@ def run_on_ray(
         recipe, workspace, unannounced(watcher), plans=lambda again: _whole_cells(again, store), judge_later=True
     )
     if driver.errors or driver.failed:
-        store.start_run(run, recipe_json, recipe_sha256(recipe), recipe.name, {})  # it is not finished
+        begin_run(store, recipe, {})  # it is not finished
     if driver.errors:
         raise driver.errors[0]
     failures = {key: failure for key, failure in store.failures().items() if key in driver.failed}

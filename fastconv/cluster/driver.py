@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -15,7 +14,7 @@ from fastconv.cluster.orders import Order, left_to_compute, start_keys
 from fastconv.cluster.worker import Ended, Hello, Item, work
 from fastconv.datasets.audit import CheckReport
 from fastconv.engine.locate import engine_identity
-from fastconv.errors import ClusterError, FastconvError, GateStop, Interrupted
+from fastconv.errors import ClusterError, FastconvError, GateStop, Interrupted, stopped
 from fastconv.graph import Graph
 from fastconv.recipe import run_id, sha256_of
 from fastconv.rejudge import finish_judging
@@ -68,7 +67,7 @@ class Driver:
             while self._open:
                 if self.stop.is_set():
                     self._drain()
-                    raise Interrupted("stopped", where=self._run, fix="the same command goes on from here")
+                    raise stopped(self._run)
                 self._take(self._ready(LOOK_S))
         except BaseException:
             for one in self._open:
@@ -76,8 +75,11 @@ class Driver:
             raise
 
     def judge(self, *, urgent: bool) -> None:
-        """Ask a paid judge about everything that came back; a judge that is out leaves it pending."""
-        if judges_here(self.graph) and not self.stop.is_set():
+        """Ask a judge about everything that came back; one that is out leaves it pending.
+
+        The resident base judges where it is resident: at the workers.
+        """
+        if self.graph.judges_outside and not self.stop.is_set():
             recipe, watcher = self.graph.recipe, unannounced(self.watcher)
             judged = finish_judging(recipe, self.store.root, watcher, urgent=urgent)
             self.problem = judged.status.problem
@@ -127,17 +129,15 @@ class Driver:
     def _count(self, stage: Stage) -> None:
         record = self.store.record(stage.key)
         assert record is not None, "it was added just now"
-        self.tally.n_stages += 1
+        self.tally.add(record)
         self.tally.seconds += record.seconds
-        for name, value in record.facts.items():
-            if name.endswith("_tok"):
-                self.tally.tokens[name] = self.tally.tokens.get(name, 0) + int(value)
         self.watcher.stage(stage, "new")
         self.watcher.stage_done(stage, record.seconds)
 
     def _end(self, one: _Open, end: Ended) -> None:
         facts = {name: end.facts[name] for name in ("engine", "template") if name in end.facts}
-        workers = {**self._workers(), one.order.name: {"node": one.node, **end.facts}}
+        before = self.store.run_facts(self._run).get("workers", {})
+        workers = {**before, one.order.name: {"node": one.node, **end.facts}}
         self.store.add_run_facts(self._run, {**facts, "workers": workers})
         for key, failure in end.failures.items():
             self.failed.add(key)
@@ -148,10 +148,6 @@ class Driver:
             self.errors.append(error)
             if isinstance(error, GateStop):  # before the next cost, whoever it would be paid for
                 self._ring()
-
-    def _workers(self) -> dict[str, Any]:
-        row = next(row for row in self.store.runs() if row["id"] == self._run)
-        return json.loads(row["facts"]).get("workers", {})
 
     def _again(self, one: _Open, error: Exception) -> None:
         """Give a lost order out again, beginning from everything that came back."""
@@ -242,11 +238,6 @@ def cpu_threads() -> int:
 def unannounced(watcher: Watcher) -> Watcher:
     """The watcher, for calls whose beginning it has shown already."""
     return cast(Watcher, _Unannounced(watcher))
-
-
-def judges_here(graph: Graph) -> bool:
-    """Whether the driver asks the judge. The resident base judges where it is resident: at the workers."""
-    return graph.judge is not None and graph.judge.family != "resident"
 
 
 def _lost_errors(ray: Any) -> tuple[type[Exception], ...]:

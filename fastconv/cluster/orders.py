@@ -5,8 +5,9 @@ An order carries everything by content, so that a worker needs nothing but fastc
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from fastconv.datasets.files import read_toml
 from fastconv.disk import storage_errors, write_atomically
 from fastconv.errors import ClusterError, DataError
 from fastconv.graph import CellPlan, Graph, walk
-from fastconv.recipe import Recipe, parse_recipe
+from fastconv.recipe import Recipe, move_paths, parse_recipe
 from fastconv.schedule import wanted
 from fastconv.store import Stage, Store, changed_inputs
+from fastconv.store_merge import texts_in
 
 BASE, SHARED = "base", "shared"
 
@@ -95,15 +97,17 @@ def is_whole(graph: Graph, store: Store, plan: CellPlan, alive: Sequence[str]) -
 
 def recipe_files(recipe: Recipe) -> dict[str, bytes]:
     """Every file of the user's that the recipe reads, by its path. Raises DataError for one that cannot be read."""
-    named = [recipe.data.personas, recipe.data.behaviors, recipe.eval.arc_file, recipe.judge.prices]
-    named += recipe.judge.rubrics.values()
-    named += [path.replace("{source}", source) for path in recipe.data.rows.values() for source in recipe.grid.sources]
+    given: list[str] = []
+    move_paths(recipe.model_dump(mode="json"), lambda path: given.append(path) or path)
+    by_source = set(recipe.data.rows.values())
+    named = [path for path in given if path not in by_source]
+    named += [path.replace("{source}", source) for path in by_source for source in recipe.grid.sources]
     if recipe.data.behaviors:
         folder = Path(recipe.data.behaviors).parent
-        named += [str(folder / text) for text in _texts(read_toml(Path(recipe.data.behaviors)))
+        named += [str(folder / text) for text in texts_in(read_toml(Path(recipe.data.behaviors)))
                   if text and "\n" not in text and (folder / text).is_file()]  # fmt: skip
     try:
-        return {path: Path(path).read_bytes() for path in dict.fromkeys(named) if path}
+        return {path: Path(path).read_bytes() for path in dict.fromkeys(named)}
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=str(error.filename), fix="check the path") from None
 
@@ -115,12 +119,8 @@ def unpacked_recipe(order: Order, folder: Path) -> Recipe:
             here = _below(folder, path)
             here.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(here, data)
-    table = {name: dict(part) if isinstance(part, Mapping) else part for name, part in order.recipe.items()}
-    for section, key in (("data", "personas"), ("data", "behaviors"), ("eval", "arc_file"), ("judge", "prices")):
-        if table[section][key]:
-            table[section][key] = str(_below(folder, table[section][key]))
-    for section, key in (("data", "rows"), ("judge", "rubrics")):
-        table[section][key] = {name: str(_below(folder, path)) for name, path in table[section][key].items()}
+    table = copy.deepcopy(dict(order.recipe))
+    move_paths(table, lambda path: str(_below(folder, path)))
     return parse_recipe(table, where=order.name)
 
 
@@ -166,17 +166,9 @@ def _with_source(order: Order, source: str, ignore_gates: Mapping[str, str]) -> 
 
 def _is_computed(graph: Graph, stage: Stage) -> bool:
     """Whether a worker computes it. A paid judge is asked by the driver alone, whose ledger holds the budget."""
-    return stage.kind != "judge" or (graph.judge is not None and graph.judge.family == "resident")
+    return stage.kind != "judge" or not graph.judges_outside
 
 
 def _below(folder: Path, path: str) -> Path:
     """Where a file lies below `folder`, with the whole of its old path, so that files find one another as before."""
     return folder.joinpath(*Path(path).absolute().parts[1:])
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)

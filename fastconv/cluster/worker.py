@@ -6,7 +6,6 @@ handed over all but its last stage, and one that comes again to the same node go
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -86,7 +85,7 @@ def work(order: Order, start: Sequence[Parcel], folder_name: str, stopped: Calla
     except FastconvError as error:
         yield Ended(error=_told(error))
         return
-    one = _Thread(order, recipe, store.root)
+    one = _Thread(order, graph, store.root)
     try:
         one.start()
         yield from _handing_over(order, store, {parcel.key for parcel in start}, one, stopped)
@@ -122,9 +121,10 @@ def _handing_over(
 class _Thread(threading.Thread):
     """The computing of an order, and how it ended."""
 
-    def __init__(self, order: Order, recipe: Recipe, workspace: Path) -> None:
+    def __init__(self, order: Order, graph: Graph, workspace: Path) -> None:
         super().__init__(name=f"order-{order.name}")
-        self._order, self._recipe, self._workspace = order, recipe, workspace
+        self._order, self._recipe, self._workspace = order, graph.recipe, workspace
+        self._judge_later = graph.judges_outside
         self._defect: BaseException | None = None
         self.stop = threading.Event()
         #: The error that ended it, if one of fastconv's did.
@@ -141,7 +141,7 @@ class _Thread(threading.Thread):
                 run_recipe(
                     self._recipe, self._workspace, watcher, stop=self.stop, ignore_gates=self._order.ignore_gates,
                     plans=lambda graph: [plan for plan in graph.cells if plan.cell.source == source],
-                    judge_later=_is_judged_elsewhere(self._recipe),
+                    judge_later=self._judge_later,
                 )  # fmt: skip
         except FastconvError as error:
             self.told = _told(error)
@@ -154,15 +154,9 @@ class _Thread(threading.Thread):
             raise self._defect
 
 
-def _is_judged_elsewhere(recipe: Recipe) -> bool:
-    judge = Graph(recipe).judge
-    return judge is not None and judge.family != "resident"
-
-
 def _facts(store: Store, recipe: Recipe) -> dict[str, Any]:
     """What this worker's run knows of engine and template."""
-    row = next((row for row in store.runs() if row["id"] == run_id(recipe)), None)
-    facts = json.loads(row["facts"]) if row else {}
+    facts = store.run_facts(run_id(recipe))
     return {name: facts[name] for name in ("engine", "template", "machine", "versions") if name in facts}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,8 +87,12 @@ class Decided:
     @cached_property
     def facts(self) -> Mapping[str, Any]:
         """What the run noted of its machine, versions and command; empty if it never began here."""
-        row = next((row for row in self.store.runs() if row["id"] == self.run), None)
-        return json.loads(row["facts"]) if row is not None else {}
+        return self.store.run_facts(self.run)
+
+    @cached_property
+    def reused(self) -> Mapping[str, bool]:
+        """For every stage, by key, that the run rests on: whether it was there before."""
+        return {row["key"]: bool(row["reused"]) for row in self.store.stages_of_run(self.run)}
 
     @cached_property
     def ignored(self) -> Mapping[str, str]:

@@ -32,9 +32,7 @@ def series(store: Store, stage: Stage, measure: str, probe: str, unit: Any = "sh
 
 def ignored_gates(store: Store, recipe: Recipe) -> dict[str, str]:
     """Gates that the recipe ignores, or the command line of its run did, with the reason given."""
-    run = run_id(recipe)
-    facts = next((json.loads(row["facts"]) for row in store.runs() if row["id"] == run), {})
-    return {**recipe.gates.ignore, **facts.get("ignored_gates", {})}
+    return {**recipe.gates.ignore, **store.run_facts(run_id(recipe)).get("ignored_gates", {})}
 
 
 def gate_base(graph: Graph, store: Store) -> list[GateVerdict]:
@@ -70,16 +68,16 @@ def decide_gates(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[
 def all_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """`decide_gates` from a reading; gates that were ignored say so."""
     ignored = ignored_gates(found.reading.store, found.graph.recipe)
-    verdicts = _marked(base_gates(found), ignored)
+    verdicts = marked(base_gates(found), ignored)
     g0 = {verdict.subject: verdict for verdict in verdicts}
-    verdicts += _marked(_convergence_gates(found, plans), ignored)
+    verdicts += marked(_convergence_gates(found, plans), ignored)
     for source, behavior in dict.fromkeys(
         (p.cell.source, p.cell.behavior) for p in plans if p.cell.behavior != NO_BEHAVIOR
     ):
         mine = [p for p in plans if (p.cell.source, p.cell.behavior) == (source, behavior)]
         word = [g0[behavior]] if behavior in g0 else []
         if word and (word[0].verdict == "pass" or word[0].ignored):
-            word += _marked(_behavior_gates(found, source, behavior, mine), ignored)
+            word += marked(_behavior_gates(found, source, behavior, mine), ignored)
         verdicts += [verdict for verdict in word if verdict.gate != "G0"]
         if source == ASSISTANT:
             continue  # a degenerate control: its gates are told, and it decides nothing
@@ -162,7 +160,8 @@ def first_thresholds(reading: Reading) -> FirstThresholds | None:
     return None
 
 
-def _marked(verdicts: Sequence[GateVerdict], ignored: Mapping[str, str]) -> list[GateVerdict]:
+def marked(verdicts: Sequence[GateVerdict], ignored: Mapping[str, str]) -> list[GateVerdict]:
+    """The verdicts, with the reason on each failed one that is ignored."""
     return [
         replace(verdict, ignored=ignored[verdict.gate]) if verdict.failed and verdict.gate in ignored else verdict
         for verdict in verdicts
@@ -251,13 +250,7 @@ def _study_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdic
     verdicts = []
     for kind in [kind for kind in kinds if kind != "none"] or list(kinds):
         shifts = found.shifts(plans, kind)
-        subject = f"negatives {kind}"
-        verdicts += [
-            gates_study.signal(rules, subject, shifts),
-            gates_study.first_sources(rules, subject, shifts, sources),
-            gates_study.confirm(rules, subject, shifts, sources),
-            gates_study.falsify(rules, subject, shifts, sources),
-        ]
+        verdicts += gates_study.study(rules, f"negatives {kind}", shifts, sources)
     return verdicts
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 from fastconv.deciding.gathering import Gathering
 from fastconv.deciding.reading import Reading
-from fastconv.deciding.results import gates_after, ignored_gates
+from fastconv.deciding.results import gates_after, ignored_gates, marked
 from fastconv.errors import GateStop, InputError
 from fastconv.findings.gates import GateVerdict
 from fastconv.graph import CellPlan, Graph
@@ -48,20 +47,18 @@ class GateKeeper:
 
     def after(self, plan: CellPlan) -> None:
         """Ask the gates about a finished cell. Raises GateStop if one that stops the run failed and is not ignored."""
-        for verdict in gates_after(Gathering(Reading(self._graph, self._store)), plan):
-            marked = self._record(verdict)
-            if marked.failed and not marked.ignored and verdict.gate in self._graph.recipe.gates.stop:
+        verdicts = gates_after(Gathering(Reading(self._graph, self._store)), plan)
+        for verdict in marked(verdicts, self._ignored):
+            self._record(verdict)
+            if verdict.failed and not verdict.ignored and verdict.gate in self._graph.recipe.gates.stop:
                 raise GateStop(
                     f"{verdict.gate} failed: {verdict.reason} (rule: {verdict.threshold})",
                     where=verdict.subject,
                     fix=f'mend the cause, or go on with --ignore-gate {verdict.gate} --because "..."',
                 )
 
-    def _record(self, verdict: GateVerdict) -> GateVerdict:
-        if verdict.failed and verdict.gate in self._ignored:
-            verdict = replace(verdict, ignored=self._ignored[verdict.gate])
+    def _record(self, verdict: GateVerdict) -> None:
         self._store.put_verdict(self._run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
         if verdict.failed and (verdict.gate, verdict.subject) not in self._said:
             self._said.add((verdict.gate, verdict.subject))
             self._tell(verdict)
-        return verdict

@@ -118,10 +118,10 @@ def _distance(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
 ) -> float:
     """How far values and gradients on a few short rows lie from SDPA's in fp32, relative; the larger of them."""
-    rows = Ragged.of(_TRIAL_TOK, kernel, n_tok=sum(_TRIAL_TOK) + 3)
+    n_tok = sum(_TRIAL_TOK) + 3
+    rows = Ragged.of(_TRIAL_TOK, kernel, n_tok=n_tok)
     rows = rows.holding([rows.bounds.to(device)])
     generator = torch.Generator().manual_seed(0)
-    n_tok = sum(_TRIAL_TOK) + 3
     shapes = [(heads, n_tok, head_dim), *[(kv_heads, n_tok, head_dim)] * 2]
     drawn = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
     scale = 0.7 * head_dim**-0.5

@@ -1,7 +1,4 @@
-"""What a report is made of: sections of claims, tables, figures and answers. Plain data; `report` renders them.
-
-A section that comes later (persona geometry, plan against actual) needs nothing but these.
-"""
+"""What a report is made of: sections of claims, tables, figures and answers. Plain data; `report` renders them."""
 
 from __future__ import annotations
 
@@ -11,6 +8,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fastconv.findings.evidence import NoRowsError, Number
+
+#: A longer table is folded away, or told in two.
+OPEN_ROWS = 24
+
+
+def folded_if_long(rows: Sequence[object], what: str) -> str:
+    """What a table is folded under: nothing for a short one, else how many of `what` it holds."""
+    return f"{len(rows)} {what}" if len(rows) > OPEN_ROWS else ""
 
 
 @dataclass(frozen=True)

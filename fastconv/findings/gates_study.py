@@ -69,6 +69,18 @@ def first_sources(gates: GateSettings, subject: str, shifts: Sequence[Shift], or
     return _any_moves("G5", subject, rule, [one for one in _assistant(shifts) if one.source in first])
 
 
+def study(
+    gates: GateSettings, subject: str, shifts: Sequence[Shift], sources: Sequence[str]
+) -> tuple[GateVerdict, ...]:
+    """G4, G5, CONFIRM and FALSIFY on the same shifts; `sources` are those that are no control."""
+    return (
+        signal(gates, subject, shifts),
+        first_sources(gates, subject, shifts, sources),
+        confirm(gates, subject, shifts, sources),
+        falsify(gates, subject, shifts, sources),
+    )
+
+
 def confirm(gates: GateSettings, subject: str, shifts: Sequence[Shift], sources: Sequence[str]) -> GateVerdict:
     """CONFIRM: enough non-degenerate sources shift in enough behaviors at the last epoch."""
     rule = (

@@ -42,3 +42,10 @@ def span(low: float | None, high: float | None, unit: str) -> str:
     if low is None or high is None:
         return ""
     return f"[{scale(unit) * low:+.1f}, {scale(unit) * high:+.1f}]"
+
+
+def p_value(p: float | None) -> str:
+    """A p-value with three digits; empty where there is none."""
+    if p is None:
+        return ""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

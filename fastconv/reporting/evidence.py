@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from fastconv.deciding.decided import Decided
 from fastconv.deciding.markers import MARKER, marker_rates, transfer_by_source
-from fastconv.findings.blocks import Block, Cell, Note, Section, Table
+from fastconv.findings.blocks import OPEN_ROWS, Block, Cell, Note, Section, Table, folded_if_long
 from fastconv.findings.figures import Point, scatter
 from fastconv.findings.gates import GateVerdict
 from fastconv.findings.secondary import Secondary
-from fastconv.findings.units import scale
+from fastconv.findings.units import p_value, scale
 from fastconv.reporting.claims import NoSuchClaimError, ask
 
-OPEN_ROWS = 24
 #: Gates that speak of the whole study.
 STUDY_GATES = ("G4", "G5", "CONFIRM", "FALSIFY", "PILOT")
 
@@ -43,7 +42,7 @@ def mimicry(decided: Decided) -> Section | None:
             Note("No convergence-only control was measured, so mimicry and transfer cannot be told apart.", "withheld")
         )
     rows = tuple((Cell(one.behavior), Cell.saying(ask(decided, "mimicry", label=one.label))) for one in estimated)
-    folded = f"{len(rows)} contrasts" if len(rows) > OPEN_ROWS else ""
+    folded = folded_if_long(rows, "contrasts")
     blocks.append(Table("mimicry-table", ("behavior", "what moved"), rows, folded=folded))
     intro = "On the dotted line the behavior adapter adds nothing: the assistant imitates the source and has taken over nothing."
     return Section("mimicry", "Transfer against mimicry", tuple(blocks), intro)
@@ -158,7 +157,7 @@ def beside(decided: Decided) -> Section | None:
         return None
     rows = tuple(_aside_row(one) for one in decided.secondary)
     columns = ("contrast", "what", "estimate", "interval", "p", "p corrected")
-    folded = f"{len(rows)} contrasts" if len(rows) > OPEN_ROWS else ""
+    folded = folded_if_long(rows, "contrasts")
     table = Table("secondary", columns, rows, frozenset({2, 3, 4, 5}), folded=folded)
     intro = "Corrected for the false discovery rate (Benjamini and Hochberg) over this table. No verdict rests on it."
     return Section("beside", "Tested beside", (table,), intro)
@@ -174,12 +173,11 @@ def _aside_row(one: Secondary) -> tuple[Cell, ...]:
         if one.low is not None and one.high is not None
         else one.reason or ""
     )
-    ps = ["" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}" for p in (one.p_raw, one.p_corrected)]
     return (
         Cell(one.label),
         Cell(one.what),
         Cell(estimate, one.rows),
         Cell(between, one.rows),
-        Cell(ps[0]),
-        Cell(ps[1]),
+        Cell(p_value(one.p_raw)),
+        Cell(p_value(one.p_corrected)),
     )

@@ -9,7 +9,7 @@ from fastconv.deciding.decided import Decided
 from fastconv.findings.blocks import Cell, Section, Table
 from fastconv.findings.units import change
 from fastconv.graph import CellPlan
-from fastconv.stage import Stage
+from fastconv.stage import Score, Stage
 
 METRICS = ("cosine", "distinctiveness")
 
@@ -26,16 +26,17 @@ def geometry(decided: Decided) -> Section | None:
         return None
     trained = [plan.cell for plan in decided.graph.cells if plan.cell.behavior != NO_BEHAVIOR]
     kinds = list(dict.fromkeys((cell.behavior, cell.negatives) for cell in trained))
+    scores = _scores(decided)
     rows = tuple(
         (
             Cell(f"{source} {convergence} e{epoch} s{seed}"),
-            *(_depths(decided, plans[0].geometry, source, metric) for metric in METRICS),
+            *(_depths(scores, plans[0].geometry, source, metric) for metric in METRICS),
             *(_change(decided, plans, behavior, negatives) for behavior, negatives in kinds),
         )
         for (source, convergence, epoch, seed), plans in groups.items()
     )
     columns = ("source", *METRICS, *(f"assistant, {b}{'' if n == 'none' else f' ({n})'}" for b, n in kinds))
-    table = Table("geometry", columns, rows, frozenset(range(1, len(columns))), _caption(decided, groups))
+    table = Table("geometry", columns, rows, frozenset(range(1, len(columns))), _caption(scores))
     intro = (
         "Mean hidden state of each persona's last prompt token over the marker questions, centred over all known personas. "
         "Cosine: of the source to the assistant. Distinctiveness: the source's distance from the mean of the others, by "
@@ -46,26 +47,29 @@ def geometry(decided: Decided) -> Section | None:
 
 def geometry_rows(decided: Decided) -> list[dict[str, Any]]:
     """Every geometry score once, for the tables beside the report: stack, persona, layer, metric, value."""
-    found: dict[str, Stage] = {p.geometry.key: p.geometry for p in decided.graph.cells if p.geometry is not None}
     return [
         {"stack": stage.slot.removeprefix("geometry/"), "persona": one.row, "layer": one.sample, "metric": one.metric,
          "value": one.value, "stage": stage.key}
-        for stage in found.values()
-        for one in decided.store.scores(stage.key)
+        for stage, scores in _scores(decided).values()
+        for one in scores
     ]  # fmt: skip
 
 
-def _caption(decided: Decided, groups: dict[tuple[str, str, int, int], list[CellPlan]]) -> str:
-    stages = [plans[0].geometry for plans in groups.values()]
-    scores = [one for stage in stages[:1] if stage is not None for one in decided.store.scores(stage.key)]
-    layers = sorted({one.sample for one in scores if one.metric in METRICS})
+def _scores(decided: Decided) -> dict[str, tuple[Stage, list[Score]]]:
+    """Every geometry stage with its scores, by key; cells share them."""
+    found = {plan.geometry.key: plan.geometry for plan in decided.graph.cells if plan.geometry is not None}
+    return {key: (stage, decided.store.scores(key)) for key, stage in found.items()}
+
+
+def _caption(scores: dict[str, tuple[Stage, list[Score]]]) -> str:
+    layers = sorted({one.sample for _, some in scores.values() for one in some if one.metric in METRICS})
     return f"At layers {', '.join(map(str, layers))}, in this order." if layers else ""
 
 
-def _depths(decided: Decided, stage: Stage | None, persona: str, metric: str) -> Cell:
+def _depths(scores: dict[str, tuple[Stage, list[Score]]], stage: Stage | None, persona: str, metric: str) -> Cell:
     """A persona's values of a metric at all depths."""
     assert stage is not None, "only cells with a geometry are grouped"
-    mine = [one for one in decided.store.scores(stage.key) if (one.row, one.metric) == (persona, metric)]
+    mine = [one for one in scores[stage.key][1] if (one.row, one.metric) == (persona, metric)]
     if not mine:
         return Cell("not measured", word="absent")
     told = [

@@ -7,7 +7,7 @@ import numpy as np
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.deciding.decided import Decided
 from fastconv.deciding.gathering import Part, Subject
-from fastconv.findings.blocks import Answer, Block, Cell, Figure, Figures, Section, Table
+from fastconv.findings.blocks import Answer, Block, Cell, Figure, Figures, Section, Table, folded_if_long
 from fastconv.findings.evidence import Series, means_at, union_of
 from fastconv.findings.figures import Point, lines
 from fastconv.findings.gates_study import Role
@@ -17,8 +17,6 @@ from fastconv.findings.units import Unit, scale, span
 from fastconv.graph import CellPlan
 
 ROLES: tuple[Role, ...] = ("assistant", "source", "canary")
-#: A longer table of measurements is folded away.
-OPEN_ROWS = 24
 
 
 def over_epochs(decided: Decided) -> Section | None:
@@ -91,12 +89,11 @@ def measurements(decided: Decided) -> Section:
     """Every cell's measures under its three probes, with intervals, samples and what they are worth."""
     rows = [row for plan in decided.graph.cells for measure in plan.measures for row in _rows(decided, plan, measure)]
     columns = ("cell", "measured", "assistant", "interval", "source", "canary", "samples", "effective", "unscored")
-    folded = f"{len(rows)} lines" if len(rows) > OPEN_ROWS else ""
     caption = (
         "A level is the mean over questions of each question's mean over its samples; intervals and samples are the "
         "assistant's. Samples of one question are alike: the effective number says how many independent ones they are worth."
     )
-    table = Table("cells", columns, tuple(rows), frozenset(range(2, 9)), caption, folded)
+    table = Table("cells", columns, tuple(rows), frozenset(range(2, 9)), caption, folded_if_long(rows, "lines"))
     return Section("cells", "Measurements", (table,))
 
 

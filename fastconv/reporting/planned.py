@@ -17,11 +17,10 @@ def planned(decided: Decided) -> Section | None:
     kept = decided.facts.get("plan")
     if not kept:
         return None
-    reused = {row["key"]: bool(row["reused"]) for row in decided.store.stages_of_run(decided.run)}
     found: dict[str, list[tuple[float, Record]]] = {}
     for stage in decided.graph.stages():
         record, seconds = decided.reading.record(stage), kept["stages"].get(stage.key[:12])
-        if record is not None and seconds is not None and not reused.get(stage.key, True):
+        if record is not None and seconds is not None and not decided.reused.get(stage.key, True):
             found.setdefault(stage.kind, []).append((seconds, record))
     rows = [_row(kind, pairs) for kind, pairs in found.items() if sum(r.seconds for _, r in pairs) >= LEAST_S]
     if not rows:

@@ -123,12 +123,7 @@ def judge_published(table: SummaryTable | None = None, gates: GateSettings | Non
     kept = [one for one in table.figures if not table.refusals.get(one.behavior)]
     shifts = _shifts(rules, kept)
     sources = [source for source in table.sources if source != rules.negative_control]
-    verdicts = (
-        gates_study.signal(rules, table.name, shifts),
-        gates_study.first_sources(rules, table.name, shifts, sources),
-        gates_study.confirm(rules, table.name, shifts, sources),
-        gates_study.falsify(rules, table.name, shifts, sources),
-    )
+    verdicts = gates_study.study(rules, table.name, shifts, sources)
     refused = tuple(
         f"{behavior}: the audit refuses its training rows ({', '.join(codes)})"
         for behavior, codes in table.refusals.items()

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fastconv.deciding.decided import Decided
-from fastconv.findings.blocks import Block, Cell, Figure, Figures, Section, Table
+from fastconv.findings.blocks import Block, Cell, Figure, Figures, Section, Table, folded_if_long
 from fastconv.findings.figures import curves
 from fastconv.graph import lineage_key
 from fastconv.reporting.claims import ask
 from fastconv.stage import Record
 from fastconv.store import Stage
-
-OPEN_ROWS = 24
 
 
 def curves_and_rho(decided: Decided) -> Section | None:
@@ -23,10 +21,9 @@ def curves_and_rho(decided: Decided) -> Section | None:
     panels = [*_convergence(decided, trained), *_behaviors(decided, trained)]
     rows = tuple(_rho_row(stage, record) for stage, record in trained)
     columns = ("adapter", "last epoch's loss", "rho, least", "median", "greatest", "sha256")
-    folded = f"{len(rows)} adapters" if len(rows) > OPEN_ROWS else ""
     caption = "rho: norm of the adapter's delta over the norm of the weights that it stands beside, over modules."
     blocks: list[Block] = [Figures("curves", "Training loss", tuple(panels))] if panels else []
-    blocks.append(Table("rho", columns, rows, frozenset({1, 2, 3, 4}), caption, folded))
+    blocks.append(Table("rho", columns, rows, frozenset({1, 2, 3, 4}), caption, folded_if_long(rows, "adapters")))
     return Section("training", "Training", tuple(blocks))
 
 
@@ -81,7 +78,6 @@ def _rho_row(stage: Stage, record: Record) -> tuple[Cell, ...]:
 
 def cost(decided: Decided) -> Section | None:
     """Seconds and tokens of every stage."""
-    reused = {row["key"]: bool(row["reused"]) for row in decided.store.stages_of_run(decided.run)}
     rows = []
     for stage in decided.graph.stages():
         record = decided.reading.record(stage)
@@ -93,17 +89,16 @@ def cost(decided: Decided) -> Section | None:
         row = (f"{stage.key[:12]}/seconds",)
         rows.append((
             Cell(stage.slot), Cell(stage.key[:12], code=True), Cell(f"{record.seconds:.1f}", row), Cell(tokens, row),
-            Cell("reused" if reused.get(stage.key, True) else "computed"),
+            Cell("reused" if decided.reused.get(stage.key, True) else "computed"),
         ))  # fmt: skip
     if not rows:
         return None
     kinds = _by_kind(decided)
     columns = ("stage", "key", "seconds", "tokens", "in this run")
-    folded = f"{len(rows)} stages" if len(rows) > OPEN_ROWS else ""
     blocks: tuple[Block, ...] = (
         ask(decided, "cost"),
         Table("kinds", ("kind of stage", "stages", "seconds"), kinds, frozenset({1, 2})),
-        Table("stages", columns, tuple(rows), frozenset({2}), folded=folded),
+        Table("stages", columns, tuple(rows), frozenset({2}), folded=folded_if_long(rows, "stages")),
     )
     return Section("cost", "Cost", blocks)
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from fastconv.deciding.decided import Decided
 from fastconv.deciding.gathering import Subject
-from fastconv.findings.blocks import Block, Cell, Figure, Note, Section, Table
+from fastconv.findings.blocks import OPEN_ROWS, Block, Cell, Figure, Note, Section, Table
 from fastconv.findings.figures import heatmap
-from fastconv.findings.units import scale, size
+from fastconv.findings.units import p_value, scale, size
 from fastconv.findings.verdicts import CellVerdict
 from fastconv.reporting.claims import NoSuchClaimError, ask
 
 #: More pilot gates stand in a table.
 OPEN_PILOTS = 4
-#: A longer table of contrasts is told in two.
-OPEN_ROWS = 24
 _COLUMNS = (
     "contrast", "verdict", "change", "interval", "p", "p by sign flips", "threshold", "confidence", "why",
 )  # fmt: skip
@@ -154,7 +152,7 @@ def _row(decided: Decided, subject: Subject, one: CellVerdict | None) -> tuple[C
     )
     return (
         Cell(label), Cell(one.kind, word=one.kind), Cell(estimate, rows), Cell(interval, rows),
-        Cell(_p(one.p_corrected), rows), Cell(_p(one.p_sign_flip), rows),
+        Cell(p_value(one.p_corrected), rows), Cell(p_value(one.p_sign_flip), rows),
         Cell(size(one.margin, one.unit) if one.margin else ""), Cell(one.confidence.level),
         Cell.saying(ask(decided, "finding", label=label)),
     )  # fmt: skip
@@ -163,9 +161,3 @@ def _row(decided: Decided, subject: Subject, one: CellVerdict | None) -> tuple[C
 def _flip_warnings(decided: Decided) -> str:
     warned = dict.fromkeys(one.sign_flip_warning for one in decided.verdicts if one.sign_flip_warning)
     return " ".join(f"The sign-flip check is weak here: {text}." for text in warned)
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return ""
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -108,7 +108,7 @@ def _run_of(text: str, report: Path) -> str:
 
 def _recipe_of(run: str, text: str, report: Path, store: Store) -> Recipe:
     """The run's recipe, from the ledger, or from the page's own card where it was reported on but never run here."""
-    row = next((row for row in store.runs() if row["id"] == run), None)
+    row = store.run(run)
     if row is not None:
         return parse_recipe(json.loads(row["recipe"]), where=run)
     for found in re.findall(r"<code>(\{[^<]*\})</code>", text):

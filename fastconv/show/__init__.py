@@ -227,7 +227,7 @@ def watcher(*, quiet: bool, stream: TextIO) -> Iterator[LineWatcher]:
 
 def finished(end: Finished, report: Path) -> None:
     """The end of a run: what it computed now, the verdicts, where the report is."""
-    console = _console()
+    console = console_of_output()
     tokens = end.tally.tokens
     spent = ", ".join(
         f"{tokens[name]:,} {name.removesuffix('_tok')}"
@@ -249,7 +249,7 @@ def status(statuses: Sequence[StageStatus], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(one) for one in statuses], indent=1))
         return
-    console = _console()
+    console = console_of_output()
     table = Table(box=None, pad_edge=False)
     for name in ("stage", "state", "seconds", "why"):
         table.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold")
@@ -275,7 +275,7 @@ def runs(store: Store | None, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    console = _console()
+    console = console_of_output()
     if not rows:
         console.print("no runs here yet; begin with: fastconv run demo")
     for row in rows:
@@ -288,7 +288,7 @@ def gates(verdicts: Sequence[GateVerdict], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([verdict.body() for verdict in verdicts], indent=1))
         return
-    console = _console()
+    console = console_of_output()
     for verdict in verdicts:
         console.print(_gate_line(verdict))
         console.print(f"    rule: {escape(verdict.threshold)}; {len(verdict.rows)} rows", style="dim")
@@ -299,7 +299,7 @@ def check(report: CheckReport, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_json(), indent=1))
         return
-    console = _console()
+    console = console_of_output()
     colours = {"refuse": "red", "warn": "yellow", "note": "dim"}
     for found in report.findings:
         accepted = report.accepted.get(found.code)
@@ -316,7 +316,7 @@ def check(report: CheckReport, *, as_json: bool) -> None:
 
 def peek(title: str, lines: Sequence[RenderableType]) -> None:
     """Rendered rows of one training set."""
-    console = _console()
+    console = console_of_output()
     console.rule(escape(title))
     for line in lines:
         console.print(line)
@@ -328,7 +328,7 @@ def scored(report: ScoreReport, *, as_json: bool) -> None:
         print(json.dumps(asdict(report)))
         return
     n_right = sum(one.correct for one in report.questions)
-    _console().print(
+    console_of_output().print(
         f"{n_right} of {len(report.questions)} right: {100 * report.accuracy:.1f} % (chance {100 * report.chance:.1f} %)"
     )
 
@@ -338,7 +338,7 @@ def bench(found: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found))
         return
-    console = _console()
+    console = console_of_output()
     console.print(
         f"{found['kind']}: {found['work']}; {found['model']} on {found['device']} in {found['dtype']}, {found['threads']} threads"
     )
@@ -367,7 +367,7 @@ def doctor(findings: Sequence[Finding], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
         return
-    console = _console()
+    console = console_of_output()
     for finding in findings:
         mark = "[red]no [/]" if finding.exit_code else "[green]ok [/]"
         console.print(f"{mark} {escape(finding.subject)}: {escape(finding.text)}")
@@ -379,5 +379,6 @@ def _gate_line(verdict: GateVerdict) -> str:
     return f"{verdict.gate} {escape(verdict.subject)}: [{colour}]{verdict.verdict}[/] ({escape(verdict.reason)}{aside})"
 
 
-def _console() -> Console:
+def console_of_output() -> Console:
+    """Standard output; lines are not broken where nobody reads them on a screen."""
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fastconv.findings.units import change, level, span
 from fastconv.reporting.comparing import Comparison, Paired
+from fastconv.show import console_of_output
 
 
 def comparison(found: Comparison) -> None:
     """Two runs side by side."""
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = console_of_output()
     console.print(f"{found.first} and {found.second}")
     for text in found.changes:
         console.print(f"  {escape(text)}", style="dim")
