@@ -15,27 +15,28 @@ from typing import Any
 
 import torch
 
+from fastconv.asked import Asked, asked_of, is_drawn, longest_tok
 from fastconv.auditing import audit_set, require_passed
 from fastconv.card import look, require_fit, shape_on_disk
 from fastconv.datasets.audit import report_of
 from fastconv.datasets.rows import Row, row_of
-from fastconv.draws import seed_of
 from fastconv.engine.base import Base, load_base, model_files
 from fastconv.engine.fold import folded, rho
 from fastconv.engine.geometry import last_states, layers_at, n_layers, places
+from fastconv.engine.launch import start_server
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.reference import TrlOptions, plain_model, train_with_trl
 from fastconv.engine.room import group_size
-from fastconv.engine.sampler import Resident, Sampler, Served, start_server
+from fastconv.engine.sample import Drawn, sample
 from fastconv.engine.score import letter_item, score_letters
 from fastconv.engine.selftest import self_test
 from fastconv.engine.serve import Server
+from fastconv.engine.served import Drawing, Served
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack
 from fastconv.engine.train import Job, Trainee, start
 from fastconv.errors import SamplerError, TrainingError, stopped
 from fastconv.graph import Graph, lineage_key
 from fastconv.judging.local import LocalReply, Prompt
-from fastconv.recipe import SamplingSettings
 from fastconv.store import Lease, Sample, Score, Stage, Store
 from fastconv.tokens import ChatTokenizer, Rendered, SystemTurn
 from fastconv.training import Progress, Task, note, train_kept
@@ -49,6 +50,15 @@ class Outcome:
     facts: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
     scores: Sequence[Score] = ()
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A stage whose completions the server draws meanwhile. `outcome` raises what drawing them raised."""
+
+    asked: Asked
+    drawing: Drawing
+    outcome: Callable[[], Outcome]
 
 
 class Executor:
@@ -80,12 +90,12 @@ class Executor:
 
         It comes first: a server measures free memory while it starts, and fails if the base is loaded meanwhile.
         """
-        stages = [stage for stage in self._graph.stages() if stage.key in self._wanted and "sampling" in stage.inputs]
+        stages = [stage for stage in self._graph.stages() if stage.key in self._wanted and is_drawn(stage)]
         missing = [stage for stage in stages if self._store.record(stage.key) is None]
         if self._recipe.model.sampler == "vllm" and missing:
             tokenizer = ChatTokenizer(model_files(self._recipe.model, self._graph.source))
             self._server = start_server(
-                self._recipe, self._graph.source, _longest_tok(missing, tokenizer), self._store.root
+                self._recipe, self._graph.source, longest_tok(missing, tokenizer), self._store.root
             )
 
     def prove(self) -> None:
@@ -98,9 +108,9 @@ class Executor:
             )
 
     def close(self) -> None:
-        """End the sampler and its server. Nothing can be sampled afterwards."""
-        if "sampler" in self.__dict__:
-            self.sampler.close()
+        """End the server, if there is one, and drop what it still draws."""
+        if "served" in self.__dict__:
+            self.served.close()
         if self._server is not None:
             self._server.close()
 
@@ -120,13 +130,11 @@ class Executor:
         return stack
 
     @cached_property
-    def sampler(self) -> Sampler:
-        """Who draws completions, under whatever stack is live."""
-        if self._server is not None:
-            return Served(self._server, self.stack)
-        if self._recipe.model.sampler == "vllm":
+    def served(self) -> Served:
+        """The server as a sampler, under whatever stack is live."""
+        if self._server is None:
             raise SamplerError("no vLLM server was started", where="model.sampler", fix="run the recipe as a whole")
-        return Resident(self.base)
+        return Served(self._server, self.stack)
 
     def facts(self) -> dict[str, Any]:
         """What the reproducibility card says of the loaded model and its device."""
@@ -149,51 +157,54 @@ class Executor:
     def compute(self, stage: Stage, lease: Lease) -> Outcome:
         """Compute a stage of any kind but `snapshot`, which `converge` trains."""
         compute = {
-            "answers": self._answers,
+            "eval": self._letters,
             "rows": self._rows,
             "behavior": self._behavior,
             "score": self._score,
             "geometry": self._geometry,
         }
-        if stage.kind == "eval":
-            return (
-                self._letters(stage, lease) if stage.inputs["measure"] == "letters" else self._completions(stage, lease)
-            )
-        return compute[stage.kind](stage, lease)
+        return self._completions(stage, lease) if is_drawn(stage) else compute[stage.kind](stage, lease)
 
     # --- text ------------------------------------------------------------------------------------------
 
-    def _answers(self, stage: Stage, lease: Lease) -> Outcome:
-        samples, facts = self._draw(stage, lease, stage.work["prompts"], stage.inputs["persona"])
-        return Outcome({"n": len(samples)}, facts, samples)
-
     def _completions(self, stage: Stage, lease: Lease) -> Outcome:
-        with self.live_stack(stage) as proof:
-            samples, facts = self._draw(stage, lease, stage.work["items"], stage.work["probe"])
-        return Outcome({"n": len(samples), **proof}, facts, samples)
-
-    def _draw(
-        self, stage: Stage, lease: Lease, items: Sequence[tuple[str, str]], persona: str
-    ) -> tuple[list[Sample], dict[str, Any]]:
-        """Completions of every item, `per_prompt` each; seeds depend on the item alone, so epochs are paired."""
-        system = _system(stage.inputs["system"])
-        settings = SamplingSettings.model_validate(stage.inputs["sampling"])
-        asked = [(row, user, i) for row, user in items for i in range(stage.inputs["per_prompt"])]
-        prompts = [self.base.tokenizer.prompt_ids(system, user) for _, user, _ in asked]
-        seeds = [seed_of("sample", stage.inputs["seed"], row, i) for row, _, i in asked]
-        n_drawn = 0
+        """Answers, or a probe's completions under a stack, drawn by the resident base."""
+        asked, n_drawn = asked_of(stage, self.base.tokenizer), 0
 
         def on_token(n_tok: int) -> None:
             nonlocal n_drawn
             n_drawn += n_tok
-            self._tick(lease, Progress(stage.slot, n_drawn, len(asked) * settings.max_new_tok, "tok"))
+            self._tick(lease, Progress(stage.slot, n_drawn, asked.most_tok, "tok"))
 
-        drawn = self.sampler.draw(prompts, seeds, settings, on_token)
-        samples = [
-            Sample(row, i, persona, user, self.base.tokenizer.decode(one.ids), len(one.ids) + one.ended, one.ended)
-            for (row, user, i), one in zip(asked, drawn, strict=True)
-        ]
-        return samples, {"sampled_tok": n_drawn, "prompt_tok": sum(map(len, prompts))}
+        with self._under(stage) as proof:
+            drawn = sample(self.base, asked.prompts, asked.seeds, asked.settings, on_token)
+        return self._drawn(asked, drawn, proof)
+
+    def begin(self, stage: Stage, lease: Lease) -> Begun:
+        """Have the server draw a stage's completions under its stack; `Begun.outcome` is there once `Begun.done`.
+
+        Waits while the server is still busy with another stack. Raises Interrupted, SamplerError and what a stack that
+        cannot be proven raises.
+        """
+        asked = asked_of(stage, self.base.tokenizer)
+        waiting = Progress(stage.slot, 0, asked.most_tok, "tok")
+        with self._under(stage) as proof:
+            drawing = self.served.begin(asked.prompts, asked.seeds, asked.settings, lambda: self._tick(lease, waiting))
+        return Begun(asked, drawing, lambda: self._drawn(asked, drawing.result(), proof))
+
+    @contextlib.contextmanager
+    def _under(self, stage: Stage) -> Iterator[dict[str, Any]]:
+        """What a stage is drawn under: answers under the bare base, a probe's completions under its stack."""
+        if stage.kind == "answers":
+            yield {}
+        else:
+            with self.live_stack(stage) as proof:
+                yield proof
+
+    def _drawn(self, asked: Asked, drawn: Sequence[Drawn], proof: Mapping[str, Any]) -> Outcome:
+        samples = asked.samples(drawn, self.base.tokenizer)
+        facts = {"sampled_tok": sum(one.n_tok for one in samples), "prompt_tok": asked.prompt_tok}
+        return Outcome({"n": len(samples), **proof}, facts, samples)
 
     # --- letters and phrases ---------------------------------------------------------------------------
 
@@ -446,20 +457,6 @@ class Executor:
         self._tell(progress)
         if self._stop():
             raise stopped(progress.slot)
-
-
-def _longest_tok(stages: Sequence[Stage], tokenizer: ChatTokenizer) -> int:
-    """Tokens of the longest prompt with its completion over stages that sample."""
-    longest: dict[tuple[str, ...], int] = {}
-    for stage in stages:
-        asked = (stage.inputs["prompts_sha256"], *stage.inputs["system"])
-        if asked not in longest:
-            items = stage.work["prompts"] if stage.kind == "answers" else stage.work["items"]
-            longest[asked] = max(len(tokenizer.prompt_ids(_system(stage.inputs["system"]), user)) for _, user in items)
-    return max(
-        longest[stage.inputs["prompts_sha256"], *stage.inputs["system"]] + stage.inputs["sampling"]["max_new_tok"]
-        for stage in stages
-    )
 
 
 def _train_facts(trainee: Trainee, from_step: int) -> dict[str, Any]:

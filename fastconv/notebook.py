@@ -16,7 +16,7 @@ from fastconv.errors import InputError
 from fastconv.graph import CellPlan, Graph
 from fastconv.recipe import Recipe, parse_recipe, run_id
 from fastconv.run import run_recipe as _run_recipe
-from fastconv.show import watcher
+from fastconv.show.watching import watching
 from fastconv.standing import status_of
 from fastconv.store import Store
 
@@ -28,8 +28,8 @@ WORKSPACE = Path("checkpoints")
 
 def run_recipe(recipe: Recipe, *, workspace: Path | str = WORKSPACE, quiet: bool = False) -> Run:
     """Run a recipe to its verdict, or go on with it, and open it. Raises FastconvError as the command line does."""
-    with watcher(quiet=quiet, stream=sys.stderr) as watching:
-        _run_recipe(recipe, Path(workspace), watching).require_whole()
+    with watching(quiet=quiet, stream=sys.stderr) as watcher:
+        _run_recipe(recipe, Path(workspace), watcher).require_whole()
     return open_run(recipe, workspace=workspace)
 
 

@@ -132,6 +132,7 @@ def compute_stages(
         runner = Runner(graph, store, run, watcher, stop, asked, None, judge_later=graph.judges_outside)
         with closing(runner), runner.judging:
             runner.compute(ends)
+            runner.settle()
 
 
 def _compute_all(runner: Runner, keeper: GateKeeper, graph: Graph, store: Store, picked: Sequence[CellPlan]) -> None:
@@ -140,8 +141,13 @@ def _compute_all(runner: Runner, keeper: GateKeeper, graph: Graph, store: Store,
     A behavior whose base the judge has not read yet is held back; if its judgements come in time, it follows. Nothing
     waits for the judgements of a cell: its gates are asked again once they are there.
     """
+
+    def measured(plan: CellPlan) -> None:
+        keeper.after(plan)
+        _free_adapters(graph, store, [plan])
+
     runner.compute([stage for plan in picked for stage in plan.base.values()], urgent=True)
-    runner.judging.settle()
+    runner.settle()
     decided: list[str] = []
     while fresh := [verdict for verdict in gate_base(graph, store) if verdict.subject not in decided]:
         for verdict in fresh:
@@ -152,12 +158,11 @@ def _compute_all(runner: Runner, keeper: GateKeeper, graph: Graph, store: Store,
             runner.converge(step.runs)
             runner.compute(step.ends)
             for plan in step.cells:
-                runner.ask(keeper, plan)
-            _free_adapters(graph, store, step.cells)
-        runner.judging.settle()
+                runner.when_measured(plan, measured)
+        runner.settle()
         if graph.judge is not None:
             for plan in picked:
-                runner.ask(keeper, plan)
+                runner.when_measured(plan, keeper.after)
 
 
 def _group(recipe: Recipe) -> int:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fastconv.asked import is_drawn
 from fastconv.datasets.audit import CheckReport
-from fastconv.deciding.stopping import GateKeeper
-from fastconv.errors import DataError, TrainingError, stopped
-from fastconv.failing import Failing
+from fastconv.draw_room import DrawRoom, DrawStatus, commit
+from fastconv.errors import DataError, SamplerError, TrainingError, stopped
+from fastconv.failing import Failing, parts_of
 from fastconv.findings.gates import GateVerdict
 from fastconv.graph import CellPlan, Graph, walk
 from fastconv.judge_room import Access, JudgeRoom
@@ -24,6 +25,11 @@ from fastconv.store import Stage, Store
 
 if TYPE_CHECKING:
     from fastconv.execute import Progress
+
+#: How often a run that waits for the server looks at it, and how often a busy one shows it.
+WAIT_S, GLANCE_S = 0.05, 1.0
+#: What is made of completions alone, and so waits for them instead of making the run wait.
+_FOLLOWERS = ("score", "judge")
 
 
 class Watcher(Protocol):
@@ -37,6 +43,7 @@ class Watcher(Protocol):
     def stage_done(self, stage: Stage, seconds: float) -> None: ...
     def stage_failed(self, stage: Stage, reason: str) -> None: ...
     def judging(self, status: DeskStatus) -> None: ...
+    def drawing(self, status: DrawStatus) -> None: ...
     def gate(self, verdict: GateVerdict) -> None: ...
 
 
@@ -72,6 +79,10 @@ class Runner:
         self._seen: set[str] = set()
         self._counted: set[str] = set()
         self._executor: Any = None
+        self._followers: list[tuple[Stage, bool]] = []
+        self._unfinished: list[tuple[CellPlan, Callable[[CellPlan], None]]] = []
+        self._shown_s = 0.0
+        self._drawing = DrawRoom(store)
         self.tally = Tally()
         self.failing = Failing(store)
         self.judging = JudgeRoom(
@@ -80,64 +91,85 @@ class Runner:
         )  # fmt: skip
 
     def compute(self, ends: Sequence[Stage], *, urgent: bool = False) -> None:
-        """Make sure that every one of these stages and all before them are done, or at the judge."""
+        """Make sure that every one of these stages and all before them are done, or at the sampler or the judge."""
         for end in ends:
             for stage in walk(end):
                 if stage.key not in self._seen:
                     self._seen.add(stage.key)
-                    self._one(stage, urgent)
+                    if self._one(stage, urgent):
+                        self._look()
 
-    def ask(self, keeper: GateKeeper, plan: CellPlan) -> None:
-        """Ask the gates about a finished cell; of one that a failure left half measured they could say nothing."""
-        if not self.failing.touches(plan):
-            keeper.after(plan)
+    def settle(self) -> None:
+        """Wait for the sampler, then for the judge as far as it answers. Raises Interrupted, SamplerError."""
+        self._await_drawn()
+        self.judging.settle()
+
+    def when_measured(self, plan: CellPlan, then: Callable[[CellPlan], None]) -> None:
+        """Call `then` with this cell once nothing of it is at the sampler: at once, or when its completions came in.
+
+        Not called if a failure left the cell half measured: its gates could say nothing.
+        """
+        self._unfinished.append((plan, then))
+        self._finish_cells()
 
     def decide(self, verdict: GateVerdict) -> None:
         """Write a gate's verdict down and show it."""
         self._store.put_verdict(self._run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
         self._watcher.gate(verdict)
 
-    def _one(self, stage: Stage, urgent: bool) -> None:
+    def _one(self, stage: Stage, urgent: bool) -> bool:
+        """Compute a stage, or see to it that it will be; whether there was anything to do."""
         if self._store.record(stage.key) is not None:
             self._store.note_stage_of_run(self._run, stage, reused=True)
-            return
+            return False
         if self.failing.blocks(stage):
-            return
+            return False
         if self._stop.is_set():
             raise stopped(stage.slot)
+        at_server = self._drawing.has(need.key for need in stage.needs.values())
+        if at_server and stage.kind in _FOLLOWERS:
+            self._followers.append((stage, urgent))
+            return False
+        if at_server:
+            self._await_drawn()
         if stage.kind == "judge":
             self.judging.submit(stage, urgent=urgent)
-            return
-        if stage.kind == "snapshot":
+        elif stage.kind == "snapshot":
             self.converge([self._graph.lineage(stage)])
-            return
+        else:
+            self._compute(stage)
+        return True
+
+    def _compute(self, stage: Stage) -> None:
+        """Compute a stage, or hand it to the server that draws its completions."""
         self._watcher.stage(stage, reason_to_run(stage, self._store))
         began = time.monotonic()
         engine = self._engine()
         try:
-            with self._store.lease(stage) as lease:
-                outcome = engine.compute(stage, lease)
-                self._store.commit(
-                    stage,
-                    outputs=outcome.outputs,
-                    facts=outcome.facts,
-                    seconds=time.monotonic() - began,
-                    samples=outcome.samples,
-                    scores=outcome.scores,
-                )
+            if self._graph.recipe.model.sampler == "vllm" and is_drawn(stage):
+                self._drawing.submit(stage, engine)
+            else:
+                with self._store.lease(stage) as lease:
+                    outcome = engine.compute(stage, lease)
+                    commit(self._store, stage, outcome, time.monotonic() - began)
         except (TrainingError, DataError) as error:
             self._note_failure([stage], error)
-        self._account([stage], time.monotonic() - began)
+        self._spent([stage], time.monotonic() - began)
 
     def converge(self, runs: Sequence[Sequence[Stage]]) -> None:
-        """Train convergence runs, each given by its snapshots, in the same steps as far as memory allows."""
-        for run in runs:
-            self.compute([run[0].needs["answers"]])
+        """Train convergence runs, each given by its snapshots, in the same steps as far as memory allows.
+
+        It is the dear part: what is being drawn comes in first, and the gates that wait for it are asked.
+        """
+        self.compute([run[0].needs["answers"] for run in runs])
         missing = [left for run in runs if (left := [one for one in run if self._is_missing(one)])]
+        if missing:
+            self._await_drawn()
         while missing:
             size = self._engine().group_size([run[0] for run in missing]) if len(missing) > 1 else 1
             self._converge_together(missing[:size])
             missing = missing[size:]
+            self._look()
 
     def _is_missing(self, snapshot: Stage) -> bool:
         """Whether a snapshot was asked for and still has to be trained."""
@@ -161,22 +193,53 @@ class Runner:
             if len(runs) == 1:
                 self._note_failure([one for one in runs[0] if self._store.record(one.key) is None], error)
         everything = [one for run in runs for one in run]
-        self._account(everything, time.monotonic() - began)
+        self._spent(everything, time.monotonic() - began)
         if failed and len(runs) > 1:
             for run in runs:
                 if left := [one for one in run if self._store.record(one.key) is None]:
                     self._converge_together([left])
 
-    def _account(self, stages: Sequence[Stage], seconds: float) -> None:
-        """Count and show what is done of these stages, which took so long together; then look at the judge."""
+    def _spent(self, stages: Sequence[Stage], seconds: float) -> None:
+        """Count and show what is done of these stages, which took so long together."""
         self.tally.seconds += seconds
+        self._account(stages, seconds)
+
+    def _account(self, stages: Sequence[Stage], seconds: float) -> None:
         for stage in stages:
             if (record := self._store.record(stage.key)) is not None and stage.key not in self._counted:
                 self._counted.add(stage.key)
                 self.tally.add(record)
                 self._store.note_stage_of_run(self._run, stage, reused=False)
                 self._watcher.stage_done(stage, seconds)
+
+    def _look(self) -> None:
+        """Commit what sampler and judge have ready, compute what only waited for it, finish the cells that are whole."""
+        for stage, seconds in self._drawing.take():
+            self._account([stage], seconds)
+        waiting, self._followers = self._followers, []
+        for stage, urgent in waiting:
+            self._one(stage, urgent)  # one whose completions are still being drawn goes back among the followers
+        self._finish_cells()
         self.judging.collect()
+
+    def _await_drawn(self) -> None:
+        """Wait until the server has drawn all it was asked. Raises Interrupted and SamplerError."""
+        while self._drawing.busy:
+            if self._stop.is_set():
+                raise stopped("sampler")
+            time.sleep(WAIT_S)
+            self.tally.seconds += WAIT_S
+            self._show()
+            self._look()
+
+    def _finish_cells(self) -> None:
+        waiting, self._unfinished = self._unfinished, []
+        for plan, then in waiting:
+            parts = {part.key for part in parts_of(plan)}
+            if self._drawing.has(parts) or any(one.key in parts for one, _ in self._followers):
+                self._unfinished.append((plan, then))
+            elif not self.failing.touches(plan):
+                then(plan)
 
     def _note_failure(self, stages: Sequence[Stage], error: TrainingError | DataError) -> None:
         for stage in stages:
@@ -197,13 +260,29 @@ class Runner:
         return self._executor
 
     def close(self) -> None:
-        """Let go of whatever computing holds outside this process."""
-        if self._executor is not None:
-            self._executor.close()
+        """Let go of whatever computing holds outside this process. Completions that are there already are kept."""
+        try:
+            for stage, seconds in self._drawing.take():
+                self._account([stage], seconds)
+        except SamplerError:
+            pass  # it is what ends the run, or came after what does
+        finally:
+            self._drawing.close()
+            if self._executor is not None:
+                self._executor.close()
 
     def _tell(self, progress: Progress) -> None:
         self._watcher.progress(progress)
+        self._show()
+
+    def _show(self) -> None:
+        """Show where judge and sampler stand; for loops that must not wait."""
         self.judging.glance()
+        now = time.monotonic()
+        if self._drawing.busy and now - self._shown_s >= GLANCE_S:
+            self._shown_s = now
+            self._drawing.note()
+            self._watcher.drawing(self._drawing.status)
 
 
 @contextmanager

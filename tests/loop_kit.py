@@ -19,6 +19,7 @@ import pytest
 import safetensors.numpy
 
 from fastconv.datasets.audit import CheckReport
+from fastconv.draw_room import DrawStatus
 from fastconv.errors import FastconvError
 from fastconv.findings.gates import GateVerdict
 from fastconv.graph import CellPlan, Graph
@@ -123,6 +124,7 @@ class Heard:
     gates: list[GateVerdict] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     statuses: list[DeskStatus] = field(default_factory=list)
+    drawn: list[DrawStatus] = field(default_factory=list)
     engines: list[dict[str, Any]] = field(default_factory=list)
 
     def audited(self, report: CheckReport) -> None:
@@ -148,6 +150,9 @@ class Heard:
 
     def judging(self, status: DeskStatus) -> None:
         self.statuses.append(status)
+
+    def drawing(self, status: DrawStatus) -> None:
+        self.drawn.append(status)
 
     def gate(self, verdict: GateVerdict) -> None:
         self.gates.append(verdict)

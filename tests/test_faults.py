@@ -309,19 +309,19 @@ def test_the_worst_failure_gives_the_exit_code(recipe: Recipe) -> None:
 def test_a_base_measure_that_fails_takes_its_own_behavior_alone(
     tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastconv.engine.sampler import Resident
+    from fastconv import execute
 
     recipe = tiny_recipe(tiny_qwen, grid__behaviors=["none", "refusal", "sycophancy"], grid__epochs=[0])
-    real, n_draws = Resident.draw, 0
+    real, n_draws = execute.sample, 0
 
-    def draw(self: Resident, *args: Any) -> Any:
+    def draw(*args: Any) -> Any:
         nonlocal n_draws
         n_draws += 1
         if n_draws == 1:
             raise TrainingError("logits are not finite", where="sampling", fix="look at the base")
-        return real(self, *args)
+        return real(*args)
 
-    monkeypatch.setattr(Resident, "draw", draw)
+    monkeypatch.setattr(execute, "sample", draw)
     finished, _ = run_tiny(recipe, tmp_path)
     assert [one.slot for one in finished.failed] == ["eval/base/refusal/assistant/s42"]
     done = results(recipe, tmp_path)

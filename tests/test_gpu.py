@@ -13,10 +13,11 @@ from fastconv.bench import bench, kernels
 from fastconv.engine import train as loop
 from fastconv.engine.base import load_base
 from fastconv.engine.kernel import StackedKernel
+from fastconv.engine.launch import launch
 from fastconv.engine.locate import locate
 from fastconv.engine.sample import sample
-from fastconv.engine.sampler import Served, launch
 from fastconv.engine.score import LetterItem, score_letters
+from fastconv.engine.served import Served
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
 from fastconv.recipe import LoraSettings, ModelSettings, SamplingSettings

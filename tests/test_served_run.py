@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from fastconv.doctor import examine
+from fastconv.engine.launch import LOG_FILE
 from fastconv.engine.sample import sample
-from fastconv.engine.sampler import LOG_FILE, Served
+from fastconv.engine.served import Served
 from fastconv.engine.stack import Slot
 from fastconv.errors import ModelError, RecipeError, SamplerError
 from fastconv.graph import Graph

@@ -13,10 +13,11 @@ import torch
 from fastconv.bench.measure import Clock, Comparison, Peak, matmul_ceiling, measured
 from fastconv.bench.subject import Subject, ragged_rows, shape
 from fastconv.engine.base import Base
+from fastconv.engine.launch import launch
 from fastconv.engine.locate import locate
 from fastconv.engine.sample import sample
-from fastconv.engine.sampler import Served, launch
 from fastconv.engine.serve import server_command
+from fastconv.engine.served import Served
 from fastconv.engine.stack import Stack
 from fastconv.errors import ModelError
 from fastconv.recipe import SamplingSettings

@@ -402,11 +402,12 @@ def _run(
     from fastconv.graph import Graph
     from fastconv.reporting import write_report
     from fastconv.run import run_recipe
+    from fastconv.show.watching import watching
     from fastconv.store import Store
 
     admit = cost_gate(workspace, approved=approve)
     try:
-        with show.watcher(quiet=quiet or as_json, stream=sys.stderr) as watcher:
+        with watching(quiet=quiet or as_json, stream=sys.stderr) as watcher:
             if ray:
                 from fastconv.cluster import run_on_ray
 

@@ -44,16 +44,16 @@ def finish(
     quiet: Quiet = False,
 ) -> None:
     """Judge what a run's judge still owes, without a GPU: completions are kept, judgements are never paid twice."""
-    from fastconv import show
     from fastconv.rejudge import finish_judging, with_rubric
     from fastconv.show.judging import agreement_json, judged_lines
+    from fastconv.show.watching import watching
     from fastconv.store import Store
 
     store = Store.open(workspace, create=False)
     before = load_or_recall(recipe, overrides, store)
     store.close()
     loaded = before if rubric is None else with_rubric(before, rubric)
-    with show.watcher(quiet=quiet or as_json, stream=sys.stderr) as watcher:
+    with watching(quiet=quiet or as_json, stream=sys.stderr) as watcher:
         end = finish_judging(loaded, workspace, watcher, before=None if rubric is None else before)
     if as_json:
         agreement = {m: {o: agreement_json(a) for o, a in by.items()} for m, by in end.agreement.items()}

@@ -23,7 +23,7 @@ from fastconv.errors import FastconvError
 from fastconv.graph import Graph
 from fastconv.recipe import Recipe, run_id
 from fastconv.run import compute_stages, run_recipe
-from fastconv.show import SilentWatcher
+from fastconv.show.watching import SilentWatcher
 from fastconv.stage import Failure
 from fastconv.store import Store
 from fastconv.store_merge import Parcel, pack, unpack

@@ -1,6 +1,6 @@
 """Completions from an OpenAI-compatible server, by token ids: many requests at once, each with its own seed.
 
-A thread of its own runs the requests over connections that stay open; the caller's thread hears of each one as it ends,
+A thread of its own runs the requests over connections that stay open; a caller's thread hears of each one as it ends,
 so it may stop them, and it is where a server that died or hangs is noticed.
 """
 
@@ -47,12 +47,14 @@ class Endpoint(Protocol):
 
 
 class Client:
-    """A client of one server, for one caller's thread. `n_connections` bounds the requests under way."""
+    """A client of one server. `n_connections` bounds the requests under way, of however many callers' threads."""
 
     def __init__(self, server: Endpoint, *, n_connections: int, stall_s: float = STALL_S) -> None:
         self._server = server
         self._n = n_connections
         self._stall_s = stall_s
+        #: When the server last answered anyone: with several callers, one may wait long for its first turn.
+        self._heard_at = 0.0
         self._pools = [_pool(server) for _ in range(-(-n_connections // _POOL_CONNECTIONS))]
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm client", daemon=True)
@@ -106,7 +108,7 @@ class Client:
         """(place, reply) of every body as it comes. Whatever ends this early drops what is under way."""
         done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         asking = self._in_loop(self._begin(enumerate(bodies), min(n, self._n), done))
-        heard_at = time.monotonic()
+        self._heard_at = time.monotonic()
         try:
             while n:
                 try:
@@ -116,11 +118,11 @@ class Client:
                         asking.result()  # raises: it ended before all were answered
                     if not self._server.alive:
                         raise self._server.lost("the vLLM server is gone") from None
-                    if time.monotonic() - heard_at > self._stall_s:
+                    if time.monotonic() - self._heard_at > self._stall_s:
                         raise self._server.lost(f"no completion in {self._stall_s:g} s") from None
                     waiting()
                     continue
-                heard_at = time.monotonic()
+                self._heard_at = time.monotonic()
                 n -= 1
                 yield one
         finally:
