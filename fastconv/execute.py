@@ -19,7 +19,7 @@ from fastconv.asked import Asked, asked_of, is_drawn, longest_tok
 from fastconv.auditing import audit_set, require_passed
 from fastconv.card import look, require_fit, shape_on_disk
 from fastconv.datasets.audit import report_of
-from fastconv.datasets.rows import Row, row_of
+from fastconv.datasets.rows import row_of
 from fastconv.engine.base import Base, load_base, model_files
 from fastconv.engine.fold import folded, rho
 from fastconv.engine.geometry import last_states, layers_at, n_layers, places
@@ -155,11 +155,10 @@ class Executor:
         return {"engine": engine, "template": {"sha256": self.base.tokenizer.template_sha256}}
 
     def compute(self, stage: Stage, lease: Lease) -> Outcome:
-        """Compute a stage of any kind but `snapshot`, which `converge` trains."""
+        """Compute a stage of any kind but those that `train` trains."""
         compute = {
             "eval": self._letters,
             "rows": self._rows,
-            "behavior": self._behavior,
             "score": self._score,
             "geometry": self._geometry,
         }
@@ -287,50 +286,57 @@ class Executor:
             rows.append(row.record(self._graph.personas))
         return Outcome({"rows": self._store.put_json(rows), "n": len(rows)})
 
-    def _behavior(self, stage: Stage, lease: Lease) -> Outcome:
-        record = self._record(stage.needs["rows"])
+    def _behavior_rows(self, stage: Stage) -> tuple[Rendered, ...]:
+        """The rows of a behavior adapter as the model will see them, once the audit has nothing against them (gate G1)."""
+        set_name, record = stage.needs["rows"].work["set"], self._record(stage.needs["rows"])
         rows = [row_of(row) for row in self._store.get_json(record.outputs["rows"])]
-        rendered = self._audited(stage.needs["rows"].work["set"], rows)
-        # Drawn from the rows' key alone: every epoch's cell starts from the same weights and sees the same order.
-        drawn_from = ("behavior", stage.needs["rows"].key, stage.inputs["seed"])
-        with self._in_place(stage.needs) as frozen:
-            job = Job(stage.slot, rendered, self._recipe.behavior, drawn_from, frozen)
-            (trainee,) = self._train([Task(job, stage.key, lease, [job.n_steps])])
-            with self.stack.live(Slot(frozen=(*frozen, trainee.adapter))):
-                probe = self.stack.prove(None, stage.slot)
-        self._store.drop_progress(stage.key)
-        return Outcome(self._trained(trainee, probe), _train_facts(trainee, 0))
-
-    def _audited(self, set_name: str, rows: Sequence[Row]) -> tuple[Rendered, ...]:
-        """The rows as the model will see them, once the audit has nothing against them (gate G1)."""
         rendered, findings = audit_set(self._graph, set_name, rows, self.base.tokenizer)
         require_passed(report_of(self._recipe, findings), f"G1 {set_name}")
         return rendered
 
-    def converge(self, runs: Sequence[tuple[Sequence[Stage], Lease]]) -> None:
-        """Train convergence runs in the same steps, each through these missing snapshots of it, committed when reached.
+    def _behavior(self, stage: Stage, lease: Lease, frozen: tuple[Adapter, ...]) -> Task:
+        """One behavior adapter above these frozen ones."""
+        # Drawn from the rows' key alone: every epoch's cell starts from the same weights and sees the same order.
+        drawn_from = ("behavior", stage.needs["rows"].key, stage.inputs["seed"])
+        job = Job(stage.slot, self._behavior_rows(stage), self._recipe.behavior, drawn_from, frozen)
 
-        Raises TrainingError if one of the runs cannot be trained.
+        def keep(trainee: Trainee, spent_s: float) -> None:
+            if trainee.done:
+                self._commit_trained(stage, trainee, (*frozen, trainee.adapter), spent_s, 0)
+
+        return Task(job, stage.key, lease, [job.n_steps], keep)
+
+    def train(self, runs: Sequence[tuple[Sequence[Stage], Lease]]) -> None:
+        """Train in the same steps: convergence runs through these missing snapshots of each, or behavior adapters, one to
+        a run and all on one snapshot. Each stage is committed when it is reached.
+
+        Raises TrainingError if one of the runs cannot be trained, DataError if the audit refuses its rows.
         """
-        tasks = [self._convergence(snapshots, lease) for snapshots, lease in runs]
-        self._train(tasks)
+        first = runs[0][0][0]
+        with self._in_place(first.needs) as frozen:
+            if first.kind == "snapshot":
+                tasks = [self._convergence(snapshots, lease) for snapshots, lease in runs]
+            else:
+                tasks = [self._behavior(stage, lease, frozen) for (stage,), lease in runs]
+            self._train(tasks)
         for task in tasks:
             self._store.drop_progress(task.key)
 
     def group_size(self, runs: Sequence[Stage]) -> int:
-        """How many of these convergence runs (the first so many) to train in the same steps."""
+        """How many of these runs (the first so many; each by its first stage) to train in the same steps."""
         size = self._recipe.run.group
         if size != "auto":
             return size
         shape = shape_on_disk(self._recipe.model, self._graph.source)
         if self.base.device.type != "cuda" or shape is None:
             return 1
-        settings, step_tok = self._recipe.convergence, []
+        phase = self._recipe.convergence if runs[0].kind == "snapshot" else self._recipe.behavior
+        step_tok = []
         for stage in runs:
-            rows = self._convergence_rows(stage)
-            step_tok.append(settings.batch_rows * sum(len(row.ids) for row in rows) / max(1, len(rows)))
+            rows = self._convergence_rows(stage) if stage.kind == "snapshot" else self._behavior_rows(stage)
+            step_tok.append(phase.batch_rows * sum(len(row.ids) for row in rows) / max(1, len(rows)))
         free, _ = torch.cuda.mem_get_info(self.base.device)
-        return group_size(shape, self._recipe.lora.r, step_tok, settings.micro_batch_tok, free)
+        return group_size(shape, self._recipe.lora.r, step_tok, phase.micro_batch_tok, free)
 
     def _convergence_rows(self, stage: Stage) -> list[Rendered]:
         """The answers of a convergence run as rows under the assistant's prompt; those without a token are left out."""
@@ -354,10 +360,7 @@ class Executor:
             epoch, within = divmod(trainee.step, job.steps_per_epoch)
             if within or epoch not in missing:
                 return
-            with self.stack.live(Slot(frozen=(trainee.adapter,))):
-                probe = self.stack.prove(None, missing[epoch].slot)
-            outputs, facts = self._trained(trainee, probe), _train_facts(trainee, reached)
-            self._store.commit(missing[epoch], outputs=outputs, facts=facts, seconds=spent_s - committed_s)
+            self._commit_trained(missing[epoch], trainee, (trainee.adapter,), spent_s - committed_s, reached)
             committed_s, reached = spent_s, trainee.step
 
         stops = [epoch * job.steps_per_epoch for epoch in sorted(missing)]
@@ -385,11 +388,16 @@ class Executor:
             task.keep(trainee, time.monotonic() - began)
         return trainee
 
-    def _trained(self, trainee: Trainee, probe: Probe) -> dict[str, Any]:
-        adapter = trainee.adapter
-        per_epoch = trainee.job.steps_per_epoch
+    def _commit_trained(
+        self, stage: Stage, trainee: Trainee, stack: tuple[Adapter, ...], seconds: float, from_step: int
+    ) -> None:
+        """Commit an adapter with the probe of its stack. Raises TrainingError if its last step was not finite."""
+        trainee.check()
+        with self.stack.live(Slot(frozen=stack)):
+            probe = self.stack.prove(None, stage.slot)
+        adapter, per_epoch = trainee.adapter, trainee.job.steps_per_epoch
         losses = trainee.losses[: trainee.step].tolist()
-        return {
+        outputs = {
             "adapter": self._store.put(adapter.to_bytes(), "safetensors"),
             "weights_sha256": adapter.sha256(),
             "probe": [round(value, 6) for value in probe.logits],
@@ -398,6 +406,7 @@ class Executor:
             "losses": [round(value, 6) for value in losses],
             "last_epoch_loss": round(sum(losses[-per_epoch:]) / len(losses[-per_epoch:]), 6),
         }
+        self._store.commit(stage, outputs=outputs, facts=_train_facts(trainee, from_step), seconds=seconds)
 
     def _rho(self, adapter: Adapter) -> dict[str, float]:
         """||delta|| / ||W||: least, median and greatest over modules."""

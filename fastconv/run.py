@@ -156,6 +156,7 @@ def _compute_all(runner: Runner, keeper: GateKeeper, graph: Graph, store: Store,
         alive = measurable_behaviors(graph, store)
         for step in steps(picked, alive, _group(graph.recipe)):
             runner.converge(step.runs)
+            runner.stack(step.adapters)
             runner.compute(step.ends)
             for plan in step.cells:
                 runner.when_measured(plan, measured)
@@ -166,7 +167,7 @@ def _compute_all(runner: Runner, keeper: GateKeeper, graph: Graph, store: Store,
 
 
 def _group(recipe: Recipe) -> int:
-    """How many convergence runs may be trained in the same steps; 0 is for as many as memory allows."""
+    """How many adapters may be trained in the same steps; 0 is for as many as memory allows."""
     if recipe.model.trainer == "trl":
         return 1
     if recipe.run.group != "auto":

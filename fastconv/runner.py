@@ -136,6 +136,8 @@ class Runner:
             self.judging.submit(stage, urgent=urgent)
         elif stage.kind == "snapshot":
             self.converge([self._graph.lineage(stage)])
+        elif stage.kind == "behavior":
+            self._train([[stage]])
         else:
             self._compute(stage)
         return True
@@ -165,19 +167,28 @@ class Runner:
         missing = [left for run in runs if (left := [one for one in run if self._is_missing(one)])]
         if missing:
             self._await_drawn()
-        while missing:
-            size = self._engine().group_size([run[0] for run in missing]) if len(missing) > 1 else 1
-            self._converge_together(missing[:size])
-            missing = missing[size:]
+        self._train(missing)
+
+    def stack(self, adapters: Sequence[Stage]) -> None:
+        """Train behavior adapters, all on one snapshot, in the same steps as far as memory allows."""
+        self.compute([need for adapter in adapters for need in adapter.needs.values()])
+        self._train([[adapter] for adapter in adapters if self._is_missing(adapter)])
+
+    def _train(self, runs: Sequence[Sequence[Stage]]) -> None:
+        """Train these runs, each given by the stages it is to reach, so many at once as the engine says."""
+        while runs:
+            size = self._engine().group_size([run[0] for run in runs]) if len(runs) > 1 else 1
+            self._train_together(runs[:size])
+            runs = runs[size:]
             self._look()
 
-    def _is_missing(self, snapshot: Stage) -> bool:
-        """Whether a snapshot was asked for and still has to be trained."""
-        if snapshot.key not in self._wanted or self._store.record(snapshot.key) is not None:
+    def _is_missing(self, trained: Stage) -> bool:
+        """Whether an adapter was asked for and still has to be trained."""
+        if trained.key not in self._wanted or self._store.record(trained.key) is not None:
             return False
-        return not self.failing.blocks(snapshot)
+        return not self.failing.blocks(trained)
 
-    def _converge_together(self, runs: Sequence[Sequence[Stage]]) -> None:
+    def _train_together(self, runs: Sequence[Sequence[Stage]]) -> None:
         """Train these runs in one call. Should one of them fail, each goes on alone, to find out which."""
         if self._stop.is_set():
             raise stopped(runs[0][0].slot)
@@ -187,8 +198,8 @@ class Runner:
         engine, failed = self._engine(), False
         try:
             with ExitStack() as leases:
-                engine.converge([(run, leases.enter_context(self._store.lease(run[0]))) for run in runs])
-        except TrainingError as error:
+                engine.train([(run, leases.enter_context(self._store.lease(run[0]))) for run in runs])
+        except (TrainingError, DataError) as error:
             failed = True
             if len(runs) == 1:
                 self._note_failure([one for one in runs[0] if self._store.record(one.key) is None], error)
@@ -197,7 +208,7 @@ class Runner:
         if failed and len(runs) > 1:
             for run in runs:
                 if left := [one for one in run if self._store.record(one.key) is None]:
-                    self._converge_together([left])
+                    self._train_together([left])
 
     def _spent(self, stages: Sequence[Stage], seconds: float) -> None:
         """Count and show what is done of these stages, which took so long together."""

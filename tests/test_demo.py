@@ -18,6 +18,7 @@ from tests.loop_kit import records, run_tiny
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
+@pytest.mark.xdist_group("demo")
 def test_the_demo_shows_what_it_promises_and_the_second_run_computes_nothing(demo_workspace: Path) -> None:
     pytest.importorskip("gguf")
     tmp_path = demo_workspace / "checkpoints"

@@ -30,21 +30,21 @@ def _three(model: Path, **changes: Any) -> Recipe:
     return tiny_recipe(model, **{"grid__sources": SOURCES, "convergence__sampling__max_new_tok": 6, **changes})
 
 
-def _weights(recipe: Recipe, workspace: Path) -> dict[str, np.ndarray]:
-    """Every snapshot's weights as one array, by slot."""
+def _weights(recipe: Recipe, workspace: Path, kind: str = "snapshot/") -> dict[str, np.ndarray]:
+    """The weights of every snapshot (or behavior adapter) as one array, by slot."""
     store = Store.open(workspace, create=False)
     found = {}
     for slot, sha256 in adapters(recipe, workspace).items():
-        if slot.startswith("snapshot/"):
+        if slot.startswith(kind):
             tensors = safetensors.numpy.load(store.get(sha256, "safetensors"))
             found[slot] = np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
     store.close()
     return found
 
 
-def _same_weights(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+def _same_weights(one: dict[str, np.ndarray], other: dict[str, np.ndarray], n: int = 6) -> None:
     assert one.keys() == other.keys()
-    assert len(one) == 6
+    assert len(one) == n
     for slot, weights in one.items():
         np.testing.assert_allclose(weights, other[slot], rtol=0, atol=1e-5, err_msg=slot)
 
@@ -130,6 +130,60 @@ def test_one_run_of_a_group_that_fails_does_not_take_the_others_with_it(
     assert {slot for slot in alone if slot not in found} == set(heard.failed)
     for slot, weights in found.items():
         np.testing.assert_allclose(weights, alone[slot], rtol=0, atol=1e-5)
+
+
+def _four(model: Path, **changes: Any) -> Recipe:
+    """Four behavior adapters of different lengths on each of three snapshots."""
+    changes = {"behavior__dropout": 0.1, "grid__negatives": ["excluded", "included"], **changes}
+    return tiny_recipe(model, **{"grid__behaviors": ["none", "refusal", "sycophancy"], **changes})
+
+
+@pytest.mark.slow
+def test_adapters_stacked_together_are_those_stacked_alone(tiny_qwen: Path, tmp_path: Path) -> None:
+    alone, together = _four(tiny_qwen), _four(tiny_qwen, run__group=3)
+    run_tiny(alone, tmp_path / "alone")
+    shared: dict[str, set[str]] = {}
+    store = Store.open(tmp_path / "together")
+    slots = {stage.key: stage.slot for stage in Graph(together).stages()}
+
+    def on_progress(progress: Any) -> None:
+        if progress.unit == "steps":
+            shared.setdefault(progress.slot, set()).update(slots[key] for key in store.live_leases())
+
+    run_recipe(together, tmp_path / "together", Heard(on_progress))
+    assert max(map(len, shared.values())) == 3
+    mine, theirs = (
+        _weights(one, tmp_path / name, "behavior/") for one, name in [(together, "together"), (alone, "alone")]
+    )
+    _same_weights(mine, theirs, 12)
+    facts = {
+        slot: record.facts["steps"] for slot, record in records(together, tmp_path / "together").items() if slot in mine
+    }
+    assert facts == {
+        slot: record.facts["steps"] for slot, record in records(alone, tmp_path / "alone").items() if slot in mine
+    }
+    assert store.frame("SELECT * FROM progress").is_empty()
+
+
+def test_one_adapter_of_a_group_that_the_audit_refuses_does_not_take_the_others_with_it(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastconv import execute
+    from fastconv.errors import DataError
+
+    real = execute.require_passed
+
+    def refuse(report: Any, where: str) -> None:
+        if "sycophancy" in where:
+            raise DataError("rows without an answer", where=where, fix="look at them")
+        real(report, where)
+
+    monkeypatch.setattr(execute, "require_passed", refuse)
+    recipe = _four(tiny_qwen, run__group=4, grid__epochs=[0], grid__negatives=["excluded"])
+    finished, heard = run_tiny(recipe, tmp_path)
+    assert list(heard.failed) == ["behavior/villain/e0/sycophancy/excluded/s42"]
+    assert [one.exit_code for one in finished.failed] == [2]
+    assert "behavior/villain/e0/refusal/excluded/s42" in records(recipe, tmp_path)
 
 
 def test_on_a_cpu_auto_keeps_the_bits_of_each_alone(tiny_qwen: Path, tmp_path: Path) -> None:

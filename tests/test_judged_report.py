@@ -98,16 +98,20 @@ def test_rates_are_corrected_by_the_judges_calibration_and_by_no_others(
     assert f"corrected:{LABEL}" in {one.where for one in verify(page, store).differences}
 
 
-def test_five_sources_and_four_behaviors_cannot_reach_significance(tiny_qwen: Path, tmp_path: Path) -> None:
-    table = matrix_recipe(tiny_qwen, n_sources=5, seeds=1, prompts=4, samples=1).model_dump(mode="json")
+@pytest.mark.parametrize(("n_sources", "said"), [
+    (5, "5 sources with a marker rate and 4 behaviors: 5 points give a rank correlation a p no smaller than 0.017, so it "
+        "cannot reach the 0.013 that 4 tests require."),
+    (1, "1 source with a marker rate and 4 behaviors: there is nothing to correlate with one another."),
+])  # fmt: skip
+def test_few_sources_and_four_behaviors_cannot_reach_significance(
+    tiny_qwen: Path, tmp_path: Path, n_sources: int, said: str
+) -> None:
+    table = matrix_recipe(tiny_qwen, n_sources=n_sources, seeds=1, prompts=4, samples=1).model_dump(mode="json")
     behaviors = ["capability", "misalignment", "refusal", "sycophancy", "marker"]
     table["grid"] |= {"epochs": [0, 20], "behaviors": behaviors, "negatives": ["included"]}
     table["judge"] = {"mode": "local", "model": JUDGE, "base_url": "http://127.0.0.1:9"}
     recipe = parse_recipe(table)
     graph, store, _ = fill(recipe, tmp_path)
     claim = ask(Decided(graph, store), "attainable")
-    assert claim.text == (
-        "5 sources and 4 behaviors: 5 points give a rank correlation a p no smaller than 0.017, so it cannot reach the "
-        "0.013 that 4 tests require."
-    )
+    assert claim.text == said
     assert claim.word == "withheld"

@@ -131,6 +131,7 @@ def test_every_other_recipe_runs_at_tiny_scale(tmp_path: Path) -> None:
         run_and_verify(name, "tiny", tmp_path)  # in one workspace: cells that two recipes share are computed once
 
 
+@pytest.mark.xdist_group("demo")
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "name", [pytest.param("excluded", marks=pytest.mark.slow), pytest.param("pilot", marks=pytest.mark.long)]
@@ -139,6 +140,7 @@ def test_a_demo_shows_what_was_trained(name: str, demo_workspace: Path) -> None:
     shows_what_was_trained(name, demo_workspace)
 
 
+@pytest.mark.xdist_group("demo")
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_the_markers_demo_shows_what_was_trained(demo_workspace: Path) -> None:

@@ -61,10 +61,10 @@ def test_epoch_0_comes_before_any_convergence_and_g3s_cells_come_first(graph: Gr
     epochs = [plan.cell.epoch for plan in _cells(order)]
     n_zeros = epochs.count(0)
     assert epochs[:n_zeros] == [0] * n_zeros
-    first_run = next(place for place, step in enumerate(order) if step.runs)
-    assert all(plan.cell.epoch == 0 for step in order[:first_run] for plan in step.cells)
-    assert first_run == n_zeros + 1  # and the base's geometry
-    decided = [(plan.cell.behavior, plan.cell.negatives) == ("capability", "included") for plan in _cells(order)]
+    before = order[: next(place for place, step in enumerate(order) if step.runs)]
+    assert all(plan.cell.epoch == 0 for step in before for plan in step.cells)
+    assert sum(bool(step.ends) for step in before) == n_zeros + 1  # and the base's geometry
+    decided = [_decided(plan) for plan in _cells(order)]
     assert decided[:6] == [True] * 6  # three sources, two kinds of convergence that share them
     assert not any(decided[6:n_zeros])
 
@@ -134,3 +134,24 @@ def test_geometry_is_measured_once_for_a_snapshot_right_before_its_cells(graph: 
         after = order[place + 1].cells[0]
         assert after.geometry is not None
         assert after.geometry.key == stage.key
+
+
+@pytest.mark.parametrize(("group", "most"), [(0, 12), (1, 0), (2, 2), (3, 3)])
+def test_adapters_on_one_snapshot_are_trained_in_groups_right_before_their_cells(
+    graph: Graph, group: int, most: int
+) -> None:
+    order = steps(graph.cells, ALIVE, group)
+    together = [(place, step.adapters) for place, step in enumerate(order) if step.adapters]
+    assert max((len(adapters) for _, adapters in together), default=0) == most
+    for place, adapters in together:
+        assert len({stage.needs["snapshot"].key if "snapshot" in stage.needs else "" for stage in adapters}) == 1
+        after = [step.cells[0].adapter for step in order[place + 1 :] if step.cells and step.ends]
+        assert list(dict.fromkeys(one.key for one in after if one))[: len(adapters)] == [one.key for one in adapters]
+    trained = [stage.key for _, adapters in together for stage in adapters]
+    assert len(trained) == len(set(trained))
+    decides = {p.adapter.key for p in graph.cells if p.adapter and p.snapshot is None and _decided(p)}
+    assert not decides & set(trained)  # G3 looks at these, and each may end the run
+
+
+def _decided(plan: CellPlan) -> bool:
+    return (plan.cell.behavior, plan.cell.negatives) == ("capability", "included")

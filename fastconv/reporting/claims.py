@@ -229,11 +229,16 @@ def _attainable(decided: Decided) -> Found:
     rates = marker_rates(decided)
     behaviors = [name for name in decided.graph.behaviors if name != MARKER]  # declared, whether measured yet or not
     sources = [source for source in decided.graph.recipe.grid.sources if source in rates]
-    found = spearman_attainable(max(2, len(sources)), max(1, len(behaviors)))
     rows = tuple(row for source in sources for row in rates[source].rows)
-    kind = "" if found.possible else "withheld"
-    values = {"sources": str(len(sources)), "behaviors": str(len(behaviors)), "reason": found.reason}
-    return Found(values, rows, kind)
+    shown = {"sources": _counted(len(sources), "source"), "behaviors": _counted(len(behaviors), "behavior")}
+    if len(sources) < 2:
+        return Found({**shown, "reason": "there is nothing to correlate with one another"}, rows, "withheld")
+    found = spearman_attainable(len(sources), max(1, len(behaviors)))
+    return Found({**shown, "reason": found.reason}, rows, "" if found.possible else "withheld")
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _agreement(decided: Decided, measure: str) -> Found:
@@ -307,7 +312,7 @@ CLAIMS: Mapping[str, Bound] = {
         "Over {n} sources, the rank correlation of {behavior} transfer with the assistant's marker rate is {figures}.",
         _correlation,
     ),
-    "attainable": Bound("{sources} sources and {behaviors} behaviors: {reason}.", _attainable),
+    "attainable": Bound("{sources} with a marker rate and {behaviors}: {reason}.", _attainable),
     "agreement": Bound("{measure}: judge and phrases say the same of {share} of {n} answers; kappa {kappa}.", _agreement),
     "corrected": Bound("{label}: {raw} as judged, {fixed} once corrected for the judge's known mistakes.", _corrected),
     "cost": Bound("{n} stages took {seconds} of computing; tokens: {tokens}.", _cost),
