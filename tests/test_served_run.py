@@ -26,6 +26,9 @@ from tests.serve_kit import Fake, fake, running
 
 __all__ = ["fake"]
 
+#: They look at what lies in /dev/shm, which all processes share.
+pytestmark = pytest.mark.xdist_group("shm")
+
 
 def served(model: Path, **changes: Any) -> Recipe:
     return tiny_recipe(model, **{"model__sampler": "vllm", **changes})
