@@ -69,7 +69,7 @@ def test_a_server_with_the_same_engine_gives_the_same_run(tiny_qwen: Path, tmp_p
     assert {slot: mine[slot] for slot in bare} == {slot: theirs[slot] for slot in bare}
     assert [verdict.gate for verdict in finished.verdicts] == [verdict.gate for verdict in resident.verdicts]
     assert not any(map(running, fake.pids))
-    assert shm() == before
+    assert shm() <= before
 
 
 def test_one_server_for_a_run_and_every_stack_under_a_name_of_its_own(
@@ -173,10 +173,10 @@ def test_a_run_killed_midway_leaves_no_server_and_no_files(tiny_qwen: Path, tmp_
     until(lambda: fake.record.exists() and len(fake.asked("/v1/load_lora_adapter")) > 0)
     pids = fake.pids
     assert all(map(running, pids))
-    assert shm() != before
+    assert not shm() <= before
     kill(parent)
     until(lambda: not any(map(running, pids)), 5)
-    until(lambda: shm() == before, 5)
+    until(lambda: shm() <= before, 5)  # what a test before this one left may go meanwhile
 
 
 def test_ctrl_c_is_heard_while_the_server_is_silent(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
