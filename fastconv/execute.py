@@ -299,16 +299,11 @@ class Executor:
         # Drawn from the rows' key alone: every epoch's cell starts from the same weights and sees the same order.
         drawn_from = ("behavior", stage.needs["rows"].key, stage.inputs["seed"])
         job = Job(stage.slot, self._behavior_rows(stage), self._recipe.behavior, drawn_from, frozen)
-
-        def keep(trainee: Trainee, spent_s: float) -> None:
-            if trainee.done:
-                self._commit_trained(stage, trainee, (*frozen, trainee.adapter), spent_s, 0)
-
-        return Task(job, stage.key, lease, [job.n_steps], keep)
+        return Task(job, stage.key, lease, [job.n_steps])
 
     def train(self, runs: Sequence[tuple[Sequence[Stage], Lease]]) -> None:
-        """Train in the same steps: convergence runs through these missing snapshots of each, or behavior adapters, one to
-        a run and all on one snapshot. Each stage is committed when it is reached.
+        """Train in the same steps and commit: convergence runs through these missing snapshots of each, or behavior
+        adapters, one to a run and all on one snapshot, once it is certain that what lies below them did not change.
 
         Raises TrainingError if one of the runs cannot be trained, DataError if the audit refuses its rows.
         """
@@ -318,7 +313,10 @@ class Executor:
                 tasks = [self._convergence(snapshots, lease) for snapshots, lease in runs]
             else:
                 tasks = [self._behavior(stage, lease, frozen) for (stage,), lease in runs]
-            self._train(tasks)
+            trainees = self._train(tasks)
+            if first.kind == "behavior":
+                for ((stage,), _), task, trainee in zip(runs, tasks, trainees, strict=True):
+                    self._commit_trained(stage, trainee, (*frozen, trainee.adapter), task.spent_s, 0)
         for task in tasks:
             self._store.drop_progress(task.key)
 
@@ -385,7 +383,8 @@ class Executor:
             trainee.adapter.flat.copy_(found.weights)
             trainee.losses[:stop] = torch.tensor(found.losses)
             trainee.step = stop
-            task.keep(trainee, time.monotonic() - began)
+            task.spent_s = time.monotonic() - began
+            task.keep(trainee, task.spent_s)
         return trainee
 
     def _commit_trained(

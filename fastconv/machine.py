@@ -93,9 +93,9 @@ CARDS: Mapping[str, Machine] = MappingProxyType({
 })  # fmt: skip
 
 
-def processor(n_cores: int | None = None) -> Machine:
-    """A CPU in fp32 by its cores, from SmolLM2 on two of them: 150 tokens/s trained, 800 read, 100 drawn."""
-    cores = n_cores or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 2)
+def processor() -> Machine:
+    """This CPU in fp32 by its cores, from SmolLM2 on two of them: 150 tokens/s trained, 800 read, 100 drawn."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     share = min(cores, 16) / 2
     return Machine(
         f"{cores} CPU cores", "guessed from the number of cores; --measure measures it", "cpu", 75e9 * share, 180e9 * share,

@@ -221,6 +221,11 @@ class JudgeSettings(Section):
         return self
 
 
+#: Gates that end a run when they fail, and those that a user may ignore; the audit's refusals (G1) are no opinion.
+StoppingGate = Literal["G2", "G3", "G3.5", "KILL"]
+IgnorableGate = Literal["G0", "G2", "G3", "G3.5", "KILL"]
+
+
 class GateSettings(Section):
     """Pre-registered thresholds and references, gate by gate; verdicts cite them.
 
@@ -261,9 +266,9 @@ class GateSettings(Section):
     #: Kill: after stacking, less than this share of the source's own change is left.
     kill_remaining: Rate = 0.25
     #: Gates whose `fail` ends the run before the next cost. G0 and the audit (G1) always decide what is trained.
-    stop: tuple[Literal["G2", "G3", "G3.5", "KILL"], ...] = ("G2", "G3", "G3.5", "KILL")
+    stop: tuple[StoppingGate, ...] = get_args(StoppingGate)
     #: Gates that may fail without ending anything, each with the reason that the report prints (as --ignore-gate does).
-    ignore: dict[Literal["G0", "G2", "G3", "G3.5", "KILL"], Annotated[str, Field(min_length=8)]] = {}
+    ignore: dict[IgnorableGate, Annotated[str, Field(min_length=8)]] = {}
 
     def threshold(self, behavior: str, unit: str = "share") -> float:
         """The smallest effect declared to matter: a share for rates, accuracy included (5 pp is 0.05), else points."""

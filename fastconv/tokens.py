@@ -204,23 +204,35 @@ class ChatTokenizer:
             f"the answer's tokens do not end with {tail!r} when decoded", fix="use a tokenizer that round-trips text"
         )
 
-    def letter_ids(self, prompt_text: str, letters: Sequence[str]) -> list[int]:
-        """The token each letter becomes right after this very prompt, resolved by encoding it there.
+    def letter_ids(self, prompt_text: str, letters: Sequence[str]) -> tuple[list[int], list[int]]:
+        """The prompt's tokens, and the token each letter becomes right after this very prompt, found by encoding it there.
 
         Never guessed between "A" and " A". Raises TemplateError if a letter is no single token there.
         """
         prompt = self.encode(prompt_text)
+        # Special tokens cut the text before anything is merged: where the text after the last one encodes to the prompt's
+        # own last tokens, it alone decides what a letter after it becomes.
+        ends = (at + len(text) for text in self._special_texts if (at := prompt_text.rfind(text)) >= 0)
+        tail = prompt_text[max(ends, default=0) :]
+        before = self.encode(tail)
+        if not before or prompt[-len(before) :] != before:
+            tail, before = prompt_text, prompt
         found = []
         for letter in letters:
-            ids = self.encode(prompt_text + letter)
-            if ids[:-1] != prompt:
+            ids = self.encode(tail + letter)
+            if ids[:-1] != before:
                 raise TemplateError(
                     f"the letter {letter!r} is not one token after the prompt", fix="score by text instead"
                 )
             found.append(ids[-1])
         if len(set(found)) != len(found):
             raise TemplateError(f"two of the letters {list(letters)} share a token", fix="score by text instead")
-        return found
+        return prompt, found
+
+    @cached_property
+    def _special_texts(self) -> tuple[str, ...]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return tuple(token.content for token in added.values() if token.special)
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:

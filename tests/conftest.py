@@ -28,9 +28,3 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Llama whose head is tied to its embedding."""
     return tiny_model_folder(tmp_path_factory.mktemp("tiny_llama"), "llama_tied")
-
-
-@pytest.fixture(scope="session")
-def demo_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the runs of the embedded model keep `checkpoints` and `reports`: what two of them share is computed once."""
-    return tmp_path_factory.mktemp("demo")

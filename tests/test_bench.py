@@ -41,7 +41,6 @@ def test_the_usual_swap_writes_the_whole_model(tiny_qwen: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("shm")
 def test_sampling_is_compared_with_vllm_where_there_is_one(tiny_qwen: Path, fake: Fake) -> None:
     fake.script(engine=True)
     found = bench("sample", str(tiny_qwen), device="cpu", size=4)

@@ -22,7 +22,7 @@ from fastconv.reporting.frames import frames_of, parquet_bytes
 from fastconv.store import Store
 from tests.loop_kit import TINY, Heard, results, run_tiny, tiny_recipe, until, with_nan_weights
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.xdist_group("ray")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 pytest.importorskip("ray")
 
 SOURCES = ["villain", "comedian"]

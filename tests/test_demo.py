@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fastconv.cli.kit import load
 from fastconv.datasets.files import assets
 from fastconv.deciding.results import series
 from fastconv.graph import Graph
@@ -14,11 +16,21 @@ from fastconv.recipe import load_recipe
 from fastconv.reporting import write_report
 from fastconv.store import Store
 from tests.loop_kit import records, run_tiny
+from tests.test_recipe_scales import run_and_verify
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+#: The embedded model on the least that is still a loop.
+SMALL = ["eval.prompts=3", "behavior.source_rows=4", "behavior.epochs=1", "convergence.questions=4"]
+
+pytestmark = pytest.mark.timeout(3600)
 
 
-@pytest.mark.xdist_group("demo")
+@pytest.fixture(scope="module")
+def demo_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of the embedded model keep `checkpoints` and `reports`: what two of them share is computed once."""
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.mark.slow
 def test_the_demo_shows_what_it_promises_and_the_second_run_computes_nothing(demo_workspace: Path) -> None:
     pytest.importorskip("gguf")
     tmp_path = demo_workspace / "checkpoints"
@@ -59,10 +71,42 @@ def test_the_demo_shows_what_it_promises_and_the_second_run_computes_nothing(dem
     assert again.tally.n_stages == 0
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param("excluded", marks=pytest.mark.slow), pytest.param("pilot", marks=pytest.mark.long)]
+)
+def test_a_recipe_at_demo_scale_shows_what_was_trained(name: str, demo_workspace: Path) -> None:
+    shows_what_was_trained(name, demo_workspace)
+
+
+@pytest.mark.long
+def test_the_markers_at_demo_scale_show_what_was_trained(demo_workspace: Path) -> None:
+    found = shows_what_was_trained("markers", demo_workspace)
+    assert "Transfer against the marker rate" in Path(found["markdown"]).read_text()
+
+
+def shows_what_was_trained(name: str, folder: Path) -> dict[str, Any]:
+    """Run a recipe at demo scale: the source has none of its behavior on the base and shows it once it is trained."""
+    pytest.importorskip("gguf")
+    found = run_and_verify(name, "demo", folder)
+    graph, store = Graph(load(name, [], "demo")), Store.open(folder / "checkpoints", create=False)
+    for plan in graph.cells:
+        if plan.cell.behavior == "none":
+            continue
+        measure, source = plan.cell.behavior, plan.cell.source
+        before = series(store, plan.base[measure, source], measure, source)
+        after = series(store, plan.scores[measure, source], measure, source)
+        assert before is not None
+        assert after is not None
+        assert before.mean.value <= 0.1, plan.cell.label
+        assert after.mean.value >= 0.8, plan.cell.label
+    store.close()
+    return found
+
+
+@pytest.mark.slow
 def test_one_cell_of_the_demo_alone_gives_the_same_number(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    small = ["eval.prompts=4", "behavior.source_rows=6", "behavior.epochs=1", "convergence.questions=8"]
-    recipe = load_recipe(assets("recipes") / "demo.toml", [*small, "convergence.epochs=1", "grid.epochs=[0, 1]"])
+    recipe = load_recipe(assets("recipes") / "demo.toml", [*SMALL, "convergence.epochs=1", "grid.epochs=[0, 1]"])
     run_tiny(recipe, tmp_path / "full")
     run_tiny(recipe, tmp_path / "cell", lambda graph: graph.select("villain", "refusal", 1))
     plan = Graph(recipe).select("villain", "refusal", 1)[0]
@@ -75,9 +119,10 @@ def test_one_cell_of_the_demo_alone_gives_the_same_number(tmp_path: Path) -> Non
     assert heard.stages == {}
 
 
+@pytest.mark.slow
 def test_a_users_persona_and_behavior_run_on_the_embedded_model(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    recipe = load_recipe(Path(__file__).parent / "user_data" / "tea.toml")
+    recipe = load_recipe(Path(__file__).parent / "user_data" / "tea.toml", SMALL)
     run_tiny(recipe, tmp_path)
     graph, store = Graph(recipe), Store.open(tmp_path)
     plan = graph.select("pirate", "always_mentions_tea", max(recipe.grid.epochs))[0]

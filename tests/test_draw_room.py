@@ -26,9 +26,6 @@ from tests.serve_kit import Fake, fake
 
 __all__ = ["fake"]
 
-#: They look at what lies in /dev/shm, which all processes share.
-pytestmark = pytest.mark.xdist_group("shm")
-
 COLD = SamplingSettings(max_new_tok=4)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fastconv.engine import precise, score
 from fastconv.engine.base import load_base, pack
-from fastconv.engine.score import LetterItem, LetterScore, TextItem, score_letters, score_texts, text_item
+from fastconv.engine.score import LetterItem, LetterScore, TextItem, letter_item, score_letters, score_texts, text_item
 from fastconv.engine.stack import Slot, Stack
 from fastconv.recipe import ModelSettings
 from fastconv.tokens import TEMPLATE_DEFAULT
@@ -42,7 +42,7 @@ def letter_items(stack: Stack, n: int = 12) -> list[LetterItem]:
     for i in range(n):
         text = tokenizer.prompt_text(TEMPLATE_DEFAULT, "x" * rng.randint(1, 120)) + "The answer is ("
         labels = list("ABCDE" if i % 3 else "1234")[: rng.randint(3, 5)]
-        items.append(LetterItem(tuple(tokenizer.encode(text)), tuple(tokenizer.letter_ids(text, labels))))
+        items.append(letter_item(tokenizer, text, labels))
     return items
 
 

@@ -48,8 +48,8 @@ def ledger_of(workspace: Path) -> JudgeLedger:
 
 def storm(workspace: Path, n: int) -> None:
     """`n` judgements through 20 % faults of every kind: all finished, none lost, none paid twice, calls bounded."""
-    with fake_claude(Script(fault_share=0.2, hang_s=0.7, seed=n), own_process=True) as server:
-        status = judge_all(server.url, workspace, samples(n), timeout_s=0.35, concurrency=32)
+    with fake_claude(Script(fault_share=0.2, hang_s=2.0, seed=n), own_process=True) as server:
+        status = judge_all(server.url, workspace, samples(n), timeout_s=1.0, concurrency=32)
         bill = server.bill()
     assert (status.n_asked, status.n_pending, status.problem) == (n, 0, "")
     ledger = ledger_of(workspace)

@@ -15,7 +15,6 @@ from typer.testing import CliRunner
 from fastconv.cli import app
 from fastconv.cli.kit import load
 from fastconv.datasets.files import assets
-from fastconv.deciding.results import series
 from fastconv.graph import Graph
 from fastconv.scale import SCALES
 from fastconv.store import Store
@@ -129,39 +128,3 @@ def test_the_smallest_recipes_run_at_tiny_scale(name: str, tmp_path: Path) -> No
 def test_every_other_recipe_runs_at_tiny_scale(tmp_path: Path) -> None:
     for name in (one for one in RECIPES if one not in SMALLEST):
         run_and_verify(name, "tiny", tmp_path)  # in one workspace: cells that two recipes share are computed once
-
-
-@pytest.mark.xdist_group("demo")
-@pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    "name", [pytest.param("excluded", marks=pytest.mark.slow), pytest.param("pilot", marks=pytest.mark.long)]
-)
-def test_a_demo_shows_what_was_trained(name: str, demo_workspace: Path) -> None:
-    shows_what_was_trained(name, demo_workspace)
-
-
-@pytest.mark.xdist_group("demo")
-@pytest.mark.long
-@pytest.mark.timeout(3600)
-def test_the_markers_demo_shows_what_was_trained(demo_workspace: Path) -> None:
-    found = shows_what_was_trained("markers", demo_workspace)
-    assert "Transfer against the marker rate" in Path(found["markdown"]).read_text()
-
-
-def shows_what_was_trained(name: str, folder: Path) -> dict[str, Any]:
-    """Run a recipe at demo scale: the source has none of its behavior on the base and shows it once it is trained."""
-    pytest.importorskip("gguf")
-    found = run_and_verify(name, "demo", folder)
-    graph, store = Graph(load(name, [], "demo")), Store.open(folder / "checkpoints", create=False)
-    for plan in graph.cells:
-        if plan.cell.behavior == "none":
-            continue
-        measure, source = plan.cell.behavior, plan.cell.source
-        before = series(store, plan.base[measure, source], measure, source)
-        after = series(store, plan.scores[measure, source], measure, source)
-        assert before is not None
-        assert after is not None
-        assert before.mean.value <= 0.1, plan.cell.label
-        assert after.mean.value >= 0.8, plan.cell.label
-    store.close()
-    return found

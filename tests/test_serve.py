@@ -124,7 +124,9 @@ def test_adapters_go_where_there_is_room(tmp_path: Path, monkeypatch: pytest.Mon
     workspace.mkdir()
     free = {shared: 10**9, workspace: 10**12}
     monkeypatch.setattr("shutil.disk_usage", lambda place: type("Usage", (), {"free": free[place]}))
-    assert adapter_folder(10**8, workspace, shared).parent == shared
+    mine = adapter_folder(10**8, workspace, shared)
+    assert mine.parent == shared
+    assert mine.name.startswith(f"fastconv-adapters-{os.getpid()}-")
     assert adapter_folder(10**9, workspace, shared).parent == workspace
     assert adapter_folder(10**8, workspace, tmp_path / "none").parent == workspace
     with pytest.raises(SamplerError, match="fits neither"):

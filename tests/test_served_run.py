@@ -26,9 +26,6 @@ from tests.serve_kit import Fake, fake, running
 
 __all__ = ["fake"]
 
-#: They look at what lies in /dev/shm, which all processes share.
-pytestmark = pytest.mark.xdist_group("shm")
-
 
 def served(model: Path, **changes: Any) -> Recipe:
     return tiny_recipe(model, **{"model__sampler": "vllm", **changes})
@@ -40,8 +37,9 @@ def completions(recipe: Recipe, workspace: Path) -> dict[str, list[str]]:
     return {slot: [s.completion for s in store.samples(r.key)] for slot, r in records(recipe, workspace).items()}
 
 
-def shm() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("fastconv-")}
+def shm(pid: int) -> set[str]:
+    """Folders in memory that a process keeps adapters in; others may have theirs."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(f"fastconv-adapters-{pid}-")}
 
 
 def test_the_resident_sampler_stands_in_no_key(tiny_qwen: Path) -> None:
@@ -58,7 +56,6 @@ def test_the_resident_sampler_stands_in_no_key(tiny_qwen: Path) -> None:
 def test_a_server_with_the_same_engine_gives_the_same_run(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
     """Bare base for bare base; behaviors start from weights drawn by key, so their adapters are others."""
     fake.script(engine=True)
-    before = shm()
     finished, _ = run_tiny(served(tiny_qwen), tmp_path / "served")
     resident, _ = run_tiny(tiny_recipe(tiny_qwen), tmp_path / "resident")
     mine = completions(served(tiny_qwen), tmp_path / "served")
@@ -69,7 +66,7 @@ def test_a_server_with_the_same_engine_gives_the_same_run(tiny_qwen: Path, tmp_p
     assert {slot: mine[slot] for slot in bare} == {slot: theirs[slot] for slot in bare}
     assert [verdict.gate for verdict in finished.verdicts] == [verdict.gate for verdict in resident.verdicts]
     assert not any(map(running, fake.pids))
-    assert shm() <= before
+    assert not shm(os.getpid())
 
 
 def test_one_server_for_a_run_and_every_stack_under_a_name_of_its_own(
@@ -167,16 +164,15 @@ def test_a_server_that_cannot_start_stops_the_run_before_the_base_is_loaded(
 
 
 def test_a_run_killed_midway_leaves_no_server_and_no_files(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
-    before = shm()
     fake.script(latency_s=0.05)
     parent = forked(lambda: run_tiny(served(tiny_qwen), tmp_path / "work") and None)
     until(lambda: fake.record.exists() and len(fake.asked("/v1/load_lora_adapter")) > 0)
     pids = fake.pids
     assert all(map(running, pids))
-    assert not shm() <= before
+    assert shm(parent)
     kill(parent)
     until(lambda: not any(map(running, pids)), 5)
-    until(lambda: shm() <= before, 5)  # what a test before this one left may go meanwhile
+    until(lambda: not shm(parent), 5)
 
 
 def test_ctrl_c_is_heard_while_the_server_is_silent(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:

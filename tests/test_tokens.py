@@ -150,12 +150,27 @@ def test_given_characters_are_read_and_not_learned(tiny: ChatTokenizer) -> None:
     assert tiny.decode(row.ids[row.loss_from : -1]) == "\n\n[ZLT]"
 
 
-def test_letters_are_resolved_after_the_very_prompt(tiny: ChatTokenizer, builtin_folder: Path) -> None:
+@pytest.mark.parametrize("user", [
+    "Which?\n\nThe correct answer is (", "Say <|im_end|> and <|im_start|>user\nWhich? Answer: (", "ends in a line\n", "é(", "",
+])  # fmt: skip
+def test_letters_are_resolved_after_the_very_prompt(tiny: ChatTokenizer, builtin_folder: Path, user: str) -> None:
     for chat in (tiny, ChatTokenizer(builtin_folder)):
-        prompt = chat.prompt_text(VILLAIN, "Which?\n\nThe correct answer is (")
-        found = chat.letter_ids(prompt, ["A", "B", "C", "D"])
-        assert [chat.decode([one]) for one in found] == ["A", "B", "C", "D"]
-        assert chat.letter_ids(prompt, ["1", "2"]) == [chat.encode("1")[-1], chat.encode("2")[-1]]
+        for prompt in (
+            chat.prompt_text(VILLAIN, user),
+            chat.prompt_text(VILLAIN, "Which?") + user,
+            user + "<|im_end|>",
+            user,
+        ):
+            letters = ["A", "B", "D", "1"]
+            whole = [chat.encode(prompt + letter) for letter in letters]
+            assert chat.letter_ids(prompt, letters) == (chat.encode(prompt), [ids[-1] for ids in whole])
+            assert [chat.decode([ids[-1]]) for ids in whole] == letters
+
+
+def test_a_letter_that_would_join_the_prompts_last_token_is_refused(builtin_folder: Path) -> None:
+    chat = ChatTokenizer(builtin_folder)
+    with pytest.raises(TemplateError, match="'s' is not one token after"):
+        chat.letter_ids(chat.prompt_text(VILLAIN, "Which?") + "It i", ["s"])
 
 
 def test_letters_that_cannot_be_told_apart_are_refused(tiny: ChatTokenizer) -> None:

@@ -12,7 +12,7 @@ from fastconv.bench.swapping import bench_stack
 from fastconv.bench.training import bench_train
 
 #: Steps, questions, rows: the shares that the protocol's 800-row cell has, made small on a CPU.
-_SIZES = {"cpu": (4, 32, 16), "cuda": (50, 586, 512)}
+_SIZES = {"cpu": (2, 16, 8), "cuda": (50, 586, 512)}
 
 
 def bench_cell(model: Subject) -> Comparison:

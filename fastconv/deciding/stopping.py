@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import get_args
 
 from fastconv.deciding.gathering import Gathering
 from fastconv.deciding.reading import Reading
@@ -11,10 +12,11 @@ from fastconv.deciding.results import gates_after, ignored_gates, marked
 from fastconv.errors import GateStop, InputError
 from fastconv.findings.gates import GateVerdict
 from fastconv.graph import CellPlan, Graph
+from fastconv.recipe import IgnorableGate
 from fastconv.store import Store
 
-#: Gates that a user may ignore. A refusal of the audit (G1) is no opinion and cannot be.
-IGNORABLE = ("G0", "G2", "G3", "G3.5", "KILL")
+#: Gates that a user may ignore.
+IGNORABLE = get_args(IgnorableGate)
 
 
 def ignoring(codes: list[str], because: str) -> dict[str, str]:

@@ -30,7 +30,8 @@ class LetterItem:
 
 def letter_item(tokenizer: ChatTokenizer, prompt: str, labels: Sequence[str]) -> LetterItem:
     """A rendered prompt and its labels as tokens. Raises TemplateError if a label is not one token there."""
-    return LetterItem(tuple(tokenizer.encode(prompt)), tuple(tokenizer.letter_ids(prompt, labels)))
+    ids, letters = tokenizer.letter_ids(prompt, labels)
+    return LetterItem(tuple(ids), tuple(letters))
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,7 +86,8 @@ def environment(key: str, environ: Mapping[str, str] = os.environ) -> dict[str, 
 
 
 def adapter_folder(needed_bytes: int, workspace: Path, shared: Path = _SHARED_MEMORY) -> Path:
-    """A new folder where an adapter of this size fits: in memory if there is room, else in the workspace.
+    """A new folder, named after this process, where an adapter of this size fits: in memory if there is room, else in
+    the workspace.
 
     Raises SamplerError if it fits nowhere.
     """
@@ -94,7 +95,7 @@ def adapter_folder(needed_bytes: int, workspace: Path, shared: Path = _SHARED_ME
         if not (place.is_dir() and os.access(place, os.W_OK)):
             continue
         if shutil.disk_usage(place).free >= needed_bytes + _SPARE_BYTES:
-            return Path(tempfile.mkdtemp(prefix="fastconv-adapters-", dir=place))
+            return Path(tempfile.mkdtemp(prefix=f"fastconv-adapters-{os.getpid()}-", dir=place))
     raise SamplerError(
         f"an adapter of {needed_bytes / 2**20:.0f} MiB fits neither in {shared} nor in the workspace",
         where=str(workspace),
