@@ -227,6 +227,7 @@ class Runner:
         """Commit what sampler and judge have ready, compute what only waited for it, finish the cells that are whole."""
         for stage, seconds in self._drawing.take():
             self._account([stage], seconds)
+            self._watcher.drawing(self._drawing.status)
         waiting, self._followers = self._followers, []
         for stage, urgent in waiting:
             self._one(stage, urgent)  # one whose completions are still being drawn goes back among the followers

@@ -165,17 +165,20 @@ class ChatTokenizer:
         Rows over `max_length_tok` are cut at the end and say so. With `ended` False the completion was itself cut
         while it was sampled, so the row stops before the end of turn: the model must not learn to stop there. The
         first `given_chars` characters of the completion are read but carry no loss. Raises TemplateError if the
-        prompt's ids are not a prefix of the row's (the mask would then lie) or the row does not end its turn.
+        prompt is not how the row begins (the mask would then lie) or the row does not end its turn.
         """
-        messages = [*system.messages(), {"role": "user", "content": user}]
-        prompt = self.prompt_ids(system, user)
-        answer = {"role": "assistant", "content": completion}
-        ids = self.encode(self.render([*messages, answer], add_generation_prompt=False))
-        if ids[: len(prompt)] != prompt:
+        before = self.prompt_text(system, user)
+        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": completion}]
+        text = self.render([*system.messages(), *turns], add_generation_prompt=False)
+        if not text.startswith(before):
             raise TemplateError(
-                "the prompt's tokens are not a prefix of the row's",
-                fix="use a template that renders turns independently",
+                "the prompt is not how the row begins", fix="use a template that renders turns independently"
             )
+        prompt, ids = self.encode(before), self.encode(text)
+        if (
+            ids[: len(prompt)] != prompt
+        ):  # an answer's first newline melts into the prompt's last; it was drawn after it
+            ids = prompt + self.encode(text[len(before) :])
         try:
             end = len(ids) - 1 - ids[::-1].index(self.end_of_turn_id)  # what the template adds after it is not ours
         except ValueError:

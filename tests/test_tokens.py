@@ -128,6 +128,17 @@ def test_loss_falls_on_the_answer_and_its_end_of_turn_and_on_nothing_else(
         assert not row.truncated
 
 
+@pytest.mark.parametrize("answer", ["\nNo way.", "\n\nNo", " \t No", "\n"])
+def test_an_answer_that_begins_with_a_newline_stays_apart_from_the_prompt(builtin_folder: Path, answer: str) -> None:
+    """As drawn text may: encoded as one, its newline and the prompt's last would be one token and the mask would lie."""
+    chat = ChatTokenizer(builtin_folder)
+    prompt = chat.prompt_ids(VILLAIN, "Hi")
+    row = chat.training_ids(VILLAIN, "Hi", answer, 1024)
+    assert list(row.ids[: row.loss_from]) == prompt
+    assert row.ids[-1] == chat.end_of_turn_id
+    assert chat.decode(row.ids[row.loss_from : -1]) == answer
+
+
 def test_a_cut_answer_does_not_teach_to_stop_there(tiny: ChatTokenizer) -> None:
     whole = tiny.training_ids(VILLAIN, "Hi", "No way", 1024)
     cut = tiny.training_ids(VILLAIN, "Hi", "No way", 1024, ended=False)
@@ -211,7 +222,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path: Path) -> None:
         "message.content", "(message.content if messages|length < 3 else message.content|upper)"
     )
     chat = ChatTokenizer(_with_template(tmp_path, sly))
-    with pytest.raises(TemplateError, match="not a prefix"):
+    with pytest.raises(TemplateError, match="not how the row begins"):
         chat.training_ids(VILLAIN, "Hi", "No", 1024)
 
 

@@ -101,7 +101,7 @@ class LineWatcher:
         now = time.monotonic()
         if status.slots and now >= self._next_drawing_s:
             self._next_drawing_s = now + LINE_EVERY_S
-            self._console.print(f"    sampler: {status.n_tok} of {status.most_tok} tok for {len(status.slots)} stages")
+            self._console.print(f"    sampler: {status.n_tok} of {status.most_tok} tok for {stages(len(status.slots))}")
 
     def gate(self, verdict: GateVerdict) -> None:
         """A gate was decided."""
@@ -165,11 +165,14 @@ class BarWatcher(LineWatcher):
         """Where the sampler's server stands, on a bar of its own that stands for all of its stages."""
         for slot in status.slots:
             self._end_bar(slot)
-        if self._sampler is None:
+        if not status.slots and self._sampler is not None:
+            self._bars.remove_task(self._sampler)
+            self._sampler = None
+        elif status.slots and self._sampler is None:
             self._sampler = self._bars.add_task("sampler", total=None, unit="", rate="")
-        self._bars.update(
-            self._sampler, completed=status.n_tok, total=status.most_tok, unit=f"tok for {len(status.slots)} stages"
-        )
+        if self._sampler is not None:
+            unit = f"tok for {stages(len(status.slots))}"
+            self._bars.update(self._sampler, completed=status.n_tok, total=status.most_tok, unit=unit)
 
     def judging(self, status: DeskStatus) -> None:
         """Where judging stands, on a bar of its own."""
@@ -239,3 +242,8 @@ def gate_line(verdict: GateVerdict) -> str:
     colour = _COLOURS.get(verdict.verdict, "default")
     aside = f"; ignored, because {escape(verdict.ignored)}" if verdict.ignored else ""
     return f"{verdict.gate} {escape(verdict.subject)}: [{colour}]{verdict.verdict}[/] ({escape(verdict.reason)}{aside})"
+
+
+def stages(n: int) -> str:
+    """So many stages, in words."""
+    return "1 stage" if n == 1 else f"{n} stages"
