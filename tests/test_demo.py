@@ -19,7 +19,7 @@ from tests.loop_kit import records, run_tiny
 from tests.test_recipe_scales import run_and_verify
 
 #: The embedded model on the least that is still a loop.
-SMALL = ["eval.prompts=3", "behavior.source_rows=4", "behavior.epochs=1", "convergence.questions=4"]
+SMALL = ["eval.prompts=3", "behavior.source_rows=6", "behavior.epochs=1", "convergence.questions=4"]
 
 pytestmark = pytest.mark.timeout(3600)
 
