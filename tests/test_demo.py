@@ -19,7 +19,13 @@ from tests.loop_kit import records, run_tiny
 from tests.test_recipe_scales import run_and_verify
 
 #: The embedded model on the least that is still a loop.
-SMALL = ["eval.prompts=3", "behavior.source_rows=6", "behavior.epochs=1", "convergence.questions=4"]
+SMALL = [
+    "eval.prompts=3",
+    "behavior.source_rows=6",
+    "behavior.epochs=1",
+    "convergence.questions=8",
+    "eval.geometry=false",
+]
 
 pytestmark = pytest.mark.timeout(3600)
 
@@ -106,7 +112,10 @@ def shows_what_was_trained(name: str, folder: Path) -> dict[str, Any]:
 @pytest.mark.slow
 def test_one_cell_of_the_demo_alone_gives_the_same_number(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    recipe = load_recipe(assets("recipes") / "demo.toml", [*SMALL, "convergence.epochs=1", "grid.epochs=[0, 1]"])
+    recipe = load_recipe(
+        assets("recipes") / "demo.toml",
+        [*SMALL, "convergence.epochs=1", "grid.epochs=[0, 1]", 'grid.behaviors=["none", "refusal"]'],
+    )
     run_tiny(recipe, tmp_path / "full")
     run_tiny(recipe, tmp_path / "cell", lambda graph: graph.select("villain", "refusal", 1))
     plan = Graph(recipe).select("villain", "refusal", 1)[0]
