@@ -76,8 +76,8 @@ def demands(graph: Graph, stages: Iterable[Stage], device: str) -> dict[str, Dem
     rows = SAMPLED_ROWS[device]
     count: dict[str, Callable[[Graph, Stage], Demand]] = {
         "answers": lambda graph, stage: _drawn(stage, rows), "snapshot": _snapshot, "behavior": _behavior,
-        "eval": lambda graph, stage: _eval(graph, stage, rows), "judge": _judge,
-        "geometry": _geometry,
+        "eval": lambda graph, stage: _eval(graph, stage, rows, device), "judge": _judge,
+        "geometry": lambda graph, stage: _geometry(graph, stage, device),
     }  # fmt: skip
     return {stage.key: count[stage.kind](graph, stage) if stage.kind in count else Demand() for stage in stages}
 
@@ -119,21 +119,30 @@ def _drawn(stage: Stage, at_once: int) -> Demand:
     )  # fmt: skip
 
 
-def _eval(graph: Graph, stage: Stage, at_once: int) -> Demand:
+def _eval(graph: Graph, stage: Stage, at_once: int, device: str) -> Demand:
     if stage.inputs["measure"] != "letters":
         return _drawn(stage, at_once)
-    system, items = stage.inputs["system"], stage.work["items"]
-    # The system turn is the same in all of them and is computed once for each batch.
-    own = sum(text_tok(user) + LABEL_TOK * user.count("\n") + TEMPLATE_TOK / 2 for _, user in items)
-    n_batches = max(1.0, own / graph.recipe.eval.batch_tok)
-    read = own + n_batches * (text_tok(system[1]) + TEMPLATE_TOK / 2)
-    return Demand(read_tok=read, samples=len(items), length_tok=read / max(1, len(items)))
+    own = [text_tok(user) + LABEL_TOK * user.count("\n") + TEMPLATE_TOK / 2 for _, user in stage.work["items"]]
+    read = _read([stage.inputs["system"]], own, graph.recipe.eval.batch_tok, device)
+    return Demand(read_tok=read, samples=len(own), length_tok=read / max(1, len(own)))
 
 
-def _geometry(graph: Graph, stage: Stage) -> Demand:
+def _geometry(graph: Graph, stage: Stage, device: str) -> Demand:
     """Every persona reads every question."""
-    prompts = [prompt_tok(system, user) for _, *system in stage.inputs["personas"] for _, user in stage.work["items"]]
-    return Demand(read_tok=sum(prompts), length_tok=sum(prompts) / max(1, len(prompts)))
+    systems = [system for _, *system in stage.inputs["personas"]]
+    own = [text_tok(user) + TEMPLATE_TOK / 2 for _, user in stage.work["items"]]
+    read = _read(systems, own, graph.recipe.eval.batch_tok, device)
+    return Demand(read_tok=read, length_tok=read / max(1, len(own) * len(systems)))
+
+
+def _read(systems: Sequence[Sequence[str]], own_tok: Sequence[float], batch_tok: int, device: str) -> float:
+    """Tokens read when each of these system turns meets each of these questions, which have so many tokens of their own.
+
+    A GPU reads every prompt whole; a CPU reads a system turn once for each batch (`engine.score.laid_out`).
+    """
+    begins, own = sum(text_tok(text) + TEMPLATE_TOK / 2 for _, text in systems), len(systems) * sum(own_tok)
+    whole = own + len(own_tok) * begins
+    return whole if device == "cuda" else own + min(len(own_tok), max(1.0, whole / batch_tok)) * begins
 
 
 def _snapshot(graph: Graph, stage: Stage) -> Demand:

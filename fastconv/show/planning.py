@@ -68,8 +68,8 @@ def _rates(found: Plan) -> str:
     one, shape = found.machine, found.shape
     return (
         f"rates: {one.train_flops_s / 1e9:,.0f} GFLOP/s trained, {one.read_flops_s / 1e9:,.0f} read, "
-        f"{one.draw_flops_s / 1e9:,.0f} drawn; {one.memory_bytes_s / 1e9:,.0f} GB/s; {one.step_s:g} s a step, "
-        f"{one.pass_s:g} s a pass, {one.stage_s:g} s a stage, {one.load_s:g} s to load; {shape.name}: "
+        f"{one.draw_flops_s / 1e9:,.0f} drawn; {one.memory_bytes_s / 1e9:,.0f} GB/s; {one.step_s:.2g} s a step, "
+        f"{one.pass_s:.2g} s a pass, {one.stage_s:.2g} s a stage, {one.load_s:.2g} s to load; {shape.name}: "
         f"{shape.n_layers} layers, {shape.linear_params / 1e6:,.0f}M linear and {shape.head_params / 1e6:,.0f}M head weights"
     )
 
