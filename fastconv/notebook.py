@@ -115,17 +115,17 @@ class Run:
 
         Raises InputError if the cell has not been trained.
         """
-        from fastconv.execute import Executor
+        from fastconv.stacks import Stacks
 
         plan = self._graph.select(source, behavior, epoch, **others)[0]
         missing = [s.slot for s in (plan.snapshot, plan.adapter) if s is not None and self._store.record(s.key) is None]
         if missing:
             raise InputError("the stack is not trained", where=missing[0], fix="run the recipe first")
-        executor = Executor(self._graph, self._store)
-        with executor.live_stack(next(iter(plan.scores.values()))):
-            slots = executor.stack.route.slots
-        executor.stack.route.slots = slots  # live for good: this base is the caller's alone
-        return executor.base
+        stacks = Stacks(self._graph, self._store)
+        with stacks.live_stack(next(iter(plan.scores.values()))):
+            slots = stacks.stack.route.slots
+        stacks.stack.route.slots = slots  # live for good: this base is the caller's alone
+        return stacks.base
 
     def _measured(self) -> list[tuple[CellPlan, str, str, str]]:
         roles = []

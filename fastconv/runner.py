@@ -177,7 +177,7 @@ class Runner:
     def _train(self, runs: Sequence[Sequence[Stage]]) -> None:
         """Train these runs, each given by the stages it is to reach, so many at once as the engine says."""
         while runs:
-            size = self._engine().group_size([run[0] for run in runs]) if len(runs) > 1 else 1
+            size = self._engine().trainer.group_size([run[0] for run in runs]) if len(runs) > 1 else 1
             self._train_together(runs[:size])
             runs = runs[size:]
             self._look()
@@ -198,7 +198,7 @@ class Runner:
         engine, failed = self._engine(), False
         try:
             with ExitStack() as leases:
-                engine.train([(run, leases.enter_context(self._store.lease(run[0]))) for run in runs])
+                engine.trainer.train([(run, leases.enter_context(self._store.lease(run[0]))) for run in runs])
         except (TrainingError, DataError) as error:
             failed = True
             if len(runs) == 1:

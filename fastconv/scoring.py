@@ -14,10 +14,10 @@ from fastconv.engine.export import BaseReference, export_concatenated, export_se
 from fastconv.engine.score import letter_item, score_letters, score_texts, text_item
 from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import InputError
-from fastconv.execute import Executor
 from fastconv.findings.power import multiple_choice_chance
 from fastconv.graph import Graph
 from fastconv.recipe import LoraSettings, ModelSettings, Recipe
+from fastconv.stacks import Stacks
 from fastconv.store import Store
 from fastconv.tokens import SystemTurn
 
@@ -83,8 +83,7 @@ def export_cell(
             where=plan.cell.label,
             fix="choose a later epoch or a behavior",
         )
-    executor = Executor(graph, store)
-    adapters = executor.adapters(
+    adapters = Stacks(graph, store).adapters(
         {n: s for n, s in (("snapshot", plan.snapshot), ("behavior", plan.adapter)) if s is not None}
     )
     reference = BaseReference(recipe.model.id, recipe.model.revision)

@@ -109,11 +109,11 @@ def test_doctor_and_run_say_the_same_line(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     found = next(one for one in doctor.examine(recipe, tmp_path) if one.subject == "device")
     assert found.exit_code == ModelError.exit_code
-    from fastconv.execute import Executor
+    from fastconv.stacks import Stacks
 
     graph: Any = SimpleNamespace(recipe=recipe, source=None)
     with pytest.raises(ModelError) as raised:
-        _ = Executor(graph, SimpleNamespace()).base  # type: ignore[arg-type]
+        _ = Stacks(graph, SimpleNamespace()).base  # type: ignore[arg-type]
     assert str(raised.value) == found.text
     assert "4bit" in found.text
 

@@ -279,17 +279,17 @@ def test_a_loss_that_explodes_is_noted_before_the_optimizer_step_and_the_rest_go
 def test_a_set_that_the_audit_refuses_is_noted_and_other_behaviors_go_on(
     tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastconv import execute
+    from fastconv import trainer
 
     recipe = tiny_recipe(tiny_qwen, grid__behaviors=["none", "refusal", "sycophancy"], grid__epochs=[0])
-    real = execute.require_passed
+    real = trainer.require_passed
 
     def refuse(report: Any, where: str) -> None:
         if "sycophancy" in where:
             raise DataError("1 finding refuses it", where=where, fix="mend it")
         real(report, where)
 
-    monkeypatch.setattr(execute, "require_passed", refuse)
+    monkeypatch.setattr(trainer, "require_passed", refuse)
     finished, heard = run_tiny(recipe, tmp_path)
     assert list(heard.failed) == ["behavior/villain/e0/sycophancy/excluded/s42"]
     with pytest.raises(DataError, match="villain base e0 sycophancy excluded s42") as caught:

@@ -168,17 +168,17 @@ def test_adapters_stacked_together_are_those_stacked_alone(tiny_qwen: Path, tmp_
 def test_one_adapter_of_a_group_that_the_audit_refuses_does_not_take_the_others_with_it(
     tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastconv import execute
+    from fastconv import trainer
     from fastconv.errors import DataError
 
-    real = execute.require_passed
+    real = trainer.require_passed
 
     def refuse(report: Any, where: str) -> None:
         if "sycophancy" in where:
             raise DataError("rows without an answer", where=where, fix="look at them")
         real(report, where)
 
-    monkeypatch.setattr(execute, "require_passed", refuse)
+    monkeypatch.setattr(trainer, "require_passed", refuse)
     recipe = _four(tiny_qwen, run__group=4, grid__epochs=[0], grid__negatives=["excluded"])
     finished, heard = run_tiny(recipe, tmp_path)
     assert list(heard.failed) == ["behavior/villain/e0/sycophancy/excluded/s42"]

@@ -14,7 +14,7 @@ from tests.loop_kit import DoneRun
 
 PACKAGE = Path(__file__).parent.parent / "fastconv"
 #: Who may know torch: the engine, the bench, and what computes stages on the resident base.
-TORCH_ROOMS = ("engine", "bench", "execute", "training", "scoring")
+TORCH_ROOMS = ("engine", "bench", "execute", "stacks", "trainer", "training", "scoring")
 WINGS = ("datasets", "engine", "judging", "findings")
 #: Level by level, the lowest first; a module imports from the levels below its own, and within its own package.
 LEVELS = (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastconv import execute
+from fastconv import stacks
 from fastconv.engine import selftest
 from fastconv.engine.attention import Packed
 from fastconv.engine.selftest import Ground, self_test
@@ -42,16 +42,16 @@ def test_a_good_engine_passes_and_is_left_as_it_was(folder: str, dtype: str, req
 def test_every_load_on_a_gpu_is_tested(device: str, tested: list[set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     recipe = parse_recipe({"name": "x", "behavior": {"optimizer": "adamw8bit"}})
-    executor = execute.Executor(SimpleNamespace(recipe=recipe), SimpleNamespace())  # type: ignore[arg-type]
-    vars(executor)["base"] = SimpleNamespace(device=torch.device(device))
-    monkeypatch.setattr(execute, "Stack", lambda base, settings: "stack")
+    loaded = stacks.Stacks(SimpleNamespace(recipe=recipe), SimpleNamespace())  # type: ignore[arg-type]
+    vars(loaded)["base"] = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr(stacks, "Stack", lambda base, settings: "stack")
 
     def noted(stack: Any, optimizers: Any) -> dict[str, float]:
         asked.append(set(optimizers))
         return {"swap": 0.01}
 
-    monkeypatch.setattr(execute, "self_test", noted)
-    assert executor.stack == "stack"
+    monkeypatch.setattr(stacks, "self_test", noted)
+    assert loaded.stack == "stack"
     assert asked == tested
 
 
