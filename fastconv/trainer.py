@@ -11,7 +11,7 @@ import torch
 from fastconv.auditing import audit_set, require_passed
 from fastconv.card import shape_on_disk
 from fastconv.datasets.audit import report_of
-from fastconv.datasets.rows import row_of
+from fastconv.datasets.rows import Row, render_rows, row_of
 from fastconv.engine.fold import rho
 from fastconv.engine.reference import TrlOptions, plain_model, train_with_trl
 from fastconv.engine.room import group_size
@@ -65,18 +65,28 @@ class Trainer:
         if self._stacks.base.device.type != "cuda" or shape is None:
             return 1
         phase = self._recipe.convergence if runs[0].kind == "snapshot" else self._recipe.behavior
-        step_tok = []
-        for stage in runs:
-            rows = self._convergence_rows(stage) if stage.kind == "snapshot" else self._behavior_rows(stage)
-            step_tok.append(phase.batch_rows * sum(len(row.ids) for row in rows) / max(1, len(rows)))
         free, _ = torch.cuda.mem_get_info(self._stacks.base.device)
+        step_tok = (phase.batch_rows * self._mean_tok(stage) for stage in runs)
         return group_size(shape, self._recipe.lora.r, step_tok, phase.micro_batch_tok, free)
+
+    def _mean_tok(self, stage: Stage) -> float:
+        """Tokens of a usual row. No audit: what it refuses fails that stage when it is trained, not the sizing."""
+        if stage.kind == "snapshot":
+            rows = self._convergence_rows(stage)
+        else:
+            limit, tokenizer = self._recipe.behavior.max_length_tok, self._stacks.base.tokenizer
+            rows = render_rows(self._built_rows(stage), self._graph.personas, tokenizer, limit)
+        return sum(len(row.ids) for row in rows) / max(1, len(rows))
+
+    def _built_rows(self, stage: Stage) -> list[Row]:
+        """The training set of a behavior adapter."""
+        record = self._stacks.record(stage.needs["rows"])
+        return [row_of(row) for row in self._store.get_json(record.outputs["rows"])]
 
     def _behavior_rows(self, stage: Stage) -> tuple[Rendered, ...]:
         """The rows of a behavior adapter as the model will see them, once the audit has nothing against them (gate G1)."""
-        set_name, record = stage.needs["rows"].work["set"], self._stacks.record(stage.needs["rows"])
-        rows = [row_of(row) for row in self._store.get_json(record.outputs["rows"])]
-        rendered, findings = audit_set(self._graph, set_name, rows, self._stacks.base.tokenizer)
+        set_name = stage.needs["rows"].work["set"]
+        rendered, findings = audit_set(self._graph, set_name, self._built_rows(stage), self._stacks.base.tokenizer)
         require_passed(report_of(self._recipe, findings), f"G1 {set_name}")
         return rendered
 

@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from fastconv.datasets.audit import CheckReport
 from fastconv.draw_room import DrawStatus
-from fastconv.errors import FastconvError
+from fastconv.errors import DataError, FastconvError
 from fastconv.findings.gates import GateVerdict
 from fastconv.graph import CellPlan, Graph
 from fastconv.judging.book import DeskStatus
@@ -190,6 +190,20 @@ def done_run(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> DoneR
     workspace = tmp_path_factory.mktemp("done") / "checkpoints"
     recipe = tiny_recipe(tiny_qwen, grid__behaviors=["none", "refusal", "capability"])
     return DoneRun(recipe, workspace, *run_tiny(recipe, workspace))
+
+
+def refuse_sets(monkeypatch: pytest.MonkeyPatch, behavior: str) -> None:
+    """Have the audit refuse the training sets of one behavior."""
+    from fastconv import trainer
+
+    real = trainer.require_passed
+
+    def refuse(report: CheckReport, where: str) -> None:
+        if behavior in where:
+            raise DataError("1 finding refuses it", where=where, fix="mend it")
+        real(report, where)
+
+    monkeypatch.setattr(trainer, "require_passed", refuse)
 
 
 def records(recipe: Recipe, workspace: Path) -> dict[str, Record]:

@@ -31,6 +31,7 @@ from tests.loop_kit import (
     forked,
     kill,
     records,
+    refuse_sets,
     results,
     run_tiny,
     running_slots,
@@ -279,17 +280,8 @@ def test_a_loss_that_explodes_is_noted_before_the_optimizer_step_and_the_rest_go
 def test_a_set_that_the_audit_refuses_is_noted_and_other_behaviors_go_on(
     tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastconv import trainer
-
     recipe = tiny_recipe(tiny_qwen, grid__behaviors=["none", "refusal", "sycophancy"], grid__epochs=[0])
-    real = trainer.require_passed
-
-    def refuse(report: Any, where: str) -> None:
-        if "sycophancy" in where:
-            raise DataError("1 finding refuses it", where=where, fix="mend it")
-        real(report, where)
-
-    monkeypatch.setattr(trainer, "require_passed", refuse)
+    refuse_sets(monkeypatch, "sycophancy")
     finished, heard = run_tiny(recipe, tmp_path)
     assert list(heard.failed) == ["behavior/villain/e0/sycophancy/excluded/s42"]
     with pytest.raises(DataError, match="villain base e0 sycophancy excluded s42") as caught:

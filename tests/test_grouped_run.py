@@ -5,22 +5,23 @@ from __future__ import annotations
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 
 from fastconv.engine.room import group_size
+from fastconv.execute import Executor  # torch is warm before anything forks
 from fastconv.graph import Graph, lineage_key
 from fastconv.recipe import Recipe, parse_recipe
 from fastconv.reporting import write_report
 from fastconv.run import run_recipe
 from fastconv.shapes import named_shape
 from fastconv.store import Store
-from tests.loop_kit import Heard, adapters, exit_of, forked, records, results, run_tiny, tiny_recipe
-
-pytest.importorskip("fastconv.execute")  # torch is warm before anything forks
+from tests.loop_kit import Heard, adapters, exit_of, forked, records, refuse_sets, results, run_tiny, tiny_recipe
 
 SOURCES = ["villain", "comedian", "nurse"]
 
@@ -168,22 +169,28 @@ def test_adapters_stacked_together_are_those_stacked_alone(tiny_qwen: Path, tmp_
 def test_one_adapter_of_a_group_that_the_audit_refuses_does_not_take_the_others_with_it(
     tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastconv import trainer
-    from fastconv.errors import DataError
-
-    real = trainer.require_passed
-
-    def refuse(report: Any, where: str) -> None:
-        if "sycophancy" in where:
-            raise DataError("rows without an answer", where=where, fix="look at them")
-        real(report, where)
-
-    monkeypatch.setattr(trainer, "require_passed", refuse)
+    refuse_sets(monkeypatch, "sycophancy")
     recipe = _four(tiny_qwen, run__group=4, grid__epochs=[0], grid__negatives=["excluded"])
     finished, heard = run_tiny(recipe, tmp_path)
     assert list(heard.failed) == ["behavior/villain/e0/sycophancy/excluded/s42"]
     assert [one.exit_code for one in finished.failed] == [2]
     assert "behavior/villain/e0/refusal/excluded/s42" in records(recipe, tmp_path)
+
+
+def test_memory_decides_how_many_adapters_go_together_and_the_audit_does_not(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the audit refuses fails one stage when it is trained; raised from the sizing, it would end the run."""
+    recipe = _four(tiny_qwen, grid__epochs=[0], grid__negatives=["excluded"])
+    run_tiny(recipe, tmp_path)
+    executor = Executor(Graph(recipe), Store.open(tmp_path))
+    tokenizer = executor.stacks.base.tokenizer
+    vars(executor.stacks)["base"] = SimpleNamespace(device=torch.device("cuda"), tokenizer=tokenizer)
+    refuse_sets(monkeypatch, "sycophancy")
+    adapters = [stage for stage in Graph(recipe).stages() if stage.kind == "behavior"]
+    for free, size in ((10**12, 2), (1, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert executor.trainer.group_size(adapters) == size
 
 
 def test_on_a_cpu_auto_keeps_the_bits_of_each_alone(tiny_qwen: Path, tmp_path: Path) -> None:

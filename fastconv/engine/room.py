@@ -6,7 +6,7 @@ Arithmetic alone, so that it can be checked without a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fastconv.errors import ModelError, RecipeError
@@ -87,10 +87,10 @@ def training_bytes(shape: ModelShape, phases: Sequence[TrainSettings], r: int, *
     return shape.total_params * weight_bytes + most_tok * per_tok + adapters + TRAINER_BYTES
 
 
-def group_size(shape: ModelShape, r: int, step_tok: Sequence[float], micro_batch_tok: int, free_bytes: float) -> int:
+def group_size(shape: ModelShape, r: int, step_tok: Iterable[float], micro_batch_tok: int, free_bytes: float) -> int:
     """How many trainings to take together: the first so many whose adapters and activations fit into `free_bytes`.
 
-    `step_tok` are the tokens of a usual optimizer step of each. Of a step at most `micro_batch_tok` are in memory at
+    `step_tok` are the tokens of a usual optimizer step of each, taken only as far as they fit. Of a step at most `micro_batch_tok` are in memory at
     once. Larger ones are split anyway, to the same result: this is where grouping would stop to pay. At least 1.
     """
     per_tok, adapter = activation_bytes_per_tok(shape), adapter_bytes(shape, r)
