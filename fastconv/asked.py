@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from fastconv.draws import seed_of
 from fastconv.recipe import SamplingSettings
 from fastconv.stage import Sample, Stage
 from fastconv.tokens import ChatTokenizer, SystemTurn
 
-
-class Drawn(Protocol):
-    """One completion as token ids, without the token that ended it."""
-
-    @property
-    def ids(self) -> tuple[int, ...]: ...
-    @property
-    def ended(self) -> bool: ...
+if TYPE_CHECKING:
+    from fastconv.engine.sample import Drawn
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ Meanwhile the next stage is computed: one cell's completions are drawn while the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -48,14 +48,10 @@ class DrawRoom:
             begun = engine.begin(stage, lease)
             self._at_server[stage.key] = _AtServer(stage, begun, lease, held.pop_all())
 
-    def has(self, keys: Iterable[str]) -> bool:
-        """Whether any of these stages is at the server."""
-        return any(key in self._at_server for key in keys)
-
     @property
-    def busy(self) -> bool:
-        """Whether anything is at the server."""
-        return bool(self._at_server)
+    def keys(self) -> Collection[str]:
+        """Of the stages at the server."""
+        return self._at_server.keys()
 
     @property
     def status(self) -> DrawStatus:

@@ -158,7 +158,7 @@ class Executor:
         return self._drawn(asked, drawn, proof)
 
     def begin(self, stage: Stage, lease: Lease) -> Begun:
-        """Have the server draw a stage's completions under its stack; `Begun.outcome` is there once `Begun.done`.
+        """Have the server draw a stage's completions under its stack; `outcome` is there once `drawing.done`.
 
         Waits while the server is still busy with another stack. Raises Interrupted, SamplerError and what a stack that
         cannot be proven raises.

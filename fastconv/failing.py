@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fastconv.errors import DataError, FastconvError, TrainingError
+from fastconv.findings.units import counted
 from fastconv.graph import CellPlan, walk
 from fastconv.stage import Failure, Stage
 from fastconv.store import Store
@@ -83,9 +84,8 @@ def raise_failed(run: str, failed: Sequence[FailedStage]) -> None:
     kind: type[FastconvError] = max((DataError, TrainingError), key=lambda k: _has(failed, k.exit_code) * k.exit_code)
     cells = list(dict.fromkeys(label for one in failed for label in one.cells))
     more = f" and {len(cells) - NAMED_CELLS} more" if len(cells) > NAMED_CELLS else ""
-    stages = "1 stage failed" if len(failed) == 1 else f"{len(failed)} stages failed"
     raise kind(
-        f"{stages}, the rest is done; without numbers: {', '.join(cells[:NAMED_CELLS])}{more}. "
+        f"{counted(len(failed), 'stage')} failed, the rest is done; without numbers: {', '.join(cells[:NAMED_CELLS])}{more}. "
         f"First reason: {failed[0].reason.rstrip('.')}",
         where=run,
         fix="mend the cause; the same command tries them again and nothing else",

@@ -126,7 +126,7 @@ class Runner:
             return False
         if self._stop.is_set():
             raise stopped(stage.slot)
-        at_server = self._drawing.has(need.key for need in stage.needs.values())
+        at_server = any(need.key in self._drawing.keys for need in stage.needs.values())
         if at_server and stage.kind in _FOLLOWERS:
             self._followers.append((stage, urgent))
             return False
@@ -236,7 +236,7 @@ class Runner:
 
     def _await_drawn(self) -> None:
         """Wait until the server has drawn all it was asked. Raises Interrupted and SamplerError."""
-        while self._drawing.busy:
+        while self._drawing.keys:
             if self._stop.is_set():
                 raise stopped("sampler")
             time.sleep(WAIT_S)
@@ -245,10 +245,10 @@ class Runner:
             self._look()
 
     def _finish_cells(self) -> None:
+        missing = {*self._drawing.keys, *(stage.key for stage, _ in self._followers)}
         waiting, self._unfinished = self._unfinished, []
         for plan, then in waiting:
-            parts = {part.key for part in parts_of(plan)}
-            if self._drawing.has(parts) or any(one.key in parts for one, _ in self._followers):
+            if missing and any(part.key in missing for part in parts_of(plan)):
                 self._unfinished.append((plan, then))
             elif not self.failing.touches(plan):
                 then(plan)
@@ -291,7 +291,7 @@ class Runner:
         """Show where judge and sampler stand; for loops that must not wait."""
         self.judging.glance()
         now = time.monotonic()
-        if self._drawing.busy and now - self._shown_s >= GLANCE_S:
+        if self._drawing.keys and now - self._shown_s >= GLANCE_S:
             self._shown_s = now
             self._drawing.note()
             self._watcher.drawing(self._drawing.status)

@@ -16,11 +16,18 @@ import pytest
 from fastconv.engine.completions import Client
 from fastconv.engine.room import Room
 from fastconv.engine.serve import COMMAND_VARIABLE, Server
+from fastconv.recipe import Recipe
+from tests.loop_kit import tiny_recipe
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, str(ROOT / "tests" / "fake_vllm.py")]
 #: Both tokens that end an answer of the tiny model.
 STOPS = (258, 256)
+
+
+def served(model: Path, **changes: Any) -> Recipe:
+    """The tiny recipe with a server as its sampler."""
+    return tiny_recipe(model, **{"model__sampler": "vllm", **changes})
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,12 @@ from fastconv.recipe import Recipe, SamplingSettings
 from fastconv.run import run_recipe
 from fastconv.store import Store
 from tests.engine_kit import random_adapter, tiny_stack
-from tests.loop_kit import Heard, records, run_tiny, running_slots, tiny_recipe
-from tests.serve_kit import Fake, fake
+from tests.loop_kit import Heard, records, run_tiny, running_slots
+from tests.serve_kit import Fake, fake, served
 
 __all__ = ["fake"]
 
 COLD = SamplingSettings(max_new_tok=4)
-
-
-def served(model: Path, **changes: Any) -> Recipe:
-    return tiny_recipe(model, **{"model__sampler": "vllm", **changes})
 
 
 def while_training(recipe: Recipe, workspace: Path, act: Callable[[str, list[str]], None]) -> Heard:
@@ -42,6 +38,21 @@ def while_training(recipe: Recipe, workspace: Path, act: Callable[[str, list[str
             act(progress.slot, [drawn[key] for key in running_slots(workspace) if key in drawn])
 
     return Heard(on_progress)
+
+
+def stopped_beside(recipe: Recipe, workspace: Path, *, after_s: float) -> list[str]:
+    """Run until the server draws while something is trained, and stop so long after that; what it was drawing then."""
+    stop, drawn = threading.Event(), []
+
+    def act(slot: str, under_way: list[str]) -> None:
+        if under_way and not drawn:
+            drawn.extend(under_way)
+            time.sleep(after_s)
+            stop.set()
+
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, workspace, while_training(recipe, workspace, act), stop=stop)
+    return drawn
 
 
 def test_the_server_draws_one_cell_while_the_next_is_trained(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
@@ -82,17 +93,8 @@ def test_a_cell_goes_to_the_gates_once_its_completions_are_in(
 
 def test_what_was_drawn_is_kept_when_the_user_stops(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
     fake.script(latency_s=0.05)
-    stop, drawn = threading.Event(), []
-
-    def act(slot: str, under_way: list[str]) -> None:
-        if under_way and not drawn:
-            drawn.extend(under_way)
-            time.sleep(1.0)  # the server needs a tenth of it
-            stop.set()
-
     recipe = served(tiny_qwen)
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, tmp_path, while_training(recipe, tmp_path, act), stop=stop)
+    drawn = stopped_beside(recipe, tmp_path, after_s=1.0)  # the server needs a tenth of it
     assert drawn
     assert set(drawn) <= set(records(recipe, tmp_path))
     assert running_slots(tmp_path) == {}
@@ -104,16 +106,8 @@ def test_what_was_drawn_is_kept_when_the_user_stops(tiny_qwen: Path, tmp_path: P
 def test_what_is_still_drawn_is_dropped_when_the_user_stops(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
     """The server has not answered and may never: the run ends all the same, and the next one draws it again."""
     fake.script(latency_s=0.3)
-    stop, drawn = threading.Event(), []
-
-    def act(slot: str, under_way: list[str]) -> None:
-        if under_way and not drawn:
-            drawn.extend(under_way)
-            stop.set()
-
     recipe = served(tiny_qwen)
-    with pytest.raises(Interrupted):
-        run_recipe(recipe, tmp_path, while_training(recipe, tmp_path, act), stop=stop)
+    drawn = stopped_beside(recipe, tmp_path, after_s=0.0)
     assert set(drawn) - set(records(recipe, tmp_path))
     assert running_slots(tmp_path) == {}
     finished, heard = run_tiny(recipe, tmp_path)

@@ -22,13 +22,9 @@ from fastconv.run import run_recipe
 from fastconv.store import Store
 from tests.engine_kit import random_adapter, tiny_stack
 from tests.loop_kit import Heard, exit_of, forked, kill, records, run_tiny, tiny_recipe, until
-from tests.serve_kit import Fake, fake, running
+from tests.serve_kit import Fake, fake, running, served
 
 __all__ = ["fake"]
-
-
-def served(model: Path, **changes: Any) -> Recipe:
-    return tiny_recipe(model, **{"model__sampler": "vllm", **changes})
 
 
 def completions(recipe: Recipe, workspace: Path) -> dict[str, list[str]]:

@@ -37,10 +37,13 @@ class Drawing:
         """Whether it is drawn, or failed."""
         return self._future.done()
 
-    def result(self, waiting: Callable[[], None] = lambda: None) -> list[Drawn]:
-        """The completions in order; `waiting` is called now and then until they are there. Raises SamplerError."""
+    def wait(self, waiting: Callable[[], None]) -> None:
+        """Wait until it is drawn, or failed; `waiting` is called now and then meanwhile."""
         while not wait([self._future], timeout=_LOOK_S).done:
             waiting()
+
+    def result(self) -> list[Drawn]:
+        """The completions in order, waited for. Raises SamplerError."""
         return self._future.result()
 
 
@@ -134,9 +137,9 @@ class Served:
             news, heard = drawing.n_tok - heard, drawing.n_tok
             on_token(news)
 
-        drawn = drawing.result(hear)
+        drawing.wait(hear)
         hear()
-        return drawn
+        return drawing.result()
 
     def close(self) -> None:
         """Drop what is under way and end the client; the server is its owner's to end."""
@@ -149,9 +152,8 @@ class Served:
         if len(adapters) == len(self._on) and all(a is b for a, b in zip(adapters, self._on, strict=True)):
             return self._name
         if self._on:
-            while not all(one.done for one in self._under_way):
-                time.sleep(_LOOK_S)
-                waiting()
+            for one in self._under_way:
+                one.wait(waiting)
             self._client.unload(self._name)
             shutil.rmtree(self._server.folder / self._name, ignore_errors=True)
             self._on = ()

@@ -18,6 +18,7 @@ from scipy import special
 from scipy import stats as distributions
 
 from fastconv.findings.power import sign_flip_floor
+from fastconv.findings.units import counted
 
 Floats = NDArray[np.float64]
 
@@ -297,7 +298,7 @@ def confidence_level(pool: SeedPool, over_questions: Interval) -> Confidence:
     that other questions would.
     """
     if pool.n_seeds < 3:
-        return Confidence("LOW", f"{pool.n_seeds} seed{'' if pool.n_seeds == 1 else 's'}; three are needed for more")
+        return Confidence("LOW", f"{counted(pool.n_seeds, 'seed')}; three are needed for more")
     if not pool.agree_in_sign:
         return Confidence("LOW", f"the {pool.n_seeds} seeds do not agree in sign")
     for interval, what in ((pool.interval, "seeds"), (over_questions, "questions")):

@@ -12,6 +12,11 @@ def scale(unit: str) -> float:
     return 100.0 if unit == "share" else 1.0
 
 
+def counted(n: int, what: str) -> str:
+    """So many of something, in words: 1 stage, 2 stages."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def full(unit: str) -> float:
     """The top of a measure's scale: 1 for shares, 100 for points."""
     return 1.0 if unit == "share" else 100.0

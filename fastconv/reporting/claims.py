@@ -19,7 +19,7 @@ from fastconv.findings.blocks import Claim
 from fastconv.findings.gates import GateVerdict
 from fastconv.findings.power import spearman_attainable
 from fastconv.findings.stats import Interval, exact_spearman
-from fastconv.findings.units import Unit, change, level, size, span
+from fastconv.findings.units import Unit, change, counted, level, size, span
 from fastconv.findings.verdicts import CellVerdict, by_kind
 
 #: The words a declared contrast can get, in the order in which they are told.
@@ -230,15 +230,11 @@ def _attainable(decided: Decided) -> Found:
     behaviors = [name for name in decided.graph.behaviors if name != MARKER]  # declared, whether measured yet or not
     sources = [source for source in decided.graph.recipe.grid.sources if source in rates]
     rows = tuple(row for source in sources for row in rates[source].rows)
-    shown = {"sources": _counted(len(sources), "source"), "behaviors": _counted(len(behaviors), "behavior")}
+    shown = {"sources": counted(len(sources), "source"), "behaviors": counted(len(behaviors), "behavior")}
     if len(sources) < 2:
         return Found({**shown, "reason": "there is nothing to correlate with one another"}, rows, "withheld")
     found = spearman_attainable(len(sources), max(1, len(behaviors)))
     return Found({**shown, "reason": found.reason}, rows, "" if found.possible else "withheld")
-
-
-def _counted(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _agreement(decided: Decided, measure: str) -> Found:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastconv.findings.units import counted
 from fastconv.show.judging import judging_text, money_text
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ class LineWatcher:
         now = time.monotonic()
         if status.slots and now >= self._next_drawing_s:
             self._next_drawing_s = now + LINE_EVERY_S
-            self._console.print(f"    sampler: {status.n_tok} of {status.most_tok} tok for {stages(len(status.slots))}")
+            self._console.print(
+                f"    sampler: {status.n_tok} of {status.most_tok} tok for {counted(len(status.slots), 'stage')}"
+            )
 
     def gate(self, verdict: GateVerdict) -> None:
         """A gate was decided."""
@@ -109,7 +112,7 @@ class LineWatcher:
 
 
 class BarWatcher(LineWatcher):
-    """A live bar for the run and one for each stage under way, with rate and time left."""
+    """A live bar for the run and one for each stage under way, with time left."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -134,12 +137,12 @@ class BarWatcher(LineWatcher):
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
         """The run is known."""
         super().begin(run, n_stages, n_todo)
-        self._whole = self._bars.add_task("run", total=n_stages, completed=n_stages - n_todo, unit="stages", rate="")
+        self._whole = self._bars.add_task("run", total=n_stages, completed=n_stages - n_todo, unit="stages")
 
     def stage(self, stage: Stage, reason: str) -> None:
         """A stage begins."""
         super().stage(stage, reason)
-        self._current = self._bars.add_task(escape(stage.slot), total=None, unit="", rate="")
+        self._current = self._bars.add_task(escape(stage.slot), total=None, unit="")
         self._of_stage[stage.slot] = self._current
 
     def progress(self, progress: StageProgress) -> None:
@@ -147,9 +150,7 @@ class BarWatcher(LineWatcher):
         bar = self._of_stage.get(progress.slot, self._current)
         if bar is not None:
             loss = "" if progress.loss is None else f" loss {progress.loss:.3f}"
-            elapsed_s = max(time.monotonic() - self._began_s, 1e-3)
-            rate = f"{progress.done / elapsed_s:.1f} {progress.unit}/s"
-            self._bars.update(bar, completed=progress.done, total=progress.total, unit=progress.unit + loss, rate=rate)
+            self._bars.update(bar, completed=progress.done, total=progress.total, unit=progress.unit + loss)
 
     def stage_done(self, stage: Stage, seconds: float) -> None:
         """A stage was committed."""
@@ -169,9 +170,9 @@ class BarWatcher(LineWatcher):
             self._bars.remove_task(self._sampler)
             self._sampler = None
         elif status.slots and self._sampler is None:
-            self._sampler = self._bars.add_task("sampler", total=None, unit="", rate="")
+            self._sampler = self._bars.add_task("sampler", total=None, unit="")
         if self._sampler is not None:
-            unit = f"tok for {stages(len(status.slots))}"
+            unit = f"tok for {counted(len(status.slots), 'stage')}"
             self._bars.update(self._sampler, completed=status.n_tok, total=status.most_tok, unit=unit)
 
     def judging(self, status: DeskStatus) -> None:
@@ -179,7 +180,7 @@ class BarWatcher(LineWatcher):
         if not status.n_asked:
             return
         if self._judge is None:
-            self._judge = self._bars.add_task("judge", total=status.n_asked, unit="judged", rate="")
+            self._judge = self._bars.add_task("judge", total=status.n_asked, unit="judged")
         money = money_text(status)
         unit = " ".join(("judged", *([money] if money else []), *([status.problem] if status.problem else [])))
         self._bars.update(
@@ -242,8 +243,3 @@ def gate_line(verdict: GateVerdict) -> str:
     colour = _COLOURS.get(verdict.verdict, "default")
     aside = f"; ignored, because {escape(verdict.ignored)}" if verdict.ignored else ""
     return f"{verdict.gate} {escape(verdict.subject)}: [{colour}]{verdict.verdict}[/] ({escape(verdict.reason)}{aside})"
-
-
-def stages(n: int) -> str:
-    """So many stages, in words."""
-    return "1 stage" if n == 1 else f"{n} stages"
