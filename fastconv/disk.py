@@ -12,6 +12,9 @@ from pathlib import Path
 
 from fastconv.errors import StoreError
 
+#: How long a connection waits for others before it says that the file is locked.
+BUSY_S = 60.0
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees all of it or none: temp, fsync, rename, fsync the folder."""
@@ -56,6 +59,29 @@ def storage_errors(root: Path) -> Iterator[None]:
             where=str(root),
             fix="restore it from a backup or start another --workspace",
         ) from error
+
+
+def connect(path: Path, schema: str, version: int) -> sqlite3.Connection:
+    """A connection to the SQLite file at `path`, in write-ahead mode; a new file gets `schema` and `version`.
+
+    Any number of processes may do this on one new file at once. Raises sqlite3.OperationalError after BUSY_S.
+    """
+    db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
+    db.row_factory = sqlite3.Row
+    deadline_s = time.monotonic() + BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError as error:
+            # The switch is refused at once while another process has the file open; all else waits by itself.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.01)
+    db.execute("PRAGMA synchronous=FULL")
+    if db.execute("PRAGMA user_version").fetchone()[0] == 0:
+        db.executescript(f"BEGIN IMMEDIATE; {schema} PRAGMA user_version={version}; COMMIT;")
+    return db
 
 
 def _storage_error(root: Path, code: int | None, text: str) -> StoreError:

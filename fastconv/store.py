@@ -21,7 +21,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastconv.disk import storage_errors, write_atomically, write_text
+from fastconv.alive import lives, started
+from fastconv.disk import connect, storage_errors, write_atomically, write_text
 from fastconv.errors import BusyError, StoreError
 from fastconv.recipe import canonical_json
 from fastconv.stage import Failure, Record, Sample, Score, Stage, changed_inputs
@@ -105,20 +106,16 @@ class Store:
         with storage_errors(root):
             if create:
                 (root / "artefacts").mkdir(parents=True, exist_ok=True)
-            db = sqlite3.connect(path, timeout=60, isolation_level=None)
-            db.row_factory = sqlite3.Row
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=FULL")
+            db = connect(path, _SCHEMA, SCHEMA_VERSION)
             found = db.execute("PRAGMA user_version").fetchone()[0]
-            if found not in (0, SCHEMA_VERSION):
+            if found != SCHEMA_VERSION:
                 raise StoreError(
                     f"the ledger has schema {found}, this fastconv reads {SCHEMA_VERSION}",
                     where=str(path),
                     fix="use the fastconv version that wrote it, or another --workspace",
                 )
-            if found == 0 or (create and not _has_failures(db)):  # a ledger from before there was that table
+            if create and not _has_failures(db):  # a ledger from before there was that table
                 db.executescript(_SCHEMA)
-                db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         return cls(root, db)
 
     def relaxed(self) -> Store:
@@ -323,7 +320,7 @@ class Store:
     @contextlib.contextmanager
     def lease(self, stage: Stage) -> Iterator[Lease]:
         """Hold the stage while computing it. Raises BusyError when a live process already does."""
-        token = f"{os.getpid()}-{time.time_ns()}"
+        token = f"{started(os.getpid())}-{os.getpid()}-{time.time_ns()}"
         with self.transaction() as db:
             holder = db.execute("SELECT * FROM leases WHERE key=?", (stage.key,)).fetchone()
             if holder and _alive(holder):
@@ -466,22 +463,4 @@ def _record(row: sqlite3.Row) -> Record:
 def _alive(lease: sqlite3.Row) -> bool:
     if lease["host"] != socket.gethostname():
         return time.time() - lease["heartbeat"] < LEASE_DEAD_AFTER_S
-    try:
-        os.kill(lease["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    # The pid may have been given to another program since: its lease is older than that program.
-    return _runs_since_before(lease["pid"], lease["heartbeat"])
-
-
-def _runs_since_before(pid: int, moment: float) -> bool:
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        ticks = int(fields[18])
-        boot_s = time.time() - float(Path("/proc/uptime").read_text().split()[0])
-    except (OSError, IndexError, ValueError):
-        return True  # no /proc: believe the pid
-    # A killed process whose parent never asked for its end (usual in containers) keeps its pid as a zombie.
-    return state != "Z" and boot_s + ticks / os.sysconf("SC_CLK_TCK") < moment + 2.0
+    return lives(lease["pid"], lease["token"].partition("-")[0])

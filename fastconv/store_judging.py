@@ -19,9 +19,9 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from fastconv.alive import lives, started
 from fastconv.judgements import (
     FAILURES,
     NUSD,
@@ -393,31 +393,14 @@ def _judgement(row: sqlite3.Row) -> Judgement:
 
 def _me() -> str:
     """A name for one connection of this process: host, pid, its start, and a mark of its own."""
-    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}:{uuid.uuid4().hex[:8]}"
+    return f"{socket.gethostname()}:{os.getpid()}:{started(os.getpid())}:{uuid.uuid4().hex[:8]}"
 
 
 def _is_alive(holder: str) -> bool:
     """Whether the process of this name lives. One on another host counts as alive: its money is not ours to judge."""
     if not holder:
         return False
-    host, pid_text, started, _ = holder.rsplit(":", 3)
+    host, pid_text, since, _ = holder.rsplit(":", 3)
     if host != socket.gethostname():
         return True
-    pid = int(pid_text)
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return _started(pid) == started
-
-
-def _started(pid: int) -> str:
-    """When a process started (clock ticks since boot), so that a pid given away since is not taken for it."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
-    except (OSError, IndexError):
-        return "?"  # no /proc: believe the pid
-    # A zombie holds nothing any more.
-    return "dead" if fields[0] == "Z" else fields[19]
+    return lives(int(pid_text), since)

@@ -286,10 +286,12 @@ def kill(pid: int) -> None:
     os.waitpid(pid, 0)
 
 
-def until(holds: Callable[[], bool], timeout_s: float = 60.0) -> None:
-    """Poll until it holds; fails the test if it never does."""
+def until(holds: Callable[[], bool], timeout_s: float = 60.0, pid: int | None = None) -> None:
+    """Poll until it holds; fails the test if it never does, or if the child that was to bring it about has ended."""
     deadline = time.monotonic() + timeout_s
     while not holds():
+        if pid is not None and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            pytest.fail(f"the child ended before it came about, with {exit_of(pid)}")
         if time.monotonic() > deadline:
             pytest.fail(f"it did not come about within {timeout_s} s")
         time.sleep(0.01)

@@ -192,7 +192,7 @@ def test_two_processes_at_once_the_second_is_told_who_is_at_work(recipe: Recipe,
     pid = forked(lambda: run_recipe(recipe, tmp_path, Heard(wait_in_training)))
     try:
         keys = {stage.key for stage in Graph(recipe).stages() if stage.kind == "behavior"}
-        until(lambda: any(key in keys and "done" in note for key, note in running_slots(tmp_path).items()))
+        until(lambda: any(key in keys and "done" in note for key, note in running_slots(tmp_path).items()), pid=pid)
         with pytest.raises(BusyError, match=rf"process {pid} on .* is computing it") as caught:
             run_recipe(recipe, tmp_path, Heard())
         assert caught.value.exit_code == 6

@@ -13,7 +13,7 @@ import pytest
 
 from fastconv.errors import BusyError, StoreError
 from fastconv.store import Sample, Score, Stage, Store, changed_inputs, write_atomically
-from tests.loop_kit import exit_of, forked, kill, until
+from tests.loop_kit import exit_of, forked, kill, running_slots, until
 
 STAGE = Stage("eval", "eval/one", 1, {"lr": 1e-4, "seed": 42})
 SAMPLES = [
@@ -243,6 +243,22 @@ def test_a_lease_outlives_neither_its_holder_nor_a_recycled_pid(store: Store) ->
     assert store.live_leases() == {}
     with store.lease(STAGE):
         pass
+
+
+def test_a_clock_that_is_set_does_not_end_a_lease(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with store.lease(STAGE):
+        now_s = time.time()
+        for step_s in (-3600.0, 3600.0):
+            monkeypatch.setattr(time, "time", lambda step_s=step_s: now_s + step_s)
+            assert STAGE.key in store.live_leases()
+
+
+def test_a_ledger_may_be_looked_at_while_it_is_being_created(tmp_path: Path) -> None:
+    for n in range(60):
+        pid = forked(lambda n=n: Store.open(tmp_path / str(n)).sweep())
+        while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            assert running_slots(tmp_path / str(n)) == {}
+        assert exit_of(pid) == 0
 
 
 def test_a_holder_on_another_host_is_believed_until_its_heartbeat_is_old(store: Store) -> None:
