@@ -42,6 +42,10 @@ def test_every_token_has_one_place() -> None:
     assert layout.place[10:].tolist() == [-1, -1]
 
 
+def test_rectangles_come_in_few_shapes() -> None:
+    assert {Padded.of([3, n]).longest for n in range(200, 400)} == {256, 320, 384, 448}
+
+
 def test_sizes_are_rounded_up_and_few() -> None:
     assert rounded_sizes([300, 20], 100) == Sizes(512, 512, 512)
     every = {rounded_sizes([n, 250], n) for n in range(1, 251)}

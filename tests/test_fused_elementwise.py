@@ -57,6 +57,33 @@ def test_moved_rows_come_back() -> None:
     agree(moved(x, there, back), x[there.clamp(min=0)] * (there >= 0).float()[:, None, None], (x,))
 
 
+@pytest.mark.parametrize("vocab", [33, 9000])
+def test_the_loss_and_its_gradient_come_from_one_kernel(vocab: int) -> None:
+    from fastconv.engine.elementwise import cross_entropy_in_place
+
+    logits = drawn(5, vocab)
+    targets, weights = torch.tensor([0, vocab - 1, 7, 30, 7]), torch.tensor([0.1, 0.5, 0.0, 0.2, 0.2])
+    plain = F.cross_entropy(logits, targets, reduction="none")
+    (expected,) = torch.autograd.grad((plain * weights).sum(), logits)
+    given = logits.detach().clone()
+    given[2, 3] = -float("inf")
+    losses = cross_entropy_in_place(given, targets, weights)
+    alike = [0, 1, 3, 4]
+    assert torch.allclose(losses[alike], plain[alike].detach(), atol=2e-6)
+    assert torch.allclose(given[alike], expected[alike], atol=2e-6)
+    assert bool(torch.isfinite(losses).all())
+    assert not given[2].any()  # no weight, no gradient
+
+
+def test_a_logit_that_is_no_number_makes_the_loss_none() -> None:
+    from fastconv.engine.elementwise import cross_entropy_in_place
+
+    logits = drawn(2, 40).detach()
+    logits[0, 3] = float("nan")
+    losses = cross_entropy_in_place(logits, torch.tensor([1, 1]), torch.ones(2))
+    assert losses.isnan().tolist() == [True, False]
+
+
 def test_decoding_sees_each_rows_own_length() -> None:
     from fastconv.engine.decoding import decode_attention
 

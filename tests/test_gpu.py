@@ -15,6 +15,7 @@ from fastconv.engine.base import load_base
 from fastconv.engine.kernel import StackedKernel
 from fastconv.engine.launch import launch
 from fastconv.engine.locate import locate
+from fastconv.engine.loss import weighted_cross_entropy
 from fastconv.engine.sample import sample
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.served import Served
@@ -67,6 +68,25 @@ def test_captured_steps_are_the_plain_ones(
     plain = trained(stack_on("cuda", tiny_qwen, dtype), dropout)
     near = 1e-4 if dtype == "float32" else 3e-2
     assert captured.losses.tolist() == pytest.approx(plain.losses.tolist(), abs=near)
+
+
+def test_the_loss_kernel_gives_torchs_loss_and_gradient() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(700, 64, generator=drawn), torch.randn(9000, 64, generator=drawn)
+    targets, weights = torch.randint(0, 9000, (700,), generator=drawn), torch.rand(700, generator=drawn) / 700
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        given = hidden.bfloat16().to(device, dtype).requires_grad_()
+        total, losses = weighted_cross_entropy(
+            given, head.bfloat16().to(device, dtype), targets.to(device), weights.to(device)
+        )
+        total.backward()
+        assert given.grad is not None
+        found.append((losses.detach().cpu(), given.grad.float().cpu()))
+    (exact, exact_grad), (ours, ours_grad) = found
+    assert torch.allclose(ours, exact, atol=0.15)  # logits of size 30 are rounded to 0.125
+    assert float((ours - exact).mean().abs()) < 5e-3
+    assert float((ours_grad - exact_grad).norm() / exact_grad.norm()) < 2e-2
 
 
 def test_a_resumed_run_gives_the_same_bits(tiny_qwen: Path) -> None:

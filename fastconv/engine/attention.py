@@ -16,6 +16,8 @@ import torch.nn.functional as F
 
 #: Name under which `attend` is registered with transformers.
 ATTENTION = "fastconv"
+#: A rectangle is as wide as a multiple of this: cuDNN plans its attention anew, for about 60 ms, at every new shape.
+_WIDTH_STEP = 64
 
 
 class Layout(Protocol):
@@ -166,10 +168,11 @@ class Padded:
     def of(cls, lengths: Sequence[int], *, n_tok: int = 0, width: int = 0) -> Padded:
         """The layout of rows with these lengths, on the CPU.
 
-        `n_tok` and `width` may ask for more tokens and wider rows than there are, so that many batches have one shape.
+        `n_tok` and `width` may ask for more tokens and wider rows than there are, so that many batches have one shape;
+        rows get a little wider in any case.
         """
         starts = Packed.of(list(lengths)).starts
-        width = max(width, *lengths)
+        width = -(-max(width, *lengths) // _WIDTH_STEP) * _WIDTH_STEP
         source = torch.full((len(lengths), width), -1)
         place = torch.full((max(n_tok, starts[-1]),), -1)
         for row, (start, stop) in enumerate(pairwise(starts)):

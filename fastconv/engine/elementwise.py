@@ -1,7 +1,7 @@
-"""What stands between the matrix products of a layer, each in one pass over memory: RMSNorm, SwiGLU, RoPE.
+"""What stands between matrix products, in as few passes over memory as it takes: RMSNorm, SwiGLU, RoPE, the loss.
 
-Triton kernels with the roundings of the transformers modules they stand in for, so that results agree to the last bit
-or two of the base's dtype. Norm weights are frozen: gradients go to the inputs alone.
+Triton kernels with the roundings of the torch modules they stand in for, so that results agree to the last bit or two
+of the base's dtype. Norm weights are frozen: gradients go to the inputs alone.
 """
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
@@ -16,6 +16,8 @@ import triton.language as tl
 
 #: Elements that one program of a pointwise kernel handles.
 _BLOCK = 1024
+#: Logits that one program of the loss looks at in a time.
+_VOCAB_BLOCK = 4096
 
 
 @triton.jit
@@ -89,6 +91,29 @@ def _rows(x, there, y, n, BLOCK: tl.constexpr):
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + source * n + at, mask=at < tl.where(source >= 0, n, 0), other=0.0)
     tl.store(y + row * n + at, value, mask=at < n)
+
+
+@triton.jit
+def _cross_entropy(logits, targets, weights, losses, n, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * n
+    at = tl.arange(0, BLOCK)
+    top = tl.full((BLOCK,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        value = tl.load(logits + start + at, mask=start + at < n, other=-float("inf")).to(tl.float32)
+        higher = tl.maximum(top, value)
+        total = total * tl.exp(top - higher) + tl.exp(value - higher)
+        top = higher
+    highest = tl.max(top, 0)
+    log_sum = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
+    target, weight = tl.load(targets + row), tl.load(weights + row)
+    tl.store(losses + row, log_sum - tl.load(logits + target).to(tl.float32))
+    tl.debug_barrier()  # the target's logit is read before any thread writes over it
+    for start in range(0, n, BLOCK):
+        value = tl.load(logits + start + at, mask=start + at < n, other=0.0).to(tl.float32)
+        share = tl.exp(value - log_sum) - tl.where(start + at == target, 1.0, 0.0)
+        tl.store(logits + start + at, share * weight, mask=start + at < n)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -191,3 +216,15 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [T, heads, d] turned by its position (Su et al. 2021), halves paired as in Llama; cos and sin [T, d]."""
     return _Rope.apply(x, cos.contiguous(), sin.contiguous())  # pyright: ignore[reportReturnType]
+
+
+def cross_entropy_in_place(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Losses [n] fp32 of logits [n, vocab]; the logits are overwritten with the gradient of sum(weights * loss).
+
+    targets [n] int64, weights [n] fp32; sums are fp32, the gradient is rounded once, to the logits' dtype.
+    """
+    losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+    _cross_entropy[(len(targets),)](
+        logits, targets, weights, losses, logits.shape[1], BLOCK=_VOCAB_BLOCK, num_warps=8
+    )  # fmt: skip
+    return losses
