@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastconv.engine.locate import TINY, ModelSource, engine_identity, locate
+from fastconv.engine.locate import TINY, ModelSource, engine_identity, locate, trains_plain
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, Recipe
 from fastconv.shapes import (
@@ -18,6 +18,7 @@ from fastconv.shapes import (
     activation_bytes_per_tok,
     adapter_bytes,
     named_shape,
+    recomputed_bytes_per_tok,
     shape_of,
     weight_bytes,
 )
@@ -112,7 +113,7 @@ def require_fit(card: Card, recipe: Recipe, shape: ModelShape | None) -> str:
 def least_bytes(recipe: Recipe, shape: ModelShape) -> float:
     """Bytes without which no training step fits: base, adapters, and the longest row with recomputed activations."""
     longest = max(recipe.convergence.max_length_tok, recipe.behavior.max_length_tok)
-    return _fixed_bytes(recipe, shape) + longest * activation_bytes_per_tok(shape, recomputed=True)
+    return _fixed_bytes(recipe, shape) + longest * recomputed_bytes_per_tok(shape)
 
 
 def what_fits(recipe: Recipe, shape: ModelShape, room_bytes: float) -> Iterator[str]:
@@ -152,7 +153,8 @@ def _fixed_bytes(recipe: Recipe, shape: ModelShape) -> float:
 def _shrinking(recipe: Recipe, shape: ModelShape, room_bytes: float) -> str:
     """A note where whole micro-batches will not fit and the engine will halve them."""
     asked = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
-    fits = int((room_bytes - _fixed_bytes(recipe, shape)) / activation_bytes_per_tok(shape))
+    per_tok = activation_bytes_per_tok(shape, plain=trains_plain(recipe.model))
+    fits = int((room_bytes - _fixed_bytes(recipe, shape)) / per_tok)
     if fits >= asked:
         return ""
     return f"; micro-batches of about {fits} tokens fit, so those of {asked} will be halved"

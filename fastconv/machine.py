@@ -71,13 +71,14 @@ class Machine:
 def _card(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machine:
     """A GPU by its dense bf16 TFLOP/s and memory bandwidth, each as a large product or copy reaches it.
 
-    Shares of that which the engine reaches: training 0.35 (an estimate until it is measured); reading 0.13 and drawing
-    0.065 with 30 ms a pass, from `fastconv bench score` and `sample` on one H200 (README, "Measured").
+    Shares of that which the engine reaches, from `fastconv bench` on one H100 (README, "Measured"): training 0.6 beside
+    15 ms a step (`train`, `behavior` and `group` come out at 0.9 to 1.1 of what was measured), reading 0.6 (`score`),
+    drawing 0.7 beside 8 ms a pass (`sample`).
     """
     peak = tflops * 1e12
     return Machine(
-        name, f"known card: {tflops:g} TFLOP/s, {memory_tbytes_s:g} TB/s", "cuda", 0.35 * peak, 0.13 * peak, 0.065 * peak,
-        memory_tbytes_s * 1e12, step_s=0.02, pass_s=0.03, stage_s=0.5, load_s=60.0, memory_bytes=gib * 2**30,
+        name, f"known card: {tflops:g} TFLOP/s, {memory_tbytes_s:g} TB/s", "cuda", 0.6 * peak, 0.6 * peak, 0.7 * peak,
+        memory_tbytes_s * 1e12, step_s=0.015, pass_s=0.008, stage_s=0.5, load_s=60.0, memory_bytes=gib * 2**30,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from fastconv.card import least_bytes, shape_on_disk
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.detectable import Planned, planned_power
-from fastconv.engine.locate import engine_identity
+from fastconv.engine.locate import engine_identity, trains_plain
 from fastconv.errors import CostStop, ModelError
 from fastconv.graph import CellPlan, Graph, walk
 from fastconv.judge_assets import prices_of
@@ -23,7 +23,7 @@ from fastconv.judging.budget import Estimate, estimate
 from fastconv.judging.request import JudgeItem, build_request
 from fastconv.machine import Machine, find_machine
 from fastconv.recipe import Recipe, RunSettings
-from fastconv.shapes import ModelShape, activation_bytes_per_tok, weight_bytes
+from fastconv.shapes import ModelShape, activation_bytes_per_tok, recomputed_bytes_per_tok, weight_bytes
 from fastconv.stage import Stage
 from fastconv.store import Store
 from fastconv.workload import CHARS_PER_TOK, Demand, Sketch, demands, expected_tok, settings_of, total
@@ -227,8 +227,8 @@ def _memory(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
     asked = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
     longest = max(recipe.convergence.max_length_tok, recipe.behavior.max_length_tok)
     least = least_bytes(recipe, shape)
-    recomputed = longest * activation_bytes_per_tok(shape, recomputed=True)
-    return {"least": least, "comfortable": least - recomputed + asked * activation_bytes_per_tok(shape)}
+    kept = asked * activation_bytes_per_tok(shape, plain=trains_plain(recipe.model))
+    return {"least": least, "comfortable": least - longest * recomputed_bytes_per_tok(shape) + kept}
 
 
 def _disk(recipe: Recipe, shape: ModelShape, n_adapters: int, work: Demand) -> dict[str, float]:

@@ -299,7 +299,8 @@ class RunSettings(Section):
     max_gpu_hours: Annotated[float, Field(gt=0)] | None = 24.0
     max_usd: Annotated[float, Field(gt=0)] | None = 20.0
     #: Convergence runs, or behavior adapters on one snapshot, that are trained in the same steps: so many, or on a GPU as
-    #: many as fit (`auto`; 1 on a CPU, where nothing is gained). Results agree within float rounding with each alone.
+    #: many as fit in memory and in one micro-batch (`auto`; 1 on a CPU, where nothing is gained). Results agree within
+    #: float rounding with each alone.
     group: Literal["auto"] | PositiveInt = "auto"
     #: False frees each behavior adapter's files once all its answers are drawn; its record, proof and scores stay.
     keep_adapters: bool = True

@@ -108,14 +108,19 @@ def adapter_bytes(shape: ModelShape, r: int, *, eight_bit: bool = False) -> floa
     return shape.adapter_params(r) * (4 + 4 + 4 + (2 if eight_bit else 8))
 
 
-def activation_bytes_per_tok(shape: ModelShape, *, recomputed: bool = False) -> float:
-    """Bytes kept for the backward pass for each token, unfused, two adapters with dropout.
+def activation_bytes_per_tok(shape: ModelShape, *, plain: bool = False) -> float:
+    """Bytes kept for the backward pass for each token, in 16 bits, two adapters with dropout.
 
-    Estimated from what a layer's forward keeps: about six values of the MLP's width and twelve of the model's (8.8 MB
-    for Qwen2.5-7B). Recomputed: one layer at a time, and the inputs of all.
+    With the kernels a layer keeps about three values of the MLP's width and nine of the model's: 5.0 MB for Qwen2.5-7B,
+    where one H100 took 4.8 and 5.0 (`fastconv bench group` and `behavior`). `plain`: six and twelve, 8.8 MB.
     """
-    layer = 2.0 * (6 * shape.intermediate + 12 * shape.hidden)
-    return layer + 2.0 * shape.n_layers * shape.hidden if recomputed else layer * shape.n_layers
+    mlp, model = (6, 12) if plain else (3, 9)
+    return 2.0 * shape.n_layers * (mlp * shape.intermediate + model * shape.hidden)
+
+
+def recomputed_bytes_per_tok(shape: ModelShape) -> float:
+    """The same where activations are recomputed: those of one layer, as plain ones, and the inputs of all."""
+    return activation_bytes_per_tok(shape, plain=True) / shape.n_layers + 2.0 * shape.n_layers * shape.hidden
 
 
 def shape_of(config: Mapping[str, Any], name: str = "model") -> ModelShape:

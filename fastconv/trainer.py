@@ -13,6 +13,7 @@ from fastconv.card import shape_on_disk
 from fastconv.datasets.audit import report_of
 from fastconv.datasets.rows import Row, render_rows, row_of
 from fastconv.engine.fold import rho
+from fastconv.engine.locate import trains_plain
 from fastconv.engine.reference import TrlOptions, plain_model, train_with_trl
 from fastconv.engine.room import group_size
 from fastconv.engine.stack import Adapter, Slot
@@ -67,7 +68,8 @@ class Trainer:
         phase = self._recipe.convergence if runs[0].kind == "snapshot" else self._recipe.behavior
         free, _ = torch.cuda.mem_get_info(self._stacks.base.device)
         step_tok = (phase.batch_rows * self._mean_tok(stage) for stage in runs)
-        return group_size(shape, self._recipe.lora.r, step_tok, phase.micro_batch_tok, free)
+        plain = trains_plain(self._recipe.model)
+        return group_size(shape, self._recipe.lora.r, step_tok, phase.micro_batch_tok, free, plain=plain)
 
     def _mean_tok(self, stage: Stage) -> float:
         """Tokens of a usual row. No audit: what it refuses fails that stage when it is trained, not the sizing."""

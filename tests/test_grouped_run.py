@@ -201,7 +201,7 @@ def test_on_a_cpu_auto_keeps_the_bits_of_each_alone(tiny_qwen: Path, tmp_path: P
     assert mine == adapters(one, tmp_path / "one")
 
 
-def test_a_group_is_as_large_as_memory_allows() -> None:
+def test_a_group_is_as_large_as_memory_and_a_micro_batch_allow() -> None:
     shape = named_shape("qwen2.5-7b")
     steps = [1200.0] * 12
     sizes = {gib: group_size(shape, 32, steps, 8192, gib * 2**30) for gib in (4, 20, 60, 120)}
@@ -209,7 +209,9 @@ def test_a_group_is_as_large_as_memory_allows() -> None:
     assert sizes == dict(sorted(sizes.items(), key=lambda item: item[1]))
     assert 3 <= sizes[60] <= 6  # an H100 beside the base
     assert group_size(shape, 32, [1200.0] * 3, 8192, 120 * 2**30) == 3
-    assert group_size(shape, 32, steps, 1024, 60 * 2**30) > sizes[60]  # smaller micro-batches keep less
+    assert sizes[120] == 6  # a seventh would split the step
+    assert group_size(shape, 32, [4800.0] * 4, 8192, 120 * 2**30) == 1
+    assert group_size(shape, 32, steps, 1024, 120 * 2**30) == 1
 
 
 @pytest.mark.parametrize("group", ["some", 0])

@@ -67,14 +67,29 @@ def test_work_is_counted_by_the_protocols_numbers() -> None:
 def test_seconds_follow_from_the_formula() -> None:
     machine, shape, recipe = CARDS["h200"], named_shape("qwen2.5-7b"), load("pilot", [])
     trained = Demand(trained_tok=1e6, steps=100, length_tok=300.0, share=0.8)
-    # 28.1 GFLOP a token (STACK.md) at 788 TFLOP/s x 0.35
-    assert machine.seconds(trained, shape, recipe) == pytest.approx(
-        1e6 * 28.1e9 / (0.35 * 788e12) + 2.0 + 0.5, rel=0.02
-    )
+    # 28.1 GFLOP a token (STACK.md) at 788 TFLOP/s x 0.6
+    assert machine.seconds(trained, shape, recipe) == pytest.approx(1e6 * 28.1e9 / (0.6 * 788e12) + 1.5 + 0.5, rel=0.02)
     assert machine.seconds(Demand(), shape, recipe) == 0.0
     drawn = Demand(new_tok=1000.0, decode_steps=100, length_tok=100.0)
     more = Demand(new_tok=1000.0, decode_steps=200, length_tok=100.0)
-    assert machine.seconds(more, shape, recipe) - machine.seconds(drawn, shape, recipe) == pytest.approx(100 * 0.03)
+    assert machine.seconds(more, shape, recipe) - machine.seconds(drawn, shape, recipe) == pytest.approx(100 * 0.008)
+
+
+@pytest.mark.parametrize(
+    ("demand", "measured_s"),
+    [
+        (Demand(trained_tok=57_280, steps=48, length_tok=300, share=0.6), 4.26),
+        (Demand(trained_tok=228_989, steps=48, length_tok=300, share=0.6), 13.81),
+        (Demand(trained_tok=347_508, steps=48, length_tok=300, share=0.6), 19.81),
+        (Demand(read_tok=64_447, length_tok=110), 1.78),
+        (Demand(read_tok=151_200, new_tok=552_960, decode_steps=768, length_tok=198), 24.06),
+    ],
+    ids=["train", "behavior", "group", "score", "sample"],
+)
+def test_the_rates_of_an_h100_give_what_bench_measured_on_one(demand: Demand, measured_s: float) -> None:
+    machine = CARDS["h100"]
+    planned_s = machine.seconds(demand, named_shape("qwen2.5-7b"), load("pilot", [])) - machine.stage_s
+    assert planned_s == pytest.approx(measured_s, rel=0.2)
 
 
 def test_estimated_tokens_are_those_that_the_run_counted(done_run: DoneRun) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from fastconv.engine import room
 from fastconv.engine.base import model_files, resolve_device, resolve_dtype
-from fastconv.engine.locate import ModelSource
+from fastconv.engine.locate import ModelSource, trains_plain
 from fastconv.engine.serve import Server, adapter_folder, server_command
 from fastconv.recipe import ModelSettings, Recipe, TrainSettings
 from fastconv.shapes import shape_of
@@ -51,7 +51,10 @@ def launch(
     length = room.length_tok(longest_tok, int(config.get("max_position_embeddings") or longest_tok))
     chosen = room.Room(length, rank)
     if device.type == "cuda":
-        others = room.training_bytes(shape, phases, r, weight_bytes=dtype.itemsize) if phases else room.TRAINER_BYTES
+        others = room.TRAINER_BYTES
+        if phases:
+            plain = trains_plain(settings)
+            others = room.training_bytes(shape, phases, r, weight_bytes=dtype.itemsize, plain=plain)
         chosen = room.share_memory(
             room.Memory(*torch.cuda.mem_get_info(device)), shape, others_bytes=others,
             max_length_tok=length, max_lora_rank=rank, weight_bytes=dtype.itemsize,

@@ -97,6 +97,11 @@ def _engine(settings: ModelSettings, device: str, dtype: str) -> str:
     return "unsloth" if fits and is_installed((*UNSLOTH, *BITSANDBYTES)) else "torch"
 
 
+def trains_plain(settings: ModelSettings) -> bool:
+    """Whether torch's operations compute the branches: our kernels take no 4-bit weights, and TRL brings PEFT's layers."""
+    return settings.weights == "4bit" or settings.trainer == "trl"
+
+
 def model_folder(source: ModelSource, settings: ModelSettings) -> Path:
     """The folder to load from; downloads a hub model if need be. The embedded model is converted by `builtin`."""
     if source.folder is not None:
