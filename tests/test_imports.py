@@ -19,7 +19,7 @@ WINGS = ("datasets", "engine", "judging", "findings")
 #: Level by level, the lowest first; a module imports from the levels below its own, and within its own package.
 LEVELS = (
     ("errors",),
-    ("recipe", "draws", "disk", "judgements"),
+    ("recipe", "draws", "disk", "alive", "judgements"),
     ("stage",),
     ("store",),
     ("store_judging",),
@@ -138,7 +138,7 @@ def test_only_tokens_calls_a_chat_template() -> None:
 
 
 def test_only_the_store_opens_sqlite_and_writes() -> None:
-    assert _importers("sqlite3") <= {"store", "store_judging", "disk"}  # disk: names the faults of both
+    assert _importers("sqlite3") <= {"store", "store_judging", "disk"}  # disk connects, and names the faults of both
     writes = ("write_text(", "write_bytes(", ".save_pretrained(", "save_file(", '.open("w', 'open("w')
     for path in MODULES:
         name = _name(path)
