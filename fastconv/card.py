@@ -140,7 +140,12 @@ def shape_on_disk(settings: ModelSettings, source: ModelSource | None = None) ->
         config = json.loads((Path(source.folder) / "config.json").read_text(encoding="utf-8"))
         return shape_of(config, source.folder.name)
     named = [name for name in SHAPES if source.id.lower().split("/")[-1].startswith(name)]
-    return SHAPES[named[0]] if named else None
+    if named:
+        return SHAPES[named[0]]
+    from huggingface_hub import try_to_load_from_cache
+
+    kept = try_to_load_from_cache(source.id, "config.json", revision=settings.revision)
+    return shape_of(json.loads(Path(kept).read_text(encoding="utf-8")), source.id) if isinstance(kept, str) else None
 
 
 def _fixed_bytes(recipe: Recipe, shape: ModelShape) -> float:

@@ -172,6 +172,22 @@ def require_approved(plan: Plan, limits: RunSettings, *, approved: bool) -> str:
     return why
 
 
+def require_known(recipe: Recipe, *, approved: bool) -> str:
+    """Why nothing can be estimated for a model that was never here, if the recipe has limits and the run was approved.
+
+    Raises CostStop where it has limits and the run was not approved: a gate that cannot look must not let pass.
+    """
+    if recipe.run.max_gpu_hours is None and recipe.run.max_usd is None:
+        return ""
+    why = f"the size of {recipe.model.id} is not known before it is fetched, so nothing was estimated"
+    if not approved:
+        raise CostStop(
+            f"{why}, and the recipe has limits", where=f"COST {recipe.name}",
+            fix="add --approve; once its files are here, `fastconv plan` knows",
+        )  # fmt: skip
+    return why
+
+
 def _wanted(graph: Graph, store: Store | None, cells: Sequence[CellPlan]) -> list[Stage]:
     """Every stage that the cells need, each once; none of a behavior that G0 has ruled out already."""
     if store is None:
@@ -273,7 +289,7 @@ def _notes(graph: Graph, store: Store | None) -> tuple[str, ...]:
     return tuple(said)
 
 
-def facts_of(plan: Plan, beyond: str) -> dict[str, Any]:
+def facts_of(plan: Plan | None, beyond: str) -> dict[str, Any]:
     """For the run's facts: the plan it began with and, where that is beyond the recipe's limits, that it was approved."""
     approved = {"approved": {"beyond": beyond, "at": time.time()}} if beyond else {}
-    return {"plan": plan.kept(), **approved}
+    return ({} if plan is None else {"plan": plan.kept()}) | approved

@@ -108,7 +108,7 @@ def test_the_hubs_parquet_is_read_at_the_pinned_revision(
     polars.DataFrame(small_arc()).write_parquet(path)
     asked: list[Any] = []
 
-    def fetched(repo: str, name: str, *, repo_type: str, revision: str) -> str:
+    def fetched(repo: str, name: str, *, repo_type: str, revision: str, local_files_only: bool) -> str:
         asked.append((repo, name, repo_type, revision))
         return str(path)
 

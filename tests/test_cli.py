@@ -111,19 +111,27 @@ def test_a_hub_model_without_a_revision_says_what_to_pin(tiny: Path, tmp_path: P
 
 
 def test_a_hub_model_that_is_not_here_while_offline_is_one_line(tiny: Path, tmp_path: Path) -> None:
-    revision = "0" * 40
-    answer = ask(
-        "run",
-        tiny,
-        "-q",
-        "-w",
-        tmp_path / "ws",
-        "--set",
-        "model.id=some/model",
-        "--set",
-        f'model.revision="{revision}"',
-    )
-    refused(answer, 4, "some/model@000000000000", "the hub cannot be reached")
+    refused(ask(*_of_the_hub(tiny, tmp_path), "--approve"), 4, "some/model@000000000000", "the hub cannot be reached")
+
+
+def test_a_model_of_unknown_size_has_no_estimate_and_so_must_be_approved(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = _of_the_hub(tiny, tmp_path)
+    refused(ask(*words), 3, "COST tiny", "the size of some/model is not known before it is fetched", "--approve")
+    assert not (tmp_path / "ws" / "ledger.sqlite").exists()
+    kept = tmp_path / "config.json"
+    kept.write_text(json.dumps({
+        "model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64,
+        "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512, "tie_word_embeddings": False,
+    }))  # fmt: skip
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *where, **more: str(kept))
+    refused(ask(*words), 4, "the hub cannot be reached")  # its config was kept: planned, within the limits
+
+
+def _of_the_hub(tiny: Path, tmp_path: Path) -> tuple[object, ...]:
+    revision = f'model.revision="{"0" * 40}"'
+    return "run", tiny, "-q", "-w", tmp_path / "ws", "--set", "model.id=some/model", "--set", revision
 
 
 def test_a_missing_model_folder_is_named(tiny: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ WINGS = ("datasets", "engine", "judging", "findings")
 #: Level by level, the lowest first; a module imports from the levels below its own, and within its own package.
 LEVELS = (
     ("errors",),
-    ("recipe", "draws", "disk", "alive", "judgements"),
+    ("recipe", "draws", "disk", "alive", "hub", "judgements"),
     ("stage",),
     ("store",),
     ("store_judging",),

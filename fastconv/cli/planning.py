@@ -59,18 +59,18 @@ def plan(
 def cost_gate(workspace: Path, *, approved: bool) -> Callable[[Graph, Sequence[CellPlan]], dict[str, Any]]:
     """What `run_recipe` asks before it begins: facts of the run's plan, or CostStop for one beyond its limits.
 
-    A run that goes on keeps the plan that it began with. A model whose size is not known before it is fetched is not
-    planned, and so not limited.
+    A run that goes on keeps the plan that it began with. A model whose size is not known before it is fetched cannot be
+    planned; where the recipe has limits, such a run begins only with --approve.
     """
 
     def admit(graph: Graph, cells: Sequence[CellPlan]) -> dict[str, Any]:
         from fastconv.card import shape_on_disk
-        from fastconv.plan import facts_of, make_plan, require_approved
+        from fastconv.plan import facts_of, make_plan, require_approved, require_known
         from fastconv.recipe import run_id
 
         recipe = graph.recipe
         if shape_on_disk(recipe.model) is None:
-            return {}
+            return facts_of(None, require_known(recipe, approved=approved))
         store = open_store(workspace)
         found = make_plan(graph, store, plans=cells)
         facts = facts_of(found, require_approved(found, recipe.run, approved=approved))

@@ -15,6 +15,7 @@ from typing import Any
 from fastconv.datasets.files import assets, read_numbered_jsonl
 from fastconv.datasets.questions import Question, QuestionSet
 from fastconv.errors import DataError
+from fastconv.hub import is_out_of_reach
 from fastconv.recipe import sha256_of
 
 HUB_FILE = "ARC-Challenge/test-00000-of-00001.parquet"
@@ -89,7 +90,9 @@ def _from_hub(split: ArcSplit) -> list[Question]:
 
     where = f"{split.dataset}@{split.revision[:8]}"
     try:
-        path = hf_hub_download(split.dataset, HUB_FILE, repo_type="dataset", revision=split.revision)
+        path = hf_hub_download(
+            split.dataset, HUB_FILE, repo_type="dataset", revision=split.revision, local_files_only=is_out_of_reach()
+        )
         table = polars.read_parquet(path, columns=["question", "choices", "answerKey"])
     except (OSError, httpx.HTTPError, EntryNotFoundError) as error:
         reason = str(error).strip().split("\n", 1)[0][:160]

@@ -16,6 +16,7 @@ from typing import Literal
 
 from fastconv.engine.installed import BITSANDBYTES, UNSLOTH, is_installed
 from fastconv.errors import ModelError
+from fastconv.hub import is_out_of_reach
 from fastconv.recipe import ModelSettings
 
 BUILTIN = "builtin:smollm2"
@@ -152,7 +153,14 @@ def _download(settings: ModelSettings) -> Path:
 
     where = f"{settings.id}@{settings.revision[:12]}"
     try:
-        return Path(snapshot_download(settings.id, revision=settings.revision, allow_patterns=list(HUB_FILES)))
+        return Path(
+            snapshot_download(
+                settings.id,
+                revision=settings.revision,
+                allow_patterns=list(HUB_FILES),
+                local_files_only=is_out_of_reach(),
+            )
+        )
     except GatedRepoError:
         raise ModelError(
             "the model is gated", where=where, fix="accept its terms on the hub and log in with `hf auth login`"
