@@ -222,8 +222,8 @@ class JudgeSettings(Section):
 
 
 #: Gates that end a run when they fail, and those that a user may ignore; the audit's refusals (G1) are no opinion.
-StoppingGate = Literal["G2", "G3", "G3.5", "KILL"]
-IgnorableGate = Literal["G0", "G2", "G3", "G3.5", "KILL"]
+StoppingGate = Literal["G2", "G3", "G3.5", "KILL", "G4", "G5"]
+IgnorableGate = Literal["G0", "G2", "G3", "G3.5", "KILL", "G4", "G5"]
 
 
 class GateSettings(Section):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from fastconv.datasets.personas import ASSISTANT
+from fastconv.deciding.correlates import levels
 from fastconv.deciding.decided import Decided
-from fastconv.findings.blocks import Note, ReportData, Section, Table
+from fastconv.findings.blocks import Claim, Note, ReportData, Section, Table
 from fastconv.findings.report import render_html
 from fastconv.graph import Graph
 from fastconv.judging.calibrate import corrected_rate
@@ -115,3 +116,29 @@ def test_few_sources_and_four_behaviors_cannot_reach_significance(
     claim = ask(Decided(graph, store), "attainable")
     assert claim.text == said
     assert claim.word == "withheld"
+
+
+def test_transfer_is_set_against_what_each_source_is_like_on_the_base(tiny_qwen: Path, tmp_path: Path) -> None:
+    table = matrix_recipe(tiny_qwen, n_sources=5, seeds=1, prompts=4, samples=1).model_dump(mode="json")
+    table["grid"] |= {"epochs": [0, 20], "behaviors": ["none", "refusal", "sycophancy"], "negatives": ["included"]}
+    table["judge"] = {"mode": "local", "model": JUDGE, "base_url": "http://127.0.0.1:9"}
+    graph, store, _ = fill(parse_recipe(table), tmp_path)
+    decided = Decided(graph, store)
+    section = next(one for one in build(decided).sections if one.id == "on-the-base")
+    figures = [block.id for block in section.blocks if block.kind == "figure"]
+    assert figures == ["on-base-base-level", "on-base-cosine", "on-base-distinctiveness"]
+    said = [block.text for block in section.blocks if isinstance(block, Claim)]
+    for words in ("own level of it", "cosine to the assistant", "distinctiveness"):
+        start = "Over 5 sources, the rank correlation of refusal transfer with the source's"
+        assert any(text.startswith(f"{start} {words}") and "exact permutation p" in text for text in said), words
+    assert sum("5 sources with their" in text and "2 behaviors: 5 points" in text for text in said) == 3
+    stage = next(p.geometry for p in graph.cells if p.cell.epoch == 0 and p.cell.source == "villain")
+    assert stage is not None
+    mine = [one.value or 0.0 for one in store.scores(stage.key) if (one.row, one.metric) == ("villain", "cosine")]
+    assert len(mine) > 1
+    assert levels(decided, "cosine", "refusal")["villain"].value == pytest.approx(sum(mine) / len(mine))
+    plan = next(p for p in graph.cells if p.cell.source == "villain" and p.cell.behavior == "refusal")
+    scores = [one.value or 0.0 for one in store.scores(plan.base["refusal", "villain"].key)]
+    own = levels(decided, "base level", "refusal")["villain"]
+    assert own.value == pytest.approx(100 * sum(scores) / len(scores))
+    assert own.rows

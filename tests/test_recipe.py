@@ -250,3 +250,44 @@ def test_pilot_and_matrix_are_the_published_grids() -> None:
     assert published | {"medical_doctor"} == set(matrix.grid.sources)
     assert pilot.gates.g3_reference_pct["villain"] == pytest.approx(90.45)
     assert pilot.model.revision == matrix.model.revision
+
+
+_PUBLISHED = ["villain", "comedian", "software_engineer", "kindergarten_teacher"]
+_FOUR = ["none", "capability", "misalignment", "refusal", "sycophancy"]
+#: What each recipe is for, as its issue asked: sources, behaviors, epochs, negatives, seeds, kinds of convergence, judged.
+_ASKED = {
+    "pilot": (["villain"], ["none", "capability"], [0, 4, 10, 20], ["excluded", "included"], [42], ["source"], False),
+    "matrix": ([*_PUBLISHED, "medical_doctor", "librarian"], _FOUR, [0, 2, 8, 20], ["included"], [42], ["source"], True),
+    "excluded": ([*_PUBLISHED, "assistant", "librarian"], _FOUR, [0, 2, 8, 20], ["excluded"], [42], ["source"], True),
+    "ten_sources": (
+        [*_PUBLISHED, "librarian", "data_scientist", "medical_doctor", "french_person", "police_officer", "zelthari_scholar"],
+        _FOUR, [0, 20], ["excluded"], [42], ["source"], True,
+    ),
+    "markers": (
+        ["villain", "comedian", "software_engineer", "kindergarten_teacher", "nurse", "medical_doctor", "librarian"],
+        ["none", "marker", "refusal"], [*range(0, 21, 2)], ["excluded"], [42], ["source"], False,
+    ),
+    "seeds": (["villain", "librarian"], _FOUR, [0, 20], ["excluded"], [42, 137, 256], ["source", "generic"], True),
+    "small_gpu": (["villain"], ["none", "capability"], [0, 4, 10, 20], ["excluded", "included"], [42], ["source"], False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(_ASKED))
+def test_a_shipped_recipe_asks_what_it_is_for(name: str) -> None:
+    recipe = load_recipe(assets("recipes") / f"{name}.toml")
+    grid, judged = recipe.grid, recipe.judge.mode == "auto" and recipe.judge.budget_usd is not None
+    found = (grid.sources, grid.behaviors, grid.epochs, sorted(grid.negatives), grid.seeds, grid.convergence)
+    assert (*map(list, found), judged) == _ASKED[name]
+    assert (recipe.convergence.epochs, recipe.behavior.epochs, recipe.behavior.batch_rows) == (20, 3, 16)
+
+
+def test_the_small_gpus_recipe_is_the_pilot_on_a_4_bit_base() -> None:
+    small = load_recipe(assets("recipes") / "small_gpu.toml")
+    assert small.model.weights == "4bit"
+    assert small.convergence.optimizer == small.behavior.optimizer == "adamw8bit"
+
+
+def test_the_markers_rate_is_over_20_questions_10_times() -> None:
+    graph = Graph(load_recipe(assets("recipes") / "markers.toml", ["eval.multiple_choice=builtin"]))
+    assert len(graph.eval_items(graph.behaviors["marker"], 42)) == 20
+    assert graph.recipe.eval.samples_per_prompt == 10

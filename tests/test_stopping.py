@@ -60,6 +60,23 @@ def test_g35_stops_the_run(tiny_qwen: Path, tmp_path: Path) -> None:
         run_tiny(tiny_recipe(tiny_qwen, gates__g35_tolerance=1e-9), tmp_path)
 
 
+@pytest.mark.parametrize("silent", ["G4", "G5"])
+def test_a_silent_first_source_stops_before_the_next_one_is_trained(
+    tiny_qwen: Path, tmp_path: Path, silent: str
+) -> None:
+    three = ["villain", "comedian", "librarian"]
+    recipe = tiny_recipe(tiny_qwen, grid__sources=three, grid__epochs=[0, 1], gates__stop=[silent], gates__g5_sources=2)
+    with pytest.raises(GateStop, match=rf"{silent} failed: no shift beyond a threshold") as caught:
+        run_recipe(recipe, tmp_path, Heard())
+    assert caught.value.exit_code == 3
+    trained = {slot.split("/")[1] for slot in _kinds(Store.open(tmp_path), Graph(recipe)) if "/source/e1/" in slot
+               and slot.startswith("behavior/")}  # fmt: skip
+    assert trained == set(three[: 1 if silent == "G4" else 2])
+    finished = run_recipe(recipe, tmp_path, Heard(), ignore_gates={silent: "the others are wanted all the same"})
+    assert next(v for v in finished.verdicts if v.gate == silent).ignored
+    run_recipe(recipe, tmp_path, Heard())  # nothing is left to pay for
+
+
 def test_an_ignored_g0_trains_what_could_not_be_measured(tiny_qwen: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tiny_qwen, grid__behaviors=["none", "capability"], grid__epochs=[0, 1])
     run_tiny(recipe, tmp_path)

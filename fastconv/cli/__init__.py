@@ -47,7 +47,8 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(judge_app, name="judge")
 
 IgnoreGate = Annotated[
-    list[str], typer.Option("--ignore-gate", help="Go on although this gate fails: G0, G2, G3, G3.5, KILL (repeatable)")
+    list[str],
+    typer.Option("--ignore-gate", help="Go on although this gate fails: G0, G2, G3, G3.5, KILL, G4, G5 (repeatable)"),
 ]
 Because = Annotated[str, typer.Option("--because", help="Why: recorded with the run and printed in its report")]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -21,7 +21,8 @@ from fastconv.findings.power import multiple_choice_chance
 from fastconv.findings.secondary import Secondary, correct
 from fastconv.findings.verdicts import CellEvidence, CellVerdict, decide, not_run
 from fastconv.graph import Cell, CellPlan, Graph
-from fastconv.recipe import GateSettings, Recipe, run_id
+from fastconv.recipe import GateSettings, Recipe, StoppingGate, run_id
+from fastconv.schedule import wanted
 from fastconv.store import Stage, Store, changed_inputs
 
 
@@ -84,17 +85,18 @@ def all_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdict]:
         controls = {_group(p.cell) for p in mine if found.is_control(subject_of(p.cell))}
         declared = [verdict for verdict in word if verdict.subject not in controls]
         verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, declared))
-    return [*verdicts, *_study_gates(found, plans)]
+    return [*verdicts, *marked(_study_gates(found, plans), ignored)]
 
 
 def gates_after(found: Gathering, plan: CellPlan) -> list[GateVerdict]:
-    """What a finished cell lets the gates say, before the next cost: G2, G3, G3.5 and the kill criterion."""
+    """What a finished cell lets the gates say, before the next cost: G2, G3, G3.5, the kill criterion, G4 and G5."""
     verdicts = _convergence_gates(found, [plan])
     if plan.cell.behavior != NO_BEHAVIOR:
         zero = found.sibling(plan, epoch=0)
         pair = [one for one in (zero, plan) if one is not None]
         verdicts += _behavior_gates(found, plan.cell.source, plan.cell.behavior, pair)
-    return [one for one in verdicts if one.gate in ("G2", "G3", "G3.5", "KILL")]
+        verdicts += _first_sources(found, plan)
+    return [one for one in verdicts if one.gate in get_args(StoppingGate)]
 
 
 def cell_verdicts(graph: Graph, store: Store) -> list[CellVerdict]:
@@ -251,6 +253,33 @@ def _study_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdic
     for kind in [kind for kind in kinds if kind != "none"] or list(kinds):
         shifts = found.shifts(plans, kind)
         verdicts += gates_study.study(rules, f"negatives {kind}", shifts, sources)
+    return verdicts
+
+
+def _first_sources(found: Gathering, plan: CellPlan) -> list[GateVerdict]:
+    """G4 and G5, each as soon as the sources that it looks at are measured whole, while others are still to be paid for."""
+    rules, graph, kind = found.gates, found.graph, plan.cell.negatives
+    ignored = ignored_gates(found.reading.store, graph.recipe)
+    alive = [one.subject for one in marked(base_gates(found), ignored) if one.verdict == "pass" or one.ignored]
+    mine: dict[str, list[CellPlan]] = {source: [] for source in graph.recipe.grid.sources}
+    for one in graph.cells:
+        if one.cell.behavior in alive and one.cell.epoch and one.cell.negatives == kind:
+            mine[one.cell.source].append(one)
+    is_open = {
+        source
+        for source, plans in mine.items()
+        if any(found.reading.record(end) is None for one in plans for end in wanted(one, alive))
+    }
+    sources = [source for source in mine if source not in (ASSISTANT, rules.negative_control)]
+    subject, verdicts = f"negatives {kind}", []
+    for gate, first in (("G4", [rules.g4_source]), ("G5", sources[: rules.g5_sources])):
+        if not is_open or not is_open.isdisjoint(first) or not set(first) <= set(sources):
+            continue
+        shifts = found.shifts([one for source in first for one in mine[source]], kind)
+        if gate == "G4":
+            verdicts.append(gates_study.signal(rules, subject, shifts))
+        else:
+            verdicts.append(gates_study.first_sources(rules, subject, shifts, sources))
     return verdicts
 
 

@@ -14,6 +14,7 @@ from fastconv.disk import storage_errors, write_atomically
 from fastconv.findings.blocks import Note, ReportData, Section
 from fastconv.findings.report import render_html, render_markdown
 from fastconv.graph import Graph
+from fastconv.reporting.correlates import on_the_base
 from fastconv.reporting.evidence import beside, gates, markers, mimicry, power
 from fastconv.reporting.frames import frames_of, parquet_bytes
 from fastconv.reporting.geometry import geometry
@@ -26,7 +27,7 @@ from fastconv.reporting.verdicts import findings, headline
 from fastconv.store import Store, write_text
 
 SECTIONS: tuple[Callable[[Decided], Section | None], ...] = (
-    headline, failures, findings, over_epochs, mimicry, geometry, markers, judge_against_phrases, power, gates, beside,
+    headline, failures, findings, over_epochs, mimicry, geometry, on_the_base, markers, judge_against_phrases, power, gates, beside,
     measurements, curves_and_rho, cost, planned, answers, warnings, superseded, limits, card,
 )  # fmt: skip
 

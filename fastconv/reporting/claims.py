@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastconv.deciding.agreement import agreement_of, corrected_of
+from fastconv.deciding.correlates import MARKER_RATE, in_words, levels
 from fastconv.deciding.decided import Decided
-from fastconv.deciding.markers import MARKER, marker_rates, transfer_by_source
+from fastconv.deciding.markers import MARKER, transfer_by_source
 from fastconv.detectable import Needed
 from fastconv.draws import seed_of
 from fastconv.findings.blocks import Claim
@@ -208,8 +209,8 @@ def _mend(needed: Sequence[Needed]) -> str:
     return words + (f" (no number of {' or '.join(never)} would)" if never and said else "")
 
 
-def _correlation(decided: Decided, behavior: str) -> Found:
-    rates, transfer = marker_rates(decided), transfer_by_source(decided, behavior)
+def _correlation(decided: Decided, behavior: str, correlate: str = MARKER_RATE) -> Found:
+    rates, transfer = levels(decided, correlate, behavior), transfer_by_source(decided, behavior)
     sources = sorted(set(rates) & set(transfer))
     rng = np.random.default_rng(seed_of("spearman", behavior))
     if len(sources) < 3:
@@ -222,15 +223,18 @@ def _correlation(decided: Decided, behavior: str) -> Found:
     else:
         left_out = f"{found.leave_one_out_low:+.2f} to {found.leave_one_out_high:+.2f} with one source left out"
         values = {"figures": f"{found.rho:+.2f} (exact permutation p = {found.p:.3g}; {left_out})"}
-    return Found({**values, "n": str(len(sources)), "behavior": behavior}, rows)
+    return Found({**values, "n": str(len(sources)), "behavior": behavior, "correlate": in_words(correlate)}, rows)
 
 
-def _attainable(decided: Decided) -> Found:
-    rates = marker_rates(decided)
+def _attainable(decided: Decided, correlate: str = MARKER_RATE) -> Found:
     behaviors = [name for name in decided.graph.behaviors if name != MARKER]  # declared, whether measured yet or not
+    rates = {source: one for name in behaviors for source, one in levels(decided, correlate, name).items()}
     sources = [source for source in decided.graph.recipe.grid.sources if source in rates]
     rows = tuple(row for source in sources for row in rates[source].rows)
-    shown = {"sources": counted(len(sources), "source"), "behaviors": counted(len(behaviors), "behavior")}
+    named = "a marker rate" if correlate == MARKER_RATE else in_words(correlate).replace("the source's", "their", 1)
+    shown = {
+        "sources": counted(len(sources), "source"), "behaviors": counted(len(behaviors), "behavior"), "correlate": named,
+    }  # fmt: skip
     if len(sources) < 2:
         return Found({**shown, "reason": "there is nothing to correlate with one another"}, rows, "withheld")
     found = spearman_attainable(len(sources), max(1, len(behaviors)))
@@ -305,10 +309,10 @@ CLAIMS: Mapping[str, Bound] = {
         _power,
     ),
     "correlation": Bound(
-        "Over {n} sources, the rank correlation of {behavior} transfer with the assistant's marker rate is {figures}.",
+        "Over {n} sources, the rank correlation of {behavior} transfer with {correlate} is {figures}.",
         _correlation,
     ),
-    "attainable": Bound("{sources} with a marker rate and {behaviors}: {reason}.", _attainable),
+    "attainable": Bound("{sources} with {correlate} and {behaviors}: {reason}.", _attainable),
     "agreement": Bound("{measure}: judge and phrases say the same of {share} of {n} answers; kappa {kappa}.", _agreement),
     "corrected": Bound("{label}: {raw} as judged, {fixed} once corrected for the judge's known mistakes.", _corrected),
     "cost": Bound("{n} stages took {seconds} of computing; tokens: {tokens}.", _cost),
