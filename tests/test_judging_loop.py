@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from fastconv import judge_glance
 from fastconv.errors import RecipeError
 from fastconv.graph import Graph
 from fastconv.judging import client, desk
@@ -274,18 +276,65 @@ def test_a_judge_that_cannot_be_asked_is_one_line_before_any_gpu_work(
     rubrics = judge.pop("rubrics", {})
     loop = Loop(tmp_path, tiny_qwen, judge.pop("base_url", server.url), **judge)
     sets = [f"judge.rubrics.{name}={tmp_path / path}" for name, path in rubrics.items()]
-    answer = loop.run(*(word for one in sets for word in ("--set", one)))
+    words = [word for one in sets for word in ("--set", one)]
+    answer = loop.run(*words)
     refused(answer, code, line)
     assert KEY not in answer.err
     if (loop.workspace / "ledger.sqlite").is_file():
         store = Store.open(loop.workspace)
         assert store.runs() == []
         store.close()
-    if not sets:
-        doctor = loop.ask("doctor")
-        assert doctor.code == code
-        assert line in doctor.out
-        assert KEY not in doctor.out
+    doctor = loop.ask("doctor", *words)
+    assert doctor.code == code
+    assert line in doctor.out
+    assert KEY not in doctor.out
+    plan = loop.ask("plan", *words)
+    if line in ("has no price", "cannot be read"):  # then there is nothing to plan with
+        refused(plan, code, line)
+        return
+    assert plan.code == 0, plan
+    (said,) = [one for one in plan.out.splitlines() if one.startswith("the judge cannot be asked: ")]
+    assert line in said
+    assert "Fix: " in said
+    assert line in loop.ask("plan", "--json").json["judging"]["problem"]
+    assert KEY not in plan.out
+
+
+def test_a_plan_says_nothing_of_a_judge_that_answers_or_is_not_needed(
+    loop: Loop, server: FakeClaude, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert loop.ask("plan", "--json").json["judging"]["problem"] == ""
+    assert "cannot be asked" not in loop.ask("plan").out
+    assert loop.run().code == 0
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    assert loop.ask("plan", "--json").json["judging"] | {"budget_usd": 0} == {
+        "n": 0, "model": "claude-test", "expected_usd": 0.0, "worst_usd": 0.0, "budget_usd": 0, "problem": ""
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("judge", [{}, {"mode": "local", "model": "weak", "budget_usd": None}], ids=["paid", "local"])
+def test_a_plan_does_not_wait_for_a_judge_that_is_silent(
+    tiny_qwen: Path, tmp_path: Path, judge: dict[str, Any]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        loop = Loop(tmp_path, tiny_qwen, f"http://127.0.0.1:{silent.getsockname()[1]}", **judge)
+        loop.ask("plan")  # imports what a plan needs
+        began = time.monotonic()
+        problem = loop.ask("plan", "--json").json["judging"]["problem"]
+        took = time.monotonic() - began
+    assert took < 2.0
+    assert "no answer within 1 s" in problem or "timed out" in problem
+
+
+def test_a_plan_without_a_key_sends_nothing(loop: Loop, server: FakeClaude, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    sent: list[object] = []
+    monkeypatch.setattr(judge_glance, "check_reachable", lambda *given: sent.append(given))
+    assert "no API key" in loop.ask("plan").out
+    assert sent == []
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    loop.ask("plan")
+    assert len(sent) == 1
 
 
 def test_an_outage_leaves_stages_pending_and_the_judge_verb_finishes_them(server: FakeClaude, loop: Loop) -> None:
