@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -14,17 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from fastconv import judge_glance
 from fastconv.errors import RecipeError
 from fastconv.graph import Graph
+from fastconv.judgements import Money
 from fastconv.judging import client, desk
+from fastconv.judging.book import DeskStatus
 from fastconv.recipe import Recipe, load_recipe, run_id
 from fastconv.run import run_recipe
+from fastconv.show.watching import BarWatcher
 from fastconv.store import Store
 from fastconv.store_judging import JudgeLedger
 from tests.fake_claude import FakeClaude, fake_claude
-from tests.judging_kit import DATA, KEY, chat, fake_endpoint
+from tests.judging_kit import DATA, KEY, chat, fake_endpoint, rubric
 from tests.loop_kit import TINY, Heard, exit_of, forked, kill, records, until
 from tests.test_cli import Answer, ask, refused
 
@@ -185,9 +190,25 @@ def test_a_judged_run_ends_with_every_completion_judged_once(
     server: FakeClaude, tiny_qwen: Path, tmp_path: Path, mode: str
 ) -> None:
     loop = Loop(tmp_path, tiny_qwen, server.url, mode=mode)
-    answer = loop.run()
+    answer = loop.ask("run", "--reports", loop.folder / "reports")
     assert answer.code == 0, answer
     bill = server.bill()
+    # What it cost, live and in the report.
+    live = [line for line in answer.err.splitlines() if line.strip().startswith("judge: ")]
+    assert live[-1].endswith(f"${bill['usd']:.4f} spent, $0.0000 reserved, ${5 - bill['usd']:.2f} left")
+    page, twin = ((loop.folder / "reports" / f"{run_id(loop.recipe())}.{kind}").read_text() for kind in ("html", "md"))
+    for name, usd in {"spent": bill["usd"], "reserved": 0.0, "lost": 0.0, "left": 5 - bill["usd"]}.items():
+        assert f"| {name} | ${usd:.2f} |" in twin
+    # The card names the judge, and the rubric that its judgements are kept under.
+    store = Store.open(loop.workspace, create=False)
+    rubrics = {s.detail["rubric"] for record in loop.judged().values() for s in store.scores(record.key)}
+    store.close()
+    (sha256,) = rubrics
+    for text in (page, twin):
+        card = text[text.index("Reproducibility card") :]
+        assert f"refusal version {rubric().version}, sha256 {sha256}" in card
+        assert "claude-test" in card[: card.index("canonical recipe")]
+        assert "rubric alignment" not in card  # shipped, and not used
     assert sum(bill["billed"].values()) == loop.n_completions()
     assert max(bill["billed"].values()) == 1
     scores = loop.scores()
@@ -229,6 +250,13 @@ def test_the_resident_base_judges_without_any_server(tiny_qwen: Path, tmp_path: 
     values = [value for rows in loop.scores().values() for _, _, value, _ in rows]
     assert all(0.0 < value < 1.0 for value in values)
     assert len(set(values)) > len(values) / 4  # expectations over the letters, not letters
+
+
+def test_a_bar_shows_dollars_spent_reserved_lost_and_left() -> None:
+    screen = io.StringIO()
+    with BarWatcher(Console(file=screen, force_terminal=True, width=200)) as bars:
+        bars.judging(DeskStatus(n_asked=4, n_scored=1, money=Money(1.25, 0.5, 0.1, 5.0)))
+    assert "$1.2500 spent, $0.5000 reserved, $0.1000 lost, $3.15 left" in screen.getvalue()
 
 
 @pytest.mark.slow
