@@ -30,6 +30,7 @@ from fastconv.judging.preflight import (
 )
 from fastconv.judging.rubric import Rubric
 from fastconv.judging.scores import judge_stage_scores
+from fastconv.recipe import JudgeSettings
 from fastconv.store import Sample, Stage, Store
 from fastconv.store_judging import JudgeLedger
 
@@ -75,6 +76,13 @@ def check_judge(judge: JudgeIdentity | None, store: Store | None = None) -> Acce
         key = local_key(os.environ)
         check_endpoint(settings, key)
         return Access(endpoint=at_once(endpoint_complete(settings, key), settings.concurrency))
+    access = admitted(settings, store)
+    check_reachable(settings, access)
+    return Access(paid=access)
+
+
+def admitted(settings: JudgeSettings, store: Store | None) -> JudgeAccess:
+    """What a paid judge is asked with; raises as `check_judge` does for all that is known without a network."""
     access = check_settings(settings, prices_of(settings), os.environ)
     assert access is not None, "a paid judge has a price and a key"
     if store is not None:
@@ -86,8 +94,7 @@ def check_judge(judge: JudgeIdentity | None, store: Store | None = None) -> Acce
                 where=str(store.root),
                 fix="raise judge.budget_usd, the most that judging in this workspace may ever cost",
             )
-    check_reachable(settings, access)
-    return Access(paid=access)
+    return access
 
 
 class JudgeRoom:

@@ -46,13 +46,15 @@ class KindPlan:
 @dataclass(frozen=True)
 class Judging:
     """Judgements still to make and what they cost: expected, and what they cannot exceed (USD, the whole batch price
-    off for batches; every prompt byte a token, every reply at its cap)."""
+    off for batches; every prompt byte a token, every reply at its cap). `problem` is why the judge cannot be asked now,
+    in one line; empty if it can be, or nobody tried."""
 
     n: int
     model: str
     expected_usd: float
     worst_usd: float
     budget_usd: float | None
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,12 @@ class Plan:
     def expected_usd(self) -> float:
         """Dollars that judging is expected to cost."""
         return self.judging.expected_usd if self.judging else 0.0
+
+    def knowing(self, problem: str) -> Plan:
+        """The plan that also says why its judge cannot be asked, where anything is left to judge."""
+        if self.judging is None or not self.judging.n:
+            return self
+        return replace(self, judging=replace(self.judging, problem=problem))
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with the formulas' inputs."""

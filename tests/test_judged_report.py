@@ -13,6 +13,7 @@ from fastconv.findings.blocks import Claim, Note, ReportData, Section, Table
 from fastconv.findings.report import render_html
 from fastconv.graph import Graph
 from fastconv.judging.calibrate import corrected_rate
+from fastconv.judging.rubric import load_rubric
 from fastconv.judging.scores import compare_scores
 from fastconv.recipe import Recipe, parse_recipe
 from fastconv.reporting import build
@@ -20,6 +21,7 @@ from fastconv.reporting.claims import NoSuchClaimError, ask
 from fastconv.reporting.verifying import verify
 from fastconv.store import Store
 from fastconv.store_judging import JudgeLedger
+from tests.judging_kit import DATA
 from tests.loop_kit import copy_ledger
 from tests.scale_kit import JUDGE, RUBRIC, fill, matrix_recipe
 
@@ -68,6 +70,20 @@ def test_agreement_is_counted_over_all_answers_that_both_scored(kept: tuple[Reci
     assert notes == ["No calibration of this judge with these rubrics is in the ledger, so no rate is corrected."]
     with pytest.raises(NoSuchClaimError):
         ask(Decided(graph, store), "corrected", label=LABEL)
+
+
+def test_the_report_names_a_weak_judge_and_its_rubrics(kept: tuple[Recipe, Path]) -> None:
+    recipe, workspace = kept
+    data = build(Decided(Graph(recipe), Store.open(workspace, create=False)))
+    sections = {section.id: section for section in data.sections}
+    said = [block.text for block in sections["limits"].blocks if isinstance(block, Note)]
+    assert f"local:{JUDGE} is a weak judge: it answers by one character." in said
+    tables = {block.id: block for block in sections["card"].blocks if isinstance(block, Table)}
+    shipped = load_rubric(DATA / "rubrics" / "refusal.toml")
+    assert {row[0].text: row[1].text for row in tables["card-judge"].rows} == {
+        "judge": f"local:{JUDGE}",
+        "rubric refusal": f"refusal version {shipped.version}, sha256 {shipped.sha256}",
+    }
 
 
 def test_rates_are_corrected_by_the_judges_calibration_and_by_no_others(

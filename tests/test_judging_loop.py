@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,16 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from fastconv import judge_glance
 from fastconv.errors import RecipeError
 from fastconv.graph import Graph
+from fastconv.judgements import Money
 from fastconv.judging import client, desk
+from fastconv.judging.book import DeskStatus
 from fastconv.recipe import Recipe, load_recipe, run_id
 from fastconv.run import run_recipe
+from fastconv.show.watching import BarWatcher
 from fastconv.store import Store
 from fastconv.store_judging import JudgeLedger
 from tests.fake_claude import FakeClaude, fake_claude
-from tests.judging_kit import DATA, KEY, chat, fake_endpoint
+from tests.judging_kit import DATA, KEY, chat, fake_endpoint, rubric
 from tests.loop_kit import TINY, Heard, exit_of, forked, kill, records, until
 from tests.test_cli import Answer, ask, refused
 
@@ -183,9 +190,25 @@ def test_a_judged_run_ends_with_every_completion_judged_once(
     server: FakeClaude, tiny_qwen: Path, tmp_path: Path, mode: str
 ) -> None:
     loop = Loop(tmp_path, tiny_qwen, server.url, mode=mode)
-    answer = loop.run()
+    answer = loop.ask("run", "--reports", loop.folder / "reports")
     assert answer.code == 0, answer
     bill = server.bill()
+    # What it cost, live and in the report.
+    live = [line for line in answer.err.splitlines() if line.strip().startswith("judge: ")]
+    assert live[-1].endswith(f"${bill['usd']:.4f} spent, $0.0000 reserved, ${5 - bill['usd']:.2f} left")
+    page, twin = ((loop.folder / "reports" / f"{run_id(loop.recipe())}.{kind}").read_text() for kind in ("html", "md"))
+    for name, usd in {"spent": bill["usd"], "reserved": 0.0, "lost": 0.0, "left": 5 - bill["usd"]}.items():
+        assert f"| {name} | ${usd:.2f} |" in twin
+    # The card names the judge, and the rubric that its judgements are kept under.
+    store = Store.open(loop.workspace, create=False)
+    rubrics = {s.detail["rubric"] for record in loop.judged().values() for s in store.scores(record.key)}
+    store.close()
+    (sha256,) = rubrics
+    for text in (page, twin):
+        card = text[text.index("Reproducibility card") :]
+        assert f"refusal version {rubric().version}, sha256 {sha256}" in card
+        assert "claude-test" in card[: card.index("canonical recipe")]
+        assert "rubric alignment" not in card  # shipped, and not used
     assert sum(bill["billed"].values()) == loop.n_completions()
     assert max(bill["billed"].values()) == 1
     scores = loop.scores()
@@ -227,6 +250,13 @@ def test_the_resident_base_judges_without_any_server(tiny_qwen: Path, tmp_path: 
     values = [value for rows in loop.scores().values() for _, _, value, _ in rows]
     assert all(0.0 < value < 1.0 for value in values)
     assert len(set(values)) > len(values) / 4  # expectations over the letters, not letters
+
+
+def test_a_bar_shows_dollars_spent_reserved_lost_and_left() -> None:
+    screen = io.StringIO()
+    with BarWatcher(Console(file=screen, force_terminal=True, width=200)) as bars:
+        bars.judging(DeskStatus(n_asked=4, n_scored=1, money=Money(1.25, 0.5, 0.1, 5.0)))
+    assert "$1.2500 spent, $0.5000 reserved, $0.1000 lost, $3.15 left" in screen.getvalue()
 
 
 @pytest.mark.slow
@@ -274,18 +304,65 @@ def test_a_judge_that_cannot_be_asked_is_one_line_before_any_gpu_work(
     rubrics = judge.pop("rubrics", {})
     loop = Loop(tmp_path, tiny_qwen, judge.pop("base_url", server.url), **judge)
     sets = [f"judge.rubrics.{name}={tmp_path / path}" for name, path in rubrics.items()]
-    answer = loop.run(*(word for one in sets for word in ("--set", one)))
+    words = [word for one in sets for word in ("--set", one)]
+    answer = loop.run(*words)
     refused(answer, code, line)
     assert KEY not in answer.err
     if (loop.workspace / "ledger.sqlite").is_file():
         store = Store.open(loop.workspace)
         assert store.runs() == []
         store.close()
-    if not sets:
-        doctor = loop.ask("doctor")
-        assert doctor.code == code
-        assert line in doctor.out
-        assert KEY not in doctor.out
+    doctor = loop.ask("doctor", *words)
+    assert doctor.code == code
+    assert line in doctor.out
+    assert KEY not in doctor.out
+    plan = loop.ask("plan", *words)
+    if line in ("has no price", "cannot be read"):  # then there is nothing to plan with
+        refused(plan, code, line)
+        return
+    assert plan.code == 0, plan
+    (said,) = [one for one in plan.out.splitlines() if one.startswith("the judge cannot be asked: ")]
+    assert line in said
+    assert "Fix: " in said
+    assert line in loop.ask("plan", "--json").json["judging"]["problem"]
+    assert KEY not in plan.out
+
+
+def test_a_plan_says_nothing_of_a_judge_that_answers_or_is_not_needed(
+    loop: Loop, server: FakeClaude, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert loop.ask("plan", "--json").json["judging"]["problem"] == ""
+    assert "cannot be asked" not in loop.ask("plan").out
+    assert loop.run().code == 0
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    assert loop.ask("plan", "--json").json["judging"] | {"budget_usd": 0} == {
+        "n": 0, "model": "claude-test", "expected_usd": 0.0, "worst_usd": 0.0, "budget_usd": 0, "problem": ""
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("judge", [{}, {"mode": "local", "model": "weak", "budget_usd": None}], ids=["paid", "local"])
+def test_a_plan_does_not_wait_for_a_judge_that_is_silent(
+    tiny_qwen: Path, tmp_path: Path, judge: dict[str, Any]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
+        loop = Loop(tmp_path, tiny_qwen, f"http://127.0.0.1:{silent.getsockname()[1]}", **judge)
+        loop.ask("plan")  # imports what a plan needs
+        began = time.monotonic()
+        problem = loop.ask("plan", "--json").json["judging"]["problem"]
+        took = time.monotonic() - began
+    assert took < 2.0
+    assert "no answer within 1 s" in problem or "timed out" in problem
+
+
+def test_a_plan_without_a_key_sends_nothing(loop: Loop, server: FakeClaude, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ANTHROPIC_API_KEY")
+    sent: list[object] = []
+    monkeypatch.setattr(judge_glance, "check_reachable", lambda *given: sent.append(given))
+    assert "no API key" in loop.ask("plan").out
+    assert sent == []
+    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
+    loop.ask("plan")
+    assert len(sent) == 1
 
 
 def test_an_outage_leaves_stages_pending_and_the_judge_verb_finishes_them(server: FakeClaude, loop: Loop) -> None:

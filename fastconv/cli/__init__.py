@@ -256,6 +256,7 @@ def peek(
 @_answered
 def doctor(
     recipe: Annotated[str, typer.Argument(help="Also check what this recipe needs", show_default=False)] = "",
+    overrides: Overrides = [],  # noqa: B006
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
@@ -263,7 +264,7 @@ def doctor(
     from fastconv import show
     from fastconv.doctor import examine
 
-    findings = examine(_load(recipe, []) if recipe else None, workspace)
+    findings = examine(_load(recipe, overrides) if recipe else None, workspace)
     show.doctor(findings, as_json=as_json)
     if worst := max((finding.exit_code for finding in findings), default=0):
         raise typer.Exit(worst)

@@ -38,6 +38,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a recipe costs before it is run: time, memory, disk, judgements, dollars, and what it could show."""
+    from fastconv.judge_glance import JudgeGlance
     from fastconv.plan import plan_recipe
 
     loaded = load(recipe, overrides, scale)
@@ -46,7 +47,9 @@ def plan(
         from fastconv.store import Store
 
         keep_probe(loaded, Store.open(workspace))
-    found = plan_recipe(loaded, open_store(workspace), machine)
+    store = open_store(workspace)
+    judge = JudgeGlance(loaded.judge, store)
+    found = plan_recipe(loaded, store, machine).knowing(judge.problem())
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
         return

@@ -80,7 +80,13 @@ def explained(error: APIError, settings: JudgeSettings, key: ApiKey) -> JudgeErr
         return Outage(f"{where} cannot be reached")
     if not isinstance(error, APIStatusError):
         return Outage(f"{where} sent something that is no answer")
-    said = key.scrub(" ".join(_message(error.body).split()))[:_SHOWN_CHARS]
+    return explained_status(error.status_code, error.body, settings, key)
+
+
+def explained_status(code: int, body: object, settings: JudgeSettings, key: ApiKey) -> JudgeError | Outage:
+    """What an HTTP status other than success means; `body` is the server's answer, read if it is JSON."""
+    where = settings.base_url or CLAUDE_URL
+    said = key.scrub(" ".join(_message(body).split()))[:_SHOWN_CHARS]
     fixes = {
         401: ("the API key was refused", f"check {CLAUDE_KEY}"),
         403: ("the API key may not use this", f"check the rights of {CLAUDE_KEY}"),
@@ -88,10 +94,10 @@ def explained(error: APIError, settings: JudgeSettings, key: ApiKey) -> JudgeErr
         400: (f"the judge refused the request: {said}", "mend what it names, then run `fastconv judge`"),
         413: ("the request is too large for the judge", "lower judge.max_judged_chars"),
     }
-    if error.status_code in fixes:
-        what, fix = fixes[error.status_code]
+    if code in fixes:
+        what, fix = fixes[code]
         return JudgeError(what, where=where, fix=fix)
-    return Outage(f"{where} answered {error.status_code}: {said}")
+    return Outage(f"{where} answered {code}: {said}")
 
 
 def reply_of(body: str, price: Price, *, transport: str, key: ApiKey, worst: float, factor: float = 1.0) -> RawReply:

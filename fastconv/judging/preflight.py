@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import http.client
 import json
+import ssl
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastconv.errors import JudgeError, RecipeError
 from fastconv.judging.budget import Price, PriceTable
-from fastconv.judging.client import CLAUDE_KEY, LOCAL_KEY, ApiKey, Outage, explained, make_client
+from fastconv.judging.client import (
+    CLAUDE_KEY,
+    CLAUDE_URL,
+    LOCAL_KEY,
+    ApiKey,
+    Outage,
+    explained,
+    explained_status,
+    make_client,
+)
 from fastconv.judging.identity import PAID
 from fastconv.recipe import JudgeSettings
+
+#: The API's version, as the SDK sends it.
+API_VERSION = "2023-06-01"
 
 
 @dataclass(frozen=True)
@@ -45,20 +60,23 @@ def check_settings(
     return JudgeAccess(price, prices.batch_factor, ApiKey.from_environment(environ, CLAUDE_KEY))
 
 
-def check_reachable(settings: JudgeSettings, access: JudgeAccess) -> None:
-    """Ask for the model's card, which costs nothing.
+def check_reachable(settings: JudgeSettings, access: JudgeAccess, within_s: float | None = None) -> None:
+    """Ask for the model's card, which costs nothing; `within_s` asks once and without the SDK, which is slow to import.
 
     Raises JudgeError for a refused key, an unknown model, or a judge that cannot be reached.
     """
     try:
-        asyncio.run(_ask_for_card(settings, access.key))
+        if within_s is None:
+            asyncio.run(_ask_for_card(settings, access.key))
+        else:
+            _ask_at_once(settings, access.key, within_s)
     except Outage as outage:
         raise JudgeError(
             str(outage), where="judge", fix="check the network and judge.base_url, or take judge.mode = substring"
         ) from None
 
 
-def check_endpoint(settings: JudgeSettings, key: ApiKey | None) -> None:
+def check_endpoint(settings: JudgeSettings, key: ApiKey | None, within_s: float = 30.0) -> None:
     """Ask an OpenAI-compatible server for its models, which costs nothing.
 
     Raises JudgeError for a refused key, an unknown model, or a server that cannot be reached. A server without such a
@@ -67,7 +85,7 @@ def check_endpoint(settings: JudgeSettings, key: ApiKey | None) -> None:
     url = f"{settings.base_url.rstrip('/')}/models"
     headers = {"authorization": f"Bearer {key.reveal()}"} if key is not None else {}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=within_s) as response:
             listed = json.loads(response.read())
         models = [str(one["id"]) for one in listed["data"]]
     except urllib.error.HTTPError as error:
@@ -104,3 +122,28 @@ async def _ask_for_card(settings: JudgeSettings, key: ApiKey) -> None:
         raise explained(error, settings, key) from None
     finally:
         await client.close()
+
+
+def _ask_at_once(settings: JudgeSettings, key: ApiKey, within_s: float) -> None:
+    where = settings.base_url or CLAUDE_URL
+    url = f"{where.rstrip('/')}/v1/models/{urllib.parse.quote(settings.model, safe='')}"
+    try:
+        ask = urllib.request.Request(url, headers={"x-api-key": key.reveal(), "anthropic-version": API_VERSION})
+        with urllib.request.urlopen(ask, timeout=within_s) as response:
+            response.read()
+    except urllib.error.HTTPError as error:
+        raise explained_status(error.code, _json_of(error), settings, key) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        why = getattr(error, "reason", error)
+        if isinstance(why, ssl.SSLCertVerificationError):
+            return  # the SDK brings certificates of its own, so that these fail says nothing
+        if isinstance(why, TimeoutError):
+            raise Outage(f"no answer within {within_s:g} s from {where}") from None
+        raise Outage(f"{where} cannot be reached") from None
+
+
+def _json_of(error: urllib.error.HTTPError) -> object:
+    try:
+        return json.loads(error.read())
+    except (OSError, http.client.HTTPException, ValueError):
+        return None

@@ -139,6 +139,7 @@ def _tables(decided: Decided) -> dict[str, Mapping[str, str]]:
             **dict(graph.source.identity),
             **{f"template {name}": value for name, value in facts.get("template", {}).items()},
         },
+        "Judge": _judge(decided),
         "Machine": {name: str(v) for name, v in {**facts.get("machine", {}), **facts.get("engine", {})}.items()},
         "Versions": {"python": facts.get("python", "not recorded"), **facts.get("versions", {})},
         "Sets trained on (sha256)": sets,
@@ -146,6 +147,24 @@ def _tables(decided: Decided) -> dict[str, Mapping[str, str]]:
         "Settings": {
             "canonical recipe": sha256_of(graph.recipe.model_dump(mode="json")),
             "recipe": canonical_json(graph.recipe.model_dump(mode="json")),  # sorted, as the ledger keeps it
+        },
+    }
+
+
+def _judge(decided: Decided) -> dict[str, str]:
+    """Who judged, and every rubric that a finished stage was judged by, under the name that the recipe knows it by."""
+    graph = decided.graph
+    if graph.judge is None:
+        return {}
+    judged = [s for s in graph.stages() if s.kind == "judge" and decided.reading.record(s) is not None]
+    used = {stage.work["rubric"].sha256 for stage in judged}
+    rubrics = {b.spec.rubric: rubric for b in graph.behaviors.values() if (rubric := graph.rubric(b)) is not None}
+    return {
+        "judge": graph.judge.name,
+        **{
+            f"rubric {name}": f"{rubric.name} version {rubric.version}, sha256 {rubric.sha256}"
+            for name, rubric in rubrics.items()
+            if rubric.sha256 in used
         },
     }
 

@@ -33,6 +33,8 @@ def plan(found: Plan, console: Console) -> None:
         table.add_row(kind.kind, str(kind.n), str(kind.n_done), duration(kind.seconds), work(kind))
     console.print(table)
     console.print(f"in all {duration(3600 * found.hours)}; {_money(found)}")
+    if found.judging is not None and found.judging.problem:
+        console.print(f"[red]the judge cannot be asked:[/] {escape(found.judging.problem)}")
     for line in (_rates(found), _room(found), *_power(found), *found.notes):
         console.print(escape(line))
 
