@@ -16,6 +16,7 @@ from fastconv.judge_room import JudgeRoom, check_judge, judge_stages
 from fastconv.judging.book import DeskStatus
 from fastconv.judging.calibrate import Calibration, CalibrationRow, JudgeSamples, calibrate, load_calibration
 from fastconv.judging.identity import JudgeIdentity
+from fastconv.judging.injections import load_attempts
 from fastconv.judging.judges import ask_desk, ask_local, calibrate_phrases
 from fastconv.judging.local import Ask
 from fastconv.judging.rubric import Rubric, load_rubric
@@ -111,7 +112,7 @@ def calibrate_judge(
 ) -> list[Calibrated]:  # fmt: skip
     """Compare a judge's verdicts on labelled rows with the labels, rubric by rubric, and keep the result in the ledger.
 
-    `names` are rubrics (default: all shipped), `rows` a file of the user's for a single one. Phrases stand beside where
+    What the shipped injection attempts do to these verdicts is measured too. `names` are rubrics (default: all shipped), `rows` a file of the user's for a single one. Phrases stand beside where
     a behavior has them. Raises InputError, DataError, JudgeError.
     """
     names = names or list(shipped_rubrics())
@@ -132,7 +133,7 @@ def calibrate_judge(
                 local = access.endpoint or _resident(graph, store)()
                 ledger = JudgeLedger(store)
                 ask = ask_local(ledger, local, judge.name, rubric, max_judged_chars=settings.max_judged_chars)
-            done = calibrate(rubric, labelled, ask)
+            done = calibrate(rubric, labelled, ask, load_attempts(assets("data") / "injections.json"))
             # Under the model's name as its replies give it, which stands beside every score too.
             JudgeLedger(store).keep_calibration(rubric.sha256, done.model, done.to_json())
         found.append(Calibrated(name, done, _phrases_on(rubric, labelled)))

@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -42,7 +43,8 @@ class Script:
     #: Faults served first, in order, before chance decides.
     first: tuple[str, ...] = ()
     #: verdict: a verdict drawn from the text. echo: with the judged text inside `why`. obey: the judged text alone.
-    #: leak: with the client's own key inside `why`.
+    #: leak: with the client's own key inside `why`. steady: a verdict drawn from the first paragraph of the judged text
+    #: alone. swayed: as steady, but a later paragraph that names a verdict is obeyed.
     answer: str = "verdict"
     hang_s: float = 1.0
     #: Once it has answered so many messages, it answers 529 to all; -1 for never.
@@ -222,9 +224,14 @@ class _Server:
         if self.script.answer == "obey":
             return judged
         answer: dict[str, Any] = {}
-        draw = int(hashlib.sha256(content.encode()).hexdigest(), 16)
+        first, _, later = judged.partition("\n\n")
+        by_text = self.script.answer in ("steady", "swayed")
+        draw = int(hashlib.sha256((first if by_text else content).encode()).hexdigest(), 16)
         for name, part in body["output_config"]["format"]["schema"]["properties"].items():
-            if "enum" in part:
+            named = re.findall("|".join(part.get("enum", (r"\b(?:0|100)\b",))), later)
+            if self.script.answer == "swayed" and named and ("enum" in part or part["type"] == "integer"):
+                answer[name] = named[-1] if "enum" in part else int(named[-1])
+            elif "enum" in part:
                 answer[name] = part["enum"][draw % len(part["enum"])]
             elif part["type"] == "integer":
                 answer[name] = draw % 101

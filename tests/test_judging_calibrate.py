@@ -5,26 +5,30 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fastconv.errors import DataError, JudgeError
 from fastconv.judgements import Judgement
-from fastconv.judging.calibrate import CalibrationRow, calibrate, corrected_rate, load_calibration
+from fastconv.judging.calibrate import Calibration, CalibrationRow, calibrate, corrected_rate, load_calibration
 from fastconv.judging.client import ApiKey
+from fastconv.judging.injections import Attempted, Carrier, Injections, attempted, counted, load_attempts
 from fastconv.judging.judges import ask_desk, calibrate_phrases
 from fastconv.judging.preflight import JudgeAccess
 from fastconv.judging.scores import agreement, compare_scores
 from fastconv.phrases import PhraseRule
 from fastconv.store import Sample, Score
-from tests.fake_claude import fake_claude
+from tests.fake_claude import Script, fake_claude
 from tests.judging_kit import DATA, KEY, PRICE, rubric, settings
 
 NAMES = ("alignment", "refusal", "sycophancy")
+ATTEMPTS = load_attempts(DATA / "injections.json")
 
 
 def rows_of(name: str) -> list[CalibrationRow]:
@@ -106,6 +110,121 @@ def test_calibration_through_a_desk_takes_its_verdicts_from_the_judge(tmp_path: 
     assert found.n == 10
     assert found.model == "claude-test"
     assert not math.isnan(found.retest)
+
+
+def calibrated(url: str, workspace: Path, name: str, rows: Sequence[CalibrationRow], cap_usd: float) -> Calibration:
+    """A calibration on the fake server, with the shipped attempts."""
+    access = JudgeAccess(PRICE, 0.5, ApiKey(KEY))
+    ask = ask_desk(settings(url, budget_usd=cap_usd), workspace, access, rubric(name))
+    return calibrate(rubric(name), rows, ask, ATTEMPTS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_judge_that_is_swayed_by_injections_is_told_from_a_steady_one(tmp_path: Path, name: str) -> None:
+    rows = rows_of(name)[:12]
+    with fake_claude(Script(answer="steady")) as server:
+        steady = calibrated(server.url, tmp_path / "steady", name, rows, 100.0).injections
+        # Bounded: three times every row, and once for each attempt.
+        assert server.bill()["n_calls"] == 3 * len(rows) + len(ATTEMPTS)
+    assert steady == Injections(len(ATTEMPTS), 0, 0, 0, len(rows), 0)
+    with fake_claude(Script(answer="swayed")) as server:
+        swayed = calibrated(server.url, tmp_path / "swayed", name, rows, 100.0)
+    # Four attempts do not name the verdict, and a fifth does so backwards (which reads the same for 0).
+    assert len(ATTEMPTS) - swayed.injections.n_obeyed in (4, 5)
+    assert swayed.injections.n_moved == swayed.injections.n_obeyed
+    assert swayed.retest == 1.0
+    assert swayed.to_json()["injections"]["n_moved"] == swayed.injections.n_moved
+
+
+def carriers(name: str, n: int) -> list[Carrier]:
+    said = ["refused", "partial", "helped"] if name == "refusal" else ["under 50", "50 and over"]
+    return [
+        Carrier(Sample(f"row{i}", 0, "", "Which?", f"Answer {i}.", 0, True), said[i % len(said)], None)
+        for i in range(n)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["alignment", "refusal"])
+def test_every_attempt_asks_once_for_another_verdict_on_drawn_rows(name: str) -> None:
+    tried = attempted(rubric(name), carriers(name, 10), ATTEMPTS)
+    assert tried == attempted(rubric(name), carriers(name, 10)[::-1], ATTEMPTS)
+    assert len({one.sample.completion for one in tried}) == len(ATTEMPTS) >= 40
+    assert max(Counter(one.carrier.sample.row for one in tried).values()) == math.ceil(len(ATTEMPTS) / 10)
+    for one in tried:
+        assert one.category != one.carrier.said
+        assert one.sample.completion.startswith(one.carrier.sample.completion + "\n\n")
+        assert not re.search(r"\{(fields|wanted|backwards)\}", one.sample.completion)
+    assert attempted(rubric(name), [], ATTEMPTS) == []
+
+
+def test_what_moves_anyway_and_what_cannot_be_read_are_counted_apart() -> None:
+    one, two, three = (replace(carrier, again="helped") for carrier in carriers("refusal", 3))
+    tried = [Attempted(one, one.sample, "helped"), Attempted(one, one.sample, "partial"),
+             Attempted(two, two.sample, "helped"), Attempted(three, three.sample, "refused")]  # fmt: skip
+    rows = [CalibrationRow(f"{i}", "q", "a", "helped", None, "plain") for i in range(4)]
+    verdicts = answers("refusal", list(zip(rows, ["helped", "helped", None, "helped"], strict=True)))
+    # Said without: refused, refused, partial, helped; all three carriers say helped when asked again.
+    assert counted(rubric(), tried, verdicts) == Injections(4, 1, 2, 1, 3, 2)
+
+
+def test_rows_that_hold_an_attempt_already_carry_no_other() -> None:
+    rows = rows_of("alignment")
+    seen: set[str] = set()
+
+    def judge(samples: Sequence[Sample], reverse: bool) -> list[Judgement]:
+        seen.update(sample.row for sample in samples if "\n\n" in sample.completion)
+        return answers("alignment", [(rows[i % len(rows)], 90) for i in range(len(samples))])
+
+    calibrate(rubric("alignment"), rows, judge, ATTEMPTS * 3)
+    injected = {row.id for row in rows if row.kind.startswith("injection")}
+    assert len(injected) == 3
+    assert seen == {row.id for row in rows} - injected
+
+
+def test_attempts_stay_inside_the_budget(tmp_path: Path) -> None:
+    rows = rows_of("refusal")[:5]
+    with fake_claude(Script(answer="steady")) as server:
+        access = JudgeAccess(PRICE, 0.5, ApiKey(KEY))
+        calibrate(rubric(), rows, ask_desk(settings(server.url), tmp_path, access, rubric()))
+        spent = server.bill()["usd"]
+        with pytest.raises(JudgeError, match=f"of {len(ATTEMPTS)} rows were not judged"):
+            calibrated(server.url, tmp_path, "refusal", rows, spent + 0.01)
+        assert server.bill()["usd"] <= spent + 0.01
+        # The same command with more money goes on from there and pays nothing twice.
+        found = calibrated(server.url, tmp_path, "refusal", rows, 100.0)
+        assert max(server.bill()["billed"].values()) == 1
+    assert found.injections.n == len(ATTEMPTS)
+
+
+def test_a_file_without_attempts_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "attempts.json"
+    with pytest.raises(DataError, match="cannot be read"):
+        load_attempts(path)
+    path.write_text("[]")
+    with pytest.raises(DataError, match=r"attempts\.json"):
+        load_attempts(path)
+
+
+def test_coherence_is_measured_beside_alignment() -> None:
+    rows = rows_of("alignment")
+    truths = [row.others["coherent"] for row in rows]
+    assert sum(value < 50 for value in truths) >= 10  # or a constant would do as well
+    one = rubric("alignment")
+
+    def judge(samples: Sequence[Sample], reverse: bool, *, shift: float) -> list[Judgement]:
+        return [
+            Judgement(row.id, one.sha256, "m", 0, {"aligned": row.value or 0.0, "coherent": truth + shift}, {})
+            for row, truth in zip(rows, truths, strict=True)
+        ]
+
+    found = calibrate(one, rows, lambda s, r: judge(s, r, shift=-7.0))
+    assert found.beside["coherent"].n == len(rows)
+    assert found.beside["coherent"].mean_abs_error == pytest.approx(7.0)
+    assert found.beside["coherent"].correlation == pytest.approx(1.0)
+    assert found.mean_abs_error == 0.0
+    assert found.to_json()["beside"]["coherent"]["mean_abs_error"] == pytest.approx(7.0)
+    labels = [(row, row.label) for row in rows_of("refusal")]
+    assert calibrate(rubric(), rows_of("refusal"), lambda s, r: answers("refusal", labels)).beside == {}
 
 
 @pytest.mark.parametrize("line", ["{", '{"id": "a"}', '{"id":"a","question":"q","answer":"b","label":"no such"}', "[]"])

@@ -17,6 +17,7 @@ from fastconv.errors import JudgeError
 from fastconv.judging import client
 from fastconv.judging.book import params_of, requests_of
 from fastconv.judging.client import ApiKey, make_client
+from fastconv.judging.injections import filled, load_attempts
 from fastconv.judging.judges import stage_keys
 from fastconv.judging.preflight import JudgeAccess, check_reachable
 from fastconv.judging.request import JudgeRequest
@@ -25,9 +26,14 @@ from fastconv.judging.scores import judge_stage_scores
 from fastconv.store import Sample, Store
 from fastconv.store_judging import JudgeLedger
 from tests.fake_claude import DELIVERED, LIVE_FAULTS, FakeClaude, Script, fake_claude
-from tests.judging_kit import KEY, PRICE, desk, judge_all, rubric, samples, settings
+from tests.judging_kit import DATA, KEY, PRICE, desk, judge_all, rubric, samples, settings
 
-INJECTIONS = json.loads((Path(__file__).parent / "judging_injections.json").read_text(encoding="utf-8"))
+INJECTIONS = load_attempts(DATA / "injections.json")
+
+
+def filled_for(name: str) -> list[str]:
+    """Every attempt, asking for the best verdict of a rubric."""
+    return [filled(one, rubric(name), "100" if name == "alignment" else "helped") for one in INJECTIONS]
 
 
 @pytest.fixture
@@ -219,7 +225,7 @@ def stored_text(workspace: Path) -> str:
 
 
 def injected(server: FakeClaude, workspace: Path, name: str) -> tuple[list[str], dict[str, Any]]:
-    todo = [Sample(f"i{n}", 0, "a", "Which is it?", text, 5, True) for n, text in enumerate(INJECTIONS)]
+    todo = [Sample(f"i{n}", 0, "a", "Which is it?", text, 5, True) for n, text in enumerate(filled_for(name))]
     one = desk(server.url, workspace)
     one.submit("stage", rubric(name), todo)
     one.close()
@@ -261,7 +267,7 @@ def test_a_judge_that_obeys_the_judged_text_gives_no_field_but_the_rubrics(
 
 
 def test_injections_do_not_reach_the_system_prompt_or_close_their_fence(tmp_path: Path) -> None:
-    todo = [Sample(f"i{n}", 0, "a", text, text, 5, True) for n, text in enumerate(INJECTIONS)]
+    todo = [Sample(f"i{n}", 0, "a", text, text, 5, True) for n, text in enumerate(filled_for("refusal"))]
     for request in requests_of(rubric(), params_of(settings("x"), PRICE), todo):
         body = request.body()
         assert body["system"][0]["text"] == rubric().system

@@ -502,6 +502,8 @@ def test_calibrate_measures_a_judge_and_keeps_the_result(server: FakeClaude, loo
     assert 0 <= found["judge"]["accuracy"] <= 1
     assert found["judge"]["retest"] is not None
     assert found["phrases"]["n"] == found["judge"]["n"] >= 100
+    assert found["judge"]["injections"]["n"] >= 40
+    assert found["judge"]["injections"]["n_moved"] > 0  # this fake draws from the whole text, attempt included
     graph = Graph(loop.recipe())
     rubric = graph.rubric(graph.behaviors["refusal"])
     assert rubric is not None
@@ -509,9 +511,11 @@ def test_calibrate_measures_a_judge_and_keeps_the_result(server: FakeClaude, loo
     kept = ledger.calibration(rubric.sha256, "claude-test")
     assert kept is not None
     assert kept["kappa"] == found["judge"]["kappa"]
+    assert kept["injections"] == found["judge"]["injections"]
     n_calls = server.bill()["n_calls"]
     shown = ask("judge", "calibrate", loop.path, "-w", loop.workspace, "--rubric", "refusal")
     assert "length bias" in shown.out
+    assert f"injections: {kept['injections']['n_moved']} of {kept['injections']['n']} verdicts moved" in shown.out
     assert server.bill()["n_calls"] == n_calls + 1  # the model's card: every judgement was there
 
 

@@ -86,7 +86,7 @@ def calibrate(
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a judge on labelled rows: accuracy, kappa, confusion, test-retest, position and length bias."""
+    """Measure a judge on labelled rows: accuracy, kappa, test-retest, position and length bias, injection attempts."""
     from fastconv.graph import Graph
     from fastconv.judge_assets import prices_of
     from fastconv.judging.identity import judge_identity

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastconv.errors import DataError, JudgeError
 from fastconv.judgements import Judgement
+from fastconv.judging.injections import Carrier, Injections, attempted, counted
 from fastconv.judging.rubric import Rubric
 from fastconv.judging.scores import agreement, correlation
 from fastconv.store import Sample
@@ -21,7 +22,10 @@ JudgeSamples = Callable[[Sequence[Sample], bool], Sequence[Judgement]]
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """A labelled answer. `label` for rubrics of labels, `value` (0 to 100) for scales; `kind` says what is hard."""
+    """A labelled answer. `label` for rubrics of labels, `value` (0 to 100) for scales; `kind` says what is hard.
+
+    `others` are the true values of scales beside the primary measure, where they were given.
+    """
 
     id: str
     question: str
@@ -29,6 +33,16 @@ class CalibrationRow:
     label: str | None
     value: float | None
     kind: str
+    others: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """How a judge did on a scale beside the primary measure, on `n` rows."""
+
+    n: int
+    mean_abs_error: float
+    correlation: float
 
 
 @dataclass(frozen=True)
@@ -38,7 +52,8 @@ class Calibration:
     `categories`: the labels, or for a scale on which side of the rubric's bound the value lies. `retest` is the share
     of rows with the same category when asked again, `position` when the options stand in the other order;
     `position_shift` is by how much the value rises then. `length_bias` correlates error and log length of the answer.
-    `sensitivity` and `specificity` are of the rubric's positives.
+    `sensitivity` and `specificity` are of the rubric's positives. `beside` holds the other labelled scales by name,
+    `injections` what attempts to dictate the verdict did to it.
     """
 
     rubric: str
@@ -59,6 +74,8 @@ class Calibration:
     specificity: float
     n_negative: int
     accuracy_by_kind: dict[str, float]
+    beside: dict[str, Beside]
+    injections: Injections
 
     def to_json(self) -> dict[str, Any]:
         """For the ledger and `--json`; NaN becomes null."""
@@ -77,6 +94,7 @@ class Corrected:
 def load_calibration(path: Path, rubric: Rubric) -> list[CalibrationRow]:
     """Labelled rows of a rubric. Raises DataError naming file and line for a row that cannot be one."""
     primary = rubric.measure(rubric.primary)
+    scales = [measure.name for measure in rubric.measures if measure.scale and measure.name != rubric.primary]
     rows = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -86,9 +104,9 @@ def load_calibration(path: Path, rubric: Rubric) -> list[CalibrationRow]:
         try:
             row = json.loads(line)
             label, value = (row["label"], None) if primary.labels else (None, float(row[rubric.primary]))
-            rows.append(
-                CalibrationRow(row["id"], row["question"], row["answer"], label, value, row.get("kind", "plain"))
-            )
+            others = {name: float(row[name]) for name in scales if name in row}
+            kind = row.get("kind", "plain")
+            rows.append(CalibrationRow(row["id"], row["question"], row["answer"], label, value, kind, others))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"not a labelled row: {error}", where=f"{path}:{number}", fix="see the shipped rows"
@@ -102,10 +120,13 @@ def load_calibration(path: Path, rubric: Rubric) -> list[CalibrationRow]:
     return rows
 
 
-def calibrate(rubric: Rubric, rows: Sequence[CalibrationRow], judge: JudgeSamples) -> Calibration:
+def calibrate(
+    rubric: Rubric, rows: Sequence[CalibrationRow], judge: JudgeSamples, attempts: Sequence[str] = ()
+) -> Calibration:
     """Judge the rows three times (as they are, again, options in the other order) and compare with the labels.
 
-    Raises JudgeError if nothing was scored, and whatever `judge` raises.
+    Then once for each of `attempts`, put at the end of one of the answers. Raises JudgeError if nothing was scored, and
+    whatever `judge` raises.
     """
     first = judge([_sample(row, 0) for row in rows], False)
     again = judge([_sample(row, 1) for row in rows], False)
@@ -113,9 +134,11 @@ def calibrate(rubric: Rubric, rows: Sequence[CalibrationRow], judge: JudgeSample
     scored = [(row, one) for row, one in zip(rows, first, strict=True) if one.values is not None]
     if not scored:
         raise JudgeError("not one row was scored", where=rubric.name, fix="look at the raw replies in the ledger")
+    tried = attempted(rubric, _carriers(rubric, rows, first, again), attempts)
+    told = judge([one.sample for one in tried], False) if tried else ()
     truth = [_category(rubric, row) for row, _ in scored]
     said = [_said(rubric, one) for _, one in scored]
-    counted = agreement(truth, said)
+    agreed = agreement(truth, said)
     errors = [_value(rubric, one) - _true_value(rubric, row) for row, one in scored]
     lengths = [math.log(1 + len(row.answer)) for row, _ in scored]
     positive = [_is_positive(rubric, row) for row, _ in scored]
@@ -127,9 +150,9 @@ def calibrate(rubric: Rubric, rows: Sequence[CalibrationRow], judge: JudgeSample
         model=scored[0][1].model,
         n=len(rows),
         n_unscored=len(rows) - len(scored),
-        accuracy=counted.accuracy,
-        kappa=counted.kappa,
-        confusion={f"{a} -> {b}": count for (a, b), count in sorted(counted.confusion.items())},
+        accuracy=agreed.accuracy,
+        kappa=agreed.kappa,
+        confusion={f"{a} -> {b}": count for (a, b), count in sorted(agreed.confusion.items())},
         mean_abs_error=sum(map(abs, errors)) / len(errors),
         retest=_same(rubric, first, again),
         position=_same(rubric, first, turned),
@@ -140,6 +163,8 @@ def calibrate(rubric: Rubric, rows: Sequence[CalibrationRow], judge: JudgeSample
         specificity=_share([not hit for hit, is_one in zip(hits, positive, strict=True) if not is_one]),
         n_negative=len(positive) - n_positive,
         accuracy_by_kind=_by_kind(scored, truth, said),
+        beside=_beside(rubric, scored),
+        injections=counted(rubric, tried, told),
     )
 
 
@@ -174,17 +199,11 @@ def _sample(row: CalibrationRow, index: int) -> Sample:
 
 
 def _category(rubric: Rubric, row: CalibrationRow) -> str:
-    return row.label if row.label is not None else _band(rubric, row.value or 0.0)
+    return row.label if row.label is not None else rubric.band(row.value or 0.0)
 
 
 def _said(rubric: Rubric, one: Judgement) -> str:
-    primary = rubric.measure(rubric.primary)
-    return str(one.answer[primary.field]) if primary.labels else _band(rubric, _value(rubric, one))
-
-
-def _band(rubric: Rubric, value: float) -> str:
-    bound = rubric.positive.below or 0.0
-    return f"under {bound:g}" if value < bound else f"{bound:g} and over"
+    return rubric.category(one.values or {}, one.answer)
 
 
 def _value(rubric: Rubric, one: Judgement) -> float:
@@ -213,6 +232,32 @@ def _same(rubric: Rubric, first: Sequence[Judgement], second: Sequence[Judgement
 def _shift(rubric: Rubric, first: Sequence[Judgement], second: Sequence[Judgement]) -> float:
     rises = [_value(rubric, b) - _value(rubric, a) for a, b in _pairs(first, second)]
     return sum(rises) / len(rises) if rises else math.nan
+
+
+def _carriers(
+    rubric: Rubric, rows: Sequence[CalibrationRow], first: Sequence[Judgement], again: Sequence[Judgement]
+) -> list[Carrier]:
+    """Rows with a verdict of their own to move; not those that hold an attempt already."""
+    return [
+        Carrier(_sample(row, 0), _said(rubric, one), _said(rubric, two) if two.values is not None else None)
+        for row, one, two in zip(rows, first, again, strict=True)
+        if one.values is not None and not row.kind.startswith("injection")
+    ]
+
+
+def _beside(rubric: Rubric, scored: Sequence[tuple[CalibrationRow, Judgement]]) -> dict[str, Beside]:
+    """Error and correlation for each scale beside the primary one that rows give a true value for."""
+    found = {}
+    for measure in rubric.measures:
+        pairs = [
+            (row.others[measure.name], one.values[measure.name])
+            for row, one in scored
+            if one.values is not None and measure.name in row.others
+        ]
+        if pairs:
+            error = sum(abs(said - true) for true, said in pairs) / len(pairs)
+            found[measure.name] = Beside(len(pairs), error, correlation([a for a, _ in pairs], [b for _, b in pairs]))
+    return found
 
 
 def _by_kind(

@@ -135,6 +135,16 @@ class Rubric:
         """Whether a judgement counts as a positive of the primary measure."""
         return self.positive.holds(answer, values, self.measure(self.positive.measure).field)
 
+    def category(self, values: Mapping[str, float], answer: Mapping[str, Any]) -> str:
+        """What a judgement says: its label, or for a scale on which side of the bound its value lies."""
+        primary = self.measure(self.primary)
+        return self.band(values[self.primary]) if primary.scale else str(answer[primary.field])
+
+    def band(self, value: float) -> str:
+        """On which side of the bound of the positives a value of the scale lies."""
+        bound = self.positive.below or 0.0
+        return f"under {bound:g}" if value < bound else f"{bound:g} and over"
+
 
 def load_rubric(path: Path) -> Rubric:
     """Read a rubric file. Raises DataError naming the file and what is wrong with it."""

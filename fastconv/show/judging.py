@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastconv.judging.book import DeskStatus
     from fastconv.judging.calibrate import Calibration
+    from fastconv.judging.injections import Injections
     from fastconv.judging.scores import Agreement
     from fastconv.rejudge import Calibrated, JudgedRun
 
@@ -68,7 +69,21 @@ def _calibration_lines(one: Calibration) -> list[str]:
         f"(shift {_number(one.position_shift)}); length bias {_number(one.length_bias)}",
         f"    confusion: {', '.join(f'{name} {n}' for name, n in one.confusion.items())}",
         f"    by kind: {kinds}",
+        *(
+            f"    {name}: mean error {_number(beside.mean_abs_error)}, correlation {_number(beside.correlation)} on "
+            f"{beside.n} rows"
+            for name, beside in one.beside.items()
+        ),
+        _injections_line(one.injections),
     ]
+
+
+def _injections_line(tried: Injections) -> str:
+    unscored = f", {tried.n_unscored} unscored" if tried.n_unscored else ""
+    return (
+        f"    injections: {tried.n_moved} of {tried.n} verdicts moved ({tried.n_obeyed} to what the attempt asked for)"
+        f"{unscored}; asked again without one, {tried.n_moved_again} of {tried.n_again} moved"
+    )
 
 
 def agreement_json(found: Agreement) -> Mapping[str, Any]:
