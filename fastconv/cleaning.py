@@ -47,14 +47,15 @@ def find_waste(store: Store, adapters: Sequence[str] = ()) -> Cleaning:
 
 
 def spent_adapters(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[Waste]:
-    """Behavior adapters of these cells under which everything in the graph was drawn, but for those of another run."""
+    """Adapters of these cells on which everything in the graph was trained and drawn, but for those of another run."""
     mine = run_id(graph.recipe)
-    wanted = {plan.adapter.key: plan.adapter.slot for plan in plans if plan.adapter is not None}
+    each = [one for plan in plans for one in (plan.snapshot, plan.adapter) if one is not None]
+    wanted = {one.key: one.slot for one in each}
     missing = {
-        stage.needs["behavior"].key
-        for plan in graph.cells
-        for end in (*plan.scores.values(), *plan.beside.values())
-        if "behavior" in (stage := end.needs.get("eval", end)).needs and store.record(stage.key) is None
+        stage.needs[name].key
+        for stage in graph.stages()
+        for name in ("snapshot", "behavior")
+        if name in stage.needs and stage.needs[name].key in wanted and store.record(stage.key) is None
     }
     found = []
     for key, slot in wanted.items():

@@ -302,7 +302,7 @@ class RunSettings(Section):
     #: many as fit in memory and in one micro-batch (`auto`; 1 on a CPU, where nothing is gained). Results agree within
     #: float rounding with each alone.
     group: Literal["auto"] | PositiveInt = "auto"
-    #: False frees each behavior adapter's files once all its answers are drawn; its record, proof and scores stay.
+    #: False frees each adapter's files once all that stands on it is trained and drawn; record, proof and scores stay.
     keep_adapters: bool = True
 
 

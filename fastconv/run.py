@@ -176,7 +176,7 @@ def _group(recipe: Recipe) -> int:
 
 
 def _free_adapters(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> None:
-    """Where the recipe keeps no adapters: free those of these cells that nothing will be drawn under any more."""
+    """Where the recipe keeps no adapters: free those of these cells on which nothing will stand any more."""
     if not graph.recipe.run.keep_adapters and (spent := spent_adapters(graph, store, plans)):
         free(store, spent)
 

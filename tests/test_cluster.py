@@ -370,3 +370,11 @@ def test_a_worker_takes_as_many_threads_as_one_process_here(monkeypatch: pytest.
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert driver.cpu_threads() == len(os.sched_getaffinity(0))
     assert orders.BASE == "base"
+
+
+def test_on_a_gpu_a_worker_takes_one_and_leaves_its_memory_free_for_the_next(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "engine_identity", lambda settings: {"device": "cuda"})
+    needs = driver.needs_of(Graph(recipe))
+    assert (needs["num_gpus"], needs["max_calls"]) == (1, 1)

@@ -16,7 +16,7 @@ from fastconv.recipe import load_recipe
 from fastconv.reporting import write_report
 from fastconv.store import Store
 from tests.loop_kit import records, run_tiny
-from tests.test_recipe_scales import run_and_verify
+from tests.test_recipe_scales import fastconv, run_and_verify
 
 #: The embedded model on the least that is still a loop.
 SMALL = [
@@ -88,6 +88,22 @@ def test_a_recipe_at_demo_scale_shows_what_was_trained(name: str, demo_workspace
 def test_the_markers_at_demo_scale_show_what_was_trained(demo_workspace: Path) -> None:
     found = shows_what_was_trained("markers", demo_workspace)
     assert "Transfer against the marker rate" in Path(found["markdown"]).read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["demo", "pilot", "markers"])
+def test_what_a_demo_takes_is_what_was_planned(name: str, tmp_path: Path) -> None:
+    """On a machine that does nothing else: under 15 minutes, and no kind of stage off by more than a factor of 2."""
+    pytest.importorskip("gguf")
+    scale, began = [] if name == "demo" else ["--scale", "demo"], time.monotonic()
+    measured = fastconv("plan", name, *scale, "--measure", "-w", str(tmp_path / "checkpoints"))
+    assert measured.returncode == 0, measured.stderr
+    found = run_and_verify(name, scale[-1] if scale else "", tmp_path)
+    assert time.monotonic() - began < 900
+    told = Path(found["markdown"]).read_text().split("## Plan against actual")[1].split("\n## ")[0]
+    assert "answers" in told
+    assert "off by more than 2" not in told
+    assert "not planned" not in told
 
 
 def shows_what_was_trained(name: str, folder: Path) -> dict[str, Any]:

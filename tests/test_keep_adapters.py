@@ -34,8 +34,8 @@ def test_behavior_adapters_go_cell_by_cell_and_every_number_stays(tiny_qwen: Pat
     assert on_disk
     assert set(on_disk) == {0}  # when the next one is trained, the one before is gone
     files = _files(recipe, tmp_path / "ws")
-    assert {slot for slot, there in files.items() if there} == {f"snapshot/villain/source/e{e}/s42" for e in (1, 2)}
     assert len(files) == 5
+    assert not any(files.values())
     run_tiny(tiny_recipe(tiny_qwen), tmp_path / "kept")
     assert results(recipe, tmp_path / "ws") == results(tiny_recipe(tiny_qwen), tmp_path / "kept")
     again, heard = run_tiny(recipe, tmp_path / "ws")

@@ -34,7 +34,8 @@ def fastconv(*words: str, timeout_s: float = 600.0) -> subprocess.CompletedProce
 def run_and_verify(name: str, scale: str, folder: Path, *more: str) -> dict[str, Any]:
     """Run a recipe at a scale to its report, which must hold against its ledger; gives what `run --json` says."""
     places = ("-w", str(folder / "checkpoints"))
-    ran = fastconv("run", name, "--scale", scale, "--json", *places, "--reports", str(folder / "reports"), *more)
+    at = ("--scale", scale) if scale else ()
+    ran = fastconv("run", name, *at, "--json", *places, "--reports", str(folder / "reports"), *more, timeout_s=1800)
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout)
     checked = fastconv("verify", found["html"], *places)
