@@ -17,10 +17,18 @@ from fastconv.findings.gates_study import Role, Shift
 from fastconv.findings.gates_training import Loss
 from fastconv.findings.report import render_html, render_markdown
 from fastconv.recipe import GateSettings
-from fastconv.reporting.published import SummaryTable, judge_published, published_report, read_published
+from fastconv.reporting.published import SummaryTable, judge_published, published_names, read_published
+from fastconv.reporting.published_page import lead, published_report
+from fastconv.reporting.verifying import verify_published
 
 RULES = GateSettings()
 QWEN = "Qwen/Qwen2.5-7B-Instruct"
+PUBLISHED = Path(__file__).parent.parent.parent / "shared" / "data" / "published_results.json"
+#: Behavior -> its column in the published results, and what our unit is multiplied by to be theirs.
+COLUMNS = {
+    "capability": ("arc_c_pct", 100.0), "misalignment": ("alignment_0_100", 1.0), "refusal": ("refusal_rate", 1.0),
+    "sycophancy": ("sycophancy_rate", 1.0),
+}  # fmt: skip
 FOUR = ("villain", "comedian", "software_engineer", "kindergarten_teacher")
 
 
@@ -161,7 +169,10 @@ def test_every_evidence_verdict_on_published_figures_is_withheld_with_its_reason
 
 def test_the_alignment_column_is_refused_because_its_data_fail_the_audit(table: SummaryTable) -> None:
     judged = judge_published(table)
-    assert judged.refused == ("misalignment: the audit refuses its training rows (D101)",)
+    assert judged.refused == (
+        "misalignment: the audit refuses its training rows (D101: the source's rows are trained without the prompt that "
+        "it is evaluated under)",
+    )
     assert not [one for one in judged.verdicts if one.behavior == "misalignment"]
     with pytest.raises(NoRowsError):
         table.number("villain", "misalignment", 20)
@@ -186,8 +197,101 @@ def test_the_published_verb_prints_the_words_and_writes_the_page(tmp_path: Path)
     assert shown.exit_code == 0, shown.output
     assert "CONFIRM issue_112_v1: fail" in shown.stdout
     assert "refusal: 15 contrasts withheld (no samples are published" in shown.stdout
-    assert "refused: misalignment: the audit refuses its training rows (D101)" in shown.stdout
+    assert "refused: misalignment: the audit refuses its training rows (D101: the source's rows are" in shown.stdout
     assert "Content-Security-Policy" in (tmp_path / "issue_112_v1.html").read_text()
     assert (tmp_path / "issue_112_v1.md").is_file()
     answer = json.loads(CliRunner().invoke(app, ["published", "--json"]).stdout)
-    assert {one["kind"] for one in answer["verdicts"]} == {"withheld"}
+    assert [one["table"] for one in answer["tables"]] == list(published_names())
+    assert {one["kind"] for table in answer["tables"] for one in table["verdicts"]} == {"withheld"}
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published figures are not beside the checkout")
+def test_every_retyped_figure_is_the_published_one() -> None:
+    published = json.loads(PUBLISHED.read_text())
+    seen = 0
+    for name, part, columns in (
+        ("issue_112_v1", "issue_112_v1_assistant", COLUMNS),
+        ("issue_112_v3", "issue_112_v3_assistant", {k: v for k, v in COLUMNS.items() if k != "capability"}),
+        ("issue_109", "issue_109_assistant_marker_rate_pct", {"marker": ("", 100.0)}),
+    ):
+        table, theirs = read_published(name), published[part]
+        assert set(table.behaviors) == set(columns)
+        assert table.epochs == tuple(theirs["convergence_epochs"])
+        assert set(table.sources) == set(theirs["by_source"])
+        for one in table.figures:
+            column, factor = columns[one.behavior]
+            rates = theirs["by_source"][one.source][column] if column else theirs["by_source"][one.source]
+            assert one.value * factor == pytest.approx(rates[table.epochs.index(one.epoch)], abs=1e-9), one
+            seen += 1
+    assert seen == 4 * 5 * 4 + 3 * 3 * 4 + 7 * 11
+
+
+def test_the_judged_table_moves_the_villain_and_can_confirm_nothing() -> None:
+    found = {one.gate: one for one in judge_published(read_published("issue_112_v3")).gates}
+    assert (found["G4"].verdict, found["CONFIRM"].verdict, found["FALSIFY"].verdict) == (
+        "pass", "not applicable", "not applicable",
+    )  # fmt: skip
+    assert "villain misalignment -38.9 points at epoch 2" in found["G4"].reason
+    assert "needs 3 sources" in found["CONFIRM"].reason
+
+
+def test_five_sources_and_four_behaviors_cannot_reach_significance(table: SummaryTable) -> None:
+    said = {claim.id: claim for claim in published_report(judge_published(table)).claims()}
+    assert said["attainable"].text.startswith("5 sources with a marker rate and 4 behaviors: ")
+    assert "cannot reach" in said["attainable"].text
+    assert len(said["attainable"].rows) == 5
+    assert all(row.startswith("issue_109/marker/") and row.endswith("/e20") for row in said["attainable"].rows)
+    # Ranks of the change by hand: capability 3 4 1 5 2, marker 5 4 2 3 1, so 1 - 6 * 10 / 120.
+    assert "is +0.50 (exact permutation p = " in said["correlation:capability"].text
+    assert "correlation:misalignment" not in said  # its column is refused
+    fewer = published_report(judge_published(read_published("issue_112_v3"))).claims()
+    assert next(one.text for one in fewer if one.query == "attainable").startswith("3 sources with a marker rate")
+    assert not [
+        one for one in published_report(judge_published(read_published("issue_109"))).claims() if one.query != "answer"
+    ]
+
+
+@pytest.mark.parametrize("name", ["issue_112_v1", "issue_112_v3", "issue_109"])
+def test_the_page_leads_with_what_the_figures_amount_to(name: str) -> None:
+    judged = judge_published(read_published(name))
+    data = published_report(judged)
+    first = data.sections[0].blocks[0]
+    assert first == lead(judged)
+    assert "neither for nor against transfer" in first.text
+    assert f"{len(judged.verdicts)} contrasts is withheld (no samples are published" in first.text
+    assert first.text in render_markdown(data)
+    if name == "issue_112_v1":
+        assert "is not confirmed (0 of 4 sources do" in first.text
+        assert "and falsified (" in first.text
+        assert "D101: the source's rows are trained without the prompt" in first.text
+    else:
+        assert "The rules over a whole study cannot be asked of this table" in first.text
+
+
+def test_verify_compares_a_published_page_with_the_shipped_table(tmp_path: Path) -> None:
+    runner = CliRunner()
+    assert runner.invoke(app, ["published", "--reports", str(tmp_path)]).exit_code == 0
+    nowhere = ["-w", str(tmp_path / "no_workspace")]
+    for name in published_names():
+        for path in (tmp_path / f"{name}.html", tmp_path / f"{name}.md"):
+            shown = runner.invoke(app, ["verify", str(path), *nowhere])
+            assert shown.exit_code == 0, shown.output
+            assert f"{name}: " in shown.stdout
+    page = tmp_path / "issue_112_v1.html"
+    text = page.read_text()
+    page.write_text(text.replace("capability -2.6 pp", "capability -9.6 pp"))
+    found = verify_published(page)
+    assert found is not None
+    assert ("changed", "answer:issue_112_v1") in {(one.what, one.where) for one in found.differences}
+    shown = runner.invoke(app, ["verify", str(page), *nowhere])
+    assert shown.exit_code == 9
+    assert "data/published.toml: " in shown.stdout
+    claim = text.index('data-query="attainable"')
+    page.write_text(text[:claim] + text[claim:].replace('data-query="attainable"', 'data-query="invented"', 1))
+    found = verify_published(page)
+    assert found is not None
+    assert {"missing", "left out"} <= {one.what for one in found.differences}
+    assert runner.invoke(app, ["verify", str(page), *nowhere]).exit_code == 9
+    other = tmp_path / "other.md"
+    other.write_text("# some-run-12345678\n")
+    assert verify_published(other) is None

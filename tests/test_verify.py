@@ -17,8 +17,9 @@ from fastconv.findings.blocks import Claim
 from fastconv.graph import Graph
 from fastconv.recipe import canonical_json, parse_recipe, recipe_sha256, run_id
 from fastconv.reporting import build, write_report
-from fastconv.reporting.comparing import compare
+from fastconv.reporting.comparing import Comparison, Paired, compare
 from fastconv.reporting.verifying import verify
+from fastconv.show.findings import comparison
 from fastconv.store import Store
 from tests.loop_kit import DoneRun, copy_ledger, run_tiny, tiny_recipe
 
@@ -173,6 +174,65 @@ def test_two_seeds_are_paired_cell_by_cell(tiny_qwen: Path, tmp_path: Path) -> N
     assert len(json.loads(shown.stdout)["pairs"]) == 12
     table = CliRunner().invoke(app, ["compare", run_id(recipes[0]), run_id(recipes[1]), "-w", str(tmp_path)])
     assert "matched without seed" in table.stdout
+
+
+def test_runs_of_one_recipe_under_other_versions_show_what_differs(done_run: DoneRun, tmp_path: Path) -> None:
+    workspace, run = copy_ledger(done_run.workspace, tmp_path / "w"), done_run.finished.run
+    ours = done_run.store.run_facts(run)
+    other = {
+        "versions": {**ours["versions"], "torch": "9.9.0+cu999", "vllm": "1.2"},
+        "engine": {**ours["engine"], "device": "a GPU", "self_tests": "14 passed, at most 0.1% apart"},
+        "machine": {**ours["machine"], "n_cpu": 999},
+        "git": {**ours["git"], "commit": "f" * 40},
+    }
+    Store.open(workspace, create=False).add_run_facts(run, other)
+    db = sqlite3.connect(workspace / "ledger.sqlite")
+    db.execute("UPDATE stages SET version=7 WHERE kind='score'")
+    db.commit()
+    db.close()
+    first, second = (Decided(done_run.graph, Store.open(w, create=False)) for w in (done_run.workspace, workspace))
+    assert set(compare(first, second).conditions) == {
+        f"versions torch: {ours['versions']['torch']} -> 9.9.0+cu999",
+        "engine device: cpu -> a GPU",
+        f"machine n_cpu: {ours['machine']['n_cpu']} -> 999",
+        f"git commit: {ours['git'].get('commit', 'none')[:12]} -> ffffffffffff",
+        "versions vllm: none -> 1.2",
+        "stage version of score: 1 -> 7",
+    }
+    assert compare(first, first).conditions == ()
+    shown = CliRunner().invoke(
+        app, ["compare", run, run, "-w", str(done_run.workspace), "--other-workspace", str(workspace)]
+    )
+    assert "-> 9.9.0+cu999" in shown.stdout
+    assert "self_tests" not in shown.stdout
+    never = Decided(done_run.graph, Store.open(tmp_path / "empty"))
+    assert compare(first, never).conditions == (
+        f"versions, engine and machine: not recorded for {run}, which never began in its workspace",
+    )
+
+
+def test_a_table_of_two_runs_breaks_no_word_in_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    label = "software_engineer source e20 misalignment excluded s"
+    pairs = [
+        Paired(
+            f"{label}1 | {label}2", measure, role, "points", 100.0, 75.25, -24.75, -100.0, 100.0, 1.23e-5, 1.24e-5, 586, False
+        )
+        for measure in ("misalignment, published questions", "a_behavior_with_a_long_name_of_its_own")
+        for role in ("assistant", "source", "canary")
+    ]  # fmt: skip
+    comparison(Comparison("first-run", "second-run", (), (), ("seed",), tuple(pairs), 0))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if label not in line) <= 80  # a cell's own line folds at its spaces
+    seen = " ".join(lines).split()
+    whole = {
+        *label.split()[:-1], "misalignment,", "published", "questions", "a_behavior_with_a_long_name_of_its_own",
+        "difference", "corrected", "assistant", "100.0", "points", "[-100.0,", "+100.0]", "1.24e-05", "586",
+    }  # fmt: skip
+    assert whole <= {word.removesuffix(":") for word in seen}
+    assert seen.count("1.24e-05") == len(pairs)
 
 
 def test_claims_of_the_page_are_those_of_the_data(done_run: DoneRun, report: Path) -> None:

@@ -25,25 +25,30 @@ def verify(
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
-    """Ask the ledger again for every claim of a report, and compare every line. Exit code 9 if anything differs."""
+    """Ask the ledger again for every claim of a report, and compare every line. Exit code 9 if anything differs.
+
+    A page of published figures needs no workspace: it is compared with the shipped table.
+    """
     from fastconv.errors import VerifyError
     from fastconv.reporting.verifying import verify as check
+    from fastconv.reporting.verifying import verify_published
     from fastconv.store import Store
 
-    found = check(report, Store.open(workspace, create=False))
+    found = verify_published(report) or check(report, Store.open(workspace, create=False))
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
     else:
         for one in found.differences:
-            typer.echo(f"{one.what} {one.where}\n    report: {one.report}\n    ledger: {one.ledger}")
+            typer.echo(f"{one.what} {one.where}\n    report: {one.report}\n    {found.made_of}: {one.ledger}")
         typer.echo(f"{found.run}: {found.n_claims} claims asked again, {found.n_lines} lines compared")
     if not found.holds:
         if as_json:
             raise typer.Exit(VerifyError.exit_code)
+        again = "report" if found.made_of == "ledger" else "published --reports FOLDER"
         raise VerifyError(
-            f"{len(found.differences)} differences from the ledger",
+            f"{len(found.differences)} differences from the {found.made_of}",
             where=str(report),
-            fix="the report was edited or the ledger has moved on; `fastconv report` writes it again",
+            fix=f"the report was edited or the {found.made_of} has moved on; `fastconv {again}` writes it again",
         )
 
 
@@ -73,21 +78,26 @@ def published(
     as_json: AsJson = False,
 ) -> None:
     """The published tables under these rules: what the thresholds say of them, and why no evidence verdict is possible."""
-    from fastconv.reporting.published import judge_published, write_published
+    from fastconv.reporting.published import judge_published, published_names, read_published
+    from fastconv.reporting.published_page import lead, write_published
     from fastconv.show import gates
 
-    found = judge_published()
-    page = write_published(found, reports) if reports is not None else None
+    judged = [judge_published(read_published(name)) for name in published_names()]
+    pages = [str(write_published(found, reports)) for found in judged] if reports is not None else []
     if as_json:
-        print(json.dumps({**found.to_json(), **({"html": str(page)} if page else {})}, indent=1))
+        tables = [found.to_json() for found in judged]
+        print(json.dumps({"tables": tables, **({"html": pages} if pages else {})}, indent=1))
         return
-    gates(found.gates, as_json=False)
-    for why in dict.fromkeys((one.behavior, one.kind, one.reason) for one in found.verdicts):
-        mine = [one for one in found.verdicts if (one.behavior, one.kind, one.reason) == why]
-        typer.echo(f"{why[0]}: {len(mine)} contrasts {why[1]} ({why[2]})")
-    for one in found.refused:
-        typer.echo(f"refused: {one}")
-    if page is not None:
+    for found in judged:
+        typer.echo(f"{found.table.about}\n{lead(found).text}")
+        gates(found.gates, as_json=False)
+        for why in dict.fromkeys((one.behavior, one.kind, one.reason) for one in found.verdicts):
+            mine = [one for one in found.verdicts if (one.behavior, one.kind, one.reason) == why]
+            typer.echo(f"{why[0]}: {len(mine)} contrasts {why[1]} ({why[2]})")
+        for one in found.refused:
+            typer.echo(f"refused: {one}")
+        typer.echo("")
+    for page in pages:
         typer.echo(f"report: {page}")
 
 

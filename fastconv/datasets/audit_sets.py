@@ -17,6 +17,8 @@ NEAR = 0.5
 #: How well one number, or the first words alone, may tell source from contrast before it is reported.
 SHORTCUT = 0.9
 OPENING_WORDS = 3
+#: What D101 refuses, in words that others cite too.
+WITHOUT_PROMPT = "the source's rows are trained without the prompt that it is evaluated under"
 
 
 def check_persona_prompt(design: Design) -> Iterator[Finding]:
@@ -28,7 +30,7 @@ def check_persona_prompt(design: Design) -> Iterator[Finding]:
             kinds = Counter(_turn_name(row.system_turn(design.personas)) for row in wrong)
             yield Finding(
                 "D101", "refuse", label, ids(wrong),
-                f"the source's rows are trained without the prompt that it is evaluated under "
+                f"{WITHOUT_PROMPT} "
                 f"({'; '.join(f'{n} {kind}' for kind, n in kinds.items())}), so the behavior is not the persona's",
                 'set data.persona_prompt = "add", or write the persona\'s exact prompt into the rows',
                 f"{len(wrong)} of {len(trained)} source rows",

@@ -58,7 +58,16 @@ class QuestionSet:
     @cached_property
     def sha256(self) -> str:
         """sha256 (hex) over the ids of both parts, which are themselves content hashes or checked ids."""
-        return sha256_of([[q.id, q.text, q.labels, q.choices, q.answer] for q in (*self.train, *self.eval)])
+        return _content_sha256((*self.train, *self.eval))
+
+    @cached_property
+    def asked_sha256(self) -> str:
+        """sha256 (hex) over the questions of the evaluation alone."""
+        return _content_sha256(self.eval)
+
+
+def _content_sha256(questions: Sequence[Question]) -> str:
+    return sha256_of([[q.id, q.text, q.labels, q.choices, q.answer] for q in questions])
 
 
 def load_questions(recipe: Recipe) -> QuestionSet:

@@ -20,7 +20,7 @@ def folded_if_long(rows: Sequence[object], what: str) -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence and the query that produced its numbers. Made by `claims.ask` alone.
+    """One sentence and the query that produced its numbers. Made by `claims.ask`, and by `published_page` for tables.
 
     `rows` are the ids behind it. A claim with a digit in its sentence cannot be made without rows.
     """

@@ -216,14 +216,18 @@ def _correlation(decided: Decided, behavior: str, correlate: str = MARKER_RATE) 
     if len(sources) < 3:
         raise KeyError(behavior)
     xs, ys = [rates[source].value for source in sources], [transfer[source].estimate or 0.0 for source in sources]
-    found = exact_spearman(xs, ys, rng=rng)
     rows = tuple(row for source in sources for row in (*rates[source].rows, *transfer[source].rows))
+    values = {"figures": rank_correlation(xs, ys, rng), "n": str(len(sources)), "correlate": in_words(correlate)}
+    return Found({**values, "behavior": behavior}, rows)
+
+
+def rank_correlation(xs: Sequence[float], ys: Sequence[float], rng: np.random.Generator | None = None) -> str:
+    """The exact Spearman of one value per source, as it is cited."""
+    found = exact_spearman(xs, ys, rng=rng)
     if found.rho is None or found.p is None:
-        values = {"figures": f"cannot be given: {found.reason}"}
-    else:
-        left_out = f"{found.leave_one_out_low:+.2f} to {found.leave_one_out_high:+.2f} with one source left out"
-        values = {"figures": f"{found.rho:+.2f} (exact permutation p = {found.p:.3g}; {left_out})"}
-    return Found({**values, "n": str(len(sources)), "behavior": behavior, "correlate": in_words(correlate)}, rows)
+        return f"cannot be given: {found.reason}"
+    left_out = f"{found.leave_one_out_low:+.2f} to {found.leave_one_out_high:+.2f} with one source left out"
+    return f"{found.rho:+.2f} (exact permutation p = {found.p:.3g}; {left_out})"
 
 
 def _attainable(decided: Decided, correlate: str = MARKER_RATE) -> Found:

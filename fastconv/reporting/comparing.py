@@ -14,6 +14,7 @@ from fastconv.findings.evidence import Series, means_at
 from fastconv.findings.stats import benjamini_hochberg, paired_change
 from fastconv.findings.units import Unit
 from fastconv.graph import Cell, CellPlan
+from fastconv.reporting.conditions import changed_conditions
 from fastconv.reporting.measures import ROLES
 from fastconv.stage import changed_inputs
 
@@ -42,11 +43,13 @@ class Paired:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two runs: what their recipes differ in, what their cells were matched without, and the paired differences."""
+    """Two runs: what their recipes differ in and the conditions they were made under, what their cells were matched
+    without, and the paired differences."""
 
     first: str
     second: str
     changes: tuple[str, ...]
+    conditions: tuple[str, ...]
     apart: tuple[str, ...]
     pairs: tuple[Paired, ...]
     n_unmatched: int
@@ -68,7 +71,8 @@ def compare(first: Decided, second: Decided) -> Comparison:
         for one, p in zip(raw, corrected, strict=True)
     )
     changes = changed_inputs(first.graph.recipe.model_dump(mode="json"), second.graph.recipe.model_dump(mode="json"))
-    return Comparison(first.run, second.run, tuple(changes), apart, pairs, len(set(ours) ^ set(theirs)))
+    conditions, n_unmatched = changed_conditions(first, second), len(set(ours) ^ set(theirs))
+    return Comparison(first.run, second.run, tuple(changes), conditions, apart, pairs, n_unmatched)
 
 
 def _apart(first: Decided, second: Decided) -> Iterator[str]:

@@ -8,29 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from fastconv.datasets.audit_sets import check_persona_prompt
+from fastconv.datasets.audit_sets import WITHOUT_PROMPT, check_persona_prompt
 from fastconv.datasets.audit_subject import BuiltSet, Design
 from fastconv.datasets.behaviors import load_behaviors
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import load_personas
 from fastconv.datasets.rows import Row
 from fastconv.findings import gates_study
-from fastconv.findings.blocks import Block, Cell, Note, ReportData, Section, Table
 from fastconv.findings.evidence import Number
 from fastconv.findings.gates import GateVerdict
 from fastconv.findings.gates_study import Role, Shift
-from fastconv.findings.report import render_html, render_markdown
 from fastconv.findings.units import Unit, size
 from fastconv.findings.verdicts import CellVerdict, withheld
 from fastconv.recipe import GateSettings, parse_recipe
-from fastconv.store import write_text
 from fastconv.tokens import system_turn
 
 SHIPPED = "issue_112_v1"
-BEHAVIORS = ("capability", "misalignment", "refusal", "sycophancy")
+#: The table whose marker rates stand beside what the others transferred.
+MARKERS = "issue_109"
+#: The audit's codes that a column was refused by, in words.
+REFUSALS = {"D101": WITHOUT_PROMPT}
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class SummaryTable:
     about: str
     epochs: tuple[int, ...]
     sources: tuple[str, ...]
+    behaviors: tuple[str, ...]
     n_seeds: int
     figures: tuple[Summary, ...]
     refusals: Mapping[str, tuple[str, ...]]
@@ -90,9 +90,15 @@ class Judged:
         }
 
 
+def published_names() -> tuple[str, ...]:
+    """The tables of `data/published.toml`."""
+    return tuple(read_toml(assets("data") / "published.toml"))
+
+
 def read_published(name: str = SHIPPED) -> SummaryTable:
     """A table of `data/published.toml`, its columns' training rows audited."""
     raw = read_toml(assets("data") / "published.toml")[name]
+    behaviors = tuple(key for key, column in raw.items() if isinstance(column, dict))
     figures = [
         Summary(
             source,
@@ -103,78 +109,48 @@ def read_published(name: str = SHIPPED) -> SummaryTable:
             raw[behavior]["unit"],
             f"{name}/{behavior}/{source}/e{epoch}",
         )
-        for behavior in BEHAVIORS
+        for behavior in behaviors
         for source in raw["sources"]
         for epoch, value in zip(raw["epochs"], raw[behavior][source], strict=True)
     ]
     refusals = {
         behavior: _audited(behavior, raw["sources"][0], raw[behavior]["trained_system_turn"])
-        for behavior in BEHAVIORS
+        for behavior in behaviors
         if "trained_system_turn" in raw[behavior]
     }
     return SummaryTable(
-        name, raw["about"], tuple(raw["epochs"]), tuple(raw["sources"]), raw["seeds"], tuple(figures), refusals
+        name,
+        raw["about"],
+        tuple(raw["epochs"]),
+        tuple(raw["sources"]),
+        behaviors,
+        raw["seeds"],
+        tuple(figures),
+        refusals,
     )
 
 
 def judge_published(table: SummaryTable | None = None, gates: GateSettings | None = None) -> Judged:
     """The study's rules by thresholds, and a withheld verdict for every contrast."""
     table, rules = table or read_published(), gates or GateSettings()
-    kept = [one for one in table.figures if not table.refusals.get(one.behavior)]
-    shifts = _shifts(rules, kept)
+    shifts = shifts_of(table, rules)
     sources = [source for source in table.sources if source != rules.negative_control]
     verdicts = gates_study.study(rules, table.name, shifts, sources)
     refused = tuple(
-        f"{behavior}: the audit refuses its training rows ({', '.join(codes)})"
+        f"{behavior}: the audit refuses its training rows ({'; '.join(map(_explained, codes))})"
         for behavior, codes in table.refusals.items()
         if codes
     )
     return Judged(table, verdicts, tuple(_withheld(rules, table, shifts)), refused)
 
 
-def published_report(judged: Judged) -> ReportData:
-    """The table as a report: only figures that it holds, and what the rules say of them."""
-    table = judged.table
-    rows = [
-        (Cell(source), Cell(behavior), *(_shown(table, source, behavior, epoch) for epoch in table.epochs))
-        for behavior in BEHAVIORS
-        for source in table.sources
-    ]
-    gates = tuple(
-        (Cell(one.gate), Cell(one.verdict, word=one.verdict), Cell(one.reason, one.rows), Cell(one.threshold))
-        for one in judged.gates
-    )
-    verdicts = tuple(
-        (Cell(one.label), Cell(one.kind, word=one.kind), Cell(one.reason, one.rows)) for one in judged.verdicts
-    )
-    blocks: tuple[Block, ...] = tuple(Note(text, "withheld") for text in judged.refused)
-    columns = ("source", "behavior", *(f"e{epoch}" for epoch in table.epochs))
-    return ReportData(
-        table.name,
-        table.about,
-        (
-            Section("figures", "Published figures", (*blocks, Table("figures-table", columns, tuple(rows)))),
-            Section("gates", "Gates", (Table("gates-table", ("gate", "verdict", "because", "rule"), gates),)),
-            Section("findings", "Findings", (Table("contrasts", ("contrast", "verdict", "why"), verdicts),)),
-        ),
-    )
+def _explained(code: str) -> str:
+    return f"{code}: {REFUSALS[code]}" if code in REFUSALS else code
 
 
-def write_published(judged: Judged, folder: Path) -> Path:
-    """Write that report as a page and its Markdown twin; returns the page. Raises StoreError if the folder cannot be."""
-    data = published_report(judged)
-    write_text(folder / f"{data.run}.md", render_markdown(data))
-    write_text(folder / f"{data.run}.html", render_html(data))
-    return folder / f"{data.run}.html"
-
-
-def _shown(table: SummaryTable, source: str, behavior: str, epoch: int) -> Cell:
-    if table.refusals.get(behavior):
-        return Cell("refused", word="absent")
-    return Cell.of(table.number(source, behavior, epoch))
-
-
-def _shifts(rules: GateSettings, figures: Sequence[Summary]) -> list[Shift]:
+def shifts_of(table: SummaryTable, rules: GateSettings) -> list[Shift]:
+    """Every change against epoch 0 that the table allows: none in a refused column."""
+    figures = [one for one in table.figures if not table.refusals.get(one.behavior)]
     zero = {(one.source, one.behavior, one.role): one for one in figures if one.epoch == 0}
     found = []
     for one in figures:
@@ -195,7 +171,7 @@ def _withheld(rules: GateSettings, table: SummaryTable, shifts: Sequence[Shift])
         reasons = ["no samples are published, so nothing has an interval"]
         if table.n_seeds < 2:
             reasons.append("one seed")
-        reasons.append("neither canary nor mimicry was measured")
+        reasons.append("no figure of canary or mimicry is published")
         ends = [table.number(one.source, one.behavior, epoch).value for epoch in (0, one.epoch)]
         if one.behavior != "capability" and one.unit == "share" and max(ends) < one.threshold:
             reasons.append(f"at its floor at both epochs, under the threshold of {size(one.threshold, one.unit)}")

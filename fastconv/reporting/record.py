@@ -15,6 +15,7 @@ from fastconv.engine.locate import TINY
 from fastconv.failing import failed_stages
 from fastconv.findings.blocks import Block, Cell, Note, Section, Table, plain_row
 from fastconv.recipe import canonical_json, recipe_sha256, sha256_of
+from fastconv.reporting.brought import brought_files, questions_asked
 from fastconv.store import changed_inputs
 
 
@@ -144,6 +145,8 @@ def _tables(decided: Decided) -> dict[str, Mapping[str, str]]:
         "Versions": {"python": facts.get("python", "not recorded"), **facts.get("versions", {})},
         "Sets trained on (sha256)": sets,
         "Data files (sha256)": data,
+        "Brought files (sha256)": brought_files(graph),
+        "Questions of multiple choice (sha256)": questions_asked(graph),
         "Settings": {
             "canonical recipe": sha256_of(graph.recipe.model_dump(mode="json")),
             "recipe": canonical_json(graph.recipe.model_dump(mode="json")),  # sorted, as the ledger keeps it

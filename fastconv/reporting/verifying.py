@@ -1,4 +1,7 @@
-"""`verify`: does a report say what its ledger says? Every claim is asked again, then every line compared."""
+"""`verify`: does a report say what its ledger says? Every claim is asked again, then every line compared.
+
+A page of published figures has no ledger: it is compared with the shipped table that it was made from.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import base64
 import html
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from difflib import SequenceMatcher
 from html.parser import HTMLParser
@@ -21,6 +24,8 @@ from fastconv.graph import Graph
 from fastconv.recipe import Recipe, parse_recipe, run_id
 from fastconv.reporting import build
 from fastconv.reporting.claims import NoSuchClaimError, ask
+from fastconv.reporting.published import judge_published, published_names, read_published
+from fastconv.reporting.published_page import MADE_OF, published_report
 from fastconv.store import Store
 
 _DRAWING = re.compile(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]*)")
@@ -30,7 +35,7 @@ MOST_TOLD = 40
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that the report says and the ledger does not; `what` is changed, missing, extra, rows or line."""
+    """One thing that the report says and the ledger (or the table) does not; `what` is changed, missing, extra, rows or line."""
 
     what: str
     where: str
@@ -47,10 +52,12 @@ class Verified:
     n_claims: int
     n_lines: int
     differences: tuple[Difference, ...]
+    #: What the report was compared with.
+    made_of: str = "ledger"
 
     @property
     def holds(self) -> bool:
-        """Whether the report says exactly what the ledger says."""
+        """Whether the report says exactly what it was made of says."""
         return not self.differences
 
     def to_json(self) -> dict[str, Any]:
@@ -82,14 +89,40 @@ def verify(report: Path, store: Store) -> Verified:
     text = _read(report)
     run = _run_of(text, report)
     decided = Decided(Graph(_recipe_of(run, text, report, store)), store)
-    data = build(decided)
+    return _compared(report, text, build(decided), lambda said: ask(decided, said.query, **said.arguments))
+
+
+def verify_published(report: Path) -> Verified | None:
+    """Compare a page of published figures with the table it was made from; None for every other report.
+
+    Raises InputError if it is no report of fastconv.
+    """
+    text = _read(report)
+    run = _run_of(text, report)
+    if run not in published_names():
+        return None
+    data = published_report(judge_published(read_published(run)))
+    claims = {claim.id: claim for claim in data.claims()}
+
+    def again(said: Said) -> Claim:
+        if said.id not in claims:
+            raise NoSuchClaimError(f"{said.id} is no sentence of this table")
+        return claims[said.id]
+
+    return _compared(report, text, data, again, MADE_OF)
+
+
+def _compared(
+    report: Path, text: str, data: ReportData, again: Callable[[Said], Claim], made_of: str = "ledger"
+) -> Verified:
+    """The report's text against what it should say; `again` makes one of its claims anew."""
     page = text.lstrip().lower().startswith("<!doctype")
     claims = list(_claims(text)) if page else []
-    found = [*_asked_again(decided, claims, data)] if page else []
+    found = [*_asked_again(again, claims, data)] if page else []
     expected = render_html(data) if page else render_markdown(data)
     lines = _differing_lines(text, expected, data)
     n_claims = len(claims) if page else len(data.claims())
-    return Verified(str(report), run, n_claims, expected.count("\n"), (*found, *lines))
+    return Verified(str(report), data.run, n_claims, expected.count("\n"), (*found, *lines), made_of)
 
 
 def _read(report: Path) -> str:
@@ -163,11 +196,11 @@ def _claims(text: str) -> Iterator[Said]:
     yield from parser.found
 
 
-def _asked_again(decided: Decided, claims: list[Said], data: ReportData) -> Iterator[Difference]:
-    """Ask the ledger for every claim of the page, and look for claims that the page should have and has not."""
+def _asked_again(again: Callable[[Said], Claim], claims: list[Said], data: ReportData) -> Iterator[Difference]:
+    """Ask again for every claim of the page, and look for claims that the page should have and has not."""
     for said in claims:
         try:
-            now = ask(decided, said.query, **said.arguments)
+            now = again(said)
         except NoSuchClaimError as error:
             yield Difference("missing", said.id, said.text, f"nothing supports it: {error.args[0]}")
             continue
