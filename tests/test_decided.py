@@ -112,6 +112,19 @@ def test_gates_that_read_what_is_unscored_say_neither_and_no_pilot_says_go(
     assert decided.verdict(LABEL).kind == "withheld"
 
 
+def test_a_cell_whose_base_is_too_much_unscored_is_withheld_without_the_mimicry_control_too(
+    small: tuple[Recipe, Path],
+) -> None:
+    recipe, workspace = small
+    table = recipe.model_dump(mode="json")
+    table["grid"]["behaviors"] = ["refusal"]
+    alone = parse_recipe(table)  # the same cells in the same ledger
+    unscore(workspace, plan_of(alone, "refusal", "included"), "assistant", 60, base=True)
+    one = Decided(Graph(alone), Store.open(workspace, create=False)).verdict(LABEL)
+    assert one.kind == "withheld"
+    assert one.reason.startswith("at the base, 60.0 % of the assistant's samples are unscored")
+
+
 def test_the_answer_says_go_or_stop_and_how_sure(small: tuple[Recipe, Path]) -> None:
     recipe, workspace = small
     decided = Decided(Graph(recipe), Store.open(workspace, create=False))
