@@ -16,7 +16,7 @@ from typing import Any
 from fastconv.auditing import require_passed
 from fastconv.cleaning import spent_adapters
 from fastconv.datasets.audit import check_recipe
-from fastconv.deciding.results import decide_gates, gate_base, measurable_behaviors
+from fastconv.deciding.results import decide_gates, gate_base, held_back, measurable_behaviors
 from fastconv.deciding.stopping import GateKeeper
 from fastconv.engine.locate import engine_identity
 from fastconv.errors import JudgeError
@@ -35,7 +35,10 @@ from fastconv.store_gc import free
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of a run: its id, what was computed now, the gates' verdicts, what the judge still owes, what failed."""
+    """The end of a run: its id, what was computed now, the gates' verdicts, what the judge still owes, what failed.
+
+    `held` are the G0 gates that could not be decided, for too much of the base is unscored: their behaviors wait.
+    """
 
     run: str
     tally: Tally
@@ -43,20 +46,30 @@ class Finished:
     pending: tuple[str, ...] = ()
     problem: str = ""
     failed: tuple[FailedStage, ...] = ()
+    held: tuple[GateVerdict, ...] = ()
 
     def require_whole(self) -> None:
-        """Raise TrainingError or DataError if stages failed, naming the cells; else JudgeError if some are pending."""
+        """Raise TrainingError or DataError if stages failed, naming the cells; else JudgeError if some wait."""
         raise_failed(self.run, self.failed)
         self.require_judged()
 
     def require_judged(self) -> None:
-        """Raise JudgeError if judge stages are pending."""
+        """Raise JudgeError if judge stages are pending, or behaviors are held back for what their base's judge left out."""
         if self.pending:
             raise JudgeError(
                 f"{len(self.pending)} stages wait for the judge ({self.problem or 'it did not answer'}); their "
                 "completions are kept and the rest is done",
                 where=self.run,
                 fix=f"`fastconv judge {self.run}` finishes them, then the same run goes on",
+            )
+        if self.held:
+            told = "; ".join(f"{one.subject}: {one.reason}" for one in self.held)
+            raise JudgeError(
+                f"G0 cannot be decided, so these cells wait for a judge that answers ({told}); the base's completions "
+                "are kept and the rest is done",
+                where=self.run,
+                fix="let another model or rubric read them (--set judge.model=... or --set judge.rubrics.NAME=FILE on the same "
+                'run), or train unread with --ignore-gate G0 --because "..."',
             )
 
 
@@ -110,10 +123,11 @@ def run_recipe(
             watcher.gate(verdict)
     pending = tuple(stage.slot for stage in runner.judging.pending)
     failed = runner.failing.of(picked)
-    if not pending and not failed:
+    held = tuple(one for one in held_back(graph, store) if any(one.subject in plan.measures for plan in picked))
+    if not pending and not failed and not held:
         store.finish_run(run)
     runner.tally.n_stages += runner.judging.n_committed
-    return Finished(run, runner.tally, tuple(verdicts), pending, runner.judging.status.problem, failed)
+    return Finished(run, runner.tally, tuple(verdicts), pending, runner.judging.status.problem, failed, held)
 
 
 def compute_stages(
@@ -140,6 +154,9 @@ def _compute_all(runner: Runner, keeper: GateKeeper, graph: Graph, store: Store,
 
     A behavior whose base the judge has not read yet is held back; if its judgements come in time, it follows. Nothing
     waits for the judgements of a cell: its gates are asked again once they are there.
+    A behavior whose base was read and is too much unscored is held back alike: its G0 says neither yes nor no. Training
+    costs GPU-hours that a G0 may still rule out, and judging its cells pays the judge that just failed; waiting costs
+    nothing, for the completions are kept. It is not dropped either: the run says so and does not end well (`Finished`).
     """
 
     def measured(plan: CellPlan) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastconv.deciding.results import measurable_behaviors
+from fastconv.deciding.results import held_back, measurable_behaviors
 from fastconv.graph import CellPlan, Graph, walk
 from fastconv.recipe import run_id
 from fastconv.schedule import wanted
@@ -37,10 +37,13 @@ def status_of(graph: Graph, store: Store | None) -> list[StageStatus]:
     needed = {part.key for end in needed_ends(graph, store, graph.cells) for part in walk(end)}
     problem = store.run_facts(run_id(graph.recipe)).get("judging", {}).get("problem", "")
     failures, statuses = store.failures(), dict[str, StageStatus]()
+    held = _held(graph, store)
     for stage in graph.stages():
         status = _status(stage, store, live, stage.key in needed, statuses)
         if status.state not in ("done", "running") and (failed := _failed(stage, failures)) is not None:
             status = failed
+        if status.state == "to do" and stage.key in held:
+            status = replace(status, reason=f"held back: gate G0, {held[stage.key]}")
         if stage.kind == "judge" and status.state in ("to do", "stale") and store.record(stage.needs["eval"].key):
             status = replace(status, state="pending", reason=problem or "its completions wait for the judge")
         statuses[stage.key] = status
@@ -48,16 +51,33 @@ def status_of(graph: Graph, store: Store | None) -> list[StageStatus]:
 
 
 def needed_ends(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[Stage]:
-    """The end stages that these cells need, as far as G0 has decided; all of them where it has not."""
+    """The end stages that these cells need, as far as G0 has decided; all of them where it has not, or cannot yet."""
     failures = store.failures()
     missing = [(m, s) for plan in graph.cells for (m, _), s in plan.base.items() if store.record(s.key) is None]
     failed = {measure for measure, stage in missing if any(part.key in failures for part in walk(stage))}
     if {measure for measure, _ in missing} - failed:
         alive = [behavior for behavior in graph.behaviors if behavior not in failed]
     else:
-        alive = measurable_behaviors(graph, store)
+        alive = [*measurable_behaviors(graph, store), *(one.subject for one in held_back(graph, store))]
     ends = [end for plan in plans for end in (*plan.base.values(), *wanted(plan, alive))]
     return [*ends, *(plan.geometry for plan in plans if plan.geometry is not None and wanted(plan, alive))]
+
+
+def _held(graph: Graph, store: Store) -> dict[str, str]:
+    """The stages that only cells of a behavior need whose G0 cannot be decided, with the reason."""
+    held = {verdict.subject: verdict.reason for verdict in held_back(graph, store)}
+    if not held:
+        return {}
+    free = [behavior for behavior in graph.behaviors if behavior not in held]
+    going_on = {part.key for plan in graph.cells for end in wanted(plan, free) for part in walk(end)}
+    return {
+        part.key: why
+        for behavior, why in held.items()
+        for plan in graph.cells
+        for end in wanted(plan, [behavior])
+        for part in walk(end)
+        if part.key not in going_on
+    }
 
 
 def reason_to_run(stage: Stage, store: Store) -> str:

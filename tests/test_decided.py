@@ -38,10 +38,10 @@ def small(kept: tuple[Recipe, Path], tmp_path: Path) -> tuple[Recipe, Path]:
     return kept[0], copy_ledger(kept[1], tmp_path / "w")
 
 
-def unscore(workspace: Path, plan: CellPlan, persona: str, n: int) -> None:
+def unscore(workspace: Path, plan: CellPlan, persona: str, n: int, *, base: bool = False) -> None:
     """Take the score of the first n samples of a refusal measurement away, as a judge that answered badly would."""
     db = sqlite3.connect(workspace / "ledger.sqlite")
-    key = plan.scores["refusal", persona].key
+    key = (plan.base if base else plan.scores)["refusal", persona].key
     places = db.execute(
         "SELECT row, sample FROM scores WHERE stage=? ORDER BY sample, row LIMIT ?", (key, n)
     ).fetchall()
@@ -58,9 +58,12 @@ def plan_of(recipe: Recipe, behavior: str, negatives: str, epoch: int = 20) -> C
 @pytest.mark.parametrize(
     ("behavior", "persona", "n", "why"),
     [
-        ("refusal", "assistant", 6, "6.0 % of the assistant's samples are unscored (at most 5 %)"),
-        ("refusal", "librarian", 4, "the librarian's unscored share differs by 4.0 points between the epochs (at most 3)"),
-        ("none", "assistant", 7, "without a behavior adapter, 7.0 % of the assistant's samples are unscored (at most 5 %)"),
+        ("refusal", "assistant", 6, "6.0 % of the assistant's samples are unscored (at most 5 %): 6 of 100, most often malformed"),
+        ("refusal", "librarian", 4, "the librarian's unscored share differs by 4.0 points between the epochs (at most 3): "
+         "4 of 100 and 0 of 100, most often malformed"),
+        ("none", "assistant", 7, "without a behavior adapter, 7.0 % of the assistant's samples are unscored (at most 5 %): "
+         "7 of 100, most often malformed"),
+        ("refusal", "villain", 60, "60.0 % of the villain's samples are unscored (at most 5 %): 60 of 100, most often malformed"),
         ("refusal", "assistant", 3, None),
     ],
 )  # fmt: skip
@@ -82,6 +85,44 @@ def test_too_many_unscored_samples_withhold_the_verdict_with_the_reason(
     assert contrasts["estimate"].to_list() == [None]
     with pytest.raises(NoSuchClaimError):
         ask(decided, "largest", behavior="refusal")
+
+
+@pytest.mark.parametrize(
+    ("persona", "base", "silent"),
+    [
+        ("assistant", False, {"CHANGE", "G4"}), ("villain", False, {"KILL"}),
+        ("villain", True, {"SOURCE", "KILL"}), ("assistant", True, {"G0"}),
+    ],
+)  # fmt: skip
+def test_gates_that_read_what_is_unscored_say_neither_and_no_pilot_says_go(
+    small: tuple[Recipe, Path], persona: str, base: bool, silent: set[str]
+) -> None:
+    recipe, workspace = small
+    before = {gate.gate: gate.verdict for gate in Decided(Graph(recipe), Store.open(workspace, create=False)).gates}
+    assert {before[gate] for gate in ("G0", "SOURCE", "KILL", "CHANGE", "G4")} == {"pass"}
+    unscore(workspace, plan_of(recipe, "refusal", "included"), persona, 60, base=base)
+    decided = Decided(Graph(recipe), Store.open(workspace, create=False))
+    gates = {gate.gate: gate for gate in decided.gates}
+    assert {name for name, one in gates.items() if one.verdict != before[name]} == {*silent, "PILOT"}
+    for name in (*silent, "PILOT"):
+        assert (gates[name].verdict, gates[name].numbers) == ("not applicable", ()), name
+        assert "(at most 5 %): 60 of 100, most often malformed" in gates[name].reason, name
+        assert gates[name].rows, name
+    assert ask(decided, "answer").text.startswith("OPEN: not decided yet for villain x refusal.")
+    assert decided.verdict(LABEL).kind == "withheld"
+
+
+def test_a_cell_whose_base_is_too_much_unscored_is_withheld_without_the_mimicry_control_too(
+    small: tuple[Recipe, Path],
+) -> None:
+    recipe, workspace = small
+    table = recipe.model_dump(mode="json")
+    table["grid"]["behaviors"] = ["refusal"]
+    alone = parse_recipe(table)  # the same cells in the same ledger
+    unscore(workspace, plan_of(alone, "refusal", "included"), "assistant", 60, base=True)
+    one = Decided(Graph(alone), Store.open(workspace, create=False)).verdict(LABEL)
+    assert one.kind == "withheld"
+    assert one.reason.startswith("at the base, 60.0 % of the assistant's samples are unscored")
 
 
 def test_the_answer_says_go_or_stop_and_how_sure(small: tuple[Recipe, Path]) -> None:

@@ -87,6 +87,18 @@ def test_kill_fires_when_the_source_falls_back_to_the_base() -> None:
     assert found(0.9) == "not applicable"
 
 
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+def test_kill_says_neither_where_an_end_is_too_much_unscored(place: int) -> None:
+    ends = [series(mean) for mean in (0.0, 0.9, 0.8, 0.1)]
+    assert gates_training.reverted(RULES, "x", "raises", ends[0], dict(enumerate(ends[1:]))).verdict == "fail"
+    ends[place] = replace(
+        ends[place], values=np.full((2, 2), np.nan), lost=(("q1", "expired"),) * 2 + (("q2", "expired"),) * 2
+    )
+    found = gates_training.reverted(RULES, "x", "raises", ends[0], dict(enumerate(ends[1:])))
+    assert (found.verdict, found.numbers, found.unread) == ("not applicable", (), True)
+    assert "4 of 4, most often expired" in found.reason
+
+
 # --- G4, G5, confirm, falsify ------------------------------------------------------------------------------
 
 
@@ -134,6 +146,37 @@ def test_a_control_that_shifts_as_much_falsifies() -> None:
     assert "negative control shifts as much" in gates_study.falsify(RULES, "s", control, FOUR).reason
     assert "canary shifts as much" in gates_study.falsify(RULES, "s", canary, FOUR).reason
     assert gates_study.falsify(RULES, "s", small, FOUR).verdict == "pass"
+
+
+@pytest.mark.parametrize(
+    ("source", "behavior", "role", "epoch", "silent"),
+    [
+        ("villain", "refusal", "assistant", 20, {"G4", "G5", "CONFIRM", "FALSIFY"}),
+        ("villain", "refusal", "assistant", 8, {"G4", "G5"}),
+        ("kindergarten_teacher", "refusal", "assistant", 20, {"CONFIRM", "FALSIFY"}),
+        ("villain", "refusal", "canary", 20, {"FALSIFY"}), ("librarian", "refusal", "assistant", 20, {"FALSIFY"}),
+    ],
+)  # fmt: skip
+def test_rules_over_the_study_say_neither_where_a_shift_cannot_be_read(
+    source: str, behavior: str, role: Role, epoch: int, silent: set[str]
+) -> None:
+    every = matrix(
+        dict.fromkeys(FOUR, 2), canary=shift("villain", "refusal", 0.01, role="canary"),
+        control=shift("librarian", "refusal", 0.01), early=shift("villain", "refusal", 0.2, epoch=8),
+    )  # fmt: skip
+    assert {one.verdict for one in gates_study.study(RULES, "s", every, FOUR)} == {"pass"}
+    where = (source, behavior, role, epoch)
+    unread = [
+        replace(one, value=float("nan"), unread="60.0 % are unscored")
+        if (one.source, one.behavior, one.role, one.epoch) == where else one
+        for one in every
+    ]  # fmt: skip
+    found = {one.gate: one for one in gates_study.study(RULES, "s", unread, FOUR)}
+    assert {gate for gate, one in found.items() if one.verdict == "not applicable"} == silent
+    assert all(one.verdict == "pass" for gate, one in found.items() if gate not in silent)
+    for gate in silent:
+        assert f"{source} {behavior} at epoch {epoch}: 60.0 % are unscored" in found[gate].reason
+        assert (found[gate].numbers, found[gate].unread) == ((), True)
 
 
 def test_the_last_epoch_decides_and_every_row_is_named() -> None:

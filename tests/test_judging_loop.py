@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -396,6 +397,47 @@ def test_an_outage_at_the_base_holds_its_cells_back_until_it_is_judged(server: F
     assert loop.ask("judge", "-q").code == 0
     assert loop.run().code == 0
     assert max(server.bill()["billed"].values()) == 1
+
+
+def test_a_judge_that_refuses_everything_at_the_base_holds_its_cells_back(
+    server: FakeClaude, loop: Loop, tmp_path: Path
+) -> None:
+    server.configure(fault_share=1.0, faults=["refusal"])
+    for _ in range(2):  # the stage is committed: the second run starts from it
+        answer = loop.run()
+        assert answer.code == 8, answer
+        assert len(answer.err.strip().splitlines()) == 1, answer.err
+        assert "G0 cannot be decided" in answer.err
+        assert re.search(r"samples are unscored \(at most 5 %\): (\d+) of \1, most often judge refused", answer.err)
+        assert "PILOT villain x refusal: not applicable" in answer.out
+    assert not [slot for slot in records(loop.recipe(), loop.workspace) if slot.startswith(("behavior/", "snapshot/"))]
+    assert {row["finished_at"] for row in Store.open(loop.workspace).runs()} == {None}
+    (g0, *_) = loop.ask("gate", "--json").json
+    assert (g0["gate"], g0["verdict"], g0["numbers"]) == ("G0", "not applicable", [])
+    assert loop.ask("report", "--reports", tmp_path / "again").code == 0
+    page = next((tmp_path / "again").glob("*.md")).read_text()
+    assert "OPEN: not decided yet for villain x refusal" in page
+    waiting = [one for one in loop.ask("status", "--json").json if one["kind"] == "behavior"]
+    assert {one["state"] for one in waiting} == {"to do"}
+    assert all("held back: gate G0" in one["reason"] for one in waiting)
+    # A judge that answers reads the kept completions, and the cells follow.
+    server.configure(fault_share=0.0)
+    assert loop.run("--set", f"judge.rubrics.refusal={write_rubric(tmp_path / 'mine.toml')}").code == 0
+
+
+def test_cells_that_were_trained_and_not_read_have_no_figure_and_no_go(server: FakeClaude, loop: Loop) -> None:
+    server.configure(fault_share=1.0, faults=["refusal"])
+    answer = loop.run("--ignore-gate", "G0", "--because", "the base is known to help", "--json")
+    assert answer.code == 0, answer
+    words = {one["gate"]: one for one in answer.json["verdicts"]}
+    for gate in ("G0", "SOURCE", "KILL", "CHANGE", "G4", "PILOT"):
+        assert words[gate]["verdict"] == "not applicable", gate
+        assert "most often judge refused" in words[gate]["reason"], gate
+        assert words[gate]["numbers"] == [], gate
+    page = next((loop.folder / "reports").glob("*.md")).read_text()
+    assert "unscored (judge refused)" in page
+    assert "| withheld |" in page
+    assert "nan" not in page
 
 
 def test_a_spent_budget_stops_judging_and_nothing_else(server: FakeClaude, tiny_qwen: Path, tmp_path: Path) -> None:

@@ -428,6 +428,7 @@ def _run(
         body = {"run": finished.run, "tally": asdict(finished.tally), "verdicts": [v.body() for v in finished.verdicts]}
         body |= {"pending": finished.pending, "problem": finished.problem}
         body |= {"failed": [asdict(one) for one in finished.failed]}
+        body |= {"held": {one.subject: one.reason for one in finished.held}}
         print(json.dumps({**body, "html": str(paths.html), "markdown": str(paths.markdown)}))
         try:
             finished.require_whole()

@@ -125,7 +125,7 @@ class Decided:
         return self._words(self.found)
 
     def _words(self, found: Gathering) -> _Words:
-        silent = {gate.subject for gate in base_gates(found) if gate.failed}
+        silent = {gate.subject for gate in base_gates(found) if gate.failed or gate.unread}
         told = {id(plan) for plan in self.measured}
         plans = [plan for plan in self.graph.cells if id(plan) in told or plan.cell.behavior in silent]
         gates = all_gates(found, plans) if plans else []

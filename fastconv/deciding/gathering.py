@@ -12,7 +12,7 @@ import numpy as np
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.deciding.reading import Reading
-from fastconv.findings.evidence import Series, too_unscored
+from fastconv.findings.evidence import Series, first_too_unscored
 from fastconv.findings.gates_study import Role, Shift
 from fastconv.findings.secondary import Aside, change_of, difference_of, trend
 from fastconv.findings.verdicts import CellEvidence, Quad, SeedEvidence
@@ -153,14 +153,18 @@ class Gathering:
     def cell_evidence(self, subject: Subject, part: Part, measurable: bool | None) -> CellEvidence | None:
         """What a subject's verdict may look at, over the seeds that are measured; None while none is."""
         behavior = subject.behavior
-        seeds, shown = [], []
+        seeds, shown = list[SeedEvidence](), list[float]()
+        sources = list[tuple[Series, Series]]()
         for plan in self.subjects[subject]:
             quad = self.trained(plan, part)
             if quad is None:
                 continue
             seeds.append(SeedEvidence(plan.cell.seed, quad, self.mimicry(plan, part)))
             source_now, source_base = (read(plan, part, subject.source) for read in (self.now, self.base))
-            if source_now is not None and source_base is not None and source_now.rows and source_base.rows:
+            if source_now is None or source_base is None:
+                continue
+            sources.append((source_now, source_base))
+            if source_now.rows and source_base.rows:
                 shown.append(self.direction(behavior) * (source_now.mean.value - source_base.mean.value))
         if not seeds:
             return None
@@ -168,7 +172,7 @@ class Gathering:
         shows = None if not shown else float(np.mean(shown)) >= self.gates.shows(unit) - 1e-9
         return CellEvidence(
             subject.label(part), behavior, self.direction(behavior), self.gates.threshold(behavior, unit),
-            tuple(seeds), shows, unit, _why_withheld(seeds), measurable,
+            tuple(seeds), shows, unit, _why_withheld(seeds, sources), measurable,
         )  # fmt: skip
 
     def is_control(self, subject: Subject) -> bool:
@@ -188,14 +192,14 @@ class Gathering:
             roles: tuple[Role, ...] = ("assistant", "canary")
             for role in roles:
                 pairs = [(q.now, q.base) if role == "assistant" else (q.canary_now, q.canary_base) for q in quads]
-                pairs = [(now, base) for now, base in pairs if now.rows and base.rows]
                 if not pairs:
                     continue
-                value = float(np.mean([now.mean.value - base.mean.value for now, base in pairs]))
+                why = first_too_unscored(pairs) or ""
+                value = np.nan if why else float(np.mean([now.mean.value - base.mean.value for now, base in pairs]))
                 unit = pairs[0][0].unit
-                rows = tuple(row for pair in pairs for one in pair for row in one.rows)
-                threshold = self.gates.threshold(subject.behavior, unit)
-                found.append(Shift(subject.source, subject.behavior, subject.epoch, role, value, unit, threshold, rows))
+                rows = tuple(row for pair in pairs for one in pair for row in one.looked_at)
+                about = (subject.source, subject.behavior, subject.epoch, role)
+                found.append(Shift(*about, value, unit, self.gates.threshold(subject.behavior, unit), rows, why))
         return found
 
     def asides(self) -> list[Aside]:
@@ -243,13 +247,15 @@ def _whole(found: Sequence[Series | None]) -> Quad | None:
     return Quad(*there) if len(there) == len(found) else None
 
 
-def _why_withheld(seeds: Sequence[SeedEvidence]) -> str | None:
-    """Why a cell may have no verdict: a pair of epochs that it compares has too many samples without a score."""
+def _why_withheld(seeds: Sequence[SeedEvidence], sources: Sequence[tuple[Series, Series]]) -> str | None:
+    """Why a cell may have no verdict: a pair that it compares has too many samples without a score.
+
+    `sources` are the source's measures with the base's: a verdict rests on whether the source shows the behavior.
+    """
     for seed in seeds:
         for quad in (seed.trained, seed.mimicry):
             if quad is None:
                 continue
-            for now, base in ((quad.now, quad.base), (quad.canary_now, quad.canary_base)):
-                if why := too_unscored(now, base):
-                    return why if quad is seed.trained else f"without a behavior adapter, {why}"
-    return None
+            if why := first_too_unscored([(quad.now, quad.base), (quad.canary_now, quad.canary_base)]):
+                return why if quad is seed.trained else f"without a behavior adapter, {why}"
+    return first_too_unscored(sources)

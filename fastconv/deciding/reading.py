@@ -22,6 +22,8 @@ STAGES_AT_ONCE = 64
 class _Scores:
     questions: tuple[str, ...]
     values: NDArray[np.float64]
+    #: Question and reason of each sample without a score.
+    lost: tuple[tuple[str, str], ...]
 
 
 class Reading:
@@ -73,7 +75,7 @@ class Reading:
         if found is None:
             return None
         unit = self.graph.behaviors[measure].spec.unit
-        return Series(stage.key, measure, probe, found.questions, found.values, unit)
+        return Series(stage.key, measure, probe, found.questions, found.values, unit, found.lost)
 
     def _read_records(self, keys: Sequence[str]) -> None:
         query = (
@@ -89,7 +91,7 @@ class Reading:
 
     def _read_scores(self, keys: Sequence[str]) -> None:
         query = (
-            "SELECT stage, row, sample, value FROM scores WHERE stage IN (SELECT value FROM json_each(?)) "
+            "SELECT stage, row, sample, value, reason FROM scores WHERE stage IN (SELECT value FROM json_each(?)) "
             "ORDER BY stage, row, sample"
         )
         for part in _parts(keys):
@@ -99,12 +101,16 @@ class Reading:
                 continue
             rows, samples = frame["row"].to_list(), frame["sample"].to_numpy()
             values = np.array([np.nan if value is None else value for value in frame["value"].to_list()], dtype=float)
-            stages = frame["stage"].to_list()
+            stages, reasons = frame["stage"].to_list(), frame["reason"].to_list()
             for start, end in _runs(stages):
-                self._scores[stages[start]] = _table(rows[start:end], samples[start:end], values[start:end])
+                self._scores[stages[start]] = _table(
+                    rows[start:end], samples[start:end], values[start:end], reasons[start:end]
+                )
 
 
-def _table(rows: Sequence[str], samples: NDArray[np.int64], values: NDArray[np.float64]) -> _Scores:
+def _table(
+    rows: Sequence[str], samples: NDArray[np.int64], values: NDArray[np.float64], reasons: Sequence[str | None]
+) -> _Scores:
     """Scores of one stage, ordered by row, as [questions, samples]."""
     starts = [0, *(place for place in range(1, len(rows)) if rows[place] != rows[place - 1])]
     index = np.zeros(len(rows), dtype=np.int64)
@@ -112,7 +118,8 @@ def _table(rows: Sequence[str], samples: NDArray[np.int64], values: NDArray[np.f
     index = np.cumsum(index)
     table = np.full((len(starts), int(samples.max()) + 1), np.nan)
     table[index, samples] = values
-    return _Scores(tuple(rows[place] for place in starts), table)
+    lost = tuple((rows[place], reasons[place] or "") for place in np.flatnonzero(np.isnan(values)).tolist())
+    return _Scores(tuple(rows[place] for place in starts), table, lost)
 
 
 def _runs(names: Sequence[str]) -> Iterator[tuple[int, int]]:

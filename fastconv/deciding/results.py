@@ -61,6 +61,12 @@ def measurable_behaviors(graph: Graph, store: Store) -> list[str]:
     return [verdict.subject for verdict in gate_base(graph, store) if verdict.verdict == "pass" or ignored]
 
 
+def held_back(graph: Graph, store: Store) -> list[GateVerdict]:
+    """G0 of each behavior that waits, since too many of the base's samples are unscored to decide it; not one ignored."""
+    ignored = ignored_gates(store, graph.recipe)
+    return [verdict for verdict in marked(gate_base(graph, store), ignored) if verdict.unread and not verdict.ignored]
+
+
 def decide_gates(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """Every gate's word on the given cells: G0, then each behavior's with its pilot gate, then the study's."""
     return all_gates(Gathering(Reading(graph, store).load()), plans)
@@ -77,7 +83,8 @@ def all_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     ):
         mine = [p for p in plans if (p.cell.source, p.cell.behavior) == (source, behavior)]
         word = [g0[behavior]] if behavior in g0 else []
-        if word and (word[0].verdict == "pass" or word[0].ignored):
+        # A G0 that could not be read rules nothing out: cells may be there, from before another judge read the base.
+        if word and not (word[0].failed and not word[0].ignored):
             word += marked(_behavior_gates(found, source, behavior, mine), ignored)
         verdicts += [verdict for verdict in word if verdict.gate != "G0"]
         if source == ASSISTANT:
@@ -113,10 +120,13 @@ def primary_verdicts(found: Gathering) -> list[CellVerdict]:
         if subject.behavior == NO_BEHAVIOR or not subject.epoch or found.is_control(subject):
             continue
         word, part = g0.get(subject.behavior), found.main(subject.behavior)
-        measured = found.cell_evidence(subject, part, None if word is None else word.verdict == "pass")
-        if measured is not None:
+        unread = "" if word is None or not word.unread else f"at the base, {word.reason}"
+        measured = found.cell_evidence(subject, part, None if word is None or unread else word.verdict == "pass")
+        if measured is not None and unread:
+            done.append(replace(measured, withheld=measured.withheld or unread))
+        elif measured is not None:
             done.append(measured)
-        elif word is not None and word.verdict != "pass":
+        elif word is not None and word.failed:
             label = subject.label(part)
             silent.append(not_run(label, f"not measurable at base: {word.reason}", word.rows, subject.behavior))
     return [*decide(done), *silent]
@@ -163,9 +173,11 @@ def first_thresholds(reading: Reading) -> FirstThresholds | None:
 
 
 def marked(verdicts: Sequence[GateVerdict], ignored: Mapping[str, str]) -> list[GateVerdict]:
-    """The verdicts, with the reason on each failed one that is ignored."""
+    """The verdicts, with the reason on each failed or undecidable one that is ignored."""
     return [
-        replace(verdict, ignored=ignored[verdict.gate]) if verdict.failed and verdict.gate in ignored else verdict
+        replace(verdict, ignored=ignored[one])
+        if (verdict.failed or verdict.unread) and (one := verdict.gate) in ignored
+        else verdict
         for verdict in verdicts
     ]
 
@@ -215,11 +227,11 @@ def _group_gates(
 ) -> list[GateVerdict]:
     rules, part, direction = found.gates, found.main(behavior), found.graph.behaviors[behavior].spec.direction
     now = {epoch: found.now(plan, part, ASSISTANT) for epoch, plan in by_epoch.items()}
-    measured = {epoch: one for epoch, one in now.items() if one is not None and one.rows}
+    measured = {epoch: one for epoch, one in now.items() if one is not None}
     losses = {e: loss for e, plan in by_epoch.items() if plan.adapter and (loss := _loss(found, plan.adapter))}
     first = by_epoch[min(by_epoch)]
     base = found.base(first, part, source)
-    own = {e: one for e, plan in by_epoch.items() if (one := found.now(plan, part, source)) is not None and one.rows}
+    own = {e: one for e, plan in by_epoch.items() if (one := found.now(plan, part, source)) is not None}
     verdicts = [_rows_gate(found, subject, first)]
     if (
         behavior == "capability"
@@ -228,7 +240,7 @@ def _group_gates(
     ):
         verdicts.append(gates.reference(rules, source, measured.get(0)))
     verdicts.append(gates_training.same_loss(rules, subject, losses))
-    if base is not None and base.rows and own:
+    if base is not None and own:
         verdicts.append(gates.source_shows(rules, subject, direction, base, own[min(own)]))
         verdicts.append(gates_training.reverted(rules, subject, direction, base, own))
     verdicts.append(gates.convergence_change(rules, behavior, subject, measured))

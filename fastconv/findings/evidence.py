@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,7 +44,8 @@ class Number:
 class Series:
     """One measure of one stack under one probe: values [questions, samples], NaN where nothing was scored.
 
-    Values are shares (0 to 1) or a judge's points (0 to 100), as `unit` says. Questions are in id order.
+    Values are shares (0 to 1) or a judge's points (0 to 100), as `unit` says. Questions are in id order. `lost` are the
+    question and the reason of each sample without a score.
     """
 
     stage: str
@@ -52,6 +54,7 @@ class Series:
     questions: tuple[str, ...]
     values: Floats
     unit: Unit = "share"
+    lost: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def means(self) -> Floats:
@@ -75,6 +78,11 @@ class Series:
         return tuple(f"{self.stage[:12]}/{q}" for q, kept in zip(self.questions, scored, strict=True) if kept)
 
     @property
+    def looked_at(self) -> tuple[str, ...]:
+        """The rows, or where nothing was scored the stage's scores as a whole: what a word without a figure rests on."""
+        return self.rows or (f"{self.stage[:12]}/scores",)
+
+    @property
     def mean(self) -> Number:
         """Mean over questions of the questions' means. Raises NoRowsError if nothing was scored."""
         rows = self.rows
@@ -91,7 +99,8 @@ class Series:
         if not kept:
             raise NoRowsError(f"stage {self.stage[:12]} ({self.measure}, {self.probe}) asks none of these questions")
         questions = tuple(self.questions[place] for place in kept)
-        return Series(self.stage, self.measure, self.probe, questions, self.values[kept], self.unit)
+        lost = tuple(one for one in self.lost if belongs(one[0]))
+        return Series(self.stage, self.measure, self.probe, questions, self.values[kept], self.unit, lost)
 
 
 def series_of(stage: str, measure: str, probe: str, scores: Sequence[Score], unit: Unit = "share") -> Series:
@@ -104,24 +113,48 @@ def series_of(stage: str, measure: str, probe: str, scores: Sequence[Score], uni
     for score in scores:
         if score.value is not None:
             values[index[score.row], score.sample] = score.value
-    return Series(stage, measure, probe, tuple(questions), values, unit)
+    lost = tuple((score.row, score.reason or "") for score in scores if score.value is None)
+    return Series(stage, measure, probe, tuple(questions), values, unit, lost)
 
 
-def too_unscored(now: Series, base: Series) -> str | None:
-    """Why two epochs of a probe allow no verdict (too many samples without a score, or unlike shares), or None."""
-    shares = [one.n_unscored / one.n_samples for one in (now, base)]
+def too_unscored(now: Series, base: Series | None = None) -> str | None:
+    """Why two epochs of a probe allow no verdict (too many samples without a score, or unlike shares), or None.
+
+    Without `base` only the first rule is asked. The reason says how many of how many, and why most of them.
+    """
+    both = [now] if base is None else [now, base]
+    shares = [one.n_unscored / one.n_samples for one in both]
     if max(shares) > MAX_UNSCORED_SHARE:
+        worst = both[shares.index(max(shares))]
         return (
             f"{100 * max(shares):.1f} % of the {now.probe}'s samples are unscored "
-            f"(at most {100 * MAX_UNSCORED_SHARE:g} %)"
+            f"(at most {100 * MAX_UNSCORED_SHARE:g} %): {_how_many([worst])}"
         )
-    apart = abs(shares[0] - shares[1])
+    apart = abs(shares[0] - shares[-1])
     if apart > MAX_UNSCORED_DIFFERENCE + 1e-9:  # 0.05 - 0.02 is a little over 0.03
         return (
             f"the {now.probe}'s unscored share differs by {100 * apart:.1f} points between the epochs "
-            f"(at most {100 * MAX_UNSCORED_DIFFERENCE:g})"
+            f"(at most {100 * MAX_UNSCORED_DIFFERENCE:g}): {_how_many(both)}"
         )
     return None
+
+
+def first_too_unscored(pairs: Iterable[tuple[Series, Series]]) -> str | None:
+    """The first of these pairs that allows no verdict, in words; None where all do."""
+    return next((why for now, base in pairs if (why := too_unscored(now, base))), None)
+
+
+def commonest_reason(several: Sequence[Series]) -> str:
+    """Why most of the unscored samples have no score; empty where nothing says it."""
+    reasons = Counter(reason for one in several for _, reason in one.lost if reason)
+    return reasons.most_common(1)[0][0] if reasons else ""
+
+
+def _how_many(several: Sequence[Series]) -> str:
+    """How many of how many samples have no score, and the commonest reason."""
+    told = " and ".join(f"{one.n_unscored} of {one.n_samples}" for one in several)
+    reason = commonest_reason(several)
+    return told + (f", most often {reason}" if reason else "")
 
 
 def union_of(several: Sequence[Series]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from fastconv.findings.evidence import Number, Series
+from fastconv.findings.evidence import Number, Series, first_too_unscored, too_unscored
 from fastconv.findings.power import above_chance
 from fastconv.findings.secondary import change_of
 from fastconv.findings.units import change, full, size, span
@@ -33,6 +33,8 @@ class GateVerdict:
     rows: tuple[str, ...] = ()
     #: Why a failed gate was ignored on the command line; empty where it was not.
     ignored: str = ""
+    #: Too much of what the gate reads is unscored, so it says neither yes nor no: the verdict is `not applicable`.
+    unread: bool = False
 
     @property
     def failed(self) -> bool:
@@ -44,11 +46,21 @@ class GateVerdict:
         return asdict(self)
 
 
+def unread(gate: str, subject: str, why: str, threshold: str, read: Sequence[Series]) -> GateVerdict:
+    """The word of a gate that may not decide by what it read, for too many samples have no score; gives no figure."""
+    rows = tuple(dict.fromkeys(row for one in read for row in one.looked_at))
+    return GateVerdict(gate, subject, "not applicable", why, threshold, rows=rows, unread=True)
+
+
 def measurable(gates: GateSettings, behavior: str, direction: str, base: Series, chance: float | None) -> GateVerdict:
     """G0: can this behavior move at all on this base, in the direction it declares, for the assistant?
 
     Accuracy must lie above chance (one-sided exact binomial); a rate needs headroom in its direction.
     """
+    by_chance = f"above chance at p < {gates.above_chance_alpha:g}"
+    threshold = by_chance if chance is not None else f"at least {100 * gates.headroom:g} points of room"
+    if why := too_unscored(base):
+        return unread("G0", behavior, why, threshold, [base])
     mean = base.mean
     if chance is not None:
         n = len(base.rows)
@@ -56,7 +68,6 @@ def measurable(gates: GateSettings, behavior: str, direction: str, base: Series,
         test = above_chance(n_right, n, chance, gates.above_chance_alpha)
         verdict: Outcome = "pass" if test.above else "fail"
         reason = f"base accuracy {mean.text()} ({n_right} of {n}) against chance {100 * chance:.1f} %: p = {test.p_one_sided:.3g}"
-        threshold = f"above chance at p < {gates.above_chance_alpha:g}"
         if verdict == "fail":
             reason += "; there is nothing to lose, so nothing is trained"
         return GateVerdict("G0", behavior, verdict, reason, threshold, (mean,), base.rows)
@@ -66,7 +77,7 @@ def measurable(gates: GateSettings, behavior: str, direction: str, base: Series,
     side = "below the ceiling" if direction == "raises" else "above the floor"
     return GateVerdict(
         "G0", behavior, verdict, f"base level {mean.text()} leaves {100 * room:.1f} points {side}",
-        f"at least {100 * gates.headroom:g} points of room", (mean,), base.rows,
+        threshold, (mean,), base.rows,
     )  # fmt: skip
 
 
@@ -97,6 +108,8 @@ def reference(gates: GateSettings, source: str, epoch0: Series | None) -> GateVe
             else "no epoch-0 cell with included negatives"
         )
         return GateVerdict("G3", source, "not applicable", why, threshold)
+    if why := too_unscored(epoch0):
+        return unread("G3", source, why, threshold, [epoch0])
     mean = epoch0.mean
     off_pp = 100 * mean.value - expected
     verdict = "pass" if abs(off_pp) <= gates.g3_tolerance_pp else "fail"
@@ -113,14 +126,14 @@ def reference(gates: GateSettings, source: str, epoch0: Series | None) -> GateVe
 
 def source_shows(gates: GateSettings, subject: str, direction: str, base: Series, now: Series) -> GateVerdict:
     """SOURCE: the positive control. The source must show the trained behavior, or its cell says nothing."""
-    moved = (now.mean.value - base.mean.value) * (1 if direction == "raises" else -1)
     least = gates.shows(now.unit)
+    threshold = f"moves by at least {size(least, now.unit)} in the trained direction"
+    if why := too_unscored(now, base):
+        return unread("SOURCE", subject, why, threshold, [base, now])
+    moved = (now.mean.value - base.mean.value) * (1 if direction == "raises" else -1)
     verdict = "pass" if moved >= least - 1e-9 else "fail"
     reason = f"the source went from {base.mean.text()} to {now.mean.text()}"
-    return GateVerdict(
-        "SOURCE", subject, verdict, reason, f"moves by at least {size(least, now.unit)} in the trained direction",
-        (base.mean, now.mean), (*base.rows, *now.rows),
-    )  # fmt: skip
+    return GateVerdict("SOURCE", subject, verdict, reason, threshold, (base.mean, now.mean), (*base.rows, *now.rows))
 
 
 def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoch: Mapping[int, Series]) -> GateVerdict:
@@ -131,6 +144,8 @@ def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoc
     epochs = sorted(epoch for epoch in by_epoch if epoch)
     if 0 not in by_epoch or not epochs:
         return GateVerdict("CHANGE", subject, "not applicable", "needs epoch 0 and one more", threshold)
+    if why := first_too_unscored((by_epoch[epoch], by_epoch[0]) for epoch in epochs):
+        return unread("CHANGE", subject, why, threshold, [by_epoch[epoch] for epoch in (0, *epochs)])
     best: tuple[bool, float, str] | None = None
     for epoch in epochs:
         found = change_of(subject, "change", by_epoch[epoch], by_epoch[0]).interval
@@ -152,39 +167,39 @@ def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoc
 def pilot(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) -> GateVerdict:
     """PILOT: go if stacking is verified, G3 does not fail, and convergence changes anything in either kind of negatives."""
     rule = "STACK passes, G3 does not fail, SOURCE and CHANGE pass for either kind of negatives"
+    word, why = _pilot_word(subject, behavior, verdicts)
+    return GateVerdict("PILOT", subject, word, why, rule, rows=_rows(verdicts))
+
+
+def _pilot_word(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) -> tuple[str, str]:
+    """What the pilot gate says, and why."""
     if any(v.gate == "G0" and v.verdict == "fail" for v in verdicts):
-        return GateVerdict(
-            "PILOT", subject, "uninformative", f"{behavior} is not measurable on this base", rule, rows=_rows(verdicts)
-        )
-    if not any(v.gate == "CHANGE" and v.verdict != "not applicable" for v in verdicts):
+        return "uninformative", f"{behavior} is not measurable on this base"
+    # KILL too: it ends a run before any pilot gate, unless nobody can tell.
+    unread = [v for v in verdicts if v.unread and v.gate in ("G0", "G3", "SOURCE", "CHANGE", "KILL")]
+    if not unread and not any(v.gate == "CHANGE" and v.verdict != "not applicable" for v in verdicts):
         # Not measured is not "no effect": without two epochs of one cell there is nothing to say yet.
-        why = f"{behavior} was not measured at epoch 0 and one more epoch yet"
-        return GateVerdict("PILOT", subject, "not applicable", why, rule, rows=_rows(verdicts))
+        return "not applicable", f"{behavior} was not measured at epoch 0 and one more epoch yet"
+    measured = any(v.gate == "CHANGE" and (v.unread or v.verdict != "not applicable") for v in verdicts)
     failed = [v for v in verdicts if v.gate in ("STACK", "G3") and v.verdict == "fail" and not v.ignored]
     unproven = [v for v in verdicts if v.gate == "STACK" and v.verdict != "pass"]
+    if measured and (failed or unproven):
+        return "stop", "; ".join(f"{v.gate} {v.verdict}: {v.reason}" for v in (failed or unproven))
+    if unread:
+        # What a judge did not answer could have gone either way, so neither go nor stop rests on the rest.
+        more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+        return "not applicable", f"{unread[0].gate} of {unread[0].subject} cannot be decided: {unread[0].reason}{more}"
     shown = {v.subject for v in verdicts if v.gate == "SOURCE" and v.verdict == "pass"}
     changed = [v for v in verdicts if v.gate == "CHANGE" and v.verdict == "pass" and v.subject in shown]
-    if failed or unproven:
-        why = "; ".join(f"{v.gate} {v.verdict}: {v.reason}" for v in (failed or unproven))
-        return GateVerdict("PILOT", subject, "stop", why, rule, rows=_rows(verdicts))
     if not shown:
-        return GateVerdict(
-            "PILOT", subject, "stop", "the source does not show the trained behavior", rule, rows=_rows(verdicts)
-        )
+        return "stop", "the source does not show the trained behavior"
     if not changed:
-        return GateVerdict(
-            "PILOT",
-            subject,
-            "stop",
-            f"no convergence-dependent change of {behavior} in the assistant",
-            rule,
-            rows=_rows(verdicts),
-        )
+        return "stop", f"no convergence-dependent change of {behavior} in the assistant"
     told = "; ".join(f"{_short(v.subject, subject)}: {v.reason}" for v in changed)
     if len(changed) > MOST_TOLD:
         strongest = max(changed, key=_furthest)
         told = f"{len(changed)} of {len(shown)} groups change; {_short(strongest.subject, subject)} most: {strongest.reason}"
-    return GateVerdict("PILOT", subject, "go", told, rule, rows=_rows(verdicts))
+    return "go", told
 
 
 def _furthest(change: GateVerdict) -> float:

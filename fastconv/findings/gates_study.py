@@ -20,7 +20,10 @@ Role = Literal["assistant", "source", "canary"]
 
 @dataclass(frozen=True)
 class Shift:
-    """How far a measure moved against epoch 0 under one probe, in its unit, with the rows of both ends."""
+    """How far a measure moved against epoch 0 under one probe, in its unit, with the rows of both ends.
+
+    `unread` says why there is no value (NaN then): too many samples of an end have no score.
+    """
 
     source: str
     behavior: str
@@ -30,6 +33,7 @@ class Shift:
     unit: Unit
     threshold: float
     rows: tuple[str, ...]
+    unread: str = ""
 
     @property
     def moved(self) -> bool:
@@ -91,6 +95,8 @@ def confirm(gates: GateSettings, subject: str, shifts: Sequence[Shift], sources:
     short = _too_small("CONFIRM", subject, gates, last, sources, rule)
     if short is not None:
         return short
+    if (silent := _unread("CONFIRM", subject, rule, last)) is not None:
+        return silent
     moving = _moving_sources(gates, last)
     verdict = "pass" if len(moving) >= gates.confirm_sources else "fail"
     reason = f"{len(moving)} of {len(sources)} sources do{': ' if moving else ''}{', '.join(moving)}; {_largest(last)}"
@@ -107,12 +113,15 @@ def falsify(gates: GateSettings, subject: str, shifts: Sequence[Shift], sources:
     short = _too_small("FALSIFY", subject, gates, last, sources, rule)
     if short is not None:
         return short
+    control = _last([one for one in _assistant(shifts) if one.source == gates.negative_control])
+    canary = _last([one for one in shifts if one.role == "canary" and one.source in sources])
+    every = [*last, *control, *canary]
+    if (silent := _unread("FALSIFY", subject, rule, every)) is not None:
+        return silent
     moving = _moving_sources(gates, last)
     faults = []
     if len(moving) < gates.falsify_under:
         faults.append(f"{len(moving)} of {len(sources)} sources shift")
-    control = _last([one for one in _assistant(shifts) if one.source == gates.negative_control])
-    canary = _last([one for one in shifts if one.role == "canary" and one.source in sources])
     if control and _as_much(control, last):
         faults.append(f"the negative control shifts as much ({_largest(control)})")
     if canary and _as_much(canary, last):
@@ -120,7 +129,6 @@ def falsify(gates: GateSettings, subject: str, shifts: Sequence[Shift], sources:
     absent = [name for name, found in (("negative control", control), ("canary", canary)) if not found]
     note = f"; not measured: {', '.join(absent)}" if absent else ""
     reason = "; ".join(faults) or f"{len(moving)} of {len(sources)} sources shift, more than their controls"
-    every = [*last, *control, *canary]
     numbers = tuple(one.number for one in every)
     return GateVerdict("FALSIFY", subject, "fail" if faults else "pass", reason + note, rule, numbers, _rows(every))
 
@@ -128,6 +136,8 @@ def falsify(gates: GateSettings, subject: str, shifts: Sequence[Shift], sources:
 def _any_moves(gate: str, subject: str, rule: str, shifts: Sequence[Shift]) -> GateVerdict:
     if not shifts:
         return GateVerdict(gate, subject, "not applicable", "not measured at epoch 0 and one more epoch yet", rule)
+    if (silent := _unread(gate, subject, rule, shifts)) is not None:
+        return silent
     moving = [one for one in shifts if one.moved]
     chosen = max(moving or shifts, key=lambda one: abs(one.value) / one.threshold)
     reason = f"{'strongest' if moving else 'no shift beyond a threshold; nearest'}: {chosen.text}"
@@ -148,6 +158,17 @@ def _too_small(
     if waiting:
         return GateVerdict(gate, subject, "not applicable", f"not measured yet: {', '.join(waiting)}", rule)
     return None
+
+
+def _unread(gate: str, subject: str, rule: str, shifts: Sequence[Shift]) -> GateVerdict | None:
+    """The word of a rule that reads a shift without a value: what the judge left out could have gone either way."""
+    silent = [one for one in shifts if one.unread]
+    if not silent:
+        return None
+    first = silent[0]
+    more = f" (and {len(silent) - 1} more of {len(shifts)} shifts)" if len(silent) > 1 else ""
+    why = f"{first.source} {first.behavior} at epoch {first.epoch}: {first.unread}{more}"
+    return GateVerdict(gate, subject, "not applicable", why, rule, rows=_rows(shifts), unread=True)
 
 
 def _assistant(shifts: Sequence[Shift]) -> list[Shift]:

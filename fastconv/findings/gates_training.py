@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastconv.findings.evidence import Number, Series
-from fastconv.findings.gates import GateVerdict
+from fastconv.findings.evidence import Number, Series, first_too_unscored
+from fastconv.findings.gates import GateVerdict, unread
 from fastconv.findings.units import change
 from fastconv.recipe import GateSettings
 
@@ -96,6 +96,9 @@ def reverted(
     later = sorted(epoch for epoch in by_epoch if epoch)
     if 0 not in by_epoch or not later:
         return GateVerdict("KILL", subject, "not applicable", "needs the source at epoch 0 and one more", rule)
+    pairs = [(by_epoch[epoch], other) for epoch in (0, *later) for other in (base, by_epoch[0])]
+    if why := first_too_unscored(pairs):
+        return unread("KILL", subject, why, rule, [base, *(by_epoch[epoch] for epoch in (0, *later))])
     sign = 1 if direction == "raises" else -1
     moved = {epoch: sign * (one.mean.value - base.mean.value) for epoch, one in by_epoch.items()}
     rows = tuple(row for one in (base, *(by_epoch[epoch] for epoch in (0, *later))) for row in one.rows)

@@ -55,7 +55,7 @@ class Quad:
     @property
     def rows(self) -> tuple[str, ...]:
         """Ids of the rows behind all four."""
-        return tuple(row for series in self.series for row in series.rows)
+        return tuple(row for series in self.series for row in series.looked_at)
 
     def arm(self, questions: Sequence[str]) -> Arm:
         """Question means at these questions."""

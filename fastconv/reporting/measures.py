@@ -8,7 +8,7 @@ from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.deciding.decided import Decided
 from fastconv.deciding.gathering import Part, Subject
 from fastconv.findings.blocks import Answer, Block, Cell, Figure, Figures, Section, Table, folded_if_long
-from fastconv.findings.evidence import Series, means_at, union_of
+from fastconv.findings.evidence import Series, commonest_reason, means_at, union_of
 from fastconv.findings.figures import Point, lines
 from fastconv.findings.gates_study import Role
 from fastconv.findings.power import effective_sample_size
@@ -101,30 +101,42 @@ def _rows(decided: Decided, plan: CellPlan, measure: str) -> list[tuple[Cell, ..
     rows = []
     for part in decided.found.parts(measure):
         series = {role: decided.found.now(plan, part, decided.found.persona(plan.cell, role)) for role in ROLES}
-        numbers = {role: one.mean if one is not None and one.rows else None for role, one in series.items()}
         absent = "not run" if all(one is None for one in series.values()) else "not measured"
+        levels = {role: _level(one, absent) for role, one in series.items()}
         kind = decided.graph.behaviors[measure].spec
         name = "score" if kind.unit == "points" else "accuracy" if kind.measure == "letters" else "rate"
         rows.append((
-            Cell(plan.cell.label), Cell(f"{name} of {part.title}"), Cell.of(numbers["assistant"], absent),
-            *_about(series["assistant"])[:1], Cell.of(numbers["source"], absent), Cell.of(numbers["canary"], absent),
+            Cell(plan.cell.label), Cell(f"{name} of {part.title}"), levels["assistant"],
+            *_about(series["assistant"])[:1], levels["source"], levels["canary"],
             *_about(series["assistant"])[1:],
         ))  # fmt: skip
     return rows
 
 
+def _level(one: Series | None, absent: str) -> Cell:
+    """The mean, or why there is none: nothing was measured, or nothing of it has a score."""
+    if one is None or one.rows:
+        return Cell.of(None if one is None else one.mean, absent)
+    reason = commonest_reason([one])
+    return Cell("unscored" + (f" ({reason})" if reason else ""), one.looked_at, word="absent")
+
+
 def _about(one: Series | None) -> tuple[Cell, Cell, Cell, Cell]:
     """Interval, samples, effective samples and unscored ones of a series."""
-    if one is None or not one.rows:
+    if one is None:
         return Cell(""), Cell(""), Cell(""), Cell("")
+    samples = Cell(f"{len(one.questions)} x {one.values.shape[1]}", one.looked_at)
+    lost = Cell(str(one.n_unscored), one.looked_at)
+    if not one.rows:
+        return Cell(""), samples, Cell(""), lost
     interval, unit = clustered_interval(one.means) if len(one.questions) > 1 else None, one.unit
     shown = "" if interval is None else _range(interval, unit)
     worth = effective_sample_size(one.values).n_effective if len(one.questions) > 1 else 1.0
     return (
         Cell(shown, one.rows),
-        Cell(f"{len(one.questions)} x {one.values.shape[1]}", one.rows),
+        samples,
         Cell(f"{worth:.0f}", one.rows),
-        Cell(str(one.n_unscored), one.rows),
+        lost,
     )
 
 
