@@ -10,6 +10,7 @@ import pytest
 from fastconv.deciding.decided import Decided
 from fastconv.findings.report import render_html
 from fastconv.graph import CellPlan, Graph
+from fastconv.plan import make_plan
 from fastconv.recipe import Recipe, parse_recipe
 from fastconv.reporting import build
 from fastconv.reporting.claims import NoSuchClaimError, ask
@@ -120,3 +121,55 @@ def test_a_threshold_edited_after_the_run_is_told_with_both_verdicts(
     assert verify(page, store).holds
     page.write_text(render_html(data).replace("Thresholds were edited after results were seen.", "", 1))
     assert not verify(page, store).holds
+
+
+@pytest.fixture(scope="module")
+def four(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """Four declared contrasts, refusal and sycophancy with and without negatives, all of them measured."""
+    table = matrix_recipe(tiny_qwen, n_sources=1, seeds=1, samples=2).model_dump(mode="json")
+    table["grid"] |= {"epochs": [0, 20], "behaviors": ["none", "refusal", "sycophancy"]}
+    recipe, workspace = parse_recipe(table), tmp_path_factory.mktemp("four") / "w"
+    fill(recipe, workspace)[1].close()
+    return recipe, workspace
+
+
+def unmeasure(recipe: Recipe, workspace: Path, behavior: str, negatives: str) -> None:
+    """Take a cell's measurements away, as if the run had not come to them yet."""
+    db = sqlite3.connect(workspace / "ledger.sqlite")
+    for stage in plan_of(recipe, behavior, negatives).scores.values():
+        db.execute("DELETE FROM scores WHERE stage=?", (stage.key,))
+        db.execute("DELETE FROM stages WHERE key=?", (stage.key,))
+    db.commit()
+    db.close()
+
+
+def leave_no_room(recipe: Recipe, workspace: Path, behavior: str) -> None:
+    """Let the base's assistant always show a behavior, so that G0 rules it uninformative."""
+    db = sqlite3.connect(workspace / "ledger.sqlite")
+    key = plan_of(recipe, behavior, "included").base[behavior, "assistant"].key
+    db.execute("UPDATE scores SET value=1 WHERE stage=?", (key,))
+    db.commit()
+    db.close()
+
+
+@pytest.mark.parametrize("silenced", [False, True], ids=["not measured", "silenced by G0"])
+def test_the_family_is_what_was_declared_however_much_of_it_is_measured(
+    four: tuple[Recipe, Path], tmp_path: Path, silenced: bool
+) -> None:
+    recipe, workspace = four[0], copy_ledger(four[1], tmp_path / "w")
+    full = Decided(Graph(recipe), Store.open(four[1], create=False))
+    for behavior, negatives in (("sycophancy", "included"), ("sycophancy", "excluded"), ("refusal", "excluded")):
+        unmeasure(recipe, workspace, behavior, negatives)
+    if silenced:
+        leave_no_room(recipe, workspace, "sycophancy")
+    part = Decided(Graph(recipe), Store.open(workspace, create=False))
+    assert [one.label for one in part.verdicts if one.estimate is not None] == [LABEL]
+    words = [one.kind for one in part.verdicts if "sycophancy" in one.label]
+    assert words == (["uninformative"] * 2 if silenced else [])
+    now, whole = part.verdict(LABEL), full.verdict(LABEL)
+    assert (now.p_raw, now.detectable_in_family) == (whole.p_raw, whole.detectable_in_family)
+    assert now.p_corrected == pytest.approx(4 * (now.p_raw or 0.0))
+    for decided in (part, full):
+        assert "at the first step of the correction over 4 contrasts" in ask(decided, "power", behavior="refusal").text
+        assert "Declared contrasts: 4." in ask(decided, "counts").text
+    assert {one.n_contrasts for one in make_plan(part.graph, None).power.values()} == {4}

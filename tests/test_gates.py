@@ -247,6 +247,20 @@ def test_holm_runs_over_all_cells_together() -> None:
     assert all(one.p_corrected == pytest.approx(min(1.0, 8 * alone.p_corrected)) for one in among)
 
 
+def test_declared_contrasts_without_a_measurement_keep_their_place_in_the_family() -> None:
+    weak = [0.3, 0.0, 0.1, 0.0, 0.2, 0.0, 0.4]
+    cell = _cell(weak, [0.0] * 7)
+    alone, first = decide([cell])[0], decide([cell], 6)[0]
+    assert alone.p_raw is not None
+    assert first.p_corrected == pytest.approx(6 * alone.p_raw)
+    assert first.p_sign_flip == pytest.approx(6 * (alone.p_sign_flip or 0.0))
+    assert (alone.sign_flip_warning, "6 contrasts require" in (first.sign_flip_warning or "")) == (None, True)
+    assert (first.detectable_in_family or 0.0) > (alone.detectable_in_family or 1.0)
+    assert decide([], 6) == []
+    with pytest.raises(ValueError, match="2 contrasts of a family of 1"):
+        decide([cell, cell], 1)
+
+
 def test_no_cells_give_no_verdicts_and_an_unrun_cell_no_number() -> None:
     assert decide([]) == []
     silent = not_run("cell", "not measurable at base", ("a/1",))

@@ -152,25 +152,38 @@ class CellVerdict:
         return {**plain, "confidence": self.confidence.level, "n_rows": len(self.rows)}
 
 
-def decide(cells: Sequence[CellEvidence]) -> list[CellVerdict]:
-    """Verdicts of all primary contrasts of a run, Holm-corrected together (t p-values, and the check's)."""
+def decide(cells: Sequence[CellEvidence], n_declared: int | None = None) -> list[CellVerdict]:
+    """Verdicts of the measured contrasts of a family of `n_declared`, Holm-corrected (t p-values, and the check's).
+
+    What was declared and has no p keeps its place, so that m, and with it every figure, is the same from the first
+    measurement of a run to its last. Without `n_declared` the family is what is given.
+    """
+    m = len(cells) if n_declared is None else n_declared
+    if m < len(cells):
+        raise ValueError(f"{len(cells)} contrasts of a family of {m}")
     if not cells:
         return []
     contrasts = [_per_question(cell) for cell in cells]
     intervals = [clustered_interval(contrast) for contrast in contrasts]
-    corrected = holm([_or_nan(one.p_two_sided) for one in intervals])
-    n_draws = min(MOST_DRAWS, max(FEWEST_DRAWS, DRAWS_PER_CONTRAST * len(cells)))
-    flips = []
+    corrected = _in_family([one.p_two_sided for one in intervals], m)
+    n_draws = min(MOST_DRAWS, max(FEWEST_DRAWS, DRAWS_PER_CONTRAST * m))
+    flips: list[float | None] = []
     for cell, contrast in zip(cells, contrasts, strict=True):
         rng = np.random.default_rng(seed_of("sign flips", cell.label))
-        flips.append(_or_nan(sign_flip_p(contrast, n_draws, rng).p))
-    checks = holm(flips)
+        flips.append(sign_flip_p(contrast, n_draws, rng).p)
     return [
-        _decide(cell, contrast, interval, _or_none(p), _or_none(check), len(cells))
+        _decide(cell, contrast, interval, p, check, m)
         for cell, contrast, interval, p, check in zip(
-            cells, contrasts, intervals, corrected.tolist(), checks.tolist(), strict=True
+            cells, contrasts, intervals, corrected, _in_family(flips, m), strict=True
         )
     ]
+
+
+def _in_family(p: Sequence[float | None], m: int) -> list[float | None]:
+    """Holm's p-values of these among m declared; the others count as not estimable, which is as 1."""
+    declared = np.full(m, np.nan)
+    declared[: len(p)] = [_or_nan(one) for one in p]
+    return [_or_none(one) for one in holm(declared)[: len(p)].tolist()]
 
 
 def not_run(label: str, reason: str, rows: tuple[str, ...], behavior: str = "") -> CellVerdict:

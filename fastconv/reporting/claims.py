@@ -195,7 +195,7 @@ def _power(decided: Decided, behavior: str) -> Found:
     mend = "so a null result says something" if seen <= margin else f"so a null result says little; {_mend(worst.mend)}"
     values = {
         "behavior": behavior, "margin": size(margin, unit), "seen": size(seen, unit), "family": size(family, unit),
-        "m": str(len([one for one in decided.verdicts if one.estimate is not None])), "n": str(worst.n_questions),
+        "m": str(len(decided.declared)), "n": str(worst.n_questions),
         "mend": mend,
     }  # fmt: skip
     return Found(values, _together(mine), "" if seen <= margin else "withheld")
