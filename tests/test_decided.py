@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastconv.deciding.decided import Decided
-from fastconv.findings.report import render_html
+from fastconv.findings.report import render_html, render_markdown
 from fastconv.graph import CellPlan, Graph
 from fastconv.plan import make_plan
 from fastconv.recipe import Recipe, parse_recipe
@@ -173,3 +173,38 @@ def test_the_family_is_what_was_declared_however_much_of_it_is_measured(
         assert "at the first step of the correction over 4 contrasts" in ask(decided, "power", behavior="refusal").text
         assert "Declared contrasts: 4." in ask(decided, "counts").text
     assert {one.n_contrasts for one in make_plan(part.graph, None).power.values()} == {4}
+
+
+@pytest.fixture(scope="module")
+def eight_questions(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """More contrasts than an open table holds, on eight questions, which cannot carry them by sign flips."""
+    recipe = matrix_recipe(tiny_qwen, n_sources=2, seeds=1, prompts=8, samples=8)
+    workspace = tmp_path_factory.mktemp("eight") / "w"
+    fill(recipe, workspace)[1].close()
+    return recipe, workspace
+
+
+@pytest.mark.parametrize("all_silent", [False, True], ids=["some speak", "none speaks"])
+def test_too_few_questions_for_sign_flips_are_told_before_the_tables(
+    eight_questions: tuple[Recipe, Path], tmp_path: Path, all_silent: bool
+) -> None:
+    recipe, workspace = eight_questions[0], copy_ledger(eight_questions[1], tmp_path / "w")
+    if all_silent:
+        db = sqlite3.connect(workspace / "ledger.sqlite")
+        db.execute("UPDATE scores SET value=0 WHERE metric='rate'")
+        db.commit()
+        db.close()
+    store = Store.open(workspace, create=False)
+    data = build(Decided(Graph(recipe), store))
+    page = tmp_path / "page.html"
+    page.write_text(render_html(data))
+    section = page.read_text().split('id="findings"', 1)[1]
+    assert ('<table id="contrasts"' in section) is not all_silent
+    open_part = section[: min(section.index("<table"), section.index("<details"))]
+    for behavior in ("refusal", "sycophancy", "marker"):
+        assert (
+            f"The sign-flip check is weak for {behavior}: 8 questions give a sign-flip p no smaller than 0.0078; "
+            "36 contrasts require 0.0014, which takes at least 11 questions."
+        ) in open_part
+    assert "The sign-flip check is weak for refusal: 8 questions" in render_markdown(data)
+    assert verify(page, store).holds

@@ -201,6 +201,15 @@ def _power(decided: Decided, behavior: str) -> Found:
     return Found(values, _together(mine), "" if seen <= margin else "withheld")
 
 
+def _sign_flips(decided: Decided, behavior: str) -> Found:
+    """Where the fewest questions of a behavior cannot reach the corrected level by sign flips."""
+    mine = [one for one in decided.verdicts if one.behavior == behavior and one.sign_flip_warning]
+    fewest = min((one.n_questions, one.sign_flip_warning or "") for one in mine) if mine else None
+    if fewest is None:
+        raise KeyError(behavior)
+    return Found({"behavior": behavior, "why": fewest[1]}, _together(mine), "withheld")
+
+
 def _mend(needed: Sequence[Needed]) -> str:
     said = [f"{one.number:,} {one.what}" for one in needed if one.number is not None]
     never = [one.what for one in needed if one.number is None]
@@ -304,6 +313,7 @@ CLAIMS: Mapping[str, Bound] = {
         "four times out of five ({family} at the first step of the correction over {m} contrasts), {mend}.",
         _power,
     ),
+    "sign_flips": Bound("The sign-flip check is weak for {behavior}: {why}.", _sign_flips),
     "correlation": Bound(
         "Over {n} sources, the rank correlation of {behavior} transfer with the assistant's marker rate is {figures}.",
         _correlation,

@@ -80,6 +80,9 @@ def findings(decided: Decided) -> Section | None:
                 "T transfer, R reverse, = equivalent, ? inconclusive, u uninformative, w withheld; a dash was not measured."
             )
         )
+    # Before the tables and not in a caption: where nothing speaks, the only table is folded away.
+    warned = dict.fromkeys(one.behavior for one in decided.verdicts if one.sign_flip_warning)
+    blocks += [ask(decided, "sign_flips", behavior=behavior) for behavior in warned]
     blocks += _tables(decided, verdicts)
     return Section(
         "findings", "Findings", tuple(blocks),
@@ -129,7 +132,7 @@ def _tables(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> li
     """One table, or where it would be long two: what says something, and, folded away, what does not."""
     rows = {subject: _row(decided, subject, one) for subject, one in verdicts.items()}
     numeric = frozenset({2, 3, 4, 5, 6})
-    caption = "Changes in percentage points, or in points where a judge scores. " + _flip_warnings(decided)
+    caption = "Changes in percentage points, or in points where a judge scores."
     if len(rows) <= OPEN_ROWS:
         return [Table("contrasts", _COLUMNS, tuple(rows.values()), numeric, caption)]
     silent = [s for s, one in verdicts.items() if one is None or one.kind in ("inconclusive", "uninformative")]
@@ -137,7 +140,7 @@ def _tables(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> li
     rest = tuple(rows[subject] for subject in silent)
     folded = f"{len(rest)} contrasts that say nothing either way, or were not run"
     tables = [Table("contrasts", _COLUMNS, speaking, numeric, caption)] if speaking else []
-    return [*tables, Table("contrasts-silent", _COLUMNS, rest, numeric, folded=folded)] if rest else tables
+    return [*tables, Table("contrasts-silent", _COLUMNS, rest, numeric, caption, folded)] if rest else tables
 
 
 def _row(decided: Decided, subject: Subject, one: CellVerdict | None) -> tuple[Cell, ...]:
@@ -156,8 +159,3 @@ def _row(decided: Decided, subject: Subject, one: CellVerdict | None) -> tuple[C
         Cell(size(one.margin, one.unit) if one.margin else ""), Cell(one.confidence.level),
         Cell.saying(ask(decided, "finding", label=label)),
     )  # fmt: skip
-
-
-def _flip_warnings(decided: Decided) -> str:
-    warned = dict.fromkeys(one.sign_flip_warning for one in decided.verdicts if one.sign_flip_warning)
-    return " ".join(f"The sign-flip check is weak here: {text}." for text in warned)
