@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastconv.deciding.decided import Decided
+from fastconv.findings.blocks import Table
 from fastconv.findings.report import render_html, render_markdown
 from fastconv.graph import CellPlan, Graph
 from fastconv.plan import make_plan
@@ -208,3 +209,62 @@ def test_too_few_questions_for_sign_flips_are_told_before_the_tables(
         ) in open_part
     assert "The sign-flip check is weak for refusal: 8 questions" in render_markdown(data)
     assert verify(page, store).holds
+
+
+@pytest.fixture(scope="module")
+def three_seeds(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """One contrast with three seeds, each of which shows it."""
+    table = matrix_recipe(tiny_qwen, n_sources=1, seeds=3, samples=2).model_dump(mode="json")
+    table["grid"] |= {"epochs": [0, 20], "behaviors": ["none", "refusal"], "negatives": ["included"]}
+    recipe, workspace = parse_recipe(table), tmp_path_factory.mktemp("seeds") / "w"
+    fill(recipe, workspace)[1].close()
+    return recipe, workspace
+
+
+@pytest.mark.parametrize("agree", [True, False])
+def test_the_interval_over_seeds_stands_in_the_table_and_the_sentence(
+    three_seeds: tuple[Recipe, Path], tmp_path: Path, agree: bool
+) -> None:
+    recipe, workspace = three_seeds[0], copy_ledger(three_seeds[1], tmp_path / "w")
+    if not agree:  # in one of the seeds the assistant falls from always to never
+        now, zero = (Graph(recipe).select("villain", "refusal", epoch, negatives="included")[2] for epoch in (20, 0))
+        db = sqlite3.connect(workspace / "ledger.sqlite")
+        for plan, value in ((now, 0), (zero, 0.25)):
+            key = plan.scores["refusal", "assistant"].key
+            db.execute("UPDATE scores SET value=? WHERE stage=?", (value, key))
+        db.commit()
+        db.close()
+    store = Store.open(workspace, create=False)
+    decided = Decided(Graph(recipe), store)
+    one = decided.verdict(LABEL)
+    over = one.over_seeds
+    assert over is not None
+    assert over.low is not None
+    assert over.high is not None
+    assert one.kind == ("transfer" if agree else "inconclusive")
+    figures = f"{100 * (over.estimate or 0):+.1f} pp [{100 * over.low:+.1f}, {100 * over.high:+.1f}]"
+    told = ask(decided, "finding", label=LABEL).text
+    assert f" Over seeds: {figures}, 3 seeds. Confidence " in told
+    assert ("the 3 seeds do not agree in sign" in told) is not agree
+    data = build(decided)
+    table = next(b for s in data.sections for b in s.blocks if isinstance(b, Table) and b.id == "contrasts")
+    at = table.columns.index("over seeds")
+    assert at in table.numeric
+    assert table.rows[0][at].text == f"{100 * over.low:+.1f} to {100 * over.high:+.1f}"
+    assert table.rows[0][at].rows
+    assert {len(row) for row in table.rows} == {len(table.columns)}
+    assert frames_of(decided)["contrasts"]["seeds_high"].to_list() == [over.high]
+    page = tmp_path / "page.html"
+    page.write_text(render_html(data))
+    assert f"Over seeds: {figures}" in page.read_text()
+    assert verify(page, store).holds
+
+
+def test_one_seed_has_no_interval_over_seeds_and_no_column_for_it(small: tuple[Recipe, Path]) -> None:
+    recipe, workspace = small
+    decided = Decided(Graph(recipe), Store.open(workspace, create=False))
+    assert decided.verdict(LABEL).over_seeds is None
+    assert "ver seeds" not in ask(decided, "finding", label=LABEL).text
+    data = build(decided)
+    table = next(b for s in data.sections for b in s.blocks if isinstance(b, Table) and b.id == "contrasts")
+    assert "over seeds" not in table.columns

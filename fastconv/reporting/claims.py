@@ -151,7 +151,9 @@ def _counts(decided: Decided) -> Found:
 def _finding(decided: Decided, label: str) -> Found:
     one = decided.verdict(label)
     values = {"label": label, "kind": one.kind, "confidence": one.confidence.level, "reason": one.reason}
-    return Found({**values, "why": one.confidence.reason}, one.rows, one.kind)
+    over = one.over_seeds
+    seeds = "" if over is None else f" Over seeds: {_interval(over, one.unit)}, {counted(over.n_clusters, 'seed')}."
+    return Found({**values, "seeds": seeds, "why": one.confidence.reason}, one.rows, one.kind)
 
 
 def _largest(decided: Decided, behavior: str) -> Found:
@@ -301,7 +303,7 @@ CLAIMS: Mapping[str, Bound] = {
     "pilot": Bound("{verdict} for {subject}: {reason}. Rule: {rule}.{ignored}", _pilot),
     "study": Bound("{gate}, {subject}: {verdict}. {reason}. Rule: {rule}.{ignored}", _study),
     "counts": Bound("Declared contrasts: {n}. Of these {told}.", _counts),
-    "finding": Bound("{kind}: {reason}. Confidence {confidence}: {why}.", _finding),
+    "finding": Bound("{kind}: {reason}.{seeds} Confidence {confidence}: {why}.", _finding),
     "largest": Bound("The largest change of {behavior} is {figures}, in {label}: {kind}, confidence {confidence}.", _largest),
     "mimicry": Bound(
         "{label}: convergence alone {alone}, with the behavior adapter {trained}; the adapter adds {extra}.", _mimicry
