@@ -316,6 +316,20 @@ def test_holm_runs_over_all_cells_together() -> None:
     assert all(one.p_corrected == pytest.approx(min(1.0, 8 * alone.p_corrected)) for one in among)
 
 
+def test_declared_contrasts_without_a_measurement_keep_their_place_in_the_family() -> None:
+    weak = [0.3, 0.0, 0.1, 0.0, 0.2, 0.0, 0.4]
+    cell = _cell(weak, [0.0] * 7)
+    alone, first = decide([cell])[0], decide([cell], 6)[0]
+    assert alone.p_raw is not None
+    assert first.p_corrected == pytest.approx(6 * alone.p_raw)
+    assert first.p_sign_flip == pytest.approx(6 * (alone.p_sign_flip or 0.0))
+    assert (alone.sign_flip_warning, "6 contrasts require" in (first.sign_flip_warning or "")) == (None, True)
+    assert (first.detectable_in_family or 0.0) > (alone.detectable_in_family or 1.0)
+    assert decide([], 6) == []
+    with pytest.raises(ValueError, match="2 contrasts of a family of 1"):
+        decide([cell, cell], 1)
+
+
 def test_no_cells_give_no_verdicts_and_an_unrun_cell_no_number() -> None:
     assert decide([]) == []
     silent = not_run("cell", "not measurable at base", ("a/1",))
@@ -370,20 +384,66 @@ def test_zero_hits_in_fifty_by_ten_are_uninformative_with_their_bound() -> None:
     assert found.n_effective == 50
 
 
+def _seeds(*lifts: float) -> CellEvidence:
+    """A cell with one seed for each lift of the assistant's rate; a lift below zero is one of the base."""
+    flat, noise = rates(*[0.0] * 20), 0.1
+
+    def quad(lift: float) -> Quad:
+        if lift < 0:
+            return Quad(flat, rates(*[noise - lift, -lift] * 10), flat, flat)
+        return Quad(rates(*[lift, lift + noise] * 10), flat, flat, flat)
+
+    return replace(_cell(RISEN, FLAT), seeds=tuple(SeedEvidence(i, quad(lift)) for i, lift in enumerate(lifts)))
+
+
 def test_seeds_are_averaged_within_a_question_and_decide_the_confidence() -> None:
-    flat = rates(*[0.0] * 20)
-
-    def cell(*lifts: float) -> CellEvidence:
-        seeds = tuple(
-            SeedEvidence(i, Quad(rates(*[lift, lift + 0.1] * 10), flat, flat, flat)) for i, lift in enumerate(lifts)
-        )
-        return replace(_cell(RISEN, FLAT), seeds=seeds)
-
-    one, three, split = (decide([cell(*lifts)])[0] for lifts in ((0.5,), (0.5, 0.6, 0.7), (0.5, 0.6, 0.0)))
+    one, three, split = (decide([_seeds(*lifts)])[0] for lifts in ((0.5,), (0.5, 0.6, 0.7), (0.5, 0.6, 0.0)))
     assert (one.confidence.level, three.confidence.level) == ("LOW", "MODERATE")
     assert three.estimate == pytest.approx(0.65)
     assert split.confidence.level == "LOW"
-    assert decide([cell(0.5, 0.6, 0.7, 0.6, 0.5)])[0].confidence.level == "HIGH"
+    assert decide([_seeds(0.5, 0.6, 0.7, 0.6, 0.5)])[0].confidence.level == "HIGH"
+
+
+def test_seeds_that_agree_leave_the_word_and_show_their_interval() -> None:
+    three, fallen = decide([_seeds(0.5, 0.6, 0.7), _seeds(-0.5, -0.6, -0.7)])
+    assert (three.kind, fallen.kind) == ("transfer", "reverse")
+    over = three.over_seeds
+    assert over is not None
+    # 0.55, 0.65 and 0.75: a spread of 0.1 over the root of 3, times Student's t of 2 degrees of freedom
+    half = 4.302653 * 0.1 / 3**0.5
+    assert (over.low, over.high) == (pytest.approx(0.65 - half), pytest.approx(0.65 + half))
+    assert (over.df, over.n_clusters) == (2, 3)
+    assert three.body()["seeds_low"] == over.low
+    # Seeds that are all alike have no spread and so no interval, which speaks against nothing.
+    assert decide([_seeds(0.5, 0.5, 0.5)])[0].kind == "transfer"
+
+
+@pytest.mark.parametrize(
+    ("lifts", "why"),
+    [
+        ((0.8, 0.9, -0.3), "the 3 seeds do not agree in sign"),
+        ((-0.8, -0.9, 0.3), "the 3 seeds do not agree in sign"),
+        ((0.8, 0.1, 0.1), "3 seeds agree in sign, but the interval over seeds includes zero"),
+        ((0.9, 0.9, 0.9, 0.9, -0.1), "the 5 seeds do not agree in sign"),
+    ],
+)
+def test_seeds_that_do_not_show_it_together_take_the_word_away(lifts: tuple[float, ...], why: str) -> None:
+    found = decide([_seeds(*lifts)])[0]
+    assert found.p_corrected is not None
+    assert found.p_corrected < 0.001  # over questions alone it would be clear
+    assert (found.kind, found.confidence.level) == ("inconclusive", "LOW")
+    assert why in found.reason
+    assert "clear of zero over questions" in found.reason
+
+
+def test_two_seeds_cannot_speak_for_other_seeds() -> None:
+    two = decide([_seeds(0.9, -0.1)])[0]
+    assert (two.kind, two.over_seeds) == ("transfer", None)
+
+
+def test_seeds_that_disagree_within_the_margin_are_still_equivalent() -> None:
+    found = decide([replace(_seeds(0.1, -0.1, 0.1), margin=0.2)])[0]
+    assert (found.kind, found.confidence.reason) == ("equivalent", "the 3 seeds do not agree in sign")
 
 
 def test_a_withheld_cell_keeps_its_reason_and_shows_no_word() -> None:

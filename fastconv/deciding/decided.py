@@ -13,6 +13,7 @@ from fastconv.deciding.results import (
     FirstThresholds,
     all_gates,
     base_gates,
+    declared_contrasts,
     first_thresholds,
     ignored_gates,
     primary_verdicts,
@@ -60,11 +61,7 @@ class Decided:
     @cached_property
     def declared(self) -> Mapping[str, Subject]:
         """The declared contrasts of the grid by label, measured or not."""
-        return {
-            subject.label(self.found.main(subject.behavior)): subject
-            for subject in self.found.subjects
-            if subject.behavior in self.graph.behaviors and subject.epoch and not self.found.is_control(subject)
-        }
+        return {subject.label(self.found.main(subject.behavior)): subject for subject in declared_contrasts(self.found)}
 
     @cached_property
     def secondary(self) -> tuple[Secondary, ...]:

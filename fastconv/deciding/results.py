@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.personas import ASSISTANT
-from fastconv.deciding.gathering import Gathering, subject_of
+from fastconv.deciding.gathering import Gathering, Subject, subject_of
 from fastconv.deciding.reading import Reading
 from fastconv.findings import gates, gates_study, gates_training
 from fastconv.findings.evidence import Series, series_of
@@ -111,14 +111,26 @@ def cell_verdicts(graph: Graph, store: Store) -> list[CellVerdict]:
     return primary_verdicts(Gathering(Reading(graph, store).load()))
 
 
+def declared_contrasts(found: Gathering) -> list[Subject]:
+    """The pre-declared family: what the recipe's grid asks, measured or not. Controls stand among the secondary ones.
+
+    What G0 silences stays in it. G0 looks at the base's measurements, so a family that shrank by its word would depend
+    on data and not on what was declared before any; the price is power, never a false finding.
+    """
+    return [
+        subject
+        for subject in found.subjects
+        if subject.behavior != NO_BEHAVIOR and subject.epoch and not found.is_control(subject)
+    ]
+
+
 def primary_verdicts(found: Gathering) -> list[CellVerdict]:
-    """`cell_verdicts` from a reading. Controls are no declared contrasts: they stand among the secondary ones."""
+    """`cell_verdicts` from a reading."""
     g0 = {verdict.subject: verdict for verdict in base_gates(found)}
     done: list[CellEvidence] = []
     silent: list[CellVerdict] = []
-    for subject in found.subjects:
-        if subject.behavior == NO_BEHAVIOR or not subject.epoch or found.is_control(subject):
-            continue
+    family = declared_contrasts(found)
+    for subject in family:
         word, part = g0.get(subject.behavior), found.main(subject.behavior)
         unread = "" if word is None or not word.unread else f"at the base, {word.reason}"
         measured = found.cell_evidence(subject, part, None if word is None or unread else word.verdict == "pass")
@@ -129,7 +141,7 @@ def primary_verdicts(found: Gathering) -> list[CellVerdict]:
         elif word is not None and word.failed:
             label = subject.label(part)
             silent.append(not_run(label, f"not measurable at base: {word.reason}", word.rows, subject.behavior))
-    return [*decide(done), *silent]
+    return [*decide(done, len(family)), *silent]
 
 
 def secondary_findings(found: Gathering) -> list[Secondary]:

@@ -24,6 +24,7 @@ Floats = NDArray[np.float64]
 
 # Differences of decimals (0.3 - 0.2 - 0.1) leave about 1e-17; under this share of the inputs they are zero.
 ROUNDING = 1e-12
+FEWEST_SEEDS = 3  # fewer say nothing of another seed
 EXACT_SIGN_FLIPS = 14  # 2^14 sign patterns; above, Monte Carlo
 EXACT_SPEARMAN = 9  # 9! orders; above, Monte Carlo
 CHUNK = 4_000_000  # floats per block of Monte Carlo draws, 32 MB
@@ -291,16 +292,31 @@ def pool_seeds(per_seed_estimates: ArrayLike, level: float = 0.95) -> SeedPool:
     return SeedPool(kept.size, agree, _interval(data, level, "seeds"))
 
 
+def seeds_against(pool: SeedPool) -> str | None:
+    """Why three seeds or more do not show a change together; None where they do, or are fewer.
+
+    Seeds that are all alike have no interval, and nothing speaks against them.
+    """
+    low, high = pool.interval.low, pool.interval.high
+    if pool.n_seeds < FEWEST_SEEDS:
+        return None
+    if not pool.agree_in_sign:
+        return f"the {pool.n_seeds} seeds do not agree in sign"
+    if low is not None and high is not None and low <= 0 <= high:
+        return f"{pool.n_seeds} seeds agree in sign, but the interval over seeds includes zero"
+    return None
+
+
 def confidence_level(pool: SeedPool, over_questions: Interval) -> Confidence:
     """MODERATE with three seeds, HIGH with five: all of one sign, and both pooled intervals clear of zero; else LOW.
 
     The interval over seeds says that another seed would show it, the one over questions (seeds averaged within each)
     that other questions would.
     """
-    if pool.n_seeds < 3:
+    if pool.n_seeds < FEWEST_SEEDS:
         return Confidence("LOW", f"{counted(pool.n_seeds, 'seed')}; three are needed for more")
-    if not pool.agree_in_sign:
-        return Confidence("LOW", f"the {pool.n_seeds} seeds do not agree in sign")
+    if (against := seeds_against(pool)) is not None:
+        return Confidence("LOW", against)
     for interval, what in ((pool.interval, "seeds"), (over_questions, "questions")):
         if interval.low is None or interval.high is None:
             return Confidence("LOW", f"no interval over {what}: {interval.reason}")

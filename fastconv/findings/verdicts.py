@@ -2,7 +2,8 @@
 
 Estimand (blueprint section 6): the assistant's change against epoch 0, paired by question, minus the canary's change,
 minus the same without a behavior adapter (mimicry) where the recipe has that control. Seeds of one cell are averaged
-within a question; the spread over seeds decides the confidence.
+within a question; with three or more, the interval over their means must not speak against a change, and it decides
+the confidence.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fastconv.draws import seed_of
 from fastconv.findings.evidence import Floats, Series, means_at, rates_together, union_of
 from fastconv.findings.power import clustered_rate_bound, effective_sample_size, sign_flip_warning
 from fastconv.findings.stats import (
+    FEWEST_SEEDS,
     Arm,
     Confidence,
     Interval,
@@ -115,7 +117,7 @@ class CellVerdict:
     `kind` is one of the five words, or `withheld` where there may be no verdict. `mimicry` and `trained` are the same
     difference without and with the behavior adapter, `detectable` the smallest effect that this spread and these
     questions would have shown (`detectable_in_family` at the first step of Holm), `mend` what brings it down to the
-    margin.
+    margin. `over_seeds` is the t interval over the means of three seeds or more.
     """
 
     label: str
@@ -142,6 +144,7 @@ class CellVerdict:
     detectable: float | None = None
     detectable_in_family: float | None = None
     mend: tuple[Needed, ...] = ()
+    over_seeds: Interval | None = None
 
     def body(self) -> dict[str, object]:
         """JSON form: figures and how many rows are behind them."""
@@ -149,28 +152,43 @@ class CellVerdict:
             "label", "behavior", "kind", "reason", "unit", "margin", "estimate", "low", "high", "p_raw", "p_corrected",
             "p_sign_flip", "bound", "n_questions", "n_effective", "n_seeds", "detectable", "detectable_in_family",
         )}  # fmt: skip
-        return {**plain, "confidence": self.confidence.level, "n_rows": len(self.rows)}
+        low, high = (None, None) if self.over_seeds is None else (self.over_seeds.low, self.over_seeds.high)
+        seeds = {"seeds_low": low, "seeds_high": high}
+        return {**plain, **seeds, "confidence": self.confidence.level, "n_rows": len(self.rows)}
 
 
-def decide(cells: Sequence[CellEvidence]) -> list[CellVerdict]:
-    """Verdicts of all primary contrasts of a run, Holm-corrected together (t p-values, and the check's)."""
+def decide(cells: Sequence[CellEvidence], n_declared: int | None = None) -> list[CellVerdict]:
+    """Verdicts of the measured contrasts of a family of `n_declared`, Holm-corrected (t p-values, and the check's).
+
+    What was declared and has no p keeps its place, so that m, and with it every figure, is the same from the first
+    measurement of a run to its last. Without `n_declared` the family is what is given.
+    """
+    m = len(cells) if n_declared is None else n_declared
+    if m < len(cells):
+        raise ValueError(f"{len(cells)} contrasts of a family of {m}")
     if not cells:
         return []
     contrasts = [_per_question(cell) for cell in cells]
     intervals = [clustered_interval(contrast) for contrast in contrasts]
-    corrected = holm([_or_nan(one.p_two_sided) for one in intervals])
-    n_draws = min(MOST_DRAWS, max(FEWEST_DRAWS, DRAWS_PER_CONTRAST * len(cells)))
-    flips = []
+    corrected = _in_family([one.p_two_sided for one in intervals], m)
+    n_draws = min(MOST_DRAWS, max(FEWEST_DRAWS, DRAWS_PER_CONTRAST * m))
+    flips: list[float | None] = []
     for cell, contrast in zip(cells, contrasts, strict=True):
         rng = np.random.default_rng(seed_of("sign flips", cell.label))
-        flips.append(_or_nan(sign_flip_p(contrast, n_draws, rng).p))
-    checks = holm(flips)
+        flips.append(sign_flip_p(contrast, n_draws, rng).p)
     return [
-        _decide(cell, contrast, interval, _or_none(p), _or_none(check), len(cells))
+        _decide(cell, contrast, interval, p, check, m)
         for cell, contrast, interval, p, check in zip(
-            cells, contrasts, intervals, corrected.tolist(), checks.tolist(), strict=True
+            cells, contrasts, intervals, corrected, _in_family(flips, m), strict=True
         )
     ]
+
+
+def _in_family(p: Sequence[float | None], m: int) -> list[float | None]:
+    """Holm's p-values of these among m declared; the others count as not estimable, which is as 1."""
+    declared = np.full(m, np.nan)
+    declared[: len(p)] = [_or_nan(one) for one in p]
+    return [_or_none(one) for one in holm(declared)[: len(p)].tolist()]
 
 
 def not_run(label: str, reason: str, rows: tuple[str, ...], behavior: str = "") -> CellVerdict:
@@ -212,6 +230,9 @@ def _decide(
     now = rates_together([seed.trained.now for seed in cell.seeds])
     base = rates_together([seed.trained.base for seed in cell.seeds])
     bound_now = clustered_rate_bound(now)
+    questions = cell.questions
+    estimates = [_or_nan(clustered_interval(seed.transfer(questions)).estimate) for seed in cell.seeds]
+    seeds = pool_seeds(estimates)
     word = verdict(
         Evidence(
             direction=cell.direction,
@@ -224,25 +245,25 @@ def _decide(
             bound_now=bound_now,
             p_sign_flip_corrected=check,
             unit=cell.unit,
+            seeds=seeds,
         )
     )
     with_control = all(seed.mimicry is not None for seed in cell.seeds)
     aside = "" if with_control else "; mimicry was not measured"
-    questions = cell.questions
-    estimates = [_or_nan(clustered_interval(seed.transfer(questions)).estimate) for seed in cell.seeds]
     found = CellVerdict(
         cell.label, word.kind, word.reason + aside, interval.estimate, interval.low, interval.high, corrected,
         cell.rows, cell.behavior, cell.unit, cell.margin,
         p_raw=interval.p_two_sided,
         p_sign_flip=check,
         sign_flip_warning=sign_flip_warning(interval.n_clusters, m) if interval.n_clusters else None,
-        confidence=confidence_level(pool_seeds(estimates), interval),
+        confidence=confidence_level(seeds, interval),
         trained=clustered_interval(_mean_over_seeds([seed.trained.change(questions) for seed in cell.seeds])),
         mimicry=_mimicry(cell) if with_control else None,
         bound=bound_now.room * full(cell.unit) if bound_now.room is not None else None,
         n_questions=interval.n_clusters,
         n_effective=effective_sample_size(now).n_effective,
         n_seeds=len(cell.seeds),
+        over_seeds=seeds.interval if seeds.n_seeds >= FEWEST_SEEDS else None,
     )  # fmt: skip
     return _with_power(found, cell, contrast, estimates, m)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastconv.findings.power import RateBound
-from fastconv.findings.stats import ROUNDING, Equivalence, Interval
+from fastconv.findings.stats import ROUNDING, Equivalence, Interval, SeedPool, seeds_against
 from fastconv.findings.units import Unit, change, full, size, span
 
 
@@ -17,7 +17,8 @@ class Evidence:
     `direction` is -1 where leakage lowers the measure (accuracy, alignment), else +1. `contrast` is the
     transfer contrast, `p_corrected` its Holm-corrected t p-value, `equivalence` its TOST with the threshold
     as margin; all in the measure's `unit`. `bound_base` and `bound_now` are the assistant's on the scale of 0 to 1,
-    None where there are none. The two bools are None when nothing was measured, which counts as not shown.
+    None where there are none. The two bools are None when nothing was measured, which counts as not shown. `seeds` are
+    the seeds' estimates of the contrast, the outer cluster.
     """
 
     direction: Literal[-1, 1]
@@ -31,6 +32,7 @@ class Evidence:
     p_sign_flip_corrected: float | None = None
     alpha: float = 0.05
     unit: Unit = "share"
+    seeds: SeedPool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,8 @@ def verdict(evidence: Evidence) -> Verdict:
 
     A change that TOST shows to lie within the threshold is *equivalent* even where its p-value is small,
     and the sentence says both: the threshold is the smallest effect declared to matter (Lakens 2017, SPPS
-    8:355).
+    8:355). A change that other questions would show and other seeds might not is *inconclusive*: the interval over
+    questions takes these seeds for given.
     """
     _check_evidence(evidence)
     silent = _why_uninformative(evidence)
@@ -65,6 +68,10 @@ def verdict(evidence: Evidence) -> Verdict:
     if not significant:
         reason = f"the change {figures} is neither clear of zero (corrected p = {evidence.p_corrected:.3g})"
         return Verdict("inconclusive", f"{reason} nor within the margin of {margin}")
+    against = None if evidence.seeds is None else seeds_against(evidence.seeds)
+    if against is not None:
+        clear = f"is clear of zero over questions (corrected p = {evidence.p_corrected:.3g})"
+        return Verdict("inconclusive", f"the change {figures} {clear} and not over seeds: {against}")
     check = evidence.p_sign_flip_corrected
     disagrees = check is not None and check > evidence.alpha
     aside = f"; the sign-flip check disagrees (p = {check:.3g})" if disagrees else ""

@@ -152,7 +152,9 @@ def _counts(decided: Decided) -> Found:
 def _finding(decided: Decided, label: str) -> Found:
     one = decided.verdict(label)
     values = {"label": label, "kind": one.kind, "confidence": one.confidence.level, "reason": one.reason}
-    return Found({**values, "why": one.confidence.reason}, one.rows, one.kind)
+    over = one.over_seeds
+    seeds = "" if over is None else f" Over seeds: {_interval(over, one.unit)}, {counted(over.n_clusters, 'seed')}."
+    return Found({**values, "seeds": seeds, "why": one.confidence.reason}, one.rows, one.kind)
 
 
 def _largest(decided: Decided, behavior: str) -> Found:
@@ -196,10 +198,19 @@ def _power(decided: Decided, behavior: str) -> Found:
     mend = "so a null result says something" if seen <= margin else f"so a null result says little; {_mend(worst.mend)}"
     values = {
         "behavior": behavior, "margin": size(margin, unit), "seen": size(seen, unit), "family": size(family, unit),
-        "m": str(len([one for one in decided.verdicts if one.estimate is not None])), "n": str(worst.n_questions),
+        "m": str(len(decided.declared)), "n": str(worst.n_questions),
         "mend": mend,
     }  # fmt: skip
     return Found(values, _together(mine), "" if seen <= margin else "withheld")
+
+
+def _sign_flips(decided: Decided, behavior: str) -> Found:
+    """Where the fewest questions of a behavior cannot reach the corrected level by sign flips."""
+    mine = [one for one in decided.verdicts if one.behavior == behavior and one.sign_flip_warning]
+    fewest = min((one.n_questions, one.sign_flip_warning or "") for one in mine) if mine else None
+    if fewest is None:
+        raise KeyError(behavior)
+    return Found({"behavior": behavior, "why": fewest[1]}, _together(mine), "withheld")
 
 
 def _mend(needed: Sequence[Needed]) -> str:
@@ -300,7 +311,7 @@ CLAIMS: Mapping[str, Bound] = {
     "pilot": Bound("{verdict} for {subject}: {reason}. Rule: {rule}.{ignored}", _pilot),
     "study": Bound("{gate}, {subject}: {verdict}. {reason}. Rule: {rule}.{ignored}", _study),
     "counts": Bound("Declared contrasts: {n}. Of these {told}.", _counts),
-    "finding": Bound("{kind}: {reason}. Confidence {confidence}: {why}.", _finding),
+    "finding": Bound("{kind}: {reason}.{seeds} Confidence {confidence}: {why}.", _finding),
     "largest": Bound("The largest change of {behavior} is {figures}, in {label}: {kind}, confidence {confidence}.", _largest),
     "mimicry": Bound(
         "{label}: convergence alone {alone}, with the behavior adapter {trained}; the adapter adds {extra}.", _mimicry
@@ -312,6 +323,7 @@ CLAIMS: Mapping[str, Bound] = {
         "four times out of five ({family} at the first step of the correction over {m} contrasts), {mend}.",
         _power,
     ),
+    "sign_flips": Bound("The sign-flip check is weak for {behavior}: {why}.", _sign_flips),
     "correlation": Bound(
         "Over {n} sources, the rank correlation of {behavior} transfer with {correlate} is {figures}.",
         _correlation,

@@ -6,14 +6,14 @@ from fastconv.deciding.decided import Decided
 from fastconv.deciding.gathering import Subject
 from fastconv.findings.blocks import OPEN_ROWS, Block, Cell, Figure, Note, Section, Table
 from fastconv.findings.figures import heatmap
-from fastconv.findings.units import p_value, scale, size
+from fastconv.findings.units import Unit, p_value, scale, size
 from fastconv.findings.verdicts import CellVerdict
 from fastconv.reporting.claims import NoSuchClaimError, ask
 
 #: More pilot gates stand in a table.
 OPEN_PILOTS = 4
 _COLUMNS = (
-    "contrast", "verdict", "change", "interval", "p", "p by sign flips", "threshold", "confidence", "why",
+    "contrast", "verdict", "change", "interval", "over seeds", "p", "p by sign flips", "threshold", "confidence", "why",
 )  # fmt: skip
 _LETTERS = {
     "transfer": "T",
@@ -80,6 +80,9 @@ def findings(decided: Decided) -> Section | None:
                 "T transfer, R reverse, = equivalent, ? inconclusive, u uninformative, w withheld; a dash was not measured."
             )
         )
+    # Before the tables and not in a caption: where nothing speaks, the only table is folded away.
+    warned = dict.fromkeys(one.behavior for one in decided.verdicts if one.sign_flip_warning)
+    blocks += [ask(decided, "sign_flips", behavior=behavior) for behavior in warned]
     blocks += _tables(decided, verdicts)
     return Section(
         "findings", "Findings", tuple(blocks),
@@ -127,37 +130,43 @@ def _short(one: CellVerdict | None) -> str:
 
 def _tables(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> list[Table]:
     """One table, or where it would be long two: what says something, and, folded away, what does not."""
-    rows = {subject: _row(decided, subject, one) for subject, one in verdicts.items()}
-    numeric = frozenset({2, 3, 4, 5, 6})
-    caption = "Changes in percentage points, or in points where a judge scores. " + _flip_warnings(decided)
+    seeded = any(one is not None and one.over_seeds is not None for one in verdicts.values())
+    columns = tuple(name for name in _COLUMNS if seeded or name != "over seeds")
+    rows = {subject: _row(decided, subject, one, seeded) for subject, one in verdicts.items()}
+    numeric = frozenset(range(2, columns.index("confidence")))
+    caption = "Changes in percentage points, or in points where a judge scores."
+    if seeded:
+        caption += (
+            " Over seeds: the t interval over the means of the seeds; where it says no, a change is inconclusive."
+        )
     if len(rows) <= OPEN_ROWS:
-        return [Table("contrasts", _COLUMNS, tuple(rows.values()), numeric, caption)]
+        return [Table("contrasts", columns, tuple(rows.values()), numeric, caption)]
     silent = [s for s, one in verdicts.items() if one is None or one.kind in ("inconclusive", "uninformative")]
     speaking = tuple(row for subject, row in rows.items() if subject not in silent)
     rest = tuple(rows[subject] for subject in silent)
     folded = f"{len(rest)} contrasts that say nothing either way, or were not run"
-    tables = [Table("contrasts", _COLUMNS, speaking, numeric, caption)] if speaking else []
-    return [*tables, Table("contrasts-silent", _COLUMNS, rest, numeric, folded=folded)] if rest else tables
+    tables = [Table("contrasts", columns, speaking, numeric, caption)] if speaking else []
+    return [*tables, Table("contrasts-silent", columns, rest, numeric, caption, folded)] if rest else tables
 
 
-def _row(decided: Decided, subject: Subject, one: CellVerdict | None) -> tuple[Cell, ...]:
+def _row(decided: Decided, subject: Subject, one: CellVerdict | None, seeded: bool) -> tuple[Cell, ...]:
     label = subject.label(decided.found.main(subject.behavior))
     if one is None:
-        return (Cell(label), Cell("not run", word="absent"), *[Cell("")] * 7)
+        return (Cell(label), Cell("not run", word="absent"), *[Cell("")] * (8 if seeded else 7))
     shown = one.estimate is not None
-    factor, rows = scale(one.unit), one.rows if shown else ()
-    estimate = f"{factor * (one.estimate or 0) + 0.0:+.1f}" if shown else ""
-    interval = (
-        f"{factor * one.low:+.1f} to {factor * one.high:+.1f}" if one.low is not None and one.high is not None else ""
-    )
+    rows = one.rows if shown else ()
+    estimate = f"{scale(one.unit) * (one.estimate or 0) + 0.0:+.1f}" if shown else ""
+    over = one.over_seeds
+    over_seeds = _range(over.low, over.high, one.unit) if over is not None else ""
     return (
-        Cell(label), Cell(one.kind, word=one.kind), Cell(estimate, rows), Cell(interval, rows),
+        Cell(label), Cell(one.kind, word=one.kind), Cell(estimate, rows), Cell(_range(one.low, one.high, one.unit), rows),
+        *((Cell(over_seeds, rows),) if seeded else ()),
         Cell(p_value(one.p_corrected), rows), Cell(p_value(one.p_sign_flip), rows),
         Cell(size(one.margin, one.unit) if one.margin else ""), Cell(one.confidence.level),
         Cell.saying(ask(decided, "finding", label=label)),
     )  # fmt: skip
 
 
-def _flip_warnings(decided: Decided) -> str:
-    warned = dict.fromkeys(one.sign_flip_warning for one in decided.verdicts if one.sign_flip_warning)
-    return " ".join(f"The sign-flip check is weak here: {text}." for text in warned)
+def _range(low: float | None, high: float | None, unit: Unit) -> str:
+    """An interval as a table shows it; empty where there is none."""
+    return f"{scale(unit) * low:+.1f} to {scale(unit) * high:+.1f}" if low is not None and high is not None else ""
