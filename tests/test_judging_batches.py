@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -158,6 +159,136 @@ def test_results_nobody_waits_for_are_kept_and_read_later(server: FakeClaude, tm
     assert judge_all(server.url, tmp_path, samples(9), "live").n_scored == 9
     assert server.bill()["n_calls"] <= n_calls + 3  # no message was asked for again
     assert max(server.bill()["billed"].values()) == 1
+
+
+def left_under_way(server: FakeClaude, workspace: Path, n: int, **fields: Any) -> str:
+    """Send a batch that does not end yet and let go of it; gives its id. From now on, batches end at once."""
+    server.configure(batch_s=60.0)
+    one = desk(server.url, workspace, "batch", **fields)
+    one.submit("stage", rubric(), samples(n))
+    ledger = ledger_of(workspace)
+    while not ledger.batches("sent"):
+        time.sleep(0.01)
+    one.close(wait=False)
+    server.configure(batch_s=0.0)
+    return str(ledger.batches("sent")[0].batch)
+
+
+@pytest.mark.parametrize("mode", ["batch", "live"])
+def test_a_batch_that_the_key_is_not_shown_keeps_no_other_work_waiting(
+    server: FakeClaude, tmp_path: Path, mode: str
+) -> None:
+    gone = left_under_way(server, tmp_path, 12)
+    server.configure(batch_gone=[gone])
+    one = desk(server.url, tmp_path, mode, batch_grace_s=0.0, concurrency=4)
+    one.submit("stuck", rubric(), samples(12))
+    one.submit("beside", rubric(), samples(9, start=100))
+    status = one.close()
+    assert (status.n_scored, status.n_pending, status.finished) == (9, 12, {"beside"})
+    assert gone in status.problem
+    assert "another account's" in status.problem
+    assert "\n" not in status.problem
+    assert status.out
+    assert not status.stopped
+    money = ledger_of(tmp_path).money()
+    assert money.reserved_usd > 0.0  # it may come back with the right key
+    assert money.lost_usd == 0.0
+    server.configure(batch_gone=[], end_now=True)
+    assert judge_all(server.url, tmp_path, samples(12), "batch").n_scored == 12
+    assert max(server.bill()["billed"].values()) == 1
+    assert ledger_of(tmp_path).money().lost_usd == 0.0
+
+
+@pytest.mark.parametrize("mode", ["batch", "live"])
+def test_a_batch_that_is_not_shown_and_a_spent_budget_end_the_desk(
+    server: FakeClaude, tmp_path: Path, mode: str
+) -> None:
+    server.configure(batch_gone=[left_under_way(server, tmp_path, 12)])
+    reserved_usd = ledger_of(tmp_path).money().reserved_usd
+    status = judge_all(
+        server.url, tmp_path, samples(9, start=100), mode, batch_grace_s=0.0, budget_usd=1.001 * reserved_usd
+    )
+    assert status.n_pending == 9
+    assert "is spent" in status.problem
+
+
+def test_an_archived_batch_is_closed_as_lost_and_its_items_are_asked_again(server: FakeClaude, tmp_path: Path) -> None:
+    gone = left_under_way(server, tmp_path, 6)
+    reserved_usd = ledger_of(tmp_path).money().reserved_usd
+    server.configure(archived=[gone], end_now=True)
+    one = desk(server.url, tmp_path, "batch")
+    one.submit("again", rubric(), samples(6))
+    one.submit("beside", rubric(), samples(5, start=100))
+    status = one.close()
+    assert (status.n_scored, status.n_pending, status.problem) == (11, 0, "")
+    assert status.money.lost_usd == pytest.approx(reserved_usd)
+    assert status.money.reserved_usd == 0.0
+    assert ledger_of(tmp_path).counts()["lost"] == 6
+
+
+def test_what_is_always_archived_is_asked_again_twice_and_then_unscored(server: FakeClaude, tmp_path: Path) -> None:
+    server.configure(archived=["*"])
+    status = judge_all(server.url, tmp_path, samples(3), "batch")
+    assert (status.n_scored, status.n_unscored) == (0, 3)
+    assert server.bill()["n_batches"] == 3
+    assert ledger_of(tmp_path).counts()["lost"] == 9
+
+
+def test_a_batch_deleted_after_this_key_has_seen_it_is_closed_as_lost(server: FakeClaude, tmp_path: Path) -> None:
+    server.configure(batch_s=60.0)
+    one = desk(server.url, tmp_path, "batch")
+    one.submit("stage", rubric(), samples(4))
+    ledger = ledger_of(tmp_path)
+    while not ledger.batches("sent"):
+        time.sleep(0.01)
+    n_calls = server.bill()["n_calls"]
+    while server.bill()["n_calls"] == n_calls:  # the desk has looked at it
+        time.sleep(0.01)
+    server.configure(batch_s=0.0, batch_gone=["msgbatch_0000"])
+    status = one.close()
+    assert (status.n_scored, status.problem) == (4, "")
+    assert server.bill()["n_batches"] == 2
+    assert ledger.counts()["lost"] == 4
+
+
+def test_a_batch_not_shown_for_longer_than_results_are_kept_is_closed(
+    server: FakeClaude, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.configure(batch_gone=[left_under_way(server, tmp_path, 4)])
+    monkeypatch.setattr(batches, "KEPT_S", 0.0)
+    assert judge_all(server.url, tmp_path, samples(4), "batch").n_scored == 4
+    assert ledger_of(tmp_path).counts()["lost"] == 4
+
+
+def test_results_that_always_break_off_keep_no_other_batch_waiting(server: FakeClaude, tmp_path: Path) -> None:
+    broken = left_under_way(server, tmp_path, 4)
+    server.configure(results_broken=[broken], end_now=True, batch_outcomes={"expired": 0.3})
+    status = judge_all(server.url, tmp_path, samples(10, start=100), "batch")
+    assert status.n_pending == 0
+    server.configure(results_broken=[], batch_outcomes={})
+    assert judge_all(server.url, tmp_path, samples(4), "batch").n_scored == 4
+    assert ledger_of(tmp_path).counts()["lost"] == 0
+
+
+def test_an_intent_that_may_be_an_archived_batch_is_not_freed(server: FakeClaude, tmp_path: Path) -> None:
+    server.configure(batch_faults=["create_lost"], batch_s=60.0)
+    one = desk(server.url, tmp_path, "batch")
+    one.submit("stage", rubric(), samples(5))
+    while server.bill()["n_batches"] == 0:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    one.close(wait=False)
+    server.configure(batch_s=0.0, archived=["msgbatch_0000"], end_now=True)
+    status = judge_all(server.url, tmp_path, samples(5), "batch")
+    assert status.n_scored == 5
+    assert ledger_of(tmp_path).counts()["lost"] == 5
+
+
+def test_a_batch_is_sent_again_no_sooner_than_the_server_asks(server: FakeClaude, tmp_path: Path) -> None:
+    server.configure(batch_faults=["create_429"], retry_after_s=1.0)
+    assert judge_all(server.url, tmp_path, samples(2), "batch").n_scored == 2
+    first, second = server.bill()["asked_at"]
+    assert second - first >= 1.0
 
 
 def killed(server: FakeClaude, workspace: Path, mode: str, n: int, after_s: float) -> bool:

@@ -69,6 +69,7 @@ def check_endpoint(settings: JudgeSettings, key: ApiKey | None) -> None:
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as response:
             listed = json.loads(response.read())
+        listed = listed if key is None else key.cleaned(listed)
         models = [str(one["id"]) for one in listed["data"]]
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
@@ -79,7 +80,7 @@ def check_endpoint(settings: JudgeSettings, key: ApiKey | None) -> None:
         raise JudgeError(
             f"the local judge cannot be reached: {why}", where=url, fix="start the server, or check judge.base_url"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return
     if settings.model not in models:
         raise JudgeError(
