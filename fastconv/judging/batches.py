@@ -284,7 +284,7 @@ class BatchJudge:
     def _may_come(self, batch: Batch, status: int) -> bool:
         """Whether a batch that is not shown may bring results yet.
 
-        To another account's key a batch looks as if it had been deleted. It was deleted only if this very key has seen it.
+        To another account's key a batch looks as if it had been deleted. It was deleted if this very key has seen it.
         """
         self._n_hidden[batch.intent] += 1
         was_shown = status == 404 and batch.batch in self._shown
