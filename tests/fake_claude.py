@@ -57,7 +57,7 @@ class Script:
     batch_outcomes: dict[str, float] = field(default_factory=dict)
     #: Faults of the calls about batches: create_lost (taken, answer lost), create_500, results_reset, create_429.
     batch_faults: tuple[str, ...] = ()
-    #: Ids of batches ("*" for all) that this key is not shown, that have no results any more, or whose results break off.
+    #: Ids of batches ("*" for all) that this key is not shown, that have no results any more, or whose results break.
     batch_gone: tuple[str, ...] = ()
     archived: tuple[str, ...] = ()
     results_broken: tuple[str, ...] = ()
