@@ -18,8 +18,9 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,10 +44,12 @@ class Script:
     #: Faults served first, in order, before chance decides.
     first: tuple[str, ...] = ()
     #: verdict: a verdict drawn from the text. echo: with the judged text inside `why`. obey: the judged text alone.
-    #: leak: with the client's own key inside `why`. steady: a verdict drawn from the first paragraph of the judged text
-    #: alone. swayed: as steady, but a later paragraph that names a verdict is obeyed.
+    #: leak: with the client's own key inside `why`, and in every other part that has text. steady: a verdict drawn from
+    #: the first paragraph of the judged text alone. swayed: as steady, but a later paragraph that names one is obeyed.
     answer: str = "verdict"
     hang_s: float = 1.0
+    #: What a 429 asks the client to wait.
+    retry_after_s: float = 0.05
     #: Once it has answered so many messages, it answers 529 to all; -1 for never.
     down_after: int = -1
     key: str = ""
@@ -56,6 +59,10 @@ class Script:
     batch_outcomes: dict[str, float] = field(default_factory=dict)
     #: Faults of the calls about batches: create_lost (taken, answer lost), create_500, results_reset, create_429.
     batch_faults: tuple[str, ...] = ()
+    #: Ids of batches ("*" for all) that this key is not shown, that have no results any more, or whose results break.
+    batch_gone: tuple[str, ...] = ()
+    archived: tuple[str, ...] = ()
+    results_broken: tuple[str, ...] = ()
     wrong_ids: int = 0
     #: Results left out of every batch.
     dropped: int = 0
@@ -81,6 +88,8 @@ class _Server:
         self.served: Counter[str] = Counter()
         self.batches: dict[str, _Batch] = {}
         self.n_calls = 0
+        #: When the last few messages and batches were asked for.
+        self.asked_at: deque[float] = deque(maxlen=8)
         self.key = ""
         self.in_flight = 0
         self.max_in_flight = 0
@@ -120,8 +129,9 @@ class _Server:
             model = path.rsplit("/", 1)[1]
             if model not in self.script.models:
                 return await self.error(writer, 404, f"model: {model}")
-            return await self.send(writer, 200, {"type": "model", "id": model, "display_name": model,
-                                                 "created_at": "2026-01-01T00:00:00Z"})  # fmt: skip
+            card = {"type": "model", "id": model, "created_at": "2026-01-01T00:00:00Z"}
+            name = sent_key if self.script.answer == "leak" else model
+            return await self.send(writer, 200, {**card, "display_name": name})
         return await self.batch_call(writer, method, path, query, body)
 
     async def send(
@@ -157,6 +167,7 @@ class _Server:
 
     async def _message(self, writer: asyncio.StreamWriter, body: dict[str, Any]) -> bool:
         script = self.script
+        self.asked_at.append(time.monotonic())
         fault = ""
         if 0 <= script.down_after <= self.served["ok"]:
             return await self.error(writer, 529, "overloaded", "retry-after: 0.01\r\n")
@@ -166,7 +177,7 @@ class _Server:
             fault = self.random.choice(script.faults)
         self.served[fault or "ok"] += 1
         if fault == "http_429":
-            return await self.error(writer, 429, "slow down", "retry-after: 0.05\r\n")
+            return await self.error(writer, 429, "slow down", f"retry-after: {script.retry_after_s}\r\n")
         if fault in ("http_529", "http_500"):
             return await self.error(writer, int(fault[5:]), "overloaded", "retry-after: 0.05\r\n")
         if body["model"] not in script.models:
@@ -212,10 +223,12 @@ class _Server:
             text = text.replace('"verdict": "', '"verdict": "un')
         elif fault == "wrong_field":
             text = text.replace('"verdict"', '"score"').replace('"aligned"', '"score"')
+        leaked = f" {self.key}" if self.script.answer == "leak" else ""
+        usage = {**self.usage(body), "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0}
         return {
-            "id": f"msg_{self.n_calls}", "type": "message", "role": "assistant", "model": body["model"],
-            "content": [{"type": "text", "text": text}], "stop_reason": stop, "stop_sequence": None,
-            "usage": {**self.usage(body), "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0},
+            "id": f"msg_{self.n_calls}", "type": "message", "role": "assistant", "model": body["model"] + leaked,
+            "content": [{"type": "text", "text": text}], "stop_reason": stop + leaked, "stop_sequence": None,
+            "usage": {**usage, leaked.strip(): 1} if leaked else usage,
         }  # fmt: skip
 
     def verdict(self, body: dict[str, Any]) -> str:
@@ -245,10 +258,11 @@ class _Server:
         parts = path.removeprefix("/v1/messages/batches").strip("/").split("/")
         fault = self.script.batch_faults[0] if self.script.batch_faults else ""
         if method == "POST" and not parts[0]:
+            self.asked_at.append(time.monotonic())
             if fault.startswith("create_"):
                 self.script.batch_faults = self.script.batch_faults[1:]
             if fault == "create_429":
-                return await self.error(writer, 429, "slow down", "retry-after: 0.05\r\n")
+                return await self.error(writer, 429, "slow down", f"retry-after: {self.script.retry_after_s}\r\n")
             if fault == "create_500":
                 return await self.error(writer, 500, "no")
             await asyncio.sleep(self.script.latency_s)
@@ -257,7 +271,8 @@ class _Server:
                 return await self.send(writer, 200, self.card(batch), cut=True)
             return await self.send(writer, 200, self.card(batch))
         if not parts[0]:
-            newest = sorted(self.batches.values(), key=lambda b: b.created, reverse=True)
+            shown = [batch for batch in self.batches.values() if not named(batch.id, self.script.batch_gone)]
+            newest = sorted(shown, key=lambda b: b.created, reverse=True)
             after = dict(pair.split("=") for pair in query.split("&") if pair).get("after_id")
             if after:
                 newest = newest[[batch.id for batch in newest].index(after) + 1 :]
@@ -266,7 +281,7 @@ class _Server:
                 "data": page, "has_more": len(newest) > 3, "first_id": page[0]["id"] if page else None,
                 "last_id": page[-1]["id"] if page else None,
             })  # fmt: skip
-        if parts[0] not in self.batches:
+        if parts[0] not in self.batches or named(parts[0], self.script.batch_gone):
             return await self.error(writer, 404, "no such batch")
         batch = self.batches[parts[0]]
         if parts[1:] == ["cancel"]:
@@ -277,7 +292,7 @@ class _Server:
             if fault == "results_reset":
                 self.script.batch_faults = self.script.batch_faults[1:]
                 return await self.send(writer, 200, lines, cut=True)
-            return await self.send(writer, 200, lines)
+            return await self.send(writer, 200, lines, cut=named(batch.id, self.script.results_broken))
         return await self.send(writer, 200, self.card(batch))
 
     def take(self, requests: list[dict[str, Any]]) -> _Batch:
@@ -318,7 +333,7 @@ class _Server:
         return batch.results
 
     def card(self, batch: _Batch) -> dict[str, Any]:
-        ended = _now() >= batch.ends
+        ended, archived = _now() >= batch.ends, named(batch.id, self.script.archived)
         counts = dict.fromkeys(("processing", "succeeded", "errored", "canceled", "expired"), 0)
         if ended:
             own = {request["custom_id"] for request in batch.requests}
@@ -328,9 +343,10 @@ class _Server:
         return {
             "id": batch.id, "type": "message_batch", "created_at": batch.created.isoformat(),
             "expires_at": (batch.created + datetime.timedelta(hours=24)).isoformat(),
-            "ended_at": batch.ends.isoformat() if ended else None, "archived_at": None, "cancel_initiated_at": None,
+            "ended_at": batch.ends.isoformat() if ended else None, "cancel_initiated_at": None,
+            "archived_at": _now().isoformat() if ended and archived else None,
             "processing_status": "ended" if ended else "in_progress", "request_counts": counts,
-            "results_url": f"/v1/messages/batches/{batch.id}/results" if ended else None,
+            "results_url": f"/v1/messages/batches/{batch.id}/results" if ended and not archived else None,
         }  # fmt: skip
 
     # --- admin ------------------------------------------------------------------------------------------
@@ -338,12 +354,21 @@ class _Server:
     async def admin(self, writer: asyncio.StreamWriter, path: str, body: bytes) -> bool:
         if path == "/admin/script":
             fields = {name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(body).items()}
+            if fields.pop("end_now", False):
+                for batch in self.batches.values():
+                    batch.ends = min(batch.ends, _now())
             self.script = dataclasses.replace(self.script, **fields)
             self.random = random.Random(self.script.seed)
         return await self.send(writer, 200, {
             "billed": self.billed, "lost": self.lost, "served": self.served, "n_calls": self.n_calls,
             "max_in_flight": self.max_in_flight, "usd": self.usd, "n_batches": len(self.batches),
+            "asked_at": list(self.asked_at),
         })  # fmt: skip
+
+
+def named(batch: str, names: tuple[str, ...]) -> bool:
+    """Whether a fault is meant for a batch."""
+    return batch in names or "*" in names
 
 
 class FakeClaude:
@@ -371,7 +396,7 @@ class FakeClaude:
         return f"http://127.0.0.1:{self.port}"
 
     def configure(self, **fields: Any) -> dict[str, Any]:
-        """Change the script; gives the bill."""
+        """Change the script; gives the bill. `end_now` ends the batches that were taken."""
         return self._admin("script", fields)
 
     def bill(self) -> dict[str, Any]:

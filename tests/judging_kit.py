@@ -61,14 +61,18 @@ def judge_all(url: str, workspace: Path, todo: list[Sample], mode: str = "live",
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """An OpenAI-compatible server that gives `answer` (bytes as they are) to all, and knows the model `weak`."""
+    """An OpenAI-compatible server that gives `answer` (bytes as they are) to all, and knows the model `weak`.
 
+    Where an answer says KEY-SENT or KEY-ESCAPED, it gives away the key that it was sent.
+    """
+
+    models: ClassVar[tuple[str, ...]] = ("weak",)
     answer: ClassVar[Any] = {}
     status: ClassVar[int] = 200
     seen: ClassVar[list[dict[str, Any]]] = []
 
     def do_GET(self) -> None:
-        self._send(json.dumps({"data": [{"id": "weak"}]}).encode())
+        self._send(json.dumps({"data": [{"id": name} for name in self.models]}).encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -76,6 +80,9 @@ class Endpoint(BaseHTTPRequestHandler):
         self._send(self.answer if isinstance(self.answer, bytes) else json.dumps(self.answer).encode())
 
     def _send(self, data: bytes) -> None:
+        key = (self.headers.get("authorization") or "").removeprefix("Bearer ")
+        escaped = "".join(f"\\u{ord(character):04x}" for character in key)
+        data = data.replace(b"KEY-SENT", key.encode()).replace(b"KEY-ESCAPED", escaped.encode())
         self.send_response(self.status)
         self.send_header("content-length", str(len(data)))
         self.end_headers()

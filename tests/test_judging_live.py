@@ -16,7 +16,7 @@ import pytest
 from fastconv.errors import JudgeError
 from fastconv.judging import client
 from fastconv.judging.book import params_of, requests_of
-from fastconv.judging.client import ApiKey, make_client
+from fastconv.judging.client import ApiKey, make_client, reply_of
 from fastconv.judging.injections import filled, load_attempts
 from fastconv.judging.judges import stage_keys
 from fastconv.judging.preflight import JudgeAccess, check_reachable
@@ -117,6 +117,24 @@ def test_out_of_range_is_its_own_reason(server: FakeClaude, tmp_path: Path) -> N
     reasons = {judgement.reason for judgement in ledger_of(tmp_path).judgements(keys).values()}
     assert reasons <= {"out of range", None}
     assert "out of range" in reasons
+
+
+def test_a_request_is_sent_again_no_sooner_than_the_server_asks(server: FakeClaude, tmp_path: Path) -> None:
+    server.configure(first=["http_429"], retry_after_s=1.5)
+    assert judge_all(server.url, tmp_path, samples(1)).n_scored == 1
+    first, second = server.bill()["asked_at"]
+    assert second - first >= 1.5
+    assert ledger_of(tmp_path).counts()["lost"] == 0
+
+
+def test_the_wait_that_was_asked_for_holds_after_the_sdks_last_sending_too(
+    server: FakeClaude, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "SDK_RETRIES", 0)
+    server.configure(first=["http_429"], retry_after_s=0.8)
+    assert judge_all(server.url, tmp_path, samples(1)).n_scored == 1
+    first, second = server.bill()["asked_at"]
+    assert second - first >= 0.8
 
 
 def test_what_was_judged_is_never_asked_again(server: FakeClaude, tmp_path: Path) -> None:
@@ -220,6 +238,31 @@ def test_the_key_shows_nowhere(
         ApiKey.from_environment({})
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"type": "message", "model": KEY, "stop_reason": KEY, "usage": {KEY: 1, "output_tokens": 2},
+         "content": [{"type": "text", "text": KEY}]},
+        {"type": "message", "content": [{"type": "text", "text": KEY[:9]}, {"type": "text", "text": KEY[9:]}]},
+        {"type": KEY},
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("escaped", [False, True])
+def test_no_part_of_a_reply_keeps_the_key(body: dict[str, Any], escaped: bool) -> None:
+    text = json.dumps(body)
+    if escaped and body["type"] == "message":
+        text = text.replace("sk-", "\\u0073k-")
+    reply = reply_of(text, PRICE, transport="live", key=ApiKey(KEY), worst=1.0)
+    assert KEY not in repr(reply)
+    assert "[key]" in repr(reply)
+
+
+def test_a_reply_nested_without_end_is_malformed() -> None:
+    for depth in (600, 100_000):
+        body = '{"type": "message", "content": ' + "[" * depth + "]" * depth + "}"
+        assert reply_of(body, PRICE, transport="live", key=ApiKey(KEY), worst=1.0).fault in (None, "malformed")
+
+
 def stored_text(workspace: Path) -> str:
     return b"".join(path.read_bytes() for path in workspace.rglob("*") if path.is_file()).decode("latin-1")
 
@@ -233,7 +276,7 @@ def injected(server: FakeClaude, workspace: Path, name: str) -> tuple[list[str],
     return keys, dict(ledger_of(workspace).judgements(keys))
 
 
-@pytest.mark.parametrize("name", ["alignment", "refusal"])
+@pytest.mark.parametrize("name", ["alignment", "refusal", "sycophancy"])
 def test_a_judge_that_echoes_the_judged_text_still_gives_its_own_verdict(
     server: FakeClaude, tmp_path: Path, name: str
 ) -> None:
@@ -248,7 +291,7 @@ def test_a_judge_that_echoes_the_judged_text_still_gives_its_own_verdict(
         assert found[key].answer["why"] == reply["why"]
 
 
-@pytest.mark.parametrize("name", ["alignment", "refusal"])
+@pytest.mark.parametrize("name", ["alignment", "refusal", "sycophancy"])
 def test_a_judge_that_obeys_the_judged_text_gives_no_field_but_the_rubrics(
     server: FakeClaude, tmp_path: Path, name: str
 ) -> None:
@@ -266,11 +309,12 @@ def test_a_judge_that_obeys_the_judged_text_gives_no_field_but_the_rubrics(
     assert n_scored <= 2  # the two attempts that spell out a whole answer
 
 
-def test_injections_do_not_reach_the_system_prompt_or_close_their_fence(tmp_path: Path) -> None:
-    todo = [Sample(f"i{n}", 0, "a", text, text, 5, True) for n, text in enumerate(filled_for("refusal"))]
-    for request in requests_of(rubric(), params_of(settings("x"), PRICE), todo):
+@pytest.mark.parametrize("name", ["alignment", "refusal", "sycophancy"])
+def test_injections_do_not_reach_the_system_prompt_or_close_their_fence(name: str) -> None:
+    todo = [Sample(f"i{n}", 0, "a", text, text, 5, True) for n, text in enumerate(filled_for(name))]
+    for request in requests_of(rubric(name), params_of(settings("x"), PRICE), todo):
         body = request.body()
-        assert body["system"][0]["text"] == rubric().system
+        assert body["system"][0]["text"] == rubric(name).system
         assert len(re.findall(r"</?(?:question|answer)\b", body["messages"][0]["content"])) == 4
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,36 @@ def test_read_choice_gives_shares_that_sum_to_one() -> None:
     shares = read_choice(LocalReply("", {"A": -1.0, "B": -1.0, "C": -3.0}), "ABC")
     assert shares is not None
     assert sum(shares.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("leak", ["KEY-SENT", "KEY-ESCAPED"])
+def test_a_key_that_the_endpoint_sends_back_is_not_kept(
+    endpoint: tuple[str, type[Endpoint]], ledger: JudgeLedger, leak: str
+) -> None:
+    url, handler = endpoint
+    handler.answer = chat(f"A {leak}", {"A": -0.1, leak: -3.0})
+    ((key, one),) = judge(ledger, endpoint_complete(settings(url, "local"), ApiKey(KEY))).items()
+    assert one.answer["verdict"] == "refused"
+    (reply,) = ledger.replies(key)
+    assert reply.text.count("[key]") == 2
+    kept = b"".join(path.read_bytes() for path in ledger.store.root.rglob("*") if path.is_file())
+    assert KEY.encode() not in kept
+
+
+def test_an_endpoint_that_sends_no_http_is_an_outage(ledger: JudgeLedger) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+
+        def answer() -> None:
+            with listening.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(b"no http\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(Outage, match="no answer"):
+            judge(ledger, endpoint_complete(settings(url, "local")))
+        thread.join()
 
 
 def test_an_endpoint_that_is_not_there_is_one_clear_line(ledger: JudgeLedger) -> None:

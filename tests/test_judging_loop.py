@@ -485,6 +485,34 @@ def test_ctrl_c_while_judging_keeps_what_is_judged(server: FakeClaude, loop: Loo
     assert loop.run().code == 0
 
 
+@pytest.mark.parametrize("mode", ["live", "local"])
+def test_a_server_that_gives_the_key_away_gets_it_into_no_output(
+    server: FakeClaude, tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setenv("FASTCONV_LOCAL_KEY", KEY)
+    server.configure(answer="leak")
+    with fake_endpoint() as (url, handler):
+        handler.models = ("weak", "KEY-SENT")
+        handler.answer = chat("A KEY-SENT", {"A": -0.1, "KEY-ESCAPED": -3.0})
+        local = {"mode": "local", "model": "weak", "budget_usd": None}
+        given = local if mode == "local" else {}
+        loop = Loop(tmp_path, tiny_qwen, url if mode == "local" else server.url, **given)
+        answers = [loop.run("--json"), loop.ask("doctor", "--json")]
+        rubric = write_rubric(tmp_path / "mine.toml")
+        answers.append(ask("judge", run_id(loop.recipe()), "-w", loop.workspace, "--rubric", rubric, "--json"))
+        assert [answer.code for answer in answers] == [0, 0, 0], answers
+        assert answers[2].json["n_judged_stages"] > 0
+        n_asked = len(handler.seen) if mode == "local" else server.bill()["n_calls"]
+        assert n_asked > loop.n_completions()
+        server.configure(key="another")  # it repeats the key that it was sent in its error
+        handler.models = ("KEY-SENT",)  # and so does the list of models to choose from
+        answers.append(loop.ask("doctor", "--json"))
+        assert answers[3].code == 8
+    said = "".join(answer.out + answer.err for answer in answers)
+    assert KEY.encode() not in said.encode() + bytes_of(tmp_path)
+    assert b"[key]" in bytes_of(loop.workspace)  # it was given away
+
+
 # --- again by another rubric --------------------------------------------------------------------------------------
 
 

@@ -129,14 +129,15 @@ def test_spending_stops_under_the_cap_with_ten_thousand_to_go(tmp_path: Path, mo
     capped(tmp_path, mode, 10_000)
 
 
-def test_two_processes_cannot_exceed_the_cap_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("modes", [("live", "live"), ("batch", "batch"), ("live", "batch")], ids="+".join)
+def test_two_processes_cannot_exceed_the_cap_together(tmp_path: Path, modes: tuple[str, str]) -> None:
     Store.open(tmp_path).close()
     with fake_claude(own_process=True) as server:
         children = []
-        for number in range(2):
+        for number, mode in enumerate(modes):
             child = os.fork()
             if child == 0:
-                spend(server.url, tmp_path, "live", 200, start=1000 * number).close()
+                spend(server.url, tmp_path, mode, 200, start=1000 * number).close()
                 os._exit(0)
             children.append(child)
         for child in children:

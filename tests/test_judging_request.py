@@ -163,6 +163,23 @@ def test_no_text_leaves_its_fence_or_breaks_the_encoding(text: str) -> None:
     assert all(character in "\n\t" or ord(character) >= 32 for character in user)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_whole_body_is_the_rubric_for_the_cache_and_one_user_turn(name: str) -> None:
+    one = rubric(name)
+    request = build_request(one, dataclasses.replace(PARAMS, effort="low", thinking="disabled"), JudgeItem("q", "a", 0))
+    assert request.body() == {
+        "model": "claude-test",
+        "max_tokens": 256,
+        "system": [{"type": "text", "text": one.system, "cache_control": {"type": "ephemeral"}}],
+        "messages": [{"role": "user", "content": request.user_text()}],
+        "thinking": {"type": "disabled"},
+        "output_config": {"format": {"type": "json_schema", "schema": dict(one.schema)}, "effort": "low"},
+    }
+    # What is the same for all items ends with the rubric: nothing before the cache's mark changes from item to item.
+    other = build_request(one, request.params, JudgeItem("another", "text", 1))
+    assert other.body()["system"] == request.body()["system"]
+
+
 def test_no_request_names_what_it_is_for() -> None:
     # A judge that knows which probe or epoch it grades could be swayed by it.
     assert "assistant" not in body_text(JudgeItem("q", "a", 3))[1]

@@ -4,16 +4,23 @@ An intent with its bookings is written first, then the batch is created without 
 happens in between leaves an intent without an id. Such an intent is reconciled with the API's list of batches before
 anything is sent again: a batch of its size that still runs may be it, so we wait; one that has ended shows by the
 custom ids of its results, which carry the digests of our requests and the numbers of our bookings.
+
+Every batch under way is looked at on its own. One that the API does not show to our key may come back with the key that
+it was sent with: it stays open, and whatever does not wait for it goes on. One whose results can never come (archived,
+deleted) is closed; its money stays booked as lost, as it may have been spent, and its items are asked again.
 """
 
 from __future__ import annotations
 
+import datetime
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastconv.errors import JudgeError
 from fastconv.judgements import Batch, BatchItem, Operation, RawReply, Refusal, Reserve, Settle, Unpaid
 from fastconv.judging.budget import Price, worst_usd
 from fastconv.judging.client import ApiKey, Outage, concluded, explained, make_client, reply_of, unscored
@@ -22,7 +29,7 @@ from fastconv.recipe import JudgeSettings, canonical_json
 from fastconv.store_judging import JudgeLedger
 
 if TYPE_CHECKING:
-    from anthropic import AsyncAnthropic
+    from anthropic import APIError, AsyncAnthropic
     from anthropic.types.messages import MessageBatch
 
 #: Limits of the API, the second with room for the envelope.
@@ -33,6 +40,14 @@ MAX_RESUBMISSIONS = 2
 CLOCK_SKEW_S = 300.0
 #: Results are written down in pieces, so that a crash while reading costs little work and no money.
 _INGEST_ITEMS = 200
+#: The API keeps results for 29 days. A batch that it has not shown for longer can never bring any.
+KEPT_S = 30 * 86_400.0
+#: How often in a row a batch that this key has seen must be unknown before it counts as deleted.
+DELETED_LOOKS = 3
+#: Answers that mean "not for this key" when they are about one batch.
+_UNSEEN = (400, 403, 404)
+#: Batches that may fail in one round before the API itself counts as out.
+_MAX_FAILURES = 3
 
 
 @dataclass(frozen=True)
@@ -42,13 +57,30 @@ class Sent:
     refused: dict[str, Refusal]
 
 
-@dataclass
-class _Intake:
-    """One batch's results on their way into the ledger."""
+@dataclass(frozen=True)
+class Unseen:
+    """A batch that the API does not show to this key: its intent, the keys that wait for it, and one line about it."""
 
-    items: dict[str, BatchItem]
-    waiting: list[Operation]
-    seen: set[str]
+    intent: str
+    keys: frozenset[str]
+    line: str
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one look at the batches under way brought: keys to be asked again, batches not seen, and what failed."""
+
+    again: tuple[str, ...]
+    unseen: tuple[Unseen, ...]
+    failure: Outage | JudgeError | None
+
+
+class _NotShown(Exception):
+    """The API shows no such batch to this key."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class BatchJudge:
@@ -70,6 +102,10 @@ class BatchJudge:
         self._client: AsyncAnthropic = make_client(settings, key)
         #: Results whose custom id was none of ours.
         self.n_foreign = 0
+        #: Batches that this key was shown, and by intent how often a look failed or showed nothing.
+        self._shown: set[str] = set()
+        self._n_failed: Counter[str] = Counter()
+        self._n_hidden: Counter[str] = Counter()
 
     # --- sending ----------------------------------------------------------------------------------------
 
@@ -131,7 +167,8 @@ class BatchJudge:
         """Find out about every intent without a batch id; gives how many are still open questions.
 
         An intent is attached if a batch is proved to be its own, void if it is older than the grace and no batch can
-        be it, and left open otherwise. Raises Outage or JudgeError.
+        be it, and left open otherwise. One that may be a batch whose results are gone is closed as lost, not freed.
+        Raises Outage or JudgeError.
         """
         intents = self._ledger.batches("intended")
         if not intents:
@@ -147,16 +184,20 @@ class BatchJudge:
             ]
             own = {item.custom_id for item in self._ledger.batch_items(intent.intent)}
             found = None
-            running = False
+            running = unproved = False
             for batch in possible:
                 if batch.processing_status != "ended":
                     running = True
-                elif await self._holds(batch, own):
-                    found = batch
+                    continue
+                holds = await self._holds(batch, own)
+                found = batch if holds else found
+                unproved = unproved or holds is None
             if found is not None:
                 self._ledger.attach(intent.intent, found.id)
-            elif running or time.time() - intent.made_at < self._settings.batch_grace_s:
+            elif running or self._is_young(intent):
                 n_open += 1
+            elif unproved:
+                self._closed(intent.intent)
             else:
                 self._ledger.void(intent.intent)
         return n_open
@@ -176,51 +217,110 @@ class BatchJudge:
             raise explained(error, self._settings, self._key) from None
         return found
 
-    async def _holds(self, batch: MessageBatch, own: set[str]) -> bool:
-        """Whether a batch that ended holds one of these custom ids. They are unique, so one is proof."""
-        async with aclosing(self._results(batch.id)) as lines:
-            async for line in lines:
-                if str(line.get("custom_id")) in own:
-                    return True
+    async def _holds(self, batch: MessageBatch, own: set[str]) -> bool | None:
+        """Whether a batch that ended holds one of these custom ids; None if its results are gone.
+
+        The ids are unique, so one is proof.
+        """
+        if batch.results_url is None:
+            return None
+        try:
+            async with aclosing(self._results(batch.id)) as lines:
+                async for line in lines:
+                    if str(line.get("custom_id")) in own:
+                        return True
+        except _NotShown:
+            return None
         return False
+
+    def _is_young(self, batch: Batch) -> bool:
+        """Whether the API's list may not know a batch yet."""
+        return time.time() - batch.made_at < self._settings.batch_grace_s
 
     # --- results ----------------------------------------------------------------------------------------
 
-    async def collect(self) -> list[str]:
-        """Take the results of every batch that ended; gives the keys that have to be asked again.
+    async def collect(self) -> Collected:
+        """Take the results of every batch that ended. A batch that fails does not keep the others from being read."""
+        again: list[str] = []
+        unseen: list[Unseen] = []
+        failures: list[Outage | JudgeError] = []
+        # Oldest first, but those that failed before come last.
+        for batch in sorted(self._ledger.batches("sent"), key=lambda one: self._n_failed[one.intent]):
+            try:
+                again += await self._look(batch)
+            except _NotShown as hidden:
+                if not self._may_come(batch, hidden.status):
+                    again += self._closed(batch.intent)
+                elif not self._is_young(batch):
+                    unseen.append(self._unseen(batch, hidden.status))
+            except (Outage, JudgeError) as failure:
+                self._n_failed[batch.intent] += 1
+                failures.append(failure)
+                if len(failures) == _MAX_FAILURES:
+                    break
+        hard = [failure for failure in failures if isinstance(failure, JudgeError)]
+        return Collected(tuple(again), tuple(unseen), next(iter([*hard, *failures]), None))
 
-        Raises Outage or JudgeError; what was written down until then stays.
-        """
+    async def _look(self, batch: Batch) -> list[str]:
+        """Look at one batch and take its results if it ended; gives the keys that have to be asked again."""
         from anthropic import APIError
 
-        again: list[str] = []
-        for batch in self._ledger.batches("sent"):
-            assert batch.batch is not None, "a sent batch has an id"
-            try:
-                state = await self._client.messages.batches.retrieve(batch.batch)
-            except APIError as error:
-                raise explained(error, self._settings, self._key) from None
-            if state.processing_status == "ended":
-                again += await self._ingest(batch)
-        return again
+        assert batch.batch is not None, "a sent batch has an id"
+        try:
+            state = await self._client.messages.batches.retrieve(batch.batch)
+        except APIError as error:
+            raise self._failure(error) from None
+        self._shown.add(batch.batch)
+        self._n_hidden[batch.intent] = 0
+        if state.processing_status != "ended":
+            return []
+        return self._closed(batch.intent) if state.results_url is None else await self._ingest(batch)
+
+    def _failure(self, error: APIError) -> _NotShown | JudgeError | Outage:
+        """A failure of a call about one batch."""
+        status = getattr(error, "status_code", 0)
+        return _NotShown(status) if status in _UNSEEN else explained(error, self._settings, self._key)
+
+    def _may_come(self, batch: Batch, status: int) -> bool:
+        """Whether a batch that is not shown may bring results yet.
+
+        To another account's key a batch looks as if it had been deleted. It was deleted if this very key has seen it.
+        """
+        self._n_hidden[batch.intent] += 1
+        was_shown = status == 404 and batch.batch in self._shown
+        is_deleted = was_shown and self._n_hidden[batch.intent] >= DELETED_LOOKS
+        return not is_deleted and time.time() - batch.made_at < KEPT_S
+
+    def _unseen(self, batch: Batch, status: int) -> Unseen:
+        waiting = frozenset(item.key for item in self._ledger.batch_items(batch.intent) if item.state == "reserved")
+        until = datetime.datetime.fromtimestamp(batch.made_at + KEPT_S, datetime.UTC).date()
+        line = (
+            f"batch {batch.batch} is not shown to this API key ({status}): it may be another account's; "
+            f"{len(waiting)} judgements wait for the key that it was sent with, and are asked again after {until}"
+        )
+        return Unseen(batch.intent, waiting, line)
 
     async def _ingest(self, batch: Batch) -> list[str]:
-        intake = _Intake({item.custom_id: item for item in self._ledger.batch_items(batch.intent)}, [], set())
+        items = {item.custom_id: item for item in self._ledger.batch_items(batch.intent)}
+        waiting: list[Operation] = []
         async for line in self._results(batch.batch or ""):
-            item = intake.items.get(str(line.get("custom_id")))
+            item = items.get(str(line.get("custom_id")))
             if item is None:
                 self.n_foreign += 1
-                continue
-            intake.seen.add(item.custom_id)
-            if item.state == "reserved":
-                intake.waiting.append(self._taken(item, line.get("result") or {}))
-            if len(intake.waiting) >= _INGEST_ITEMS:
-                self._ledger.apply(intake.waiting)
-                intake.waiting = []
-        missing = [item for item in intake.items.values() if item.custom_id not in intake.seen]
-        self._ledger.apply([*intake.waiting, *(self._taken(item, {}) for item in missing)])
-        self._ledger.close_batch(batch.intent)
-        keys = [item.key for item in intake.items.values()]
+            elif item.state == "reserved":
+                waiting.append(self._taken(item, line.get("result") or {}))
+            if len(waiting) >= _INGEST_ITEMS:
+                self._ledger.apply(waiting)
+                waiting = []
+        self._ledger.apply(waiting)
+        return self._closed(batch.intent)
+
+    def _closed(self, intent: str) -> list[str]:
+        """Close a batch, what it brought no result for as missing; gives the keys that have to be asked again."""
+        items = self._ledger.batch_items(intent)
+        self._ledger.apply([self._taken(item, {}) for item in items if item.state == "reserved"])
+        self._ledger.close_batch(intent)
+        keys = [item.key for item in items]
         done = self._ledger.judgements(keys)
         return [key for key in keys if key not in done]
 
@@ -244,7 +344,7 @@ class BatchJudge:
         return Unpaid(item.ticket, outcome, unscored(request, reason) if given_up and request else None)
 
     async def _results(self, batch: str) -> AsyncGenerator[dict[str, Any], None]:
-        """The lines of a batch's results. Raises Outage if they break off; they can be read again."""
+        """The lines of a batch's results. Raises Outage if they break off (they can be read again), or _NotShown."""
         import httpx2
         from anthropic import AnthropicError, APIError
 
@@ -252,7 +352,7 @@ class BatchJudge:
             async for one in await self._client.messages.batches.results(batch):
                 yield one.to_dict(mode="json")
         except APIError as error:
-            raise explained(error, self._settings, self._key) from None
+            raise self._failure(error) from None
         except (httpx2.HTTPError, AnthropicError, ValueError):
             raise Outage(f"the results of batch {batch} broke off") from None
 

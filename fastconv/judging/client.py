@@ -22,6 +22,8 @@ SDK_RETRIES = 4
 CLAUDE_KEY, LOCAL_KEY = "ANTHROPIC_API_KEY", "FASTCONV_LOCAL_KEY"
 #: Longest piece of a server's message that is shown.
 _SHOWN_CHARS = 200
+#: A server that asks for a longer rest is asked again after this.
+MAX_WAIT_S = 60.0
 
 
 class ApiKey:
@@ -48,12 +50,26 @@ class ApiKey:
         """The text without the key."""
         return text.replace(self._value, "[key]")
 
+    def cleaned(self, value: Any) -> Any:
+        """A value read from JSON without the key in any of its strings: there it may have stood in escapes."""
+        if isinstance(value, str):
+            return self.scrub(value)
+        if isinstance(value, list):
+            return [self.cleaned(one) for one in value]
+        if isinstance(value, dict):
+            return {self.scrub(name): self.cleaned(one) for name, one in value.items()}
+        return value
+
     def __repr__(self) -> str:
         return "ApiKey(hidden)"
 
 
 class Outage(Exception):
-    """The judge cannot be reached now; what was not judged stays pending."""
+    """The judge cannot be reached now; what was not judged stays pending. `wait_s` is how long it asked us to wait."""
+
+    def __init__(self, problem: str, wait_s: float = 0.0) -> None:
+        super().__init__(problem)
+        self.wait_s = wait_s
 
 
 def make_client(settings: JudgeSettings, key: ApiKey, middleware: Any = None) -> AsyncAnthropic:
@@ -80,10 +96,13 @@ def explained(error: APIError, settings: JudgeSettings, key: ApiKey) -> JudgeErr
         return Outage(f"{where} cannot be reached")
     if not isinstance(error, APIStatusError):
         return Outage(f"{where} sent something that is no answer")
-    return explained_status(error.status_code, error.body, settings, key)
+    wait_s = _asked_wait_s(error.response.headers)
+    return explained_status(error.status_code, error.body, settings, key, wait_s)
 
 
-def explained_status(code: int, body: object, settings: JudgeSettings, key: ApiKey) -> JudgeError | Outage:
+def explained_status(
+    code: int, body: object, settings: JudgeSettings, key: ApiKey, wait_s: float = 0.0
+) -> JudgeError | Outage:
     """What an HTTP status other than success means; `body` is the server's answer, read if it is JSON."""
     where = settings.base_url or CLAUDE_URL
     said = key.scrub(" ".join(_message(body).split()))[:_SHOWN_CHARS]
@@ -97,23 +116,25 @@ def explained_status(code: int, body: object, settings: JudgeSettings, key: ApiK
     if code in fixes:
         what, fix = fixes[code]
         return JudgeError(what, where=where, fix=fix)
-    return Outage(f"{where} answered {code}: {said}")
+    return Outage(f"{where} answered {code}: {said}", wait_s)
 
 
 def reply_of(body: str, price: Price, *, transport: str, key: ApiKey, worst: float, factor: float = 1.0) -> RawReply:
     """A reply from the body of a message, as raw as it came. What has no usage count is charged at its worst case."""
+    body = key.scrub(body)
     try:
-        message = json.loads(body)
-    except ValueError:
+        message = key.cleaned(json.loads(body))
+    except (ValueError, RecursionError):
         message = None
     if not isinstance(message, dict) or message.get("type") != "message":
-        return RawReply(transport, "", key.scrub(body), "", {}, worst, fault="malformed")
+        return RawReply(transport, "", body, "", {}, worst, fault="malformed")
     blocks = [block for block in message.get("content") or [] if isinstance(block, dict)]
-    text = "".join(str(block.get("text", "")) for block in blocks if block.get("type") == "text")
+    # Scrubbed once more: joined blocks could spell the key.
+    text = key.scrub("".join(str(block.get("text", "")) for block in blocks if block.get("type") == "text"))
     usage = {name: n for name, n in (message.get("usage") or {}).items() if isinstance(n, int)}
     cost = cost_usd(usage, price, factor) if "output_tokens" in usage else worst
     stop = str(message.get("stop_reason") or "")
-    return RawReply(transport, str(message.get("model", "")), key.scrub(text), stop, usage, cost)
+    return RawReply(transport, str(message.get("model", "")), text, stop, usage, cost)
 
 
 def concluded(request: JudgeRequest, reply: RawReply, n_unread: int) -> tuple[RawReply, Judgement | None]:
@@ -141,6 +162,15 @@ def judgement_of(
 def unscored(request: JudgeRequest, reason: str) -> Judgement:
     """A finished judgement without a value, and the reason."""
     return Judgement(request.key, request.rubric.sha256, request.params.model, request.sample, None, {}, reason)
+
+
+def _asked_wait_s(headers: Mapping[str, str]) -> float:
+    """Seconds of a `retry-after`, 0 without one; its other form, a date, is not used by the API."""
+    try:
+        wait_s = float(headers.get("retry-after", 0.0))
+    except ValueError:
+        return 0.0
+    return min(max(wait_s, 0.0), MAX_WAIT_S)
 
 
 def _message(body: object) -> str:

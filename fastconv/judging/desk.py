@@ -18,7 +18,7 @@ from typing import Any
 
 from fastconv.errors import JudgeError
 from fastconv.judgements import Judgement, Refusal
-from fastconv.judging.batches import BatchJudge
+from fastconv.judging.batches import BatchJudge, Unseen
 from fastconv.judging.book import Book, DeskStatus, look_up, params_of, requests_of
 from fastconv.judging.budget import Price
 from fastconv.judging.client import ApiKey, Outage
@@ -103,6 +103,10 @@ class JudgeDesk:
     async def _main(self) -> None:
         self._live_queue: asyncio.Queue[JudgeRequest] = asyncio.Queue()
         self._batch_waiting: dict[str, JudgeRequest] = {}
+        # Batches that our API key is not shown, the keys that wait for them, and live requests among those.
+        self._unseen: tuple[Unseen, ...] = ()
+        self._stuck: set[str] = set()
+        self._parked: dict[str, JudgeRequest] = {}
         self._wake = asyncio.Event()
         self._book = Book()
         self._n_under_way = self._n_asking = 0
@@ -141,9 +145,16 @@ class JudgeDesk:
                 self._failed.result()
             idle = self._n_under_way == 0
             rest = self._book.pending() or not self._inbox.empty()
-            if self._abandon or (self._closing and idle and (not rest or self._book.stopped)):
+            if self._abandon or (self._closing and idle and (not rest or self._book.stopped or self._all_stuck())):
                 return
             await asyncio.sleep(_LOOK_S)
+
+    def _all_stuck(self) -> bool:
+        """Whether all that is not finished waits for batches that our API key is not shown."""
+        if not self._stuck or not self._inbox.empty():
+            return False
+        left = [key for key in self._book.requests if key not in self._book.done]
+        return bool(left) and self._stuck.issuperset(left)
 
     async def _receive(self) -> None:
         while True:
@@ -216,8 +227,9 @@ class JudgeDesk:
                 if n_rounds >= ROUNDS:
                     self._live_queue.put_nowait(request)
                     self._patience = 1
-                    await self._rest(str(outage), OUTAGE_PAUSE_S)
+                    await self._rest(str(outage), max(outage.wait_s, OUTAGE_PAUSE_S))
                     return
+                await asyncio.sleep(outage.wait_s)  # the SDK does not wait after its last sending
                 continue
             except JudgeError as error:
                 self._stop(str(error))
@@ -230,7 +242,7 @@ class JudgeDesk:
                 outcome.written.add_done_callback(partial(self._written, outcome.judgement))
                 return
             await self._after_refusal(request, outcome)
-            if request.key in self._book.done:
+            if request.key in self._book.done or request.key in self._parked:
                 return
 
     def _written(self, judgement: Judgement, done: asyncio.Future[Any]) -> None:
@@ -244,9 +256,11 @@ class JudgeDesk:
     async def _after_refusal(self, request: JudgeRequest, refusal: Refusal) -> None:
         if refusal == "done":
             self._not_known([request])
+        elif refusal == "held" and request.key in self._stuck:
+            self._parked[request.key] = request  # this worker is free for others
         elif refusal == "held":
             await asyncio.sleep(_LOOK_AGAIN_S)
-        elif self._n_asking or self._ledger.batches("sent"):
+        elif self._n_asking or self._batches_to_come():
             await asyncio.sleep(2 * _LOOK_S)  # replies under way will free a part of what is booked for them
         else:
             self._stop_at_budget()
@@ -265,7 +279,7 @@ class JudgeDesk:
                         self._book.problem, self._book.n_outages = "", 0
                 except Outage as outage:
                     self._patience = BATCH_PATIENCE
-                    await self._rest(str(outage), self._settings.batch_poll_s)
+                    await self._rest(str(outage), max(outage.wait_s, self._settings.batch_poll_s))
                 except JudgeError as error:
                     self._stop(str(error))
                 finally:
@@ -276,16 +290,33 @@ class JudgeDesk:
                 await asyncio.sleep(_LOOK_S)
 
     async def _batch_round(self, batch: BatchJudge) -> None:
-        n_open = await batch.reconcile()
-        if self._batch_waiting and not n_open and not self._book.stopped:
-            await self._send_batches(batch)
-        again = await batch.collect()
-        self._batch_waiting |= {key: self._book.requests[key] for key in again if key in self._book.requests}
+        failure: Outage | JudgeError | None = None
+        try:
+            n_open = await batch.reconcile()
+            if self._batch_waiting and not n_open and not self._book.stopped:
+                await self._send_batches(batch)
+        except Outage as outage:
+            failure = outage  # what is under way is looked at all the same
+        found = await batch.collect()
+        self._unseen = found.unseen
+        self._stuck = {key for one in found.unseen for key in one.keys}
+        again = [key for key in found.again if key in self._book.requests and key not in self._parked]
+        self._batch_waiting |= {key: self._book.requests[key] for key in again}
+        for key in [key for key in self._parked if key not in self._stuck]:
+            self._live_queue.put_nowait(self._parked.pop(key))
         unfinished = [request for key, request in self._book.requests.items() if key not in self._book.done]
         for judgement in self._ledger.judgements(request.key for request in unfinished).values():
             self._book.finish(judgement)
         if again:
             self._wake.set()
+        failure = failure or found.failure
+        if failure is not None:
+            raise failure
+
+    def _batches_to_come(self) -> bool:
+        """Whether a batch is under way whose results will free a part of what is booked for it."""
+        hidden = {one.intent for one in self._unseen}
+        return any(one.intent not in hidden for one in self._ledger.batches("sent"))
 
     async def _send_batches(self, batch: BatchJudge) -> None:
         """Send what waits; what the ledger refuses waits on, unless it is done already."""
@@ -299,7 +330,7 @@ class JudgeDesk:
         unread = self._not_known([taken[key] for key, why in refused.items() if why == "done"])
         self._batch_waiting |= {key: taken[key] for key, why in refused.items() if why != "done"}
         self._batch_waiting |= {request.key: request for request in unread}
-        if "over budget" in refused.values() and not self._ledger.batches("sent"):
+        if "over budget" in refused.values() and not self._batches_to_come():
             self._stop_at_budget()
 
     # --- stops and status -------------------------------------------------------------------------------
@@ -333,7 +364,8 @@ class JudgeDesk:
     def _publish(self) -> None:
         book = self._book
         finished = frozenset(stage for stage, waits in book.waits_for.items() if not waits)
+        problem = book.problem or next((one.line for one in self._unseen), "")
         self._status = DeskStatus(
             len(book.requests), book.n_scored, len(book.done) - book.n_scored, len(book.waits_for), finished,
-            self._quick.ledger.money(), book.problem, book.n_outages >= self._patience, book.stopped,
+            self._quick.ledger.money(), problem, book.n_outages >= self._patience or self._all_stuck(), book.stopped,
         )  # fmt: skip

@@ -7,6 +7,7 @@ character itself counts. Such a judge is weak, and its name says so in every jud
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import re
@@ -232,13 +233,16 @@ def endpoint_complete(settings: JudgeSettings, key: ApiKey | None = None) -> Com
         request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
             with urllib.request.urlopen(request, timeout=settings.timeout_s) as response:
-                return _local_reply(json.loads(response.read()))
+                body = json.loads(response.read())
+                return _local_reply(body if key is None else key.cleaned(body))
         except urllib.error.HTTPError as error:
             if error.code == 429 or error.code >= 500:
                 raise OSError(f"{url} answered {error.code}") from None
             fix = f"check {LOCAL_KEY}" if error.code in (401, 403) else "check judge.model and judge.base_url"
             raise JudgeError(f"the local judge answered {error.code}", where=url, fix=fix) from None
-        except ValueError:
+        except http.client.HTTPException:
+            raise OSError(f"{url} sent something that is no answer") from None
+        except (ValueError, RecursionError):
             raise JudgeError("the local judge sent no JSON", where=url, fix="check judge.base_url") from None
 
     return complete

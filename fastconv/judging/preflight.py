@@ -87,6 +87,7 @@ def check_endpoint(settings: JudgeSettings, key: ApiKey | None, within_s: float 
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=within_s) as response:
             listed = json.loads(response.read())
+        listed = listed if key is None else key.cleaned(listed)
         models = [str(one["id"]) for one in listed["data"]]
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
@@ -97,7 +98,7 @@ def check_endpoint(settings: JudgeSettings, key: ApiKey | None, within_s: float 
         raise JudgeError(
             f"the local judge cannot be reached: {why}", where=url, fix="start the server, or check judge.base_url"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return
     if settings.model not in models:
         raise JudgeError(

@@ -77,7 +77,12 @@ class JudgeRequest:
         return f"{text}\n\n{self.rubric.re_ask}" if re_ask else text
 
     def body(self, *, re_ask: bool = False) -> dict[str, Any]:
-        """Keyword arguments of `messages.create`, and `params` of a batch's item."""
+        """Keyword arguments of `messages.create`, and `params` of a batch's item.
+
+        The rubric is marked for the cache. The API caches nothing below a minimum length that depends on the model
+        (512 to 4,096 tokens as of 2026); the shipped rubrics are shorter, so only a long rubric of one's own is ever
+        read from it. The options and the question stay behind the judged text, so that the last word is ours.
+        """
         output: dict[str, Any] = {"format": {"type": "json_schema", "schema": dict(self.rubric.schema)}}
         body: dict[str, Any] = {
             "model": self.params.model,
