@@ -93,7 +93,7 @@ def require_fit(card: Card, recipe: Recipe, shape: ModelShape | None) -> str:
         return offers
     need = least_bytes(recipe, shape)
     if need <= card.free_bytes:
-        return f"{offers}, at least {need / _GIB:.1f} needed{_shrinking(recipe, shape, card.free_bytes)}"
+        return f"{offers}, at least {need / _GIB:.1f} needed{shrinking(recipe, shape, card.free_bytes)}"
     options = "; or ".join(what_fits(recipe, shape, card.free_bytes)) or "use a larger GPU"
     if need <= card.total_bytes:
         raise ModelError(
@@ -108,6 +108,16 @@ def require_fit(card: Card, recipe: Recipe, shape: ModelShape | None) -> str:
         where="model.device",
         fix=options,
     )
+
+
+def room_on(name: str, room_bytes: float, recipe: Recipe, shape: ModelShape) -> str:
+    """What of the recipe does not fit into a card's memory, and what would; empty if all of it does."""
+    need = least_bytes(recipe, shape)
+    if need <= room_bytes:
+        return shrinking(recipe, shape, room_bytes).removeprefix("; ")
+    options = "; or ".join(what_fits(recipe, shape, room_bytes)) or "use a larger GPU"
+    has = f"{room_bytes / _GIB:.0f} GiB"
+    return f"does not fit: {shape.name} needs at least {need / _GIB:.1f} GiB, {name} has {has}; {options}"
 
 
 def least_bytes(recipe: Recipe, shape: ModelShape) -> float:
@@ -155,7 +165,7 @@ def _fixed_bytes(recipe: Recipe, shape: ModelShape) -> float:
     return weights + adapter_bytes(shape, recipe.lora.r, eight_bit=eight_bit) + _OVERHEAD_BYTES
 
 
-def _shrinking(recipe: Recipe, shape: ModelShape, room_bytes: float) -> str:
+def shrinking(recipe: Recipe, shape: ModelShape, room_bytes: float) -> str:
     """A note where whole micro-batches will not fit and the engine will halve them."""
     asked = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
     per_tok = activation_bytes_per_tok(shape, plain=trains_plain(recipe.model))

@@ -7,11 +7,11 @@ Malformed input raises `ValueError`; a quantity that sound input cannot give is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy import optimize, special
+from scipy import special
 
 Measure = Literal["letters", "phrases", "judge"]
 #: Spread between questions of a paired change, assumed before there is data: accuracy where 15 % of the questions
@@ -42,19 +42,13 @@ class Needed:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
-    """What a design could show before there is data, in the unit of the measure (a share, or judge points).
+class Reach:
+    """The smallest effect that one test of a contrast of `n_terms` rates or scores would probably find before there is
+    data, alone, in the unit of the measure; `questions` and `samples` bring it down to `threshold`."""
 
-    `alone` is the smallest paired change that one test would find, `in_family` the same as the first step of Holm over
-    `n_contrasts`. `questions` and `samples` bring `alone` down to the threshold.
-    """
-
+    n_terms: int
     threshold: float
-    n_questions: int
-    n_samples: int
-    n_contrasts: int
     alone: float
-    in_family: float
     questions: Needed
     samples: Needed
 
@@ -64,35 +58,77 @@ class Planned:
         return self.alone > self.threshold
 
 
-def planned_spread(measure: Measure, n_samples: int) -> float:
-    """Assumed standard deviation between questions of a paired change: a share, or judge points."""
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a design could show before there is data, in the unit of the measure (a share, or judge points).
+
+    `change` is a paired change, which gates compare; `declared` the contrast that verdicts rest on, and `in_family` the
+    same at the first step of Holm over `n_contrasts`. Where the questions are reported apart (not `primary`), no verdict
+    rests on them.
+    """
+
+    threshold: float
+    n_questions: int
+    n_samples: int
+    n_contrasts: int
+    change: Reach
+    declared: Reach
+    in_family: float
+    primary: bool = True
+
+
+def planned_spread(measure: Measure, n_samples: int, n_terms: int = 2) -> float:
+    """Assumed standard deviation between questions of a contrast: a share, or judge points.
+
+    What is assumed is that of a paired change, of two terms. More terms are taken as independent of one another: each
+    pair adds the variance of one such change, which grants nothing to what they share.
+    """
+    pairs = math.sqrt(n_terms / 2)
     if measure == "letters":
-        return math.sqrt(FLIP_SHARE)
+        return math.sqrt(FLIP_SHARE) * pairs
     if measure == "judge":
-        return POINTS_SD
-    return rate_contrast_sd(PLANNED_RATE, n_samples, PLANNED_ICC, 2, PLANNED_PAIRING)
+        return POINTS_SD * pairs
+    return rate_contrast_sd(PLANNED_RATE, n_samples, PLANNED_ICC, n_terms, PLANNED_PAIRING)
 
 
 def planned_power(
-    measure: Measure, threshold: float, n_questions: int, n_samples: int, n_contrasts: int = 1
-) -> Planned | None:
-    """The minimum detectable effect of a design beside its threshold; None under two questions."""
+    measure: Measure, threshold: float, n_questions: int, n_samples: int, n_contrasts: int = 1, n_terms: int = 2,
+    *, primary: bool = True,
+) -> Planned | None:  # fmt: skip
+    """The minimum detectable effects of a design beside its threshold; None under two questions.
+
+    `n_terms` of the declared contrast: 2 for a paired change, 4 against the canary, 8 less convergence alone.
+    """
     if n_questions < 2:
         return None
-    spread = planned_spread(measure, n_samples)
-    alone = minimum_detectable_effect(spread, n_questions).effect
+    change, declared = (_reach(measure, threshold, n_questions, n_samples, terms) for terms in (2, n_terms))
+    spread = planned_spread(measure, n_samples, n_terms)
     family = minimum_detectable_effect(spread, n_questions, 0.05 / max(1, n_contrasts)).effect
-    if alone is None or family is None:
+    if change is None or declared is None or family is None:
+        return None
+    return Planned(threshold, n_questions, n_samples, n_contrasts, change, declared, family, primary)
+
+
+def _reach(measure: Measure, threshold: float, n_questions: int, n_samples: int, n_terms: int) -> Reach | None:
+    spread = planned_spread(measure, n_samples, n_terms)
+    alone = minimum_detectable_effect(spread, n_questions).effect
+    if alone is None:
         return None
     if measure == "phrases":
-        variance = 2 * PLANNED_RATE * (1 - PLANNED_RATE)
+        variance = n_terms * PLANNED_RATE * (1 - PLANNED_RATE)
         own, drawn = variance * PLANNED_ICC * (1 - PLANNED_PAIRING), variance * (1 - PLANNED_ICC)
         samples = samples_needed(threshold, math.sqrt(own), math.sqrt(drawn), n_questions)
     else:
         samples = Needed(None, "samples", threshold, "the spread is between questions; samples do not shrink it")
-    return Planned(
-        threshold, n_questions, n_samples, n_contrasts, alone, family, clusters_needed(threshold, spread), samples
-    )
+    return Reach(n_terms, threshold, alone, clusters_needed(threshold, spread), samples)
+
+
+def mended_by(needed: Sequence[Needed]) -> str:
+    """In words: which numbers of questions, samples or seeds would mend a detectable effect that is too large."""
+    said = [f"{one.number:,} {one.what}" for one in needed if one.number is not None]
+    never = [one.what for one in needed if one.number is None]
+    words = f"{' or '.join(said)} would mend it" if said else "no number of questions would mend it"
+    return words + (f" (no number of {' or '.join(never)} would)" if never and said else "")
 
 
 def minimum_detectable_effect(
@@ -233,10 +269,13 @@ def _noncentrality(df: int, alpha: float, power: float) -> float:
     def shortfall(noncentrality: float) -> float:
         return 1.0 - float(special.nctdtr(df, noncentrality, critical)) - power
 
-    high = critical + 2.0
+    low, high = 0.0, critical + 2.0
     while shortfall(high) < 0:
-        high *= 2.0
-    return float(optimize.root_scalar(shortfall, bracket=(0.0, high), method="brentq", xtol=1e-12).root)
+        low, high = high, 2.0 * high
+    while high - low > 1e-12 * high:  # halving by hand: scipy.optimize takes `plan` longer to import than all of this
+        middle = (low + high) / 2
+        low, high = (middle, high) if shortfall(middle) < 0 else (low, middle)
+    return high
 
 
 def _unusable_spread(sd: float | None) -> str | None:

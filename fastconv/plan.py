@@ -6,15 +6,16 @@ Every figure is `work x formula / rate`; the inputs stand beside it (`Plan.to_js
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fastconv.card import least_bytes, shape_on_disk
-from fastconv.datasets.behaviors import NO_BEHAVIOR
+from fastconv.card import least_bytes, room_on, shape_on_disk
+from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, asked_by_set
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.detectable import Planned, planned_power
-from fastconv.engine.locate import engine_identity, trains_plain
+from fastconv.engine.locate import engine_identity, is_here, trains_plain
 from fastconv.errors import CostStop, ModelError
 from fastconv.graph import CellPlan, Graph, walk
 from fastconv.judge_assets import prices_of
@@ -23,6 +24,7 @@ from fastconv.judging.budget import Estimate, estimate
 from fastconv.judging.request import JudgeItem, build_request
 from fastconv.machine import Machine, find_machine
 from fastconv.recipe import Recipe, RunSettings
+from fastconv.schedule import group_size
 from fastconv.shapes import ModelShape, activation_bytes_per_tok, recomputed_bytes_per_tok, weight_bytes
 from fastconv.stage import Stage
 from fastconv.store import Store
@@ -69,6 +71,7 @@ class Plan:
     judging: Judging | None
     memory_bytes: Mapping[str, float]
     disk_bytes: Mapping[str, float]
+    fit: tuple[str, ...]
     power: Mapping[str, Planned]
     notes: tuple[str, ...]
     by_stage: Mapping[str, float]
@@ -97,7 +100,8 @@ class Plan:
             "kinds": [{**asdict(one), "demand": settings_of(one.demand)} for one in self.kinds],
             "judging": asdict(self.judging) if self.judging else None,
             "memory_bytes": dict(self.memory_bytes), "disk_bytes": dict(self.disk_bytes),
-            "power": {name: {**asdict(one), "too_large": one.too_large} for name, one in self.power.items()},
+            "fit": list(self.fit),
+            "power": {name: asdict(one) for name, one in self.power.items()},
             "machine": self.machine.to_json(), "shape": shape, "notes": list(self.notes),
         }  # fmt: skip
 
@@ -133,10 +137,11 @@ def make_plan(
         )
         for kind, stages in by_kind.items()
     )  # fmt: skip
-    adapters = sum(kind.n for kind in kinds if kind.kind in ("snapshot", "behavior"))
+    placed = _placed(recipe, machine)
     return Plan(
-        recipe.name, machine, shape, len(cells), kinds, _judging(graph, todo), _memory(recipe, shape),
-        _disk(recipe, shape, adapters, total(found.values())), _power(graph), _notes(graph, store), by_stage,
+        recipe.name, machine, shape, len(cells), kinds, _judging(graph, todo), _memory(placed, shape),
+        _disk(graph, shape, todo, total(found.values()), machine.device), _fit(placed, shape, machine), _power(graph),
+        _notes(graph, store), by_stage,
     )  # fmt: skip
 
 
@@ -246,6 +251,11 @@ def _bills(graph: Graph, stage: Stage, n: int, factor: float) -> tuple[Estimate,
     return bill(expected_tok(limit), CHARS_PER_TOK), bill(limit, 2 * CHARS_PER_TOK)
 
 
+def _placed(recipe: Recipe, machine: Machine) -> Recipe:
+    """The recipe as it would run on that machine: what `auto` resolves to there decides how wide the weights are."""
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": machine.device})})
+
+
 def _memory(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
     """Bytes of GPU memory: without which nothing runs, and with whole micro-batches. On a CPU the same of its own."""
     asked = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
@@ -255,16 +265,44 @@ def _memory(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
     return {"least": least, "comfortable": least - longest * recomputed_bytes_per_tok(shape) + kept}
 
 
-def _disk(recipe: Recipe, shape: ModelShape, n_adapters: int, work: Demand) -> dict[str, float]:
+def _fit(recipe: Recipe, shape: ModelShape, machine: Machine) -> tuple[str, ...]:
+    """What of the recipe does not fit into the machine's memory, and what would."""
+    room = machine.memory_bytes
+    said = "" if room is None else room_on(machine.name, room, recipe, shape)
+    return (said,) if said else ()
+
+
+def _disk(graph: Graph, shape: ModelShape, todo: Sequence[Stage], work: Demand, device: str) -> dict[str, float]:
     """Bytes that the workspace grows by, and of the model's files if they are still to be fetched or converted."""
-    adapters = n_adapters * 4.0 * shape.adapter_params(recipe.lora.r)
+    recipe = graph.recipe
+    adapter = 4.0 * shape.adapter_params(recipe.lora.r)
     ledger = work.new_tok * LEDGER_BYTES_PER_TOK + (work.samples + work.judged) * LEDGER_BYTES_PER_SAMPLE
-    state = 3 * 4.0 * shape.adapter_params(recipe.lora.r)
-    return {"adapters": adapters, "ledger": ledger, "training_state": state, "model": weight_bytes(shape)}
+    return {
+        "adapters": _n_adapters(recipe, todo, device) * adapter, "ledger": ledger, "training_state": 3 * adapter,
+        "model": _model_bytes(graph, shape),
+    }  # fmt: skip
+
+
+def _n_adapters(recipe: Recipe, todo: Sequence[Stage], device: str) -> int:
+    """How many new adapters lie on the disk at once: all, or where none are kept the snapshots and one group above."""
+    snapshots = sum(stage.kind == "snapshot" for stage in todo)
+    above = Counter(s.needs["snapshot"].key if "snapshot" in s.needs else "" for s in todo if s.kind == "behavior")
+    if recipe.run.keep_adapters:
+        return snapshots + above.total()
+    most = max(above.values(), default=0)
+    return snapshots + min(most, group_size(recipe, device) or most)
+
+
+def _model_bytes(graph: Graph, shape: ModelShape) -> float:
+    """Bytes of the model's files that are not on this disk yet; an embedded model is converted into 32 bits."""
+    if is_here(graph.source, graph.recipe.model):
+        return 0.0
+    return weight_bytes(shape) * (2 if graph.source.kind == "builtin" else 1)
 
 
 def _power(graph: Graph) -> dict[str, Planned]:
-    """The smallest effect that each behavior's design could show, beside its threshold."""
+    """The smallest effects that each behavior's design could show, beside its threshold; one entry for each set of
+    questions that is reported apart, by the name that the report gives it."""
     recipe = graph.recipe
     contrasts = {
         replace(plan.cell, seed=0)
@@ -274,15 +312,26 @@ def _power(graph: Graph) -> dict[str, Planned]:
         and plan.cell.convergence == "source"
         and plan.cell.source != ASSISTANT
     }
+    less_control = any(plan.cell.behavior == NO_BEHAVIOR for plan in graph.cells)
     found = {}
     for name, behavior in graph.behaviors.items():
-        n = len(graph.eval_items(behavior, recipe.grid.seeds[0]))
-        samples = 1 if behavior.spec.measure == "letters" else recipe.eval.samples_per_prompt
-        threshold = recipe.gates.threshold(name, behavior.spec.unit)
-        planned = planned_power(behavior.spec.measure, threshold, n, samples, max(1, len(contrasts)))
-        if planned is not None:
-            found[name] = planned
+        measure, threshold = behavior.spec.measure, recipe.gates.threshold(name, behavior.spec.unit)
+        samples = 1 if measure == "letters" else recipe.eval.samples_per_prompt
+        for place, (title, n) in enumerate(_asked(graph, behavior).items()):
+            # What is reported apart is no declared contrast: the change less the canary's, tested by itself.
+            family, terms = (max(1, len(contrasts)), 8 if less_control else 4) if place == 0 else (1, 4)
+            planned = planned_power(measure, threshold, n, samples, family, terms, primary=place == 0)
+            if planned is not None:
+                found[title] = planned
     return found
+
+
+def _asked(graph: Graph, behavior: Behavior) -> dict[str, int]:
+    """How many questions each part of a behavior's measure has, the part that verdicts rest on first."""
+    if behavior.spec.measure == "letters":
+        return {behavior.id: len(graph.questions.eval)}
+    sets = asked_by_set(graph.recipe, behavior)
+    return {f"{behavior.id}, {name} questions" if name else behavior.id: n for name, n in sets.items()}
 
 
 def _notes(graph: Graph, store: Store | None) -> tuple[str, ...]:

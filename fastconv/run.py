@@ -27,7 +27,7 @@ from fastconv.graph import CellPlan, Graph, lineage_key, walk
 from fastconv.judge_room import check_judge, judge_stages
 from fastconv.recipe import Recipe
 from fastconv.runner import Runner, Tally, Watcher, stop_on_sigint
-from fastconv.schedule import steps
+from fastconv.schedule import group_size, steps
 from fastconv.standing import needed_ends
 from fastconv.store import Store
 from fastconv.store_gc import free
@@ -171,7 +171,7 @@ def _compute_all(runner: Runner, keeper: GateKeeper, graph: Graph, store: Store,
             runner.decide(verdict)
         decided += [verdict.subject for verdict in fresh]
         alive = measurable_behaviors(graph, store)
-        for step in steps(picked, alive, _group(graph.recipe)):
+        for step in steps(picked, alive, group_size(graph.recipe, engine_identity(graph.recipe.model)["device"])):
             runner.converge(step.runs)
             runner.stack(step.adapters)
             runner.compute(step.ends)
@@ -181,15 +181,6 @@ def _compute_all(runner: Runner, keeper: GateKeeper, graph: Graph, store: Store,
         if graph.judge is not None:
             for plan in picked:
                 runner.when_measured(plan, keeper.after)
-
-
-def _group(recipe: Recipe) -> int:
-    """How many adapters may be trained in the same steps; 0 is for as many as memory allows."""
-    if recipe.model.trainer == "trl":
-        return 1
-    if recipe.run.group != "auto":
-        return recipe.run.group
-    return 0 if engine_identity(recipe.model)["device"] == "cuda" else 1
 
 
 def _free_adapters(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> None:

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.graph import CellPlan, lineage_key
+from fastconv.recipe import Recipe
 from fastconv.stage import Stage
 
 T = TypeVar("T")
@@ -65,6 +66,15 @@ def steps(plans: Sequence[CellPlan], alive: Sequence[str], group: int) -> list[S
                 same = list(on_one)
                 found += [*_geometry(same), *_on_one_snapshot(same, alive, group)]
     return found
+
+
+def group_size(recipe: Recipe, device: str) -> int:
+    """How many adapters may be trained in the same steps on a device; 0 is for as many as memory allows."""
+    if recipe.model.trainer == "trl":
+        return 1
+    if recipe.run.group != "auto":
+        return recipe.run.group
+    return 0 if device == "cuda" else 1
 
 
 def _on_one_snapshot(cells: Sequence[CellPlan], alive: Sequence[str], group: int) -> list[Step]:

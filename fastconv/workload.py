@@ -74,8 +74,16 @@ class Sketch(Graph):
 def demands(graph: Graph, stages: Iterable[Stage], device: str) -> dict[str, Demand]:
     """The demand of each stage on a device (`cpu` or `cuda`), by key."""
     rows = SAMPLED_ROWS[device]
+    trained: dict[str, Demand] = {}  # by set: adapters on every snapshot train the same rows
+
+    def behavior(graph: Graph, stage: Stage) -> Demand:
+        key = stage.needs["rows"].key
+        if key not in trained:
+            trained[key] = _behavior(graph, stage)
+        return trained[key]
+
     count: dict[str, Callable[[Graph, Stage], Demand]] = {
-        "answers": lambda graph, stage: _drawn(stage, rows), "snapshot": _snapshot, "behavior": _behavior,
+        "answers": lambda graph, stage: _drawn(stage, rows), "snapshot": _snapshot, "behavior": behavior,
         "eval": lambda graph, stage: _eval(graph, stage, rows, device), "judge": _judge,
         "geometry": lambda graph, stage: _geometry(graph, stage, device),
     }  # fmt: skip

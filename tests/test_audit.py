@@ -352,3 +352,22 @@ def test_the_rendered_pass_over_thousands_of_rows_is_quick(tokenizer: ChatTokeni
     per_row_s = (time.monotonic() - began) / len(rows)
     assert {f.code for f in found if f.severity == "refuse"} == {"D205"}  # four copies are not what is declared
     assert per_row_s * 20_000 < 60
+
+
+@pytest.mark.parametrize(
+    ("points", "prompts", "said"),
+    [
+        (8.5, 50, "about 8.96 points with 24 questions, threshold 8.5 points"),  # 32 with the published eight would do
+        (9.5, 50, None),
+        (9.5, 16, "with 11 questions, threshold 9.5 points"),
+    ],
+)
+def test_questions_that_are_reported_apart_make_no_design_able_to_see(
+    points: float, prompts: int, said: str | None
+) -> None:
+    recipe = recipe_of(
+        grid={"behaviors": ["none", "misalignment"]}, gates={"alignment_points": points}, eval={"prompts": prompts},
+        judge={"mode": "local"},
+    )  # fmt: skip
+    found = [finding.figure for finding in structure(recipe) if finding.code == "D111"]
+    assert [said in figure for figure in found] == [True] if said else found == []

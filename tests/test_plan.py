@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from fastconv.cli import app
 from fastconv.cli.kit import load
+from fastconv.engine.locate import BUILTIN, locate, model_folder
 from fastconv.errors import GateStop, InputError, ModelError
 from fastconv.graph import Graph
 from fastconv.machine import CARDS, find_machine, probe_stage, processor
-from fastconv.plan import make_plan, plan_recipe, require_approved
-from fastconv.recipe import RunSettings, run_id
+from fastconv.plan import Plan, make_plan, plan_recipe, require_approved
+from fastconv.recipe import ModelSettings, RunSettings, run_id
 from fastconv.reporting import collect
+from fastconv.reporting.planned import row_of as planned_row
 from fastconv.shapes import named_shape
-from fastconv.store import Store
+from fastconv.show.planning import plan as show_plan
+from fastconv.store import Record, Store
 from fastconv.workload import Demand, Sketch, demands
 from tests.loop_kit import DoneRun, run_tiny, tiny_recipe, write_tiny_recipe
 
@@ -30,24 +36,48 @@ def _kinds(name: str, *overrides: str, machine: str = "h200", scale: str = "") -
     return {one.kind: one for one in found.kinds} | {"plan": found}
 
 
+def _shown(found: Plan) -> list[str]:
+    """The lines that a plan prints, unbroken."""
+    told = io.StringIO()
+    show_plan(found, Console(file=told, width=1000))
+    return [line.rstrip() for line in told.getvalue().splitlines()]
+
+
+def _line(found: Plan, begins: str) -> str:
+    (line,) = [line for line in _shown(found) if line.startswith(begins)]
+    return line
+
+
 def test_the_matrix_is_planned_without_torch_a_gpu_or_its_model_and_data(tmp_path: Path) -> None:
     script = (
-        "import sys, time\nfrom fastconv.cli import app\n"
-        "began = time.process_time()\n"
+        "import sys\nfrom fastconv.cli import app\n"
         "try:\n    app(['plan', 'matrix', '--json', '-w', sys.argv[1]])\nexcept SystemExit:\n    pass\n"
-        "print(time.process_time() - began, sorted({'torch', 'transformers'} & set(sys.modules)), file=sys.stderr)"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)), file=sys.stderr)"
     )
     ran = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "no")], capture_output=True, text=True, check=True
     )
-    seconds, modules = ran.stderr.strip().splitlines()[-1].split(" ", 1)
-    assert modules == "[]"
-    assert float(seconds) < 4.0  # of this process; wall time is asked on a quiet machine
+    assert ran.stderr.strip().splitlines()[-1] == "[]"
     found = json.loads(ran.stdout)
     assert found["n_cells"] == 120
     assert "there is no GPU here" in found["machine"]["origin"]
     assert any("ARC-Challenge is not on this disk" in note for note in found["notes"])
     assert not (tmp_path / "no").exists()
+
+
+def test_the_matrix_is_planned_in_under_two_seconds(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastconv", "plan", "matrix", "-w", str(tmp_path / "no")]
+
+    def cpu_seconds() -> float:
+        """Of the whole command, imports and interpreter too; wall time would be that of whatever else runs here."""
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
+            _, status, used = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+        assert child.returncode == 0
+        return used.ru_utime + used.ru_stime
+
+    took = [cpu_seconds() for _ in range(3)]
+    assert min(took) < 2.0, took
 
 
 def test_work_is_counted_by_the_protocols_numbers() -> None:
@@ -135,9 +165,141 @@ def test_dollars_have_an_expectation_and_a_worst_case() -> None:
 
 def test_minimum_detectable_effects_stand_beside_the_thresholds() -> None:
     power = _kinds("matrix")["plan"].power
-    assert power["capability"].alone == pytest.approx(0.0449, abs=0.001)
-    assert power["refusal"].too_large
+    assert power["capability"].change.alone == pytest.approx(0.0449, abs=0.001)
+    assert not power["capability"].change.too_large
+    assert power["refusal"].change.too_large
     assert power["capability"].n_contrasts == 72
+
+
+def test_the_declared_contrast_has_more_terms_than_the_change_that_gates_compare() -> None:
+    less_control = _kinds("matrix")["plan"].power["refusal"].declared
+    change = _kinds("matrix")["plan"].power["refusal"].change
+    # Assistant and canary, now and at epoch 0; the same again without a behavior adapter, where the grid has it.
+    assert (change.n_terms, less_control.n_terms) == (2, 8)
+    assert less_control.alone == pytest.approx(2 * change.alone)
+    assert less_control.questions.number > 3.9 * change.questions.number
+    alone = _kinds("matrix", 'grid.behaviors=["capability", "refusal"]')["plan"].power
+    assert {one.declared.n_terms for one in alone.values()} == {4}
+    for one in alone.values():
+        assert one.declared.alone == pytest.approx(2**0.5 * one.change.alone)
+
+
+def test_questions_that_are_reported_apart_are_planned_apart() -> None:
+    found = _kinds("matrix")["plan"]
+    own, published = (found.power[f"misalignment, {name} questions"] for name in ("own", "published"))
+    assert "misalignment" not in found.power
+    assert (own.n_questions, own.primary, own.n_contrasts, own.declared.n_terms) == (24, True, 72, 8)
+    assert (published.n_questions, published.primary, published.n_contrasts) == (8, False, 1)
+    assert published.declared.n_terms == 4
+    assert _line(found, "misalignment, own") == (
+        "misalignment, own questions: 24 questions x 10, threshold 10 points; would probably find a change, as gates "
+        "compare, from 8.96 points; the declared contrast of 8 terms from 17.9 points (29.7 points among 72); a null result "
+        "would say little: 73 questions would mend it (no number of samples would)"
+    )
+    assert _line(found, "misalignment, published").startswith(
+        "misalignment, published questions, reported apart: 8 questions x 10, threshold 10 points; would probably find a "
+        "change, as gates compare, from 17.3 points; a null result would say little: 20 questions would mend it (no number "
+        "of samples would); the contrast of 4 terms from 24.5 points; a null result"
+    )
+
+
+def test_a_plan_that_could_show_little_says_what_would_mend_it() -> None:
+    found = _kinds("matrix")["plan"]
+    assert "from 9.39 pp; a null result would say little: 172 questions would mend it (no number of samples" in _line(
+        found, "refusal"
+    )
+    assert "from 4.49 pp; the declared contrast" in _line(found, "capability")
+    assert _line(found, "a contrast's terms are taken as independent, which is an assumption")
+    assert _line(found, "how many seeds would mend it is told after a run: the spread between seeds is not known")
+    few = _kinds("matrix", "eval.samples_per_prompt=2", "gates.refusal=0.12")["plan"]
+    assert "from 12.1 pp; a null result would say little: 52 questions or 3 samples would mend it;" in _line(
+        few, "refusal"
+    )
+    wide = ("gates.capability_pp=50", 'grid.behaviors=["none", "capability"]')
+    assert not [line for line in _shown(_kinds("matrix", *wide)["plan"]) if "mend" in line or "say little" in line]
+
+
+#: LoRA of rank 32 on all seven modules of Qwen2.5-7B, as PEFT counts it, and the model's weights.
+ADAPTER_PARAMS, MODEL_PARAMS = 80_740_352, 7_615_616_512
+
+
+@pytest.mark.parametrize(
+    ("overrides", "machine", "n_adapters"),
+    [
+        ((), "h200", 18 + 96),
+        (("run.keep_adapters=false",), "h200", 18 + 24),  # all epoch-0 adapters are trained before their cells
+        (("run.keep_adapters=false", "run.group=3"), "h200", 18 + 3),
+        (("run.keep_adapters=false",), "cpu", 18 + 1),
+    ],
+    ids=["kept", "a group", "three", "one by one"],
+)
+def test_disk_is_counted_by_what_lies_there_at_once(overrides: tuple[str, ...], machine: str, n_adapters: int) -> None:
+    found = _kinds("matrix", *overrides, machine=machine)
+    assert (found["snapshot"].n, found["behavior"].n) == (18, 96)
+    disk = found["plan"].disk_bytes
+    assert disk["adapters"] == n_adapters * 4 * ADAPTER_PARAMS
+    assert disk["training_state"] == 3 * 4 * ADAPTER_PARAMS
+    drawn = sum(kind.demand.new_tok for kind in found["plan"].kinds)
+    rows = sum(kind.demand.samples + kind.demand.judged for kind in found["plan"].kinds)
+    assert disk["ledger"] == drawn * 5 + rows * 260
+
+
+def test_a_models_files_are_counted_only_while_they_are_not_here(
+    tmp_path: Path, tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load("matrix", [])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("FASTCONV_CACHE", str(tmp_path / "own"))
+    assert _kinds("matrix")["plan"].disk_bytes["model"] == 2 * MODEL_PARAMS
+    folder = tmp_path / "models--Qwen--Qwen2.5-7B-Instruct" / "snapshots" / recipe.model.revision
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    shards = {"a.weight": "model-1.safetensors", "b.weight": "model-2.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (folder / "model-1.safetensors").touch()
+    assert _kinds("matrix")["plan"].disk_bytes["model"] == 2 * MODEL_PARAMS  # its download was broken off
+    (folder / "model-2.safetensors").touch()
+    assert _kinds("matrix")["plan"].disk_bytes["model"] == 0.0
+    assert make_plan(Graph(tiny_recipe(tiny_qwen)), None).disk_bytes["model"] == 0.0
+    assert _kinds("demo")["plan"].disk_bytes["model"] == 4 * named_shape("smollm2-135m").total_params
+    made = model_folder(locate(ModelSettings(id=BUILTIN)), ModelSettings(id=BUILTIN))
+    made.mkdir(parents=True)
+    (made / "fastconv.json").touch()
+    assert _kinds("demo")["plan"].disk_bytes["model"] == 0.0
+
+
+def test_memory_is_that_of_the_recipe_on_the_machine_it_is_planned_for() -> None:
+    memory = _kinds("pilot", machine="4090")["plan"].memory_bytes  # bfloat16 there, whatever this machine has
+    fixed = 2 * MODEL_PARAMS + 20 * ADAPTER_PARAMS + 1.2 * 2**30
+    # Inputs of 28 layers and one layer as plain operations keep it; whole: 3 of the MLP's width and 9 of the model's.
+    assert memory["least"] == fixed + 1024 * 2 * (28 * 3584 + 6 * 18944 + 12 * 3584)
+    assert memory["comfortable"] == fixed + 8192 * 2 * 28 * (3 * 18944 + 9 * 3584)
+    small = _kinds("pilot", "model.weights=4bit", machine="4090")["plan"].memory_bytes
+    assert small["least"] < 0.6 * memory["least"]
+    assert _kinds("pilot", machine="cpu")["plan"].memory_bytes["least"] == memory["least"] + 2 * MODEL_PARAMS
+
+
+def test_a_plan_says_what_does_not_fit_the_machine_and_what_would() -> None:
+    larger = ("model.id=Qwen/Qwen2.5-14B-Instruct", f"model.revision={'0' * 40}")
+    assert _line(_kinds("pilot", *larger, machine="4090")["plan"], "does not fit: ") == (
+        "does not fit: qwen2.5-14b needs at least 32.0 GiB, one RTX 4090 has 24 GiB; set model.weights = '4bit' "
+        "(recipes/small_gpu.toml); or take a smaller model (qwen2.5-7b)"
+    )
+    halved = "micro-batches of about 1530 tokens fit, so those of 8192 will be halved"
+    assert halved in _shown(_kinds("pilot", machine="4090")["plan"])
+    whole = _kinds("pilot")["plan"]
+    assert whole.fit == ()
+    assert not [line for line in _shown(whole) if "fit" in line]
+
+
+def test_what_a_judge_elsewhere_takes_is_beside_the_gpu_and_not_counted() -> None:
+    few = ('grid.sources=["villain"]', "grid.epochs=[0, 2]", 'grid.behaviors=["none", "refusal"]')
+    paid = _kinds("matrix", *few)["plan"]
+    assert _line(paid, "judge ").split()[:4] == ["judge", "12", "0", "beside"]
+    assert _line(paid, "beside: the judge answers while the GPU computes; how long it takes is not counted")
+    resident = _kinds("matrix", *few, "judge.mode=local", "judge.model=", machine="cpu")["plan"]
+    assert "beside" not in "".join(_shown(resident))
+    assert "beside" not in "".join(_shown(_kinds("pilot")["plan"]))
 
 
 @pytest.mark.parametrize(
@@ -198,6 +360,14 @@ def test_the_report_sets_the_plan_beside_what_it_took(tiny_qwen: Path, tmp_path:
     (section,) = [one for one in collect(graph, store).sections if one.id == "planned"]
     rows = {row[0].text: row[4].text for row in section.blocks[0].rows}  # pyright: ignore
     assert rows == {"eval": "1.25", "behavior": "4.00 (off by more than 2)"}
+
+
+def test_judging_elsewhere_is_beside_the_gpu_in_the_report_too() -> None:
+    taken = Record("0" * 64, "judge", "judge/x", 1, {}, {}, {}, 90.0, 0.0)
+    beside = [cell.text for cell in planned_row("judge", [(0.0, taken)])]
+    assert beside == ["judge", "1", "beside", "90.0", "beside the GPU, not planned"]
+    assert [cell.text for cell in planned_row("judge", [(60.0, taken)])][2:] == ["60.0", "90.0", "1.50"]
+    assert [cell.text for cell in planned_row("score", [(0.0, taken)])][2:] == ["0.0", "90.0", "not planned"]
 
 
 def test_a_probe_is_kept_in_the_workspace_and_found_again(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -15,13 +17,13 @@ from fastconv.deciding.decided import Decided
 from fastconv.errors import InputError, VerifyError
 from fastconv.findings.blocks import Claim
 from fastconv.graph import Graph
-from fastconv.recipe import canonical_json, parse_recipe, recipe_sha256, run_id
+from fastconv.recipe import Recipe, canonical_json, parse_recipe, recipe_sha256, run_id
 from fastconv.reporting import build, write_report
 from fastconv.reporting.comparing import Comparison, Paired, compare
 from fastconv.reporting.verifying import verify
 from fastconv.show.findings import comparison
 from fastconv.store import Store
-from tests.loop_kit import DoneRun, copy_ledger, run_tiny, tiny_recipe
+from tests.loop_kit import DoneRun, copy_ledger, run_tiny, tiny_recipe, tiny_table
 
 DIGIT = re.compile(r"\d")
 
@@ -148,6 +150,76 @@ def test_an_edited_threshold_is_shown_with_both_verdicts(done_run: DoneRun, tmp_
     # The run that came first has nothing to declare, even once the other is in the ledger.
     store.start_run(run_id(edit), canonical_json(table), recipe_sha256(edit), edit.name, {})
     assert Decided(done_run.graph, store).first is None
+
+
+def _began(store: Store, recipe: Recipe) -> None:
+    """Note a run of the recipe that rests on all its stages, as `run` does when it begins; nothing is computed."""
+    run = run_id(recipe)
+    store.start_run(run, canonical_json(recipe.model_dump(mode="json")), recipe_sha256(recipe), recipe.name, {})
+    for stage in Graph(recipe).stages():
+        store.note_stage_of_run(run, stage, reused=False)
+
+
+def _grid(model: Path, name: str, sources: Sequence[str], **gates: Any) -> Recipe:
+    references = {"villain": 90.45, "comedian": 89.42} | gates.pop("references", {})
+    known = {source: references[source] for source in sources}
+    table = tiny_table(model, name=name, grid__sources=list(sources), grid__epochs=[0, 1])
+    return parse_recipe(table | {"gates": {"g3_reference_pct": known, **gates}})
+
+
+PILOT, WHOLE = ("villain",), ("villain", "comedian")
+
+
+@pytest.mark.parametrize(("first", "then"), [(PILOT, WHOLE), (WHOLE, PILOT)], ids=["pilot first", "matrix first"])
+def test_a_pilot_and_its_matrix_in_one_workspace_have_edited_nothing(
+    tiny_qwen: Path, tmp_path: Path, first: Sequence[str], then: Sequence[str]
+) -> None:
+    store = Store.open(tmp_path)
+    _began(store, _grid(tiny_qwen, "first", first))
+    # Another source has a reference of its own, and which gates stop or are ignored is no threshold.
+    mine = _grid(tiny_qwen, "then", then, ignore={"G3": "another template"}, stop=["G2"])
+    _began(store, mine)
+    decided = Decided(Graph(mine), store)
+    assert decided.first is None
+    assert [note for note in build(decided).banners if note.word == "edited"] == []
+
+
+@pytest.mark.parametrize("name", ["first", "then"])
+@pytest.mark.parametrize(
+    ("sources", "gates", "told"),
+    [
+        (WHOLE, {"refusal": 0.2}, "refusal: 0.05 -> 0.2"),
+        (PILOT, {"references": {"villain": 80.0}}, "g3_reference_pct.villain: 90.45 -> 80.0"),
+        (WHOLE, {"references": {"villain": 80.0}}, "g3_reference_pct.villain: 90.45 -> 80.0"),
+    ],
+    ids=["threshold", "reference", "reference of the pilot"],
+)
+def test_a_threshold_edited_after_a_pilot_is_shown_in_any_recipe(
+    tiny_qwen: Path, tmp_path: Path, name: str, sources: Sequence[str], gates: dict[str, Any], told: str
+) -> None:
+    store = Store.open(tmp_path)
+    pilot, edit = _grid(tiny_qwen, "first", PILOT), _grid(tiny_qwen, name, sources, **gates)
+    _began(store, pilot)
+    _began(store, edit)
+    decided = Decided(Graph(edit), store)
+    assert decided.first is not None
+    assert (decided.first.run, decided.first.changes) == (run_id(pilot), (told,))
+    assert decided.first.gates.refusal == 0.05
+    assert decided.first.gates.g3_reference_pct["villain"] == 90.45
+    assert any(told in note.text for note in build(decided).banners)
+
+
+def test_a_reference_that_the_pilot_never_had_is_compared_with_the_run_that_had_it(
+    tiny_qwen: Path, tmp_path: Path
+) -> None:
+    store = Store.open(tmp_path)
+    matrix, edit = (_grid(tiny_qwen, "matrix", WHOLE, references={"comedian": at}) for at in (89.42, 70.0))
+    for recipe in (_grid(tiny_qwen, "pilot", PILOT), matrix, edit):
+        _began(store, recipe)
+    first = Decided(Graph(edit), store).first
+    assert first is not None
+    assert (first.run, first.changes) == (run_id(matrix), ("g3_reference_pct.comedian: 89.42 -> 70.0",))
+    assert dict(first.gates.g3_reference_pct) == {"villain": 90.45, "comedian": 89.42}
 
 
 # --- compare -----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastconv.datasets.audit_subject import Design, ids
 from fastconv.datasets.audit_types import Check, Finding
-from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, kinds_of
+from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, asked_by_set, kinds_of
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, canary_of, probes_of
 from fastconv.detectable import planned_power
@@ -159,16 +159,16 @@ def check_detectable_effect(design: Design) -> Iterator[Finding]:
         threshold = design.recipe.gates.threshold(name, behavior.spec.unit)
         samples = 1 if behavior.spec.measure == "letters" else design.recipe.eval.samples_per_prompt
         planned = planned_power(behavior.spec.measure, threshold, questions or 0, samples)
-        if planned is not None and planned.too_large:
+        if planned is not None and planned.change.too_large:
             unit = " points" if behavior.spec.unit == "points" else ""
-            enough = planned.questions.number
+            enough = planned.change.questions.number
             yield Finding(
                 "D111", "warn", name, (),
                 "the smallest change that this design would probably find is above the threshold that decides, so a "
                 "null result would say little",
                 f"ask more questions ({'no number is' if enough is None else enough} enough; eval.prompts), raise the "
                 "threshold, or accept D111 with the reason",
-                f"about {planned.alone:.3g}{unit} with {questions} questions, threshold {threshold:.3g}{unit}",
+                f"about {planned.change.alone:.3g}{unit} with {questions} questions, threshold {threshold:.3g}{unit}",
             )  # fmt: skip
 
 
@@ -246,6 +246,7 @@ def _rule(behavior: Behavior, rules: Mapping[str, Any]) -> PhraseRule | None:
 
 
 def _n_questions(design: Design, behavior: Behavior) -> int | None:
+    """Questions that verdicts and gates rest on: those that are reported apart do not count."""
     if behavior.spec.measure == "letters":
         return len(design.questions.eval) if design.questions else None
-    return min(design.recipe.eval.prompts, len(behavior.eval))
+    return next(iter(asked_by_set(design.recipe, behavior).values()), None)

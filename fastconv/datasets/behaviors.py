@@ -24,7 +24,7 @@ from fastconv.recipe import NegativesKind, Recipe
 
 __all__ = [
     "NO_BEHAVIOR", "AnswerRule", "Behavior", "BehaviorSpec", "NegativeRole", "Role", "Row",
-    "build_rows", "eval_prompts", "kinds_of", "load_behaviors", "open_questions",
+    "asked_by_set", "build_rows", "eval_prompts", "kinds_of", "load_behaviors", "open_questions", "question_sets",
 ]  # fmt: skip
 
 #: The convergence-only control: no behavior adapter.
@@ -131,6 +131,25 @@ def eval_prompts(recipe: Recipe, behavior: Behavior, seed: int) -> list[tuple[st
     by_id = {row["id"]: row[field] for row in behavior.eval}
     chosen = ordered(list(by_id), "eval", behavior.id, seed)[: recipe.eval.prompts]
     return [(prompt, by_id[prompt]) for prompt in sorted(chosen)]
+
+
+def question_sets(behavior: Behavior) -> dict[str, frozenset[str]]:
+    """Ids of the held-out prompts by the set they belong to, the largest first: verdicts rest on that one alone.
+
+    One nameless set where they are all of one; nothing for a behavior that has none of its own.
+    """
+    sets: dict[str, set[str]] = {}
+    for row in behavior.eval:
+        sets.setdefault(str(row.get("set", "")), set()).add(row["id"])
+    if len(sets) == 1:
+        return {"": frozenset(*sets.values())}
+    return {name: frozenset(sets[name]) for name in sorted(sets, key=lambda name: -len(sets[name]))}
+
+
+def asked_by_set(recipe: Recipe, behavior: Behavior) -> dict[str, int]:
+    """How many prompts of each set a probe is asked (with the grid's first seed), in the order of `question_sets`."""
+    asked = {prompt for prompt, _ in eval_prompts(recipe, behavior, recipe.grid.seeds[0])}
+    return {name: len(ids & asked) for name, ids in question_sets(behavior).items()}
 
 
 def open_questions(name: str) -> list[tuple[str, str]]:

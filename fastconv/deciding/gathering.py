@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from fastconv.datasets.behaviors import NO_BEHAVIOR
+from fastconv.datasets.behaviors import NO_BEHAVIOR, question_sets
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.deciding.reading import Reading
 from fastconv.findings.evidence import Series, first_too_unscored
@@ -87,13 +87,10 @@ class Gathering:
 
     def parts(self, measure: str) -> list[Part]:
         """The parts of a measure, the primary one first; one nameless part where its questions are of one set."""
-        sets: dict[str, set[str]] = {}
-        for row in self.graph.behaviors[measure].eval:
-            sets.setdefault(str(row.get("set", "")), set()).add(row["id"])
+        sets = question_sets(self.graph.behaviors[measure])
         if len(sets) < 2:
             return [Part(measure, "", None, True)]
-        ordered = sorted(sets, key=lambda name: -len(sets[name]))
-        return [Part(measure, name, frozenset(sets[name]), name == ordered[0]) for name in ordered]
+        return [Part(measure, name, ids, place == 0) for place, (name, ids) in enumerate(sets.items())]
 
     def main(self, measure: str) -> Part:
         """The part that verdicts and gates rest on."""

@@ -149,6 +149,10 @@ def secondary_findings(found: Gathering) -> list[Secondary]:
     return correct(found.asides())
 
 
+#: The gates' field that holds a figure for each source, and no threshold for all of them.
+_REFERENCES = "g3_reference_pct"
+
+
 @dataclass(frozen=True)
 class FirstThresholds:
     """The thresholds that stood when results were first seen, where those of this recipe differ."""
@@ -160,28 +164,53 @@ class FirstThresholds:
 
 
 def first_thresholds(reading: Reading) -> FirstThresholds | None:
-    """The earliest run that rests on results of this one, if its thresholds were others.
+    """The thresholds that stood when the results of this recipe were first seen, if they were others.
 
-    Editing a threshold makes another recipe and so another run, over the same stages: that is how it is seen.
+    Editing a threshold makes another recipe and so another run, over the same stages: that is how it is seen. The first
+    of a threshold is that of the earliest run which had it: a pilot has no reference for a source of the matrix alone.
     """
-    graph, store = reading.graph, reading.store
-    ends = {stage.key for plan in graph.cells for stage in (*plan.scores.values(), *plan.base.values())}
-    mine = run_id(graph.recipe)
+    recipe, store = reading.graph.recipe, reading.store
+    ends = {stage.key for plan in reading.graph.cells for stage in (*plan.scores.values(), *plan.base.values())}
     rows = store.frame(
         "SELECT id, recipe, started_at FROM runs WHERE id IN "
         "(SELECT run FROM run_stages WHERE key IN (SELECT value FROM json_each(?))) ORDER BY started_at",
         (json.dumps(sorted(ends)),),
     )
-    for run, recipe, started_at in rows.iter_rows():
-        if run == mine:
-            return None  # this one came first
+    now = _thresholds(recipe.gates, recipe.grid.sources)
+    first: dict[str, Any] = {}
+    edited: tuple[str, float] | None = None
+    for run, written, started_at in rows.iter_rows():
+        if run == run_id(recipe):
+            break  # what came after this one was no threshold of its results
+        table = json.loads(written)
         try:
-            before = GateSettings.model_validate(json.loads(recipe).get("gates", {}))
+            before = GateSettings.model_validate(table.get("gates", {}))
         except ValidationError:
             continue  # written by another version, whose thresholds had other names
-        changes = changed_inputs(before.model_dump(mode="json"), graph.recipe.gates.model_dump(mode="json"))
-        return FirstThresholds(run, started_at, before, tuple(changes)) if changes else None
-    return None
+        theirs = _thresholds(before, table.get("grid", {}).get("sources", ()))
+        fresh = {name: value for name, value in theirs.items() if name in now and name not in first}
+        if edited is None and any(value != now[name] for name, value in fresh.items()):
+            edited = run, started_at
+        first |= fresh
+    if edited is None:
+        return None
+    changes = changed_inputs(first, {name: now[name] for name in first})
+    return FirstThresholds(*edited, _with_thresholds(recipe.gates, first), tuple(changes))
+
+
+def _thresholds(gates: GateSettings, sources: Sequence[str]) -> dict[str, Any]:
+    """Every threshold by name, and the reference of each source of a grid; which gates stop or are ignored is neither."""
+    table = gates.model_dump(mode="json", exclude={"stop", "ignore", _REFERENCES})
+    return table | {f"{_REFERENCES}.{source}": gates.g3_reference_pct.get(source) for source in sources}
+
+
+def _with_thresholds(gates: GateSettings, first: Mapping[str, Any]) -> GateSettings:
+    """The gates with these thresholds, named as in `_thresholds`."""
+    references: dict[str, float | None] = dict(gates.g3_reference_pct)
+    references |= {name.split(".")[1]: value for name, value in first.items() if name.startswith(f"{_REFERENCES}.")}
+    known = {source: value for source, value in references.items() if value is not None}
+    plain = {name: value for name, value in first.items() if "." not in name}
+    return GateSettings.model_validate(gates.model_dump(mode="json") | plain | {_REFERENCES: known})
 
 
 def marked(verdicts: Sequence[GateVerdict], ignored: Mapping[str, str]) -> list[GateVerdict]:

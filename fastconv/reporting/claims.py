@@ -14,7 +14,7 @@ from fastconv.deciding.agreement import agreement_of, corrected_of
 from fastconv.deciding.correlates import MARKER_RATE, in_words, levels
 from fastconv.deciding.decided import Decided
 from fastconv.deciding.markers import MARKER, transfer_by_source
-from fastconv.detectable import Needed
+from fastconv.detectable import mended_by
 from fastconv.draws import seed_of
 from fastconv.findings.blocks import Claim
 from fastconv.findings.gates import GateVerdict
@@ -195,7 +195,11 @@ def _power(decided: Decided, behavior: str) -> Found:
     worst = max(mine, key=lambda one: one.detectable or 0.0)
     unit, margin = worst.unit, worst.margin or 0.0
     seen, family = worst.detectable or 0.0, worst.detectable_in_family or 0.0
-    mend = "so a null result says something" if seen <= margin else f"so a null result says little; {_mend(worst.mend)}"
+    mend = (
+        "so a null result says something"
+        if seen <= margin
+        else f"so a null result says little; {mended_by(worst.mend)}"
+    )
     values = {
         "behavior": behavior, "margin": size(margin, unit), "seen": size(seen, unit), "family": size(family, unit),
         "m": str(len(decided.declared)), "n": str(worst.n_questions),
@@ -211,13 +215,6 @@ def _sign_flips(decided: Decided, behavior: str) -> Found:
     if fewest is None:
         raise KeyError(behavior)
     return Found({"behavior": behavior, "why": fewest[1]}, _together(mine), "withheld")
-
-
-def _mend(needed: Sequence[Needed]) -> str:
-    said = [f"{one.number:,} {one.what}" for one in needed if one.number is not None]
-    never = [one.what for one in needed if one.number is None]
-    words = f"{' or '.join(said)} would mend it" if said else "no number of questions would mend it"
-    return words + (f" (no number of {' or '.join(never)} would)" if never and said else "")
 
 
 def _correlation(decided: Decided, behavior: str, correlate: str = MARKER_RATE) -> Found:

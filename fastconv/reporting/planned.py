@@ -22,7 +22,7 @@ def planned(decided: Decided) -> Section | None:
         record, seconds = decided.reading.record(stage), kept["stages"].get(stage.key[:12])
         if record is not None and seconds is not None and not decided.reused.get(stage.key, True):
             found.setdefault(stage.kind, []).append((seconds, record))
-    rows = [_row(kind, pairs) for kind, pairs in found.items() if sum(r.seconds for _, r in pairs) >= LEAST_S]
+    rows = [row_of(kind, pairs) for kind, pairs in found.items() if sum(r.seconds for _, r in pairs) >= LEAST_S]
     if not rows:
         return None
     columns = ("kind of stage", "stages", "planned, s", "taken, s", "taken over planned")
@@ -33,12 +33,15 @@ def planned(decided: Decided) -> Section | None:
     return Section("planned", "Plan against actual", tuple(blocks), intro)
 
 
-def _row(kind: str, pairs: list[tuple[float, Record]]) -> tuple[Cell, ...]:
+def row_of(kind: str, pairs: list[tuple[float, Record]]) -> tuple[Cell, ...]:
+    """The row of one kind: seconds planned and taken of each of its stages."""
     ids = tuple(f"{record.key[:12]}/seconds" for _, record in pairs)
     planned_s, taken_s = sum(seconds for seconds, _ in pairs), sum(record.seconds for _, record in pairs)
     factor = taken_s / planned_s if planned_s else None
     off = factor is None or not 1 / MOST_FACTOR <= factor <= MOST_FACTOR
-    said = "not planned" if factor is None else f"{factor:.2f}" + (" (off by more than 2)" if off else "")
+    beside = kind == "judge" and not planned_s  # a judge outside answers while the GPU computes
+    unplanned = "beside the GPU, not planned" if beside else "not planned"
+    said = unplanned if factor is None else f"{factor:.2f}" + (" (off by more than 2)" if off else "")
     return (
-        Cell(kind), Cell(str(len(pairs)), ids), Cell(f"{planned_s:.1f}"), Cell(f"{taken_s:.1f}", ids), Cell(said, ids),
+        Cell(kind), Cell(str(len(pairs)), ids), Cell("beside" if beside else f"{planned_s:.1f}"), Cell(f"{taken_s:.1f}", ids), Cell(said, ids),
     )  # fmt: skip

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fastconv.detectable import Reach, mended_by
 from fastconv.findings.units import size
 
 if TYPE_CHECKING:
@@ -30,13 +31,27 @@ def plan(found: Plan, console: Console) -> None:
     for name in ("stages", "to do", "done", "seconds", "work"):
         table.add_column(name, justify="left" if name in ("stages", "work") else "right", overflow="fold")
     for kind in found.kinds:
-        table.add_row(kind.kind, str(kind.n), str(kind.n_done), duration(kind.seconds), work(kind))
+        table.add_row(kind.kind, str(kind.n), str(kind.n_done), _seconds(kind), work(kind))
     console.print(table)
     console.print(f"in all {duration(3600 * found.hours)}; {_money(found)}")
     if found.judging is not None and found.judging.problem:
         console.print(f"[red]the judge cannot be asked:[/] {escape(found.judging.problem)}")
-    for line in (_rates(found), _room(found), *_power(found), *found.notes):
+    for line in (*_beside(found), _rates(found), _room(found), *found.fit, *_power(found), *found.notes):
         console.print(escape(line))
+
+
+def _seconds(kind: KindPlan) -> str:
+    """What the stages of a kind take; judgements that another machine makes take nothing of this one."""
+    return "beside" if _is_beside(kind) else duration(kind.seconds)
+
+
+def _is_beside(kind: KindPlan) -> bool:
+    return kind.demand.judged > 0 and not kind.seconds
+
+
+def _beside(found: Plan) -> Iterator[str]:
+    if any(map(_is_beside, found.kinds)):
+        yield "beside: the judge answers while the GPU computes; how long it takes is not counted"
 
 
 def work(kind: KindPlan) -> str:
@@ -84,10 +99,23 @@ def _room(found: Plan) -> str:
 
 
 def _power(found: Plan) -> Iterator[str]:
+    """One line for each part of a measure, and what is assumed or not known before a run."""
     for name, one in found.power.items():
         unit = "points" if one.threshold > 1 else "share"
-        word = " (a null result would say little)" if one.too_large else ""
+        apart, kind = ("", "declared contrast") if one.primary else (", reported apart", "contrast")
+        family = f" ({size(one.in_family, unit)} among {one.n_contrasts})" if one.primary else ""
         yield (
-            f"{name}: {one.n_questions} questions x {one.n_samples} would probably find {size(one.alone, unit)} alone and "
-            f"{size(one.in_family, unit)} among {one.n_contrasts} contrasts; threshold {size(one.threshold, unit)}{word}"
+            f"{name}{apart}: {one.n_questions} questions x {one.n_samples}, threshold {size(one.threshold, unit)}; would "
+            f"probably find a change, as gates compare, from {_reach(one.change, unit)}; the {kind} of "
+            f"{one.declared.n_terms} terms from {_reach(one.declared, unit, family)}"
         )
+    if found.power:
+        yield "a contrast's terms are taken as independent, which is an assumption: what they share would shrink it"
+    if any(one.change.too_large or one.declared.too_large for one in found.power.values()):
+        yield "how many seeds would mend it is told after a run: the spread between seeds is not known before one"
+
+
+def _reach(one: Reach, unit: str, family: str = "") -> str:
+    """A detectable effect, and where it exceeds the threshold a warning with the numbers that would mend it."""
+    mend = f"; a null result would say little: {mended_by((one.questions, one.samples))}" if one.too_large else ""
+    return f"{size(one.alone, unit)}{family}{mend}"
