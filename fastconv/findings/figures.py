@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastconv.findings.blocks import Figure
+from fastconv.findings.units import rounded
 
 STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
 MORE = ("#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -56,7 +57,8 @@ def lines(
         axes.set_yticks(np.linspace(*bounds, 5))
     _legend_above(figure, len(series))
     shown = "; ".join(
-        f"{name}: " + ", ".join(f"{point.y:.1f} at {point.x:g}" for point in points) for name, points in series.items()
+        f"{name}: " + ", ".join(f"{rounded(point.y)} at {point.x:g}" for point in points)
+        for name, points in series.items()
     )
     return _finish(figure, axes, place, title, axes_labels, run, f"{title}. {axes_labels[1]}. {shown}.")
 
@@ -108,7 +110,7 @@ def scatter(
     axes.axhline(0, color="#777777", linewidth=0.6, zorder=1)
     if any(groups):
         axes.legend(fontsize=7, frameon=True, framealpha=0.9, loc="best")
-    shown = "; ".join(f"{point.group} {point.label}: {point.x:.1f}, {point.y:.1f}" for point in points[:60])
+    shown = "; ".join(f"{point.group} {point.label}: {rounded(point.x)}, {rounded(point.y)}" for point in points[:60])
     return _finish(figure, axes, place, title, axes_labels, run, f"{title}. {shown}.")
 
 

@@ -6,7 +6,7 @@ from fastconv.deciding.decided import Decided
 from fastconv.deciding.gathering import Subject
 from fastconv.findings.blocks import OPEN_ROWS, Block, Cell, Figure, Note, Section, Table
 from fastconv.findings.figures import heatmap
-from fastconv.findings.units import p_value, scale, size
+from fastconv.findings.units import p_value, scale, signed, size
 from fastconv.findings.verdicts import CellVerdict
 from fastconv.reporting.claims import NoSuchClaimError, ask
 
@@ -122,7 +122,7 @@ def _short(one: CellVerdict | None) -> str:
     letter = _LETTERS[one.kind]
     if one.estimate is None or one.kind in ("uninformative", "withheld"):
         return letter
-    return f"{round(scale(one.unit) * one.estimate) + 0:+d} {letter}"
+    return f"{signed(scale(one.unit) * one.estimate, 0)} {letter}"
 
 
 def _tables(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> list[Table]:
@@ -146,10 +146,9 @@ def _row(decided: Decided, subject: Subject, one: CellVerdict | None) -> tuple[C
         return (Cell(label), Cell("not run", word="absent"), *[Cell("")] * 7)
     shown = one.estimate is not None
     factor, rows = scale(one.unit), one.rows if shown else ()
-    estimate = f"{factor * (one.estimate or 0) + 0.0:+.1f}" if shown else ""
-    interval = (
-        f"{factor * one.low:+.1f} to {factor * one.high:+.1f}" if one.low is not None and one.high is not None else ""
-    )
+    estimate = signed(factor * (one.estimate or 0.0)) if shown else ""
+    between = [] if one.low is None or one.high is None else [signed(factor * end) for end in (one.low, one.high)]
+    interval = " to ".join(between)
     return (
         Cell(label), Cell(one.kind, word=one.kind), Cell(estimate, rows), Cell(interval, rows),
         Cell(p_value(one.p_corrected), rows), Cell(p_value(one.p_sign_flip), rows),
