@@ -115,7 +115,8 @@ def scatter(
     if len(points) <= MOST_NAMED:
         name_points(figure, axes, [(point.x, point.y, point.label) for point in points])
     shown = "; ".join(f"{point.group} {point.label}: {rounded(point.x)}, {rounded(point.y)}" for point in points[:60])
-    return _finish(figure, axes, place, title, axes_labels, run, f"{title}. {shown}.")
+    drawn = _finish(figure, axes, place, title, axes_labels, run, f"{title}. {shown}.")
+    return replace(drawn, keep_width=len(points) <= MOST_NAMED)  # names are small as they are
 
 
 def heatmap(
