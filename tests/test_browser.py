@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.findings.blocks import Answer, Section
+from fastconv.findings.blocks import Answer, Cell, ReportData, Section, Table
 from fastconv.findings.report import render_html
 from fastconv.reporting import collect
 from tests.loop_kit import DoneRun
@@ -95,7 +95,8 @@ def frame_of(page: Path, folder: Path, width: int) -> str:
         "const s=d.querySelector('.skip');s.focus();const c=f.contentWindow.getComputedStyle(s),at=s.getBoundingClientRect();"
         "const focus=[c.outlineStyle,at.left>=0&&at.top>=0];const boxes=[...d.querySelectorAll('main .wide')];"
         "const stuck=boxes.filter(b=>b.scrollWidth>b.clientWidth+1&&b.tabIndex<0).length;"
-        "out.textContent='JSON'+JSON.stringify({focus,stuck,scroll:r.scrollWidth,client:r.clientWidth,wide:wide.slice(0,5),title:d.title,"
+        "const counts=d.querySelector('table.tight#kinds').getBoundingClientRect().width;"
+        "out.textContent='JSON'+JSON.stringify({counts,focus,stuck,scroll:r.scrollWidth,client:r.clientWidth,wide:wide.slice(0,5),title:d.title,"
         "scripts:d.scripts.length,tall:r.scrollHeight})+'END'}</script>"
     )
     found = chromium(
@@ -115,6 +116,7 @@ def test_nothing_overflows_and_no_text_acts(page: Path, tmp_path: Path, width: i
     assert found["scripts"] == 0
     assert found["focus"] == ["solid", True]  # what the keyboard is on is seen, also the link that jumps over the list
     assert found["stuck"] == 0  # every box that scrolls can be reached and scrolled by keyboard
+    assert found["counts"] < 700  # a table of counts is as wide as they are, and does not drift apart over the page
     assert found["title"].startswith("fastconv: tiny")
     assert found["tall"] > 2000
 
@@ -147,3 +149,17 @@ def test_a_screenshot_is_a_full_picture(page: Path, tmp_path: Path, width: int, 
     picture = tmp_path / "page.png"
     chromium(tmp_path, page.as_uri(), f"--window-size={width},{height}", f"--screenshot={picture}")
     assert picture.stat().st_size > 30_000  # a blank page of this size is a tenth of that
+
+
+def test_what_is_folded_on_a_screen_is_on_paper(tmp_path: Path) -> None:
+    rows = tuple((Cell(f"contrast {i}"), Cell(str(i), ("a row",) * 60, list_rows=True)) for i in range(300))
+    pages = {}
+    for name, folded in (("folded", "300 contrasts"), ("open", "")):
+        table = Table("t", ("what", "n"), rows, folded=folded)
+        path, paper = tmp_path / f"{name}.html", tmp_path / f"{name}.pdf"
+        path.write_text(render_html(ReportData("run", "about", (Section("s", "S", (table,)),))))
+        chromium(tmp_path, path.as_uri(), "--no-pdf-header-footer", f"--print-to-pdf={paper}")
+        pages[name] = len(re.findall(rb"/Type /Page\b", paper.read_bytes()))
+    # As long as when it is open; and not three times as long, as it were with every row's ids printed in full.
+    assert pages["open"] <= pages["folded"] <= pages["open"] + 1
+    assert 4 <= pages["open"] <= 12

@@ -13,11 +13,17 @@ from typing import Any
 import numpy as np
 
 from fastconv.findings.blocks import Figure
+from fastconv.findings.labels import name_points
+from fastconv.findings.units import rounded
 
 STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
 MORE = ("#E69F00", "#56B4E9", "#000000", "#F0E442")
+#: More points than this get no names: the table beside them has all.
+MOST_NAMED = 24
 #: Longer curves are averaged in bins: nobody sees more points than this.
 MOST_POINTS = 160
+#: Inches that a legend above the axes takes: for a row, for a name's line and for each letter of it.
+LEGEND_ROW, LEGEND_LINE, LEGEND_LETTER = 0.15, 0.5, 0.06
 DPI = 150
 
 
@@ -56,7 +62,8 @@ def lines(
         axes.set_yticks(np.linspace(*bounds, 5))
     _legend_above(figure, len(series))
     shown = "; ".join(
-        f"{name}: " + ", ".join(f"{point.y:.1f} at {point.x:g}" for point in points) for name, points in series.items()
+        f"{name}: " + ", ".join(f"{rounded(point.y)} at {point.x:g}" for point in points)
+        for name, points in series.items()
     )
     return _finish(figure, axes, place, title, axes_labels, run, f"{title}. {axes_labels[1]}. {shown}.")
 
@@ -65,15 +72,18 @@ def curves(
     place: str, title: str, series: Mapping[str, Sequence[float]], axes_labels: tuple[str, str], run: str
 ) -> Figure:
     """Loss over steps for each series; long ones averaged in bins."""
-    figure, axes = _sheet(3.6, 2.7)
+    columns, above = _room_above(list(series) if 1 < len(series) <= 8 else [], 3.6)
+    figure, axes = _sheet(3.6, 2.7 + above, above=0.33 + above)
     colours = [style[0] for style in STYLES] + list(MORE)
     for place_in, (name, values) in enumerate(series.items()):
         xs, ys = _binned(values)
         axes.plot(
-            xs, ys, label=name, color=colours[place_in % len(colours)], linestyle=STYLES[place_in % 4][2], linewidth=1.2
-        )
-    if 1 < len(series) <= 8:
-        axes.legend(fontsize=6.5, frameon=False, loc="upper right")
+            xs, ys, label=name, color=colours[place_in % len(colours)], linestyle=STYLES[place_in % 4][2], linewidth=1.2,
+            marker="o" if len(xs) == 1 else "", markersize=4,
+        )  # fmt: skip
+    _whole_steps(axes, max((len(values) for values in series.values()), default=1))
+    if above:
+        _legend_above(figure, columns)
     ends = "; ".join(
         f"{name}: {values[0]:.2f} to {values[-1]:.2f}" for name, values in list(series.items())[:8] if values
     )
@@ -84,10 +94,10 @@ def scatter(
     place: str, title: str, points: Sequence[Point], axes_labels: tuple[str, str], run: str, *, diagonal: bool = False
 ) -> Figure:
     """Labelled points, a colour and a marker for each group; with `diagonal` the line of equality."""
-    figure, axes = _sheet(5.2, 3.9)
     groups = list(dict.fromkeys(point.group for point in points))
+    columns, above = _room_above(groups if any(groups) else [], 5.2)
+    figure, axes = _sheet(5.2, 3.9 + above, above=0.33 + above)
     ends = [value for point in points for value in ((point.x, point.y) if diagonal else (point.x,))]
-    middle = (min(ends) + max(ends)) / 2
     axes.margins(0.12)
     for group, (colour, marker, _) in zip(groups, STYLES * 4, strict=False):
         mine = [point for point in points if point.group == group]
@@ -95,21 +105,18 @@ def scatter(
             [point.x for point in mine], [point.y for point in mine], color=colour, marker=marker, s=26, label=group,
             zorder=3,
         )  # fmt: skip
-        for point in mine if len(points) <= 24 else ():
-            right = point.x > middle
-            axes.annotate(
-                point.label, (point.x, point.y), fontsize=6.5, xytext=(-4 if right else 4, 4),
-                textcoords="offset points", ha="right" if right else "left",
-            )  # fmt: skip
     if diagonal:
         axes.plot(
             [min(ends), max(ends)], [min(ends), max(ends)], color="#777777", linewidth=0.8, linestyle=":", zorder=1
         )
     axes.axhline(0, color="#777777", linewidth=0.6, zorder=1)
-    if any(groups):
-        axes.legend(fontsize=7, frameon=True, framealpha=0.9, loc="best")
-    shown = "; ".join(f"{point.group} {point.label}: {point.x:.1f}, {point.y:.1f}" for point in points[:60])
-    return _finish(figure, axes, place, title, axes_labels, run, f"{title}. {shown}.")
+    if above:
+        _legend_above(figure, columns)
+    if len(points) <= MOST_NAMED:
+        name_points(figure, axes, [(point.x, point.y, point.label) for point in points])
+    shown = "; ".join(f"{point.group} {point.label}: {rounded(point.x)}, {rounded(point.y)}" for point in points[:60])
+    drawn = _finish(figure, axes, place, title, axes_labels, run, f"{title}. {shown}.")
+    return replace(drawn, keep_width=len(points) <= MOST_NAMED)  # names are small as they are
 
 
 def heatmap(
@@ -140,6 +147,22 @@ def heatmap(
     figure.suptitle(title, fontsize=9, x=0.02, y=1 - 0.06 / total[1], ha="left", va="top")
     alt = f"{title}; the table of findings holds every value of it."
     return replace(_keep(figure, place, title, run, alt), keep_width=True)
+
+
+def _whole_steps(axes: Any, n_steps: int) -> None:
+    """Ticks at whole steps alone: there is no step in between."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True))
+    if n_steps == 1:
+        axes.set(xlim=(0, 2))
+
+
+def _room_above(names: Sequence[str], width: float) -> tuple[int, float]:
+    """In how many columns a legend of these names stands on a sheet so wide, and the inches that its rows take."""
+    longest = max((len(name) for name in names), default=0)
+    columns = max(1, min(len(names), int(width / (LEGEND_LINE + LEGEND_LETTER * longest))))
+    return columns, LEGEND_ROW * -(-len(names) // columns)
 
 
 def _legend_above(figure: Any, n: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fastconv.findings.evidence import Number, Series, first_too_unscored, too_unscored
 from fastconv.findings.power import above_chance
 from fastconv.findings.secondary import change_of
-from fastconv.findings.units import change, full, size, span
+from fastconv.findings.units import change, full, signed, size, span
 from fastconv.recipe import GateSettings
 
 Outcome = Literal["pass", "fail", "not applicable"]
@@ -117,7 +117,7 @@ def reference(gates: GateSettings, source: str, epoch0: Series | None) -> GateVe
         "G3",
         source,
         verdict,
-        f"{mean.text()} against {expected:g} %: {off_pp:+.1f} pp",
+        f"{mean.text()} against {expected:g} %: {signed(off_pp)} pp",
         threshold,
         (mean,),
         epoch0.rows,

@@ -232,7 +232,7 @@ def spearman_attainable(n_points: int, n_tests: int, alpha: float = 0.05) -> Att
     possible = smallest <= level
     reason = (
         f"{n_points} points give a rank correlation a p no smaller than {smallest:.2g}, so it "
-        f"{'can' if possible else 'cannot'} reach the {level:.2g} that {n_tests} tests require"
+        f"{'can' if possible else 'cannot'} reach the {level:.2g} that {'1 test requires' if n_tests == 1 else f'{n_tests} tests require'}"
     )
     return Attainable(possible, smallest, level, reason)
 

@@ -22,19 +22,30 @@ def full(unit: str) -> float:
     return 1.0 if unit == "share" else 100.0
 
 
+def rounded(value: float, digits: int = 1) -> str:
+    """A number with so many decimals. What rounds to zero has no sign: a minus there says that something fell."""
+    number = f"{value:.{digits}f}"
+    return number.lstrip("-") if float(number) == 0 else number
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """A change with its sign and so many decimals; what rounds to zero has none."""
+    number = f"{value:+.{digits}f}"
+    return number.lstrip("+-") if float(number) == 0 else number
+
+
 def level(value: float, unit: str, digits: int = 3) -> str:
     """A level as people read it: 12.3 %, 75.3 points, or three digits with the unit's own name."""
     if unit == "share":
-        return f"{100 * value:.1f} %"
+        return f"{rounded(100 * value)} %"
     if unit == "points":
-        return f"{value:.1f} points"
+        return f"{rounded(value)} points"
     return f"{value:.{digits}g} {unit}".rstrip()
 
 
 def change(value: float, unit: str) -> str:
     """A change with its sign: +12.3 pp, -26.5 points."""
-    number = f"{scale(unit) * value:+.1f}"
-    return f"{'0.0' if float(number) == 0 else number} {'pp' if unit == 'share' else 'points'}"
+    return f"{signed(scale(unit) * value)} {'pp' if unit == 'share' else 'points'}"
 
 
 def size(value: float, unit: str) -> str:
@@ -46,7 +57,7 @@ def span(low: float | None, high: float | None, unit: str) -> str:
     """An interval of a change in brackets; empty where there is none."""
     if low is None or high is None:
         return ""
-    return f"[{scale(unit) * low:+.1f}, {scale(unit) * high:+.1f}]"
+    return f"[{signed(scale(unit) * low)}, {signed(scale(unit) * high)}]"
 
 
 def p_value(p: float | None) -> str:

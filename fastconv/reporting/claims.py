@@ -20,7 +20,7 @@ from fastconv.findings.blocks import Claim
 from fastconv.findings.gates import GateVerdict
 from fastconv.findings.power import spearman_attainable
 from fastconv.findings.stats import Interval, exact_spearman
-from fastconv.findings.units import Unit, change, counted, level, size, span
+from fastconv.findings.units import Unit, change, counted, level, signed, size, span
 from fastconv.findings.verdicts import CellVerdict, by_kind
 
 #: The words a declared contrast can get, in the order in which they are told.
@@ -234,8 +234,9 @@ def rank_correlation(xs: Sequence[float], ys: Sequence[float], rng: np.random.Ge
     found = exact_spearman(xs, ys, rng=rng)
     if found.rho is None or found.p is None:
         return f"cannot be given: {found.reason}"
-    left_out = f"{found.leave_one_out_low:+.2f} to {found.leave_one_out_high:+.2f} with one source left out"
-    return f"{found.rho:+.2f} (exact permutation p = {found.p:.3g}; {left_out})"
+    low, high = (signed(end or 0.0, 2) for end in (found.leave_one_out_low, found.leave_one_out_high))
+    left_out = f"{low} to {high} with one source left out"
+    return f"{signed(found.rho, 2)} (exact permutation p = {found.p:.3g}; {left_out})"
 
 
 def _attainable(decided: Decided, correlate: str = MARKER_RATE) -> Found:

@@ -8,7 +8,7 @@ from fastconv.findings.blocks import OPEN_ROWS, Block, Cell, Note, Section, Tabl
 from fastconv.findings.figures import Point, scatter
 from fastconv.findings.gates import GateVerdict
 from fastconv.findings.secondary import Secondary
-from fastconv.findings.units import p_value, scale
+from fastconv.findings.units import p_value, scale, signed
 from fastconv.reporting.claims import NoSuchClaimError, ask
 
 #: Gates that speak of the whole study.
@@ -167,9 +167,9 @@ def _aside_row(one: Secondary) -> tuple[Cell, ...]:
     factor = scale(one.unit)
     digits = 2 if one.per == "epoch" else 1
     unit = ("pp" if one.unit == "share" else "points") + (" per epoch" if one.per == "epoch" else "")
-    estimate = "" if one.estimate is None else f"{factor * one.estimate + 0.0:+.{digits}f} {unit}"
+    estimate = "" if one.estimate is None else f"{signed(factor * one.estimate, digits)} {unit}"
     between = (
-        f"{factor * one.low:+.{digits}f} to {factor * one.high:+.{digits}f}"
+        f"{signed(factor * one.low, digits)} to {signed(factor * one.high, digits)}"
         if one.low is not None and one.high is not None
         else one.reason or ""
     )

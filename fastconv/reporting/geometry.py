@@ -7,7 +7,7 @@ from typing import Any
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.deciding.decided import Decided
 from fastconv.findings.blocks import Cell, Section, Table
-from fastconv.findings.units import change
+from fastconv.findings.units import change, rounded, signed
 from fastconv.graph import CellPlan
 from fastconv.stage import Score, Stage
 
@@ -73,7 +73,7 @@ def _depths(scores: dict[str, tuple[Stage, list[Score]]], stage: Stage | None, p
     if not mine:
         return Cell("not measured", word="absent")
     told = [
-        "undefined" if one.value is None else f"{one.value:+.2f}" if metric == "cosine" else f"{one.value:.2f}"
+        "undefined" if one.value is None else signed(one.value, 2) if metric == "cosine" else rounded(one.value, 2)
         for one in mine
     ]
     return Cell(", ".join(told), tuple(f"{stage.key[:12]}/{persona}/{one.sample}/{metric}" for one in mine))

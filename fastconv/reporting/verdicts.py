@@ -6,7 +6,7 @@ from fastconv.deciding.decided import Decided
 from fastconv.deciding.gathering import Subject
 from fastconv.findings.blocks import OPEN_ROWS, Block, Cell, Figure, Note, Section, Table
 from fastconv.findings.figures import heatmap
-from fastconv.findings.units import Unit, p_value, scale, size
+from fastconv.findings.units import Unit, p_value, scale, signed, size
 from fastconv.findings.verdicts import CellVerdict
 from fastconv.reporting.claims import NoSuchClaimError, ask
 
@@ -125,14 +125,14 @@ def _short(one: CellVerdict | None) -> str:
     letter = _LETTERS[one.kind]
     if one.estimate is None or one.kind in ("uninformative", "withheld"):
         return letter
-    return f"{round(scale(one.unit) * one.estimate) + 0:+d} {letter}"
+    return f"{signed(scale(one.unit) * one.estimate, 0)} {letter}"
 
 
 def _tables(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> list[Table]:
     """One table, or where it would be long two: what says something, and, folded away, what does not."""
     seeded = any(one is not None and one.over_seeds is not None for one in verdicts.values())
     columns = tuple(name for name in _COLUMNS if seeded or name != "over seeds")
-    rows = {subject: _row(decided, subject, one, seeded) for subject, one in verdicts.items()}
+    rows = {subject: _row(decided, subject, one, seeded=seeded) for subject, one in verdicts.items()}
     numeric = frozenset(range(2, columns.index("confidence")))
     caption = "Changes in percentage points, or in points where a judge scores."
     if seeded:
@@ -149,13 +149,13 @@ def _tables(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> li
     return [*tables, Table("contrasts-silent", columns, rest, numeric, caption, folded)] if rest else tables
 
 
-def _row(decided: Decided, subject: Subject, one: CellVerdict | None, seeded: bool) -> tuple[Cell, ...]:
+def _row(decided: Decided, subject: Subject, one: CellVerdict | None, *, seeded: bool) -> tuple[Cell, ...]:
     label = subject.label(decided.found.main(subject.behavior))
     if one is None:
         return (Cell(label), Cell("not run", word="absent"), *[Cell("")] * (8 if seeded else 7))
     shown = one.estimate is not None
     rows = one.rows if shown else ()
-    estimate = f"{scale(one.unit) * (one.estimate or 0) + 0.0:+.1f}" if shown else ""
+    estimate = signed(scale(one.unit) * (one.estimate or 0.0)) if shown else ""
     over = one.over_seeds
     over_seeds = _range(over.low, over.high, one.unit) if over is not None else ""
     return (
@@ -169,4 +169,6 @@ def _row(decided: Decided, subject: Subject, one: CellVerdict | None, seeded: bo
 
 def _range(low: float | None, high: float | None, unit: Unit) -> str:
     """An interval as a table shows it; empty where there is none."""
-    return f"{scale(unit) * low:+.1f} to {scale(unit) * high:+.1f}" if low is not None and high is not None else ""
+    return (
+        f"{signed(scale(unit) * low)} to {signed(scale(unit) * high)}" if low is not None and high is not None else ""
+    )
