@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastconv.engine.locate import TINY, ModelSource, engine_identity, locate, trains_plain
+from fastconv.engine.locate import TINY, ModelSource, cached_config, engine_identity, locate, trains_plain
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, Recipe
 from fastconv.shapes import (
@@ -152,10 +152,8 @@ def shape_on_disk(settings: ModelSettings, source: ModelSource | None = None) ->
     named = [name for name in SHAPES if source.id.lower().split("/")[-1].startswith(name)]
     if named:
         return SHAPES[named[0]]
-    from huggingface_hub import try_to_load_from_cache
-
-    kept = try_to_load_from_cache(source.id, "config.json", revision=settings.revision)
-    return shape_of(json.loads(Path(kept).read_text(encoding="utf-8")), source.id) if isinstance(kept, str) else None
+    kept = cached_config(settings)
+    return None if kept is None else shape_of(json.loads(kept.read_text(encoding="utf-8")), source.id)
 
 
 def _fixed_bytes(recipe: Recipe, shape: ModelShape) -> float:

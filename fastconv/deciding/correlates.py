@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fastconv.deciding.decided import Decided
 from fastconv.deciding.markers import marker_rates
+from fastconv.findings.units import scale
 
 MARKER_RATE = "marker rate"
 
@@ -34,7 +35,7 @@ def in_words(correlate: str) -> str:
 def levels(decided: Decided, correlate: str, behavior: str) -> dict[str, Level]:
     """Each source's level of a correlate as far as it is measured; cosine and distinctiveness are means over depths."""
     if correlate == MARKER_RATE:
-        return {source: Level(100 * one.value, one.rows) for source, one in marker_rates(decided).items()}
+        return {source: Level(scale(one.unit) * one.value, one.rows) for source, one in marker_rates(decided).items()}
     if correlate == "base level":
         return _own_levels(decided, behavior)
     return _places(decided, correlate)
@@ -46,8 +47,7 @@ def _own_levels(decided: Decided, behavior: str) -> dict[str, Level]:
         source = plan.cell.source
         base = decided.found.base(plan, part, source) if source not in found else None
         if base is not None and base.rows:
-            factor = 100.0 if base.unit == "share" else 1.0
-            found[source] = Level(factor * base.mean.value, base.mean.rows)
+            found[source] = Level(scale(base.unit) * base.mean.value, base.mean.rows)
     return found
 
 

@@ -116,18 +116,24 @@ def model_folder(source: ModelSource, settings: ModelSettings) -> Path:
     return _download(settings)
 
 
+def cached_config(settings: ModelSettings) -> Path | None:
+    """The config.json of a hub model in the hub's cache, if it was fetched before."""
+    from huggingface_hub import try_to_load_from_cache
+
+    kept = try_to_load_from_cache(settings.id, "config.json", revision=settings.revision)
+    return Path(kept) if isinstance(kept, str) else None
+
+
 def is_here(source: ModelSource, settings: ModelSettings) -> bool:
     """Whether the model's weights are on this disk, by the names of their files: nothing is read, fetched or converted."""
     if source.kind == "local":
         return True
     if source.kind == "builtin":
         return (model_folder(source, settings) / BUILTIN_DONE).is_file()
-    from huggingface_hub import try_to_load_from_cache
-
-    config = try_to_load_from_cache(source.id, "config.json", revision=settings.revision)
-    if not isinstance(config, str):
+    config = cached_config(settings)
+    if config is None:
         return False
-    folder = Path(config).parent
+    folder = config.parent
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():

@@ -14,6 +14,16 @@ from fastconv.reporting.claims import ask
 LEAST_SOURCES = 3
 
 
+def points_of(decided: Decided, correlate: str, behavior: str) -> list[Point]:
+    """A point for each source that has both a level of the correlate and a contrast of the behavior."""
+    there = levels(decided, correlate, behavior)
+    return [
+        Point(there[source].value, scale(one.unit) * (one.estimate or 0.0), label=source, group=behavior)
+        for source, one in transfer_by_source(decided, behavior).items()
+        if source in there
+    ]
+
+
 def on_the_base(decided: Decided) -> Section | None:
     """For each correlate: a point for each source and behavior, the rank correlations, and what so few can show."""
     behaviors = [name for name in dict.fromkeys(one.behavior for one in decided.verdicts) if name != MARKER]
@@ -21,18 +31,9 @@ def on_the_base(decided: Decided) -> Section | None:
     for correlate, words in ON_THE_BASE.items():
         points, claims = [], []
         for behavior in behaviors:
-            there, transfer = levels(decided, correlate, behavior), transfer_by_source(decided, behavior)
-            both = [source for source in transfer if source in there]
-            points += [
-                Point(
-                    there[source].value,
-                    scale(transfer[source].unit) * (transfer[source].estimate or 0.0),
-                    label=source,
-                    group=behavior,
-                )
-                for source in both
-            ]
-            if len(both) >= LEAST_SOURCES:
+            mine = points_of(decided, correlate, behavior)
+            points += mine
+            if len(mine) >= LEAST_SOURCES:
                 claims.append(ask(decided, "correlation", behavior=behavior, correlate=correlate))
         if claims:
             title, place = f"Transfer against {words}", f"on-base-{correlate.replace(' ', '-')}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from fastconv.deciding.correlates import MARKER_RATE
 from fastconv.deciding.decided import Decided
-from fastconv.deciding.markers import MARKER, marker_rates, transfer_by_source
+from fastconv.deciding.markers import MARKER, marker_rates
 from fastconv.findings.blocks import OPEN_ROWS, Block, Cell, Note, Section, Table, folded_if_long
 from fastconv.findings.figures import Point, scatter
 from fastconv.findings.gates import GateVerdict
 from fastconv.findings.secondary import Secondary
 from fastconv.findings.units import p_value, scale, signed
 from fastconv.reporting.claims import NoSuchClaimError, ask
+from fastconv.reporting.correlates import points_of
 
 #: Gates that speak of the whole study.
 STUDY_GATES = ("G4", "G5", "CONFIRM", "FALSIFY", "PILOT")
@@ -57,16 +59,10 @@ def markers(decided: Decided) -> Section | None:
     behaviors = [name for name in dict.fromkeys(one.behavior for one in decided.verdicts) if name != MARKER]
     if not behaviors:
         return None
-    rates = marker_rates(decided)
-    if not rates:
+    if not marker_rates(decided):
         text = "The marker behavior was not measured in this run, so there is no rate to set transfer against."
         return Section("markers", "Transfer against the marker rate", (Note(text),))
-    points = [
-        Point(100 * rates[source].value, scale(one.unit) * (one.estimate or 0.0), label=source, group=behavior)
-        for behavior in behaviors
-        for source, one in transfer_by_source(decided, behavior).items()
-        if source in rates
-    ]
+    points = [point for behavior in behaviors for point in points_of(decided, MARKER_RATE, behavior)]
     blocks: list[Block] = []
     if points:
         axes = ("assistant's marker rate, %", "transfer, points")
