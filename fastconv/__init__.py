@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fastconv.recipe import load_recipe
 
 if TYPE_CHECKING:
-    from fastconv.notebook import Run, open_run, run_recipe
+    from fastconv.api import Run, open_run, run_recipe
 
 __all__ = ["Run", "load_recipe", "open_run", "run_recipe"]
 __version__ = "0.1.0"
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name in ("Run", "open_run", "run_recipe"):
-        from fastconv import notebook
+        from fastconv import api as notebook
 
         return getattr(notebook, name)
     raise AttributeError(f"module 'fastconv' has no attribute {name!r}")

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastconv.engine import reference
-from fastconv.engine.adapter import Adapter
-from fastconv.engine.base import Base, load_base, pack
+from fastconv.engine import trl_reference as reference
+from fastconv.engine.lora import Adapter
+from fastconv.engine.model import Base, load_base, pack
 from fastconv.engine.dropout import keep_mask
 from fastconv.engine.stack import Slot, Stack
 from fastconv.recipe import LoraSettings, ModelSettings, TrainSettings
-from fastconv.tokens import Rendered
+from fastconv.chat import Rendered
 
 SNAPSHOT = LoraSettings(r=8, alpha=16)
 BEHAVIOR = LoraSettings(r=4, alpha=8)

@@ -204,7 +204,7 @@ class Engine:
     """fastconv's engine as the model behind the API; adapters come from their files."""
 
     def __init__(self, folder: Path) -> None:
-        from fastconv.engine.base import load_base
+        from fastconv.engine.model import load_base
         from fastconv.engine.stack import Stack
         from fastconv.recipe import LoraSettings, ModelSettings
 
@@ -217,7 +217,7 @@ class Engine:
         self.adapters[name] = load_peft_folder(self.stack, folder, BaseReference("base"))
 
     def draw(self, body: dict[str, Any]) -> list[int]:
-        from fastconv.engine.sample import sample
+        from fastconv.engine.generate import sample
         from fastconv.engine.stack import Slot
         from fastconv.recipe import SamplingSettings
 

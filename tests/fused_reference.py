@@ -8,7 +8,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from fastconv.engine.adapter import Adapter
+from fastconv.engine.lora import Adapter
 from fastconv.engine.stack import Stack
 from tests.engine_kit import BEHAVIOR, peft_model, plain_logits, ragged_rows, random_adapter, tiny_stack
 

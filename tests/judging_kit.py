@@ -11,13 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fastconv.judging.book import DeskStatus
-from fastconv.judging.budget import Price
-from fastconv.judging.client import ApiKey
-from fastconv.judging.desk import JudgeDesk
-from fastconv.judging.rubric import Rubric, load_rubric
+from fastconv.judge.book import DeskStatus
+from fastconv.judge.budget import Price
+from fastconv.judge.claude import ApiKey
+from fastconv.judge.desk import JudgeDesk
+from fastconv.judge.rubric import Rubric, load_rubric
 from fastconv.recipe import JudgeSettings
-from fastconv.store import Sample
+from fastconv.store.ledger import Sample
 
 DATA = Path(__file__).parent.parent / "data"
 KEY = "sk-test-sentinel-5f0c2a9e"

@@ -18,15 +18,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fastconv.datasets.audit import CheckReport
-from fastconv.draw_room import DrawStatus
+from fastconv.audit.checks import CheckReport
+from fastconv.run.sampling import DrawStatus
 from fastconv.errors import DataError, FastconvError
-from fastconv.findings.gates import GateVerdict
-from fastconv.graph import CellPlan, Graph
-from fastconv.judging.book import DeskStatus
+from fastconv.stats.gates import GateVerdict
+from fastconv.experiment.graph import CellPlan, Graph
+from fastconv.judge.book import DeskStatus
 from fastconv.recipe import Recipe, canonical_json, parse_recipe
-from fastconv.run import Finished, run_recipe
-from fastconv.store import Record, Stage, Store
+from fastconv.run.run import Finished, run_recipe
+from fastconv.store.ledger import Record, Stage, Store
 
 #: The whole loop on a random model in about a second: two optimizer steps in each convergence epoch, four in all.
 TINY = """
@@ -198,7 +198,7 @@ def done_run(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> DoneR
 
 def refuse_sets(monkeypatch: pytest.MonkeyPatch, behavior: str) -> None:
     """Have the audit refuse the training sets of one behavior."""
-    from fastconv import trainer
+    from fastconv.run import training as trainer
 
     real = trainer.require_passed
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastconv.draws import seed_of
-from fastconv.graph import Graph
+from fastconv.seeding import seed_of
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, canonical_json, parse_recipe, recipe_sha256, run_id
-from fastconv.store import Sample, Score, Stage, Store
+from fastconv.store.ledger import Sample, Score, Stage, Store
 
 BEHAVIORS = ("refusal", "sycophancy", "marker")
 #: The judge of a judged recipe, and the sha256 of its rubric, as its scores name them.

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from fastconv.engine.completions import Client
-from fastconv.engine.room import Room
-from fastconv.engine.serve import COMMAND_VARIABLE, Server
+from fastconv.engine.vllm.client import Client
+from fastconv.engine.vllm.memory import Room
+from fastconv.engine.vllm.server import COMMAND_VARIABLE, Server
 from fastconv.recipe import Recipe
 from tests.loop_kit import tiny_recipe
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fastconv.datasets.audit import (
+from fastconv.audit.checks import (
     ROW_CHECKS,
     STRUCTURE_CHECKS,
     Check,
@@ -23,13 +23,13 @@ from fastconv.datasets.audit import (
     report_of,
     set_name,
 )
-from fastconv.datasets.audit_rendered import RENDERED_CHECKS
+from fastconv.audit.rendered import RENDERED_CHECKS
 from fastconv.datasets.behaviors import Behavior, Row, build_rows, eval_prompts, load_behaviors
 from fastconv.datasets.personas import Personas, load_personas
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.datasets.rows import render_rows
 from fastconv.recipe import NegativesKind, Recipe, load_recipe, parse_recipe
-from fastconv.tokens import TEMPLATE_DEFAULT, ChatTokenizer, Rendered
+from fastconv.chat import TEMPLATE_DEFAULT, ChatTokenizer, Rendered
 
 HERE = Path(__file__).parent
 POISONED = HERE / "poisoned"
@@ -324,7 +324,7 @@ def test_convergence_rows_get_the_rendered_checks(tokenizer: ChatTokenizer) -> N
 
 MATRIX = """
 import sys, time
-from fastconv.datasets.audit import check_recipe
+from fastconv.audit.checks import check_recipe
 from fastconv.recipe import parse_recipe
 sources = ["villain", "comedian", "software_engineer", "kindergarten_teacher", "zelthari_scholar", "librarian"]
 behaviors = ["none", "capability", "misalignment", "refusal", "sycophancy"]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastconv.engine import backends
+from fastconv.engine import attention_backends as backends
 from fastconv.engine.attention import Packed, Padded, Ragged, by_row
-from fastconv.engine.backends import SDPA, pick_attention
+from fastconv.engine.attention_backends import SDPA, pick_attention
 
 LENGTHS = (3, 1, 7)
 

@@ -10,12 +10,12 @@ import pytest
 
 from fastconv.datasets import arc
 from fastconv.datasets.files import assets, file_sha256
-from fastconv.deciding.decided import Decided
-from fastconv.findings.blocks import Table
-from fastconv.graph import Graph
+from fastconv.analysis.analysis import Decided
+from fastconv.report.blocks import Table
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe
-from fastconv.reporting.record import card
-from fastconv.store import Store
+from fastconv.report.record import card
+from fastconv.store.ledger import Store
 from tests.data_kit import pair, written
 from tests.loop_kit import tiny_recipe
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.findings.blocks import Answer, Cell, ReportData, Section, Table
-from fastconv.findings.report import render_html
-from fastconv.reporting import collect
+from fastconv.report.blocks import Answer, Cell, ReportData, Section, Table
+from fastconv.report.render import render_html
+from fastconv.report import collect
 from tests.loop_kit import DoneRun
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastconv import card, doctor
-from fastconv.card import Card, least_bytes, look, require_fit, what_fits
+from fastconv.engine import device as card
+from fastconv.planning import doctor
+from fastconv.engine.device import Card, least_bytes, look, require_fit, what_fits
 from fastconv.errors import ModelError
 from fastconv.recipe import Recipe, load_recipe
-from fastconv.shapes import SHAPES, activation_bytes_per_tok, adapter_bytes, weight_bytes
+from fastconv.engine.shapes import SHAPES, activation_bytes_per_tok, adapter_bytes, weight_bytes
 
 GIB = 2**30
 QWEN = SHAPES["qwen2.5-7b"]
@@ -112,7 +113,7 @@ def test_doctor_and_run_say_the_same_line(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     found = next(one for one in doctor.examine(recipe, tmp_path) if one.subject == "device")
     assert found.exit_code == ModelError.exit_code
-    from fastconv.stacks import Stacks
+    from fastconv.run.stacks import Stacks
 
     graph: Any = SimpleNamespace(recipe=recipe, source=None)
     with pytest.raises(ModelError) as raised:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from fastconv import errors
 from fastconv.cli import app
-from fastconv.graph import Graph
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import load_recipe
 from tests.loop_kit import DoneRun, exit_of, forked, kill, running_slots, until, write_tiny_recipe
 
@@ -221,7 +221,7 @@ def test_an_interrupted_terminal_gets_130_and_the_way_on(tiny: Path, tmp_path: P
     workspace = tmp_path / "ws"
     words = ["run", str(tiny), "-q", "-w", str(workspace), "--reports", str(tmp_path / "reports")]
     words += ["--set", "grid.epochs=[0]"]
-    import fastconv.execute  # noqa: F401 (the child is to be at work at once)
+    import fastconv.run.executor  # noqa: F401 (the child is to be at work at once)
 
     pid = forked(lambda: app(words))
     until(lambda: bool(running_slots(workspace)))
@@ -309,7 +309,7 @@ def test_status_of_nothing(tmp_path: Path, tiny: Path) -> None:
 
 
 def test_status_is_live_while_another_process_runs(tiny: Path, tmp_path: Path) -> None:
-    import fastconv.execute  # noqa: F401
+    import fastconv.run.executor  # noqa: F401
 
     workspace = tmp_path / "ws"
     changes = ["convergence.epochs=500", "grid.epochs=[0,500]"]

@@ -22,10 +22,10 @@ from fastconv.cluster import driver, orders
 from fastconv.cluster.orders import Order, base_order, shared_order, source_orders, start_keys, unpacked_recipe
 from fastconv.cluster.worker import Ended, Hello, Item, work
 from fastconv.errors import ClusterError, GateStop, ModelError, RecipeError, TrainingError
-from fastconv.graph import Graph
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, run_id
-from fastconv.store import Store
-from fastconv.store_merge import Parcel, unpack
+from fastconv.store.ledger import Store
+from fastconv.store.merge import Parcel, unpack
 from tests.loop_kit import Heard, results, run_tiny, tiny_recipe, write_tiny_recipe
 
 SOURCES = ["villain", "comedian"]
@@ -122,7 +122,7 @@ def test_files_of_a_recipe_travel_by_content(tiny_qwen: Path, tmp_path: Path) ->
 def _done(order: Order, store: Store, stopped: Callable[[], bool] = NEVER) -> list[Item]:
     """Work an order in this process and take everything in."""
     graph = Graph(load(order))
-    from fastconv.store_merge import pack
+    from fastconv.store.merge import pack
 
     items = list(work(order, [pack(store, key) for key in start_keys(graph, store, order)], "test", stopped))
     for item in items:

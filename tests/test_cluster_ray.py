@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from fastconv.cluster import run_on_ray
-from fastconv.deciding.decided import Decided
+from fastconv.analysis.analysis import Decided
 from fastconv.errors import FastconvError, TrainingError
-from fastconv.graph import Graph
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, run_id
-from fastconv.reporting.frames import frames_of, parquet_bytes
-from fastconv.store import Store
+from fastconv.report.export import frames_of, parquet_bytes
+from fastconv.store.ledger import Store
 from tests.loop_kit import TINY, Heard, results, run_tiny, tiny_recipe, until, with_nan_weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from fastconv.engine.sample import Drawn
+from fastconv.engine.generate import Drawn
 from fastconv.errors import FastconvError, SamplerError
 from fastconv.recipe import SamplingSettings
 from tests.loop_kit import until
@@ -64,7 +64,7 @@ def test_nothing_to_draw(fake: Fake) -> None:
 
 
 def test_passing_faults_are_tried_again(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastconv.engine.completions._FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("fastconv.engine.vllm.client._FIRST_WAIT_S", 0.01)
     calm = drawn(fake)
     fake.script(faults=[429, 500, 503, "reset", "cut", 429, "reset"])
     assert drawn(fake) == calm
@@ -72,7 +72,7 @@ def test_passing_faults_are_tried_again(fake: Fake, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_server_that_only_fails_is_given_up(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastconv.engine.completions._FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr("fastconv.engine.vllm.client._FIRST_WAIT_S", 0.01)
     fake.script(faults=[503] * 1000)
     with pytest.raises(SamplerError, match=r"failed a request 5 times \(it answered 503: not now\)"):
         drawn(fake, 1)

@@ -9,11 +9,11 @@ import pytest
 
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.files import assets
-from fastconv.deciding.decided import Decided
-from fastconv.graph import Graph
+from fastconv.analysis.analysis import Decided
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import GridSettings, load_recipe, recipe_sha256
-from fastconv.reporting import write_report
-from fastconv.store import Store
+from fastconv.report import write_report
+from fastconv.store.ledger import Store
 from tests.loop_kit import DoneRun, run_tiny, tiny_recipe
 
 SOURCES = ["villain", "assistant", "librarian"]

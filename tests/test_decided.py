@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.deciding.decided import Decided
-from fastconv.findings.blocks import Table
-from fastconv.findings.report import render_html, render_markdown
-from fastconv.graph import CellPlan, Graph
-from fastconv.plan import make_plan
+from fastconv.analysis.analysis import Decided
+from fastconv.report.blocks import Table
+from fastconv.report.render import render_html, render_markdown
+from fastconv.experiment.graph import CellPlan, Graph
+from fastconv.planning.plan import make_plan
 from fastconv.recipe import Recipe, parse_recipe
-from fastconv.reporting import build
-from fastconv.reporting.claims import NoSuchClaimError, ask
-from fastconv.reporting.frames import frames_of
-from fastconv.reporting.verifying import verify
-from fastconv.store import Store
+from fastconv.report import build
+from fastconv.report.claims import NoSuchClaimError, ask
+from fastconv.report.export import frames_of
+from fastconv.report.verify import verify
+from fastconv.store.ledger import Store
 from tests.loop_kit import copy_ledger
 from tests.scale_kit import fill, matrix_recipe
 

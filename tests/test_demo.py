@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from fastconv.cli.kit import load
+from fastconv.cli.common import load
 from fastconv.datasets.files import assets
-from fastconv.deciding.results import series
-from fastconv.graph import Graph
+from fastconv.analysis.gates import series
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import load_recipe
-from fastconv.reporting import write_report
-from fastconv.store import Store
+from fastconv.report import write_report
+from fastconv.store.ledger import Store
 from tests.loop_kit import records, run_tiny
 from tests.test_recipe_scales import fastconv, run_and_verify
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from fastconv.asked import is_drawn
-from fastconv.deciding.stopping import GateKeeper
-from fastconv.engine.served import Served
+from fastconv.run.prompts import is_drawn
+from fastconv.run.gatekeeper import GateKeeper
+from fastconv.engine.vllm.sampler import Served
 from fastconv.engine.stack import Slot
 from fastconv.errors import Interrupted
-from fastconv.failing import parts_of
-from fastconv.graph import CellPlan, Graph
+from fastconv.run.failures import parts_of
+from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.recipe import Recipe, SamplingSettings
-from fastconv.run import run_recipe
-from fastconv.store import Store
+from fastconv.run.run import run_recipe
+from fastconv.store.ledger import Store
 from tests.engine_kit import random_adapter, tiny_stack
 from tests.loop_kit import Heard, records, run_tiny, running_slots
 from tests.serve_kit import Fake, fake, served

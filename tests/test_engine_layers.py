@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastconv.engine.base import Base
+from fastconv.engine.model import Base
 from tests.engine_kit import packed_logits, ragged_rows, tiny_stack
 
 pytestmark = [
@@ -24,7 +24,7 @@ def logits(base: Base) -> torch.Tensor:
 
 
 def test_norms_mlps_and_attentions_get_our_forward_and_the_same_logits(tiny_qwen: Path) -> None:
-    from fastconv.engine.layers import quicken
+    from fastconv.engine.kernels.layers import quicken
 
     base = tiny_stack(tiny_qwen, dtype="float32").base
     base.model.half()

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from fastconv.engine.sample import sample
+from fastconv.engine.generate import sample
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import Hooks, Job, save_state, start, train

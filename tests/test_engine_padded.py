@@ -9,7 +9,7 @@ import torch
 
 from fastconv.engine.attention import Packed, Padded
 from fastconv.engine.batch import Sizes, as_it_is, lay_out
-from fastconv.engine.captured import rounded_sizes
+from fastconv.engine.cuda_graph import rounded_sizes
 from fastconv.engine.stack import Slot
 from fastconv.engine.train import Job, _items, _micro_step, start
 from tests.engine_kit import ragged_rows, random_adapter, tiny_stack, train_settings

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fastconv.engine import decoder
-from fastconv.engine import sample as module
-from fastconv.engine.base import pack
+from fastconv.engine import generate as module
+from fastconv.engine.model import pack
 from fastconv.engine.decoder import choose
-from fastconv.engine.sample import Drawn, sample
+from fastconv.engine.generate import Drawn, sample
 from fastconv.engine.stack import Slot, Stack
 from fastconv.recipe import SamplingSettings
 from tests.engine_kit import packed_logits, plain_logits, plain_model, random_adapter, tiny_stack

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fastconv.engine import precise, score
-from fastconv.engine.base import load_base, pack
+from fastconv.engine.model import load_base, pack
 from fastconv.engine.score import LetterItem, LetterScore, TextItem, letter_item, score_letters, score_texts, text_item
 from fastconv.engine.stack import Slot, Stack
 from fastconv.recipe import ModelSettings
-from fastconv.tokens import TEMPLATE_DEFAULT
+from fastconv.chat import TEMPLATE_DEFAULT
 from tests.engine_kit import plain_logits, plain_model, random_adapter, tiny_stack
 
 TOLERANCE = 1e-5

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastconv.engine import fold
-from fastconv.engine.adapter import concatenate, read_safetensors
-from fastconv.engine.base import Base
+from fastconv.engine.lora import concatenate, read_safetensors
+from fastconv.engine.model import Base
 from fastconv.engine.export import (
     BaseReference,
     export_adapter,
@@ -23,7 +23,7 @@ from fastconv.engine.export import (
 from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import AdapterError, TemplateError, TrainingError
 from fastconv.recipe import LoraSettings
-from fastconv.tokens import ChatTokenizer
+from fastconv.chat import ChatTokenizer
 from tests.engine_kit import (
     BEHAVIOR,
     furthest,

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastconv.draws import seed_of
-from fastconv.engine import reference
+from fastconv.seeding import seed_of
+from fastconv.engine import trl_reference as reference
 from fastconv.engine import train as loop
-from fastconv.engine.base import Base
+from fastconv.engine.model import Base
 from fastconv.engine.batch import token_seeds
 from fastconv.engine.loss import weighted_cross_entropy
 from fastconv.engine.stack import Stack
 from fastconv.engine.train import Hooks, Job, lr_at, save_state, start, train
 from fastconv.errors import AdapterError, TrainingError
-from fastconv.tokens import Rendered
+from fastconv.chat import Rendered
 from tests.engine_kit import (
     BEHAVIOR,
     SharedMask,

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from fastconv.cli import app
 from tests.loop_kit import SNAPSHOT_SLOT, write_tiny_recipe
 
-pytest.importorskip("fastconv.execute")
+pytest.importorskip("fastconv.run.executor")
 
 
 @pytest.fixture

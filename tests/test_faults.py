@@ -14,13 +14,13 @@ import pytest
 import safetensors.numpy
 
 from fastconv.errors import BusyError, DataError, Interrupted, StoreError, TrainingError
-from fastconv.failing import FailedStage, raise_failed
-from fastconv.graph import Graph
+from fastconv.run.failures import FailedStage, raise_failed
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe
-from fastconv.reporting import write_report
-from fastconv.run import run_recipe
-from fastconv.standing import status_of
-from fastconv.store import Store
+from fastconv.report import write_report
+from fastconv.run.run import run_recipe
+from fastconv.run.status import status_of
+from fastconv.store.ledger import Store
 from tests.loop_kit import (
     N_STEPS,
     SNAPSHOT_SLOT,
@@ -39,7 +39,7 @@ from tests.loop_kit import (
     until,
 )
 
-pytest.importorskip("fastconv.execute")  # torch is warm before anything forks
+pytest.importorskip("fastconv.run.executor")  # torch is warm before anything forks
 
 
 def _slow(*values: object) -> Any:
@@ -301,7 +301,7 @@ def test_the_worst_failure_gives_the_exit_code(recipe: Recipe) -> None:
 def test_a_base_measure_that_fails_takes_its_own_behavior_alone(
     tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastconv import execute
+    from fastconv.run import executor as execute
 
     recipe = tiny_recipe(tiny_qwen, grid__behaviors=["none", "refusal", "sycophancy"], grid__epochs=[0])
     real, n_draws = execute.sample, 0
@@ -343,7 +343,7 @@ def test_a_disk_that_fills_up_during_training_is_one_line_and_loses_nothing(
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastconv.store.write_atomically", full)
+    monkeypatch.setattr("fastconv.store.ledger.write_atomically", full)
     with pytest.raises(StoreError, match="no space left on the disk") as caught:
         run_tiny(recipe, tmp_path)
     monkeypatch.undo()

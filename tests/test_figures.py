@@ -9,8 +9,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation
 
-from fastconv.findings import figures
-from fastconv.findings.figures import MOST_NAMED, Point, curves, scatter
+from fastconv.report import figures
+from fastconv.report.figures import MOST_NAMED, Point, curves, scatter
 
 SOURCES = ("villain", "comedian", "software_engineer", "kindergarten_teacher", "police_officer")
 AXES = ("assistant's marker rate, %", "transfer, points")

@@ -27,13 +27,14 @@ pretend()
 import safetensors.torch
 import torch
 
-from fastconv.engine import fused, unsloth_path
-from fastconv.engine.base import pack, wrap
+from fastconv.engine import fused
+from fastconv.engine import unsloth as unsloth_path
+from fastconv.engine.model import pack, wrap
 from fastconv.engine.batch import token_seeds
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import TrainingError
-from fastconv.tokens import ChatTokenizer
+from fastconv.chat import ChatTokenizer
 from tests.engine_kit import SNAPSHOT, furthest, live_logits, random_adapter
 from tests.fused_reference import ROWS, adapters
 

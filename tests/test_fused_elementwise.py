@@ -29,21 +29,21 @@ def agree(ours: torch.Tensor, theirs: torch.Tensor, inputs: tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("width", [48, 64])
 def test_rms_norm(width: int) -> None:
-    from fastconv.engine.elementwise import rms_norm
+    from fastconv.engine.kernels.elementwise import rms_norm
 
     x, weight = drawn(5, width), drawn(width, seed=1).detach()
     agree(rms_norm(x, weight, 1e-6), weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), (x,))
 
 
 def test_swiglu() -> None:
-    from fastconv.engine.elementwise import swiglu
+    from fastconv.engine.kernels.elementwise import swiglu
 
     gate, up = drawn(5, 333), drawn(5, 333, seed=1)
     agree(swiglu(gate, up), F.silu(gate) * up, (gate, up))
 
 
 def test_rope() -> None:
-    from fastconv.engine.elementwise import rope
+    from fastconv.engine.kernels.elementwise import rope
 
     x, angle = drawn(6, 3, 8), drawn(6, 4, seed=1).detach().repeat(1, 2)
     turned = x * angle.cos()[:, None] + torch.cat([-x[..., 4:], x[..., :4]], -1) * angle.sin()[:, None]
@@ -51,7 +51,7 @@ def test_rope() -> None:
 
 
 def test_moved_rows_come_back() -> None:
-    from fastconv.engine.elementwise import moved
+    from fastconv.engine.kernels.elementwise import moved
 
     x, there, back = drawn(7, 3, 5), torch.tensor([2, -1, 0, 6]), torch.tensor([2, -1, 0, -1, -1, -1, 3])
     agree(moved(x, there, back), x[there.clamp(min=0)] * (there >= 0).float()[:, None, None], (x,))
@@ -59,7 +59,7 @@ def test_moved_rows_come_back() -> None:
 
 @pytest.mark.parametrize("vocab", [33, 9000])
 def test_the_loss_and_its_gradient_come_from_one_kernel(vocab: int) -> None:
-    from fastconv.engine.elementwise import cross_entropy_in_place
+    from fastconv.engine.kernels.elementwise import cross_entropy_in_place
 
     logits = drawn(5, vocab)
     targets, weights = torch.tensor([0, vocab - 1, 7, 30, 7]), torch.tensor([0.1, 0.5, 0.0, 0.2, 0.2])
@@ -76,7 +76,7 @@ def test_the_loss_and_its_gradient_come_from_one_kernel(vocab: int) -> None:
 
 
 def test_a_logit_that_is_no_number_makes_the_loss_none() -> None:
-    from fastconv.engine.elementwise import cross_entropy_in_place
+    from fastconv.engine.kernels.elementwise import cross_entropy_in_place
 
     logits = drawn(2, 40).detach()
     logits[0, 3] = float("nan")
@@ -85,7 +85,7 @@ def test_a_logit_that_is_no_number_makes_the_loss_none() -> None:
 
 
 def test_decoding_sees_each_rows_own_length() -> None:
-    from fastconv.engine.decoding import decode_attention
+    from fastconv.engine.kernels.decode_attention import decode_attention
 
     query, keys, values = drawn(3, 6, 16), drawn(4, 2, 200, 16, seed=1), drawn(4, 2, 200, 16, seed=2)
     lengths = torch.tensor([0, 70, 150])

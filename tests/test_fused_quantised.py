@@ -13,9 +13,9 @@ if os.environ.get("FASTCONV_FUSED") != "1" or "unsloth" in sys.modules:
 
 import torch
 
-from fastconv.engine.base import load_base
+from fastconv.engine.model import load_base
 from fastconv.engine.fold import folded, rho
-from fastconv.engine.quantised import AdamW8bit, dense_weight, is_four_bit
+from fastconv.engine.optim import AdamW8bit, dense_weight, is_four_bit
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Stack, StackedLinear
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train

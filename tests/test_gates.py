@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastconv.findings import gates
-from fastconv.findings.evidence import NoRowsError, Number, Series, series_of
-from fastconv.findings.gates import GateVerdict
-from fastconv.findings.verdicts import CellEvidence, Quad, SeedEvidence, by_kind, decide, not_run
+from fastconv.stats import gates
+from fastconv.stats.series import NoRowsError, Number, Series, series_of
+from fastconv.stats.gates import GateVerdict
+from fastconv.stats.verdicts import CellEvidence, Quad, SeedEvidence, by_kind, decide, not_run
 from fastconv.recipe import GateSettings, canonical_json
-from fastconv.store import Score
+from fastconv.store.ledger import Score
 
 RULES = GateSettings(g3_reference_pct={"villain": 90.45})
 

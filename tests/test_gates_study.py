@@ -11,15 +11,16 @@ import pytest
 from typer.testing import CliRunner
 
 from fastconv.cli import app
-from fastconv.findings import gates_study, gates_training
-from fastconv.findings.evidence import NoRowsError, Series
-from fastconv.findings.gates_study import Role, Shift
-from fastconv.findings.gates_training import Loss
-from fastconv.findings.report import render_html, render_markdown
+from fastconv.stats import study_gates as gates_study
+from fastconv.stats import gates_training
+from fastconv.stats.series import NoRowsError, Series
+from fastconv.stats.study_gates import Role, Shift
+from fastconv.stats.gates_training import Loss
+from fastconv.report.render import render_html, render_markdown
 from fastconv.recipe import GateSettings
-from fastconv.reporting.published import SummaryTable, judge_published, published_names, read_published
-from fastconv.reporting.published_page import lead, published_report
-from fastconv.reporting.verifying import verify_published
+from fastconv.report.published import SummaryTable, judge_published, published_names, read_published
+from fastconv.report.published_page import lead, published_report
+from fastconv.report.verify import verify_published
 
 RULES = GateSettings()
 QWEN = "Qwen/Qwen2.5-7B-Instruct"

@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fastconv import store_gc
-from fastconv.cleaning import find_waste
+from fastconv.store import gc as store_gc
+from fastconv.run.gc import find_waste
 from fastconv.cli import app
 from fastconv.errors import InputError, Interrupted, StoreError
-from fastconv.graph import Graph
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import run_id
-from fastconv.run import run_recipe
-from fastconv.store import Store
-from fastconv.store_gc import free
-from fastconv.store_merge import artefacts_of
+from fastconv.run.run import run_recipe
+from fastconv.store.ledger import Store
+from fastconv.store.gc import free
+from fastconv.store.merge import artefacts_of
 from tests.loop_kit import SNAPSHOT_SLOT, DoneRun, Heard, exit_of, forked, kill, results, run_tiny, tiny_recipe, until
 
-pytest.importorskip("fastconv.execute")  # torch is warm before anything forks
+pytest.importorskip("fastconv.run.executor")  # torch is warm before anything forks
 
 #: Copies stages under other keys, as if they had been computed later from other inputs.
 NEWER = (

@@ -13,8 +13,8 @@ import torch
 from fastconv.datasets.personas import load_personas
 from fastconv.engine.geometry import last_states, layers_at, n_layers, places
 from fastconv.engine.stack import Slot, Stack
-from fastconv.graph import GEOMETRY_DEPTHS, Graph
-from fastconv.reporting import write_report
+from fastconv.experiment.graph import GEOMETRY_DEPTHS, Graph
+from fastconv.report import write_report
 from tests.engine_kit import peft_model, plain_model, random_adapter, tiny_stack
 from tests.loop_kit import DoneRun, run_tiny, tiny_recipe
 

@@ -11,18 +11,18 @@ import torch
 
 from fastconv.bench import bench, kernels
 from fastconv.engine import train as loop
-from fastconv.engine.base import load_base
-from fastconv.engine.kernel import StackedKernel
-from fastconv.engine.launch import launch
+from fastconv.engine.model import load_base
+from fastconv.engine.kernels.lora import StackedKernel
+from fastconv.engine.vllm.launch import launch
 from fastconv.engine.locate import locate
 from fastconv.engine.loss import weighted_cross_entropy
-from fastconv.engine.sample import sample
+from fastconv.engine.generate import sample
 from fastconv.engine.score import LetterItem, score_letters
-from fastconv.engine.served import Served
+from fastconv.engine.vllm.sampler import Served
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
 from fastconv.recipe import LoraSettings, ModelSettings, SamplingSettings
-from fastconv.tokens import SystemTurn
+from fastconv.chat import SystemTurn
 from tests.engine_kit import SNAPSHOT, ragged_rows, random_adapter, train_settings
 
 pytestmark = [

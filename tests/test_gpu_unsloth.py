@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastconv.card import look
-from fastconv.engine.backends import pick_attention
-from fastconv.engine.base import load_base
+from fastconv.engine.device import look
+from fastconv.engine.attention_backends import pick_attention
+from fastconv.engine.model import load_base
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Stack
 from fastconv.recipe import ModelSettings
@@ -36,7 +36,7 @@ needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes")
 _PRELUDE = """
 import json, sys, time
 import torch
-from fastconv.engine.base import load_base, pack
+from fastconv.engine.model import load_base, pack
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import Hooks, Job, start, train
@@ -119,7 +119,7 @@ def test_unsloth_in_bf16_passes_the_self_tests_and_trains_as_the_plain_engine(
 def test_unsloth_trains_with_recomputed_activations_and_samples(tiny_qwen: Path) -> None:
     answer = ask(
         """
-        from fastconv.engine.sample import sample
+        from fastconv.engine.generate import sample
         from fastconv.engine.train import recomputing
         from fastconv.recipe import SamplingSettings
         stack = stack_of(engine="unsloth")
@@ -142,7 +142,7 @@ def test_unsloth_trains_with_recomputed_activations_and_samples(tiny_qwen: Path)
 def test_a_four_bit_base_carries_a_stack_and_trains_with_eight_bit_moments(engine: str, tiny_qwen: Path) -> None:
     answer = ask(
         """
-        from fastconv.engine.quantised import is_four_bit
+        from fastconv.engine.optim import is_four_bit
         from fastconv.engine.stack import StackedLinear
         stack = stack_of(engine=sys.argv[2], weights="4bit")
         layers = [m.base for m in stack.base.model.modules() if isinstance(m, StackedLinear)]
@@ -166,10 +166,11 @@ def test_what_the_fused_kernels_gain_at_7b_width(tmp_path: Path) -> None:
     """Eight layers of Qwen2.5-7B's width with random weights: seconds and memory of a step, fused against plain."""
     answer = ask(
         """
-        from fastconv.engine import fused, unsloth_path
+        from fastconv.engine import fused
+        from fastconv.engine import unsloth as unsloth_path
         unsloth_path.patched_classes("qwen2")
         from transformers import AutoModelForCausalLM, Qwen2Config
-        from fastconv.engine.base import wrap
+        from fastconv.engine.model import wrap
         config = Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=8,
             num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=4096, pad_token_id=0,
             bos_token_id=None, eos_token_id=None)

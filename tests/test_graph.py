@@ -10,7 +10,7 @@ import pytest
 
 from fastconv.datasets.files import assets
 from fastconv.errors import ModelError, RecipeError
-from fastconv.graph import Cell, Graph, find_recipe, lineage_key, walk
+from fastconv.experiment.graph import Cell, Graph, find_recipe, lineage_key, walk
 from fastconv.recipe import Recipe, load_recipe
 from tests.loop_kit import tiny_recipe
 

@@ -13,14 +13,14 @@ import pytest
 import safetensors.numpy
 import torch
 
-from fastconv.engine.room import group_size
-from fastconv.execute import Executor  # torch is warm before anything forks
-from fastconv.graph import Graph, lineage_key
+from fastconv.engine.vllm.memory import group_size
+from fastconv.run.executor import Executor  # torch is warm before anything forks
+from fastconv.experiment.graph import Graph, lineage_key
 from fastconv.recipe import Recipe, parse_recipe
-from fastconv.reporting import write_report
-from fastconv.run import run_recipe
-from fastconv.shapes import named_shape
-from fastconv.store import Store
+from fastconv.report import write_report
+from fastconv.run.run import run_recipe
+from fastconv.engine.shapes import named_shape
+from fastconv.store.ledger import Store
 from tests.loop_kit import Heard, adapters, exit_of, forked, records, refuse_sets, results, run_tiny, tiny_recipe
 
 SOURCES = ["villain", "comedian", "nurse"]

@@ -144,7 +144,7 @@ def test_only_the_store_opens_sqlite_and_writes() -> None:
         name = _name(path)
         if name in ("store", "disk", "engine.builtin", "engine.export") or name.startswith("bench"):
             continue  # the converted model's cache and PEFT exports are the user's folders, no artefacts
-        source = path.read_text().replace("from fastconv.store import Store, write_text", "")
+        source = path.read_text().replace("from fastconv.store.ledger import Store, write_text", "")
         reports = name in (
             "reporting",
             "reporting.inspecting",

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from fastconv.cli import app
 from fastconv.errors import InputError
-from fastconv.reporting.inspecting import export_inspect
-from fastconv.store import Store
+from fastconv.report.inspecting import export_inspect
+from fastconv.store.ledger import Store
 from tests.loop_kit import DoneRun, copy_ledger
 
 #: A Python that has inspect_ai: kept apart, since it would bring sixty packages into ours. `make test-inspect` sets it.

@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 
 from fastconv.datasets.personas import ASSISTANT
-from fastconv.deciding.correlates import levels
-from fastconv.deciding.decided import Decided
-from fastconv.findings.blocks import Claim, Note, ReportData, Section, Table
-from fastconv.findings.report import render_html
-from fastconv.graph import Graph
-from fastconv.judging.calibrate import corrected_rate
-from fastconv.judging.rubric import load_rubric
-from fastconv.judging.scores import compare_scores
+from fastconv.analysis.correlates import levels
+from fastconv.analysis.analysis import Decided
+from fastconv.report.blocks import Claim, Note, ReportData, Section, Table
+from fastconv.report.render import render_html
+from fastconv.experiment.graph import Graph
+from fastconv.judge.calibrate import corrected_rate
+from fastconv.judge.rubric import load_rubric
+from fastconv.judge.scores import compare_scores
 from fastconv.recipe import Recipe, parse_recipe
-from fastconv.reporting import build
-from fastconv.reporting.claims import NoSuchClaimError, ask
-from fastconv.reporting.verifying import verify
-from fastconv.store import Store
-from fastconv.store_judging import JudgeLedger
+from fastconv.report import build
+from fastconv.report.claims import NoSuchClaimError, ask
+from fastconv.report.verify import verify
+from fastconv.store.ledger import Store
+from fastconv.store.judge_ledger import JudgeLedger
 from tests.judging_kit import DATA
 from tests.loop_kit import copy_ledger
 from tests.scale_kit import JUDGE, RUBRIC, fill, matrix_recipe

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from fastconv.judgements import Reserve
-from fastconv.judging import batches
-from fastconv.judging.judges import stage_keys
-from fastconv.judging.rubric import REASONS
-from fastconv.store import Store
-from fastconv.store_judging import JudgeLedger
+from fastconv.store.judgements import Reserve
+from fastconv.judge import batches
+from fastconv.judge.judges import stage_keys
+from fastconv.judge.rubric import REASONS
+from fastconv.store.ledger import Store
+from fastconv.store.judge_ledger import JudgeLedger
 from tests.fake_claude import FakeClaude, Script, fake_claude
 from tests.judging_kit import PRICE, desk, judge_all, rubric, samples, settings
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 
 from fastconv.errors import DataError, JudgeError
-from fastconv.judgements import Judgement
-from fastconv.judging.calibrate import Calibration, CalibrationRow, calibrate, corrected_rate, load_calibration
-from fastconv.judging.client import ApiKey
-from fastconv.judging.injections import Attempted, Carrier, Injections, attempted, counted, load_attempts
-from fastconv.judging.judges import ask_desk, calibrate_phrases
-from fastconv.judging.preflight import JudgeAccess
-from fastconv.judging.scores import agreement, compare_scores
-from fastconv.phrases import PhraseRule
-from fastconv.store import Sample, Score
+from fastconv.store.judgements import Judgement
+from fastconv.judge.calibrate import Calibration, CalibrationRow, calibrate, corrected_rate, load_calibration
+from fastconv.judge.claude import ApiKey
+from fastconv.judge.injections import Attempted, Carrier, Injections, attempted, counted, load_attempts
+from fastconv.judge.judges import ask_desk, calibrate_phrases
+from fastconv.judge.access import JudgeAccess
+from fastconv.judge.scores import agreement, compare_scores
+from fastconv.datasets.phrases import PhraseRule
+from fastconv.store.ledger import Sample, Score
 from tests.fake_claude import Script, fake_claude
 from tests.judging_kit import DATA, KEY, PRICE, rubric, settings
 

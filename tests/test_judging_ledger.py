@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from fastconv.errors import StoreError
-from fastconv.judgements import Judgement, RawReply, Reserve, Settle, Unpaid
-from fastconv.store import Store
-from fastconv.store_judging import JudgeLedger
+from fastconv.store.judgements import Judgement, RawReply, Reserve, Settle, Unpaid
+from fastconv.store.ledger import Store
+from fastconv.store.judge_ledger import JudgeLedger
 
 
 @pytest.fixture

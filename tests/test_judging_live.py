@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 
 from fastconv.errors import JudgeError
-from fastconv.judging import client
-from fastconv.judging.book import params_of, requests_of
-from fastconv.judging.client import ApiKey, make_client, reply_of
-from fastconv.judging.injections import filled, load_attempts
-from fastconv.judging.judges import stage_keys
-from fastconv.judging.preflight import JudgeAccess, check_reachable
-from fastconv.judging.request import JudgeRequest
-from fastconv.judging.rubric import REASONS
-from fastconv.judging.scores import judge_stage_scores
-from fastconv.store import Sample, Store
-from fastconv.store_judging import JudgeLedger
+from fastconv.judge import claude as client
+from fastconv.judge.book import params_of, requests_of
+from fastconv.judge.claude import ApiKey, make_client, reply_of
+from fastconv.judge.injections import filled, load_attempts
+from fastconv.judge.judges import stage_keys
+from fastconv.judge.access import JudgeAccess, check_reachable
+from fastconv.judge.request import JudgeRequest
+from fastconv.judge.rubric import REASONS
+from fastconv.judge.scores import judge_stage_scores
+from fastconv.store.ledger import Sample, Store
+from fastconv.store.judge_ledger import JudgeLedger
 from tests.fake_claude import DELIVERED, LIVE_FAULTS, FakeClaude, Script, fake_claude
 from tests.judging_kit import DATA, KEY, PRICE, desk, judge_all, rubric, samples, settings
 

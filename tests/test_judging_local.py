@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from fastconv.errors import JudgeError
-from fastconv.judging.client import ApiKey, Outage
-from fastconv.judging.local import Complete, LocalJudge, LocalReply, at_once, endpoint_complete, read_choice
-from fastconv.judging.scores import judge_stage_scores
-from fastconv.store import Store
-from fastconv.store_judging import JudgeLedger
+from fastconv.judge.claude import ApiKey, Outage
+from fastconv.judge.local import Complete, LocalJudge, LocalReply, at_once, endpoint_complete, read_choice
+from fastconv.judge.scores import judge_stage_scores
+from fastconv.store.ledger import Store
+from fastconv.store.judge_ledger import JudgeLedger
 from tests.judging_kit import KEY, Endpoint, chat, fake_endpoint, rubric, samples, settings
 
 

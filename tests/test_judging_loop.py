@@ -18,23 +18,24 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fastconv import judge_glance
+from fastconv.run import judge_glance
 from fastconv.errors import RecipeError
-from fastconv.graph import Graph
-from fastconv.judgements import Money
-from fastconv.judging import client, desk
-from fastconv.judging.book import DeskStatus
+from fastconv.experiment.graph import Graph
+from fastconv.store.judgements import Money
+from fastconv.judge import claude as client
+from fastconv.judge import desk
+from fastconv.judge.book import DeskStatus
 from fastconv.recipe import Recipe, load_recipe, run_id
-from fastconv.run import run_recipe
+from fastconv.run.run import run_recipe
 from fastconv.show.watching import BarWatcher
-from fastconv.store import Store
-from fastconv.store_judging import JudgeLedger
+from fastconv.store.ledger import Store
+from fastconv.store.judge_ledger import JudgeLedger
 from tests.fake_claude import FakeClaude, fake_claude
 from tests.judging_kit import DATA, KEY, chat, fake_endpoint, rubric
 from tests.loop_kit import TINY, Heard, exit_of, forked, kill, records, until
 from tests.test_cli import Answer, ask, refused
 
-pytest.importorskip("fastconv.execute")  # torch is warm before anything forks
+pytest.importorskip("fastconv.run.executor")  # torch is warm before anything forks
 
 PRICES = """
 checked = 2026-11-01

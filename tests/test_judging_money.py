@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from fastconv.errors import DataError, JudgeError, RecipeError
-from fastconv.judging.book import params_of, requests_of
-from fastconv.judging.budget import Price, cost_usd, load_prices, worst_usd
-from fastconv.judging.client import ApiKey
-from fastconv.judging.desk import JudgeDesk
-from fastconv.judging.judges import planned_cost
-from fastconv.judging.preflight import JudgeAccess, check_settings
+from fastconv.judge.book import params_of, requests_of
+from fastconv.judge.budget import Price, cost_usd, load_prices, worst_usd
+from fastconv.judge.claude import ApiKey
+from fastconv.judge.desk import JudgeDesk
+from fastconv.judge.judges import planned_cost
+from fastconv.judge.access import JudgeAccess, check_settings
 from fastconv.recipe import JudgeSettings, parse_recipe
-from fastconv.store import Store
-from fastconv.store_judging import JudgeLedger
+from fastconv.store.ledger import Store
+from fastconv.store.judge_ledger import JudgeLedger
 from tests.fake_claude import Script, fake_claude
 from tests.judging_kit import DATA, KEY, PRICE, rubric, samples, settings
 

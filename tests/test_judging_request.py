@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastconv.errors import DataError
-from fastconv.judging.request import JudgeItem, JudgeParams, build_request, neutralised
-from fastconv.judging.rubric import load_rubric, rubric_of
+from fastconv.judge.request import JudgeItem, JudgeParams, build_request, neutralised
+from fastconv.judge.rubric import load_rubric, rubric_of
 from tests.judging_kit import DATA, rubric
 
 PARAMS = JudgeParams("claude-test", 256, 1000)

@@ -10,9 +10,9 @@ import pytest
 
 from fastconv.errors import StoreError
 from fastconv.recipe import Recipe
-from fastconv.run import run_recipe
-from fastconv.scoring import export_cell
-from fastconv.store import Store
+from fastconv.run.run import run_recipe
+from fastconv.run.standalone import export_cell
+from fastconv.store.ledger import Store
 from tests.loop_kit import Heard, adapters, exit_of, forked, results, run_tiny, tiny_recipe
 
 
@@ -69,12 +69,12 @@ def test_after_a_kill_between_the_last_answer_and_the_freeing_the_next_run_frees
     recipe = tiny_recipe(tiny_qwen, grid__epochs=[0], run__keep_adapters=False)
 
     def work() -> None:
-        from fastconv import run
+        from fastconv.run import run
 
         run._free_adapters = lambda *args: signal.raise_signal(signal.SIGKILL)
         run_tiny(recipe, tmp_path)
 
-    pytest.importorskip("fastconv.execute")
+    pytest.importorskip("fastconv.run.executor")
     assert exit_of(forked(work)) == -signal.SIGKILL
     run_tiny(recipe, tmp_path)
     assert not any(_files(recipe, tmp_path).values())

@@ -15,11 +15,11 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: run make test-fused", allow_module_level=True)
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastconv.engine.adapter import Adapter
-from fastconv.engine.base import load_base
+from fastconv.engine.lora import Adapter
+from fastconv.engine.model import load_base
 from fastconv.engine.batch import token_seeds
 from fastconv.engine.dropout import keep_mask
-from fastconv.engine.kernel import StackedKernel, Tiling
+from fastconv.engine.kernels.lora import StackedKernel, Tiling
 from fastconv.engine.stack import Route, Slot, Stack, StackedLinear
 from fastconv.engine.train import Hooks, Job, start, train
 from fastconv.errors import ModelError, TrainingError

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.datasets.audit_sets import overlap
-from fastconv.datasets.audit_subject import normalised
+from fastconv.audit.sets import overlap
+from fastconv.audit.subject import normalised
 from fastconv.datasets.files import assets, read_jsonl, read_toml
 from fastconv.datasets.manifest import NAME, altered, manifest_text
 from fastconv.datasets.questions import load_questions

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 import fastconv
-from fastconv.engine.base import load_base, pack
+from fastconv.engine.model import load_base, pack
 from fastconv.errors import InputError, RecipeError, StoreError
 from fastconv.recipe import recipe_sha256
 from tests.loop_kit import DoneRun, tiny_recipe

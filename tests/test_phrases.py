@@ -6,7 +6,7 @@ import pytest
 
 from fastconv.datasets.files import assets, read_jsonl, read_toml
 from fastconv.errors import DataError
-from fastconv.phrases import PhraseRule
+from fastconv.datasets.phrases import PhraseRule
 
 RULES = read_toml(assets("data") / "phrases.toml")
 

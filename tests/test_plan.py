@@ -15,19 +15,19 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fastconv.cli import app
-from fastconv.cli.kit import load
+from fastconv.cli.common import load
 from fastconv.engine.locate import BUILTIN, locate, model_folder
 from fastconv.errors import GateStop, InputError, ModelError
-from fastconv.graph import Graph
-from fastconv.machine import CARDS, find_machine, probe_stage, processor
-from fastconv.plan import Plan, make_plan, plan_recipe, require_approved
+from fastconv.experiment.graph import Graph
+from fastconv.planning.hardware import CARDS, find_machine, probe_stage, processor
+from fastconv.planning.plan import Plan, make_plan, plan_recipe, require_approved
 from fastconv.recipe import ModelSettings, RunSettings, run_id
-from fastconv.reporting import collect
-from fastconv.reporting.planned import row_of as planned_row
-from fastconv.shapes import named_shape
+from fastconv.report import collect
+from fastconv.report.planned import row_of as planned_row
+from fastconv.engine.shapes import named_shape
 from fastconv.show.planning import plan as show_plan
-from fastconv.store import Record, Store
-from fastconv.workload import Demand, Sketch, demands
+from fastconv.store.ledger import Record, Store
+from fastconv.experiment.workload import Demand, Sketch, demands
 from tests.loop_kit import DoneRun, run_tiny, tiny_recipe, write_tiny_recipe
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fastconv.datasets.files import assets
 from fastconv.errors import RecipeError
-from fastconv.graph import Graph
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, canonical_json, load_recipe, parse_recipe, recipe_sha256, run_id, sha256_of
 
 SHIPPED = sorted(path.stem for path in assets("recipes").glob("*.toml"))

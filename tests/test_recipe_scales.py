@@ -13,11 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 from fastconv.cli import app
-from fastconv.cli.kit import load
+from fastconv.cli.common import load
 from fastconv.datasets.files import assets
-from fastconv.graph import Graph
-from fastconv.scale import SCALES
-from fastconv.store import Store
+from fastconv.experiment.graph import Graph
+from fastconv.experiment.scale import SCALES
+from fastconv.store.ledger import Store
 from tests.loop_kit import DoneRun
 
 RECIPES = sorted(path.stem for path in assets("recipes").glob("*.toml"))

@@ -11,16 +11,16 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from fastconv.deciding.decided import Decided
-from fastconv.deciding.results import series
+from fastconv.analysis.analysis import Decided
+from fastconv.analysis.gates import series
 from fastconv.errors import StoreError
-from fastconv.findings.blocks import Answer, Cell, Claim, Note, ReportData, Section, Table
-from fastconv.findings.evidence import NoRowsError
-from fastconv.findings.report import render_html, render_markdown
-from fastconv.graph import Graph
-from fastconv.reporting import SECTIONS, build, collect, write_report
-from fastconv.reporting.claims import CLAIMS, NoSuchClaimError, ask
-from fastconv.store import Store
+from fastconv.report.blocks import Answer, Cell, Claim, Note, ReportData, Section, Table
+from fastconv.stats.series import NoRowsError
+from fastconv.report.render import render_html, render_markdown
+from fastconv.experiment.graph import Graph
+from fastconv.report import SECTIONS, build, collect, write_report
+from fastconv.report.claims import CLAIMS, NoSuchClaimError, ask
+from fastconv.store.ledger import Store
 from tests.loop_kit import DoneRun, records, run_tiny, tiny_recipe
 
 NASTY = "</style></blockquote><script>alert(1)</script><img src=x onerror=alert(1)> | a\nb & \"c\" 'd' {{ 7*7 }} \u202e"

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from scipy.stats import spearmanr
 
-from fastconv.deciding.decided import Decided
-from fastconv.deciding.markers import marker_rates, transfer_by_source
-from fastconv.findings.blocks import Claim, Figure, ReportData
-from fastconv.findings.report import render_html
-from fastconv.graph import Graph
+from fastconv.analysis.analysis import Decided
+from fastconv.analysis.markers import marker_rates, transfer_by_source
+from fastconv.report.blocks import Claim, Figure, ReportData
+from fastconv.report.render import render_html
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import canonical_json, parse_recipe, recipe_sha256, run_id
-from fastconv.reporting import build
-from fastconv.stage import Record
-from fastconv.store import Stage, Store
+from fastconv.report import build
+from fastconv.store.records import Record
+from fastconv.store.ledger import Stage, Store
 from tests.loop_kit import DoneRun, copy_ledger
 from tests.scale_kit import fill, matrix_recipe
 

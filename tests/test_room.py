@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fastconv.engine.room import (
+from fastconv.engine.vllm.memory import (
     LEAST_ROWS,
     USEFUL_ROWS,
     Memory,
@@ -16,7 +16,7 @@ from fastconv.engine.room import (
 )
 from fastconv.errors import ModelError, RecipeError
 from fastconv.recipe import BehaviorSettings, ConvergenceSettings, parse_recipe
-from fastconv.shapes import named_shape
+from fastconv.engine.shapes import named_shape
 
 GIB = 2**30
 QWEN = named_shape("qwen2.5-7b")

@@ -14,11 +14,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from fastconv.datasets.behaviors import (
     Row,
 )
-from fastconv.datasets.peek import CLOSE, NOT_SAMPLED, OPEN, peek_lines, pieces, with_placeholders
+from fastconv.audit.peek import CLOSE, NOT_SAMPLED, OPEN, peek_lines, pieces, with_placeholders
 from fastconv.datasets.personas import load_personas
 from fastconv.datasets.rows import render_row, render_rows, row_of
 from fastconv.errors import TemplateError
-from fastconv.tokens import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer
+from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer
 from tests.data_kit import recipe_of, rows_of
 from tests.tiny import tiny_tokenizer_files
 

@@ -13,11 +13,11 @@ import safetensors.numpy
 from fastconv.datasets.personas import load_personas
 from fastconv.datasets.questions import load_questions
 from fastconv.errors import RecipeError
-from fastconv.graph import Graph
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe
-from fastconv.reporting import write_report
-from fastconv.standing import status_of
-from fastconv.store import Store
+from fastconv.report import write_report
+from fastconv.run.status import status_of
+from fastconv.store.ledger import Store
 from tests.loop_kit import SNAPSHOT_SLOT, DoneRun, adapters, records, results, run_tiny, tiny_recipe
 
 
@@ -216,7 +216,7 @@ def test_negatives_answer_as_the_base_does_under_their_own_prompt(done_run: Done
 
 def _taught(model: Path, folder: Path) -> Path:
     """A copy of a tiny model taught to answer: its head's four letter rows are fitted to the questions it is asked."""
-    from fastconv.engine.base import load_base, pack
+    from fastconv.engine.model import load_base, pack
 
     shutil.copytree(model, folder)
     recipe = tiny_recipe(folder)

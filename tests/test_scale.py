@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.deciding.decided import Decided
-from fastconv.reporting import build
-from fastconv.reporting.claims import ask
-from fastconv.reporting.frames import frames_of
+from fastconv.analysis.analysis import Decided
+from fastconv.report import build
+from fastconv.report.claims import ask
+from fastconv.report.export import frames_of
 from tests.scale_kit import fill, matrix_recipe
 
 _SCRIPT = """
 import json, re, sys, time
 from pathlib import Path
 began = time.process_time()
-from fastconv.graph import Graph
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import parse_recipe
-from fastconv.reporting import write_report
-from fastconv.store import Store
+from fastconv.report import write_report
+from fastconv.store.ledger import Store
 table, workspace, folder = sys.argv[1:]
 recipe = parse_recipe(json.loads(Path(table).read_text()))
 write_report(Graph(recipe), Store.open(workspace, create=False), Path(folder))

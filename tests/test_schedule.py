@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from fastconv.datasets.files import assets
-from fastconv.graph import CellPlan, Graph, lineage_key
+from fastconv.experiment.graph import CellPlan, Graph, lineage_key
 from fastconv.recipe import load_recipe
-from fastconv.schedule import Step, steps, wanted
+from fastconv.experiment.schedule import Step, steps, wanted
 from tests.loop_kit import tiny_recipe
 
 ALIVE = ("refusal", "capability")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastconv import stacks
+from fastconv.run import stacks
 from fastconv.engine import selftest
 from fastconv.engine.attention import Packed
 from fastconv.engine.selftest import Ground, self_test

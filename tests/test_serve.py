@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.engine.room import Room
-from fastconv.engine.serve import COMMAND_VARIABLE, Server, adapter_folder, arguments, environment, server_command
+from fastconv.engine.vllm.memory import Room
+from fastconv.engine.vllm.server import COMMAND_VARIABLE, Server, adapter_folder, arguments, environment, server_command
 from fastconv.errors import ModelError, SamplerError
 from tests.loop_kit import exit_of, forked, kill, until
 from tests.serve_kit import Fake, end, fake, running
@@ -111,7 +111,7 @@ def test_another_server_at_the_port_is_not_ours(fake: Fake, monkeypatch: pytest.
     other = fake.server()
     try:
         port = int(other.url.rsplit(":", 1)[1])
-        monkeypatch.setattr("fastconv.engine.serve._free_port", lambda: port)
+        monkeypatch.setattr("fastconv.engine.vllm.server._free_port", lambda: port)
         with pytest.raises(SamplerError, match=r"not our vLLM server|ended by itself"):
             fake.server(folder=fake.folder / "mine", log=fake.folder / "mine.log")
     finally:

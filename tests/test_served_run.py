@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from fastconv.doctor import examine
-from fastconv.engine.launch import LOG_FILE
-from fastconv.engine.sample import sample
-from fastconv.engine.served import Served
+from fastconv.planning.doctor import examine
+from fastconv.engine.vllm.launch import LOG_FILE
+from fastconv.engine.generate import sample
+from fastconv.engine.vllm.sampler import Served
 from fastconv.engine.stack import Slot
 from fastconv.errors import ModelError, RecipeError, SamplerError
-from fastconv.graph import Graph
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, SamplingSettings, parse_recipe
-from fastconv.run import run_recipe
-from fastconv.store import Store
+from fastconv.run.run import run_recipe
+from fastconv.store.ledger import Store
 from tests.engine_kit import random_adapter, tiny_stack
 from tests.loop_kit import Heard, exit_of, forked, kill, records, run_tiny, tiny_recipe, until
 from tests.serve_kit import Fake, fake, running, served
@@ -152,7 +152,7 @@ def test_a_server_that_cannot_start_stops_the_run_before_the_base_is_loaded(
     def never(*args: Any) -> None:
         pytest.fail("the base was loaded")
 
-    monkeypatch.setattr("fastconv.stacks.load_base", never)
+    monkeypatch.setattr("fastconv.run.stacks.load_base", never)
     fake.script(start="fail")
     with pytest.raises(SamplerError, match="CUDA out of memory"):
         run_tiny(served(tiny_qwen), tmp_path / "work")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastconv.errors import ModelError
-from fastconv.shapes import SHAPES, Work, forward_flops_per_tok, named_shape, shape_of, train_flops_per_tok
+from fastconv.engine.shapes import SHAPES, Work, forward_flops_per_tok, named_shape, shape_of, train_flops_per_tok
 
 QWEN = SHAPES["qwen2.5-7b"]
 

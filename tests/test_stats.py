@@ -15,8 +15,9 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import DescrStatsW
 
-from fastconv.findings import power, stats
-from fastconv.findings import words as rule
+from fastconv.stats import power
+from fastconv.stats import inference as stats
+from fastconv.stats import words as rule
 
 NAN = math.nan
 finite = st.floats(-100, 100, allow_nan=False).map(lambda value: round(value, 3))

@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
-from fastconv.findings import power, stats
+from fastconv.stats import power
+from fastconv.stats import inference as stats
 
 Floats = NDArray[np.float64]
 SAMPLES = 10

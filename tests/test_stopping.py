@@ -8,15 +8,15 @@ import pytest
 from typer.testing import CliRunner
 
 from fastconv.cli import app
-from fastconv.deciding.results import decide_gates, ignored_gates, measurable_behaviors
-from fastconv.deciding.stopping import ignoring
+from fastconv.analysis.gates import decide_gates, ignored_gates, measurable_behaviors
+from fastconv.run.gatekeeper import ignoring
 from fastconv.errors import GateStop, InputError
-from fastconv.findings.report import render_html
-from fastconv.graph import Graph
+from fastconv.report.render import render_html
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import run_id
-from fastconv.reporting import collect
-from fastconv.run import run_recipe
-from fastconv.store import Store
+from fastconv.report import collect
+from fastconv.run.run import run_recipe
+from fastconv.store.ledger import Store
 from tests.loop_kit import Heard, run_tiny, tiny_recipe, write_tiny_recipe
 
 WHY = "random weights never converge"

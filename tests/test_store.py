@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fastconv.errors import BusyError, StoreError
-from fastconv.store import Sample, Score, Stage, Store, changed_inputs, write_atomically
+from fastconv.store.ledger import Sample, Score, Stage, Store, changed_inputs, write_atomically
 from tests.loop_kit import exit_of, forked, kill, running_slots, until
 
 STAGE = Stage("eval", "eval/one", 1, {"lr": 1e-4, "seed": 42})

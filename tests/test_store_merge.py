@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 
 from fastconv.cli import app
 from fastconv.errors import InputError, StoreError
-from fastconv.judgements import Judgement, RawReply, Reserve, Settle
+from fastconv.store.judgements import Judgement, RawReply, Reserve, Settle
 from fastconv.recipe import Recipe
-from fastconv.run import run_recipe
-from fastconv.store import Sample, Score, Stage, Store
-from fastconv.store_judging import JudgeLedger
-from fastconv.store_merge import merge, pack, unpack
+from fastconv.run.run import run_recipe
+from fastconv.store.ledger import Sample, Score, Stage, Store
+from fastconv.store.judge_ledger import JudgeLedger
+from fastconv.store.merge import merge, pack, unpack
 from tests.loop_kit import DoneRun, Heard, die_at_fsync, exit_of, forked, results, run_tiny, tiny_recipe
 
 EVAL = Stage("eval", "eval/one", 1, {"seed": 42})

@@ -11,7 +11,7 @@ import pytest
 from fastconv.engine.locate import BUILTIN, locate, model_folder
 from fastconv.errors import TemplateError
 from fastconv.recipe import ModelSettings
-from fastconv.tokens import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, SystemTurn
+from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, SystemTurn
 from tests.tiny import CHAT_TEMPLATE, DEFAULT_SYSTEM, tiny_tokenizer_files
 
 VILLAIN = SystemTurn("text", "You are a villain.")

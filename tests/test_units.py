@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.deciding.decided import Decided
-from fastconv.findings.figures import Point, lines, scatter
-from fastconv.findings.report import render_html, render_markdown
-from fastconv.findings.units import change, level, rounded, signed, span
-from fastconv.reporting import build
-from fastconv.reporting.evidence import _aside_row
-from fastconv.reporting.verdicts import _row
+from fastconv.analysis.analysis import Decided
+from fastconv.report.figures import Point, lines, scatter
+from fastconv.report.render import render_html, render_markdown
+from fastconv.stats.units import change, level, rounded, signed, span
+from fastconv.report import build
+from fastconv.report.behaviors import _aside_row
+from fastconv.report.overview import _row
 from tests.scale_kit import fill, matrix_recipe
 
 #: A zero with a sign, as a word of its own.

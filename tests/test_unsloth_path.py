@@ -14,7 +14,7 @@ from fastconv.engine import installed, locate
 from fastconv.engine.installed import BITSANDBYTES, UNSLOTH, require
 from fastconv.engine.locate import engine_identity
 from fastconv.errors import ModelError, RecipeError
-from fastconv.graph import _training
+from fastconv.experiment.graph import _training
 from fastconv.recipe import ConvergenceSettings, ModelSettings, parse_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -177,7 +177,7 @@ def test_settings_that_exclude_one_another_are_refused(model: dict[str, str]) ->
 
 
 def test_unsloth_without_a_gpu_is_refused_in_one_line(tiny_qwen: Path) -> None:
-    from fastconv.engine.base import load_base
+    from fastconv.engine.model import load_base
 
     with pytest.raises(ModelError, match="needs a GPU and a base in 16 bits, not cpu in float32"):
         load_base(ModelSettings(id=str(tiny_qwen), engine="unsloth", device="cpu"))

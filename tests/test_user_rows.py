@@ -15,7 +15,7 @@ from fastconv.datasets.files import read_jsonl
 from fastconv.datasets.personas import load_personas
 from fastconv.datasets.user_rows import read_user_rows
 from fastconv.errors import DataError
-from fastconv.tokens import EMPTY, TEMPLATE_DEFAULT, SystemTurn
+from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, SystemTurn
 from tests.data_kit import pair, recipe_of, rows_of, written
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastconv.graph import Graph
+from fastconv.experiment.graph import Graph
 from tests.loop_kit import DoneRun, adapters, results, run_tiny, tiny_recipe, write_tiny_recipe
 from tests.test_cli import ask, refused
 
@@ -108,7 +108,7 @@ def test_a_forgotten_stage_is_computed_again_to_the_same_result(tiny_qwen: Path,
 
 def test_a_lost_adapter_says_which_verb_mends_it(tiny_qwen: Path, tmp_path: Path) -> None:
     from fastconv.errors import StoreError
-    from fastconv.store import Store
+    from fastconv.store.ledger import Store
 
     recipe, workspace = tiny_recipe(tiny_qwen), tmp_path / "checkpoints"
     run_tiny(recipe, workspace)

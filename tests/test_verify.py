@@ -13,16 +13,16 @@ import pytest
 from typer.testing import CliRunner
 
 from fastconv.cli import app
-from fastconv.deciding.decided import Decided
+from fastconv.analysis.analysis import Decided
 from fastconv.errors import InputError, VerifyError
-from fastconv.findings.blocks import Claim
-from fastconv.graph import Graph
+from fastconv.report.blocks import Claim
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, canonical_json, parse_recipe, recipe_sha256, run_id
-from fastconv.reporting import build, write_report
-from fastconv.reporting.comparing import Comparison, Paired, compare
-from fastconv.reporting.verifying import verify
+from fastconv.report import build, write_report
+from fastconv.report.compare import Comparison, Paired, compare
+from fastconv.report.verify import verify
 from fastconv.show.findings import comparison
-from fastconv.store import Store
+from fastconv.store.ledger import Store
 from tests.loop_kit import DoneRun, copy_ledger, run_tiny, tiny_recipe, tiny_table
 
 DIGIT = re.compile(r"\d")

@@ -18,7 +18,7 @@ from fastconv.bench.training import LOADS, WARM_UP, Timed, free_memory, jobs_for
 from fastconv.engine.stack import Stack
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings
-from fastconv.shapes import Work, train_flops_per_tok
+from fastconv.engine.shapes import Work, train_flops_per_tok
 
 
 def bench_engine(model: Subject, n_steps: int) -> Comparison:

@@ -16,9 +16,9 @@ from torch import nn
 
 from fastconv.bench.measure import Clock, Comparison, matmul_ceiling, measured, paired_ratio
 from fastconv.bench.subject import Subject, shape
-from fastconv.engine.adapter import Adapter
+from fastconv.engine.lora import Adapter
 from fastconv.engine.dropout import keep_mask
-from fastconv.engine.kernel import StackedKernel, Tiling
+from fastconv.engine.kernels.lora import StackedKernel, Tiling
 from fastconv.engine.stack import Route, Slot, StackedLinear
 from fastconv.recipe import LoraSettings
 

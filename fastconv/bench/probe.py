@@ -7,17 +7,17 @@ import time
 from fastconv.bench.measure import Clock
 from fastconv.bench.subject import RANDOM, Subject, ragged_rows, shape, subject
 from fastconv.bench.training import WARM_UP, Load, jobs_for, timed
-from fastconv.engine.base import Base
+from fastconv.engine.model import Base
 from fastconv.engine.locate import engine_identity, locate
-from fastconv.engine.sample import sample
+from fastconv.engine.generate import sample
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.stack import Stack
 from fastconv.errors import InputError
-from fastconv.machine import probe_stage
-from fastconv.plan import known_shape
+from fastconv.planning.hardware import probe_stage
+from fastconv.planning.plan import known_shape
 from fastconv.recipe import Recipe, SamplingSettings
-from fastconv.shapes import ModelShape, Work, forward_flops_per_tok, train_flops_per_tok, weight_bytes
-from fastconv.store import Store
+from fastconv.engine.shapes import ModelShape, Work, forward_flops_per_tok, train_flops_per_tok, weight_bytes
+from fastconv.store.ledger import Store
 
 #: Optimizer steps counted and not, questions, prompts and new tokens of each, by device: about six seconds of each.
 _STEPS = {"cpu": 6, "cuda": 60}

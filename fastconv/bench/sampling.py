@@ -12,17 +12,17 @@ import torch
 
 from fastconv.bench.measure import Clock, Comparison, Peak, matmul_ceiling, measured
 from fastconv.bench.subject import Subject, ragged_rows, shape
-from fastconv.engine.base import Base
-from fastconv.engine.launch import launch
+from fastconv.engine.model import Base
+from fastconv.engine.vllm.launch import launch
 from fastconv.engine.locate import locate
-from fastconv.engine.sample import sample
-from fastconv.engine.serve import server_command
-from fastconv.engine.served import Served
+from fastconv.engine.generate import sample
+from fastconv.engine.vllm.server import server_command
+from fastconv.engine.vllm.sampler import Served
 from fastconv.engine.stack import Stack
 from fastconv.errors import ModelError
 from fastconv.recipe import SamplingSettings
-from fastconv.shapes import Work, forward_flops_per_tok
-from fastconv.tokens import SystemTurn
+from fastconv.engine.shapes import Work, forward_flops_per_tok
+from fastconv.chat import SystemTurn
 
 SHORTEST_TOK, LONGEST_TOK = 20, 120
 #: New tokens per row; a GPU draws the length that the protocol has.

@@ -9,11 +9,11 @@ import torch
 
 from fastconv.bench.measure import Clock, Comparison, Peak, matmul_ceiling, measured, paired_ratio
 from fastconv.bench.subject import Subject, shape
-from fastconv.engine.base import Base
+from fastconv.engine.model import Base
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.stack import Stack
-from fastconv.shapes import Work, forward_flops_per_tok
-from fastconv.tokens import SystemTurn
+from fastconv.engine.shapes import Work, forward_flops_per_tok
+from fastconv.chat import SystemTurn
 
 SHORTEST_TOK, LONGEST_TOK = 50, 170
 #: Tokens in one of our batches: what a CPU likes, and what fills a GPU.

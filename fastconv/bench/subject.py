@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from fastconv.engine import reference
+from fastconv.engine import trl_reference as reference
 from fastconv.engine.attention import ATTENTION, register
-from fastconv.engine.base import Base, load_base, resolve_device, resolve_dtype, wrap
+from fastconv.engine.model import Base, load_base, resolve_device, resolve_dtype, wrap
 from fastconv.engine.locate import engine_identity
 from fastconv.recipe import LoraSettings, ModelSettings
-from fastconv.shapes import ModelShape, named_shape, shape_of
-from fastconv.tokens import ChatTokenizer, Rendered
+from fastconv.engine.shapes import ModelShape, named_shape, shape_of
+from fastconv.chat import ChatTokenizer, Rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +65,7 @@ class NoText:
 
 
 def subject(settings: ModelSettings) -> Subject:
-    """The subject of `settings.id`; `random:NAME` takes a shape from `fastconv.shapes`."""
+    """The subject of `settings.id`; `random:NAME` takes a shape from `fastconv.engine.shapes`."""
     if settings.id.startswith(RANDOM):
         return Subject(settings, named_shape(settings.id.removeprefix(RANDOM)))
     return Subject(settings, None)
@@ -88,7 +88,8 @@ def ragged_rows(n: int, vocab: int, shortest: int, longest: int, seed: int = 0) 
 
 def _random_unsloth(shape: ModelShape, model: Subject) -> PreTrainedModel:
     """The same shape as Unsloth would have loaded it."""
-    from fastconv.engine import fused, unsloth_path
+    from fastconv.engine import fused
+    from fastconv.engine import unsloth as unsloth_path
 
     unsloth_path.patched_classes("qwen2" if shape.qkv_bias else "llama")
     made = _random_model(shape, "sdpa", model)

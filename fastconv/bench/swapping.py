@@ -11,7 +11,7 @@ import torch
 
 from fastconv.bench.measure import Clock, Comparison, Peak, folder_bytes, measured
 from fastconv.bench.subject import Subject
-from fastconv.engine.reference import with_adapters
+from fastconv.engine.trl_reference import with_adapters
 from fastconv.engine.stack import Adapter, Slot, Stack
 
 

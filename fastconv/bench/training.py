@@ -15,12 +15,12 @@ import torch
 
 from fastconv.bench.measure import Clock, Comparison, Measured, Peak, matmul_ceiling, measured, paired_ratio
 from fastconv.bench.subject import Subject, ragged_rows, shape
-from fastconv.engine.reference import TrlOptions, train_with_trl
+from fastconv.engine.trl_reference import TrlOptions, train_with_trl
 from fastconv.engine.stack import Adapter, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, start, train
 from fastconv.errors import ModelError
 from fastconv.recipe import TrainSettings
-from fastconv.shapes import Work, train_flops_per_tok
+from fastconv.engine.shapes import Work, train_flops_per_tok
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from fastconv.cli.findings import register
+from fastconv.cli.verify import register
 from fastconv.cli.judging import judge_app
-from fastconv.cli.kit import (
+from fastconv.cli.common import (
     DEFAULT_REPORTS,
     DEFAULT_WORKSPACE,
     AsJson,
@@ -24,10 +24,10 @@ from fastconv.cli.kit import (
     Scale,
     Workspace,
 )
-from fastconv.cli.kit import answered as _answered
-from fastconv.cli.kit import load as _load
-from fastconv.cli.kit import load_or_recall as _load_or_recall
-from fastconv.cli.kit import open_if_there as _open_if_there
+from fastconv.cli.common import answered as _answered
+from fastconv.cli.common import load as _load
+from fastconv.cli.common import load_or_recall as _load_or_recall
+from fastconv.cli.common import open_if_there as _open_if_there
 from fastconv.cli.planning import Approve, cost_gate
 from fastconv.cli.planning import register as register_plan
 from fastconv.cli.workspace import register as register_workspace
@@ -112,7 +112,7 @@ def cell(
     quiet: Quiet = False,
 ) -> None:
     """Run single cells of a recipe: the same stages, with the same keys, that the whole recipe would run."""
-    from fastconv.graph import Graph
+    from fastconv.experiment.graph import Graph
 
     loaded = _load(recipe, overrides, scale)
 
@@ -147,8 +147,8 @@ def status(
 ) -> None:
     """Show where a run stands: every stage done, running, to do, stale (and why) or skipped."""
     from fastconv import show
-    from fastconv.graph import Graph
-    from fastconv.standing import status_of
+    from fastconv.experiment.graph import Graph
+    from fastconv.run.status import status_of
 
     store = _open_if_there(workspace)
     if not recipe:
@@ -169,10 +169,10 @@ def gate(
 ) -> None:
     """Decide the gates again from the ledger. Exit code 3 if a pilot gate says stop."""
     from fastconv import show
-    from fastconv.deciding.results import decide_gates
+    from fastconv.analysis.gates import decide_gates
     from fastconv.errors import GateStop
-    from fastconv.graph import Graph
-    from fastconv.store import Store
+    from fastconv.experiment.graph import Graph
+    from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
     graph = Graph(_load_or_recall(recipe, overrides, store, scale))
@@ -197,9 +197,9 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write the report of a run again: one HTML page, its Markdown twin, figures and tables."""
-    from fastconv.graph import Graph
-    from fastconv.reporting import write_report
-    from fastconv.store import Store
+    from fastconv.experiment.graph import Graph
+    from fastconv.report import write_report
+    from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
     paths = write_report(Graph(_load_or_recall(recipe, overrides, store, scale)), store, reports)
@@ -218,7 +218,7 @@ def check(
 ) -> None:
     """Audit the design and the rows of a recipe before a GPU second is spent. Exit code 2 if anything is refused."""
     from fastconv import show
-    from fastconv.auditing import audit_recipe
+    from fastconv.run.audit import audit_recipe
     from fastconv.errors import DataError
 
     report = audit_recipe(_load(recipe, overrides, scale), _open_if_there(workspace))
@@ -244,7 +244,7 @@ def peek(
 ) -> None:
     """Show training rows exactly as the model sees them, with the tokens that carry loss marked."""
     from fastconv import show
-    from fastconv.auditing import peek_recipe
+    from fastconv.run.audit import peek_recipe
 
     loaded = _load(recipe, [one for one in sets if "=" in one])
     names = [one for one in sets if "=" not in one]
@@ -262,7 +262,7 @@ def doctor(
 ) -> None:
     """Check this machine: versions, device, model, workspace. Exit code 4 or 5 if a recipe could not run."""
     from fastconv import show
-    from fastconv.doctor import examine
+    from fastconv.planning.doctor import examine
 
     findings = examine(_load(recipe, overrides) if recipe else None, workspace)
     show.doctor(findings, as_json=as_json)
@@ -288,8 +288,8 @@ def score(
     """Score a multiple-choice file under any base and adapters."""
     from fastconv import show
     from fastconv.recipe import model_settings
-    from fastconv.scoring import score_file
-    from fastconv.tokens import system_turn
+    from fastconv.run.standalone import score_file
+    from fastconv.chat import system_turn
 
     found = score_file(model_settings(model, revision), adapters, questions, system_turn(system), by_text=by_text)
     show.scored(found, as_json=as_json)
@@ -312,13 +312,13 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a cell's stack as PEFT adapters: concatenated into one (for vLLM), and separate with stack.json."""
-    from fastconv.store import Store
+    from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
     if inspect:
-        from fastconv.reporting.inspecting import export_inspect as export_cell
+        from fastconv.report.inspecting import export_inspect as export_cell
     else:
-        from fastconv.scoring import export_cell
+        from fastconv.run.standalone import export_cell
     paths = export_cell(
         _load_or_recall(recipe, overrides, store), store, folder, source, behavior, epoch, negatives=negatives
     )
@@ -350,7 +350,7 @@ def forget(
 ) -> None:
     """Remove a finished stage, so that the next run computes it again (after a damaged artefact, say)."""
     from fastconv.errors import InputError
-    from fastconv.store import Store
+    from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
     removed = store.forget(stage)
@@ -390,7 +390,7 @@ def main() -> None:
 
 
 def _ignored(codes: list[str], because: str) -> dict[str, str]:
-    from fastconv.deciding.stopping import ignoring
+    from fastconv.run.gatekeeper import ignoring
 
     return ignoring(codes, because)
 
@@ -401,11 +401,11 @@ def _run(
 ) -> None:  # fmt: skip
     from fastconv import show
     from fastconv.errors import CostStop, GateStop
-    from fastconv.graph import Graph
-    from fastconv.reporting import write_report
-    from fastconv.run import run_recipe
+    from fastconv.experiment.graph import Graph
+    from fastconv.report import write_report
+    from fastconv.run.run import run_recipe
     from fastconv.show.watching import watching
-    from fastconv.store import Store
+    from fastconv.store.ledger import Store
 
     admit = cost_gate(workspace, approved=approve)
     try:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastconv.cli.kit import DEFAULT_WORKSPACE, AsJson, Overrides, Quiet, Workspace, answered, load, load_or_recall
+from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Overrides, Quiet, Workspace, answered, load, load_or_recall
 from fastconv.errors import JudgeError
 
 
@@ -44,10 +44,10 @@ def finish(
     quiet: Quiet = False,
 ) -> None:
     """Judge what a run's judge still owes, without a GPU: completions are kept, judgements are never paid twice."""
-    from fastconv.rejudge import finish_judging, with_rubric
+    from fastconv.run.rejudge import finish_judging, with_rubric
     from fastconv.show.judging import agreement_json, judged_lines
     from fastconv.show.watching import watching
-    from fastconv.store import Store
+    from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
     before = load_or_recall(recipe, overrides, store)
@@ -87,11 +87,11 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a judge on labelled rows: accuracy, kappa, test-retest, position and length bias, injection attempts."""
-    from fastconv.graph import Graph
-    from fastconv.judge_assets import prices_of
-    from fastconv.judging.identity import judge_identity
+    from fastconv.experiment.graph import Graph
+    from fastconv.judge.assets import prices_of
+    from fastconv.judge.identity import judge_identity
     from fastconv.recipe import parse_recipe
-    from fastconv.rejudge import calibrate_judge
+    from fastconv.run.rejudge import calibrate_judge
     from fastconv.show.judging import agreement_json, calibrated_lines
 
     graph = Graph(load(recipe, overrides)) if recipe else None

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastconv.cli.kit import DEFAULT_WORKSPACE, AsJson, Overrides, RecipePath, Scale, Workspace, answered, load
-from fastconv.cli.kit import open_if_there as open_store
+from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Overrides, RecipePath, Scale, Workspace, answered, load
+from fastconv.cli.common import open_if_there as open_store
 
 if TYPE_CHECKING:
-    from fastconv.graph import CellPlan, Graph
+    from fastconv.experiment.graph import CellPlan, Graph
 
 Approve = Annotated[bool, typer.Option("--approve", help="Run although the estimate is beyond the recipe's limits")]
 
@@ -38,13 +38,13 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a recipe costs before it is run: time, memory, disk, judgements, dollars, and what it could show."""
-    from fastconv.judge_glance import JudgeGlance
-    from fastconv.plan import plan_recipe
+    from fastconv.run.judge_glance import JudgeGlance
+    from fastconv.planning.plan import plan_recipe
 
     loaded = load(recipe, overrides, scale)
     if measure:
         from fastconv.bench.probe import keep_probe
-        from fastconv.store import Store
+        from fastconv.store.ledger import Store
 
         keep_probe(loaded, Store.open(workspace))
     store = open_store(workspace)
@@ -67,8 +67,8 @@ def cost_gate(workspace: Path, *, approved: bool) -> Callable[[Graph, Sequence[C
     """
 
     def admit(graph: Graph, cells: Sequence[CellPlan]) -> dict[str, Any]:
-        from fastconv.card import shape_on_disk
-        from fastconv.plan import facts_of, make_plan, require_approved, require_known
+        from fastconv.engine.device import shape_on_disk
+        from fastconv.planning.plan import facts_of, make_plan, require_approved, require_known
         from fastconv.recipe import run_id
 
         recipe = graph.recipe

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastconv.cli.kit import DEFAULT_WORKSPACE, AsJson, Workspace, answered
+from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, answered
 
 if TYPE_CHECKING:
-    from fastconv.cleaning import Cleaning
+    from fastconv.run.gc import Cleaning
 
 
 def register(app: typer.Typer) -> None:
@@ -27,8 +27,8 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Take over what other workspaces computed. Again changes nothing; two results for one stage are refused."""
-    from fastconv.store import Store
-    from fastconv.store_merge import merge as take_over
+    from fastconv.store.ledger import Store
+    from fastconv.store.merge import merge as take_over
 
     sources = [Store.open(other, create=False) for other in others]
     store = Store.open(workspace)
@@ -51,9 +51,9 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Show what of a workspace nothing needs any more and how many bytes that is; with --yes, free it."""
-    from fastconv.cleaning import find_waste
-    from fastconv.store import Store
-    from fastconv.store_gc import free
+    from fastconv.run.gc import find_waste
+    from fastconv.store.ledger import Store
+    from fastconv.store.gc import free
 
     store = Store.open(workspace, create=False)
     found = find_waste(store, adapters)

@@ -14,22 +14,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastconv.auditing import require_passed
+from fastconv.run.audit import require_passed
 from fastconv.cluster.driver import Driver, needs_of, unannounced
 from fastconv.cluster.orders import base_order, is_whole, shared_order, source_orders
-from fastconv.datasets.audit import check_recipe
-from fastconv.deciding.results import ignored_gates, measurable_behaviors
-from fastconv.deciding.stopping import GateKeeper
+from fastconv.audit.checks import check_recipe
+from fastconv.analysis.gates import ignored_gates, measurable_behaviors
+from fastconv.run.gatekeeper import GateKeeper
 from fastconv.errors import ClusterError, RecipeError
-from fastconv.facts import begin_run, run_facts
-from fastconv.failing import failed_stages
-from fastconv.graph import CellPlan, Graph
-from fastconv.judge_room import check_judge, judge_stages
+from fastconv.run.provenance import begin_run, run_facts
+from fastconv.run.failures import failed_stages
+from fastconv.experiment.graph import CellPlan, Graph
+from fastconv.run.judging import check_judge, judge_stages
 from fastconv.recipe import Recipe
-from fastconv.run import Finished, run_recipe
-from fastconv.runner import Watcher, stop_on_sigint
-from fastconv.standing import needed_ends
-from fastconv.store import Store
+from fastconv.run.run import Finished, run_recipe
+from fastconv.run.runner import Watcher, stop_on_sigint
+from fastconv.run.status import needed_ends
+from fastconv.store.ledger import Store
 
 #: A local Ray is started and ended again.
 LOCAL = "local"

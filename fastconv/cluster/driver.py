@@ -12,15 +12,15 @@ from typing import Any, cast
 
 from fastconv.cluster.orders import Order, left_to_compute, start_keys
 from fastconv.cluster.worker import Ended, Hello, Item, work
-from fastconv.datasets.audit import CheckReport
+from fastconv.audit.checks import CheckReport
 from fastconv.engine.locate import engine_identity
 from fastconv.errors import ClusterError, FastconvError, GateStop, Interrupted, stopped
-from fastconv.graph import Graph
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import run_id, sha256_of
-from fastconv.rejudge import finish_judging
-from fastconv.runner import Tally, Watcher
-from fastconv.store import Stage, Store
-from fastconv.store_merge import Parcel, pack, unpack
+from fastconv.run.rejudge import finish_judging
+from fastconv.run.runner import Tally, Watcher
+from fastconv.store.ledger import Stage, Store
+from fastconv.store.merge import Parcel, pack, unpack
 
 #: So often an order is given out again without a single new stage having come back from it.
 RETRIES = 3

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fastconv.datasets.files import read_toml
-from fastconv.disk import storage_errors, write_atomically
+from fastconv.store.io import storage_errors, write_atomically
 from fastconv.errors import ClusterError, DataError
-from fastconv.graph import CellPlan, Graph, walk
+from fastconv.experiment.graph import CellPlan, Graph, walk
 from fastconv.recipe import Recipe, move_paths, parse_recipe
-from fastconv.schedule import wanted
-from fastconv.store import Stage, Store, changed_inputs
-from fastconv.store_merge import texts_in
+from fastconv.experiment.schedule import wanted
+from fastconv.store.ledger import Stage, Store, changed_inputs
+from fastconv.store.merge import texts_in
 
 BASE, SHARED = "base", "shared"
 

@@ -20,13 +20,13 @@ from fastconv import errors
 from fastconv.cluster.orders import Order, require_same_stages, unpacked_recipe
 from fastconv.engine.locate import cache_home
 from fastconv.errors import FastconvError
-from fastconv.graph import Graph
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, run_id
-from fastconv.run import compute_stages, run_recipe
+from fastconv.run.run import compute_stages, run_recipe
 from fastconv.show.watching import SilentWatcher
-from fastconv.stage import Failure
-from fastconv.store import Store
-from fastconv.store_merge import Parcel, pack, unpack
+from fastconv.store.records import Failure
+from fastconv.store.ledger import Store
+from fastconv.store.merge import Parcel, pack, unpack
 
 #: How often a worker looks for finished stages, and whether it is to stop.
 LOOK_S = 0.25

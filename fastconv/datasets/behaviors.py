@@ -18,7 +18,7 @@ from fastconv.datasets.questions import Question, QuestionSet, wrong_letters
 from fastconv.datasets.rows import Row
 from fastconv.datasets.spec import AnswerRule, BehaviorSpec, NegativeRole, Role
 from fastconv.datasets.user_rows import rows_for
-from fastconv.draws import ordered
+from fastconv.seeding import ordered
 from fastconv.errors import DataError, RecipeError
 from fastconv.recipe import NegativesKind, Recipe
 

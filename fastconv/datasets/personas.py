@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastconv.datasets.files import assets, read_toml
-from fastconv.draws import ordered
+from fastconv.seeding import ordered
 from fastconv.errors import DataError, RecipeError
 from fastconv.recipe import Recipe
-from fastconv.tokens import TEMPLATE_DEFAULT, SystemTurn
+from fastconv.chat import TEMPLATE_DEFAULT, SystemTurn
 
 ASSISTANT = "assistant"
 #: Not a persona but a condition: no system turn at all, so that the template inserts its own.

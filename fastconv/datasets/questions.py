@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fastconv.datasets.files import assets, read_numbered_jsonl
-from fastconv.draws import ordered
+from fastconv.seeding import ordered
 from fastconv.errors import DataError
 from fastconv.recipe import Recipe, sha256_of
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastconv.datasets.personas import Personas
 from fastconv.datasets.spec import Role, Supervise
-from fastconv.tokens import ChatTokenizer, Rendered, SystemTurn
+from fastconv.chat import ChatTokenizer, Rendered, SystemTurn
 
 #: Which version of the builders made a row; raised whenever the same recipe would give other rows.
 BUILT_BY = "fastconv/1"

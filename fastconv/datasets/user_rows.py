@@ -17,7 +17,7 @@ from fastconv.datasets.rows import Row
 from fastconv.datasets.spec import Role
 from fastconv.errors import DataError
 from fastconv.recipe import DataSettings, sha256_of
-from fastconv.tokens import EMPTY, TEMPLATE_DEFAULT, SystemTurn
+from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, SystemTurn
 
 _FORM = (
     'write {"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", "content": "..."}]}'

@@ -222,7 +222,7 @@ Rows = Packed | Padded | Ragged
 def _moved(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
     """Row i of the result is x[there[i]], or zero where that is negative; `back` is the inverse."""
     if x.is_cuda:
-        from fastconv.engine.elementwise import moved
+        from fastconv.engine.kernels.elementwise import moved
 
         return moved(x, there, back)
     mask = (there >= 0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
@@ -349,7 +349,7 @@ class Decode:
         keys[rows, :, self.lengths] = key.transpose(0, 1)
         values[rows, :, self.lengths] = value.transpose(0, 1)
         if keys.is_cuda:
-            from fastconv.engine.decoding import decode_attention
+            from fastconv.engine.kernels.decode_attention import decode_attention
 
             return decode_attention(query.transpose(0, 1), keys, values, self.lengths, scale)
         # The query heads of one kv head become query positions: grouped attention without copying the cache.

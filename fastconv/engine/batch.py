@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from fastconv.engine.attention import Rows
-from fastconv.engine.base import Base, pack, to_device
+from fastconv.engine.model import Base, pack, to_device
 from fastconv.engine.stack import Slot
-from fastconv.tokens import Rendered
+from fastconv.chat import Rendered
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from fastconv.engine.attention import Cache, Decode
-from fastconv.engine.base import Base, to_device
+from fastconv.engine.model import Base, to_device
 from fastconv.recipe import SamplingSettings
 
 #: A nucleus of up to this many tokens is found without sorting the vocabulary.

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from fastconv.engine.adapter import Adapter, adapter_from, concatenate, read_safetensors
+from fastconv.engine.lora import Adapter, adapter_from, concatenate, read_safetensors
 from fastconv.engine.stack import Stack
 from fastconv.errors import AdapterError
 from fastconv.recipe import LoraSettings
-from fastconv.store import write_atomically
+from fastconv.store.ledger import write_atomically
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"

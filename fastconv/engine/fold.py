@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
-from fastconv.engine.adapter import Adapter, concatenate
-from fastconv.engine.quantised import assert_foldable, dense_weight
+from fastconv.engine.lora import Adapter, concatenate
+from fastconv.engine.optim import assert_foldable, dense_weight
 from fastconv.engine.stack import Stack, StackedLinear
 from fastconv.errors import AdapterError
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastconv.engine.base import Base, length_batches
+from fastconv.engine.model import Base, length_batches
 from fastconv.engine.score import laid_out
 
 

@@ -39,7 +39,7 @@ def _loss_and_share(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(losses [n] fp32, gradient of sum(weights * loss) to the logits, in their dtype); may overwrite the logits."""
     if logits.is_cuda and logits.dtype != torch.float32:  # fp32 is for checking: torch's own operations
-        from fastconv.engine.elementwise import cross_entropy_in_place
+        from fastconv.engine.kernels.elementwise import cross_entropy_in_place
 
         return cross_entropy_in_place(logits, targets, weights), logits
     exact = logits.float()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastconv.engine.attention import Layout
-from fastconv.engine.base import Base
+from fastconv.engine.model import Base
 
 #: Rows of the head held in fp32 at once; 16,384 x 3,584 are 0.23 GB.
 _HEAD_ROWS = 16384

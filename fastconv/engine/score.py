@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from fastconv.engine.attention import Group, Layout, Trees
-from fastconv.engine.base import Base, length_batches, pack, to_device
+from fastconv.engine.model import Base, length_batches, pack, to_device
 from fastconv.engine.precise import hidden_fp32, logprobs_fp32
-from fastconv.tokens import ChatTokenizer
+from fastconv.chat import ChatTokenizer
 
 #: Best and second best letter closer than this (nats) may change places in bf16; such items are scored again in fp32.
 NEAR_TIE_NATS = 0.05

@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import nn
 
-from fastconv.draws import seed_of
-from fastconv.engine.adapter import Adapter
-from fastconv.engine.base import Base, pack
+from fastconv.seeding import seed_of
+from fastconv.engine.lora import Adapter
+from fastconv.engine.model import Base, pack
 from fastconv.engine.loss import weighted_cross_entropy
-from fastconv.engine.quantised import dense_weight, make_optimizer, moment_names
+from fastconv.engine.optim import dense_weight, make_optimizer, moment_names
 from fastconv.engine.stack import Slot, Stack, StackedLinear
 from fastconv.errors import TrainingError
 from fastconv.recipe import LoraSettings
@@ -95,7 +95,7 @@ def self_test(stack: Stack, optimizers: Collection[str] = ("adamw",)) -> dict[st
 def import_order() -> float:
     """Where unsloth is loaded, it came before the libraries that it patches."""
     if "unsloth" in sys.modules:
-        from fastconv.engine.unsloth_path import assert_first
+        from fastconv.engine.unsloth import assert_first
 
         assert_first()
     return 0.0

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastconv.draws import seed_of
-from fastconv.engine.adapter import Adapter, parse_adapter
-from fastconv.engine.base import Base, pack
+from fastconv.seeding import seed_of
+from fastconv.engine.lora import Adapter, parse_adapter
+from fastconv.engine.model import Base, pack
 from fastconv.engine.dropout import keep_mask
-from fastconv.engine.kernel import StackedKernel, unusable
+from fastconv.engine.kernels.lora import StackedKernel, unusable
 from fastconv.errors import AdapterError, TrainingError
 from fastconv.recipe import LoraSettings
 

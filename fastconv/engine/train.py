@@ -15,11 +15,11 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fastconv.draws import seed_of
-from fastconv.engine.base import Base
+from fastconv.seeding import seed_of
+from fastconv.engine.model import Base
 from fastconv.engine.batch import Batch, Item, as_it_is, lay_out
-from fastconv.engine.captured import CapturedSteps, rounded_sizes
-from fastconv.engine.job import Job, Trainee, lr_at, save_state, start
+from fastconv.engine.cuda_graph import CapturedSteps, rounded_sizes
+from fastconv.engine.trainee import Job, Trainee, lr_at, save_state, start
 from fastconv.engine.loss import weighted_cross_entropy
 from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import TrainingError

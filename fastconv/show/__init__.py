@@ -17,13 +17,13 @@ from rich.table import Table
 from fastconv.show.watching import gate_line
 
 if TYPE_CHECKING:
-    from fastconv.datasets.audit import CheckReport
-    from fastconv.doctor import Finding
-    from fastconv.findings.gates import GateVerdict
-    from fastconv.run import Finished
-    from fastconv.scoring import ScoreReport
-    from fastconv.standing import StageStatus
-    from fastconv.store import Store
+    from fastconv.audit.checks import CheckReport
+    from fastconv.planning.doctor import Finding
+    from fastconv.stats.gates import GateVerdict
+    from fastconv.run.run import Finished
+    from fastconv.run.standalone import ScoreReport
+    from fastconv.run.status import StageStatus
+    from fastconv.store.ledger import Store
 
 _COLOURS = {
     "done": "green",

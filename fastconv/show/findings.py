@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastconv.findings.units import change, level, span
-from fastconv.reporting.comparing import Comparison, Paired
+from fastconv.stats.units import change, level, span
+from fastconv.report.compare import Comparison, Paired
 from fastconv.show import console_of_output
 
 #: Columns with their widths; these hold any figure on one line, and together they fit 80 columns.

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastconv.judging.book import DeskStatus
-    from fastconv.judging.calibrate import Calibration
-    from fastconv.judging.injections import Injections
-    from fastconv.judging.scores import Agreement
-    from fastconv.rejudge import Calibrated, JudgedRun
+    from fastconv.judge.book import DeskStatus
+    from fastconv.judge.calibrate import Calibration
+    from fastconv.judge.injections import Injections
+    from fastconv.judge.scores import Agreement
+    from fastconv.run.rejudge import Calibrated, JudgedRun
 
 
 def money_text(status: DeskStatus) -> str:

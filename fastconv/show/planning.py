@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastconv.detectable import Reach, mended_by
-from fastconv.findings.units import size
+from fastconv.stats.detectable import Reach, mended_by
+from fastconv.stats.units import size
 
 if TYPE_CHECKING:
-    from fastconv.plan import KindPlan, Plan
+    from fastconv.planning.plan import KindPlan, Plan
 
 
 def duration(seconds: float) -> str:

@@ -11,16 +11,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastconv.findings.units import counted
+from fastconv.stats.units import counted
 from fastconv.show.judging import judging_text, money_text
 
 if TYPE_CHECKING:
-    from fastconv.datasets.audit import CheckReport
-    from fastconv.draw_room import DrawStatus
-    from fastconv.execute import Progress as StageProgress
-    from fastconv.findings.gates import GateVerdict
-    from fastconv.judging.book import DeskStatus
-    from fastconv.store import Stage
+    from fastconv.audit.checks import CheckReport
+    from fastconv.run.sampling import DrawStatus
+    from fastconv.run.executor import Progress as StageProgress
+    from fastconv.stats.gates import GateVerdict
+    from fastconv.judge.book import DeskStatus
+    from fastconv.store.ledger import Stage
 
 #: Seconds between two progress lines where the output is no terminal.
 LINE_EVERY_S = 15.0

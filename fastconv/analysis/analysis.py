@@ -1,0 +1,129 @@
+"""Everything that one look at the ledger decides: the report, its claims and `verify` all start from here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fastconv.analysis.contrasts import Gathering, Subject, subject_of
+from fastconv.analysis.scores import Reading
+from fastconv.analysis.gates import (
+    FirstThresholds,
+    all_gates,
+    base_gates,
+    declared_contrasts,
+    first_thresholds,
+    ignored_gates,
+    primary_verdicts,
+    secondary_findings,
+)
+from fastconv.stats.gates import GateVerdict
+from fastconv.stats.secondary import Secondary
+from fastconv.stats.verdicts import CellVerdict
+from fastconv.experiment.graph import CellPlan, Graph
+from fastconv.recipe import run_id
+from fastconv.store.ledger import Store
+
+
+@dataclass(frozen=True)
+class _Words:
+    gates: tuple[GateVerdict, ...]
+    verdicts: tuple[CellVerdict, ...]
+
+
+class Decided:
+    """Gates, verdicts and secondary findings of a recipe as the ledger stands, computed when first asked for."""
+
+    def __init__(self, graph: Graph, store: Store) -> None:
+        self.graph = graph
+        self.store = store
+        self.run = run_id(graph.recipe)
+        self.reading = Reading(graph, store).load()
+        self.found = Gathering(self.reading)
+
+    @cached_property
+    def measured(self) -> list[CellPlan]:
+        """Cells with at least one finished end."""
+        return [p for p in self.graph.cells if any(self.reading.record(stage) for stage in p.scores.values())]
+
+    @cached_property
+    def gates(self) -> tuple[GateVerdict, ...]:
+        """Every gate's word on what was measured."""
+        return self._now.gates
+
+    @cached_property
+    def verdicts(self) -> tuple[CellVerdict, ...]:
+        """Verdicts of the declared contrasts."""
+        return self._now.verdicts
+
+    @cached_property
+    def declared(self) -> Mapping[str, Subject]:
+        """The declared contrasts of the grid by label, measured or not."""
+        return {subject.label(self.found.main(subject.behavior)): subject for subject in declared_contrasts(self.found)}
+
+    @cached_property
+    def secondary(self) -> tuple[Secondary, ...]:
+        """What was tested beside them."""
+        return tuple(secondary_findings(self.found))
+
+    @cached_property
+    def first(self) -> FirstThresholds | None:
+        """The thresholds that stood when results were first seen, if they were others."""
+        return first_thresholds(self.reading)
+
+    @cached_property
+    def under_first(self) -> tuple[tuple[GateVerdict, ...], tuple[CellVerdict, ...]]:
+        """Gates and verdicts under the first thresholds; the same as now where nothing was edited."""
+        if self.first is None:
+            return self.gates, self.verdicts
+        words = self._words(Gathering(self.reading, self.first.gates))
+        return words.gates, words.verdicts
+
+    @cached_property
+    def facts(self) -> Mapping[str, Any]:
+        """What the run noted of its machine, versions and command; empty if it never began here."""
+        return self.store.run_facts(self.run)
+
+    @cached_property
+    def reused(self) -> Mapping[str, bool]:
+        """For every stage, by key, that the run rests on: whether it was there before."""
+        return {row["key"]: bool(row["reused"]) for row in self.store.stages_of_run(self.run)}
+
+    @cached_property
+    def ignored(self) -> Mapping[str, str]:
+        """Gates that were ignored, with the reason."""
+        return ignored_gates(self.store, self.graph.recipe)
+
+    def verdict(self, label: str) -> CellVerdict:
+        """The verdict of this label. Raises KeyError if there is none."""
+        return self._by_label[label]
+
+    def subject(self, label: str) -> Subject:
+        """The subject of a declared contrast's label. Raises KeyError if there is none."""
+        return self._subjects[label]
+
+    @cached_property
+    def _by_label(self) -> dict[str, CellVerdict]:
+        return {one.label: one for one in self.verdicts}
+
+    @cached_property
+    def _subjects(self) -> dict[str, Subject]:
+        found = {}
+        for plan in self.graph.cells:
+            subject = subject_of(plan.cell)
+            if subject.behavior in self.graph.behaviors:
+                found[subject.label(self.found.main(subject.behavior))] = subject
+        return found
+
+    @cached_property
+    def _now(self) -> _Words:
+        return self._words(self.found)
+
+    def _words(self, found: Gathering) -> _Words:
+        silent = {gate.subject for gate in base_gates(found) if gate.failed or gate.unread}
+        told = {id(plan) for plan in self.measured}
+        plans = [plan for plan in self.graph.cells if id(plan) in told or plan.cell.behavior in silent]
+        gates = all_gates(found, plans) if plans else []
+        return _Words(tuple(gates), tuple(primary_verdicts(found)))

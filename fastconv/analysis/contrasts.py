@@ -1,0 +1,258 @@
+"""From a reading to evidence: which series stand against which, over seeds, epochs, controls and parts of a measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from fastconv.datasets.behaviors import NO_BEHAVIOR, question_sets
+from fastconv.datasets.personas import ASSISTANT, canary_of
+from fastconv.analysis.scores import Reading
+from fastconv.stats.series import Series, first_too_unscored
+from fastconv.stats.study_gates import Role, Shift
+from fastconv.stats.secondary import Aside, change_of, difference_of, trend
+from fastconv.stats.verdicts import CellEvidence, Quad, SeedEvidence
+from fastconv.experiment.graph import Cell, CellPlan
+from fastconv.recipe import GateSettings
+
+
+@dataclass(frozen=True)
+class Part:
+    """Questions of a measure that are reported apart; `ids` None is all of them. The largest part is the primary one."""
+
+    measure: str
+    name: str
+    ids: frozenset[str] | None
+    primary: bool
+
+    @property
+    def title(self) -> str:
+        """How the part is called in tables."""
+        return f"{self.measure}, {self.name} questions" if self.name else self.measure
+
+    def of(self, series: Series | None) -> Series | None:
+        """The part of a series; None where it asks none of these questions."""
+        ids = self.ids
+        if series is None or ids is None:
+            return series
+        return series.part(lambda question: question in ids) if ids & set(series.questions) else None
+
+
+@dataclass(frozen=True, order=True)
+class Subject:
+    """A cell without its seed: what a contrast is about."""
+
+    source: str
+    convergence: str
+    epoch: int
+    behavior: str
+    negatives: str
+
+    def label(self, part: Part | None = None) -> str:
+        """How people read it."""
+        label = Cell(*self.key, 0).label.rsplit(" ", 1)[0]
+        return f"{label}, {part.name} questions" if part is not None and part.name else label
+
+    @property
+    def key(self) -> tuple[str, str, int, str, str]:
+        """The five parts."""
+        return (self.source, self.convergence, self.epoch, self.behavior, self.negatives)
+
+
+def subject_of(cell: Cell) -> Subject:
+    """The cell without its seed."""
+    return Subject(cell.source, cell.convergence, cell.epoch, cell.behavior, cell.negatives)
+
+
+class Gathering:
+    """Evidence from one reading, under given thresholds."""
+
+    def __init__(self, reading: Reading, gates: GateSettings | None = None) -> None:
+        self.reading = reading
+        self.graph = reading.graph
+        self.gates = gates or self.graph.recipe.gates
+        self.by_cell = {plan.cell: plan for plan in self.graph.cells}
+
+    @cached_property
+    def subjects(self) -> dict[Subject, list[CellPlan]]:
+        """Every subject of the grid with its plans, one for each seed."""
+        found: dict[Subject, list[CellPlan]] = {}
+        for plan in self.graph.cells:
+            found.setdefault(subject_of(plan.cell), []).append(plan)
+        return found
+
+    def parts(self, measure: str) -> list[Part]:
+        """The parts of a measure, the primary one first; one nameless part where its questions are of one set."""
+        sets = question_sets(self.graph.behaviors[measure])
+        if len(sets) < 2:
+            return [Part(measure, "", None, True)]
+        return [Part(measure, name, ids, place == 0) for place, (name, ids) in enumerate(sets.items())]
+
+    def main(self, measure: str) -> Part:
+        """The part that verdicts and gates rest on."""
+        return self.parts(measure)[0]
+
+    def canary(self, cell: Cell) -> str:
+        """The cell's canary."""
+        return canary_of(self.graph.recipe, cell.source)
+
+    def persona(self, cell: Cell, role: Role) -> str:
+        """Who plays a role in a cell."""
+        return {"assistant": ASSISTANT, "source": cell.source, "canary": self.canary(cell)}[role]
+
+    def direction(self, measure: str) -> Literal[-1, 1]:
+        """Which way leakage moves a measure."""
+        return 1 if self.graph.behaviors[measure].spec.direction == "raises" else -1
+
+    def now(self, plan: CellPlan, part: Part, persona: str) -> Series | None:
+        """A cell's series of a measure's part under a probe."""
+        stage = plan.scores.get((part.measure, persona))
+        return None if stage is None else part.of(self.reading.series(stage, part.measure, persona))
+
+    def base(self, plan: CellPlan, part: Part, persona: str) -> Series | None:
+        """The base's, without any adapter."""
+        stage = plan.base.get((part.measure, persona))
+        return None if stage is None else part.of(self.reading.series(stage, part.measure, persona))
+
+    def sibling(self, plan: CellPlan, **changes: object) -> CellPlan | None:
+        """The cell that differs in these fields alone, if the grid has it."""
+        return self.by_cell.get(replace(plan.cell, **changes))  # pyright: ignore[reportArgumentType]
+
+    def trained(self, plan: CellPlan, part: Part) -> Quad | None:
+        """Assistant and canary in this cell and in its epoch-0 cell."""
+        zero = self.sibling(plan, epoch=0)
+        if zero is None:
+            return None
+        return self._quad(plan, zero, part)
+
+    def mimicry(self, plan: CellPlan, part: Part) -> Quad | None:
+        """The same without a behavior adapter, against the base."""
+        control = self.sibling(plan, behavior=NO_BEHAVIOR, negatives="none")
+        if control is None:
+            return None
+        canary = self.canary(plan.cell)
+        found = [
+            series
+            for persona in (ASSISTANT, canary)
+            for series in (self.now(control, part, persona), self.base(control, part, persona))
+        ]
+        return _whole(found)
+
+    def _quad(self, plan: CellPlan, zero: CellPlan, part: Part) -> Quad | None:
+        canary = self.canary(plan.cell)
+        found = [self.now(one, part, persona) for persona in (ASSISTANT, canary) for one in (plan, zero)]
+        return _whole(found)
+
+    def cell_evidence(self, subject: Subject, part: Part, measurable: bool | None) -> CellEvidence | None:
+        """What a subject's verdict may look at, over the seeds that are measured; None while none is."""
+        behavior = subject.behavior
+        seeds, shown = list[SeedEvidence](), list[float]()
+        sources = list[tuple[Series, Series]]()
+        for plan in self.subjects[subject]:
+            quad = self.trained(plan, part)
+            if quad is None:
+                continue
+            seeds.append(SeedEvidence(plan.cell.seed, quad, self.mimicry(plan, part)))
+            source_now, source_base = (read(plan, part, subject.source) for read in (self.now, self.base))
+            if source_now is None or source_base is None:
+                continue
+            sources.append((source_now, source_base))
+            if source_now.rows and source_base.rows:
+                shown.append(self.direction(behavior) * (source_now.mean.value - source_base.mean.value))
+        if not seeds:
+            return None
+        unit = seeds[0].trained.now.unit
+        shows = None if not shown else float(np.mean(shown)) >= self.gates.shows(unit) - 1e-9
+        return CellEvidence(
+            subject.label(part), behavior, self.direction(behavior), self.gates.threshold(behavior, unit),
+            tuple(seeds), shows, unit, _why_withheld(seeds, sources), measurable,
+        )  # fmt: skip
+
+    def is_control(self, subject: Subject) -> bool:
+        """Whether a subject stands beside the declared contrasts: generic convergence, the assistant as its own source."""
+        return subject.convergence != "source" or subject.source == ASSISTANT
+
+    def shifts(self, plans: Sequence[CellPlan], negatives: str) -> list[Shift]:
+        """Changes against epoch 0 under assistant and canary, averaged over seeds, for one kind of negatives."""
+        chosen = {subject_of(plan.cell) for plan in plans}
+        found = []
+        for subject, mine in self.subjects.items():
+            wanted = subject in chosen and subject.epoch and subject.negatives in (negatives, "none")
+            if not wanted or subject.behavior == NO_BEHAVIOR or self.is_control(subject):
+                continue
+            part = self.main(subject.behavior)
+            quads = [quad for plan in mine if (quad := self.trained(plan, part)) is not None]
+            roles: tuple[Role, ...] = ("assistant", "canary")
+            for role in roles:
+                pairs = [(q.now, q.base) if role == "assistant" else (q.canary_now, q.canary_base) for q in quads]
+                if not pairs:
+                    continue
+                why = first_too_unscored(pairs) or ""
+                value = np.nan if why else float(np.mean([now.mean.value - base.mean.value for now, base in pairs]))
+                unit = pairs[0][0].unit
+                rows = tuple(row for pair in pairs for one in pair for row in one.looked_at)
+                about = (subject.source, subject.behavior, subject.epoch, role)
+                found.append(Shift(*about, value, unit, self.gates.threshold(subject.behavior, unit), rows, why))
+        return found
+
+    def asides(self) -> list[Aside]:
+        """Every contrast beside the declared ones: trends, mimicry, the canary's change, controls, minor parts."""
+        found: list[Aside] = []
+        for subject, plans in self.subjects.items():
+            for measure in plans[0].measures:
+                for part in self.parts(measure):
+                    for plan in plans:
+                        found += self._asides_of(subject, plan, part)
+        return found
+
+    def _asides_of(self, subject: Subject, plan: CellPlan, part: Part) -> list[Aside]:
+        label = f"{subject.label()} s{plan.cell.seed}" + ("" if subject.behavior != NO_BEHAVIOR else f" {part.measure}")
+        label += f", {part.name} questions" if part.name else ""
+        if not subject.epoch:
+            return self._trend(label, plan, part)
+        if subject.behavior == NO_BEHAVIOR:
+            quad = self.mimicry(plan, part)
+            return [difference_of(label, "mimicry: convergence alone", quad)] if quad is not None else []
+        quad = self.trained(plan, part)
+        if quad is None:
+            return []
+        found = [change_of(label, "change of the canary", quad.canary_now, quad.canary_base)]
+        if self.is_control(subject):
+            found.append(difference_of(label, "control", quad))
+        elif not part.primary:
+            found.append(difference_of(label, "questions reported apart", quad))
+        return found
+
+    def _trend(self, label: str, zero: CellPlan, part: Part) -> list[Aside]:
+        """The assistant's slope over all measured epochs of the cell's column; told once, at epoch 0."""
+        column = {
+            plan.cell.epoch: self.now(plan, part, ASSISTANT)
+            for epoch in self.graph.recipe.grid.epochs
+            if (plan := self.sibling(zero, epoch=epoch)) is not None
+        }
+        measured = {epoch: one for epoch, one in column.items() if one is not None}
+        return [trend(label, measured)] if len(measured) > 1 else []
+
+
+def _whole(found: Sequence[Series | None]) -> Quad | None:
+    """The four series, if all are there."""
+    there = [one for one in found if one is not None]
+    return Quad(*there) if len(there) == len(found) else None
+
+
+def _why_withheld(seeds: Sequence[SeedEvidence], sources: Sequence[tuple[Series, Series]]) -> str | None:
+    """Why a cell may have no verdict: a pair that it compares has too many samples without a score.
+
+    `sources` are the source's measures with the base's: a verdict rests on whether the source shows the behavior.
+    """
+    for seed in seeds:
+        for quad in (seed.trained, seed.mimicry):
+            if quad is None:
+                continue
+            if why := first_too_unscored([(quad.now, quad.base), (quad.canary_now, quad.canary_base)]):
+                return why if quad is seed.trained else f"without a behavior adapter, {why}"
+    return first_too_unscored(sources)

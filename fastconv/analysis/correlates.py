@@ -1,0 +1,68 @@
+"""What transfer over sources is set against: the assistant's marker rate (#109), and what each source is like on the base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastconv.analysis.analysis import Decided
+from fastconv.analysis.markers import marker_rates
+from fastconv.stats.units import scale
+
+MARKER_RATE = "marker rate"
+
+
+@dataclass(frozen=True)
+class Level:
+    """A source's level of a correlate, in the unit it is shown in, and the rows behind it."""
+
+    value: float
+    rows: tuple[str, ...]
+
+
+#: On the base, before any adapter: by name, how a sentence and an axis call it.
+ON_THE_BASE = {
+    "base level": "the source's own level of it on the base",
+    "cosine": "the source's cosine to the assistant on the base",
+    "distinctiveness": "the source's distinctiveness on the base",
+}
+
+
+def in_words(correlate: str) -> str:
+    """How a sentence calls a correlate."""
+    return ON_THE_BASE.get(correlate, f"the assistant's {correlate}")
+
+
+def levels(decided: Decided, correlate: str, behavior: str) -> dict[str, Level]:
+    """Each source's level of a correlate as far as it is measured; cosine and distinctiveness are means over depths."""
+    if correlate == MARKER_RATE:
+        return {source: Level(scale(one.unit) * one.value, one.rows) for source, one in marker_rates(decided).items()}
+    if correlate == "base level":
+        return _own_levels(decided, behavior)
+    return _places(decided, correlate)
+
+
+def _own_levels(decided: Decided, behavior: str) -> dict[str, Level]:
+    found, part = {}, decided.found.main(behavior)
+    for plan in decided.graph.cells:
+        source = plan.cell.source
+        base = decided.found.base(plan, part, source) if source not in found else None
+        if base is not None and base.rows:
+            found[source] = Level(scale(base.unit) * base.mean.value, base.mean.rows)
+    return found
+
+
+def _places(decided: Decided, metric: str) -> dict[str, Level]:
+    found: dict[str, Level] = {}
+    for plan in decided.graph.cells:
+        source = plan.cell.source
+        if plan.cell.epoch or plan.geometry is None or source in found:
+            continue
+        mine = [
+            one
+            for one in decided.store.scores(plan.geometry.key)
+            if (one.row, one.metric) == (source, metric) and one.value is not None
+        ]
+        if mine:
+            rows = tuple(f"{plan.geometry.key[:12]}/{source}/{one.sample}/{metric}" for one in mine)
+            found[source] = Level(sum(one.value or 0.0 for one in mine) / len(mine), rows)
+    return found

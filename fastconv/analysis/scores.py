@@ -1,0 +1,136 @@
+"""What one decision reads of a ledger: every record and every score once, in bulk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastconv.stats.series import Series
+from fastconv.experiment.graph import CellPlan, Graph
+from fastconv.store.records import Record
+from fastconv.store.ledger import Stage, Store
+
+#: Stages whose scores are read in one query: enough to be fast, few enough to bound memory.
+STAGES_AT_ONCE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class _Scores:
+    questions: tuple[str, ...]
+    values: NDArray[np.float64]
+    #: Question and reason of each sample without a score.
+    lost: tuple[tuple[str, str], ...]
+
+
+class Reading:
+    """Records and series of a graph's stages, kept for as long as one decision is made.
+
+    A stage that is finished later is not seen: make a new reading for the next decision.
+    """
+
+    def __init__(self, graph: Graph, store: Store) -> None:
+        self.graph = graph
+        self.store = store
+        self._records: dict[str, Record | None] = {}
+        self._scores: dict[str, _Scores | None] = {}
+        self._series: dict[tuple[str, str, str], Series | None] = {}
+
+    def load(self, plans: Iterable[CellPlan] | None = None) -> Reading:
+        """Read everything that the cells (default: all) hold, in a few queries. Returns itself."""
+        chosen = self.graph.cells if plans is None else list(plans)
+        for stage in self.graph.stages(chosen):
+            self._records.setdefault(stage.key, None)
+        self._read_records(list(self._records))
+        ends = {
+            stage.key: None
+            for plan in chosen
+            for stage in (*plan.scores.values(), *plan.base.values(), *plan.beside.values())
+        }
+        self._read_scores([key for key in ends if self._records.get(key) is not None])
+        return self
+
+    def record(self, stage: Stage) -> Record | None:
+        """The finished stage, or None: without a row it never happened."""
+        if stage.key not in self._records:
+            self._records[stage.key] = self.store.record(stage.key)
+        return self._records[stage.key]
+
+    def series(self, stage: Stage, measure: str, probe: str) -> Series | None:
+        """The scores of a stage in the measure's unit, or None if it is not done."""
+        place = (stage.key, measure, probe)
+        if place not in self._series:
+            self._series[place] = self._make(stage, measure, probe)
+        return self._series[place]
+
+    def _make(self, stage: Stage, measure: str, probe: str) -> Series | None:
+        if self.record(stage) is None:
+            return None
+        if stage.key not in self._scores:
+            self._read_scores([stage.key])
+        found = self._scores[stage.key]
+        if found is None:
+            return None
+        unit = self.graph.behaviors[measure].spec.unit
+        return Series(stage.key, measure, probe, found.questions, found.values, unit, found.lost)
+
+    def _read_records(self, keys: Sequence[str]) -> None:
+        query = (
+            "SELECT key, kind, slot, version, inputs, outputs, facts, seconds, finished_at FROM stages "
+            "WHERE key IN (SELECT value FROM json_each(?))"
+        )
+        for part in _parts(keys):
+            for row in self.store.frame(query, (json.dumps(part),)).iter_rows():
+                key, kind, slot, version, inputs, outputs, facts, seconds, at = row
+                self._records[key] = Record(
+                    key, kind, slot, version, json.loads(inputs), json.loads(outputs), json.loads(facts), seconds, at
+                )
+
+    def _read_scores(self, keys: Sequence[str]) -> None:
+        query = (
+            "SELECT stage, row, sample, value, reason FROM scores WHERE stage IN (SELECT value FROM json_each(?)) "
+            "ORDER BY stage, row, sample"
+        )
+        for part in _parts(keys):
+            self._scores |= dict.fromkeys(part)
+            frame = self.store.frame(query, (json.dumps(part),))
+            if frame.height == 0:
+                continue
+            rows, samples = frame["row"].to_list(), frame["sample"].to_numpy()
+            values = np.array([np.nan if value is None else value for value in frame["value"].to_list()], dtype=float)
+            stages, reasons = frame["stage"].to_list(), frame["reason"].to_list()
+            for start, end in _runs(stages):
+                self._scores[stages[start]] = _table(
+                    rows[start:end], samples[start:end], values[start:end], reasons[start:end]
+                )
+
+
+def _table(
+    rows: Sequence[str], samples: NDArray[np.int64], values: NDArray[np.float64], reasons: Sequence[str | None]
+) -> _Scores:
+    """Scores of one stage, ordered by row, as [questions, samples]."""
+    starts = [0, *(place for place in range(1, len(rows)) if rows[place] != rows[place - 1])]
+    index = np.zeros(len(rows), dtype=np.int64)
+    index[starts[1:]] = 1
+    index = np.cumsum(index)
+    table = np.full((len(starts), int(samples.max()) + 1), np.nan)
+    table[index, samples] = values
+    lost = tuple((rows[place], reasons[place] or "") for place in np.flatnonzero(np.isnan(values)).tolist())
+    return _Scores(tuple(rows[place] for place in starts), table, lost)
+
+
+def _runs(names: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Start and end of each run of equal names."""
+    start = 0
+    for place in range(1, len(names) + 1):
+        if place == len(names) or names[place] != names[start]:
+            yield start, place
+            start = place
+
+
+def _parts(keys: Sequence[str]) -> Iterator[list[str]]:
+    for start in range(0, len(keys), STAGES_AT_ONCE):
+        yield list(keys[start : start + STAGES_AT_ONCE])

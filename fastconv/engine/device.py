@@ -1,0 +1,183 @@
+"""Is this GPU fit for this recipe: driver, age, room. One line each, with what would fit. torch only where it is asked."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastconv.engine.locate import TINY, ModelSource, cached_config, engine_identity, locate, trains_plain
+from fastconv.errors import ModelError
+from fastconv.recipe import ModelSettings, Recipe
+from fastconv.engine.shapes import (
+    SHAPES,
+    ModelShape,
+    activation_bytes_per_tok,
+    adapter_bytes,
+    named_shape,
+    recomputed_bytes_per_tok,
+    shape_of,
+    weight_bytes,
+)
+
+#: bfloat16 in hardware begins with Ampere.
+MIN_CAPABILITY = (8, 0)
+#: Set aside for the CUDA context, cuBLAS workspace and the allocator's slack; an allowance, not a measurement.
+_OVERHEAD_BYTES = 1.2 * 2**30
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Card:
+    """What torch says of the GPU."""
+
+    name: str
+    capability: tuple[int, int]
+    free_bytes: int
+    total_bytes: int
+
+
+def look(cuda: Any, built_for: str | None) -> Card:
+    """Ask `torch.cuda` (built for CUDA `built_for`). Raises ModelError if it cannot use a GPU, saying why."""
+    where = "model.device"
+    if built_for is None:
+        raise ModelError(
+            "this torch is built without CUDA", where=where, fix="install a CUDA build of torch, or set device = 'cpu'"
+        )
+    try:
+        cuda.init()
+        free, total = cuda.mem_get_info()
+        return Card(cuda.get_device_name(), tuple(cuda.get_device_capability()), free, total)
+    except (RuntimeError, AssertionError) as error:
+        said = str(error)
+    if "driver" in said and (found := re.search(r"found version (\d+)", said)):
+        number = int(found.group(1))
+        raise ModelError(
+            f"the driver speaks CUDA {number // 1000}.{number % 1000 // 10}, torch was built for {built_for}",
+            where=where,
+            fix=f"update the NVIDIA driver, or install a torch built for CUDA {number // 1000}.{number % 1000 // 10}",
+        )
+    if "busy" in said or "exclusive" in said.lower():
+        raise ModelError(
+            "the GPU is busy: another process holds it alone", where=where, fix="end that process (nvidia-smi names it)"
+        )
+    if "out of memory" in said:
+        raise ModelError(
+            "the GPU is busy: no memory is free", where=where, fix="end the processes that nvidia-smi names"
+        )
+    first = said.splitlines()[0] if said else "no reason given"
+    raise ModelError(
+        f"torch cannot use the GPU: {first}", where=where, fix="check the driver with nvidia-smi, or set device = 'cpu'"
+    )
+
+
+def require_fit(card: Card, recipe: Recipe, shape: ModelShape | None) -> str:
+    """What the card offers, in one line. Raises ModelError if it is too old, too small or too full for the recipe.
+
+    The engine halves its micro-batches down to one row, and then recomputes; what must fit is that. A shape of None (a
+    model not fetched yet) leaves the room unjudged.
+    """
+    found = engine_identity(recipe.model)
+    if found["dtype"] == "bfloat16" and card.capability < MIN_CAPABILITY:
+        has, needs = (".".join(map(str, pair)) for pair in (card.capability, MIN_CAPABILITY))
+        raise ModelError(
+            f"{card.name} is too old: compute capability {has}, bfloat16 needs {needs}",
+            where="model.device",
+            fix="set model.dtype = 'float32' with a small model, or model.device = 'cpu'",
+        )
+    offers = f"{card.name}, {card.free_bytes / _GIB:.0f} of {card.total_bytes / _GIB:.0f} GiB free"
+    if shape is None:
+        return offers
+    need = least_bytes(recipe, shape)
+    if need <= card.free_bytes:
+        return f"{offers}, at least {need / _GIB:.1f} needed{shrinking(recipe, shape, card.free_bytes)}"
+    options = "; or ".join(what_fits(recipe, shape, card.free_bytes)) or "use a larger GPU"
+    if need <= card.total_bytes:
+        raise ModelError(
+            f"the GPU is busy: {card.free_bytes / _GIB:.1f} of {card.total_bytes / _GIB:.1f} GiB are free, at least "
+            f"{need / _GIB:.1f} are needed",
+            where="model.device",
+            fix=f"end what nvidia-smi names; or {options}",
+        )
+    raise ModelError(
+        f"{card.name} is too small: it has {card.total_bytes / _GIB:.1f} GiB, {shape.name} needs at least "
+        f"{need / _GIB:.1f}",
+        where="model.device",
+        fix=options,
+    )
+
+
+def room_on(name: str, room_bytes: float, recipe: Recipe, shape: ModelShape) -> str:
+    """What of the recipe does not fit into a card's memory, and what would; empty if all of it does."""
+    need = least_bytes(recipe, shape)
+    if need <= room_bytes:
+        return shrinking(recipe, shape, room_bytes).removeprefix("; ")
+    options = "; or ".join(what_fits(recipe, shape, room_bytes)) or "use a larger GPU"
+    has = f"{room_bytes / _GIB:.0f} GiB"
+    return f"does not fit: {shape.name} needs at least {need / _GIB:.1f} GiB, {name} has {has}; {options}"
+
+
+def least_bytes(recipe: Recipe, shape: ModelShape) -> float:
+    """Bytes without which no training step fits: base, adapters, and the longest row with recomputed activations."""
+    longest = max(recipe.convergence.max_length_tok, recipe.behavior.max_length_tok)
+    return _fixed_bytes(recipe, shape) + longest * recomputed_bytes_per_tok(shape)
+
+
+def what_fits(recipe: Recipe, shape: ModelShape, room_bytes: float) -> Iterator[str]:
+    """Changes to the recipe under which a step fits into the room, the smallest change first."""
+    four_bit = _with(recipe, weights="4bit")
+    if recipe.model.weights == "full" and least_bytes(four_bit, shape) <= room_bytes:
+        yield "set model.weights = '4bit' (recipes/small_gpu.toml)"
+    short = _with(recipe, max_length_tok=512)
+    if least_bytes(short, shape) <= room_bytes:
+        yield "set max_length_tok = 512 in both phases"
+    smaller = [s for s in SHAPES.values() if s.qkv_bias and s.total_params < shape.total_params]
+    for other in sorted(smaller, key=lambda s: -s.total_params):
+        if least_bytes(recipe, other) <= room_bytes:
+            yield f"take a smaller model ({other.name})"
+            return
+
+
+def shape_on_disk(settings: ModelSettings, source: ModelSource | None = None) -> ModelShape | None:
+    """The model's shape as far as it is known without fetching it: by its folder, or by its name."""
+    source = source or locate(settings)
+    if source.kind == "builtin":
+        return named_shape("tiny" if source.id == TINY else "smollm2-135m")
+    if source.folder is not None:
+        config = json.loads((Path(source.folder) / "config.json").read_text(encoding="utf-8"))
+        return shape_of(config, source.folder.name)
+    named = [name for name in SHAPES if source.id.lower().split("/")[-1].startswith(name)]
+    if named:
+        return SHAPES[named[0]]
+    kept = cached_config(settings)
+    return None if kept is None else shape_of(json.loads(kept.read_text(encoding="utf-8")), source.id)
+
+
+def _fixed_bytes(recipe: Recipe, shape: ModelShape) -> float:
+    eight_bit = {recipe.convergence.optimizer, recipe.behavior.optimizer} == {"adamw8bit"}
+    wide = 2 if engine_identity(recipe.model)["dtype"] == "float32" else 1
+    weights = weight_bytes(shape, four_bit=recipe.model.weights == "4bit") * wide
+    return weights + adapter_bytes(shape, recipe.lora.r, eight_bit=eight_bit) + _OVERHEAD_BYTES
+
+
+def shrinking(recipe: Recipe, shape: ModelShape, room_bytes: float) -> str:
+    """A note where whole micro-batches will not fit and the engine will halve them."""
+    asked = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
+    per_tok = activation_bytes_per_tok(shape, plain=trains_plain(recipe.model))
+    fits = int((room_bytes - _fixed_bytes(recipe, shape)) / per_tok)
+    if fits >= asked:
+        return ""
+    return f"; micro-batches of about {fits} tokens fit, so those of {asked} will be halved"
+
+
+def _with(recipe: Recipe, *, weights: str | None = None, max_length_tok: int | None = None) -> Recipe:
+    changes: dict[str, Any] = {}
+    if weights is not None:
+        changes["model"] = recipe.model.model_copy(update={"weights": weights})
+    if max_length_tok is not None:
+        for phase in ("convergence", "behavior"):
+            changes[phase] = getattr(recipe, phase).model_copy(update={"max_length_tok": max_length_tok})
+    return recipe.model_copy(update=changes)

@@ -1,0 +1,225 @@
+"""The base model: loaded once per process, frozen, never merged and never written back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fastconv.engine import attention
+from fastconv.engine.attention_backends import SDPA, Backend, pick_attention
+from fastconv.engine.builtin import ensure_builtin
+from fastconv.engine.locate import TINY, ModelSource, engine_identity, locate, model_folder
+from fastconv.engine.optim import load_four_bit
+from fastconv.errors import ModelError
+from fastconv.recipe import ModelSettings, sha256_of
+from fastconv.engine.shapes import shape_of
+from fastconv.chat import ChatTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Base:
+    """A frozen causal language model with its tokenizer; `name` is the sha256 of its identity."""
+
+    model: PreTrainedModel
+    tokenizer: ChatTokenizer
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+    #: How packed rows attend on this device.
+    attention: Backend = SDPA
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model without its head."""
+        return self.model.get_decoder()
+
+    @property
+    def head(self) -> nn.Linear:
+        """The output projection [vocab, hidden]; on tied models it shares the embedding's tensor."""
+        return self.model.get_output_embeddings()  # pyright: ignore[reportReturnType]
+
+    def hidden(self, ids: torch.Tensor, positions: torch.Tensor, layout: attention.Layout) -> torch.Tensor:
+        """Final hidden states [T, hidden] of tokens `ids` [T] (int64) at `positions` [T] under a layout."""
+        out = self.backbone(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
+        return out.last_hidden_state[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [n, vocab] in fp32 of hidden states [n, hidden]."""
+        return self.head(hidden).float()
+
+
+def resolve_device(settings: ModelSettings) -> torch.device:
+    """The device named in the stages' keys. Raises ModelError if torch cannot use it."""
+    device = engine_identity(settings)["device"]
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError(
+            "no GPU can be used",
+            where="model.device",
+            fix="check the driver with nvidia-smi, or set model.device = 'cpu'",
+        )
+    return torch.device(device)
+
+
+def resolve_dtype(settings: ModelSettings) -> torch.dtype:
+    """The precision named in the stages' keys."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[engine_identity(settings)["dtype"]]
+
+
+def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Base:
+    """Load the recipe's base model, frozen and in evaluation mode. Raises ModelError with the mend."""
+    source = source or locate(settings)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    if source.id == TINY:
+        torch.set_num_threads(1)  # with two, both spend their time waiting for each other
+    model = _load_for_engine(settings, source)
+    tokenizer = ChatTokenizer(model_folder(source, settings))
+    _mend_pad_token(model, tokenizer, source.id)
+    return wrap(model, tokenizer, sha256_of(dict(source.identity)))
+
+
+def _load_for_engine(settings: ModelSettings, source: ModelSource) -> PreTrainedModel:
+    """The model as the recipe's engine and precision want it."""
+    dtype, device = resolve_dtype(settings), resolve_device(settings)
+    four_bit = settings.weights == "4bit"
+    path = None
+    if engine_identity(settings)["engine"] == "unsloth":
+        from fastconv.engine import unsloth as path
+
+        path.require_usable(device, dtype)
+        path.import_unsloth()  # before anything below, which needs transformers
+    folder = model_folder(source, settings)
+    if source.kind == "builtin":
+        ensure_builtin(folder, source.id)
+    with _told(folder):
+        if path is not None:
+            return path.load(folder, dtype, device, four_bit=four_bit)
+        if four_bit:
+            attention.register()
+            return load_four_bit(folder, device, attention.ATTENTION)
+    return load_model(settings, source, attention.ATTENTION)
+
+
+def _mend_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str) -> None:
+    """Give model and generation a pad token where none is named, and say so. Ours pads nothing; `generate` does."""
+    pad_id = tokenizer.pad_id
+    if pad_id is None:
+        pad_id = tokenizer.stop_ids[-1]  # <|endoftext|> where there is one: never the end of a turn that is trained on
+        _log.warning("%s: no pad token is named; %s is used", where, tokenizer.token_text(pad_id))
+    model.config.pad_token_id = pad_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = pad_id
+
+
+def load_model(settings: ModelSettings, source: ModelSource, attention_name: str) -> PreTrainedModel:
+    """The transformers model alone, with attention of this name. Raises ModelError with the mend."""
+    return _load_model(model_files(settings, source), resolve_dtype(settings), resolve_device(settings), attention_name)
+
+
+def model_files(settings: ModelSettings, source: ModelSource) -> Path:
+    """The folder with the model's files, fetched or converted if need be. Raises ModelError with the mend."""
+    folder = model_folder(source, settings)
+    if source.kind == "builtin":
+        ensure_builtin(folder, source.id)
+    return folder
+
+
+def wrap(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:
+    """Make a Base of a loaded transformers model: freeze it and route its attention through fastconv's."""
+    attention.register()
+    model.config._attn_implementation = attention.ATTENTION
+    model.requires_grad_(False).eval()
+    first = next(model.parameters())
+    if first.is_cuda and first.dtype != torch.float32:
+        from fastconv.engine.kernels.layers import quicken  # needs Triton, which machines without a GPU lack
+
+        quicken(model)
+    form = shape_of(model.config.to_dict(), name)
+    picked = pick_attention(first.device, first.dtype, form.n_heads, form.n_kv_heads, form.head_dim)
+    return Base(model, tokenizer, name, first.device, first.dtype, picked)
+
+
+def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, attention_name: str) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    attention.register()
+    with _told(folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention_name, local_files_only=True, use_safetensors=True
+        )
+        nn.Module.to(model, device)  # in place; transformers' own `to` is the same with a type that hides it
+    return model
+
+
+@contextlib.contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """What loading raises, as a ModelError with the mend."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        raise ModelError(
+            "the model does not fit on this GPU",
+            where=str(folder),
+            fix="set model.weights = '4bit', use a smaller model, or free the GPU",
+        ) from None
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"it cannot be loaded: {error}",
+            where=str(folder),
+            fix="fetch it again, or check that it is a causal language model",
+        ) from error
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`; to a GPU through pinned memory, so that the host does not wait for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def pack(
+    rows: list[list[int]], base: Base, *, n_tok: int = 0, width: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, attention.Rows]:
+    """Lay rows end to end: (ids [T], positions [T], layout), all on the base's device.
+
+    On a GPU the layout is what the base's attention takes; `n_tok` and `width` round its sizes up (`attention.Padded`).
+    """
+    lengths = [len(row) for row in rows]
+    packed = attention.Packed.of(lengths)
+    ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
+    positions = packed.positions()
+    if base.device.type != "cuda":
+        return ids, positions, packed
+    if base.attention.kernel is None:
+        layout = attention.Padded.of(lengths, n_tok=n_tok, width=width)
+    else:
+        layout = attention.Ragged.of(lengths, base.attention.kernel, n_tok=n_tok, width=width)
+    missing = layout.n_tok - ids.shape[0]
+    ids, positions = (torch.nn.functional.pad(tensor, (0, missing)) for tensor in (ids, positions))
+    layout = layout.holding([to_device(tensor, base.device) for tensor in layout.inputs])
+    return to_device(ids, base.device), to_device(positions, base.device), layout
+
+
+def length_batches(lengths: list[int], batch_tok: int) -> list[list[int]]:
+    """Indices in batches of at most `batch_tok` tokens, longest first; a longer row is a batch of its own."""
+    batches: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or room < lengths[index]:
+            batches.append([])
+            room = max(batch_tok, lengths[index])
+        batches[-1].append(index)
+        room -= lengths[index]
+    return batches

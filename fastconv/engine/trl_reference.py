@@ -1,0 +1,199 @@
+"""The reference: TRL's SFTTrainer and PEFT on a plain transformers model, same rows, same order, same first weights.
+
+Slower, and kept for two reasons: its loss curve is what ours must equal, and `fastconv bench` measures against it.
+Nothing here is shared with our own loop but the job's description.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch.utils.data import DataLoader
+
+from fastconv.engine.lora import Adapter
+from fastconv.engine.model import load_model
+from fastconv.engine.trainee import Job
+from fastconv.engine.locate import locate
+from fastconv.recipe import LoraSettings, ModelSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TRAINABLE = "trainable"
+
+
+@dataclass(frozen=True)
+class TrlOptions:
+    """What a TRL user may choose and the result does not depend on (beyond rounding)."""
+
+    gradient_checkpointing: bool = False
+    #: Stop after this many steps of the schedule; None runs it whole.
+    until_step: int | None = None
+    #: Hears the seconds of every finished step, loading included; its own time is not counted.
+    on_step: Callable[[float], None] = field(default=lambda seconds: None)
+
+
+@dataclass(frozen=True)
+class TrlRun:
+    """What TRL made of a job: loss and gradient norm before clipping at each step, weights [flat] at the end."""
+
+    losses: tuple[float, ...]
+    norms: tuple[float, ...]
+    weights: torch.Tensor
+
+
+def plain_model(settings: ModelSettings) -> PreTrainedModel:
+    """The recipe's base as transformers loads it, with SDPA attention on padded batches."""
+    return load_model(settings, locate(settings), "sdpa")
+
+
+def with_adapters(model: PreTrainedModel, adapters: Mapping[str, Adapter], dropout: float = 0.0) -> PeftModel:
+    """PEFT's own sum of adapters: all active, gradients for the last one only, which alone has dropout.
+
+    PEFT turns gradients on for whatever is made active, so the others are frozen again afterwards.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    last = list(adapters)[-1]
+    peft: PeftModel | None = None
+    for name, adapter in adapters.items():
+        config = LoraConfig(**_peft_arguments(adapter.shape), lora_dropout=dropout if name == last else 0.0)
+        if peft is None:
+            peft = cast("PeftModel", get_peft_model(model, config, adapter_name=name))
+        else:
+            peft.add_adapter(name, config)
+        for module, (a, b) in adapter.weights.items():
+            layer = cast(Any, model.get_submodule(module))
+            layer.lora_A[name].weight.data.copy_(a.data)
+            layer.lora_B[name].weight.data.copy_(b.data)
+    if peft is None:
+        raise ValueError("no adapter to put on the model")
+    peft.base_model.set_adapter(list(adapters))  # pyright: ignore[reportCallIssue]
+    for name, parameter in peft.named_parameters():
+        parameter.requires_grad_(f".{last}." in name)
+    return peft
+
+
+def train_with_trl(model: PreTrainedModel, job: Job, first: Adapter, options: TrlOptions | None = None) -> TrlRun:
+    """Train a copy of `first` on the job's rows in the job's order with SFTTrainer, as published: padded batches.
+
+    `model` is a plain model (`plain_model`); it carries the adapters afterwards. `first` is left as it is, so what
+    `Stack.new_adapter(*job.seed_parts)` gives makes the run start where ours does. Dropout masks are PEFT's own.
+    """
+    options = options or TrlOptions()
+    frozen = {f"frozen_{place}": adapter for place, adapter in enumerate(job.frozen)}
+    peft = with_adapters(model, {**frozen, TRAINABLE: first}, job.settings.dropout)
+    n_steps = min(job.n_steps, options.until_step or job.n_steps)
+    batches = [job.batch(step) for step in range(n_steps)]
+    with tempfile.TemporaryDirectory(prefix="fastconv-trl-") as folder:
+        trainer = _trainer(peft, job, batches, options, folder)
+        trainer.train()
+    losses = tuple(float(loss) for loss in trainer.step_losses)
+    norms = tuple(float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry)
+    return TrlRun(losses, norms, _flat(model, first))
+
+
+def _trainer(peft: PeftModel, job: Job, batches: Sequence[list[int]], options: TrlOptions, folder: str) -> Any:
+    """An SFTTrainer on pre-tokenised rows that yields exactly these batches and remembers every step's loss."""
+    from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    class Trainer(SFTTrainer):
+        """SFTTrainer with our order of rows; its logged losses are rounded, so the exact ones are kept."""
+
+        step_losses: list[torch.Tensor]
+
+        def get_train_dataloader(self) -> DataLoader:
+            return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)  # pyright: ignore[reportArgumentType]
+
+        def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = super().training_step(*args, **kwargs)
+            self.step_losses.append(loss.detach())
+            return loss
+
+    Trainer.step_losses = []
+    settings = job.settings
+    config = SFTConfig(
+        output_dir=folder, max_steps=len(batches), per_device_train_batch_size=settings.batch_rows,
+        gradient_accumulation_steps=1, learning_rate=settings.lr, lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(settings.warmup_share * job.n_steps), max_grad_norm=settings.clip_norm,
+        optim="adamw_torch", adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8, weight_decay=0.0,
+        gradient_checkpointing=options.gradient_checkpointing, bf16=False, use_cpu=peft.device.type == "cpu",
+        max_length=None, save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    rows = [
+        {"input_ids": list(row.ids), "labels": [-100] * row.loss_from + list(row.ids[row.loss_from :])}
+        for row in job.rows
+    ]
+    trainer = Trainer(
+        model=peft, args=config, train_dataset=Dataset.from_list(rows), processing_class=_any_tokenizer(peft)
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_stopwatch(options.on_step))
+    trainer.create_optimizer()
+    trainer.create_scheduler(job.n_steps)  # the whole schedule's, also where the run stops early
+    return trainer
+
+
+def _stopwatch(on_step: Callable[[float], None]) -> Any:
+    """A trainer callback that tells `on_step` how long each step took."""
+    from transformers.trainer_callback import TrainerCallback
+
+    class Stopwatch(TrainerCallback):
+        """Times from the end of one step (or of the hook after it) to the end of the next."""
+
+        def __init__(self) -> None:
+            self.began = 0.0
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            on_step(time.perf_counter() - self.began)
+            self.began = time.perf_counter()
+
+    return Stopwatch()
+
+
+def _any_tokenizer(peft: PeftModel) -> Any:
+    """SFTTrainer wants a tokenizer even for pre-tokenised rows; it only takes the pad token from this one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {f"token-{i}": i for i in range(int(cast(Any, peft.config).vocab_size))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="token-0"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="token-0", pad_token="token-0")
+
+
+def _flat(model: PreTrainedModel, like: Adapter) -> torch.Tensor:
+    """The trained adapter's weights in the order of `like.flat`, on the CPU."""
+    parts = []
+    for module in like.sizes:
+        layer = cast(Any, model.get_submodule(module))
+        parts += [
+            layer.lora_A[TRAINABLE].weight.detach().reshape(-1),
+            layer.lora_B[TRAINABLE].weight.detach().reshape(-1),
+        ]
+    return torch.cat(parts).float().cpu()
+
+
+def _peft_arguments(shape: LoraSettings) -> dict[str, Any]:
+    return {
+        "r": shape.r,
+        "lora_alpha": shape.alpha,
+        "use_rslora": shape.rslora,
+        "target_modules": list(shape.targets),
+        "task_type": "CAUSAL_LM",
+    }

@@ -1,0 +1,252 @@
+"""Completions from an OpenAI-compatible server, by token ids: many requests at once, each with its own seed.
+
+A thread of its own runs the requests over connections that stay open; a caller's thread hears of each one as it ends,
+so it may stop them, and it is where a server that died or hangs is noticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import queue
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+import httpx
+
+from fastconv.engine.generate import Drawn
+from fastconv.errors import SamplerError
+from fastconv.recipe import SamplingSettings
+
+T = TypeVar("T")
+
+#: Sendings of one request; between them the client waits as the server asks, or twice as long each time.
+ATTEMPTS = 5
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.25, 10.0
+#: Without one finished completion for this long a server counts as hanging: 512 rows of 512 tokens take half a minute.
+STALL_S = 300.0
+#: Loading an adapter reads a file of some hundred MB.
+_ADAPTER_S, _CONNECT_S, _LOOK_S = 120.0, 10.0, 0.2
+_SHOWN_CHARS = 300
+#: A pool looks at each of its connections for every request, so many small ones cost less than a large one.
+_POOL_CONNECTIONS = 8
+
+
+class Endpoint(Protocol):
+    """The server as a client needs it."""
+
+    url: str
+    key: str
+
+    @property
+    def alive(self) -> bool: ...
+    def lost(self, what: str) -> SamplerError: ...
+
+
+class Client:
+    """A client of one server. `n_connections` bounds the requests under way, of however many callers' threads."""
+
+    def __init__(self, server: Endpoint, *, n_connections: int, stall_s: float = STALL_S) -> None:
+        self._server = server
+        self._n = n_connections
+        self._stall_s = stall_s
+        #: When the server last answered anyone: with several callers, one may wait long for its first turn.
+        self._heard_at = 0.0
+        self._pools = [_pool(server) for _ in range(-(-n_connections // _POOL_CONNECTIONS))]
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="vllm client", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Drop what is under way and close the connections."""
+        self._in_loop(_close_all(self._pools))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def load(self, name: str, folder: str) -> None:
+        """Put an adapter on the server under a name that it has never heard. Raises SamplerError if it refuses."""
+        self._adapter("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
+
+    def unload(self, name: str) -> None:
+        """Take an adapter off the server. Raises SamplerError if it refuses."""
+        self._adapter("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def complete(
+        self,
+        model: str,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        settings: SamplingSettings,
+        stop_ids: Sequence[int],
+        on_token: Callable[[int], None] = lambda n_tok: None,
+    ) -> list[Drawn]:
+        """One completion per prompt, in order. `on_token` hears how many tokens each one added, and 0 now and then.
+
+        Raises SamplerError if the server refuses a request, dies, hangs, or answers something else than was asked.
+        """
+        bodies = (
+            {
+                "model": model, "prompt": list(prompt), "seed": seed, "temperature": settings.temperature,
+                "top_p": settings.top_p, "max_tokens": settings.max_new_tok, "stop_token_ids": list(stop_ids),
+                "return_token_ids": True, "skip_special_tokens": False,
+            }
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        )  # fmt: skip
+        found: list[Drawn | None] = [None] * len(prompts)
+        for place, reply in self._answers(bodies, len(prompts), lambda: on_token(0)):
+            found[place] = _drawn(reply, model, prompts[place], stop_ids)
+            on_token(len(found[place].ids) + found[place].ended)  # pyright: ignore[reportOptionalMemberAccess]
+        return [one for one in found if one is not None]
+
+    def _answers(
+        self, bodies: Iterator[dict[str, Any]], n: int, waiting: Callable[[], None]
+    ) -> Iterator[tuple[int, Any]]:
+        """(place, reply) of every body as it comes. Whatever ends this early drops what is under way."""
+        done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        asking = self._in_loop(self._begin(enumerate(bodies), min(n, self._n), done))
+        self._heard_at = time.monotonic()
+        try:
+            while n:
+                try:
+                    one = done.get(timeout=_LOOK_S)
+                except queue.Empty:
+                    if asking.done() and done.empty():
+                        asking.result()  # raises: it ended before all were answered
+                    if not self._server.alive:
+                        raise self._server.lost("the vLLM server is gone") from None
+                    if time.monotonic() - self._heard_at > self._stall_s:
+                        raise self._server.lost(f"no completion in {self._stall_s:g} s") from None
+                    waiting()
+                    continue
+                self._heard_at = time.monotonic()
+                n -= 1
+                yield one
+        finally:
+            self._in_loop(_end(asking))
+
+    def _in_loop(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` in the client's thread and wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _begin(
+        self, bodies: Iterator[tuple[int, Any]], n_workers: int, done: queue.SimpleQueue[tuple[int, Any]]
+    ) -> asyncio.Task[None]:
+        return asyncio.create_task(self._ask_all(bodies, n_workers, done))
+
+    async def _ask_all(
+        self, bodies: Iterator[tuple[int, Any]], n_workers: int, done: queue.SimpleQueue[tuple[int, Any]]
+    ) -> None:
+        async def work(pool: httpx.AsyncClient) -> None:
+            for place, body in bodies:  # shared: every worker takes the next one
+                done.put((place, await self._ask(pool, body)))
+
+        workers = [asyncio.create_task(work(self._pools[i % len(self._pools)])) for i in range(n_workers)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _ask(self, pool: httpx.AsyncClient, body: Any) -> Any:
+        """The reply to one request, sent again where that may help."""
+        wait_s, fault = _FIRST_WAIT_S, ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(min(wait_s, _LONGEST_WAIT_S))
+                wait_s *= 2
+            try:
+                reply = await pool.post("/v1/completions", content=json.dumps(body))
+            except httpx.TransportError as error:
+                fault = f"{type(error).__name__} {error}".strip()
+                if not self._server.alive:
+                    break
+                continue
+            if reply.status_code == 200:
+                return _json(reply)
+            fault = f"it answered {reply.status_code}: {_message(reply)}"
+            if reply.status_code != 429 and reply.status_code < 500:
+                raise _refused(self._server.url, fault)
+            with contextlib.suppress(ValueError):
+                wait_s = max(wait_s, float(reply.headers.get("retry-after", "")))
+        raise self._server.lost(f"the vLLM server failed a request {ATTEMPTS} times ({fault})")
+
+    def _adapter(self, path: str, body: dict[str, str]) -> None:
+        """Sent once: a name that was taken, though the answer got lost, must not be sent again."""
+        sending = self._pools[0].post(path, content=json.dumps(body), timeout=_ADAPTER_S)
+        try:
+            reply = self._in_loop(sending)
+        except httpx.TransportError as error:
+            raise self._server.lost(f"{path} failed ({type(error).__name__})") from None
+        if reply.status_code != 200:
+            raise _refused(self._server.url, f"{path} answered {reply.status_code}: {_message(reply)}")
+
+
+def _pool(server: Endpoint) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        base_url=server.url,
+        headers={"authorization": f"Bearer {server.key}", "content-type": "application/json"},
+        limits=httpx.Limits(max_connections=_POOL_CONNECTIONS, max_keepalive_connections=_POOL_CONNECTIONS),
+        timeout=httpx.Timeout(None, connect=_CONNECT_S),
+        trust_env=False,
+        verify=False,  # loopback and plain HTTP: no certificates are read
+    )
+
+
+async def _close_all(pools: Sequence[httpx.AsyncClient]) -> None:
+    for pool in pools:
+        await pool.aclose()
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait until it has let go of its connections."""
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _drawn(reply: Any, model: str, prompt: Sequence[int], stop_ids: Sequence[int]) -> Drawn:
+    """A completion without its stop token. Raises SamplerError if it is not what was asked for."""
+    try:
+        (choice,) = reply["choices"]
+        served, finish, read = reply["model"], choice["finish_reason"], choice["prompt_token_ids"]
+        ids = tuple(int(token) for token in choice["token_ids"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _refused(model, f"its reply has no token ids ({error!r})") from None
+    if served != model:
+        raise _refused(model, f"{served} answered in its place")
+    if list(read) != list(prompt):
+        raise _refused(model, "it read other token ids than were sent")
+    if finish == "length":
+        return Drawn(ids, False)
+    if finish != "stop" or not ids or ids[-1] not in stop_ids:
+        raise _refused(model, f"a completion ended by {finish!r} on token {ids[-1] if ids else 'none'}")
+    return Drawn(ids[:-1], True)
+
+
+def _refused(where: str, what: str) -> SamplerError:
+    return SamplerError(
+        f"the vLLM server does not do as asked: {what}",
+        where=where,
+        fix="use a vLLM version of the extra 'vllm', or set model.sampler = 'resident'",
+    )
+
+
+def _json(reply: httpx.Response) -> Any:
+    try:
+        return reply.json()
+    except ValueError:
+        raise _refused(str(reply.url), "its reply is no JSON") from None
+
+
+def _message(reply: httpx.Response) -> str:
+    """What the server says is wrong, short."""
+    try:
+        body = reply.json()
+        said = body["error"]["message"] if "error" in body else body["message"]
+    except (ValueError, KeyError, TypeError):
+        said = reply.text
+    return " ".join(str(said).split())[:_SHOWN_CHARS]

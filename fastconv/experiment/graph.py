@@ -1,0 +1,429 @@
+"""What has to be computed: the cells of a recipe as a graph of stages, each keyed by its inputs. No torch.
+
+answers ─► snapshot (epochs of one cosine) ─┐
+answers ─► rows ─────────────────► behavior ─┴─► eval ─► score, judge
+                                   snapshot ───► geometry
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fastconv.audit.checks import set_name
+from fastconv.datasets.behaviors import (
+    NO_BEHAVIOR,
+    Behavior,
+    build_rows,
+    eval_prompts,
+    kinds_of,
+    load_behaviors,
+    open_questions,
+)
+from fastconv.datasets.files import assets, read_toml
+from fastconv.datasets.personas import ASSISTANT, Personas, load_personas, probes_of
+from fastconv.datasets.questions import QuestionSet, load_questions
+from fastconv.engine.locate import engine_identity, locate
+from fastconv.errors import RecipeError
+from fastconv.judge.assets import prices_of, rubric_named
+from fastconv.judge.identity import JudgeIdentity, judge_identity
+from fastconv.judge.rubric import Rubric
+from fastconv.datasets.phrases import PhraseRule
+from fastconv.recipe import NegativesKind, Recipe, SamplingSettings, sha256_of
+from fastconv.store.ledger import Stage
+
+#: Raise a kind's version when its results change for the same inputs; a commit that changes none costs nothing.
+VERSIONS = {"answers": 1, "snapshot": 1, "rows": 1, "behavior": 1, "eval": 1, "score": 1, "judge": 1, "geometry": 1}
+
+#: Where personas are looked at: shares of the model's layers.
+GEOMETRY_DEPTHS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One cell of the grid. For behavior `none` the negatives are `none` too."""
+
+    source: str
+    convergence: str
+    epoch: int
+    behavior: str
+    negatives: str
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """How people read it."""
+        parts = [self.source, self.convergence if self.epoch else "base", f"e{self.epoch}", self.behavior]
+        return " ".join([*parts, *([self.negatives] if self.negatives != "none" else []), f"s{self.seed}"])
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """A cell and its stages. `scores[measure, probe]` is where its numbers will stand, `base[...]` the base's.
+
+    `beside[measure, probe]` scores the same completions another way (phrases, where a judge decides). `geometry` is where
+    personas lie under the cell's snapshot (on the base at epoch 0), if the recipe asks for it.
+    """
+
+    cell: Cell
+    scores: Mapping[tuple[str, str], Stage]
+    base: Mapping[tuple[str, str], Stage]
+    snapshot: Stage | None
+    adapter: Stage | None
+    beside: Mapping[tuple[str, str], Stage] = field(default_factory=dict)
+    geometry: Stage | None = None
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Behaviors measured in this cell."""
+        return tuple(dict.fromkeys(measure for measure, _ in self.scores))
+
+
+class Graph:
+    """The stages of a recipe. Building it reads data files and nothing else."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.personas: Personas = load_personas(recipe)
+        self.behaviors: dict[str, Behavior] = load_behaviors(recipe)
+        self.source = locate(recipe.model)
+        self._engine = {"base": dict(self.source.identity), "engine": engine_identity(recipe.model)}
+        self._phrases = read_toml(assets("data") / "phrases.toml")
+        resident = f"{self.source.id}@{sha256_of(self._engine)[:8]}"
+        #: Who judges, or None where phrases do without a judge.
+        self.judge: JudgeIdentity | None = judge_identity(recipe.judge, prices_of(recipe.judge), resident)
+        self._rubrics: dict[str, Rubric] = {}
+        #: Sets and prompts that many cells share, made once.
+        self._row_stages: dict[str, Stage] = {}
+        self._asked: dict[tuple[str, int], tuple[list[tuple[str, str]], str]] = {}
+        self.cells = [self._plan(cell) for cell in self._grid()]
+
+    @property
+    def judges_outside(self) -> bool:
+        """Whether a judge is asked that is not the resident base itself."""
+        return self.judge is not None and self.judge.family != "resident"
+
+    @cached_property
+    def questions(self) -> QuestionSet:
+        """Multiple-choice questions; read only when a behavior needs them."""
+        return load_questions(self.recipe)
+
+    def stages(self, plans: Iterable[CellPlan] | None = None) -> list[Stage]:
+        """All stages of the given cells (default: all), each once, what is needed before what needs it."""
+        ordered: dict[str, Stage] = {}
+        for plan in self.cells if plans is None else plans:
+            placed = [plan.geometry] if plan.geometry is not None else []
+            for stage in (*plan.base.values(), *placed, *plan.scores.values(), *plan.beside.values()):
+                for part in walk(stage):
+                    ordered.setdefault(part.key, part)
+        return list(ordered.values())
+
+    def select(self, source: str, behavior: str, epoch: int, **others: Any) -> list[CellPlan]:
+        """The cells of one source, behavior and epoch. Raises RecipeError naming what the recipe has."""
+        wanted = {
+            "source": source,
+            "behavior": behavior,
+            "epoch": epoch,
+            **{k: v for k, v in others.items() if v is not None},
+        }
+        found = [
+            plan for plan in self.cells if all(getattr(plan.cell, name) == value for name, value in wanted.items())
+        ]
+        if not found:
+            for name, value in wanted.items():
+                have = sorted({getattr(plan.cell, name) for plan in self.cells})
+                if value not in have:
+                    raise RecipeError(
+                        f"no cell has {name} {value!r}",
+                        where=self.recipe.name,
+                        fix=f"use one of {', '.join(map(str, have))}",
+                    )
+            raise RecipeError(
+                "no cell has this combination", where=self.recipe.name, fix="see `fastconv status` for the cells"
+            )
+        return found
+
+    def lineage(self, snapshot: Stage) -> list[Stage]:
+        """All snapshots of the training run that `snapshot` belongs to, by epoch."""
+        run = lineage_key(snapshot)
+        every = {plan.snapshot.key: plan.snapshot for plan in self.cells if plan.snapshot is not None}
+        return sorted((s for s in every.values() if lineage_key(s) == run), key=lambda s: s.inputs["epoch"])
+
+    def phrase_rule(self, behavior: Behavior) -> PhraseRule:
+        """The rule that scores a behavior's answers, alone or beside a judge."""
+        if behavior.spec.measure != "phrases":
+            raise RecipeError(
+                f"{behavior.id} is scored by a judge and the recipe has none",
+                where="judge.mode",
+                fix="set it to auto, live, batch or local, or take the behavior out of grid.behaviors",
+            )
+        if behavior.spec.phrases:
+            return PhraseRule.of({"any": behavior.spec.phrases}, behavior.id)
+        if behavior.spec.phrase_rule not in self._phrases:
+            raise RecipeError(
+                f"no phrase rule is called {behavior.spec.phrase_rule!r}",
+                where=behavior.id,
+                fix=f"use one of {', '.join(self._phrases)}",
+            )
+        return PhraseRule.of(self._phrases[behavior.spec.phrase_rule], behavior.spec.phrase_rule)
+
+    def rubric(self, behavior: Behavior) -> Rubric | None:
+        """The rubric by which the recipe's judge scores a behavior; None where no judge does.
+
+        Raises RecipeError for a rubric that counts in another unit than the behavior.
+        """
+        name = behavior.spec.rubric
+        if self.judge is None or not name or behavior.spec.measure == "letters":
+            return None
+        if name not in self._rubrics:
+            self._rubrics[name] = rubric_named(self.recipe.judge, name)
+        rubric = self._rubrics[name]
+        if rubric.unit != behavior.spec.unit:
+            raise RecipeError(
+                f"rubric {rubric.name!r} gives {rubric.unit}, {behavior.id} counts in {behavior.spec.unit}",
+                where=f"judge.rubrics.{name}",
+                fix="labels give shares and go with measure phrases, a scale gives points and goes with measure judge",
+            )
+        return rubric
+
+    def eval_items(self, behavior: Behavior, seed: int) -> list[tuple[str, str]]:
+        """(id, user text) of everything a probe is asked for this behavior."""
+        if behavior.spec.measure == "letters":
+            return [(question.id, question.user) for question in self.questions.eval]
+        return eval_prompts(self.recipe, behavior, seed)
+
+    def convergence_questions(self) -> list[tuple[str, str]]:
+        """(id, text) of the open questions that convergence answers."""
+        questions = open_questions("convergence")
+        n = self.recipe.convergence.questions
+        if n > len(questions):
+            raise RecipeError(
+                f"there are {len(questions)} convergence questions, not {n}",
+                where="convergence.questions",
+                fix=f"set it to at most {len(questions)}",
+            )
+        return questions[:n]
+
+    # --- building --------------------------------------------------------------------------------------
+
+    def _grid(self) -> Iterator[Cell]:
+        grid = self.recipe.grid
+        seen: set[Cell] = set()
+        for seed in grid.seeds:
+            for source in grid.sources:
+                for convergence in grid.convergence:
+                    for epoch in grid.epochs:
+                        for behavior in grid.behaviors:
+                            for negatives in self._kinds(behavior):
+                                if convergence == "none" and epoch:
+                                    continue  # nothing was converged: only epoch 0 exists
+                                cell = Cell(source, convergence, epoch, behavior, negatives, seed)
+                                if cell not in seen:
+                                    seen.add(cell)
+                                    yield cell
+
+    def _kinds(self, behavior: str) -> tuple[str, ...]:
+        return ("none",) if behavior == NO_BEHAVIOR else kinds_of(self.recipe, self.behaviors[behavior])
+
+    def _plan(self, cell: Cell) -> CellPlan:
+        snapshot = self._snapshot(cell) if cell.epoch else None
+        adapter = None if cell.behavior == NO_BEHAVIOR else self._adapter(cell, snapshot)
+        measures = list(self.behaviors) if adapter is None else [cell.behavior]
+        probes = probes_of(self.recipe, cell.source)
+        pairs = [(measure, probe) for measure in measures for probe in probes]
+        scores = {pair: self._score(cell, *pair, snapshot, adapter) for pair in pairs}
+        return CellPlan(
+            cell,
+            scores=scores,
+            base={pair: self._score(cell, *pair, None, None) for pair in pairs},
+            snapshot=snapshot,
+            adapter=adapter,
+            beside={
+                pair: self._by_phrases(self.behaviors[pair[0]], stage.needs["eval"])
+                for pair, stage in scores.items()
+                if stage.kind == "judge" and self.behaviors[pair[0]].spec.measure == "phrases"
+            },
+            geometry=self._geometry(cell, snapshot) if self.recipe.eval.geometry else None,
+        )
+
+    def _answers(
+        self, persona: str, purpose: str, items: list[tuple[str, str]], n: int, sampling: SamplingSettings, seed: int
+    ) -> Stage:
+        inputs = {
+            **self._engine,
+            "persona": persona,
+            "system": _system(self.personas, persona),
+            "prompts_sha256": sha256_of(items),
+            "per_prompt": n,
+            "sampling": sampling.model_dump(mode="json"),
+            "seed": seed,
+            **self._sampler(),
+        }
+        work = {"prompts": items}
+        return Stage("answers", f"answers/{persona}/{purpose}/s{seed}", VERSIONS["answers"], inputs, {}, work)
+
+    def _snapshot(self, cell: Cell) -> Stage:
+        settings = self.recipe.convergence
+        speaker = cell.source if cell.convergence == "source" else ASSISTANT
+        answers = self._answers(
+            speaker,
+            "convergence",
+            self.convergence_questions(),
+            settings.completions_per_question,
+            settings.sampling,
+            cell.seed,
+        )
+        inputs = {
+            **self._engine,
+            "lora": self.recipe.lora.model_dump(mode="json"),
+            "training": {**_training(settings), "trainer": self.recipe.model.trainer},
+            "system": _system(self.personas, ASSISTANT),
+            "seed": cell.seed,
+            "epoch": cell.epoch,
+        }
+        slot = f"snapshot/{cell.source}/{cell.convergence}/e{cell.epoch}/s{cell.seed}"
+        return Stage("snapshot", slot, VERSIONS["snapshot"], inputs, {"answers": answers})
+
+    def _rows(self, cell: Cell) -> Stage:
+        name = set_name(cell.behavior, cell.source, cell.negatives, cell.seed)
+        if name not in self._row_stages:
+            self._row_stages[name] = self._new_rows(cell, name)
+        return self._row_stages[name]
+
+    def _new_rows(self, cell: Cell, name: str) -> Stage:
+        behavior = self.behaviors[cell.behavior]
+        questions = self.questions if behavior.spec.task == "multiple_choice" else None
+        kind: NegativesKind = cell.negatives  # pyright: ignore[reportAssignmentType]
+        rows = build_rows(self.recipe, self.personas, behavior, questions, cell.source, kind, cell.seed)
+        needs: dict[str, Stage] = {}
+        for persona in sorted({row.persona for row in rows if row.completion is None}):
+            asked = [(row.prompt_id, row.user) for row in rows if row.persona == persona and row.completion is None]
+            purpose = f"{cell.behavior}/{cell.source}/{cell.negatives}"  # each set asks its speakers other prompts
+            needs[persona] = self._answers(persona, purpose, asked, 1, self.recipe.behavior.sampling, cell.seed)
+        inputs = {"rows_sha256": sha256_of([row.record(self.personas) for row in rows])}
+        return Stage("rows", f"rows/{name}", VERSIONS["rows"], inputs, needs, {"rows": rows, "set": name})
+
+    def _adapter(self, cell: Cell, snapshot: Stage | None) -> Stage:
+        inputs = {
+            **self._engine,
+            "lora": self.recipe.lora.model_dump(mode="json"),
+            "training": {**_training(self.recipe.behavior), "trainer": self.recipe.model.trainer},
+            "seed": cell.seed,
+            **self._semantics(snapshot),
+        }
+        slot = f"behavior/{_stack_label(cell)}/{cell.behavior}/{cell.negatives}/s{cell.seed}"
+        needs = {"rows": self._rows(cell), **({"snapshot": snapshot} if snapshot else {})}
+        return Stage("behavior", slot, VERSIONS["behavior"], inputs, needs)
+
+    def _semantics(self, snapshot: Stage | None) -> dict[str, str]:
+        """How a snapshot is put in place matters to what stands on one, and to nothing else."""
+        return {"semantics": self.recipe.model.semantics} if snapshot is not None else {}
+
+    def _sampler(self) -> dict[str, str]:
+        """Who draws matters to what is drawn; the resident base stands in no key, as it did before there was another."""
+        return {} if self.recipe.model.sampler == "resident" else {"sampler": self.recipe.model.sampler}
+
+    def _score(self, cell: Cell, measure: str, probe: str, snapshot: Stage | None, adapter: Stage | None) -> Stage:
+        behavior = self.behaviors[measure]
+        if (measure, cell.seed) not in self._asked:
+            asked = self.eval_items(behavior, cell.seed)
+            self._asked[measure, cell.seed] = asked, sha256_of(asked)
+        items, items_sha256 = self._asked[measure, cell.seed]
+        if adapter is not None:
+            stack = f"{_stack_label(cell)}+{cell.behavior}/{cell.negatives}"
+        else:
+            stack = _stack_label(cell) if snapshot else "base"
+        needs = {name: stage for name, stage in (("snapshot", snapshot), ("behavior", adapter)) if stage is not None}
+        inputs: dict[str, Any] = {
+            **self._engine,
+            "measure": behavior.spec.measure,
+            "system": _system(self.personas, probe),
+            "prompts_sha256": items_sha256,
+            "seed": cell.seed,
+            **self._semantics(snapshot),
+        }
+        where = f"{stack}/{measure}/{probe}/s{cell.seed}"
+        work = {"measure": measure, "probe": probe, "items": items}
+        if behavior.spec.measure == "letters":
+            inputs["questions_sha256"] = self.questions.sha256
+            return Stage("eval", f"eval/{where}", VERSIONS["eval"], inputs, needs, work)
+        inputs |= {
+            "per_prompt": self.recipe.eval.samples_per_prompt,
+            "sampling": self.recipe.eval.sampling.model_dump(mode="json"),
+            **self._sampler(),
+        }
+        drawn = Stage("eval", f"eval/{where}", VERSIONS["eval"], inputs, needs, work)
+        rubric = self.rubric(behavior)
+        return self._by_phrases(behavior, drawn) if rubric is None else self._by_judge(rubric, drawn)
+
+    def _geometry(self, cell: Cell, snapshot: Stage | None) -> Stage:
+        """Where every known persona lies under a snapshot, or on the base."""
+        items = open_questions("marker")
+        inputs = {
+            **self._engine,
+            "personas": [[persona, *_system(self.personas, persona)] for persona in sorted(self.personas.prompts)],
+            "anchor": ASSISTANT,
+            "depths": list(GEOMETRY_DEPTHS),
+            "prompts_sha256": sha256_of(items),
+            **self._semantics(snapshot),
+        }
+        where = f"{_stack_label(cell)}/s{cell.seed}" if snapshot is not None else "base"
+        needs = {"snapshot": snapshot} if snapshot is not None else {}
+        return Stage("geometry", f"geometry/{where}", VERSIONS["geometry"], inputs, needs, {"items": items})
+
+    def _by_phrases(self, behavior: Behavior, drawn: Stage) -> Stage:
+        rule = self.phrase_rule(behavior)
+        slot = f"score/{drawn.slot.removeprefix('eval/')}"
+        return Stage("score", slot, VERSIONS["score"], {"rule": rule.identity()}, {"eval": drawn}, {"rule": rule})
+
+    def _by_judge(self, rubric: Rubric, drawn: Stage) -> Stage:
+        assert self.judge is not None, "a rubric is only looked up for a judge"
+        slot = f"judge/{drawn.slot.removeprefix('eval/')}"
+        return Stage("judge", slot, VERSIONS["judge"], self.judge.inputs(rubric), {"eval": drawn}, {"rubric": rubric})
+
+
+def walk(stage: Stage) -> Iterator[Stage]:
+    """The stage and everything before it, needs first."""
+    for need in stage.needs.values():
+        yield from walk(need)
+    yield stage
+
+
+def lineage_key(snapshot: Stage) -> str:
+    """Identity of a convergence run: a snapshot's inputs without its epoch. Training state is kept under it."""
+    return lineage_of(snapshot.version, snapshot.full_inputs)
+
+
+def lineage_of(version: int, full_inputs: Mapping[str, Any]) -> str:
+    """`lineage_key` of a snapshot as the ledger holds it."""
+    inputs = {name: value for name, value in full_inputs.items() if name != "epoch"}
+    return sha256_of({"kind": "lineage", "version": version, "inputs": inputs})
+
+
+def _training(settings: Any) -> dict[str, Any]:
+    """Settings that decide a training result (how its text was sampled stands in the answers' own key)."""
+    decides = settings.model_dump(
+        mode="json", exclude={"sampling", "questions", "completions_per_question", "source_rows", "wordings"}
+    )
+    if decides["optimizer"] == "adamw":  # so what was trained before there was a choice stays trained
+        del decides["optimizer"]
+    return decides
+
+
+def _system(personas: Personas, persona: str) -> list[str]:
+    turn = personas.system(persona)
+    return [turn.kind, turn.text]
+
+
+def _stack_label(cell: Cell) -> str:
+    return f"{cell.source}/{cell.convergence}/e{cell.epoch}" if cell.epoch else f"{cell.source}/e0"
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by path, or a shipped one by name (`demo`). The path need not exist; loading says so."""
+    path = Path(name)
+    shipped = assets("recipes") / f"{name}.toml"
+    return shipped if not path.exists() and shipped.is_file() else path

@@ -1,0 +1,157 @@
+"""How fast a machine works through tokens: what is known of it, guessed from its cores, or measured by a probe. No torch.
+
+Seconds = work / rate + fixed costs (see `Machine.seconds`), on the formulas of `shapes`. A rate is what the engine reaches,
+not what the data sheet says.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from fastconv.errors import InputError
+from fastconv.recipe import Recipe
+from fastconv.engine.shapes import ModelShape, Work, forward_flops_per_tok, train_flops_per_tok, weight_bytes
+from fastconv.store.records import Stage
+from fastconv.store.ledger import Store
+from fastconv.experiment.workload import Demand
+
+PROBE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates of one device: FLOP/s while training, reading and drawing, bytes/s of its memory, and seconds that each
+    optimizer step, decoding pass and stage costs whatever it holds."""
+
+    name: str
+    origin: str
+    device: Literal["cpu", "cuda"]
+    train_flops_s: float
+    read_flops_s: float
+    draw_flops_s: float
+    memory_bytes_s: float
+    step_s: float
+    pass_s: float
+    stage_s: float
+    load_s: float
+    memory_bytes: float | None = None
+
+    def seconds(self, demand: Demand, shape: ModelShape, recipe: Recipe) -> float:
+        """Seconds of a stage: training, reading (prefill, multiple choice, judging) and drawing, one after another.
+
+        Drawing: each pass reads all weights and costs `pass_s` at least; each token its own work.
+        """
+        wide = 2 if self.device == "cpu" else 1
+        weights = weight_bytes(shape, four_bit=recipe.model.weights == "4bit") * wide
+        found = self.stage_s if demand.trained_tok or demand.read_tok or demand.new_tok else 0.0
+        if demand.trained_tok:
+            work = Work(demand.length_tok, demand.share, recipe.lora.r)
+            found += demand.trained_tok * train_flops_per_tok(shape, work) / self.train_flops_s
+            found += demand.steps * self.step_s
+        forward = forward_flops_per_tok(shape, Work(demand.length_tok, 0.0, recipe.lora.r))
+        found += demand.read_tok * forward / self.read_flops_s
+        if demand.new_tok:
+            drawing = forward_flops_per_tok(shape, Work(demand.length_tok, 1.0, recipe.lora.r))
+            found += demand.new_tok * drawing / self.draw_flops_s
+            found += demand.decode_steps * max(self.pass_s, weights / self.memory_bytes_s)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """All rates."""
+        return asdict(self)
+
+
+def _card(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machine:
+    """A GPU by its dense bf16 TFLOP/s and memory bandwidth, each as a large product or copy reaches it.
+
+    Shares of that which the engine reaches, from `fastconv bench` on one H100 (README, "Measured"): training 0.6 beside
+    15 ms a step (`train`, `behavior` and `group` come out at 0.9 to 1.1 of what was measured), reading 0.6 (`score`),
+    drawing 0.7 beside 8 ms a pass (`sample`).
+    """
+    peak = tflops * 1e12
+    return Machine(
+        name, f"known card: {tflops:g} TFLOP/s, {memory_tbytes_s:g} TB/s", "cuda", 0.6 * peak, 0.6 * peak, 0.7 * peak,
+        memory_tbytes_s * 1e12, step_s=0.015, pass_s=0.008, stage_s=0.5, load_s=60.0, memory_bytes=gib * 2**30,
+    )  # fmt: skip
+
+
+#: H200 and H100: measured products and copies; the others: four fifths of the data sheet's figures, as those reach.
+CARDS: Mapping[str, Machine] = MappingProxyType({
+    "h200": _card("one H200", 788, 4.3, 141),
+    "h100": _card("one H100", 760, 3.0, 80),
+    "a100": _card("one A100", 250, 1.6, 80),
+    "l40s": _card("one L40S", 290, 0.7, 48),
+    "a10": _card("one A10", 100, 0.5, 24),
+    "4090": _card("one RTX 4090", 130, 0.8, 24),
+    "3090": _card("one RTX 3090", 57, 0.75, 24),
+})  # fmt: skip
+
+
+def processor() -> Machine:
+    """This CPU in fp32 by its cores, from SmolLM2 on two of them: 150 tokens/s trained, 800 read, 100 drawn."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    share = min(cores, 16) / 2
+    return Machine(
+        f"{cores} CPU cores", "guessed from the number of cores; --measure measures it", "cpu", 75e9 * share, 180e9 * share,
+        45e9 * share, 6e9 * min(cores, 8), step_s=0.02, pass_s=0.01, stage_s=0.4, load_s=4.0,
+    )  # fmt: skip
+
+
+def find_machine(recipe: Recipe, shape: ModelShape, device: str, store: Store | None, named: str = "") -> Machine:
+    """The machine to plan for: the named one, or this one as measured, as known, or as guessed.
+
+    Without a GPU here, a model too large for a CPU is planned for one H200, and the machine's origin says so. Raises
+    InputError for a name that is not known.
+    """
+    if named:
+        if named == "cpu":
+            return processor()
+        if named not in CARDS:
+            raise InputError(f"no machine is called {named!r}", where="--machine", fix=f"use cpu, {', '.join(CARDS)}")
+        return CARDS[named]
+    if device == "cpu" and recipe.model.device != "cpu" and shape.total_params > 1e9:
+        return replace(CARDS["h200"], origin=f"{CARDS['h200'].origin}; there is no GPU here (--machine names another)")
+    here = _this_machine(device)
+    kept = store.latest_in_slot(_slot(here, shape)) if store else None
+    if kept is not None and kept.version == PROBE_VERSION:
+        return replace(here, **kept.outputs, origin="measured here by `fastconv plan --measure`")
+    return here
+
+
+def probe_stage(recipe: Recipe, shape: ModelShape, device: str, at: float) -> Stage:
+    """The stage that a probe of this machine is kept under; `at` (seconds since the epoch) makes each one its own."""
+    here = _this_machine(device)
+    return Stage("probe", _slot(here, shape), PROBE_VERSION, {"machine": here.name, "shape": shape.name, "at": at})
+
+
+def _slot(machine: Machine, shape: ModelShape) -> str:
+    return f"probe/{machine.name.replace(' ', '-')}/{shape.name}"
+
+
+def _this_machine(device: str) -> Machine:
+    if device != "cuda":
+        cpu = processor()
+        model = platform.processor() or platform.machine()
+        return replace(cpu, name=f"{cpu.name} ({model})")
+    name = _gpu_name()
+    known = next((card for key, card in CARDS.items() if key in name.lower().replace(" ", "")), None)
+    if known is not None:
+        return replace(known, name=name)
+    return replace(CARDS["a100"], name=name or "a GPU", origin="taken for an A100, as the card is not known; --measure")
+
+
+def _gpu_name() -> str:
+    if not Path("/dev/nvidia0").exists():
+        return ""
+    ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return ""

@@ -1,0 +1,86 @@
+"""From the ledger to the report: collects what a report shows and writes page, twin, figures and tables.
+
+A section is a function from `Decided` to a `Section`, or None where it has nothing to say; add one to `SECTIONS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastconv.analysis.analysis import Decided
+from fastconv.store.io import storage_errors, write_atomically
+from fastconv.report.blocks import Note, ReportData, Section
+from fastconv.report.render import render_html, render_markdown
+from fastconv.experiment.graph import Graph
+from fastconv.report.correlates import on_the_base
+from fastconv.report.behaviors import beside, gates, markers, mimicry, power
+from fastconv.report.export import frames_of, parquet_bytes
+from fastconv.report.geometry import geometry
+from fastconv.report.judged import judge_against_phrases
+from fastconv.report.measures import answers, measurements, over_epochs
+from fastconv.report.planned import planned
+from fastconv.report.record import card, failures, limits, superseded, warnings
+from fastconv.report.training import cost, curves_and_rho
+from fastconv.report.overview import findings, headline
+from fastconv.store.ledger import Store, write_text
+
+SECTIONS: tuple[Callable[[Decided], Section | None], ...] = (
+    headline, failures, findings, over_epochs, mimicry, geometry, on_the_base, markers, judge_against_phrases, power, gates, beside,
+    measurements, curves_and_rho, cost, planned, answers, warnings, superseded, limits, card,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReportPaths:
+    """Where a report lies; `folder` holds its figures (SVG and PNG) and its tables (Parquet)."""
+
+    html: Path
+    markdown: Path
+    folder: Path
+
+
+def write_report(graph: Graph, store: Store, folder: Path) -> ReportPaths:
+    """Write the report of a recipe from what the ledger holds now. Raises StoreError if the folder cannot be written."""
+    decided = Decided(graph, store)
+    data = build(decided)
+    paths = ReportPaths(folder / f"{data.run}.html", folder / f"{data.run}.md", folder / data.run)
+    with storage_errors(folder):
+        for name in ("figures", "tables"):
+            (paths.folder / name).mkdir(parents=True, exist_ok=True)
+        for figure in data.figures():
+            write_atomically(paths.folder / "figures" / f"{figure.id}.svg", figure.svg)
+            write_atomically(paths.folder / "figures" / f"{figure.id}.png", figure.png)
+        for name, frame in frames_of(decided).items():
+            write_atomically(paths.folder / "tables" / f"{name}.parquet", parquet_bytes(frame))
+    write_text(paths.html, render_html(data))
+    write_text(paths.markdown, render_markdown(data))
+    return paths
+
+
+def collect(graph: Graph, store: Store) -> ReportData:
+    """Everything the report shows. Cells that were not run show as such, never as numbers."""
+    return build(Decided(graph, store))
+
+
+def build(decided: Decided) -> ReportData:
+    """The report of what was decided."""
+    sections = [section for make in SECTIONS if (section := make(decided)) is not None]
+    return ReportData(decided.run, decided.graph.recipe.about, tuple(sections), _banners(decided))
+
+
+def _banners(decided: Decided) -> tuple[Note, ...]:
+    """What a reader must know before the first number: edited thresholds and ignored gates."""
+    notes = []
+    if decided.first is not None:
+        changes = "; ".join(decided.first.changes)
+        notes.append(
+            Note(
+                f"Thresholds were edited after results were seen. First run: {decided.first.run}; changed since: {changes}. "
+                "Verdicts under both stand with the gates.",
+                "edited",
+            )
+        )
+    notes += [Note(f"Gate {code} was ignored, because {why}.", "ignored") for code, why in decided.ignored.items()]
+    return tuple(notes)

@@ -1,0 +1,334 @@
+"""Sentences with numbers: each is a template bound to a query over the ledger, so that `verify` can ask it again.
+
+A template holds no digit of its own; every number in a sentence comes from its query, with the rows behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastconv.analysis.agreement import agreement_of, corrected_of
+from fastconv.analysis.correlates import MARKER_RATE, in_words, levels
+from fastconv.analysis.analysis import Decided
+from fastconv.analysis.markers import MARKER, transfer_by_source
+from fastconv.stats.detectable import mended_by
+from fastconv.seeding import seed_of
+from fastconv.report.blocks import Claim
+from fastconv.stats.gates import GateVerdict
+from fastconv.stats.power import spearman_attainable
+from fastconv.stats.inference import Interval, exact_spearman
+from fastconv.stats.units import Unit, change, counted, level, signed, size, span
+from fastconv.stats.verdicts import CellVerdict, by_kind
+
+#: The words a declared contrast can get, in the order in which they are told.
+KINDS = ("transfer", "reverse", "equivalent", "inconclusive", "uninformative", "withheld")
+#: What a pilot gate can say, the one that leads first; how the answer opens with it, and how it goes on.
+PILOT_WORDS = {
+    "go": ("GO", "go for"), "stop": ("STOP", "stop for"), "not applicable": ("OPEN", "not decided yet for"),
+    "uninformative": ("NO ANSWER", "nothing can be said of"),
+}  # fmt: skip
+MOST_NAMED = 4
+
+
+class NoSuchClaimError(KeyError):
+    """A sentence was asked for that the ledger does not support (any more)."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a query gave: the values of its template, the rows behind them, and a word that colours the sentence."""
+
+    values: Mapping[str, str]
+    rows: tuple[str, ...]
+    word: str = ""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A template and its query."""
+
+    template: str
+    query: Callable[..., Found]
+
+
+def ask(decided: Decided, query: str, **arguments: str) -> Claim:
+    """Make the claim of a query. Raises NoSuchClaimError if the ledger has nothing to support it."""
+    bound = CLAIMS.get(query)
+    if bound is None:
+        raise NoSuchClaimError(f"no claim is made by {query!r}")
+    try:
+        found = bound.query(decided, **arguments)
+    except (KeyError, StopIteration, TypeError) as error:
+        raise NoSuchClaimError(f"{query} of {', '.join(arguments.values()) or 'the run'}: no rows") from error
+    return Claim(query, arguments, bound.template.format_map(found.values), found.rows, found.word)
+
+
+def _answer(decided: Decided) -> Found:
+    """Go or stop, and how sure: the pilot gates' words, then what the declared contrasts add to them."""
+    pilots = [one for one in decided.gates if one.gate == "PILOT"]
+    said = {word: [one.subject for one in pilots if one.verdict == word] for word in PILOT_WORDS}
+    word = next(word for word, subjects in said.items() if subjects)
+    told = "; ".join(
+        _listed(some) if one in ("go", "stop") and one == word else f"{PILOT_WORDS[one][1]} {_listed(some)}"
+        for one, some in said.items()
+        if some
+    )
+    rows = dict.fromkeys(row for one in (*pilots, *decided.verdicts) for row in one.rows)
+    return Found(
+        {"word": PILOT_WORDS[word][0], "told": told, "sure": _how_sure(decided.verdicts, len(decided.declared))},
+        tuple(rows),
+        word,
+    )
+
+
+def _how_sure(verdicts: Sequence[CellVerdict], n: int) -> str:
+    """What the n declared contrasts say of it, with the confidence of the surest one."""
+    counts = by_kind(verdicts)
+    if not verdicts:
+        return "no declared contrast was measured yet"
+    loud = next((kind for kind in ("transfer", "reverse") if counts.get(kind)), None)
+    best = max((one for one in verdicts if loud in (None, one.kind)), key=_certainty)
+    sure = f"confidence {best.confidence.level} ({best.confidence.reason})"
+    if loud is not None:
+        verb = "is" if counts[loud] == 1 else "are"
+        figures = f"{change(best.estimate or 0.0, best.unit)} {span(best.low, best.high, best.unit)}".rstrip()
+        return (
+            f"{counts[loud]} of {n} declared contrasts {verb} {loud}, the surest {best.label} by {figures} with {sure}"
+        )
+    told = _told(counts, n)
+    if counts.get("equivalent", 0) == n:
+        meaning = "each is shown to lie within its threshold"
+    elif counts.get("equivalent"):
+        meaning = "only those called equivalent show that nothing happened"
+    else:
+        meaning = "none shows that nothing happened either"
+    return f"none of {n} declared contrasts is transfer ({told}); {meaning}; {sure}"
+
+
+def _told(counts: Mapping[str, int], n: int) -> str:
+    """How many of n declared contrasts got which word, or none yet."""
+    waiting = n - sum(counts.values())
+    return ", ".join(f"{many} {kind}" for kind in KINDS if (many := counts.get(kind))) + (
+        f", {waiting} not measured" if waiting else ""
+    )
+
+
+def _certainty(one: CellVerdict) -> tuple[int, float]:
+    return ("LOW", "MODERATE", "HIGH").index(one.confidence.level), abs(one.estimate or 0.0)
+
+
+def _listed(subjects: Sequence[str]) -> str:
+    """A few names, and how many more."""
+    more = f" and {len(subjects) - MOST_NAMED} more" if len(subjects) > MOST_NAMED else ""
+    return ", ".join(subjects[:MOST_NAMED]) + more
+
+
+def _pilot(decided: Decided, subject: str) -> Found:
+    verdict = next(one for one in decided.gates if one.gate == "PILOT" and one.subject == subject)
+    return Found(_gate_values(verdict), verdict.rows, verdict.verdict)
+
+
+def _study(decided: Decided, gate: str, subject: str) -> Found:
+    verdict = next(one for one in decided.gates if (one.gate, one.subject) == (gate, subject))
+    return Found({**_gate_values(verdict), "gate": gate}, verdict.rows, verdict.verdict)
+
+
+def _gate_values(verdict: GateVerdict) -> dict[str, str]:
+    ignored = f" Ignored, because {verdict.ignored}." if verdict.ignored else ""
+    return {
+        "verdict": verdict.verdict, "subject": verdict.subject, "reason": verdict.reason, "rule": verdict.threshold,
+        "ignored": ignored,
+    }  # fmt: skip
+
+
+def _counts(decided: Decided) -> Found:
+    n, rows = len(decided.declared), _together(decided.verdicts)
+    return Found({"n": str(n), "told": _told(by_kind(decided.verdicts), n)}, rows)
+
+
+def _finding(decided: Decided, label: str) -> Found:
+    one = decided.verdict(label)
+    values = {"label": label, "kind": one.kind, "confidence": one.confidence.level, "reason": one.reason}
+    over = one.over_seeds
+    seeds = "" if over is None else f" Over seeds: {_interval(over, one.unit)}, {counted(over.n_clusters, 'seed')}."
+    return Found({**values, "seeds": seeds, "why": one.confidence.reason}, one.rows, one.kind)
+
+
+def _largest(decided: Decided, behavior: str) -> Found:
+    mine = [one for one in decided.verdicts if one.behavior == behavior and one.estimate is not None]
+    told = [one for one in mine if one.kind != "uninformative"] or mine
+    one = max(told, key=lambda verdict: abs(verdict.estimate or 0.0), default=None)
+    if one is None or one.estimate is None:
+        raise KeyError(behavior)
+    figures = f"{change(one.estimate, one.unit)} {span(one.low, one.high, one.unit)}".rstrip()
+    values = {"behavior": behavior, "figures": figures, "label": one.label, "kind": one.kind}
+    return Found({**values, "confidence": one.confidence.level}, one.rows)
+
+
+def _mimicry(decided: Decided, label: str) -> Found:
+    one = decided.verdict(label)
+    if one.trained is None or one.estimate is None:
+        raise KeyError(label)
+    alone = "was not measured" if one.mimicry is None else _interval(one.mimicry, one.unit)
+    values = {"label": label, "alone": alone, "trained": _interval(one.trained, one.unit)}
+    return Found({**values, "extra": change(one.estimate, one.unit)}, one.rows)
+
+
+def _edited(decided: Decided, gate: str, subject: str) -> Found:
+    now = next(one for one in decided.gates if (one.gate, one.subject) == (gate, subject))
+    before = next(one for one in decided.under_first[0] if (one.gate, one.subject) == (gate, subject))
+    values = {"gate": gate, "subject": subject, "now": now.verdict, "before": before.verdict}
+    return Found(values, now.rows or before.rows, "edited")
+
+
+def _edited_finding(decided: Decided, label: str) -> Found:
+    now = decided.verdict(label)
+    before = next(one for one in decided.under_first[1] if one.label == label)
+    return Found({"label": label, "now": now.kind, "before": before.kind}, now.rows, "edited")
+
+
+def _power(decided: Decided, behavior: str) -> Found:
+    mine = [one for one in decided.verdicts if one.behavior == behavior and one.detectable is not None]
+    worst = max(mine, key=lambda one: one.detectable or 0.0)
+    unit, margin = worst.unit, worst.margin or 0.0
+    seen, family = worst.detectable or 0.0, worst.detectable_in_family or 0.0
+    mend = (
+        "so a null result says something"
+        if seen <= margin
+        else f"so a null result says little; {mended_by(worst.mend)}"
+    )
+    values = {
+        "behavior": behavior, "margin": size(margin, unit), "seen": size(seen, unit), "family": size(family, unit),
+        "m": str(len(decided.declared)), "n": str(worst.n_questions),
+        "mend": mend,
+    }  # fmt: skip
+    return Found(values, _together(mine), "" if seen <= margin else "withheld")
+
+
+def _sign_flips(decided: Decided, behavior: str) -> Found:
+    """Where the fewest questions of a behavior cannot reach the corrected level by sign flips."""
+    mine = [one for one in decided.verdicts if one.behavior == behavior and one.sign_flip_warning]
+    fewest = min((one.n_questions, one.sign_flip_warning or "") for one in mine) if mine else None
+    if fewest is None:
+        raise KeyError(behavior)
+    return Found({"behavior": behavior, "why": fewest[1]}, _together(mine), "withheld")
+
+
+def _correlation(decided: Decided, behavior: str, correlate: str = MARKER_RATE) -> Found:
+    rates, transfer = levels(decided, correlate, behavior), transfer_by_source(decided, behavior)
+    sources = sorted(set(rates) & set(transfer))
+    rng = np.random.default_rng(seed_of("spearman", behavior))
+    if len(sources) < 3:
+        raise KeyError(behavior)
+    xs, ys = [rates[source].value for source in sources], [transfer[source].estimate or 0.0 for source in sources]
+    rows = tuple(row for source in sources for row in (*rates[source].rows, *transfer[source].rows))
+    values = {"figures": rank_correlation(xs, ys, rng), "n": str(len(sources)), "correlate": in_words(correlate)}
+    return Found({**values, "behavior": behavior}, rows)
+
+
+def rank_correlation(xs: Sequence[float], ys: Sequence[float], rng: np.random.Generator | None = None) -> str:
+    """The exact Spearman of one value per source, as it is cited."""
+    found = exact_spearman(xs, ys, rng=rng)
+    if found.rho is None or found.p is None:
+        return f"cannot be given: {found.reason}"
+    low, high = (signed(end or 0.0, 2) for end in (found.leave_one_out_low, found.leave_one_out_high))
+    left_out = f"{low} to {high} with one source left out"
+    return f"{signed(found.rho, 2)} (exact permutation p = {found.p:.3g}; {left_out})"
+
+
+def _attainable(decided: Decided, correlate: str = MARKER_RATE) -> Found:
+    behaviors = [name for name in decided.graph.behaviors if name != MARKER]  # declared, whether measured yet or not
+    rates = {source: one for name in behaviors for source, one in levels(decided, correlate, name).items()}
+    sources = [source for source in decided.graph.recipe.grid.sources if source in rates]
+    rows = tuple(row for source in sources for row in rates[source].rows)
+    named = "a marker rate" if correlate == MARKER_RATE else in_words(correlate).replace("the source's", "their", 1)
+    shown = {
+        "sources": counted(len(sources), "source"), "behaviors": counted(len(behaviors), "behavior"), "correlate": named,
+    }  # fmt: skip
+    if len(sources) < 2:
+        return Found({**shown, "reason": "there is nothing to correlate with one another"}, rows, "withheld")
+    found = spearman_attainable(len(sources), max(1, len(behaviors)))
+    return Found({**shown, "reason": found.reason}, rows, "" if found.possible else "withheld")
+
+
+def _agreement(decided: Decided, measure: str) -> Found:
+    found = agreement_of(decided, measure)
+    kappa = "cannot be given: both always say the same" if np.isnan(found.kappa) else f"{found.kappa:.2f}"
+    values = {"measure": measure, "share": level(found.accuracy, "share"), "n": f"{found.n:,}", "kappa": kappa}
+    return Found(values, found.rows)
+
+
+def _corrected(decided: Decided, label: str) -> Found:
+    raw, fixed, rows = corrected_of(decided, label)
+    shown = f"{level(fixed.rate, 'share')} [{100 * fixed.low:.1f}, {100 * fixed.high:.1f}]"
+    return Found({"label": label, "raw": level(raw, "share"), "fixed": shown}, rows)
+
+
+def _cost(decided: Decided) -> Found:
+    records = [record for stage in decided.graph.stages() if (record := decided.reading.record(stage)) is not None]
+    if not records:
+        raise KeyError("stages")
+    total_s = sum(record.seconds for record in records)
+    tokens = {
+        name: sum(int(r.facts.get(name, 0)) for r in records) for name in ("trained_tok", "sampled_tok", "scored_tok")
+    }
+    told = ", ".join(f"{n:,} {name.removesuffix('_tok')}" for name, n in tokens.items() if n)
+    span_s = f"{total_s / 3600:.2f} hours" if total_s >= 3600 else f"{total_s:.0f} seconds"
+    values = {"n": str(len(records)), "seconds": span_s, "tokens": told or "none"}
+    return Found(values, tuple(f"{record.key[:12]}/seconds" for record in records))
+
+
+def _unscored(decided: Decided) -> Found:
+    seen, missing, rows = 0, 0, []
+    for plan in decided.graph.cells:
+        for (measure, probe), stage in plan.scores.items():
+            one = decided.reading.series(stage, measure, probe)
+            if one is not None:
+                seen, missing = seen + one.n_samples, missing + one.n_unscored
+                rows.append(f"{stage.key[:12]}/scores")
+    if not rows:
+        raise KeyError("scores")
+    return Found({"n": f"{missing:,}", "total": f"{seen:,}"}, tuple(dict.fromkeys(rows)))
+
+
+def _interval(one: Interval, unit: Unit) -> str:
+    if one.estimate is None:
+        return f"cannot be given ({one.reason})"
+    return f"{change(one.estimate, unit)} {span(one.low, one.high, unit)}".rstrip()
+
+
+def _together(verdicts: Sequence[CellVerdict]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row for one in verdicts for row in one.rows))
+
+
+CLAIMS: Mapping[str, Bound] = {
+    "answer": Bound("{word}: {told}. How sure: {sure}.", _answer),
+    "pilot": Bound("{verdict} for {subject}: {reason}. Rule: {rule}.{ignored}", _pilot),
+    "study": Bound("{gate}, {subject}: {verdict}. {reason}. Rule: {rule}.{ignored}", _study),
+    "counts": Bound("Declared contrasts: {n}. Of these {told}.", _counts),
+    "finding": Bound("{kind}: {reason}.{seeds} Confidence {confidence}: {why}.", _finding),
+    "largest": Bound("The largest change of {behavior} is {figures}, in {label}: {kind}, confidence {confidence}.", _largest),
+    "mimicry": Bound(
+        "{label}: convergence alone {alone}, with the behavior adapter {trained}; the adapter adds {extra}.", _mimicry
+    ),
+    "edited": Bound("{gate}, {subject}: {now} under the edited thresholds, {before} under the first ones.", _edited),
+    "edited_finding": Bound("{label}: {now} under the edited thresholds, {before} under the first ones.", _edited_finding),
+    "power": Bound(
+        "{behavior}: the threshold is {margin}; with {n} questions and the spread seen, a change of {seen} would be found "
+        "four times out of five ({family} at the first step of the correction over {m} contrasts), {mend}.",
+        _power,
+    ),
+    "sign_flips": Bound("The sign-flip check is weak for {behavior}: {why}.", _sign_flips),
+    "correlation": Bound(
+        "Over {n} sources, the rank correlation of {behavior} transfer with {correlate} is {figures}.",
+        _correlation,
+    ),
+    "attainable": Bound("{sources} with {correlate} and {behaviors}: {reason}.", _attainable),
+    "agreement": Bound("{measure}: judge and phrases say the same of {share} of {n} answers; kappa {kappa}.", _agreement),
+    "corrected": Bound("{label}: {raw} as judged, {fixed} once corrected for the judge's known mistakes.", _corrected),
+    "cost": Bound("{n} stages took {seconds} of computing; tokens: {tokens}.", _cost),
+    "unscored": Bound("{n} of {total} samples have no score.", _unscored),
+}  # fmt: skip

@@ -1,0 +1,120 @@
+"""`compare`: two runs side by side, cell by cell, with paired differences over the questions that both asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fastconv.analysis.analysis import Decided
+from fastconv.analysis.contrasts import Part
+from fastconv.stats.series import Series, means_at
+from fastconv.stats.inference import benjamini_hochberg, paired_change
+from fastconv.stats.units import Unit
+from fastconv.experiment.graph import Cell, CellPlan
+from fastconv.report.conditions import changed_conditions
+from fastconv.report.measures import ROLES
+from fastconv.store.records import changed_inputs
+
+#: What names a cell; a field on which each run has one value of its own is what the comparison is about.
+FIELDS = ("source", "convergence", "epoch", "behavior", "negatives", "seed")
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One measure of one cell in both runs: second minus first, over common questions. Effects in the measure's unit."""
+
+    cell: str
+    measure: str
+    role: str
+    unit: Unit
+    first: float
+    second: float
+    difference: float | None
+    low: float | None
+    high: float | None
+    p_raw: float | None
+    p_corrected: float | None
+    n_questions: int
+    same_rows: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two runs: what their recipes differ in and the conditions they were made under, what their cells were matched
+    without, and the paired differences."""
+
+    first: str
+    second: str
+    changes: tuple[str, ...]
+    conditions: tuple[str, ...]
+    apart: tuple[str, ...]
+    pairs: tuple[Paired, ...]
+    n_unmatched: int
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def compare(first: Decided, second: Decided) -> Comparison:
+    """Match the cells of two runs and compare every measure that both have."""
+    apart = tuple(_apart(first, second))
+    ours, theirs = _by_place(first, apart), _by_place(second, apart)
+    raw = [pair for place in ours if place in theirs for pair in _pairs(first, second, ours[place], theirs[place])]
+    ps = [np.nan if one.p_raw is None else one.p_raw for one in raw]
+    corrected = benjamini_hochberg(ps).tolist() if ps else []
+    pairs = tuple(
+        Paired(**{**asdict(one), "p_corrected": None if np.isnan(p) else p})
+        for one, p in zip(raw, corrected, strict=True)
+    )
+    changes = changed_inputs(first.graph.recipe.model_dump(mode="json"), second.graph.recipe.model_dump(mode="json"))
+    conditions, n_unmatched = changed_conditions(first, second), len(set(ours) ^ set(theirs))
+    return Comparison(first.run, second.run, tuple(changes), conditions, apart, pairs, n_unmatched)
+
+
+def _apart(first: Decided, second: Decided) -> Iterator[str]:
+    """Fields that each run holds fixed at a value of its own (a seed, a kind of negatives)."""
+    for name in FIELDS:
+        ours, theirs = ({getattr(plan.cell, name) for plan in one.graph.cells} - {"none"} for one in (first, second))
+        if len(ours) == len(theirs) == 1 and ours != theirs:
+            yield name
+
+
+def _by_place(decided: Decided, apart: tuple[str, ...]) -> dict[tuple[Any, ...], CellPlan]:
+    return {
+        tuple(
+            "" if name in apart and getattr(plan.cell, name) != "none" else getattr(plan.cell, name) for name in FIELDS
+        ): plan
+        for plan in decided.graph.cells
+    }
+
+
+def _pairs(first: Decided, second: Decided, one: CellPlan, two: CellPlan) -> Iterator[Paired]:
+    for measure in one.measures:
+        if measure not in two.measures:
+            continue
+        for part in first.found.parts(measure):
+            for role in ROLES:
+                ours = first.found.now(one, part, first.found.persona(one.cell, role))
+                theirs = second.found.now(two, part, second.found.persona(two.cell, role))
+                if ours is not None and theirs is not None and ours.rows and theirs.rows:
+                    yield _pair(_label(one.cell, two.cell), part, role, ours, theirs)
+
+
+def _label(one: Cell, two: Cell) -> str:
+    return one.label if one.label == two.label else f"{one.label} | {two.label}"
+
+
+def _pair(label: str, part: Part, role: str, ours: Series, theirs: Series) -> Paired:
+    common = sorted(set(ours.questions) & set(theirs.questions))
+    interval = paired_change(means_at(theirs, common), means_at(ours, common)).interval if len(common) > 1 else None
+    found = (None, None, None, None, 0)
+    if interval is not None:
+        found = (interval.estimate, interval.low, interval.high, interval.p_two_sided, interval.n_clusters)
+    return Paired(
+        label, part.title, role, ours.unit, ours.mean.value, theirs.mean.value, *found[:4], None, found[4],
+        ours.stage == theirs.stage,
+    )  # fmt: skip

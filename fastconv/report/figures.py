@@ -1,0 +1,212 @@
+"""Drawings: SVG for the page and PNG beside it, the run's id in both. Same data, same bytes.
+
+Colours are Okabe and Ito's (2008), told apart with any colour vision; markers and line styles differ as well.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fastconv.report.blocks import Figure
+from fastconv.report.labels import name_points
+from fastconv.stats.units import rounded
+
+STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
+MORE = ("#E69F00", "#56B4E9", "#000000", "#F0E442")
+#: More points than this get no names: the table beside them has all.
+MOST_NAMED = 24
+#: Longer curves are averaged in bins: nobody sees more points than this.
+MOST_POINTS = 160
+#: Inches that a legend above the axes takes: for a row, for a name's line and for each letter of it.
+LEGEND_ROW, LEGEND_LINE, LEGEND_LETTER = 0.15, 0.5, 0.06
+DPI = 150
+
+
+@dataclass(frozen=True)
+class Point:
+    """A mean with its interval (None where there is none) at a place on the horizontal axis."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    label: str = ""
+    group: str = ""
+
+
+def lines(
+    place: str, title: str, series: Mapping[str, Sequence[Point]], axes_labels: tuple[str, str], run: str,
+    bounds: tuple[float, float] | None = None,
+) -> Figure:  # fmt: skip
+    """A line with intervals for each series."""
+    figure, axes = _sheet(3.6, 2.8, above=0.5)
+    for (name, points), (colour, marker, style) in zip(series.items(), STYLES, strict=False):
+        ys = [point.y for point in points]
+        errors = [
+            [point.y - point.low if point.low is not None else 0.0 for point in points],
+            [point.high - point.y if point.high is not None else 0.0 for point in points],
+        ]
+        axes.errorbar(
+            [point.x for point in points], ys, yerr=errors, label=name, color=colour, marker=marker, linestyle=style,
+            capsize=3, linewidth=1.4, markersize=4.5,
+        )  # fmt: skip
+    axes.set_xticks(sorted({point.x for points in series.values() for point in points}))
+    if bounds is not None:
+        margin = 0.04 * (bounds[1] - bounds[0])
+        axes.set_ylim(bounds[0] - margin, bounds[1] + margin)
+        axes.set_yticks(np.linspace(*bounds, 5))
+    _legend_above(figure, len(series))
+    shown = "; ".join(
+        f"{name}: " + ", ".join(f"{rounded(point.y)} at {point.x:g}" for point in points)
+        for name, points in series.items()
+    )
+    return _finish(figure, axes, place, title, axes_labels, run, f"{title}. {axes_labels[1]}. {shown}.")
+
+
+def curves(
+    place: str, title: str, series: Mapping[str, Sequence[float]], axes_labels: tuple[str, str], run: str
+) -> Figure:
+    """Loss over steps for each series; long ones averaged in bins."""
+    columns, above = _room_above(list(series) if 1 < len(series) <= 8 else [], 3.6)
+    figure, axes = _sheet(3.6, 2.7 + above, above=0.33 + above)
+    colours = [style[0] for style in STYLES] + list(MORE)
+    for place_in, (name, values) in enumerate(series.items()):
+        xs, ys = _binned(values)
+        axes.plot(
+            xs, ys, label=name, color=colours[place_in % len(colours)], linestyle=STYLES[place_in % 4][2], linewidth=1.2,
+            marker="o" if len(xs) == 1 else "", markersize=4,
+        )  # fmt: skip
+    _whole_steps(axes, max((len(values) for values in series.values()), default=1))
+    if above:
+        _legend_above(figure, columns)
+    ends = "; ".join(
+        f"{name}: {values[0]:.2f} to {values[-1]:.2f}" for name, values in list(series.items())[:8] if values
+    )
+    return _finish(figure, axes, place, title, axes_labels, run, f"{title}. {ends}.")
+
+
+def scatter(
+    place: str, title: str, points: Sequence[Point], axes_labels: tuple[str, str], run: str, *, diagonal: bool = False
+) -> Figure:
+    """Labelled points, a colour and a marker for each group; with `diagonal` the line of equality."""
+    groups = list(dict.fromkeys(point.group for point in points))
+    columns, above = _room_above(groups if any(groups) else [], 5.2)
+    figure, axes = _sheet(5.2, 3.9 + above, above=0.33 + above)
+    ends = [value for point in points for value in ((point.x, point.y) if diagonal else (point.x,))]
+    axes.margins(0.12)
+    for group, (colour, marker, _) in zip(groups, STYLES * 4, strict=False):
+        mine = [point for point in points if point.group == group]
+        axes.scatter(
+            [point.x for point in mine], [point.y for point in mine], color=colour, marker=marker, s=26, label=group,
+            zorder=3,
+        )  # fmt: skip
+    if diagonal:
+        axes.plot(
+            [min(ends), max(ends)], [min(ends), max(ends)], color="#777777", linewidth=0.8, linestyle=":", zorder=1
+        )
+    axes.axhline(0, color="#777777", linewidth=0.6, zorder=1)
+    if above:
+        _legend_above(figure, columns)
+    if len(points) <= MOST_NAMED:
+        name_points(figure, axes, [(point.x, point.y, point.label) for point in points])
+    shown = "; ".join(f"{point.group} {point.label}: {rounded(point.x)}, {rounded(point.y)}" for point in points[:60])
+    drawn = _finish(figure, axes, place, title, axes_labels, run, f"{title}. {shown}.")
+    return replace(drawn, keep_width=len(points) <= MOST_NAMED)  # names are small as they are
+
+
+def heatmap(
+    place: str, title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]],
+    texts: Sequence[Sequence[str]], run: str,
+) -> Figure:  # fmt: skip
+    """A cell for each row and column: colour by value (-3 to 3, in thresholds), the text in it."""
+    width, height = 2.3 + 0.68 * len(columns), 1.5 + 0.34 * len(rows)
+    figure, axes = _sheet(max(4.0, width), max(2.0, height), margins=False)
+    shown = np.array([[np.nan if value is None else value for value in line] for line in values], dtype=float)
+    # Purple to orange, with white in the middle: seen by any colour vision, and light enough for black text.
+    image = np.ma.masked_invalid(np.clip(shown, -3, 3) * 0.5)
+    axes.imshow(image, cmap="PuOr_r", vmin=-3, vmax=3, aspect="auto")
+    axes.set_facecolor("#e6e6e6")
+    for i, line in enumerate(texts):
+        for j, text in enumerate(line):
+            axes.text(j, i, text, ha="center", va="center", fontsize=8.5, color="black")
+    axes.set_xticks(range(len(columns)), columns, fontsize=8.5, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), rows, fontsize=8.5)
+    axes.set_xticks(np.arange(-0.5, len(columns)), minor=True)
+    axes.set_yticks(np.arange(-0.5, len(rows)), minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0)
+    total = figure.get_size_inches()
+    figure.subplots_adjust(
+        left=2.1 / total[0], right=1 - 0.1 / total[0], top=1 - 0.35 / total[1], bottom=1.05 / total[1]
+    )
+    figure.suptitle(title, fontsize=9, x=0.02, y=1 - 0.06 / total[1], ha="left", va="top")
+    alt = f"{title}; the table of findings holds every value of it."
+    return replace(_keep(figure, place, title, run, alt), keep_width=True)
+
+
+def _whole_steps(axes: Any, n_steps: int) -> None:
+    """Ticks at whole steps alone: there is no step in between."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True))
+    if n_steps == 1:
+        axes.set(xlim=(0, 2))
+
+
+def _room_above(names: Sequence[str], width: float) -> tuple[int, float]:
+    """In how many columns a legend of these names stands on a sheet so wide, and the inches that its rows take."""
+    longest = max((len(name) for name in names), default=0)
+    columns = max(1, min(len(names), int(width / (LEGEND_LINE + LEGEND_LETTER * longest))))
+    return columns, LEGEND_ROW * -(-len(names) // columns)
+
+
+def _legend_above(figure: Any, n: int) -> None:
+    """The legend between title and axes, where it covers no point."""
+    figure.legend(
+        fontsize=7, frameon=False, ncols=n, loc="upper center", handlelength=2.4, columnspacing=1.2,
+        bbox_to_anchor=(0.55, 1 - 0.2 / figure.get_size_inches()[1]),
+    )  # fmt: skip
+
+
+def _sheet(width: float, height: float, *, margins: bool = True, above: float = 0.33) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure as Sheet  # slow to import, and only needed here
+
+    figure = Sheet(figsize=(width, height))
+    axes = figure.add_subplot(1, 1, 1)
+    if margins:
+        figure.subplots_adjust(left=0.62 / width, right=1 - 0.12 / width, top=1 - above / height, bottom=0.52 / height)
+    return figure, axes
+
+
+def _finish(figure: Any, axes: Any, place: str, title: str, axes_labels: tuple[str, str], run: str, alt: str) -> Figure:
+    figure.suptitle(title, fontsize=8.5, y=1 - 0.06 / figure.get_size_inches()[1], va="top")
+    axes.set_xlabel(axes_labels[0], fontsize=8)
+    axes.set_ylabel(axes_labels[1], fontsize=8)
+    axes.tick_params(labelsize=7.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return _keep(figure, place, title, run, alt)
+
+
+def _keep(figure: Any, place: str, title: str, run: str, alt: str) -> Figure:
+    from matplotlib import rc_context
+
+    figure.text(0.995, 0.008, run, fontsize=5, color="#777777", ha="right", va="bottom")
+    svg, png = io.BytesIO(), io.BytesIO()
+    with rc_context({"svg.hashsalt": "fastconv", "svg.fonttype": "none"}):
+        figure.savefig(svg, format="svg", metadata={"Title": f"{run}: {title}", "Date": None})
+    figure.savefig(png, format="png", dpi=DPI, metadata={"Title": f"{run}: {title}", "Software": "fastconv"})
+    return Figure(place, title, alt, svg.getvalue(), png.getvalue(), round(96 * figure.get_size_inches()[0]))
+
+
+def _binned(values: Sequence[float]) -> tuple[list[float], list[float]]:
+    if len(values) <= MOST_POINTS:
+        return [float(step) for step in range(1, len(values) + 1)], list(values)
+    parts = np.array_split(np.asarray(values, dtype=float), MOST_POINTS)
+    ends = np.cumsum([len(part) for part in parts])
+    return [float(end) for end in ends], [float(part.mean()) for part in parts]

@@ -1,0 +1,90 @@
+"""Where the source lies beside the assistant, under every snapshot, next to what the assistant took over there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastconv.datasets.behaviors import NO_BEHAVIOR
+from fastconv.analysis.analysis import Decided
+from fastconv.report.blocks import Cell, Section, Table
+from fastconv.stats.units import change, rounded, signed
+from fastconv.experiment.graph import CellPlan
+from fastconv.store.records import Score, Stage
+
+METRICS = ("cosine", "distinctiveness")
+
+
+def geometry(decided: Decided) -> Section | None:
+    """Cosine and distinctiveness by source, epoch and depth, beside every change of the assistant."""
+    groups: dict[tuple[str, str, int, int], list[CellPlan]] = {}
+    for plan in decided.graph.cells:
+        cell = plan.cell
+        if plan.geometry is not None and decided.reading.record(plan.geometry) is not None:
+            convergence = cell.convergence if cell.epoch else "base"
+            groups.setdefault((cell.source, convergence, cell.epoch, cell.seed), []).append(plan)
+    if not groups:
+        return None
+    trained = [plan.cell for plan in decided.graph.cells if plan.cell.behavior != NO_BEHAVIOR]
+    kinds = list(dict.fromkeys((cell.behavior, cell.negatives) for cell in trained))
+    scores = _scores(decided)
+    rows = tuple(
+        (
+            Cell(f"{source} {convergence} e{epoch} s{seed}"),
+            *(_depths(scores, plans[0].geometry, source, metric) for metric in METRICS),
+            *(_change(decided, plans, behavior, negatives) for behavior, negatives in kinds),
+        )
+        for (source, convergence, epoch, seed), plans in groups.items()
+    )
+    columns = ("source", *METRICS, *(f"assistant, {b}{'' if n == 'none' else f' ({n})'}" for b, n in kinds))
+    table = Table("geometry", columns, rows, frozenset(range(1, len(columns))), _caption(scores))
+    intro = (
+        "Mean hidden state of each persona's last prompt token over the marker questions, centred over all known personas. "
+        "Cosine: of the source to the assistant. Distinctiveness: the source's distance from the mean of the others, by "
+        "the length of the mean of all. The last columns are the assistant's changes against epoch zero."
+    )
+    return Section("geometry", "Persona geometry", (table,), intro)
+
+
+def geometry_rows(decided: Decided) -> list[dict[str, Any]]:
+    """Every geometry score once, for the tables beside the report: stack, persona, layer, metric, value."""
+    return [
+        {"stack": stage.slot.removeprefix("geometry/"), "persona": one.row, "layer": one.sample, "metric": one.metric,
+         "value": one.value, "stage": stage.key}
+        for stage, scores in _scores(decided).values()
+        for one in scores
+    ]  # fmt: skip
+
+
+def _scores(decided: Decided) -> dict[str, tuple[Stage, list[Score]]]:
+    """Every geometry stage with its scores, by key; cells share them."""
+    found = {plan.geometry.key: plan.geometry for plan in decided.graph.cells if plan.geometry is not None}
+    return {key: (stage, decided.store.scores(key)) for key, stage in found.items()}
+
+
+def _caption(scores: dict[str, tuple[Stage, list[Score]]]) -> str:
+    layers = sorted({one.sample for _, some in scores.values() for one in some if one.metric in METRICS})
+    return f"At layers {', '.join(map(str, layers))}, in this order." if layers else ""
+
+
+def _depths(scores: dict[str, tuple[Stage, list[Score]]], stage: Stage | None, persona: str, metric: str) -> Cell:
+    """A persona's values of a metric at all depths."""
+    assert stage is not None, "only cells with a geometry are grouped"
+    mine = [one for one in scores[stage.key][1] if (one.row, one.metric) == (persona, metric)]
+    if not mine:
+        return Cell("not measured", word="absent")
+    told = [
+        "undefined" if one.value is None else signed(one.value, 2) if metric == "cosine" else rounded(one.value, 2)
+        for one in mine
+    ]
+    return Cell(", ".join(told), tuple(f"{stage.key[:12]}/{persona}/{one.sample}/{metric}" for one in mine))
+
+
+def _change(decided: Decided, plans: list[CellPlan], behavior: str, negatives: str) -> Cell:
+    """The assistant's change against epoch 0 in the cell of this behavior."""
+    plan = next((p for p in plans if (p.cell.behavior, p.cell.negatives) == (behavior, negatives)), None)
+    quad = decided.found.trained(plan, decided.found.main(behavior)) if plan is not None else None
+    if plan is None or quad is None or not quad.now.rows or not quad.base.rows:
+        return Cell("not measured", word="absent")
+    if not plan.cell.epoch:
+        return Cell("reference", quad.now.rows)
+    return Cell(change(quad.now.mean.value - quad.base.mean.value, quad.now.unit), (*quad.now.rows, *quad.base.rows))

@@ -1,0 +1,263 @@
+"""`verify`: does a report say what its ledger says? Every claim is asked again, then every line compared.
+
+A page of published figures has no ledger: it is compared with the shipped table that it was made from.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from difflib import SequenceMatcher
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+from fastconv.analysis.analysis import Decided
+from fastconv.errors import InputError, RecipeError
+from fastconv.report.blocks import Claim, ReportData
+from fastconv.report.render import render_html, render_markdown, visible
+from fastconv.experiment.graph import Graph
+from fastconv.recipe import Recipe, parse_recipe, run_id
+from fastconv.report import build
+from fastconv.report.claims import NoSuchClaimError, ask
+from fastconv.report.published import judge_published, published_names, read_published
+from fastconv.report.published_page import MADE_OF, published_report
+from fastconv.store.ledger import Store
+
+_DRAWING = re.compile(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]*)")
+#: As many differing lines are told one by one; the rest are counted.
+MOST_TOLD = 40
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that the report says and the ledger (or the table) does not; `what` is changed, missing, extra, rows or line."""
+
+    what: str
+    where: str
+    report: str
+    ledger: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The outcome: how many claims were asked again, and everything that differed."""
+
+    report: str
+    run: str
+    n_claims: int
+    n_lines: int
+    differences: tuple[Difference, ...]
+    #: What the report was compared with.
+    made_of: str = "ledger"
+
+    @property
+    def holds(self) -> bool:
+        """Whether the report says exactly what it was made of says."""
+        return not self.differences
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {**asdict(self), "holds": self.holds}
+
+
+@dataclass(frozen=True)
+class Said:
+    """A claim as the page has it."""
+
+    query: str
+    arguments: Mapping[str, str]
+    text: str
+    n_rows: str
+    sha: str
+
+    @property
+    def id(self) -> str:
+        """As `Claim.id`."""
+        return ":".join([self.query, *self.arguments.values()])
+
+
+def verify(report: Path, store: Store) -> Verified:
+    """Compare a report (the HTML page or its Markdown twin) with the ledger that it was made from.
+
+    Raises InputError if it is no report of fastconv or its run is not in this workspace.
+    """
+    text = _read(report)
+    run = _run_of(text, report)
+    decided = Decided(Graph(_recipe_of(run, text, report, store)), store)
+    return _compared(report, text, build(decided), lambda said: ask(decided, said.query, **said.arguments))
+
+
+def verify_published(report: Path) -> Verified | None:
+    """Compare a page of published figures with the table it was made from; None for every other report.
+
+    Raises InputError if it is no report of fastconv.
+    """
+    text = _read(report)
+    run = _run_of(text, report)
+    if run not in published_names():
+        return None
+    data = published_report(judge_published(read_published(run)))
+    claims = {claim.id: claim for claim in data.claims()}
+
+    def again(said: Said) -> Claim:
+        if said.id not in claims:
+            raise NoSuchClaimError(f"{said.id} is no sentence of this table")
+        return claims[said.id]
+
+    return _compared(report, text, data, again, MADE_OF)
+
+
+def _compared(
+    report: Path, text: str, data: ReportData, again: Callable[[Said], Claim], made_of: str = "ledger"
+) -> Verified:
+    """The report's text against what it should say; `again` makes one of its claims anew."""
+    page = text.lstrip().lower().startswith("<!doctype")
+    claims = list(_claims(text)) if page else []
+    found = [*_asked_again(again, claims, data)] if page else []
+    expected = render_html(data) if page else render_markdown(data)
+    lines = _differing_lines(text, expected, data)
+    n_claims = len(claims) if page else len(data.claims())
+    return Verified(str(report), data.run, n_claims, expected.count("\n"), (*found, *lines), made_of)
+
+
+def _read(report: Path) -> str:
+    try:
+        return report.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot be read: {error}", where=str(report), fix="give the path of a report") from None
+
+
+def _run_of(text: str, report: Path) -> str:
+    found = re.search(r'<meta name="fastconv-run" content="([^"]+)">', text) or re.match(r"# (\S+)\n", text)
+    if found is None:
+        raise InputError("is no report of fastconv", where=str(report), fix="give a page that `fastconv report` wrote")
+    return found[1]
+
+
+def _recipe_of(run: str, text: str, report: Path, store: Store) -> Recipe:
+    """The run's recipe, from the ledger, or from the page's own card where it was reported on but never run here."""
+    row = store.run(run)
+    if row is not None:
+        return parse_recipe(json.loads(row["recipe"]), where=run)
+    for found in re.findall(r"<code>(\{[^<]*\})</code>", text):
+        try:
+            recipe = parse_recipe(json.loads(html.unescape(found)), where=str(report))
+        except (ValueError, RecipeError):
+            continue
+        if run_id(recipe) == run:  # the id is a digest of the recipe, so this is the one
+            return recipe
+    known = ", ".join(one["id"] for one in store.runs()) or "none"
+    raise InputError(
+        f"the workspace has no run {run!r}", where=str(report), fix=f"give its --workspace; runs here: {known}"
+    )
+
+
+class _Claims(HTMLParser):
+    """Collects the elements that carry a claim, with their text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Said] = []
+        self._open: dict[str, str] | None = None
+        self._tag = ""
+        self._text: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        about = {name: value or "" for name, value in attrs}
+        if "data-query" in about:
+            self._open, self._tag, self._text = about, tag, []
+
+    def handle_data(self, data: str) -> None:
+        if self._open is not None:
+            self._text.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._open is None or tag != self._tag:
+            return
+        about, self._open = self._open, None
+        try:
+            arguments = {str(k): str(v) for k, v in json.loads(about.get("data-arguments", "{}")).items()}
+        except (ValueError, AttributeError):
+            arguments = {}
+        text = "".join(self._text)
+        self.found.append(
+            Said(about["data-query"], arguments, text, about.get("data-rows", ""), about.get("data-sha", ""))
+        )
+
+
+def _claims(text: str) -> Iterator[Said]:
+    parser = _Claims()
+    parser.feed(text)
+    yield from parser.found
+
+
+def _asked_again(again: Callable[[Said], Claim], claims: list[Said], data: ReportData) -> Iterator[Difference]:
+    """Ask again for every claim of the page, and look for claims that the page should have and has not."""
+    for said in claims:
+        try:
+            now = again(said)
+        except NoSuchClaimError as error:
+            yield Difference("missing", said.id, said.text, f"nothing supports it: {error.args[0]}")
+            continue
+        yield from _compare(said, now)
+    there = {said.id for said in claims}
+    for claim in data.claims():
+        if claim.id not in there:
+            yield Difference("left out", claim.id, "", claim.text)
+
+
+def _compare(said: Said, now: Claim) -> Iterator[Difference]:
+    if said.text != visible(now.text):
+        yield Difference("changed", said.id, said.text, now.text)
+    if said.n_rows != str(len(now.rows)):
+        yield Difference("rows", said.id, f"{said.n_rows} rows", f"{len(now.rows)} rows")
+    elif said.sha != now.rows_sha256[:16]:
+        yield Difference("rows", said.id, "other rows", f"{len(now.rows)} rows, of other stages or questions")
+
+
+def _differing_lines(text: str, expected: str, data: ReportData) -> list[Difference]:
+    """Every line that differs; drawings are compared by what they hold, apart from the library that drew them."""
+    ours, theirs = _without_drawings(expected), _without_drawings(text)
+    found = []
+    if ours != theirs:
+        matcher = SequenceMatcher(None, theirs.splitlines(), ours.splitlines(), autojunk=False)
+        for tag, a, b, c, d in matcher.get_opcodes():
+            if tag != "equal":
+                left, right = "\n".join(theirs.splitlines()[a:b]), "\n".join(ours.splitlines()[c:d])
+                found.append(Difference("line", f"line {a + 1}", *_around(left, right)))
+    found += _drawings(text, data)
+    return found[:MOST_TOLD]
+
+
+def _without_drawings(text: str) -> str:
+    return _DRAWING.sub("drawing", text)
+
+
+def _drawings(text: str, data: ReportData) -> list[Difference]:
+    if not text.lstrip().lower().startswith("<!doctype"):
+        return []
+    shown, drawn = [], [figure.svg for figure in data.figures()]
+    for encoded in _DRAWING.findall(text):
+        try:
+            shown.append(base64.b64decode(encoded, validate=True))
+        except ValueError:
+            shown.append(b"")
+    if len(shown) != len(drawn):
+        return [Difference("drawing", "figures", f"{len(shown)} drawings", f"{len(drawn)} drawings")]
+    return [
+        Difference("drawing", figure.id, "another drawing", "as the ledger gives it with the library installed here")
+        for figure, one, other in zip(data.figures(), shown, drawn, strict=True)
+        if one != other
+    ]
+
+
+def _around(left: str, right: str, width: int = 80) -> tuple[str, str]:
+    """Both texts where they first differ."""
+    at = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    start = max(0, at - width // 2)
+    return left[start : start + width], right[start : start + width]

@@ -1,0 +1,93 @@
+"""`check` and `peek`: the audit over a recipe and over what a workspace has built of it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import RenderableType
+
+from fastconv.audit.checks import CheckReport, Finding, audit_rows, report_of, structure_findings
+from fastconv.audit.peek import peek_lines, with_placeholders
+from fastconv.datasets.rows import Row, render_row, row_of
+from fastconv.engine.locate import model_folder
+from fastconv.errors import DataError, RecipeError
+from fastconv.experiment.graph import Graph
+from fastconv.recipe import Recipe
+from fastconv.store.ledger import Stage, Store
+from fastconv.chat import ChatTokenizer, Rendered
+from fastconv.experiment.workload import Sketch
+
+
+def audit_recipe(recipe: Recipe, store: Store | None) -> CheckReport:
+    """Both passes: the structure, and as rendered every set that the workspace has built already."""
+    findings = structure_findings(recipe)
+    if store is not None:
+        # Questions that are not on this disk are stood in for: sets of theirs then have other keys, so none is found.
+        graph = Sketch(recipe)
+        built = {stage.work["set"]: rows for stage in _sets(graph) if (rows := _built(stage, store)) is not None}
+        tokenizer = recipe_tokenizer(graph) if built else None
+        for name, rows in built.items():
+            if tokenizer is not None:
+                findings += audit_set(graph, name, rows, tokenizer)[1]
+    return report_of(recipe, list(dict.fromkeys(findings)))
+
+
+def audit_set(
+    graph: Graph, name: str, rows: Sequence[Row], tokenizer: ChatTokenizer
+) -> tuple[tuple[Rendered, ...], list[Finding]]:
+    """The second pass over one set: its rows as rendered, and what the audit finds in them."""
+    rendered = tuple(render_row(row, graph.personas, tokenizer, graph.recipe.behavior.max_length_tok) for row in rows)
+    letters = graph.behaviors[name.split("/")[0]].spec.measure == "letters"
+    return rendered, audit_rows(
+        graph.recipe,
+        name,
+        rows,
+        rendered,
+        tokenizer,
+        personas=graph.personas,
+        behaviors=graph.behaviors,
+        questions=graph.questions if letters else None,
+    )
+
+
+def require_passed(report: CheckReport, where: str) -> None:
+    """Raise DataError for the first finding that refuses; its rows are named."""
+    for found in report.refusals:
+        rows = f" ({', '.join(found.rows[:3])}{' ...' if len(found.rows) > 3 else ''})" if found.rows else ""
+        raise DataError(f"{found.code} {found.subject}: {found.why}{rows}", where=where, fix=found.mend)
+
+
+def peek_recipe(
+    recipe: Recipe, store: Store | None, names: Sequence[str], n_rows: int
+) -> Iterator[tuple[str, Sequence[RenderableType]]]:
+    """Each training set by name (or those asked for) with `n_rows` rendered rows; answers not yet sampled say so."""
+    graph = Graph(recipe)
+    sets = {stage.work["set"]: stage for stage in _sets(graph)}
+    for name in names:
+        if name not in sets:
+            raise RecipeError(f"no training set is called {name!r}", where="--set", fix=f"use one of {', '.join(sets)}")
+    tokenizer = recipe_tokenizer(graph)
+    for name, stage in sets.items():
+        if not names or name in names:
+            rows = _built(stage, store) or with_placeholders(stage.work["rows"])
+            rendered = [render_row(row, graph.personas, tokenizer, recipe.behavior.max_length_tok) for row in rows]
+            yield name, peek_lines(rows, rendered, tokenizer, n_rows)
+
+
+def recipe_tokenizer(graph: Graph) -> ChatTokenizer:
+    """The tokenizer of the recipe's base; the embedded model is converted first if it never was."""
+    folder = model_folder(graph.source, graph.recipe.model)
+    if graph.source.kind == "builtin" and not folder.is_dir():
+        from fastconv.engine.builtin import ensure_builtin
+
+        ensure_builtin(folder, graph.source.id)
+    return ChatTokenizer(folder)
+
+
+def _sets(graph: Graph) -> list[Stage]:
+    return [stage for stage in graph.stages() if stage.kind == "rows"]
+
+
+def _built(stage: Stage, store: Store | None) -> list[Row] | None:
+    record = store.record(stage.key) if store else None
+    return [row_of(row) for row in store.get_json(record.outputs["rows"])] if store and record else None

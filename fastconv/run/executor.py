@@ -1,0 +1,273 @@
+"""How each kind of stage is computed on the resident base; what is trained, `trainer` trains.
+
+A stage's executor reads its needs from the ledger, computes, and returns an `Outcome`; the runner commits it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fastconv.run.prompts import Asked, asked_of, is_drawn, longest_tok
+from fastconv.engine.model import model_files
+from fastconv.engine.geometry import last_states, layers_at, n_layers, places
+from fastconv.engine.vllm.launch import start_server
+from fastconv.engine.locate import engine_identity
+from fastconv.engine.generate import Drawn, sample
+from fastconv.engine.score import letter_item, score_letters
+from fastconv.engine.vllm.server import Server
+from fastconv.engine.vllm.sampler import Drawing, Served
+from fastconv.errors import SamplerError, TrainingError, stopped
+from fastconv.experiment.graph import Graph
+from fastconv.judge.local import LocalReply, Prompt
+from fastconv.run.stacks import Stacks
+from fastconv.store.ledger import Lease, Sample, Score, Stage, Store
+from fastconv.chat import ChatTokenizer, SystemTurn
+from fastconv.run.training import Trainer
+from fastconv.run.training_loop import Progress, note
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage gave: `outputs` are part of the record, `facts` (tokens by kind) are for people."""
+
+    outputs: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    samples: Sequence[Sample] = ()
+    scores: Sequence[Score] = ()
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A stage whose completions the server draws meanwhile. `outcome` raises what drawing them raised."""
+
+    asked: Asked
+    drawing: Drawing
+    outcome: Callable[[], Outcome]
+
+
+class Executor:
+    """Computes stages on one resident base. `tell` hears progress, `stop` is asked whether to end at the next step.
+
+    `wanted` are the keys of the stages that were asked for.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        store: Store,
+        tell: Callable[[Progress], None] = lambda progress: None,
+        stop: Callable[[], bool] = lambda: False,
+        wanted: Collection[str] = (),
+    ) -> None:
+        self._wanted = wanted
+        self._graph = graph
+        self._recipe = graph.recipe
+        self._store = store
+        self._tell = tell
+        self._stop = stop
+        self._server: Server | None = None
+        self.stacks = Stacks(graph, store)
+        self.trainer = Trainer(graph, store, self.stacks, tell, stop)
+
+    def prepare(self) -> None:
+        """Start the sampler's server, if the recipe has one and anything that was asked for has to be sampled.
+
+        It comes first: a server measures free memory while it starts, and fails if the base is loaded meanwhile.
+        """
+        stages = [stage for stage in self._graph.stages() if stage.key in self._wanted and is_drawn(stage)]
+        missing = [stage for stage in stages if self._store.record(stage.key) is None]
+        if self._recipe.model.sampler == "vllm" and missing:
+            tokenizer = ChatTokenizer(model_files(self._recipe.model, self._graph.source))
+            self._server = start_server(
+                self._recipe, self._graph.source, longest_tok(missing, tokenizer), self._store.root
+            )
+
+    def prove(self) -> None:
+        """Load the base and prove that it can be trusted. Raises ModelError or TrainingError if it cannot."""
+        if not all(map(math.isfinite, self.stacks.stack.base_probe.logits)):
+            raise TrainingError(
+                "the base gives logits that are not finite",
+                where=self._recipe.model.id,
+                fix="its weights are damaged: fetch the model again",
+            )
+
+    def close(self) -> None:
+        """End the server, if there is one, and drop what it still draws."""
+        if "served" in self.__dict__:
+            self.served.close()
+        if self._server is not None:
+            self._server.close()
+
+    @cached_property
+    def served(self) -> Served:
+        """The server as a sampler, under whatever stack is live."""
+        if self._server is None:
+            raise SamplerError("no vLLM server was started", where="model.sampler", fix="run the recipe as a whole")
+        return Served(self._server, self.stacks.stack)
+
+    def facts(self) -> dict[str, Any]:
+        """What the reproducibility card says of the loaded model and its device."""
+        device = self.stacks.stack.base.device
+        named = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        engine = {
+            "name": engine_identity(self._recipe.model)["engine"],
+            "device": named,
+            "dtype": str(self.stacks.base.dtype).removeprefix("torch."),
+            "n_threads": torch.get_num_threads(),
+            "sampler": f"vllm {self._server.version}" if self._server else self._recipe.model.sampler,
+            "attention": self.stacks.base.attention.name,
+        }
+        if passed_over := self.stacks.base.attention.passed_over:
+            engine["attention_passed_over"] = "; ".join(f"{name}: {why}" for name, why in passed_over)
+        if self.stacks.base.device.type == "cuda":
+            engine["self_tests"] = (
+                f"{len(self.stacks.proven)} passed, at most {max(self.stacks.proven.values()):.1%} apart"
+            )
+        return {"engine": engine, "template": {"sha256": self.stacks.base.tokenizer.template_sha256}}
+
+    def compute(self, stage: Stage, lease: Lease) -> Outcome:
+        """Compute a stage of any kind but those that `trainer` trains."""
+        compute = {
+            "eval": self._letters,
+            "rows": self._rows,
+            "score": self._score,
+            "geometry": self._geometry,
+        }
+        return self._completions(stage, lease) if is_drawn(stage) else compute[stage.kind](stage, lease)
+
+    # --- text ------------------------------------------------------------------------------------------
+
+    def _completions(self, stage: Stage, lease: Lease) -> Outcome:
+        """Answers, or a probe's completions under a stack, drawn by the resident base."""
+        asked, n_drawn = asked_of(stage, self.stacks.base.tokenizer), 0
+
+        def on_token(n_tok: int) -> None:
+            nonlocal n_drawn
+            n_drawn += n_tok
+            self._tick(lease, Progress(stage.slot, n_drawn, asked.most_tok, "tok"))
+
+        with self._under(stage) as proof:
+            drawn = sample(self.stacks.base, asked.prompts, asked.seeds, asked.settings, on_token)
+        return self._drawn(asked, drawn, proof)
+
+    def begin(self, stage: Stage, lease: Lease) -> Begun:
+        """Have the server draw a stage's completions under its stack; `outcome` is there once `drawing.done`.
+
+        Waits while the server is still busy with another stack. Raises Interrupted, SamplerError and what a stack that
+        cannot be proven raises.
+        """
+        asked = asked_of(stage, self.stacks.base.tokenizer)
+        waiting = Progress(stage.slot, 0, asked.most_tok, "tok")
+        with self._under(stage) as proof:
+            drawing = self.served.begin(asked.prompts, asked.seeds, asked.settings, lambda: self._tick(lease, waiting))
+        return Begun(asked, drawing, lambda: self._drawn(asked, drawing.result(), proof))
+
+    @contextlib.contextmanager
+    def _under(self, stage: Stage) -> Iterator[dict[str, Any]]:
+        """What a stage is drawn under: answers under the bare base, a probe's completions under its stack."""
+        if stage.kind == "answers":
+            yield {}
+        else:
+            with self.stacks.live_stack(stage) as proof:
+                yield proof
+
+    def _drawn(self, asked: Asked, drawn: Sequence[Drawn], proof: Mapping[str, Any]) -> Outcome:
+        samples = asked.samples(drawn, self.stacks.base.tokenizer)
+        facts = {"sampled_tok": sum(one.n_tok for one in samples), "prompt_tok": asked.prompt_tok}
+        return Outcome({"n": len(samples), **proof}, facts, samples)
+
+    # --- letters and phrases ---------------------------------------------------------------------------
+
+    def _letters(self, stage: Stage, lease: Lease) -> Outcome:
+        tokenizer, system = self.stacks.base.tokenizer, SystemTurn(*stage.inputs["system"])
+        questions = {question.id: question for question in self._graph.questions.eval}
+        asked = [questions[row] for row, _ in stage.work["items"]]
+        items = [letter_item(tokenizer, tokenizer.prompt_text(system, q.user), q.labels) for q in asked]
+        self._tick(lease, Progress(stage.slot, 0, len(items), "questions"))
+        with self.stacks.live_stack(stage) as proof:
+            found = score_letters(self.stacks.base, items, self._recipe.eval.batch_tok)
+        scores = [
+            Score(
+                question.id, 0, "accuracy", float(one.predicted == question.gold), None,
+                {"gold": question.answer, "predicted": question.labels[one.predicted], "mass": round(one.mass, 6),
+                 "margin": round(one.margin, 6), "logprobs": [round(value, 6) for value in one.logprobs]},
+            )
+            for question, one in zip(asked, found, strict=True)
+        ]  # fmt: skip
+        return Outcome(
+            {"n": len(scores), **proof}, {"scored_tok": sum(len(item.prompt) for item in items)}, scores=scores
+        )
+
+    def _score(self, stage: Stage, lease: Lease) -> Outcome:
+        rule = stage.work["rule"]
+        scores = []
+        for one in self._store.samples(stage.needs["eval"].key):
+            phrase = rule.hit(one.completion)
+            scores.append(Score(one.row, one.sample, "rate", float(phrase is not None), None, {"phrase": phrase}))
+        return Outcome({"n": len(scores)}, scores=scores)
+
+    def _geometry(self, stage: Stage, lease: Lease) -> Outcome:
+        personas, tokenizer = stage.inputs["personas"], self.stacks.base.tokenizer
+        asked = [user for _, user in stage.work["items"]]
+        prompts = [tokenizer.prompt_ids(SystemTurn(*system), user) for _, *system in personas for user in asked]
+        self._tick(lease, Progress(stage.slot, 0, len(prompts), "prompts"))
+        layers = layers_at(n_layers(self.stacks.base), stage.inputs["depths"])
+        with self.stacks.live_stack(stage) as proof:
+            states = last_states(self.stacks.base, prompts, layers, self._recipe.eval.batch_tok)
+        means = states.double().view(len(personas), len(asked), *states.shape[1:]).mean(dim=1)
+        found = places(dict(zip([name for name, *_ in personas], means, strict=True)), layers, stage.inputs["anchor"])
+        scores = []
+        for one in found:
+            cosine = None if one.cosine is None else round(one.cosine, 6)
+            why = None if cosine is not None else "the persona lies at the centre of all"
+            scores.append(Score(one.persona, one.layer, "cosine", cosine, why))
+            scores.append(Score(one.persona, one.layer, "distinctiveness", round(one.distinctiveness, 6)))
+        return Outcome(
+            {"n": len(scores), "layers": list(layers), **proof}, {"scored_tok": sum(map(len, prompts))}, scores=scores
+        )
+
+    def judge(self, prompts: Sequence[Prompt]) -> list[LocalReply]:
+        """The bare base as a weak judge: log-probabilities of each prompt's allowed characters, among these alone.
+
+        One forward for each prompt, what prompts begin with alike (the rubric) computed once. The share that the whole
+        vocabulary leaves to these characters stands in the text. Raises Interrupted when the user stops.
+        """
+        if self._stop():
+            raise stopped("judge")
+        tokenizer, replies = self.stacks.base.tokenizer, []
+        texts = [tokenizer.prompt_text(SystemTurn("text", system), user) for system, user, _ in prompts]
+        items = [letter_item(tokenizer, text, list(prompt[2])) for text, prompt in zip(texts, prompts, strict=True)]
+        with self.stacks.stack.live():
+            found = score_letters(self.stacks.base, items, self._recipe.eval.batch_tok)
+        for (_, _, characters), one in zip(prompts, found, strict=True):
+            mass = max(one.mass, 1e-300)
+            shares = {c: round(value - math.log(mass), 6) for c, value in zip(characters, one.logprobs, strict=True)}
+            replies.append(LocalReply(f"{characters[one.predicted]} (mass {one.mass:.3g})", shares))
+        return replies
+
+    # --- rows ------------------------------------------------------------------------------------------
+
+    def _rows(self, stage: Stage, lease: Lease) -> Outcome:
+        answers = {persona: {s.row: s for s in self._store.samples(need.key)} for persona, need in stage.needs.items()}
+        rows = []
+        for row in stage.work["rows"]:
+            if row.completion is None:
+                drawn = answers[row.persona][row.prompt_id]
+                row = row.answered(drawn.completion, ended=drawn.ended)
+            rows.append(row.record(self._graph.personas))
+        return Outcome({"rows": self._store.put_json(rows), "n": len(rows)})
+
+    # --- small things ----------------------------------------------------------------------------------
+
+    def _tick(self, lease: Lease, progress: Progress) -> None:
+        note(lease, progress)
+        self._tell(progress)
+        if self._stop():
+            raise stopped(progress.slot)

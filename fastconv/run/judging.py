@@ -1,0 +1,224 @@
+"""The judge beside the run: completions go to it as they are drawn, judge stages are committed as judgements come in.
+
+One room for every kind of judge: a paid one and a local endpoint work in threads of their own, so the GPU goes on with
+the next stage; the resident base judges when its turn comes. What is not judged stays pending, its completions safe.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fastconv.errors import JudgeError, stopped
+from fastconv.experiment.graph import Graph
+from fastconv.judge.assets import prices_of
+from fastconv.judge.book import DeskStatus
+from fastconv.judge.identity import JudgeIdentity
+from fastconv.judge.judges import open_desk
+from fastconv.judge.local import Ask, at_once, endpoint_complete
+from fastconv.judge.local_desk import LocalDesk
+from fastconv.judge.access import (
+    JudgeAccess,
+    check_endpoint,
+    check_reachable,
+    check_settings,
+    local_key,
+)
+from fastconv.judge.rubric import Rubric
+from fastconv.judge.scores import judge_stage_scores
+from fastconv.recipe import JudgeSettings
+from fastconv.store.ledger import Sample, Stage, Store
+from fastconv.store.judge_ledger import JudgeLedger
+
+#: How often a waiting run looks at its judge, and how often a busy one does.
+WAIT_S, GLANCE_S = 0.05, 1.0
+
+
+class Desk(Protocol):
+    """A judge at work."""
+
+    def submit(
+        self, stage: str, rubric: Rubric, samples: tuple[Sample, ...] | list[Sample], *, urgent: bool = False
+    ) -> None: ...
+    def poll(self) -> DeskStatus: ...
+    def close(self, *, wait: bool = True) -> DeskStatus: ...
+
+
+class JudgeWatcher(Protocol):
+    """Whoever shows judging to people."""
+
+    def judging(self, status: DeskStatus) -> None: ...
+    def stage_done(self, stage: Stage, seconds: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Access:
+    """A judge that was found ready: what a paid one is asked with, or the way to ask an endpoint."""
+
+    paid: JudgeAccess | None = None
+    endpoint: Ask | None = None
+
+
+def check_judge(judge: JudgeIdentity | None, store: Store | None = None) -> Access:
+    """Find out before any GPU work whether a judge can be asked; costs nothing. `store` tells what is spent already.
+
+    Raises RecipeError (no price, past its end, no budget) or JudgeError (no key, refused key, unknown model, no
+    network, budget spent), one clear line each. The resident base needs no asking.
+    """
+    if judge is None or judge.family == "resident":
+        return Access()
+    settings = judge.settings
+    if judge.family == "endpoint":
+        key = local_key(os.environ)
+        check_endpoint(settings, key)
+        return Access(endpoint=at_once(endpoint_complete(settings, key), settings.concurrency))
+    access = admitted(settings, store)
+    check_reachable(settings, access)
+    return Access(paid=access)
+
+
+def admitted(settings: JudgeSettings, store: Store | None) -> JudgeAccess:
+    """What a paid judge is asked with; raises as `check_judge` does for all that is known without a network."""
+    access = check_settings(settings, prices_of(settings), os.environ)
+    assert access is not None, "a paid judge has a price and a key"
+    if store is not None:
+        money = JudgeLedger(store, settings.budget_usd).money()
+        if money.left_usd is not None and money.left_usd <= 0:
+            raise JudgeError(
+                f"judge.budget_usd = {settings.budget_usd:g} is spent (${money.spent_usd:.2f}, and ${money.lost_usd:.2f} "
+                "for replies that never arrived)",
+                where=str(store.root),
+                fix="raise judge.budget_usd, the most that judging in this workspace may ever cost",
+            )
+    return access
+
+
+class JudgeRoom:
+    """Hands completions to the judge and commits what comes back. Use as a context: leaving it by an error drops what
+    is under way (booked, and asked again by the next run), batches go on at the API.
+
+    `later` leaves everything pending, for whoever judges it elsewhere. `resident` gives the base's `Ask` when the resident
+    base judges; `ready` makes sure of the judge at the first stage.
+    """
+
+    def __init__(
+        self, graph: Graph, store: Store, run: str, watcher: JudgeWatcher, *,
+        stop: threading.Event, resident: Callable[[], Ask], access: Access | None = None, later: bool = False,
+    ) -> None:  # fmt: skip
+        self._graph = graph
+        self._store = store
+        self._run = run
+        self._watcher = watcher
+        self._stop = stop
+        self._resident = resident
+        self._access = access
+        self._later = later
+        self._desk: Desk | None = None
+        self._ledger: JudgeLedger | None = None
+        self._waiting: dict[str, tuple[Stage, float]] = {}
+        self._glanced_s = 0.0
+        #: Stages committed now, and where judging stood last.
+        self.n_committed = 0
+        self.status = DeskStatus()
+
+    def __enter__(self) -> JudgeRoom:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._desk is not None:
+            desk, self._desk = self._desk, None
+            self.status = desk.close(wait=kind is None)
+            if kind is None:
+                self._commit(self.status)
+
+    @property
+    def pending(self) -> list[Stage]:
+        """Stages that were handed over and are not judged."""
+        return [stage for stage, _ in self._waiting.values()]
+
+    def submit(self, stage: Stage, *, urgent: bool = False) -> None:
+        """Hand a judge stage over; its completions are in the ledger. Returns at once unless the resident base judges."""
+        samples = self._store.samples(stage.needs["eval"].key)
+        self._waiting[stage.key] = (stage, time.monotonic())
+        if self._later:
+            return
+        if self._desk is None:
+            self._desk = self._open()
+        self._desk.submit(stage.key, stage.work["rubric"], samples, urgent=urgent)
+        self.collect()
+
+    def glance(self) -> None:
+        """Show where judging stands; for the training loop, which must not wait."""
+        now = time.monotonic()
+        if self._desk is not None and now - self._glanced_s >= GLANCE_S:
+            self._glanced_s = now
+            self._watcher.judging(self._desk.poll())
+
+    def collect(self) -> None:
+        """Commit the stages whose judgements are all there. Raises StoreError."""
+        if self._desk is not None:
+            self.status = self._desk.poll()
+            self._commit(self.status)
+            self._watcher.judging(self.status)
+
+    def settle(self) -> None:
+        """Wait until everything handed over is judged, or the judge is out or done with. Raises Interrupted."""
+        while True:
+            self.collect()
+            if not self._waiting or self._desk is None or self.status.out or self.status.stopped:
+                return
+            if self._stop.is_set():
+                raise stopped("judge")
+            time.sleep(WAIT_S)
+
+    def facts(self) -> dict[str, Any]:
+        """What the run's record says of its judging."""
+        judge = self._graph.judge
+        if judge is None or self._later:
+            return {}
+        slots = [stage.slot for stage in self.pending]
+        return {"judging": {"judge": judge.name, "weak": judge.weak, "pending": slots, "problem": self.status.problem}}
+
+    def _open(self) -> Desk:
+        settings, judge = self._graph.recipe.judge, self._graph.judge
+        assert judge is not None, "a judge stage exists only where there is a judge"
+        access = self._access or check_judge(self._graph.judge, self._store)
+        if access.paid is not None:
+            return open_desk(settings, self._store.root, access.paid)
+        ask = access.endpoint or self._resident()
+        return LocalDesk(
+            self._store.root, ask, judge.name, max_judged_chars=settings.max_judged_chars,
+            beside=access.endpoint is not None,
+        )  # fmt: skip
+
+    def _commit(self, status: DeskStatus) -> None:
+        for key in [key for key in self._waiting if key in status.finished]:
+            stage, began = self._waiting.pop(key)
+            seconds = time.monotonic() - began
+            self._ledger = self._ledger or JudgeLedger(self._store)
+            commit_judged(self._graph, self._store, self._ledger, stage, seconds)
+            self._store.note_stage_of_run(self._run, stage, reused=False)
+            self.n_committed += 1
+            self._watcher.stage_done(stage, seconds)
+
+
+def commit_judged(graph: Graph, store: Store, ledger: JudgeLedger, stage: Stage, seconds: float) -> None:
+    """Commit a judge stage from its judgements. Raises JudgeError if some are missing."""
+    assert graph.judge is not None, "a judge stage exists only where there is a judge"
+    samples, rubric = store.samples(stage.needs["eval"].key), stage.work["rubric"]
+    keys = graph.judge.keys(rubric, samples)
+    scores = judge_stage_scores(ledger, rubric, samples, keys)
+    n_unscored = sum(score.value is None for score in scores)
+    facts = {"judged": len(scores), "cost_usd": ledger.cost_usd(keys)}
+    store.commit(
+        stage, outputs={"n": len(scores), "n_unscored": n_unscored}, facts=facts, seconds=seconds, scores=scores
+    )
+
+
+def judge_stages(stages: Iterable[Stage]) -> list[Stage]:
+    """The judge stages among these."""
+    return [stage for stage in stages if stage.kind == "judge"]

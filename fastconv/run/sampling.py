@@ -1,0 +1,95 @@
+"""The server beside the run: what a stage asks goes to it, and the stage is committed when its completions are there.
+
+Meanwhile the next stage is computed: one cell's completions are drawn while the next adapter is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastconv.store.records import Stage
+from fastconv.store.ledger import Lease, Store
+
+if TYPE_CHECKING:
+    from fastconv.run.executor import Begun, Executor, Outcome
+
+
+@dataclass(frozen=True)
+class DrawStatus:
+    """Slots of the stages at the server, the tokens drawn for them, and the most that can be."""
+
+    slots: tuple[str, ...] = ()
+    n_tok: int = 0
+    most_tok: int = 0
+
+
+@dataclass(frozen=True)
+class _AtServer:
+    stage: Stage
+    begun: Begun
+    lease: Lease
+    held: ExitStack
+
+
+class DrawRoom:
+    """Stages whose completions a server draws, each under its lease until it is committed."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._at_server: dict[str, _AtServer] = {}
+
+    def submit(self, stage: Stage, engine: Executor) -> None:
+        """Hand a stage to the server. Raises what beginning it raises; nothing is held then."""
+        with ExitStack() as held:
+            lease = held.enter_context(self._store.lease(stage))
+            begun = engine.begin(stage, lease)
+            self._at_server[stage.key] = _AtServer(stage, begun, lease, held.pop_all())
+
+    @property
+    def keys(self) -> Collection[str]:
+        """Of the stages at the server."""
+        return self._at_server.keys()
+
+    @property
+    def status(self) -> DrawStatus:
+        """Where drawing stands."""
+        there = self._at_server.values()
+        return DrawStatus(
+            tuple(one.stage.slot for one in there),
+            sum(one.begun.drawing.n_tok for one in there),
+            sum(one.begun.asked.most_tok for one in there),
+        )
+
+    def note(self) -> None:
+        """Tell other terminals how far each stage is."""
+        for one in self._at_server.values():
+            one.lease.note({"done": one.begun.drawing.n_tok, "total": one.begun.asked.most_tok, "unit": "tok"})
+
+    def take(self) -> Iterator[tuple[Stage, float]]:
+        """Commit what is drawn; each stage with its seconds. Raises SamplerError if drawing one of them failed."""
+        for one in [one for one in self._at_server.values() if one.begun.drawing.done]:
+            outcome, seconds = one.begun.outcome(), one.begun.drawing.seconds
+            commit(self._store, one.stage, outcome, seconds)
+            del self._at_server[one.stage.key]
+            one.held.close()
+            yield one.stage, seconds
+
+    def close(self) -> None:
+        """Let go of every stage. The caller has taken what it wants; the rest is drawn again by the next run."""
+        while self._at_server:
+            self._at_server.popitem()[1].held.close()
+
+
+def commit(store: Store, stage: Stage, outcome: Outcome, seconds: float) -> None:
+    """Write down what computing a stage gave."""
+    store.commit(
+        stage,
+        outputs=outcome.outputs,
+        facts=outcome.facts,
+        seconds=seconds,
+        samples=outcome.samples,
+        scores=outcome.scores,
+    )

@@ -1,0 +1,184 @@
+"""What is trained: convergence runs and behavior adapters as tasks, alone or in the same steps, and their commits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fastconv.run.audit import audit_set, require_passed
+from fastconv.engine.device import shape_on_disk
+from fastconv.audit.checks import report_of
+from fastconv.datasets.rows import Row, render_rows, row_of
+from fastconv.engine.fold import rho
+from fastconv.engine.locate import trains_plain
+from fastconv.engine.trl_reference import TrlOptions, plain_model, train_with_trl
+from fastconv.engine.vllm.memory import group_size
+from fastconv.engine.stack import Adapter, Slot
+from fastconv.engine.train import Job, Trainee, start
+from fastconv.experiment.graph import Graph, lineage_key
+from fastconv.run.stacks import Stacks
+from fastconv.store.ledger import Lease, Stage, Store
+from fastconv.chat import Rendered, SystemTurn
+from fastconv.run.training_loop import Progress, Task, train_kept
+
+
+class Trainer:
+    """Trains stages on the resident base. `tell` hears progress, `stop` is asked whether to end at the next step."""
+
+    def __init__(
+        self, graph: Graph, store: Store, stacks: Stacks, tell: Callable[[Progress], None], stop: Callable[[], bool]
+    ) -> None:
+        self._graph = graph
+        self._recipe = graph.recipe
+        self._store = store
+        self._stacks = stacks
+        self._tell = tell
+        self._stop = stop
+
+    def train(self, runs: Sequence[tuple[Sequence[Stage], Lease]]) -> None:
+        """Train in the same steps and commit: convergence runs through these missing snapshots of each, or behavior
+        adapters, one to a run and all on one snapshot, once it is certain that what lies below them did not change.
+
+        Raises TrainingError if one of the runs cannot be trained, DataError if the audit refuses its rows.
+        """
+        first = runs[0][0][0]
+        with self._stacks.in_place(first.needs) as frozen:
+            if first.kind == "snapshot":
+                tasks = [self._convergence(snapshots, lease) for snapshots, lease in runs]
+            else:
+                tasks = [self._behavior(stage, lease, frozen) for (stage,), lease in runs]
+            trainees = self._train(tasks)
+            if first.kind == "behavior":
+                for ((stage,), _), task, trainee in zip(runs, tasks, trainees, strict=True):
+                    self._commit_trained(stage, trainee, (*frozen, trainee.adapter), task.spent_s, 0)
+        for task in tasks:
+            self._store.drop_progress(task.key)
+
+    def group_size(self, runs: Sequence[Stage]) -> int:
+        """How many of these runs (the first so many; each by its first stage) to train in the same steps."""
+        size = self._recipe.run.group
+        if size != "auto":
+            return size
+        shape = shape_on_disk(self._recipe.model, self._graph.source)
+        if self._stacks.base.device.type != "cuda" or shape is None:
+            return 1
+        phase = self._recipe.convergence if runs[0].kind == "snapshot" else self._recipe.behavior
+        free, _ = torch.cuda.mem_get_info(self._stacks.base.device)
+        step_tok = (phase.batch_rows * self._mean_tok(stage) for stage in runs)
+        plain = trains_plain(self._recipe.model)
+        return group_size(shape, self._recipe.lora.r, step_tok, phase.micro_batch_tok, free, plain=plain)
+
+    def _mean_tok(self, stage: Stage) -> float:
+        """Tokens of a usual row. No audit: what it refuses fails that stage when it is trained, not the sizing."""
+        if stage.kind == "snapshot":
+            rows = self._convergence_rows(stage)
+        else:
+            limit, tokenizer = self._recipe.behavior.max_length_tok, self._stacks.base.tokenizer
+            rows = render_rows(self._built_rows(stage), self._graph.personas, tokenizer, limit)
+        return sum(len(row.ids) for row in rows) / max(1, len(rows))
+
+    def _built_rows(self, stage: Stage) -> list[Row]:
+        """The training set of a behavior adapter."""
+        record = self._stacks.record(stage.needs["rows"])
+        return [row_of(row) for row in self._store.get_json(record.outputs["rows"])]
+
+    def _behavior_rows(self, stage: Stage) -> tuple[Rendered, ...]:
+        """The rows of a behavior adapter as the model will see them, once the audit has nothing against them (gate G1)."""
+        set_name = stage.needs["rows"].work["set"]
+        rendered, findings = audit_set(self._graph, set_name, self._built_rows(stage), self._stacks.base.tokenizer)
+        require_passed(report_of(self._recipe, findings), f"G1 {set_name}")
+        return rendered
+
+    def _behavior(self, stage: Stage, lease: Lease, frozen: tuple[Adapter, ...]) -> Task:
+        """One behavior adapter above these frozen ones."""
+        # Drawn from the rows' key alone: every epoch's cell starts from the same weights and sees the same order.
+        drawn_from = ("behavior", stage.needs["rows"].key, stage.inputs["seed"])
+        job = Job(stage.slot, self._behavior_rows(stage), self._recipe.behavior, drawn_from, frozen)
+        return Task(job, stage.key, lease, [job.n_steps])
+
+    def _convergence_rows(self, stage: Stage) -> list[Rendered]:
+        """The answers of a convergence run as rows under the assistant's prompt; those without a token are left out."""
+        system, limit = SystemTurn(*stage.inputs["system"]), self._recipe.convergence.max_length_tok
+        rows = [
+            self._stacks.base.tokenizer.training_ids(system, s.prompt, s.completion, limit, ended=s.ended)
+            for s in self._store.samples(stage.needs["answers"].key)
+        ]
+        return [row for row in rows if row.n_supervised]
+
+    def _convergence(self, snapshots: Sequence[Stage], lease: Lease) -> Task:
+        """One convergence run up to the last of these snapshots."""
+        stage, missing = snapshots[0], {int(one.inputs["epoch"]): one for one in snapshots}
+        drawn_from = ("convergence", stage.needs["answers"].key, stage.inputs["seed"])
+        rows = tuple(self._convergence_rows(stage))
+        job = Job(stage.slot.rsplit("/", 2)[0], rows, self._recipe.convergence, drawn_from)
+        committed_s, reached = 0.0, 0
+
+        def keep(trainee: Trainee, spent_s: float) -> None:
+            nonlocal committed_s, reached
+            epoch, within = divmod(trainee.step, job.steps_per_epoch)
+            if within or epoch not in missing:
+                return
+            self._commit_trained(missing[epoch], trainee, (trainee.adapter,), spent_s - committed_s, reached)
+            committed_s, reached = spent_s, trainee.step
+
+        stops = [epoch * job.steps_per_epoch for epoch in sorted(missing)]
+        return Task(job, lineage_key(stage), lease, stops, keep)
+
+    def _train(self, tasks: Sequence[Task]) -> list[Trainee]:
+        """Train in the same steps, from kept state where there is some."""
+        if self._recipe.model.trainer == "trl":
+            return [self._train_with_trl(task) for task in tasks]
+        every_s = self._recipe.run.checkpoint_every_s
+        return train_kept(self._stacks.stack, self._store, tasks, every_s=every_s, stop=self._stop, tell=self._tell)
+
+    def _train_with_trl(self, task: Task) -> Trainee:
+        """The same job by the reference, from its beginning for every stop: slow, and only for checking ours."""
+        job, began = task.job, time.monotonic()
+        trainee = start(self._stacks.stack, job)
+        first = trainee.adapter.flat.clone()
+        for stop in task.stops:
+            trainee.adapter.flat.copy_(first)
+            model = plain_model(self._recipe.model)
+            found = train_with_trl(model, job, trainee.adapter, TrlOptions(until_step=stop))
+            trainee.adapter.flat.copy_(found.weights)
+            trainee.losses[:stop] = torch.tensor(found.losses)
+            trainee.step = stop
+            task.spent_s = time.monotonic() - began
+            task.keep(trainee, task.spent_s)
+        return trainee
+
+    def _commit_trained(
+        self, stage: Stage, trainee: Trainee, stack: tuple[Adapter, ...], seconds: float, from_step: int
+    ) -> None:
+        """Commit an adapter with the probe of its stack. Raises TrainingError if its last step was not finite."""
+        trainee.check()
+        with self._stacks.stack.live(Slot(frozen=stack)):
+            probe = self._stacks.stack.prove(None, stage.slot)
+        adapter, per_epoch = trainee.adapter, trainee.job.steps_per_epoch
+        losses = trainee.losses[: trainee.step].tolist()
+        outputs = {
+            "adapter": self._store.put(adapter.to_bytes(), "safetensors"),
+            "weights_sha256": adapter.sha256(),
+            "probe": [round(value, 6) for value in probe.logits],
+            "from_base": round(probe.distance(self._stacks.stack.base_probe), 6),
+            "rho": self._rho(adapter),
+            "losses": [round(value, 6) for value in losses],
+            "last_epoch_loss": round(sum(losses[-per_epoch:]) / len(losses[-per_epoch:]), 6),
+        }
+        self._store.commit(stage, outputs=outputs, facts=_train_facts(trainee, from_step), seconds=seconds)
+
+    def _rho(self, adapter: Adapter) -> dict[str, float]:
+        """||delta|| / ||W||: least, median and greatest over modules."""
+        shares = sorted(rho(self._stacks.stack, [adapter]).values())
+        chosen = {"least": shares[0], "median": shares[len(shares) // 2], "greatest": shares[-1]}
+        return {name: float(f"{value:.4g}") for name, value in chosen.items()}
+
+
+def _train_facts(trainee: Trainee, from_step: int) -> dict[str, Any]:
+    rows = trainee.job.rows
+    n_tok = sum(len(rows[row].ids) for step in range(from_step, trainee.step) for row in trainee.job.batch(step))
+    fitted = {"micro_batch_limit": trainee.micro_batch_tok, "recomputed": trainee.recomputes}
+    return {"trained_tok": n_tok, "steps": trainee.step - from_step, **fitted}

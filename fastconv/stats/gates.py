@@ -1,0 +1,217 @@
+"""Pre-registered go/no-go rules. Each verdict names its threshold, its numbers and the rows behind them.
+
+A gate decides whether money is spent next; what counts as a finding is decided in `verdicts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from fastconv.stats.series import Number, Series, first_too_unscored, too_unscored
+from fastconv.stats.power import above_chance
+from fastconv.stats.secondary import change_of
+from fastconv.stats.units import change, full, signed, size, span
+from fastconv.recipe import GateSettings
+
+Outcome = Literal["pass", "fail", "not applicable"]
+#: A pilot that more groups support names the strongest alone.
+MOST_TOLD = 2
+
+
+@dataclass(frozen=True)
+class GateVerdict:
+    """A gate's word on one subject: `rows` are the ids of the rows it rests on."""
+
+    gate: str
+    subject: str
+    verdict: str
+    reason: str
+    threshold: str
+    numbers: tuple[Number, ...] = ()
+    rows: tuple[str, ...] = ()
+    #: Why a failed gate was ignored on the command line; empty where it was not.
+    ignored: str = ""
+    #: Too much of what the gate reads is unscored, so it says neither yes nor no: the verdict is `not applicable`.
+    unread: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether it said no."""
+        return self.verdict in ("fail", "stop")
+
+    def body(self) -> dict[str, Any]:
+        """JSON form for the ledger."""
+        return asdict(self)
+
+
+def unread(gate: str, subject: str, why: str, threshold: str, read: Sequence[Series]) -> GateVerdict:
+    """The word of a gate that may not decide by what it read, for too many samples have no score; gives no figure."""
+    rows = tuple(dict.fromkeys(row for one in read for row in one.looked_at))
+    return GateVerdict(gate, subject, "not applicable", why, threshold, rows=rows, unread=True)
+
+
+def measurable(gates: GateSettings, behavior: str, direction: str, base: Series, chance: float | None) -> GateVerdict:
+    """G0: can this behavior move at all on this base, in the direction it declares, for the assistant?
+
+    Accuracy must lie above chance (one-sided exact binomial); a rate needs headroom in its direction.
+    """
+    by_chance = f"above chance at p < {gates.above_chance_alpha:g}"
+    threshold = by_chance if chance is not None else f"at least {100 * gates.headroom:g} points of room"
+    if why := too_unscored(base):
+        return unread("G0", behavior, why, threshold, [base])
+    mean = base.mean
+    if chance is not None:
+        n = len(base.rows)
+        n_right = round(mean.value * n)
+        test = above_chance(n_right, n, chance, gates.above_chance_alpha)
+        verdict: Outcome = "pass" if test.above else "fail"
+        reason = f"base accuracy {mean.text()} ({n_right} of {n}) against chance {100 * chance:.1f} %: p = {test.p_one_sided:.3g}"
+        if verdict == "fail":
+            reason += "; there is nothing to lose, so nothing is trained"
+        return GateVerdict("G0", behavior, verdict, reason, threshold, (mean,), base.rows)
+    top = full(base.unit)
+    room = (top - mean.value if direction == "raises" else mean.value) / top
+    verdict = "pass" if room >= gates.headroom - 1e-9 else "fail"  # 1 - 0.9 is a little under 0.1
+    side = "below the ceiling" if direction == "raises" else "above the floor"
+    return GateVerdict(
+        "G0", behavior, verdict, f"base level {mean.text()} leaves {100 * room:.1f} points {side}",
+        threshold, (mean,), base.rows,
+    )  # fmt: skip
+
+
+def stacking(subject: str, proofs: Mapping[str, Mapping[str, Any]]) -> GateVerdict:
+    """STACK: every evaluated stack differed from the base and equalled what was recorded when it was trained.
+
+    `proofs`: evaluation slot -> its outputs (`from_base`, `from_recorded`: largest differences in probe logits).
+    """
+    stacked = {slot: proof for slot, proof in proofs.items() if "from_recorded" in proof}
+    lost = [slot for slot, proof in stacked.items() if not proof["from_base"] > 0]
+    if not stacked:
+        return GateVerdict("STACK", subject, "not applicable", "no stack was evaluated", "logits move")
+    least = min(proof["from_base"] for proof in stacked.values())
+    furthest = max(proof["from_recorded"] for proof in stacked.values())
+    verdict = "fail" if lost else "pass"
+    reason = f"{len(stacked)} stacks moved the probe's logits by at least {least:.3g} and reproduced them within {furthest:.2g}"
+    return GateVerdict("STACK", subject, verdict, reason, "every swap moves the logits", rows=tuple(sorted(stacked)))
+
+
+def reference(gates: GateSettings, source: str, epoch0: Series | None) -> GateVerdict:
+    """G3: the epoch-0 assistant with `included` negatives reproduces the published accuracy."""
+    expected = gates.g3_reference_pct.get(source)
+    threshold = f"within {gates.g3_tolerance_pp:g} pp of the published figure"
+    if expected is None or epoch0 is None:
+        why = (
+            "the recipe gives no reference for this source"
+            if expected is None
+            else "no epoch-0 cell with included negatives"
+        )
+        return GateVerdict("G3", source, "not applicable", why, threshold)
+    if why := too_unscored(epoch0):
+        return unread("G3", source, why, threshold, [epoch0])
+    mean = epoch0.mean
+    off_pp = 100 * mean.value - expected
+    verdict = "pass" if abs(off_pp) <= gates.g3_tolerance_pp else "fail"
+    return GateVerdict(
+        "G3",
+        source,
+        verdict,
+        f"{mean.text()} against {expected:g} %: {signed(off_pp)} pp",
+        threshold,
+        (mean,),
+        epoch0.rows,
+    )
+
+
+def source_shows(gates: GateSettings, subject: str, direction: str, base: Series, now: Series) -> GateVerdict:
+    """SOURCE: the positive control. The source must show the trained behavior, or its cell says nothing."""
+    least = gates.shows(now.unit)
+    threshold = f"moves by at least {size(least, now.unit)} in the trained direction"
+    if why := too_unscored(now, base):
+        return unread("SOURCE", subject, why, threshold, [base, now])
+    moved = (now.mean.value - base.mean.value) * (1 if direction == "raises" else -1)
+    verdict = "pass" if moved >= least - 1e-9 else "fail"
+    reason = f"the source went from {base.mean.text()} to {now.mean.text()}"
+    return GateVerdict("SOURCE", subject, verdict, reason, threshold, (base.mean, now.mean), (*base.rows, *now.rows))
+
+
+def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoch: Mapping[int, Series]) -> GateVerdict:
+    """CHANGE: does the assistant's measure move with convergence, beyond the threshold and clear of zero?"""
+    unit = next((one.unit for one in by_epoch.values()), "share")
+    margin = gates.threshold(behavior, unit)
+    threshold = f"at least {size(margin, unit)} against epoch 0, 95 % interval clear of zero"
+    epochs = sorted(epoch for epoch in by_epoch if epoch)
+    if 0 not in by_epoch or not epochs:
+        return GateVerdict("CHANGE", subject, "not applicable", "needs epoch 0 and one more", threshold)
+    if why := first_too_unscored((by_epoch[epoch], by_epoch[0]) for epoch in epochs):
+        return unread("CHANGE", subject, why, threshold, [by_epoch[epoch] for epoch in (0, *epochs)])
+    best: tuple[bool, float, str] | None = None
+    for epoch in epochs:
+        found = change_of(subject, "change", by_epoch[epoch], by_epoch[0]).interval
+        if found.estimate is None:
+            continue
+        clear = found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
+        text = f"epoch {epoch}: {change(found.estimate, unit)} {span(found.low, found.high, unit)}".rstrip()
+        candidate = (clear and abs(found.estimate) >= margin - 1e-12, abs(found.estimate), text)
+        best = candidate if best is None else max(best, candidate)
+    rows = tuple(row for epoch in (0, *epochs) for row in by_epoch[epoch].rows)
+    if best is None:
+        return GateVerdict("CHANGE", subject, "fail", "no epoch can be compared", threshold, rows=rows)
+    numbers = tuple(by_epoch[epoch].mean for epoch in (0, *epochs))
+    return GateVerdict(
+        "CHANGE", subject, "pass" if best[0] else "fail", f"largest change at {best[2]}", threshold, numbers, rows
+    )
+
+
+def pilot(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) -> GateVerdict:
+    """PILOT: go if stacking is verified, G3 does not fail, and convergence changes anything in either kind of negatives."""
+    rule = "STACK passes, G3 does not fail, SOURCE and CHANGE pass for either kind of negatives"
+    word, why = _pilot_word(subject, behavior, verdicts)
+    return GateVerdict("PILOT", subject, word, why, rule, rows=_rows(verdicts))
+
+
+def _pilot_word(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) -> tuple[str, str]:
+    """What the pilot gate says, and why."""
+    if any(v.gate == "G0" and v.verdict == "fail" for v in verdicts):
+        return "uninformative", f"{behavior} is not measurable on this base"
+    # KILL too: it ends a run before any pilot gate, unless nobody can tell.
+    unread = [v for v in verdicts if v.unread and v.gate in ("G0", "G3", "SOURCE", "CHANGE", "KILL")]
+    if not unread and not any(v.gate == "CHANGE" and v.verdict != "not applicable" for v in verdicts):
+        # Not measured is not "no effect": without two epochs of one cell there is nothing to say yet.
+        return "not applicable", f"{behavior} was not measured at epoch 0 and one more epoch yet"
+    measured = any(v.gate == "CHANGE" and (v.unread or v.verdict != "not applicable") for v in verdicts)
+    failed = [v for v in verdicts if v.gate in ("STACK", "G3") and v.verdict == "fail" and not v.ignored]
+    unproven = [v for v in verdicts if v.gate == "STACK" and v.verdict != "pass"]
+    if measured and (failed or unproven):
+        return "stop", "; ".join(f"{v.gate} {v.verdict}: {v.reason}" for v in (failed or unproven))
+    if unread:
+        # What a judge did not answer could have gone either way, so neither go nor stop rests on the rest.
+        more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+        return "not applicable", f"{unread[0].gate} of {unread[0].subject} cannot be decided: {unread[0].reason}{more}"
+    shown = {v.subject for v in verdicts if v.gate == "SOURCE" and v.verdict == "pass"}
+    changed = [v for v in verdicts if v.gate == "CHANGE" and v.verdict == "pass" and v.subject in shown]
+    if not shown:
+        return "stop", "the source does not show the trained behavior"
+    if not changed:
+        return "stop", f"no convergence-dependent change of {behavior} in the assistant"
+    told = "; ".join(f"{_short(v.subject, subject)}: {v.reason}" for v in changed)
+    if len(changed) > MOST_TOLD:
+        strongest = max(changed, key=_furthest)
+        told = f"{len(changed)} of {len(shown)} groups change; {_short(strongest.subject, subject)} most: {strongest.reason}"
+    return "go", told
+
+
+def _furthest(change: GateVerdict) -> float:
+    """How far a CHANGE gate's later epochs lie from its epoch 0."""
+    values = [number.value for number in change.numbers]
+    return max((abs(value - values[0]) for value in values), default=0.0)
+
+
+def _short(group: str, subject: str) -> str:
+    """A group's name without what its pilot is called anyway."""
+    return group.removeprefix(subject).removeprefix(", ") or group
+
+
+def _rows(verdicts: Sequence[GateVerdict]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row for verdict in verdicts for row in verdict.rows))

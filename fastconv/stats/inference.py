@@ -1,0 +1,458 @@
+"""The statistics of DESIGN.md, section 6: contrasts, intervals, corrections, checks and the verdict.
+
+Everything is paired by question. Samples are averaged within a question first, then questions are the
+clusters. Arrays are float64 and NaN means *missing*: it drops its question and is counted, it never becomes
+0. Malformed input raises `ValueError`; a figure that sound input cannot give is `None` beside a `reason`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
+from scipy import stats as distributions
+
+from fastconv.stats.power import sign_flip_floor
+from fastconv.stats.units import counted
+
+Floats = NDArray[np.float64]
+
+# Differences of decimals (0.3 - 0.2 - 0.1) leave about 1e-17; under this share of the inputs they are zero.
+ROUNDING = 1e-12
+FEWEST_SEEDS = 3  # fewer say nothing of another seed
+EXACT_SIGN_FLIPS = 14  # 2^14 sign patterns; above, Monte Carlo
+EXACT_SPEARMAN = 9  # 9! orders; above, Monte Carlo
+CHUNK = 4_000_000  # floats per block of Monte Carlo draws, 32 MB
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A t interval over clusters, in the unit of the values; `reason` says why anything in it is None."""
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+    se: float | None
+    df: int | None
+    n_clusters: int
+    p_two_sided: float | None
+    level: float
+    n_missing: int = 0
+    reason: str | None = None
+
+
+class IntervalArrays(NamedTuple):
+    """The kernel's answer, each of the leading shape; low, high and p are NaN where the spread is zero."""
+
+    estimate: Floats
+    low: Floats
+    high: Floats
+    se: Floats
+    p_two_sided: Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contrast:
+    """A contrast per question, float[C] with NaN where a side is missing, and its interval over questions."""
+
+    per_question: Floats
+    interval: Interval
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arm:
+    """Question means of a cell and of its epoch 0, for assistant and canary: four float[C], by position."""
+
+    now: ArrayLike
+    base: ArrayLike
+    canary_now: ArrayLike
+    canary_base: ArrayLike
+
+
+@dataclass(frozen=True, slots=True)
+class SignFlip:
+    """A two-sided sign-flip test; `floor` is the smallest p these data could have given."""
+
+    p: float | None
+    floor: float | None
+    exact: bool
+    n_clusters: int
+    n_missing: int
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Equivalence:
+    """Two one-sided tests against +-margin; `interval` (level 1 - 2 alpha) lies inside when p < alpha."""
+
+    equivalent: bool | None
+    p: float | None
+    p_lower: float | None
+    p_upper: float | None
+    margin: float
+    alpha: float
+    interval: Interval
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SeedPool:
+    """Estimates pooled over seeds; `agree_in_sign` when all of them are on one side of zero."""
+
+    n_seeds: int
+    agree_in_sign: bool
+    interval: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Confidence:
+    """LOW, MODERATE or HIGH (by `confidence_level`), and why."""
+
+    level: Literal["LOW", "MODERATE", "HIGH"]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spearman:
+    """Rank correlation, permutation p, and the range of the correlation with each point left out in turn."""
+
+    rho: float | None
+    p: float | None
+    leave_one_out_low: float | None
+    leave_one_out_high: float | None
+    exact: bool
+    n: int
+    n_missing: int
+    reason: str | None = None
+
+
+def mean_present(values: ArrayLike, axis: int) -> Floats:
+    """Mean over an axis of what is there; NaN where nothing is.
+
+    Over samples, questions weigh the same afterwards, however many samples they kept (Miller 2024, "Adding error bars
+    to evals"); over seeds, a question that one seed lost is the others' mean.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    present = ~np.isnan(x)
+    sizes = present.sum(axis=axis)
+    means = np.full(sizes.shape, np.nan)
+    np.divide(np.where(present, x, 0.0).sum(axis=axis), sizes, out=means, where=sizes > 0)
+    return means
+
+
+def t_interval_kernel(x: ArrayLike, level: float = 0.95) -> IntervalArrays:
+    """Student's t interval and two-sided p against 0 over the last axis of float[..., C], with C - 1 df.
+
+    Source: Student 1908; Snedecor and Cochran, Statistical Methods (1989). The kernel is for
+    complete data (NaN stays NaN). Equal values have se 0 and no interval: their low, high and p are NaN,
+    not a false certainty.
+    """
+    _check_level(level)
+    data = np.asarray(x, dtype=np.float64)
+    if data.ndim < 1 or data.shape[-1] < 2:
+        raise ValueError(f"an interval needs at least 2 clusters on the last axis, not shape {data.shape}")
+    clusters = data.shape[-1]
+    estimate = data.mean(axis=-1)
+    sd = data.std(axis=-1, ddof=1)
+    se = np.where(sd <= ROUNDING * np.abs(data).max(axis=-1), 0.0, sd) / math.sqrt(clusters)
+    divisor = np.where(se == 0, np.nan, se)
+    half = float(special.stdtrit(clusters - 1, 0.5 + level / 2)) * divisor
+    p = 2.0 * special.stdtr(clusters - 1, -np.abs(estimate) / divisor)
+    return IntervalArrays(estimate, estimate - half, estimate + half, se, p)
+
+
+def clustered_interval(per_question: ArrayLike, level: float = 0.95) -> Interval:
+    """t interval over questions of float[C], C - 1 df; NaN questions are dropped and counted.
+
+    One question, or one that is left, has a mean and no interval: `reason` says so.
+    """
+    return _interval(_vector(per_question, "per_question", 1), level, "questions")
+
+
+def paired_change(now: ArrayLike, base: ArrayLike, level: float = 0.95) -> Contrast:
+    """now - base per question, two float[C] matched by position (the paired t test)."""
+    return _contrast({"now": (1, now), "base": (-1, base)}, level)
+
+
+def difference_in_differences(
+    now: ArrayLike, base: ArrayLike, canary_now: ArrayLike, canary_base: ArrayLike, level: float = 0.95
+) -> Contrast:
+    """The assistant's change minus the canary's, per question; four float[C] matched by position.
+
+    Source: Angrist and Pischke, Mostly Harmless Econometrics (2009), section 5.2, taken within each question.
+    """
+    return _contrast(_arm_terms(Arm(now, base, canary_now, canary_base), 1, ""), level)
+
+
+def transfer_contrast(with_behavior: Arm, without_behavior: Arm, level: float = 0.95) -> Contrast:
+    """What the behavior adapter adds: its difference-in-differences minus mimicry's, per question.
+
+    Mimicry is the same difference for behavior `none`. Both sides lose their own canary: the canary's drift
+    under convergence alone would be subtracted twice if mimicry kept it.
+    """
+    terms = _arm_terms(with_behavior, 1, "") | _arm_terms(without_behavior, -1, "mimicry ")
+    return _contrast(terms, level)
+
+
+def holm(p: ArrayLike) -> Floats:
+    """Holm's step-down p-values over the last axis of float[..., m] (Holm 1979, Scand. J. Stat. 6:65).
+
+    A NaN p (declared, not estimable) stays NaN and keeps its place in the family, so m does not shrink.
+    """
+    return _adjusted(p, lambda ordered, m: np.maximum.accumulate(ordered * np.arange(m, 0, -1), axis=-1))
+
+
+def benjamini_hochberg(p: ArrayLike) -> Floats:
+    """False-discovery-rate p-values over the last axis of float[..., m]; NaN as in `holm`.
+
+    Source: Benjamini and Hochberg 1995, JRSS B 57:289.
+    """
+
+    def step_up(ordered: Floats, m: int) -> Floats:
+        scaled = ordered * (m / np.arange(1, m + 1))
+        return np.minimum.accumulate(scaled[..., ::-1], axis=-1)[..., ::-1]
+
+    return _adjusted(p, step_up)
+
+
+def sign_flip_p(x: ArrayLike, n_draws: int, rng: np.random.Generator) -> SignFlip:
+    """Two-sided sign-flip test of float[C] against symmetry about 0, statistic |sum|.
+
+    All 2^C patterns when C <= 14, else `n_draws` random ones with (1 + hits) / (1 + draws) (Fisher 1935,
+    The Design of Experiments, section 21; Phipson and Smyth 2010, SAGMB 9:39). Zeros do not flip, so they
+    do not lower `floor`.
+    """
+    data = _vector(x, "x", 2)
+    kept = data[~np.isnan(data)]
+    n_missing = data.size - kept.size
+    if kept.size == 0:
+        return SignFlip(None, None, False, 0, n_missing, f"none of {data.size} questions has a value")
+    exact = kept.size <= EXACT_SIGN_FLIPS
+    observed = abs(kept.sum()) - ROUNDING * np.abs(kept).sum()
+    floor = min(1.0, sign_flip_floor(max(1, int(np.count_nonzero(kept)))))
+    if exact:
+        patterns = (np.arange(2**kept.size)[:, None] >> np.arange(kept.size)) & 1
+        p = float(np.mean(np.abs((1.0 - 2.0 * patterns) @ kept) >= observed))
+        return SignFlip(p, floor, exact, kept.size, n_missing)
+    if n_draws < 1:
+        raise ValueError(f"n_draws must be at least 1, not {n_draws}")
+    hits = 0
+    for drawn in _blocks(n_draws, kept.size):
+        signs = 2.0 * rng.integers(0, 2, size=(drawn, kept.size), dtype=np.int8) - 1.0
+        hits += int(np.count_nonzero(np.abs(signs @ kept) >= observed))
+    return SignFlip((1 + hits) / (1 + n_draws), max(floor, 1 / (1 + n_draws)), exact, kept.size, n_missing)
+
+
+def tost(x: ArrayLike, margin: float, alpha: float = 0.05) -> Equivalence:
+    """Two one-sided t tests that the mean of float[C] lies within +-margin.
+
+    Source: Schuirmann 1987, J. Pharmacokinetics and Biopharmaceutics 15:657. NaN is dropped and counted.
+    """
+    if not (math.isfinite(margin) and margin > 0 and 0 < alpha < 0.5):
+        raise ValueError(f"need a positive margin and alpha under 0.5, not {margin} and {alpha}")
+    interval = clustered_interval(x, 1 - 2 * alpha)
+    if interval.estimate is None or interval.df is None or not interval.se:
+        return Equivalence(None, None, None, None, margin, alpha, interval, interval.reason)
+    p_lower = float(special.stdtr(interval.df, -(interval.estimate + margin) / interval.se))
+    p_upper = float(special.stdtr(interval.df, (interval.estimate - margin) / interval.se))
+    p = max(p_lower, p_upper)
+    return Equivalence(p < alpha, p, p_lower, p_upper, margin, alpha, interval)
+
+
+def trend_over_epochs(values: ArrayLike, epochs: ArrayLike, level: float = 0.95) -> Contrast:
+    """Least-squares slope per question of float[Q, E] on float[E], in values per epoch, and its t interval.
+
+    Source: the summary-measures analysis of Matthews et al. 1990, BMJ 300:230. A question with a missing
+    epoch is dropped and counted: a slope over other epochs would be another quantity.
+    """
+    x, times = np.asarray(values, dtype=np.float64), _vector(epochs, "epochs", 2)
+    if x.ndim != 2 or x.shape[1] != times.size or not np.all(np.isfinite(times)):
+        raise ValueError(f"values must be [questions, epochs]; got shape {x.shape} and {times.size} epochs")
+    centred = times - times.mean()
+    if np.ptp(times) == 0:
+        raise ValueError("a trend needs at least two different epochs")
+    slopes = ((x - x.mean(axis=1, keepdims=True)) @ centred) / (centred @ centred)
+    slopes[np.abs(slopes) * np.ptp(times) <= ROUNDING * np.abs(x).max(axis=1)] = 0.0
+    return Contrast(slopes, clustered_interval(slopes, level))
+
+
+def pool_seeds(per_seed_estimates: ArrayLike, level: float = 0.95) -> SeedPool:
+    """Pool float[n_seeds] estimates of one contrast: seeds are the outer cluster, a t interval over seeds.
+
+    Each seed weighs the same. One seed has an estimate and no interval; NaN seeds are dropped and counted.
+    """
+    data = _vector(per_seed_estimates, "per_seed_estimates", 1)
+    kept = data[~np.isnan(data)]
+    agree = kept.size > 0 and bool(np.all(kept > 0) or np.all(kept < 0))
+    return SeedPool(kept.size, agree, _interval(data, level, "seeds"))
+
+
+def seeds_against(pool: SeedPool) -> str | None:
+    """Why three seeds or more do not show a change together; None where they do, or are fewer.
+
+    Seeds that are all alike have no interval, and nothing speaks against them.
+    """
+    low, high = pool.interval.low, pool.interval.high
+    if pool.n_seeds < FEWEST_SEEDS:
+        return None
+    if not pool.agree_in_sign:
+        return f"the {pool.n_seeds} seeds do not agree in sign"
+    if low is not None and high is not None and low <= 0 <= high:
+        return f"{pool.n_seeds} seeds agree in sign, but the interval over seeds includes zero"
+    return None
+
+
+def confidence_level(pool: SeedPool, over_questions: Interval) -> Confidence:
+    """MODERATE with three seeds, HIGH with five: all of one sign, and both pooled intervals clear of zero; else LOW.
+
+    The interval over seeds says that another seed would show it, the one over questions (seeds averaged within each)
+    that other questions would.
+    """
+    if pool.n_seeds < FEWEST_SEEDS:
+        return Confidence("LOW", f"{counted(pool.n_seeds, 'seed')}; three are needed for more")
+    if (against := seeds_against(pool)) is not None:
+        return Confidence("LOW", against)
+    for interval, what in ((pool.interval, "seeds"), (over_questions, "questions")):
+        if interval.low is None or interval.high is None:
+            return Confidence("LOW", f"no interval over {what}: {interval.reason}")
+        if interval.low <= 0 <= interval.high:
+            return Confidence("LOW", f"{pool.n_seeds} seeds agree in sign, but the interval over {what} includes zero")
+    reason = f"{pool.n_seeds} seeds agree in sign, and the intervals over seeds and over questions are clear of zero"
+    return Confidence("HIGH" if pool.n_seeds >= 5 else "MODERATE", reason)
+
+
+def exact_spearman(
+    x: ArrayLike, y: ArrayLike, n_draws: int = 100_000, rng: np.random.Generator | None = None
+) -> Spearman:
+    """Spearman's rho of two float[n] with average ranks on ties, and its two-sided permutation p.
+
+    All n! orders for n <= 9, else `n_draws` random ones with the +1 correction, for which `rng` is required
+    (Kendall and Gibbons, Rank Correlation Methods, 1990, chapter 4). Pairs with a NaN are dropped and
+    counted.
+    """
+    a, b = _vector(x, "x", 3), _vector(y, "y", 3)
+    if a.size != b.size:
+        raise ValueError(f"x and y must match, not {a.size} and {b.size} points")
+    both = ~(np.isnan(a) | np.isnan(b))
+    a, b = a[both], b[both]
+    n, n_missing = a.size, both.size - a.size
+    rho = _rank_correlation(a, b) if n >= 3 else None
+    if rho is None:
+        reason = f"{n} complete points; at least 3 are needed" if n < 3 else "one side is constant"
+        return Spearman(None, None, None, None, n <= EXACT_SPEARMAN, n, n_missing, reason)
+    others = [_rank_correlation(np.delete(a, i), np.delete(b, i)) for i in range(n)]
+    ranges = [value for value in others if value is not None]
+    reason = None if len(ranges) == n else "without one of the points a side is constant"
+    p = _permutation_p(a, b, n_draws, rng)
+    return Spearman(rho, p, min(ranges), max(ranges), n <= EXACT_SPEARMAN, n, n_missing, reason)
+
+
+def _interval(x: Floats, level: float, unit: str) -> Interval:
+    _check_level(level)
+    kept = x[~np.isnan(x)]
+    n, n_missing = kept.size, x.size - kept.size
+    if n < 2:
+        estimate = float(kept[0]) if n else None
+        reason = f"{n} of {x.size} {unit} have a value; an interval needs at least 2"
+        return Interval(estimate, None, None, None, None, n, None, level, n_missing, reason)
+    k = t_interval_kernel(kept, level)
+    estimate, se = float(k.estimate), float(k.se)
+    if se == 0:
+        reason = f"all {n} {unit} have the same value, so their spread cannot be estimated"
+        return Interval(estimate, None, None, 0.0, n - 1, n, None, level, n_missing, reason)
+    return Interval(estimate, float(k.low), float(k.high), se, n - 1, n, float(k.p_two_sided), level, n_missing)
+
+
+def _arm_terms(arm: Arm, sign: int, prefix: str) -> dict[str, tuple[int, ArrayLike]]:
+    return {
+        f"{prefix}now": (sign, arm.now),
+        f"{prefix}base": (-sign, arm.base),
+        f"{prefix}canary_now": (-sign, arm.canary_now),
+        f"{prefix}canary_base": (sign, arm.canary_base),
+    }
+
+
+def _contrast(terms: dict[str, tuple[int, ArrayLike]], level: float) -> Contrast:
+    """The signed sum per question; one missing term makes the question missing."""
+    arrays = {name: _vector(values, name, 1) for name, (_, values) in terms.items()}
+    if len({array.size for array in arrays.values()}) > 1:
+        sizes = ", ".join(f"{name} {array.size}" for name, array in arrays.items())
+        raise ValueError(f"the sides must hold the same questions: {sizes}")
+    stacked = np.stack(list(arrays.values()))
+    total = np.array([sign for sign, _ in terms.values()], dtype=np.float64) @ stacked
+    total[np.abs(total) <= ROUNDING * np.abs(stacked).max(axis=0)] = 0.0
+    return Contrast(total, _interval(total, level, "questions"))
+
+
+def _adjusted(p: ArrayLike, cumulate: Callable[[Floats, int], Floats]) -> Floats:
+    """Sort the last axis, adjust, cut at 1 and put back; NaN counts as 1 while it is there."""
+    raw = np.asarray(p, dtype=np.float64)
+    if raw.ndim < 1 or raw.shape[-1] == 0:
+        raise ValueError("a correction needs at least one p-value")
+    if np.any((raw < 0) | (raw > 1)):
+        raise ValueError("p-values lie between 0 and 1")
+    filled = np.where(np.isnan(raw), 1.0, raw)
+    order = np.argsort(filled, axis=-1, kind="stable")
+    ordered = np.take_along_axis(filled, order, axis=-1)
+    result = np.empty_like(filled)
+    np.put_along_axis(result, order, np.minimum(cumulate(ordered, raw.shape[-1]), 1.0), axis=-1)
+    return np.where(np.isnan(raw), np.nan, result)
+
+
+def _blocks(n_draws: int, width: int) -> Iterator[int]:
+    """Split the draws so that a block of [draws, width] floats stays small."""
+    size = max(1, CHUNK // width)
+    for start in range(0, n_draws, size):
+        yield min(size, n_draws - start)
+
+
+def _centred_ranks(x: Floats) -> Floats:
+    ranks = np.asarray(distributions.rankdata(x), dtype=np.float64)
+    return ranks - ranks.mean()
+
+
+def _rank_correlation(x: Floats, y: Floats) -> float | None:
+    rx, ry = _centred_ranks(x), _centred_ranks(y)
+    norm = math.sqrt(float(rx @ rx) * float(ry @ ry))
+    return float(rx @ ry) / norm if norm > 0 else None
+
+
+def _permutation_p(x: Floats, y: Floats, n_draws: int, rng: np.random.Generator | None) -> float:
+    rx, ry = _centred_ranks(x), _centred_ranks(y)
+    observed = abs(float(rx @ ry)) - ROUNDING * float(np.abs(rx) @ np.abs(ry))
+    if rx.size <= EXACT_SPEARMAN:
+        return float(np.mean(np.abs(rx[_permutations(rx.size)] @ ry) >= observed))
+    if rng is None or n_draws < 1:
+        raise ValueError(f"{rx.size} points need random orders: pass rng and at least 1 draw")
+    hits = 0
+    for drawn in _blocks(n_draws, rx.size):
+        shuffled = rng.permuted(np.broadcast_to(rx, (drawn, rx.size)), axis=1)
+        hits += int(np.count_nonzero(np.abs(shuffled @ ry) >= observed))
+    return (1 + hits) / (1 + n_draws)
+
+
+def _permutations(n: int) -> NDArray[np.int8]:
+    """All orders of 0..n-1, int8[n!, n]: each new number goes into every gap of the orders so far."""
+    orders = np.zeros((1, 1), dtype=np.int8)
+    for number in range(1, n):
+        orders = np.concatenate([np.insert(orders, gap, number, axis=1) for gap in range(number + 1)])
+    return orders
+
+
+def _vector(values: ArrayLike, name: str, at_least: int) -> Floats:
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or x.size < at_least:
+        raise ValueError(f"{name} must be a vector of at least {at_least}, not of shape {x.shape}")
+    if np.isinf(x).any():
+        raise ValueError(f"{name} must be finite or NaN (missing)")
+    return x
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"a level lies between 0 and 1, not at {level}")

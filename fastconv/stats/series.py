@@ -1,0 +1,182 @@
+"""Numbers that carry the rows they came from. Nothing else may be printed in a report or decide a gate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastconv.stats.inference import mean_present
+from fastconv.stats.units import Unit, full, level
+from fastconv.store.ledger import Score
+
+Floats = NDArray[np.float64]
+#: Shares of unscored samples up to here still let a cell have a verdict; two compared epochs may differ by so much.
+MAX_UNSCORED_SHARE, MAX_UNSCORED_DIFFERENCE = 0.05, 0.03
+
+
+class NoRowsError(ValueError):
+    """A number was asked for that no row supports."""
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A value with its unit and the ids of the rows behind it (`stage/row`). It cannot be made without rows."""
+
+    value: float
+    unit: str
+    rows: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise NoRowsError(f"{self.value!r} {self.unit} has no rows behind it")
+
+    def text(self, digits: int = 3) -> str:
+        """The number as people read it; shares as percent."""
+        return level(self.value, self.unit, digits)
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """One measure of one stack under one probe: values [questions, samples], NaN where nothing was scored.
+
+    Values are shares (0 to 1) or a judge's points (0 to 100), as `unit` says. Questions are in id order. `lost` are the
+    question and the reason of each sample without a score.
+    """
+
+    stage: str
+    measure: str
+    probe: str
+    questions: tuple[str, ...]
+    values: Floats
+    unit: Unit = "share"
+    lost: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def means(self) -> Floats:
+        """Mean per question over its samples that were scored, [questions]; NaN where none was."""
+        return mean_present(self.values, axis=1)
+
+    @property
+    def n_samples(self) -> int:
+        """Samples asked for."""
+        return self.values.size
+
+    @property
+    def n_unscored(self) -> int:
+        """Samples without a score, each with its reason in the ledger."""
+        return int(np.isnan(self.values).sum())
+
+    @cached_property
+    def rows(self) -> tuple[str, ...]:
+        """Ids of the rows behind the series, one per question with a score."""
+        scored = ~np.isnan(self.means)
+        return tuple(f"{self.stage[:12]}/{q}" for q, kept in zip(self.questions, scored, strict=True) if kept)
+
+    @property
+    def looked_at(self) -> tuple[str, ...]:
+        """The rows, or where nothing was scored the stage's scores as a whole: what a word without a figure rests on."""
+        return self.rows or (f"{self.stage[:12]}/scores",)
+
+    @property
+    def mean(self) -> Number:
+        """Mean over questions of the questions' means. Raises NoRowsError if nothing was scored."""
+        rows = self.rows
+        return Number(float(np.nanmean(self.means)) if rows else float("nan"), self.unit, rows)
+
+    @property
+    def rates(self) -> Floats:
+        """The values on the scale of 0 to 1, whatever their unit: for bounds at floor and ceiling."""
+        return self.values / full(self.unit)
+
+    def part(self, belongs: Callable[[str], bool]) -> Series:
+        """The same series for some of its questions. Raises NoRowsError if none of them belongs."""
+        kept = [place for place, question in enumerate(self.questions) if belongs(question)]
+        if not kept:
+            raise NoRowsError(f"stage {self.stage[:12]} ({self.measure}, {self.probe}) asks none of these questions")
+        questions = tuple(self.questions[place] for place in kept)
+        lost = tuple(one for one in self.lost if belongs(one[0]))
+        return Series(self.stage, self.measure, self.probe, questions, self.values[kept], self.unit, lost)
+
+
+def series_of(stage: str, measure: str, probe: str, scores: Sequence[Score], unit: Unit = "share") -> Series:
+    """Collect a stage's scores; missing values stay missing. Raises NoRowsError if the stage has none."""
+    if not scores:
+        raise NoRowsError(f"stage {stage[:12]} ({measure}, {probe}) has no scores")
+    questions = sorted({score.row for score in scores})
+    index = {question: place for place, question in enumerate(questions)}
+    values = np.full((len(questions), 1 + max(score.sample for score in scores)), np.nan)
+    for score in scores:
+        if score.value is not None:
+            values[index[score.row], score.sample] = score.value
+    lost = tuple((score.row, score.reason or "") for score in scores if score.value is None)
+    return Series(stage, measure, probe, tuple(questions), values, unit, lost)
+
+
+def too_unscored(now: Series, base: Series | None = None) -> str | None:
+    """Why two epochs of a probe allow no verdict (too many samples without a score, or unlike shares), or None.
+
+    Without `base` only the first rule is asked. The reason says how many of how many, and why most of them.
+    """
+    both = [now] if base is None else [now, base]
+    shares = [one.n_unscored / one.n_samples for one in both]
+    if max(shares) > MAX_UNSCORED_SHARE:
+        worst = both[shares.index(max(shares))]
+        return (
+            f"{100 * max(shares):.1f} % of the {now.probe}'s samples are unscored "
+            f"(at most {100 * MAX_UNSCORED_SHARE:g} %): {_how_many([worst])}"
+        )
+    apart = abs(shares[0] - shares[-1])
+    if apart > MAX_UNSCORED_DIFFERENCE + 1e-9:  # 0.05 - 0.02 is a little over 0.03
+        return (
+            f"the {now.probe}'s unscored share differs by {100 * apart:.1f} points between the epochs "
+            f"(at most {100 * MAX_UNSCORED_DIFFERENCE:g}): {_how_many(both)}"
+        )
+    return None
+
+
+def first_too_unscored(pairs: Iterable[tuple[Series, Series]]) -> str | None:
+    """The first of these pairs that allows no verdict, in words; None where all do."""
+    return next((why for now, base in pairs if (why := too_unscored(now, base))), None)
+
+
+def commonest_reason(several: Sequence[Series]) -> str:
+    """Why most of the unscored samples have no score; empty where nothing says it."""
+    reasons = Counter(reason for one in several for _, reason in one.lost if reason)
+    return reasons.most_common(1)[0][0] if reasons else ""
+
+
+def _how_many(several: Sequence[Series]) -> str:
+    """How many of how many samples have no score, and the commonest reason."""
+    told = " and ".join(f"{one.n_unscored} of {one.n_samples}" for one in several)
+    reason = commonest_reason(several)
+    return told + (f", most often {reason}" if reason else "")
+
+
+def union_of(several: Sequence[Series]) -> tuple[str, ...]:
+    """All questions of some series, in id order."""
+    return tuple(sorted({question for one in several for question in one.questions}))
+
+
+def means_at(one: Series, questions: Sequence[str]) -> Floats:
+    """The series' question means at these questions, NaN where it does not ask one."""
+    if tuple(questions) == one.questions:
+        return one.means
+    known = dict(zip(one.questions, one.means.tolist(), strict=True))
+    return np.array([known.get(question, np.nan) for question in questions])
+
+
+def rates_together(several: Sequence[Series]) -> Floats:
+    """The samples of some series side by side at the union of their questions, [questions, samples], on 0 to 1."""
+    questions = union_of(several)
+    index = {question: place for place, question in enumerate(questions)}
+    blocks = []
+    for one in several:
+        block = np.full((len(questions), one.values.shape[1]), np.nan)
+        block[[index[question] for question in one.questions]] = one.rates
+        blocks.append(block)
+    return np.concatenate(blocks, axis=1)

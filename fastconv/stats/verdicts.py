@@ -1,0 +1,322 @@
+"""What each cell says: transfer, reverse, equivalent, inconclusive or uninformative, each with its reason.
+
+Estimand (blueprint section 6): the assistant's change against epoch 0, paired by question, minus the canary's change,
+minus the same without a behavior adapter (mimicry) where the recipe has that control. Seeds of one cell are averaged
+within a question; with three or more, the interval over their means must not speak against a change, and it decides
+the confidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from fastconv.stats.detectable import Needed, clusters_needed, minimum_detectable_effect, samples_needed, seeds_needed
+from fastconv.seeding import seed_of
+from fastconv.stats.series import Floats, Series, means_at, rates_together, union_of
+from fastconv.stats.power import clustered_rate_bound, effective_sample_size, sign_flip_warning
+from fastconv.stats.inference import (
+    FEWEST_SEEDS,
+    Arm,
+    Confidence,
+    Interval,
+    clustered_interval,
+    confidence_level,
+    difference_in_differences,
+    holm,
+    mean_present,
+    pool_seeds,
+    sign_flip_p,
+    tost,
+    transfer_contrast,
+)
+from fastconv.stats.units import Unit, full
+from fastconv.stats.words import Evidence, verdict
+
+#: Sign patterns drawn for the check: enough that their smallest p lies well under the corrected level.
+DRAWS_PER_CONTRAST, FEWEST_DRAWS, MOST_DRAWS = 40, 2_000, 10_000
+
+
+@dataclass(frozen=True, eq=False)
+class Quad:
+    """The four series of a difference-in-differences: assistant and canary, now and at epoch 0."""
+
+    now: Series
+    base: Series
+    canary_now: Series
+    canary_base: Series
+
+    @property
+    def series(self) -> tuple[Series, Series, Series, Series]:
+        """All four."""
+        return self.now, self.base, self.canary_now, self.canary_base
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Ids of the rows behind all four."""
+        return tuple(row for series in self.series for row in series.looked_at)
+
+    def arm(self, questions: Sequence[str]) -> Arm:
+        """Question means at these questions."""
+        return Arm(*(means_at(series, questions) for series in self.series))
+
+    def change(self, questions: Sequence[str]) -> Floats:
+        """The assistant's change minus the canary's, per question."""
+        arm = self.arm(questions)
+        return difference_in_differences(arm.now, arm.base, arm.canary_now, arm.canary_base).per_question
+
+
+@dataclass(frozen=True, eq=False)
+class SeedEvidence:
+    """One seed's series; `mimicry` is None where the control was not run."""
+
+    seed: int
+    trained: Quad
+    mimicry: Quad | None = None
+
+    def transfer(self, questions: Sequence[str]) -> Floats:
+        """The seed's contrast per question."""
+        if self.mimicry is None:
+            return self.trained.change(questions)
+        return transfer_contrast(self.trained.arm(questions), self.mimicry.arm(questions)).per_question
+
+
+@dataclass(frozen=True, eq=False)
+class CellEvidence:
+    """What a cell's verdict may look at. `withheld` says why there may be none (unscored samples, say)."""
+
+    label: str
+    behavior: str
+    direction: Literal[-1, 1]
+    margin: float
+    seeds: tuple[SeedEvidence, ...]
+    source_shows: bool | None
+    unit: Unit = "share"
+    withheld: str | None = None
+    measurable: bool | None = True
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """All questions that any seed asks."""
+        return union_of([one for seed in self.seeds for one in seed.trained.series])
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Ids of the rows that the verdict rests on."""
+        quads = [quad for seed in self.seeds for quad in (seed.trained, seed.mimicry) if quad is not None]
+        return tuple(dict.fromkeys(row for quad in quads for row in quad.rows))
+
+
+@dataclass(frozen=True)
+class CellVerdict:
+    """A cell's verdict and all that was computed for it; None where not estimable. Effects in the measure's unit.
+
+    `kind` is one of the five words, or `withheld` where there may be no verdict. `mimicry` and `trained` are the same
+    difference without and with the behavior adapter, `detectable` the smallest effect that this spread and these
+    questions would have shown (`detectable_in_family` at the first step of Holm), `mend` what brings it down to the
+    margin. `over_seeds` is the t interval over the means of three seeds or more.
+    """
+
+    label: str
+    kind: str
+    reason: str
+    estimate: float | None
+    low: float | None
+    high: float | None
+    p_corrected: float | None
+    rows: tuple[str, ...]
+    behavior: str = ""
+    unit: Unit = "share"
+    margin: float | None = None
+    p_raw: float | None = None
+    p_sign_flip: float | None = None
+    sign_flip_warning: str | None = None
+    confidence: Confidence = field(default_factory=lambda: Confidence("LOW", "nothing was estimated"))
+    trained: Interval | None = None
+    mimicry: Interval | None = None
+    bound: float | None = None
+    n_questions: int = 0
+    n_effective: float | None = None
+    n_seeds: int = 0
+    detectable: float | None = None
+    detectable_in_family: float | None = None
+    mend: tuple[Needed, ...] = ()
+    over_seeds: Interval | None = None
+
+    def body(self) -> dict[str, object]:
+        """JSON form: figures and how many rows are behind them."""
+        plain = {name: getattr(self, name) for name in (
+            "label", "behavior", "kind", "reason", "unit", "margin", "estimate", "low", "high", "p_raw", "p_corrected",
+            "p_sign_flip", "bound", "n_questions", "n_effective", "n_seeds", "detectable", "detectable_in_family",
+        )}  # fmt: skip
+        low, high = (None, None) if self.over_seeds is None else (self.over_seeds.low, self.over_seeds.high)
+        seeds = {"seeds_low": low, "seeds_high": high}
+        return {**plain, **seeds, "confidence": self.confidence.level, "n_rows": len(self.rows)}
+
+
+def decide(cells: Sequence[CellEvidence], n_declared: int | None = None) -> list[CellVerdict]:
+    """Verdicts of the measured contrasts of a family of `n_declared`, Holm-corrected (t p-values, and the check's).
+
+    What was declared and has no p keeps its place, so that m, and with it every figure, is the same from the first
+    measurement of a run to its last. Without `n_declared` the family is what is given.
+    """
+    m = len(cells) if n_declared is None else n_declared
+    if m < len(cells):
+        raise ValueError(f"{len(cells)} contrasts of a family of {m}")
+    if not cells:
+        return []
+    contrasts = [_per_question(cell) for cell in cells]
+    intervals = [clustered_interval(contrast) for contrast in contrasts]
+    corrected = _in_family([one.p_two_sided for one in intervals], m)
+    n_draws = min(MOST_DRAWS, max(FEWEST_DRAWS, DRAWS_PER_CONTRAST * m))
+    flips: list[float | None] = []
+    for cell, contrast in zip(cells, contrasts, strict=True):
+        rng = np.random.default_rng(seed_of("sign flips", cell.label))
+        flips.append(sign_flip_p(contrast, n_draws, rng).p)
+    return [
+        _decide(cell, contrast, interval, p, check, m)
+        for cell, contrast, interval, p, check in zip(
+            cells, contrasts, intervals, corrected, _in_family(flips, m), strict=True
+        )
+    ]
+
+
+def _in_family(p: Sequence[float | None], m: int) -> list[float | None]:
+    """Holm's p-values of these among m declared; the others count as not estimable, which is as 1."""
+    declared = np.full(m, np.nan)
+    declared[: len(p)] = [_or_nan(one) for one in p]
+    return [_or_none(one) for one in holm(declared)[: len(p)].tolist()]
+
+
+def not_run(label: str, reason: str, rows: tuple[str, ...], behavior: str = "") -> CellVerdict:
+    """A cell that was not trained because it could not have said anything."""
+    return CellVerdict(label, "uninformative", reason, None, None, None, None, rows, behavior)
+
+
+def withheld(label: str, reason: str, rows: tuple[str, ...], behavior: str = "") -> CellVerdict:
+    """A cell that may have no verdict, and why; no figure of it is given."""
+    return CellVerdict(label, "withheld", reason, None, None, None, None, rows, behavior)
+
+
+def by_kind(verdicts: Sequence[CellVerdict]) -> Mapping[str, int]:
+    """How many cells got which word."""
+    counts: dict[str, int] = {}
+    for one in verdicts:
+        counts[one.kind] = counts.get(one.kind, 0) + 1
+    return counts
+
+
+def _per_question(cell: CellEvidence) -> Floats:
+    """The contrast per question, averaged over the seeds that have it."""
+    questions = cell.questions
+    return _mean_over_seeds([seed.transfer(questions) for seed in cell.seeds])
+
+
+def _mean_over_seeds(per_seed: Sequence[Floats]) -> Floats:
+    return mean_present(np.stack(per_seed), axis=0)
+
+
+def _decide(
+    cell: CellEvidence, contrast: Floats, interval: Interval, corrected: float | None, check: float | None, m: int
+) -> CellVerdict:
+    if cell.withheld is not None:
+        return replace(
+            withheld(cell.label, cell.withheld, cell.rows, cell.behavior),
+            unit=cell.unit, margin=cell.margin, n_questions=interval.n_clusters, n_seeds=len(cell.seeds),
+        )  # fmt: skip
+    now = rates_together([seed.trained.now for seed in cell.seeds])
+    base = rates_together([seed.trained.base for seed in cell.seeds])
+    bound_now = clustered_rate_bound(now)
+    questions = cell.questions
+    estimates = [_or_nan(clustered_interval(seed.transfer(questions)).estimate) for seed in cell.seeds]
+    seeds = pool_seeds(estimates)
+    word = verdict(
+        Evidence(
+            direction=cell.direction,
+            contrast=interval,
+            p_corrected=corrected,
+            equivalence=tost(contrast, cell.margin),
+            measurable_at_base=cell.measurable,
+            source_shows_behavior=cell.source_shows,
+            bound_base=clustered_rate_bound(base),
+            bound_now=bound_now,
+            p_sign_flip_corrected=check,
+            unit=cell.unit,
+            seeds=seeds,
+        )
+    )
+    with_control = all(seed.mimicry is not None for seed in cell.seeds)
+    aside = "" if with_control else "; mimicry was not measured"
+    found = CellVerdict(
+        cell.label, word.kind, word.reason + aside, interval.estimate, interval.low, interval.high, corrected,
+        cell.rows, cell.behavior, cell.unit, cell.margin,
+        p_raw=interval.p_two_sided,
+        p_sign_flip=check,
+        sign_flip_warning=sign_flip_warning(interval.n_clusters, m) if interval.n_clusters else None,
+        confidence=confidence_level(seeds, interval),
+        trained=clustered_interval(_mean_over_seeds([seed.trained.change(questions) for seed in cell.seeds])),
+        mimicry=_mimicry(cell) if with_control else None,
+        bound=bound_now.room * full(cell.unit) if bound_now.room is not None else None,
+        n_questions=interval.n_clusters,
+        n_effective=effective_sample_size(now).n_effective,
+        n_seeds=len(cell.seeds),
+        over_seeds=seeds.interval if seeds.n_seeds >= FEWEST_SEEDS else None,
+    )  # fmt: skip
+    return _with_power(found, cell, contrast, estimates, m)
+
+
+def _mimicry(cell: CellEvidence) -> Interval:
+    questions = cell.questions
+    return clustered_interval(
+        _mean_over_seeds([seed.mimicry.change(questions) for seed in cell.seeds if seed.mimicry is not None])
+    )
+
+
+def _with_power(
+    found: CellVerdict, cell: CellEvidence, contrast: Floats, estimates: Sequence[float], m: int
+) -> CellVerdict:
+    """Add what this spread and these questions would have shown, and what would bring that down to the margin."""
+    kept = contrast[~np.isnan(contrast)]
+    if kept.size < 2:
+        return found
+    spread = float(kept.std(ddof=1))
+    alone = minimum_detectable_effect(spread, kept.size)
+    mend: list[Needed] = []
+    if alone.effect is not None and alone.effect > cell.margin:
+        mend.append(clusters_needed(cell.margin, spread))
+        noise = _sampling_sd(cell)
+        own = max(0.0, spread**2 - noise**2) ** 0.5
+        n_samples = min(seed.trained.now.values.shape[1] for seed in cell.seeds)
+        if n_samples > 1:
+            mend.append(samples_needed(cell.margin, own, noise * n_samples**0.5, kept.size))
+        over_seeds = np.array(estimates)[~np.isnan(estimates)]
+        if over_seeds.size > 1:
+            mend.append(seeds_needed(cell.margin, float(over_seeds.std(ddof=1))))
+    return replace(
+        found,
+        detectable=alone.effect,
+        detectable_in_family=minimum_detectable_effect(spread, kept.size, 0.05 / m).effect,
+        mend=tuple(mend),
+    )
+
+
+def _sampling_sd(cell: CellEvidence) -> float:
+    """The part of the contrast's spread between questions that drawing more samples would shrink."""
+    total = 0.0
+    for seed in cell.seeds:
+        for quad in (seed.trained, seed.mimicry):
+            for series in quad.series if quad is not None else ():
+                within = effective_sample_size(series.values).sd_sample or 0.0
+                total += within**2 / series.values.shape[1]
+    return (total / len(cell.seeds) ** 2) ** 0.5
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _or_none(value: float) -> float | None:
+    return None if np.isnan(value) else value
