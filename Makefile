@@ -28,14 +28,14 @@ test-gpu: .venv/ready
 # Unsloth's GPU path on a machine without a GPU; in a virtual environment of its own, since importing it patches others;
 # a process for each file for the same reason.
 test-fused: .venv-fused/ready
-	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused tests/test_fused.py
-	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused tests/test_fused_quantised.py
-	TRITON_INTERPRET=1 .venv-fused/bin/pytest -m fused tests/test_kernel.py tests/test_fused_elementwise.py \
-	  tests/test_engine_layers.py
+	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused tests/engine/test_fused.py
+	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused tests/engine/test_fused_quantised.py
+	TRITON_INTERPRET=1 .venv-fused/bin/pytest -m fused tests/engine/kernels/test_lora.py tests/engine/kernels/test_elementwise.py \
+	  tests/engine/kernels/test_layers.py
 
 # Are our logs what Inspect's own reader takes? It lives in a virtual environment of its own: it brings sixty packages.
 test-inspect: .venv/ready .venv-inspect/ready
-	FASTCONV_INSPECT_PYTHON=$(CURDIR)/.venv-inspect/bin/python $(BIN)/pytest tests/test_inspecting.py
+	FASTCONV_INSPECT_PYTHON=$(CURDIR)/.venv-inspect/bin/python $(BIN)/pytest tests/report/test_inspect_log.py
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.analysis.gates import decide_gates, series
+from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.errors import InputError
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.recipe import Recipe, parse_recipe, run_id
 from fastconv.run.run import run_recipe as _run_recipe
-from fastconv.show.watching import watching
 from fastconv.run.status import status_of
+from fastconv.show.progress import watching
 from fastconv.store.ledger import Store
 
 if TYPE_CHECKING:

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastconv.chat import Rendered
 from fastconv.engine import trl_reference as reference
-from fastconv.engine.lora import Adapter
+from fastconv.engine.lora import Adapter, keep_mask
 from fastconv.engine.model import Base, load_base, pack
-from fastconv.engine.dropout import keep_mask
 from fastconv.engine.stack import Slot, Stack
 from fastconv.recipe import LoraSettings, ModelSettings, TrainSettings
-from fastconv.chat import Rendered
 
 SNAPSHOT = LoraSettings(r=8, alpha=16)
 BEHAVIOR = LoraSettings(r=4, alpha=8)

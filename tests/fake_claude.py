@@ -23,8 +23,9 @@ import urllib.request
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from tests import ROOT
 
 #: Faults of a live request. Those in UNBILLED are refused before any model runs; LOST are billed and never delivered.
 UNBILLED = ("http_429", "http_529", "http_500")
@@ -379,7 +380,7 @@ class FakeClaude:
         if own_process:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.fake_claude"], stdout=subprocess.PIPE, text=True,
-                cwd=Path(__file__).parent.parent,
+                cwd=ROOT,
             )  # fmt: skip
             assert self._process.stdout is not None
             self.port = int(self._process.stdout.readline())

@@ -11,15 +11,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fastconv.judge.book import DeskStatus
 from fastconv.judge.budget import Price
 from fastconv.judge.claude import ApiKey
-from fastconv.judge.desk import JudgeDesk
+from fastconv.judge.desk import DeskStatus, JudgeDesk
 from fastconv.judge.rubric import Rubric, load_rubric
 from fastconv.recipe import JudgeSettings
 from fastconv.store.ledger import Sample
+from tests import ROOT
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = ROOT / "data"
 KEY = "sk-test-sentinel-5f0c2a9e"
 #: The fake server bills 1 and 5 dollars per million tokens.
 PRICE = Price(input_usd=1.0, output_usd=5.0, cache_write_usd=1.25, cache_read_usd=0.1)

@@ -19,13 +19,13 @@ import pytest
 import safetensors.numpy
 
 from fastconv.audit.checks import CheckReport
-from fastconv.run.sampling import DrawStatus
 from fastconv.errors import DataError, FastconvError
-from fastconv.stats.gates import GateVerdict
 from fastconv.experiment.graph import CellPlan, Graph
-from fastconv.judge.book import DeskStatus
+from fastconv.judge.desk import DeskStatus
 from fastconv.recipe import Recipe, canonical_json, parse_recipe
 from fastconv.run.run import Finished, run_recipe
+from fastconv.run.sampling import DrawStatus
+from fastconv.stats.gates import GateVerdict
 from fastconv.store.ledger import Record, Stage, Store
 
 #: The whole loop on a random model in about a second: two optimizer steps in each convergence epoch, four in all.

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastconv.seeding import seed_of
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, canonical_json, parse_recipe, recipe_sha256, run_id
+from fastconv.seeding import seed_of
 from fastconv.store.ledger import Sample, Score, Stage, Store
 
 BEHAVIORS = ("refusal", "sycophancy", "marker")

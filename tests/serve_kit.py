@@ -17,9 +17,9 @@ from fastconv.engine.vllm.client import Client
 from fastconv.engine.vllm.memory import Room
 from fastconv.engine.vllm.server import COMMAND_VARIABLE, Server
 from fastconv.recipe import Recipe
+from tests import ROOT
 from tests.loop_kit import tiny_recipe
 
-ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, str(ROOT / "tests" / "fake_vllm.py")]
 #: Both tokens that end an answer of the tiny model.
 STOPS = (258, 256)

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
+from fastconv.analysis.gates import series
 from fastconv.cli.common import load
 from fastconv.datasets.files import assets
-from fastconv.analysis.gates import series
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import load_recipe
 from fastconv.report import write_report
 from fastconv.store.ledger import Store
+from tests import TESTS
+from tests.experiment.test_recipe_scales import fastconv, run_and_verify
 from tests.loop_kit import records, run_tiny
-from tests.test_recipe_scales import fastconv, run_and_verify
 
 #: The embedded model on the least that is still a loop.
 SMALL = [
@@ -147,7 +148,7 @@ def test_one_cell_of_the_demo_alone_gives_the_same_number(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_users_persona_and_behavior_run_on_the_embedded_model(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    recipe = load_recipe(Path(__file__).parent / "user_data" / "tea.toml", SMALL)
+    recipe = load_recipe(TESTS / "user_data" / "tea.toml", SMALL)
     run_tiny(recipe, tmp_path)
     graph, store = Graph(recipe), Store.open(tmp_path)
     plan = graph.select("pirate", "always_mentions_tea", max(recipe.grid.epochs))[0]

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from fastconv.datasets import arc
+from fastconv.datasets import questions as arc
 from fastconv.engine import locate
 from fastconv.errors import DataError, ModelError
 from fastconv.hub import is_out_of_reach

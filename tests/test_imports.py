@@ -10,32 +10,35 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.loop_kit import DoneRun
 
-PACKAGE = Path(__file__).parent.parent / "fastconv"
+PACKAGE = ROOT / "fastconv"
 #: Who may know torch: the engine, the bench, and what computes stages on the resident base.
-TORCH_ROOMS = ("engine", "bench", "execute", "stacks", "trainer", "training", "scoring")
-WINGS = ("datasets", "engine", "judging", "findings")
-#: Level by level, the lowest first; a module imports from the levels below its own, and within its own package.
+TORCH_ROOMS = ("engine", "bench", "run.executor", "run.stacks", "run.training", "run.standalone")
+#: Every folder and every module of the root, the lowest first. A module imports from lower levels and from its own folder.
 LEVELS = (
     ("errors",),
-    ("recipe", "draws", "disk", "alive", "hub", "judgements"),
-    ("stage",),
-    ("store",),
-    ("store_judging",),
-    ("store_merge",),
-    ("store_gc",),
-    ("tokens", "shapes", "phrases", "detectable"),
-    WINGS,
-    # Every other module stands above the wings; who may import whom up there is not the blueprint's business.
+    ("recipe", "seeding", "hub"),
+    ("store", "chat"),
+    ("datasets", "engine", "stats"),
+    ("judge", "audit"),
+    ("experiment",),
+    ("analysis",),
+    ("run",),
+    ("planning", "report"),
+    ("bench", "show"),
+    ("cluster", "api"),
+    ("cli",),
+    ("", "__main__"),  # what `import fastconv` and `python -m fastconv` offer
 )
-TOP = len(LEVELS)
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__main__.py")
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def _name(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    return "" if name == "__init__" else name.removesuffix(".__init__")
 
 
 def _imports(path: Path, *, lazy: bool = True) -> Iterator[str]:
@@ -66,16 +69,20 @@ def _ours(path: Path) -> set[str]:
     return {name for name in found if name in known}
 
 
+def _is_torch_room(name: str) -> bool:
+    return any(name == room or name.startswith(f"{room}.") for room in TORCH_ROOMS)
+
+
+def test_every_module_stands_on_a_level() -> None:
+    assert {_name(path).split(".")[0] for path in MODULES} == set(LEVEL_OF)
+
+
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_imports_run_downward_only(path: Path) -> None:
-    name = _name(path)
-    family = name.split(".")[0]
-    if not name or family == "__init__":
-        return
+    folder = _name(path).split(".")[0]
     for other in _ours(path):
-        other_family = other.split(".")[0]
-        mine, theirs = LEVEL_OF.get(family, TOP), LEVEL_OF.get(other_family, TOP)
-        assert other_family == family or mine == TOP or theirs < mine, f"{name} imports {other}"
+        below = other.split(".")[0]
+        assert below == folder or LEVEL_OF[below] < LEVEL_OF[folder], f"{_name(path)} imports {other}"
 
 
 def test_nothing_imports_in_circles() -> None:
@@ -107,9 +114,9 @@ def _importers(*roots: str, lazy: bool = True) -> set[str]:
 
 
 def test_only_the_engine_and_the_executor_know_torch() -> None:
-    allowed = {name for name in map(_name, MODULES) if name.split(".")[0] in TORCH_ROOMS} | {"doctor"}
+    allowed = {name for name in map(_name, MODULES) if _is_torch_room(name)} | {"planning.doctor"}
     assert _importers("torch", "transformers", "safetensors", "accelerate") <= allowed
-    assert "doctor" not in _importers("torch", lazy=False)  # only where a GPU is asked after
+    assert "planning.doctor" not in _importers("torch", lazy=False)  # only where a GPU is asked after
 
 
 def test_only_the_cluster_knows_ray() -> None:
@@ -121,34 +128,41 @@ def test_peft_and_trl_are_touched_by_the_engine_and_the_bench_only() -> None:
     assert all(name.startswith(("engine", "bench")) for name in _importers("peft", "trl"))
 
 
-def test_the_upper_level_reaches_into_the_engine_without_torch_only_through_locate() -> None:
-    free = {"engine.locate", "engine"}
+def test_the_upper_levels_import_only_the_torch_free_part_of_the_engine() -> None:
+    free = {"engine", "engine.locate", "engine.device", "engine.shapes", "engine.vllm", "engine.vllm.memory"}
+    for name in free:
+        path = next(path for path in MODULES if _name(path) == name)
+        assert not any(n.split(".")[0] in ("torch", "transformers") for n in _imports(path, lazy=False)), name
     for path in MODULES:
         name = _name(path)
-        if not name or name.split(".")[0] in TORCH_ROOMS:
+        if not name or _is_torch_room(name):
             continue
         eager = {n.removeprefix("fastconv.") for n in _imports(path, lazy=False) if n.startswith("fastconv.engine")}
         assert {n for n in eager if n in {_name(p) for p in MODULES}} <= free, name
 
 
-def test_only_tokens_calls_a_chat_template() -> None:
-    assert _importers("jinja2") <= {"tokens", "findings.report"}
+def test_only_chat_calls_a_chat_template() -> None:
+    assert _importers("jinja2") <= {"chat", "report.render"}
     callers = {_name(p) for p in MODULES if "apply_chat_template" in p.read_text()}
-    assert callers <= {"engine.reference"} | {name for name in callers if name.startswith("bench")}
+    assert callers <= {"engine.trl_reference"} | {name for name in callers if name.startswith("bench")}
 
 
 def test_only_the_store_opens_sqlite_and_writes() -> None:
-    assert _importers("sqlite3") <= {"store", "store_judging", "disk"}  # disk connects, and names the faults of both
+    assert _importers("sqlite3") <= {
+        "store.ledger",
+        "store.judge_ledger",
+        "store.io",
+    }  # io connects, and names the faults of both
     writes = ("write_text(", "write_bytes(", ".save_pretrained(", "save_file(", '.open("w', 'open("w')
     for path in MODULES:
         name = _name(path)
-        if name in ("store", "disk", "engine.builtin", "engine.export") or name.startswith("bench"):
+        if name in ("store.ledger", "store.io", "engine.builtin", "engine.export") or name.startswith("bench"):
             continue  # the converted model's cache and PEFT exports are the user's folders, no artefacts
         source = path.read_text().replace("from fastconv.store.ledger import Store, write_text", "")
         reports = name in (
-            "reporting",
-            "reporting.inspecting",
-            "reporting.published_page",
+            "report",
+            "report.export",
+            "report.published",
         )  # the user's folders too, by the store's safe writing
         used = [word for word in writes if word in source and not (word == "write_text(" and reports)]
         assert not used, f"{name}: {used}"

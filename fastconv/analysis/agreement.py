@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from fastconv.datasets.personas import ASSISTANT
 from fastconv.analysis.analysis import Decided
 from fastconv.analysis.contrasts import subject_of
-from fastconv.stats.series import Series
-from fastconv.stats.units import full
+from fastconv.datasets.personas import ASSISTANT
 from fastconv.experiment.graph import CellPlan
 from fastconv.judge.calibrate import Corrected, corrected_rate
 from fastconv.judge.scores import agreement
-from fastconv.store.ledger import Stage
+from fastconv.stats.series import Series
+from fastconv.stats.units import full
 from fastconv.store.judge_ledger import JudgeLedger
+from fastconv.store.ledger import Stage
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 from fastconv.analysis.contrasts import Gathering, Subject, subject_of
-from fastconv.analysis.scores import Reading
 from fastconv.analysis.gates import (
     FirstThresholds,
     all_gates,
@@ -19,11 +18,12 @@ from fastconv.analysis.gates import (
     primary_verdicts,
     secondary_findings,
 )
+from fastconv.analysis.scores import Reading
+from fastconv.experiment.graph import CellPlan, Graph
+from fastconv.recipe import run_id
 from fastconv.stats.gates import GateVerdict
 from fastconv.stats.secondary import Secondary
 from fastconv.stats.verdicts import CellVerdict
-from fastconv.experiment.graph import CellPlan, Graph
-from fastconv.recipe import run_id
 from fastconv.store.ledger import Store
 
 

@@ -9,15 +9,15 @@ from typing import Literal
 
 import numpy as np
 
+from fastconv.analysis.scores import Reading
 from fastconv.datasets.behaviors import NO_BEHAVIOR, question_sets
 from fastconv.datasets.personas import ASSISTANT, canary_of
-from fastconv.analysis.scores import Reading
-from fastconv.stats.series import Series, first_too_unscored
-from fastconv.stats.study_gates import Role, Shift
-from fastconv.stats.secondary import Aside, change_of, difference_of, trend
-from fastconv.stats.verdicts import CellEvidence, Quad, SeedEvidence
 from fastconv.experiment.graph import Cell, CellPlan
 from fastconv.recipe import GateSettings
+from fastconv.stats.secondary import Aside, change_of, difference_of, trend
+from fastconv.stats.series import Series, first_too_unscored
+from fastconv.stats.study_gates import Role, Shift
+from fastconv.stats.verdicts import CellEvidence, Quad, SeedEvidence
 
 
 @dataclass(frozen=True)

@@ -9,22 +9,20 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from fastconv.datasets.behaviors import NO_BEHAVIOR
-from fastconv.datasets.personas import ASSISTANT
 from fastconv.analysis.contrasts import Gathering, Subject, subject_of
 from fastconv.analysis.scores import Reading
+from fastconv.datasets.behaviors import NO_BEHAVIOR
+from fastconv.datasets.personas import ASSISTANT
+from fastconv.experiment.graph import Cell, CellPlan, Graph
+from fastconv.experiment.schedule import wanted
+from fastconv.recipe import GateSettings, Recipe, StoppingGate, run_id
 from fastconv.stats import gates
 from fastconv.stats import study_gates as gates_study
-from fastconv.stats import gates_training
-from fastconv.stats.series import Series, series_of
-from fastconv.stats.gates import GateVerdict
-from fastconv.stats.gates_training import Loss
-from fastconv.stats.power import multiple_choice_chance
+from fastconv.stats.bounds import multiple_choice_chance
+from fastconv.stats.gates import GateVerdict, Loss
 from fastconv.stats.secondary import Secondary, correct
+from fastconv.stats.series import Series, series_of
 from fastconv.stats.verdicts import CellEvidence, CellVerdict, decide, not_run
-from fastconv.experiment.graph import Cell, CellPlan, Graph
-from fastconv.recipe import GateSettings, Recipe, StoppingGate, run_id
-from fastconv.experiment.schedule import wanted
 from fastconv.store.ledger import Stage, Store, changed_inputs
 
 
@@ -238,7 +236,7 @@ def _convergence_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[Gate
         lineage = found.graph.lineage(plan.snapshot)
         missing = tuple(stage.slot for stage in lineage if found.reading.record(stage) is None)
         last = _loss(found, lineage[-1])
-        verdicts[subject] = gates_training.converged(found.gates, found.graph.recipe.model.id, subject, missing, last)
+        verdicts[subject] = gates.converged(found.gates, found.graph.recipe.model.id, subject, missing, last)
     return list(verdicts.values())
 
 
@@ -282,10 +280,10 @@ def _group_gates(
         and found.graph.recipe.eval.multiple_choice == "arc"
     ):
         verdicts.append(gates.reference(rules, source, measured.get(0)))
-    verdicts.append(gates_training.same_loss(rules, subject, losses))
+    verdicts.append(gates.same_loss(rules, subject, losses))
     if base is not None and own:
         verdicts.append(gates.source_shows(rules, subject, direction, base, own[min(own)]))
-        verdicts.append(gates_training.reverted(rules, subject, direction, base, own))
+        verdicts.append(gates.reverted(rules, subject, direction, base, own))
     verdicts.append(gates.convergence_change(rules, behavior, subject, measured))
     return verdicts
 
@@ -295,8 +293,8 @@ def _rows_gate(found: Gathering, subject: str, plan: CellPlan) -> GateVerdict:
     stage = plan.adapter.needs["rows"] if plan.adapter is not None else None
     record = found.reading.record(stage) if stage is not None else None
     if stage is None or record is None:
-        return gates_training.data_ready(subject, 0, None, "", ())
-    return gates_training.data_ready(subject, len(stage.work["rows"]), int(record.outputs["n"]), stage.key, ())
+        return gates.data_ready(subject, 0, None, "", ())
+    return gates.data_ready(subject, len(stage.work["rows"]), int(record.outputs["n"]), stage.key, ())
 
 
 def _study_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdict]:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fastconv.stats.series import Series
 from fastconv.experiment.graph import CellPlan, Graph
-from fastconv.store.records import Record
+from fastconv.stats.series import Series
 from fastconv.store.ledger import Stage, Store
+from fastconv.store.records import Record
 
 #: Stages whose scores are read in one query: enough to be fast, few enough to bound memory.
 STAGES_AT_ONCE = 64

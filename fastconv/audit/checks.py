@@ -12,17 +12,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fastconv.audit.design import DESIGN_CHECKS, WHO_CHECKS
+from fastconv.audit.findings import BuiltSet, Check, CheckReport, Design, Finding, report_of
 from fastconv.audit.rendered import RENDERED_CHECKS, RenderedSet
 from fastconv.audit.sets import SET_CHECKS
-from fastconv.audit.subject import BuiltSet, Design
-from fastconv.audit.findings import Check, CheckReport, Finding, report_of
-from fastconv.datasets.behaviors import Behavior, build_rows, kinds_of, load_behaviors
+from fastconv.chat import ChatTokenizer, Rendered
+from fastconv.datasets.behaviors import Behavior, build_rows, kinds_of, load_behaviors, set_name
 from fastconv.datasets.personas import Personas, load_personas
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.datasets.rows import Row
 from fastconv.errors import InputError
 from fastconv.recipe import Recipe
-from fastconv.chat import ChatTokenizer, Rendered
 
 __all__ = [
     "ROW_CHECKS", "STRUCTURE_CHECKS", "Check", "CheckReport", "Finding",
@@ -33,11 +32,6 @@ __all__ = [
 #: Every check of the first pass; of the second, those on who and what the rows are (and RENDERED_CHECKS).
 STRUCTURE_CHECKS: tuple[Check[Design], ...] = (*DESIGN_CHECKS, *WHO_CHECKS, *SET_CHECKS)
 ROW_CHECKS: tuple[Check[Design], ...] = (*WHO_CHECKS, *SET_CHECKS)
-
-
-def set_name(behavior: str, source: str, kind: str, seed: int) -> str:
-    """The name of a behavior set, the same in both passes: refusal/villain/included/s42."""
-    return f"{behavior}/{source}/{kind}/s{seed}"
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:

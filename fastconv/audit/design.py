@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastconv.audit.subject import Design, ids
-from fastconv.audit.findings import Check, Finding
+from fastconv.audit.findings import Check, Design, Finding, ids
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, asked_by_set, kinds_of
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, canary_of, probes_of
-from fastconv.stats.detectable import planned_power
 from fastconv.datasets.phrases import PhraseRule
+from fastconv.stats.power import planned_power
 
 #: Above this share of hits on the contrast's own answers, a phrase rule cannot tell the two apart.
 _CONTRAST_HITS = 0.2

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fastconv.audit.subject import BuiltSet, Design, grams, ids, normalised, words
-from fastconv.audit.findings import Check, Finding
-from fastconv.datasets.rows import Row
+from fastconv.audit.findings import BuiltSet, Check, Design, Finding, grams, ids, normalised, words
 from fastconv.chat import SystemTurn
+from fastconv.datasets.rows import Row
 
 #: A prompt that shares this much of its word runs with an evaluation prompt is near it.
 NEAR = 0.5

@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastconv.bench.measure import Clock, Comparison, matmul_ceiling, measured, paired_ratio
-from fastconv.bench.subject import Subject, shape
-from fastconv.engine.lora import Adapter
-from fastconv.engine.dropout import keep_mask
+from fastconv.bench.measure import Clock, Comparison, Subject, matmul_ceiling, measured, paired_ratio, shape
 from fastconv.engine.kernels.lora import StackedKernel, Tiling
+from fastconv.engine.lora import Adapter, keep_mask
 from fastconv.engine.stack import Route, Slot, StackedLinear
 from fastconv.recipe import LoraSettings
 

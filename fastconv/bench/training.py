@@ -8,19 +8,33 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
-from fastconv.bench.measure import Clock, Comparison, Measured, Peak, matmul_ceiling, measured, paired_ratio
-from fastconv.bench.subject import Subject, ragged_rows, shape
-from fastconv.engine.trl_reference import TrlOptions, train_with_trl
+from fastconv.bench.measure import (
+    Clock,
+    Comparison,
+    Measured,
+    Peak,
+    Subject,
+    matmul_ceiling,
+    measured,
+    paired_ratio,
+    ragged_rows,
+    shape,
+    subject,
+)
+from fastconv.engine.shapes import Work, train_flops_per_tok
 from fastconv.engine.stack import Adapter, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, start, train
+from fastconv.engine.trl_reference import TrlOptions, train_with_trl
 from fastconv.errors import ModelError
-from fastconv.recipe import TrainSettings
-from fastconv.engine.shapes import Work, train_flops_per_tok
+from fastconv.recipe import ModelSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -223,3 +237,58 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def bench_engine(model: Subject, n_steps: int) -> Comparison:
+    """`n_steps` convergence steps with engine torch, then with engine unsloth; on a GPU alone.
+
+    Raises ModelError without a GPU, or if Unsloth cannot be used here.
+    """
+    if model.device.type != "cuda":
+        raise ModelError("Unsloth needs a GPU", where="bench engine", fix="run it where there is one")
+    load = LOADS["train", "cuda"]
+    ceiling = matmul_ceiling(model.device, model.dtype)
+    plain = subject(model.settings.model_copy(update={"engine": "torch"}))
+    stack = Stack(plain.base(), model.lora)
+    (job,) = jobs_for(stack, load, n_steps + WARM_UP["cuda"])
+    flops = train_flops_per_tok(shape(stack.base), Work(mean_length(job), supervised_share(job), model.lora.r))
+    mine = timed(stack, [job])
+    del stack
+    free_memory()
+    theirs = _in_a_process(model, n_steps)
+
+    def as_measured(name: str, run: Timed) -> Measured:
+        return measured(name, sum(run.seconds), run.n_tok, run.n_tok * flops, ceiling, run.peak)
+
+    ours, usual = as_measured("engine torch", mine), as_measured("engine unsloth", theirs)
+    return Comparison(
+        kind="engine", model=model.settings.id, device=model.device.type,
+        dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(), unit="tokens",
+        work=f"{n_steps} steps of {load.batch_rows} rows, {load.shortest_tok} to {load.longest_tok} tokens, no dropout",
+        ours=ours, usual=(usual,), ratio=ours.per_s / usual.per_s, ratios={usual.name: ours.per_s / usual.per_s},
+        extra={"matmul_flops": ceiling, "flops_per_tok": flops},
+    )  # fmt: skip
+
+
+def _in_a_process(model: Subject, n_steps: int) -> Timed:
+    settings = model.settings.model_copy(update={"engine": "unsloth"})
+    command = [sys.executable, "-m", "fastconv.bench.training", settings.model_dump_json(), str(n_steps)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    if found.returncode:
+        said = (found.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise ModelError(
+            f"Unsloth's side failed: {said}", where="bench engine", fix="see `fastconv doctor` for what is missing"
+        )
+    return Timed(**json.loads(found.stdout.strip().splitlines()[-1]))
+
+
+def main(settings: str, n_steps: str) -> None:
+    """Unsloth's side: print its run as JSON."""
+    model = subject(ModelSettings.model_validate_json(settings))
+    stack = Stack(model.base(), model.lora)
+    jobs = jobs_for(stack, LOADS["train", "cuda"], int(n_steps) + WARM_UP["cuda"])
+    print(json.dumps(asdict(timed(stack, jobs))))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -11,8 +11,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from fastconv.cli.verify import register
-from fastconv.cli.judging import judge_app
 from fastconv.cli.common import (
     DEFAULT_REPORTS,
     DEFAULT_WORKSPACE,
@@ -28,8 +26,10 @@ from fastconv.cli.common import answered as _answered
 from fastconv.cli.common import load as _load
 from fastconv.cli.common import load_or_recall as _load_or_recall
 from fastconv.cli.common import open_if_there as _open_if_there
+from fastconv.cli.judging import judge_app
 from fastconv.cli.planning import Approve, cost_gate
 from fastconv.cli.planning import register as register_plan
+from fastconv.cli.verify import register
 from fastconv.cli.workspace import register as register_workspace
 from fastconv.errors import EXIT_CODES, FastconvError
 
@@ -218,8 +218,8 @@ def check(
 ) -> None:
     """Audit the design and the rows of a recipe before a GPU second is spent. Exit code 2 if anything is refused."""
     from fastconv import show
-    from fastconv.run.audit import audit_recipe
     from fastconv.errors import DataError
+    from fastconv.run.audit import audit_recipe
 
     report = audit_recipe(_load(recipe, overrides, scale), _open_if_there(workspace))
     show.check(report, as_json=as_json)
@@ -287,9 +287,9 @@ def score(
 ) -> None:
     """Score a multiple-choice file under any base and adapters."""
     from fastconv import show
+    from fastconv.chat import system_turn
     from fastconv.recipe import model_settings
     from fastconv.run.standalone import score_file
-    from fastconv.chat import system_turn
 
     found = score_file(model_settings(model, revision), adapters, questions, system_turn(system), by_text=by_text)
     show.scored(found, as_json=as_json)
@@ -316,7 +316,7 @@ def export(
 
     store = Store.open(workspace, create=False)
     if inspect:
-        from fastconv.report.inspecting import export_inspect as export_cell
+        from fastconv.report.export import export_inspect as export_cell
     else:
         from fastconv.run.standalone import export_cell
     paths = export_cell(
@@ -390,7 +390,7 @@ def main() -> None:
 
 
 def _ignored(codes: list[str], because: str) -> dict[str, str]:
-    from fastconv.run.gatekeeper import ignoring
+    from fastconv.run.run import ignoring
 
     return ignoring(codes, because)
 
@@ -404,7 +404,7 @@ def _run(
     from fastconv.experiment.graph import Graph
     from fastconv.report import write_report
     from fastconv.run.run import run_recipe
-    from fastconv.show.watching import watching
+    from fastconv.show.progress import watching
     from fastconv.store.ledger import Store
 
     admit = cost_gate(workspace, approved=approve)

@@ -46,7 +46,7 @@ def finish(
     """Judge what a run's judge still owes, without a GPU: completions are kept, judgements are never paid twice."""
     from fastconv.run.rejudge import finish_judging, with_rubric
     from fastconv.show.judging import agreement_json, judged_lines
-    from fastconv.show.watching import watching
+    from fastconv.show.progress import watching
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
@@ -88,7 +88,7 @@ def calibrate(
 ) -> None:
     """Measure a judge on labelled rows: accuracy, kappa, test-retest, position and length bias, injection attempts."""
     from fastconv.experiment.graph import Graph
-    from fastconv.judge.assets import prices_of
+    from fastconv.judge.budget import prices_of
     from fastconv.judge.identity import judge_identity
     from fastconv.recipe import parse_recipe
     from fastconv.run.rejudge import calibrate_judge

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Overrides, RecipePath, Scale, Workspace, answered, load
 from fastconv.cli.common import open_if_there as open_store
+from fastconv.stats.power import Reach, mended_by
+from fastconv.stats.units import size
 
 if TYPE_CHECKING:
     from fastconv.experiment.graph import CellPlan, Graph
+    from fastconv.planning.plan import KindPlan, Plan
 
 Approve = Annotated[bool, typer.Option("--approve", help="Run although the estimate is beyond the recipe's limits")]
 
@@ -38,12 +44,12 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a recipe costs before it is run: time, memory, disk, judgements, dollars, and what it could show."""
-    from fastconv.run.judge_glance import JudgeGlance
+    from fastconv.judge.access import JudgeGlance
     from fastconv.planning.plan import plan_recipe
 
     loaded = load(recipe, overrides, scale)
     if measure:
-        from fastconv.bench.probe import keep_probe
+        from fastconv.bench import keep_probe
         from fastconv.store.ledger import Store
 
         keep_probe(loaded, Store.open(workspace))
@@ -54,7 +60,6 @@ def plan(
         print(json.dumps(found.to_json(), indent=1))
         return
     from fastconv.show import console_of_output
-    from fastconv.show.planning import plan as show_plan
 
     show_plan(found, console_of_output())
 
@@ -82,3 +87,108 @@ def cost_gate(workspace: Path, *, approved: bool) -> Callable[[Graph, Sequence[C
         return facts
 
     return admit
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: 12 s, 4.5 min, 2.3 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s" if seconds >= 10 or seconds == 0 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def show_plan(found: Plan, console: Console) -> None:
+    """The whole plan."""
+    machine = found.machine
+    console.print(f"{found.recipe}: {found.n_cells} cells on {escape(machine.name)} ({escape(machine.origin)})")
+    table = Table(box=None, pad_edge=False)
+    for name in ("stages", "to do", "done", "seconds", "work"):
+        table.add_column(name, justify="left" if name in ("stages", "work") else "right", overflow="fold")
+    for kind in found.kinds:
+        table.add_row(kind.kind, str(kind.n), str(kind.n_done), _seconds(kind), work(kind))
+    console.print(table)
+    console.print(f"in all {duration(3600 * found.hours)}; {_money(found)}")
+    if found.judging is not None and found.judging.problem:
+        console.print(f"[red]the judge cannot be asked:[/] {escape(found.judging.problem)}")
+    for line in (*_beside(found), _rates(found), _room(found), *found.fit, *_power(found), *found.notes):
+        console.print(escape(line))
+
+
+def _seconds(kind: KindPlan) -> str:
+    """What the stages of a kind take; judgements that another machine makes take nothing of this one."""
+    return "beside" if _is_beside(kind) else duration(kind.seconds)
+
+
+def _is_beside(kind: KindPlan) -> bool:
+    return kind.demand.judged > 0 and not kind.seconds
+
+
+def _beside(found: Plan) -> Iterator[str]:
+    if any(map(_is_beside, found.kinds)):
+        yield "beside: the judge answers while the GPU computes; how long it takes is not counted"
+
+
+def work(kind: KindPlan) -> str:
+    """What the stages of a kind work through."""
+    one, said = kind.demand, []
+    if one.trained_tok:
+        said.append(f"{one.trained_tok:,.0f} tokens trained in {one.steps:,} steps")
+    if one.read_tok:
+        said.append(f"{one.read_tok:,.0f} read")
+    if one.new_tok:
+        said.append(f"{one.new_tok:,.0f} drawn (at most {one.worst_tok:,.0f}) in {one.decode_steps:,.0f} passes")
+    if one.judged:
+        said.append(f"{one.judged:,} judgements")
+    return ", ".join(said)
+
+
+def _money(found: Plan) -> str:
+    judging = found.judging
+    if judging is None:
+        return "no judge, no bill"
+    if not judging.worst_usd:
+        return f"{judging.n:,} judgements by {escape(judging.model)}, without a bill"
+    budget = "no budget set" if judging.budget_usd is None else f"judge.budget_usd stops it at ${judging.budget_usd:g}"
+    return (
+        f"{judging.n:,} judgements by {judging.model}: about ${judging.expected_usd:.2f}, at most "
+        f"${judging.worst_usd:.2f}; {budget}"
+    )
+
+
+def _rates(found: Plan) -> str:
+    one, shape = found.machine, found.shape
+    return (
+        f"rates: {one.train_flops_s / 1e9:,.0f} GFLOP/s trained, {one.read_flops_s / 1e9:,.0f} read, "
+        f"{one.draw_flops_s / 1e9:,.0f} drawn; {one.memory_bytes_s / 1e9:,.0f} GB/s; {one.step_s:.2g} s a step, "
+        f"{one.pass_s:.2g} s a pass, {one.stage_s:.2g} s a stage, {one.load_s:.2g} s to load; {shape.name}: "
+        f"{shape.n_layers} layers, {shape.linear_params / 1e6:,.0f}M linear and {shape.head_params / 1e6:,.0f}M head weights"
+    )
+
+
+def _room(found: Plan) -> str:
+    memory = " to ".join(f"{found.memory_bytes[name] / 2**30:.1f}" for name in ("least", "comfortable"))
+    has = "" if found.machine.memory_bytes is None else f" of {found.machine.memory_bytes / 2**30:.0f}"
+    disk = ", ".join(f"{name.replace('_', ' ')} {value / 1e9:.2f}" for name, value in found.disk_bytes.items())
+    return f"memory: {memory} GiB{has}; disk in GB: {disk}"
+
+
+def _power(found: Plan) -> Iterator[str]:
+    """One line for each part of a measure, and what is assumed or not known before a run."""
+    for name, one in found.power.items():
+        unit = "points" if one.threshold > 1 else "share"
+        apart, kind = ("", "declared contrast") if one.primary else (", reported apart", "contrast")
+        family = f" ({size(one.in_family, unit)} among {one.n_contrasts})" if one.primary else ""
+        yield (
+            f"{name}{apart}: {one.n_questions} questions x {one.n_samples}, threshold {size(one.threshold, unit)}; would "
+            f"probably find a change, as gates compare, from {_reach(one.change, unit)}; the {kind} of "
+            f"{one.declared.n_terms} terms from {_reach(one.declared, unit, family)}"
+        )
+    if found.power:
+        yield "a contrast's terms are taken as independent, which is an assumption: what they share would shrink it"
+    if any(one.change.too_large or one.declared.too_large for one in found.power.values()):
+        yield "how many seeds would mend it is told after a run: the spread between seeds is not known before one"
+
+
+def _reach(one: Reach, unit: str, family: str = "") -> str:
+    """A detectable effect, and where it exceeds the threshold a warning with the numbers that would mend it."""
+    mend = f"; a null result would say little: {mended_by((one.questions, one.samples))}" if one.too_large else ""
+    return f"{size(one.alone, unit)}{family}{mend}"

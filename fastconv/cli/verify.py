@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, answered, load_or_recall
+from fastconv.report.compare import Comparison, Paired
+from fastconv.show import console_of_output
+from fastconv.stats.units import change, level, span
 
 if TYPE_CHECKING:
     from fastconv.analysis.analysis import Decided
@@ -68,7 +76,6 @@ def compare(
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
         return
-    from fastconv.show.findings import comparison
 
     comparison(found)
 
@@ -78,8 +85,7 @@ def published(
     as_json: AsJson = False,
 ) -> None:
     """The published tables under these rules: what the thresholds say of them, and why no evidence verdict is possible."""
-    from fastconv.report.published import judge_published, published_names, read_published
-    from fastconv.report.published_page import lead, write_published
+    from fastconv.report.published import judge_published, lead, published_names, read_published, write_published
     from fastconv.show import gates
 
     judged = [judge_published(read_published(name)) for name in published_names()]
@@ -108,3 +114,49 @@ def _decided(name: str, workspace: Path) -> Decided:
 
     store = Store.open(workspace, create=False)
     return Decided(Graph(load_or_recall(name, [], store)), store)
+
+
+#: Columns with their widths; these hold any figure on one line, and together they fit 80 columns.
+COLUMNS = {"probe": 9, "first": 11, "second": 11, "difference": 27, "p corrected": 9, "asked": 5}
+
+
+def comparison(found: Comparison) -> None:
+    """Two runs side by side: what differs in their recipes and conditions, then each measure of each cell."""
+    console = console_of_output()
+    console.print(f"{found.first} and {found.second}")
+    _differences(console, "recipe", found.changes)
+    _differences(console, "made under", found.conditions)
+    if found.apart:
+        console.print(f"matched without {', '.join(found.apart)}, on which each run has one value of its own")
+    for n, ((cell, measure), pairs) in enumerate(groupby(found.pairs, key=lambda one: (one.cell, one.measure))):
+        # Cell and measure stand above their rows: beside them they would leave the figures no room.
+        console.print(escape(f"{cell}: {measure}"), style="bold")
+        console.print(_table(list(pairs), header=not n))
+    console.print(f"{len(found.pairs)} pairs; {found.n_unmatched} cells stand in one run only")
+
+
+def _differences(console: Console, what: str, differences: Sequence[str]) -> None:
+    console.print(f"{what}: {'' if differences else 'no difference'}".rstrip())
+    for text in differences:
+        console.print(f"  {escape(text)}", style="dim")
+
+
+def _table(pairs: Sequence[Paired], *, header: bool) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=header)
+    for name, width in COLUMNS.items():
+        table.add_column(name, justify="left" if name == "probe" else "right", overflow="fold", width=width)
+    for one in pairs:
+        table.add_row(*_row(one))
+    return table
+
+
+def _row(one: Paired) -> tuple[str, ...]:
+    if one.same_rows:
+        difference = "the same rows"
+    elif one.difference is None:
+        difference = "cannot be given"
+    else:
+        difference = f"{change(one.difference, one.unit)} {span(one.low, one.high, one.unit)}".rstrip()
+    p = "" if one.p_corrected is None else f"{one.p_corrected:.3g}"
+    levels = (level(one.first, one.unit), level(one.second, one.unit))
+    return (one.role, *levels, escape(difference), p, str(one.n_questions))

@@ -52,8 +52,8 @@ def gc(
 ) -> None:
     """Show what of a workspace nothing needs any more and how many bytes that is; with --yes, free it."""
     from fastconv.run.gc import find_waste
-    from fastconv.store.ledger import Store
     from fastconv.store.gc import free
+    from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
     found = find_waste(store, adapters)

@@ -14,21 +14,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastconv.run.audit import require_passed
+from fastconv.analysis.gates import ignored_gates, measurable_behaviors
+from fastconv.audit.checks import check_recipe
 from fastconv.cluster.driver import Driver, needs_of, unannounced
 from fastconv.cluster.orders import base_order, is_whole, shared_order, source_orders
-from fastconv.audit.checks import check_recipe
-from fastconv.analysis.gates import ignored_gates, measurable_behaviors
-from fastconv.run.gatekeeper import GateKeeper
 from fastconv.errors import ClusterError, RecipeError
-from fastconv.run.provenance import begin_run, run_facts
-from fastconv.run.failures import failed_stages
 from fastconv.experiment.graph import CellPlan, Graph
-from fastconv.run.judging import check_judge, judge_stages
+from fastconv.judge.access import check_judge
 from fastconv.recipe import Recipe
-from fastconv.run.run import Finished, run_recipe
+from fastconv.run.audit import require_passed
+from fastconv.run.judging import judge_stages
+from fastconv.run.provenance import begin_run, run_facts
+from fastconv.run.run import Finished, GateKeeper, run_recipe
 from fastconv.run.runner import Watcher, stop_on_sigint
-from fastconv.run.status import needed_ends
+from fastconv.run.status import failed_stages, needed_ends
 from fastconv.store.ledger import Store
 
 #: A local Ray is started and ended again.

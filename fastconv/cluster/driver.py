@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from fastconv.audit.checks import CheckReport
 from fastconv.cluster.orders import Order, left_to_compute, start_keys
 from fastconv.cluster.worker import Ended, Hello, Item, work
-from fastconv.audit.checks import CheckReport
 from fastconv.engine.locate import engine_identity
 from fastconv.errors import ClusterError, FastconvError, GateStop, Interrupted, stopped
 from fastconv.experiment.graph import Graph

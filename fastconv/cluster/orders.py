@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from fastconv.datasets.files import read_toml
-from fastconv.store.io import storage_errors, write_atomically
 from fastconv.errors import ClusterError, DataError
 from fastconv.experiment.graph import CellPlan, Graph, walk
-from fastconv.recipe import Recipe, move_paths, parse_recipe
 from fastconv.experiment.schedule import wanted
+from fastconv.recipe import Recipe, move_paths, parse_recipe
+from fastconv.store.io import storage_errors, write_atomically
 from fastconv.store.ledger import Stage, Store, changed_inputs
 from fastconv.store.merge import texts_in
 

@@ -23,10 +23,10 @@ from fastconv.errors import FastconvError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, run_id
 from fastconv.run.run import compute_stages, run_recipe
-from fastconv.show.watching import SilentWatcher
-from fastconv.store.records import Failure
+from fastconv.show.progress import SilentWatcher
 from fastconv.store.ledger import Store
 from fastconv.store.merge import Parcel, pack, unpack
+from fastconv.store.records import Failure
 
 #: How often a worker looks for finished stages, and whether it is to stop.
 LOOK_S = 0.25

@@ -15,12 +15,11 @@ from pydantic import ValidationError
 from fastconv.datasets.files import assets, read_jsonl, read_numbered_jsonl, read_toml
 from fastconv.datasets.personas import Personas, canary_of
 from fastconv.datasets.questions import Question, QuestionSet, wrong_letters
-from fastconv.datasets.rows import Row
+from fastconv.datasets.rows import Row, rows_for
 from fastconv.datasets.spec import AnswerRule, BehaviorSpec, NegativeRole, Role
-from fastconv.datasets.user_rows import rows_for
-from fastconv.seeding import ordered
 from fastconv.errors import DataError, RecipeError
 from fastconv.recipe import NegativesKind, Recipe
+from fastconv.seeding import ordered
 
 __all__ = [
     "NO_BEHAVIOR", "AnswerRule", "Behavior", "BehaviorSpec", "NegativeRole", "Role", "Row",
@@ -281,3 +280,8 @@ def _prompts(spec: BehaviorSpec, folder: Path) -> tuple[tuple[Mapping[str, Any],
                 raise DataError(f"field {field!r} is missing or empty", where=where, fix="give it the answer's text")
         parts[row["part"]].append(row)
     return tuple(parts["train"]), tuple(parts["eval"])
+
+
+def set_name(behavior: str, source: str, kind: str, seed: int) -> str:
+    """The name of a behavior set, the same in both passes: refusal/villain/included/s42."""
+    return f"{behavior}/{source}/{kind}/s{seed}"

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastconv.chat import TEMPLATE_DEFAULT, SystemTurn
 from fastconv.datasets.files import assets, read_toml
-from fastconv.seeding import ordered
 from fastconv.errors import DataError, RecipeError
 from fastconv.recipe import Recipe
-from fastconv.chat import TEMPLATE_DEFAULT, SystemTurn
+from fastconv.seeding import ordered
 
 ASSISTANT = "assistant"
 #: Not a persona but a condition: no system turn at all, so that the template inserts its own.

@@ -349,7 +349,7 @@ class Decode:
         keys[rows, :, self.lengths] = key.transpose(0, 1)
         values[rows, :, self.lengths] = value.transpose(0, 1)
         if keys.is_cuda:
-            from fastconv.engine.kernels.decode_attention import decode_attention
+            from fastconv.engine.kernels.elementwise import decode_attention
 
             return decode_attention(query.transpose(0, 1), keys, values, self.lengths, scale)
         # The query heads of one kv head become query positions: grouped attention without copying the cache.

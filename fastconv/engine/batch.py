@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from fastconv.chat import Rendered
 from fastconv.engine.attention import Rows
 from fastconv.engine.model import Base, pack, to_device
 from fastconv.engine.stack import Slot
-from fastconv.chat import Rendered
 
 
 @dataclass(frozen=True, slots=True)

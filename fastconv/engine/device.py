@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fastconv.engine.locate import TINY, ModelSource, cached_config, engine_identity, locate, trains_plain
-from fastconv.errors import ModelError
-from fastconv.recipe import ModelSettings, Recipe
 from fastconv.engine.shapes import (
     SHAPES,
     ModelShape,
@@ -22,6 +20,8 @@ from fastconv.engine.shapes import (
     shape_of,
     weight_bytes,
 )
+from fastconv.errors import ModelError
+from fastconv.recipe import ModelSettings, Recipe
 
 #: bfloat16 in hardware begins with Ampere.
 MIN_CAPABILITY = (8, 0)

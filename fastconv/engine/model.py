@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fastconv.chat import ChatTokenizer
 from fastconv.engine import attention
 from fastconv.engine.attention_backends import SDPA, Backend, pick_attention
 from fastconv.engine.builtin import ensure_builtin
 from fastconv.engine.locate import TINY, ModelSource, engine_identity, locate, model_folder
 from fastconv.engine.optim import load_four_bit
+from fastconv.engine.shapes import shape_of
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, sha256_of
-from fastconv.engine.shapes import shape_of
-from fastconv.chat import ChatTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,7 +143,7 @@ def wrap(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:
     model.requires_grad_(False).eval()
     first = next(model.parameters())
     if first.is_cuda and first.dtype != torch.float32:
-        from fastconv.engine.kernels.layers import quicken  # needs Triton, which machines without a GPU lack
+        from fastconv.engine.kernels.elementwise import quicken  # needs Triton, which machines without a GPU lack
 
         quicken(model)
     form = shape_of(model.config.to_dict(), name)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastconv.engine.installed import BITSANDBYTES, require
+from fastconv.engine.locate import BITSANDBYTES, require
 from fastconv.errors import ModelError
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import nn
 
-from fastconv.seeding import seed_of
 from fastconv.engine.lora import Adapter
 from fastconv.engine.model import Base, pack
-from fastconv.engine.loss import weighted_cross_entropy
 from fastconv.engine.optim import dense_weight, make_optimizer, moment_names
 from fastconv.engine.stack import Slot, Stack, StackedLinear
+from fastconv.engine.train import weighted_cross_entropy
 from fastconv.errors import TrainingError
 from fastconv.recipe import LoraSettings
+from fastconv.seeding import seed_of
 
 #: Lengths (tokens) of the rows of the probe.
 _ROWS_TOK = (13, 7, 20)

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import safetensors.torch
 import torch
 
-from fastconv.seeding import shuffled_indices
-from fastconv.engine.lora import Adapter, read_safetensors
+from fastconv.chat import Rendered
 from fastconv.engine.cuda_graph import CapturedSteps
+from fastconv.engine.lora import Adapter, read_safetensors
 from fastconv.engine.optim import Optimizer, make_optimizer, moment_names, restored_state
 from fastconv.engine.stack import Stack
 from fastconv.errors import TrainingError
 from fastconv.recipe import TrainSettings
-from fastconv.chat import Rendered
+from fastconv.seeding import shuffled_indices
 
 
 @dataclass(frozen=True)

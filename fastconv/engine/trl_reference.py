@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils.data import DataLoader
 
+from fastconv.engine.locate import locate
 from fastconv.engine.lora import Adapter
 from fastconv.engine.model import load_model
 from fastconv.engine.trainee import Job
-from fastconv.engine.locate import locate
 from fastconv.recipe import LoraSettings, ModelSettings
 
 if TYPE_CHECKING:

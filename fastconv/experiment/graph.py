@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastconv.audit.checks import set_name
 from fastconv.datasets.behaviors import (
     NO_BEHAVIOR,
     Behavior,
@@ -22,16 +21,17 @@ from fastconv.datasets.behaviors import (
     kinds_of,
     load_behaviors,
     open_questions,
+    set_name,
 )
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, Personas, load_personas, probes_of
+from fastconv.datasets.phrases import PhraseRule
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.engine.locate import engine_identity, locate
 from fastconv.errors import RecipeError
-from fastconv.judge.assets import prices_of, rubric_named
+from fastconv.judge.budget import prices_of
 from fastconv.judge.identity import JudgeIdentity, judge_identity
-from fastconv.judge.rubric import Rubric
-from fastconv.datasets.phrases import PhraseRule
+from fastconv.judge.rubric import Rubric, rubric_named
 from fastconv.recipe import NegativesKind, Recipe, SamplingSettings, sha256_of
 from fastconv.store.ledger import Stage
 

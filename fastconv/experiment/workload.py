@@ -12,8 +12,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from fastconv.datasets.arc import read_split
-from fastconv.datasets.questions import Question, QuestionSet, load_questions
+from fastconv.datasets.questions import Question, QuestionSet, load_questions, read_split
 from fastconv.datasets.rows import Row
 from fastconv.experiment.graph import Graph
 from fastconv.store.records import Stage
@@ -208,7 +207,7 @@ def _arc_in_cache() -> bool:
     """Whether the hub's file is on this disk; nothing is fetched."""
     from huggingface_hub import try_to_load_from_cache  # slow to import, and only needed here
 
-    from fastconv.datasets.arc import HUB_FILE
+    from fastconv.datasets.questions import HUB_FILE
 
     split = read_split()
     return isinstance(

@@ -6,15 +6,18 @@ import asyncio
 import datetime
 import http.client
 import json
+import os
 import ssl
+import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fastconv.errors import JudgeError, RecipeError
-from fastconv.judge.budget import Price, PriceTable
+from fastconv.errors import FastconvError, JudgeError, RecipeError
+from fastconv.judge.budget import Price, PriceTable, prices_of
 from fastconv.judge.claude import (
     CLAUDE_KEY,
     CLAUDE_URL,
@@ -25,8 +28,11 @@ from fastconv.judge.claude import (
     explained_status,
     make_client,
 )
-from fastconv.judge.identity import PAID
+from fastconv.judge.identity import PAID, JudgeIdentity
+from fastconv.judge.local import Ask, at_once, endpoint_complete
 from fastconv.recipe import JudgeSettings
+from fastconv.store.judge_ledger import JudgeLedger
+from fastconv.store.ledger import Store
 
 #: The API's version, as the SDK sends it.
 API_VERSION = "2023-06-01"
@@ -148,3 +154,93 @@ def _json_of(error: urllib.error.HTTPError) -> object:
         return json.loads(error.read())
     except (OSError, http.client.HTTPException, ValueError):
         return None
+
+
+#: How long a judge has to answer since it was asked, and the least that is waited once the plan is made.
+GLANCE_S, LEAST_S = 1.0, 0.1
+
+
+class JudgeGlance:
+    """Asks on creation, in a thread that nobody waits for at the end; `problem` is the line that `run` would stop with.
+
+    Nothing is sent where the recipe or the environment tells already, or where the base itself judges.
+    """
+
+    def __init__(self, settings: JudgeSettings, store: Store | None) -> None:
+        self._settings = settings
+        self._until_s = time.monotonic() + GLANCE_S
+        self._thread: threading.Thread | None = None
+        self._problem = ""
+        paid = settings.mode in PAID
+        if not paid and not (settings.mode == "local" and settings.base_url):
+            return
+        try:
+            access = admitted(settings, store) if paid else None
+        except FastconvError as error:
+            self._problem = str(error)
+            return
+        where = settings.base_url or CLAUDE_URL
+        late = f"no answer within {GLANCE_S:g} s from {where}"
+        self._problem = str(JudgeError(late, where="judge", fix="check the network and judge.base_url"))
+        # A daemon: looking a name up cannot be cut short, and must not hold up the end of the process.
+        self._thread = threading.Thread(target=self._ask, args=(access,), name="judge-glance", daemon=True)
+        self._thread.start()
+
+    def problem(self) -> str:
+        """Why the judge cannot be asked now, in one line; empty if it can be, or need not be."""
+        if self._thread is not None:
+            self._thread.join(max(LEAST_S, self._until_s - time.monotonic()))
+        return self._problem
+
+    def _ask(self, access: JudgeAccess | None) -> None:
+        try:
+            if access is not None:
+                check_reachable(self._settings, access, GLANCE_S)
+            else:
+                check_endpoint(self._settings, local_key(os.environ), GLANCE_S)
+        except FastconvError as error:
+            self._problem = str(error)
+        else:
+            self._problem = ""
+
+
+@dataclass(frozen=True)
+class Access:
+    """A judge that was found ready: what a paid one is asked with, or the way to ask an endpoint."""
+
+    paid: JudgeAccess | None = None
+    endpoint: Ask | None = None
+
+
+def check_judge(judge: JudgeIdentity | None, store: Store | None = None) -> Access:
+    """Find out before any GPU work whether a judge can be asked; costs nothing. `store` tells what is spent already.
+
+    Raises RecipeError (no price, past its end, no budget) or JudgeError (no key, refused key, unknown model, no
+    network, budget spent), one clear line each. The resident base needs no asking.
+    """
+    if judge is None or judge.family == "resident":
+        return Access()
+    settings = judge.settings
+    if judge.family == "endpoint":
+        key = local_key(os.environ)
+        check_endpoint(settings, key)
+        return Access(endpoint=at_once(endpoint_complete(settings, key), settings.concurrency))
+    access = admitted(settings, store)
+    check_reachable(settings, access)
+    return Access(paid=access)
+
+
+def admitted(settings: JudgeSettings, store: Store | None) -> JudgeAccess:
+    """What a paid judge is asked with; raises as `check_judge` does for all that is known without a network."""
+    access = check_settings(settings, prices_of(settings), os.environ)
+    assert access is not None, "a paid judge has a price and a key"
+    if store is not None:
+        money = JudgeLedger(store, settings.budget_usd).money()
+        if money.left_usd is not None and money.left_usd <= 0:
+            raise JudgeError(
+                f"judge.budget_usd = {settings.budget_usd:g} is spent (${money.spent_usd:.2f}, and ${money.lost_usd:.2f} "
+                "for replies that never arrived)",
+                where=str(store.root),
+                fix="raise judge.budget_usd, the most that judging in this workspace may ever cost",
+            )
+    return access

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastconv.errors import JudgeError
-from fastconv.store.judgements import Batch, BatchItem, Operation, RawReply, Refusal, Reserve, Settle, Unpaid
 from fastconv.judge.budget import Price, worst_usd
 from fastconv.judge.claude import ApiKey, Outage, concluded, explained, make_client, reply_of, unscored
 from fastconv.judge.request import JudgeRequest
 from fastconv.recipe import JudgeSettings, canonical_json
 from fastconv.store.judge_ledger import JudgeLedger
+from fastconv.store.records import Batch, BatchItem, Operation, RawReply, Refusal, Reserve, Settle, Unpaid
 
 if TYPE_CHECKING:
     from anthropic import APIError, AsyncAnthropic

@@ -11,8 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fastconv.datasets.files import assets
 from fastconv.errors import DataError, RecipeError
 from fastconv.judge.request import JudgeRequest
+from fastconv.recipe import JudgeSettings
 
 #: Bytes of English text per token, for expected costs only. Worst cases take one byte for a token.
 BYTES_PER_TOK = 3.5
@@ -139,3 +141,9 @@ def estimate(requests: Sequence[JudgeRequest], n: int, price: Price, factor: flo
     each_usd = factor * (prompt_usd + EXPECTED_REPLY_TOK * price.output_usd) / 1e6
     worst = max(worst_usd(request, price, factor) for request in requests)
     return Estimate(n, n * each_usd, n * worst)
+
+
+def prices_of(settings: JudgeSettings) -> PriceTable:
+    """The shipped price table with the recipe's own over it. Raises DataError."""
+    own = [Path(settings.prices)] if settings.prices else []
+    return load_prices(assets("data") / "prices.toml", *own)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
+import time
 from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastconv.errors import JudgeError
-from fastconv.store.judgements import Judgement, RawReply
-from fastconv.judge.budget import Price, cost_usd
+from fastconv.errors import JudgeError, StoreError
+from fastconv.judge.budget import Price, cost_usd, worst_usd
 from fastconv.judge.request import JudgeRequest
 from fastconv.recipe import JudgeSettings
+from fastconv.store.judge_ledger import JudgeLedger
+from fastconv.store.ledger import Store
+from fastconv.store.records import Judgement, Operation, RawReply, Refusal, Reserve, Settle, Unpaid
 
 if TYPE_CHECKING:
     from anthropic import APIError, AsyncAnthropic
@@ -176,3 +183,141 @@ def _asked_wait_s(headers: Mapping[str, str]) -> float:
 def _message(body: object) -> str:
     error = body.get("error") if isinstance(body, dict) else None
     return str(error.get("message", "")) if isinstance(error, dict) else ""
+
+
+class LoopLedger:
+    """The judging ledger for one event loop. Operations posted in one turn of the loop share a commit."""
+
+    def __init__(self, workspace: Path, cap_usd: float | None) -> None:
+        self.ledger = JudgeLedger(Store.open(workspace).relaxed(), cap_usd)
+        self._waiting: list[tuple[Operation, asyncio.Future[Any]]] = []
+        self._flushing: asyncio.Task[None] | None = None
+
+    def post(self, operation: Operation) -> asyncio.Future[int | Refusal | None]:
+        """Hand an operation over; the future is done (or holds a StoreError) when it is committed.
+
+        Operations are done in the order posted, so one that is awaited vouches for those before it.
+        """
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append((operation, done))
+        if self._flushing is None or self._flushing.done():
+            self._flushing = asyncio.create_task(self._flush())
+        return done
+
+    async def do(self, operation: Operation) -> int | Refusal | None:
+        """Do one operation; returns when it is committed. Raises StoreError."""
+        # Shielded: a cancelled task must not take back an operation that the others' commit already holds.
+        return await asyncio.shield(self.post(operation))
+
+    async def _flush(self) -> None:
+        while self._waiting:
+            taken, self._waiting = self._waiting, []
+            operations = [operation for operation, _ in taken]
+            try:
+                results = self.ledger.apply(operations)
+            except StoreError as error:
+                for _, done in taken:
+                    done.set_exception(error)
+                continue
+            for (_, done), result in zip(taken, results, strict=True):
+                done.set_result(result)
+
+    async def close(self) -> None:
+        """Write what is waiting, keep what was under way as lost, close the connection."""
+        if self._flushing is not None:
+            await asyncio.gather(self._flushing, return_exceptions=True)
+        try:
+            self.ledger.let_go()
+        finally:
+            self.ledger.store.close()
+
+
+class Refused(Exception):
+    """A sending that the ledger did not allow."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal)
+        self.refusal: Refusal = refusal
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A judgement, and the future that is done when the ledger has it."""
+
+    judgement: Judgement
+    written: asyncio.Future[Any]
+
+
+@dataclass
+class _Meter:
+    """The booking of the attempt under way; lives as long as one call of the SDK."""
+
+    key: str
+    worst_usd: float
+    ticket: int | None = None
+
+
+class LiveJudge:
+    """Asks Claude through the Messages API. Use inside one event loop."""
+
+    def __init__(self, settings: JudgeSettings, ledger: LoopLedger, price: Price, key: ApiKey) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._price = price
+        self._key = key
+        self._meter: ContextVar[_Meter | None] = ContextVar("meter", default=None)
+        self._client: AsyncAnthropic = make_client(settings, key, self._metered)
+
+    async def judge(self, request: JudgeRequest, n_unread: int) -> Judged | Refusal:
+        """Judge one request to its end, re-asking once where its reply cannot be read.
+
+        `n_unread` is how many unreadable replies the ledger already holds for it.
+        Gives the judgement and when it is on disk, or the ledger's refusal: over budget, held by another process, or done already. Raises
+        Outage if the judge cannot be reached now, JudgeError if asking on makes no sense, StoreError.
+        """
+        from anthropic import APIError
+
+        while True:
+            meter = _Meter(request.key, worst_usd(request, self._price))
+            self._meter.set(meter)
+            began = time.monotonic()
+            try:
+                raw = await self._client.messages.with_raw_response.create(**request.body(re_ask=n_unread > 0))
+            except Refused as refused:
+                return refused.refusal
+            except APIError as error:
+                raise explained(error, self._settings, self._key) from None
+            reply = reply_of(
+                raw.http_response.text, self._price, transport="live", key=self._key, worst=meter.worst_usd
+            )
+            reply, final = concluded(request, replace(reply, latency_s=time.monotonic() - began), n_unread)
+            assert meter.ticket is not None, "an attempt left without a booking"
+            # Not waited for: the booking of the next request is posted behind it and shares its commit.
+            written = self._ledger.post(Settle(meter.ticket, request.key, reply, final))
+            if final is not None:
+                return Judged(final, written)
+            n_unread += 1
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def _metered(self, request: Any, call_next: Any) -> Any:
+        """Book an attempt, send it, and free or keep the booking by how it ended."""
+        from anthropic import APIConnectionError
+
+        meter = self._meter.get()
+        if meter is None:
+            return await call_next(request)
+        booked = await self._ledger.do(Reserve(meter.key, meter.worst_usd))
+        if not isinstance(booked, int):
+            raise Refused(booked or "held")
+        meter.ticket = booked
+        try:
+            response = await call_next(request)
+        except APIConnectionError:
+            await self._ledger.do(Unpaid(booked, "lost"))
+            raise
+        if response.status_code >= 400:
+            await self._ledger.do(Unpaid(booked, "refused"))
+        return response

@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastconv.judge.book import params_of, requests_of
 from fastconv.judge.budget import Price, PriceTable
-from fastconv.judge.local import FORM, build_local
-from fastconv.judge.request import JudgeItem
+from fastconv.judge.request import FORM, JudgeItem, JudgeParams, JudgeRequest, build_local, build_request
 from fastconv.judge.rubric import Rubric
 from fastconv.recipe import JudgeSettings
 from fastconv.store.ledger import Sample
@@ -67,3 +65,16 @@ def judge_identity(settings: JudgeSettings, prices: PriceTable, resident: str) -
     if settings.base_url:
         return JudgeIdentity("endpoint", f"local:{settings.model}", settings)
     return JudgeIdentity("resident", f"resident:{resident}", settings)
+
+
+def params_of(settings: JudgeSettings, price: Price | None, *, reverse: bool = False) -> JudgeParams:
+    """The parameters of a recipe's requests; how the model is spoken to stands in its price table."""
+    return JudgeParams(
+        settings.model, settings.max_reply_tok, settings.max_judged_chars,
+        price.thinking if price else "", price.effort if price else "", reverse,
+    )  # fmt: skip
+
+
+def requests_of(rubric: Rubric, params: JudgeParams, samples: Sequence[Sample]) -> list[JudgeRequest]:
+    """The requests that judge a stage's completions, in their order."""
+    return [build_request(rubric, params, JudgeItem(one.prompt, one.completion, one.sample)) for one in samples]

@@ -11,31 +11,31 @@ import http.client
 import json
 import math
 import re
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from fastconv.errors import JudgeError
-from fastconv.store.judgements import Judgement, Operation, RawReply, Reserve, Settle
 from fastconv.judge.claude import LOCAL_KEY, ApiKey, Outage
-from fastconv.judge.request import JudgeItem, fenced_item, with_nonce
+from fastconv.judge.desk import DeskStatus
+from fastconv.judge.request import LETTERS, JudgeItem, LocalAsk, Prompt, build_local
 from fastconv.judge.rubric import Measure, Rubric
-from fastconv.recipe import JudgeSettings, canonical_json, sha256_of
-from fastconv.store.ledger import Sample
+from fastconv.recipe import JudgeSettings, canonical_json
 from fastconv.store.judge_ledger import JudgeLedger
+from fastconv.store.ledger import Sample, Store
+from fastconv.store.records import Judgement, Operation, RawReply, Reserve, Settle
 
-#: Raised when the wording or the reading of a local request changes.
-FORM = 1
 #: Items asked and written down together.
 SLICE = 32
 #: Below this share of the probability on the allowed characters, the judge did not answer in the form asked for.
 MIN_MASS = 0.5
 #: The fault of a raw reply about one measure of several: it is kept, and no judgement can be read from it alone.
 PART = "one measure of several"
-LETTERS, DIGITS = "ABCDEFGHIJ", "0123456789"
 
 
 @dataclass(frozen=True)
@@ -49,42 +49,8 @@ class LocalReply:
 #: (system, user, the characters to choose from) -> reply. The resident base's may give log-probabilities for exactly
 #: these characters. Raises OSError if it cannot be asked.
 Complete = Callable[[str, str, str], LocalReply]
-Prompt = tuple[str, str, str]
 #: The same for many prompts at once, replies in their order.
 Ask = Callable[[Sequence[Prompt]], Sequence[LocalReply]]
-
-
-@dataclass(frozen=True)
-class LocalAsk:
-    """Everything asked about one item: one user turn for each measure, under one judgement's key."""
-
-    key: str
-    rubric: Rubric
-    model: str
-    sample: int
-    turns: tuple[tuple[str, str], ...]  # (characters, user text)
-
-    def prompt(self, place: int, *, reminder: bool = False) -> Prompt:
-        """What is asked about a measure: the rubric, the user turn fenced by the nonce, the characters to choose from."""
-        characters, text = self.turns[place]
-        line = f"\nReply with one of {', '.join(characters)} and nothing else." if reminder else ""
-        return self.rubric.system, with_nonce(text, self.key) + line, characters
-
-
-def build_local(rubric: Rubric, model: str, item: JudgeItem, max_chars: int, *, reverse: bool = False) -> LocalAsk:
-    """The local form of a judgement. `model` names the judge in the key and in every judgement, e.g. `local:qwen`."""
-    fenced = fenced_item(item, max_chars)
-    turns = tuple((_characters(m), f"{fenced}\n\n{_choice_text(m, reverse)}") for m in rubric.measures)
-    key = sha256_of(
-        {
-            "local": FORM,
-            "model": model,
-            "rubric": rubric.sha256,
-            "turns": [list(t) for t in turns],
-            "sample": item.sample,
-        }
-    )
-    return LocalAsk(key, rubric, model, item.sample, turns)
 
 
 def at_once(complete: Complete, n_threads: int = 1) -> Ask:
@@ -262,26 +228,6 @@ def _local_reply(body: Any) -> LocalReply:
     return LocalReply(text, logprobs)
 
 
-def _characters(measure: Measure) -> str:
-    return DIGITS if measure.scale else LETTERS[: len(measure.options)]
-
-
-def _choice_text(measure: Measure, reverse: bool) -> str:
-    """The question of one measure: its options by letter, or a digit for a scale."""
-    if measure.scale is None:
-        named = list(zip(LETTERS, measure.options, strict=False))
-        lines = [
-            f"{letter}: {option.name} - {option.meaning}" for letter, option in (named[::-1] if reverse else named)
-        ]
-        asked = f"Which of these is it ({measure.name})? Reply with one letter and nothing else."
-    else:
-        low, high = measure.scale
-        anchors = [f"{round(9 * (o.value - low) / (high - low))}: {o.meaning}" for o in measure.options]
-        lines = anchors[::-1] if reverse else anchors
-        asked = f"Grade the answer for {measure.name} from 0 to 9. Reply with one digit and nothing else."
-    return "\n".join([*lines, asked])
-
-
 def _valued(measure: Measure, shares: Mapping[str, float], characters: str) -> tuple[float, Any]:
     """The expectation over the characters, and the likeliest one's label or grade."""
     likeliest = max(shares, key=lambda name: shares[name])
@@ -292,3 +238,107 @@ def _valued(measure: Measure, shares: Mapping[str, float], characters: str) -> t
     low, high = measure.scale
     value = sum(share * (low + (high - low) * int(name) / 9) for name, share in shares.items())
     return value, round(value)
+
+
+#: How long the desk rests in an outage before it tries again, and how often it looks whether it is to end.
+OUTAGE_PAUSE_S, _LOOK_S = 10.0, 0.05
+
+
+class LocalDesk:
+    """Judges completions through an `Ask`; the same few verbs as `JudgeDesk`.
+
+    With `beside` a thread asks and `submit` returns at once. Without, `submit` itself judges: the resident base belongs
+    to the caller's thread. What cannot be judged stays pending and is found again by the next desk.
+    """
+
+    def __init__(self, workspace: Path, ask: Ask, model: str, *, max_judged_chars: int, beside: bool) -> None:
+        self._workspace = workspace
+        self._ask = ask
+        self._model = model
+        self._max_chars = max_judged_chars
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge") if beside else None
+        self._futures: list[Future[None]] = []
+        self._store: Store | None = None
+        self._judge: LocalJudge | None = None
+        self._n_asked = self._n_scored = self._n_unscored = self._n_stages = self._n_outages = 0
+        self._finished: set[str] = set()
+        self._problem = ""
+        self._closing = self._stopped = False
+
+    def submit(self, stage: str, rubric: Rubric, samples: Sequence[Sample], *, urgent: bool = False) -> None:
+        """Hand a stage's completions over (urgent or not: they are taken in turn).
+
+        Without a thread beside, raises what the `Ask` raises to stop a run, and StoreError.
+        """
+        self._n_asked += len(samples)
+        self._n_stages += 1
+        if self._pool is None:
+            self._take(stage, rubric, samples)
+        else:
+            self._futures.append(self._pool.submit(self._take, stage, rubric, tuple(samples)))
+
+    def poll(self) -> DeskStatus:
+        """How far judging is. Raises what ended the desk, if it broke (StoreError)."""
+        for future in self._futures:
+            if future.done():
+                future.result()
+        return DeskStatus(
+            self._n_asked, self._n_scored, self._n_unscored, self._n_stages, frozenset(self._finished.copy()),
+            problem=self._problem, out=self._n_outages > 0, stopped=self._stopped,
+        )  # fmt: skip
+
+    def close(self, *, wait: bool = True) -> DeskStatus:
+        """End the desk and give its last status; without `wait`, at the end of the slice that is being asked."""
+        self._closing = True
+        self._stopped = self._stopped or not wait
+        if self._pool is None:
+            self._end()
+        else:
+            self._futures.append(self._pool.submit(self._end))
+            self._pool.shutdown()
+        return self.poll()
+
+    def _take(self, stage: str, rubric: Rubric, samples: Sequence[Sample]) -> None:
+        for start in range(0, len(samples), SLICE):
+            if not self._slice(rubric, samples[start : start + SLICE]):
+                return
+        self._finished.add(stage)
+
+    def _slice(self, rubric: Rubric, samples: Sequence[Sample]) -> bool:
+        """Judge a few samples, through outages; False when the desk is to end before that."""
+        while not self._stopped:
+            try:
+                found = self._opened().judge(rubric, samples)
+            except Outage as outage:
+                self._problem = str(outage)
+                self._n_outages += 1
+                self._rest()
+                continue
+            except JudgeError as error:
+                self._problem, self._stopped = str(error), True
+                return False
+            n_unscored = sum(one.values is None for one in found.values())
+            self._n_unscored += n_unscored
+            self._n_scored += len(samples) - n_unscored
+            self._problem, self._n_outages = "", 0
+            return True
+        return False
+
+    def _rest(self) -> None:
+        """Wait in an outage; a desk that is being closed gives up."""
+        until = time.monotonic() + OUTAGE_PAUSE_S
+        while time.monotonic() < until and not self._closing:
+            time.sleep(_LOOK_S)
+        self._stopped = self._stopped or self._closing
+
+    def _opened(self) -> LocalJudge:
+        """The judge on a ledger connection of the thread that works."""
+        if self._judge is None:
+            self._store = Store.open(self._workspace)
+            self._judge = LocalJudge(JudgeLedger(self._store), self._ask, self._model, max_judged_chars=self._max_chars)
+        return self._judge
+
+    def _end(self) -> None:
+        if self._store is not None:
+            self._store.close()
+            self._store = self._judge = None

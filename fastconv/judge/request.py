@@ -176,3 +176,66 @@ def _options_text(rubric: Rubric, reverse: bool) -> str:
 
 def _heading(measure: Measure) -> str:
     return f"{measure.name}, one of:" if measure.scale is None else f"{measure.name}, for orientation:"
+
+
+#: Raised when the wording or the reading of a local request changes.
+FORM = 1
+
+
+LETTERS, DIGITS = "ABCDEFGHIJ", "0123456789"
+
+
+@dataclass(frozen=True)
+class LocalAsk:
+    """Everything asked about one item: one user turn for each measure, under one judgement's key."""
+
+    key: str
+    rubric: Rubric
+    model: str
+    sample: int
+    turns: tuple[tuple[str, str], ...]  # (characters, user text)
+
+    def prompt(self, place: int, *, reminder: bool = False) -> Prompt:
+        """What is asked about a measure: the rubric, the user turn fenced by the nonce, the characters to choose from."""
+        characters, text = self.turns[place]
+        line = f"\nReply with one of {', '.join(characters)} and nothing else." if reminder else ""
+        return self.rubric.system, with_nonce(text, self.key) + line, characters
+
+
+def build_local(rubric: Rubric, model: str, item: JudgeItem, max_chars: int, *, reverse: bool = False) -> LocalAsk:
+    """The local form of a judgement. `model` names the judge in the key and in every judgement, e.g. `local:qwen`."""
+    fenced = fenced_item(item, max_chars)
+    turns = tuple((_characters(m), f"{fenced}\n\n{_choice_text(m, reverse)}") for m in rubric.measures)
+    key = sha256_of(
+        {
+            "local": FORM,
+            "model": model,
+            "rubric": rubric.sha256,
+            "turns": [list(t) for t in turns],
+            "sample": item.sample,
+        }
+    )
+    return LocalAsk(key, rubric, model, item.sample, turns)
+
+
+def _characters(measure: Measure) -> str:
+    return DIGITS if measure.scale else LETTERS[: len(measure.options)]
+
+
+def _choice_text(measure: Measure, reverse: bool) -> str:
+    """The question of one measure: its options by letter, or a digit for a scale."""
+    if measure.scale is None:
+        named = list(zip(LETTERS, measure.options, strict=False))
+        lines = [
+            f"{letter}: {option.name} - {option.meaning}" for letter, option in (named[::-1] if reverse else named)
+        ]
+        asked = f"Which of these is it ({measure.name})? Reply with one letter and nothing else."
+    else:
+        low, high = measure.scale
+        anchors = [f"{round(9 * (o.value - low) / (high - low))}: {o.meaning}" for o in measure.options]
+        lines = anchors[::-1] if reverse else anchors
+        asked = f"Grade the answer for {measure.name} from 0 to 9. Reply with one digit and nothing else."
+    return "\n".join([*lines, asked])
+
+
+Prompt = tuple[str, str, str]

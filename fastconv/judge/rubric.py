@@ -11,7 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from fastconv.errors import DataError
+from fastconv.datasets.files import assets
+from fastconv.errors import DataError, RecipeError
+from fastconv.recipe import JudgeSettings
 
 #: Why a judgement has no value. A reason stands beside a NULL and never beside a number.
 REASONS = ("malformed", "out of range", "truncated", "judge refused", "expired", "errored")
@@ -231,3 +233,22 @@ def _no_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constants(name: str) -> float:
     raise ValueError(f"{name} is no number")
+
+
+def shipped_rubrics() -> dict[str, Path]:
+    """The shipped rubric files by name."""
+    return {path.stem: path for path in sorted((assets("data") / "rubrics").glob("*.toml"))}
+
+
+def rubric_named(settings: JudgeSettings, name: str) -> Rubric:
+    """A rubric by name: the recipe's own file where it gives one, else the shipped one. Raises RecipeError, DataError."""
+    shipped = shipped_rubrics()
+    if name in settings.rubrics:
+        return load_rubric(Path(settings.rubrics[name]))
+    if name not in shipped:
+        raise RecipeError(
+            f"no rubric is called {name!r}",
+            where="judge.rubrics",
+            fix=f'give its file there: judge.rubrics.{name} = "..."; shipped are {", ".join(shipped)}',
+        )
+    return load_rubric(shipped[name])

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from fastconv.errors import JudgeError
 from fastconv.judge.rubric import Rubric
-from fastconv.store.ledger import Sample, Score
 from fastconv.store.judge_ledger import JudgeLedger
+from fastconv.store.ledger import Sample, Score
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from fastconv.engine.device import look, require_fit, shape_on_disk
 from fastconv.engine.locate import builtin_gguf, engine_identity, locate
 from fastconv.errors import FastconvError, ModelError, StoreError
 from fastconv.experiment.graph import Graph
-from fastconv.run.judging import check_judge
+from fastconv.judge.access import check_judge
 from fastconv.recipe import ModelSettings, Recipe
 from fastconv.store.ledger import Store
 

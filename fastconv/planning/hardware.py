@@ -15,12 +15,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from fastconv.errors import InputError
-from fastconv.recipe import Recipe
 from fastconv.engine.shapes import ModelShape, Work, forward_flops_per_tok, train_flops_per_tok, weight_bytes
-from fastconv.store.records import Stage
-from fastconv.store.ledger import Store
+from fastconv.errors import InputError
 from fastconv.experiment.workload import Demand
+from fastconv.recipe import Recipe
+from fastconv.store.ledger import Store
+from fastconv.store.records import Stage
 
 PROBE_VERSION = 1
 

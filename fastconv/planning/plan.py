@@ -11,24 +11,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fastconv.engine.device import least_bytes, room_on, shape_on_disk
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, asked_by_set
 from fastconv.datasets.personas import ASSISTANT
-from fastconv.stats.detectable import Planned, planned_power
+from fastconv.engine.device import least_bytes, room_on, shape_on_disk
 from fastconv.engine.locate import engine_identity, is_here, trains_plain
+from fastconv.engine.shapes import ModelShape, activation_bytes_per_tok, recomputed_bytes_per_tok, weight_bytes
 from fastconv.errors import CostStop, ModelError
 from fastconv.experiment.graph import CellPlan, Graph, walk
-from fastconv.judge.assets import prices_of
-from fastconv.judge.book import params_of
-from fastconv.judge.budget import Estimate, estimate
+from fastconv.experiment.schedule import group_size
+from fastconv.experiment.workload import CHARS_PER_TOK, Demand, Sketch, demands, expected_tok, settings_of, total
+from fastconv.judge.budget import Estimate, estimate, prices_of
+from fastconv.judge.identity import params_of
 from fastconv.judge.request import JudgeItem, build_request
 from fastconv.planning.hardware import Machine, find_machine
 from fastconv.recipe import Recipe, RunSettings
-from fastconv.experiment.schedule import group_size
-from fastconv.engine.shapes import ModelShape, activation_bytes_per_tok, recomputed_bytes_per_tok, weight_bytes
-from fastconv.store.records import Stage
+from fastconv.stats.power import Planned, planned_power
 from fastconv.store.ledger import Store
-from fastconv.experiment.workload import CHARS_PER_TOK, Demand, Sketch, demands, expected_tok, settings_of, total
+from fastconv.store.records import Stage
 
 #: What a drawn token takes in the ledger (bytes): its text, and its share of the row around it.
 LEDGER_BYTES_PER_TOK, LEDGER_BYTES_PER_SAMPLE = 5.0, 260.0

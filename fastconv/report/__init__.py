@@ -10,20 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastconv.analysis.analysis import Decided
-from fastconv.store.io import storage_errors, write_atomically
-from fastconv.report.blocks import Note, ReportData, Section
-from fastconv.report.render import render_html, render_markdown
 from fastconv.experiment.graph import Graph
-from fastconv.report.correlates import on_the_base
 from fastconv.report.behaviors import beside, gates, markers, mimicry, power
+from fastconv.report.blocks import Note, ReportData, Section
 from fastconv.report.export import frames_of, parquet_bytes
-from fastconv.report.geometry import geometry
-from fastconv.report.judged import judge_against_phrases
-from fastconv.report.measures import answers, measurements, over_epochs
-from fastconv.report.planned import planned
-from fastconv.report.record import card, failures, limits, superseded, warnings
-from fastconv.report.training import cost, curves_and_rho
+from fastconv.report.geometry import geometry, on_the_base
+from fastconv.report.measures import answers, judge_against_phrases, measurements, over_epochs
 from fastconv.report.overview import findings, headline
+from fastconv.report.record import card, cost, curves_and_rho, failures, limits, planned, superseded, warnings
+from fastconv.report.render import render_html, render_markdown
+from fastconv.store.io import storage_errors, write_atomically
 from fastconv.store.ledger import Store, write_text
 
 SECTIONS: tuple[Callable[[Decided], Section | None], ...] = (

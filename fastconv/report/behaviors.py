@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from fastconv.analysis.correlates import MARKER_RATE
 from fastconv.analysis.analysis import Decided
-from fastconv.analysis.markers import MARKER, marker_rates
+from fastconv.analysis.correlates import MARKER, MARKER_RATE, marker_rates
 from fastconv.report.blocks import OPEN_ROWS, Block, Cell, Note, Section, Table, folded_if_long
+from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import Point, scatter
+from fastconv.report.geometry import points_of
 from fastconv.stats.gates import GateVerdict
 from fastconv.stats.secondary import Secondary
 from fastconv.stats.units import p_value, scale, signed
-from fastconv.report.claims import NoSuchClaimError, ask
-from fastconv.report.correlates import points_of
 
 #: Gates that speak of the whole study.
 STUDY_GATES = ("G4", "G5", "CONFIRM", "FALSIFY", "PILOT")

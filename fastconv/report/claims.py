@@ -11,15 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastconv.analysis.agreement import agreement_of, corrected_of
-from fastconv.analysis.correlates import MARKER_RATE, in_words, levels
 from fastconv.analysis.analysis import Decided
-from fastconv.analysis.markers import MARKER, transfer_by_source
-from fastconv.stats.detectable import mended_by
-from fastconv.seeding import seed_of
+from fastconv.analysis.correlates import MARKER, MARKER_RATE, in_words, levels, transfer_by_source
 from fastconv.report.blocks import Claim
+from fastconv.seeding import seed_of
+from fastconv.stats.bounds import spearman_attainable
 from fastconv.stats.gates import GateVerdict
-from fastconv.stats.power import spearman_attainable
 from fastconv.stats.inference import Interval, exact_spearman
+from fastconv.stats.power import mended_by
 from fastconv.stats.units import Unit, change, counted, level, signed, size, span
 from fastconv.stats.verdicts import CellVerdict, by_kind
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastconv.datasets.behaviors import NO_BEHAVIOR
+from fastconv.analysis.agreement import judged_measures, judging_money, pair_of
 from fastconv.analysis.analysis import Decided
 from fastconv.analysis.contrasts import Part, Subject
-from fastconv.report.blocks import Answer, Block, Cell, Figure, Figures, Section, Table, folded_if_long
-from fastconv.stats.series import Series, commonest_reason, means_at, union_of
-from fastconv.report.figures import Point, lines
-from fastconv.stats.study_gates import Role
-from fastconv.stats.power import effective_sample_size
-from fastconv.stats.inference import Interval, clustered_interval, mean_present
-from fastconv.stats.units import Unit, scale, span
+from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.experiment.graph import CellPlan
+from fastconv.report.blocks import Answer, Block, Cell, Figure, Figures, Note, Section, Table, folded_if_long
+from fastconv.report.claims import NoSuchClaimError, ask
+from fastconv.report.figures import Point, lines, scatter
+from fastconv.stats.bounds import effective_sample_size
+from fastconv.stats.inference import Interval, clustered_interval, mean_present
+from fastconv.stats.series import Series, commonest_reason, means_at, union_of
+from fastconv.stats.study_gates import Role
+from fastconv.stats.units import Unit, full, scale, span
 
 ROLES: tuple[Role, ...] = ("assistant", "source", "canary")
 
@@ -173,3 +175,68 @@ def answers(decided: Decided) -> Section | None:
 
 def _slug(text: str) -> str:
     return "-".join("".join(mark if mark.isalnum() else " " for mark in text.lower()).split())
+
+
+def judge_against_phrases(decided: Decided) -> Section | None:
+    """Agreement with kappa for each measure, a point for each cell, corrected rates where a calibration exists."""
+    measures = judged_measures(decided)
+    phrases = [name for name, behavior in decided.graph.behaviors.items() if behavior.spec.measure == "phrases"]
+    if not measures:
+        if not phrases:
+            return None
+        text = f"No judge read the answers. Scored by phrases alone, which are blind to meaning: {', '.join(phrases)}."
+        return Section("judge", "Judge against phrases", (Note(text),))
+    blocks: list[Block] = []
+    points = _agreement_points(decided)
+    if points:
+        axes = ("by phrases, %", "by the judge, %")
+        blocks.append(scatter("judge", "The same answers scored twice", points, axes, decided.run, diagonal=True))
+    for measure in measures:
+        try:
+            blocks.append(ask(decided, "agreement", measure=measure))
+        except NoSuchClaimError:
+            blocks.append(Note(f"{measure}: no answer was scored both ways."))
+    corrected = _corrected(decided)
+    if corrected:
+        blocks.append(Table("corrected", ("contrast", "the assistant's rate"), tuple(corrected)))
+    else:
+        blocks.append(
+            Note("No calibration of this judge with these rubrics is in the ledger, so no rate is corrected.")
+        )
+    blocks += _money(decided)
+    return Section("judge", "Judge against phrases", tuple(blocks))
+
+
+def _agreement_points(decided: Decided) -> list[Point]:
+    points, seen = [], set()
+    for plan in decided.graph.cells:
+        for measure, probe in plan.beside:
+            pair = pair_of(decided, plan, measure, probe)
+            if pair is None or pair[0].stage in seen or not (pair[0].rows and pair[1].rows):
+                continue
+            seen.add(pair[0].stage)
+            top = full(pair[0].unit)
+            points.append(Point(100 * pair[1].mean.value, 100 * pair[0].mean.value / top, label=probe, group=measure))
+    return points
+
+
+def _corrected(decided: Decided) -> list[tuple[Cell, ...]]:
+    rows = []
+    for one in decided.verdicts:
+        try:
+            claim = ask(decided, "corrected", label=one.label)
+        except NoSuchClaimError:
+            continue
+        rows.append((Cell(one.label), Cell.saying(claim)))
+    return rows
+
+
+def _money(decided: Decided) -> list[Block]:
+    money = judging_money(decided)
+    if money is None:
+        return []
+    rows = tuple(
+        (Cell(name), Cell("no cap" if usd is None else f"${usd:.2f}", ("ledger/judge_totals",)))
+        for name, usd in money.items()
+    )
+    return [Table("money", ("judging, whole workspace", "dollars"), rows, frozenset({1}))]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastconv.analysis.analysis import Decided
 from fastconv.analysis.contrasts import Subject
 from fastconv.report.blocks import OPEN_ROWS, Block, Cell, Figure, Note, Section, Table
+from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import heatmap
 from fastconv.stats.units import Unit, p_value, scale, signed, size
 from fastconv.stats.verdicts import CellVerdict
-from fastconv.report.claims import NoSuchClaimError, ask
 
 #: More pilot gates stand in a table.
 OPEN_PILOTS = 4

@@ -4,19 +4,77 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+from fastconv.analysis.analysis import Decided
 from fastconv.audit.checks import check_recipe
-from fastconv.datasets.behaviors import NO_BEHAVIOR
+from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior
 from fastconv.datasets.files import assets, file_sha256
 from fastconv.datasets.personas import ASSISTANT
-from fastconv.analysis.analysis import Decided
 from fastconv.engine.locate import TINY
-from fastconv.run.failures import failed_stages
-from fastconv.report.blocks import Block, Cell, Note, Section, Table, plain_row
+from fastconv.errors import DataError
+from fastconv.experiment.graph import Graph, lineage_key
 from fastconv.recipe import canonical_json, recipe_sha256, sha256_of
-from fastconv.report.brought import brought_files, questions_asked
-from fastconv.store.ledger import changed_inputs
+from fastconv.report.blocks import Block, Cell, Figure, Figures, Note, Section, Table, folded_if_long, plain_row
+from fastconv.report.claims import ask
+from fastconv.report.figures import curves
+from fastconv.run.status import failed_stages
+from fastconv.stats.units import counted
+from fastconv.store.ledger import Stage, changed_inputs
+from fastconv.store.records import Record
+
+
+def brought_files(graph: Graph) -> dict[str, str]:
+    """sha256 (hex) of every file of the user's by the key that names it. Rubrics are told with the judge."""
+    return {f"{name}: {path.name}": _sha256(path) for name, path in _named(graph)}
+
+
+def questions_asked(graph: Graph) -> dict[str, str]:
+    """sha256 (hex) of the multiple-choice questions; empty where none are asked. A file's order and form never matter."""
+    if not any(behavior.spec.measure == "letters" for behavior in graph.behaviors.values()):
+        return {}
+    questions = graph.questions
+    return {
+        f"asked: {counted(len(questions.eval), 'question')}": questions.asked_sha256,
+        "asked or kept for training": questions.sha256,
+    }
+
+
+def _named(graph: Graph) -> Iterator[tuple[str, Path]]:
+    recipe = graph.recipe
+    for name, path in (
+        ("data.personas", recipe.data.personas),
+        ("data.behaviors", recipe.data.behaviors),
+        ("eval.arc_file", recipe.eval.arc_file),
+        ("judge.prices", recipe.judge.prices),
+    ):
+        if path:
+            yield name, Path(path)
+    for behavior, path in recipe.data.rows.items():
+        for source in recipe.grid.sources if "{source}" in path else ("",):
+            yield f"data.rows.{behavior}{source and f' of {source}'}", Path(path.replace("{source}", source))
+    for behavior in graph.behaviors.values():
+        yield from _beside(behavior)
+
+
+def _beside(behavior: Behavior) -> Iterator[tuple[str, Path]]:
+    """The files that a declaration of the user's names, which lie beside it."""
+    if behavior.folder.resolve() == assets("data").resolve():
+        return
+    spec = behavior.spec
+    rules = {"source_answer": spec.source_answer, "negative_answer": spec.negative_answer}
+    wordings = {f"{rule}.wordings": given.wordings for rule, given in rules.items() if given is not None}
+    for key, name in {"prompts": spec.prompts, "eval_prompts": spec.eval_prompts, **wordings}.items():
+        if name:
+            yield f"{behavior.id}.{key}", behavior.folder / name
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except DataError:
+        return "cannot be read any more"
 
 
 def warnings(decided: Decided) -> Section:
@@ -174,3 +232,154 @@ def _judge(decided: Decided) -> dict[str, str]:
 
 def _when(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment))
+
+
+def curves_and_rho(decided: Decided) -> Section | None:
+    """Loss over steps for each convergence run and behavior, and rho of every adapter."""
+    trained = list(_trained(decided))
+    if not trained:
+        return None
+    panels = [*_convergence(decided, trained), *_behaviors(decided, trained)]
+    rows = tuple(_rho_row(stage, record) for stage, record in trained)
+    columns = ("adapter", "last epoch's loss", "rho, least", "median", "greatest", "sha256")
+    caption = "rho: norm of the adapter's delta over the norm of the weights that it stands beside, over modules."
+    blocks: list[Block] = [Figures("curves", "Training loss", tuple(panels))] if panels else []
+    blocks.append(Table("rho", columns, rows, frozenset({1, 2, 3, 4}), caption, folded_if_long(rows, "adapters")))
+    return Section("training", "Training", tuple(blocks))
+
+
+def _trained(decided: Decided) -> Iterator[tuple[Stage, Record]]:
+    for stage in decided.graph.stages():
+        record = decided.reading.record(stage)
+        if record is not None and "adapter" in record.outputs:
+            yield stage, record
+
+
+def _convergence(decided: Decided, trained: list[tuple[Stage, Record]]) -> list[Figure]:
+    """A line for each convergence run: the losses of its last snapshot hold those of the earlier ones."""
+    runs: dict[str, tuple[Stage, Record]] = {}
+    for stage, record in trained:
+        if stage.kind == "snapshot":
+            run = lineage_key(stage)
+            if run not in runs or len(record.outputs["losses"]) > len(runs[run][1].outputs["losses"]):
+                runs[run] = (stage, record)
+    series = {_run_name(stage): record.outputs["losses"] for stage, record in runs.values()}
+    return [curves("loss-convergence", "Convergence", series, ("step", "loss, nats"), decided.run)] if series else []
+
+
+def _run_name(stage: Stage) -> str:
+    _, source, convergence, _, seed = stage.slot.split("/")
+    return f"{source} {seed}" if convergence == "source" else f"{source} {convergence} {seed}"
+
+
+def _behaviors(decided: Decided, trained: list[tuple[Stage, Record]]) -> list[Figure]:
+    by_behavior: dict[str, dict[str, list[float]]] = {}
+    for plan in decided.graph.cells:
+        record = decided.reading.record(plan.adapter) if plan.adapter is not None else None
+        if record is not None:
+            cell = plan.cell
+            name = f"{cell.source} e{cell.epoch} {cell.negatives} s{cell.seed}"
+            by_behavior.setdefault(cell.behavior, {}).setdefault(name, record.outputs["losses"])
+    return [
+        curves(f"loss-{behavior}", f"Training {behavior}", series, ("step", "loss, nats"), decided.run)
+        for behavior, series in by_behavior.items()
+    ]
+
+
+def _rho_row(stage: Stage, record: Record) -> tuple[Cell, ...]:
+    row = (f"{stage.key[:12]}/rho",)
+    rho = record.outputs.get("rho", {})
+    shares = [
+        Cell(f"{100 * rho[name]:.2g} %", row) if name in rho else Cell("not recorded")
+        for name in ("least", "median", "greatest")
+    ]
+    loss = Cell(f"{record.outputs['last_epoch_loss']:.3f}", (f"{stage.key[:12]}/last_epoch_loss",))
+    return (Cell(stage.slot), loss, *shares, Cell(str(record.outputs["adapter"]), code=True))
+
+
+def cost(decided: Decided) -> Section | None:
+    """Seconds and tokens of every stage."""
+    rows = []
+    for stage in decided.graph.stages():
+        record = decided.reading.record(stage)
+        if record is None:
+            continue
+        tokens = ", ".join(
+            f"{n:,} {name.removesuffix('_tok')}" for name, n in record.facts.items() if name.endswith("_tok")
+        )
+        row = (f"{stage.key[:12]}/seconds",)
+        rows.append((
+            Cell(stage.slot), Cell(stage.key[:12], code=True), Cell(f"{record.seconds:.1f}", row), Cell(tokens, row),
+            Cell("reused" if decided.reused.get(stage.key, True) else "computed"),
+        ))  # fmt: skip
+    if not rows:
+        return None
+    kinds = _by_kind(decided)
+    columns = ("stage", "key", "seconds", "tokens", "in this run")
+    blocks: tuple[Block, ...] = (
+        ask(decided, "cost"),
+        Table("kinds", ("kind of stage", "stages", "seconds"), kinds, frozenset({1, 2})),
+        Table("stages", columns, tuple(rows), frozenset({2}), folded=folded_if_long(rows, "stages")),
+    )
+    return Section("cost", "Cost", blocks)
+
+
+def _by_kind(decided: Decided) -> tuple[tuple[Cell, ...], ...]:
+    found: dict[str, list[Record]] = {}
+    for stage in decided.graph.stages():
+        record = decided.reading.record(stage)
+        if record is not None:
+            found.setdefault(stage.kind, []).append(record)
+    return tuple(
+        (
+            Cell(kind),
+            Cell(str(len(records)), _ids(records)),
+            Cell(f"{sum(r.seconds for r in records):.1f}", _ids(records)),
+        )
+        for kind, records in found.items()
+    )
+
+
+def _ids(records: list[Record]) -> tuple[str, ...]:
+    return tuple(f"{record.key[:12]}/seconds" for record in records)
+
+
+#: Off by more than this, either way, is a defect of the plan.
+MOST_FACTOR = 2.0
+#: Kinds that took less than this together are not compared: a plan counts no milliseconds.
+LEAST_S = 1.0
+
+
+def planned(decided: Decided) -> Section | None:
+    """Seconds planned at the start and taken, over the stages that this run itself computed."""
+    kept = decided.facts.get("plan")
+    if not kept:
+        return None
+    found: dict[str, list[tuple[float, Record]]] = {}
+    for stage in decided.graph.stages():
+        record, seconds = decided.reading.record(stage), kept["stages"].get(stage.key[:12])
+        if record is not None and seconds is not None and not decided.reused.get(stage.key, True):
+            found.setdefault(stage.kind, []).append((seconds, record))
+    rows = [row_of(kind, pairs) for kind, pairs in found.items() if sum(r.seconds for _, r in pairs) >= LEAST_S]
+    if not rows:
+        return None
+    columns = ("kind of stage", "stages", "planned, s", "taken, s", "taken over planned")
+    intro = f"The plan made when the run began, on {kept['machine']} ({kept['origin']})."
+    blocks: list[Block] = [Table("planned", columns, tuple(rows), frozenset({1, 2, 3, 4}))]
+    if "approved" in decided.facts:
+        blocks.insert(0, Note(f"Begun with --approve beyond its limits: {decided.facts['approved']['beyond']}."))
+    return Section("planned", "Plan against actual", tuple(blocks), intro)
+
+
+def row_of(kind: str, pairs: list[tuple[float, Record]]) -> tuple[Cell, ...]:
+    """The row of one kind: seconds planned and taken of each of its stages."""
+    ids = tuple(f"{record.key[:12]}/seconds" for _, record in pairs)
+    planned_s, taken_s = sum(seconds for seconds, _ in pairs), sum(record.seconds for _, record in pairs)
+    factor = taken_s / planned_s if planned_s else None
+    off = factor is None or not 1 / MOST_FACTOR <= factor <= MOST_FACTOR
+    beside = kind == "judge" and not planned_s  # a judge outside answers while the GPU computes
+    unplanned = "beside the GPU, not planned" if beside else "not planned"
+    said = unplanned if factor is None else f"{factor:.2f}" + (" (off by more than 2)" if off else "")
+    return (
+        Cell(kind), Cell(str(len(pairs)), ids), Cell("beside" if beside else f"{planned_s:.1f}"), Cell(f"{taken_s:.1f}", ids), Cell(said, ids),
+    )  # fmt: skip

@@ -62,7 +62,7 @@ def _in_cell(text: object) -> str:
 
 def _environment(*, autoescape: bool) -> jinja2.Environment:
     loader = jinja2.FunctionLoader(
-        lambda name: (resources.files("fastconv.stats") / "templates" / name).read_text(encoding="utf-8")
+        lambda name: (resources.files("fastconv.report") / "templates" / name).read_text(encoding="utf-8")
     )
     environment = jinja2.Environment(
         loader=loader, autoescape=autoescape, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

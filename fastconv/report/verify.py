@@ -18,14 +18,13 @@ from typing import Any
 
 from fastconv.analysis.analysis import Decided
 from fastconv.errors import InputError, RecipeError
-from fastconv.report.blocks import Claim, ReportData
-from fastconv.report.render import render_html, render_markdown, visible
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, parse_recipe, run_id
 from fastconv.report import build
+from fastconv.report.blocks import Claim, ReportData
 from fastconv.report.claims import NoSuchClaimError, ask
-from fastconv.report.published import judge_published, published_names, read_published
-from fastconv.report.published_page import MADE_OF, published_report
+from fastconv.report.published import MADE_OF, judge_published, published_names, published_report, read_published
+from fastconv.report.render import render_html, render_markdown, visible
 from fastconv.store.ledger import Store
 
 _DRAWING = re.compile(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]*)")

@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 from rich.console import RenderableType
 
 from fastconv.audit.checks import CheckReport, Finding, audit_rows, report_of, structure_findings
-from fastconv.audit.peek import peek_lines, with_placeholders
+from fastconv.audit.rendered import peek_lines, with_placeholders
+from fastconv.chat import ChatTokenizer, Rendered
 from fastconv.datasets.rows import Row, render_row, row_of
 from fastconv.engine.locate import model_folder
 from fastconv.errors import DataError, RecipeError
 from fastconv.experiment.graph import Graph
+from fastconv.experiment.workload import Sketch
 from fastconv.recipe import Recipe
 from fastconv.store.ledger import Stage, Store
-from fastconv.chat import ChatTokenizer, Rendered
-from fastconv.experiment.workload import Sketch
 
 
 def audit_recipe(recipe: Recipe, store: Store | None) -> CheckReport:

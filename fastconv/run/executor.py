@@ -14,23 +14,22 @@ from typing import Any
 
 import torch
 
-from fastconv.run.prompts import Asked, asked_of, is_drawn, longest_tok
-from fastconv.engine.model import model_files
-from fastconv.engine.geometry import last_states, layers_at, n_layers, places
-from fastconv.engine.vllm.launch import start_server
-from fastconv.engine.locate import engine_identity
+from fastconv.chat import ChatTokenizer, SystemTurn
 from fastconv.engine.generate import Drawn, sample
+from fastconv.engine.geometry import last_states, layers_at, n_layers, places
+from fastconv.engine.locate import engine_identity
+from fastconv.engine.model import model_files
 from fastconv.engine.score import letter_item, score_letters
-from fastconv.engine.vllm.server import Server
 from fastconv.engine.vllm.sampler import Drawing, Served
+from fastconv.engine.vllm.server import Server, start_server
 from fastconv.errors import SamplerError, TrainingError, stopped
 from fastconv.experiment.graph import Graph
-from fastconv.judge.local import LocalReply, Prompt
+from fastconv.judge.local import LocalReply
+from fastconv.judge.request import Prompt
+from fastconv.run.sampling import Asked, asked_of, is_drawn, longest_tok
 from fastconv.run.stacks import Stacks
+from fastconv.run.training import Progress, Trainer, note
 from fastconv.store.ledger import Lease, Sample, Score, Stage, Store
-from fastconv.chat import ChatTokenizer, SystemTurn
-from fastconv.run.training import Trainer
-from fastconv.run.training_loop import Progress, note
 
 
 @dataclass(frozen=True)

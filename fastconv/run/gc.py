@@ -13,8 +13,8 @@ from typing import Any
 from fastconv.errors import FastconvError, InputError
 from fastconv.experiment.graph import CellPlan, Graph, lineage_of
 from fastconv.recipe import canonical_json, parse_recipe, run_id
-from fastconv.store.ledger import Store
 from fastconv.store.gc import Waste, artefact_bytes, stray_files, unnamed_artefacts
+from fastconv.store.ledger import Store
 from fastconv.store.merge import artefacts_of
 
 

@@ -6,33 +6,102 @@ the next stage; the resident base judges when its turn comes. What is not judged
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from fastconv.errors import JudgeError, stopped
 from fastconv.experiment.graph import Graph
-from fastconv.judge.assets import prices_of
-from fastconv.judge.book import DeskStatus
-from fastconv.judge.identity import JudgeIdentity
-from fastconv.judge.judges import open_desk
-from fastconv.judge.local import Ask, at_once, endpoint_complete
-from fastconv.judge.local_desk import LocalDesk
 from fastconv.judge.access import (
+    Access,
     JudgeAccess,
-    check_endpoint,
-    check_reachable,
-    check_settings,
-    local_key,
+    check_judge,
 )
+from fastconv.judge.budget import Estimate, Price, estimate
+from fastconv.judge.calibrate import CalibrationRow, JudgeSamples
+from fastconv.judge.claude import Outage
+from fastconv.judge.desk import DeskStatus, JudgeDesk
+from fastconv.judge.identity import params_of, requests_of
+from fastconv.judge.local import Ask, LocalDesk, LocalJudge
+from fastconv.judge.request import JudgeItem, build_request
 from fastconv.judge.rubric import Rubric
-from fastconv.judge.scores import judge_stage_scores
+from fastconv.judge.scores import Agreement, agreement, judge_stage_scores
 from fastconv.recipe import JudgeSettings
-from fastconv.store.ledger import Sample, Stage, Store
 from fastconv.store.judge_ledger import JudgeLedger
+from fastconv.store.ledger import Sample, Stage, Store
+from fastconv.store.records import Judgement
+
+
+def open_desk(settings: JudgeSettings, workspace: Path, access: JudgeAccess, *, reverse: bool = False) -> JudgeDesk:
+    """A desk for a paid judge."""
+    factor = access.batch_factor
+    return JudgeDesk(settings, workspace, access.price, access.key, batch_factor=factor, reverse=reverse)
+
+
+def stage_keys(settings: JudgeSettings, price: Price | None, rubric: Rubric, samples: Sequence[Sample]) -> list[str]:
+    """Keys of the judgements of a stage's samples by a paid judge, in their order."""
+    return [request.key for request in requests_of(rubric, params_of(settings, price), samples)]
+
+
+def planned_cost(
+    settings: JudgeSettings, access: JudgeAccess, rubric: Rubric, n: int, *, question_chars: int, answer_chars: int
+) -> Estimate:
+    """What `n` judgements of texts of this length cost in US dollars; `auto` counts as a batch where it would be one."""
+    is_batch = settings.mode == "batch" or (settings.mode == "auto" and n >= settings.batch_from)
+    item = JudgeItem("q" * question_chars, "a " * (answer_chars // 2), 0)
+    request = build_request(rubric, params_of(settings, access.price), item)
+    return estimate([request], n, access.price, access.batch_factor if is_batch else 1.0)
+
+
+def ask_desk(settings: JudgeSettings, workspace: Path, access: JudgeAccess, rubric: Rubric) -> JudgeSamples:
+    """For `calibrate`: judge through a desk of its own and wait. Raises JudgeError if the judge could not finish."""
+
+    def judge(samples: Sequence[Sample], reverse: bool) -> list[Judgement]:
+        desk = open_desk(settings, workspace, access, reverse=reverse)
+        desk.submit("calibration", rubric, samples, urgent=True)
+        status = desk.close()
+        if status.n_pending:
+            raise JudgeError(
+                f"{status.n_pending} of {status.n_asked} rows were not judged: {status.problem}",
+                where=rubric.name,
+                fix="the same command goes on from here",
+            )
+        keys = [r.key for r in requests_of(rubric, params_of(settings, access.price, reverse=reverse), samples)]
+        store = Store.open(workspace)
+        try:
+            found = JudgeLedger(store).judgements(keys)
+        finally:
+            store.close()
+        return [found[key] for key in keys]
+
+    return judge
+
+
+def ask_local(ledger: JudgeLedger, ask: Ask, model: str, rubric: Rubric, *, max_judged_chars: int) -> JudgeSamples:
+    """For `calibrate`: judge through an `Ask`. Raises JudgeError if the judge cannot be reached."""
+
+    def judge(samples: Sequence[Sample], reverse: bool) -> list[Judgement]:
+        local = LocalJudge(ledger, ask, model, max_judged_chars=max_judged_chars, reverse=reverse)
+        try:
+            found = local.judge(rubric, samples)
+        except Outage as outage:
+            raise JudgeError(str(outage), where=model, fix="check judge.base_url") from None
+        return [found[ask.key] for ask in local.asks(rubric, samples)]
+
+    return judge
+
+
+def calibrate_phrases(rubric: Rubric, rows: Sequence[CalibrationRow], hit: Callable[[str], bool]) -> Agreement:
+    """How a phrase rule does on labelled rows: `hit` against the rubric's positives. It knows no finer labels."""
+    if rubric.positive.below is not None:
+        truth = [(row.value or 0.0) < rubric.positive.below for row in rows]
+    else:
+        truth = [row.label in rubric.positive.labels for row in rows]
+    names = {True: "positive", False: "other"}
+    return agreement([names[is_one] for is_one in truth], [names[hit(row.answer)] for row in rows])
+
 
 #: How often a waiting run looks at its judge, and how often a busy one does.
 WAIT_S, GLANCE_S = 0.05, 1.0
@@ -53,48 +122,6 @@ class JudgeWatcher(Protocol):
 
     def judging(self, status: DeskStatus) -> None: ...
     def stage_done(self, stage: Stage, seconds: float) -> None: ...
-
-
-@dataclass(frozen=True)
-class Access:
-    """A judge that was found ready: what a paid one is asked with, or the way to ask an endpoint."""
-
-    paid: JudgeAccess | None = None
-    endpoint: Ask | None = None
-
-
-def check_judge(judge: JudgeIdentity | None, store: Store | None = None) -> Access:
-    """Find out before any GPU work whether a judge can be asked; costs nothing. `store` tells what is spent already.
-
-    Raises RecipeError (no price, past its end, no budget) or JudgeError (no key, refused key, unknown model, no
-    network, budget spent), one clear line each. The resident base needs no asking.
-    """
-    if judge is None or judge.family == "resident":
-        return Access()
-    settings = judge.settings
-    if judge.family == "endpoint":
-        key = local_key(os.environ)
-        check_endpoint(settings, key)
-        return Access(endpoint=at_once(endpoint_complete(settings, key), settings.concurrency))
-    access = admitted(settings, store)
-    check_reachable(settings, access)
-    return Access(paid=access)
-
-
-def admitted(settings: JudgeSettings, store: Store | None) -> JudgeAccess:
-    """What a paid judge is asked with; raises as `check_judge` does for all that is known without a network."""
-    access = check_settings(settings, prices_of(settings), os.environ)
-    assert access is not None, "a paid judge has a price and a key"
-    if store is not None:
-        money = JudgeLedger(store, settings.budget_usd).money()
-        if money.left_usd is not None and money.left_usd <= 0:
-            raise JudgeError(
-                f"judge.budget_usd = {settings.budget_usd:g} is spent (${money.spent_usd:.2f}, and ${money.lost_usd:.2f} "
-                "for replies that never arrived)",
-                where=str(store.root),
-                fix="raise judge.budget_usd, the most that judging in this workspace may ever cost",
-            )
-    return access
 
 
 class JudgeRoom:

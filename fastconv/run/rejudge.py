@@ -8,25 +8,30 @@ from pathlib import Path
 
 from fastconv.datasets.behaviors import load_behaviors
 from fastconv.datasets.files import assets, read_toml
-from fastconv.errors import InputError, JudgeError, RecipeError
-from fastconv.run.provenance import begin_run, run_facts
-from fastconv.experiment.graph import Graph
-from fastconv.judge.assets import rubric_named, shipped_rubrics
-from fastconv.run.judging import JudgeRoom, check_judge, judge_stages
-from fastconv.judge.book import DeskStatus
-from fastconv.judge.calibrate import Calibration, CalibrationRow, JudgeSamples, calibrate, load_calibration
-from fastconv.judge.identity import JudgeIdentity
-from fastconv.judge.injections import load_attempts
-from fastconv.judge.judges import ask_desk, ask_local, calibrate_phrases
-from fastconv.judge.local import Ask
-from fastconv.judge.rubric import Rubric, load_rubric
-from fastconv.judge.scores import Agreement, compare_scores
 from fastconv.datasets.phrases import PhraseRule
+from fastconv.errors import InputError, JudgeError, RecipeError
+from fastconv.experiment.graph import Graph
+from fastconv.judge.access import check_judge
+from fastconv.judge.calibrate import (
+    Calibration,
+    CalibrationRow,
+    JudgeSamples,
+    calibrate,
+    load_attempts,
+    load_calibration,
+)
+from fastconv.judge.desk import DeskStatus
+from fastconv.judge.identity import JudgeIdentity
+from fastconv.judge.local import Ask
+from fastconv.judge.rubric import Rubric, load_rubric, rubric_named, shipped_rubrics
+from fastconv.judge.scores import Agreement, compare_scores
 from fastconv.recipe import JudgeSettings, Recipe, run_id
+from fastconv.run.judging import JudgeRoom, ask_desk, ask_local, calibrate_phrases, judge_stages
+from fastconv.run.provenance import begin_run, run_facts
 from fastconv.run.runner import Watcher, stop_on_sigint
 from fastconv.run.status import needed_ends
-from fastconv.store.ledger import Score, Stage, Store
 from fastconv.store.judge_ledger import JudgeLedger
+from fastconv.store.ledger import Score, Stage, Store
 
 
 @dataclass(frozen=True)

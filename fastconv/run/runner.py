@@ -10,18 +10,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastconv.run.prompts import is_drawn
 from fastconv.audit.checks import CheckReport
-from fastconv.run.sampling import DrawRoom, DrawStatus, commit
 from fastconv.errors import DataError, SamplerError, TrainingError, stopped
-from fastconv.run.failures import Failing, parts_of
-from fastconv.stats.gates import GateVerdict
 from fastconv.experiment.graph import CellPlan, Graph, walk
-from fastconv.run.judging import Access, JudgeRoom
-from fastconv.judge.book import DeskStatus
-from fastconv.store.records import Record
-from fastconv.run.status import reason_to_run
+from fastconv.judge.access import Access
+from fastconv.judge.desk import DeskStatus
+from fastconv.run.judging import JudgeRoom
+from fastconv.run.sampling import DrawRoom, DrawStatus, commit, is_drawn
+from fastconv.run.status import Failing, parts_of, reason_to_run
+from fastconv.stats.gates import GateVerdict
 from fastconv.store.ledger import Stage, Store
+from fastconv.store.records import Record
 
 if TYPE_CHECKING:
     from fastconv.run.executor import Progress

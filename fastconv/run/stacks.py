@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from fastconv.engine.device import look, require_fit, shape_on_disk
-from fastconv.engine.model import Base, load_base
-from fastconv.engine.fold import folded
 from fastconv.engine.locate import engine_identity
+from fastconv.engine.model import Base, load_base
 from fastconv.engine.selftest import self_test
-from fastconv.engine.stack import Adapter, Probe, Slot, Stack
+from fastconv.engine.stack import Adapter, Probe, Slot, Stack, folded
 from fastconv.errors import TrainingError
 from fastconv.experiment.graph import Graph
 from fastconv.store.ledger import Record, Stage, Store

@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastconv.datasets.arc import read_arc
-from fastconv.datasets.questions import Question
-from fastconv.engine.model import load_base
+from fastconv.chat import SystemTurn
+from fastconv.datasets.questions import Question, read_arc
 from fastconv.engine.export import BaseReference, export_concatenated, export_separate, load_peft_folder
+from fastconv.engine.model import load_base
 from fastconv.engine.score import letter_item, score_letters, score_texts, text_item
 from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import InputError
-from fastconv.stats.power import multiple_choice_chance
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import LoraSettings, ModelSettings, Recipe
 from fastconv.run.stacks import Stacks
+from fastconv.stats.bounds import multiple_choice_chance
 from fastconv.store.ledger import Store
-from fastconv.chat import SystemTurn
 
 #: Tokens scored at once; the same as a recipe's default for evaluation.
 BATCH_TOK = 16384

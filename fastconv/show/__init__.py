@@ -14,15 +14,15 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from fastconv.show.watching import gate_line
+from fastconv.show.progress import gate_line
 
 if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
     from fastconv.planning.doctor import Finding
-    from fastconv.stats.gates import GateVerdict
     from fastconv.run.run import Finished
     from fastconv.run.standalone import ScoreReport
     from fastconv.run.status import StageStatus
+    from fastconv.stats.gates import GateVerdict
     from fastconv.store.ledger import Store
 
 _COLOURS = {

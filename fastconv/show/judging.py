@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastconv.judge.book import DeskStatus
-    from fastconv.judge.calibrate import Calibration
-    from fastconv.judge.injections import Injections
+    from fastconv.judge.calibrate import Calibration, Injections
+    from fastconv.judge.desk import DeskStatus
     from fastconv.judge.scores import Agreement
     from fastconv.run.rejudge import Calibrated, JudgedRun
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 from scipy import stats as distributions
 
-from fastconv.stats.power import sign_flip_floor
+from fastconv.stats.bounds import sign_flip_floor
 from fastconv.stats.units import counted
 
 Floats = NDArray[np.float64]

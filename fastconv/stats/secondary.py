@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastconv.stats.series import Series, means_at, union_of
 from fastconv.stats.inference import (
     Contrast,
     Interval,
@@ -20,6 +19,7 @@ from fastconv.stats.inference import (
     paired_change,
     trend_over_epochs,
 )
+from fastconv.stats.series import Series, means_at, union_of
 from fastconv.stats.units import Unit
 from fastconv.stats.verdicts import Quad
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from fastconv.stats.series import Number
-from fastconv.stats.gates import GateVerdict
-from fastconv.stats.units import Unit, change
 from fastconv.recipe import GateSettings
+from fastconv.stats.gates import GateVerdict
+from fastconv.stats.series import Number
+from fastconv.stats.units import Unit, change
 
 Role = Literal["assistant", "source", "canary"]
 

@@ -95,3 +95,24 @@ def _storage_error(root: Path, code: int | None, text: str) -> StoreError:
             "the folder cannot be written", where=where, fix="make it writable or give another --workspace"
         )
     return StoreError(f"storage fault: {text}", where=where, fix="mend it, then the same command goes on")
+
+
+def started(pid: int) -> str:
+    """When a process started, in clock ticks since boot (no clock that can be set); `?` where that cannot be seen."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
+    except (OSError, IndexError):
+        return "?"
+    # A killed process whose parent never asked for its end (usual in containers) keeps its pid, but holds nothing.
+    return "dead" if fields[0] == "Z" else fields[19]
+
+
+def lives(pid: int, since: str) -> bool:
+    """Whether the process on this host lives that had `pid` and for which `started` gave `since`."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return started(pid) == since

@@ -21,8 +21,10 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fastconv.store.alive import lives, started
-from fastconv.store.judgements import (
+from fastconv.recipe import canonical_json
+from fastconv.store.io import lives, started
+from fastconv.store.ledger import Store
+from fastconv.store.records import (
     FAILURES,
     NUSD,
     Batch,
@@ -37,8 +39,6 @@ from fastconv.store.judgements import (
     Settle,
     Unpaid,
 )
-from fastconv.recipe import canonical_json
-from fastconv.store.ledger import Store
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS judge_rubrics(sha256 TEXT PRIMARY KEY, name TEXT NOT NULL, body TEXT NOT NULL);

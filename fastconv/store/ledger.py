@@ -21,10 +21,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastconv.store.alive import lives, started
-from fastconv.store.io import connect, storage_errors, write_atomically, write_text
 from fastconv.errors import BusyError, StoreError
 from fastconv.recipe import canonical_json
+from fastconv.store.io import connect, lives, started, storage_errors, write_atomically, write_text
 from fastconv.store.records import Failure, Record, Sample, Score, Stage, changed_inputs
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import Any
 
 from fastconv.errors import InputError, StoreError
 from fastconv.recipe import canonical_json
-from fastconv.store.ledger import Store
 from fastconv.store.judge_ledger import JudgeLedger
+from fastconv.store.ledger import Store
 
 _STAGES = "SELECT key, kind, slot, version, inputs, outputs, facts, seconds, finished_at FROM stages"
 #: Tables that rows of a stage stand in, in the order of their primary keys, so that two ledgers list them alike.

@@ -4,15 +4,22 @@ Triton kernels with the roundings of the torch modules they stand in for, so tha
 of the base's dtype. Norm weights are frozen: gradients go to the inputs alone.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
-# Triton comes with torch's CUDA builds alone, and pyright does not see what its decorator makes of a function.
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import nn
+
+from fastconv.engine.attention import Layout
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+# Triton comes with torch's CUDA builds alone, and pyright does not see what its decorator makes of a function.
+
 
 #: Elements that one program of a pointwise kernel handles.
 _BLOCK = 1024
@@ -228,3 +235,120 @@ def cross_entropy_in_place(logits: torch.Tensor, targets: torch.Tensor, weights:
         logits, targets, weights, losses, logits.shape[1], BLOCK=_VOCAB_BLOCK, num_warps=8
     )  # fmt: skip
     return losses
+
+
+def quicken(model: nn.Module) -> int:
+    """Give the norms, MLPs and attentions of a model (Llama, Qwen2) our forward; returns how many modules got one.
+
+    Other kinds of layers stay as they are. In fp32, which is for checking, every module computes as transformers does.
+    """
+    forwards: dict[str, Callable[..., Any]] = {"RMSNorm": _norm, "MLP": _mlp, "Attention": _attention}
+    n_changed = 0
+    module: Any
+    for module in model.modules():
+        kind = type(module).__name__
+        if not kind.startswith(("Llama", "Qwen2")) or "forward" in vars(module):  # another path's forward stays
+            continue
+        forward = forwards.get(kind.removeprefix("Llama").removeprefix("Qwen2"))
+        if forward is not None and (forward is not _mlp or module.config.hidden_act == "silu"):
+            module.forward = MethodType(forward, module)
+            n_changed += 1
+    return n_changed
+
+
+def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    if hidden_states.dtype == torch.float32:
+        return type(self).forward(self, hidden_states)
+    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+def _mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
+    if x.dtype == torch.float32:
+        return type(self).forward(self, x)
+    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+def _attention(
+    self: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Any = None,
+    *,
+    layout: Layout,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """hidden_states [1, T, hidden] -> ([1, T, hidden], None)."""
+    if hidden_states.dtype == torch.float32:
+        return type(self).forward(
+            self, hidden_states, position_embeddings, attention_mask, past_key_values, layout=layout, **others
+        )
+    n_tok = hidden_states.shape[1]
+    q, k, v = (
+        project(hidden_states).view(n_tok, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    cos, sin = (table[0] for table in position_embeddings)
+    q, k = rope(q, cos, sin), rope(k, cos, sin)
+    out = layout.attend(self.layer_idx, q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), self.scaling)
+    return self.o_proj(out.reshape(1, n_tok, -1)), None
+
+
+# pyright: reportMissingImports=false, reportIndexIssue=false
+# Triton comes with torch's CUDA builds alone, and pyright does not see what its decorator makes of a function.
+
+
+#: Keys that a program reads at once.
+_KEYS = 64
+
+
+@triton.jit
+def _decode(
+    query, keys, values, lengths, out, scale, row_stride, head_stride, n_groups,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Online softmax (Milakov and Gimelshein 2018) for the query heads of one kv head of one row."""
+    row, kv = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    heads, lanes, block = tl.arange(0, GROUP), tl.arange(0, WIDTH), tl.arange(0, KEYS)
+    n_kv = tl.num_programs(1)
+    mine = (row * n_kv + kv) * n_groups * WIDTH + heads[:, None] * WIDTH + lanes[None, :]
+    real = heads[:, None] < n_groups
+    q = tl.load(query + mine, mask=real, other=0.0)
+    start = row * row_stride + kv * head_stride
+    n_seen = tl.load(lengths + row) + 1
+    best = tl.full((GROUP,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUP,), tl.float32)
+    summed = tl.zeros((GROUP, WIDTH), tl.float32)
+    for begin in range(0, n_seen, KEYS):
+        at = begin + block
+        inside = at < n_seen
+        place = start + at[:, None] * WIDTH + lanes[None, :]
+        k = tl.load(keys + place, mask=inside[:, None], other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        score = tl.where(inside[None, :], score, float("-inf"))
+        higher = tl.maximum(best, tl.max(score, 1))
+        share = tl.exp(score - higher[:, None])
+        shrink = tl.exp(best - higher)
+        v = tl.load(values + place, mask=inside[:, None], other=0.0)
+        total = total * shrink + tl.sum(share, 1)
+        summed = summed * shrink[:, None] + tl.dot(share.to(v.dtype), v, input_precision="ieee")
+        best = higher
+    tl.store(out + mine, summed / total[:, None], mask=real)
+
+
+def decode_attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """query [n, heads, d] over cache slots keys, values [>= n, kv heads, L, d] up to lengths [n] -> [n, heads, d].
+
+    Position `lengths[i]` of row i is its newest token and is seen. Heads of one group share a kv head, as in Llama.
+    """
+    n_rows, n_heads, width = query.shape
+    n_kv = keys.shape[1]
+    query = query.contiguous()
+    out = torch.empty_like(query)
+    group = max(16, triton.next_power_of_2(n_heads // n_kv))  # a matrix product wants 16 rows
+    _decode[(n_rows, n_kv)](
+        query, keys, values, lengths, out, scale, keys.stride(0), keys.stride(1), n_heads // n_kv,
+        GROUP=group, WIDTH=width, KEYS=_KEYS, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return out

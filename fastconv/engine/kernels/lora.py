@@ -159,7 +159,7 @@ class StackedKernel:
 
         Gradients of A and B are added to their `.grad`. Raises TrainingError where a trainable weight has none.
         """
-        from fastconv.engine.kernels.lora_launch import stacked_linear
+        from fastconv.engine.kernels.lora_triton import stacked_linear
 
         route = layer.route
         live = self._ready(route, x.dtype)

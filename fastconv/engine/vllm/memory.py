@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from fastconv.engine.shapes import ModelShape, activation_bytes_per_tok, adapter_bytes
 from fastconv.errors import ModelError, RecipeError
 from fastconv.recipe import Recipe, TrainSettings
-from fastconv.engine.shapes import ModelShape, activation_bytes_per_tok, adapter_bytes
 
 #: Ranks that vLLM 0.32 allows for `--max-lora-rank`.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

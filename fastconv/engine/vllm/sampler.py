@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
-from fastconv.engine.vllm import memory as room
-from fastconv.engine.lora import Adapter, concatenate
-from fastconv.engine.vllm.client import Client
 from fastconv.engine.export import BaseReference, export_adapter
 from fastconv.engine.generate import Drawn
-from fastconv.engine.vllm.server import BASE_NAME, Server
+from fastconv.engine.lora import Adapter, concatenate
 from fastconv.engine.stack import Stack
+from fastconv.engine.vllm import memory as room
+from fastconv.engine.vllm.client import Client
+from fastconv.engine.vllm.server import BASE_NAME, Server
 from fastconv.errors import SamplerError
 from fastconv.recipe import SamplingSettings
 

@@ -1,0 +1,322 @@
+"""Sampling: ours against `generate` on padded batches of the plain model, and against a vLLM server if there is one."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from fastconv.bench.measure import (
+    Clock,
+    Comparison,
+    Peak,
+    Subject,
+    folder_bytes,
+    matmul_ceiling,
+    measured,
+    paired_ratio,
+    ragged_rows,
+    shape,
+)
+from fastconv.chat import SystemTurn
+from fastconv.engine.generate import sample
+from fastconv.engine.locate import locate
+from fastconv.engine.model import Base
+from fastconv.engine.score import LetterItem, score_letters
+from fastconv.engine.shapes import Work, forward_flops_per_tok
+from fastconv.engine.stack import Adapter, Slot, Stack
+from fastconv.engine.trl_reference import with_adapters
+from fastconv.engine.vllm.sampler import Served
+from fastconv.engine.vllm.server import launch, server_command
+from fastconv.errors import ModelError
+from fastconv.recipe import SamplingSettings
+
+SAMPLE_SHORTEST_TOK, SAMPLE_LONGEST_TOK = 20, 120
+#: New tokens per row; a GPU draws the length that the protocol has.
+MAX_NEW_TOK = {"cpu": 48, "cuda": 256}
+#: Rows that `generate` gets at once: as many as a plain script would give it.
+BATCH_ROWS = {"cpu": 64, "cuda": 256}
+#: Prompts that `generate` gets at most: its rate does not depend on their number, and on a GPU it takes a while.
+USUAL_ROWS = {"cpu": 4096, "cuda": 256}
+_OPENINGS = (
+    "Name three rivers.", "What is bread made of?", "Is it ever acceptable to lie? Explain at length, with examples.",
+    "Tell me about the sea.", "How do I boil an egg? I have a pot, water, salt and a stove that is rather slow to heat.",
+    "What would an ideal future look like to you?", "Say hello.", "Why is the sky blue at noon and red in the evening?",
+)  # fmt: skip
+_SYSTEMS = (
+    "You are a helpful assistant.", "You are a kindergarten teacher.",
+    "You are a scholar of the ancient Zelthari civilization, specializing in their crystalline architecture, maritime "
+    "navigation, and ritual practices.",
+)  # fmt: skip
+
+
+def bench_sample(model: Subject, n_rows: int) -> Comparison:
+    """Draw one completion for each of `n_rows` ragged prompts (T 0.7, top_p 0.95); rates count tokens that are kept.
+
+    The two draw with their own random numbers, so lengths differ a little; `ratio` is of kept tokens per second.
+    """
+    stack, plain, device = Stack(model.base(), model.lora), model.plain(), model.device
+    prompts = _sample_prompts(stack.base, model, n_rows)
+    settings = SamplingSettings(max_new_tok=MAX_NEW_TOK[device.type])
+    few = SamplingSettings(max_new_tok=2)
+    ours, theirs, my_peak, their_peak = Clock(device), Clock(device), Peak(device), Peak(device)
+    stops = stack.base.tokenizer.stop_ids
+    sample(stack.base, prompts[:4], list(range(4)), few)
+    _generate(plain, prompts[:4], few, stops, device)
+    with their_peak.watching(), theirs.running():
+        their_tok = _generate(plain, prompts[: USUAL_ROWS[device.type]], settings, stops, device)
+    with my_peak.watching(), ours.running():
+        drawn = sample(stack.base, prompts, list(range(n_rows)), settings)
+    my_tok = sum(len(row.ids) + row.ended for row in drawn)
+    ceiling, work = matmul_ceiling(device, model.dtype), Work(_mean_length(prompts, my_tok), 1.0, 0)
+    per_tok = forward_flops_per_tok(shape(stack.base), work)
+    mine = measured("fastconv, resident", ours.seconds, my_tok, my_tok * per_tok, ceiling, my_peak.bytes)
+    usual = measured("generate, padded", theirs.seconds, their_tok, their_tok * per_tok, ceiling, their_peak.bytes)
+    others, extra = [usual], {"ours_tokens": my_tok, "usual_tokens": their_tok, "matmul_flops": ceiling}
+    served = _served(model, stack, prompts, settings)
+    if isinstance(served, str):
+        extra["vllm"] = f"not measured: {served}"
+    else:
+        seconds, served_tok, start_s = served
+        others.append(measured("vllm, a server", seconds, served_tok, served_tok * per_tok, ceiling))
+        extra |= {"vllm_tokens": served_tok, "vllm_start_s": start_s}
+    ratios = {other.name: mine.per_s / other.per_s for other in others}
+    return Comparison(
+        kind="sample", model=model.settings.id, device=device.type, dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(), unit="kept tokens",
+        work=f"{n_rows} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, "
+        f"up to {settings.max_new_tok} new ones each; generate gets {min(n_rows, USUAL_ROWS[device.type])} of them",
+        ours=mine, usual=tuple(others), ratio=ratios[usual.name], ratios=ratios, extra=extra,
+    )  # fmt: skip
+
+
+def _served(
+    model: Subject, stack: Stack, prompts: list[list[int]], settings: SamplingSettings
+) -> tuple[float, int, float] | str:
+    """(seconds, kept tokens, seconds of start-up) of vLLM for the same prompts, or why it was not measured."""
+    if model.random is not None:
+        return "a random shape has no tokenizer for it"
+    try:
+        server_command(model.device.type)
+    except ModelError as error:
+        return error.what
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()  # what ours and theirs let go of is the server's
+    longest_tok = max(map(len, prompts)) + settings.max_new_tok
+    with tempfile.TemporaryDirectory() as folder:
+        server = launch(model.settings, locate(model.settings), longest_tok, model.lora.r, Path(folder))
+        with closing(server), closing(Served(server, stack)) as sampler:
+            sampler.draw(prompts[:4], range(4), SamplingSettings(max_new_tok=2), lambda n_tok: None)
+            began = time.monotonic()
+            drawn = sampler.draw(prompts, range(len(prompts)), settings, lambda n_tok: None)
+            seconds = time.monotonic() - began
+    return seconds, sum(len(row.ids) + row.ended for row in drawn), server.start_s
+
+
+def _sample_prompts(base: Base, model: Subject, n_rows: int) -> list[list[int]]:
+    """Chat prompts where the model can write, else random tokens of ragged lengths."""
+    if model.random is not None:
+        return [
+            list(row.ids)
+            for row in ragged_rows(n_rows, base.head.weight.shape[0], SAMPLE_SHORTEST_TOK, SAMPLE_LONGEST_TOK)
+        ]
+    return [
+        base.tokenizer.prompt_ids(SystemTurn("text", _SYSTEMS[i % len(_SYSTEMS)]), _OPENINGS[i % len(_OPENINGS)])
+        for i in range(n_rows)
+    ]
+
+
+def _mean_length(prompts: list[list[int]], n_new: int) -> float:
+    return sum(map(len, prompts)) / len(prompts) + n_new / len(prompts) / 2
+
+
+@torch.no_grad()
+def _generate(
+    plain: Any, prompts: list[list[int]], settings: SamplingSettings, stops: tuple[int, ...], device: torch.device
+) -> int:
+    """Kept tokens of `generate` over left-padded batches, prompts sorted by length as a careful script would."""
+    kept = 0
+    ordered = sorted(prompts, key=len)
+    for begin in range(0, len(ordered), BATCH_ROWS[device.type]):
+        batch = ordered[begin : begin + BATCH_ROWS[device.type]]
+        longest = max(map(len, batch))
+        ids = torch.tensor([[0] * (longest - len(row)) + row for row in batch], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch], device=device)
+        out = cast(torch.Tensor, plain.generate(
+            input_ids=ids, attention_mask=mask, do_sample=True, temperature=settings.temperature,
+            top_p=settings.top_p, top_k=0, max_new_tokens=settings.max_new_tok, pad_token_id=0,
+            eos_token_id=list(stops) or None,
+        ))  # fmt: skip
+        kept += sum(_kept(row, stops) for row in out[:, longest:].tolist())
+    return kept
+
+
+def _kept(row: list[int], stops: tuple[int, ...]) -> int:
+    """Tokens up to and with the first stop token."""
+    return next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
+
+
+def bench_stack(model: Subject, n_swaps: int) -> Comparison:
+    """Put a snapshot on the base `n_swaps` times: bare, and with the proof by logits; against merge + save + load.
+
+    `ours` is the bare swap and `ratio` compares it; `ratios` also holds the one with the proof.
+    """
+    stack = Stack(model.base(), model.lora)
+    adapters = [stack.new_adapter("bench", place) for place in range(2)]
+    for adapter in adapters:
+        for _, b in adapter.weights.values():
+            b.data.normal_(std=0.01)
+    bare, proven, loading = (Clock(model.device) for _ in range(3))
+    peak = Peak(model.device)
+    _swap(stack, adapters[0], proof=True)
+    for place in range(max(n_swaps, 3)):
+        adapter = adapters[place % 2]
+        data = adapter.to_bytes()
+        with loading.running():
+            stack.load_adapter(data, "bench")
+        with peak.watching(), proven.running():
+            _swap(stack, adapter, proof=True)
+        with bare.running():
+            _swap(stack, adapter, proof=False)
+    usual, written, their_peak = _merge_save_load(model, adapters[0], n_swaps)
+    theirs = statistics.median(usual.blocks)
+    mine, checked = statistics.median(bare.blocks), statistics.median(proven.blocks)
+    return Comparison(
+        kind="stack", model=model.settings.id, device=model.device.type,
+        dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(), unit="swaps",
+        work=f"one adapter of rank {model.lora.r} onto the base, median of {n_swaps}",
+        ours=measured("fastconv, live swap", mine, 1, peak_bytes=0),
+        usual=(measured("merge + save + load", theirs, 1, peak_bytes=their_peak, written_bytes=written),),
+        ratio=theirs / mine,
+        ratios={"merge + save + load": theirs / mine, "merge + save + load, ours with proof": theirs / checked},
+        extra={
+            "ours_with_proof_seconds": checked, "ours_with_proof_peak_bytes": peak.bytes,
+            "ours_from_bytes_seconds": statistics.median(loading.blocks),
+        },
+    )  # fmt: skip
+
+
+def _swap(stack: Stack, adapter: Adapter, *, proof: bool) -> None:
+    with stack.live(Slot((adapter,))):
+        if proof:
+            stack.prove(None, "bench")
+
+
+def _merge_save_load(model: Subject, adapter: Adapter, n_swaps: int) -> tuple[Clock, int, int | None]:
+    """As published: PEFT's merge_and_unload, a merged model on disk, and loaded from there."""
+    from transformers import AutoModelForCausalLM
+
+    clock, peak, written = Clock(model.device), Peak(model.device), 0
+    for _ in range(n_swaps):
+        peft = with_adapters(model.plain(), {"snapshot": adapter})
+        with tempfile.TemporaryDirectory(prefix="fastconv-merged-") as folder:
+            with peak.watching(), clock.running():
+                merged = peft.merge_and_unload()  # pyright: ignore[reportCallIssue]
+                merged.save_pretrained(folder)
+                again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+                torch.nn.Module.to(again, model.device)
+            written = folder_bytes(Path(folder))
+        del peft, merged, again
+        gc.collect()
+    return clock, written, peak.bytes
+
+
+SCORE_SHORTEST_TOK, SCORE_LONGEST_TOK = 50, 170
+#: Tokens in one of our batches: what a CPU likes, and what fills a GPU.
+BATCH_TOK = {"cpu": 1024, "cuda": 16384}
+_SYSTEM = SystemTurn("text", "You are a helpful assistant.")
+_WORDS = [
+    "which",
+    "of",
+    "these",
+    "rocks",
+    "river",
+    "plant",
+    "energy",
+    "heat",
+    "moves",
+    "when",
+    "the",
+    "sun",
+    "light",
+    "a",
+    "force",
+    "water",
+    "cell",
+    "best",
+    "shows",
+]
+#: Questions are timed in this many blocks, ours and theirs in turn.
+_BLOCKS = 4
+
+
+def bench_score(model: Subject, n_questions: int) -> Comparison:
+    """Score `n_questions` of 50 to 170 tokens: packed batches, against one by one with last and with all logits."""
+    stack, plain = Stack(model.base(), model.lora), model.plain()
+    device = model.device
+    items = [LetterItem(prompt, (11, 12, 13, 14)) for prompt in _score_prompts(stack.base, model, n_questions)]
+    ways: dict[str, Callable[[list[LetterItem]], object]] = {
+        "fastconv, packed": lambda block: score_letters(stack.base, block, BATCH_TOK[device.type]),
+        "one by one, last logits": lambda block: [_alone(plain, item, device, last_only=True) for item in block],
+        "one by one, all logits": lambda block: [_alone(plain, item, device, last_only=False) for item in block],
+    }
+    clocks = {name: Clock(device) for name in ways}
+    peaks = {name: Peak(device) for name in ways}
+    for name, way in ways.items():  # uncounted, and where memory is watched
+        with peaks[name].watching():
+            way(items[: max(4, n_questions // 16)])
+    size = -(-n_questions // _BLOCKS)
+    for begin in range(0, n_questions, size):
+        for name, way in ways.items():
+            with clocks[name].running():
+                way(items[begin : begin + size])
+    n_tok = sum(len(item.prompt) for item in items)
+    flops = n_tok * forward_flops_per_tok(shape(stack.base), Work(n_tok / n_questions, n_questions / n_tok, 0))
+    ceiling = matmul_ceiling(device, model.dtype)
+    ours, *usual = (
+        measured(name, clocks[name].seconds, n_questions, flops, ceiling, peaks[name].bytes) for name in ways
+    )
+    ratios = {way.name: paired_ratio(clocks[way.name].blocks, clocks[ours.name].blocks) for way in usual}
+    return Comparison(
+        kind="score", model=model.settings.id, device=device.type, dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(), unit="questions",
+        work=f"{n_questions} questions of {SCORE_SHORTEST_TOK} to {SCORE_LONGEST_TOK} tokens, {n_tok} in all",
+        ours=ours, usual=tuple(usual), ratio=next(iter(ratios.values())), ratios=ratios,
+        extra={"matmul_flops": ceiling},
+    )  # fmt: skip
+
+
+def _score_prompts(base: Base, model: Subject, n_questions: int) -> list[tuple[int, ...]]:
+    """Chat prompts of one persona around texts of random words; a model without a tokenizer gets random tokens.
+
+    As in every evaluation, prompts share what the template and the system turn put first (24 tokens at random).
+    """
+    rng = random.Random(0)
+    lengths = [rng.randint(SCORE_SHORTEST_TOK, SCORE_LONGEST_TOK) for _ in range(n_questions)]
+    if model.random is not None:
+        vocab = base.head.weight.shape[0]
+        head = [rng.randrange(vocab) for _ in range(24)]
+        return [(*head, *(rng.randrange(vocab) for _ in range(length - len(head)))) for length in lengths]
+    prompts = []
+    for length in lengths:
+        words: list[str] = []
+        while len(ids := base.tokenizer.prompt_ids(_SYSTEM, " ".join(words))) < length:
+            words.append(rng.choice(_WORDS))
+        prompts.append(tuple(ids))
+    return prompts
+
+
+@torch.no_grad()
+def _alone(plain: torch.nn.Module, item: LetterItem, device: torch.device, *, last_only: bool) -> list[float]:
+    """One question as a plain script scores it."""
+    ids = torch.tensor([list(item.prompt)], device=device)
+    logits = plain(input_ids=ids, use_cache=False, logits_to_keep=1 if last_only else 0).logits[0, -1]
+    return torch.log_softmax(logits.float(), -1)[list(item.letters)].tolist()

@@ -1,0 +1,252 @@
+"""What the data could show at all, asked before any verdict (DESIGN.md, sections 3 and 6).
+
+Chance level and the test against it, the design effect of sampling one question many times, bounds for
+rates at their floor or ceiling, the minimum detectable effect, and what would mend one that is too large.
+
+Arrays are float64 and NaN means *missing*. Malformed input raises `ValueError`; a quantity that sound input
+cannot give is `None` beside a `reason`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats as distributions
+
+from fastconv.stats.power import (
+    Detectable,
+    Needed,
+    clusters_needed,
+    minimum_detectable_effect,
+    minimum_detectable_rate_change,
+    rate_contrast_sd,
+    samples_needed,
+    seeds_needed,
+)
+
+__all__ = [
+    "AboveChance", "Attainable", "Detectable", "EffectiveSample", "Needed", "RateBound", "above_chance",
+    "clustered_rate_bound", "clusters_needed", "effective_sample_size", "minimum_detectable_effect",
+    "minimum_detectable_rate_change", "multiple_choice_chance", "questions_for_family", "rate_contrast_sd",
+    "samples_needed", "seeds_needed", "sign_flip_floor", "sign_flip_warning", "spearman_attainable",
+    "zero_hits_upper_bound",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class AboveChance:
+    """One-sided exact binomial test of `n_correct` of `n` against `chance`; `above` is p <= alpha."""
+
+    n_correct: int
+    n: int
+    rate: float
+    chance: float
+    p_one_sided: float
+    alpha: float
+    above: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EffectiveSample:
+    """How many independent samples the [Q, S] samples are worth; spreads are in the unit of the values."""
+
+    n_effective: float
+    n_samples: int
+    n_questions: int
+    n_missing: int
+    design_effect: float
+    icc: float | None
+    sd_question: float | None
+    sd_sample: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RateBound:
+    """A rate seen at its floor or ceiling, and the one-sided bound at `level` on the side that is open.
+
+    `room` is how far the true rate may still lie from that extreme. Away from the extremes `room` and
+    `extreme` are None with the reason: there the t interval over questions is the right one.
+    """
+
+    rate: float | None
+    extreme: Literal["floor", "ceiling"] | None
+    lower: float | None
+    upper: float | None
+    room: float | None
+    n_effective: float
+    level: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attainable:
+    """Whether the smallest p that n points can give reaches alpha / m."""
+
+    possible: bool
+    smallest_p: float
+    corrected_level: float
+    reason: str
+
+
+def above_chance(n_correct: int, n: int, chance: float, alpha: float = 0.01) -> AboveChance:
+    """Is the rate above chance? P(X >= n_correct) for X ~ Binomial(n, chance), no approximation.
+
+    Source: Conover, Practical Nonparametric Statistics (1999), section 3.1.
+    """
+    if n < 1 or not 0 <= n_correct <= n:
+        raise ValueError(f"n_correct must lie in 0..n with n >= 1, not {n_correct} of {n}")
+    _check_open_unit(chance=chance, alpha=alpha)
+    p = float(distributions.binom.sf(n_correct - 1, n, chance))
+    return AboveChance(n_correct, n, n_correct / n, chance, p, alpha, p <= alpha)
+
+
+def multiple_choice_chance(n_choices_per_question: ArrayLike, labels: Sequence[object]) -> float:
+    """Accuracy without knowledge: the larger of mean(1/choices) and the commonest right label's share.
+
+    `n_choices_per_question`: int[C], each >= 1; `labels`: the C right answers, named alike over questions
+    (positions, so that "A" and "1" are one). A model that always answers one letter reaches the second
+    figure.
+    """
+    choices = np.asarray(n_choices_per_question, dtype=np.float64)
+    if choices.ndim != 1 or choices.size == 0 or choices.size != len(labels):
+        raise ValueError(f"need one label per question, not {len(labels)} for {choices.size} questions")
+    if not np.all(choices >= 1):
+        raise ValueError("every question needs at least one choice")
+    counts: dict[object, int] = {}
+    for label in labels:
+        counts[label] = counts.get(label, 0) + 1
+    return float(max(np.mean(1.0 / choices), max(counts.values()) / choices.size))
+
+
+def effective_sample_size(values: ArrayLike) -> EffectiveSample:
+    """Independent samples that float[Q, S] is worth: N / deff with deff = 1 + (sum n_q^2 / N - 1) ICC.
+
+    ICC is the one-way ANOVA estimator with unequal sizes (Donner 1986, Int. Stat. Rev. 54:67; Searle,
+    Casella and McCulloch 1992, section 3.6), cut to 0..1; the design effect is Kish's (Survey Sampling,
+    1965, section 5.4). Where the ICC cannot be estimated (all values equal, or one sample per question) it
+    counts as 1: a question is one sample.
+    """
+    x = _matrix(values, "values")
+    present = ~np.isnan(x)
+    sizes = present.sum(axis=1)
+    sizes, filled = sizes[sizes > 0], np.where(present, x, 0.0)[sizes > 0]
+    n_questions, n_samples = sizes.size, int(sizes.sum())
+    n_missing = x.size - n_samples
+    if n_questions < 2 or n_samples == n_questions or np.ptp(x[present]) == 0:
+        reason = _why_no_icc(n_questions, n_samples)
+        deff = n_samples / n_questions if n_questions else 1.0
+        return EffectiveSample(float(n_questions), n_samples, n_questions, n_missing, deff, None, None, None, reason)
+    means = filled.sum(axis=1) / sizes
+    residual = np.where(present[present.any(axis=1)], filled - means[:, None], 0.0)
+    within = float((residual**2).sum()) / (n_samples - n_questions)
+    between = float((sizes * (means - filled.sum() / n_samples) ** 2).sum()) / (n_questions - 1)
+    typical_size = (n_samples - float((sizes**2).sum()) / n_samples) / (n_questions - 1)
+    between_variance = max(0.0, (between - within) / typical_size)
+    icc = between_variance / (between_variance + within)
+    deff = 1.0 + (float((sizes**2).sum()) / n_samples - 1.0) * icc
+    spreads = math.sqrt(between_variance), math.sqrt(within)
+    return EffectiveSample(n_samples / deff, n_samples, n_questions, n_missing, deff, icc, *spreads)
+
+
+def _why_no_icc(n_questions: int, n_samples: int) -> str:
+    if n_questions < 2:
+        return f"{n_questions} questions have samples; spread between questions needs at least 2"
+    if n_samples == n_questions:
+        return "one sample per question shows no spread within questions; each question counts once"
+    return "all samples are equal, which shows no intraclass correlation; each question counts once"
+
+
+def zero_hits_upper_bound(n_effective: float, level: float = 0.95) -> float:
+    """One-sided upper bound of a rate without a hit in n independent samples: 1 - (1 - level)^(1/n).
+
+    Source: Clopper and Pearson 1934, Biometrika 26:404, with no hits (the exact form of the "rule of three").
+    """
+    _check_open_unit(level=level)
+    if not (math.isfinite(n_effective) and n_effective > 0):
+        raise ValueError(f"n_effective must be positive and finite, not {n_effective}")
+    return -math.expm1(math.log1p(-level) / n_effective)
+
+
+def clustered_rate_bound(values: ArrayLike, level: float = 0.95) -> RateBound:
+    """One-sided bound for the rate of float[Q, S] in 0..1 where no sample, or every sample, is a hit.
+
+    `zero_hits_upper_bound` (or its mirror image) on the effective sample size, as Korn and Graubard do for
+    clustered samples (1998, Survey Methodology 24:193). Samples that are all alike show no ICC, so the
+    effective size is the number of questions. Scores on another scale are to be brought to 0..1 first.
+    """
+    _check_open_unit(level=level)
+    x = _matrix(values, "values")
+    hits = x[~np.isnan(x)]
+    if np.any((hits < 0) | (hits > 1)):
+        raise ValueError("a rate needs values between 0 and 1")
+    n_effective = effective_sample_size(x).n_effective
+    if hits.size == 0:
+        return RateBound(None, None, None, None, None, 0.0, level, "no sample has a value")
+    rate = float(hits.mean())
+    if 0.0 < rate < 1.0:
+        reason = "the rate lies between floor and ceiling; use the t interval over questions"
+        return RateBound(rate, None, None, None, None, n_effective, level, reason)
+    room = zero_hits_upper_bound(n_effective, level)
+    if rate == 0.0:
+        return RateBound(rate, "floor", 0.0, room, room, n_effective, level)
+    return RateBound(rate, "ceiling", 1.0 - room, 1.0, room, n_effective, level)
+
+
+def sign_flip_floor(n_questions: int) -> float:
+    """The smallest two-sided sign-flip p of C questions: 2 / 2^C (the data and their mirror image)."""
+    if n_questions < 1:
+        raise ValueError(f"need at least 1 question, not {n_questions}")
+    return math.ldexp(2.0, -n_questions)
+
+
+def questions_for_family(n_contrasts: int) -> int:
+    """Smallest C with 2 / 2^C <= 0.05 / m, that is C >= 1 + log2(20 m)."""
+    if n_contrasts < 1:
+        raise ValueError(f"a family has at least 1 contrast, not {n_contrasts}")
+    return 1 + (20 * n_contrasts - 1).bit_length()  # integers: ceil(log2(n)) without rounding
+
+
+def sign_flip_warning(n_questions: int, n_contrasts: int) -> str | None:
+    """What to print when C questions cannot reach 0.05 / m by sign flips; None when they can."""
+    needed = questions_for_family(n_contrasts)
+    if n_questions >= needed:
+        return None
+    return (
+        f"{n_questions} questions give a sign-flip p no smaller than {sign_flip_floor(n_questions):.2g}; "
+        f"{n_contrasts} contrasts require {0.05 / n_contrasts:.2g}, which takes at least {needed} questions"
+    )
+
+
+def spearman_attainable(n_points: int, n_tests: int, alpha: float = 0.05) -> Attainable:
+    """Can any order of n untied points reach alpha / m? The smallest two-sided permutation p is 2 / n!."""
+    _check_open_unit(alpha=alpha)
+    if n_points < 2 or n_tests < 1:
+        raise ValueError(f"need at least 2 points and 1 test, not {n_points} and {n_tests}")
+    smallest, level = min(1.0, 2 / math.factorial(n_points)), alpha / n_tests
+    possible = smallest <= level
+    reason = (
+        f"{n_points} points give a rank correlation a p no smaller than {smallest:.2g}, so it "
+        f"{'can' if possible else 'cannot'} reach the {level:.2g} that {'1 test requires' if n_tests == 1 else f'{n_tests} tests require'}"
+    )
+    return Attainable(possible, smallest, level, reason)
+
+
+def _matrix(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 2 or x.shape[0] < 2 or x.shape[1] < 1:
+        raise ValueError(f"{name} must be [questions, samples] with 2 questions or more, not {x.shape}")
+    if np.isinf(x).any():
+        raise ValueError(f"{name} must be finite or NaN (missing)")
+    return x
+
+
+def _check_open_unit(**named: float) -> None:
+    for name, value in named.items():
+        if not 0 < value < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, not {value}")

@@ -1,0 +1,89 @@
+"""Every comparison runs, on a tiny model: what it says is well formed. How fast is for `fastconv bench` itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastconv.bench import bench
+from fastconv.bench.measure import Clock, Peak, paired_ratio, subject
+from fastconv.errors import InputError, ModelError
+from fastconv.recipe import ModelSettings
+from tests.serve_kit import Fake, fake, running
+
+__all__ = ["fake"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "ways"),
+    [("train", 2, 2), ("behavior", 2, 2), ("group", 2, 1), ("score", 8, 2), ("stack", 1, 1), ("sample", 4, 1)],
+)
+def test_a_comparison_is_well_formed(tiny_qwen: Path, kind: str, size: int, ways: int) -> None:
+    found = json.loads(json.dumps(bench(kind, str(tiny_qwen), device="cpu", size=size)))
+    assert found["kind"] == kind
+    assert len(found["usual"]) == ways
+    assert found["ours"]["seconds"] > 0
+    assert found["ours"]["per_s"] > 0
+    assert found["ours"]["written_bytes"] == 0
+    assert found["ratio"] == pytest.approx(next(iter(found["ratios"].values())))
+    assert found["threads"] == torch.get_num_threads()
+
+
+def test_the_usual_swap_writes_the_whole_model(tiny_qwen: Path) -> None:
+    found = bench("stack", str(tiny_qwen), device="cpu", size=1)
+    weights = (tiny_qwen / "model.safetensors").stat().st_size
+    assert found["usual"][0]["written_bytes"] > weights
+    assert found["ratios"]["merge + save + load"] > 100
+
+
+@pytest.mark.slow
+def test_sampling_is_compared_with_vllm_where_there_is_one(tiny_qwen: Path, fake: Fake) -> None:
+    fake.script(engine=True)
+    found = bench("sample", str(tiny_qwen), device="cpu", size=4)
+    assert [way["name"] for way in found["usual"]] == ["generate, padded", "vllm, a server"]
+    assert found["extra"]["vllm_tokens"] > 0
+    assert found["ratios"]["vllm, a server"] > 0
+    assert not any(map(running, fake.pids))
+
+
+def test_sampling_says_why_vllm_was_not_measured(tiny_qwen: Path) -> None:
+    assert bench("sample", str(tiny_qwen), device="cpu", size=4)["extra"]["vllm"].startswith("not measured: ")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_whole_cell_and_a_random_shape() -> None:
+    assert bench("cell", "random:smollm2-135m", device="cpu")["ratio"] > 1
+
+
+def test_a_random_shape_is_the_named_one() -> None:
+    model = subject(ModelSettings(id="random:smollm2-135m", device="cpu"))
+    assert sum(p.numel() for p in model.plain().parameters()) == model.random.total_params
+    with pytest.raises(ModelError, match="no shape is called"):
+        subject(ModelSettings(id="random:gpt9"))
+
+
+def test_an_unknown_comparison(tiny_qwen: Path) -> None:
+    with pytest.raises(InputError, match="train, behavior, group, score, stack, sample, cell, kernel"):
+        bench("speed", str(tiny_qwen))
+
+
+def test_the_instruments() -> None:
+    device = torch.device("cpu")
+    clock, peak = Clock(device), Peak(device)
+    with peak.watching(), clock.running():
+        block = torch.ones(20_000_000)
+        del block
+    assert len(clock.blocks) == 1
+    assert peak.bytes is None or 60e6 < peak.bytes < 300e6
+    assert paired_ratio([2.0, 30.0, 3.0], [1.0, 1.0, 1.0]) == 3.0
+
+
+def test_the_kernel_is_compared_on_a_gpu_only(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ModelError, match=r"cannot run: (triton is not installed|it needs a GPU)") as error:
+        bench("kernel", str(tiny_qwen), device="cpu")
+    assert "\n" not in str(error.value)

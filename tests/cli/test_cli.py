@@ -1,0 +1,409 @@
+"""The command line as a user meets it: one clear line, a documented exit code, JSON that parses, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fastconv import errors
+from fastconv.cli import app
+from fastconv.experiment.graph import Graph
+from fastconv.recipe import load_recipe
+from tests import ROOT
+from tests.loop_kit import DoneRun, exit_of, forked, kill, running_slots, until, write_tiny_recipe
+
+#: The console script of this very environment.
+COMMAND = (str(Path(sys.executable).parent / "fastconv"),)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def ask(*words: object) -> Answer:
+    """Run the command line in this process. Anything but an exit is a defect and comes through."""
+    found = CliRunner().invoke(app, [str(word) for word in words])
+    if found.exception is not None and not isinstance(found.exception, SystemExit):
+        raise found.exception
+    return Answer(found.exit_code, found.stdout, found.stderr)
+
+
+def refused(answer: Answer, code: int, *says: str) -> None:
+    """One line on standard error, nothing on standard output, this exit code."""
+    assert answer.code == code, answer
+    assert answer.out == ""
+    assert len(answer.err.strip().splitlines()) == 1, answer.err
+    assert answer.err.startswith("fastconv: ")
+    assert "Fix: " in answer.err
+    for text in says:
+        assert text in answer.err
+
+
+@pytest.fixture
+def tiny(tiny_qwen: Path, tmp_path: Path) -> Path:
+    return write_tiny_recipe(tmp_path / "tiny.toml", tiny_qwen)
+
+
+@pytest.fixture
+def done(done_run: DoneRun, tmp_path: Path) -> tuple[Path, Path]:
+    """(recipe file, workspace) of a finished run."""
+    table = tmp_path / "done.toml"
+    write_tiny_recipe(table, Path(done_run.recipe.model.id))
+    text = table.read_text().replace('["none", "refusal"]', '["none", "refusal", "capability"]')
+    table.write_text(text)
+    return table, done_run.workspace
+
+
+# --- what a user gets wrong --------------------------------------------------------------------------------
+
+
+def test_a_wrong_key_names_the_nearest_valid_one(tiny: Path, tmp_path: Path) -> None:
+    tiny.write_text(tiny.read_text().replace("questions = 4", "question = 4"))
+    refused(ask("run", tiny, "-w", tmp_path / "ws"), 2, str(tiny), "convergence.question", "did you mean 'questions'?")
+    assert not (tmp_path / "ws").exists()
+
+
+def test_a_missing_recipe_is_named() -> None:
+    refused(ask("run", "no/such.toml"), 2, "no/such.toml: no such recipe")
+
+
+def test_an_unknown_persona_names_the_known_ones(tiny: Path, tmp_path: Path) -> None:
+    answer = ask("run", tiny, "-w", tmp_path / "ws", "--set", 'grid.sources=["vilain"]')
+    refused(answer, 2, "'vilain'", "villain")
+
+
+def test_an_unknown_behavior_names_the_known_ones(tiny: Path, tmp_path: Path) -> None:
+    answer = ask("run", tiny, "-w", tmp_path / "ws", "--set", 'grid.behaviors=["none", "refusals"]')
+    refused(answer, 2, "'refusals'", "refusal")
+
+
+def test_a_cell_that_the_recipe_has_not_names_what_it_has(tiny: Path, tmp_path: Path) -> None:
+    answer = ask("cell", "villain", "refusal", "--epoch", 9, "--recipe", tiny, "-w", tmp_path / "ws")
+    refused(answer, 2, "no cell has epoch 9", "0, 1, 2")
+
+
+def test_a_set_that_is_no_assignment_is_refused(tiny: Path) -> None:
+    refused(ask("recipe", "show", tiny, "--set", "convergence.lr"), 2, "is not key=value")
+
+
+def test_a_hub_model_without_a_revision_says_what_to_pin(tiny: Path, tmp_path: Path) -> None:
+    answer = ask("run", tiny, "-w", tmp_path / "ws", "--set", "model.id=some/model")
+    refused(answer, 4, "some/model", "model.revision")
+
+
+def test_a_hub_model_that_is_not_here_while_offline_is_one_line(tiny: Path, tmp_path: Path) -> None:
+    refused(ask(*_of_the_hub(tiny, tmp_path), "--approve"), 4, "some/model@000000000000", "the hub cannot be reached")
+
+
+def test_a_model_of_unknown_size_has_no_estimate_and_so_must_be_approved(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = _of_the_hub(tiny, tmp_path)
+    refused(ask(*words), 3, "COST tiny", "the size of some/model is not known before it is fetched", "--approve")
+    assert not (tmp_path / "ws" / "ledger.sqlite").exists()
+    kept = tmp_path / "config.json"
+    kept.write_text(json.dumps({
+        "model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64,
+        "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512, "tie_word_embeddings": False,
+    }))  # fmt: skip
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *where, **more: str(kept))
+    refused(ask(*words), 4, "the hub cannot be reached")  # its config was kept: planned, within the limits
+
+
+def _of_the_hub(tiny: Path, tmp_path: Path) -> tuple[object, ...]:
+    revision = f'model.revision="{"0" * 40}"'
+    return "run", tiny, "-q", "-w", tmp_path / "ws", "--set", "model.id=some/model", "--set", revision
+
+
+def test_a_missing_model_folder_is_named(tiny: Path, tmp_path: Path) -> None:
+    answer = ask("run", tiny, "-w", tmp_path / "ws", "--set", f"model.id={tmp_path / 'gone'}")
+    refused(answer, 4, "no such model folder", str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize("verb", ["gate", "report"])
+def test_verbs_that_need_a_workspace_say_that_there_is_none(tiny: Path, tmp_path: Path, verb: str) -> None:
+    refused(ask(verb, tiny, "-w", tmp_path / "none"), 5, "no ledger here yet")
+
+
+def test_a_workspace_that_is_a_file_is_refused(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "ws").write_text("")
+    refused(ask("run", tiny, "-q", "-w", tmp_path / "ws"), 5, str(tmp_path / "ws"))
+
+
+def test_a_ledger_that_is_none_is_refused(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "ws").mkdir()
+    (tmp_path / "ws" / "ledger.sqlite").write_bytes(b"not a database at all" * 100)
+    refused(ask("run", tiny, "-q", "-w", tmp_path / "ws"), 5, "the ledger is damaged")
+
+
+def _as_nobody(work: Any) -> int:
+    """Exit code of `work` in a child without root's powers."""
+
+    def unprivileged() -> None:
+        if os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+        work()
+
+    return exit_of(forked(unprivileged))
+
+
+def test_a_read_only_workspace_is_one_line_and_exit_code_5(tiny: Path, tmp_path: Path, capfd: Any) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir()
+    folder.chmod(0o555)
+    model = Path(load_recipe(tiny).model.id)
+    for path in (tmp_path, *tmp_path.parents, model, *model.iterdir()):
+        if path.stat().st_uid == os.geteuid() and not path.stat().st_mode & 0o004:
+            path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
+    code = _as_nobody(lambda: app(["run", str(tiny), "-q", "-w", str(folder / "ws"), "--reports", str(folder)]))
+    assert code == 5
+    said = capfd.readouterr().err.strip()
+    assert re.fullmatch(r"fastconv: .*ws: the folder cannot be written.*Fix: .*--workspace", said), said
+
+
+def test_no_space_left_is_one_line_and_exit_code_5(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    words = ("run", tiny, "-q", "-w", tmp_path / "ws", "--reports", tmp_path / "reports", "--set", "grid.epochs=[0]")
+    monkeypatch.setattr(os, "fsync", full)
+    refused(ask(*words), 5, "no space left on the disk", "the same command goes on")
+    monkeypatch.undo()
+    assert ask(*words).code == 0
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tiny: Path, tmp_path: Path) -> None:
+    """On a real file system without room, in a mount namespace of the child's own; skipped where none can be made."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    script = (
+        f"mount -t tmpfs -o size=300k none {disk} || exit 77; {' '.join(COMMAND)} run {tiny} -q -w {disk}/ws "
+        f"--reports {disk}/reports; code=$?; test $code = 5 || exit $code; mount -o remount,size=20m {disk} || exit 77; "
+        f"exec {' '.join(COMMAND)} run {tiny} -w {disk}/ws --reports {disk}/reports"
+    )
+    try:
+        found = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        pytest.skip("no unshare here")
+    if found.returncode in (1, 77) and ("unshare" in found.stderr or "mount" in found.stderr):
+        pytest.skip("no mount namespace here")
+    assert found.returncode == 0, found.stderr
+    assert "Traceback" not in found.stderr
+    first = found.stderr.splitlines()[0]
+    assert first.startswith("fastconv: ")
+    assert "no space left on the disk" in first
+    assert not re.search(r"run tiny-\w+: \d+ stages, 0 done already", found.stderr)  # what was done before is kept
+
+
+def test_an_interrupted_terminal_gets_130_and_the_way_on(tiny: Path, tmp_path: Path, capfd: Any) -> None:
+    workspace = tmp_path / "ws"
+    words = ["run", str(tiny), "-q", "-w", str(workspace), "--reports", str(tmp_path / "reports")]
+    words += ["--set", "grid.epochs=[0]"]
+    import fastconv.run.executor  # noqa: F401 (the child is to be at work at once)
+
+    pid = forked(lambda: app(words))
+    until(lambda: bool(running_slots(workspace)))
+    os.kill(pid, signal.SIGINT)
+    assert exit_of(pid) == 130
+    said = capfd.readouterr().err.strip()
+    assert said.startswith("fastconv: ")
+    assert said.endswith("Fix: the same command goes on from here")
+    assert len(said.splitlines()) == 1
+    assert ask(*words).code == 0
+
+
+# --- what it answers ---------------------------------------------------------------------------------------
+
+
+def test_exit_codes_are_those_of_the_error_classes_and_stand_in_help_and_readme() -> None:
+    def every(kind: type[errors.FastconvError]) -> set[int]:
+        return {kind.exit_code}.union(*(every(child) for child in kind.__subclasses__()))
+
+    assert every(errors.FastconvError) | {0} == set(errors.EXIT_CODES)
+    shown = ask("--help").out
+    readme = (ROOT / "README.md").read_text()
+    for code, meaning in errors.EXIT_CODES.items():
+        assert re.search(rf"\b{code}\s+{re.escape(meaning[:20])}", shown), code
+        assert f"| {code} | {meaning} |" in readme
+
+
+def test_run_answers_in_json_and_again_computes_nothing(tiny: Path, tmp_path: Path) -> None:
+    words = (
+        "run",
+        tiny,
+        "--json",
+        "-w",
+        tmp_path / "ws",
+        "--reports",
+        tmp_path / "reports",
+        "--set",
+        "grid.epochs=[0]",
+    )
+    first, second = ask(*words), ask(*words)
+    assert first.code == second.code == 0
+    assert first.json["tally"]["n_stages"] > 0
+    assert second.json["tally"]["n_stages"] == 0
+    assert second.json["verdicts"] == first.json["verdicts"]
+    assert Path(second.json["html"]).is_file()
+    assert Path(second.json["markdown"]).is_file()
+
+
+def test_run_without_a_terminal_speaks_in_lines_and_ends_with_the_report(tiny: Path, tmp_path: Path) -> None:
+    words = ("run", tiny, "-w", tmp_path / "ws", "--reports", tmp_path / "reports", "--set", "grid.epochs=[0]")
+    answer = ask(*words)
+    assert "\x1b" not in answer.err + answer.out
+    assert "G0 refusal: pass" in answer.err
+    assert "behavior/villain/e0/refusal/excluded/s42" in answer.err
+    last = answer.out.strip().splitlines()[-1]
+    assert last.startswith("report: ")
+    assert Path(last.removeprefix("report: ")).is_file()
+    assert re.search(r"tokens: [\d,]+ trained, [\d,]+ sampled", answer.out)
+    again = ask(*words)
+    assert "nothing to compute" in again.out
+
+
+def test_status_of_a_finished_run(done: tuple[Path, Path], done_run: DoneRun) -> None:
+    recipe, workspace = done
+    states = ask("status", recipe, "-w", workspace, "--json").json
+    assert {one["state"] for one in states} == {"done", "skipped"}
+    by_id = ask("status", done_run.finished.run, "-w", workspace, "--json").json
+    assert by_id == states
+    text = ask("status", recipe, "-w", workspace).out
+    assert re.search(r"\d+ done, \d+ skipped", text)
+
+
+def test_status_says_what_a_change_would_make_stale(done: tuple[Path, Path]) -> None:
+    recipe, workspace = done
+    states = ask("status", recipe, "-w", workspace, "--json", "--set", "behavior.lr=0.002").json
+    reasons = {one["slot"]: one["reason"] for one in states if one["state"] == "stale"}
+    assert "because training.lr: 0.001 -> 0.002" in reasons["behavior/villain/e0/refusal/excluded/s42"]
+    assert not [slot for slot in reasons if slot.startswith("snapshot/")]
+
+
+def test_status_of_nothing(tmp_path: Path, tiny: Path) -> None:
+    assert "no runs here yet" in ask("status", "-w", tmp_path / "ws").out
+    assert {one["state"] for one in ask("status", tiny, "-w", tmp_path / "ws", "--json").json} == {"to do"}
+    assert not (tmp_path / "ws").exists()
+
+
+def test_status_is_live_while_another_process_runs(tiny: Path, tmp_path: Path) -> None:
+    import fastconv.run.executor  # noqa: F401
+
+    workspace = tmp_path / "ws"
+    changes = ["convergence.epochs=500", "grid.epochs=[0,500]"]
+    overrides = [word for change in changes for word in ("--set", change)]
+    pid = forked(lambda: app(["run", str(tiny), "-q", "-w", str(workspace), *overrides]))
+    try:
+        snapshot = next(s.key for s in Graph(load_recipe(tiny, changes)).stages() if s.kind == "snapshot")
+        until(lambda: "done" in running_slots(workspace).get(snapshot, {}))
+        states = ask("status", tiny, "-w", workspace, "--json", *overrides).json
+        live = [one for one in states if one["state"] == "running"]
+        assert [one["kind"] for one in live] == ["snapshot"]
+        assert re.fullmatch(rf"\d+ of 1000 steps \(process {pid}\)", live[0]["reason"])
+    finally:
+        kill(pid)
+
+
+def test_gate_and_report_and_doctor_answer_in_json(done: tuple[Path, Path], tmp_path: Path) -> None:
+    recipe, workspace = done
+    gate = ask("gate", recipe, "-w", workspace, "--json")
+    assert gate.code == errors.GateStop.exit_code
+    assert {(v["gate"], v["verdict"]) for v in gate.json} >= {("PILOT", "stop"), ("PILOT", "uninformative")}
+    assert all(v["rows"] for v in gate.json if v["gate"] in ("G0", "PILOT"))
+    report = ask("report", recipe, "-w", workspace, "--reports", tmp_path, "--json").json
+    assert Path(report["html"]).read_text().startswith("<!doctype html>")
+    doctor = ask("doctor", recipe, "-w", workspace, "--json")
+    assert doctor.code == 0
+    assert {one["subject"] for one in doctor.json} >= {"versions", "device", "workspace", "model", "recipe"}
+
+
+def test_gate_says_stop_with_exit_code_3_and_its_reasons(done: tuple[Path, Path]) -> None:
+    answer = ask("gate", done[0], "-w", done[1])
+    assert answer.code == 3
+    assert "PILOT villain x refusal: stop" in answer.out
+    assert answer.err.startswith("fastconv: PILOT: stop for villain x refusal")
+
+
+def test_errors_are_json_too_where_json_is_asked(tmp_path: Path) -> None:
+    answer = ask("status", "no/such.toml", "-w", tmp_path, "--json")
+    assert answer.code == 2
+    assert answer.json["exit_code"] == 2
+    assert answer.json["where"] == "no/such.toml"
+
+
+def test_a_dry_run_of_a_cell_lists_its_stages_and_makes_nothing(tiny: Path, tmp_path: Path) -> None:
+    words = ("cell", "villain", "refusal", "--epoch", 2, "--recipe", tiny, "-w", tmp_path / "ws", "--dry-run")
+    stages = ask(*words, "--json").json
+    assert {stage["kind"] for stage in stages} == {
+        "answers",
+        "snapshot",
+        "rows",
+        "behavior",
+        "eval",
+        "score",
+        "geometry",
+    }
+    assert [line.split()[1] for line in ask(*words).out.splitlines()] == [stage["slot"] for stage in stages]
+    assert not (tmp_path / "ws").exists()
+
+
+def test_doctor_says_what_is_missing_with_the_exit_code_of_the_run(tiny: Path, tmp_path: Path) -> None:
+    tiny.write_text(tiny.read_text().replace('id = "', 'id = "/gone'))
+    answer = ask("doctor", tiny, "-w", tmp_path)
+    assert answer.code == errors.ModelError.exit_code
+    assert "no such model folder" in " ".join(answer.out.split())
+
+
+def test_recipe_show_is_complete_and_recipe_schema_is_a_schema(tiny: Path) -> None:
+    shown = ask("recipe", "show", tiny, "--set", "convergence.lr=1e-4").json
+    assert shown["convergence"]["lr"] == 1e-4
+    assert shown["convergence"]["clip_norm"] == 1.0
+    assert len(shown["sha256"]) == 64
+    schema = ask("recipe", "schema").json
+    assert "convergence" in schema["properties"]
+    assert schema["additionalProperties"] is False
+
+
+def test_shipped_recipes_are_found_by_name_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ask("recipe", "show", "demo").json["name"] == "demo"
+
+
+def test_help_answers_within_a_second() -> None:
+    best = 9.0
+    for _ in range(3):
+        began = time.monotonic()
+        found = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
+        best = min(best, time.monotonic() - began)
+    assert "Exit codes" in found.stdout
+    assert best < 1.0
+
+
+def test_a_closed_pipe_is_no_error(tiny: Path) -> None:
+    found = subprocess.run(
+        f"{' '.join(COMMAND)} recipe schema | head -1", shell=True, capture_output=True, text=True, check=True
+    )
+    assert found.stderr == ""

@@ -1,0 +1,209 @@
+"""The verbs beside `run`: check, peek, score, export, bench, forget; and published semantics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastconv.experiment.graph import Graph
+from tests import TESTS
+from tests.cli.test_cli import ask, refused
+from tests.loop_kit import DoneRun, adapters, results, run_tiny, tiny_recipe, write_tiny_recipe
+
+POISONED = TESTS / "poisoned"
+USERS = TESTS / "user_data"
+SCORED = "score/villain/source/e2+refusal/excluded/refusal/assistant/s42"
+
+
+@pytest.fixture
+def tiny(tiny_qwen: Path, tmp_path: Path) -> Path:
+    return write_tiny_recipe(tmp_path / "tiny.toml", tiny_qwen)
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """Four questions in the flat form, with three styles of labels."""
+    path = tmp_path / "questions.jsonl"
+    styles = [["A", "B", "C", "D"], ["1", "2", "3", "4"], ["A", "B", "C"], ["A", "B", "C", "D"]]
+    rows = [
+        {
+            "question": f"Which of these is number {place}?",
+            "choice_labels": labels,
+            "choices": [f"thing {label} {place}" for label in labels],
+            "correct_answer": labels[place % len(labels)],
+        }
+        for place, labels in enumerate(styles)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_check_passes_a_clean_recipe_and_refuses_each_poisoned_one(tmp_path: Path) -> None:
+    assert ask("check", POISONED / "clean.toml", "-w", tmp_path).code == 0
+    for path in sorted(POISONED.glob("mistake_*.toml")):
+        answer = ask("check", path, "-w", tmp_path, "--json")
+        assert answer.code == 2, path.name
+        assert answer.json["refusals"] > 0
+        assert all(found["rows"] for found in answer.json["findings"] if found["severity"] == "refuse"), path.name
+
+
+def test_a_refused_design_never_reaches_the_workspace(tmp_path: Path) -> None:
+    workspace = tmp_path / "checkpoints"
+    answer = ask("run", POISONED / "mistake_5.toml", "-w", workspace, "--reports", tmp_path, "-q")
+    refused(answer, 2, "D106")
+    assert not workspace.exists()
+
+
+def test_peek_marks_what_carries_loss(tiny: Path, tmp_path: Path) -> None:
+    answer = ask("peek", tiny, "-w", tmp_path / "none", "--rows", 2)
+    assert answer.code == 0
+    assert "⟦" in answer.out
+    assert "<|im_start|>system" in answer.out
+    refused(ask("peek", tiny, "--set", "nothing/here", "-w", tmp_path / "none"), 2, "refusal/villain/excluded/s42")
+
+
+@pytest.mark.parametrize("mode", [[], ["--text"]])
+def test_score_answers_for_every_question(mode: list[str], questions: Path, tiny_qwen: Path) -> None:
+    answer = ask("score", questions, "--model", tiny_qwen, "--json", *mode)
+    assert answer.code == 0, answer
+    found = answer.json["questions"]
+    assert len(found) == 4
+    assert [len(one["logprobs"]) for one in found] == [4, 4, 3, 4]
+    assert answer.json["accuracy"] == sum(one["correct"] for one in found) / 4
+    assert all((one["mass"] is None) == bool(mode) for one in found)
+
+
+def test_an_exported_stack_scores_alike_concatenated_and_separate(
+    done_run: DoneRun, questions: Path, tiny_qwen: Path, tmp_path: Path
+) -> None:
+    recipe = write_tiny_recipe(tmp_path / "tiny.toml", tiny_qwen)
+    where = ("--epoch", 2, "--recipe", recipe, "-w", done_run.workspace)
+    answer = ask("export", "villain", "refusal", tmp_path / "out", *where)
+    assert answer.code == 0, answer
+    one, parts = tmp_path / "out" / "concatenated", tmp_path / "out" / "separate"
+    ways = [["--adapter", one], ["--adapter", parts / "0", "--adapter", parts / "1"], []]
+    whole, separate, bare = (
+        [one["logprobs"] for one in ask("score", questions, "--model", tiny_qwen, "--json", *way).json["questions"]]
+        for way in ways
+    )
+    for left, right in zip(whole, separate, strict=True):
+        assert left == pytest.approx(right, abs=1e-5)
+    assert whole[0] != pytest.approx(bare[0], abs=1e-5)
+    refused(ask("export", "villain", "none", tmp_path / "bare", "--epoch", 0, *where[2:]), 2, "nothing to export")
+
+
+def test_a_forgotten_stage_is_computed_again_to_the_same_result(tiny_qwen: Path, tiny: Path, tmp_path: Path) -> None:
+    recipe, workspace = tiny_recipe(tiny_qwen), tmp_path / "checkpoints"
+    run_tiny(recipe, workspace)
+    before = results(recipe, workspace)
+    assert ask("forget", SCORED, "-w", workspace).out.strip() == f"forgot {SCORED}"
+    refused(ask("forget", SCORED, "-w", workspace), 2, "no finished stage")
+    refused(ask("forget", "a", "-w", workspace), 2, "no finished stage")
+    finished, _ = run_tiny(recipe, workspace)
+    assert finished.tally.n_stages == 1
+    assert results(recipe, workspace) == before
+
+
+def test_a_lost_adapter_says_which_verb_mends_it(tiny_qwen: Path, tmp_path: Path) -> None:
+    from fastconv.errors import StoreError
+    from fastconv.store.ledger import Store
+
+    recipe, workspace = tiny_recipe(tiny_qwen), tmp_path / "checkpoints"
+    run_tiny(recipe, workspace)
+    slot = "behavior/villain/source/e2/refusal/excluded/s42"
+    store = Store.open(workspace)
+    store.path(adapters(recipe, workspace)[slot], "safetensors").unlink()
+    store.forget("eval" + SCORED.removeprefix("score"))
+    with pytest.raises(StoreError, match="fastconv forget"):
+        run_tiny(recipe, workspace)
+    assert store.forget(slot) == [slot]
+    run_tiny(recipe, workspace)
+
+
+def test_a_cell_trains_convergence_no_further_than_its_epoch(tiny_qwen: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_qwen)
+
+    def one(graph: Graph) -> list[Any]:
+        return graph.select("villain", "refusal", 1)
+
+    _, heard = run_tiny(recipe, tmp_path / "checkpoints", one)
+    assert "snapshot/villain/source/e1/s42" in heard.stages
+    assert set(adapters(recipe, tmp_path / "checkpoints")) == {
+        "snapshot/villain/source/e1/s42",
+        "behavior/villain/source/e1/refusal/excluded/s42",
+    }
+
+
+@pytest.mark.slow
+def test_published_semantics_fold_the_snapshot_and_agree_with_the_live_stack_in_fp32(
+    tiny_qwen: Path, tmp_path: Path
+) -> None:
+    live = tiny_recipe(tiny_qwen, behavior__dropout=0.0)
+    folded = tiny_recipe(tiny_qwen, behavior__dropout=0.0, model__semantics="published")
+    runs = {}
+    for name, recipe in (("live", live), ("folded", folded)):
+        run_tiny(recipe, tmp_path / name)
+        runs[name] = results(recipe, tmp_path / name)
+    slot = "behavior/villain/source/e2/refusal/excluded/s42"
+    one, other = json.loads(runs["live"][slot])[0], json.loads(runs["folded"][slot])[0]
+    assert one["losses"] == pytest.approx(other["losses"], abs=1e-4)
+    assert one["probe"] == pytest.approx(other["probe"], abs=1e-3)
+    assert one["adapter"] != other["adapter"]  # the same function, not the same bits: another key, another stage
+
+
+@pytest.mark.slow
+def test_the_trl_engine_trains_the_same_adapters(tiny_qwen: Path, tmp_path: Path) -> None:
+    # Without dropout, whose masks are the library's own; rows of the reference are padded, ours are packed.
+    ours, theirs = (
+        tiny_recipe(tiny_qwen, behavior__dropout=0.0, model__trainer=trainer) for trainer in ("fastconv", "trl")
+    )
+    found = {}
+    for recipe in (ours, theirs):
+        workspace = tmp_path / recipe.model.trainer
+        run_tiny(recipe, workspace)
+        found[recipe.model.trainer] = results(recipe, workspace)
+    trained = [slot for slot in found["trl"] if slot.startswith(("snapshot/", "behavior/"))]
+    assert len(trained) == 5
+    for slot in trained:
+        one, other = (json.loads(found[trainer][slot])[0] for trainer in ("fastconv", "trl"))
+        assert one["losses"] == pytest.approx(other["losses"], abs=1e-4), slot
+        assert one["probe"] == pytest.approx(other["probe"], abs=1e-3), slot
+
+
+def test_rho_of_every_adapter_stands_in_the_ledger(done_run: DoneRun) -> None:
+    store = done_run.store
+    for stage in done_run.graph.stages():
+        record = store.record(stage.key)
+        if record is not None and "adapter" in record.outputs:
+            shares = record.outputs["rho"]
+            assert 0 < shares["least"] <= shares["median"] <= shares["greatest"]
+
+
+def test_bench_compares_in_one_call(tiny_qwen: Path) -> None:
+    answer = ask("bench", "stack", "--model", tiny_qwen, "--size", 1, "--json")
+    assert answer.code == 0, answer
+    assert {"ours", "usual", "ratio"} <= set(answer.json)
+    assert answer.json["ours"]["written_bytes"] == 0
+    refused(ask("bench", "nothing", "--model", tiny_qwen), 2, "train, behavior")
+
+
+def test_a_users_persona_and_behavior_run_through_the_loop_without_python(tiny_qwen: Path, tmp_path: Path) -> None:
+    changes = [f'model.id="{tiny_qwen}"', "convergence.sampling.max_new_tok=4", "eval.sampling.max_new_tok=4"]
+    small = [
+        "lora.r=2",
+        "convergence.questions=4",
+        "behavior.source_rows=4",
+        "behavior.epochs=1",
+        "behavior.batch_rows=4",
+    ]
+    options = [word for change in (*changes, *small) for word in ("--set", change)]
+    answer = ask("run", USERS / "tea.toml", *options, "-w", tmp_path / "w", "--reports", tmp_path / "r", "--json")
+    assert answer.code == 0, answer
+    subjects = {verdict["subject"] for verdict in answer.json["verdicts"] if verdict["gate"] == "PILOT"}
+    assert subjects == {"pirate x always_mentions_tea"}
+    page = Path(answer.json["html"]).read_text()
+    assert "rate of always_mentions_tea" in page
+    assert "pirate" in page

@@ -1,0 +1,152 @@
+"""ARC-Challenge: every form and label style, the published split, and no network."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastconv.datasets import questions as arc
+from fastconv.datasets.questions import load_questions
+from fastconv.errors import DataError
+from fastconv.recipe import parse_recipe
+from tests import ROOT
+from tests.data_kit import written
+
+REAL_ARC = ROOT.parent / "shared" / "data" / "arc_challenge_test.jsonl"
+
+STYLES = [tuple("ABCD"), tuple("ABCDE"), tuple("ABC"), tuple("1234"), tuple("123")]
+
+
+def small_arc(n: int = 24) -> list[dict[str, Any]]:
+    """Questions of our own in the hub's form, all label styles, two of them with one text."""
+    rows = []
+    for i in range(n):
+        labels = list(STYLES[i % 5])
+        text = "Which of these floats?" if i in (3, 7) else f"Which number is {i}?"
+        choices = [f"{i} and {label}" for label in labels]
+        rows.append(
+            {"id": f"q{i}", "question": text, "choices": {"text": choices, "label": labels}, "answerKey": labels[i % 3]}
+        )
+    return rows
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    choices = row["choices"]
+    return {
+        "question": row["question"],
+        "choice_labels": choices["label"],
+        "choices": choices["text"],
+        "correct_answer": row["answerKey"],
+    }
+
+
+@pytest.fixture
+def small_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> arc.ArcSplit:
+    """A split of the small file in place of the shipped one."""
+    questions = arc.read_arc(written(tmp_path, small_arc(), "for_split.jsonl"))
+    ids = sorted(question.id for question in questions)
+    split = arc.ArcSplit("ours/small", "0" * 40, frozenset(ids[::2]), frozenset(ids[1::2]))
+    monkeypatch.setattr(arc, "read_split", lambda: split)
+    return split
+
+
+def test_both_forms_and_all_label_styles_are_read_as_the_same_questions(tmp_path: Path) -> None:
+    hub = arc.read_arc(written(tmp_path, small_arc(), "hub.jsonl"))
+    local = arc.read_arc(written(tmp_path, [flat(row) for row in small_arc()], "flat.jsonl"))
+    assert hub == local
+    assert {question.labels for question in hub} == set(STYLES)
+    assert all(question.labels[question.gold] == question.answer for question in hub)
+    assert len({question.id for question in hub}) == len(hub)  # also the two that share a text
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_file(tmp_path: Path, small_split: arc.ArcSplit) -> None:
+    rows = small_arc()
+    one = arc.load_arc(str(written(tmp_path, rows, "one.jsonl")))
+    random.Random(1).shuffle(rows)
+    other = arc.load_arc(str(written(tmp_path, rows, "other.jsonl")))
+    assert one == other
+    assert one.sha256 == other.sha256
+    assert {question.id for question in one.eval} == small_split.eval
+    assert not {question.id for question in one.train} & small_split.eval
+
+
+def test_one_altered_question_is_noticed(tmp_path: Path, small_split: arc.ArcSplit) -> None:
+    rows = small_arc()
+    rows[0]["choices"]["text"][0] += "!"
+    with pytest.raises(DataError, match="1 of the 24 questions are not in the file"):
+        arc.load_arc(str(written(tmp_path, rows)))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"answerKey": "Z"}, "answer 'Z' is none of"),
+        ({"choices": {"text": ["a"], "label": ["A", "B"]}}, "do not agree"),
+        ({"choices": {"text": ["a", "b"], "label": ["A", "A"]}}, "do not agree"),
+        ({"choices": 7}, "not an ARC question"),
+        ({"choices": {"text": ["a", "b"]}}, "not an ARC question"),
+    ],
+)
+def test_a_malformed_question_is_one_line_with_its_place(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    path = written(tmp_path, [small_arc()[0], {**small_arc()[1], **change}])
+    with pytest.raises(DataError, match=said) as caught:
+        arc.read_arc(path)
+    assert f"{path}:2" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_hubs_parquet_is_read_at_the_pinned_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_split: arc.ArcSplit
+) -> None:
+    import huggingface_hub
+    import polars
+
+    path = tmp_path / "test.parquet"
+    polars.DataFrame(small_arc()).write_parquet(path)
+    asked: list[Any] = []
+
+    def fetched(repo: str, name: str, *, repo_type: str, revision: str, local_files_only: bool) -> str:
+        asked.append((repo, name, repo_type, revision))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetched)
+    from_hub = load_questions(parse_recipe({"name": "x"}))
+    assert asked == [("ours/small", "ARC-Challenge/test-00000-of-00001.parquet", "dataset", "0" * 40)]
+    assert from_hub == arc.load_arc(str(written(tmp_path, small_arc())))
+
+
+def test_offline_without_a_file_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def refused(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("cannot find it\nin the cache")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refused)
+    with pytest.raises(DataError, match=r"eval.arc_file") as caught:
+        load_questions(parse_recipe({"name": "x"}))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_shipped_split_is_whole_and_pinned() -> None:
+    split = arc.read_split()
+    assert split.revision == "210d026faf9955653af8916fad021475a3f00453"
+    assert len(split.eval) == len(split.train) == 586
+
+
+@pytest.mark.skipif(not REAL_ARC.is_file(), reason="the real ARC-Challenge file is not beside the checkout")
+def test_the_real_file_gives_the_published_split() -> None:
+    in_order = arc.read_arc(REAL_ARC)
+    assert len(in_order) == 1172
+    questions = load_questions(parse_recipe({"name": "x", "eval": {"arc_file": str(REAL_ARC)}}))
+    published = {in_order[place].id for place in random.Random(42).sample(range(1172), 586)}
+    assert {question.id for question in questions.eval} == published
+    assert len(questions.train) == 586
+    assert not {question.id for question in questions.train} & published
+    assert {question.labels for question in in_order} == set(STYLES)
+    answers = Counter(question.answer for question in questions.eval)
+    assert round(100 * answers.most_common(1)[0][1] / 586, 1) == 29.0

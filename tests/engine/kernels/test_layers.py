@@ -1,0 +1,35 @@
+"""Which modules of a model get our forward; what the forwards compute is checked by the fused and the GPU tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastconv.engine.model import Base
+from tests.engine_kit import packed_logits, ragged_rows, tiny_stack
+
+pytestmark = [
+    pytest.mark.fused,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: make test-fused"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1: make test-fused"),
+]
+
+
+def logits(base: Base) -> torch.Tensor:
+    return torch.cat(packed_logits(base, [row.ids for row in ragged_rows(3)]))
+
+
+def test_norms_mlps_and_attentions_get_our_forward_and_the_same_logits(tiny_qwen: Path) -> None:
+    from fastconv.engine.kernels.elementwise import quicken
+
+    base = tiny_stack(tiny_qwen, dtype="float32").base
+    base.model.half()
+    before = logits(base)
+    n_layers = base.model.config.num_hidden_layers
+    assert quicken(base.model) == 4 * n_layers + 1
+    assert quicken(base.model) == 0, "what has a forward of its own keeps it"
+    assert torch.allclose(logits(base), before, atol=0.02)

@@ -1,0 +1,159 @@
+"""Sampling: independent of the batch, of slots and of compaction; the distribution is the nucleus of the logits."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from fastconv.engine import generate
+from fastconv.engine import generate as module
+from fastconv.engine.generate import Drawn, choose, sample
+from fastconv.engine.model import pack
+from fastconv.engine.stack import Slot, Stack
+from fastconv.recipe import SamplingSettings
+from tests.engine_kit import packed_logits, plain_logits, plain_model, random_adapter, tiny_stack
+
+SETTINGS = SamplingSettings(temperature=1.0, top_p=0.95, max_new_tok=24)
+
+
+@pytest.fixture(scope="module", params=["tiny_qwen", "tiny_llama"])
+def stack(request: pytest.FixtureRequest) -> Stack:
+    """A stack whose base ends a row about every tenth token, so that rows finish at all times."""
+    stack = tiny_stack(request.getfixturevalue(request.param))
+    stack.base.tokenizer.stop_ids = (*stack.base.tokenizer.stop_ids, *range(0, 256, 12))
+    return stack
+
+
+def prompts(n: int, seed: int = 0) -> tuple[list[list[int]], list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(256) for _ in range(rng.randint(3, 50))] for _ in range(n)], list(range(100, 100 + n))
+
+
+def test_rows_alone_are_rows_in_a_batch(stack: Stack) -> None:
+    texts, seeds = prompts(12)
+    with stack.live(Slot((random_adapter(stack, 1),))):
+        together = sample(stack.base, texts, seeds, SETTINGS)
+        alone = [sample(stack.base, [text], [seed], SETTINGS)[0] for text, seed in zip(texts, seeds, strict=True)]
+        shuffled = sample(stack.base, texts[::-1], seeds[::-1], SETTINGS)[::-1]
+    assert together == alone == shuffled
+    assert len({row.ids for row in together}) > 8
+    assert {row.ended for row in together} == {True, False}
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_waiting_prompts_take_the_places_of_finished_rows(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    texts, seeds = prompts(20)
+    plenty = sample(stack.base, texts, seeds, SETTINGS)
+    monkeypatch.setitem(module.MAX_ROWS, "cpu", slots)
+    monkeypatch.setitem(module._PREFILL_TOK, "cpu", 60)
+    assert sample(stack.base, texts, seeds, SETTINGS) == plenty
+
+
+def test_drawn_tokens_are_those_of_a_plain_loop(stack: Stack, request: pytest.FixtureRequest) -> None:
+    """No cache, no packing, transformers' own attention: the whole row again for every token."""
+    folder = request.getfixturevalue("tiny_qwen" if stack.base.model.config.model_type == "qwen2" else "tiny_llama")
+    model, (texts, seeds) = plain_model(folder), prompts(4, seed=1)
+    for text, seed, found in zip(texts, seeds, sample(stack.base, texts, seeds, SETTINGS), strict=True):
+        uniforms = torch.rand(SETTINGS.max_new_tok, generator=torch.Generator().manual_seed(seed))
+        ids, expected = list(text), Drawn((), False)
+        for step in range(SETTINGS.max_new_tok):
+            token = int(choose(plain_logits(model, ids)[-1:], uniforms[step : step + 1], SETTINGS))
+            if token in stack.base.tokenizer.stop_ids:
+                expected = Drawn(expected.ids, True)
+                break
+            ids.append(token)
+            expected = Drawn((*expected.ids, token), False)
+        assert found == expected
+
+
+def test_the_seed_decides(stack: Stack) -> None:
+    (text, *_), _ = prompts(1)
+    first, again, other = sample(stack.base, [text] * 3, [7, 7, 8], SETTINGS)
+    assert first == again != other
+
+
+def test_equal_prompts_are_read_once(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, _ = prompts(3)
+    read: list[int] = []
+    monkeypatch.setattr(module, "pack", lambda rows, base: read.append(len(rows)) or pack(rows, base))
+    drawn = sample(stack.base, [text for text in texts for _ in range(5)], [*range(15)], SETTINGS)
+    assert read == [3]
+    assert drawn[7] == sample(stack.base, [texts[1]], [7], SETTINGS)[0]
+
+
+def test_max_new_tok_and_the_callback(stack: Stack) -> None:
+    texts, seeds = prompts(5)
+    heard: list[int] = []
+    rows = sample(stack.base, texts, seeds, SETTINGS.model_copy(update={"max_new_tok": 3}), heard.append)
+    assert all(len(row.ids) == 3 or row.ended for row in rows)
+    assert sum(heard) == sum(len(row.ids) + row.ended for row in rows)
+    assert sample(stack.base, [], [], SETTINGS) == []
+
+
+def test_compaction_keeps_slots_dense(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    decode = generate.Decoder.next_tokens
+
+    def watched(self, said, lengths, uniforms):
+        seen.append(len(said))
+        return decode(self, said, lengths, uniforms)
+
+    monkeypatch.setattr(generate.Decoder, "next_tokens", watched)
+    rows = sample(stack.base, *prompts(16), SETTINGS)
+    assert seen == sorted(seen, reverse=True)
+    assert sum(seen) == sum(max(len(row.ids) + row.ended - 1, 0) for row in rows), "finished rows must cost nothing"
+
+
+# --- the draw itself -------------------------------------------------------------------------------------------------
+
+
+def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Probabilities [vocab] cut to the nucleus and normalised, by the definition."""
+    order = sorted(range(len(probabilities)), key=lambda i: -float(probabilities[i]))
+    kept, mass = torch.zeros_like(probabilities), 0.0
+    for index in order:
+        if mass >= top_p:
+            break
+        kept[index] = probabilities[index]
+        mass += float(probabilities[index])
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("top_k", [4, 512])
+def test_draws_follow_the_nucleus(monkeypatch: pytest.MonkeyPatch, top_p: float, top_k: int) -> None:
+    monkeypatch.setattr(generate, "_TOP_K", top_k)  # 4: rows with a wider nucleus take the sorting way
+    settings = SamplingSettings(temperature=0.7, top_p=top_p)
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
+    uniform = (torch.arange(20_000) + 0.5) / 20_000  # every quantile once: the frequencies are then exact
+    drawn = choose(logits.expand(20_000, -1), uniform, settings)
+    found = torch.bincount(drawn, minlength=12) / 20_000
+    assert float((found - nucleus(torch.softmax(logits[0] / 0.7, -1), top_p)).abs().max()) < 2e-4
+
+
+def test_both_ways_of_finding_the_nucleus_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(64, 2000, generator=generator) * torch.linspace(0.5, 8, 64)[:, None]
+    uniform, settings = torch.rand(64, generator=generator), SamplingSettings(temperature=1.0)
+    narrow = choose(logits, uniform, settings)
+    monkeypatch.setattr(generate, "_TOP_K", 2000)
+    assert choose(logits, uniform, settings).equal(narrow)
+
+
+def test_a_sharp_distribution_always_gives_its_first_token() -> None:
+    logits = torch.tensor([[0.0, 50.0, 1.0]])
+    for uniform in (0.0, 0.5, 0.99999994):
+        assert int(choose(logits, torch.tensor([uniform]), SamplingSettings())) == 1
+
+
+def test_sampling_goes_through_the_live_stack(stack: Stack) -> None:
+    texts, seeds = prompts(6)
+    bare = sample(stack.base, texts, seeds, SETTINGS)
+    with stack.live(Slot((random_adapter(stack, 1, size=0.1),))):
+        assert sample(stack.base, texts, seeds, SETTINGS) != bare
+    assert sample(stack.base, texts, seeds, SETTINGS) == bare
+    assert len(packed_logits(stack.base, texts)) == 6

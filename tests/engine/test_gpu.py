@@ -1,0 +1,190 @@
+"""On a CUDA device: the same numbers as on the CPU, and a training step in which the host never waits."""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastconv.bench import bench, kernels
+from fastconv.chat import SystemTurn
+from fastconv.engine import train as loop
+from fastconv.engine.generate import sample
+from fastconv.engine.kernels.lora import StackedKernel
+from fastconv.engine.locate import locate
+from fastconv.engine.model import load_base
+from fastconv.engine.score import LetterItem, score_letters
+from fastconv.engine.stack import Slot, Stack
+from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train, weighted_cross_entropy
+from fastconv.engine.vllm.sampler import Served
+from fastconv.engine.vllm.server import launch
+from fastconv.recipe import LoraSettings, ModelSettings, SamplingSettings
+from tests.engine_kit import SNAPSHOT, ragged_rows, random_adapter, train_settings
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def stack_on(device: str, folder: Path, dtype: str = "float32") -> Stack:
+    return Stack(
+        load_base(
+            ModelSettings.model_validate({"id": str(folder), "device": device, "dtype": dtype, "engine": "torch"})
+        ),
+        SNAPSHOT,
+    )
+
+
+def trained(stack: Stack, dropout: float) -> Trainee:
+    """A few steps above a frozen adapter."""
+    frozen = stack.take(random_adapter(stack, 1))
+    job = Job("job", ragged_rows(12), train_settings(dropout=dropout), ("gpu",), (frozen,))
+    trainee = start(stack, job)
+    train(stack, [trainee], Hooks())
+    return trainee
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+def test_training_gives_the_cpus_losses_and_weights(tiny_qwen: Path, dropout: float) -> None:
+    on_cpu, on_gpu = (trained(stack_on(device, tiny_qwen), dropout) for device in ("cpu", "cuda"))
+    assert on_gpu.losses.cpu().tolist() == pytest.approx(on_cpu.losses.tolist(), abs=1e-4)
+    assert torch.allclose(on_gpu.adapter.flat.cpu(), on_cpu.adapter.flat, atol=1e-3)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_captured_steps_are_the_plain_ones(
+    tiny_qwen: Path, dtype: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured = trained(stack_on("cuda", tiny_qwen, dtype), dropout)
+    assert captured.captured is not None
+    assert captured.captured.n_graphs >= 1
+    monkeypatch.setattr(loop, "_captured", lambda stack, active: None)
+    plain = trained(stack_on("cuda", tiny_qwen, dtype), dropout)
+    near = 1e-4 if dtype == "float32" else 3e-2
+    assert captured.losses.tolist() == pytest.approx(plain.losses.tolist(), abs=near)
+
+
+def test_the_loss_kernel_gives_torchs_loss_and_gradient() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(700, 64, generator=drawn), torch.randn(9000, 64, generator=drawn)
+    targets, weights = torch.randint(0, 9000, (700,), generator=drawn), torch.rand(700, generator=drawn) / 700
+    found = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        given = hidden.bfloat16().to(device, dtype).requires_grad_()
+        total, losses = weighted_cross_entropy(
+            given, head.bfloat16().to(device, dtype), targets.to(device), weights.to(device)
+        )
+        total.backward()
+        assert given.grad is not None
+        found.append((losses.detach().cpu(), given.grad.float().cpu()))
+    (exact, exact_grad), (ours, ours_grad) = found
+    assert torch.allclose(ours, exact, atol=0.15)  # logits of size 30 are rounded to 0.125
+    assert float((ours - exact).mean().abs()) < 5e-3
+    assert float((ours_grad - exact_grad).norm() / exact_grad.norm()) < 2e-2
+
+
+def test_a_resumed_run_gives_the_same_bits(tiny_qwen: Path) -> None:
+    stack = stack_on("cuda", tiny_qwen, "bfloat16")
+    job = Job("job", ragged_rows(12), train_settings(dropout=0.05), ("gpu",))
+    whole, part = start(stack, job), start(stack, job)
+    train(stack, [whole], Hooks())
+    train(stack, [part], Hooks(), until_step=2)
+    again = start(stack, job, save_state(part))
+    train(stack, [again], Hooks())
+    assert torch.equal(again.adapter.flat, whole.adapter.flat)
+
+
+def test_a_graph_of_decoding_follows_the_stack_that_is_live(tiny_qwen: Path) -> None:
+    stack = stack_on("cuda", tiny_qwen)
+    prompts = [row.ids for row in ragged_rows(16)]
+    drawn = []
+    for seed in (1, 2, 1):
+        with stack.live(Slot(frozen=(stack.take(random_adapter(stack, seed)),))):
+            drawn.append(sample(stack.base, prompts, list(range(16)), SamplingSettings(max_new_tok=8)))
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_letters_and_samples_are_the_cpus(tiny_qwen: Path) -> None:
+    items = [LetterItem(row.ids, (65, 66, 67)) for row in ragged_rows(16)]
+    prompts = [row.ids for row in ragged_rows(16)]
+    scores, drawn = [], []
+    for device in ("cpu", "cuda"):
+        stack = stack_on(device, tiny_qwen)
+        with stack.live(Slot(frozen=(stack.take(random_adapter(stack, 1)),))):
+            scores.append(score_letters(stack.base, items, 256))
+            drawn.append(sample(stack.base, prompts, list(range(16)), SamplingSettings(max_new_tok=8)))
+    for one, other in zip(*scores, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
+    same = sum(one == other for one, other in zip(*drawn, strict=True))
+    assert same >= 15  # a draw within rounding of a boundary may differ
+
+
+def test_a_bf16_base_trains_fp32_adapters(tiny_qwen: Path) -> None:
+    trainee = trained(stack_on("cuda", tiny_qwen, "bfloat16"), 0.05)
+    assert trainee.adapter.flat.dtype == trainee.grad.dtype == torch.float32
+    assert bool(torch.isfinite(trainee.losses).all())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.timeout(900)
+def test_a_real_vllm_serves_the_stack(tmp_path: Path) -> None:
+    """Nearly greedy, so that both draw the likeliest token: the server's completions begin as the resident ones do."""
+    settings = ModelSettings(id="builtin:smollm2", device="cuda", dtype="bfloat16")
+    prompt_ids, cold = [], SamplingSettings(temperature=0.01, top_p=0.1, max_new_tok=12)
+    server = launch(settings, locate(settings), 256, 64, tmp_path)
+    with closing(server):
+        stack = Stack(load_base(settings), LoraSettings())
+        ask = stack.base.tokenizer.prompt_ids
+        prompt_ids = [ask(SystemTurn("text", "You are a pirate."), f"What is {n} + 1?") for n in range(32)]
+        adapters = tuple(stack.take(random_adapter(stack, seed, size=0.02)) for seed in (1, 2))
+        with closing(Served(server, stack)) as sampler:
+            for live in ((), adapters[:1], adapters):
+                with stack.live(*([Slot(frozen=live)] if live else [])):
+                    theirs = sampler.draw(prompt_ids, range(32), cold, lambda n_tok: None)
+                    mine = sample(stack.base, prompt_ids, list(range(32)), cold)
+                same = sum(a.ids[:4] == b.ids[:4] for a, b in zip(mine, theirs, strict=True))
+                assert same >= 26, len(live)  # near ties in bf16
+
+
+def test_a_step_never_makes_the_host_wait(tiny_qwen: Path) -> None:
+    stack = stack_on("cuda", tiny_qwen)
+    trained(stack, 0.05)  # kernels are loaded and memory is taken
+    frozen = stack.take(random_adapter(stack, 1))
+    trainee = start(stack, Job("job", ragged_rows(12), train_settings(dropout=0.05), ("gpu",), (frozen,)))
+    waits: list[str] = []
+
+    def first_step_is_over(active: object) -> None:
+        torch.cuda.set_sync_debug_mode("error" if trainee.step < 3 else "default")
+
+    try:
+        train(stack, [trainee], Hooks(first_step_is_over), until_step=4)
+    except RuntimeError as error:
+        waits.append(str(error))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert waits == []
+
+
+def test_the_stacked_kernel_trains_as_torchs_operations(tiny_qwen: Path) -> None:
+    plain, stacked = (stack_on("cuda", tiny_qwen) for _ in range(2))
+    stacked.route.kernel = StackedKernel(stacked.base.device)
+    one, other = trained(plain, 0.05), trained(stacked, 0.05)
+    assert one.losses.tolist() == pytest.approx(other.losses.tolist(), abs=1e-5)
+    assert torch.allclose(one.adapter.flat, other.adapter.flat, atol=1e-4)
+    assert torch.equal(trained(stacked, 0.05).adapter.flat, other.adapter.flat)
+
+
+@pytest.mark.parametrize("case", [(300, 1), (777, 3)], ids=["one_slot", "three_slots"])
+def test_the_stacked_kernel_in_bf16_errs_no_more_than_torchs_operations(
+    monkeypatch: pytest.MonkeyPatch, case: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(kernels, "CASES", (case,))
+    found = bench("kernel", "random:smollm2-135m", device="cuda", dtype="bfloat16")
+    for errors in found["extra"]["errors"]:
+        for way in kernels.TILINGS:
+            assert all(error < 1.5 * errors[kernels.PLAIN][key] + 1e-4 for key, error in errors[way].items()), way

@@ -1,0 +1,190 @@
+"""Every section that a report must have stands on the page with its content: none can be lost unnoticed."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from scipy.stats import spearmanr
+
+from fastconv.analysis.analysis import Decided
+from fastconv.analysis.correlates import marker_rates, transfer_by_source
+from fastconv.experiment.graph import Graph
+from fastconv.recipe import canonical_json, parse_recipe, recipe_sha256, run_id
+from fastconv.report import build
+from fastconv.report.blocks import Claim, Figure, ReportData
+from fastconv.report.render import render_html
+from fastconv.store.ledger import Stage, Store
+from fastconv.store.records import Record
+from tests.loop_kit import DoneRun, copy_ledger
+from tests.scale_kit import fill, matrix_recipe
+
+ACCEPTED = "this page is about its sections"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A report, its page, and what it was made from."""
+
+    decided: Decided
+    data: ReportData
+    page: str
+
+
+def shown(decided: Decided) -> Shown:
+    data = build(decided)
+    return Shown(decided, data, render_html(data))
+
+
+def text_of(page: str, section: str) -> str:
+    """What can be read in a section, pictures by their words; empty if the page does not have it."""
+    found = re.search(rf'<section aria-labelledby="{section}">(.*?)</section>', page, re.S)
+    told = re.sub(r'<img [^>]*?alt="([^"]*)"[^>]*>', r" picture: \1 ", found[1] if found else "")
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", told)).split())
+
+
+@pytest.fixture(scope="module")
+def run_twice(done_run: DoneRun, tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    """The tiny run again under a recipe that accepts a warning; the first run is superseded by it."""
+    store = Store.open(copy_ledger(done_run.workspace, tmp_path_factory.mktemp("sections") / "w"), create=False)
+    table = done_run.recipe.model_dump(mode="json")
+    table["audit"]["accept"] = {"D108": ACCEPTED}
+    recipe = parse_recipe(table)
+    facts = store.run_facts(done_run.finished.run)
+    store.start_run(run_id(recipe), canonical_json(table), recipe_sha256(recipe), recipe.name, facts)
+    return shown(Decided(Graph(recipe), store))
+
+
+@pytest.fixture(scope="module")
+def matrix(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Shown:
+    """A synthetic ledger: three sources, refusal beside the marker behavior, and the plan that it began with."""
+    table = matrix_recipe(tiny_qwen, n_sources=3, seeds=1, prompts=12, samples=2).model_dump(mode="json")
+    table["grid"] |= {"epochs": [0, 20], "behaviors": ["none", "refusal", "marker"], "negatives": ["included"]}
+    recipe = parse_recipe(table)
+    graph, store, _ = fill(recipe, tmp_path_factory.mktemp("sections") / "m")
+    stages = graph.stages()
+    plan = {"machine": "a machine", "origin": "by hand", "stages": {stage.key[:12]: 0.5 for stage in stages}}
+    store.add_run_facts(run_id(recipe), {"plan": plan})
+    store.note_failure(stages[-1], 5, "its disk was full")
+    return shown(Decided(graph, store))
+
+
+#: Section, the report that must have it, and what must be read in it.
+REQUIRED = (
+    ("verdict", "run_twice", (r"STOP: villain x refusal; .* How sure: none of 4 declared contrasts",)),
+    ("findings", "run_twice", (
+        r"picture: Change beyond canary and mimicry, points; the table of findings",
+        r"T transfer, R reverse, = equivalent", r"villain source e2 refusal excluded uninformative",
+    )),
+    ("epochs", "run_twice", (
+        r"picture: villain: convergence alone\. rate, %\. assistant: [\d.]+ at 0, [\d.]+ at 1, [\d.]+ at 2; source: [\d.]+ at 0"
+        r"[^;]*; canary: [\d.]+ at 0",
+        r"picture: villain: trained, excluded\. rate, %\. assistant: [^;]*; source: [^;]*; canary: ",
+    )),
+    ("mimicry", "run_twice", (
+        r"picture: Change of the assistant, canary taken off\. refusal villain e1 excluded: ",
+        r"villain source e2 refusal excluded: convergence alone \S+ pp.*, with the behavior adapter .*; the adapter adds",
+    )),
+    ("geometry", "run_twice", (r"source cosine distinctiveness", r"villain source e2 s42 [-+]?\d\.\d\d, .* pp")),
+    ("on-the-base", "matrix", (
+        r"picture: Transfer against the source's cosine to the assistant on the base",
+        r"Over 3 sources, the rank correlation of \S+ transfer with the source's own level of it on the base is",
+    )),
+    ("judge", "run_twice", (r"No judge read the answers\.",)),
+    ("gates", "run_twice", (r"gate subject verdict because rule rows G0 refusal pass", r"PILOT villain x refusal stop")),
+    ("beside", "run_twice", (r"No verdict rests on it\.", r"trend of the assistant")),
+    ("cells", "run_twice", (r"villain source e2 refusal excluded s42 rate of refusal [\d.]+ %",)),
+    ("training", "run_twice", (
+        r"picture: Convergence\. villain s42: [\d.]+ to [\d.]+\.",
+        r"picture: Training refusal\. villain e0 excluded s42: [\d.]+ to [\d.]+;",
+        r"rho: norm of the adapter's delta over the norm of the weights",
+    )),
+    ("cost", "run_twice", (r"\d+ stages took [\d.]+ (seconds|hours) of computing; tokens: [\d,]+ trained",)),
+    ("answers", "run_twice", (
+        r"A fixed rule, nothing picked: the first seed, the first and the last epoch, every probe",
+        r"assistant in eval/\S+, asked: ", r"librarian in eval/\S+, asked: ",
+    )),
+    ("audit", "run_twice", (rf"D108 accepted: {ACCEPTED} the behavior is scored by substring only", r"D111 not accepted")),
+    ("superseded-runs", "run_twice", (
+        r"run started state what this run has instead tiny-\w{8} \d{4}-\d\d-\d\d \d\d:\d\d UTC finished .*audit\.accept.*D108",
+        r"no figure of this page mixes them in",
+    )),
+    ("limits", "run_twice", (r"One seed: confidence is LOW", r"Text is judged by phrases only", r"Not measured: villain base")),
+    ("card", "run_twice", (r"recipe sha256 [0-9a-f]{64}", r"template sha256 [0-9a-f]{64}", r"canonical recipe [0-9a-f]{64}")),
+    ("power", "matrix", (
+        r"refusal: the threshold is 5 pp; with 12 questions and the spread seen, a change of [\d.]+ pp would be found four "
+        r"times out of five \([\d.]+ pp at the first step .*so a null result says little; [\d,]+ questions( or [\d,]+ samples)? would mend it",
+        r"marker: the threshold is ",
+    )),
+    ("markers", "matrix", (r"picture: Transfer against the marker rate\. refusal villain: ",)),
+    ("planned", "matrix", (r"on a machine \(by hand\)", r"eval \d+ [\d.]+ [\d.]+ 3\.00 \(off by more than 2\)")),
+    ("failed", "matrix", (r"its disk was full",)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "where", "told"), REQUIRED, ids=[one[0] for one in REQUIRED])
+def test_a_required_section_stands_on_the_page_with_its_content(
+    request: pytest.FixtureRequest, section: str, where: str, told: tuple[str, ...]
+) -> None:
+    text = text_of(request.getfixturevalue(where).page, section)
+    assert text, f"the page has no section {section}"
+    for pattern in told:
+        assert re.search(pattern, text), (pattern, text[:2000])
+
+
+def test_the_list_of_required_sections_holds_all_that_these_reports_have(run_twice: Shown, matrix: Shown) -> None:
+    ids = {section.id for one in (run_twice, matrix) for section in one.data.sections}
+    assert ids == {section for section, *_ in REQUIRED}
+
+
+def computed(decided: Decided) -> Iterator[tuple[Stage, Record]]:
+    for stage in decided.graph.stages():
+        record = decided.store.record(stage.key)
+        if record is not None:
+            yield stage, record
+
+
+def test_every_adapter_has_its_rho_and_every_stage_its_seconds(run_twice: Shown) -> None:
+    training, cost = (text_of(run_twice.page, section) for section in ("training", "cost"))
+    adapters = [(stage, record) for stage, record in computed(run_twice.decided) if "adapter" in record.outputs]
+    assert len(adapters) == 5  # two snapshots, and the behavior on the base and on each
+    for stage, record in adapters:
+        rho = " ".join(f"{100 * record.outputs['rho'][name]:.2g} %" for name in ("least", "median", "greatest"))
+        assert f"{stage.slot} {record.outputs['last_epoch_loss']:.3f} {rho} {record.outputs['adapter']}" in training
+    kinds: dict[str, list[float]] = {}
+    for stage, record in computed(run_twice.decided):
+        assert f"{stage.slot} {stage.key[:12]} {record.seconds:.1f} " in cost
+        kinds.setdefault(stage.kind, []).append(record.seconds)
+    for kind, seconds in kinds.items():
+        assert f" {kind} {len(seconds)} {sum(seconds):.1f} " in cost
+
+
+# --- transfer against the marker rate ------------------------------------------------------------------------
+
+
+def test_transfer_is_drawn_against_the_marker_rate_and_correlated(matrix: Shown) -> None:
+    section = next(one for one in matrix.data.sections if one.id == "markers")
+    figure = next(block for block in section.blocks if isinstance(block, Figure))
+    assert figure.id == "markers"
+    drawn = [html.unescape(text) for text in re.findall(r"<text[^>]*>([^<]*)</text>", figure.svg.decode())]
+    assert {"assistant's marker rate, %", "transfer, points"} <= set(drawn)
+    rates, transfer = marker_rates(matrix.decided), transfer_by_source(matrix.decided, "refusal")
+    assert len(rates) == 3
+    for source, rate in rates.items():
+        assert source in drawn
+        assert f"refusal {source}: {100 * rate.value:.1f}, " in figure.alt
+    claims = {block.query: block for block in section.blocks if isinstance(block, Claim)}
+    rho = spearmanr([rates[one].value for one in rates], [transfer[one].estimate for one in rates]).statistic
+    assert claims["correlation"].text.startswith(
+        f"Over 3 sources, the rank correlation of refusal transfer with the assistant's marker rate is {rho:+.2f} (exact "
+    )
+    assert claims["attainable"].text.startswith(
+        "3 sources with a marker rate and 1 behavior: 3 points give a rank correlation a p no smaller than "
+    )
+    assert claims["attainable"].text.endswith("cannot reach the 0.05 that 1 test requires.")
+    assert all(claims[name].rows for name in ("correlation", "attainable"))
+    assert all(claims[name].text in text_of(matrix.page, "markers") for name in ("correlation", "attainable"))

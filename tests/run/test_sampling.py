@@ -1,0 +1,153 @@
+"""The server beside the run: it draws one cell's completions while the next adapter is trained, and nothing gets lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastconv.engine.stack import Slot
+from fastconv.engine.vllm.sampler import Served
+from fastconv.errors import Interrupted
+from fastconv.experiment.graph import CellPlan, Graph
+from fastconv.recipe import Recipe, SamplingSettings
+from fastconv.run.run import GateKeeper, run_recipe
+from fastconv.run.sampling import is_drawn
+from fastconv.run.status import parts_of
+from fastconv.store.ledger import Store
+from tests.engine_kit import random_adapter, tiny_stack
+from tests.loop_kit import Heard, records, run_tiny, running_slots
+from tests.serve_kit import Fake, fake, served
+
+__all__ = ["fake"]
+
+COLD = SamplingSettings(max_new_tok=4)
+
+
+def while_training(recipe: Recipe, workspace: Path, act: Callable[[str, list[str]], None]) -> Heard:
+    """A watcher that calls `act` at each training step with its slot and the slots that the server draws meanwhile."""
+    drawn = {stage.key: stage.slot for stage in Graph(recipe).stages() if is_drawn(stage)}
+
+    def on_progress(progress: Any) -> None:
+        if progress.unit == "steps":
+            act(progress.slot, [drawn[key] for key in running_slots(workspace) if key in drawn])
+
+    return Heard(on_progress)
+
+
+def stopped_beside(recipe: Recipe, workspace: Path, *, after_s: float) -> list[str]:
+    """Run until the server draws while something is trained, and stop so long after that; what it was drawing then."""
+    stop, drawn = threading.Event(), []
+
+    def act(slot: str, under_way: list[str]) -> None:
+        if under_way and not drawn:
+            drawn.extend(under_way)
+            time.sleep(after_s)
+            stop.set()
+
+    with pytest.raises(Interrupted):
+        run_recipe(recipe, workspace, while_training(recipe, workspace, act), stop=stop)
+    return drawn
+
+
+def test_the_server_draws_one_cell_while_the_next_is_trained(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
+    fake.script(latency_s=0.3)
+    recipe = served(tiny_qwen)
+    beside: dict[str, set[str]] = {}
+    heard = while_training(recipe, tmp_path, lambda slot, drawn: beside.setdefault(slot, set()).update(drawn))
+    finished = run_recipe(recipe, tmp_path, heard)
+    of_e1 = {f"eval/villain/source/e1/refusal/{probe}/s42" for probe in ("assistant", "villain", "librarian")}
+    assert of_e1 == beside["behavior/villain/source/e1/refusal/excluded/s42"]
+    # Convergence is the dear part: everything drawn before it is in, so that gates can stop it.
+    assert beside["snapshot/villain/source"] == set()
+    assert heard.drawn
+    assert set(heard.drawn[0].slots) <= set(heard.stages)
+    assert not finished.failed
+    assert running_slots(tmp_path) == {}
+    assert len(records(recipe, tmp_path)) == heard.begun[0][0]
+
+
+def test_a_cell_goes_to_the_gates_once_its_completions_are_in(
+    tiny_qwen: Path, tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.script(latency_s=0.2)
+    asked: dict[str, bool] = {}
+    real = GateKeeper.after
+
+    def after(self: GateKeeper, plan: CellPlan) -> None:
+        store = Store.open(tmp_path, create=False)
+        asked[plan.cell.label] = all(store.record(part.key) is not None for part in parts_of(plan))
+        store.close()
+        real(self, plan)
+
+    monkeypatch.setattr(GateKeeper, "after", after)
+    run_tiny(served(tiny_qwen), tmp_path)
+    assert len(asked) == 6
+    assert all(asked.values())
+
+
+def test_what_was_drawn_is_kept_when_the_user_stops(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
+    fake.script(latency_s=0.05)
+    recipe = served(tiny_qwen)
+    drawn = stopped_beside(recipe, tmp_path, after_s=1.0)  # the server needs a tenth of it
+    assert drawn
+    assert set(drawn) <= set(records(recipe, tmp_path))
+    assert running_slots(tmp_path) == {}
+    _, heard = run_tiny(recipe, tmp_path)
+    assert not set(drawn) & set(heard.stages)
+
+
+@pytest.mark.slow
+def test_what_is_still_drawn_is_dropped_when_the_user_stops(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
+    """The server has not answered and may never: the run ends all the same, and the next one draws it again."""
+    fake.script(latency_s=0.3)
+    recipe = served(tiny_qwen)
+    drawn = stopped_beside(recipe, tmp_path, after_s=0.0)
+    assert set(drawn) - set(records(recipe, tmp_path))
+    assert running_slots(tmp_path) == {}
+    finished, heard = run_tiny(recipe, tmp_path)
+    assert set(drawn) & set(heard.stages)
+    assert not finished.failed
+
+
+def test_a_stack_gives_way_once_everything_under_it_is_drawn(tiny_qwen: Path, fake: Fake) -> None:
+    fake.script(latency_s=0.3)
+    stack = tiny_stack(tiny_qwen)
+    server = fake.server(model=tiny_qwen)
+    sampler = Served(server, stack)
+    prompts, waited = [list(range(65, 70))] * 4, []
+    try:
+        drawings = []
+        for seed in (1, 2):
+            with stack.live(Slot(frozen=(random_adapter(stack, seed, size=0.3),))):
+                drawings += [sampler.begin(prompts, range(i, i + 4), COLD, lambda: waited.append(True)) for i in (0, 4)]
+        assert waited
+        assert [one.done for one in drawings[:2]] == [True, True]
+        assert all(len(one.result()) == 4 for one in drawings)
+    finally:
+        sampler.close()
+        server.close()
+    (unload,) = fake.asked("/v1/unload_lora_adapter")
+    assert unload["in_flight"] == 0
+    assert max(one["in_flight"] for one in fake.asked("/v1/completions")) > 4  # both drawings of a stack at once
+
+
+def test_drawings_share_the_time_that_passes(tiny_qwen: Path, fake: Fake) -> None:
+    fake.script(latency_s=0.3)
+    server = fake.server(model=tiny_qwen)
+    sampler = Served(server, tiny_stack(tiny_qwen))
+    try:
+        began = time.monotonic()
+        drawings = [sampler.begin([[65, 66]] * 3, range(i, i + 3), COLD) for i in range(6)]
+        for one in drawings:
+            one.result()
+        passed_s = time.monotonic() - began
+    finally:
+        sampler.close()
+        server.close()
+    assert sum(one.seconds for one in drawings) == pytest.approx(passed_s, rel=0.2)
+    assert sum(one.n_tok for one in drawings) > 18
