@@ -25,13 +25,13 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0, le=1)]
 
 
-class Section(BaseModel):
+class RecipeTable(BaseModel):
     """A frozen table of the recipe that refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class ModelSettings(Section):
+class ModelSettings(RecipeTable):
     """Which base model, and how it is held in memory."""
 
     id: Annotated[str, Field(min_length=1)] = "Qwen/Qwen2.5-7B-Instruct"
@@ -61,7 +61,7 @@ class ModelSettings(Section):
         return self
 
 
-class GridSettings(Section):
+class GridSettings(RecipeTable):
     """The cells: every combination of these lists (epoch 0 is the base without a snapshot)."""
 
     sources: Annotated[tuple[Name, ...], Field(min_length=1)] = ("villain",)
@@ -82,7 +82,7 @@ class GridSettings(Section):
         return self
 
 
-class LoraSettings(Section):
+class LoraSettings(RecipeTable):
     """Shape of every adapter; scale is alpha / sqrt(r) with rsLoRA, alpha / r without."""
 
     r: Annotated[int, Field(ge=1, le=512)] = 32
@@ -93,7 +93,7 @@ class LoraSettings(Section):
     )  # fmt: skip
 
 
-class SamplingSettings(Section):
+class SamplingSettings(RecipeTable):
     """How text is drawn; `max_new_tok` counts the end-of-turn token."""
 
     temperature: Annotated[float, Field(gt=0, le=2)] = 0.7
@@ -101,7 +101,7 @@ class SamplingSettings(Section):
     max_new_tok: PositiveInt = 512
 
 
-class TrainSettings(Section):
+class TrainSettings(RecipeTable):
     """What both phases share: AdamW, cosine with warm-up, clip 1.0, token-mean loss on completions."""
 
     lr: Annotated[float, Field(gt=0, le=1)]
@@ -143,7 +143,7 @@ class BehaviorSettings(TrainSettings):
     sampling: SamplingSettings = SamplingSettings(max_new_tok=256)
 
 
-class EvalSettings(Section):
+class EvalSettings(RecipeTable):
     """What every probe is asked; the same questions and sample seeds at every epoch."""
 
     canary: Name = "librarian"
@@ -160,7 +160,7 @@ class EvalSettings(Section):
     batch_tok: Annotated[int, Field(ge=64)] = 16384
 
 
-class DataSettings(Section):
+class DataSettings(RecipeTable):
     """The user's own personas and behaviors: TOML files beside the recipe, added to the shipped ones."""
 
     personas: str = ""
@@ -175,13 +175,13 @@ class DataSettings(Section):
     messages: bool = False
 
 
-class AuditSettings(Section):
+class AuditSettings(RecipeTable):
     """What the audit may let pass: warnings by code, each with the reason that the report prints."""
 
     accept: dict[Annotated[str, StringConstraints(pattern=r"^D\d{3}$")], Annotated[str, Field(min_length=8)]] = {}
 
 
-class JudgeSettings(Section):
+class JudgeSettings(RecipeTable):
     """Who judges answers that no phrase or letter can score, and what it may cost.
 
     The API key is never part of a recipe: it is read from ANTHROPIC_API_KEY (FASTCONV_LOCAL_KEY for `local`).
@@ -226,7 +226,7 @@ StoppingGate = Literal["G2", "G3", "G3.5", "KILL", "G4", "G5"]
 IgnorableGate = Literal["G0", "G2", "G3", "G3.5", "KILL", "G4", "G5"]
 
 
-class GateSettings(Section):
+class GateSettings(RecipeTable):
     """Pre-registered thresholds and references, gate by gate; verdicts cite them.
 
     They decide what is spent next, never a stage's key: an edited threshold computes nothing again, and the report
@@ -290,7 +290,7 @@ class GateSettings(Section):
         return 1.0 if "qwen2.5-7b-instruct" in model.lower() else None
 
 
-class RunSettings(Section):
+class RunSettings(RecipeTable):
     """How the run behaves; nothing here changes a result, so nothing here is part of a stage's key."""
 
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 60.0
@@ -306,7 +306,7 @@ class RunSettings(Section):
     keep_adapters: bool = True
 
 
-class Recipe(Section):
+class Recipe(RecipeTable):
     """One experiment, complete. `load` reads it from TOML."""
 
     name: Name

@@ -24,7 +24,7 @@ from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.judge.desk import DeskStatus
 from fastconv.recipe import Recipe, canonical_json, parse_recipe
 from fastconv.run.run import Finished, run_recipe
-from fastconv.run.sampling import DrawStatus
+from fastconv.run.sampling import SamplingStatus
 from fastconv.stats.gates import GateVerdict
 from fastconv.store.ledger import Record, Stage, Store
 
@@ -128,7 +128,7 @@ class Heard:
     gates: list[GateVerdict] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     statuses: list[DeskStatus] = field(default_factory=list)
-    drawn: list[DrawStatus] = field(default_factory=list)
+    drawn: list[SamplingStatus] = field(default_factory=list)
     engines: list[dict[str, Any]] = field(default_factory=list)
 
     def audited(self, report: CheckReport) -> None:
@@ -155,7 +155,7 @@ class Heard:
     def judging(self, status: DeskStatus) -> None:
         self.statuses.append(status)
 
-    def drawing(self, status: DrawStatus) -> None:
+    def drawing(self, status: SamplingStatus) -> None:
         self.drawn.append(status)
 
     def gate(self, verdict: GateVerdict) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fastconv.engine.vllm.client import Client
-from fastconv.engine.vllm.memory import Room
+from fastconv.engine.vllm.memory import ServerMemory
 from fastconv.engine.vllm.server import COMMAND_VARIABLE, Server
 from fastconv.recipe import Recipe
 from tests import ROOT
@@ -62,7 +62,10 @@ class Fake:
         adapters = self.folder / "adapters"
         adapters.mkdir(exist_ok=True)
         options = {"dtype": "float32", "folder": adapters, "log": self.folder / "vllm.log", "start_s": 20.0} | changes
-        model, room = options.pop("model", self.folder), options.pop("room", Room(256, 16 if "model" in changes else 8))
+        model, room = (
+            options.pop("model", self.folder),
+            options.pop("room", ServerMemory(256, 16 if "model" in changes else 8)),
+        )
         return Server(COMMAND, model, room, **options)
 
     @contextmanager

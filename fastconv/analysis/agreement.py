@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.contrasts import subject_of
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.experiment.graph import CellPlan
@@ -21,7 +21,7 @@ from fastconv.store.ledger import Stage
 
 
 @dataclass(frozen=True)
-class Agreed:
+class AgreementRate:
     """How often two ways of scoring say the same, over all answers that both scored."""
 
     accuracy: float
@@ -30,7 +30,7 @@ class Agreed:
     rows: tuple[str, ...]
 
 
-def judged_measures(decided: Decided) -> list[str]:
+def judged_measures(decided: Analysis) -> list[str]:
     """Measures that both a judge and phrases have scored."""
     return list(
         dict.fromkeys(
@@ -42,7 +42,7 @@ def judged_measures(decided: Decided) -> list[str]:
     )
 
 
-def pair_of(decided: Decided, plan: CellPlan, measure: str, probe: str) -> tuple[Series, Series] | None:
+def pair_of(decided: Analysis, plan: CellPlan, measure: str, probe: str) -> tuple[Series, Series] | None:
     """(judge, phrases) of the same answers, if both scored them."""
     beside = plan.beside.get((measure, probe))
     if beside is None:
@@ -52,7 +52,7 @@ def pair_of(decided: Decided, plan: CellPlan, measure: str, probe: str) -> tuple
     return (judged, phrases) if judged is not None and phrases is not None else None
 
 
-def agreement_of(decided: Decided, measure: str) -> Agreed:
+def agreement_of(decided: Analysis, measure: str) -> AgreementRate:
     """Agreement over every cell and probe of a measure. Raises KeyError where nothing was scored twice."""
     said: list[tuple[str, str]] = []
     rows: list[str] = []
@@ -73,10 +73,10 @@ def agreement_of(decided: Decided, measure: str) -> Agreed:
     if not said:
         raise KeyError(measure)
     counted = agreement([one for one, _ in said], [two for _, two in said])
-    return Agreed(counted.accuracy, counted.kappa, counted.n, tuple(rows))
+    return AgreementRate(counted.accuracy, counted.kappa, counted.n, tuple(rows))
 
 
-def corrected_of(decided: Decided, label: str) -> tuple[float, Corrected, tuple[str, ...]]:
+def corrected_of(decided: Analysis, label: str) -> tuple[float, Corrected, tuple[str, ...]]:
     """The assistant's rate in a cell as judged and as corrected. Raises KeyError without a calibration."""
     subject = decided.subject(label)
     plan = next(plan for plan in decided.graph.cells if subject_of(plan.cell) == subject)
@@ -92,7 +92,7 @@ def corrected_of(decided: Decided, label: str) -> tuple[float, Corrected, tuple[
     return one.mean.value, fixed, one.rows
 
 
-def calibration_of(decided: Decided, stage: Stage) -> dict[str, Any] | None:
+def calibration_of(decided: Analysis, stage: Stage) -> dict[str, Any] | None:
     """How good the judge of a stage is with its rubric, if it was ever calibrated."""
     if not _has_judging(decided):
         return None
@@ -103,7 +103,7 @@ def calibration_of(decided: Decided, stage: Stage) -> dict[str, Any] | None:
     return JudgeLedger(decided.store).calibration(detail["rubric"], detail["model"])
 
 
-def judging_money(decided: Decided) -> dict[str, float | None] | None:
+def judging_money(decided: Analysis) -> dict[str, float | None] | None:
     """Dollars spent, reserved, lost and left; None where no judge was ever paid."""
     if not _has_judging(decided):
         return None
@@ -113,7 +113,7 @@ def judging_money(decided: Decided) -> dict[str, float | None] | None:
     }  # fmt: skip
 
 
-def _has_judging(decided: Decided) -> bool:
+def _has_judging(decided: Analysis) -> bool:
     query = "SELECT name FROM sqlite_master WHERE type='table' AND name='judge_totals'"
     return decided.store.frame(query).height > 0
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fastconv.analysis.contrasts import Gathering, Subject, subject_of
+from fastconv.analysis.contrasts import ContrastBuilder, ContrastSubject, subject_of
 from fastconv.analysis.gates import (
     FirstThresholds,
     all_gates,
@@ -18,11 +18,11 @@ from fastconv.analysis.gates import (
     primary_verdicts,
     secondary_findings,
 )
-from fastconv.analysis.scores import Reading
+from fastconv.analysis.scores import ScoreReader
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.recipe import run_id
 from fastconv.stats.gates import GateVerdict
-from fastconv.stats.secondary import Secondary
+from fastconv.stats.secondary import CorrectedContrast
 from fastconv.stats.verdicts import CellVerdict
 from fastconv.store.ledger import Store
 
@@ -33,15 +33,15 @@ class _Words:
     verdicts: tuple[CellVerdict, ...]
 
 
-class Decided:
+class Analysis:
     """Gates, verdicts and secondary findings of a recipe as the ledger stands, computed when first asked for."""
 
     def __init__(self, graph: Graph, store: Store) -> None:
         self.graph = graph
         self.store = store
         self.run = run_id(graph.recipe)
-        self.reading = Reading(graph, store).load()
-        self.found = Gathering(self.reading)
+        self.reading = ScoreReader(graph, store).load()
+        self.found = ContrastBuilder(self.reading)
 
     @cached_property
     def measured(self) -> list[CellPlan]:
@@ -59,12 +59,12 @@ class Decided:
         return self._now.verdicts
 
     @cached_property
-    def declared(self) -> Mapping[str, Subject]:
+    def declared(self) -> Mapping[str, ContrastSubject]:
         """The declared contrasts of the grid by label, measured or not."""
         return {subject.label(self.found.main(subject.behavior)): subject for subject in declared_contrasts(self.found)}
 
     @cached_property
-    def secondary(self) -> tuple[Secondary, ...]:
+    def secondary(self) -> tuple[CorrectedContrast, ...]:
         """What was tested beside them."""
         return tuple(secondary_findings(self.found))
 
@@ -78,7 +78,7 @@ class Decided:
         """Gates and verdicts under the first thresholds; the same as now where nothing was edited."""
         if self.first is None:
             return self.gates, self.verdicts
-        words = self._words(Gathering(self.reading, self.first.gates))
+        words = self._words(ContrastBuilder(self.reading, self.first.gates))
         return words.gates, words.verdicts
 
     @cached_property
@@ -100,7 +100,7 @@ class Decided:
         """The verdict of this label. Raises KeyError if there is none."""
         return self._by_label[label]
 
-    def subject(self, label: str) -> Subject:
+    def subject(self, label: str) -> ContrastSubject:
         """The subject of a declared contrast's label. Raises KeyError if there is none."""
         return self._subjects[label]
 
@@ -109,7 +109,7 @@ class Decided:
         return {one.label: one for one in self.verdicts}
 
     @cached_property
-    def _subjects(self) -> dict[str, Subject]:
+    def _subjects(self) -> dict[str, ContrastSubject]:
         found = {}
         for plan in self.graph.cells:
             subject = subject_of(plan.cell)
@@ -121,7 +121,7 @@ class Decided:
     def _now(self) -> _Words:
         return self._words(self.found)
 
-    def _words(self, found: Gathering) -> _Words:
+    def _words(self, found: ContrastBuilder) -> _Words:
         silent = {gate.subject for gate in base_gates(found) if gate.failed or gate.unread}
         told = {id(plan) for plan in self.measured}
         plans = [plan for plan in self.graph.cells if id(plan) in told or plan.cell.behavior in silent]

@@ -9,12 +9,12 @@ from typing import Literal
 
 import numpy as np
 
-from fastconv.analysis.scores import Reading
+from fastconv.analysis.scores import ScoreReader
 from fastconv.datasets.behaviors import NO_BEHAVIOR, question_sets
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.experiment.graph import Cell, CellPlan
 from fastconv.recipe import GateSettings
-from fastconv.stats.secondary import Aside, change_of, difference_of, trend
+from fastconv.stats.secondary import SecondaryContrast, change_of, difference_of, trend
 from fastconv.stats.series import Series, first_too_unscored
 from fastconv.stats.study_gates import Role, Shift
 from fastconv.stats.verdicts import CellEvidence, Quad, SeedEvidence
@@ -43,7 +43,7 @@ class Part:
 
 
 @dataclass(frozen=True, order=True)
-class Subject:
+class ContrastSubject:
     """A cell without its seed: what a contrast is about."""
 
     source: str
@@ -63,24 +63,24 @@ class Subject:
         return (self.source, self.convergence, self.epoch, self.behavior, self.negatives)
 
 
-def subject_of(cell: Cell) -> Subject:
+def subject_of(cell: Cell) -> ContrastSubject:
     """The cell without its seed."""
-    return Subject(cell.source, cell.convergence, cell.epoch, cell.behavior, cell.negatives)
+    return ContrastSubject(cell.source, cell.convergence, cell.epoch, cell.behavior, cell.negatives)
 
 
-class Gathering:
+class ContrastBuilder:
     """Evidence from one reading, under given thresholds."""
 
-    def __init__(self, reading: Reading, gates: GateSettings | None = None) -> None:
+    def __init__(self, reading: ScoreReader, gates: GateSettings | None = None) -> None:
         self.reading = reading
         self.graph = reading.graph
         self.gates = gates or self.graph.recipe.gates
         self.by_cell = {plan.cell: plan for plan in self.graph.cells}
 
     @cached_property
-    def subjects(self) -> dict[Subject, list[CellPlan]]:
+    def subjects(self) -> dict[ContrastSubject, list[CellPlan]]:
         """Every subject of the grid with its plans, one for each seed."""
-        found: dict[Subject, list[CellPlan]] = {}
+        found: dict[ContrastSubject, list[CellPlan]] = {}
         for plan in self.graph.cells:
             found.setdefault(subject_of(plan.cell), []).append(plan)
         return found
@@ -147,7 +147,7 @@ class Gathering:
         found = [self.now(one, part, persona) for persona in (ASSISTANT, canary) for one in (plan, zero)]
         return _whole(found)
 
-    def cell_evidence(self, subject: Subject, part: Part, measurable: bool | None) -> CellEvidence | None:
+    def cell_evidence(self, subject: ContrastSubject, part: Part, measurable: bool | None) -> CellEvidence | None:
         """What a subject's verdict may look at, over the seeds that are measured; None while none is."""
         behavior = subject.behavior
         seeds, shown = list[SeedEvidence](), list[float]()
@@ -172,7 +172,7 @@ class Gathering:
             tuple(seeds), shows, unit, _why_withheld(seeds, sources), measurable,
         )  # fmt: skip
 
-    def is_control(self, subject: Subject) -> bool:
+    def is_control(self, subject: ContrastSubject) -> bool:
         """Whether a subject stands beside the declared contrasts: generic convergence, the assistant as its own source."""
         return subject.convergence != "source" or subject.source == ASSISTANT
 
@@ -199,9 +199,9 @@ class Gathering:
                 found.append(Shift(*about, value, unit, self.gates.threshold(subject.behavior, unit), rows, why))
         return found
 
-    def asides(self) -> list[Aside]:
+    def asides(self) -> list[SecondaryContrast]:
         """Every contrast beside the declared ones: trends, mimicry, the canary's change, controls, minor parts."""
-        found: list[Aside] = []
+        found: list[SecondaryContrast] = []
         for subject, plans in self.subjects.items():
             for measure in plans[0].measures:
                 for part in self.parts(measure):
@@ -209,7 +209,7 @@ class Gathering:
                         found += self._asides_of(subject, plan, part)
         return found
 
-    def _asides_of(self, subject: Subject, plan: CellPlan, part: Part) -> list[Aside]:
+    def _asides_of(self, subject: ContrastSubject, plan: CellPlan, part: Part) -> list[SecondaryContrast]:
         label = f"{subject.label()} s{plan.cell.seed}" + ("" if subject.behavior != NO_BEHAVIOR else f" {part.measure}")
         label += f", {part.name} questions" if part.name else ""
         if not subject.epoch:
@@ -227,7 +227,7 @@ class Gathering:
             found.append(difference_of(label, "questions reported apart", quad))
         return found
 
-    def _trend(self, label: str, zero: CellPlan, part: Part) -> list[Aside]:
+    def _trend(self, label: str, zero: CellPlan, part: Part) -> list[SecondaryContrast]:
         """The assistant's slope over all measured epochs of the cell's column; told once, at epoch 0."""
         column = {
             plan.cell.epoch: self.now(plan, part, ASSISTANT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.contrasts import subject_of
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.stats.series import Number
@@ -14,7 +14,7 @@ from fastconv.stats.verdicts import CellVerdict
 MARKER = "marker"
 
 
-def marker_rates(decided: Decided) -> dict[str, Number]:
+def marker_rates(decided: Analysis) -> dict[str, Number]:
     """The assistant's marker rate of each source at its last measured epoch, over seeds; empty without the behavior."""
     found: dict[str, Number] = {}
     last: dict[str, int] = {}
@@ -36,7 +36,7 @@ def marker_rates(decided: Decided) -> dict[str, Number]:
     return found
 
 
-def transfer_by_source(decided: Decided, behavior: str) -> dict[str, CellVerdict]:
+def transfer_by_source(decided: Analysis, behavior: str) -> dict[str, CellVerdict]:
     """Each source's declared contrast of a behavior at its last epoch; the first kind of negatives where there are two."""
     found: dict[str, tuple[int, CellVerdict]] = {}
     for plan in decided.graph.cells:
@@ -74,7 +74,7 @@ def in_words(correlate: str) -> str:
     return ON_THE_BASE.get(correlate, f"the assistant's {correlate}")
 
 
-def levels(decided: Decided, correlate: str, behavior: str) -> dict[str, Level]:
+def levels(decided: Analysis, correlate: str, behavior: str) -> dict[str, Level]:
     """Each source's level of a correlate as far as it is measured; cosine and distinctiveness are means over depths."""
     if correlate == MARKER_RATE:
         return {source: Level(scale(one.unit) * one.value, one.rows) for source, one in marker_rates(decided).items()}
@@ -83,7 +83,7 @@ def levels(decided: Decided, correlate: str, behavior: str) -> dict[str, Level]:
     return _places(decided, correlate)
 
 
-def _own_levels(decided: Decided, behavior: str) -> dict[str, Level]:
+def _own_levels(decided: Analysis, behavior: str) -> dict[str, Level]:
     found, part = {}, decided.found.main(behavior)
     for plan in decided.graph.cells:
         source = plan.cell.source
@@ -93,7 +93,7 @@ def _own_levels(decided: Decided, behavior: str) -> dict[str, Level]:
     return found
 
 
-def _places(decided: Decided, metric: str) -> dict[str, Level]:
+def _places(decided: Analysis, metric: str) -> dict[str, Level]:
     found: dict[str, Level] = {}
     for plan in decided.graph.cells:
         source = plan.cell.source

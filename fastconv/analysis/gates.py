@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from fastconv.analysis.contrasts import Gathering, Subject, subject_of
-from fastconv.analysis.scores import Reading
+from fastconv.analysis.contrasts import ContrastBuilder, ContrastSubject, subject_of
+from fastconv.analysis.scores import ScoreReader
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.experiment.graph import Cell, CellPlan, Graph
@@ -20,7 +20,7 @@ from fastconv.stats import gates
 from fastconv.stats import study_gates as gates_study
 from fastconv.stats.bounds import multiple_choice_chance
 from fastconv.stats.gates import GateVerdict, Loss
-from fastconv.stats.secondary import Secondary, correct
+from fastconv.stats.secondary import CorrectedContrast, correct
 from fastconv.stats.series import Series, series_of
 from fastconv.stats.verdicts import CellEvidence, CellVerdict, decide, not_run
 from fastconv.store.ledger import Stage, Store, changed_inputs
@@ -38,10 +38,10 @@ def ignored_gates(store: Store, recipe: Recipe) -> dict[str, str]:
 
 def gate_base(graph: Graph, store: Store) -> list[GateVerdict]:
     """G0 for every behavior whose base measurements are done: the assistant's, which is where leakage would show."""
-    return base_gates(Gathering(Reading(graph, store)))
+    return base_gates(ContrastBuilder(ScoreReader(graph, store)))
 
 
-def base_gates(found: Gathering) -> list[GateVerdict]:
+def base_gates(found: ContrastBuilder) -> list[GateVerdict]:
     """G0 from a reading."""
     graph, verdicts = found.graph, {}
     for plan in graph.cells:
@@ -69,10 +69,10 @@ def held_back(graph: Graph, store: Store) -> list[GateVerdict]:
 
 def decide_gates(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """Every gate's word on the given cells: G0, then each behavior's with its pilot gate, then the study's."""
-    return all_gates(Gathering(Reading(graph, store).load()), plans)
+    return all_gates(ContrastBuilder(ScoreReader(graph, store).load()), plans)
 
 
-def all_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+def all_gates(found: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """`decide_gates` from a reading; gates that were ignored say so."""
     ignored = ignored_gates(found.reading.store, found.graph.recipe)
     verdicts = marked(base_gates(found), ignored)
@@ -95,7 +95,7 @@ def all_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     return [*verdicts, *marked(_study_gates(found, plans), ignored)]
 
 
-def gates_after(found: Gathering, plan: CellPlan) -> list[GateVerdict]:
+def gates_after(found: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]:
     """What a finished cell lets the gates say, before the next cost: G2, G3, G3.5, the kill criterion, G4 and G5."""
     verdicts = _convergence_gates(found, [plan])
     if plan.cell.behavior != NO_BEHAVIOR:
@@ -108,10 +108,10 @@ def gates_after(found: Gathering, plan: CellPlan) -> list[GateVerdict]:
 
 def cell_verdicts(graph: Graph, store: Store) -> list[CellVerdict]:
     """The verdict of every subject beyond epoch 0 that has a behavior; Holm runs over all of them together."""
-    return primary_verdicts(Gathering(Reading(graph, store).load()))
+    return primary_verdicts(ContrastBuilder(ScoreReader(graph, store).load()))
 
 
-def declared_contrasts(found: Gathering) -> list[Subject]:
+def declared_contrasts(found: ContrastBuilder) -> list[ContrastSubject]:
     """The pre-declared family: what the recipe's grid asks, measured or not. Controls stand among the secondary ones.
 
     What G0 silences stays in it. G0 looks at the base's measurements, so a family that shrank by its word would depend
@@ -124,7 +124,7 @@ def declared_contrasts(found: Gathering) -> list[Subject]:
     ]
 
 
-def primary_verdicts(found: Gathering) -> list[CellVerdict]:
+def primary_verdicts(found: ContrastBuilder) -> list[CellVerdict]:
     """`cell_verdicts` from a reading."""
     g0 = {verdict.subject: verdict for verdict in base_gates(found)}
     done: list[CellEvidence] = []
@@ -144,7 +144,7 @@ def primary_verdicts(found: Gathering) -> list[CellVerdict]:
     return [*decide(done, len(family)), *silent]
 
 
-def secondary_findings(found: Gathering) -> list[Secondary]:
+def secondary_findings(found: ContrastBuilder) -> list[CorrectedContrast]:
     """Everything tested beside the declared contrasts, corrected for the false discovery rate."""
     return correct(found.asides())
 
@@ -163,7 +163,7 @@ class FirstThresholds:
     changes: tuple[str, ...]
 
 
-def first_thresholds(reading: Reading) -> FirstThresholds | None:
+def first_thresholds(reading: ScoreReader) -> FirstThresholds | None:
     """The thresholds that stood when the results of this recipe were first seen, if they were others.
 
     Editing a threshold makes another recipe and so another run, over the same stages: that is how it is seen. The first
@@ -223,7 +223,7 @@ def marked(verdicts: Sequence[GateVerdict], ignored: Mapping[str, str]) -> list[
     ]
 
 
-def _convergence_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+def _convergence_gates(found: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """G2 for every convergence run that the cells stand on."""
     verdicts: dict[str, GateVerdict] = {}
     for plan in plans:
@@ -240,7 +240,7 @@ def _convergence_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[Gate
     return list(verdicts.values())
 
 
-def _behavior_gates(found: Gathering, source: str, behavior: str, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+def _behavior_gates(found: ContrastBuilder, source: str, behavior: str, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """STACK, G1, G3, G3.5, SOURCE, KILL and CHANGE of one source and behavior, for each group of cells of one kind."""
     proofs: dict[str, Any] = {}
     for end in (stage for plan in plans for stage in plan.scores.values()):
@@ -264,7 +264,7 @@ def _group(cell: Cell) -> str:
 
 
 def _group_gates(
-    found: Gathering, source: str, behavior: str, subject: str, by_epoch: Mapping[int, CellPlan]
+    found: ContrastBuilder, source: str, behavior: str, subject: str, by_epoch: Mapping[int, CellPlan]
 ) -> list[GateVerdict]:
     rules, part, direction = found.gates, found.main(behavior), found.graph.behaviors[behavior].spec.direction
     now = {epoch: found.now(plan, part, ASSISTANT) for epoch, plan in by_epoch.items()}
@@ -288,7 +288,7 @@ def _group_gates(
     return verdicts
 
 
-def _rows_gate(found: Gathering, subject: str, plan: CellPlan) -> GateVerdict:
+def _rows_gate(found: ContrastBuilder, subject: str, plan: CellPlan) -> GateVerdict:
     """G1. Rows that the audit refuses are never trained, so a set that was trained on has passed it."""
     stage = plan.adapter.needs["rows"] if plan.adapter is not None else None
     record = found.reading.record(stage) if stage is not None else None
@@ -297,7 +297,7 @@ def _rows_gate(found: Gathering, subject: str, plan: CellPlan) -> GateVerdict:
     return gates.data_ready(subject, len(stage.work["rows"]), int(record.outputs["n"]), stage.key, ())
 
 
-def _study_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+def _study_gates(found: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """G4, G5, confirm and falsify, for each kind of negatives."""
     rules, grid = found.gates, found.graph.recipe.grid
     sources = [source for source in grid.sources if source not in (ASSISTANT, rules.negative_control)]
@@ -309,7 +309,7 @@ def _study_gates(found: Gathering, plans: Sequence[CellPlan]) -> list[GateVerdic
     return verdicts
 
 
-def _first_sources(found: Gathering, plan: CellPlan) -> list[GateVerdict]:
+def _first_sources(found: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]:
     """G4 and G5, each as soon as the sources that it looks at are measured whole, while others are still to be paid for."""
     rules, graph, kind = found.gates, found.graph, plan.cell.negatives
     ignored = ignored_gates(found.reading.store, graph.recipe)
@@ -336,7 +336,7 @@ def _first_sources(found: Gathering, plan: CellPlan) -> list[GateVerdict]:
     return verdicts
 
 
-def _loss(found: Gathering, stage: Stage) -> Loss | None:
+def _loss(found: ContrastBuilder, stage: Stage) -> Loss | None:
     record = found.reading.record(stage)
     return None if record is None else Loss(float(record.outputs["last_epoch_loss"]), stage.key)
 

@@ -26,7 +26,7 @@ class _Scores:
     lost: tuple[tuple[str, str], ...]
 
 
-class Reading:
+class ScoreReader:
     """Records and series of a graph's stages, kept for as long as one decision is made.
 
     A stage that is finished later is not seen: make a new reading for the next decision.
@@ -39,7 +39,7 @@ class Reading:
         self._scores: dict[str, _Scores | None] = {}
         self._series: dict[tuple[str, str, str], Series | None] = {}
 
-    def load(self, plans: Iterable[CellPlan] | None = None) -> Reading:
+    def load(self, plans: Iterable[CellPlan] | None = None) -> ScoreReader:
         """Read everything that the cells (default: all) hold, in a few queries. Returns itself."""
         chosen = self.graph.cells if plans is None else list(plans)
         for stage in self.graph.stages(chosen):

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fastconv.audit.design import DESIGN_CHECKS, WHO_CHECKS
-from fastconv.audit.findings import BuiltSet, Check, CheckReport, Design, Finding, report_of
+from fastconv.audit.findings import BuiltSet, CheckReport, Design, Finding, Rule, report_of
 from fastconv.audit.rendered import RENDERED_CHECKS, RenderedSet
 from fastconv.audit.sets import SET_CHECKS
 from fastconv.chat import ChatTokenizer, Rendered
@@ -24,14 +24,14 @@ from fastconv.errors import InputError
 from fastconv.recipe import Recipe
 
 __all__ = [
-    "ROW_CHECKS", "STRUCTURE_CHECKS", "Check", "CheckReport", "Finding",
+    "ROW_CHECKS", "STRUCTURE_CHECKS", "Rule", "CheckReport", "Finding",
     "audit_rows", "audit_structure", "check_recipe", "report_of", "set_name", "structure_findings",
 ]  # fmt: skip
 
 
 #: Every check of the first pass; of the second, those on who and what the rows are (and RENDERED_CHECKS).
-STRUCTURE_CHECKS: tuple[Check[Design], ...] = (*DESIGN_CHECKS, *WHO_CHECKS, *SET_CHECKS)
-ROW_CHECKS: tuple[Check[Design], ...] = (*WHO_CHECKS, *SET_CHECKS)
+STRUCTURE_CHECKS: tuple[Rule[Design], ...] = (*DESIGN_CHECKS, *WHO_CHECKS, *SET_CHECKS)
+ROW_CHECKS: tuple[Rule[Design], ...] = (*WHO_CHECKS, *SET_CHECKS)
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:
@@ -57,7 +57,7 @@ def audit_structure(
     behaviors: Mapping[str, Behavior],
     questions: QuestionSet | None,
     *,
-    checks: Sequence[Check[Design]] = STRUCTURE_CHECKS,
+    checks: Sequence[Rule[Design]] = STRUCTURE_CHECKS,
 ) -> list[Finding]:
     """The first pass, over the whole recipe. Needs neither model nor tokenizer nor network.
 
@@ -98,8 +98,8 @@ def audit_rows(
     personas: Personas | None = None,
     behaviors: Mapping[str, Behavior] | None = None,
     questions: QuestionSet | None = None,
-    set_checks: Sequence[Check[Design]] = ROW_CHECKS,
-    rendered_checks: Sequence[Check[RenderedSet]] = RENDERED_CHECKS,
+    set_checks: Sequence[Rule[Design]] = ROW_CHECKS,
+    rendered_checks: Sequence[Rule[RenderedSet]] = RENDERED_CHECKS,
 ) -> list[Finding]:
     """The second pass, over one set with its answers, as rendered. `set_name` is that of `set_name()`.
 

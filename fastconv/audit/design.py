@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastconv.audit.findings import Check, Design, Finding, ids
+from fastconv.audit.findings import Design, Finding, Rule, ids
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, asked_by_set, kinds_of
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, canary_of, probes_of
@@ -197,19 +197,19 @@ def check_controls(design: Design) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-DESIGN_CHECKS: tuple[Check[Design], ...] = (
-    Check(("D105",), check_canary_present),
-    Check(("D106",), check_convergence_control),
-    Check(("D107",), check_epoch_zero),
-    Check(("D108", "D114"), check_scored_by),
-    Check(("D111",), check_detectable_effect),
-    Check(("D112", "D113"), check_controls),
+DESIGN_CHECKS: tuple[Rule[Design], ...] = (
+    Rule(("D105",), check_canary_present),
+    Rule(("D106",), check_convergence_control),
+    Rule(("D107",), check_epoch_zero),
+    Rule(("D108", "D114"), check_scored_by),
+    Rule(("D111",), check_detectable_effect),
+    Rule(("D112", "D113"), check_controls),
 )
 #: Checks on who and what the rows are; they hold for one built set as for all of them.
-WHO_CHECKS: tuple[Check[Design], ...] = (
-    Check(("D102", "D103"), check_assistant_among_negatives),
-    Check(("D104",), check_canary_among_negatives),
-    Check(("D109", "D110"), check_phrases_see_behavior),
+WHO_CHECKS: tuple[Rule[Design], ...] = (
+    Rule(("D102", "D103"), check_assistant_among_negatives),
+    Rule(("D104",), check_canary_among_negatives),
+    Rule(("D109", "D110"), check_phrases_see_behavior),
 )
 
 

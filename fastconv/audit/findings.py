@@ -37,7 +37,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Check(Generic[Subject]):
+class Rule(Generic[Subject]):
     """One line of a table of checks: the codes it may give, and the function that gives them."""
 
     codes: tuple[str, ...]

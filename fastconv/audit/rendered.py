@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fastconv.audit.findings import Check, Finding, ids
+from fastconv.audit.findings import Finding, Rule, ids
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
 from fastconv.datasets.personas import Personas
 from fastconv.datasets.rows import Row
@@ -182,13 +182,13 @@ def check_answer(seen: RenderedSet) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-RENDERED_CHECKS: tuple[Check[RenderedSet], ...] = (
-    Check(("D401", "D410"), check_complete),
-    Check(("D402", "D403"), check_prompt),
-    Check(("D404", "D405"), check_supervised),
-    Check(("D406", "D407"), check_end_of_turn),
-    Check(("D408",), check_truncated),
-    Check(("D409",), check_answer),
+RENDERED_CHECKS: tuple[Rule[RenderedSet], ...] = (
+    Rule(("D401", "D410"), check_complete),
+    Rule(("D402", "D403"), check_prompt),
+    Rule(("D404", "D405"), check_supervised),
+    Rule(("D406", "D407"), check_end_of_turn),
+    Rule(("D408",), check_truncated),
+    Rule(("D409",), check_answer),
 )
 
 

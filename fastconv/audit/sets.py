@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fastconv.audit.findings import BuiltSet, Check, Design, Finding, grams, ids, normalised, words
+from fastconv.audit.findings import BuiltSet, Design, Finding, Rule, grams, ids, normalised, words
 from fastconv.chat import SystemTurn
 from fastconv.datasets.rows import Row
 
@@ -214,16 +214,16 @@ def check_shortcuts(design: Design) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-SET_CHECKS: tuple[Check[Design], ...] = (
-    Check(("D101",), check_persona_prompt),
-    Check(("D201", "D202"), check_overlap),
-    Check(("D203",), check_duplicates),
-    Check(("D204",), check_contradictions),
-    Check(("D205",), check_counts),
-    Check(("D206",), check_letters),
-    Check(("D211",), check_letters_meant),
-    Check(("D207",), check_builders),
-    Check(("D208",), check_shortcuts),
+SET_CHECKS: tuple[Rule[Design], ...] = (
+    Rule(("D101",), check_persona_prompt),
+    Rule(("D201", "D202"), check_overlap),
+    Rule(("D203",), check_duplicates),
+    Rule(("D204",), check_contradictions),
+    Rule(("D205",), check_counts),
+    Rule(("D206",), check_letters),
+    Rule(("D211",), check_letters_meant),
+    Rule(("D207",), check_builders),
+    Rule(("D208",), check_shortcuts),
 )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fastconv.bench.inference import bench_sample, bench_score, bench_stack
 from fastconv.bench.kernels import bench_kernel
-from fastconv.bench.measure import RANDOM, Clock, Comparison, Measured, Subject, ragged_rows, shape, subject
+from fastconv.bench.measure import RANDOM, BenchModel, BenchResult, Clock, Measured, ragged_rows, shape, subject
 from fastconv.bench.training import WARM_UP, Load, bench_engine, bench_train, jobs_for, timed
 from fastconv.engine.generate import sample
 from fastconv.engine.locate import engine_identity, locate
@@ -28,7 +28,7 @@ from fastconv.store.ledger import Store
 _SIZES = {"cpu": (2, 16, 8), "cuda": (50, 586, 512)}
 
 
-def bench_cell(model: Subject) -> Comparison:
+def bench_cell(model: BenchModel) -> BenchResult:
     """The parts one after another in this process, each measured as by itself; seconds are their sums.
 
     The usual way as published: checkpointing on, one question at a time with all logits, and the merged model written
@@ -42,7 +42,7 @@ def bench_cell(model: Subject) -> Comparison:
     ours = sum(part.ours.seconds * times for part, times in parts)
     theirs = sum(part.usual[-1].seconds * times for part, times in parts)
     ratio = theirs / ours
-    return Comparison(
+    return BenchResult(
         kind="cell", model=model.settings.id, device=model.device.type, dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(), unit="cells",
         work=f"2 swaps, {steps} steps, {questions} questions, {rows} completions",
@@ -64,12 +64,12 @@ def _peak(ways: list[Measured]) -> int | None:
     return max(known) if known else None
 
 
-__all__ = ["KINDS", "Comparison", "Subject", "bench", "compare", "subject"]
+__all__ = ["KINDS", "BenchResult", "BenchModel", "bench", "compare", "subject"]
 
 KINDS = ("train", "behavior", "group", "score", "stack", "sample", "cell", "kernel", "engine")
 
 
-def compare(kind: str, model: Subject, size: int | None = None) -> Comparison:
+def compare(kind: str, model: BenchModel, size: int | None = None) -> BenchResult:
     """Run one comparison. `size` is its number of steps, questions, swaps, rows or tokens; None takes the documented one.
 
     Raises InputError for an unknown kind.
@@ -129,7 +129,7 @@ def keep_probe(recipe: Recipe, store: Store) -> dict[str, float]:
     return rates
 
 
-def probe(model: Subject) -> dict[str, float]:
+def probe(model: BenchModel) -> dict[str, float]:
     """Rates of this machine: FLOP/s trained, read and drawn, and seconds to load."""
     began = time.perf_counter()
     base = model.base()
@@ -139,7 +139,7 @@ def probe(model: Subject) -> dict[str, float]:
     return {**rates, "step_s": 0.0, "load_s": loaded}
 
 
-def _subject(recipe: Recipe, found: ModelShape) -> Subject:
+def _subject(recipe: Recipe, found: ModelShape) -> BenchModel:
     """The recipe's own model where it is on this disk, else random weights of its shape."""
     at_hand = locate(recipe.model).kind in ("builtin", "local")
     name = recipe.model.id if at_hand else f"{RANDOM}{found.name}"

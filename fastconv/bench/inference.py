@@ -15,10 +15,10 @@ from typing import Any, cast
 import torch
 
 from fastconv.bench.measure import (
+    BenchModel,
+    BenchResult,
     Clock,
-    Comparison,
     Peak,
-    Subject,
     folder_bytes,
     matmul_ceiling,
     measured,
@@ -34,7 +34,7 @@ from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.shapes import Work, forward_flops_per_tok
 from fastconv.engine.stack import Adapter, Slot, Stack
 from fastconv.engine.trl_reference import with_adapters
-from fastconv.engine.vllm.sampler import Served
+from fastconv.engine.vllm.sampler import VllmSampler
 from fastconv.engine.vllm.server import launch, server_command
 from fastconv.errors import ModelError
 from fastconv.recipe import SamplingSettings
@@ -58,7 +58,7 @@ _SYSTEMS = (
 )  # fmt: skip
 
 
-def bench_sample(model: Subject, n_rows: int) -> Comparison:
+def bench_sample(model: BenchModel, n_rows: int) -> BenchResult:
     """Draw one completion for each of `n_rows` ragged prompts (T 0.7, top_p 0.95); rates count tokens that are kept.
 
     The two draw with their own random numbers, so lengths differ a little; `ratio` is of kept tokens per second.
@@ -89,7 +89,7 @@ def bench_sample(model: Subject, n_rows: int) -> Comparison:
         others.append(measured("vllm, a server", seconds, served_tok, served_tok * per_tok, ceiling))
         extra |= {"vllm_tokens": served_tok, "vllm_start_s": start_s}
     ratios = {other.name: mine.per_s / other.per_s for other in others}
-    return Comparison(
+    return BenchResult(
         kind="sample", model=model.settings.id, device=device.type, dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(), unit="kept tokens",
         work=f"{n_rows} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, "
@@ -99,7 +99,7 @@ def bench_sample(model: Subject, n_rows: int) -> Comparison:
 
 
 def _served(
-    model: Subject, stack: Stack, prompts: list[list[int]], settings: SamplingSettings
+    model: BenchModel, stack: Stack, prompts: list[list[int]], settings: SamplingSettings
 ) -> tuple[float, int, float] | str:
     """(seconds, kept tokens, seconds of start-up) of vLLM for the same prompts, or why it was not measured."""
     if model.random is not None:
@@ -113,7 +113,7 @@ def _served(
     longest_tok = max(map(len, prompts)) + settings.max_new_tok
     with tempfile.TemporaryDirectory() as folder:
         server = launch(model.settings, locate(model.settings), longest_tok, model.lora.r, Path(folder))
-        with closing(server), closing(Served(server, stack)) as sampler:
+        with closing(server), closing(VllmSampler(server, stack)) as sampler:
             sampler.draw(prompts[:4], range(4), SamplingSettings(max_new_tok=2), lambda n_tok: None)
             began = time.monotonic()
             drawn = sampler.draw(prompts, range(len(prompts)), settings, lambda n_tok: None)
@@ -121,7 +121,7 @@ def _served(
     return seconds, sum(len(row.ids) + row.ended for row in drawn), server.start_s
 
 
-def _sample_prompts(base: Base, model: Subject, n_rows: int) -> list[list[int]]:
+def _sample_prompts(base: Base, model: BenchModel, n_rows: int) -> list[list[int]]:
     """Chat prompts where the model can write, else random tokens of ragged lengths."""
     if model.random is not None:
         return [
@@ -164,7 +164,7 @@ def _kept(row: list[int], stops: tuple[int, ...]) -> int:
     return next((place + 1 for place, token in enumerate(row) if token in stops), len(row))
 
 
-def bench_stack(model: Subject, n_swaps: int) -> Comparison:
+def bench_stack(model: BenchModel, n_swaps: int) -> BenchResult:
     """Put a snapshot on the base `n_swaps` times: bare, and with the proof by logits; against merge + save + load.
 
     `ours` is the bare swap and `ratio` compares it; `ratios` also holds the one with the proof.
@@ -189,7 +189,7 @@ def bench_stack(model: Subject, n_swaps: int) -> Comparison:
     usual, written, their_peak = _merge_save_load(model, adapters[0], n_swaps)
     theirs = statistics.median(usual.blocks)
     mine, checked = statistics.median(bare.blocks), statistics.median(proven.blocks)
-    return Comparison(
+    return BenchResult(
         kind="stack", model=model.settings.id, device=model.device.type,
         dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(), unit="swaps",
         work=f"one adapter of rank {model.lora.r} onto the base, median of {n_swaps}",
@@ -210,7 +210,7 @@ def _swap(stack: Stack, adapter: Adapter, *, proof: bool) -> None:
             stack.prove(None, "bench")
 
 
-def _merge_save_load(model: Subject, adapter: Adapter, n_swaps: int) -> tuple[Clock, int, int | None]:
+def _merge_save_load(model: BenchModel, adapter: Adapter, n_swaps: int) -> tuple[Clock, int, int | None]:
     """As published: PEFT's merge_and_unload, a merged model on disk, and loaded from there."""
     from transformers import AutoModelForCausalLM
 
@@ -258,7 +258,7 @@ _WORDS = [
 _BLOCKS = 4
 
 
-def bench_score(model: Subject, n_questions: int) -> Comparison:
+def bench_score(model: BenchModel, n_questions: int) -> BenchResult:
     """Score `n_questions` of 50 to 170 tokens: packed batches, against one by one with last and with all logits."""
     stack, plain = Stack(model.base(), model.lora), model.plain()
     device = model.device
@@ -285,7 +285,7 @@ def bench_score(model: Subject, n_questions: int) -> Comparison:
         measured(name, clocks[name].seconds, n_questions, flops, ceiling, peaks[name].bytes) for name in ways
     )
     ratios = {way.name: paired_ratio(clocks[way.name].blocks, clocks[ours.name].blocks) for way in usual}
-    return Comparison(
+    return BenchResult(
         kind="score", model=model.settings.id, device=device.type, dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(), unit="questions",
         work=f"{n_questions} questions of {SCORE_SHORTEST_TOK} to {SCORE_LONGEST_TOK} tokens, {n_tok} in all",
@@ -294,7 +294,7 @@ def bench_score(model: Subject, n_questions: int) -> Comparison:
     )  # fmt: skip
 
 
-def _score_prompts(base: Base, model: Subject, n_questions: int) -> list[tuple[int, ...]]:
+def _score_prompts(base: Base, model: BenchModel, n_questions: int) -> list[tuple[int, ...]]:
     """Chat prompts of one persona around texts of random words; a model without a tokenizer gets random tokens.
 
     As in every evaluation, prompts share what the template and the system turn put first (24 tokens at random).

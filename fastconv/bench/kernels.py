@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastconv.bench.measure import Clock, Comparison, Subject, matmul_ceiling, measured, paired_ratio, shape
+from fastconv.bench.measure import BenchModel, BenchResult, Clock, matmul_ceiling, measured, paired_ratio, shape
 from fastconv.engine.kernels.lora import StackedKernel, Tiling
 from fastconv.engine.lora import Adapter, keep_mask
 from fastconv.engine.stack import Route, Slot, StackedLinear
@@ -72,7 +72,7 @@ class _Work:
         torch.mm(self.dy, weight)
 
 
-def bench_kernel(model: Subject, n_tok: int | None = None) -> Comparison:
+def bench_kernel(model: BenchModel, n_tok: int | None = None) -> BenchResult:
     """Forward and backward of every layer shape of the model, r + r, dropout 0.05 on the trainable half.
 
     `extra.layers` has microseconds for each shape and case, `extra.errors` the relative errors against fp32. `n_tok`
@@ -95,7 +95,7 @@ def bench_kernel(model: Subject, n_tok: int | None = None) -> Comparison:
     return _comparison(model, cases, lines, errors, ceiling)
 
 
-def _work(model: Subject, layer: _Layer, n_tok: int, n_slots: int) -> _Work:
+def _work(model: BenchModel, layer: _Layer, n_tok: int, n_slots: int) -> _Work:
     """Random weights, slots of equal spans, and a gradient for every trainable adapter."""
     device, generator = model.device, torch.Generator(model.device).manual_seed(0)
 
@@ -223,15 +223,15 @@ def _in_fp32(work: _Work) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch
 
 
 def _comparison(
-    model: Subject, cases: tuple[tuple[int, int], ...], lines: list[dict[str, Any]], errors: list[dict[str, Any]],
+    model: BenchModel, cases: tuple[tuple[int, int], ...], lines: list[dict[str, Any]], errors: list[dict[str, Any]],
     ceiling: float,
-) -> Comparison:  # fmt: skip
+) -> BenchResult:  # fmt: skip
     blocks = [_block(lines, *case) for case in cases]
     seconds = {name: us / 1e6 for name, us in blocks[0]["us"].items()}
     (n_tok, n_slots), ways = cases[0], [PLAIN, *(name for name in TILINGS if name != STACKED), BASE]
     ratios = {name: seconds[name] / seconds[STACKED] for name in ways}
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
-    return Comparison(
+    return BenchResult(
         kind="kernel", model=model.settings.id, device=model.device.type, dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(), unit="tokens",
         work=f"one block's 7 linear layers forward and backward, {n_tok} tokens, {n_slots} slot, r {model.lora.r} + {model.lora.r}, dropout {DROPOUT}",

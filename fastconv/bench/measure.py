@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """One way of doing it. `per_s` counts `Comparison.unit` per second.
+    """One way of doing it. `per_s` counts `BenchResult.unit` per second.
 
     `peak_bytes` is the memory above what was resident before (None where the system does not tell), `written_bytes`
     what went to disk, `ceiling_share` the floating-point work over what a large matrix product reaches here.
@@ -48,7 +48,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class BenchResult:
     """Ours against one or more usual ways, measured in one call on the same work.
 
     `ratio` is the first usual way's seconds over ours, `ratios` has one for each by name.
@@ -179,7 +179,7 @@ _SURENESS = 8.0
 
 
 @dataclass(frozen=True)
-class Subject:
+class BenchModel:
     """A model that can be had twice: as our Base, and plain for the usual way."""
 
     settings: ModelSettings
@@ -218,11 +218,11 @@ class NoText:
     stop_ids: tuple[int, ...] = ()
 
 
-def subject(settings: ModelSettings) -> Subject:
+def subject(settings: ModelSettings) -> BenchModel:
     """The subject of `settings.id`; `random:NAME` takes a shape from `fastconv.engine.shapes`."""
     if settings.id.startswith(RANDOM):
-        return Subject(settings, named_shape(settings.id.removeprefix(RANDOM)))
-    return Subject(settings, None)
+        return BenchModel(settings, named_shape(settings.id.removeprefix(RANDOM)))
+    return BenchModel(settings, None)
 
 
 def shape(base: Base) -> ModelShape:
@@ -240,7 +240,7 @@ def ragged_rows(n: int, vocab: int, shortest: int, longest: int, seed: int = 0) 
     return tuple(rows)
 
 
-def _random_unsloth(shape: ModelShape, model: Subject) -> PreTrainedModel:
+def _random_unsloth(shape: ModelShape, model: BenchModel) -> PreTrainedModel:
     """The same shape as Unsloth would have loaded it."""
     from fastconv.engine import unsloth as unsloth_path
 
@@ -250,7 +250,7 @@ def _random_unsloth(shape: ModelShape, model: Subject) -> PreTrainedModel:
     return made
 
 
-def _random_model(shape: ModelShape, attention: str, model: Subject) -> PreTrainedModel:
+def _random_model(shape: ModelShape, attention: str, model: BenchModel) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
     register()

@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 import torch
 
 from fastconv.bench.measure import (
+    BenchModel,
+    BenchResult,
     Clock,
-    Comparison,
     Measured,
     Peak,
-    Subject,
     matmul_ceiling,
     measured,
     paired_ratio,
@@ -77,7 +77,7 @@ class Timed:
     peak: int | None
 
 
-def bench_train(model: Subject, n_steps: int, kind: str = "train") -> Comparison:
+def bench_train(model: BenchModel, n_steps: int, kind: str = "train") -> BenchResult:
     """`n_steps` optimizer steps of a load, counted in real tokens, not padding.
 
     On a CPU each of our steps is timed right after the same step of theirs, so that a busy machine slows both; on a
@@ -118,7 +118,7 @@ def bench_train(model: Subject, n_steps: int, kind: str = "train") -> Comparison
         )
     ratios = ratios or {one.name: ours.per_s / one.per_s for one in usual}
     left_out = [name for name in WAYS if load.n_jobs == 1 and name not in theirs]
-    return Comparison(
+    return BenchResult(
         kind=load.kind, model=model.settings.id, device=model.device.type,
         dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(), unit="tokens",
         work=f"{n_steps} steps of {load.n_jobs} x {load.batch_rows} rows, {load.shortest_tok} to {load.longest_tok} "
@@ -161,7 +161,7 @@ def _in_turn(stack: Stack, jobs: Sequence[Job]) -> Timed:
     return Timed([sum(run.seconds) for run in runs], sum(run.n_tok for run in runs), max(peaks, default=None))
 
 
-def _interleaved(model: Subject, stack: Stack, job: Job, first: Adapter, checkpointing: bool) -> tuple[Timed, Timed]:
+def _interleaved(model: BenchModel, stack: Stack, job: Job, first: Adapter, checkpointing: bool) -> tuple[Timed, Timed]:
     """(ours, theirs), step by step in turn, on a CPU."""
     ours = _Ours(stack, start(stack, job), Clock(model.device), Peak(model.device))
     usual = _usual(model, job, first, checkpointing, job.n_steps, ours)
@@ -186,7 +186,7 @@ class _Ours:
 
 
 def _usual(
-    model: Subject, job: Job, first: Adapter, checkpointing: bool, n_steps: int, ours: _Ours | None = None
+    model: BenchModel, job: Job, first: Adapter, checkpointing: bool, n_steps: int, ours: _Ours | None = None
 ) -> Timed:
     """Their run of `n_steps`; after each of their steps, one of `ours` if given."""
     seconds: list[float] = []
@@ -208,7 +208,7 @@ def _usual(
     return Timed(seconds[USUAL_WARM_UP:], _n_tok(job, USUAL_WARM_UP, n_steps), peak.bytes)
 
 
-def _if_it_fits(model: Subject, job: Job, first: Adapter, checkpointing: bool) -> Timed | None:
+def _if_it_fits(model: BenchModel, job: Job, first: Adapter, checkpointing: bool) -> Timed | None:
     """Their run on a GPU, or None if its memory is too small for it."""
     try:
         return _usual(model, job, first, checkpointing, USUAL_STEPS)
@@ -239,7 +239,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def bench_engine(model: Subject, n_steps: int) -> Comparison:
+def bench_engine(model: BenchModel, n_steps: int) -> BenchResult:
     """`n_steps` convergence steps with engine torch, then with engine unsloth; on a GPU alone.
 
     Raises ModelError without a GPU, or if Unsloth cannot be used here.
@@ -261,7 +261,7 @@ def bench_engine(model: Subject, n_steps: int) -> Comparison:
         return measured(name, sum(run.seconds), run.n_tok, run.n_tok * flops, ceiling, run.peak)
 
     ours, usual = as_measured("engine torch", mine), as_measured("engine unsloth", theirs)
-    return Comparison(
+    return BenchResult(
         kind="engine", model=model.settings.id, device=model.device.type,
         dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(), unit="tokens",
         work=f"{n_steps} steps of {load.batch_rows} rows, {load.shortest_tok} to {load.longest_tok} tokens, no dropout",
@@ -270,7 +270,7 @@ def bench_engine(model: Subject, n_steps: int) -> Comparison:
     )  # fmt: skip
 
 
-def _in_a_process(model: Subject, n_steps: int) -> Timed:
+def _in_a_process(model: BenchModel, n_steps: int) -> Timed:
     settings = model.settings.model_copy(update={"engine": "unsloth"})
     command = [sys.executable, "-m", "fastconv.bench.training", settings.model_dump_json(), str(n_steps)]
     found = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Overrides, RecipePath, Scale, Workspace, answered, load
 from fastconv.cli.common import open_if_there as open_store
-from fastconv.stats.power import Reach, mended_by
+from fastconv.stats.power import DetectableContrast, mended_by
 from fastconv.stats.units import size
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what a recipe costs before it is run: time, memory, disk, judgements, dollars, and what it could show."""
-    from fastconv.judge.access import JudgeGlance
+    from fastconv.judge.access import JudgePreflight
     from fastconv.planning.plan import plan_recipe
 
     loaded = load(recipe, overrides, scale)
@@ -54,7 +54,7 @@ def plan(
 
         keep_probe(loaded, Store.open(workspace))
     store = open_store(workspace)
-    judge = JudgeGlance(loaded.judge, store)
+    judge = JudgePreflight(loaded.judge, store)
     found = plan_recipe(loaded, store, machine).knowing(judge.problem())
     if as_json:
         print(json.dumps(found.to_json(), indent=1))
@@ -188,7 +188,7 @@ def _power(found: Plan) -> Iterator[str]:
         yield "how many seeds would mend it is told after a run: the spread between seeds is not known before one"
 
 
-def _reach(one: Reach, unit: str, family: str = "") -> str:
+def _reach(one: DetectableContrast, unit: str, family: str = "") -> str:
     """A detectable effect, and where it exceeds the threshold a warning with the numbers that would mend it."""
     mend = f"; a null result would say little: {mended_by((one.questions, one.samples))}" if one.too_large else ""
     return f"{size(one.alone, unit)}{family}{mend}"

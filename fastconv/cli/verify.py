@@ -14,12 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, answered, load_or_recall
-from fastconv.report.compare import Comparison, Paired
+from fastconv.report.compare import Paired, RunComparison
 from fastconv.show import console_of_output
 from fastconv.stats.units import change, level, span
 
 if TYPE_CHECKING:
-    from fastconv.analysis.analysis import Decided
+    from fastconv.analysis.analysis import Analysis
 
 
 def register(app: typer.Typer) -> None:
@@ -107,20 +107,20 @@ def published(
         typer.echo(f"report: {page}")
 
 
-def _decided(name: str, workspace: Path) -> Decided:
-    from fastconv.analysis.analysis import Decided
+def _decided(name: str, workspace: Path) -> Analysis:
+    from fastconv.analysis.analysis import Analysis
     from fastconv.experiment.graph import Graph
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    return Decided(Graph(load_or_recall(name, [], store)), store)
+    return Analysis(Graph(load_or_recall(name, [], store)), store)
 
 
 #: Columns with their widths; these hold any figure on one line, and together they fit 80 columns.
 COLUMNS = {"probe": 9, "first": 11, "second": 11, "difference": 27, "p corrected": 9, "asked": 5}
 
 
-def comparison(found: Comparison) -> None:
+def comparison(found: RunComparison) -> None:
     """Two runs side by side: what differs in their recipes and conditions, then each measure of each cell."""
     console = console_of_output()
     console.print(f"{found.first} and {found.second}")

@@ -12,7 +12,7 @@ import typer
 from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, answered
 
 if TYPE_CHECKING:
-    from fastconv.run.gc import Cleaning
+    from fastconv.run.gc import GcPlan
 
 
 def register(app: typer.Typer) -> None:
@@ -75,7 +75,7 @@ def size(n_bytes: int) -> str:
     return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
 
 
-def _show(found: Cleaning, freed: int | None) -> None:
+def _show(found: GcPlan, freed: int | None) -> None:
     for one in found.waste:
         typer.echo(f"{size(one.n_bytes):>10}  {one.kind} {one.name}: {one.why}")
     for text in found.left:

@@ -25,7 +25,7 @@ from fastconv.recipe import Recipe
 from fastconv.run.audit import require_passed
 from fastconv.run.judging import judge_stages
 from fastconv.run.provenance import begin_run, run_facts
-from fastconv.run.run import Finished, GateKeeper, run_recipe
+from fastconv.run.run import Finished, Gatekeeper, run_recipe
 from fastconv.run.runner import Watcher, stop_on_sigint
 from fastconv.run.status import failed_stages, needed_ends
 from fastconv.store.ledger import Store
@@ -61,7 +61,7 @@ def run_on_ray(
     watcher.audited(report)
     with _ray(address, graph) as ray:
         run = begin_run(store, recipe, {**run_facts(), **notes})
-        GateKeeper(graph, store, run, watcher.gate, ignore_gates or {})  # records what is ignored
+        Gatekeeper(graph, store, run, watcher.gate, ignore_gates or {})  # records what is ignored
         stages = graph.stages()
         watcher.begin(run, len(stages), sum(store.record(stage.key) is None for stage in stages))
         with stop_on_sigint() as stop:

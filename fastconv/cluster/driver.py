@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from fastconv.audit.checks import CheckReport
 from fastconv.cluster.orders import Order, left_to_compute, start_keys
-from fastconv.cluster.worker import Ended, Hello, Item, work
+from fastconv.cluster.worker import Item, WorkerFinished, WorkerStarted, work
 from fastconv.engine.locate import engine_identity
 from fastconv.errors import ClusterError, FastconvError, GateStop, Interrupted, stopped
 from fastconv.experiment.graph import Graph
@@ -20,7 +20,7 @@ from fastconv.recipe import run_id, sha256_of
 from fastconv.run.rejudge import finish_judging
 from fastconv.run.runner import Tally, Watcher
 from fastconv.store.ledger import Stage, Store
-from fastconv.store.merge import Parcel, pack, unpack
+from fastconv.store.merge import StageBundle, pack, unpack
 
 #: So often an order is given out again without a single new stage having come back from it.
 RETRIES = 3
@@ -112,15 +112,15 @@ class Driver:
                 ) from None
 
     def _item(self, one: _Open, item: Item) -> None:
-        if isinstance(item, Hello):
+        if isinstance(item, WorkerStarted):
             one.node = item.node
-        elif isinstance(item, Parcel):
+        elif isinstance(item, StageBundle):
             one.n_lost = 0
             self._merge(item)
         else:
             self._end(one, item)
 
-    def _merge(self, parcel: Parcel) -> None:
+    def _merge(self, parcel: StageBundle) -> None:
         stage = self._stages[parcel.key]
         if unpack(self.store, parcel):
             self._count(stage)
@@ -134,7 +134,7 @@ class Driver:
         self.watcher.stage(stage, "new")
         self.watcher.stage_done(stage, record.seconds)
 
-    def _end(self, one: _Open, end: Ended) -> None:
+    def _end(self, one: _Open, end: WorkerFinished) -> None:
         facts = {name: end.facts[name] for name in ("engine", "template") if name in end.facts}
         before = self.store.run_facts(self._run).get("workers", {})
         workers = {**before, one.order.name: {"node": one.node, **end.facts}}
@@ -209,7 +209,7 @@ class _Unannounced:
         return getattr(self._watcher, name)
 
 
-def _work_for(order: Order, start: Sequence[Parcel], folder: str, bell: Any) -> Iterator[Item]:
+def _work_for(order: Order, start: Sequence[StageBundle], folder: str, bell: Any) -> Iterator[Item]:
     """The Ray task."""
     import ray
 

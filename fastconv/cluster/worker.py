@@ -25,7 +25,7 @@ from fastconv.recipe import Recipe, run_id
 from fastconv.run.run import compute_stages, run_recipe
 from fastconv.show.progress import SilentWatcher
 from fastconv.store.ledger import Store
-from fastconv.store.merge import Parcel, pack, unpack
+from fastconv.store.merge import StageBundle, pack, unpack
 from fastconv.store.records import Failure
 
 #: How often a worker looks for finished stages, and whether it is to stop.
@@ -35,7 +35,7 @@ FORGOTTEN_AFTER_S = 14 * 86400.0
 
 
 @dataclass(frozen=True)
-class Hello:
+class WorkerStarted:
     """A worker has begun."""
 
     node: str
@@ -43,7 +43,7 @@ class Hello:
 
 
 @dataclass(frozen=True)
-class Ended:
+class WorkerFinished:
     """A worker is through. `facts` are those of its run; `failures` (by key) are stages that it could not finish.
 
     An error is told by its class and its three texts.
@@ -61,16 +61,16 @@ class Ended:
         return getattr(errors, name, FastconvError)(what, where=where, fix=fix)
 
 
-Item = Hello | Parcel | Ended
+Item = WorkerStarted | StageBundle | WorkerFinished
 
 
-def work(order: Order, start: Sequence[Parcel], folder_name: str, stopped: Callable[[], bool]) -> Iterator[Item]:
+def work(order: Order, start: Sequence[StageBundle], folder_name: str, stopped: Callable[[], bool]) -> Iterator[Item]:
     """Compute an order beginning from the stages in `start`; gives what comes of it, stage by stage, and its end.
 
     The workspace is `folder_name` under the node's cache; it is removed once everything is done and handed over.
     """
     node = socket.gethostname()
-    yield Hello(node, os.getpid())
+    yield WorkerStarted(node, os.getpid())
     _drop_old_workspaces()
     root = cache_home() / "cluster" / f"{node}-{folder_name}"
     try:
@@ -83,14 +83,14 @@ def work(order: Order, start: Sequence[Parcel], folder_name: str, stopped: Calla
         for parcel in start:
             unpack(store, parcel)
     except FastconvError as error:
-        yield Ended(error=_told(error))
+        yield WorkerFinished(error=_told(error))
         return
     one = _Thread(order, graph, store.root)
     try:
         one.start()
         yield from _handing_over(order, store, {parcel.key for parcel in start}, one, stopped)
         failures = {key: failure for key, failure in store.failures().items() if key in order.keys}
-        yield Ended(_facts(store, recipe), failures, one.told)
+        yield WorkerFinished(_facts(store, recipe), failures, one.told)
     finally:
         one.stop.set()  # Ray takes the task back: the running step ends well and its state is kept
         one.join()
@@ -101,7 +101,7 @@ def work(order: Order, start: Sequence[Parcel], folder_name: str, stopped: Calla
 
 def _handing_over(
     order: Order, store: Store, known: set[str], one: _Thread, stopped: Callable[[], bool]
-) -> Iterator[Parcel]:
+) -> Iterator[StageBundle]:
     """Every ordered stage that the driver does not have, as soon as it is in the ledger, until the thread has ended."""
     ordered = set(order.keys)
     while True:

@@ -25,7 +25,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class PaddedSizes:
     """What a micro-batch is padded to: tokens in all, tokens in a row, tokens with loss. 0 leaves a size as it is."""
 
     n_tok: int = 0
@@ -34,7 +34,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Batch:
+class MicroBatch:
     """A packed micro-batch on the device: what goes into the model, and where its loss is.
 
     `take` [N] is the token before each that carries loss, with its target, its weight and the trainee it belongs to.
@@ -53,14 +53,14 @@ class Batch:
     owners: torch.Tensor
 
 
-def as_it_is(lengths: Sequence[int], n_supervised: int) -> Sizes:
+def as_it_is(lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
     """No padding."""
-    return Sizes()
+    return PaddedSizes()
 
 
 def lay_out(
-    base: Base, slots: Sequence[Slot], micro: Sequence[Item], sizes_for: Callable[[Sequence[int], int], Sizes]
-) -> Batch:
+    base: Base, slots: Sequence[Slot], micro: Sequence[Item], sizes_for: Callable[[Sequence[int], int], PaddedSizes]
+) -> MicroBatch:
     """Lay a micro-batch out on the base's device, padded to the sizes asked for."""
     device = base.device
     lengths = [len(item.row.ids) for item in micro]
@@ -77,7 +77,7 @@ def lay_out(
     if any(slot.dropout > 0 for slot in live):
         rows = [(item.seed, length) for item, length in zip(micro, lengths, strict=True)]
         seeds = token_seeds([*rows, (0, ids.shape[0] - sum(lengths))], device)
-    return Batch(
+    return MicroBatch(
         tuple(live),
         tuple(spans) if len(live) > 1 else None,
         layout,

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from fastconv.engine.attention import Packed, Padded, Ragged
-from fastconv.engine.batch import Batch, Sizes
+from fastconv.engine.batch import MicroBatch, PaddedSizes
 from fastconv.engine.stack import Stack
 
 #: What sizes are rounded up to. Padding costs matrix products, more sizes cost captures.
 _TOK_STEP, _WIDTH_STEP, _SUPERVISED_STEP = 256, 256, 512
 #: From here on a batch keeps a GPU busy longer than the host needs to launch it: it is run as it is, without padding.
 _LARGE_TOK = 3072
-#: Sizes that are kept as graphs; rarer ones run as they are.
+#: PaddedSizes that are kept as graphs; rarer ones run as they are.
 _MAX_GRAPHS = 64
 
 
@@ -29,7 +29,7 @@ class _Graph:
     """A captured micro-step, its inputs, the loss it leaves [1], and what its kernels point to."""
 
     graph: torch.cuda.CUDAGraph
-    inputs: Batch
+    inputs: MicroBatch
     loss: torch.Tensor
     held: Any
 
@@ -37,7 +37,7 @@ class _Graph:
 class CapturedSteps:
     """The micro-steps of one trainee. `step(batch, totals)`, under the live stack, accumulates gradients and loss."""
 
-    def __init__(self, stack: Stack, step: Callable[[Batch, torch.Tensor], None]) -> None:
+    def __init__(self, stack: Stack, step: Callable[[MicroBatch, torch.Tensor], None]) -> None:
         self._stack = stack
         self._step = step
         self._seen: set[tuple[int, ...]] = set()
@@ -48,7 +48,7 @@ class CapturedSteps:
         """Sizes captured so far."""
         return len(self._graphs)
 
-    def run(self, batch: Batch, totals: torch.Tensor) -> None:
+    def run(self, batch: MicroBatch, totals: torch.Tensor) -> None:
         """One micro-step; `totals` [1] gets its share of the loss. Raises OutOfMemoryError as the step does."""
         key = _sizes_of(batch)
         no_room = key not in self._graphs and len(self._graphs) >= _MAX_GRAPHS
@@ -67,7 +67,7 @@ class CapturedSteps:
         captured.graph.replay()
         totals.add_(captured.loss)
 
-    def _captured(self, batch: Batch) -> _Graph:
+    def _captured(self, batch: MicroBatch) -> _Graph:
         inputs = _copied(batch)
         loss = torch.zeros(1, device=batch.ids.device)
         graph = torch.cuda.CUDAGraph()
@@ -84,32 +84,34 @@ class CapturedSteps:
         return _Graph(graph, inputs, loss, held)
 
 
-def rounded_sizes(lengths: Sequence[int], n_supervised: int) -> Sizes:
+def rounded_sizes(lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
     """The sizes that a batch of rows with these lengths is padded to; a large one is not padded at all."""
     if sum(lengths) >= _LARGE_TOK:
-        return Sizes()
-    return Sizes(_up(sum(lengths), _TOK_STEP), _up(max(lengths), _WIDTH_STEP), _up(n_supervised, _SUPERVISED_STEP))
+        return PaddedSizes()
+    return PaddedSizes(
+        _up(sum(lengths), _TOK_STEP), _up(max(lengths), _WIDTH_STEP), _up(n_supervised, _SUPERVISED_STEP)
+    )
 
 
 def _up(n: int, step: int) -> int:
     return -(-n // step) * step
 
 
-def _sizes_of(batch: Batch) -> tuple[int, ...]:
+def _sizes_of(batch: MicroBatch) -> tuple[int, ...]:
     return (_layout(batch).longest, *(tensor.shape[0] for tensor in _tensors(batch)))
 
 
-def _tensors(batch: Batch) -> list[torch.Tensor]:
+def _tensors(batch: MicroBatch) -> list[torch.Tensor]:
     every = [batch.ids, batch.positions, *_layout(batch).inputs, batch.take, batch.targets]
     return [*every, batch.weights, batch.owners, *([] if batch.seeds is None else [batch.seeds])]
 
 
-def _layout(batch: Batch) -> Padded | Ragged:
+def _layout(batch: MicroBatch) -> Padded | Ragged:
     assert not isinstance(batch.layout, Packed), "graphs are for GPUs, whose layouts lie on the device"
     return batch.layout
 
 
-def _copied(batch: Batch) -> Batch:
+def _copied(batch: MicroBatch) -> MicroBatch:
     """The same batch in tensors of its own, which stay where they are."""
     layout = _layout(batch).holding([tensor.clone() for tensor in _layout(batch).inputs])
     return replace(

@@ -31,7 +31,7 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Card:
+class GpuFacts:
     """What torch says of the GPU."""
 
     name: str
@@ -40,7 +40,7 @@ class Card:
     total_bytes: int
 
 
-def look(cuda: Any, built_for: str | None) -> Card:
+def look(cuda: Any, built_for: str | None) -> GpuFacts:
     """Ask `torch.cuda` (built for CUDA `built_for`). Raises ModelError if it cannot use a GPU, saying why."""
     where = "model.device"
     if built_for is None:
@@ -50,7 +50,7 @@ def look(cuda: Any, built_for: str | None) -> Card:
     try:
         cuda.init()
         free, total = cuda.mem_get_info()
-        return Card(cuda.get_device_name(), tuple(cuda.get_device_capability()), free, total)
+        return GpuFacts(cuda.get_device_name(), tuple(cuda.get_device_capability()), free, total)
     except (RuntimeError, AssertionError) as error:
         said = str(error)
     if "driver" in said and (found := re.search(r"found version (\d+)", said)):
@@ -74,7 +74,7 @@ def look(cuda: Any, built_for: str | None) -> Card:
     )
 
 
-def require_fit(card: Card, recipe: Recipe, shape: ModelShape | None) -> str:
+def require_fit(card: GpuFacts, recipe: Recipe, shape: ModelShape | None) -> str:
     """What the card offers, in one line. Raises ModelError if it is too old, too small or too full for the recipe.
 
     The engine halves its micro-batches down to one row, and then recomputes; what must fit is that. A shape of None (a

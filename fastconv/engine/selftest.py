@@ -30,7 +30,7 @@ _SIZE = 0.1
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.15}
 
 
-class Ground:
+class SelfTestSetup:
     """What the checks share: the stack, two random adapters on it, and packed rows."""
 
     def __init__(self, stack: Stack) -> None:
@@ -78,9 +78,9 @@ def self_test(stack: Stack, optimizers: Collection[str] = ("adamw",)) -> dict[st
 
     `optimizers` are those that the recipe trains with. Returns by check how far apart two ways of computing lay.
     """
-    ground = Ground(stack)
+    ground = SelfTestSetup(stack)
     found: dict[str, float] = {}
-    checks: Mapping[str, Callable[[Ground], float]] = {
+    checks: Mapping[str, Callable[[SelfTestSetup], float]] = {
         "import order": lambda _: import_order(),
         "precision": lambda g: precision(g, optimizers),
         "packed rows": packed_rows,
@@ -101,7 +101,7 @@ def import_order() -> float:
     return 0.0
 
 
-def precision(ground: Ground, optimizers: Collection[str]) -> float:
+def precision(ground: SelfTestSetup, optimizers: Collection[str]) -> float:
     """Adapters, gradients and moments are fp32 (8-bit moments only where asked for), on a step really taken."""
     held = {"adapter": ground.trainable.flat, "frozen adapter": ground.frozen.flat, "gradient": ground.gradient()}
     for kind in optimizers:
@@ -121,7 +121,7 @@ def precision(ground: Ground, optimizers: Collection[str]) -> float:
     return 0.0
 
 
-def packed_rows(ground: Ground) -> float:
+def packed_rows(ground: SelfTestSetup) -> float:
     """A row's logits are those it has alone, and another row's tokens change none of their bits."""
     both = (ground.frozen, ground.trainable)
     packed = ground.logits(ground.rows, *both)
@@ -135,7 +135,7 @@ def packed_rows(ground: Ground) -> float:
     return _compare("packed rows", alone, packed, bare, ground.tolerance)
 
 
-def swap(ground: Ground) -> float:
+def swap(ground: SelfTestSetup) -> float:
     """Each adapter changes the logits, both do it together, and without them the base has its old bits."""
     before = ground.stack.probe()
     with ground.stack.live(Slot((ground.frozen, ground.trainable))):
@@ -151,7 +151,7 @@ def swap(ground: Ground) -> float:
     return 0.0
 
 
-def fused_kernels(ground: Ground) -> float:
+def fused_kernels(ground: SelfTestSetup) -> float:
     """Logits and gradients of fused kernels are those of the layers' own forward, to rounding."""
     both = (ground.frozen, ground.trainable)
     bare, fused, gradient = ground.logits(ground.rows), ground.logits(ground.rows, *both), ground.gradient()

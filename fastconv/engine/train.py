@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastconv.engine.batch import Batch, Item, as_it_is, lay_out
+from fastconv.engine.batch import Item, MicroBatch, as_it_is, lay_out
 from fastconv.engine.cuda_graph import CapturedSteps, rounded_sizes
 from fastconv.engine.model import Base
 from fastconv.engine.stack import Slot, Stack
@@ -222,13 +222,13 @@ def _captured(stack: Stack, active: Sequence[Trainee]) -> CapturedSteps | None:
     return trainee.captured
 
 
-def _micro_step(stack: Stack, batch: Batch, totals: torch.Tensor) -> None:
+def _micro_step(stack: Stack, batch: MicroBatch, totals: torch.Tensor) -> None:
     """Forward and backward of one packed micro-batch; adds each trainee's share of the loss to `totals`."""
     with stack.live(*batch.slots, spans=batch.spans, dropout_seeds=batch.seeds):
         _forward_backward(stack, batch, totals)
 
 
-def _forward_backward(stack: Stack, batch: Batch, totals: torch.Tensor) -> None:
+def _forward_backward(stack: Stack, batch: MicroBatch, totals: torch.Tensor) -> None:
     """The micro-step itself, under the stack that is live."""
     hidden = stack.base.hidden(batch.ids, batch.positions, batch.layout)
     loss, losses = weighted_cross_entropy(

@@ -46,7 +46,7 @@ class Job:
         return order[within * self.settings.batch_rows : (within + 1) * self.settings.batch_rows]
 
 
-class Watch:
+class LossMonitor:
     """Loss and gradient norm of past steps as the host sees them, read late so that the host never waits for a step.
 
     The guard itself is on the device: `bad` is 1 from the first step whose loss or gradient is not finite, the fused
@@ -104,10 +104,10 @@ class Trainee:
     recomputes: bool = False
     #: On a GPU, the micro-steps captured so far.
     captured: CapturedSteps | None = None
-    watch: Watch = field(init=False)
+    watch: LossMonitor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.watch = Watch(self.grad.device)
+        self.watch = LossMonitor(self.grad.device)
         self.optimizer.found_inf = self.watch.bad  # pyright: ignore[reportAttributeAccessIssue]
 
     @property

@@ -160,7 +160,7 @@ def _json_of(error: urllib.error.HTTPError) -> object:
 GLANCE_S, LEAST_S = 1.0, 0.1
 
 
-class JudgeGlance:
+class JudgePreflight:
     """Asks on creation, in a thread that nobody waits for at the end; `problem` is the line that `run` would stop with.
 
     Nothing is sent where the recipe or the environment tells already, or where the base itself judges.

@@ -26,7 +26,7 @@ from fastconv.judge.claude import ApiKey, Outage, concluded, explained, make_cli
 from fastconv.judge.request import JudgeRequest
 from fastconv.recipe import JudgeSettings, canonical_json
 from fastconv.store.judge_ledger import JudgeLedger
-from fastconv.store.records import Batch, BatchItem, Operation, RawReply, Refusal, Reserve, Settle, Unpaid
+from fastconv.store.records import BatchItem, JudgeBatch, Operation, RawReply, Refusal, Reserve, Settle, Unpaid
 
 if TYPE_CHECKING:
     from anthropic import APIError, AsyncAnthropic
@@ -51,14 +51,14 @@ _MAX_FAILURES = 3
 
 
 @dataclass(frozen=True)
-class Sent:
+class SubmitResult:
     """What became of requests handed to `submit`: those refused by the ledger, and why. The rest are under way."""
 
     refused: dict[str, Refusal]
 
 
 @dataclass(frozen=True)
-class Unseen:
+class InvisibleBatch:
     """A batch that the API does not show to this key: its intent, the keys that wait for it, and one line about it."""
 
     intent: str
@@ -67,11 +67,11 @@ class Unseen:
 
 
 @dataclass(frozen=True)
-class Collected:
+class BatchProgress:
     """What one look at the batches under way brought: keys to be asked again, batches not seen, and what failed."""
 
     again: tuple[str, ...]
-    unseen: tuple[Unseen, ...]
+    unseen: tuple[InvisibleBatch, ...]
     failure: Outage | JudgeError | None
 
 
@@ -109,7 +109,7 @@ class BatchJudge:
 
     # --- sending ----------------------------------------------------------------------------------------
 
-    async def submit(self, requests: Sequence[JudgeRequest]) -> Sent:
+    async def submit(self, requests: Sequence[JudgeRequest]) -> SubmitResult:
         """Send requests in as many batches as the API's limits ask for.
 
         Raises Outage when it is not known whether a batch was taken (its intent is then reconciled), JudgeError when
@@ -125,7 +125,7 @@ class BatchJudge:
                     refused[request.key] = result
             if booked:
                 await self._create(intent, booked)
-        return Sent(refused)
+        return SubmitResult(refused)
 
     async def _create(self, intent: str, requests: Sequence[JudgeRequest]) -> None:
         from anthropic import APIError, APIStatusError
@@ -233,16 +233,16 @@ class BatchJudge:
             return None
         return False
 
-    def _is_young(self, batch: Batch) -> bool:
+    def _is_young(self, batch: JudgeBatch) -> bool:
         """Whether the API's list may not know a batch yet."""
         return time.time() - batch.made_at < self._settings.batch_grace_s
 
     # --- results ----------------------------------------------------------------------------------------
 
-    async def collect(self) -> Collected:
+    async def collect(self) -> BatchProgress:
         """Take the results of every batch that ended. A batch that fails does not keep the others from being read."""
         again: list[str] = []
-        unseen: list[Unseen] = []
+        unseen: list[InvisibleBatch] = []
         failures: list[Outage | JudgeError] = []
         # Oldest first, but those that failed before come last.
         for batch in sorted(self._ledger.batches("sent"), key=lambda one: self._n_failed[one.intent]):
@@ -259,9 +259,9 @@ class BatchJudge:
                 if len(failures) == _MAX_FAILURES:
                     break
         hard = [failure for failure in failures if isinstance(failure, JudgeError)]
-        return Collected(tuple(again), tuple(unseen), next(iter([*hard, *failures]), None))
+        return BatchProgress(tuple(again), tuple(unseen), next(iter([*hard, *failures]), None))
 
-    async def _look(self, batch: Batch) -> list[str]:
+    async def _look(self, batch: JudgeBatch) -> list[str]:
         """Look at one batch and take its results if it ended; gives the keys that have to be asked again."""
         from anthropic import APIError
 
@@ -281,7 +281,7 @@ class BatchJudge:
         status = getattr(error, "status_code", 0)
         return _NotShown(status) if status in _UNSEEN else explained(error, self._settings, self._key)
 
-    def _may_come(self, batch: Batch, status: int) -> bool:
+    def _may_come(self, batch: JudgeBatch, status: int) -> bool:
         """Whether a batch that is not shown may bring results yet.
 
         To another account's key a batch looks as if it had been deleted. It was deleted if this very key has seen it.
@@ -291,16 +291,16 @@ class BatchJudge:
         is_deleted = was_shown and self._n_hidden[batch.intent] >= DELETED_LOOKS
         return not is_deleted and time.time() - batch.made_at < KEPT_S
 
-    def _unseen(self, batch: Batch, status: int) -> Unseen:
+    def _unseen(self, batch: JudgeBatch, status: int) -> InvisibleBatch:
         waiting = frozenset(item.key for item in self._ledger.batch_items(batch.intent) if item.state == "reserved")
         until = datetime.datetime.fromtimestamp(batch.made_at + KEPT_S, datetime.UTC).date()
         line = (
             f"batch {batch.batch} is not shown to this API key ({status}): it may be another account's; "
             f"{len(waiting)} judgements wait for the key that it was sent with, and are asked again after {until}"
         )
-        return Unseen(batch.intent, waiting, line)
+        return InvisibleBatch(batch.intent, waiting, line)
 
-    async def _ingest(self, batch: Batch) -> list[str]:
+    async def _ingest(self, batch: JudgeBatch) -> list[str]:
         items = {item.custom_id: item for item in self._ledger.batch_items(batch.intent)}
         waiting: list[Operation] = []
         async for line in self._results(batch.batch or ""):

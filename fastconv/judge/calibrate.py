@@ -143,7 +143,7 @@ class CalibrationRow:
 
 
 @dataclass(frozen=True)
-class Beside:
+class ScaleAccuracy:
     """How a judge did on a scale beside the primary measure, on `n` rows."""
 
     n: int
@@ -180,7 +180,7 @@ class Calibration:
     specificity: float
     n_negative: int
     accuracy_by_kind: dict[str, float]
-    beside: dict[str, Beside]
+    beside: dict[str, ScaleAccuracy]
     injections: Injections
 
     def to_json(self) -> dict[str, Any]:
@@ -351,7 +351,7 @@ def _carriers(
     ]
 
 
-def _beside(rubric: Rubric, scored: Sequence[tuple[CalibrationRow, Judgement]]) -> dict[str, Beside]:
+def _beside(rubric: Rubric, scored: Sequence[tuple[CalibrationRow, Judgement]]) -> dict[str, ScaleAccuracy]:
     """Error and correlation for each scale beside the primary one that rows give a true value for."""
     found = {}
     for measure in rubric.measures:
@@ -362,7 +362,9 @@ def _beside(rubric: Rubric, scored: Sequence[tuple[CalibrationRow, Judgement]]) 
         ]
         if pairs:
             error = sum(abs(said - true) for true, said in pairs) / len(pairs)
-            found[measure.name] = Beside(len(pairs), error, correlation([a for a, _ in pairs], [b for _, b in pairs]))
+            found[measure.name] = ScaleAccuracy(
+                len(pairs), error, correlation([a for a, _ in pairs], [b for _, b in pairs])
+            )
     return found
 
 

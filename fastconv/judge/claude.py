@@ -232,7 +232,7 @@ class LoopLedger:
             self.ledger.store.close()
 
 
-class Refused(Exception):
+class BudgetRefusal(Exception):
     """A sending that the ledger did not allow."""
 
     def __init__(self, refusal: Refusal) -> None:
@@ -241,7 +241,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Judged:
+class PendingJudgement:
     """A judgement, and the future that is done when the ledger has it."""
 
     judgement: Judgement
@@ -268,7 +268,7 @@ class LiveJudge:
         self._meter: ContextVar[_Meter | None] = ContextVar("meter", default=None)
         self._client: AsyncAnthropic = make_client(settings, key, self._metered)
 
-    async def judge(self, request: JudgeRequest, n_unread: int) -> Judged | Refusal:
+    async def judge(self, request: JudgeRequest, n_unread: int) -> PendingJudgement | Refusal:
         """Judge one request to its end, re-asking once where its reply cannot be read.
 
         `n_unread` is how many unreadable replies the ledger already holds for it.
@@ -283,7 +283,7 @@ class LiveJudge:
             began = time.monotonic()
             try:
                 raw = await self._client.messages.with_raw_response.create(**request.body(re_ask=n_unread > 0))
-            except Refused as refused:
+            except BudgetRefusal as refused:
                 return refused.refusal
             except APIError as error:
                 raise explained(error, self._settings, self._key) from None
@@ -295,7 +295,7 @@ class LiveJudge:
             # Not waited for: the booking of the next request is posted behind it and shares its commit.
             written = self._ledger.post(Settle(meter.ticket, request.key, reply, final))
             if final is not None:
-                return Judged(final, written)
+                return PendingJudgement(final, written)
             n_unread += 1
 
     async def close(self) -> None:
@@ -311,7 +311,7 @@ class LiveJudge:
             return await call_next(request)
         booked = await self._ledger.do(Reserve(meter.key, meter.worst_usd))
         if not isinstance(booked, int):
-            raise Refused(booked or "held")
+            raise BudgetRefusal(booked or "held")
         meter.ticket = booked
         try:
             response = await call_next(request)

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from fastconv.errors import JudgeError
-from fastconv.judge.batches import BatchJudge, Unseen
+from fastconv.judge.batches import BatchJudge, InvisibleBatch
 from fastconv.judge.budget import Price
-from fastconv.judge.claude import ApiKey, Judged, LiveJudge, LoopLedger, Outage, concluded
+from fastconv.judge.claude import ApiKey, LiveJudge, LoopLedger, Outage, PendingJudgement, concluded
 from fastconv.judge.identity import params_of, requests_of
 from fastconv.judge.request import JudgeRequest
 from fastconv.judge.rubric import Rubric
@@ -53,7 +53,7 @@ class DeskStatus:
 
 
 @dataclass
-class Book:
+class DeskState:
     """What the desk was asked, inside its thread."""
 
     requests: dict[str, JudgeRequest] = field(default_factory=dict)
@@ -192,11 +192,11 @@ class JudgeDesk:
         self._live_queue: asyncio.Queue[JudgeRequest] = asyncio.Queue()
         self._batch_waiting: dict[str, JudgeRequest] = {}
         # Batches that our API key is not shown, the keys that wait for them, and live requests among those.
-        self._unseen: tuple[Unseen, ...] = ()
+        self._unseen: tuple[InvisibleBatch, ...] = ()
         self._stuck: set[str] = set()
         self._parked: dict[str, JudgeRequest] = {}
         self._wake = asyncio.Event()
-        self._book = Book()
+        self._book = DeskState()
         self._n_under_way = self._n_asking = 0
         self._patience = 1
         self._failed: asyncio.Future[Any] | None = None
@@ -324,7 +324,7 @@ class JudgeDesk:
                 return
             finally:
                 self._n_asking -= 1
-            if isinstance(outcome, Judged):
+            if isinstance(outcome, PendingJudgement):
                 self._book.problem, self._book.n_outages = "", 0
                 self._n_under_way += 1
                 outcome.written.add_done_callback(partial(self._written, outcome.judgement))

@@ -68,7 +68,7 @@ class Positive:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ParsedReply:
     """A reply as the rubric reads it: `values` by measure and the whole `answer`, or a reason and neither."""
 
     values: Mapping[str, float]
@@ -107,7 +107,7 @@ class Rubric:
         """A measure by name."""
         return next(measure for measure in self.measures if measure.name == name)
 
-    def read(self, text: str, stop_reason: str = "end_turn") -> Reading:
+    def read(self, text: str, stop_reason: str = "end_turn") -> ParsedReply:
         """Read a reply: exactly one JSON object with exactly the rubric's fields. Nothing is guessed.
 
         A repeated key, a second object, prose around it or a further field make it malformed, so text that a judge
@@ -131,7 +131,7 @@ class Rubric:
             if isinstance(value, str):
                 return _unread(value)
             values[measure.name] = value
-        return Reading(values, answer)
+        return ParsedReply(values, answer)
 
     def is_positive(self, values: Mapping[str, float], answer: Mapping[str, Any]) -> bool:
         """Whether a judgement counts as a positive of the primary measure."""
@@ -215,8 +215,8 @@ def _check(rubric: Rubric, where: str) -> None:
         raise DataError(faults[0], where=where, fix="make the rubric's parts agree")
 
 
-def _unread(reason: str) -> Reading:
-    return Reading({}, {}, reason)
+def _unread(reason: str) -> ParsedReply:
+    return ParsedReply({}, {}, reason)
 
 
 def _typed(value: object, kind: str) -> bool:

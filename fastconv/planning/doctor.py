@@ -22,7 +22,7 @@ LOW_DISK_BYTES = 2 * 1024**3
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One thing looked at; `exit_code` is 0 where it is well."""
 
     subject: str
@@ -30,7 +30,7 @@ class Finding:
     exit_code: int = 0
 
 
-def examine(recipe: Recipe | None, workspace: Path) -> list[Finding]:
+def examine(recipe: Recipe | None, workspace: Path) -> list[Diagnosis]:
     """Look at everything a run needs. Never raises for what it finds."""
     findings = [_versions(), _device(recipe), _workspace(workspace)]
     try:
@@ -39,20 +39,22 @@ def examine(recipe: Recipe | None, workspace: Path) -> list[Finding]:
             if recipe.model.sampler == "vllm":
                 findings.append(_sampler(recipe))
             graph = Graph(recipe)
-            findings.append(Finding("recipe", f"{recipe.name}: {len(graph.cells)} cells, {len(graph.stages())} stages"))
+            findings.append(
+                Diagnosis("recipe", f"{recipe.name}: {len(graph.cells)} cells, {len(graph.stages())} stages")
+            )
             findings.append(_judge(graph, workspace))
     except FastconvError as error:
-        findings.append(Finding("recipe" if recipe else "model", str(error), error.exit_code))
+        findings.append(Diagnosis("recipe" if recipe else "model", str(error), error.exit_code))
     return findings
 
 
-def _versions() -> Finding:
+def _versions() -> Diagnosis:
     names = ("fastconv", "torch", "transformers", "tokenizers", "polars")
     have = [f"{name} {metadata.version(name)}" for name in names if importlib.util.find_spec(name)]
-    return Finding("versions", ", ".join(have))
+    return Diagnosis("versions", ", ".join(have))
 
 
-def _device(recipe: Recipe | None) -> Finding:
+def _device(recipe: Recipe | None) -> Diagnosis:
     settings = recipe.model if recipe else ModelSettings()
     found = engine_identity(settings)
     text = f"{found['device']} in {found['dtype']}, {os.cpu_count()} cores"
@@ -60,9 +62,9 @@ def _device(recipe: Recipe | None) -> Finding:
         try:
             text += f", {gpu_line(recipe or Recipe(name='doctor'))}"
         except ModelError as error:
-            return Finding("device", str(error), error.exit_code)
+            return Diagnosis("device", str(error), error.exit_code)
         text += f", engine {found['engine']}"
-    return Finding("device", text)
+    return Diagnosis("device", text)
 
 
 def gpu_line(recipe: Recipe) -> str:
@@ -73,54 +75,54 @@ def gpu_line(recipe: Recipe) -> str:
     return require_fit(card, recipe, shape_on_disk(recipe.model))
 
 
-def _workspace(folder: Path) -> Finding:
+def _workspace(folder: Path) -> Diagnosis:
     there = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path("/"))
     if not os.access(there, os.W_OK):
-        return Finding(
+        return Diagnosis(
             "workspace",
             f"{folder} cannot be written. Fix: make it writable or give another --workspace",
             StoreError.exit_code,
         )
     free = shutil.disk_usage(there).free
     if free < LOW_DISK_BYTES:
-        return Finding(
+        return Diagnosis(
             "workspace", f"only {free / 2**30:.1f} GiB free at {folder}. Fix: free some space", StoreError.exit_code
         )
-    return Finding("workspace", f"{folder}, {free / 2**30:.0f} GiB free")
+    return Diagnosis("workspace", f"{folder}, {free / 2**30:.0f} GiB free")
 
 
-def _sampler(recipe: Recipe) -> Finding:
+def _sampler(recipe: Recipe) -> Diagnosis:
     from fastconv.engine.vllm.memory import lora_rank, stacked_rank
     from fastconv.engine.vllm.server import server_command
 
     command = server_command(engine_identity(recipe.model)["device"])
-    return Finding("sampler", f"{' '.join(command)}, stacks of rank {lora_rank(stacked_rank(recipe))}")
+    return Diagnosis("sampler", f"{' '.join(command)}, stacks of rank {lora_rank(stacked_rank(recipe))}")
 
 
-def _judge(graph: Graph, workspace: Path) -> Finding:
+def _judge(graph: Graph, workspace: Path) -> Diagnosis:
     """Whether the recipe's judge can be asked: key, price, end date, budget, network, model. Asking costs nothing."""
     judge = graph.judge
     if judge is None:
-        return Finding("judge", "phrases alone; no judge reads the answers")
+        return Diagnosis("judge", "phrases alone; no judge reads the answers")
     store = Store.open(workspace, create=False) if (workspace / "ledger.sqlite").is_file() else None
     try:
         check_judge(judge, store)
     except FastconvError as error:
-        return Finding("judge", str(error), error.exit_code)
+        return Diagnosis("judge", str(error), error.exit_code)
     finally:
         if store is not None:
             store.close()
     if judge.family == "paid":
         budget = f"at most ${judge.settings.budget_usd:g} in {workspace}"
-        return Finding("judge", f"{judge.name} ({judge.settings.mode}) answers; {budget}")
-    return Finding("judge", f"{judge.name}, a weak judge: it answers by one character")
+        return Diagnosis("judge", f"{judge.name} ({judge.settings.mode}) answers; {budget}")
+    return Diagnosis("judge", f"{judge.name}, a weak judge: it answers by one character")
 
 
-def _model(settings: ModelSettings) -> Finding:
+def _model(settings: ModelSettings) -> Diagnosis:
     source = locate(settings)
     if source.kind == "builtin":
         builtin_gguf()
-        return Finding("model", f"{source.id} is installed")
+        return Diagnosis("model", f"{source.id} is installed")
     if source.kind == "local":
-        return Finding("model", f"{source.folder}, sha256 {source.identity['sha256'][:12]}")
-    return Finding("model", f"{source.id}@{settings.revision[:12]} from the hub (downloaded on first use)")
+        return Diagnosis("model", f"{source.folder}, sha256 {source.identity['sha256'][:12]}")
+    return Diagnosis("model", f"{source.id}@{settings.revision[:12]} from the hub (downloaded on first use)")

@@ -19,13 +19,13 @@ from fastconv.engine.shapes import ModelShape, activation_bytes_per_tok, recompu
 from fastconv.errors import CostStop, ModelError
 from fastconv.experiment.graph import CellPlan, Graph, walk
 from fastconv.experiment.schedule import group_size
-from fastconv.experiment.workload import CHARS_PER_TOK, Demand, Sketch, demands, expected_tok, settings_of, total
+from fastconv.experiment.workload import CHARS_PER_TOK, Demand, PlanningGraph, demands, expected_tok, settings_of, total
 from fastconv.judge.budget import Estimate, estimate, prices_of
 from fastconv.judge.identity import params_of
 from fastconv.judge.request import JudgeItem, build_request
 from fastconv.planning.hardware import Machine, find_machine
 from fastconv.recipe import Recipe, RunSettings
-from fastconv.stats.power import Planned, planned_power
+from fastconv.stats.power import DesignPower, planned_power
 from fastconv.store.ledger import Store
 from fastconv.store.records import Stage
 
@@ -71,7 +71,7 @@ class Plan:
     memory_bytes: Mapping[str, float]
     disk_bytes: Mapping[str, float]
     fit: tuple[str, ...]
-    power: Mapping[str, Planned]
+    power: Mapping[str, DesignPower]
     notes: tuple[str, ...]
     by_stage: Mapping[str, float]
 
@@ -148,7 +148,7 @@ def plan_recipe(recipe: Recipe, store: Store | None, named: str = "") -> Plan:
     """The plan of a recipe on the named machine or this one; questions that are not at hand are stood in for."""
     shape = known_shape(recipe)
     machine = find_machine(recipe, shape, engine_identity(recipe.model)["device"], store, named)
-    return make_plan(Sketch(recipe), store, machine)
+    return make_plan(PlanningGraph(recipe), store, machine)
 
 
 def known_shape(recipe: Recipe) -> ModelShape:
@@ -299,7 +299,7 @@ def _model_bytes(graph: Graph, shape: ModelShape) -> float:
     return weight_bytes(shape) * (2 if graph.source.kind == "builtin" else 1)
 
 
-def _power(graph: Graph) -> dict[str, Planned]:
+def _power(graph: Graph) -> dict[str, DesignPower]:
     """The smallest effects that each behavior's design could show, beside its threshold; one entry for each set of
     questions that is reported apart, by the name that the report gives it."""
     recipe = graph.recipe
@@ -335,7 +335,7 @@ def _asked(graph: Graph, behavior: Behavior) -> dict[str, int]:
 
 def _notes(graph: Graph, store: Store | None) -> tuple[str, ...]:
     said = []
-    if isinstance(graph, Sketch) and not graph.questions_known:
+    if isinstance(graph, PlanningGraph) and not graph.questions_known:
         said.append(
             "ARC-Challenge is not on this disk: its questions are taken as 586 of average length, and whether stages that "
             "ask or train them are done is not known (eval.arc_file names a copy)"

@@ -1,6 +1,6 @@
 """From the ledger to the report: collects what a report shows and writes page, twin, figures and tables.
 
-A section is a function from `Decided` to a `Section`, or None where it has nothing to say; add one to `SECTIONS`.
+A section is a function from `Analysis` to a `Section`, or None where it has nothing to say; add one to `SECTIONS`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.experiment.graph import Graph
 from fastconv.report.behaviors import beside, gates, markers, mimicry, power
 from fastconv.report.blocks import Note, ReportData, Section
@@ -22,7 +22,7 @@ from fastconv.report.render import render_html, render_markdown
 from fastconv.store.io import storage_errors, write_atomically
 from fastconv.store.ledger import Store, write_text
 
-SECTIONS: tuple[Callable[[Decided], Section | None], ...] = (
+SECTIONS: tuple[Callable[[Analysis], Section | None], ...] = (
     headline, failures, findings, over_epochs, mimicry, geometry, on_the_base, markers, judge_against_phrases, power, gates, beside,
     measurements, curves_and_rho, cost, planned, answers, warnings, superseded, limits, card,
 )  # fmt: skip
@@ -39,7 +39,7 @@ class ReportPaths:
 
 def write_report(graph: Graph, store: Store, folder: Path) -> ReportPaths:
     """Write the report of a recipe from what the ledger holds now. Raises StoreError if the folder cannot be written."""
-    decided = Decided(graph, store)
+    decided = Analysis(graph, store)
     data = build(decided)
     paths = ReportPaths(folder / f"{data.run}.html", folder / f"{data.run}.md", folder / data.run)
     with storage_errors(folder):
@@ -57,16 +57,16 @@ def write_report(graph: Graph, store: Store, folder: Path) -> ReportPaths:
 
 def collect(graph: Graph, store: Store) -> ReportData:
     """Everything the report shows. Cells that were not run show as such, never as numbers."""
-    return build(Decided(graph, store))
+    return build(Analysis(graph, store))
 
 
-def build(decided: Decided) -> ReportData:
+def build(decided: Analysis) -> ReportData:
     """The report of what was decided."""
     sections = [section for make in SECTIONS if (section := make(decided)) is not None]
     return ReportData(decided.run, decided.graph.recipe.about, tuple(sections), _banners(decided))
 
 
-def _banners(decided: Decided) -> tuple[Note, ...]:
+def _banners(decided: Analysis) -> tuple[Note, ...]:
     """What a reader must know before the first number: edited thresholds and ignored gates."""
     notes = []
     if decided.first is not None:

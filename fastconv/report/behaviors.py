@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.correlates import MARKER, MARKER_RATE, marker_rates
-from fastconv.report.blocks import OPEN_ROWS, Block, Cell, Note, Section, Table, folded_if_long
+from fastconv.report.blocks import OPEN_ROWS, Block, Note, Section, Table, TableCell, folded_if_long
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import Point, scatter
 from fastconv.report.geometry import points_of
 from fastconv.stats.gates import GateVerdict
-from fastconv.stats.secondary import Secondary
+from fastconv.stats.secondary import CorrectedContrast
 from fastconv.stats.units import p_value, scale, signed
 
 #: Gates that speak of the whole study.
 STUDY_GATES = ("G4", "G5", "CONFIRM", "FALSIFY", "PILOT")
 
 
-def mimicry(decided: Decided) -> Section | None:
+def mimicry(decided: Analysis) -> Section | None:
     """What convergence alone does against what the behavior adapter adds."""
     with_both = [one for one in decided.verdicts if one.mimicry is not None and one.trained is not None]
     estimated = [one for one in decided.verdicts if one.trained is not None and one.estimate is not None]
@@ -42,7 +42,9 @@ def mimicry(decided: Decided) -> Section | None:
         blocks.append(
             Note("No convergence-only control was measured, so mimicry and transfer cannot be told apart.", "withheld")
         )
-    rows = tuple((Cell(one.behavior), Cell.saying(ask(decided, "mimicry", label=one.label))) for one in estimated)
+    rows = tuple(
+        (TableCell(one.behavior), TableCell.saying(ask(decided, "mimicry", label=one.label))) for one in estimated
+    )
     folded = folded_if_long(rows, "contrasts")
     blocks.append(Table("mimicry-table", ("behavior", "what moved"), rows, folded=folded))
     intro = "On the dotted line the behavior adapter adds nothing: the assistant imitates the source and has taken over nothing."
@@ -53,7 +55,7 @@ def _label(label: str, behavior: str) -> str:
     return label.replace(f" {behavior}", "").replace(" source ", " ")
 
 
-def markers(decided: Decided) -> Section | None:
+def markers(decided: Analysis) -> Section | None:
     """Transfer against the assistant's marker rate, with what so few sources can show."""
     behaviors = [name for name in dict.fromkeys(one.behavior for one in decided.verdicts) if name != MARKER]
     if not behaviors:
@@ -77,7 +79,7 @@ def markers(decided: Decided) -> Section | None:
     return Section("markers", "Transfer against the marker rate", tuple(blocks))
 
 
-def power(decided: Decided) -> Section | None:
+def power(decided: Analysis) -> Section | None:
     """The minimum detectable effect beside every threshold."""
     behaviors = dict.fromkeys(one.behavior for one in decided.verdicts if one.detectable is not None)
     if not behaviors:
@@ -86,7 +88,7 @@ def power(decided: Decided) -> Section | None:
     return Section("power", "What could have been seen", claims)
 
 
-def gates(decided: Decided) -> Section | None:
+def gates(decided: Analysis) -> Section | None:
     """Every gate with its rule and rows, and under both sets of thresholds where they were edited."""
     if not decided.gates:
         return None
@@ -122,22 +124,26 @@ def _gate_counts(verdicts: tuple[GateVerdict, ...]) -> Table:
     rows = []
     for gate in dict.fromkeys(one.gate for one in verdicts):
         mine = [[one for one in verdicts if (one.gate, one.verdict) == (gate, word)] for word in words]
-        cells = (Cell(str(len(some)), tuple(one.subject for one in some)) if some else Cell("") for some in mine)
-        rows.append((Cell(gate), *cells))
+        cells = (
+            TableCell(str(len(some)), tuple(one.subject for one in some)) if some else TableCell("") for some in mine
+        )
+        rows.append((TableCell(gate), *cells))
     return Table("gates-count", ("gate", *words), tuple(rows), frozenset(range(1, 1 + len(words))))
 
 
-def _gate_row(decided: Decided, one: GateVerdict, before: GateVerdict | None) -> tuple[Cell, ...]:
+def _gate_row(decided: Analysis, one: GateVerdict, before: GateVerdict | None) -> tuple[TableCell, ...]:
     because = one.reason + (f" (ignored, because {one.ignored})" if one.ignored else "")
-    first = (Cell(before.verdict if before else "", word=before.verdict if before else ""),) if decided.first else ()
-    count = Cell(str(len(one.rows)), one.rows, list_rows=True)
+    first = (
+        (TableCell(before.verdict if before else "", word=before.verdict if before else ""),) if decided.first else ()
+    )
+    count = TableCell(str(len(one.rows)), one.rows, list_rows=True)
     return (
-        Cell(one.gate), Cell(one.subject), Cell(one.verdict, word=one.verdict.replace(" ", "-")), *first,
-        Cell(because, one.rows), Cell(one.threshold), count,
+        TableCell(one.gate), TableCell(one.subject), TableCell(one.verdict, word=one.verdict.replace(" ", "-")), *first,
+        TableCell(because, one.rows), TableCell(one.threshold), count,
     )  # fmt: skip
 
 
-def _edits(decided: Decided, before: dict[tuple[str, str], GateVerdict]) -> list[Block]:
+def _edits(decided: Analysis, before: dict[tuple[str, str], GateVerdict]) -> list[Block]:
     found: list[Block] = []
     for one in decided.gates:
         twin = before.get((one.gate, one.subject))
@@ -146,7 +152,7 @@ def _edits(decided: Decided, before: dict[tuple[str, str], GateVerdict]) -> list
     return found or [Note("Every gate says the same under the first thresholds.", "edited")]
 
 
-def beside(decided: Decided) -> Section | None:
+def beside(decided: Analysis) -> Section | None:
     """Contrasts that were not declared: described, corrected together, and behind no verdict."""
     if not decided.secondary:
         return None
@@ -158,7 +164,7 @@ def beside(decided: Decided) -> Section | None:
     return Section("beside", "Tested beside", (table,), intro)
 
 
-def _aside_row(one: Secondary) -> tuple[Cell, ...]:
+def _aside_row(one: CorrectedContrast) -> tuple[TableCell, ...]:
     factor = scale(one.unit)
     digits = 2 if one.per == "epoch" else 1
     unit = ("pp" if one.unit == "share" else "points") + (" per epoch" if one.per == "epoch" else "")
@@ -169,10 +175,10 @@ def _aside_row(one: Secondary) -> tuple[Cell, ...]:
         else one.reason or ""
     )
     return (
-        Cell(one.label),
-        Cell(one.what),
-        Cell(estimate, one.rows),
-        Cell(between, one.rows),
-        Cell(p_value(one.p_raw)),
-        Cell(p_value(one.p_corrected)),
+        TableCell(one.label),
+        TableCell(one.what),
+        TableCell(estimate, one.rows),
+        TableCell(between, one.rows),
+        TableCell(p_value(one.p_raw)),
+        TableCell(p_value(one.p_corrected)),
     )

@@ -48,7 +48,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """A table cell. `word` colours it (a verdict); `rows` are what stands behind a number in it."""
 
     text: str
@@ -60,14 +60,14 @@ class Cell:
     claim: Claim | None = None
 
     @staticmethod
-    def of(number: Number | None, absent: str = "not measured") -> Cell:
+    def of(number: Number | None, absent: str = "not measured") -> TableCell:
         """A measured number, or that there is none."""
-        return Cell(absent, word="absent") if number is None else Cell(number.text(), number.rows)
+        return TableCell(absent, word="absent") if number is None else TableCell(number.text(), number.rows)
 
     @staticmethod
-    def saying(claim: Claim) -> Cell:
+    def saying(claim: Claim) -> TableCell:
         """A claim as a table's cell."""
-        return Cell(claim.text, claim=claim)
+        return TableCell(claim.text, claim=claim)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Table:
     kind: ClassVar[str] = "table"
     id: str
     columns: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    rows: tuple[tuple[TableCell, ...], ...]
     numeric: frozenset[int] = frozenset()
     caption: str = ""
     folded: str = ""
@@ -170,6 +170,6 @@ class ReportData:
         return found
 
 
-def plain_row(values: Sequence[object]) -> tuple[Cell, ...]:
+def plain_row(values: Sequence[object]) -> tuple[TableCell, ...]:
     """Texts as cells; what is a cell stays one."""
-    return tuple(value if isinstance(value, Cell) else Cell(str(value)) for value in values)
+    return tuple(value if isinstance(value, TableCell) else TableCell(str(value)) for value in values)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fastconv.analysis.agreement import agreement_of, corrected_of
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.correlates import MARKER, MARKER_RATE, in_words, levels, transfer_by_source
 from fastconv.report.blocks import Claim
 from fastconv.seeding import seed_of
@@ -37,7 +37,7 @@ class NoSuchClaimError(KeyError):
 
 
 @dataclass(frozen=True)
-class Found:
+class QueryResult:
     """What a query gave: the values of its template, the rows behind them, and a word that colours the sentence."""
 
     values: Mapping[str, str]
@@ -46,14 +46,14 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Bound:
+class ClaimTemplate:
     """A template and its query."""
 
     template: str
-    query: Callable[..., Found]
+    query: Callable[..., QueryResult]
 
 
-def ask(decided: Decided, query: str, **arguments: str) -> Claim:
+def ask(decided: Analysis, query: str, **arguments: str) -> Claim:
     """Make the claim of a query. Raises NoSuchClaimError if the ledger has nothing to support it."""
     bound = CLAIMS.get(query)
     if bound is None:
@@ -65,7 +65,7 @@ def ask(decided: Decided, query: str, **arguments: str) -> Claim:
     return Claim(query, arguments, bound.template.format_map(found.values), found.rows, found.word)
 
 
-def _answer(decided: Decided) -> Found:
+def _answer(decided: Analysis) -> QueryResult:
     """Go or stop, and how sure: the pilot gates' words, then what the declared contrasts add to them."""
     pilots = [one for one in decided.gates if one.gate == "PILOT"]
     said = {word: [one.subject for one in pilots if one.verdict == word] for word in PILOT_WORDS}
@@ -76,7 +76,7 @@ def _answer(decided: Decided) -> Found:
         if some
     )
     rows = dict.fromkeys(row for one in (*pilots, *decided.verdicts) for row in one.rows)
-    return Found(
+    return QueryResult(
         {"word": PILOT_WORDS[word][0], "told": told, "sure": _how_sure(decided.verdicts, len(decided.declared))},
         tuple(rows),
         word,
@@ -125,14 +125,14 @@ def _listed(subjects: Sequence[str]) -> str:
     return ", ".join(subjects[:MOST_NAMED]) + more
 
 
-def _pilot(decided: Decided, subject: str) -> Found:
+def _pilot(decided: Analysis, subject: str) -> QueryResult:
     verdict = next(one for one in decided.gates if one.gate == "PILOT" and one.subject == subject)
-    return Found(_gate_values(verdict), verdict.rows, verdict.verdict)
+    return QueryResult(_gate_values(verdict), verdict.rows, verdict.verdict)
 
 
-def _study(decided: Decided, gate: str, subject: str) -> Found:
+def _study(decided: Analysis, gate: str, subject: str) -> QueryResult:
     verdict = next(one for one in decided.gates if (one.gate, one.subject) == (gate, subject))
-    return Found({**_gate_values(verdict), "gate": gate}, verdict.rows, verdict.verdict)
+    return QueryResult({**_gate_values(verdict), "gate": gate}, verdict.rows, verdict.verdict)
 
 
 def _gate_values(verdict: GateVerdict) -> dict[str, str]:
@@ -143,20 +143,20 @@ def _gate_values(verdict: GateVerdict) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _counts(decided: Decided) -> Found:
+def _counts(decided: Analysis) -> QueryResult:
     n, rows = len(decided.declared), _together(decided.verdicts)
-    return Found({"n": str(n), "told": _told(by_kind(decided.verdicts), n)}, rows)
+    return QueryResult({"n": str(n), "told": _told(by_kind(decided.verdicts), n)}, rows)
 
 
-def _finding(decided: Decided, label: str) -> Found:
+def _finding(decided: Analysis, label: str) -> QueryResult:
     one = decided.verdict(label)
     values = {"label": label, "kind": one.kind, "confidence": one.confidence.level, "reason": one.reason}
     over = one.over_seeds
     seeds = "" if over is None else f" Over seeds: {_interval(over, one.unit)}, {counted(over.n_clusters, 'seed')}."
-    return Found({**values, "seeds": seeds, "why": one.confidence.reason}, one.rows, one.kind)
+    return QueryResult({**values, "seeds": seeds, "why": one.confidence.reason}, one.rows, one.kind)
 
 
-def _largest(decided: Decided, behavior: str) -> Found:
+def _largest(decided: Analysis, behavior: str) -> QueryResult:
     mine = [one for one in decided.verdicts if one.behavior == behavior and one.estimate is not None]
     told = [one for one in mine if one.kind != "uninformative"] or mine
     one = max(told, key=lambda verdict: abs(verdict.estimate or 0.0), default=None)
@@ -164,32 +164,32 @@ def _largest(decided: Decided, behavior: str) -> Found:
         raise KeyError(behavior)
     figures = f"{change(one.estimate, one.unit)} {span(one.low, one.high, one.unit)}".rstrip()
     values = {"behavior": behavior, "figures": figures, "label": one.label, "kind": one.kind}
-    return Found({**values, "confidence": one.confidence.level}, one.rows)
+    return QueryResult({**values, "confidence": one.confidence.level}, one.rows)
 
 
-def _mimicry(decided: Decided, label: str) -> Found:
+def _mimicry(decided: Analysis, label: str) -> QueryResult:
     one = decided.verdict(label)
     if one.trained is None or one.estimate is None:
         raise KeyError(label)
     alone = "was not measured" if one.mimicry is None else _interval(one.mimicry, one.unit)
     values = {"label": label, "alone": alone, "trained": _interval(one.trained, one.unit)}
-    return Found({**values, "extra": change(one.estimate, one.unit)}, one.rows)
+    return QueryResult({**values, "extra": change(one.estimate, one.unit)}, one.rows)
 
 
-def _edited(decided: Decided, gate: str, subject: str) -> Found:
+def _edited(decided: Analysis, gate: str, subject: str) -> QueryResult:
     now = next(one for one in decided.gates if (one.gate, one.subject) == (gate, subject))
     before = next(one for one in decided.under_first[0] if (one.gate, one.subject) == (gate, subject))
     values = {"gate": gate, "subject": subject, "now": now.verdict, "before": before.verdict}
-    return Found(values, now.rows or before.rows, "edited")
+    return QueryResult(values, now.rows or before.rows, "edited")
 
 
-def _edited_finding(decided: Decided, label: str) -> Found:
+def _edited_finding(decided: Analysis, label: str) -> QueryResult:
     now = decided.verdict(label)
     before = next(one for one in decided.under_first[1] if one.label == label)
-    return Found({"label": label, "now": now.kind, "before": before.kind}, now.rows, "edited")
+    return QueryResult({"label": label, "now": now.kind, "before": before.kind}, now.rows, "edited")
 
 
-def _power(decided: Decided, behavior: str) -> Found:
+def _power(decided: Analysis, behavior: str) -> QueryResult:
     mine = [one for one in decided.verdicts if one.behavior == behavior and one.detectable is not None]
     worst = max(mine, key=lambda one: one.detectable or 0.0)
     unit, margin = worst.unit, worst.margin or 0.0
@@ -204,19 +204,19 @@ def _power(decided: Decided, behavior: str) -> Found:
         "m": str(len(decided.declared)), "n": str(worst.n_questions),
         "mend": mend,
     }  # fmt: skip
-    return Found(values, _together(mine), "" if seen <= margin else "withheld")
+    return QueryResult(values, _together(mine), "" if seen <= margin else "withheld")
 
 
-def _sign_flips(decided: Decided, behavior: str) -> Found:
+def _sign_flips(decided: Analysis, behavior: str) -> QueryResult:
     """Where the fewest questions of a behavior cannot reach the corrected level by sign flips."""
     mine = [one for one in decided.verdicts if one.behavior == behavior and one.sign_flip_warning]
     fewest = min((one.n_questions, one.sign_flip_warning or "") for one in mine) if mine else None
     if fewest is None:
         raise KeyError(behavior)
-    return Found({"behavior": behavior, "why": fewest[1]}, _together(mine), "withheld")
+    return QueryResult({"behavior": behavior, "why": fewest[1]}, _together(mine), "withheld")
 
 
-def _correlation(decided: Decided, behavior: str, correlate: str = MARKER_RATE) -> Found:
+def _correlation(decided: Analysis, behavior: str, correlate: str = MARKER_RATE) -> QueryResult:
     rates, transfer = levels(decided, correlate, behavior), transfer_by_source(decided, behavior)
     sources = sorted(set(rates) & set(transfer))
     rng = np.random.default_rng(seed_of("spearman", behavior))
@@ -225,7 +225,7 @@ def _correlation(decided: Decided, behavior: str, correlate: str = MARKER_RATE) 
     xs, ys = [rates[source].value for source in sources], [transfer[source].estimate or 0.0 for source in sources]
     rows = tuple(row for source in sources for row in (*rates[source].rows, *transfer[source].rows))
     values = {"figures": rank_correlation(xs, ys, rng), "n": str(len(sources)), "correlate": in_words(correlate)}
-    return Found({**values, "behavior": behavior}, rows)
+    return QueryResult({**values, "behavior": behavior}, rows)
 
 
 def rank_correlation(xs: Sequence[float], ys: Sequence[float], rng: np.random.Generator | None = None) -> str:
@@ -238,7 +238,7 @@ def rank_correlation(xs: Sequence[float], ys: Sequence[float], rng: np.random.Ge
     return f"{signed(found.rho, 2)} (exact permutation p = {found.p:.3g}; {left_out})"
 
 
-def _attainable(decided: Decided, correlate: str = MARKER_RATE) -> Found:
+def _attainable(decided: Analysis, correlate: str = MARKER_RATE) -> QueryResult:
     behaviors = [name for name in decided.graph.behaviors if name != MARKER]  # declared, whether measured yet or not
     rates = {source: one for name in behaviors for source, one in levels(decided, correlate, name).items()}
     sources = [source for source in decided.graph.recipe.grid.sources if source in rates]
@@ -248,25 +248,25 @@ def _attainable(decided: Decided, correlate: str = MARKER_RATE) -> Found:
         "sources": counted(len(sources), "source"), "behaviors": counted(len(behaviors), "behavior"), "correlate": named,
     }  # fmt: skip
     if len(sources) < 2:
-        return Found({**shown, "reason": "there is nothing to correlate with one another"}, rows, "withheld")
+        return QueryResult({**shown, "reason": "there is nothing to correlate with one another"}, rows, "withheld")
     found = spearman_attainable(len(sources), max(1, len(behaviors)))
-    return Found({**shown, "reason": found.reason}, rows, "" if found.possible else "withheld")
+    return QueryResult({**shown, "reason": found.reason}, rows, "" if found.possible else "withheld")
 
 
-def _agreement(decided: Decided, measure: str) -> Found:
+def _agreement(decided: Analysis, measure: str) -> QueryResult:
     found = agreement_of(decided, measure)
     kappa = "cannot be given: both always say the same" if np.isnan(found.kappa) else f"{found.kappa:.2f}"
     values = {"measure": measure, "share": level(found.accuracy, "share"), "n": f"{found.n:,}", "kappa": kappa}
-    return Found(values, found.rows)
+    return QueryResult(values, found.rows)
 
 
-def _corrected(decided: Decided, label: str) -> Found:
+def _corrected(decided: Analysis, label: str) -> QueryResult:
     raw, fixed, rows = corrected_of(decided, label)
     shown = f"{level(fixed.rate, 'share')} [{100 * fixed.low:.1f}, {100 * fixed.high:.1f}]"
-    return Found({"label": label, "raw": level(raw, "share"), "fixed": shown}, rows)
+    return QueryResult({"label": label, "raw": level(raw, "share"), "fixed": shown}, rows)
 
 
-def _cost(decided: Decided) -> Found:
+def _cost(decided: Analysis) -> QueryResult:
     records = [record for stage in decided.graph.stages() if (record := decided.reading.record(stage)) is not None]
     if not records:
         raise KeyError("stages")
@@ -277,10 +277,10 @@ def _cost(decided: Decided) -> Found:
     told = ", ".join(f"{n:,} {name.removesuffix('_tok')}" for name, n in tokens.items() if n)
     span_s = f"{total_s / 3600:.2f} hours" if total_s >= 3600 else f"{total_s:.0f} seconds"
     values = {"n": str(len(records)), "seconds": span_s, "tokens": told or "none"}
-    return Found(values, tuple(f"{record.key[:12]}/seconds" for record in records))
+    return QueryResult(values, tuple(f"{record.key[:12]}/seconds" for record in records))
 
 
-def _unscored(decided: Decided) -> Found:
+def _unscored(decided: Analysis) -> QueryResult:
     seen, missing, rows = 0, 0, []
     for plan in decided.graph.cells:
         for (measure, probe), stage in plan.scores.items():
@@ -290,7 +290,7 @@ def _unscored(decided: Decided) -> Found:
                 rows.append(f"{stage.key[:12]}/scores")
     if not rows:
         raise KeyError("scores")
-    return Found({"n": f"{missing:,}", "total": f"{seen:,}"}, tuple(dict.fromkeys(rows)))
+    return QueryResult({"n": f"{missing:,}", "total": f"{seen:,}"}, tuple(dict.fromkeys(rows)))
 
 
 def _interval(one: Interval, unit: Unit) -> str:
@@ -303,31 +303,31 @@ def _together(verdicts: Sequence[CellVerdict]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row for one in verdicts for row in one.rows))
 
 
-CLAIMS: Mapping[str, Bound] = {
-    "answer": Bound("{word}: {told}. How sure: {sure}.", _answer),
-    "pilot": Bound("{verdict} for {subject}: {reason}. Rule: {rule}.{ignored}", _pilot),
-    "study": Bound("{gate}, {subject}: {verdict}. {reason}. Rule: {rule}.{ignored}", _study),
-    "counts": Bound("Declared contrasts: {n}. Of these {told}.", _counts),
-    "finding": Bound("{kind}: {reason}.{seeds} Confidence {confidence}: {why}.", _finding),
-    "largest": Bound("The largest change of {behavior} is {figures}, in {label}: {kind}, confidence {confidence}.", _largest),
-    "mimicry": Bound(
+CLAIMS: Mapping[str, ClaimTemplate] = {
+    "answer": ClaimTemplate("{word}: {told}. How sure: {sure}.", _answer),
+    "pilot": ClaimTemplate("{verdict} for {subject}: {reason}. Rule: {rule}.{ignored}", _pilot),
+    "study": ClaimTemplate("{gate}, {subject}: {verdict}. {reason}. Rule: {rule}.{ignored}", _study),
+    "counts": ClaimTemplate("Declared contrasts: {n}. Of these {told}.", _counts),
+    "finding": ClaimTemplate("{kind}: {reason}.{seeds} Confidence {confidence}: {why}.", _finding),
+    "largest": ClaimTemplate("The largest change of {behavior} is {figures}, in {label}: {kind}, confidence {confidence}.", _largest),
+    "mimicry": ClaimTemplate(
         "{label}: convergence alone {alone}, with the behavior adapter {trained}; the adapter adds {extra}.", _mimicry
     ),
-    "edited": Bound("{gate}, {subject}: {now} under the edited thresholds, {before} under the first ones.", _edited),
-    "edited_finding": Bound("{label}: {now} under the edited thresholds, {before} under the first ones.", _edited_finding),
-    "power": Bound(
+    "edited": ClaimTemplate("{gate}, {subject}: {now} under the edited thresholds, {before} under the first ones.", _edited),
+    "edited_finding": ClaimTemplate("{label}: {now} under the edited thresholds, {before} under the first ones.", _edited_finding),
+    "power": ClaimTemplate(
         "{behavior}: the threshold is {margin}; with {n} questions and the spread seen, a change of {seen} would be found "
         "four times out of five ({family} at the first step of the correction over {m} contrasts), {mend}.",
         _power,
     ),
-    "sign_flips": Bound("The sign-flip check is weak for {behavior}: {why}.", _sign_flips),
-    "correlation": Bound(
+    "sign_flips": ClaimTemplate("The sign-flip check is weak for {behavior}: {why}.", _sign_flips),
+    "correlation": ClaimTemplate(
         "Over {n} sources, the rank correlation of {behavior} transfer with {correlate} is {figures}.",
         _correlation,
     ),
-    "attainable": Bound("{sources} with {correlate} and {behaviors}: {reason}.", _attainable),
-    "agreement": Bound("{measure}: judge and phrases say the same of {share} of {n} answers; kappa {kappa}.", _agreement),
-    "corrected": Bound("{label}: {raw} as judged, {fixed} once corrected for the judge's known mistakes.", _corrected),
-    "cost": Bound("{n} stages took {seconds} of computing; tokens: {tokens}.", _cost),
-    "unscored": Bound("{n} of {total} samples have no score.", _unscored),
+    "attainable": ClaimTemplate("{sources} with {correlate} and {behaviors}: {reason}.", _attainable),
+    "agreement": ClaimTemplate("{measure}: judge and phrases say the same of {share} of {n} answers; kappa {kappa}.", _agreement),
+    "corrected": ClaimTemplate("{label}: {raw} as judged, {fixed} once corrected for the judge's known mistakes.", _corrected),
+    "cost": ClaimTemplate("{n} stages took {seconds} of computing; tokens: {tokens}.", _cost),
+    "unscored": ClaimTemplate("{n} of {total} samples have no score.", _unscored),
 }  # fmt: skip

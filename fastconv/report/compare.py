@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.contrasts import Part
 from fastconv.experiment.graph import Cell, CellPlan
 from fastconv.report.measures import ROLES
@@ -24,7 +24,7 @@ _LEFT_OUT = ("engine self_tests",)
 _SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
-def changed_conditions(first: Decided, second: Decided) -> tuple[str, ...]:
+def changed_conditions(first: Analysis, second: Analysis) -> tuple[str, ...]:
     """What differs, as `name: first -> second`; that a run noted nothing is one line of its own."""
     silent = [one for one in (first, second) if not one.facts]
     if silent:
@@ -38,7 +38,7 @@ def changed_conditions(first: Decided, second: Decided) -> tuple[str, ...]:
     )
 
 
-def _conditions(decided: Decided) -> dict[str, str]:
+def _conditions(decided: Analysis) -> dict[str, str]:
     """Every condition of a run by name."""
     found = {}
     for name in FACTS:
@@ -48,7 +48,7 @@ def _conditions(decided: Decided) -> dict[str, str]:
     return {**{name: value for name, value in found.items() if name not in _LEFT_OUT}, **dict(_stage_versions(decided))}
 
 
-def _stage_versions(decided: Decided) -> Iterator[tuple[str, str]]:
+def _stage_versions(decided: Analysis) -> Iterator[tuple[str, str]]:
     """The versions of the stages that the run rests on, kind by kind, as they were when they were computed."""
     versions: dict[str, set[int]] = {}
     for key in decided.reused:
@@ -88,7 +88,7 @@ class Paired:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Two runs: what their recipes differ in and the conditions they were made under, what their cells were matched
     without, and the paired differences."""
 
@@ -105,7 +105,7 @@ class Comparison:
         return asdict(self)
 
 
-def compare(first: Decided, second: Decided) -> Comparison:
+def compare(first: Analysis, second: Analysis) -> RunComparison:
     """Match the cells of two runs and compare every measure that both have."""
     apart = tuple(_apart(first, second))
     ours, theirs = _by_place(first, apart), _by_place(second, apart)
@@ -118,10 +118,10 @@ def compare(first: Decided, second: Decided) -> Comparison:
     )
     changes = changed_inputs(first.graph.recipe.model_dump(mode="json"), second.graph.recipe.model_dump(mode="json"))
     conditions, n_unmatched = changed_conditions(first, second), len(set(ours) ^ set(theirs))
-    return Comparison(first.run, second.run, tuple(changes), conditions, apart, pairs, n_unmatched)
+    return RunComparison(first.run, second.run, tuple(changes), conditions, apart, pairs, n_unmatched)
 
 
-def _apart(first: Decided, second: Decided) -> Iterator[str]:
+def _apart(first: Analysis, second: Analysis) -> Iterator[str]:
     """Fields that each run holds fixed at a value of its own (a seed, a kind of negatives)."""
     for name in FIELDS:
         ours, theirs = ({getattr(plan.cell, name) for plan in one.graph.cells} - {"none"} for one in (first, second))
@@ -129,7 +129,7 @@ def _apart(first: Decided, second: Decided) -> Iterator[str]:
             yield name
 
 
-def _by_place(decided: Decided, apart: tuple[str, ...]) -> dict[tuple[Any, ...], CellPlan]:
+def _by_place(decided: Analysis, apart: tuple[str, ...]) -> dict[tuple[Any, ...], CellPlan]:
     return {
         tuple(
             "" if name in apart and getattr(plan.cell, name) != "none" else getattr(plan.cell, name) for name in FIELDS
@@ -138,7 +138,7 @@ def _by_place(decided: Decided, apart: tuple[str, ...]) -> dict[tuple[Any, ...],
     }
 
 
-def _pairs(first: Decided, second: Decided, one: CellPlan, two: CellPlan) -> Iterator[Paired]:
+def _pairs(first: Analysis, second: Analysis, one: CellPlan, two: CellPlan) -> Iterator[Paired]:
     for measure in one.measures:
         if measure not in two.measures:
             continue

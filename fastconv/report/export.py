@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.errors import InputError
 from fastconv.experiment.graph import CellPlan, Graph
@@ -24,7 +24,7 @@ from fastconv.store.ledger import Stage, Store, write_text
 from fastconv.store.records import Record, Sample, Score
 
 
-def frames_of(decided: Decided) -> dict[str, pl.DataFrame]:
+def frames_of(decided: Analysis) -> dict[str, pl.DataFrame]:
     """`contrasts`, `secondary`, `gates`, `measurements`, `geometry`, `scores` and `stages`; empty ones are left out."""
     tables: dict[str, pl.DataFrame] = {
         "contrasts": _frame([one.body() for one in decided.verdicts]),
@@ -55,7 +55,7 @@ def _frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(rows, infer_schema_length=None)
 
 
-def _measurements(decided: Decided) -> list[dict[str, Any]]:
+def _measurements(decided: Analysis) -> list[dict[str, Any]]:
     rows = []
     for plan in decided.graph.cells:
         for measure in plan.measures:
@@ -82,7 +82,7 @@ def _measurements(decided: Decided) -> list[dict[str, Any]]:
     return rows
 
 
-def _scores(decided: Decided) -> pl.DataFrame:
+def _scores(decided: Analysis) -> pl.DataFrame:
     """Every score once: stage, measure, probe, question, sample, value (null where there is none)."""
     parts, seen = [], set()
     for plan in decided.graph.cells:
@@ -109,7 +109,7 @@ def _scores(decided: Decided) -> pl.DataFrame:
     return pl.concat(parts) if parts else pl.DataFrame()
 
 
-def _stages(decided: Decided) -> list[dict[str, Any]]:
+def _stages(decided: Analysis) -> list[dict[str, Any]]:
     rows = []
     for stage in decided.graph.stages():
         record = decided.reading.record(stage)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.correlates import MARKER, ON_THE_BASE, levels, transfer_by_source
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.experiment.graph import CellPlan
-from fastconv.report.blocks import Block, Cell, Section, Table
+from fastconv.report.blocks import Block, Section, Table, TableCell
 from fastconv.report.claims import ask
 from fastconv.report.figures import Point, scatter
 from fastconv.stats.units import change, rounded, scale, signed
@@ -17,7 +17,7 @@ from fastconv.store.records import Score, Stage
 METRICS = ("cosine", "distinctiveness")
 
 
-def geometry(decided: Decided) -> Section | None:
+def geometry(decided: Analysis) -> Section | None:
     """Cosine and distinctiveness by source, epoch and depth, beside every change of the assistant."""
     groups: dict[tuple[str, str, int, int], list[CellPlan]] = {}
     for plan in decided.graph.cells:
@@ -32,7 +32,7 @@ def geometry(decided: Decided) -> Section | None:
     scores = _scores(decided)
     rows = tuple(
         (
-            Cell(f"{source} {convergence} e{epoch} s{seed}"),
+            TableCell(f"{source} {convergence} e{epoch} s{seed}"),
             *(_depths(scores, plans[0].geometry, source, metric) for metric in METRICS),
             *(_change(decided, plans, behavior, negatives) for behavior, negatives in kinds),
         )
@@ -48,7 +48,7 @@ def geometry(decided: Decided) -> Section | None:
     return Section("geometry", "Persona geometry", (table,), intro)
 
 
-def geometry_rows(decided: Decided) -> list[dict[str, Any]]:
+def geometry_rows(decided: Analysis) -> list[dict[str, Any]]:
     """Every geometry score once, for the tables beside the report: stack, persona, layer, metric, value."""
     return [
         {"stack": stage.slot.removeprefix("geometry/"), "persona": one.row, "layer": one.sample, "metric": one.metric,
@@ -58,7 +58,7 @@ def geometry_rows(decided: Decided) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _scores(decided: Decided) -> dict[str, tuple[Stage, list[Score]]]:
+def _scores(decided: Analysis) -> dict[str, tuple[Stage, list[Score]]]:
     """Every geometry stage with its scores, by key; cells share them."""
     found = {plan.geometry.key: plan.geometry for plan in decided.graph.cells if plan.geometry is not None}
     return {key: (stage, decided.store.scores(key)) for key, stage in found.items()}
@@ -69,35 +69,37 @@ def _caption(scores: dict[str, tuple[Stage, list[Score]]]) -> str:
     return f"At layers {', '.join(map(str, layers))}, in this order." if layers else ""
 
 
-def _depths(scores: dict[str, tuple[Stage, list[Score]]], stage: Stage | None, persona: str, metric: str) -> Cell:
+def _depths(scores: dict[str, tuple[Stage, list[Score]]], stage: Stage | None, persona: str, metric: str) -> TableCell:
     """A persona's values of a metric at all depths."""
     assert stage is not None, "only cells with a geometry are grouped"
     mine = [one for one in scores[stage.key][1] if (one.row, one.metric) == (persona, metric)]
     if not mine:
-        return Cell("not measured", word="absent")
+        return TableCell("not measured", word="absent")
     told = [
         "undefined" if one.value is None else signed(one.value, 2) if metric == "cosine" else rounded(one.value, 2)
         for one in mine
     ]
-    return Cell(", ".join(told), tuple(f"{stage.key[:12]}/{persona}/{one.sample}/{metric}" for one in mine))
+    return TableCell(", ".join(told), tuple(f"{stage.key[:12]}/{persona}/{one.sample}/{metric}" for one in mine))
 
 
-def _change(decided: Decided, plans: list[CellPlan], behavior: str, negatives: str) -> Cell:
+def _change(decided: Analysis, plans: list[CellPlan], behavior: str, negatives: str) -> TableCell:
     """The assistant's change against epoch 0 in the cell of this behavior."""
     plan = next((p for p in plans if (p.cell.behavior, p.cell.negatives) == (behavior, negatives)), None)
     quad = decided.found.trained(plan, decided.found.main(behavior)) if plan is not None else None
     if plan is None or quad is None or not quad.now.rows or not quad.base.rows:
-        return Cell("not measured", word="absent")
+        return TableCell("not measured", word="absent")
     if not plan.cell.epoch:
-        return Cell("reference", quad.now.rows)
-    return Cell(change(quad.now.mean.value - quad.base.mean.value, quad.now.unit), (*quad.now.rows, *quad.base.rows))
+        return TableCell("reference", quad.now.rows)
+    return TableCell(
+        change(quad.now.mean.value - quad.base.mean.value, quad.now.unit), (*quad.now.rows, *quad.base.rows)
+    )
 
 
 #: Fewer points have no rank correlation.
 LEAST_SOURCES = 3
 
 
-def points_of(decided: Decided, correlate: str, behavior: str) -> list[Point]:
+def points_of(decided: Analysis, correlate: str, behavior: str) -> list[Point]:
     """A point for each source that has both a level of the correlate and a contrast of the behavior."""
     there = levels(decided, correlate, behavior)
     return [
@@ -107,7 +109,7 @@ def points_of(decided: Decided, correlate: str, behavior: str) -> list[Point]:
     ]
 
 
-def on_the_base(decided: Decided) -> Section | None:
+def on_the_base(decided: Analysis) -> Section | None:
     """For each correlate: a point for each source and behavior, the rank correlations, and what so few can show."""
     behaviors = [name for name in dict.fromkeys(one.behavior for one in decided.verdicts) if name != MARKER]
     blocks: list[Block] = []

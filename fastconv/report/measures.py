@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from fastconv.analysis.agreement import judged_measures, judging_money, pair_of
-from fastconv.analysis.analysis import Decided
-from fastconv.analysis.contrasts import Part, Subject
+from fastconv.analysis.analysis import Analysis
+from fastconv.analysis.contrasts import ContrastSubject, Part
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.experiment.graph import CellPlan
-from fastconv.report.blocks import Answer, Block, Cell, Figure, Figures, Note, Section, Table, folded_if_long
+from fastconv.report.blocks import Answer, Block, Figure, Figures, Note, Section, Table, TableCell, folded_if_long
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import Point, lines, scatter
 from fastconv.stats.bounds import effective_sample_size
@@ -21,7 +21,7 @@ from fastconv.stats.units import Unit, full, scale, span
 ROLES: tuple[Role, ...] = ("assistant", "source", "canary")
 
 
-def over_epochs(decided: Decided) -> Section | None:
+def over_epochs(decided: Analysis) -> Section | None:
     """One small multiple per behavior: assistant, source and canary over epochs, with intervals."""
     blocks: list[Block] = []
     for measure in decided.graph.behaviors:
@@ -38,8 +38,8 @@ def over_epochs(decided: Decided) -> Section | None:
     return Section("epochs", "Over convergence", tuple(blocks), intro)
 
 
-def _panels(decided: Decided, part: Part) -> list[Figure]:
-    columns: dict[tuple[str, str, str, str], dict[int, Subject]] = {}
+def _panels(decided: Analysis, part: Part) -> list[Figure]:
+    columns: dict[tuple[str, str, str, str], dict[int, ContrastSubject]] = {}
     for subject in decided.found.subjects:
         if subject.behavior in (part.measure, NO_BEHAVIOR):
             where = (subject.source, subject.convergence, subject.behavior, subject.negatives)
@@ -58,7 +58,7 @@ def _panels(decided: Decided, part: Part) -> list[Figure]:
     return panels
 
 
-def _points(decided: Decided, part: Part, by_epoch: dict[int, Subject], role: Role) -> list[Point]:
+def _points(decided: Analysis, part: Part, by_epoch: dict[int, ContrastSubject], role: Role) -> list[Point]:
     found = []
     for epoch, subject in sorted(by_epoch.items()):
         series = [
@@ -80,14 +80,14 @@ def _pooled(series: list[Series]) -> Interval:
     return clustered_interval(mean_present(np.stack([means_at(one, questions) for one in series]), axis=0))
 
 
-def _axis(decided: Decided, part: Part) -> str:
+def _axis(decided: Analysis, part: Part) -> str:
     spec = decided.graph.behaviors[part.measure].spec
     if spec.unit == "points":
         return "judge's score"
     return "accuracy, %" if spec.measure == "letters" else "rate, %"
 
 
-def measurements(decided: Decided) -> Section:
+def measurements(decided: Analysis) -> Section:
     """Every cell's measures under its three probes, with intervals, samples and what they are worth."""
     rows = [row for plan in decided.graph.cells for measure in plan.measures for row in _rows(decided, plan, measure)]
     columns = ("cell", "measured", "assistant", "interval", "source", "canary", "samples", "effective", "unscored")
@@ -99,7 +99,7 @@ def measurements(decided: Decided) -> Section:
     return Section("cells", "Measurements", (table,))
 
 
-def _rows(decided: Decided, plan: CellPlan, measure: str) -> list[tuple[Cell, ...]]:
+def _rows(decided: Analysis, plan: CellPlan, measure: str) -> list[tuple[TableCell, ...]]:
     rows = []
     for part in decided.found.parts(measure):
         series = {role: decided.found.now(plan, part, decided.found.persona(plan.cell, role)) for role in ROLES}
@@ -108,36 +108,36 @@ def _rows(decided: Decided, plan: CellPlan, measure: str) -> list[tuple[Cell, ..
         kind = decided.graph.behaviors[measure].spec
         name = "score" if kind.unit == "points" else "accuracy" if kind.measure == "letters" else "rate"
         rows.append((
-            Cell(plan.cell.label), Cell(f"{name} of {part.title}"), levels["assistant"],
+            TableCell(plan.cell.label), TableCell(f"{name} of {part.title}"), levels["assistant"],
             *_about(series["assistant"])[:1], levels["source"], levels["canary"],
             *_about(series["assistant"])[1:],
         ))  # fmt: skip
     return rows
 
 
-def _level(one: Series | None, absent: str) -> Cell:
+def _level(one: Series | None, absent: str) -> TableCell:
     """The mean, or why there is none: nothing was measured, or nothing of it has a score."""
     if one is None or one.rows:
-        return Cell.of(None if one is None else one.mean, absent)
+        return TableCell.of(None if one is None else one.mean, absent)
     reason = commonest_reason([one])
-    return Cell("unscored" + (f" ({reason})" if reason else ""), one.looked_at, word="absent")
+    return TableCell("unscored" + (f" ({reason})" if reason else ""), one.looked_at, word="absent")
 
 
-def _about(one: Series | None) -> tuple[Cell, Cell, Cell, Cell]:
+def _about(one: Series | None) -> tuple[TableCell, TableCell, TableCell, TableCell]:
     """Interval, samples, effective samples and unscored ones of a series."""
     if one is None:
-        return Cell(""), Cell(""), Cell(""), Cell("")
-    samples = Cell(f"{len(one.questions)} x {one.values.shape[1]}", one.looked_at)
-    lost = Cell(str(one.n_unscored), one.looked_at)
+        return TableCell(""), TableCell(""), TableCell(""), TableCell("")
+    samples = TableCell(f"{len(one.questions)} x {one.values.shape[1]}", one.looked_at)
+    lost = TableCell(str(one.n_unscored), one.looked_at)
     if not one.rows:
-        return Cell(""), samples, Cell(""), lost
+        return TableCell(""), samples, TableCell(""), lost
     interval, unit = clustered_interval(one.means) if len(one.questions) > 1 else None, one.unit
     shown = "" if interval is None else _range(interval, unit)
     worth = effective_sample_size(one.values).n_effective if len(one.questions) > 1 else 1.0
     return (
-        Cell(shown, one.rows),
+        TableCell(shown, one.rows),
         samples,
-        Cell(f"{worth:.0f}", one.rows),
+        TableCell(f"{worth:.0f}", one.rows),
         lost,
     )
 
@@ -148,7 +148,7 @@ def _range(interval: Interval, unit: Unit) -> str:
     return span(interval.low, interval.high, unit).strip("[]").replace("+", "").replace(", ", " to ")
 
 
-def answers(decided: Decided) -> Section | None:
+def answers(decided: Analysis) -> Section | None:
     """Sampled answers by a fixed rule, so that nothing is picked."""
     grid = decided.graph.recipe.grid
     shown: dict[str, Answer] = {}
@@ -177,7 +177,7 @@ def _slug(text: str) -> str:
     return "-".join("".join(mark if mark.isalnum() else " " for mark in text.lower()).split())
 
 
-def judge_against_phrases(decided: Decided) -> Section | None:
+def judge_against_phrases(decided: Analysis) -> Section | None:
     """Agreement with kappa for each measure, a point for each cell, corrected rates where a calibration exists."""
     measures = judged_measures(decided)
     phrases = [name for name, behavior in decided.graph.behaviors.items() if behavior.spec.measure == "phrases"]
@@ -207,7 +207,7 @@ def judge_against_phrases(decided: Decided) -> Section | None:
     return Section("judge", "Judge against phrases", tuple(blocks))
 
 
-def _agreement_points(decided: Decided) -> list[Point]:
+def _agreement_points(decided: Analysis) -> list[Point]:
     points, seen = [], set()
     for plan in decided.graph.cells:
         for measure, probe in plan.beside:
@@ -220,23 +220,23 @@ def _agreement_points(decided: Decided) -> list[Point]:
     return points
 
 
-def _corrected(decided: Decided) -> list[tuple[Cell, ...]]:
+def _corrected(decided: Analysis) -> list[tuple[TableCell, ...]]:
     rows = []
     for one in decided.verdicts:
         try:
             claim = ask(decided, "corrected", label=one.label)
         except NoSuchClaimError:
             continue
-        rows.append((Cell(one.label), Cell.saying(claim)))
+        rows.append((TableCell(one.label), TableCell.saying(claim)))
     return rows
 
 
-def _money(decided: Decided) -> list[Block]:
+def _money(decided: Analysis) -> list[Block]:
     money = judging_money(decided)
     if money is None:
         return []
     rows = tuple(
-        (Cell(name), Cell("no cap" if usd is None else f"${usd:.2f}", ("ledger/judge_totals",)))
+        (TableCell(name), TableCell("no cap" if usd is None else f"${usd:.2f}", ("ledger/judge_totals",)))
         for name, usd in money.items()
     )
     return [Table("money", ("judging, whole workspace", "dollars"), rows, frozenset({1}))]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastconv.analysis.analysis import Decided
-from fastconv.analysis.contrasts import Subject
-from fastconv.report.blocks import OPEN_ROWS, Block, Cell, Figure, Note, Section, Table
+from fastconv.analysis.analysis import Analysis
+from fastconv.analysis.contrasts import ContrastSubject
+from fastconv.report.blocks import OPEN_ROWS, Block, Figure, Note, Section, Table, TableCell
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import heatmap
 from fastconv.stats.units import Unit, p_value, scale, signed, size
@@ -25,7 +25,7 @@ _LETTERS = {
 }
 
 
-def headline(decided: Decided) -> Section:
+def headline(decided: Analysis) -> Section:
     """Go or stop and how sure, then counts, the largest change of each behavior, the study's rules, the pilot gates."""
     blocks: list[Block] = []
     pilots = [gate for gate in decided.gates if gate.gate == "PILOT"]
@@ -47,14 +47,15 @@ def headline(decided: Decided) -> Section:
     if len(claims) <= OPEN_PILOTS:
         return Section("verdict", "Verdict", (*blocks, *claims))
     rows = tuple(
-        (Cell(one.verdict, word=one.verdict), Cell.saying(claim)) for one, claim in zip(pilots, claims, strict=True)
+        (TableCell(one.verdict, word=one.verdict), TableCell.saying(claim))
+        for one, claim in zip(pilots, claims, strict=True)
     )
     return Section(
         "verdict", "Verdict", (*blocks, Table("pilots", ("pilot gate", "why"), rows, folded=f"{len(rows)} pilot gates"))
     )
 
 
-def _edited_first(decided: Decided) -> list[Block]:
+def _edited_first(decided: Analysis) -> list[Block]:
     """Verdicts that another set of thresholds decided otherwise come before all others."""
     first = {one.label: one.kind for one in decided.under_first[1]}
     return [
@@ -64,7 +65,7 @@ def _edited_first(decided: Decided) -> list[Block]:
     ]
 
 
-def findings(decided: Decided) -> Section | None:
+def findings(decided: Analysis) -> Section | None:
     """The heatmap of declared contrasts and the table behind it."""
     subjects = decided.declared
     if not subjects:
@@ -92,10 +93,10 @@ def findings(decided: Decided) -> Section | None:
     )  # fmt: skip
 
 
-def _matrix(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> Figure:
+def _matrix(decided: Analysis, verdicts: dict[ContrastSubject, CellVerdict | None]) -> Figure:
     several = len({subject.negatives for subject in verdicts}) > 1
 
-    def row_of(subject: Subject) -> str:
+    def row_of(subject: ContrastSubject) -> str:
         return f"{subject.source}, {subject.negatives}" if several else subject.source
 
     rows = list(dict.fromkeys(row_of(subject) for subject in verdicts))
@@ -113,7 +114,7 @@ def _matrix(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> Fi
     return heatmap("matrix", "Change beyond canary and mimicry, points", rows, names, values, texts, decided.run)
 
 
-def _in_thresholds(decided: Decided, one: CellVerdict | None) -> float | None:
+def _in_thresholds(decided: Analysis, one: CellVerdict | None) -> float | None:
     if one is None or one.estimate is None or not one.margin or one.kind in ("uninformative", "withheld"):
         return None
     return decided.found.direction(one.behavior) * one.estimate / one.margin
@@ -128,7 +129,7 @@ def _short(one: CellVerdict | None) -> str:
     return f"{signed(scale(one.unit) * one.estimate, 0)} {letter}"
 
 
-def _tables(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> list[Table]:
+def _tables(decided: Analysis, verdicts: dict[ContrastSubject, CellVerdict | None]) -> list[Table]:
     """One table, or where it would be long two: what says something, and, folded away, what does not."""
     seeded = any(one is not None and one.over_seeds is not None for one in verdicts.values())
     columns = tuple(name for name in _COLUMNS if seeded or name != "over seeds")
@@ -149,21 +150,23 @@ def _tables(decided: Decided, verdicts: dict[Subject, CellVerdict | None]) -> li
     return [*tables, Table("contrasts-silent", columns, rest, numeric, caption, folded)] if rest else tables
 
 
-def _row(decided: Decided, subject: Subject, one: CellVerdict | None, *, seeded: bool) -> tuple[Cell, ...]:
+def _row(
+    decided: Analysis, subject: ContrastSubject, one: CellVerdict | None, *, seeded: bool
+) -> tuple[TableCell, ...]:
     label = subject.label(decided.found.main(subject.behavior))
     if one is None:
-        return (Cell(label), Cell("not run", word="absent"), *[Cell("")] * (8 if seeded else 7))
+        return (TableCell(label), TableCell("not run", word="absent"), *[TableCell("")] * (8 if seeded else 7))
     shown = one.estimate is not None
     rows = one.rows if shown else ()
     estimate = signed(scale(one.unit) * (one.estimate or 0.0)) if shown else ""
     over = one.over_seeds
     over_seeds = _range(over.low, over.high, one.unit) if over is not None else ""
     return (
-        Cell(label), Cell(one.kind, word=one.kind), Cell(estimate, rows), Cell(_range(one.low, one.high, one.unit), rows),
-        *((Cell(over_seeds, rows),) if seeded else ()),
-        Cell(p_value(one.p_corrected), rows), Cell(p_value(one.p_sign_flip), rows),
-        Cell(size(one.margin, one.unit) if one.margin else ""), Cell(one.confidence.level),
-        Cell.saying(ask(decided, "finding", label=label)),
+        TableCell(label), TableCell(one.kind, word=one.kind), TableCell(estimate, rows), TableCell(_range(one.low, one.high, one.unit), rows),
+        *((TableCell(over_seeds, rows),) if seeded else ()),
+        TableCell(p_value(one.p_corrected), rows), TableCell(p_value(one.p_sign_flip), rows),
+        TableCell(size(one.margin, one.unit) if one.margin else ""), TableCell(one.confidence.level),
+        TableCell.saying(ask(decided, "finding", label=label)),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import load_personas
 from fastconv.datasets.rows import Row
 from fastconv.recipe import GateSettings, parse_recipe
-from fastconv.report.blocks import Block, Cell, Claim, Note, ReportData, Section, Table
+from fastconv.report.blocks import Block, Claim, Note, ReportData, Section, Table, TableCell
 from fastconv.report.claims import rank_correlation
 from fastconv.report.render import render_html, render_markdown
 from fastconv.stats import study_gates as gates_study
@@ -78,7 +78,7 @@ class SummaryTable:
 
 
 @dataclass(frozen=True)
-class Judged:
+class PublishedVerdicts:
     """What the rules say of a published table."""
 
     table: SummaryTable
@@ -136,7 +136,7 @@ def read_published(name: str = SHIPPED) -> SummaryTable:
     )
 
 
-def judge_published(table: SummaryTable | None = None, gates: GateSettings | None = None) -> Judged:
+def judge_published(table: SummaryTable | None = None, gates: GateSettings | None = None) -> PublishedVerdicts:
     """The study's rules by thresholds, and a withheld verdict for every contrast."""
     table, rules = table or read_published(), gates or GateSettings()
     shifts = shifts_of(table, rules)
@@ -147,7 +147,7 @@ def judge_published(table: SummaryTable | None = None, gates: GateSettings | Non
         for behavior, codes in table.refusals.items()
         if codes
     )
-    return Judged(table, verdicts, tuple(_withheld(rules, table, shifts)), refused)
+    return PublishedVerdicts(table, verdicts, tuple(_withheld(rules, table, shifts)), refused)
 
 
 def _explained(code: str) -> str:
@@ -199,15 +199,21 @@ def _audited(behavior: str, source: str, turn: str) -> tuple[str, ...]:
 MADE_OF = "data/published.toml"
 
 
-def published_report(judged: Judged) -> ReportData:
+def published_report(judged: PublishedVerdicts) -> ReportData:
     """The table as a report: only figures that it holds, and what the rules say of them."""
     table = judged.table
     gates = tuple(
-        (Cell(one.gate), Cell(one.verdict, word=one.verdict), Cell(one.reason, one.rows), Cell(one.threshold))
+        (
+            TableCell(one.gate),
+            TableCell(one.verdict, word=one.verdict),
+            TableCell(one.reason, one.rows),
+            TableCell(one.threshold),
+        )
         for one in judged.gates
     )
     verdicts = tuple(
-        (Cell(one.label), Cell(one.kind, word=one.kind), Cell(one.reason, one.rows)) for one in judged.verdicts
+        (TableCell(one.label), TableCell(one.kind, word=one.kind), TableCell(one.reason, one.rows))
+        for one in judged.verdicts
     )
     sections = [
         Section("amounts", "What the published figures amount to", (lead(judged),)),
@@ -220,7 +226,7 @@ def published_report(judged: Judged) -> ReportData:
     return ReportData(table.name, table.about, tuple(sections))
 
 
-def write_published(judged: Judged, folder: Path) -> Path:
+def write_published(judged: PublishedVerdicts, folder: Path) -> Path:
     """Write that report as a page and its Markdown twin; returns the page. Raises StoreError if the folder cannot be."""
     data = published_report(judged)
     write_text(folder / f"{data.run}.md", render_markdown(data))
@@ -228,7 +234,7 @@ def write_published(judged: Judged, folder: Path) -> Path:
     return folder / f"{data.run}.html"
 
 
-def lead(judged: Judged) -> Claim:
+def lead(judged: PublishedVerdicts) -> Claim:
     """One paragraph: what the thresholds say, that none of it is evidence and why, and what was left out."""
     gates = {one.gate: one for one in judged.gates}
     shared = [
@@ -264,10 +270,10 @@ def _by_thresholds(gates: dict[str, GateVerdict]) -> str:
     )
 
 
-def _figures(judged: Judged) -> Section:
+def _figures(judged: PublishedVerdicts) -> Section:
     table = judged.table
     rows = [
-        (Cell(source), Cell(behavior), *(_shown(table, source, behavior, epoch) for epoch in table.epochs))
+        (TableCell(source), TableCell(behavior), *(_shown(table, source, behavior, epoch) for epoch in table.epochs))
         for behavior in table.behaviors
         for source in table.sources
     ]
@@ -277,10 +283,10 @@ def _figures(judged: Judged) -> Section:
     return Section("figures", "Published figures", (*blocks, Table("figures-table", columns, tuple(rows))), intro)
 
 
-def _shown(table: SummaryTable, source: str, behavior: str, epoch: int) -> Cell:
+def _shown(table: SummaryTable, source: str, behavior: str, epoch: int) -> TableCell:
     if table.refusals.get(behavior):
-        return Cell("refused", word="absent")
-    return Cell.of(table.number(source, behavior, epoch))
+        return TableCell("refused", word="absent")
+    return TableCell.of(table.number(source, behavior, epoch))
 
 
 def _beside_markers(table: SummaryTable) -> tuple[Claim, ...]:

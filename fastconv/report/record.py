@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.audit.checks import check_recipe
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior
 from fastconv.datasets.files import assets, file_sha256
@@ -16,7 +16,7 @@ from fastconv.engine.locate import TINY
 from fastconv.errors import DataError
 from fastconv.experiment.graph import Graph, lineage_key
 from fastconv.recipe import canonical_json, recipe_sha256, sha256_of
-from fastconv.report.blocks import Block, Cell, Figure, Figures, Note, Section, Table, folded_if_long, plain_row
+from fastconv.report.blocks import Block, Figure, Figures, Note, Section, Table, TableCell, folded_if_long, plain_row
 from fastconv.report.claims import ask
 from fastconv.report.figures import curves
 from fastconv.run.status import failed_stages
@@ -77,7 +77,7 @@ def _sha256(path: Path) -> str:
         return "cannot be read any more"
 
 
-def warnings(decided: Decided) -> Section:
+def warnings(decided: Analysis) -> Section:
     """The audit's warnings, with the recipe's reason where it accepts one."""
     audit = check_recipe(decided.graph.recipe)
     rows = []
@@ -92,18 +92,18 @@ def warnings(decided: Decided) -> Section:
     return Section("audit", "Warnings of the audit", (table,))
 
 
-def failures(decided: Decided) -> Section | None:
+def failures(decided: Analysis) -> Section | None:
     """Stages that gave no usable numbers when they were last tried, with the cells that miss them."""
     failed = failed_stages(decided.store.failures(), decided.graph.cells)
     if not failed:
         return None
-    rows = tuple(plain_row((Cell(one.slot, code=True), one.reason, "; ".join(one.cells))) for one in failed)
+    rows = tuple(plain_row((TableCell(one.slot, code=True), one.reason, "; ".join(one.cells))) for one in failed)
     table = Table("failed", ("stage", "why it failed", "cells without its numbers"), rows)
     intro = "What these stages would have given is missing below, not zero. The same command tries them again."
     return Section("failed", "Failed", (table,), intro)
 
 
-def superseded(decided: Decided) -> Section | None:
+def superseded(decided: Analysis) -> Section | None:
     """Other runs of the same recipe name in this workspace, and what differs."""
     mine = decided.graph.recipe.model_dump(mode="json")
     rows = []
@@ -125,7 +125,7 @@ def superseded(decided: Decided) -> Section | None:
     )
 
 
-def limits(decided: Decided) -> Section:
+def limits(decided: Analysis) -> Section:
     """What the run cannot show, whatever its numbers say."""
     recipe = decided.graph.recipe
     said = []
@@ -158,7 +158,7 @@ def limits(decided: Decided) -> Section:
     return Section("limits", "Limits", tuple(Note(line) for line in said) or (Note("none stated"),))
 
 
-def _pending(decided: Decided) -> list[str]:
+def _pending(decided: Analysis) -> list[str]:
     """Judge stages whose completions are there and whose judgements are not."""
     store = decided.store
     stages = [s for s in decided.graph.stages() if s.kind == "judge" and store.record(s.key) is None]
@@ -169,17 +169,17 @@ def _pending(decided: Decided) -> list[str]:
     return [f"{len(slots)} stages wait for the judge: {', '.join(slots[:5])}{more}."]
 
 
-def card(decided: Decided) -> Section:
+def card(decided: Analysis) -> Section:
     """Everything needed to do it again."""
     blocks: list[Block] = []
     for title, table in _tables(decided).items():
-        rows = tuple((Cell(name), Cell(str(value), code=True)) for name, value in table.items())
+        rows = tuple((TableCell(name), TableCell(str(value), code=True)) for name, value in table.items())
         if rows:
             blocks.append(Table(f"card-{title.split()[0].lower()}", (title, ""), rows))
     return Section("card", "Reproducibility card", tuple(blocks))
 
 
-def _tables(decided: Decided) -> dict[str, Mapping[str, str]]:
+def _tables(decided: Analysis) -> dict[str, Mapping[str, str]]:
     graph, facts = decided.graph, decided.facts
     sets = {
         stage.slot: str(record.outputs["rows"])
@@ -212,7 +212,7 @@ def _tables(decided: Decided) -> dict[str, Mapping[str, str]]:
     }
 
 
-def _judge(decided: Decided) -> dict[str, str]:
+def _judge(decided: Analysis) -> dict[str, str]:
     """Who judged, and every rubric that a finished stage was judged by, under the name that the recipe knows it by."""
     graph = decided.graph
     if graph.judge is None:
@@ -234,7 +234,7 @@ def _when(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment))
 
 
-def curves_and_rho(decided: Decided) -> Section | None:
+def curves_and_rho(decided: Analysis) -> Section | None:
     """Loss over steps for each convergence run and behavior, and rho of every adapter."""
     trained = list(_trained(decided))
     if not trained:
@@ -248,14 +248,14 @@ def curves_and_rho(decided: Decided) -> Section | None:
     return Section("training", "Training", tuple(blocks))
 
 
-def _trained(decided: Decided) -> Iterator[tuple[Stage, Record]]:
+def _trained(decided: Analysis) -> Iterator[tuple[Stage, Record]]:
     for stage in decided.graph.stages():
         record = decided.reading.record(stage)
         if record is not None and "adapter" in record.outputs:
             yield stage, record
 
 
-def _convergence(decided: Decided, trained: list[tuple[Stage, Record]]) -> list[Figure]:
+def _convergence(decided: Analysis, trained: list[tuple[Stage, Record]]) -> list[Figure]:
     """A line for each convergence run: the losses of its last snapshot hold those of the earlier ones."""
     runs: dict[str, tuple[Stage, Record]] = {}
     for stage, record in trained:
@@ -272,7 +272,7 @@ def _run_name(stage: Stage) -> str:
     return f"{source} {seed}" if convergence == "source" else f"{source} {convergence} {seed}"
 
 
-def _behaviors(decided: Decided, trained: list[tuple[Stage, Record]]) -> list[Figure]:
+def _behaviors(decided: Analysis, trained: list[tuple[Stage, Record]]) -> list[Figure]:
     by_behavior: dict[str, dict[str, list[float]]] = {}
     for plan in decided.graph.cells:
         record = decided.reading.record(plan.adapter) if plan.adapter is not None else None
@@ -286,18 +286,18 @@ def _behaviors(decided: Decided, trained: list[tuple[Stage, Record]]) -> list[Fi
     ]
 
 
-def _rho_row(stage: Stage, record: Record) -> tuple[Cell, ...]:
+def _rho_row(stage: Stage, record: Record) -> tuple[TableCell, ...]:
     row = (f"{stage.key[:12]}/rho",)
     rho = record.outputs.get("rho", {})
     shares = [
-        Cell(f"{100 * rho[name]:.2g} %", row) if name in rho else Cell("not recorded")
+        TableCell(f"{100 * rho[name]:.2g} %", row) if name in rho else TableCell("not recorded")
         for name in ("least", "median", "greatest")
     ]
-    loss = Cell(f"{record.outputs['last_epoch_loss']:.3f}", (f"{stage.key[:12]}/last_epoch_loss",))
-    return (Cell(stage.slot), loss, *shares, Cell(str(record.outputs["adapter"]), code=True))
+    loss = TableCell(f"{record.outputs['last_epoch_loss']:.3f}", (f"{stage.key[:12]}/last_epoch_loss",))
+    return (TableCell(stage.slot), loss, *shares, TableCell(str(record.outputs["adapter"]), code=True))
 
 
-def cost(decided: Decided) -> Section | None:
+def cost(decided: Analysis) -> Section | None:
     """Seconds and tokens of every stage."""
     rows = []
     for stage in decided.graph.stages():
@@ -309,8 +309,8 @@ def cost(decided: Decided) -> Section | None:
         )
         row = (f"{stage.key[:12]}/seconds",)
         rows.append((
-            Cell(stage.slot), Cell(stage.key[:12], code=True), Cell(f"{record.seconds:.1f}", row), Cell(tokens, row),
-            Cell("reused" if decided.reused.get(stage.key, True) else "computed"),
+            TableCell(stage.slot), TableCell(stage.key[:12], code=True), TableCell(f"{record.seconds:.1f}", row), TableCell(tokens, row),
+            TableCell("reused" if decided.reused.get(stage.key, True) else "computed"),
         ))  # fmt: skip
     if not rows:
         return None
@@ -324,7 +324,7 @@ def cost(decided: Decided) -> Section | None:
     return Section("cost", "Cost", blocks)
 
 
-def _by_kind(decided: Decided) -> tuple[tuple[Cell, ...], ...]:
+def _by_kind(decided: Analysis) -> tuple[tuple[TableCell, ...], ...]:
     found: dict[str, list[Record]] = {}
     for stage in decided.graph.stages():
         record = decided.reading.record(stage)
@@ -332,9 +332,9 @@ def _by_kind(decided: Decided) -> tuple[tuple[Cell, ...], ...]:
             found.setdefault(stage.kind, []).append(record)
     return tuple(
         (
-            Cell(kind),
-            Cell(str(len(records)), _ids(records)),
-            Cell(f"{sum(r.seconds for r in records):.1f}", _ids(records)),
+            TableCell(kind),
+            TableCell(str(len(records)), _ids(records)),
+            TableCell(f"{sum(r.seconds for r in records):.1f}", _ids(records)),
         )
         for kind, records in found.items()
     )
@@ -350,7 +350,7 @@ MOST_FACTOR = 2.0
 LEAST_S = 1.0
 
 
-def planned(decided: Decided) -> Section | None:
+def planned(decided: Analysis) -> Section | None:
     """Seconds planned at the start and taken, over the stages that this run itself computed."""
     kept = decided.facts.get("plan")
     if not kept:
@@ -371,7 +371,7 @@ def planned(decided: Decided) -> Section | None:
     return Section("planned", "Plan against actual", tuple(blocks), intro)
 
 
-def row_of(kind: str, pairs: list[tuple[float, Record]]) -> tuple[Cell, ...]:
+def row_of(kind: str, pairs: list[tuple[float, Record]]) -> tuple[TableCell, ...]:
     """The row of one kind: seconds planned and taken of each of its stages."""
     ids = tuple(f"{record.key[:12]}/seconds" for _, record in pairs)
     planned_s, taken_s = sum(seconds for seconds, _ in pairs), sum(record.seconds for _, record in pairs)
@@ -381,5 +381,5 @@ def row_of(kind: str, pairs: list[tuple[float, Record]]) -> tuple[Cell, ...]:
     unplanned = "beside the GPU, not planned" if beside else "not planned"
     said = unplanned if factor is None else f"{factor:.2f}" + (" (off by more than 2)" if off else "")
     return (
-        Cell(kind), Cell(str(len(pairs)), ids), Cell("beside" if beside else f"{planned_s:.1f}"), Cell(f"{taken_s:.1f}", ids), Cell(said, ids),
+        TableCell(kind), TableCell(str(len(pairs)), ids), TableCell("beside" if beside else f"{planned_s:.1f}"), TableCell(f"{taken_s:.1f}", ids), TableCell(said, ids),
     )  # fmt: skip

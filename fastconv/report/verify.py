@@ -16,7 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.errors import InputError, RecipeError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, parse_recipe, run_id
@@ -65,7 +65,7 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class Said:
+class PageClaim:
     """A claim as the page has it."""
 
     query: str
@@ -87,7 +87,7 @@ def verify(report: Path, store: Store) -> Verified:
     """
     text = _read(report)
     run = _run_of(text, report)
-    decided = Decided(Graph(_recipe_of(run, text, report, store)), store)
+    decided = Analysis(Graph(_recipe_of(run, text, report, store)), store)
     return _compared(report, text, build(decided), lambda said: ask(decided, said.query, **said.arguments))
 
 
@@ -103,7 +103,7 @@ def verify_published(report: Path) -> Verified | None:
     data = published_report(judge_published(read_published(run)))
     claims = {claim.id: claim for claim in data.claims()}
 
-    def again(said: Said) -> Claim:
+    def again(said: PageClaim) -> Claim:
         if said.id not in claims:
             raise NoSuchClaimError(f"{said.id} is no sentence of this table")
         return claims[said.id]
@@ -112,7 +112,7 @@ def verify_published(report: Path) -> Verified | None:
 
 
 def _compared(
-    report: Path, text: str, data: ReportData, again: Callable[[Said], Claim], made_of: str = "ledger"
+    report: Path, text: str, data: ReportData, again: Callable[[PageClaim], Claim], made_of: str = "ledger"
 ) -> Verified:
     """The report's text against what it should say; `again` makes one of its claims anew."""
     page = text.lstrip().lower().startswith("<!doctype")
@@ -161,7 +161,7 @@ class _Claims(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[Said] = []
+        self.found: list[PageClaim] = []
         self._open: dict[str, str] | None = None
         self._tag = ""
         self._text: list[str] = []
@@ -185,17 +185,19 @@ class _Claims(HTMLParser):
             arguments = {}
         text = "".join(self._text)
         self.found.append(
-            Said(about["data-query"], arguments, text, about.get("data-rows", ""), about.get("data-sha", ""))
+            PageClaim(about["data-query"], arguments, text, about.get("data-rows", ""), about.get("data-sha", ""))
         )
 
 
-def _claims(text: str) -> Iterator[Said]:
+def _claims(text: str) -> Iterator[PageClaim]:
     parser = _Claims()
     parser.feed(text)
     yield from parser.found
 
 
-def _asked_again(again: Callable[[Said], Claim], claims: list[Said], data: ReportData) -> Iterator[Difference]:
+def _asked_again(
+    again: Callable[[PageClaim], Claim], claims: list[PageClaim], data: ReportData
+) -> Iterator[Difference]:
     """Ask again for every claim of the page, and look for claims that the page should have and has not."""
     for said in claims:
         try:
@@ -210,7 +212,7 @@ def _asked_again(again: Callable[[Said], Claim], claims: list[Said], data: Repor
             yield Difference("left out", claim.id, "", claim.text)
 
 
-def _compare(said: Said, now: Claim) -> Iterator[Difference]:
+def _compare(said: PageClaim, now: Claim) -> Iterator[Difference]:
     if said.text != visible(now.text):
         yield Difference("changed", said.id, said.text, now.text)
     if said.n_rows != str(len(now.rows)):

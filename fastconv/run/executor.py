@@ -20,13 +20,13 @@ from fastconv.engine.geometry import last_states, layers_at, n_layers, places
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.model import model_files
 from fastconv.engine.score import letter_item, score_letters
-from fastconv.engine.vllm.sampler import Drawing, Served
+from fastconv.engine.vllm.sampler import PendingCompletions, VllmSampler
 from fastconv.engine.vllm.server import Server, start_server
 from fastconv.errors import SamplerError, TrainingError, stopped
 from fastconv.experiment.graph import Graph
 from fastconv.judge.local import LocalReply
 from fastconv.judge.request import Prompt
-from fastconv.run.sampling import Asked, asked_of, is_drawn, longest_tok
+from fastconv.run.sampling import SamplingRequests, is_drawn, longest_tok, sampling_requests
 from fastconv.run.stacks import Stacks
 from fastconv.run.training import Progress, Trainer, note
 from fastconv.store.ledger import Lease, Sample, Score, Stage, Store
@@ -43,11 +43,11 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Begun:
+class PendingStage:
     """A stage whose completions the server draws meanwhile. `outcome` raises what drawing them raised."""
 
-    asked: Asked
-    drawing: Drawing
+    asked: SamplingRequests
+    drawing: PendingCompletions
     outcome: Callable[[], Outcome]
 
 
@@ -105,11 +105,11 @@ class Executor:
             self._server.close()
 
     @cached_property
-    def served(self) -> Served:
+    def served(self) -> VllmSampler:
         """The server as a sampler, under whatever stack is live."""
         if self._server is None:
             raise SamplerError("no vLLM server was started", where="model.sampler", fix="run the recipe as a whole")
-        return Served(self._server, self.stacks.stack)
+        return VllmSampler(self._server, self.stacks.stack)
 
     def facts(self) -> dict[str, Any]:
         """What the reproducibility card says of the loaded model and its device."""
@@ -145,7 +145,7 @@ class Executor:
 
     def _completions(self, stage: Stage, lease: Lease) -> Outcome:
         """Answers, or a probe's completions under a stack, drawn by the resident base."""
-        asked, n_drawn = asked_of(stage, self.stacks.base.tokenizer), 0
+        asked, n_drawn = sampling_requests(stage, self.stacks.base.tokenizer), 0
 
         def on_token(n_tok: int) -> None:
             nonlocal n_drawn
@@ -156,17 +156,17 @@ class Executor:
             drawn = sample(self.stacks.base, asked.prompts, asked.seeds, asked.settings, on_token)
         return self._drawn(asked, drawn, proof)
 
-    def begin(self, stage: Stage, lease: Lease) -> Begun:
+    def begin(self, stage: Stage, lease: Lease) -> PendingStage:
         """Have the server draw a stage's completions under its stack; `outcome` is there once `drawing.done`.
 
         Waits while the server is still busy with another stack. Raises Interrupted, SamplerError and what a stack that
         cannot be proven raises.
         """
-        asked = asked_of(stage, self.stacks.base.tokenizer)
+        asked = sampling_requests(stage, self.stacks.base.tokenizer)
         waiting = Progress(stage.slot, 0, asked.most_tok, "tok")
         with self._under(stage) as proof:
             drawing = self.served.begin(asked.prompts, asked.seeds, asked.settings, lambda: self._tick(lease, waiting))
-        return Begun(asked, drawing, lambda: self._drawn(asked, drawing.result(), proof))
+        return PendingStage(asked, drawing, lambda: self._drawn(asked, drawing.result(), proof))
 
     @contextlib.contextmanager
     def _under(self, stage: Stage) -> Iterator[dict[str, Any]]:
@@ -177,7 +177,7 @@ class Executor:
             with self.stacks.live_stack(stage) as proof:
                 yield proof
 
-    def _drawn(self, asked: Asked, drawn: Sequence[Drawn], proof: Mapping[str, Any]) -> Outcome:
+    def _drawn(self, asked: SamplingRequests, drawn: Sequence[Drawn], proof: Mapping[str, Any]) -> Outcome:
         samples = asked.samples(drawn, self.stacks.base.tokenizer)
         facts = {"sampled_tok": sum(one.n_tok for one in samples), "prompt_tok": asked.prompt_tok}
         return Outcome({"n": len(samples), **proof}, facts, samples)

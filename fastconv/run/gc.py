@@ -13,16 +13,16 @@ from typing import Any
 from fastconv.errors import FastconvError, InputError
 from fastconv.experiment.graph import CellPlan, Graph, lineage_of
 from fastconv.recipe import canonical_json, parse_recipe, run_id
-from fastconv.store.gc import Waste, artefact_bytes, stray_files, unnamed_artefacts
+from fastconv.store.gc import Garbage, artefact_bytes, stray_files, unnamed_artefacts
 from fastconv.store.ledger import Store
 from fastconv.store.merge import artefacts_of
 
 
 @dataclass(frozen=True)
-class Cleaning:
+class GcPlan:
     """What can be freed, and what was left alone though it looked free, each with the reason."""
 
-    waste: tuple[Waste, ...]
+    waste: tuple[Garbage, ...]
     left: tuple[str, ...]
 
     @property
@@ -31,7 +31,7 @@ class Cleaning:
         return sum(one.n_bytes for one in self.waste)
 
 
-def find_waste(store: Store, adapters: Sequence[str] = ()) -> Cleaning:
+def find_waste(store: Store, adapters: Sequence[str] = ()) -> GcPlan:
     """Everything that `gc` would free; with `adapters`, also the adapters of these finished runs, whose scores stay.
 
     Raises InputError for a run that is not known or not finished.
@@ -43,10 +43,10 @@ def find_waste(store: Store, adapters: Sequence[str] = ()) -> Cleaning:
     waste += _adapters(store, adapters)
     if store.live_leases():
         left.append("artefacts without a stage, while a process is computing here")
-    return Cleaning(tuple(waste), tuple(left))
+    return GcPlan(tuple(waste), tuple(left))
 
 
-def spent_adapters(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[Waste]:
+def spent_adapters(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[Garbage]:
     """Adapters of these cells on which everything in the graph was trained and drawn, but for those of another run."""
     mine = run_id(graph.recipe)
     each = [one for plan in plans for one in (plan.snapshot, plan.adapter) if one is not None]
@@ -66,7 +66,7 @@ def spent_adapters(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> lis
         artefacts = tuple(artefacts_of(store, canonical_json(record.outputs)))
         if artefacts:
             n_bytes = artefact_bytes(store, artefacts)
-            found.append(Waste("adapter", slot, "all its answers are drawn", n_bytes, (), artefacts))
+            found.append(Garbage("adapter", slot, "all its answers are drawn", n_bytes, (), artefacts))
     return found
 
 
@@ -85,7 +85,7 @@ def _needed_by_unfinished(store: Store) -> tuple[set[str], list[str]]:
     return keys, left
 
 
-def _training_states(store: Store) -> list[Waste]:
+def _training_states(store: Store) -> list[Garbage]:
     """States of finished trainings; and all of them where every run is finished and nothing is being computed."""
     finished = {key for (key,) in store.rows("SELECT key FROM stages WHERE kind='behavior'")}
     snapshots = store.rows("SELECT version, inputs FROM stages WHERE kind='snapshot'")
@@ -99,7 +99,9 @@ def _training_states(store: Store) -> list[Waste]:
             why = "its training is finished" if key in finished else "every run is finished"
             n_bytes = artefact_bytes(store, artefacts)
             name = f"{key[:12]} at step {step}"
-            found.append(Waste("training state", name, why, n_bytes, (key,), artefacts, only_idle=key not in finished))
+            found.append(
+                Garbage("training state", name, why, n_bytes, (key,), artefacts, only_idle=key not in finished)
+            )
     return found
 
 
@@ -107,7 +109,7 @@ def _is_last_epoch(inputs: dict[str, Any]) -> bool:
     return inputs["epoch"] == inputs["training"]["epochs"]
 
 
-def _superseded(store: Store, unfinished: set[str]) -> list[Waste]:
+def _superseded(store: Store, unfinished: set[str]) -> list[Garbage]:
     """Stages whose slot has a newer one and which no run rests on, directly or through what it needs."""
     records = {key: (slot, at, json.loads(inputs), outputs) for key, slot, at, inputs, outputs in store.rows(
         "SELECT key, slot, finished_at, inputs, outputs FROM stages")}  # fmt: skip
@@ -123,7 +125,7 @@ def _superseded(store: Store, unfinished: set[str]) -> list[Waste]:
         if key not in kept:
             artefacts = tuple(one for one in artefacts_of(store, outputs) if one not in shared)
             why = "its slot has a newer stage and no run rests on it"
-            found.append(Waste("superseded stage", slot, why, artefact_bytes(store, artefacts), (key,), artefacts))
+            found.append(Garbage("superseded stage", slot, why, artefact_bytes(store, artefacts), (key,), artefacts))
     return found
 
 
@@ -139,7 +141,7 @@ def _with_needs(keys: Iterable[str], records: dict[str, Any]) -> set[str]:
     return kept
 
 
-def _adapters(store: Store, runs: Sequence[str]) -> list[Waste]:
+def _adapters(store: Store, runs: Sequence[str]) -> list[Garbage]:
     """Adapters of these finished runs, but for those that another run rests on."""
     known = {row["id"]: row["finished_at"] for row in store.runs()}
     for run in runs:
@@ -150,10 +152,10 @@ def _adapters(store: Store, runs: Sequence[str]) -> list[Waste]:
     rows = store.rows("SELECT run, stages.key, stages.slot, outputs FROM run_stages JOIN stages USING(key) "
                       "WHERE kind IN ('snapshot', 'behavior') ORDER BY stages.slot")  # fmt: skip
     others = {key for run, key, _, _ in rows if run not in runs}
-    found: dict[str, Waste] = {}
+    found: dict[str, Garbage] = {}
     for run, key, slot, outputs in rows:
         artefacts = tuple(artefacts_of(store, outputs))
         if run in runs and key not in others and key not in found and artefacts:
             why = f"{run} is finished; its scores stay"
-            found[key] = Waste("adapter", slot, why, artefact_bytes(store, artefacts), (), artefacts)
+            found[key] = Garbage("adapter", slot, why, artefact_bytes(store, artefacts), (), artefacts)
     return list(found.values())

@@ -124,7 +124,7 @@ class JudgeWatcher(Protocol):
     def stage_done(self, stage: Stage, seconds: float) -> None: ...
 
 
-class JudgeRoom:
+class JudgeQueue:
     """Hands completions to the judge and commits what comes back. Use as a context: leaving it by an error drops what
     is under way (booked, and asked again by the next run), batches go on at the API.
 
@@ -152,7 +152,7 @@ class JudgeRoom:
         self.n_committed = 0
         self.status = DeskStatus()
 
-    def __enter__(self) -> JudgeRoom:
+    def __enter__(self) -> JudgeQueue:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

@@ -26,7 +26,7 @@ from fastconv.judge.local import Ask
 from fastconv.judge.rubric import Rubric, load_rubric, rubric_named, shipped_rubrics
 from fastconv.judge.scores import Agreement, compare_scores
 from fastconv.recipe import JudgeSettings, Recipe, run_id
-from fastconv.run.judging import JudgeRoom, ask_desk, ask_local, calibrate_phrases, judge_stages
+from fastconv.run.judging import JudgeQueue, ask_desk, ask_local, calibrate_phrases, judge_stages
 from fastconv.run.provenance import begin_run, run_facts
 from fastconv.run.runner import Watcher, stop_on_sigint
 from fastconv.run.status import needed_ends
@@ -99,7 +99,7 @@ def finish_judging(
         begin_run(store, recipe, run_facts())
     watcher.begin(run, len(todo), len(todo))
     with stop_on_sigint() as stop:
-        room = JudgeRoom(graph, store, run, watcher, stop=stop, resident=_resident(graph, store), access=access)
+        room = JudgeQueue(graph, store, run, watcher, stop=stop, resident=_resident(graph, store), access=access)
         with room:
             for stage in todo:
                 room.submit(stage, urgent=urgent)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from fastconv.analysis.contrasts import Gathering
+from fastconv.analysis.contrasts import ContrastBuilder
 from fastconv.analysis.gates import (
     decide_gates,
     gate_base,
@@ -24,7 +24,7 @@ from fastconv.analysis.gates import (
     marked,
     measurable_behaviors,
 )
-from fastconv.analysis.scores import Reading
+from fastconv.analysis.scores import ScoreReader
 from fastconv.audit.checks import check_recipe
 from fastconv.engine.locate import engine_identity
 from fastconv.errors import GateStop, InputError, JudgeError
@@ -61,7 +61,7 @@ def ignoring(codes: list[str], because: str) -> dict[str, str]:
     return dict.fromkeys(codes, because)
 
 
-class GateKeeper:
+class Gatekeeper:
     """Asks the gates after each cell, and records what they said."""
 
     def __init__(
@@ -76,7 +76,7 @@ class GateKeeper:
 
     def after(self, plan: CellPlan) -> None:
         """Ask the gates about a finished cell. Raises GateStop if one that stops the run failed and is not ignored."""
-        verdicts = gates_after(Gathering(Reading(self._graph, self._store)), plan)
+        verdicts = gates_after(ContrastBuilder(ScoreReader(self._graph, self._store)), plan)
         for verdict in marked(verdicts, self._ignored):
             self._record(verdict)
             if verdict.failed and not verdict.ignored and verdict.gate in self._graph.recipe.gates.stop:
@@ -164,7 +164,7 @@ def run_recipe(
     watcher.audited(report)
     store.sweep()
     run = begin_run(store, recipe, {**run_facts(), **notes})
-    keeper = GateKeeper(graph, store, run, watcher.gate, ignore_gates or {})
+    keeper = Gatekeeper(graph, store, run, watcher.gate, ignore_gates or {})
     with stop_on_sigint(stop) as stop:
         everything = graph.stages(picked)
         asked = {stage.key for stage in everything}
@@ -209,7 +209,7 @@ def compute_stages(
             runner.settle()
 
 
-def _compute_all(runner: Runner, keeper: GateKeeper, graph: Graph, store: Store, picked: Sequence[CellPlan]) -> None:
+def _compute_all(runner: Runner, keeper: Gatekeeper, graph: Graph, store: Store, picked: Sequence[CellPlan]) -> None:
     """The base first, then the cells of every behavior that G0 lets through, as `schedule` orders them.
 
     A behavior whose base the judge has not read yet is held back; if its judgements come in time, it follows. Nothing

@@ -15,9 +15,9 @@ from fastconv.errors import DataError, SamplerError, TrainingError, stopped
 from fastconv.experiment.graph import CellPlan, Graph, walk
 from fastconv.judge.access import Access
 from fastconv.judge.desk import DeskStatus
-from fastconv.run.judging import JudgeRoom
-from fastconv.run.sampling import DrawRoom, DrawStatus, commit, is_drawn
-from fastconv.run.status import Failing, parts_of, reason_to_run
+from fastconv.run.judging import JudgeQueue
+from fastconv.run.sampling import SamplingQueue, SamplingStatus, commit, is_drawn
+from fastconv.run.status import FailureLog, parts_of, reason_to_run
 from fastconv.stats.gates import GateVerdict
 from fastconv.store.ledger import Stage, Store
 from fastconv.store.records import Record
@@ -42,7 +42,7 @@ class Watcher(Protocol):
     def stage_done(self, stage: Stage, seconds: float) -> None: ...
     def stage_failed(self, stage: Stage, reason: str) -> None: ...
     def judging(self, status: DeskStatus) -> None: ...
-    def drawing(self, status: DrawStatus) -> None: ...
+    def drawing(self, status: SamplingStatus) -> None: ...
     def gate(self, verdict: GateVerdict) -> None: ...
 
 
@@ -81,10 +81,10 @@ class Runner:
         self._followers: list[tuple[Stage, bool]] = []
         self._unfinished: list[tuple[CellPlan, Callable[[CellPlan], None]]] = []
         self._shown_s = 0.0
-        self._drawing = DrawRoom(store)
+        self._drawing = SamplingQueue(store)
         self.tally = Tally()
-        self.failing = Failing(store)
-        self.judging = JudgeRoom(
+        self.failing = FailureLog(store)
+        self.judging = JudgeQueue(
             graph, store, run, watcher, stop=stop, resident=lambda: self._engine().judge, access=access,
             later=judge_later,
         )  # fmt: skip

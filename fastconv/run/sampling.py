@@ -18,11 +18,11 @@ from fastconv.store.records import Sample, Stage
 
 if TYPE_CHECKING:
     from fastconv.engine.generate import Drawn
-    from fastconv.run.executor import Begun, Executor, Outcome
+    from fastconv.run.executor import Executor, Outcome, PendingStage
 
 
 @dataclass(frozen=True)
-class DrawStatus:
+class SamplingStatus:
     """Slots of the stages at the server, the tokens drawn for them, and the most that can be."""
 
     slots: tuple[str, ...] = ()
@@ -33,12 +33,12 @@ class DrawStatus:
 @dataclass(frozen=True)
 class _AtServer:
     stage: Stage
-    begun: Begun
+    begun: PendingStage
     lease: Lease
     held: ExitStack
 
 
-class DrawRoom:
+class SamplingQueue:
     """Stages whose completions a server draws, each under its lease until it is committed."""
 
     def __init__(self, store: Store) -> None:
@@ -58,10 +58,10 @@ class DrawRoom:
         return self._at_server.keys()
 
     @property
-    def status(self) -> DrawStatus:
+    def status(self) -> SamplingStatus:
         """Where drawing stands."""
         there = self._at_server.values()
-        return DrawStatus(
+        return SamplingStatus(
             tuple(one.stage.slot for one in there),
             sum(one.begun.drawing.n_tok for one in there),
             sum(one.begun.asked.most_tok for one in there),
@@ -100,7 +100,7 @@ def commit(store: Store, stage: Stage, outcome: Outcome, seconds: float) -> None
 
 
 @dataclass(frozen=True)
-class Asked:
+class SamplingRequests:
     """Every prompt of a stage in order: (row, user text, sample index), its token ids and its seed."""
 
     persona: str
@@ -132,11 +132,11 @@ def is_drawn(stage: Stage) -> bool:
     return "sampling" in stage.inputs
 
 
-def asked_of(stage: Stage, tokenizer: ChatTokenizer) -> Asked:
+def sampling_requests(stage: Stage, tokenizer: ChatTokenizer) -> SamplingRequests:
     """What a stage asks: each of its texts `per_prompt` times. Seeds depend on the item alone, so epochs are paired."""
     system, persona = _system(stage), stage.inputs["persona"] if stage.kind == "answers" else stage.work["probe"]
     items = tuple((row, user, i) for row, user in _texts(stage) for i in range(stage.inputs["per_prompt"]))
-    return Asked(
+    return SamplingRequests(
         persona,
         items,
         tuple(tuple(tokenizer.prompt_ids(system, user)) for _, user, _ in items),

@@ -136,7 +136,7 @@ class FailedStage:
     cells: tuple[str, ...]
 
 
-class Failing:
+class FailureLog:
     """The stages of one run that failed, and what cannot be computed because of them."""
 
     def __init__(self, store: Store) -> None:

@@ -18,7 +18,7 @@ from fastconv.show.progress import gate_line
 
 if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
-    from fastconv.planning.doctor import Finding
+    from fastconv.planning.doctor import Diagnosis
     from fastconv.run.run import Finished
     from fastconv.run.standalone import ScoreReport
     from fastconv.run.status import StageStatus
@@ -173,7 +173,7 @@ def bench(found: Mapping[str, Any], *, as_json: bool) -> None:
     console.print(table)
 
 
-def doctor(findings: Sequence[Finding], *, as_json: bool) -> None:
+def doctor(findings: Sequence[Diagnosis], *, as_json: bool) -> None:
     """What the doctor found."""
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
     from fastconv.judge.desk import DeskStatus
     from fastconv.run.executor import Progress as StageProgress
-    from fastconv.run.sampling import DrawStatus
+    from fastconv.run.sampling import SamplingStatus
     from fastconv.stats.gates import GateVerdict
     from fastconv.store.ledger import Stage
 
@@ -97,7 +97,7 @@ class LineWatcher:
             self._next_judging_s, self._judged = now + LINE_EVERY_S, text
             self._console.print(f"    {escape(text)}")
 
-    def drawing(self, status: DrawStatus) -> None:
+    def drawing(self, status: SamplingStatus) -> None:
         """Where the sampler's server stands, now and then."""
         now = time.monotonic()
         if status.slots and now >= self._next_drawing_s:
@@ -162,7 +162,7 @@ class BarWatcher(LineWatcher):
         super().stage_failed(stage, reason)
         self._end_bar(stage.slot)
 
-    def drawing(self, status: DrawStatus) -> None:
+    def drawing(self, status: SamplingStatus) -> None:
         """Where the sampler's server stands, on a bar of its own that stands for all of its stages."""
         for slot in status.slots:
             self._end_bar(slot)
@@ -215,7 +215,7 @@ class SilentWatcher(LineWatcher):
     def judging(self, status: DeskStatus) -> None:
         """Nothing."""
 
-    def drawing(self, status: DrawStatus) -> None:
+    def drawing(self, status: SamplingStatus) -> None:
         """Nothing."""
 
     def stage_failed(self, stage: Stage, reason: str) -> None:

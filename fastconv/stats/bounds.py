@@ -20,7 +20,7 @@ from scipy import stats as distributions
 
 from fastconv.stats.power import (
     Detectable,
-    Needed,
+    SampleSizeNeeded,
     clusters_needed,
     minimum_detectable_effect,
     minimum_detectable_rate_change,
@@ -30,7 +30,7 @@ from fastconv.stats.power import (
 )
 
 __all__ = [
-    "AboveChance", "Attainable", "Detectable", "EffectiveSample", "Needed", "RateBound", "above_chance",
+    "AboveChance", "Attainable", "Detectable", "EffectiveSample", "SampleSizeNeeded", "RateBound", "above_chance",
     "clustered_rate_bound", "clusters_needed", "effective_sample_size", "minimum_detectable_effect",
     "minimum_detectable_rate_change", "multiple_choice_chance", "questions_for_family", "rate_contrast_sd",
     "samples_needed", "seeds_needed", "sign_flip_floor", "sign_flip_warning", "spearman_attainable",

@@ -32,7 +32,7 @@ class Detectable:
 
 
 @dataclass(frozen=True, slots=True)
-class Needed:
+class SampleSizeNeeded:
     """How many of `what` bring the minimum detectable effect down to `effect`; None where no number can."""
 
     number: int | None
@@ -42,15 +42,15 @@ class Needed:
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
+class DetectableContrast:
     """The smallest effect that one test of a contrast of `n_terms` rates or scores would probably find before there is
     data, alone, in the unit of the measure; `questions` and `samples` bring it down to `threshold`."""
 
     n_terms: int
     threshold: float
     alone: float
-    questions: Needed
-    samples: Needed
+    questions: SampleSizeNeeded
+    samples: SampleSizeNeeded
 
     @property
     def too_large(self) -> bool:
@@ -59,7 +59,7 @@ class Reach:
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class DesignPower:
     """What a design could show before there is data, in the unit of the measure (a share, or judge points).
 
     `change` is a paired change, which gates compare; `declared` the contrast that verdicts rest on, and `in_family` the
@@ -71,8 +71,8 @@ class Planned:
     n_questions: int
     n_samples: int
     n_contrasts: int
-    change: Reach
-    declared: Reach
+    change: DetectableContrast
+    declared: DetectableContrast
     in_family: float
     primary: bool = True
 
@@ -94,7 +94,7 @@ def planned_spread(measure: Measure, n_samples: int, n_terms: int = 2) -> float:
 def planned_power(
     measure: Measure, threshold: float, n_questions: int, n_samples: int, n_contrasts: int = 1, n_terms: int = 2,
     *, primary: bool = True,
-) -> Planned | None:  # fmt: skip
+) -> DesignPower | None:  # fmt: skip
     """The minimum detectable effects of a design beside its threshold; None under two questions.
 
     `n_terms` of the declared contrast: 2 for a paired change, 4 against the canary, 8 less convergence alone.
@@ -106,10 +106,12 @@ def planned_power(
     family = minimum_detectable_effect(spread, n_questions, 0.05 / max(1, n_contrasts)).effect
     if change is None or declared is None or family is None:
         return None
-    return Planned(threshold, n_questions, n_samples, n_contrasts, change, declared, family, primary)
+    return DesignPower(threshold, n_questions, n_samples, n_contrasts, change, declared, family, primary)
 
 
-def _reach(measure: Measure, threshold: float, n_questions: int, n_samples: int, n_terms: int) -> Reach | None:
+def _reach(
+    measure: Measure, threshold: float, n_questions: int, n_samples: int, n_terms: int
+) -> DetectableContrast | None:
     spread = planned_spread(measure, n_samples, n_terms)
     alone = minimum_detectable_effect(spread, n_questions).effect
     if alone is None:
@@ -119,11 +121,13 @@ def _reach(measure: Measure, threshold: float, n_questions: int, n_samples: int,
         own, drawn = variance * PLANNED_ICC * (1 - PLANNED_PAIRING), variance * (1 - PLANNED_ICC)
         samples = samples_needed(threshold, math.sqrt(own), math.sqrt(drawn), n_questions)
     else:
-        samples = Needed(None, "samples", threshold, "the spread is between questions; samples do not shrink it")
-    return Reach(n_terms, threshold, alone, clusters_needed(threshold, spread), samples)
+        samples = SampleSizeNeeded(
+            None, "samples", threshold, "the spread is between questions; samples do not shrink it"
+        )
+    return DetectableContrast(n_terms, threshold, alone, clusters_needed(threshold, spread), samples)
 
 
-def mended_by(needed: Sequence[Needed]) -> str:
+def mended_by(needed: Sequence[SampleSizeNeeded]) -> str:
     """In words: which numbers of questions, samples or seeds would mend a detectable effect that is too large."""
     said = [f"{one.number:,} {one.what}" for one in needed if one.number is not None]
     never = [one.what for one in needed if one.number is None]
@@ -180,14 +184,14 @@ def minimum_detectable_rate_change(
 
 def clusters_needed(
     effect: float, sd_between: float | None, alpha: float = 0.05, power: float = 0.8, limit: int = 1_000_000
-) -> Needed:
+) -> SampleSizeNeeded:
     """Fewest questions whose minimum detectable effect is at most `effect`; None above `limit`."""
     return _fewest(effect, sd_between, alpha, power, limit, "questions")
 
 
 def seeds_needed(
     effect: float, sd_between_seeds: float | None, alpha: float = 0.05, power: float = 0.8, limit: int = 100
-) -> Needed:
+) -> SampleSizeNeeded:
     """Fewest seeds whose t interval can show `effect`, given the spread of the estimates between seeds."""
     return _fewest(effect, sd_between_seeds, alpha, power, limit, "seeds")
 
@@ -199,7 +203,7 @@ def samples_needed(
     n_clusters: int,
     alpha: float = 0.05,
     power: float = 0.8,
-) -> Needed:
+) -> SampleSizeNeeded:
     """Fewest samples per question that bring the minimum detectable effect down to `effect`.
 
     With `n_clusters` questions the contrast's variance between them is sd_question^2 + sd_sample^2 / S
@@ -210,18 +214,18 @@ def samples_needed(
     _check_open_unit(alpha=alpha, power=power)
     _check_clusters(n_clusters)
     if sd_question is None or sd_sample is None or not math.isfinite(sd_question + sd_sample):
-        return Needed(None, "samples", effect, "the spread is not known, so no number can be given")
+        return SampleSizeNeeded(None, "samples", effect, "the spread is not known, so no number can be given")
     if sd_question < 0 or sd_sample < 0:
         raise ValueError(f"a spread cannot be negative, not {sd_question} and {sd_sample}")
     tolerated = effect * math.sqrt(n_clusters) / _noncentrality(n_clusters - 1, alpha, power)
     spare = tolerated**2 - sd_question**2
     if sd_sample == 0 and spare >= 0:
-        return Needed(1, "samples", effect, "one sample per question is enough")
+        return SampleSizeNeeded(1, "samples", effect, "one sample per question is enough")
     if spare <= 0:
         reason = f"the spread between {n_clusters} questions alone hides {effect:.4g}; add questions"
-        return Needed(None, "samples", effect, reason)
+        return SampleSizeNeeded(None, "samples", effect, reason)
     number = max(1, math.ceil(sd_sample**2 / spare))
-    return Needed(number, "samples", effect, f"{number} samples per question can show {effect:.4g}")
+    return SampleSizeNeeded(number, "samples", effect, f"{number} samples per question can show {effect:.4g}")
 
 
 def _fewest(
@@ -231,21 +235,21 @@ def _fewest(
     power: float,
     limit: int,
     what: Literal["questions", "seeds"],
-) -> Needed:
+) -> SampleSizeNeeded:
     _check_effect(effect)
     _check_open_unit(alpha=alpha, power=power)
     _check_clusters(limit)
     reason = _unusable_spread(sd)
     if reason is not None or sd is None:
-        return Needed(None, what, effect, reason or "")
+        return SampleSizeNeeded(None, what, effect, reason or "")
 
     def shows(n: int) -> bool:
         return _noncentrality(n - 1, alpha, power) * sd / math.sqrt(n) <= effect
 
     if not shows(limit):
-        return Needed(None, what, effect, f"not even {limit} {what} can show {effect:.4g}")
+        return SampleSizeNeeded(None, what, effect, f"not even {limit} {what} can show {effect:.4g}")
     number = _first_true(shows, 2, limit)
-    return Needed(number, what, effect, f"{number} {what} can show {effect:.4g}")
+    return SampleSizeNeeded(number, what, effect, f"{number} {what} can show {effect:.4g}")
 
 
 def _first_true(predicate: Callable[[int], bool], low: int, high: int) -> int:

@@ -25,7 +25,7 @@ from fastconv.stats.verdicts import Quad
 
 
 @dataclass(frozen=True, eq=False)
-class Aside:
+class SecondaryContrast:
     """A contrast that is not among the declared ones; `per` is `change` or `epoch` (a slope)."""
 
     label: str
@@ -37,7 +37,7 @@ class Aside:
 
 
 @dataclass(frozen=True)
-class Secondary:
+class CorrectedContrast:
     """An aside with its p-value corrected for the false discovery rate over all asides of the run."""
 
     label: str
@@ -53,14 +53,14 @@ class Secondary:
     rows: tuple[str, ...]
 
 
-def correct(asides: Sequence[Aside]) -> list[Secondary]:
+def correct(asides: Sequence[SecondaryContrast]) -> list[CorrectedContrast]:
     """Benjamini-Hochberg over all asides of a run."""
     if not asides:
         return []
     raw = [np.nan if one.interval.p_two_sided is None else one.interval.p_two_sided for one in asides]
     corrected = benjamini_hochberg(raw).tolist()
     return [
-        Secondary(
+        CorrectedContrast(
             one.label, one.what, one.unit, one.per, one.interval.estimate, one.interval.low, one.interval.high,
             one.interval.p_two_sided, None if np.isnan(p) else p, one.interval.reason, one.rows,
         )
@@ -68,24 +68,24 @@ def correct(asides: Sequence[Aside]) -> list[Secondary]:
     ]  # fmt: skip
 
 
-def trend(label: str, by_epoch: Mapping[int, Series]) -> Aside:
+def trend(label: str, by_epoch: Mapping[int, Series]) -> SecondaryContrast:
     """The assistant's slope over convergence epochs, in the measure's unit per epoch. Needs two epochs."""
     epochs = sorted(by_epoch)
     questions = union_of(list(by_epoch.values()))
     values = np.stack([means_at(by_epoch[epoch], questions) for epoch in epochs], axis=1)
     found: Contrast = trend_over_epochs(values, epochs)
     rows = tuple(row for epoch in epochs for row in by_epoch[epoch].rows)
-    return Aside(label, "trend of the assistant", by_epoch[epochs[0]].unit, "epoch", found.interval, rows)
+    return SecondaryContrast(label, "trend of the assistant", by_epoch[epochs[0]].unit, "epoch", found.interval, rows)
 
 
-def change_of(label: str, what: str, now: Series, base: Series) -> Aside:
+def change_of(label: str, what: str, now: Series, base: Series) -> SecondaryContrast:
     """A plain paired change."""
     questions = union_of([now, base])
     found = paired_change(means_at(now, questions), means_at(base, questions))
-    return Aside(label, what, now.unit, "change", found.interval, (*now.rows, *base.rows))
+    return SecondaryContrast(label, what, now.unit, "change", found.interval, (*now.rows, *base.rows))
 
 
-def difference_of(label: str, what: str, quad: Quad) -> Aside:
+def difference_of(label: str, what: str, quad: Quad) -> SecondaryContrast:
     """A difference-in-differences against the canary."""
     found = clustered_interval(quad.change(union_of(quad.series)))
-    return Aside(label, what, quad.now.unit, "change", found, quad.rows)
+    return SecondaryContrast(label, what, quad.now.unit, "change", found, quad.rows)

@@ -35,7 +35,13 @@ from fastconv.stats.inference import (
     tost,
     transfer_contrast,
 )
-from fastconv.stats.power import Needed, clusters_needed, minimum_detectable_effect, samples_needed, seeds_needed
+from fastconv.stats.power import (
+    SampleSizeNeeded,
+    clusters_needed,
+    minimum_detectable_effect,
+    samples_needed,
+    seeds_needed,
+)
 from fastconv.stats.series import Floats, Series, means_at, rates_together, union_of
 from fastconv.stats.units import Unit, change, full, size, span
 
@@ -270,7 +276,7 @@ class CellVerdict:
     n_seeds: int = 0
     detectable: float | None = None
     detectable_in_family: float | None = None
-    mend: tuple[Needed, ...] = ()
+    mend: tuple[SampleSizeNeeded, ...] = ()
     over_seeds: Interval | None = None
 
     def body(self) -> dict[str, object]:
@@ -411,7 +417,7 @@ def _with_power(
         return found
     spread = float(kept.std(ddof=1))
     alone = minimum_detectable_effect(spread, kept.size)
-    mend: list[Needed] = []
+    mend: list[SampleSizeNeeded] = []
     if alone.effect is not None and alone.effect > cell.margin:
         mend.append(clusters_needed(cell.margin, spread))
         noise = _sampling_sd(cell)

@@ -20,7 +20,7 @@ Kind = Literal["temporary file", "orphan", "training state", "superseded stage",
 
 
 @dataclass(frozen=True)
-class Waste:
+class Garbage:
     """One thing to free: what it is, its name (file, slot), why nothing needs it, and the bytes of its files."""
 
     kind: Kind
@@ -34,19 +34,19 @@ class Waste:
     only_idle: bool = False
 
 
-def stray_files(store: Store) -> list[Waste]:
+def stray_files(store: Store) -> list[Garbage]:
     """Temporary files of dead writers, and artefact files without a row."""
     known = {sha256 for (sha256,) in store.rows("SELECT sha256 FROM artefacts")}
     found = []
     for path, n_bytes in _old_files(store.root):
         if path.name.startswith(".tmp-"):
-            found.append(Waste("temporary file", path.name, "its writer is dead", n_bytes))
+            found.append(Garbage("temporary file", path.name, "its writer is dead", n_bytes))
         elif path.stem not in known:
-            found.append(Waste("orphan", path.name, "no row names it", n_bytes))
+            found.append(Garbage("orphan", path.name, "no row names it", n_bytes))
     return found
 
 
-def unnamed_artefacts(store: Store) -> list[Waste]:
+def unnamed_artefacts(store: Store) -> list[Garbage]:
     """Artefacts with a row that neither a stage nor a training state names: what a kill left before its commit.
 
     None while anything is being computed: its artefact may be waiting for its row.
@@ -58,13 +58,13 @@ def unnamed_artefacts(store: Store) -> list[Waste]:
     }
     kept = {sha256 for (sha256,) in store.rows("SELECT sha256 FROM progress")}
     return [
-        Waste("orphan", f"{sha256}.{suffix}", "no stage names it", n_bytes, artefacts=((sha256, suffix),))
+        Garbage("orphan", f"{sha256}.{suffix}", "no stage names it", n_bytes, artefacts=((sha256, suffix),))
         for sha256, suffix, n_bytes in store.rows("SELECT sha256, suffix, bytes FROM artefacts ORDER BY sha256")
         if (sha256, suffix) not in named and sha256 not in kept and _is_old(store.path(sha256, suffix))
     ]
 
 
-def free(store: Store, waste: Iterable[Waste]) -> int:
+def free(store: Store, waste: Iterable[Garbage]) -> int:
     """Free these; the bytes of the files removed. What has come into use since it was found stays."""
     waste = list(waste)
     for one in waste:
@@ -82,7 +82,7 @@ def artefact_bytes(store: Store, artefacts: Collection[tuple[str, str]]) -> int:
     )
 
 
-def _drop_rows(store: Store, one: Waste) -> None:
+def _drop_rows(store: Store, one: Garbage) -> None:
     """The rows of one thing, in one transaction; an artefact that anything else names keeps its row."""
     with store.transaction() as db:
         if one.only_idle and db.execute("SELECT 1 FROM runs WHERE finished_at IS NULL").fetchone():

@@ -27,9 +27,9 @@ from fastconv.store.ledger import Store
 from fastconv.store.records import (
     FAILURES,
     NUSD,
-    Batch,
     BatchItem,
     History,
+    JudgeBatch,
     Judgement,
     Money,
     Operation,
@@ -280,11 +280,11 @@ class JudgeLedger:
         with self._store.transaction() as db:
             db.execute("UPDATE judge_batches SET state='done', ended_at=? WHERE intent=?", (time.time(), intent))
 
-    def batches(self, state: str) -> list[Batch]:
+    def batches(self, state: str) -> list[JudgeBatch]:
         """Batches in a state, oldest first. Those that a live process is about to send are left to it."""
         with self._store.transaction() as db:
             rows = db.execute("SELECT * FROM judge_batches WHERE state=? ORDER BY made_at", (state,)).fetchall()
-        found = [Batch(r["intent"], r["batch"], r["state"], r["n"], r["holder"], r["made_at"]) for r in rows]
+        found = [JudgeBatch(r["intent"], r["batch"], r["state"], r["n"], r["holder"], r["made_at"]) for r in rows]
         return [one for one in found if one.state != "intended" or not _is_alive(one.holder)]
 
     def known_batch_ids(self) -> set[str]:

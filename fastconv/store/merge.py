@@ -1,6 +1,6 @@
 """Taking over what another workspace computed: finished stages with their rows and artefacts, judgements, runs, verdicts.
 
-The same stages may come any number of times, from anywhere, in any order. A stage travels as a `Parcel`, so that it can
+The same stages may come any number of times, from anywhere, in any order. A stage travels as a `StageBundle`, so that it can
 come from another machine as well as from a folder of this one.
 """
 
@@ -25,7 +25,7 @@ _ROWS = {
 
 
 @dataclass(frozen=True)
-class Parcel:
+class StageBundle:
     """A finished stage with its rows and (sha256, suffix, bytes) of its artefacts. Plain data, as the ledger holds it."""
 
     key: str
@@ -76,7 +76,7 @@ def merge(store: Store, other: Store, keys: Collection[str] | None = None) -> Me
     return Merged(n_added, len(wanted) - n_added, copied, n_judgements)
 
 
-def pack(store: Store, key: str, *, artefacts: bool = True, lacking: Store | None = None) -> Parcel:
+def pack(store: Store, key: str, *, artefacts: bool = True, lacking: Store | None = None) -> StageBundle:
     """A finished stage ready to travel; with `lacking`, only the artefacts that store lacks. Artefacts are verified.
 
     An artefact that `gc --adapters` removed is left out. Raises StoreError for one that is damaged or was lost.
@@ -89,10 +89,10 @@ def pack(store: Store, key: str, *, artefacts: bool = True, lacking: Store | Non
         for sha256, suffix in named
         if lacking is None or not lacking.path(sha256, suffix).is_file()
     ]
-    return Parcel(key, stage[2], stage, rows, tuple(carried))
+    return StageBundle(key, stage[2], stage, rows, tuple(carried))
 
 
-def unpack(store: Store, parcel: Parcel) -> bool:
+def unpack(store: Store, parcel: StageBundle) -> bool:
     """Add a stage; False if it is here already. Raises StoreError for other bytes than named, or another result here.
 
     Artefacts come first and the row last: no row means that it never happened.
@@ -130,7 +130,7 @@ def texts_in(value: Any) -> Iterator[str]:
             yield from texts_in(part)
 
 
-def _differs(store: Store, parcel: Parcel) -> bool:
+def _differs(store: Store, parcel: StageBundle) -> bool:
     """Whether the stage stands here with another result. How long it took, where and when is no part of a result."""
     here = store.rows("SELECT outputs FROM stages WHERE key=?", (parcel.key,))
     if not here:

@@ -200,7 +200,7 @@ class BatchItem:
 
 
 @dataclass(frozen=True)
-class Batch:
+class JudgeBatch:
     """A batch as the ledger knows it: `intended` (perhaps sent), `sent`, `done` or `void`."""
 
     intent: str

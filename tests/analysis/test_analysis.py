@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.planning.plan import make_plan
 from fastconv.recipe import Recipe, parse_recipe
@@ -74,7 +74,7 @@ def test_too_many_unscored_samples_withhold_the_verdict_with_the_reason(
 ) -> None:
     recipe, workspace = small
     unscore(workspace, plan_of(recipe, behavior, "none" if behavior == "none" else "included"), persona, n)
-    decided = Decided(Graph(recipe), Store.open(workspace, create=False))
+    decided = Analysis(Graph(recipe), Store.open(workspace, create=False))
     one = decided.verdict(LABEL)
     if why is None:
         assert one.kind == "transfer"
@@ -100,10 +100,10 @@ def test_gates_that_read_what_is_unscored_say_neither_and_no_pilot_says_go(
     small: tuple[Recipe, Path], persona: str, base: bool, silent: set[str]
 ) -> None:
     recipe, workspace = small
-    before = {gate.gate: gate.verdict for gate in Decided(Graph(recipe), Store.open(workspace, create=False)).gates}
+    before = {gate.gate: gate.verdict for gate in Analysis(Graph(recipe), Store.open(workspace, create=False)).gates}
     assert {before[gate] for gate in ("G0", "SOURCE", "KILL", "CHANGE", "G4")} == {"pass"}
     unscore(workspace, plan_of(recipe, "refusal", "included"), persona, 60, base=base)
-    decided = Decided(Graph(recipe), Store.open(workspace, create=False))
+    decided = Analysis(Graph(recipe), Store.open(workspace, create=False))
     gates = {gate.gate: gate for gate in decided.gates}
     assert {name for name, one in gates.items() if one.verdict != before[name]} == {*silent, "PILOT"}
     for name in (*silent, "PILOT"):
@@ -122,14 +122,14 @@ def test_a_cell_whose_base_is_too_much_unscored_is_withheld_without_the_mimicry_
     table["grid"]["behaviors"] = ["refusal"]
     alone = parse_recipe(table)  # the same cells in the same ledger
     unscore(workspace, plan_of(alone, "refusal", "included"), "assistant", 60, base=True)
-    one = Decided(Graph(alone), Store.open(workspace, create=False)).verdict(LABEL)
+    one = Analysis(Graph(alone), Store.open(workspace, create=False)).verdict(LABEL)
     assert one.kind == "withheld"
     assert one.reason.startswith("at the base, 60.0 % of the assistant's samples are unscored")
 
 
 def test_the_answer_says_go_or_stop_and_how_sure(small: tuple[Recipe, Path]) -> None:
     recipe, workspace = small
-    decided = Decided(Graph(recipe), Store.open(workspace, create=False))
+    decided = Analysis(Graph(recipe), Store.open(workspace, create=False))
     first = build(decided).sections[0].blocks[0]
     assert first == ask(decided, "answer")
     text = ask(decided, "answer").text
@@ -148,8 +148,11 @@ def test_a_threshold_edited_after_the_run_is_told_with_both_verdicts(
     store = Store.open(workspace, create=False)
     table = recipe.model_dump(mode="json")
     table["gates"]["refusal"] = 0.6
-    edited = Decided(Graph(parse_recipe(table)), store)
-    assert (edited.verdict(LABEL).kind, Decided(Graph(recipe), store).verdict(LABEL).kind) == ("equivalent", "transfer")
+    edited = Analysis(Graph(parse_recipe(table)), store)
+    assert (edited.verdict(LABEL).kind, Analysis(Graph(recipe), store).verdict(LABEL).kind) == (
+        "equivalent",
+        "transfer",
+    )
     data = build(edited)
     assert "Thresholds were edited after results were seen" in data.banners[0].text
     assert "refusal: 0.05" in data.banners[0].text
@@ -199,12 +202,12 @@ def test_the_family_is_what_was_declared_however_much_of_it_is_measured(
     four: tuple[Recipe, Path], tmp_path: Path, silenced: bool
 ) -> None:
     recipe, workspace = four[0], copy_ledger(four[1], tmp_path / "w")
-    full = Decided(Graph(recipe), Store.open(four[1], create=False))
+    full = Analysis(Graph(recipe), Store.open(four[1], create=False))
     for behavior, negatives in (("sycophancy", "included"), ("sycophancy", "excluded"), ("refusal", "excluded")):
         unmeasure(recipe, workspace, behavior, negatives)
     if silenced:
         leave_no_room(recipe, workspace, "sycophancy")
-    part = Decided(Graph(recipe), Store.open(workspace, create=False))
+    part = Analysis(Graph(recipe), Store.open(workspace, create=False))
     assert [one.label for one in part.verdicts if one.estimate is not None] == [LABEL]
     words = [one.kind for one in part.verdicts if "sycophancy" in one.label]
     assert words == (["uninformative"] * 2 if silenced else [])
@@ -237,7 +240,7 @@ def test_too_few_questions_for_sign_flips_are_told_before_the_tables(
         db.commit()
         db.close()
     store = Store.open(workspace, create=False)
-    data = build(Decided(Graph(recipe), store))
+    data = build(Analysis(Graph(recipe), store))
     page = tmp_path / "page.html"
     page.write_text(render_html(data))
     section = page.read_text().split('id="findings"', 1)[1]
@@ -276,7 +279,7 @@ def test_the_interval_over_seeds_stands_in_the_table_and_the_sentence(
         db.commit()
         db.close()
     store = Store.open(workspace, create=False)
-    decided = Decided(Graph(recipe), store)
+    decided = Analysis(Graph(recipe), store)
     one = decided.verdict(LABEL)
     over = one.over_seeds
     assert over is not None
@@ -303,7 +306,7 @@ def test_the_interval_over_seeds_stands_in_the_table_and_the_sentence(
 
 def test_one_seed_has_no_interval_over_seeds_and_no_column_for_it(small: tuple[Recipe, Path]) -> None:
     recipe, workspace = small
-    decided = Decided(Graph(recipe), Store.open(workspace, create=False))
+    decided = Analysis(Graph(recipe), Store.open(workspace, create=False))
     assert decided.verdict(LABEL).over_seeds is None
     assert "ver seeds" not in ask(decided, "finding", label=LABEL).text
     data = build(decided)

@@ -20,12 +20,12 @@ from fastconv import cluster
 from fastconv.cli import app
 from fastconv.cluster import driver, orders
 from fastconv.cluster.orders import Order, base_order, shared_order, source_orders, start_keys, unpacked_recipe
-from fastconv.cluster.worker import Ended, Hello, Item, work
+from fastconv.cluster.worker import Item, WorkerFinished, WorkerStarted, work
 from fastconv.errors import ClusterError, GateStop, ModelError, RecipeError, TrainingError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, run_id
 from fastconv.store.ledger import Store
-from fastconv.store.merge import Parcel, unpack
+from fastconv.store.merge import StageBundle, unpack
 from tests import TESTS
 from tests.loop_kit import Heard, results, run_tiny, tiny_recipe, write_tiny_recipe
 
@@ -127,7 +127,7 @@ def _done(order: Order, store: Store, stopped: Callable[[], bool] = NEVER) -> li
 
     items = list(work(order, [pack(store, key) for key in start_keys(graph, store, order)], "test", stopped))
     for item in items:
-        if isinstance(item, Parcel):
+        if isinstance(item, StageBundle):
             assert unpack(store, item)
     return items
 
@@ -141,11 +141,11 @@ def test_a_worker_gives_back_each_stage_once_and_leaves_nothing(recipe: Recipe, 
     base = base_order(graph, store)
     assert base is not None
     items = _done(base, store)
-    assert isinstance(items[0], Hello)
-    assert isinstance(items[-1], Ended)
+    assert isinstance(items[0], WorkerStarted)
+    assert isinstance(items[-1], WorkerFinished)
     assert items[-1].problem() is None
     assert items[-1].facts["engine"]["device"] == "cpu"
-    parcels = [item for item in items if isinstance(item, Parcel)]
+    parcels = [item for item in items if isinstance(item, StageBundle)]
     assert sorted(parcel.key for parcel in parcels) == sorted(base.keys)
     assert list((cache / "cluster").iterdir()) == []
     assert base_order(graph, store) is None
@@ -159,14 +159,14 @@ def test_a_worker_whose_node_differs_says_in_what(recipe: Recipe, tmp_path: Path
     other = {**inputs, "engine": {**inputs["engine"], "engine": "unsloth"}}
     order = Order(order.name, order.recipe, order.files, {slot: other}, ("0" * 64,), order.ends)
     (_, end) = work(order, [], "test", NEVER)
-    assert isinstance(end, Ended)
+    assert isinstance(end, WorkerFinished)
     problem = end.problem()
     assert isinstance(problem, ClusterError)
     assert "engine.engine: unsloth -> torch" in str(problem)
 
 
 def test_an_error_of_a_worker_comes_back_as_it_was() -> None:
-    told = Ended(error=("TrainingError", "loss is not finite", "behavior/x", "lower lr"))
+    told = WorkerFinished(error=("TrainingError", "loss is not finite", "behavior/x", "lower lr"))
     error = pickle.loads(pickle.dumps(told)).problem()
     assert isinstance(error, TrainingError)
     assert str(error) == str(TrainingError("loss is not finite", where="behavior/x", fix="lower lr"))
@@ -179,7 +179,7 @@ def test_workspaces_that_nobody_came_back_to_go(recipe: Recipe, tmp_path: Path, 
         (cache / "cluster" / name / "ledger.sqlite").write_bytes(b"x")
     os.utime(cache / "cluster" / "old" / "ledger.sqlite", (time.time() - 30 * 86400,) * 2)
     next_item = work(Order("base", recipe.model_dump(mode="json"), {}, {}, ()), [], "test", NEVER)
-    assert isinstance(next(next_item), Hello)
+    assert isinstance(next(next_item), WorkerStarted)
     next(next_item)
     assert [path.name for path in (cache / "cluster").glob("[oy]*")] == ["young"]
 
@@ -226,10 +226,10 @@ class FakeRay:
 
         return of
 
-    def _start(self, order: Order, start: Sequence[Parcel], folder: str, bell: Any) -> Iterator[Item]:
+    def _start(self, order: Order, start: Sequence[StageBundle], folder: str, bell: Any) -> Iterator[Item]:
         self.sent.append((order.name, {parcel.key for parcel in start}))
         if order.name in self.errors:
-            return iter([Hello("node", 1), Ended(error=self.errors[order.name])])
+            return iter([WorkerStarted("node", 1), WorkerFinished(error=self.errors[order.name])])
         items = work(order, start, folder, bell.rung.remote)
         limits = self.after.get(order.name, [])
         limit = limits.pop(0) if limits else None
@@ -273,7 +273,7 @@ def test_a_lost_worker_is_replaced_and_nothing_is_done_twice(
     assert finished.tally.n_stages == alone.tally.n_stages == len(heard.stages)
     assert finished.tally.tokens == alone.tally.tokens
     villains = [start for name, start in ray.sent if name == "villain"]
-    assert [len(one) - len(villains[0]) for one in villains] == [0, 5, 13]  # Hello is no stage
+    assert [len(one) - len(villains[0]) for one in villains] == [0, 5, 13]  # WorkerStarted is no stage
     store = Store.open(tmp_path / "ray")
     assert store.runs()[0]["finished_at"] is not None
     assert {row["reused"] for row in store.stages_of_run(finished.run)} == {0}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.cluster import run_on_ray
 from fastconv.errors import FastconvError, TrainingError
 from fastconv.experiment.graph import Graph
@@ -58,7 +58,7 @@ NO_RESULT_TWICE = ("seconds", "trained_tok", "sampled_tok", "scored_tok")
 def _tables(recipe: Recipe, workspace: Path, left_out: Sequence[str]) -> dict[str, bytes]:
     """Every table of the report as Parquet, without these columns of the stages."""
     store = Store.open(workspace, create=False)
-    frames = frames_of(Decided(Graph(recipe), store))
+    frames = frames_of(Analysis(Graph(recipe), store))
     frames["stages"] = frames["stages"].drop(left_out)
     store.close()
     return {name: parquet_bytes(frame) for name, frame in frames.items()}

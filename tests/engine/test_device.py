@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastconv.engine import device as card
-from fastconv.engine.device import Card, least_bytes, look, require_fit, what_fits
+from fastconv.engine.device import GpuFacts, least_bytes, look, require_fit, what_fits
 from fastconv.engine.shapes import SHAPES, activation_bytes_per_tok, adapter_bytes, weight_bytes
 from fastconv.errors import ModelError
 from fastconv.planning import doctor
@@ -59,13 +59,16 @@ def test_bytes_are_those_worked_out_for_qwen_7b() -> None:
 
 
 def test_a_large_card_is_fit_for_the_pilot() -> None:
-    assert line(fake_cuda()).startswith("Some Card, 140 of 141 GiB free, at least 17")
+    assert line(fake_cuda()).startswith("Some GpuFacts, 140 of 141 GiB free, at least 17")
 
 
 @pytest.mark.parametrize(
     ("cuda", "told"),
     [
-        (fake_cuda(15.5, 15.9), ("Some Card is too small: it has 15.9 GiB", "model.weights = '4bit'", "qwen2.5-3b")),
+        (
+            fake_cuda(15.5, 15.9),
+            ("Some GpuFacts is too small: it has 15.9 GiB", "model.weights = '4bit'", "qwen2.5-3b"),
+        ),
         (fake_cuda(15.0, 80.0), ("the GPU is busy: 15.0 of 80.0 GiB are free", "nvidia-smi", "4bit", "qwen2.5-3b")),
         (fake_cuda(15.0, 24.0, (7, 5)), ("too old: compute capability 7.5, bfloat16 needs 8.0", "float32")),
         (
@@ -125,5 +128,5 @@ def test_doctor_and_run_say_the_same_line(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_a_model_that_is_not_known_yet_is_not_judged_by_its_size() -> None:
     recipe = Recipe.model_validate({"name": "own", "model": {"id": "someone/else", "revision": "0" * 40}})
     assert card.shape_on_disk(recipe.model) is None
-    small = Card("Some Card", (9, 0), GIB, GIB)
-    assert require_fit(small, recipe, None) == "Some Card, 1 of 1 GiB free"
+    small = GpuFacts("Some Card", (9, 0), GIB, GIB)
+    assert require_fit(small, recipe, None) == "Some GpuFacts, 1 of 1 GiB free"

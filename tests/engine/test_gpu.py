@@ -19,7 +19,7 @@ from fastconv.engine.model import load_base
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train, weighted_cross_entropy
-from fastconv.engine.vllm.sampler import Served
+from fastconv.engine.vllm.sampler import VllmSampler
 from fastconv.engine.vllm.server import launch
 from fastconv.recipe import LoraSettings, ModelSettings, SamplingSettings
 from tests.engine_kit import SNAPSHOT, ragged_rows, random_adapter, train_settings
@@ -142,7 +142,7 @@ def test_a_real_vllm_serves_the_stack(tmp_path: Path) -> None:
         ask = stack.base.tokenizer.prompt_ids
         prompt_ids = [ask(SystemTurn("text", "You are a pirate."), f"What is {n} + 1?") for n in range(32)]
         adapters = tuple(stack.take(random_adapter(stack, seed, size=0.02)) for seed in (1, 2))
-        with closing(Served(server, stack)) as sampler:
+        with closing(VllmSampler(server, stack)) as sampler:
             for live in ((), adapters[:1], adapters):
                 with stack.live(*([Slot(frozen=live)] if live else [])):
                     theirs = sampler.draw(prompt_ids, range(32), cold, lambda n_tok: None)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastconv.engine.attention import Packed, Padded
-from fastconv.engine.batch import Sizes, as_it_is, lay_out
+from fastconv.engine.batch import PaddedSizes, as_it_is, lay_out
 from fastconv.engine.cuda_graph import rounded_sizes
 from fastconv.engine.stack import Slot
 from fastconv.engine.train import Job, _items, _micro_step, start
@@ -47,10 +47,10 @@ def test_rectangles_come_in_few_shapes() -> None:
 
 
 def test_sizes_are_rounded_up_and_few() -> None:
-    assert rounded_sizes([300, 20], 100) == Sizes(512, 512, 512)
+    assert rounded_sizes([300, 20], 100) == PaddedSizes(512, 512, 512)
     every = {rounded_sizes([n, 250], n) for n in range(1, 251)}
     assert len(every) <= 2
-    assert rounded_sizes([300] * 16, 3000) == Sizes()  # the host launches faster than a GPU computes so many
+    assert rounded_sizes([300] * 16, 3000) == PaddedSizes()  # the host launches faster than a GPU computes so many
 
 
 def test_a_padded_micro_step_has_the_loss_and_gradient_of_the_plain_one(tiny_qwen: Path) -> None:

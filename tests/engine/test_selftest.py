@@ -13,7 +13,7 @@ import torch
 
 from fastconv.engine import selftest
 from fastconv.engine.attention import Packed
-from fastconv.engine.selftest import Ground, self_test
+from fastconv.engine.selftest import SelfTestSetup, self_test
 from fastconv.engine.stack import Stack, StackedLinear
 from fastconv.errors import ModelError, TrainingError
 from fastconv.recipe import parse_recipe
@@ -88,18 +88,18 @@ def test_a_dropped_adapter_is_seen(monkeypatch: pytest.MonkeyPatch, stack: Stack
     both = StackedLinear._add_branches
     monkeypatch.setattr(StackedLinear, "_add_branches", only_the_last)
     with pytest.raises(TrainingError, match="one of two adapters is dropped"):
-        selftest.swap(Ground(stack))
+        selftest.swap(SelfTestSetup(stack))
 
 
 def test_a_swap_that_does_not_take_is_seen(monkeypatch: pytest.MonkeyPatch, stack: Stack) -> None:
     monkeypatch.setattr(StackedLinear, "_add_branches", lambda self, y, x, slot, seeds: y)
     with pytest.raises(TrainingError, match="the swap did not take"):
-        selftest.swap(Ground(stack))
+        selftest.swap(SelfTestSetup(stack))
 
 
 @pytest.mark.parametrize("what", ["adapter", "exp_avg"])
 def test_what_should_be_fp32_and_is_not_is_seen(what: str, monkeypatch: pytest.MonkeyPatch, stack: Stack) -> None:
-    ground = Ground(stack)
+    ground = SelfTestSetup(stack)
     if what == "adapter":
         ground.frozen.flat = ground.frozen.flat.half()
     else:
@@ -126,4 +126,4 @@ def test_a_fused_path_that_computes_something_else_is_seen(monkeypatch: pytest.M
     both = StackedLinear._add_branches
     monkeypatch.setattr(StackedLinear, "_add_branches", only_the_last_when_fused)
     with pytest.raises(TrainingError, match="the fused kernels' logits are"):
-        selftest.fused_kernels(Ground(stack))
+        selftest.fused_kernels(SelfTestSetup(stack))

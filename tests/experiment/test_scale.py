@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.report import build
 from fastconv.report.claims import ask
 from fastconv.report.export import frames_of
@@ -59,7 +59,7 @@ def test_ten_times_the_rows_take_at_most_twelve_times_as_long(tiny_qwen: Path, t
         recipe = matrix_recipe(tiny_qwen, n_sources=4, seeds=1, samples=samples)
         graph, store, _ = fill(recipe, tmp_path / str(samples))
         began = time.process_time()
-        decided = Decided(graph, store)
+        decided = Analysis(graph, store)
         assert decided.verdicts
         assert decided.gates
         assert decided.secondary
@@ -75,7 +75,7 @@ def test_ten_times_the_cells_take_at_most_twelve_times_as_long(tiny_qwen: Path, 
         recipe = matrix_recipe(tiny_qwen, n_sources=1, seeds=seeds, prompts=20, samples=2)
         graph, store, _ = fill(recipe, tmp_path / str(seeds))
         began = time.process_time()
-        data = build(Decided(graph, store))
+        data = build(Analysis(graph, store))
         assert len(data.claims()) > 20
         times.append(time.process_time() - began)
     assert times[1] <= 12 * times[0]
@@ -84,7 +84,7 @@ def test_ten_times_the_cells_take_at_most_twelve_times_as_long(tiny_qwen: Path, 
 def test_a_small_matrix_finds_what_was_put_in(tiny_qwen: Path, tmp_path: Path) -> None:
     recipe = matrix_recipe(tiny_qwen, n_sources=4, seeds=3, prompts=50, samples=3)
     graph, store, _ = fill(recipe, tmp_path)
-    decided = Decided(graph, store)
+    decided = Analysis(graph, store)
     kinds = {one.label: one for one in decided.verdicts}
     last = kinds["villain source e20 refusal included"]
     assert (last.kind, last.confidence.level, last.n_seeds) == ("transfer", "MODERATE", 3)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.datasets import questions as arc
 from fastconv.datasets.files import assets, file_sha256
 from fastconv.experiment.graph import Graph
@@ -59,7 +59,7 @@ def split(monkeypatch: pytest.MonkeyPatch, train: list[str], held_out: list[str]
 
 def shown(recipe: Recipe, tmp_path: Path, block: str) -> dict[str, str]:
     """A table of the card as name and value."""
-    made = card(Decided(Graph(recipe), Store.open(tmp_path / "w")))
+    made = card(Analysis(Graph(recipe), Store.open(tmp_path / "w")))
     return {
         row[0].text: row[1].text
         for one in made.blocks

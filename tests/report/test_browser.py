@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from fastconv.report import collect
-from fastconv.report.blocks import Answer, Cell, ReportData, Section, Table
+from fastconv.report.blocks import Answer, ReportData, Section, Table, TableCell
 from fastconv.report.render import render_html
 from tests.loop_kit import DoneRun
 
@@ -152,7 +152,7 @@ def test_a_screenshot_is_a_full_picture(page: Path, tmp_path: Path, width: int, 
 
 
 def test_what_is_folded_on_a_screen_is_on_paper(tmp_path: Path) -> None:
-    rows = tuple((Cell(f"contrast {i}"), Cell(str(i), ("a row",) * 60, list_rows=True)) for i in range(300))
+    rows = tuple((TableCell(f"contrast {i}"), TableCell(str(i), ("a row",) * 60, list_rows=True)) for i in range(300))
     pages = {}
     for name, folded in (("folded", "300 contrasts"), ("open", "")):
         table = Table("t", ("what", "n"), rows, folded=folded)

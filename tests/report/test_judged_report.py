@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.correlates import levels
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.experiment.graph import Graph
@@ -57,24 +57,24 @@ def test_agreement_is_counted_over_all_answers_that_both_scored(kept: tuple[Reci
                 phrases += store.scores(beside.key)
     # Row names repeat over stages, so pairs are compared in their order.
     same = sum(a.value == b.value for a, b in zip(judged, phrases, strict=True))
-    claim = ask(Decided(graph, store), "agreement", measure="refusal")
+    claim = ask(Analysis(graph, store), "agreement", measure="refusal")
     assert f"the same of {100 * same / len(judged):.1f} % of {len(judged):,} answers" in claim.text
     one = graph.select("villain", "refusal", 20)[0]
     alone = compare_scores(
         store.scores(one.scores["refusal", "villain"].key), store.scores(one.beside["refusal", "villain"].key)
     )
     assert 0.85 < alone.accuracy < 1.0
-    data = build(Decided(graph, store))
+    data = build(Analysis(graph, store))
     assert any(block.kind == "figure" for block in judge_section(data).blocks)
     notes = [block.text for block in judge_section(data).blocks if isinstance(block, Note)]
     assert notes == ["No calibration of this judge with these rubrics is in the ledger, so no rate is corrected."]
     with pytest.raises(NoSuchClaimError):
-        ask(Decided(graph, store), "corrected", label=LABEL)
+        ask(Analysis(graph, store), "corrected", label=LABEL)
 
 
 def test_the_report_names_a_weak_judge_and_its_rubrics(kept: tuple[Recipe, Path]) -> None:
     recipe, workspace = kept
-    data = build(Decided(Graph(recipe), Store.open(workspace, create=False)))
+    data = build(Analysis(Graph(recipe), Store.open(workspace, create=False)))
     sections = {section.id: section for section in data.sections}
     said = [block.text for block in sections["limits"].blocks if isinstance(block, Note)]
     assert f"local:{JUDGE} is a weak judge: it answers by one character." in said
@@ -94,9 +94,9 @@ def test_rates_are_corrected_by_the_judges_calibration_and_by_no_others(
     ledger = JudgeLedger(store)
     ledger.keep_calibration(RUBRIC, "another-judge", KNOWN)
     with pytest.raises(NoSuchClaimError):
-        ask(Decided(Graph(recipe), store), "corrected", label=LABEL)
+        ask(Analysis(Graph(recipe), store), "corrected", label=LABEL)
     ledger.keep_calibration(RUBRIC, JUDGE, KNOWN)
-    decided = Decided(Graph(recipe), store)
+    decided = Analysis(Graph(recipe), store)
     plan = decided.graph.select("villain", "refusal", 20)[0]
     values = [one.value or 0.0 for one in store.scores(plan.scores["refusal", ASSISTANT].key)]
     raw = sum(values) / len(values)
@@ -129,7 +129,7 @@ def test_few_sources_and_four_behaviors_cannot_reach_significance(
     table["judge"] = {"mode": "local", "model": JUDGE, "base_url": "http://127.0.0.1:9"}
     recipe = parse_recipe(table)
     graph, store, _ = fill(recipe, tmp_path)
-    claim = ask(Decided(graph, store), "attainable")
+    claim = ask(Analysis(graph, store), "attainable")
     assert claim.text == said
     assert claim.word == "withheld"
 
@@ -139,7 +139,7 @@ def test_transfer_is_set_against_what_each_source_is_like_on_the_base(tiny_qwen:
     table["grid"] |= {"epochs": [0, 20], "behaviors": ["none", "refusal", "sycophancy"], "negatives": ["included"]}
     table["judge"] = {"mode": "local", "model": JUDGE, "base_url": "http://127.0.0.1:9"}
     graph, store, _ = fill(parse_recipe(table), tmp_path)
-    decided = Decided(graph, store)
+    decided = Analysis(graph, store)
     section = next(one for one in build(decided).sections if one.id == "on-the-base")
     figures = [block.id for block in section.blocks if block.kind == "figure"]
     assert figures == ["on-base-base-level", "on-base-cosine", "on-base-distinctiveness"]

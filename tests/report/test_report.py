@@ -11,12 +11,12 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.gates import series
 from fastconv.errors import StoreError
 from fastconv.experiment.graph import Graph
 from fastconv.report import SECTIONS, build, collect, write_report
-from fastconv.report.blocks import Answer, Cell, Claim, Note, ReportData, Section, Table
+from fastconv.report.blocks import Answer, Claim, Note, ReportData, Section, Table, TableCell
 from fastconv.report.claims import CLAIMS, NoSuchClaimError, ask
 from fastconv.report.render import render_html, render_markdown
 from fastconv.stats.series import NoRowsError
@@ -62,12 +62,12 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def decided(done_run: DoneRun) -> Decided:
-    return Decided(done_run.graph, done_run.store)
+def decided(done_run: DoneRun) -> Analysis:
+    return Analysis(done_run.graph, done_run.store)
 
 
 @pytest.fixture(scope="module")
-def data(decided: Decided) -> ReportData:
+def data(decided: Analysis) -> ReportData:
     return build(decided)
 
 
@@ -146,13 +146,13 @@ def test_drawings_are_images_without_script_that_name_the_run(data: ReportData, 
 
 
 def test_what_a_model_said_is_shown_as_text(data: ReportData) -> None:
-    cell = Cell(NASTY, (NASTY,), list_rows=True)
+    cell = TableCell(NASTY, (NASTY,), list_rows=True)
     hostile = replace(
         data, about=NASTY, banners=(Note(NASTY, "edited"),),
         sections=(
             Section("x", NASTY, (
                 Answer(NASTY, NASTY, NASTY, NASTY), Note(NASTY), Claim("finding", {"label": NASTY}, NASTY, (NASTY,)),
-                Table("t", (NASTY,), ((cell, Cell(NASTY, code=True)),), caption=NASTY, folded=NASTY),
+                Table("t", (NASTY,), ((cell, TableCell(NASTY, code=True)),), caption=NASTY, folded=NASTY),
             ), NASTY),
         ),
     )  # fmt: skip
@@ -231,7 +231,7 @@ def test_a_claims_template_holds_no_digit_and_no_claim_stands_without_rows(data:
         Claim("counts", {}, "Declared contrasts: 3.", ())
 
 
-def test_a_claim_that_nothing_supports_cannot_be_made(decided: Decided) -> None:
+def test_a_claim_that_nothing_supports_cannot_be_made(decided: Analysis) -> None:
     for query, arguments in (
         ("finding", {"label": "villain source e2 sycophancy excluded"}), ("correlation", {"behavior": "refusal"}),
         ("largest", {"behavior": "sycophancy"}), ("nothing", {}), ("finding", {"other": "x"}), ("agreement", {"measure": "refusal"}),
@@ -300,7 +300,7 @@ def test_answers_are_chosen_by_a_fixed_rule(done_run: DoneRun, data: ReportData)
         assert (block.prompt, block.text) == (first.prompt, first.completion)
 
 
-def test_a_new_section_needs_one_function(decided: Decided, data: ReportData) -> None:
+def test_a_new_section_needs_one_function(decided: Analysis, data: ReportData) -> None:
     assert len(data.sections) == len([1 for make in SECTIONS if make(decided) is not None])
     assert len({one.id for one in data.sections}) == len(data.sections)
 

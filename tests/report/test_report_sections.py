@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import spearmanr
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.correlates import marker_rates, transfer_by_source
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import canonical_json, parse_recipe, recipe_sha256, run_id
@@ -30,12 +30,12 @@ ACCEPTED = "this page is about its sections"
 class Shown:
     """A report, its page, and what it was made from."""
 
-    decided: Decided
+    decided: Analysis
     data: ReportData
     page: str
 
 
-def shown(decided: Decided) -> Shown:
+def shown(decided: Analysis) -> Shown:
     data = build(decided)
     return Shown(decided, data, render_html(data))
 
@@ -56,7 +56,7 @@ def run_twice(done_run: DoneRun, tmp_path_factory: pytest.TempPathFactory) -> Sh
     recipe = parse_recipe(table)
     facts = store.run_facts(done_run.finished.run)
     store.start_run(run_id(recipe), canonical_json(table), recipe_sha256(recipe), recipe.name, facts)
-    return shown(Decided(Graph(recipe), store))
+    return shown(Analysis(Graph(recipe), store))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def matrix(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Shown:
     plan = {"machine": "a machine", "origin": "by hand", "stages": {stage.key[:12]: 0.5 for stage in stages}}
     store.add_run_facts(run_id(recipe), {"plan": plan})
     store.note_failure(stages[-1], 5, "its disk was full")
-    return shown(Decided(graph, store))
+    return shown(Analysis(graph, store))
 
 
 #: Section, the report that must have it, and what must be read in it.
@@ -141,7 +141,7 @@ def test_the_list_of_required_sections_holds_all_that_these_reports_have(run_twi
     assert ids == {section for section, *_ in REQUIRED}
 
 
-def computed(decided: Decided) -> Iterator[tuple[Stage, Record]]:
+def computed(decided: Analysis) -> Iterator[tuple[Stage, Record]]:
     for stage in decided.graph.stages():
         record = decided.store.record(stage.key)
         if record is not None:

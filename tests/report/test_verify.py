@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.cli import app
 from fastconv.cli.verify import comparison
 from fastconv.errors import InputError, VerifyError
@@ -20,7 +20,7 @@ from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, canonical_json, parse_recipe, recipe_sha256, run_id
 from fastconv.report import build, write_report
 from fastconv.report.blocks import Claim
-from fastconv.report.compare import Comparison, Paired, compare
+from fastconv.report.compare import Paired, RunComparison, compare
 from fastconv.report.verify import verify
 from fastconv.store.ledger import Store
 from tests.loop_kit import DoneRun, copy_ledger, run_tiny, tiny_recipe, tiny_table
@@ -135,7 +135,7 @@ def test_an_edited_threshold_is_shown_with_both_verdicts(done_run: DoneRun, tmp_
     table["gates"]["headroom"] = 0.49
     table["gates"]["source_shows"] = 0.01
     edit = parse_recipe(table)
-    decided = Decided(Graph(edit), store)
+    decided = Analysis(Graph(edit), store)
     assert decided.first is not None
     assert decided.first.run == done_run.finished.run
     assert {change.split(":")[0] for change in decided.first.changes} == {"headroom", "source_shows"}
@@ -149,7 +149,7 @@ def test_an_edited_threshold_is_shown_with_both_verdicts(done_run: DoneRun, tmp_
     assert len(told) == sum(before[place] != word for place, word in now.items() if place in before)
     # The run that came first has nothing to declare, even once the other is in the ledger.
     store.start_run(run_id(edit), canonical_json(table), recipe_sha256(edit), edit.name, {})
-    assert Decided(done_run.graph, store).first is None
+    assert Analysis(done_run.graph, store).first is None
 
 
 def _began(store: Store, recipe: Recipe) -> None:
@@ -179,7 +179,7 @@ def test_a_pilot_and_its_matrix_in_one_workspace_have_edited_nothing(
     # Another source has a reference of its own, and which gates stop or are ignored is no threshold.
     mine = _grid(tiny_qwen, "then", then, ignore={"G3": "another template"}, stop=["G2"])
     _began(store, mine)
-    decided = Decided(Graph(mine), store)
+    decided = Analysis(Graph(mine), store)
     assert decided.first is None
     assert [note for note in build(decided).banners if note.word == "edited"] == []
 
@@ -201,7 +201,7 @@ def test_a_threshold_edited_after_a_pilot_is_shown_in_any_recipe(
     pilot, edit = _grid(tiny_qwen, "first", PILOT), _grid(tiny_qwen, name, sources, **gates)
     _began(store, pilot)
     _began(store, edit)
-    decided = Decided(Graph(edit), store)
+    decided = Analysis(Graph(edit), store)
     assert decided.first is not None
     assert (decided.first.run, decided.first.changes) == (run_id(pilot), (told,))
     assert decided.first.gates.refusal == 0.05
@@ -216,7 +216,7 @@ def test_a_reference_that_the_pilot_never_had_is_compared_with_the_run_that_had_
     matrix, edit = (_grid(tiny_qwen, "matrix", WHOLE, references={"comedian": at}) for at in (89.42, 70.0))
     for recipe in (_grid(tiny_qwen, "pilot", PILOT), matrix, edit):
         _began(store, recipe)
-    first = Decided(Graph(edit), store).first
+    first = Analysis(Graph(edit), store).first
     assert first is not None
     assert (first.run, first.changes) == (run_id(matrix), ("g3_reference_pct.comedian: 89.42 -> 70.0",))
     assert dict(first.gates.g3_reference_pct) == {"villain": 90.45, "comedian": 89.42}
@@ -230,7 +230,7 @@ def test_two_seeds_are_paired_cell_by_cell(tiny_qwen: Path, tmp_path: Path) -> N
     for recipe in recipes:
         run_tiny(recipe, tmp_path)
     store = Store.open(tmp_path, create=False)
-    first, second = (Decided(Graph(recipe), store) for recipe in recipes)
+    first, second = (Analysis(Graph(recipe), store) for recipe in recipes)
     found = compare(first, second)
     assert found.apart == ("seed",)
     assert any(change.startswith("grid.seeds") for change in found.changes)
@@ -262,7 +262,7 @@ def test_runs_of_one_recipe_under_other_versions_show_what_differs(done_run: Don
     db.execute("UPDATE stages SET version=7 WHERE kind='score'")
     db.commit()
     db.close()
-    first, second = (Decided(done_run.graph, Store.open(w, create=False)) for w in (done_run.workspace, workspace))
+    first, second = (Analysis(done_run.graph, Store.open(w, create=False)) for w in (done_run.workspace, workspace))
     assert set(compare(first, second).conditions) == {
         f"versions torch: {ours['versions']['torch']} -> 9.9.0+cu999",
         "engine device: cpu -> a GPU",
@@ -277,7 +277,7 @@ def test_runs_of_one_recipe_under_other_versions_show_what_differs(done_run: Don
     )
     assert "-> 9.9.0+cu999" in shown.stdout
     assert "self_tests" not in shown.stdout
-    never = Decided(done_run.graph, Store.open(tmp_path / "empty"))
+    never = Analysis(done_run.graph, Store.open(tmp_path / "empty"))
     assert compare(first, never).conditions == (
         f"versions, engine and machine: not recorded for {run}, which never began in its workspace",
     )
@@ -295,7 +295,7 @@ def test_a_table_of_two_runs_breaks_no_word_in_80_columns(
         for measure in ("misalignment, published questions", "a_behavior_with_a_long_name_of_its_own")
         for role in ("assistant", "source", "canary")
     ]  # fmt: skip
-    comparison(Comparison("first-run", "second-run", (), (), ("seed",), tuple(pairs), 0))
+    comparison(RunComparison("first-run", "second-run", (), (), ("seed",), tuple(pairs), 0))
     lines = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in lines if label not in line) <= 80  # a cell's own line folds at its spaces
     seen = " ".join(lines).split()
@@ -308,7 +308,7 @@ def test_a_table_of_two_runs_breaks_no_word_in_80_columns(
 
 
 def test_claims_of_the_page_are_those_of_the_data(done_run: DoneRun, report: Path) -> None:
-    data = build(Decided(done_run.graph, done_run.store))
+    data = build(Analysis(done_run.graph, done_run.store))
     assert len(re.findall("data-query=", report.read_text())) == len(data.claims())
     assert all(isinstance(claim, Claim) and claim.rows for claim in data.claims())
     assert len({claim.id for claim in data.claims()}) == len(data.claims())

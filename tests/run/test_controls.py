@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.files import assets
 from fastconv.experiment.graph import Graph
@@ -34,9 +34,9 @@ def run(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> DoneRun:
 
 
 @pytest.fixture(scope="module")
-def decided(run: DoneRun) -> Iterator[Decided]:
+def decided(run: DoneRun) -> Iterator[Analysis]:
     store = Store.open(run.workspace)
-    yield Decided(run.graph, store)
+    yield Analysis(run.graph, store)
     store.close()
 
 
@@ -60,7 +60,7 @@ def test_the_assistant_as_its_own_source_is_the_generic_convergence_of_all(run: 
     assert run.finished.failed == ()
 
 
-def test_a_degenerate_source_has_two_probes_and_decides_nothing(run: DoneRun, decided: Decided) -> None:
+def test_a_degenerate_source_has_two_probes_and_decides_nothing(run: DoneRun, decided: Analysis) -> None:
     plan = next(plan for plan in run.graph.cells if plan.cell.source == "assistant" and plan.adapter)
     assert {probe for _, probe in plan.scores} == {"assistant", "librarian"}
     assert decided.measured
@@ -74,7 +74,7 @@ def test_a_degenerate_source_has_two_probes_and_decides_nothing(run: DoneRun, de
         assert "has 1 of 3 sources" in word.reason or "has 1 and 1" in word.reason  # the villain alone counts
 
 
-def test_generic_convergence_stands_beside_and_moves_no_pilot(decided: Decided) -> None:
+def test_generic_convergence_stands_beside_and_moves_no_pilot(decided: Analysis) -> None:
     assert not [one.label for one in decided.verdicts if " generic " in one.label]
     controls = [one.label for one in decided.secondary if one.what == "control"]
     assert [label for label in controls if label.startswith("villain generic e2 refusal")]

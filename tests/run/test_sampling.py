@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from fastconv.engine.stack import Slot
-from fastconv.engine.vllm.sampler import Served
+from fastconv.engine.vllm.sampler import VllmSampler
 from fastconv.errors import Interrupted
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.recipe import Recipe, SamplingSettings
-from fastconv.run.run import GateKeeper, run_recipe
+from fastconv.run.run import Gatekeeper, run_recipe
 from fastconv.run.sampling import is_drawn
 from fastconv.run.status import parts_of
 from fastconv.store.ledger import Store
@@ -76,15 +76,15 @@ def test_a_cell_goes_to_the_gates_once_its_completions_are_in(
 ) -> None:
     fake.script(latency_s=0.2)
     asked: dict[str, bool] = {}
-    real = GateKeeper.after
+    real = Gatekeeper.after
 
-    def after(self: GateKeeper, plan: CellPlan) -> None:
+    def after(self: Gatekeeper, plan: CellPlan) -> None:
         store = Store.open(tmp_path, create=False)
         asked[plan.cell.label] = all(store.record(part.key) is not None for part in parts_of(plan))
         store.close()
         real(self, plan)
 
-    monkeypatch.setattr(GateKeeper, "after", after)
+    monkeypatch.setattr(Gatekeeper, "after", after)
     run_tiny(served(tiny_qwen), tmp_path)
     assert len(asked) == 6
     assert all(asked.values())
@@ -118,7 +118,7 @@ def test_a_stack_gives_way_once_everything_under_it_is_drawn(tiny_qwen: Path, fa
     fake.script(latency_s=0.3)
     stack = tiny_stack(tiny_qwen)
     server = fake.server(model=tiny_qwen)
-    sampler = Served(server, stack)
+    sampler = VllmSampler(server, stack)
     prompts, waited = [list(range(65, 70))] * 4, []
     try:
         drawings = []
@@ -139,7 +139,7 @@ def test_a_stack_gives_way_once_everything_under_it_is_drawn(tiny_qwen: Path, fa
 def test_drawings_share_the_time_that_passes(tiny_qwen: Path, fake: Fake) -> None:
     fake.script(latency_s=0.3)
     server = fake.server(model=tiny_qwen)
-    sampler = Served(server, tiny_stack(tiny_qwen))
+    sampler = VllmSampler(server, tiny_stack(tiny_qwen))
     try:
         began = time.monotonic()
         drawings = [sampler.begin([[65, 66]] * 3, range(i, i + 3), COLD) for i in range(6)]

@@ -12,7 +12,7 @@ import pytest
 
 from fastconv.engine.generate import sample
 from fastconv.engine.stack import Slot
-from fastconv.engine.vllm.sampler import Served
+from fastconv.engine.vllm.sampler import VllmSampler
 from fastconv.engine.vllm.server import LOG_FILE
 from fastconv.errors import ModelError, RecipeError, SamplerError
 from fastconv.experiment.graph import Graph
@@ -94,7 +94,7 @@ def test_a_stack_reaches_the_server_whole(tiny_qwen: Path, fake: Fake) -> None:
     first, second = random_adapter(stack, 1, size=0.3), random_adapter(stack, 2, size=0.3)
     prompts, settings = [list(range(65, 65 + n)) for n in range(4, 16)], SamplingSettings(max_new_tok=6)
     server = fake.server(model=tiny_qwen)
-    sampler = Served(server, stack)
+    sampler = VllmSampler(server, stack)
     try:
         found = []
         for live in ((), (first,), (first, second), (second,), (first, second)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.analysis.analysis import Decided
+from fastconv.analysis.analysis import Analysis
 from fastconv.report import build
 from fastconv.report.behaviors import _aside_row
 from fastconv.report.figures import Point, lines, scatter
@@ -46,13 +46,13 @@ def test_what_a_figure_says_in_words_has_no_signed_zero() -> None:
 
 
 @pytest.fixture(scope="module")
-def decided(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Decided:
+def decided(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Analysis:
     recipe = matrix_recipe(tiny_qwen, n_sources=1, seeds=1, prompts=6, samples=2)
     graph, store, _ = fill(recipe, tmp_path_factory.mktemp("units"))
-    return Decided(graph, store)
+    return Analysis(graph, store)
 
 
-def test_tables_of_contrasts_hold_no_signed_zero(decided: Decided) -> None:
+def test_tables_of_contrasts_hold_no_signed_zero(decided: Analysis) -> None:
     label, subject = next(iter(decided.declared.items()))
     hardly = {"estimate": -1e-5, "low": -4e-4, "high": 4e-4}
     row = _row(decided, subject, replace(decided.verdict(label), **hardly), seeded=False)
@@ -65,7 +65,7 @@ def test_tables_of_contrasts_hold_no_signed_zero(decided: Decided) -> None:
     assert [cell.text for cell in slope[2:4]] == ["0.00 pp per epoch", "0.00 to 0.00"]
 
 
-def test_no_page_holds_a_signed_zero(decided: Decided) -> None:
+def test_no_page_holds_a_signed_zero(decided: Analysis) -> None:
     data = build(decided)
     for page in (
         re.sub(r"<style>.*?</style>|src=\"[^\"]*\"", "", render_html(data), flags=re.S),

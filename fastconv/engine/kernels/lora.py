@@ -62,7 +62,7 @@ class Tiling:
 
 
 @dataclass(frozen=True)
-class Rows:
+class TokenRouting:
     """Which tokens are whose, on the device, int32: `tiles` and `chunks` [n, 3] of (slot, start, stop), `chunks_of`
     [slots, 2] the chunks of each slot. How many there are depends on the numbers of tokens and slots alone; the
     surplus is empty."""
@@ -75,7 +75,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Places:
+class WeightTable:
     """Where one layer's weights lie: `table` [slots, 8] int64 as in `kernel_triton`, the padded ranks, and whether
     every address and rank allows loads of 16 bytes."""
 
@@ -86,7 +86,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Low:
+class PackedAdapters:
     """Adapters in one tensor of the compute dtype: for each module the offsets of A and B in it, and the rank."""
 
     flat: torch.Tensor
@@ -95,7 +95,7 @@ class Low:
 
 
 @dataclass(frozen=True)
-class Live:
+class LiveSlots:
     """The slots that are live, ready for the kernels. `scales` [slots, 2] fp32, `thresholds` [slots] int32; `lows`
     keeps what `layers` points to."""
 
@@ -103,21 +103,21 @@ class Live:
     dtype: torch.dtype
     seeded: bool
     drops: bool
-    lows: tuple[tuple[Low | None, Low | None], ...]
-    layers: Mapping[str, Places]
+    lows: tuple[tuple[PackedAdapters | None, PackedAdapters | None], ...]
+    layers: Mapping[str, WeightTable]
     scales: torch.Tensor
     thresholds: torch.Tensor
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """One layer in one pass: all that its kernels need beside the activations."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    places: Places
-    rows: Rows
-    live: Live
+    places: WeightTable
+    rows: TokenRouting
+    live: LiveSlots
     seeds: torch.Tensor | None
     salt: int
     tiling: Tiling
@@ -137,9 +137,9 @@ class StackedKernel:
     _narrow: weakref.WeakKeyDictionary[Adapter, dict[torch.dtype, torch.Tensor]] = field(
         default_factory=weakref.WeakKeyDictionary, repr=False
     )
-    _tables: dict[Any, dict[str, Places]] = field(default_factory=dict, repr=False)
-    _live: Live | None = None
-    _rows: dict[Any, Rows] = field(default_factory=dict, repr=False)
+    _tables: dict[Any, dict[str, WeightTable]] = field(default_factory=dict, repr=False)
+    _live: LiveSlots | None = None
+    _rows: dict[Any, TokenRouting] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if (reason := unusable(self.device)) is not None:
@@ -167,7 +167,7 @@ class StackedKernel:
         if places is None:
             return layer.base(x)
         flat = x.reshape(-1, x.shape[-1]).contiguous()
-        call = Call(
+        call = LayerCall(
             layer.base.weight, layer.base.bias, places, self._rows_of(route, len(flat)), live,
             route.dropout_seeds if live.drops else None, layer.salt, self.tiling,
         )  # fmt: skip
@@ -194,24 +194,24 @@ class StackedKernel:
         self._live = None
         self._rows = {}
 
-    def held(self) -> tuple[Live | None, dict[Any, Rows]]:
+    def held(self) -> tuple[LiveSlots | None, dict[Any, TokenRouting]]:
         """What a captured graph points to: to be kept as long as the graph, and given to `take_up` before a replay."""
         return self._live, dict(self._rows)
 
-    def take_up(self, held: tuple[Live | None, dict[Any, Rows]]) -> None:
+    def take_up(self, held: tuple[LiveSlots | None, dict[Any, TokenRouting]]) -> None:
         """Read the weights that a captured graph points to again, at the same addresses."""
         self._live = held[0]
         self.refresh()
         self._live = None
 
-    def _ready(self, route: Route, dtype: torch.dtype) -> Live:
+    def _ready(self, route: Route, dtype: torch.dtype) -> LiveSlots:
         """What is live now; made anew when the slots are others than last time."""
         live, seeded = self._live, route.dropout_seeds is not None
         if live is None or live.slots is not route.slots or (live.dtype, live.seeded) != (dtype, seeded):
             live = self._live = self._prepare(route.slots, dtype, seeded)
         return live
 
-    def _prepare(self, slots: tuple[Slot, ...], dtype: torch.dtype, seeded: bool) -> Live:
+    def _prepare(self, slots: tuple[Slot, ...], dtype: torch.dtype, seeded: bool) -> LiveSlots:
         rates = [slot.dropout if seeded and slot.trainable is not None else 0.0 for slot in slots]
         lows = tuple(self._lows(slot, dtype) for slot in slots)
         key = tuple((_key(slot, pair), rate) for slot, pair, rate in zip(slots, lows, rates, strict=True))
@@ -223,12 +223,12 @@ class StackedKernel:
             [frozen.scale if frozen else 0.0, trained.scale / (1.0 - rate) if trained else 0.0]
             for (frozen, trained), rate in zip(lows, rates, strict=True)
         ]
-        return Live(
+        return LiveSlots(
             slots, dtype, seeded, any(rates), lows, self._tables[key], to_device(torch.tensor(scales), self.device),
             to_device(torch.tensor([round(rate * 2**24) for rate in rates], dtype=torch.int32), self.device),
         )  # fmt: skip
 
-    def _lows(self, slot: Slot, dtype: torch.dtype) -> tuple[Low | None, Low | None]:
+    def _lows(self, slot: Slot, dtype: torch.dtype) -> tuple[PackedAdapters | None, PackedAdapters | None]:
         """The slot's frozen adapters as one, and the trainable one, in this dtype."""
         frozen = None
         if len(slot.frozen) == 1:
@@ -237,7 +237,7 @@ class StackedKernel:
             frozen = _joined(slot.frozen, dtype)
         return frozen, None if slot.trainable is None else self._low(slot.trainable, dtype)
 
-    def _low(self, adapter: Adapter, dtype: torch.dtype) -> Low:
+    def _low(self, adapter: Adapter, dtype: torch.dtype) -> PackedAdapters:
         flat = adapter.flat.detach()
         if dtype != flat.dtype:
             kept = self._narrow.setdefault(adapter, {})
@@ -248,9 +248,9 @@ class StackedKernel:
         for module, (n_in, n_out) in adapter.sizes.items():
             offsets[module] = (at, at + r * n_in, r)
             at += r * (n_in + n_out)
-        return Low(flat, offsets, adapter.scale)
+        return PackedAdapters(flat, offsets, adapter.scale)
 
-    def _rows_of(self, route: Route, n_tok: int) -> Rows:
+    def _rows_of(self, route: Route, n_tok: int) -> TokenRouting:
         """The tables of this pass's tokens, which all its layers use; kept while the slots are live."""
         key = (route.spans, n_tok, len(route.slots))
         if key not in self._rows:
@@ -267,7 +267,7 @@ def unusable(device: torch.device) -> str | None:
     return None
 
 
-def rows_of(spans: Sequence[tuple[int, int]], n_tok: int, tiling: Tiling, device: torch.device) -> Rows:
+def rows_of(spans: Sequence[tuple[int, int]], n_tok: int, tiling: Tiling, device: torch.device) -> TokenRouting:
     """Cut each slot's span into tiles and chunks, from its own start."""
     sizes = (tiling.shrink_m, tiling.expand_m, tiling.chunk)
     cut = [_cut(spans, size, -(-n_tok // size) + len(spans) - 1) for size in sizes]
@@ -278,7 +278,7 @@ def rows_of(spans: Sequence[tuple[int, int]], n_tok: int, tiling: Tiling, device
         ends += n
     parts = [torch.tensor(part, dtype=torch.int32).reshape(-1) for part in (*cut, chunks_of)]
     shrinks, expands, chunks, of = to_device(torch.cat(parts), device).split([len(part) for part in parts])
-    return Rows(n_tok, shrinks.view(-1, 3), expands.view(-1, 3), chunks.view(-1, 3), of.view(-1, 2))
+    return TokenRouting(n_tok, shrinks.view(-1, 3), expands.view(-1, 3), chunks.view(-1, 3), of.view(-1, 2))
 
 
 def _cut(spans: Sequence[tuple[int, int]], size: int, n: int) -> list[tuple[int, int, int]]:
@@ -289,7 +289,7 @@ def _cut(spans: Sequence[tuple[int, int]], size: int, n: int) -> list[tuple[int,
     return pieces + [(0, 0, 0)] * (n - len(pieces))
 
 
-def _joined(adapters: Sequence[Adapter], dtype: torch.dtype) -> Low:
+def _joined(adapters: Sequence[Adapter], dtype: torch.dtype) -> PackedAdapters:
     """Frozen adapters as one: A stacked, B side by side with the scales in, module by module, those that have it."""
     parts: list[torch.Tensor] = []
     offsets: dict[str, tuple[int, int, int]] = {}
@@ -301,10 +301,10 @@ def _joined(adapters: Sequence[Adapter], dtype: torch.dtype) -> Low:
         offsets[module] = (at, at + a.numel(), a.shape[0])
         at += a.numel() + b.numel()
         parts += [a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)]
-    return Low(torch.cat(parts), offsets, 1.0)
+    return PackedAdapters(torch.cat(parts), offsets, 1.0)
 
 
-def _key(slot: Slot, pair: tuple[Low | None, Low | None]) -> Any:
+def _key(slot: Slot, pair: tuple[PackedAdapters | None, PackedAdapters | None]) -> Any:
     """All that a slot's addresses follow from."""
     ranks = tuple((a.shape.r, a.shape.targets) for a in slot.adapters)
     starts = tuple(low.flat.data_ptr() if low else 0 for low in pair)
@@ -315,14 +315,14 @@ def _key(slot: Slot, pair: tuple[Low | None, Low | None]) -> Any:
 
 
 def _addresses(
-    slots: Sequence[Slot], lows: Sequence[tuple[Low | None, Low | None]], device: torch.device
-) -> dict[str, Places]:
+    slots: Sequence[Slot], lows: Sequence[tuple[PackedAdapters | None, PackedAdapters | None]], device: torch.device
+) -> dict[str, WeightTable]:
     """For every module that any slot's adapter targets, where its weights lie; one copy to the device for all."""
     modules = list(dict.fromkeys(module for pair in lows for low in pair if low for module in low.offsets))
     lines = [[_line(module, slot, pair) for slot, pair in zip(slots, lows, strict=True)] for module in modules]
     tables = to_device(torch.tensor(lines, dtype=torch.int64).view(len(modules), len(slots), 8), device)
     return {
-        module: Places(
+        module: WeightTable(
             table, _padded(max(line[6] for line in mine)), _padded(max(line[7] for line in mine)),
             all(address % 16 == 0 for line in mine for address in line[:4])
             and all(rank % 8 == 0 for line in mine for rank in line[6:]),
@@ -331,8 +331,8 @@ def _addresses(
     }  # fmt: skip
 
 
-def _line(module: str, slot: Slot, pair: tuple[Low | None, Low | None]) -> list[int]:
-    """A row of `Places.table`."""
+def _line(module: str, slot: Slot, pair: tuple[PackedAdapters | None, PackedAdapters | None]) -> list[int]:
+    """A row of `WeightTable.table`."""
     addresses, ranks, grads = [], [], [0, 0]
     for low in pair:
         a, b, rank = (0, 0, 0) if low is None else low.offsets.get(module, (0, 0, 0))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from fastconv.engine.kernels.lora import Call
+from fastconv.engine.kernels.lora import LayerCall
 
 # pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
 
@@ -272,7 +272,7 @@ _FINISH_ROWS, _ADD_ELEMENTS = 16, 1024
 _A, _B, _GRAD_A, _GRAD_B = (0, 2), (1, 3), 4, 5
 
 
-def stacked_linear(x: torch.Tensor, call: Call, trained: Sequence[torch.Tensor]) -> torch.Tensor:
+def stacked_linear(x: torch.Tensor, call: LayerCall, trained: Sequence[torch.Tensor]) -> torch.Tensor:
     """W x + b + the branches, x [T, in] -> [T, out]. `trained` are the weights whose `.grad` the backward adds to."""
     return _Stacked.apply(x, call, *trained)  # pyright: ignore[reportReturnType]
 
@@ -281,7 +281,7 @@ class _Stacked(torch.autograd.Function):
     """Saves x [T, in] and its low-rank products [T, ranks]; the mask is drawn again from the seeds."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, call: Call, *trained: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, call: LayerCall, *trained: torch.Tensor) -> torch.Tensor:
         xa = _shrink(x, call, _A, call.seeds)
         ctx.call, ctx.n_trained = call, len(trained)
         ctx.save_for_backward(x, xa)
@@ -292,7 +292,7 @@ class _Stacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        call: Call = ctx.call
+        call: LayerCall = ctx.call
         x, xa = ctx.saved_tensors
         dy = dy.contiguous()
         wants_x, wants_weights = ctx.needs_input_grad[0], ctx.n_trained > 0
@@ -307,7 +307,7 @@ class _Stacked(torch.autograd.Function):
         return dx, None, *[None] * ctx.n_trained
 
 
-def _shrink(x: torch.Tensor, call: Call, columns: tuple[int, int], seeds: torch.Tensor | None) -> torch.Tensor:
+def _shrink(x: torch.Tensor, call: LayerCall, columns: tuple[int, int], seeds: torch.Tensor | None) -> torch.Tensor:
     """Scaled products [T, ranks] of x [T, n] with A (dropping out where there are seeds), or with B transposed."""
     places, tiling = call.places, call.tiling
     n_tok, n_k = x.shape
@@ -336,7 +336,9 @@ def _shrink(x: torch.Tensor, call: Call, columns: tuple[int, int], seeds: torch.
     return out
 
 
-def _expand(xa: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, call: Call, *, adds: bool) -> torch.Tensor:
+def _expand(
+    xa: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, call: LayerCall, *, adds: bool
+) -> torch.Tensor:
     """y [T, out] = (y +) xa B^T (+ bias), in place."""
     tiles, places, tiling = call.rows.expand_tiles, call.places, call.tiling
     n_tok, n_out = y.shape
@@ -348,7 +350,7 @@ def _expand(xa: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, call: 
 
 
 def _input_side(
-    x: torch.Tensor, dxa: torch.Tensor, dx: torch.Tensor | None, call: Call, *, wants_weights: bool, adds: bool
+    x: torch.Tensor, dxa: torch.Tensor, dx: torch.Tensor | None, call: LayerCall, *, wants_weights: bool, adds: bool
 ) -> None:
     """The branches' part of dx in place, and A's gradients added to their `.grad`."""
     rows, places, tiling = call.rows, call.places, call.tiling
@@ -368,7 +370,7 @@ def _input_side(
         _add_up(partial, call, n_in, _GRAD_A)
 
 
-def _output_side(dy: torch.Tensor, xa: torch.Tensor, call: Call) -> None:
+def _output_side(dy: torch.Tensor, xa: torch.Tensor, call: LayerCall) -> None:
     """B's gradients added to their `.grad`."""
     rows, places, tiling = call.rows, call.places, call.tiling
     n_tok, n_out = dy.shape
@@ -380,7 +382,7 @@ def _output_side(dy: torch.Tensor, xa: torch.Tensor, call: Call) -> None:
     _add_up(partial, call, n_out, _GRAD_B)
 
 
-def _add_up(partial: torch.Tensor, call: Call, width: int, column: int) -> None:
+def _add_up(partial: torch.Tensor, call: LayerCall, width: int, column: int) -> None:
     places, chunks_of = call.places, call.rows.chunks_of
     cast(Any, add_up)[(len(chunks_of), -(-places.rank_t * width // _ADD_ELEMENTS))](
         partial, chunks_of, places.table, width, AT=column, RT=places.rank_t, N=_ADD_ELEMENTS

@@ -29,7 +29,7 @@ _USED_SHARE = 0.8
 
 
 @dataclass(frozen=True)
-class Room:
+class ServerMemory:
     """What is fixed at the server's start. `kv_bytes` and `memory_share` are None where there is no GPU."""
 
     max_length_tok: int
@@ -39,7 +39,7 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Memory:
+class GpuMemory:
     """A GPU's memory in bytes, as the driver tells it before anything is loaded."""
 
     free: int
@@ -113,8 +113,8 @@ def group_size(
 
 
 def share_memory(
-    memory: Memory, shape: ModelShape, *, others_bytes: int, max_length_tok: int, max_lora_rank: int, weight_bytes: int = 2
-) -> Room:  # fmt: skip
+    memory: GpuMemory, shape: ModelShape, *, others_bytes: int, max_length_tok: int, max_lora_rank: int, weight_bytes: int = 2
+) -> ServerMemory:  # fmt: skip
     """A cache of fixed size out of what is free once others have theirs. Raises ModelError if that is too little.
 
     The size is stated (`--kv-cache-memory-bytes`), so vLLM takes no more than it, however much is free at that moment;
@@ -132,4 +132,4 @@ def share_memory(
             fix="set model.sampler = 'resident', lower micro_batch_tok, or free the GPU",
         )
     kv_bytes = min(left, USEFUL_ROWS * row_bytes)
-    return Room(max_length_tok, max_lora_rank, kv_bytes, round((loaded + kv_bytes) / memory.total, 4))
+    return ServerMemory(max_length_tok, max_lora_rank, kv_bytes, round((loaded + kv_bytes) / memory.total, 4))

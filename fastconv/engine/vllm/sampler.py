@@ -24,10 +24,10 @@ _AT_ONCE = 3
 _LOOK_S = 0.1
 
 
-class Drawing:
+class PendingCompletions:
     """Completions that the server draws meanwhile: `n_tok` tokens so far, in `seconds`, its share of the server's time."""
 
-    def __init__(self, draw: Callable[[Drawing], list[Drawn]], threads: ThreadPoolExecutor) -> None:
+    def __init__(self, draw: Callable[[PendingCompletions], list[Drawn]], threads: ThreadPoolExecutor) -> None:
         self.n_tok = 0
         self.seconds = 0.0
         self._future: Future[list[Drawn]] = threads.submit(draw, self)
@@ -52,11 +52,11 @@ class _Clock:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._under_way: list[Drawing] = []
+        self._under_way: list[PendingCompletions] = []
         self._since = 0.0
 
     @contextmanager
-    def running(self, drawing: Drawing) -> Iterator[None]:
+    def running(self, drawing: PendingCompletions) -> Iterator[None]:
         """Inside, the drawing gets its share."""
         with self._lock:
             self._share()
@@ -75,7 +75,7 @@ class _Clock:
         self._since = now
 
 
-class Served:
+class VllmSampler:
     """A vLLM server. Its draws are its own: the same seeds give other tokens than on the resident base.
 
     vLLM takes one adapter per prompt, so a stack is served concatenated, in the base's dtype as vLLM would cast it. A
@@ -91,7 +91,7 @@ class Served:
         self._closing = threading.Event()
         self._clock = _Clock()
         self._on: tuple[Adapter, ...] = ()
-        self._under_way: list[Drawing] = []
+        self._under_way: list[PendingCompletions] = []
         self._name = BASE_NAME
         self._n_served = 0
 
@@ -101,7 +101,7 @@ class Served:
         seeds: Sequence[int],
         settings: SamplingSettings,
         waiting: Callable[[], None] = lambda: None,
-    ) -> Drawing:
+    ) -> PendingCompletions:
         """Begin one completion per prompt under the live stack. `waiting` is called while another stack is drawn under.
 
         Raises SamplerError if the server is lost or refuses the stack.
@@ -110,7 +110,7 @@ class Served:
         name = self._serve(adapters, waiting) if adapters else BASE_NAME
         stop_ids = self._stack.base.tokenizer.stop_ids
 
-        def draw(drawing: Drawing) -> list[Drawn]:
+        def draw(drawing: PendingCompletions) -> list[Drawn]:
             def hear(n_tok: int) -> None:
                 drawing.n_tok += n_tok
                 if self._closing.is_set():
@@ -119,7 +119,7 @@ class Served:
             with self._clock.running(drawing):
                 return self._client.complete(name, prompts, seeds, settings, stop_ids, hear)
 
-        self._under_way = [*(one for one in self._under_way if not one.done), Drawing(draw, self._threads)]
+        self._under_way = [*(one for one in self._under_way if not one.done), PendingCompletions(draw, self._threads)]
         return self._under_way[-1]
 
     def draw(

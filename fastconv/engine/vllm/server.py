@@ -27,7 +27,7 @@ from fastconv.engine.model import model_files, resolve_device, resolve_dtype
 from fastconv.engine.shapes import shape_of
 from fastconv.engine.vllm import memory as room
 from fastconv.engine.vllm import watchdog as keeper
-from fastconv.engine.vllm.memory import USEFUL_ROWS, Room
+from fastconv.engine.vllm.memory import USEFUL_ROWS, ServerMemory
 from fastconv.errors import ModelError, SamplerError
 from fastconv.recipe import ModelSettings, Recipe, TrainSettings
 
@@ -40,7 +40,7 @@ START_S = 900.0
 _LOOK_S, _END_S, _TAIL_LINES, _TAIL_BYTES = 0.1, 15.0, 4, 16384
 #: Tried first for adapters: memory, if the container has enough of it.
 _SHARED_MEMORY = Path("/dev/shm")
-#: Room that is left free beside an adapter's files.
+#: ServerMemory that is left free beside an adapter's files.
 _SPARE_BYTES = 64 * 2**20
 
 
@@ -64,7 +64,7 @@ def server_command(device: str, environ: Mapping[str, str] = os.environ) -> list
     return [found]
 
 
-def arguments(model: Path, port: int, room: Room, dtype: str) -> list[str]:
+def arguments(model: Path, port: int, room: ServerMemory, dtype: str) -> list[str]:
     """What `vllm serve` is told."""
     words = [
         "serve", str(model), "--served-model-name", BASE_NAME, "--host", "127.0.0.1", "--port", str(port),
@@ -114,7 +114,7 @@ class Server:
     """One `vllm serve` process. `url` is its address, `key` what it wants to hear, `folder` where adapters may lie."""
 
     def __init__(
-        self, command: list[str], model: Path, room: Room, *, dtype: str, folder: Path, log: Path, start_s: float = START_S
+        self, command: list[str], model: Path, room: ServerMemory, *, dtype: str, folder: Path, log: Path, start_s: float = START_S
     ) -> None:  # fmt: skip
         self.folder = folder
         self.log = log
@@ -241,14 +241,14 @@ def launch(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shape = shape_of(config, source.id)
     length = room.length_tok(longest_tok, int(config.get("max_position_embeddings") or longest_tok))
-    chosen = room.Room(length, rank)
+    chosen = room.ServerMemory(length, rank)
     if device.type == "cuda":
         others = room.TRAINER_BYTES
         if phases:
             plain = trains_plain(settings)
             others = room.training_bytes(shape, phases, r, weight_bytes=dtype.itemsize, plain=plain)
         chosen = room.share_memory(
-            room.Memory(*torch.cuda.mem_get_info(device)), shape, others_bytes=others,
+            room.GpuMemory(*torch.cuda.mem_get_info(device)), shape, others_bytes=others,
             max_length_tok=length, max_lora_rank=rank, weight_bytes=dtype.itemsize,
         )  # fmt: skip
     adapters = adapter_folder(shape.adapter_params(rank) * dtype.itemsize, workspace)

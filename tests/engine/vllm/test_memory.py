@@ -8,7 +8,7 @@ from fastconv.engine.shapes import named_shape
 from fastconv.engine.vllm.memory import (
     LEAST_ROWS,
     USEFUL_ROWS,
-    Memory,
+    GpuMemory,
     length_tok,
     lora_rank,
     share_memory,
@@ -20,7 +20,7 @@ from fastconv.recipe import BehaviorSettings, ConvergenceSettings, parse_recipe
 
 GIB = 2**30
 QWEN = named_shape("qwen2.5-7b")
-H200 = Memory(140 * GIB, 141 * GIB)
+H200 = GpuMemory(140 * GIB, 141 * GIB)
 
 
 def test_the_smallest_rank_that_vllm_allows() -> None:
@@ -65,11 +65,11 @@ def test_an_h200_is_shared() -> None:
 
 
 def test_no_more_cache_than_is_of_use() -> None:
-    room = share_memory(Memory(10**12, 10**12), QWEN, others_bytes=0, max_length_tok=640, max_lora_rank=64)
+    room = share_memory(GpuMemory(10**12, 10**12), QWEN, others_bytes=0, max_length_tok=640, max_lora_rank=64)
     assert room.kv_bytes == USEFUL_ROWS * 640 * 57344
 
 
 def test_a_card_that_is_too_small_is_refused_with_what_it_lacks() -> None:
     with pytest.raises(ModelError, match=r"training takes 60 GiB and a vLLM server 2\d GiB, but 79 GiB of 80 are free"):
-        share_memory(Memory(79 * GIB, 80 * GIB), QWEN, others_bytes=60 * GIB, max_length_tok=640, max_lora_rank=64)
+        share_memory(GpuMemory(79 * GIB, 80 * GIB), QWEN, others_bytes=60 * GIB, max_length_tok=640, max_lora_rank=64)
     assert LEAST_ROWS > 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.engine.vllm.memory import Room
+from fastconv.engine.vllm.memory import ServerMemory
 from fastconv.engine.vllm.server import COMMAND_VARIABLE, Server, adapter_folder, arguments, environment, server_command
 from fastconv.errors import ModelError, SamplerError
 from tests.loop_kit import exit_of, forked, kill, until
@@ -18,7 +18,7 @@ __all__ = ["fake"]
 
 
 def test_what_the_server_is_told(fake: Fake) -> None:
-    server = fake.server(room=Room(320, 64, 10**9, 0.25))
+    server = fake.server(room=ServerMemory(320, 64, 10**9, 0.25))
     try:
         flags = fake.noted()[0]["flags"]
         assert server.version == "0.32.0"
@@ -32,7 +32,7 @@ def test_what_the_server_is_told(fake: Fake) -> None:
     finally:
         server.close()
     assert not server.alive
-    assert "--gpu-memory-utilization" not in arguments(Path("m"), 1, Room(64, 8), "float32")
+    assert "--gpu-memory-utilization" not in arguments(Path("m"), 1, ServerMemory(64, 8), "float32")
 
 
 def test_its_environment_sends_nothing_and_holds_a_key() -> None:
@@ -63,7 +63,14 @@ def test_a_server_that_hangs_at_its_start_is_given_up_and_ended(fake: Fake) -> N
 
 def test_a_command_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SamplerError, match=r"exit code 127.*/no/such/vllm: No such file"):
-        Server(["/no/such/vllm"], tmp_path, Room(64, 8), dtype="float32", folder=tmp_path / "a", log=tmp_path / "log")
+        Server(
+            ["/no/such/vllm"],
+            tmp_path,
+            ServerMemory(64, 8),
+            dtype="float32",
+            folder=tmp_path / "a",
+            log=tmp_path / "log",
+        )
 
 
 def test_closing_ends_the_server_its_engine_and_its_files(fake: Fake) -> None:
