@@ -49,7 +49,7 @@ class Demand:
     share: float = 0.0
 
 
-class PlanningGraph(Graph):
+class Sketch(Graph):
     """A recipe's graph for planning: multiple-choice questions that are not at hand are stood in for.
 
     Then `questions_known` is False: the stages that ask them have other keys than they will have.

@@ -19,7 +19,7 @@ from fastconv.engine.shapes import ModelShape, activation_bytes_per_tok, recompu
 from fastconv.errors import CostStop, ModelError
 from fastconv.experiment.graph import CellPlan, Graph, walk
 from fastconv.experiment.schedule import group_size
-from fastconv.experiment.workload import CHARS_PER_TOK, Demand, PlanningGraph, demands, expected_tok, settings_of, total
+from fastconv.experiment.workload import CHARS_PER_TOK, Demand, Sketch, demands, expected_tok, settings_of, total
 from fastconv.judge.budget import Estimate, estimate, prices_of
 from fastconv.judge.identity import params_of
 from fastconv.judge.request import JudgeItem, build_request
@@ -148,7 +148,7 @@ def plan_recipe(recipe: Recipe, store: Store | None, named: str = "") -> Plan:
     """The plan of a recipe on the named machine or this one; questions that are not at hand are stood in for."""
     shape = known_shape(recipe)
     machine = find_machine(recipe, shape, engine_identity(recipe.model)["device"], store, named)
-    return make_plan(PlanningGraph(recipe), store, machine)
+    return make_plan(Sketch(recipe), store, machine)
 
 
 def known_shape(recipe: Recipe) -> ModelShape:
@@ -335,7 +335,7 @@ def _asked(graph: Graph, behavior: Behavior) -> dict[str, int]:
 
 def _notes(graph: Graph, store: Store | None) -> tuple[str, ...]:
     said = []
-    if isinstance(graph, PlanningGraph) and not graph.questions_known:
+    if isinstance(graph, Sketch) and not graph.questions_known:
         said.append(
             "ARC-Challenge is not on this disk: its questions are taken as 586 of average length, and whether stages that "
             "ask or train them are done is not known (eval.arc_file names a copy)"

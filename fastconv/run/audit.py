@@ -13,7 +13,7 @@ from fastconv.datasets.rows import Row, render_row, row_of
 from fastconv.engine.locate import model_folder
 from fastconv.errors import DataError, RecipeError
 from fastconv.experiment.graph import Graph
-from fastconv.experiment.workload import PlanningGraph
+from fastconv.experiment.workload import Sketch
 from fastconv.recipe import Recipe
 from fastconv.store.ledger import Stage, Store
 
@@ -23,7 +23,7 @@ def audit_recipe(recipe: Recipe, store: Store | None) -> CheckReport:
     findings = structure_findings(recipe)
     if store is not None:
         # Questions that are not on this disk are stood in for: sets of theirs then have other keys, so none is found.
-        graph = PlanningGraph(recipe)
+        graph = Sketch(recipe)
         built = {stage.work["set"]: rows for stage in _sets(graph) if (rows := _built(stage, store)) is not None}
         tokenizer = recipe_tokenizer(graph) if built else None
         for name, rows in built.items():

@@ -21,7 +21,7 @@ from fastconv.engine.locate import BUILTIN, locate, model_folder
 from fastconv.engine.shapes import named_shape
 from fastconv.errors import GateStop, InputError, ModelError
 from fastconv.experiment.graph import Graph
-from fastconv.experiment.workload import Demand, PlanningGraph, demands
+from fastconv.experiment.workload import Demand, Sketch, demands
 from fastconv.planning.hardware import CARDS, find_machine, probe_stage, processor
 from fastconv.planning.plan import Plan, make_plan, plan_recipe, require_approved
 from fastconv.recipe import ModelSettings, RunSettings, run_id
@@ -90,7 +90,7 @@ def test_work_is_counted_by_the_protocols_numbers() -> None:
     assert found["behavior"].demand.steps == 6 * 4 * (3 * 150 + 114)
     # judged: 50 requests, 50 statements and 32 questions, 10 samples each
     assert found["judge"].demand.judged == found["plan"].judging.n
-    judged = [stage for stage in PlanningGraph(load("matrix", [])).stages() if stage.kind == "judge"]
+    judged = [stage for stage in Sketch(load("matrix", [])).stages() if stage.kind == "judge"]
     assert found["judge"].demand.judged == sum(len(s.needs["eval"].work["items"]) * 10 for s in judged)
     assert found["eval"].demand.worst_tok == found["judge"].demand.judged * 512
 
