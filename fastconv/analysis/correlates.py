@@ -97,14 +97,15 @@ def _places(decided: Analysis, metric: str) -> dict[str, Level]:
     found: dict[str, Level] = {}
     for plan in decided.graph.cells:
         source = plan.cell.source
-        if plan.cell.epoch or plan.geometry is None or source in found:
+        stage = plan.on_snapshot.get("geometry")
+        if plan.cell.epoch or stage is None or source in found:
             continue
         mine = [
             one
-            for one in decided.store.scores(plan.geometry.key)
+            for one in decided.store.scores(stage.key)
             if (one.row, one.metric) == (source, metric) and one.value is not None
         ]
         if mine:
-            rows = tuple(f"{plan.geometry.key[:12]}/{source}/{one.sample}/{metric}" for one in mine)
+            rows = tuple(f"{stage.key[:12]}/{source}/{one.sample}/{metric}" for one in mine)
             found[source] = Level(sum(one.value or 0.0 for one in mine) / len(mine), rows)
     return found

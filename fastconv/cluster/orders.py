@@ -138,9 +138,9 @@ def require_same_stages(order: Order, graph: Graph, node: str) -> None:
 
 
 def _ends(plan: CellPlan, alive: Sequence[str]) -> list[Stage]:
-    """What a cell wants computed, the geometry of its snapshot included."""
+    """What a cell wants computed, the measures of its snapshot included."""
     ends = wanted(plan, alive)
-    return [*ends, plan.geometry] if ends and plan.geometry is not None else ends
+    return [*ends, *plan.on_snapshot.values()] if ends else ends
 
 
 def _parts(graph: Graph, source: str, alive: Sequence[str]) -> dict[str, Stage]:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastconv.chat import SystemTurn
 from fastconv.engine.model import Base, length_batches
 from fastconv.engine.score import laid_out
+from fastconv.store.records import Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,38 @@ def places(means: Mapping[str, torch.Tensor], layers: Sequence[int], anchor: str
             cosine = float(products[p, i]) / scale if scale > 0 else None
             found.append(Place(name, layer, cosine, float(others * norms[p, i] / centre[i].norm())))
     return found
+
+
+@dataclass(frozen=True)
+class MeasuredSnapshot:
+    """A measure of the live stack: `outputs` are part of the stage's record, `facts` (tokens by kind) are for people."""
+
+    outputs: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    scores: Sequence[Score]
+
+
+def measure_geometry(
+    base: Base, inputs: Mapping[str, Any], questions: Sequence[str], batch_tok: int, begin: Callable[[int], None]
+) -> MeasuredSnapshot:
+    """Cosine and distinctiveness of every persona of `inputs["personas"]` at each depth, under the live stack.
+
+    A persona is [id, kind of system turn, text]. `begin` is told the number of prompts before they are read.
+    """
+    personas = inputs["personas"]
+    prompts = [base.tokenizer.prompt_ids(SystemTurn(*system), user) for _, *system in personas for user in questions]
+    begin(len(prompts))
+    layers = layers_at(n_layers(base), inputs["depths"])
+    states = last_states(base, prompts, layers, batch_tok)
+    means = states.double().view(len(personas), len(questions), *states.shape[1:]).mean(dim=1)
+    scores = []
+    for place in places(dict(zip([name for name, *_ in personas], means, strict=True)), layers, inputs["anchor"]):
+        cosine = None if place.cosine is None else round(place.cosine, 6)
+        reason = None if cosine is not None else "the persona lies at the centre of all"
+        scores.append(Score(place.persona, place.layer, "cosine", cosine, reason))
+        scores.append(Score(place.persona, place.layer, "distinctiveness", round(place.distinctiveness, 6)))
+    outputs = {"n": len(scores), "layers": list(layers)}
+    return MeasuredSnapshot(outputs, {"scored_tok": sum(map(len, prompts))}, scores)
 
 
 @contextlib.contextmanager

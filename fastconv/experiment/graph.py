@@ -2,7 +2,7 @@
 
 answers ─► snapshot (epochs of one cosine) ─┐
 answers ─► rows ─────────────────► behavior ─┴─► eval ─► score, judge
-                                   snapshot ───► geometry
+                                   snapshot ───► measures of the snapshot itself (geometry)
 """
 
 from __future__ import annotations
@@ -29,17 +29,12 @@ from fastconv.datasets.phrases import PhraseRule
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.engine.locate import engine_identity, locate
 from fastconv.errors import RecipeError
+from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, SnapshotMeasure
 from fastconv.judge.budget import prices_of
 from fastconv.judge.identity import JudgeIdentity, judge_identity
 from fastconv.judge.rubric import Rubric, rubric_named
 from fastconv.recipe import NegativesKind, Recipe, SamplingSettings, sha256_of
 from fastconv.store.ledger import Stage
-
-#: Raise a kind's version when its results change for the same inputs; a commit that changes none costs nothing.
-VERSIONS = {"answers": 1, "snapshot": 1, "rows": 1, "behavior": 1, "eval": 1, "score": 1, "judge": 1, "geometry": 1}
-
-#: Where personas are looked at: shares of the model's layers.
-GEOMETRY_DEPTHS = (0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True, order=True)
@@ -64,8 +59,8 @@ class Cell:
 class CellPlan:
     """A cell and its stages. `scores[measure, probe]` is where its numbers will stand, `base[...]` the base's.
 
-    `beside[measure, probe]` scores the same completions another way (phrases, where a judge decides). `geometry` is where
-    personas lie under the cell's snapshot (on the base at epoch 0), if the recipe asks for it.
+    `beside[measure, probe]` scores the same completions another way (phrases, where a judge decides). `on_snapshot` are the
+    measures of the cell's snapshot itself (of the base at epoch 0) by name, as far as the recipe wants them.
     """
 
     cell: Cell
@@ -74,7 +69,7 @@ class CellPlan:
     snapshot: Stage | None
     adapter: Stage | None
     beside: Mapping[tuple[str, str], Stage] = field(default_factory=dict)
-    geometry: Stage | None = None
+    on_snapshot: Mapping[str, Stage] = field(default_factory=dict)
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -115,8 +110,12 @@ class Graph:
         """All stages of the given cells (default: all), each once, what is needed before what needs it."""
         ordered: dict[str, Stage] = {}
         for plan in self.cells if plans is None else plans:
-            placed = [plan.geometry] if plan.geometry is not None else []
-            for stage in (*plan.base.values(), *placed, *plan.scores.values(), *plan.beside.values()):
+            for stage in (
+                *plan.base.values(),
+                *plan.on_snapshot.values(),
+                *plan.scores.values(),
+                *plan.beside.values(),
+            ):
                 for part in walk(stage):
                     ordered.setdefault(part.key, part)
         return list(ordered.values())
@@ -195,6 +194,11 @@ class Graph:
             return [(question.id, question.user) for question in self.questions.eval]
         return eval_prompts(self.recipe, behavior, seed)
 
+    def system(self, persona: str) -> list[str]:
+        """A persona's system turn as it stands in keys: [kind, text]."""
+        turn = self.personas.system(persona)
+        return [turn.kind, turn.text]
+
     def convergence_questions(self) -> list[tuple[str, str]]:
         """(id, text) of the open questions that convergence answers."""
         questions = open_questions("convergence")
@@ -246,7 +250,11 @@ class Graph:
                 for pair, stage in scores.items()
                 if stage.kind == "judge" and self.behaviors[pair[0]].spec.measure == "phrases"
             },
-            geometry=self._geometry(cell, snapshot) if self.recipe.eval.geometry else None,
+            on_snapshot={
+                measure.name: self._measure(measure, cell, snapshot)
+                for measure in SNAPSHOT_MEASURES
+                if measure.wanted(self.recipe)
+            },
         )
 
     def _answers(
@@ -255,7 +263,7 @@ class Graph:
         inputs = {
             **self._engine,
             "persona": persona,
-            "system": _system(self.personas, persona),
+            "system": self.system(persona),
             "prompts_sha256": sha256_of(items),
             "per_prompt": n,
             "sampling": sampling.model_dump(mode="json"),
@@ -263,7 +271,7 @@ class Graph:
             **self._sampler(),
         }
         work = {"prompts": items}
-        return Stage("answers", f"answers/{persona}/{purpose}/s{seed}", VERSIONS["answers"], inputs, {}, work)
+        return Stage("answers", f"answers/{persona}/{purpose}/s{seed}", KINDS["answers"].version, inputs, {}, work)
 
     def _snapshot(self, cell: Cell) -> Stage:
         settings = self.recipe.convergence
@@ -280,12 +288,12 @@ class Graph:
             **self._engine,
             "lora": self.recipe.lora.model_dump(mode="json"),
             "training": {**_training(settings), "trainer": self.recipe.model.trainer},
-            "system": _system(self.personas, ASSISTANT),
+            "system": self.system(ASSISTANT),
             "seed": cell.seed,
             "epoch": cell.epoch,
         }
         slot = f"snapshot/{cell.source}/{cell.convergence}/e{cell.epoch}/s{cell.seed}"
-        return Stage("snapshot", slot, VERSIONS["snapshot"], inputs, {"answers": answers})
+        return Stage("snapshot", slot, KINDS["snapshot"].version, inputs, {"answers": answers})
 
     def _rows(self, cell: Cell) -> Stage:
         name = set_name(cell.behavior, cell.source, cell.negatives, cell.seed)
@@ -304,7 +312,7 @@ class Graph:
             purpose = f"{cell.behavior}/{cell.source}/{cell.negatives}"  # each set asks its speakers other prompts
             needs[persona] = self._answers(persona, purpose, asked, 1, self.recipe.behavior.sampling, cell.seed)
         inputs = {"rows_sha256": sha256_of([row.record(self.personas) for row in rows])}
-        return Stage("rows", f"rows/{name}", VERSIONS["rows"], inputs, needs, {"rows": rows, "set": name})
+        return Stage("rows", f"rows/{name}", KINDS["rows"].version, inputs, needs, {"rows": rows, "set": name})
 
     def _adapter(self, cell: Cell, snapshot: Stage | None) -> Stage:
         inputs = {
@@ -316,7 +324,7 @@ class Graph:
         }
         slot = f"behavior/{_stack_label(cell)}/{cell.behavior}/{cell.negatives}/s{cell.seed}"
         needs = {"rows": self._rows(cell), **({"snapshot": snapshot} if snapshot else {})}
-        return Stage("behavior", slot, VERSIONS["behavior"], inputs, needs)
+        return Stage("behavior", slot, KINDS["behavior"].version, inputs, needs)
 
     def _semantics(self, snapshot: Stage | None) -> dict[str, str]:
         """How a snapshot is put in place matters to what stands on one, and to nothing else."""
@@ -340,7 +348,7 @@ class Graph:
         inputs: dict[str, Any] = {
             **self._engine,
             "measure": behavior.spec.measure,
-            "system": _system(self.personas, probe),
+            "system": self.system(probe),
             "prompts_sha256": items_sha256,
             "seed": cell.seed,
             **self._semantics(snapshot),
@@ -349,40 +357,46 @@ class Graph:
         work = {"measure": measure, "probe": probe, "items": items}
         if behavior.spec.measure == "letters":
             inputs["questions_sha256"] = self.questions.sha256
-            return Stage("eval", f"eval/{where}", VERSIONS["eval"], inputs, needs, work)
+            return Stage("eval", f"eval/{where}", KINDS["eval"].version, inputs, needs, work)
         inputs |= {
             "per_prompt": self.recipe.eval.samples_per_prompt,
             "sampling": self.recipe.eval.sampling.model_dump(mode="json"),
             **self._sampler(),
         }
-        drawn = Stage("eval", f"eval/{where}", VERSIONS["eval"], inputs, needs, work)
+        drawn = Stage("eval", f"eval/{where}", KINDS["eval"].version, inputs, needs, work)
         rubric = self.rubric(behavior)
         return self._by_phrases(behavior, drawn) if rubric is None else self._by_judge(rubric, drawn)
 
-    def _geometry(self, cell: Cell, snapshot: Stage | None) -> Stage:
-        """Where every known persona lies under a snapshot, or on the base."""
-        items = open_questions("marker")
+    def _measure(self, measure: SnapshotMeasure, cell: Cell, snapshot: Stage | None) -> Stage:
+        """A measure of a snapshot, or of the base."""
+        items = measure.items(self)
         inputs = {
             **self._engine,
-            "personas": [[persona, *_system(self.personas, persona)] for persona in sorted(self.personas.prompts)],
-            "anchor": ASSISTANT,
-            "depths": list(GEOMETRY_DEPTHS),
+            **measure.inputs(self),
             "prompts_sha256": sha256_of(items),
             **self._semantics(snapshot),
         }
         where = f"{_stack_label(cell)}/s{cell.seed}" if snapshot is not None else "base"
         needs = {"snapshot": snapshot} if snapshot is not None else {}
-        return Stage("geometry", f"geometry/{where}", VERSIONS["geometry"], inputs, needs, {"items": items})
+        return Stage(measure.name, f"{measure.name}/{where}", measure.version, inputs, needs, {"items": items})
 
     def _by_phrases(self, behavior: Behavior, drawn: Stage) -> Stage:
         rule = self.phrase_rule(behavior)
         slot = f"score/{drawn.slot.removeprefix('eval/')}"
-        return Stage("score", slot, VERSIONS["score"], {"rule": rule.identity()}, {"eval": drawn}, {"rule": rule})
+        return Stage("score", slot, KINDS["score"].version, {"rule": rule.identity()}, {"eval": drawn}, {"rule": rule})
 
     def _by_judge(self, rubric: Rubric, drawn: Stage) -> Stage:
         assert self.judge is not None, "a rubric is only looked up for a judge"
         slot = f"judge/{drawn.slot.removeprefix('eval/')}"
-        return Stage("judge", slot, VERSIONS["judge"], self.judge.inputs(rubric), {"eval": drawn}, {"rubric": rubric})
+        return Stage(
+            "judge", slot, KINDS["judge"].version, self.judge.inputs(rubric), {"eval": drawn}, {"rubric": rubric}
+        )
+
+
+def snapshot_stages(graph: Graph, measure: str) -> list[Stage]:
+    """The stages of a measure of snapshots, each once; cells of one snapshot share them."""
+    found = {s.key: s for plan in graph.cells if (s := plan.on_snapshot.get(measure)) is not None}
+    return list(found.values())
 
 
 def walk(stage: Stage) -> Iterator[Stage]:
@@ -411,11 +425,6 @@ def _training(settings: Any) -> dict[str, Any]:
     if decides["optimizer"] == "adamw":  # so what was trained before there was a choice stays trained
         del decides["optimizer"]
     return decides
-
-
-def _system(personas: Personas, persona: str) -> list[str]:
-    turn = personas.system(persona)
-    return [turn.kind, turn.text]
 
 
 def _stack_label(cell: Cell) -> str:

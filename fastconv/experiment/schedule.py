@@ -30,7 +30,8 @@ class Step:
     """What is computed next, and the cells whose gates are asked after it.
 
     `runs` are convergence runs, each as its wanted snapshots by epoch; `adapters` are behavior adapters on one snapshot to
-    train together; `ends` are end stages of one stack. A step of ends without cells is the geometry of what comes next.
+    train together; `ends` are end stages of one stack. A step of ends without cells measures the snapshot
+    of what comes next.
     """
 
     ends: tuple[Stage, ...] = ()
@@ -52,7 +53,7 @@ def steps(plans: Sequence[CellPlan], alive: Sequence[str], group: int) -> list[S
     plans = [plan for plan in plans if wanted(plan, alive)]
     zeros = [plan for plan in plans if plan.snapshot is None]
     first = [plan for plan in zeros if _decides(plan)]
-    found = [*_geometry(zeros), *(_step(plan, alive) for plan in first)]
+    found = [*_measures(zeros), *(_step(plan, alive) for plan in first)]
     found += _on_one_snapshot([plan for plan in zeros if not _decides(plan)], alive, group)
     runs: dict[str, list[CellPlan]] = {}
     for plan in plans:
@@ -64,7 +65,7 @@ def steps(plans: Sequence[CellPlan], alive: Sequence[str], group: int) -> list[S
         for cells in chunk:
             for _, on_one in groupby(cells, key=lambda plan: plan.cell.epoch):
                 same = list(on_one)
-                found += [*_geometry(same), *_on_one_snapshot(same, alive, group)]
+                found += [*_measures(same), *_on_one_snapshot(same, alive, group)]
     return found
 
 
@@ -98,9 +99,9 @@ def _chunks(things: Sequence[T], size: int) -> list[Sequence[T]]:
     return [things[start : start + size] for start in range(0, len(things), size)]
 
 
-def _geometry(cells: Sequence[CellPlan]) -> list[Step]:
-    """The geometry of these cells' snapshot; cells of one snapshot share it."""
-    stages = {plan.geometry.key: plan.geometry for plan in cells if plan.geometry is not None}
+def _measures(cells: Sequence[CellPlan]) -> list[Step]:
+    """The measures of these cells' snapshot itself; cells of one snapshot share them."""
+    stages = {stage.key: stage for plan in cells for stage in plan.on_snapshot.values()}
     return [Step(ends=(stage,)) for stage in stages.values()]
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from fastconv.engine.shapes import ModelShape, Work, forward_flops_per_tok, train_flops_per_tok, weight_bytes
 from fastconv.errors import InputError
-from fastconv.experiment.workload import Demand
+from fastconv.experiment.measures import Demand
 from fastconv.recipe import Recipe
 from fastconv.store.ledger import Store
 from fastconv.store.records import Stage

@@ -18,8 +18,9 @@ from fastconv.engine.locate import engine_identity, is_here, trains_plain
 from fastconv.engine.shapes import ModelShape, activation_bytes_per_tok, recomputed_bytes_per_tok, weight_bytes
 from fastconv.errors import CostStop, ModelError
 from fastconv.experiment.graph import CellPlan, Graph, walk
+from fastconv.experiment.measures import CHARS_PER_TOK, Demand, expected_tok
 from fastconv.experiment.schedule import group_size
-from fastconv.experiment.workload import CHARS_PER_TOK, Demand, Sketch, demands, expected_tok, settings_of, total
+from fastconv.experiment.workload import Sketch, demands, settings_of, total
 from fastconv.judge.budget import Estimate, estimate, prices_of
 from fastconv.judge.identity import params_of
 from fastconv.judge.request import JudgeItem, build_request

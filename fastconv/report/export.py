@@ -15,9 +15,9 @@ import polars as pl
 from fastconv.analysis.analysis import Analysis
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.errors import InputError
-from fastconv.experiment.graph import CellPlan, Graph
+from fastconv.experiment.graph import CellPlan, Graph, snapshot_stages
+from fastconv.experiment.measures import SNAPSHOT_MEASURES, SnapshotMeasure
 from fastconv.recipe import Recipe, run_id
-from fastconv.report.geometry import geometry_rows
 from fastconv.report.measures import ROLES
 from fastconv.stats.series import series_of
 from fastconv.store.ledger import Stage, Store, write_text
@@ -25,7 +25,7 @@ from fastconv.store.records import Record, Sample, Score
 
 
 def frames_of(decided: Analysis) -> dict[str, pl.DataFrame]:
-    """`contrasts`, `secondary`, `gates`, `measurements`, `geometry`, `scores` and `stages`; empty ones are left out."""
+    """`contrasts`, `secondary`, `gates`, `measurements`, `scores`, `stages` and each measure of snapshots; no empty ones."""
     tables: dict[str, pl.DataFrame] = {
         "contrasts": _frame([one.body() for one in decided.verdicts]),
         "secondary": _frame([{**asdict(one), "rows": list(one.rows)} for one in decided.secondary]),
@@ -37,11 +37,22 @@ def frames_of(decided: Analysis) -> dict[str, pl.DataFrame]:
             ]
         ),
         "measurements": _frame(_measurements(decided)),
-        "geometry": _frame(geometry_rows(decided)),
+        **{measure.name: _frame(_on_snapshots(decided, measure)) for measure in SNAPSHOT_MEASURES},
         "scores": _scores(decided),
         "stages": _frame(_stages(decided)),
     }  # fmt: skip
     return {name: frame for name, frame in tables.items() if frame.height}
+
+
+def _on_snapshots(decided: Analysis, measure: SnapshotMeasure) -> list[dict[str, Any]]:
+    """Every score of a measure of snapshots once: stack, the measure's two columns, metric, value, stage."""
+    row, sample = measure.columns
+    return [
+        {"stack": stage.slot.removeprefix(f"{measure.name}/"), row: score.row, sample: score.sample,
+         "metric": score.metric, "value": score.value, "stage": stage.key}
+        for stage in snapshot_stages(decided.graph, measure.name)
+        for score in decided.store.scores(stage.key)
+    ]  # fmt: skip
 
 
 def parquet_bytes(frame: pl.DataFrame) -> bytes:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.correlates import MARKER, ON_THE_BASE, levels, transfer_by_source
 from fastconv.datasets.behaviors import NO_BEHAVIOR
-from fastconv.experiment.graph import CellPlan
+from fastconv.experiment.graph import CellPlan, snapshot_stages
 from fastconv.report.blocks import Block, Section, Table, TableCell
 from fastconv.report.claims import ask
 from fastconv.report.figures import Point, scatter
@@ -22,7 +20,8 @@ def geometry(decided: Analysis) -> Section | None:
     groups: dict[tuple[str, str, int, int], list[CellPlan]] = {}
     for plan in decided.graph.cells:
         cell = plan.cell
-        if plan.geometry is not None and decided.reading.record(plan.geometry) is not None:
+        stage = plan.on_snapshot.get("geometry")
+        if stage is not None and decided.reading.record(stage) is not None:
             convergence = cell.convergence if cell.epoch else "base"
             groups.setdefault((cell.source, convergence, cell.epoch, cell.seed), []).append(plan)
     if not groups:
@@ -33,7 +32,7 @@ def geometry(decided: Analysis) -> Section | None:
     rows = tuple(
         (
             TableCell(f"{source} {convergence} e{epoch} s{seed}"),
-            *(_depths(scores, plans[0].geometry, source, metric) for metric in METRICS),
+            *(_depths(scores, plans[0].on_snapshot["geometry"], source, metric) for metric in METRICS),
             *(_change(decided, plans, behavior, negatives) for behavior, negatives in kinds),
         )
         for (source, convergence, epoch, seed), plans in groups.items()
@@ -48,20 +47,10 @@ def geometry(decided: Analysis) -> Section | None:
     return Section("geometry", "Persona geometry", (table,), intro)
 
 
-def geometry_rows(decided: Analysis) -> list[dict[str, Any]]:
-    """Every geometry score once, for the tables beside the report: stack, persona, layer, metric, value."""
-    return [
-        {"stack": stage.slot.removeprefix("geometry/"), "persona": one.row, "layer": one.sample, "metric": one.metric,
-         "value": one.value, "stage": stage.key}
-        for stage, scores in _scores(decided).values()
-        for one in scores
-    ]  # fmt: skip
-
-
 def _scores(decided: Analysis) -> dict[str, tuple[Stage, list[Score]]]:
     """Every geometry stage with its scores, by key; cells share them."""
-    found = {plan.geometry.key: plan.geometry for plan in decided.graph.cells if plan.geometry is not None}
-    return {key: (stage, decided.store.scores(key)) for key, stage in found.items()}
+    stages = snapshot_stages(decided.graph, "geometry")
+    return {stage.key: (stage, decided.store.scores(stage.key)) for stage in stages}
 
 
 def _caption(scores: dict[str, tuple[Stage, list[Score]]]) -> str:
@@ -69,9 +58,8 @@ def _caption(scores: dict[str, tuple[Stage, list[Score]]]) -> str:
     return f"At layers {', '.join(map(str, layers))}, in this order." if layers else ""
 
 
-def _depths(scores: dict[str, tuple[Stage, list[Score]]], stage: Stage | None, persona: str, metric: str) -> TableCell:
+def _depths(scores: dict[str, tuple[Stage, list[Score]]], stage: Stage, persona: str, metric: str) -> TableCell:
     """A persona's values of a metric at all depths."""
-    assert stage is not None, "only cells with a geometry are grouped"
     mine = [one for one in scores[stage.key][1] if (one.row, one.metric) == (persona, metric)]
     if not mine:
         return TableCell("not measured", word="absent")

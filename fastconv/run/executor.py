@@ -16,7 +16,7 @@ import torch
 
 from fastconv.chat import ChatTokenizer, SystemTurn
 from fastconv.engine.generate import Drawn, sample
-from fastconv.engine.geometry import last_states, layers_at, n_layers, places
+from fastconv.engine.geometry import measure_geometry
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.model import model_files
 from fastconv.engine.score import letter_item, score_letters
@@ -30,6 +30,9 @@ from fastconv.run.sampling import SamplingRequests, is_drawn, longest_tok, sampl
 from fastconv.run.stacks import Stacks
 from fastconv.run.training import Progress, Trainer, note
 from fastconv.store.ledger import Lease, Sample, Score, Stage, Store
+
+#: How each measure of snapshots (`experiment.measures.SNAPSHOT_MEASURES`) is computed under the live stack.
+SNAPSHOT_COMPUTE = {"geometry": measure_geometry}
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,7 @@ class Executor:
             "eval": self._letters,
             "rows": self._rows,
             "score": self._score,
-            "geometry": self._geometry,
+            **dict.fromkeys(SNAPSHOT_COMPUTE, self._measure),
         }
         return self._completions(stage, lease) if is_drawn(stage) else compute[stage.kind](stage, lease)
 
@@ -212,25 +215,17 @@ class Executor:
             scores.append(Score(one.row, one.sample, "rate", float(phrase is not None), None, {"phrase": phrase}))
         return Outcome({"n": len(scores)}, scores=scores)
 
-    def _geometry(self, stage: Stage, lease: Lease) -> Outcome:
-        personas, tokenizer = stage.inputs["personas"], self.stacks.base.tokenizer
-        asked = [user for _, user in stage.work["items"]]
-        prompts = [tokenizer.prompt_ids(SystemTurn(*system), user) for _, *system in personas for user in asked]
-        self._tick(lease, Progress(stage.slot, 0, len(prompts), "prompts"))
-        layers = layers_at(n_layers(self.stacks.base), stage.inputs["depths"])
+    def _measure(self, stage: Stage, lease: Lease) -> Outcome:
+        """A measure of the snapshot that is live, or of the base."""
         with self.stacks.live_stack(stage) as proof:
-            states = last_states(self.stacks.base, prompts, layers, self._recipe.eval.batch_tok)
-        means = states.double().view(len(personas), len(asked), *states.shape[1:]).mean(dim=1)
-        found = places(dict(zip([name for name, *_ in personas], means, strict=True)), layers, stage.inputs["anchor"])
-        scores = []
-        for one in found:
-            cosine = None if one.cosine is None else round(one.cosine, 6)
-            why = None if cosine is not None else "the persona lies at the centre of all"
-            scores.append(Score(one.persona, one.layer, "cosine", cosine, why))
-            scores.append(Score(one.persona, one.layer, "distinctiveness", round(one.distinctiveness, 6)))
-        return Outcome(
-            {"n": len(scores), "layers": list(layers), **proof}, {"scored_tok": sum(map(len, prompts))}, scores=scores
-        )
+            measured = SNAPSHOT_COMPUTE[stage.kind](
+                self.stacks.base,
+                stage.inputs,
+                [user for _, user in stage.work["items"]],
+                self._recipe.eval.batch_tok,
+                lambda n_prompts: self._tick(lease, Progress(stage.slot, 0, n_prompts, "prompts")),
+            )
+        return Outcome({**measured.outputs, **proof}, measured.facts, scores=measured.scores)
 
     def judge(self, prompts: Sequence[Prompt]) -> list[LocalReply]:
         """The bare base as a weak judge: log-probabilities of each prompt's allowed characters, among these alone.

@@ -62,7 +62,7 @@ def needed_ends(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[S
     else:
         alive = [*measurable_behaviors(graph, store), *(one.subject for one in held_back(graph, store))]
     ends = [end for plan in plans for end in (*plan.base.values(), *wanted(plan, alive))]
-    return [*ends, *(plan.geometry for plan in plans if plan.geometry is not None and wanted(plan, alive))]
+    return [*ends, *(stage for plan in plans if wanted(plan, alive) for stage in plan.on_snapshot.values())]
 
 
 def _held(graph: Graph, store: Store) -> dict[str, str]:
@@ -174,7 +174,7 @@ def failed_stages(failures: Mapping[str, Failure], plans: Sequence[CellPlan]) ->
     """Those of the failures (by key) that concern these cells, each with the cells' labels."""
     cells: dict[str, list[str]] = {}
     for plan in plans:
-        parts = [*parts_of(plan), *([plan.geometry] if plan.geometry is not None else [])]
+        parts = [*parts_of(plan), *plan.on_snapshot.values()]
         for key in {part.key for part in parts} & failures.keys():
             cells.setdefault(key, []).append(plan.cell.label)
     return tuple(

@@ -13,7 +13,8 @@ import torch
 from fastconv.datasets.personas import load_personas
 from fastconv.engine.geometry import last_states, layers_at, n_layers, places
 from fastconv.engine.stack import Slot, Stack
-from fastconv.experiment.graph import GEOMETRY_DEPTHS, Graph
+from fastconv.experiment.graph import Graph
+from fastconv.experiment.measures import GEOMETRY_DEPTHS
 from fastconv.report import write_report
 from tests.engine_kit import peft_model, plain_model, random_adapter, tiny_stack
 from tests.loop_kit import DoneRun, run_tiny, tiny_recipe
@@ -107,7 +108,7 @@ def test_geometry_is_one_stage_for_all_cells_and_sources_of_a_stack(tiny_qwen: P
     graph = Graph(
         tiny_recipe(tiny_qwen, grid__sources=["villain", "comedian"], grid__convergence=["source", "generic"])
     )
-    keys = {plan.cell: plan.geometry.key for plan in graph.cells if plan.geometry}
+    keys = {plan.cell: plan.on_snapshot["geometry"].key for plan in graph.cells if plan.on_snapshot}
     assert len({key for cell, key in keys.items() if not cell.epoch}) == 1
     assert len(set(keys.values())) == 1 + 2 * 2 + 2  # the base, two epochs of two sources, two of the generic run
 

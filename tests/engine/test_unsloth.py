@@ -67,7 +67,7 @@ def site(tmp_path: Path) -> Path:
 
 def run(site: Path, script: str, *words: str) -> str:
     """What a fresh process with the fakes prints."""
-    prelude = "import torch\nfrom pathlib import Path\nfrom fastconv.engine import base, unsloth_path\n"
+    prelude = "import torch\nfrom pathlib import Path\nfrom fastconv.engine import model as base\nfrom fastconv.engine import unsloth as unsloth_path\n"
     prelude += "from fastconv.recipe import ModelSettings\nimport sys\n"
     path = os.pathsep.join([str(site), str(ROOT)])
     found = subprocess.run(

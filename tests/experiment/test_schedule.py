@@ -132,8 +132,7 @@ def test_geometry_is_measured_once_for_a_snapshot_right_before_its_cells(graph: 
     assert len({stage.key for _, stage in placed}) == 9
     for place, stage in placed:
         after = order[place + 1].cells[0]
-        assert after.geometry is not None
-        assert after.geometry.key == stage.key
+        assert after.on_snapshot["geometry"].key == stage.key
 
 
 @pytest.mark.parametrize(("group", "most"), [(0, 12), (1, 0), (2, 2), (3, 3)])

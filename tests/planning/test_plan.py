@@ -21,7 +21,8 @@ from fastconv.engine.locate import BUILTIN, locate, model_folder
 from fastconv.engine.shapes import named_shape
 from fastconv.errors import GateStop, InputError, ModelError
 from fastconv.experiment.graph import Graph
-from fastconv.experiment.workload import Demand, Sketch, demands
+from fastconv.experiment.measures import Demand
+from fastconv.experiment.workload import Sketch, demands
 from fastconv.planning.hardware import CARDS, find_machine, probe_stage, processor
 from fastconv.planning.plan import Plan, make_plan, plan_recipe, require_approved
 from fastconv.recipe import ModelSettings, RunSettings, run_id

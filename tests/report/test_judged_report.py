@@ -148,7 +148,7 @@ def test_transfer_is_set_against_what_each_source_is_like_on_the_base(tiny_qwen:
         start = "Over 5 sources, the rank correlation of refusal transfer with the source's"
         assert any(text.startswith(f"{start} {words}") and "exact permutation p" in text for text in said), words
     assert sum("5 sources with their" in text and "2 behaviors: 5 points" in text for text in said) == 3
-    stage = next(p.geometry for p in graph.cells if p.cell.epoch == 0 and p.cell.source == "villain")
+    stage = next(p.on_snapshot["geometry"] for p in graph.cells if p.cell.epoch == 0 and p.cell.source == "villain")
     assert stage is not None
     mine = [one.value or 0.0 for one in store.scores(stage.key) if (one.row, one.metric) == ("villain", "cosine")]
     assert len(mine) > 1
