@@ -1,6 +1,6 @@
 """What each cell says: transfer, reverse, equivalent, inconclusive or uninformative, each with its reason.
 
-Estimand (blueprint section 6): the assistant's change against epoch 0, paired by question, minus the canary's change,
+Estimand (docs/DESIGN.md, section 6): the assistant's change against epoch 0, paired by question, minus the canary's change,
 minus the same without a behavior adapter (mimicry) where the recipe has that control. Seeds of one cell are averaged
 within a question; with three or more, the interval over their means must not speak against a change, and it decides
 the confidence.
