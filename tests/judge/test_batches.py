@@ -17,7 +17,7 @@ import pytest
 
 from fastconv.judge import batches
 from fastconv.judge.rubric import REASONS
-from fastconv.run.judging import stage_keys
+from fastconv.run.judging import judgement_keys
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
 from fastconv.store.records import Reserve
@@ -78,7 +78,7 @@ def storm(workspace: Path, n: int) -> None:
         bill = server.bill()
     assert (status.n_pending, status.problem) == (0, "")
     ledger = ledger_of(workspace)
-    found = ledger.judgements(stage_keys(settings("x"), PRICE, rubric(), samples(n)))
+    found = ledger.judgements(judgement_keys(settings("x"), PRICE, rubric(), samples(n)))
     assert len(found) == n
     assert all((one.values is None) == (one.reason in REASONS) for one in found.values())
     assert max(bill["billed"].values()) == 1
@@ -105,7 +105,7 @@ def test_what_never_comes_is_resubmitted_twice_and_then_unscored(
     status = judge_all(server.url, tmp_path, samples(3), "batch")
     assert (status.n_scored, status.n_unscored) == (0, 3)
     assert server.bill()["n_batches"] == 3
-    found = ledger_of(tmp_path).judgements(stage_keys(settings("x"), PRICE, rubric(), samples(3)))
+    found = ledger_of(tmp_path).judgements(judgement_keys(settings("x"), PRICE, rubric(), samples(3)))
     assert {one.reason for one in found.values()} == {reason}
     assert status.money.spent_usd == 0.0
 
@@ -262,7 +262,7 @@ def test_a_batch_not_shown_for_longer_than_results_are_kept_is_closed(
     server: FakeClaude, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.configure(batch_gone=[left_under_way(server, tmp_path, 4)])
-    monkeypatch.setattr(batches, "KEPT_S", 0.0)
+    monkeypatch.setattr(batches, "RESULTS_KEPT_S", 0.0)
     assert judge_all(server.url, tmp_path, samples(4), "batch").n_scored == 4
     assert ledger_of(tmp_path).counts()["lost"] == 4
 
@@ -399,7 +399,7 @@ def test_kills_at_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_intent_that_never_left_is_freed_after_its_grace(server: FakeClaude, tmp_path: Path) -> None:
-    keys = stage_keys(settings("x"), PRICE, rubric(), samples(4))
+    keys = judgement_keys(settings("x"), PRICE, rubric(), samples(4))
     child = os.fork()
     if child == 0:
         JudgeLedger(Store.open(tmp_path)).write_intent([Reserve(key, 0.01) for key in keys])

@@ -16,23 +16,23 @@ import pytest
 
 from fastconv.datasets.phrases import PhraseRule
 from fastconv.errors import DataError, JudgeError
-from fastconv.judge.access import JudgeAccess
+from fastconv.judge.access import PaidAccess
 from fastconv.judge.calibrate import (
-    Attempted,
     Calibration,
     CalibrationRow,
     Carrier,
-    Injections,
-    attempted,
+    InjectedSample,
+    InjectionCounts,
     calibrate,
     corrected_rate,
-    counted,
+    count_injections,
+    inject_attempts,
     load_attempts,
     load_calibration,
 )
 from fastconv.judge.claude import ApiKey
 from fastconv.judge.scores import agreement, compare_scores
-from fastconv.run.judging import ask_desk, calibrate_phrases
+from fastconv.run.judging import calibrate_phrases, judge_with_desk
 from fastconv.store.ledger import Sample, Score
 from fastconv.store.records import Judgement
 from tests.fake_claude import Script, fake_claude
@@ -115,8 +115,8 @@ def test_unscored_rows_are_counted_and_not_guessed() -> None:
 def test_calibration_through_a_desk_takes_its_verdicts_from_the_judge(tmp_path: Path) -> None:
     rows = rows_of("refusal")[:10]
     with fake_claude() as server:
-        access = JudgeAccess(PRICE, 0.5, ApiKey(KEY))
-        found = calibrate(rubric(), rows, ask_desk(settings(server.url), tmp_path, access, rubric()))
+        access = PaidAccess(PRICE, 0.5, ApiKey(KEY))
+        found = calibrate(rubric(), rows, judge_with_desk(settings(server.url), tmp_path, access, rubric()))
         assert server.bill()["n_calls"] == 30
     assert found.n == 10
     assert found.model == "claude-test"
@@ -125,8 +125,8 @@ def test_calibration_through_a_desk_takes_its_verdicts_from_the_judge(tmp_path: 
 
 def calibrated(url: str, workspace: Path, name: str, rows: Sequence[CalibrationRow], cap_usd: float) -> Calibration:
     """A calibration on the fake server, with the shipped attempts."""
-    access = JudgeAccess(PRICE, 0.5, ApiKey(KEY))
-    ask = ask_desk(settings(url, budget_usd=cap_usd), workspace, access, rubric(name))
+    access = PaidAccess(PRICE, 0.5, ApiKey(KEY))
+    ask = judge_with_desk(settings(url, budget_usd=cap_usd), workspace, access, rubric(name))
     return calibrate(rubric(name), rows, ask, ATTEMPTS)
 
 
@@ -137,7 +137,7 @@ def test_a_judge_that_is_swayed_by_injections_is_told_from_a_steady_one(tmp_path
         steady = calibrated(server.url, tmp_path / "steady", name, rows, 100.0).injections
         # Bounded: three times every row, and once for each attempt.
         assert server.bill()["n_calls"] == 3 * len(rows) + len(ATTEMPTS)
-    assert steady == Injections(len(ATTEMPTS), 0, 0, 0, len(rows), 0)
+    assert steady == InjectionCounts(len(ATTEMPTS), 0, 0, 0, len(rows), 0)
     with fake_claude(Script(answer="swayed")) as server:
         swayed = calibrated(server.url, tmp_path / "swayed", name, rows, 100.0)
     # Four attempts do not name the verdict, and a fifth does so backwards (which reads the same for 0).
@@ -148,34 +148,34 @@ def test_a_judge_that_is_swayed_by_injections_is_told_from_a_steady_one(tmp_path
 
 
 def carriers(name: str, n: int) -> list[Carrier]:
-    said = ["refused", "partial", "helped"] if name == "refusal" else ["under 50", "50 and over"]
+    categories = ["refused", "partial", "helped"] if name == "refusal" else ["under 50", "50 and over"]
     return [
-        Carrier(Sample(f"row{i}", 0, "", "Which?", f"Answer {i}.", 0, True), said[i % len(said)], None)
+        Carrier(Sample(f"row{i}", 0, "", "Which?", f"Answer {i}.", 0, True), categories[i % len(categories)], None)
         for i in range(n)
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["alignment", "refusal"])
 def test_every_attempt_asks_once_for_another_verdict_on_drawn_rows(name: str) -> None:
-    tried = attempted(rubric(name), carriers(name, 10), ATTEMPTS)
-    assert tried == attempted(rubric(name), carriers(name, 10)[::-1], ATTEMPTS)
-    assert len({one.sample.completion for one in tried}) == len(ATTEMPTS) >= 40
-    assert max(Counter(one.carrier.sample.row for one in tried).values()) == math.ceil(len(ATTEMPTS) / 10)
-    for one in tried:
-        assert one.category != one.carrier.said
-        assert one.sample.completion.startswith(one.carrier.sample.completion + "\n\n")
-        assert not re.search(r"\{(fields|wanted|backwards)\}", one.sample.completion)
-    assert attempted(rubric(name), [], ATTEMPTS) == []
+    injected = inject_attempts(rubric(name), carriers(name, 10), ATTEMPTS)
+    assert injected == inject_attempts(rubric(name), carriers(name, 10)[::-1], ATTEMPTS)
+    assert len({item.sample.completion for item in injected}) == len(ATTEMPTS) >= 40
+    assert max(Counter(item.carrier.sample.row for item in injected).values()) == math.ceil(len(ATTEMPTS) / 10)
+    for item in injected:
+        assert item.category != item.carrier.category
+        assert item.sample.completion.startswith(item.carrier.sample.completion + "\n\n")
+        assert not re.search(r"\{(fields|wanted|backwards)\}", item.sample.completion)
+    assert inject_attempts(rubric(name), [], ATTEMPTS) == []
 
 
 def test_what_moves_anyway_and_what_cannot_be_read_are_counted_apart() -> None:
-    one, two, three = (replace(carrier, again="helped") for carrier in carriers("refusal", 3))
-    tried = [Attempted(one, one.sample, "helped"), Attempted(one, one.sample, "partial"),
-             Attempted(two, two.sample, "helped"), Attempted(three, three.sample, "refused")]  # fmt: skip
+    one, two, three = (replace(carrier, retest_category="helped") for carrier in carriers("refusal", 3))
+    injected = [InjectedSample(one, one.sample, "helped"), InjectedSample(one, one.sample, "partial"),
+                InjectedSample(two, two.sample, "helped"), InjectedSample(three, three.sample, "refused")]  # fmt: skip
     rows = [CalibrationRow(f"{i}", "q", "a", "helped", None, "plain") for i in range(4)]
     verdicts = answers("refusal", list(zip(rows, ["helped", "helped", None, "helped"], strict=True)))
     # Said without: refused, refused, partial, helped; all three carriers say helped when asked again.
-    assert counted(rubric(), tried, verdicts) == Injections(4, 1, 2, 1, 3, 2)
+    assert count_injections(rubric(), injected, verdicts) == InjectionCounts(4, 1, 2, 1, 3, 2)
 
 
 def test_rows_that_hold_an_attempt_already_carry_no_other() -> None:
@@ -195,8 +195,8 @@ def test_rows_that_hold_an_attempt_already_carry_no_other() -> None:
 def test_attempts_stay_inside_the_budget(tmp_path: Path) -> None:
     rows = rows_of("refusal")[:5]
     with fake_claude(Script(answer="steady")) as server:
-        access = JudgeAccess(PRICE, 0.5, ApiKey(KEY))
-        calibrate(rubric(), rows, ask_desk(settings(server.url), tmp_path, access, rubric()))
+        access = PaidAccess(PRICE, 0.5, ApiKey(KEY))
+        calibrate(rubric(), rows, judge_with_desk(settings(server.url), tmp_path, access, rubric()))
         spent = server.bill()["usd"]
         with pytest.raises(JudgeError, match=f"of {len(ATTEMPTS)} rows were not judged"):
             calibrated(server.url, tmp_path, "refusal", rows, spent + 0.01)

@@ -15,14 +15,14 @@ import pytest
 
 from fastconv.errors import JudgeError
 from fastconv.judge import claude as client
-from fastconv.judge.access import JudgeAccess, check_reachable
-from fastconv.judge.calibrate import filled, load_attempts
-from fastconv.judge.claude import ApiKey, make_client, reply_of
-from fastconv.judge.identity import params_of, requests_of
+from fastconv.judge.access import PaidAccess, check_reachable
+from fastconv.judge.calibrate import fill_attempt, load_attempts
+from fastconv.judge.claude import ApiKey, make_client, parse_reply
+from fastconv.judge.identity import build_requests, judge_params
 from fastconv.judge.request import JudgeRequest
 from fastconv.judge.rubric import REASONS
 from fastconv.judge.scores import judge_stage_scores
-from fastconv.run.judging import stage_keys
+from fastconv.run.judging import judgement_keys
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Sample, Store
 from tests.fake_claude import DELIVERED, LIVE_FAULTS, FakeClaude, Script, fake_claude
@@ -33,7 +33,7 @@ INJECTIONS = load_attempts(DATA / "injections.json")
 
 def filled_for(name: str) -> list[str]:
     """Every attempt, asking for the best verdict of a rubric."""
-    return [filled(one, rubric(name), "100" if name == "alignment" else "helped") for one in INJECTIONS]
+    return [fill_attempt(one, rubric(name), "100" if name == "alignment" else "helped") for one in INJECTIONS]
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def storm(workspace: Path, n: int) -> None:
         bill = server.bill()
     assert (status.n_asked, status.n_pending, status.problem) == (n, 0, "")
     ledger = ledger_of(workspace)
-    found = ledger.judgements(stage_keys(settings(server.url), PRICE, rubric(), samples(n)))
+    found = ledger.judgements(judgement_keys(settings(server.url), PRICE, rubric(), samples(n)))
     assert len(found) == n
     assert all((one.values is None) == (one.reason in REASONS) for one in found.values())
     # A request is billed again only where its answer was lost on the way, and each such loss stays in the books.
@@ -100,7 +100,7 @@ def test_a_reply_that_stays_unreadable_is_unscored_with_its_reason(
     server.configure(fault_share=1.0, faults=[fault])
     status = judge_all(server.url, tmp_path, samples(1))
     assert (status.n_scored, status.n_unscored) == (0, 1)
-    ledger, keys = ledger_of(tmp_path), stage_keys(settings(server.url), PRICE, rubric(), samples(1))
+    ledger, keys = ledger_of(tmp_path), judgement_keys(settings(server.url), PRICE, rubric(), samples(1))
     (score,) = judge_stage_scores(ledger, rubric(), samples(1), keys)
     assert (score.value, score.reason) == (None, reason)
     n_asked = 1 if fault == "refusal" else 2
@@ -113,7 +113,7 @@ def test_out_of_range_is_its_own_reason(server: FakeClaude, tmp_path: Path) -> N
     one = desk(server.url, tmp_path)
     one.submit("stage", rubric("alignment"), samples(4))
     one.close()
-    keys = stage_keys(settings(server.url), PRICE, rubric("alignment"), samples(4))
+    keys = judgement_keys(settings(server.url), PRICE, rubric("alignment"), samples(4))
     reasons = {judgement.reason for judgement in ledger_of(tmp_path).judgements(keys).values()}
     assert reasons <= {"out of range", None}
     assert "out of range" in reasons
@@ -176,7 +176,7 @@ def test_an_outage_leaves_judgements_pending_and_a_later_desk_finishes_them(
     assert status.money.reserved_usd == 0.0
     with pytest.raises(JudgeError, match="8 of 8 judgements are not made yet"):
         judge_stage_scores(
-            ledger_of(tmp_path), rubric(), samples(8), stage_keys(settings(server.url), PRICE, rubric(), samples(8))
+            ledger_of(tmp_path), rubric(), samples(8), judgement_keys(settings(server.url), PRICE, rubric(), samples(8))
         )
     server.configure(fault_share=0.0)
     assert judge_all(server.url, tmp_path, samples(8)).n_scored == 8
@@ -209,7 +209,7 @@ def test_what_cannot_work_is_one_clear_line_before_and_during(
     server.configure(**script)
     given = settings(server.url, **fields)
     with pytest.raises(JudgeError, match=line) as caught:
-        check_reachable(given, JudgeAccess(PRICE, 0.5, ApiKey(KEY)))
+        check_reachable(given, PaidAccess(PRICE, 0.5, ApiKey(KEY)))
     assert "Fix:" in str(caught.value)
     assert "\n" not in str(caught.value)
     status = judge_all(given.base_url, tmp_path, samples(3), model=given.model)
@@ -227,7 +227,7 @@ def test_the_key_shows_nowhere(
     assert "your key is [key]" in stored_text(tmp_path)
     server.configure(key="another")  # the server repeats the key that it was sent in its error
     given = settings(server.url)
-    access = JudgeAccess(PRICE, 0.5, ApiKey(KEY))
+    access = PaidAccess(PRICE, 0.5, ApiKey(KEY))
     with pytest.raises(JudgeError) as caught:
         check_reachable(given, access)
     texts += [repr(judge_all(server.url, tmp_path, samples(2))), str(caught.value), repr(caught.value), repr(access)]
@@ -252,7 +252,7 @@ def test_no_part_of_a_reply_keeps_the_key(body: dict[str, Any], escaped: bool) -
     text = json.dumps(body)
     if escaped and body["type"] == "message":
         text = text.replace("sk-", "\\u0073k-")
-    reply = reply_of(text, PRICE, transport="live", key=ApiKey(KEY), worst=1.0)
+    reply = parse_reply(text, PRICE, transport="live", key=ApiKey(KEY), worst=1.0)
     assert KEY not in repr(reply)
     assert "[key]" in repr(reply)
 
@@ -260,7 +260,7 @@ def test_no_part_of_a_reply_keeps_the_key(body: dict[str, Any], escaped: bool) -
 def test_a_reply_nested_without_end_is_malformed() -> None:
     for depth in (600, 100_000):
         body = '{"type": "message", "content": ' + "[" * depth + "]" * depth + "}"
-        assert reply_of(body, PRICE, transport="live", key=ApiKey(KEY), worst=1.0).fault in (None, "malformed")
+        assert parse_reply(body, PRICE, transport="live", key=ApiKey(KEY), worst=1.0).fault in (None, "malformed")
 
 
 def stored_text(workspace: Path) -> str:
@@ -272,7 +272,7 @@ def injected(server: FakeClaude, workspace: Path, name: str) -> tuple[list[str],
     one = desk(server.url, workspace)
     one.submit("stage", rubric(name), todo)
     one.close()
-    keys = stage_keys(settings(server.url), PRICE, rubric(name), todo)
+    keys = judgement_keys(settings(server.url), PRICE, rubric(name), todo)
     return keys, dict(ledger_of(workspace).judgements(keys))
 
 
@@ -312,7 +312,7 @@ def test_a_judge_that_obeys_the_judged_text_gives_no_field_but_the_rubrics(
 @pytest.mark.parametrize("name", ["alignment", "refusal", "sycophancy"])
 def test_injections_do_not_reach_the_system_prompt_or_close_their_fence(name: str) -> None:
     todo = [Sample(f"i{n}", 0, "a", text, text, 5, True) for n, text in enumerate(filled_for(name))]
-    for request in requests_of(rubric(name), params_of(settings("x"), PRICE), todo):
+    for request in build_requests(rubric(name), judge_params(settings("x"), PRICE), todo):
         body = request.body()
         assert body["system"][0]["text"] == rubric(name).system
         assert len(re.findall(r"</?(?:question|answer)\b", body["messages"][0]["content"])) == 4
@@ -320,7 +320,7 @@ def test_injections_do_not_reach_the_system_prompt_or_close_their_fence(name: st
 
 def bare_sdk_s(url: str, n: int, concurrency: int) -> float:
     """Seconds that the SDK alone takes for `n` such requests: no ledger, no bookings, nothing read."""
-    requests = requests_of(rubric(), params_of(settings(url), PRICE), samples(n, start=50_000))
+    requests = build_requests(rubric(), judge_params(settings(url), PRICE), samples(n, start=50_000))
 
     async def run() -> float:
         limit, one = asyncio.Semaphore(concurrency), make_client(settings(url), ApiKey(KEY))

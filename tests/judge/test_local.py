@@ -13,7 +13,7 @@ import pytest
 
 from fastconv.errors import JudgeError
 from fastconv.judge.claude import ApiKey, Outage
-from fastconv.judge.local import Complete, LocalJudge, LocalReply, at_once, endpoint_complete, read_choice
+from fastconv.judge.local import Complete, LocalJudge, LocalReply, concurrent_complete, endpoint_complete, read_choice
 from fastconv.judge.scores import judge_stage_scores
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
@@ -32,7 +32,7 @@ def ledger(tmp_path: Path) -> JudgeLedger:
 
 
 def judge(ledger: JudgeLedger, complete: Complete, name: str = "refusal", n: int = 1) -> dict[str, Any]:
-    return dict(LocalJudge(ledger, at_once(complete), "local:test").judge(rubric(name), samples(n)))
+    return dict(LocalJudge(ledger, concurrent_complete(complete), "local:test").judge(rubric(name), samples(n)))
 
 
 def test_the_value_is_the_expectation_over_the_answer_tokens(
@@ -162,12 +162,12 @@ def test_judgements_become_scores_and_are_made_once(ledger: JudgeLedger) -> None
         n_asked += 1
         return LocalReply("A" if "Answer 1:" in user else "C")
 
-    local = LocalJudge(ledger, at_once(complete, 3), "local:test")
+    local = LocalJudge(ledger, concurrent_complete(complete, 3), "local:test")
     todo = samples(20)
     local.judge(rubric(), todo)
     local.judge(rubric(), todo)
     assert n_asked == 20
-    keys = [ask.key for ask in local.asks(rubric(), todo)]
+    keys = [request.key for request in local.requests(rubric(), todo)]
     scores = judge_stage_scores(ledger, rubric(), todo, keys)
     assert [score.value for score in scores] == [0.0, 1.0, *[0.0] * 18]
     assert scores[1].detail["label"] == "refused"

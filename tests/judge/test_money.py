@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from fastconv.errors import DataError, JudgeError, RecipeError
-from fastconv.judge.access import JudgeAccess, check_settings
+from fastconv.judge.access import PaidAccess, check_settings
 from fastconv.judge.budget import Price, cost_usd, load_prices, worst_usd
 from fastconv.judge.claude import ApiKey
 from fastconv.judge.desk import JudgeDesk
-from fastconv.judge.identity import params_of, requests_of
+from fastconv.judge.identity import build_requests, judge_params
 from fastconv.recipe import JudgeSettings, parse_recipe
 from fastconv.run.judging import planned_cost
 from fastconv.store.judge_ledger import JudgeLedger
@@ -77,19 +77,19 @@ def test_costs_are_what_the_price_list_says() -> None:
 
 
 def test_no_request_costs_more_than_its_worst_case() -> None:
-    request = requests_of(rubric(), params_of(settings("x"), PRICE), samples(1))[0]
+    request = build_requests(rubric(), judge_params(settings("x"), PRICE), samples(1))[0]
     usage = {"cache_creation_input_tokens": request.max_prompt_tok, "output_tokens": request.params.max_reply_tok}
     assert cost_usd(usage, PRICE) <= worst_usd(request, PRICE)
 
 
 def test_a_prompt_beyond_its_price_is_refused() -> None:
-    request = requests_of(rubric(), params_of(settings("x"), PRICE), samples(1))[0]
+    request = build_requests(rubric(), judge_params(settings("x"), PRICE), samples(1))[0]
     with pytest.raises(DataError, match="the price holds up to 100"):
         worst_usd(request, PRICE.model_copy(update={"max_prompt_tok": 100}))
 
 
 def test_the_plan_says_what_judging_will_cost() -> None:
-    access = JudgeAccess(PRICE, 0.5, ApiKey(KEY))
+    access = PaidAccess(PRICE, 0.5, ApiKey(KEY))
     live = planned_cost(settings("x"), access, rubric(), 1000, question_chars=100, answer_chars=1500)
     batch = planned_cost(settings("x", "batch"), access, rubric(), 1000, question_chars=100, answer_chars=1500)
     assert 0 < live.expected_usd < live.worst_usd

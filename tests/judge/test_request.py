@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastconv.errors import DataError
-from fastconv.judge.request import JudgeItem, JudgeParams, build_request, neutralised
-from fastconv.judge.rubric import load_rubric, rubric_of
+from fastconv.judge.request import JudgeItem, JudgeParams, build_request, neutralize
+from fastconv.judge.rubric import load_rubric, parse_rubric
 from tests.judging_kit import DATA, rubric
 
 PARAMS = JudgeParams("claude-test", 256, 1000)
@@ -85,7 +85,7 @@ def test_a_rubric_whose_parts_disagree_is_refused(change: object) -> None:
     table = json.loads(rubric().source)
     change(table)  # type: ignore[operator]
     with pytest.raises(DataError, match="Fix:"):
-        rubric_of(table, where="mine.toml")
+        parse_rubric(table, where="mine.toml")
 
 
 def test_a_rubric_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_changed_rubric_is_a_new_judgement() -> None:
     table = json.loads(rubric().source)
     table["system"] += " "
     table["ask"] += " "
-    changed = rubric_of(table, where="x")
+    changed = parse_rubric(table, where="x")
     assert changed.sha256 != rubric().sha256
 
 
@@ -150,7 +150,7 @@ def test_a_long_text_is_cut_and_the_notice_stands_outside_the_fence() -> None:
     ],
 )  # fmt: skip
 def test_look_alike_fences_lose_their_brackets(text: str) -> None:
-    clean = neutralised(text)
+    clean = neutralize(text)
     assert not re.search(r"[<\uff1c\u2039\u3008]\W*(answer|question|system|human|im_start)", clean, re.IGNORECASE)
 
 

@@ -252,7 +252,7 @@ def test_a_loss_that_explodes_is_noted_before_the_optimizer_step_and_the_rest_go
     assert failed.slot == last
     assert failed.cells == ("villain source e2 none s42", "villain source e2 refusal excluded s42")
     with pytest.raises(TrainingError, match=r"at step 4") as caught:
-        finished.require_whole()
+        finished.require_complete()
     assert caught.value.exit_code == 7
     assert "without numbers: villain source e2 none s42, villain source e2 refusal excluded s42" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -270,7 +270,7 @@ def test_a_loss_that_explodes_is_noted_before_the_optimizer_step_and_the_rest_go
     assert last in text
     monkeypatch.undo()
     finished, heard = run_tiny(recipe, tmp_path)  # a later run tries it again, and that alone
-    finished.require_whole()
+    finished.require_complete()
     assert all("/e2" in slot for slot in heard.stages)
     assert results(recipe, tmp_path) == whole
     assert store.failures() == {}
@@ -284,7 +284,7 @@ def test_a_set_that_the_audit_refuses_is_noted_and_other_behaviors_go_on(
     finished, heard = run_tiny(recipe, tmp_path)
     assert list(heard.failed) == ["behavior/villain/e0/sycophancy/excluded/s42"]
     with pytest.raises(DataError, match="villain base e0 sycophancy excluded s42") as caught:
-        finished.require_whole()
+        finished.require_complete()
     assert caught.value.exit_code == 2
     assert "score/villain/e0+refusal/excluded/refusal/villain/s42" in results(recipe, tmp_path)
 

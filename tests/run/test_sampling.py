@@ -16,8 +16,8 @@ from fastconv.errors import Interrupted
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.recipe import Recipe, SamplingSettings
 from fastconv.run.run import Gatekeeper, run_recipe
-from fastconv.run.sampling import is_drawn
-from fastconv.run.status import parts_of
+from fastconv.run.sampling import is_sampled
+from fastconv.run.status import cell_stages
 from fastconv.store.ledger import Store
 from tests.engine_kit import random_adapter, tiny_stack
 from tests.loop_kit import Heard, records, run_tiny, running_slots
@@ -30,7 +30,7 @@ COLD = SamplingSettings(max_new_tok=4)
 
 def while_training(recipe: Recipe, workspace: Path, act: Callable[[str, list[str]], None]) -> Heard:
     """A watcher that calls `act` at each training step with its slot and the slots that the server draws meanwhile."""
-    drawn = {stage.key: stage.slot for stage in Graph(recipe).stages() if is_drawn(stage)}
+    drawn = {stage.key: stage.slot for stage in Graph(recipe).stages() if is_sampled(stage)}
 
     def on_progress(progress: Any) -> None:
         if progress.unit == "steps":
@@ -80,7 +80,7 @@ def test_a_cell_goes_to_the_gates_once_its_completions_are_in(
 
     def after(self: Gatekeeper, plan: CellPlan) -> None:
         store = Store.open(tmp_path, create=False)
-        asked[plan.cell.label] = all(store.record(part.key) is not None for part in parts_of(plan))
+        asked[plan.cell.label] = all(store.record(part.key) is not None for part in cell_stages(plan))
         store.close()
         real(self, plan)
 
