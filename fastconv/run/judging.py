@@ -16,13 +16,11 @@ from typing import Any, Protocol
 from fastconv.errors import JudgeError, stopped
 from fastconv.experiment.graph import Graph
 from fastconv.judge.access import JudgeAccess, PaidAccess, check_judge
-from fastconv.judge.budget import Estimate, Price, estimate
 from fastconv.judge.calibrate import CalibrationRow, JudgeSamples
 from fastconv.judge.claude import Outage
 from fastconv.judge.desk import DeskStatus, JudgeDesk
 from fastconv.judge.identity import build_requests, judge_params
 from fastconv.judge.local import CompleteMany, LocalDesk, LocalJudge
-from fastconv.judge.request import JudgeItem, build_request
 from fastconv.judge.rubric import Rubric
 from fastconv.judge.scores import Agreement, agreement, judge_stage_scores
 from fastconv.recipe import JudgeSettings
@@ -184,23 +182,6 @@ def open_desk(settings: JudgeSettings, workspace: Path, access: PaidAccess, *, r
     """Open a desk for a paid judge; `reverse` shows the rubric's options in reverse order."""
     factor = access.batch_factor
     return JudgeDesk(settings, workspace, access.price, access.key, batch_factor=factor, reverse=reverse)
-
-
-def judgement_keys(
-    settings: JudgeSettings, price: Price | None, rubric: Rubric, samples: Sequence[Sample]
-) -> list[str]:
-    """Keys of a paid judge's judgements of samples, in their order."""
-    return [request.key for request in build_requests(rubric, judge_params(settings, price), samples)]
-
-
-def planned_cost(
-    settings: JudgeSettings, access: PaidAccess, rubric: Rubric, n: int, *, question_chars: int, answer_chars: int
-) -> Estimate:
-    """Cost in US dollars of `n` judgements of texts of this length; mode `auto` counts as a batch from `batch_from` on."""
-    is_batch = settings.mode == "batch" or (settings.mode == "auto" and n >= settings.batch_from)
-    item = JudgeItem("q" * question_chars, "a " * (answer_chars // 2), 0)
-    request = build_request(rubric, judge_params(settings, access.price), item)
-    return estimate([request], n, access.price, access.batch_factor if is_batch else 1.0)
 
 
 def judge_with_desk(settings: JudgeSettings, workspace: Path, access: PaidAccess, rubric: Rubric) -> JudgeSamples:

@@ -113,8 +113,8 @@ def test_files_of_a_recipe_travel_by_content(tiny_qwen: Path, tmp_path: Path) ->
     order = pickle.loads(pickle.dumps(order))
     shutil.rmtree(tmp_path / "mine")
     shutil.rmtree(tmp_path / "rows")
-    there = Graph(unpack_recipe(order, tmp_path / "node"))
-    assert {stage.key for stage in there.stages()} == {stage.key for stage in graph.stages()}
+    unpacked = Graph(unpack_recipe(order, tmp_path / "node"))
+    assert {stage.key for stage in unpacked.stages()} == {stage.key for stage in graph.stages()}
 
 
 # --- a worker ------------------------------------------------------------------------------------------------
@@ -166,8 +166,8 @@ def test_a_worker_whose_node_differs_says_in_what(recipe: Recipe, tmp_path: Path
 
 
 def test_an_error_of_a_worker_comes_back_as_it_was() -> None:
-    told = WorkerFinished(error=("TrainingError", "loss is not finite", "behavior/x", "lower lr"))
-    error = pickle.loads(pickle.dumps(told)).problem()
+    finished = WorkerFinished(error=("TrainingError", "loss is not finite", "behavior/x", "lower lr"))
+    error = pickle.loads(pickle.dumps(finished)).problem()
     assert isinstance(error, TrainingError)
     assert str(error) == str(TrainingError("loss is not finite", where="behavior/x", fix="lower lr"))
     assert error.exit_code == 7
@@ -275,7 +275,7 @@ def test_a_lost_worker_is_replaced_and_nothing_is_done_twice(
     assert finished.tally.n_stages == alone.tally.n_stages == len(heard.stages)
     assert finished.tally.tokens == alone.tally.tokens
     villains = [start for name, start in ray.sent if name == "villain"]
-    assert [len(one) - len(villains[0]) for one in villains] == [0, 5, 13]  # WorkerStarted is no stage
+    assert [len(keys) - len(villains[0]) for keys in villains] == [0, 5, 13]  # WorkerStarted is no stage
     store = Store.open(tmp_path / "ray")
     assert store.runs()[0]["finished_at"] is not None
     assert {row["reused"] for row in store.stages_of_run(finished.run)} == {0}

@@ -28,12 +28,12 @@ def body_text(item: JudgeItem) -> tuple[str, str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_rubric_reads_its_own_answers(name: str) -> None:
-    one = rubric(name)
+    shipped = rubric(name)
     answer = {field: 50 if part["type"] == "integer" else part.get("enum", ["x"])[0]
-              for field, part in one.schema["properties"].items()}  # fmt: skip
-    reading = one.read(json.dumps(answer))
+              for field, part in shipped.schema["properties"].items()}  # fmt: skip
+    reading = shipped.read(json.dumps(answer))
     assert reading.reason is None
-    assert set(reading.values) == {measure.name for measure in one.measures}
+    assert set(reading.values) == {measure.name for measure in shipped.measures}
 
 
 @pytest.mark.parametrize(
@@ -165,18 +165,20 @@ def test_no_text_leaves_its_fence_or_breaks_the_encoding(text: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_whole_body_is_the_rubric_for_the_cache_and_one_user_turn(name: str) -> None:
-    one = rubric(name)
-    request = build_request(one, dataclasses.replace(PARAMS, effort="low", thinking="disabled"), JudgeItem("q", "a", 0))
+    shipped = rubric(name)
+    request = build_request(
+        shipped, dataclasses.replace(PARAMS, effort="low", thinking="disabled"), JudgeItem("q", "a", 0)
+    )
     assert request.body() == {
         "model": "claude-test",
         "max_tokens": 256,
-        "system": [{"type": "text", "text": one.system, "cache_control": {"type": "ephemeral"}}],
+        "system": [{"type": "text", "text": shipped.system, "cache_control": {"type": "ephemeral"}}],
         "messages": [{"role": "user", "content": request.user_text()}],
         "thinking": {"type": "disabled"},
-        "output_config": {"format": {"type": "json_schema", "schema": dict(one.schema)}, "effort": "low"},
+        "output_config": {"format": {"type": "json_schema", "schema": dict(shipped.schema)}, "effort": "low"},
     }
     # What is the same for all items ends with the rubric: nothing before the cache's mark changes from item to item.
-    other = build_request(one, request.params, JudgeItem("another", "text", 1))
+    other = build_request(shipped, request.params, JudgeItem("another", "text", 1))
     assert other.body()["system"] == request.body()["system"]
 
 

@@ -49,8 +49,8 @@ def _age(workspace: Path) -> None:
 
 def _kinds(store: Store, *adapters: str) -> dict[str, int]:
     found: dict[str, int] = {}
-    for one in find_garbage(store, adapters).garbage:
-        found[one.kind] = found.get(one.kind, 0) + 1
+    for item in find_garbage(store, adapters).garbage:
+        found[item.kind] = found.get(item.kind, 0) + 1
     return found
 
 
@@ -85,12 +85,12 @@ def test_strays_are_shown_first_and_freed_when_asked(copied: Path) -> None:
     _age(copied)
     before = _files(copied)
     shown = CliRunner().invoke(app, ["gc", "-w", str(copied), "--json"])
-    found = json.loads(shown.output)
-    assert {one["kind"] for one in found["waste"]} == {"temporary file", "orphan"}
-    assert (found["bytes"], found["freed_bytes"]) == (len(b"half") + len(b"no row") + len(b"of no stage"), 0)
+    shown_json = json.loads(shown.output)
+    assert {item["kind"] for item in shown_json["waste"]} == {"temporary file", "orphan"}
+    assert (shown_json["bytes"], shown_json["freed_bytes"]) == (len(b"half") + len(b"no row") + len(b"of no stage"), 0)
     assert _files(copied) == before
     done = CliRunner().invoke(app, ["gc", "-w", str(copied), "--json", "--yes"])
-    assert json.loads(done.output)["freed_bytes"] == found["bytes"]
+    assert json.loads(done.output)["freed_bytes"] == shown_json["bytes"]
     assert before - _files(copied) == {".tmp-1-1", "0" * 64 + ".json", f"{sha256}.json"}
     _is_whole(store)
 
@@ -107,7 +107,7 @@ def test_a_superseded_stage_goes_with_what_only_it_named(done_run: DoneRun, copi
         db.execute("UPDATE run_stages SET key='new-'||key WHERE slot LIKE '%villain/source/e2%'")
     assert set(_kinds(store)) == {"superseded stage"}
     waste = find_garbage(store).garbage
-    assert free(store, waste) == sum(one.n_bytes for one in waste)
+    assert free(store, waste) == sum(item.n_bytes for item in waste)
     assert store.record(old.key) is None
     assert store.samples(stages["eval/villain/source/e2/refusal/villain/s42"].key) == []
     assert f"{record.outputs['adapter']}.safetensors" not in _files(copied)
@@ -166,8 +166,8 @@ def test_training_state_goes_once_its_training_is_finished(done_run: DoneRun, co
     store.save_progress(behavior.key, 1, b"moments")
     store.save_progress("f" * 64, 1, b"moments of another training")
     _age(copied)
-    waste = [one for one in find_garbage(store).garbage if one.kind == "training state"]
-    assert [one.keys for one in waste] == [(behavior.key,)]
+    waste = [item for item in find_garbage(store).garbage if item.kind == "training state"]
+    assert [item.keys for item in waste] == [(behavior.key,)]
     free(store, waste)
     assert store.progress(behavior.key) is None
     assert store.progress("f" * 64) is not None
@@ -181,7 +181,7 @@ def test_adapters_of_a_finished_run_go_and_its_scores_stay(done_run: DoneRun, co
     before = results(done_run.recipe, copied)
     words = ["gc", "-w", str(copied), "--adapters", run, "--yes", "--json"]
     answer = json.loads(CliRunner().invoke(app, words).output)
-    assert {one["kind"] for one in answer["waste"]} == {"adapter"}
+    assert {item["kind"] for item in answer["waste"]} == {"adapter"}
     assert answer["freed_bytes"] == answer["bytes"] > 0
     assert not {name for name in _files(copied) if name.endswith(".safetensors")}
     assert results(done_run.recipe, copied) == before
@@ -200,10 +200,10 @@ def test_adapters_that_another_run_rests_on_stay(done_run: DoneRun, copied: Path
     )
     run_tiny(shorter, copied)
     store = Store.open(copied)
-    slots = {one.name for one in find_garbage(store, [done_run.finished.run]).garbage}
+    slots = {item.name for item in find_garbage(store, [done_run.finished.run]).garbage}
     assert f"{SNAPSHOT_SLOT}/e2/s42" in slots
     assert f"{SNAPSHOT_SLOT}/e1/s42" not in slots
-    both = {one.name for one in find_garbage(store, [done_run.finished.run, run_id(shorter)]).garbage}
+    both = {item.name for item in find_garbage(store, [done_run.finished.run, run_id(shorter)]).garbage}
     assert f"{SNAPSHOT_SLOT}/e1/s42" in both
 
 
