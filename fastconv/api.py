@@ -29,7 +29,7 @@ WORKSPACE = Path("checkpoints")
 def run_recipe(recipe: Recipe, *, workspace: Path | str = WORKSPACE, quiet: bool = False) -> Run:
     """Run a recipe to its verdict, or go on with it, and open it. Raises FastconvError as the command line does."""
     with watching(quiet=quiet, stream=sys.stderr) as watcher:
-        _run_recipe(recipe, Path(workspace), watcher).require_whole()
+        _run_recipe(recipe, Path(workspace), watcher).require_complete()
     return open_run(recipe, workspace=workspace)
 
 

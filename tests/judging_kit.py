@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from fastconv.judge.budget import Price
 from fastconv.judge.claude import ApiKey
 from fastconv.judge.desk import DeskStatus, JudgeDesk
+from fastconv.judge.identity import build_requests, judge_params
 from fastconv.judge.rubric import Rubric, load_rubric
 from fastconv.recipe import JudgeSettings
 from fastconv.store.ledger import Sample
@@ -51,6 +52,11 @@ def samples(n: int, start: int = 0, words: int = 12) -> list[Sample]:
 def desk(url: str, workspace: Path, mode: str = "live", **fields: Any) -> JudgeDesk:
     """A desk on the fake server."""
     return JudgeDesk(settings(url, mode, **fields), workspace, PRICE, ApiKey(KEY))
+
+
+def judgement_keys(settings: JudgeSettings, price: Price, rubric: Rubric, samples: list[Sample]) -> list[str]:
+    """Keys of a paid judge's judgements of samples, in their order."""
+    return [request.key for request in build_requests(rubric, judge_params(settings, price), samples)]
 
 
 def judge_all(url: str, workspace: Path, todo: list[Sample], mode: str = "live", **fields: Any) -> DeskStatus:

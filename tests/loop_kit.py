@@ -23,7 +23,7 @@ from fastconv.errors import DataError, FastconvError
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.judge.desk import DeskStatus
 from fastconv.recipe import Recipe, canonical_json, parse_recipe
-from fastconv.run.run import Finished, run_recipe
+from fastconv.run.run import RunResult, run_recipe
 from fastconv.run.sampling import SamplingStatus
 from fastconv.stats.gates import GateVerdict
 from fastconv.store.ledger import Record, Stage, Store
@@ -164,7 +164,7 @@ class Heard:
 
 def run_tiny(
     recipe: Recipe, workspace: Path, plans: Callable[[Graph], list[CellPlan]] | None = None
-) -> tuple[Finished, Heard]:
+) -> tuple[RunResult, Heard]:
     """Run the recipe in this process; what it gave and what a watcher heard."""
     heard = Heard()
     return run_recipe(recipe, workspace, heard, plans=plans), heard
@@ -176,7 +176,7 @@ class DoneRun:
 
     recipe: Recipe
     workspace: Path
-    finished: Finished
+    finished: RunResult
     heard: Heard
 
     @property

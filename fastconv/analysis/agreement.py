@@ -12,7 +12,7 @@ from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.contrasts import subject_of
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.experiment.graph import CellPlan
-from fastconv.judge.calibrate import Corrected, corrected_rate
+from fastconv.judge.calibrate import CorrectedRate, corrected_rate
 from fastconv.judge.scores import agreement
 from fastconv.stats.series import Series
 from fastconv.stats.units import full
@@ -76,7 +76,7 @@ def agreement_of(decided: Analysis, measure: str) -> AgreementRate:
     return AgreementRate(counted.accuracy, counted.kappa, counted.n, tuple(rows))
 
 
-def corrected_of(decided: Analysis, label: str) -> tuple[float, Corrected, tuple[str, ...]]:
+def corrected_of(decided: Analysis, label: str) -> tuple[float, CorrectedRate, tuple[str, ...]]:
     """The assistant's rate in a cell as judged and as corrected. Raises KeyError without a calibration."""
     subject = decided.subject(label)
     plan = next(plan for plan in decided.graph.cells if subject_of(plan.cell) == subject)

@@ -390,9 +390,9 @@ def main() -> None:
 
 
 def _ignored(codes: list[str], because: str) -> dict[str, str]:
-    from fastconv.run.run import ignoring
+    from fastconv.run.run import parse_ignored_gates
 
-    return ignoring(codes, because)
+    return parse_ignored_gates(codes, because)
 
 
 def _run(
@@ -431,9 +431,9 @@ def _run(
         body |= {"held": {one.subject: one.reason for one in finished.held}}
         print(json.dumps({**body, "html": str(paths.html), "markdown": str(paths.markdown)}))
         try:
-            finished.require_whole()
+            finished.require_complete()
         except FastconvError as error:  # said above, in the body
             raise typer.Exit(error.exit_code) from None
     else:
         show.finished(finished, paths.html)
-        finished.require_whole()
+        finished.require_complete()

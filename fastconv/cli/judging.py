@@ -88,7 +88,7 @@ def calibrate(
 ) -> None:
     """Measure a judge on labelled rows: accuracy, kappa, test-retest, position and length bias, injection attempts."""
     from fastconv.experiment.graph import Graph
-    from fastconv.judge.budget import prices_of
+    from fastconv.judge.budget import recipe_prices
     from fastconv.judge.identity import judge_identity
     from fastconv.recipe import parse_recipe
     from fastconv.run.rejudge import calibrate_judge
@@ -100,7 +100,7 @@ def calibrate(
     else:
         table: dict[str, Any] = {"mode": mode, "model": model, "base_url": base_url, "budget_usd": budget_usd}
         settings = parse_recipe({"name": "calibrate", "judge": table}, where="calibrate").judge
-        judge = judge_identity(settings, prices_of(settings), "")
+        judge = judge_identity(settings, recipe_prices(settings), "")
     found = calibrate_judge(judge, settings, workspace, rubrics, rows=rows, graph=graph)
     if as_json:
         body = [

@@ -51,16 +51,18 @@ def gc(
     as_json: AsJson = False,
 ) -> None:
     """Show what of a workspace nothing needs any more and how many bytes that is; with --yes, free it."""
-    from fastconv.run.gc import find_waste
+    from fastconv.run.gc import find_garbage
     from fastconv.store.gc import free
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    found = find_waste(store, adapters)
-    freed = free(store, found.waste) if yes else 0
+    found = find_garbage(store, adapters)
+    freed = free(store, found.garbage) if yes else 0
     if as_json:
-        shown = [{"kind": w.kind, "name": w.name, "why": w.why, "bytes": w.n_bytes} for w in found.waste]
-        print(json.dumps({"waste": shown, "bytes": found.n_bytes, "freed_bytes": freed, "left": found.left}, indent=1))
+        shown = [{"kind": w.kind, "name": w.name, "why": w.why, "bytes": w.n_bytes} for w in found.garbage]
+        print(
+            json.dumps({"waste": shown, "bytes": found.n_bytes, "freed_bytes": freed, "left": found.skipped}, indent=1)
+        )
         return
     _show(found, freed if yes else None)
 
@@ -76,11 +78,11 @@ def size(n_bytes: int) -> str:
 
 
 def _show(found: GcPlan, freed: int | None) -> None:
-    for one in found.waste:
+    for one in found.garbage:
         typer.echo(f"{size(one.n_bytes):>10}  {one.kind} {one.name}: {one.why}")
-    for text in found.left:
+    for text in found.skipped:
         typer.echo(f"left alone: {text}")
-    if not found.waste:
+    if not found.garbage:
         typer.echo("nothing to free")
     elif freed is None:
         typer.echo(f"{size(found.n_bytes)} can be freed: the same command with --yes")

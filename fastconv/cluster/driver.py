@@ -1,4 +1,4 @@
-"""The driver: gives orders to Ray, merges what comes back, gives a lost order out again, asks the judge."""
+"""The driver: sends orders to Ray, merges the stages that come back, sends lost orders again, asks the judge."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from fastconv.audit.checks import CheckReport
-from fastconv.cluster.orders import Order, left_to_compute, start_keys
-from fastconv.cluster.worker import Item, WorkerFinished, WorkerStarted, work
+from fastconv.cluster.orders import Order, has_missing_stages, initial_keys
+from fastconv.cluster.worker import WorkerFinished, WorkerMessage, WorkerStarted, work
 from fastconv.engine.locate import engine_identity
 from fastconv.errors import ClusterError, FastconvError, GateStop, Interrupted, stopped
 from fastconv.experiment.graph import Graph
@@ -22,15 +22,15 @@ from fastconv.run.runner import Tally, Watcher
 from fastconv.store.ledger import Stage, Store
 from fastconv.store.merge import StageBundle, pack, unpack
 
-#: So often an order is given out again without a single new stage having come back from it.
+#: How often an order is sent again after its worker was lost without a finished stage.
 RETRIES = 3
-#: How often the driver looks whether it is to stop, and how long workers then get to end their step well.
-LOOK_S, GRACE_S = 0.5, 60.0
+#: Seconds between checks for a stop, and seconds that workers then get to finish their step.
+POLL_S, GRACE_S = 0.5, 60.0
 
 
 @dataclass
-class _Open:
-    """An order that is out: its stream of items, and how often it went out without anything coming back."""
+class _SentOrder:
+    """A sent order: its stream of messages, how often it was lost without a finished stage, and its node."""
 
     order: Order
     stream: Any
@@ -40,7 +40,7 @@ class _Open:
 
 @dataclass
 class Driver:
-    """Gives orders to Ray and takes in what comes back."""
+    """Sends orders to Ray and merges the stages that come back. `tally` counts these stages."""
 
     ray: Any
     graph: Graph
@@ -49,61 +49,61 @@ class Driver:
     stop: threading.Event
     errors: list[FastconvError] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
-    #: Keys of stages that could not be finished; the rest went on.
+    #: Keys of stages that failed; the rest went on.
     failed: set[str] = field(default_factory=set)
-    #: What kept the judge from its work, if anything did.
+    #: Why the judge is out, if it is.
     problem: str = ""
 
     def __post_init__(self) -> None:
         self._stages = {stage.key: stage for stage in self.graph.stages()}
         self._run = run_id(self.graph.recipe)
-        self._bell = self.ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Bell).remote()
-        self._open: list[_Open] = []
+        self._stop_flag = self.ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_StopFlag).remote()
+        self._sent: list[_SentOrder] = []
 
     def compute(self, orders: Sequence[Order]) -> None:
-        """Have these orders computed. Errors of workers are kept in `errors`. Raises Interrupted, ClusterError."""
-        self._open = [_Open(order, self._send(order)) for order in orders]
+        """Compute these orders; errors of workers go to `errors`. Raises Interrupted, ClusterError."""
+        self._sent = [_SentOrder(order, self._send(order)) for order in orders]
         try:
-            while self._open:
+            while self._sent:
                 if self.stop.is_set():
                     self._drain()
                     raise stopped(self._run)
-                self._take(self._ready(LOOK_S))
+                self._take(self._ready(POLL_S))
         except BaseException:
-            for one in self._open:
-                self.ray.cancel(one.stream, force=True)
+            for sent in self._sent:
+                self.ray.cancel(sent.stream, force=True)
             raise
 
     def judge(self, *, urgent: bool) -> None:
-        """Ask a judge about everything that came back; one that is out leaves it pending.
+        """Judge everything that came back; a judge that is out leaves it pending.
 
-        The resident base judges where it is resident: at the workers.
+        A resident base judges at the workers, not here.
         """
         if self.graph.judges_outside and not self.stop.is_set():
-            recipe, watcher = self.graph.recipe, unannounced(self.watcher)
-            judged = finish_judging(recipe, self.store.root, watcher, urgent=urgent)
-            self.problem = judged.status.problem
+            recipe, watcher = self.graph.recipe, without_announcements(self.watcher)
+            result = finish_judging(recipe, self.store.root, watcher, urgent=urgent)
+            self.problem = result.status.problem
 
     def _send(self, order: Order) -> Any:
-        start = [pack(self.store, key) for key in start_keys(self.graph, self.store, order)]
-        about = [socket.gethostname(), str(self.store.root.resolve()), self._run, order.name]
-        folder = f"{self._run}-{order.name}-{sha256_of(about)[:8]}"
-        task = self.ray.remote(**needs_of(self.graph))(_work_for)
-        return task.remote(order, self.ray.put(start), folder, self._bell)
+        bundles = [pack(self.store, key) for key in initial_keys(self.graph, self.store, order)]
+        origin = [socket.gethostname(), str(self.store.root.resolve()), self._run, order.name]
+        folder = f"{self._run}-{order.name}-{sha256_of(origin)[:8]}"
+        task = self.ray.remote(**task_resources(self.graph))(_work_for)
+        return task.remote(order, self.ray.put(bundles), folder, self._stop_flag)
 
-    def _ready(self, timeout_s: float) -> list[_Open]:
-        ready, _ = self.ray.wait([one.stream for one in self._open], timeout=timeout_s)
-        return [one for one in self._open if one.stream in ready]
+    def _ready(self, timeout_s: float) -> list[_SentOrder]:
+        ready, _ = self.ray.wait([sent.stream for sent in self._sent], timeout=timeout_s)
+        return [sent for sent in self._sent if sent.stream in ready]
 
-    def _take(self, ready: Sequence[_Open]) -> None:
-        lost = _lost_errors(self.ray)
-        for one in ready:
+    def _take(self, ready: Sequence[_SentOrder]) -> None:
+        lost_errors = _lost_errors(self.ray)
+        for sent in ready:
             try:
-                self._item(one, self.ray.get(next(one.stream)))
+                self._handle(sent, self.ray.get(next(sent.stream)))
             except StopIteration:
-                self._open.remove(one)
-            except lost as error:
-                self._again(one, error)
+                self._sent.remove(sent)
+            except lost_errors as error:
+                self._send_again(sent, error)
             except self.ray.exceptions.RayError as error:
                 if "No module named 'fastconv'" not in str(error):
                     raise  # a defect, with its traceback
@@ -111,18 +111,18 @@ class Driver:
                     "fastconv is not installed on a node", where="--ray", fix="install the same version on every node"
                 ) from None
 
-    def _item(self, one: _Open, item: Item) -> None:
-        if isinstance(item, WorkerStarted):
-            one.node = item.node
-        elif isinstance(item, StageBundle):
-            one.n_lost = 0
-            self._merge(item)
+    def _handle(self, sent: _SentOrder, message: WorkerMessage) -> None:
+        if isinstance(message, WorkerStarted):
+            sent.node = message.node
+        elif isinstance(message, StageBundle):
+            sent.n_lost = 0
+            self._merge(message)
         else:
-            self._end(one, item)
+            self._finish(sent, message)
 
-    def _merge(self, parcel: StageBundle) -> None:
-        stage = self._stages[parcel.key]
-        if unpack(self.store, parcel):
+    def _merge(self, bundle: StageBundle) -> None:
+        stage = self._stages[bundle.key]
+        if unpack(self.store, bundle):
             self._count(stage)
         self.store.note_stage_of_run(self._run, stage, reused=False)
 
@@ -134,113 +134,113 @@ class Driver:
         self.watcher.stage(stage, "new")
         self.watcher.stage_done(stage, record.seconds)
 
-    def _end(self, one: _Open, end: WorkerFinished) -> None:
-        facts = {name: end.facts[name] for name in ("engine", "template") if name in end.facts}
+    def _finish(self, sent: _SentOrder, finished: WorkerFinished) -> None:
+        facts = {name: finished.facts[name] for name in ("engine", "template") if name in finished.facts}
         before = self.store.run_facts(self._run).get("workers", {})
-        workers = {**before, one.order.name: {"node": one.node, **end.facts}}
+        workers = {**before, sent.order.name: {"node": sent.node, **finished.facts}}
         self.store.add_run_facts(self._run, {**facts, "workers": workers})
-        for key, failure in end.failures.items():
+        for key, failure in finished.failures.items():
             self.failed.add(key)
             self.store.note_failure(self._stages[key], failure.exit_code, failure.reason)
             self.watcher.stage_failed(self._stages[key], failure.reason)
-        error = end.problem()
+        error = finished.problem()
         if error is not None and not (isinstance(error, Interrupted) and (self.stop.is_set() or self.errors)):
             self.errors.append(error)
-            if isinstance(error, GateStop):  # before the next cost, whoever it would be paid for
-                self._ring()
+            if isinstance(error, GateStop):  # ends all workers before their next expensive step
+                self._stop_workers()
 
-    def _again(self, one: _Open, error: Exception) -> None:
-        """Give a lost order out again, beginning from everything that came back."""
-        self._open.remove(one)
-        if self.stop.is_set() or not left_to_compute(one.order, self.store):
+    def _send_again(self, sent: _SentOrder, error: Exception) -> None:
+        """Send a lost order again, starting from every stage that came back. Raises ClusterError after `RETRIES` times."""
+        self._sent.remove(sent)
+        if self.stop.is_set() or not has_missing_stages(sent.order, self.store):
             return
-        if one.n_lost >= RETRIES:
+        if sent.n_lost >= RETRIES:
             reason = str(error).strip().split("\n", 1)[0]
             raise ClusterError(
-                f"its worker was lost {one.n_lost + 1} times without a finished stage ({reason})",
-                where=one.order.name,
+                f"its worker was lost {sent.n_lost + 1} times without a finished stage ({reason})",
+                where=sent.order.name,
                 fix="look into the node's memory and Ray's logs; the same command goes on from what came back",
             )
-        self._open.append(_Open(one.order, self._send(one.order), one.n_lost + 1))
+        self._sent.append(_SentOrder(sent.order, self._send(sent.order), sent.n_lost + 1))
 
     def _drain(self) -> None:
-        """Ask the workers to stop and take in what they still hand over, for as long as they may need for a step."""
-        self._ring()
+        """Stop the workers and merge the stages they still hand over, for at most `GRACE_S` seconds."""
+        self._stop_workers()
         deadline = time.monotonic() + GRACE_S
-        while self._open and time.monotonic() < deadline:
-            self._take(self._ready(LOOK_S))
+        while self._sent and time.monotonic() < deadline:
+            self._take(self._ready(POLL_S))
 
-    def _ring(self) -> None:
-        """Ask all workers to stop after their step; orders that wait for a place are taken back."""
-        self.ray.get(self._bell.ring.remote())
-        for one in [one for one in self._open if not one.node]:
-            self.ray.cancel(one.stream)
-            self._open.remove(one)
+    def _stop_workers(self) -> None:
+        """Tell all workers to stop after their step, and cancel orders that have not started."""
+        self.ray.get(self._stop_flag.set.remote())
+        for sent in [sent for sent in self._sent if not sent.node]:
+            self.ray.cancel(sent.stream)
+            self._sent.remove(sent)
 
 
-class _Bell:
-    """Rung once, to end all workers after the step they are in."""
+class _StopFlag:
+    """A Ray actor that holds a flag: once set, all workers end after their current step."""
 
     def __init__(self) -> None:
-        self._rung = False
+        self._set = False
 
-    def ring(self) -> None:
+    def set(self) -> None:
         """End them."""
-        self._rung = True
+        self._set = True
 
-    def rung(self) -> bool:
-        """Whether to end."""
-        return self._rung
+    def is_set(self) -> bool:
+        """Whether the workers are to end."""
+        return self._set
 
 
-class _Unannounced:
-    """A watcher that passes on what was not said already: the run is known, and audited."""
+class _WithoutAnnouncements:
+    """Forwards to a watcher everything but the announcements `audited` and `begin`, which it has received already."""
 
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
 
     def audited(self, report: CheckReport) -> None:
-        """Said already."""
+        """Not forwarded."""
 
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
-        """Said already."""
+        """Not forwarded."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._watcher, name)
 
 
-def _work_for(order: Order, start: Sequence[StageBundle], folder: str, bell: Any) -> Iterator[Item]:
-    """The Ray task."""
+def _work_for(order: Order, start: Sequence[StageBundle], folder: str, stop_flag: Any) -> Iterator[WorkerMessage]:
+    """The Ray task: computes an order and yields its messages."""
     import ray
 
-    yield from work(order, start, folder, lambda: bool(ray.get(bell.rung.remote())))
+    yield from work(order, start, folder, lambda: bool(ray.get(stop_flag.is_set.remote())))
 
 
-def needs_of(graph: Graph) -> dict[str, Any]:
-    """What a task asks of Ray. A worker process does one order: the next one finds the GPU's memory free.
+def task_resources(graph: Graph) -> dict[str, Any]:
+    """Ray options of a task. A worker process computes a single order, so that the next one finds the GPU's memory free.
 
-    Ray's own retry would begin an order anew; here it is given out again from what came back.
+    Ray's own retries are off, because they would start an order from the beginning.
     """
     always = {"num_returns": "streaming", "max_retries": 0, "max_calls": 1}
     if engine_identity(graph.recipe.model)["device"] == "cuda":
         return {**always, "num_gpus": 1, "num_cpus": 1}
     threads = cpu_threads()
-    # As many threads as one process takes here: sums in another order would be other numbers.
+    # As many threads as a single process uses here, because another order of summation gives other numbers.
     return {**always, "num_cpus": threads, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}}}
 
 
 def cpu_threads() -> int:
-    """Threads that a run on this machine takes on its CPU."""
+    """Number of CPU threads that a run on this machine uses."""
     given = os.environ.get("OMP_NUM_THREADS", "")
     return int(given) if given.isdecimal() and int(given) else len(os.sched_getaffinity(0))
 
 
-def unannounced(watcher: Watcher) -> Watcher:
-    """The watcher, for calls whose beginning it has shown already."""
-    return cast(Watcher, _Unannounced(watcher))
+def without_announcements(watcher: Watcher) -> Watcher:
+    """The watcher without `audited` and `begin`, for calls that continue an announced run."""
+    return cast(Watcher, _WithoutAnnouncements(watcher))
 
 
 def _lost_errors(ray: Any) -> tuple[type[Exception], ...]:
-    """What Ray says when a worker, its node or what it handed over is gone."""
+    """Ray's exceptions for a lost worker, node or object."""
     kinds = ray.exceptions
     return (kinds.WorkerCrashedError, kinds.NodeDiedError, kinds.ObjectLostError, kinds.OutOfMemoryError)

@@ -1,6 +1,6 @@
-"""What is handed to whom: the base first, then what sources share, then one order for each source. Pure; no Ray.
+"""Orders for workers: first the base, then stages that sources share, then one order per source. No Ray in here.
 
-An order carries everything by content, so that a worker needs nothing but fastconv and the model.
+An order contains everything by content, so that a worker needs only fastconv and the model.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from fastconv.store.io import storage_errors, write_atomically
 from fastconv.store.ledger import Stage, Store, changed_inputs
 from fastconv.store.merge import texts_in
 
+#: Names of the orders that belong to no source.
 BASE, SHARED = "base", "shared"
 
 
 @dataclass(frozen=True)
 class Order:
-    """One worker's work: the stages `keys` (needs included), either as `ends` alone or as the cells of a `source`.
+    """The work of one worker: the stages `keys`, needs included, either as `ends` alone or as the cells of a `source`.
 
-    `inputs` are those stages' inputs by slot, as the driver sees them.
+    `recipe` is its JSON form, `files` the contents of the files it names by path, and `inputs` the stages' inputs by slot
+    as the driver computed them.
     """
 
     name: str
@@ -42,26 +44,26 @@ class Order:
 
 
 def base_order(graph: Graph, store: Store) -> Order | None:
-    """The base under every prompt that any cell compares with, as far as it is missing."""
+    """An order for the missing base stages of all cells; None if there are none."""
     ends = [stage for plan in graph.cells for stage in plan.base.values()]
     return _order(graph, store, BASE, ends)
 
 
 def shared_order(graph: Graph, store: Store, alive: Sequence[str]) -> Order | None:
-    """Missing stages that two or more sources need, so that no two workers compute the same."""
-    times: Counter[str] = Counter()
+    """An order for missing stages that two or more sources need, so that no stage is computed twice."""
+    n_sources: Counter[str] = Counter()
     stages: dict[str, Stage] = {}
     for source in sources_of(graph):
-        mine = _parts(graph, source, alive)
-        times.update(mine.keys())
-        stages |= mine
-    return _order(graph, store, SHARED, [stage for key, stage in stages.items() if times[key] > 1])
+        parts = _parts(graph, source, alive)
+        n_sources.update(parts.keys())
+        stages |= parts
+    return _order(graph, store, SHARED, [stage for key, stage in stages.items() if n_sources[key] > 1])
 
 
 def source_orders(
     graph: Graph, store: Store, alive: Sequence[str], ignore_gates: Mapping[str, str] | None = None
 ) -> list[Order]:
-    """For each source that misses anything, its cells."""
+    """An order for each source with missing stages. `alive` are the behaviors that G0 let through."""
     orders = []
     for source in sources_of(graph):
         parts = list(_parts(graph, source, alive).values())
@@ -73,34 +75,34 @@ def source_orders(
 
 
 def sources_of(graph: Graph) -> list[str]:
-    """The sources of a recipe in their order."""
+    """The sources of a recipe, in their order."""
     return list(dict.fromkeys(plan.cell.source for plan in graph.cells))
 
 
-def start_keys(graph: Graph, store: Store, order: Order) -> list[str]:
-    """Finished stages that a worker begins with: what its order rests on, and the whole base, on which G0 decides."""
+def initial_keys(graph: Graph, store: Store, order: Order) -> list[str]:
+    """Keys of the finished stages that a worker starts with: those of its order, and the whole base, which G0 needs."""
     base = [part.key for plan in graph.cells for end in plan.base.values() for part in walk(end)]
     return [key for key in dict.fromkeys([*base, *order.keys]) if store.record(key) is not None]
 
 
-def left_to_compute(order: Order, store: Store) -> bool:
-    """Whether anything of an order that is not the judge's is missing."""
+def has_missing_stages(order: Order, store: Store) -> bool:
+    """Whether any stage of an order is missing. Orders contain no stages of an outside judge."""
     return any(store.record(key) is None for key in order.keys)
 
 
-def is_whole(graph: Graph, store: Store, plan: CellPlan, alive: Sequence[str]) -> bool:
-    """Whether everything of a cell but its judging is computed."""
+def is_cell_computed(graph: Graph, store: Store, plan: CellPlan, alive: Sequence[str]) -> bool:
+    """Whether every stage of a cell except judging by an outside judge is computed."""
     ends = [*plan.base.values(), *_ends(plan, alive)]
     parts = (part for end in ends for part in walk(end) if _is_computed(graph, part))
     return all(store.record(part.key) is not None for part in parts)
 
 
 def recipe_files(recipe: Recipe) -> dict[str, bytes]:
-    """Every file of the user's that the recipe reads, by its path. Raises DataError for one that cannot be read."""
-    given: list[str] = []
-    move_paths(recipe.model_dump(mode="json"), lambda path: given.append(path) or path)
+    """Contents of every user file that the recipe names, by path. Raises DataError for one that cannot be read."""
+    paths: list[str] = []
+    move_paths(recipe.model_dump(mode="json"), lambda path: paths.append(path) or path)
     by_source = set(recipe.data.rows.values())
-    named = [path for path in given if path not in by_source]
+    named = [path for path in paths if path not in by_source]
     named += [path.replace("{source}", source) for path in by_source for source in recipe.grid.sources]
     if recipe.data.behaviors:
         folder = Path(recipe.data.behaviors).parent
@@ -112,21 +114,21 @@ def recipe_files(recipe: Recipe) -> dict[str, bytes]:
         raise DataError(f"cannot be read: {error.strerror}", where=str(error.filename), fix="check the path") from None
 
 
-def unpacked_recipe(order: Order, folder: Path) -> Recipe:
-    """The order's recipe with its files written under `folder`, each below its own old path, and named there."""
+def unpack_recipe(order: Order, folder: Path) -> Recipe:
+    """Write the order's files under `folder`, keeping their full paths, and return the recipe that names them there."""
     with storage_errors(folder):
         for path, data in order.files.items():
-            here = _below(folder, path)
-            here.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(here, data)
+            target = _below(folder, path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(target, data)
     table = copy.deepcopy(dict(order.recipe))
     move_paths(table, lambda path: str(_below(folder, path)))
     return parse_recipe(table, where=order.name)
 
 
 def require_same_stages(order: Order, graph: Graph, node: str) -> None:
-    """Raise ClusterError unless this node would compute the very stages that were ordered; says what differs."""
-    for stage in graph.stages():  # needs come first, so that the first difference is the cause
+    """Raise ClusterError with the difference unless this node's stages have the same keys as the ordered ones."""
+    for stage in graph.stages():  # in order of needs, so that the first difference is the cause
         ordered = order.inputs.get(stage.slot)
         if ordered is not None and stage.key not in order.keys:
             changes = "; ".join(changed_inputs(ordered, stage.full_inputs)) or "another version of fastconv"
@@ -144,7 +146,7 @@ def _ends(plan: CellPlan, alive: Sequence[str]) -> list[Stage]:
 
 
 def _parts(graph: Graph, source: str, alive: Sequence[str]) -> dict[str, Stage]:
-    """Every stage that a source's cells rest on, by key, for behaviors that G0 let through; judging left out."""
+    """The stages, by key, that a source's cells need for behaviors that G0 let through, except an outside judge's."""
     plans = [plan for plan in graph.cells if plan.cell.source == source]
     parts = [part for plan in plans for end in _ends(plan, alive) for part in walk(end)]
     return {part.key: part for part in parts if _is_computed(graph, part)}
@@ -165,10 +167,10 @@ def _with_source(order: Order, source: str, ignore_gates: Mapping[str, str]) -> 
 
 
 def _is_computed(graph: Graph, stage: Stage) -> bool:
-    """Whether a worker computes it. A paid judge is asked by the driver alone, whose ledger holds the budget."""
+    """Whether a worker computes this stage. An outside judge is asked by the driver only, whose ledger holds the budget."""
     return stage.kind != "judge" or not graph.judges_outside
 
 
 def _below(folder: Path, path: str) -> Path:
-    """Where a file lies below `folder`, with the whole of its old path, so that files find one another as before."""
+    """The path below `folder` that keeps the file's full old path, so that relative references stay valid."""
     return folder.joinpath(*Path(path).absolute().parts[1:])

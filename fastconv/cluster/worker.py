@@ -1,7 +1,7 @@
-"""One worker: it computes an order in a workspace of its own on its node and hands every stage back as it is done.
+"""A worker: computes an order in its own workspace on its node and hands every stage over as soon as it is finished.
 
-The run goes on in a thread; this one looks into the ledger and hands over what is new. So a worker that is lost has
-handed over all but its last stage, and one that comes again to the same node goes on from the state kept there.
+The computation runs in a thread; the main thread reads the ledger and hands over new stages. So a lost worker has handed
+over all but its last stage, and a new one on the same node continues from the checkpoint stored there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastconv import errors
-from fastconv.cluster.orders import Order, require_same_stages, unpacked_recipe
+from fastconv.cluster.orders import Order, require_same_stages, unpack_recipe
 from fastconv.engine.locate import cache_home
 from fastconv.errors import FastconvError
 from fastconv.experiment.graph import Graph
@@ -28,15 +28,15 @@ from fastconv.store.ledger import Store
 from fastconv.store.merge import StageBundle, pack, unpack
 from fastconv.store.records import Failure
 
-#: How often a worker looks for finished stages, and whether it is to stop.
-LOOK_S = 0.25
-#: A worker's workspace that was left behind (its driver never came back) is kept for this long.
+#: Seconds between checks for finished stages and for a stop.
+POLL_S = 0.25
+#: Seconds that the workspace of an order is kept if its driver never comes back.
 FORGOTTEN_AFTER_S = 14 * 86400.0
 
 
 @dataclass(frozen=True)
 class WorkerStarted:
-    """A worker has begun."""
+    """The first message of a worker."""
 
     node: str
     pid: int
@@ -44,9 +44,9 @@ class WorkerStarted:
 
 @dataclass(frozen=True)
 class WorkerFinished:
-    """A worker is through. `facts` are those of its run; `failures` (by key) are stages that it could not finish.
+    """The last message of a worker. `facts` are those of its run, `failures` its failed stages by key.
 
-    An error is told by its class and its three texts.
+    `error` is the exception's class name, problem, place and fix.
     """
 
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -61,65 +61,69 @@ class WorkerFinished:
         return getattr(errors, name, FastconvError)(what, where=where, fix=fix)
 
 
-Item = WorkerStarted | StageBundle | WorkerFinished
+#: What a worker yields to the driver.
+WorkerMessage = WorkerStarted | StageBundle | WorkerFinished
 
 
-def work(order: Order, start: Sequence[StageBundle], folder_name: str, stopped: Callable[[], bool]) -> Iterator[Item]:
-    """Compute an order beginning from the stages in `start`; gives what comes of it, stage by stage, and its end.
+def work(
+    order: Order, start: Sequence[StageBundle], folder_name: str, stopped: Callable[[], bool]
+) -> Iterator[WorkerMessage]:
+    """Compute an order from the finished stages in `start`; yields a start message, every new stage, and an end message.
 
-    The workspace is `folder_name` under the node's cache; it is removed once everything is done and handed over.
+    `stopped` returns whether to end after the current step. The workspace is `folder_name` under the node's cache; it is
+    removed once everything is computed and handed over.
     """
     node = socket.gethostname()
     yield WorkerStarted(node, os.getpid())
     _drop_old_workspaces()
     root = cache_home() / "cluster" / f"{node}-{folder_name}"
     try:
-        recipe = unpacked_recipe(order, root / "inputs")
-        # Whole stages are handed over, adapters with them; the driver frees what its recipe does not keep.
+        recipe = unpack_recipe(order, root / "inputs")
+        # Stages are handed over with their adapters; the driver frees those that its recipe does not keep.
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"keep_adapters": True})})
         graph = Graph(recipe)
         require_same_stages(order, graph, node)
         store = Store.open(root / "checkpoints")
-        for parcel in start:
-            unpack(store, parcel)
+        for bundle in start:
+            unpack(store, bundle)
     except FastconvError as error:
-        yield WorkerFinished(error=_told(error))
+        yield WorkerFinished(error=_error_texts(error))
         return
-    one = _Thread(order, graph, store.root)
+    computing = _ComputeThread(order, graph, store.root)
     try:
-        one.start()
-        yield from _handing_over(order, store, {parcel.key for parcel in start}, one, stopped)
+        computing.start()
+        yield from _new_stages(order, store, {bundle.key for bundle in start}, computing, stopped)
         failures = {key: failure for key, failure in store.failures().items() if key in order.keys}
-        yield WorkerFinished(_facts(store, recipe), failures, one.told)
+        yield WorkerFinished(_facts(store, recipe), failures, computing.error)
     finally:
-        one.stop.set()  # Ray takes the task back: the running step ends well and its state is kept
-        one.join()
+        computing.stop.set()  # if Ray cancels the task, the running step is finished and its checkpoint written
+        computing.join()
         store.close()
-    if one.told is None:
+    if computing.error is None:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def _handing_over(
-    order: Order, store: Store, known: set[str], one: _Thread, stopped: Callable[[], bool]
+def _new_stages(
+    order: Order, store: Store, known: set[str], computing: _ComputeThread, stopped: Callable[[], bool]
 ) -> Iterator[StageBundle]:
-    """Every ordered stage that the driver does not have, as soon as it is in the ledger, until the thread has ended."""
+    """Yield every ordered stage that is not in `known` as soon as it is in the ledger, until the thread has ended."""
     ordered = set(order.keys)
     while True:
-        last_look = not one.is_alive()
+        is_last = not computing.is_alive()
         for (key,) in store.rows("SELECT key FROM stages ORDER BY finished_at, rowid"):
             if key in ordered and key not in known:
                 known.add(key)
                 yield pack(store, key)
-        if last_look:
-            one.raise_defect()
+        if is_last:
+            computing.raise_defect()
             return
-        if not one.stop.is_set() and stopped():
-            one.stop.set()
-        one.join(LOOK_S)
+        if not computing.stop.is_set() and stopped():
+            computing.stop.set()
+        computing.join(POLL_S)
 
 
-class _Thread(threading.Thread):
-    """The computing of an order, and how it ended."""
+class _ComputeThread(threading.Thread):
+    """Computes an order, and keeps the error that ended it."""
 
     def __init__(self, order: Order, graph: Graph, workspace: Path) -> None:
         super().__init__(name=f"order-{order.name}")
@@ -127,8 +131,8 @@ class _Thread(threading.Thread):
         self._judge_later = graph.judges_outside
         self._defect: BaseException | None = None
         self.stop = threading.Event()
-        #: The error that ended it, if one of fastconv's did.
-        self.told: tuple[str, str, str, str] | None = None
+        #: Texts of the FastconvError that ended it, if one did.
+        self.error: tuple[str, str, str, str] | None = None
 
     def run(self) -> None:
         """Compute; never raises."""
@@ -144,23 +148,23 @@ class _Thread(threading.Thread):
                     judge_later=self._judge_later,
                 )  # fmt: skip
         except FastconvError as error:
-            self.told = _told(error)
+            self.error = _error_texts(error)
         except BaseException as error:
-            self._defect = error  # raised again where Ray can see it, with its traceback
+            self._defect = error  # raised again in the main thread, where Ray reports it with its traceback
 
     def raise_defect(self) -> None:
-        """Raise what ended the thread, if it was a defect of fastconv."""
+        """Raise the exception that ended the thread, if it was a defect and not a FastconvError."""
         if self._defect is not None:
             raise self._defect
 
 
 def _facts(store: Store, recipe: Recipe) -> dict[str, Any]:
-    """What this worker's run knows of engine and template."""
+    """Facts of this worker's run: engine, template, machine and versions."""
     facts = store.run_facts(run_id(recipe))
     return {name: facts[name] for name in ("engine", "template", "machine", "versions") if name in facts}
 
 
-def _told(error: FastconvError) -> tuple[str, str, str, str]:
+def _error_texts(error: FastconvError) -> tuple[str, str, str, str]:
     return type(error).__name__, error.what, error.where, error.fix
 
 
@@ -171,7 +175,7 @@ def _console() -> Any:
 
 
 def _drop_old_workspaces() -> None:
-    """Remove workspaces on this node to which nobody came back."""
+    """Remove workspaces on this node that were not used for `FORGOTTEN_AFTER_S` seconds."""
     for folder in (cache_home() / "cluster").glob("*"):
         touched = max((path.stat().st_mtime for path in folder.rglob("*")), default=0.0)
         if time.time() - touched > FORGOTTEN_AFTER_S:

@@ -30,9 +30,9 @@ from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.engine.locate import engine_identity, locate
 from fastconv.errors import RecipeError
 from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, SnapshotMeasure
-from fastconv.judge.budget import prices_of
+from fastconv.judge.budget import recipe_prices
 from fastconv.judge.identity import JudgeIdentity, judge_identity
-from fastconv.judge.rubric import Rubric, rubric_named
+from fastconv.judge.rubric import Rubric, find_rubric
 from fastconv.recipe import NegativesKind, Recipe, SamplingSettings, sha256_of
 from fastconv.store.ledger import Stage
 
@@ -89,7 +89,7 @@ class Graph:
         self._phrases = read_toml(assets("data") / "phrases.toml")
         resident = f"{self.source.id}@{sha256_of(self._engine)[:8]}"
         #: Who judges, or None where phrases do without a judge.
-        self.judge: JudgeIdentity | None = judge_identity(recipe.judge, prices_of(recipe.judge), resident)
+        self.judge: JudgeIdentity | None = judge_identity(recipe.judge, recipe_prices(recipe.judge), resident)
         self._rubrics: dict[str, Rubric] = {}
         #: Sets and prompts that many cells share, made once.
         self._row_stages: dict[str, Stage] = {}
@@ -178,7 +178,7 @@ class Graph:
         if self.judge is None or not name or behavior.spec.measure == "letters":
             return None
         if name not in self._rubrics:
-            self._rubrics[name] = rubric_named(self.recipe.judge, name)
+            self._rubrics[name] = find_rubric(self.recipe.judge, name)
         rubric = self._rubrics[name]
         if rubric.unit != behavior.spec.unit:
             raise RecipeError(

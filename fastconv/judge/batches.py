@@ -1,13 +1,14 @@
-"""Claude for half the price: Message Batches that survive a crash without an item paid twice.
+"""Judging through Claude's Message Batches API, at half the price of live requests.
 
-An intent with its bookings is written first, then the batch is created without retries, then its id is noted. Whatever
-happens in between leaves an intent without an id. Such an intent is reconciled with the API's list of batches before
-anything is sent again: a batch of its size that still runs may be it, so we wait; one that has ended shows by the
-custom ids of its results, which carry the digests of our requests and the numbers of our bookings.
+A crash must not lead to an item being paid twice. So an intent with its reservations is written to the ledger first,
+then the batch is created without retries, then its id is noted. A crash in between leaves an intent without an id. It is
+reconciled with the API's list of batches before anything else is sent: a running batch of the same size may belong to
+it, so the judge waits; a batch that ended is recognized by the custom ids of its results, which hold the digests of the
+requests and the numbers of the reservations.
 
-Every batch under way is looked at on its own. One that the API does not show to our key may come back with the key that
-it was sent with: it stays open, and whatever does not wait for it goes on. One whose results can never come (archived,
-deleted) is closed; its money stays booked as lost, as it may have been spent, and its items are asked again.
+Every sent batch is checked on its own. A batch that the API does not show to this key may have been sent with another
+key: it stays open, and whatever does not wait for it goes on. A batch whose results can never come (archived, deleted)
+is closed; its cost stays in the ledger as lost, because it may have been charged, and its items are requested again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from fastconv.errors import JudgeError
 from fastconv.judge.budget import Price, worst_usd
-from fastconv.judge.claude import ApiKey, Outage, concluded, explained, make_client, reply_of, unscored
+from fastconv.judge.claude import (
+    ApiKey,
+    Outage,
+    api_error,
+    conclude_reply,
+    make_client,
+    parse_reply,
+    unscored_judgement,
+)
 from fastconv.judge.request import JudgeRequest
 from fastconv.recipe import JudgeSettings, canonical_json
 from fastconv.store.judge_ledger import JudgeLedger
@@ -32,34 +41,34 @@ if TYPE_CHECKING:
     from anthropic import APIError, AsyncAnthropic
     from anthropic.types.messages import MessageBatch
 
-#: Limits of the API, the second with room for the envelope.
+#: Limits of the API on one batch: items, and bytes with room for the envelope.
 MAX_ITEMS, MAX_BYTES = 10_000, 200_000_000
-#: Items that brought no reply are sent again at most so often.
+#: How often an item that brought no reply is sent again.
 MAX_RESUBMISSIONS = 2
-#: How far the API's clock and ours may differ when a batch is looked for by its time.
+#: Seconds by which the API's clock and ours may differ when a batch is searched by its creation time.
 CLOCK_SKEW_S = 300.0
-#: Results are written down in pieces, so that a crash while reading costs little work and no money.
+#: Results are committed in groups of this size, so that a crash while reading them costs little work and no money.
 _INGEST_ITEMS = 200
-#: The API keeps results for 29 days. A batch that it has not shown for longer can never bring any.
-KEPT_S = 30 * 86_400.0
-#: How often in a row a batch that this key has seen must be unknown before it counts as deleted.
-DELETED_LOOKS = 3
-#: Answers that mean "not for this key" when they are about one batch.
-_UNSEEN = (400, 403, 404)
-#: Batches that may fail in one round before the API itself counts as out.
+#: Seconds. The API keeps results for 29 days, so a batch that it has not shown for longer cannot bring any.
+RESULTS_KEPT_S = 30 * 86_400.0
+#: A batch that this key has seen counts as deleted after so many 404 answers in a row.
+DELETED_AFTER = 3
+#: HTTP status codes that mean "not visible to this key" when they answer a request about one batch.
+_INVISIBLE = (400, 403, 404)
+#: So many failed batches in one round mean that the API itself is unavailable.
 _MAX_FAILURES = 3
 
 
 @dataclass(frozen=True)
 class SubmitResult:
-    """What became of requests handed to `submit`: those refused by the ledger, and why. The rest are under way."""
+    """Result of `BatchJudge.submit`: the keys that the ledger refused, with the reason. All others were sent."""
 
     refused: dict[str, Refusal]
 
 
 @dataclass(frozen=True)
 class InvisibleBatch:
-    """A batch that the API does not show to this key: its intent, the keys that wait for it, and one line about it."""
+    """A batch that the API does not show to this key: its intent, the judgement keys that wait for it, and a status line."""
 
     intent: str
     keys: frozenset[str]
@@ -68,15 +77,15 @@ class InvisibleBatch:
 
 @dataclass(frozen=True)
 class BatchProgress:
-    """What one look at the batches under way brought: keys to be asked again, batches not seen, and what failed."""
+    """Result of `BatchJudge.collect`: keys to request again, batches not shown to this key, and the first failure."""
 
-    again: tuple[str, ...]
-    unseen: tuple[InvisibleBatch, ...]
+    retry_keys: tuple[str, ...]
+    invisible: tuple[InvisibleBatch, ...]
     failure: Outage | JudgeError | None
 
 
 class _NotShown(Exception):
-    """The API shows no such batch to this key."""
+    """The API shows no such batch to this key; `status` is the HTTP status."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -84,9 +93,10 @@ class _NotShown(Exception):
 
 
 class BatchJudge:
-    """Asks Claude through the Message Batches API. Use inside one event loop.
+    """Judges through the Message Batches API. Use inside one event loop.
 
-    `requests` is the desk's book of what is wanted: results of a key that is not in it are kept as raw replies only.
+    `requests` holds the desk's requests by key; the desk adds to it. Results of other keys are stored as raw replies only.
+    `factor` multiplies `price` for batches.
     """
 
     def __init__(
@@ -100,31 +110,31 @@ class BatchJudge:
         self._key = key
         self._requests = requests
         self._client: AsyncAnthropic = make_client(settings, key)
-        #: Results whose custom id was none of ours.
+        #: Number of results whose custom id is not one of ours.
         self.n_foreign = 0
-        #: Batches that this key was shown, and by intent how often a look failed or showed nothing.
+        #: Batch ids that this key was shown; by intent, how often a check failed, and how often it showed no batch.
         self._shown: set[str] = set()
         self._n_failed: Counter[str] = Counter()
-        self._n_hidden: Counter[str] = Counter()
+        self._n_invisible: Counter[str] = Counter()
 
     # --- sending ----------------------------------------------------------------------------------------
 
     async def submit(self, requests: Sequence[JudgeRequest]) -> SubmitResult:
-        """Send requests in as many batches as the API's limits ask for.
+        """Send requests in as few batches as the API's limits allow.
 
-        Raises Outage when it is not known whether a batch was taken (its intent is then reconciled), JudgeError when
-        asking on makes no sense. Both leave nothing booked that was surely not taken.
+        Raises Outage when it is unknown whether a batch was accepted (its intent is reconciled later), JudgeError when
+        sending more makes no sense. Neither leaves a reservation for a batch that was certainly not accepted.
         """
         refused: dict[str, Refusal] = {}
         for chunk in self._chunks(requests):
-            asks = [Reserve(request.key, worst_usd(request, self._price, self._factor)) for request in chunk]
-            intent, results = self._ledger.write_intent(asks)
-            booked = [request for request, result in zip(chunk, results, strict=True) if isinstance(result, int)]
+            reservations = [Reserve(request.key, worst_usd(request, self._price, self._factor)) for request in chunk]
+            intent, results = self._ledger.write_intent(reservations)
+            reserved = [request for request, result in zip(chunk, results, strict=True) if isinstance(result, int)]
             for request, result in zip(chunk, results, strict=True):
                 if not isinstance(result, int):
                     refused[request.key] = result
-            if booked:
-                await self._create(intent, booked)
+            if reserved:
+                await self._create(intent, reserved)
         return SubmitResult(refused)
 
     async def _create(self, intent: str, requests: Sequence[JudgeRequest]) -> None:
@@ -136,17 +146,17 @@ class BatchJudge:
             for r in requests
         ]
         try:
-            # No automatic retry: a second create could make a second batch, and both would be billed.
+            # No automatic retry: a repeated create could make a second batch, and both would be billed.
             batch = await self._client.with_options(max_retries=0).messages.batches.create(requests=body)
         except APIStatusError as error:
             if error.status_code < 500:
-                self._ledger.void(intent)  # refused for sure
+                self._ledger.void(intent)  # certainly not accepted
             else:
                 self._ledger.disown(intent)
-            raise explained(error, self._settings, self._key) from None
+            raise api_error(error, self._settings, self._key) from None
         except APIError as error:
             self._ledger.disown(intent)
-            raise explained(error, self._settings, self._key) from None
+            raise api_error(error, self._settings, self._key) from None
         self._ledger.attach(intent, batch.id)
 
     def _chunks(self, requests: Sequence[JudgeRequest]) -> list[list[JudgeRequest]]:
@@ -164,11 +174,11 @@ class BatchJudge:
     # --- after a crash ----------------------------------------------------------------------------------
 
     async def reconcile(self) -> int:
-        """Find out about every intent without a batch id; gives how many are still open questions.
+        """Resolve the intents without a batch id; returns how many stay unresolved.
 
-        An intent is attached if a batch is proved to be its own, void if it is older than the grace and no batch can
-        be it, and left open otherwise. One that may be a batch whose results are gone is closed as lost, not freed.
-        Raises Outage or JudgeError.
+        An intent is attached if a batch is proved to be its own, voided if it is older than the grace period and no
+        batch can be its own, and left open otherwise. If its batch may be one whose results are gone, it is closed as
+        lost and its reservations are not freed. Raises Outage or JudgeError.
         """
         intents = self._ledger.batches("intended")
         if not intents:
@@ -183,44 +193,44 @@ class BatchJudge:
                 if _n_items(batch) == intent.n and batch.created_at.timestamp() >= intent.made_at - CLOCK_SKEW_S
             ]
             own = {item.custom_id for item in self._ledger.batch_items(intent.intent)}
-            found = None
+            proved = None
             running = unproved = False
             for batch in possible:
                 if batch.processing_status != "ended":
                     running = True
                     continue
                 holds = await self._holds(batch, own)
-                found = batch if holds else found
+                proved = batch if holds else proved
                 unproved = unproved or holds is None
-            if found is not None:
-                self._ledger.attach(intent.intent, found.id)
+            if proved is not None:
+                self._ledger.attach(intent.intent, proved.id)
             elif running or self._is_young(intent):
                 n_open += 1
             elif unproved:
-                self._closed(intent.intent)
+                self._close_batch(intent.intent)
             else:
                 self._ledger.void(intent.intent)
         return n_open
 
     async def _recent(self, since: float) -> list[MessageBatch]:
-        """Batches made since a moment that no intent is attached to."""
+        """The API's batches created after `since` (Unix seconds) that no intent is attached to."""
         from anthropic import APIError
 
-        known, found = self._ledger.known_batch_ids(), []
+        known_ids, batches = self._ledger.known_batch_ids(), []
         try:
             async for batch in self._client.messages.batches.list(limit=100):
                 if batch.created_at.timestamp() < since:
                     break
-                if batch.id not in known:
-                    found.append(batch)
+                if batch.id not in known_ids:
+                    batches.append(batch)
         except APIError as error:
-            raise explained(error, self._settings, self._key) from None
-        return found
+            raise api_error(error, self._settings, self._key) from None
+        return batches
 
     async def _holds(self, batch: MessageBatch, own: set[str]) -> bool | None:
-        """Whether a batch that ended holds one of these custom ids; None if its results are gone.
+        """Whether a batch that ended holds one of the custom ids `own`; None if its results are gone.
 
-        The ids are unique, so one is proof.
+        Custom ids are unique, so a single match is proof.
         """
         if batch.results_url is None:
             return None
@@ -234,35 +244,35 @@ class BatchJudge:
         return False
 
     def _is_young(self, batch: JudgeBatch) -> bool:
-        """Whether the API's list may not know a batch yet."""
+        """Whether a batch is so new that the API's list may not show it yet."""
         return time.time() - batch.made_at < self._settings.batch_grace_s
 
     # --- results ----------------------------------------------------------------------------------------
 
     async def collect(self) -> BatchProgress:
-        """Take the results of every batch that ended. A batch that fails does not keep the others from being read."""
-        again: list[str] = []
-        unseen: list[InvisibleBatch] = []
+        """Store the results of every batch that ended. A batch that fails does not keep the others from being read."""
+        retry_keys: list[str] = []
+        invisible: list[InvisibleBatch] = []
         failures: list[Outage | JudgeError] = []
         # Oldest first, but those that failed before come last.
-        for batch in sorted(self._ledger.batches("sent"), key=lambda one: self._n_failed[one.intent]):
+        for batch in sorted(self._ledger.batches("sent"), key=lambda batch: self._n_failed[batch.intent]):
             try:
-                again += await self._look(batch)
-            except _NotShown as hidden:
-                if not self._may_come(batch, hidden.status):
-                    again += self._closed(batch.intent)
+                retry_keys += await self._check_batch(batch)
+            except _NotShown as not_shown:
+                if not self._may_come(batch, not_shown.status):
+                    retry_keys += self._close_batch(batch.intent)
                 elif not self._is_young(batch):
-                    unseen.append(self._unseen(batch, hidden.status))
+                    invisible.append(self._invisible_batch(batch, not_shown.status))
             except (Outage, JudgeError) as failure:
                 self._n_failed[batch.intent] += 1
                 failures.append(failure)
                 if len(failures) == _MAX_FAILURES:
                     break
         hard = [failure for failure in failures if isinstance(failure, JudgeError)]
-        return BatchProgress(tuple(again), tuple(unseen), next(iter([*hard, *failures]), None))
+        return BatchProgress(tuple(retry_keys), tuple(invisible), next(iter([*hard, *failures]), None))
 
-    async def _look(self, batch: JudgeBatch) -> list[str]:
-        """Look at one batch and take its results if it ended; gives the keys that have to be asked again."""
+    async def _check_batch(self, batch: JudgeBatch) -> list[str]:
+        """Check one batch and store its results if it ended; returns the keys to request again."""
         from anthropic import APIError
 
         assert batch.batch is not None, "a sent batch has an id"
@@ -271,29 +281,29 @@ class BatchJudge:
         except APIError as error:
             raise self._failure(error) from None
         self._shown.add(batch.batch)
-        self._n_hidden[batch.intent] = 0
+        self._n_invisible[batch.intent] = 0
         if state.processing_status != "ended":
             return []
-        return self._closed(batch.intent) if state.results_url is None else await self._ingest(batch)
+        return self._close_batch(batch.intent) if state.results_url is None else await self._ingest(batch)
 
     def _failure(self, error: APIError) -> _NotShown | JudgeError | Outage:
-        """A failure of a call about one batch."""
+        """The exception for an API error in a call about one batch."""
         status = getattr(error, "status_code", 0)
-        return _NotShown(status) if status in _UNSEEN else explained(error, self._settings, self._key)
+        return _NotShown(status) if status in _INVISIBLE else api_error(error, self._settings, self._key)
 
     def _may_come(self, batch: JudgeBatch, status: int) -> bool:
-        """Whether a batch that is not shown may bring results yet.
+        """Whether a batch that is not shown may still bring results.
 
-        To another account's key a batch looks as if it had been deleted. It was deleted if this very key has seen it.
+        A batch of another account's key looks as if it had been deleted. It counts as deleted only if this key has seen it.
         """
-        self._n_hidden[batch.intent] += 1
+        self._n_invisible[batch.intent] += 1
         was_shown = status == 404 and batch.batch in self._shown
-        is_deleted = was_shown and self._n_hidden[batch.intent] >= DELETED_LOOKS
-        return not is_deleted and time.time() - batch.made_at < KEPT_S
+        is_deleted = was_shown and self._n_invisible[batch.intent] >= DELETED_AFTER
+        return not is_deleted and time.time() - batch.made_at < RESULTS_KEPT_S
 
-    def _unseen(self, batch: JudgeBatch, status: int) -> InvisibleBatch:
+    def _invisible_batch(self, batch: JudgeBatch, status: int) -> InvisibleBatch:
         waiting = frozenset(item.key for item in self._ledger.batch_items(batch.intent) if item.state == "reserved")
-        until = datetime.datetime.fromtimestamp(batch.made_at + KEPT_S, datetime.UTC).date()
+        until = datetime.datetime.fromtimestamp(batch.made_at + RESULTS_KEPT_S, datetime.UTC).date()
         line = (
             f"batch {batch.batch} is not shown to this API key ({status}): it may be another account's; "
             f"{len(waiting)} judgements wait for the key that it was sent with, and are asked again after {until}"
@@ -308,56 +318,56 @@ class BatchJudge:
             if item is None:
                 self.n_foreign += 1
             elif item.state == "reserved":
-                waiting.append(self._taken(item, line.get("result") or {}))
+                waiting.append(self._result_operation(item, line.get("result") or {}))
             if len(waiting) >= _INGEST_ITEMS:
                 self._ledger.apply(waiting)
                 waiting = []
         self._ledger.apply(waiting)
-        return self._closed(batch.intent)
+        return self._close_batch(batch.intent)
 
-    def _closed(self, intent: str) -> list[str]:
-        """Close a batch, what it brought no result for as missing; gives the keys that have to be asked again."""
+    def _close_batch(self, intent: str) -> list[str]:
+        """Close a batch; items without a result count as missing. Returns the keys to request again."""
         items = self._ledger.batch_items(intent)
-        self._ledger.apply([self._taken(item, {}) for item in items if item.state == "reserved"])
+        self._ledger.apply([self._result_operation(item, {}) for item in items if item.state == "reserved"])
         self._ledger.close_batch(intent)
         keys = [item.key for item in items]
         done = self._ledger.judgements(keys)
         return [key for key in keys if key not in done]
 
-    def _taken(self, item: BatchItem, result: dict[str, Any]) -> Operation:
-        """What one result means for its booking and its judgement."""
+    def _result_operation(self, item: BatchItem, result: dict[str, Any]) -> Operation:
+        """The ledger operation that settles an item's reservation by its result."""
         request, kind = self._requests.get(item.key), str(result.get("type"))
         history = self._ledger.history(item.key)
         if kind == "succeeded":
-            reply: RawReply = reply_of(
+            reply: RawReply = parse_reply(
                 canonical_json(result.get("message")), self._price, transport="batch", key=self._key, worst=item.usd,
                 factor=self._factor,
             )  # fmt: skip
             if request is None:
                 return Settle(item.ticket, item.key, reply, None)
-            reply, final = concluded(request, reply, history.n_unread)
+            reply, final = conclude_reply(request, reply, history.n_unread)
             return Settle(item.ticket, item.key, reply, final)
-        # An item without a result may have been billed: it stays booked, and is asked again no oftener than the others.
+        # An item without a result may have been billed, so its reservation stays.
         outcome = kind if kind in ("expired", "errored", "canceled") else "missing"
         given_up = history.n_failed >= MAX_RESUBMISSIONS and request is not None
         reason = "errored" if outcome == "errored" else "expired"
-        return Unpaid(item.ticket, outcome, unscored(request, reason) if given_up and request else None)
+        return Unpaid(item.ticket, outcome, unscored_judgement(request, reason) if given_up and request else None)
 
     async def _results(self, batch: str) -> AsyncGenerator[dict[str, Any], None]:
-        """The lines of a batch's results. Raises Outage if they break off (they can be read again), or _NotShown."""
+        """Yield a batch's results as JSON objects. Raises Outage if the stream breaks off (it can be read again), or _NotShown."""
         import httpx2
         from anthropic import AnthropicError, APIError
 
         try:
-            async for one in await self._client.messages.batches.results(batch):
-                yield one.to_dict(mode="json")
+            async for result in await self._client.messages.batches.results(batch):
+                yield result.to_dict(mode="json")
         except APIError as error:
             raise self._failure(error) from None
         except (httpx2.HTTPError, AnthropicError, ValueError):
             raise Outage(f"the results of batch {batch} broke off") from None
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the HTTP connections."""
         await self._client.close()
 
 

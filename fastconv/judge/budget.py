@@ -1,4 +1,4 @@
-"""What judging costs: a dated price table, the worst case of a request before it is sent, the bill afterwards."""
+"""Judging costs in US dollars: the price table, the upper bound of a request before it is sent, the cost of a reply."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fastconv.errors import DataError, RecipeError
 from fastconv.judge.request import JudgeRequest
 from fastconv.recipe import JudgeSettings
 
-#: Bytes of English text per token, for expected costs only. Worst cases take one byte for a token.
+#: Bytes of English text per token, for expected costs only. Upper bounds count one token per byte.
 BYTES_PER_TOK = 3.5
-#: What a judge writes in answer to the shipped rubrics: one sentence and the verdict. For expected costs only.
+#: Typical reply to a shipped rubric: one sentence and the verdict. For expected costs only.
 EXPECTED_REPLY_TOK = 80
 
 
 class Price(BaseModel):
-    """One model's prices, in US dollars per million tokens, and how it is spoken to."""
+    """One model's prices in US dollars per million tokens, its end date, and the `thinking` and `effort` request parameters."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,7 +31,7 @@ class Price(BaseModel):
     output_usd: float = Field(gt=0)
     cache_write_usd: float = Field(gt=0)
     cache_read_usd: float = Field(gt=0)
-    #: Prompts over this many tokens cost more than the table says and are refused. 0: no such limit.
+    #: Longer prompts cost more than the table says and are refused. 0: no such limit.
     max_prompt_tok: int = 0
     ends: datetime.date | None = None
     thinking: str = ""
@@ -40,7 +40,10 @@ class Price(BaseModel):
 
 @dataclass(frozen=True)
 class PriceTable:
-    """Prices by model id; `checked` is when somebody last compared them with the price list."""
+    """Prices by model id. `checked` is the date of the last comparison with the published prices, `where` the file's path.
+
+    `batch_factor` multiplies the price of requests sent as a batch.
+    """
 
     checked: datetime.date
     batch_factor: float
@@ -48,7 +51,7 @@ class PriceTable:
     where: str
 
     def listed(self, model: str) -> Price:
-        """A model's price, whether or not it can still be asked. Raises RecipeError for a model without one."""
+        """A model's price, even past its end date. Raises RecipeError for a model without one."""
         price = self.models.get(model)
         if price is None:
             raise RecipeError(
@@ -63,7 +66,7 @@ class PriceTable:
         today = today or datetime.datetime.now(datetime.UTC).date()
         price = self.listed(model)
         if price.ends is not None and today > price.ends:
-            current = [name for name, other in self.models.items() if other.ends is None or today <= other.ends]
+            current = [name for name, price in self.models.items() if price.ends is None or today <= price.ends]
             raise RecipeError(
                 f"model {model!r} ended on {price.ends}", where="judge.model", fix=f"use one of {', '.join(current)}"
             )
@@ -72,7 +75,7 @@ class PriceTable:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a number of judgements is expected to cost, and what it cannot exceed, in US dollars."""
+    """Expected cost and upper bound of `n` judgements, in US dollars."""
 
     n: int
     expected_usd: float
@@ -80,7 +83,7 @@ class Estimate:
 
 
 def load_prices(*paths: Path) -> PriceTable:
-    """Read price tables; a later one's models stand over an earlier one's. Raises DataError."""
+    """Read price tables (TOML); a later table replaces models of an earlier one. Raises DataError."""
     models: dict[str, Price] = {}
     checked, factor = datetime.date.min, 0.5
     for path in paths:
@@ -105,9 +108,9 @@ def load_prices(*paths: Path) -> PriceTable:
 
 
 def worst_usd(request: JudgeRequest, price: Price, factor: float = 1.0) -> float:
-    """What one sending of a request cannot exceed: every byte a token, written to the cache, the reply at its cap.
+    """Upper bound of one request's cost in US dollars: one token per byte, written to the cache, the reply at its limit.
 
-    `factor` is the batch discount where it applies. Raises DataError for a prompt beyond the price's limit.
+    `factor` is the batch discount, if any. Raises DataError for a prompt over the price's `max_prompt_tok`.
     """
     if price.max_prompt_tok and request.max_prompt_tok > price.max_prompt_tok:
         raise DataError(
@@ -120,7 +123,7 @@ def worst_usd(request: JudgeRequest, price: Price, factor: float = 1.0) -> float
 
 
 def cost_usd(usage: Mapping[str, Any], price: Price, factor: float = 1.0) -> float:
-    """What a reply costs by its usage counts (tokens)."""
+    """Cost of a reply in US dollars, from the API's `usage` counts (tokens). `factor` is the batch discount, if any."""
 
     def n_tok(name: str) -> int:
         return int(usage.get(name) or 0)
@@ -133,7 +136,7 @@ def cost_usd(usage: Mapping[str, Any], price: Price, factor: float = 1.0) -> flo
 
 
 def estimate(requests: Sequence[JudgeRequest], n: int, price: Price, factor: float = 1.0) -> Estimate:
-    """What `n` judgements like the given ones cost; for `plan`, before anything is sampled."""
+    """Cost of `n` judgements whose requests are like the given ones; used by `plan` before anything is sampled."""
     if not requests or n <= 0:
         return Estimate(max(n, 0), 0.0, 0.0)
     n_bytes = sum(request.max_prompt_tok - 1000 for request in requests) / len(requests)
@@ -143,7 +146,7 @@ def estimate(requests: Sequence[JudgeRequest], n: int, price: Price, factor: flo
     return Estimate(n, n * each_usd, n * worst)
 
 
-def prices_of(settings: JudgeSettings) -> PriceTable:
-    """The shipped price table with the recipe's own over it. Raises DataError."""
+def recipe_prices(settings: JudgeSettings) -> PriceTable:
+    """The shipped price table, with the entries of `judge.prices` replacing its own. Raises DataError."""
     own = [Path(settings.prices)] if settings.prices else []
     return load_prices(assets("data") / "prices.toml", *own)

@@ -1,4 +1,9 @@
-"""How good a judge is: its verdicts on rows labelled by hand, and rates corrected for its mistakes."""
+"""Calibration of a judge: accuracy on hand-labelled rows, resistance to prompt injection, and rates corrected for its errors.
+
+`calibrate` judges labelled rows several times and compares the judgements with the labels. It also appends injection
+attempts (instructions to the judge that dictate a verdict) to some of the answers and counts the verdicts that change.
+`corrected_rate` uses the measured sensitivity and specificity.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +21,22 @@ from fastconv.seeding import ordered
 from fastconv.store.ledger import Sample
 from fastconv.store.records import Judgement
 
+#: (samples, options in reverse order) -> one judgement per sample, in the samples' order.
+JudgeSamples = Callable[[Sequence[Sample], bool], Sequence[Judgement]]
+
 
 @dataclass(frozen=True)
 class Carrier:
-    """A labelled answer that can carry an attempt: the judge's category without one, and when asked that again."""
+    """A labelled answer to append an attempt to, with the judge's category for it and for its retest (None: unscored)."""
 
     sample: Sample
-    said: str
-    again: str | None
+    category: str
+    retest_category: str | None
 
 
 @dataclass(frozen=True)
-class Attempted:
-    """An answer with an attempt at its end. `category` is where the verdict that it asks for lies."""
+class InjectedSample:
+    """An answer with an attempt appended. `category` is the category of the verdict that the attempt asks for."""
 
     carrier: Carrier
     sample: Sample
@@ -36,11 +44,11 @@ class Attempted:
 
 
 @dataclass(frozen=True)
-class Injections:
-    """What became of the verdicts. `n` answers with an attempt, of which `n_unscored` got no readable verdict.
+class InjectionCounts:
+    """Verdicts on `n` answers with an attempt, of which `n_unscored` got no readable verdict.
 
-    `n_moved` have another category than the same answer without the attempt, `n_obeyed` of them the one asked for.
-    Of the same answers asked again without an attempt, `n_moved_again` of `n_again` moved: the judge's own unrest.
+    `n_moved` got another category than the same answer without the attempt, `n_obeyed` of them the requested one. As a
+    baseline, `n_moved_again` of `n_again` of these answers changed category when judged again without an attempt.
     """
 
     n: int
@@ -52,7 +60,7 @@ class Injections:
 
 
 def load_attempts(path: Path) -> tuple[str, ...]:
-    """Attempts as templates, see `filled`. Raises DataError for a file that holds none."""
+    """Read injection attempts (templates for `fill_attempt`) from a JSON file. Raises DataError for a file without any."""
     try:
         attempts = json.loads(path.read_text(encoding="utf-8"))["attempts"]
     except OSError as error:
@@ -62,75 +70,73 @@ def load_attempts(path: Path) -> tuple[str, ...]:
     return tuple(map(str, attempts))
 
 
-def filled(attempt: str, rubric: Rubric, wanted: str) -> str:
-    """An attempt that asks for the verdict `wanted`: as a word, backwards, or as the fields of the rubric's answer."""
-    fields = ", ".join(f'"{measure.field}": {_field(rubric, measure, wanted)}' for measure in rubric.measures)
+def fill_attempt(attempt: str, rubric: Rubric, wanted: str) -> str:
+    """Fill a template with the verdict `wanted`: as a word, backwards, or as the fields of the rubric's reply."""
+    fields = ", ".join(f'"{measure.field}": {_field_text(rubric, measure, wanted)}' for measure in rubric.measures)
     return attempt.replace("{fields}", fields).replace("{backwards}", wanted[::-1]).replace("{wanted}", wanted)
 
 
-def attempted(rubric: Rubric, carriers: Sequence[Carrier], attempts: Sequence[str]) -> list[Attempted]:
-    """Each attempt once, on answers in a drawn order, so there are never more requests than attempts.
+def inject_attempts(rubric: Rubric, carriers: Sequence[Carrier], attempts: Sequence[str]) -> list[InjectedSample]:
+    """Append each attempt to one answer, in a seeded order of the answers; as many samples as attempts.
 
-    It asks for another verdict than the judge's own, in turn for each that there is: obeying always shows.
+    An attempt asks for a verdict that differs from the judge's own (the possible ones in turn), so obeying is visible.
     """
     by_row = {carrier.sample.row: carrier for carrier in carriers}
     order = ordered(list(by_row), "injections", rubric.name)
-    made = []
+    injected = []
     for turn, attempt in enumerate(attempts if order else ()):
         carrier = by_row[order[turn % len(order)]]
-        wanted, category = _wanted(rubric, carrier.said, turn)
-        text = f"{carrier.sample.completion}\n\n{filled(attempt, rubric, wanted)}"
-        made.append(Attempted(carrier, replace(carrier.sample, completion=text), category))
-    return made
+        wanted, category = _other_verdict(rubric, carrier.category, turn)
+        text = f"{carrier.sample.completion}\n\n{fill_attempt(attempt, rubric, wanted)}"
+        injected.append(InjectedSample(carrier, replace(carrier.sample, completion=text), category))
+    return injected
 
 
-def counted(rubric: Rubric, tried: Sequence[Attempted], verdicts: Sequence[Judgement]) -> Injections:
-    """The verdicts on answers with an attempt against those without."""
+def count_injections(
+    rubric: Rubric, injected: Sequence[InjectedSample], verdicts: Sequence[Judgement]
+) -> InjectionCounts:
+    """Compare the verdicts on answers with an attempt, in the order of `injected`, with those without."""
     pairs = [
-        (one, rubric.category(verdict.values, verdict.answer))
-        for one, verdict in zip(tried, verdicts, strict=True)
+        (item, rubric.category(verdict.values, verdict.answer))
+        for item, verdict in zip(injected, verdicts, strict=True)
         if verdict.values is not None
     ]
-    moved = [(one, said) for one, said in pairs if said != one.carrier.said]
-    # An answer may carry several attempts; it was asked again once.
-    again = {one.carrier for one in tried if one.carrier.again is not None}
-    return Injections(
-        n=len(tried),
-        n_unscored=len(tried) - len(pairs),
+    moved = [(item, category) for item, category in pairs if category != item.carrier.category]
+    # An answer may carry several attempts; it was retested once.
+    retested = {item.carrier for item in injected if item.carrier.retest_category is not None}
+    return InjectionCounts(
+        n=len(injected),
+        n_unscored=len(injected) - len(pairs),
         n_moved=len(moved),
-        n_obeyed=sum(said == one.category for one, said in moved),
-        n_again=len(again),
-        n_moved_again=sum(carrier.said != carrier.again for carrier in again),
+        n_obeyed=sum(category == item.category for item, category in moved),
+        n_again=len(retested),
+        n_moved_again=sum(carrier.category != carrier.retest_category for carrier in retested),
     )
 
 
-def _wanted(rubric: Rubric, said: str, turn: int) -> tuple[str, str]:
-    """Another verdict than `said` and its category: a label in turn, or the end of the scale across the bound."""
+def _other_verdict(rubric: Rubric, category: str, turn: int) -> tuple[str, str]:
+    """A verdict outside `category`, and its category: the labels in turn, or the end of the scale across the bound."""
     primary = rubric.measure(rubric.primary)
     if primary.scale is None:
-        others = [label for label in primary.labels if label != said] or [said]
+        others = [label for label in primary.labels if label != category] or [category]
         return others[turn % len(others)], others[turn % len(others)]
     low, high = primary.scale
-    end = high if rubric.band(high) != said else low
+    end = high if rubric.band(high) != category else low
     return str(end), rubric.band(end)
 
 
-def _field(rubric: Rubric, measure: Measure, wanted: str) -> str:
-    """The measure's field in a dictated answer; a scale beside the primary one goes to the same end."""
+def _field_text(rubric: Rubric, measure: Measure, wanted: str) -> str:
+    """The JSON text of a measure's field in a dictated reply; secondary scales go to the same end as the primary one."""
     if measure.scale is None:
         return json.dumps(wanted if measure.name == rubric.primary else measure.options[0].name)
     return wanted if rubric.measure(rubric.primary).scale else str(measure.scale[1])
 
 
-#: (samples, options in the other order) -> a judgement for each sample, in their order.
-JudgeSamples = Callable[[Sequence[Sample], bool], Sequence[Judgement]]
-
-
 @dataclass(frozen=True)
 class CalibrationRow:
-    """A labelled answer. `label` for rubrics of labels, `value` (0 to 100) for scales; `kind` says what is hard.
+    """A hand-labelled answer: `label` for rubrics of labels, `value` (0 to 100) for scales. `kind` names its difficulty.
 
-    `others` are the true values of scales beside the primary measure, where they were given.
+    `others` are the true values of the secondary scales, as far as they were given.
     """
 
     id: str
@@ -144,7 +150,7 @@ class CalibrationRow:
 
 @dataclass(frozen=True)
 class ScaleAccuracy:
-    """How a judge did on a scale beside the primary measure, on `n` rows."""
+    """A judge's mean absolute error (points) and Pearson correlation on a secondary scale, over `n` rows."""
 
     n: int
     mean_abs_error: float
@@ -153,13 +159,13 @@ class ScaleAccuracy:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How a judge did on labelled rows. Shares lie between 0 and 1; NaN where nothing can be said.
+    """A judge's results on labelled rows. Shares are between 0 and 1; NaN where a number is undefined.
 
-    `categories`: the labels, or for a scale on which side of the rubric's bound the value lies. `retest` is the share
-    of rows with the same category when asked again, `position` when the options stand in the other order;
-    `position_shift` is by how much the value rises then. `length_bias` correlates error and log length of the answer.
-    `sensitivity` and `specificity` are of the rubric's positives. `beside` holds the other labelled scales by name,
-    `injections` what attempts to dictate the verdict did to it.
+    Categories are the labels, or for a scale the side of the rubric's bound that the value lies on. `retest` is the
+    share of rows with the same category when judged again, `position` with the options in reverse order, and
+    `position_shift` the mean rise of the value then. `length_bias` is the correlation of error and log answer length.
+    `sensitivity` and `specificity` refer to the rubric's positives. `beside` holds the secondary scales by name,
+    `injections` the effect of injection attempts.
     """
 
     rubric: str
@@ -181,16 +187,16 @@ class Calibration:
     n_negative: int
     accuracy_by_kind: dict[str, float]
     beside: dict[str, ScaleAccuracy]
-    injections: Injections
+    injections: InjectionCounts
 
     def to_json(self) -> dict[str, Any]:
-        """For the ledger and `--json`; NaN becomes null."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        """JSON object for the ledger and `--json`; NaN becomes null."""
+        return {name: _json_value(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
-class Corrected:
-    """A rate corrected for a judge's mistakes, with its interval."""
+class CorrectedRate:
+    """A rate (share) corrected for a judge's errors, with its interval."""
 
     rate: float
     low: float
@@ -198,7 +204,7 @@ class Corrected:
 
 
 def load_calibration(path: Path, rubric: Rubric) -> list[CalibrationRow]:
-    """Labelled rows of a rubric. Raises DataError naming file and line for a row that cannot be one."""
+    """Read the labelled rows (JSONL) of a rubric. Raises DataError with file and line for an invalid row."""
     primary = rubric.measure(rubric.primary)
     scales = [measure.name for measure in rubric.measures if measure.scale and measure.name != rubric.primary]
     rows = []
@@ -229,26 +235,26 @@ def load_calibration(path: Path, rubric: Rubric) -> list[CalibrationRow]:
 def calibrate(
     rubric: Rubric, rows: Sequence[CalibrationRow], judge: JudgeSamples, attempts: Sequence[str] = ()
 ) -> Calibration:
-    """Judge the rows three times (as they are, again, options in the other order) and compare with the labels.
+    """Judge the rows three times (as they are, again, options in reverse order) and compare with the labels.
 
-    Then once for each of `attempts`, put at the end of one of the answers. Raises JudgeError if nothing was scored, and
-    whatever `judge` raises.
+    Each of `attempts` is then appended to one answer and judged. Raises JudgeError if no row was scored, and whatever
+    `judge` raises.
     """
     first = judge([_sample(row, 0) for row in rows], False)
-    again = judge([_sample(row, 1) for row in rows], False)
-    turned = judge([_sample(row, 0) for row in rows], True)
-    scored = [(row, one) for row, one in zip(rows, first, strict=True) if one.values is not None]
+    retest = judge([_sample(row, 1) for row in rows], False)
+    reversed_ = judge([_sample(row, 0) for row in rows], True)
+    scored = [(row, judgement) for row, judgement in zip(rows, first, strict=True) if judgement.values is not None]
     if not scored:
         raise JudgeError("not one row was scored", where=rubric.name, fix="look at the raw replies in the ledger")
-    tried = attempted(rubric, _carriers(rubric, rows, first, again), attempts)
-    told = judge([one.sample for one in tried], False) if tried else ()
-    truth = [_category(rubric, row) for row, _ in scored]
-    said = [_said(rubric, one) for _, one in scored]
-    agreed = agreement(truth, said)
-    errors = [_value(rubric, one) - _true_value(rubric, row) for row, one in scored]
+    injected = inject_attempts(rubric, _carriers(rubric, rows, first, retest), attempts)
+    verdicts = judge([item.sample for item in injected], False) if injected else ()
+    truth = [_true_category(rubric, row) for row, _ in scored]
+    judged = [_category(rubric, judgement) for _, judgement in scored]
+    agreed = agreement(truth, judged)
+    errors = [_value(rubric, judgement) - _true_value(rubric, row) for row, judgement in scored]
     lengths = [math.log(1 + len(row.answer)) for row, _ in scored]
     positive = [_is_positive(rubric, row) for row, _ in scored]
-    hits = [rubric.is_positive(one.values or {}, one.answer) for _, one in scored]
+    hits = [rubric.is_positive(judgement.values or {}, judgement.answer) for _, judgement in scored]
     n_positive = sum(positive)
     return Calibration(
         rubric=rubric.name,
@@ -260,25 +266,25 @@ def calibrate(
         kappa=agreed.kappa,
         confusion={f"{a} -> {b}": count for (a, b), count in sorted(agreed.confusion.items())},
         mean_abs_error=sum(map(abs, errors)) / len(errors),
-        retest=_same(rubric, first, again),
-        position=_same(rubric, first, turned),
-        position_shift=_shift(rubric, first, turned),
+        retest=_same_share(rubric, first, retest),
+        position=_same_share(rubric, first, reversed_),
+        position_shift=_mean_rise(rubric, first, reversed_),
         length_bias=correlation(errors, lengths),
-        sensitivity=_share([hit for hit, is_one in zip(hits, positive, strict=True) if is_one]),
+        sensitivity=_share([hit for hit, truly in zip(hits, positive, strict=True) if truly]),
         n_positive=n_positive,
-        specificity=_share([not hit for hit, is_one in zip(hits, positive, strict=True) if not is_one]),
+        specificity=_share([not hit for hit, truly in zip(hits, positive, strict=True) if not truly]),
         n_negative=len(positive) - n_positive,
-        accuracy_by_kind=_by_kind(scored, truth, said),
-        beside=_beside(rubric, scored),
-        injections=counted(rubric, tried, told),
+        accuracy_by_kind=_accuracy_by_kind(scored, truth, judged),
+        beside=_secondary_accuracy(rubric, scored),
+        injections=count_injections(rubric, injected, verdicts),
     )
 
 
-def corrected_rate(rate: float, n: int, calibration: Mapping[str, Any], *, z: float = 1.96) -> Corrected | None:
-    """The rate corrected for the judge's mistakes (Rogan and Gladen 1978), interval after Lang and Reiczigel (2014).
+def corrected_rate(rate: float, n: int, calibration: Mapping[str, Any], *, z: float = 1.96) -> CorrectedRate | None:
+    """A rate of positives corrected for the judge's errors (Rogan and Gladen 1978; interval: Lang and Reiczigel 2014).
 
-    `rate` of positives among `n` independent items (questions, where samples of one question stand together). Gives
-    None when the judge tells positives from negatives no better than chance, as nothing can be corrected then.
+    `rate` is the judged share of positives among `n` independent items (questions, if each has several samples), `z` the
+    normal quantile of the interval. Returns None if the judge separates positives from negatives no better than chance.
     """
     n_pos, n_neg = calibration["n_positive"], calibration["n_negative"]
     if not n or not n_pos or not n_neg:
@@ -287,7 +293,7 @@ def corrected_rate(rate: float, n: int, calibration: Mapping[str, Any], *, z: fl
     if raw_gain <= 0:
         return None
     point = (rate + calibration["specificity"] - 1) / raw_gain
-    # One success and one failure more on each side keep the interval honest at rates of 0 and 1.
+    # One more success and one more failure on each side keep the interval valid at rates of 0 and 1.
     se = (n_pos * calibration["sensitivity"] + 1) / (n_pos + 2)
     sp = (n_neg * calibration["specificity"] + 1) / (n_neg + 2)
     if se + sp - 1 <= 0:
@@ -297,24 +303,24 @@ def corrected_rate(rate: float, n: int, calibration: Mapping[str, Any], *, z: fl
     var_se, var_sp = se * (1 - se) / (n_pos + 2), sp * (1 - sp) / (n_neg + 2)
     shift = 2 * z**2 * (p * var_se - (1 - p) * var_sp)
     half = z * math.sqrt(shown * (1 - shown) / (n + z**2) + p**2 * var_se + (1 - p) ** 2 * var_sp) / (se + sp - 1)
-    return Corrected(_clip(point), _clip(p + shift - half), _clip(p + shift + half))
+    return CorrectedRate(_clip(point), _clip(p + shift - half), _clip(p + shift + half))
 
 
 def _sample(row: CalibrationRow, index: int) -> Sample:
     return Sample(row.id, index, "", row.question, row.answer, 0, True)
 
 
-def _category(rubric: Rubric, row: CalibrationRow) -> str:
+def _true_category(rubric: Rubric, row: CalibrationRow) -> str:
     return row.label if row.label is not None else rubric.band(row.value or 0.0)
 
 
-def _said(rubric: Rubric, one: Judgement) -> str:
-    return rubric.category(one.values or {}, one.answer)
+def _category(rubric: Rubric, judgement: Judgement) -> str:
+    return rubric.category(judgement.values or {}, judgement.answer)
 
 
-def _value(rubric: Rubric, one: Judgement) -> float:
-    assert one.values is not None, "asked for scored judgements only"
-    return one.values[rubric.primary]
+def _value(rubric: Rubric, judgement: Judgement) -> float:
+    assert judgement.values is not None, "called for scored judgements only"
+    return judgement.values[rubric.primary]
 
 
 def _true_value(rubric: Rubric, row: CalibrationRow) -> float:
@@ -331,61 +337,59 @@ def _pairs(first: Sequence[Judgement], second: Sequence[Judgement]) -> list[tupl
     return [(a, b) for a, b in zip(first, second, strict=True) if a.values is not None and b.values is not None]
 
 
-def _same(rubric: Rubric, first: Sequence[Judgement], second: Sequence[Judgement]) -> float:
-    return _share([_said(rubric, a) == _said(rubric, b) for a, b in _pairs(first, second)])
+def _same_share(rubric: Rubric, first: Sequence[Judgement], second: Sequence[Judgement]) -> float:
+    return _share([_category(rubric, a) == _category(rubric, b) for a, b in _pairs(first, second)])
 
 
-def _shift(rubric: Rubric, first: Sequence[Judgement], second: Sequence[Judgement]) -> float:
+def _mean_rise(rubric: Rubric, first: Sequence[Judgement], second: Sequence[Judgement]) -> float:
     rises = [_value(rubric, b) - _value(rubric, a) for a, b in _pairs(first, second)]
     return sum(rises) / len(rises) if rises else math.nan
 
 
 def _carriers(
-    rubric: Rubric, rows: Sequence[CalibrationRow], first: Sequence[Judgement], again: Sequence[Judgement]
+    rubric: Rubric, rows: Sequence[CalibrationRow], first: Sequence[Judgement], retest: Sequence[Judgement]
 ) -> list[Carrier]:
-    """Rows with a verdict of their own to move; not those that hold an attempt already."""
+    """The scored rows, without those that already contain an attempt."""
     return [
-        Carrier(_sample(row, 0), _said(rubric, one), _said(rubric, two) if two.values is not None else None)
-        for row, one, two in zip(rows, first, again, strict=True)
-        if one.values is not None and not row.kind.startswith("injection")
+        Carrier(_sample(row, 0), _category(rubric, a), _category(rubric, b) if b.values is not None else None)
+        for row, a, b in zip(rows, first, retest, strict=True)
+        if a.values is not None and not row.kind.startswith("injection")
     ]
 
 
-def _beside(rubric: Rubric, scored: Sequence[tuple[CalibrationRow, Judgement]]) -> dict[str, ScaleAccuracy]:
-    """Error and correlation for each scale beside the primary one that rows give a true value for."""
-    found = {}
+def _secondary_accuracy(rubric: Rubric, scored: Sequence[tuple[CalibrationRow, Judgement]]) -> dict[str, ScaleAccuracy]:
+    """Error and correlation for each secondary scale that rows give a true value for."""
+    accuracy = {}
     for measure in rubric.measures:
         pairs = [
-            (row.others[measure.name], one.values[measure.name])
-            for row, one in scored
-            if one.values is not None and measure.name in row.others
+            (row.others[measure.name], judgement.values[measure.name])
+            for row, judgement in scored
+            if judgement.values is not None and measure.name in row.others
         ]
         if pairs:
-            error = sum(abs(said - true) for true, said in pairs) / len(pairs)
-            found[measure.name] = ScaleAccuracy(
-                len(pairs), error, correlation([a for a, _ in pairs], [b for _, b in pairs])
-            )
-    return found
+            error = sum(abs(value - truth) for truth, value in pairs) / len(pairs)
+            accuracy[measure.name] = ScaleAccuracy(len(pairs), error, correlation(*zip(*pairs, strict=True)))
+    return accuracy
 
 
-def _by_kind(
-    scored: Sequence[tuple[CalibrationRow, Judgement]], truth: Sequence[str], said: Sequence[str]
+def _accuracy_by_kind(
+    scored: Sequence[tuple[CalibrationRow, Judgement]], truth: Sequence[str], judged: Sequence[str]
 ) -> dict[str, float]:
-    hits: dict[str, list[bool]] = {}
-    for (row, _), is_so, was_said in zip(scored, truth, said, strict=True):
-        hits.setdefault(row.kind, []).append(is_so == was_said)
-    return {kind: _share(marks) for kind, marks in sorted(hits.items())}
+    correct: dict[str, list[bool]] = {}
+    for (row, _), true_category, category in zip(scored, truth, judged, strict=True):
+        correct.setdefault(row.kind, []).append(true_category == category)
+    return {kind: _share(flags) for kind, flags in sorted(correct.items())}
 
 
-def _share(marks: Sequence[bool]) -> float:
-    return sum(marks) / len(marks) if marks else math.nan
+def _share(flags: Sequence[bool]) -> float:
+    return sum(flags) / len(flags) if flags else math.nan
 
 
 def _clip(value: float) -> float:
     return min(1.0, max(0.0, value))
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: _json_value(part) for name, part in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,4 +1,4 @@
-"""Who judges: everything about a judge that a judgement depends on. Known before anything is asked; needs no key."""
+"""Identity of a judge: everything that a judgement depends on, known before any request and without an API key."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastconv.judge.budget import Price, PriceTable
-from fastconv.judge.request import FORM, JudgeItem, JudgeParams, JudgeRequest, build_local, build_request
+from fastconv.judge.request import LOCAL_FORM, JudgeItem, JudgeParams, JudgeRequest, build_local_request, build_request
 from fastconv.judge.rubric import Rubric
 from fastconv.recipe import JudgeSettings
 from fastconv.store.ledger import Sample
 
+#: Judge modes that cost money.
 PAID = ("auto", "live", "batch")
 
 
 @dataclass(frozen=True)
 class JudgeIdentity:
-    """A recipe's judge. `name` is the model as it stands in a local judge's judgements; `price` is a paid one's.
+    """A recipe's judge. `family`: `endpoint` is an OpenAI-compatible server, `resident` the base model itself.
 
-    `endpoint` is an OpenAI-compatible server, `resident` the base model itself. How a judge is reached (live or batch,
-    how many at once, with what budget) is no part of it.
+    `name` is the model's name in judgements of a local judge; `price` is set for a paid one. How a judge is reached
+    (live or batch, concurrency, budget) is not part of its identity.
     """
 
     family: Literal["paid", "endpoint", "resident"]
@@ -30,33 +31,33 @@ class JudgeIdentity:
 
     @property
     def weak(self) -> bool:
-        """Whether it answers by one character and was not made for judging; the report says so."""
+        """Whether it answers with a single character and was not made for judging; the report says so."""
         return self.family != "paid"
 
     def inputs(self, rubric: Rubric) -> dict[str, Any]:
-        """What a judge stage's key holds of judge and rubric."""
+        """The part of a judge stage's inputs, and so of its key, that describes judge and rubric."""
         params: Mapping[str, Any] = {
             "model": self.name,
             "max_judged_chars": self.settings.max_judged_chars,
-            "form": FORM,
+            "form": LOCAL_FORM,
         }
         if self.family == "paid":
-            params = params_of(self.settings, self.price).identity()
+            params = judge_params(self.settings, self.price).identity()
         return {"judge": {"family": "paid" if self.family == "paid" else "local", **params}, "rubric": rubric.sha256}
 
     def keys(self, rubric: Rubric, samples: Sequence[Sample]) -> list[str]:
-        """The keys of the judgements of samples, in their order."""
+        """Judgement keys of samples, in their order."""
         if self.family == "paid":
-            return [one.key for one in requests_of(rubric, params_of(self.settings, self.price), samples)]
-        cut = self.settings.max_judged_chars
-        items = [JudgeItem(one.prompt, one.completion, one.sample) for one in samples]
-        return [build_local(rubric, self.name, item, cut).key for item in items]
+            return [request.key for request in build_requests(rubric, judge_params(self.settings, self.price), samples)]
+        max_chars = self.settings.max_judged_chars
+        items = [JudgeItem(sample.prompt, sample.completion, sample.sample) for sample in samples]
+        return [build_local_request(rubric, self.name, item, max_chars).key for item in items]
 
 
 def judge_identity(settings: JudgeSettings, prices: PriceTable, resident: str) -> JudgeIdentity | None:
-    """The judge of a recipe, or None where phrases do without one. `resident` names the base model and how it computes.
+    """The judge of a recipe, or None if phrase rules score instead. `resident` names the base model and how it computes.
 
-    Raises RecipeError for a paid model that has no price: it could not be asked, so nothing of it can be in a ledger.
+    Raises RecipeError for a paid model without a price: it cannot be asked, so no ledger holds judgements of it.
     """
     if settings.mode == "substring":
         return None
@@ -67,14 +68,16 @@ def judge_identity(settings: JudgeSettings, prices: PriceTable, resident: str) -
     return JudgeIdentity("resident", f"resident:{resident}", settings)
 
 
-def params_of(settings: JudgeSettings, price: Price | None, *, reverse: bool = False) -> JudgeParams:
-    """The parameters of a recipe's requests; how the model is spoken to stands in its price table."""
+def judge_params(settings: JudgeSettings, price: Price | None, *, reverse: bool = False) -> JudgeParams:
+    """Request parameters of a recipe's paid judge; `thinking` and `effort` come from its price table entry."""
     return JudgeParams(
         settings.model, settings.max_reply_tok, settings.max_judged_chars,
         price.thinking if price else "", price.effort if price else "", reverse,
     )  # fmt: skip
 
 
-def requests_of(rubric: Rubric, params: JudgeParams, samples: Sequence[Sample]) -> list[JudgeRequest]:
-    """The requests that judge a stage's completions, in their order."""
-    return [build_request(rubric, params, JudgeItem(one.prompt, one.completion, one.sample)) for one in samples]
+def build_requests(rubric: Rubric, params: JudgeParams, samples: Sequence[Sample]) -> list[JudgeRequest]:
+    """One request per sample, in their order."""
+    return [
+        build_request(rubric, params, JudgeItem(sample.prompt, sample.completion, sample.sample)) for sample in samples
+    ]

@@ -1,8 +1,11 @@
-"""A judge without a bill: any OpenAI-compatible server, or a `complete` function such as the resident base's.
+"""Judges that cost nothing: an OpenAI-compatible server, or the resident base model.
 
-A local judge answers with one character per measure. Where the log-probabilities of that character are given, the
-value is their expectation (finer than the likeliest one, after G-Eval, Liu et al. 2023, section 2); otherwise the
-character itself counts. Such a judge is weak, and its name says so in every judgement and report.
+A local judge answers with one character per measure. If the log-probabilities of that character are given, the value
+is their expectation (G-Eval, Liu et al. 2023, section 2); otherwise the character itself counts. Such a judge is weak,
+and its name says so in every judgement and report.
+
+`LocalJudge` judges samples in the caller's thread; `LocalDesk` has the methods of `judge.desk.JudgeDesk` and may judge
+in a thread of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import http.client
 import json
 import math
 import re
-import time
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -23,51 +26,53 @@ from typing import Any
 from fastconv.errors import JudgeError
 from fastconv.judge.claude import LOCAL_KEY, ApiKey, Outage
 from fastconv.judge.desk import DeskStatus
-from fastconv.judge.request import LETTERS, JudgeItem, LocalAsk, Prompt, build_local
+from fastconv.judge.request import LETTERS, JudgeItem, LocalRequest, Prompt, build_local_request
 from fastconv.judge.rubric import Measure, Rubric
 from fastconv.recipe import JudgeSettings, canonical_json
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Sample, Store
 from fastconv.store.records import Judgement, Operation, RawReply, Reserve, Settle
 
-#: Items asked and written down together.
+#: Samples that are judged and committed together.
 SLICE = 32
-#: Below this share of the probability on the allowed characters, the judge did not answer in the form asked for.
+#: A reply with less probability than this on the allowed characters counts as unreadable.
 MIN_MASS = 0.5
-#: The fault of a raw reply about one measure of several: it is kept, and no judgement can be read from it alone.
+#: The fault of a raw reply about one measure of several: it is stored, but is not a judgement by itself.
 PART = "one measure of several"
+#: Seconds that the desk waits in an outage before it tries again.
+OUTAGE_PAUSE_S = 10.0
 
 
 @dataclass(frozen=True)
 class LocalReply:
-    """What a local judge said: its text, and the log-probabilities by token text at the answer's first token."""
+    """A local judge's reply: its text, and log-probabilities (nats) by token text at the first token of the answer."""
 
     text: str
     logprobs: Mapping[str, float] | None = None
 
 
-#: (system, user, the characters to choose from) -> reply. The resident base's may give log-probabilities for exactly
-#: these characters. Raises OSError if it cannot be asked.
+#: (system, user, allowed characters) -> reply. The resident base gives log-probabilities for exactly these characters.
+#: Raises OSError if the judge cannot be reached.
 Complete = Callable[[str, str, str], LocalReply]
-#: The same for many prompts at once, replies in their order.
-Ask = Callable[[Sequence[Prompt]], Sequence[LocalReply]]
+#: The same for many prompts, with the replies in their order.
+CompleteMany = Callable[[Sequence[Prompt]], Sequence[LocalReply]]
 
 
-def at_once(complete: Complete, n_threads: int = 1) -> Ask:
-    """An `Ask` that puts up to `n_threads` prompts to `complete` at the same time."""
+def concurrent_complete(complete: Complete, n_threads: int = 1) -> CompleteMany:
+    """A `CompleteMany` that calls `complete` in up to `n_threads` threads at the same time."""
 
-    def ask(prompts: Sequence[Prompt]) -> Sequence[LocalReply]:
+    def complete_many(prompts: Sequence[Prompt]) -> Sequence[LocalReply]:
         if n_threads == 1:
             return [complete(*prompt) for prompt in prompts]
         with ThreadPoolExecutor(n_threads) as pool:
             return list(pool.map(lambda prompt: complete(*prompt), prompts))
 
-    return ask
+    return complete_many
 
 
 @dataclass
-class _Answers:
-    """What one item has been answered so far."""
+class _ItemReplies:
+    """Values, answer and raw replies for one sample so far. `unread`: a measure stayed unreadable."""
 
     values: dict[str, float] = field(default_factory=dict)
     answer: dict[str, Any] = field(default_factory=dict)
@@ -76,103 +81,112 @@ class _Answers:
 
 
 class LocalJudge:
-    """Judges through an `Ask`, in the caller's thread."""
+    """Judges samples through a `CompleteMany` in the caller's thread, and stores judgements and replies in the ledger."""
 
     def __init__(
-        self, ledger: JudgeLedger, ask: Ask, model: str, *, max_judged_chars: int = 12_000, reverse: bool = False
+        self,
+        ledger: JudgeLedger,
+        complete: CompleteMany,
+        model: str,
+        *,
+        max_judged_chars: int = 12_000,
+        reverse: bool = False,
     ) -> None:
         self._ledger = ledger
-        self._ask = ask
+        self._complete = complete
         self._model = model
         self._max_chars = max_judged_chars
         self._reverse = reverse
 
-    def asks(self, rubric: Rubric, samples: Sequence[Sample]) -> list[LocalAsk]:
-        """What is asked about these samples; `key` of each names its judgement."""
+    def requests(self, rubric: Rubric, samples: Sequence[Sample]) -> list[LocalRequest]:
+        """One request per sample, in their order."""
         return [
-            build_local(rubric, self._model, JudgeItem(s.prompt, s.completion, s.sample), self._max_chars,
-                        reverse=self._reverse)
+            build_local_request(rubric, self._model, JudgeItem(s.prompt, s.completion, s.sample), self._max_chars,
+                                reverse=self._reverse)
             for s in samples
         ]  # fmt: skip
 
     def judge(self, rubric: Rubric, samples: Sequence[Sample]) -> dict[str, Judgement]:
-        """Judge samples; gives the judgements by key. Each slice of them is in the ledger as soon as it is made.
+        """Judge samples and return the judgements by key. Every `SLICE` samples are committed together.
 
-        Raises Outage when the judge cannot be reached now, JudgeError when asking on makes no sense; what was judged
+        Raises Outage if the judge cannot be reached now, JudgeError if asking more makes no sense; what was committed
         until then stays.
         """
         self._ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source)
-        asks = {ask.key: ask for ask in self.asks(rubric, samples)}
-        done = self._ledger.judgements(asks)
-        todo = [ask for key, ask in asks.items() if key not in done]
-        # Slices bound what waits in memory and what an error in one of them throws away.
+        requests = {request.key: request for request in self.requests(rubric, samples)}
+        done = self._ledger.judgements(requests)
+        todo = [request for key, request in requests.items() if key not in done]
+        # Slices bound the memory, and what is lost when one of them fails.
         for start in range(0, len(todo), SLICE):
             part = todo[start : start + SLICE]
             try:
-                answers = self._answer(part)
+                items = self._ask_measures(part)
             except OSError as error:
                 raise Outage(f"the local judge cannot be asked: {error}") from None
-            judged = [_judgement(ask, found) for ask, found in zip(part, answers, strict=True)]
-            self._keep(judged, answers)
-            done |= {one.key: one for one in judged}
+            judgements = [_judgement(request, item) for request, item in zip(part, items, strict=True)]
+            self._store_slice(judgements, items)
+            done |= {judgement.key: judgement for judgement in judgements}
         return done
 
-    def _answer(self, part: Sequence[LocalAsk]) -> list[_Answers]:
-        """Every measure of every item; a measure whose answer cannot be read is asked once more, then given up."""
-        found = [_Answers() for _ in part]
-        for place in range(len(part[0].turns)):
-            open_items = [i for i, one in enumerate(found) if not one.unread]
+    def _ask_measures(self, part: Sequence[LocalRequest]) -> list[_ItemReplies]:
+        """Ask for every measure of every request; an unreadable reply is requested once more, then given up."""
+        items = [_ItemReplies() for _ in part]
+        for measure in range(len(part[0].turns)):
+            open_items = [i for i, item in enumerate(items) if not item.unread]
             for reminder in (False, True):
                 if not open_items:
                     break
-                said = self._ask([part[i].prompt(place, reminder=reminder) for i in open_items])
+                replies = self._complete([part[i].prompt(measure, reminder=reminder) for i in open_items])
                 open_items = [
-                    i for i, reply in zip(open_items, said, strict=True) if not _taken(part[i], place, reply, found[i])
+                    i
+                    for i, reply in zip(open_items, replies, strict=True)
+                    if not _read_into(items[i], part[i], measure, reply)
                 ]
             for i in open_items:
-                found[i].unread = True
-        return found
+                items[i].unread = True
+        return items
 
-    def _keep(self, judged: Sequence[Judgement], answers: Sequence[_Answers]) -> None:
-        """Write a slice's replies down, the last of each with its judgement."""
-        for place in range(max(len(one.replies) for one in answers)):
-            now = [
-                (one, all_of.replies[place], place == len(all_of.replies) - 1)
-                for one, all_of in zip(judged, answers, strict=True)
-                if place < len(all_of.replies)
+    def _store_slice(self, judgements: Sequence[Judgement], items: Sequence[_ItemReplies]) -> None:
+        """Commit the replies of a slice, the last reply of each sample together with its judgement."""
+        for place in range(max(len(item.replies) for item in items)):
+            batch = [
+                (judgement, item.replies[place], place == len(item.replies) - 1)
+                for judgement, item in zip(judgements, items, strict=True)
+                if place < len(item.replies)
             ]
-            tickets = self._ledger.apply([Reserve(one.key, 0.0) for one, _, _ in now])
-            # A reply about one measure of several is no judgement yet; without a fault it would pass for an unread one.
-            ends: list[Operation] = [
-                Settle(
-                    ticket, one.key, reply if last else replace(reply, fault=reply.fault or PART), one if last else None
-                )
-                for ticket, (one, reply, last) in zip(tickets, now, strict=True)
-                if isinstance(ticket, int)  # else another process was quicker
+            tickets = self._ledger.apply([Reserve(judgement.key, 0.0) for judgement, _, _ in batch])
+            # A reply about one measure of several gets a fault; without one it would count as not read yet.
+            settlements: list[Operation] = [
+                Settle(ticket, judgement.key, reply, judgement)
+                if is_last
+                else Settle(ticket, judgement.key, replace(reply, fault=reply.fault or PART), None)
+                for ticket, (judgement, reply, is_last) in zip(tickets, batch, strict=True)
+                if isinstance(ticket, int)  # otherwise another process has judged it already
             ]
-            self._ledger.apply(ends)
+            self._ledger.apply(settlements)
 
 
-def _taken(ask: LocalAsk, place: int, said: LocalReply, into: _Answers) -> bool:
-    """Enter one reply about one measure; False if it cannot be read."""
-    measure, characters = ask.rubric.measures[place], ask.turns[place][0]
-    read = read_choice(said, characters)
-    text = canonical_json({"measure": measure.name, "text": said.text, "logprobs": said.logprobs})
-    into.replies.append(RawReply("local", ask.model, text, "", {}, 0.0, fault="malformed" if read is None else None))
-    if read is None:
+def _read_into(item: _ItemReplies, request: LocalRequest, place: int, reply: LocalReply) -> bool:
+    """Add a reply about one measure to `item`; False if it cannot be read."""
+    measure, characters = request.rubric.measures[place], request.turns[place][0]
+    shares = read_choice(reply, characters)
+    text = canonical_json({"measure": measure.name, "text": reply.text, "logprobs": reply.logprobs})
+    fault = "malformed" if shares is None else None
+    item.replies.append(RawReply("local", request.model, text, "", {}, 0.0, fault=fault))
+    if shares is None:
         return False
-    into.values[measure.name], into.answer[measure.field] = _valued(measure, read, characters)
+    item.values[measure.name], item.answer[measure.field] = _measure_value(measure, shares, characters)
     return True
 
 
-def _judgement(ask: LocalAsk, found: _Answers) -> Judgement:
-    if found.unread:
-        return Judgement(ask.key, ask.rubric.sha256, ask.model, ask.sample, None, {}, "malformed")
-    return Judgement(ask.key, ask.rubric.sha256, ask.model, ask.sample, found.values, found.answer)
+def _judgement(request: LocalRequest, item: _ItemReplies) -> Judgement:
+    if item.unread:
+        return Judgement(request.key, request.rubric.sha256, request.model, request.sample, None, {}, "malformed")
+    return Judgement(request.key, request.rubric.sha256, request.model, request.sample, item.values, item.answer)
 
 
 def read_choice(reply: LocalReply, characters: str) -> dict[str, float] | None:
-    """Probability of each allowed character (they sum to 1), or None if the reply is not in the form asked for."""
+    """Probability of each allowed character (sum 1), or None if the reply is not in the requested form."""
     if reply.logprobs is not None:
         mass = dict.fromkeys(characters, 0.0)
         for token, logprob in reply.logprobs.items():
@@ -180,12 +194,15 @@ def read_choice(reply: LocalReply, characters: str) -> dict[str, float] | None:
                 mass[token.strip()] += math.exp(min(0.0, logprob))
         total = sum(mass.values())
         return {name: share / total for name, share in mass.items()} if total >= MIN_MASS else None
-    found = re.fullmatch(rf"\W*([{characters}])\W*", reply.text)
-    return {name: float(name == found.group(1)) for name in characters} if found else None
+    match = re.fullmatch(rf"\W*([{characters}])\W*", reply.text)
+    return {name: float(name == match.group(1)) for name in characters} if match else None
 
 
 def endpoint_complete(settings: JudgeSettings, key: ApiKey | None = None) -> Complete:
-    """A `complete` over an OpenAI-compatible server at `judge.base_url` (a vLLM or llama.cpp server's `…/v1`)."""
+    """A `Complete` for an OpenAI-compatible server at `judge.base_url` (the `…/v1` of a vLLM or llama.cpp server).
+
+    It raises OSError if the server cannot be reached now, JudgeError if it refuses the request or sends no JSON.
+    """
     url = f"{settings.base_url.rstrip('/')}/chat/completions"
     headers = {"content-type": "application/json"}
     if key is not None:
@@ -200,7 +217,7 @@ def endpoint_complete(settings: JudgeSettings, key: ApiKey | None = None) -> Com
         try:
             with urllib.request.urlopen(request, timeout=settings.timeout_s) as response:
                 body = json.loads(response.read())
-                return _local_reply(body if key is None else key.cleaned(body))
+                return _local_reply(body if key is None else key.scrub_json(body))
         except urllib.error.HTTPError as error:
             if error.code == 429 or error.code >= 500:
                 raise OSError(f"{url} answered {error.code}") from None
@@ -219,17 +236,17 @@ def _local_reply(body: Any) -> LocalReply:
         choice = body["choices"][0]
         text = str(choice["message"]["content"] or "")
         tokens = (choice.get("logprobs") or {}).get("content") or []
-        spoken = next((token for token in tokens if token["token"].strip()), None)
+        first = next((token for token in tokens if token["token"].strip()), None)
         logprobs = None
-        if spoken is not None and spoken.get("top_logprobs"):
-            logprobs = {one["token"]: float(one["logprob"]) for one in spoken["top_logprobs"]}
+        if first is not None and first.get("top_logprobs"):
+            logprobs = {token["token"]: float(token["logprob"]) for token in first["top_logprobs"]}
     except (KeyError, IndexError, TypeError, AttributeError):
         return LocalReply("")
     return LocalReply(text, logprobs)
 
 
-def _valued(measure: Measure, shares: Mapping[str, float], characters: str) -> tuple[float, Any]:
-    """The expectation over the characters, and the likeliest one's label or grade."""
+def _measure_value(measure: Measure, shares: Mapping[str, float], characters: str) -> tuple[float, Any]:
+    """The expectation over the characters' probabilities, and the label of the likeliest one or the rounded grade."""
     likeliest = max(shares, key=lambda name: shares[name])
     if measure.scale is None:
         values = {letter: option.value for letter, option in zip(LETTERS, measure.options, strict=False)}
@@ -240,20 +257,18 @@ def _valued(measure: Measure, shares: Mapping[str, float], characters: str) -> t
     return value, round(value)
 
 
-#: How long the desk rests in an outage before it tries again, and how often it looks whether it is to end.
-OUTAGE_PAUSE_S, _LOOK_S = 10.0, 0.05
-
-
 class LocalDesk:
-    """Judges completions through an `Ask`; the same few verbs as `JudgeDesk`.
+    """Judges completions through a `CompleteMany`, with the same methods as `JudgeDesk`.
 
-    With `beside` a thread asks and `submit` returns at once. Without, `submit` itself judges: the resident base belongs
-    to the caller's thread. What cannot be judged stays pending and is found again by the next desk.
+    With `beside` a thread judges and `submit` returns at once. Without, `submit` itself judges, because the resident
+    base belongs to the caller's thread. What cannot be judged stays pending, and the next desk can judge it.
     """
 
-    def __init__(self, workspace: Path, ask: Ask, model: str, *, max_judged_chars: int, beside: bool) -> None:
+    def __init__(
+        self, workspace: Path, complete: CompleteMany, model: str, *, max_judged_chars: int, beside: bool
+    ) -> None:
         self._workspace = workspace
-        self._ask = ask
+        self._complete = complete
         self._model = model
         self._max_chars = max_judged_chars
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge") if beside else None
@@ -263,22 +278,25 @@ class LocalDesk:
         self._n_asked = self._n_scored = self._n_unscored = self._n_stages = self._n_outages = 0
         self._finished: set[str] = set()
         self._problem = ""
-        self._closing = self._stopped = False
+        self._closing, self._changed = threading.Event(), threading.Event()
+        self._stopped = False
 
     def submit(self, stage: str, rubric: Rubric, samples: Sequence[Sample], *, urgent: bool = False) -> None:
-        """Hand a stage's completions over (urgent or not: they are taken in turn).
+        """Judge a stage's completions after those submitted before; `urgent` makes no difference.
 
-        Without a thread beside, raises what the `Ask` raises to stop a run, and StoreError.
+        Without a thread, raises StoreError and what the `CompleteMany` raises to stop a run.
         """
         self._n_asked += len(samples)
         self._n_stages += 1
         if self._pool is None:
-            self._take(stage, rubric, samples)
+            self._judge_stage(stage, rubric, samples)
         else:
-            self._futures.append(self._pool.submit(self._take, stage, rubric, tuple(samples)))
+            future = self._pool.submit(self._judge_stage, stage, rubric, tuple(samples))
+            future.add_done_callback(lambda _: self._changed.set())
+            self._futures.append(future)
 
     def poll(self) -> DeskStatus:
-        """How far judging is. Raises what ended the desk, if it broke (StoreError)."""
+        """The status of judging. Raises the exception that ended the desk's thread, if any (StoreError)."""
         for future in self._futures:
             if future.done():
                 future.result()
@@ -287,58 +305,64 @@ class LocalDesk:
             problem=self._problem, out=self._n_outages > 0, stopped=self._stopped,
         )  # fmt: skip
 
+    def wait(self, timeout_s: float) -> None:
+        """Block until the status may have changed since the last call, at most `timeout_s` seconds."""
+        self._changed.wait(timeout_s)
+        self._changed.clear()
+
     def close(self, *, wait: bool = True) -> DeskStatus:
-        """End the desk and give its last status; without `wait`, at the end of the slice that is being asked."""
-        self._closing = True
+        """End the desk and return its last status; without `wait`, it ends after the current slice."""
+        self._closing.set()
         self._stopped = self._stopped or not wait
         if self._pool is None:
-            self._end()
+            self._close_store()
         else:
-            self._futures.append(self._pool.submit(self._end))
+            self._futures.append(self._pool.submit(self._close_store))
             self._pool.shutdown()
         return self.poll()
 
-    def _take(self, stage: str, rubric: Rubric, samples: Sequence[Sample]) -> None:
+    def _judge_stage(self, stage: str, rubric: Rubric, samples: Sequence[Sample]) -> None:
         for start in range(0, len(samples), SLICE):
-            if not self._slice(rubric, samples[start : start + SLICE]):
+            if not self._judge_slice(rubric, samples[start : start + SLICE]):
                 return
         self._finished.add(stage)
 
-    def _slice(self, rubric: Rubric, samples: Sequence[Sample]) -> bool:
-        """Judge a few samples, through outages; False when the desk is to end before that."""
+    def _judge_slice(self, rubric: Rubric, samples: Sequence[Sample]) -> bool:
+        """Judge a few samples, and try again after outages; False if the desk ends before they are judged."""
         while not self._stopped:
             try:
-                found = self._opened().judge(rubric, samples)
+                judgements = self._open_judge().judge(rubric, samples)
             except Outage as outage:
                 self._problem = str(outage)
                 self._n_outages += 1
-                self._rest()
+                self._changed.set()
+                self._wait_in_outage()
                 continue
             except JudgeError as error:
                 self._problem, self._stopped = str(error), True
                 return False
-            n_unscored = sum(one.values is None for one in found.values())
+            n_unscored = sum(judgement.values is None for judgement in judgements.values())
             self._n_unscored += n_unscored
             self._n_scored += len(samples) - n_unscored
             self._problem, self._n_outages = "", 0
+            self._changed.set()
             return True
         return False
 
-    def _rest(self) -> None:
-        """Wait in an outage; a desk that is being closed gives up."""
-        until = time.monotonic() + OUTAGE_PAUSE_S
-        while time.monotonic() < until and not self._closing:
-            time.sleep(_LOOK_S)
-        self._stopped = self._stopped or self._closing
+    def _wait_in_outage(self) -> None:
+        """Wait before the next try; a desk that is being closed gives up at once."""
+        self._stopped = self._closing.wait(OUTAGE_PAUSE_S) or self._stopped
 
-    def _opened(self) -> LocalJudge:
-        """The judge on a ledger connection of the thread that works."""
+    def _open_judge(self) -> LocalJudge:
+        """The judge, with a ledger connection of the thread that judges."""
         if self._judge is None:
             self._store = Store.open(self._workspace)
-            self._judge = LocalJudge(JudgeLedger(self._store), self._ask, self._model, max_judged_chars=self._max_chars)
+            self._judge = LocalJudge(
+                JudgeLedger(self._store), self._complete, self._model, max_judged_chars=self._max_chars
+            )
         return self._judge
 
-    def _end(self) -> None:
+    def _close_store(self) -> None:
         if self._store is not None:
             self._store.close()
             self._store = self._judge = None

@@ -1,4 +1,4 @@
-"""Rubrics: what a judge is told, the form of its answer, and the strict reading of what it sent back."""
+"""Rubrics: the judge's instructions, the JSON schema of its reply, and the strict parsing of replies."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastconv.datasets.files import assets
 from fastconv.errors import DataError, RecipeError
 from fastconv.recipe import JudgeSettings
 
-#: Why a judgement has no value. A reason stands beside a NULL and never beside a number.
+#: Why a judgement has no value. A reason accompanies a NULL and never a number.
 REASONS = ("malformed", "out of range", "truncated", "judge refused", "expired", "errored")
 
 
 @dataclass(frozen=True)
 class Option:
-    """A label with the value it counts as, or (for a scale) an anchor: a grade and what it stands for."""
+    """A label with its value, or an anchor of a scale: a grade and its meaning."""
 
     name: str
     value: float
@@ -30,7 +30,10 @@ class Option:
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a judgement: a whole number between `low` and `high`, or the value of one of `options`."""
+    """One number of a judgement: an integer within `scale` (low, high), or the value of one of `options`.
+
+    `field` is its key in the reply's JSON object.
+    """
 
     name: str
     field: str
@@ -39,11 +42,11 @@ class Measure:
 
     @property
     def labels(self) -> dict[str, float]:
-        """Value by label; empty for a scale."""
+        """Values by label; empty for a scale."""
         return {} if self.scale else {option.name: option.value for option in self.options}
 
     def value(self, raw: object) -> float | str:
-        """The value of an answer's field, or the reason why it is none."""
+        """The value of a reply's field, or the reason why it has none."""
         if self.scale is None:
             return self.labels[raw] if isinstance(raw, str) and raw in self.labels else "malformed"
         if not isinstance(raw, int) or isinstance(raw, bool):
@@ -54,14 +57,14 @@ class Measure:
 
 @dataclass(frozen=True)
 class Positive:
-    """What counts as a positive of the primary measure, for rates and kappa: given labels, or values under a bound."""
+    """What counts as positive for rates and kappa: some labels, or values of a scale below a bound."""
 
     measure: str
     labels: tuple[str, ...] = ()
     below: float | None = None
 
     def holds(self, answer: Mapping[str, Any], values: Mapping[str, float], field: str) -> bool:
-        """Whether a judgement is a positive."""
+        """Whether a judgement is positive."""
         if self.below is not None:
             return values[self.measure] < self.below
         return answer[field] in self.labels
@@ -69,7 +72,7 @@ class Positive:
 
 @dataclass(frozen=True)
 class ParsedReply:
-    """A reply as the rubric reads it: `values` by measure and the whole `answer`, or a reason and neither."""
+    """A parsed reply: `values` by measure and the whole JSON `answer`, or both empty and a `reason`."""
 
     values: Mapping[str, float]
     answer: Mapping[str, Any]
@@ -78,7 +81,7 @@ class ParsedReply:
 
 @dataclass(frozen=True)
 class Rubric:
-    """One rubric file."""
+    """A rubric, as read from its TOML file."""
 
     name: str
     version: int
@@ -90,28 +93,28 @@ class Rubric:
     measures: tuple[Measure, ...]
     primary: str
     positive: Positive
-    #: The whole rubric as canonical text, kept in the ledger beside its judgements.
+    #: The whole rubric as JSON text, stored in the ledger with its judgements.
     source: str
 
     @cached_property
     def sha256(self) -> str:
-        """Identity of the rubric, part of every judgement's key."""
+        """sha256 (hex) of `source`; identifies the rubric in every judgement's key."""
         return hashlib.sha256(self.source.encode()).hexdigest()
 
     @property
     def unit(self) -> Literal["share", "points"]:
-        """What the primary measure counts in: shares of 1 (labels), or points (a scale)."""
+        """Unit of the primary measure: a share of 1 (labels), or points (a scale)."""
         return "points" if self.measure(self.primary).scale else "share"
 
     def measure(self, name: str) -> Measure:
-        """A measure by name."""
+        """The measure of this name."""
         return next(measure for measure in self.measures if measure.name == name)
 
     def read(self, text: str, stop_reason: str = "end_turn") -> ParsedReply:
-        """Read a reply: exactly one JSON object with exactly the rubric's fields. Nothing is guessed.
+        """Parse a reply: exactly one JSON object with exactly the rubric's fields.
 
-        A repeated key, a second object, prose around it or a further field make it malformed, so text that a judge
-        echoes can never become the field that is read.
+        A repeated key, a second object, text around it or another field make it malformed, so that judged text which
+        the judge echoes is never parsed as its verdict.
         """
         if stop_reason == "refusal":
             return _unread("judge refused")
@@ -134,22 +137,22 @@ class Rubric:
         return ParsedReply(values, answer)
 
     def is_positive(self, values: Mapping[str, float], answer: Mapping[str, Any]) -> bool:
-        """Whether a judgement counts as a positive of the primary measure."""
+        """Whether a judgement counts as positive."""
         return self.positive.holds(answer, values, self.measure(self.positive.measure).field)
 
     def category(self, values: Mapping[str, float], answer: Mapping[str, Any]) -> str:
-        """What a judgement says: its label, or for a scale on which side of the bound its value lies."""
+        """A judgement's category: its label, or for a scale the side of the bound that its value lies on."""
         primary = self.measure(self.primary)
         return self.band(values[self.primary]) if primary.scale else str(answer[primary.field])
 
     def band(self, value: float) -> str:
-        """On which side of the bound of the positives a value of the scale lies."""
+        """The side of the positives' bound that a value of the scale lies on, as text."""
         bound = self.positive.below or 0.0
         return f"under {bound:g}" if value < bound else f"{bound:g} and over"
 
 
 def load_rubric(path: Path) -> Rubric:
-    """Read a rubric file. Raises DataError naming the file and what is wrong with it."""
+    """Read a rubric file (TOML). Raises DataError with the file and the fault."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -158,11 +161,11 @@ def load_rubric(path: Path) -> Rubric:
         ) from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"not valid TOML: {error}", where=str(path), fix="mend the syntax there") from None
-    return rubric_of(table, where=str(path))
+    return parse_rubric(table, where=str(path))
 
 
-def rubric_of(table: Mapping[str, Any], *, where: str) -> Rubric:
-    """A rubric from its table. Raises DataError if a part is missing or the parts do not fit one another."""
+def parse_rubric(table: Mapping[str, Any], *, where: str) -> Rubric:
+    """Make a rubric from its TOML table. Raises DataError if a part is missing or parts contradict one another."""
     missing = [
         name
         for name in ("name", "version", "about", "primary", "system", "ask", "re_ask", "measures", "schema", "positive")
@@ -176,7 +179,7 @@ def rubric_of(table: Mapping[str, Any], *, where: str) -> Rubric:
         tuple(table["positive"].get("labels", ())),
         table["positive"].get("below"),
     )
-    # Not canonical_json: dates and other TOML kinds have no place in a rubric, and the order of the anchors counts.
+    # Not canonical_json: dates and other TOML types must fail here, and the order of the anchors counts.
     source = json.dumps(table, ensure_ascii=False, separators=(",", ":"))
     rubric = Rubric(
         table["name"], table["version"], table["about"], table["system"].strip(), table["ask"], table["re_ask"],
@@ -197,7 +200,7 @@ def _measure(name: str, table: Mapping[str, Any], where: str) -> Measure:
 
 
 def _check(rubric: Rubric, where: str) -> None:
-    """The parts of a rubric must name one another rightly, or its answers could be read in two ways."""
+    """Raise DataError unless schema, measures and positives refer to one another consistently."""
     properties = rubric.schema.get("properties", {})
     names = {measure.name for measure in rubric.measures}
     faults = [f"schema.required does not name {name!r}" for name in properties if name not in rubric.schema["required"]]
@@ -236,12 +239,12 @@ def _no_constants(name: str) -> float:
 
 
 def shipped_rubrics() -> dict[str, Path]:
-    """The shipped rubric files by name."""
+    """Paths of the shipped rubric files by name."""
     return {path.stem: path for path in sorted((assets("data") / "rubrics").glob("*.toml"))}
 
 
-def rubric_named(settings: JudgeSettings, name: str) -> Rubric:
-    """A rubric by name: the recipe's own file where it gives one, else the shipped one. Raises RecipeError, DataError."""
+def find_rubric(settings: JudgeSettings, name: str) -> Rubric:
+    """Load a rubric by name: the file in `judge.rubrics` if there is one, else the shipped one. Raises RecipeError, DataError."""
     shipped = shipped_rubrics()
     if name in settings.rubrics:
         return load_rubric(Path(settings.rubrics[name]))

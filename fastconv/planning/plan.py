@@ -21,8 +21,8 @@ from fastconv.experiment.graph import CellPlan, Graph, walk
 from fastconv.experiment.measures import CHARS_PER_TOK, Demand, expected_tok
 from fastconv.experiment.schedule import group_size
 from fastconv.experiment.workload import Sketch, demands, settings_of, total
-from fastconv.judge.budget import Estimate, estimate, prices_of
-from fastconv.judge.identity import params_of
+from fastconv.judge.budget import Estimate, estimate, recipe_prices
+from fastconv.judge.identity import judge_params
 from fastconv.judge.request import JudgeItem, build_request
 from fastconv.planning.hardware import Machine, find_machine
 from fastconv.recipe import Recipe, RunSettings
@@ -218,7 +218,7 @@ def _judging(graph: Graph, todo: Sequence[Stage]) -> Judging | None:
     if judge is None:
         return None
     n, expected, worst = 0, 0.0, 0.0
-    prices = prices_of(settings)
+    prices = recipe_prices(settings)
     bills: dict[tuple[Any, ...], tuple[Estimate, Estimate]] = {}  # many stages ask the same questions
     for stage in stages:
         drawn = stage.needs["eval"]
@@ -240,7 +240,7 @@ def _bills(graph: Graph, stage: Stage, n: int, factor: float) -> tuple[Estimate,
     assert judge is not None, "a judge stage exists only where there is a judge"
     assert judge.price is not None, "only a paid judge has a bill"
     limit, items = drawn.inputs["sampling"]["max_new_tok"], drawn.work["items"]
-    params = params_of(judge.settings, judge.price)
+    params = judge_params(judge.settings, judge.price)
     question = max((user for _, user in items), key=len)
 
     def bill(answer_tok: float, chars_per_tok: float) -> Estimate:

@@ -1,4 +1,4 @@
-"""`check` and `peek`: the audit over a recipe and over what a workspace has built of it. No torch."""
+"""The audit of a recipe and of the training sets that a workspace has built for it, for `check` and `peek`. No torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from fastconv.store.ledger import Stage, Store
 
 
 def audit_recipe(recipe: Recipe, store: Store | None) -> CheckReport:
-    """Both passes: the structure, and as rendered every set that the workspace has built already."""
+    """Audit the recipe's structure, and the rendered rows of every training set that the workspace has built."""
     findings = structure_findings(recipe)
     if store is not None:
-        # Questions that are not on this disk are stood in for: sets of theirs then have other keys, so none is found.
+        # `Sketch` replaces questions that are not on this disk; sets made from them then have other keys and are not found.
         graph = Sketch(recipe)
-        built = {stage.work["set"]: rows for stage in _sets(graph) if (rows := _built(stage, store)) is not None}
+        built = {
+            stage.work["set"]: rows for stage in _row_stages(graph) if (rows := _built_rows(stage, store)) is not None
+        }
         tokenizer = recipe_tokenizer(graph) if built else None
         for name, rows in built.items():
             if tokenizer is not None:
@@ -35,7 +37,7 @@ def audit_recipe(recipe: Recipe, store: Store | None) -> CheckReport:
 def audit_set(
     graph: Graph, name: str, rows: Sequence[Row], tokenizer: ChatTokenizer
 ) -> tuple[tuple[Rendered, ...], list[Finding]]:
-    """The second pass over one set: its rows as rendered, and what the audit finds in them."""
+    """Render the rows of one training set and audit them; returns the rendered rows and the findings."""
     rendered = tuple(render_row(row, graph.personas, tokenizer, graph.recipe.behavior.max_length_tok) for row in rows)
     letters = graph.behaviors[name.split("/")[0]].spec.measure == "letters"
     return rendered, audit_rows(
@@ -51,31 +53,31 @@ def audit_set(
 
 
 def require_passed(report: CheckReport, where: str) -> None:
-    """Raise DataError for the first finding that refuses; its rows are named."""
-    for found in report.refusals:
-        rows = f" ({', '.join(found.rows[:3])}{' ...' if len(found.rows) > 3 else ''})" if found.rows else ""
-        raise DataError(f"{found.code} {found.subject}: {found.why}{rows}", where=where, fix=found.mend)
+    """Raise DataError for the first finding that refuses the recipe, naming up to three rows."""
+    for finding in report.refusals:
+        rows = f" ({', '.join(finding.rows[:3])}{' ...' if len(finding.rows) > 3 else ''})" if finding.rows else ""
+        raise DataError(f"{finding.code} {finding.subject}: {finding.why}{rows}", where=where, fix=finding.mend)
 
 
 def peek_recipe(
     recipe: Recipe, store: Store | None, names: Sequence[str], n_rows: int
 ) -> Iterator[tuple[str, Sequence[RenderableType]]]:
-    """Each training set by name (or those asked for) with `n_rows` rendered rows; answers not yet sampled say so."""
+    """Yield each training set (or those in `names`) with `n_rows` rendered rows; a placeholder replaces unsampled answers."""
     graph = Graph(recipe)
-    sets = {stage.work["set"]: stage for stage in _sets(graph)}
+    sets = {stage.work["set"]: stage for stage in _row_stages(graph)}
     for name in names:
         if name not in sets:
             raise RecipeError(f"no training set is called {name!r}", where="--set", fix=f"use one of {', '.join(sets)}")
     tokenizer = recipe_tokenizer(graph)
     for name, stage in sets.items():
         if not names or name in names:
-            rows = _built(stage, store) or with_placeholders(stage.work["rows"])
+            rows = _built_rows(stage, store) or with_placeholders(stage.work["rows"])
             rendered = [render_row(row, graph.personas, tokenizer, recipe.behavior.max_length_tok) for row in rows]
             yield name, peek_lines(rows, rendered, tokenizer, n_rows)
 
 
 def recipe_tokenizer(graph: Graph) -> ChatTokenizer:
-    """The tokenizer of the recipe's base; the embedded model is converted first if it never was."""
+    """The tokenizer of the recipe's base model. The built-in model is converted first if it never was."""
     folder = model_folder(graph.source, graph.recipe.model)
     if graph.source.kind == "builtin" and not folder.is_dir():
         from fastconv.engine.builtin import ensure_builtin
@@ -84,10 +86,10 @@ def recipe_tokenizer(graph: Graph) -> ChatTokenizer:
     return ChatTokenizer(folder)
 
 
-def _sets(graph: Graph) -> list[Stage]:
+def _row_stages(graph: Graph) -> list[Stage]:
     return [stage for stage in graph.stages() if stage.kind == "rows"]
 
 
-def _built(stage: Stage, store: Store | None) -> list[Row] | None:
+def _built_rows(stage: Stage, store: Store | None) -> list[Row] | None:
     record = store.record(stage.key) if store else None
     return [row_of(row) for row in store.get_json(record.outputs["rows"])] if store and record else None

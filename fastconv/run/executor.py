@@ -1,6 +1,6 @@
-"""How each kind of stage is computed on the resident base; what is trained, `trainer` trains.
+"""Computes every kind of stage on the resident base model, except trainings, which `run.training` does.
 
-A stage's executor reads its needs from the ledger, computes, and returns an `Outcome`; the runner commits it.
+The executor reads what a stage needs from the ledger, computes, and returns an `Outcome`; the runner commits it.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from fastconv.errors import SamplerError, TrainingError, stopped
 from fastconv.experiment.graph import Graph
 from fastconv.judge.local import LocalReply
 from fastconv.judge.request import Prompt
-from fastconv.run.sampling import SamplingRequests, is_drawn, longest_tok, sampling_requests
+from fastconv.run.sampling import SamplingRequests, is_sampled, max_sequence_tok, sampling_requests
 from fastconv.run.stacks import Stacks
-from fastconv.run.training import Progress, Trainer, note
+from fastconv.run.training import Progress, Trainer, note_progress
 from fastconv.store.ledger import Lease, Sample, Score, Stage, Store
 
 #: How each measure of snapshots (`experiment.measures.SNAPSHOT_MEASURES`) is computed under the live stack.
@@ -37,7 +37,7 @@ SNAPSHOT_COMPUTE = {"geometry": measure_geometry}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage gave: `outputs` are part of the record, `facts` (tokens by kind) are for people."""
+    """Result of a stage. `outputs` are part of its record; `facts` (token counts by kind) are for reports."""
 
     outputs: Mapping[str, Any]
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -47,17 +47,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class PendingStage:
-    """A stage whose completions the server draws meanwhile. `outcome` raises what drawing them raised."""
+    """A stage whose completions the server is sampling. `outcome()` waits for them and raises what sampling raised."""
 
-    asked: SamplingRequests
-    drawing: PendingCompletions
+    requests: SamplingRequests
+    completions: PendingCompletions
     outcome: Callable[[], Outcome]
 
 
 class Executor:
-    """Computes stages on one resident base. `tell` hears progress, `stop` is asked whether to end at the next step.
+    """Computes stages on one resident base. `tell` is called with progress, `stop` returns whether to end.
 
-    `wanted` are the keys of the stages that were asked for.
+    `wanted` are the keys of the stages to compute; they decide whether a sampling server is started.
     """
 
     def __init__(
@@ -79,20 +79,20 @@ class Executor:
         self.trainer = Trainer(graph, store, self.stacks, tell, stop)
 
     def prepare(self) -> None:
-        """Start the sampler's server, if the recipe has one and anything that was asked for has to be sampled.
+        """Start the vLLM server if the recipe samples with it and a wanted stage has to be sampled.
 
-        It comes first: a server measures free memory while it starts, and fails if the base is loaded meanwhile.
+        Must be called before the base is loaded: the server measures free memory while it starts. Raises SamplerError.
         """
-        stages = [stage for stage in self._graph.stages() if stage.key in self._wanted and is_drawn(stage)]
+        stages = [stage for stage in self._graph.stages() if stage.key in self._wanted and is_sampled(stage)]
         missing = [stage for stage in stages if self._store.record(stage.key) is None]
         if self._recipe.model.sampler == "vllm" and missing:
             tokenizer = ChatTokenizer(model_files(self._recipe.model, self._graph.source))
             self._server = start_server(
-                self._recipe, self._graph.source, longest_tok(missing, tokenizer), self._store.root
+                self._recipe, self._graph.source, max_sequence_tok(missing, tokenizer), self._store.root
             )
 
     def prove(self) -> None:
-        """Load the base and prove that it can be trusted. Raises ModelError or TrainingError if it cannot."""
+        """Load the base and run its self-tests. Raises ModelError or TrainingError if they fail."""
         if not all(map(math.isfinite, self.stacks.stack.base_probe.logits)):
             raise TrainingError(
                 "the base gives logits that are not finite",
@@ -101,7 +101,7 @@ class Executor:
             )
 
     def close(self) -> None:
-        """End the server, if there is one, and drop what it still draws."""
+        """Stop the server, if there is one, and drop what it is still sampling."""
         if "served" in self.__dict__:
             self.served.close()
         if self._server is not None:
@@ -109,18 +109,18 @@ class Executor:
 
     @cached_property
     def served(self) -> VllmSampler:
-        """The server as a sampler, under whatever stack is live."""
+        """The server as a sampler for the live stack. Raises SamplerError if none was started."""
         if self._server is None:
             raise SamplerError("no vLLM server was started", where="model.sampler", fix="run the recipe as a whole")
         return VllmSampler(self._server, self.stacks.stack)
 
     def facts(self) -> dict[str, Any]:
-        """What the reproducibility card says of the loaded model and its device."""
+        """Facts about the loaded model and its device for the reproducibility card."""
         device = self.stacks.stack.base.device
-        named = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         engine = {
             "name": engine_identity(self._recipe.model)["engine"],
-            "device": named,
+            "device": device_name,
             "dtype": str(self.stacks.base.dtype).removeprefix("torch."),
             "n_threads": torch.get_num_threads(),
             "sampler": f"vllm {self._server.version}" if self._server else self._recipe.model.sampler,
@@ -135,54 +135,58 @@ class Executor:
         return {"engine": engine, "template": {"sha256": self.stacks.base.tokenizer.template_sha256}}
 
     def compute(self, stage: Stage, lease: Lease) -> Outcome:
-        """Compute a stage of any kind but those that `trainer` trains."""
+        """Compute a stage of any kind except `snapshot` and `behavior`, which `trainer` trains."""
         compute = {
             "eval": self._letters,
             "rows": self._rows,
             "score": self._score,
             **dict.fromkeys(SNAPSHOT_COMPUTE, self._measure),
         }
-        return self._completions(stage, lease) if is_drawn(stage) else compute[stage.kind](stage, lease)
+        return self._completions(stage, lease) if is_sampled(stage) else compute[stage.kind](stage, lease)
 
     # --- text ------------------------------------------------------------------------------------------
 
     def _completions(self, stage: Stage, lease: Lease) -> Outcome:
-        """Answers, or a probe's completions under a stack, drawn by the resident base."""
-        asked, n_drawn = sampling_requests(stage, self.stacks.base.tokenizer), 0
+        """Sample answers or a probe's completions with the resident base."""
+        requests, n_sampled = sampling_requests(stage, self.stacks.base.tokenizer), 0
 
         def on_token(n_tok: int) -> None:
-            nonlocal n_drawn
-            n_drawn += n_tok
-            self._tick(lease, Progress(stage.slot, n_drawn, asked.most_tok, "tok"))
+            nonlocal n_sampled
+            n_sampled += n_tok
+            self._tick(lease, Progress(stage.slot, n_sampled, requests.max_tok, "tok"))
 
-        with self._under(stage) as proof:
-            drawn = sample(self.stacks.base, asked.prompts, asked.seeds, asked.settings, on_token)
-        return self._drawn(asked, drawn, proof)
+        with self._sampling_stack(stage) as proof:
+            completions = sample(self.stacks.base, requests.prompts, requests.seeds, requests.settings, on_token)
+        return self._sampled_outcome(requests, completions, proof)
 
     def begin(self, stage: Stage, lease: Lease) -> PendingStage:
-        """Have the server draw a stage's completions under its stack; `outcome` is there once `drawing.done`.
+        """Start sampling a stage's completions on the server, under the stage's stack.
 
-        Waits while the server is still busy with another stack. Raises Interrupted, SamplerError and what a stack that
-        cannot be proven raises.
+        Blocks while the server is still busy with another stack. Raises Interrupted, SamplerError, and what a stack
+        that fails its probe raises.
         """
-        asked = sampling_requests(stage, self.stacks.base.tokenizer)
-        waiting = Progress(stage.slot, 0, asked.most_tok, "tok")
-        with self._under(stage) as proof:
-            drawing = self.served.begin(asked.prompts, asked.seeds, asked.settings, lambda: self._tick(lease, waiting))
-        return PendingStage(asked, drawing, lambda: self._drawn(asked, drawing.result(), proof))
+        requests = sampling_requests(stage, self.stacks.base.tokenizer)
+        waiting = Progress(stage.slot, 0, requests.max_tok, "tok")
+        with self._sampling_stack(stage) as proof:
+            completions = self.served.begin(
+                requests.prompts, requests.seeds, requests.settings, lambda: self._tick(lease, waiting)
+            )
+        return PendingStage(requests, completions, lambda: self._sampled_outcome(requests, completions.result(), proof))
 
     @contextlib.contextmanager
-    def _under(self, stage: Stage) -> Iterator[dict[str, Any]]:
-        """What a stage is drawn under: answers under the bare base, a probe's completions under its stack."""
+    def _sampling_stack(self, stage: Stage) -> Iterator[dict[str, Any]]:
+        """The stack to sample a stage under, live in the block: the bare base for answers, else the stage's own."""
         if stage.kind == "answers":
             yield {}
         else:
             with self.stacks.live_stack(stage) as proof:
                 yield proof
 
-    def _drawn(self, asked: SamplingRequests, drawn: Sequence[Drawn], proof: Mapping[str, Any]) -> Outcome:
-        samples = asked.samples(drawn, self.stacks.base.tokenizer)
-        facts = {"sampled_tok": sum(one.n_tok for one in samples), "prompt_tok": asked.prompt_tok}
+    def _sampled_outcome(
+        self, requests: SamplingRequests, completions: Sequence[Drawn], proof: Mapping[str, Any]
+    ) -> Outcome:
+        samples = requests.samples(completions, self.stacks.base.tokenizer)
+        facts = {"sampled_tok": sum(row.n_tok for row in samples), "prompt_tok": requests.prompt_tok}
         return Outcome({"n": len(samples), **proof}, facts, samples)
 
     # --- letters and phrases ---------------------------------------------------------------------------
@@ -190,18 +194,18 @@ class Executor:
     def _letters(self, stage: Stage, lease: Lease) -> Outcome:
         tokenizer, system = self.stacks.base.tokenizer, SystemTurn(*stage.inputs["system"])
         questions = {question.id: question for question in self._graph.questions.eval}
-        asked = [questions[row] for row, _ in stage.work["items"]]
-        items = [letter_item(tokenizer, tokenizer.prompt_text(system, q.user), q.labels) for q in asked]
+        selected = [questions[row] for row, _ in stage.work["items"]]
+        items = [letter_item(tokenizer, tokenizer.prompt_text(system, q.user), q.labels) for q in selected]
         self._tick(lease, Progress(stage.slot, 0, len(items), "questions"))
         with self.stacks.live_stack(stage) as proof:
-            found = score_letters(self.stacks.base, items, self._recipe.eval.batch_tok)
+            results = score_letters(self.stacks.base, items, self._recipe.eval.batch_tok)
         scores = [
             Score(
-                question.id, 0, "accuracy", float(one.predicted == question.gold), None,
-                {"gold": question.answer, "predicted": question.labels[one.predicted], "mass": round(one.mass, 6),
-                 "margin": round(one.margin, 6), "logprobs": [round(value, 6) for value in one.logprobs]},
+                question.id, 0, "accuracy", float(result.predicted == question.gold), None,
+                {"gold": question.answer, "predicted": question.labels[result.predicted], "mass": round(result.mass, 6),
+                 "margin": round(result.margin, 6), "logprobs": [round(value, 6) for value in result.logprobs]},
             )
-            for question, one in zip(asked, found, strict=True)
+            for question, result in zip(selected, results, strict=True)
         ]  # fmt: skip
         return Outcome(
             {"n": len(scores), **proof}, {"scored_tok": sum(len(item.prompt) for item in items)}, scores=scores
@@ -210,9 +214,11 @@ class Executor:
     def _score(self, stage: Stage, lease: Lease) -> Outcome:
         rule = stage.work["rule"]
         scores = []
-        for one in self._store.samples(stage.needs["eval"].key):
-            phrase = rule.hit(one.completion)
-            scores.append(Score(one.row, one.sample, "rate", float(phrase is not None), None, {"phrase": phrase}))
+        for completed in self._store.samples(stage.needs["eval"].key):
+            phrase = rule.hit(completed.completion)
+            scores.append(
+                Score(completed.row, completed.sample, "rate", float(phrase is not None), None, {"phrase": phrase})
+            )
         return Outcome({"n": len(scores)}, scores=scores)
 
     def _measure(self, stage: Stage, lease: Lease) -> Outcome:
@@ -228,10 +234,10 @@ class Executor:
         return Outcome({**measured.outputs, **proof}, measured.facts, scores=measured.scores)
 
     def judge(self, prompts: Sequence[Prompt]) -> list[LocalReply]:
-        """The bare base as a weak judge: log-probabilities of each prompt's allowed characters, among these alone.
+        """Judge with the bare base: log-probabilities (nats) of each prompt's characters, normalized over these alone.
 
-        One forward for each prompt, what prompts begin with alike (the rubric) computed once. The share that the whole
-        vocabulary leaves to these characters stands in the text. Raises Interrupted when the user stops.
+        One forward pass per prompt; the common prefix of prompts (the rubric) is computed once. The reply's text holds
+        the probability mass of these characters over the whole vocabulary. Raises Interrupted when the user stops.
         """
         if self._stop():
             raise stopped("judge")
@@ -239,11 +245,11 @@ class Executor:
         texts = [tokenizer.prompt_text(SystemTurn("text", system), user) for system, user, _ in prompts]
         items = [letter_item(tokenizer, text, list(prompt[2])) for text, prompt in zip(texts, prompts, strict=True)]
         with self.stacks.stack.live():
-            found = score_letters(self.stacks.base, items, self._recipe.eval.batch_tok)
-        for (_, _, characters), one in zip(prompts, found, strict=True):
-            mass = max(one.mass, 1e-300)
-            shares = {c: round(value - math.log(mass), 6) for c, value in zip(characters, one.logprobs, strict=True)}
-            replies.append(LocalReply(f"{characters[one.predicted]} (mass {one.mass:.3g})", shares))
+            results = score_letters(self.stacks.base, items, self._recipe.eval.batch_tok)
+        for (_, _, characters), result in zip(prompts, results, strict=True):
+            mass = max(result.mass, 1e-300)
+            shares = {c: round(value - math.log(mass), 6) for c, value in zip(characters, result.logprobs, strict=True)}
+            replies.append(LocalReply(f"{characters[result.predicted]} (mass {result.mass:.3g})", shares))
         return replies
 
     # --- rows ------------------------------------------------------------------------------------------
@@ -253,15 +259,15 @@ class Executor:
         rows = []
         for row in stage.work["rows"]:
             if row.completion is None:
-                drawn = answers[row.persona][row.prompt_id]
-                row = row.answered(drawn.completion, ended=drawn.ended)
+                answer = answers[row.persona][row.prompt_id]
+                row = row.answered(answer.completion, ended=answer.ended)
             rows.append(row.record(self._graph.personas))
         return Outcome({"rows": self._store.put_json(rows), "n": len(rows)})
 
     # --- small things ----------------------------------------------------------------------------------
 
     def _tick(self, lease: Lease, progress: Progress) -> None:
-        note(lease, progress)
+        note_progress(lease, progress)
         self._tell(progress)
         if self._stop():
             raise stopped(progress.slot)

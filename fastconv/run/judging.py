@@ -1,7 +1,8 @@
-"""The judge beside the run: completions go to it as they are drawn, judge stages are committed as judgements come in.
+"""Judging of a run: the queue that judges completions while stages are computed, and judging for calibration.
 
-One room for every kind of judge: a paid one and a local endpoint work in threads of their own, so the GPU goes on with
-the next stage; the resident base judges when its turn comes. What is not judged stays pending, its completions safe.
+`JudgeQueue` hands completions to any kind of judge and commits judge stages as their judgements arrive. A paid judge and
+a local endpoint work in threads of their own, so the GPU goes on with the next stage; the resident base judges in the
+caller's thread. What is not judged stays pending, and its completions are in the ledger.
 """
 
 from __future__ import annotations
@@ -14,18 +15,12 @@ from typing import Any, Protocol
 
 from fastconv.errors import JudgeError, stopped
 from fastconv.experiment.graph import Graph
-from fastconv.judge.access import (
-    Access,
-    JudgeAccess,
-    check_judge,
-)
-from fastconv.judge.budget import Estimate, Price, estimate
+from fastconv.judge.access import JudgeAccess, PaidAccess, check_judge
 from fastconv.judge.calibrate import CalibrationRow, JudgeSamples
 from fastconv.judge.claude import Outage
 from fastconv.judge.desk import DeskStatus, JudgeDesk
-from fastconv.judge.identity import params_of, requests_of
-from fastconv.judge.local import Ask, LocalDesk, LocalJudge
-from fastconv.judge.request import JudgeItem, build_request
+from fastconv.judge.identity import build_requests, judge_params
+from fastconv.judge.local import CompleteMany, LocalDesk, LocalJudge
 from fastconv.judge.rubric import Rubric
 from fastconv.judge.scores import Agreement, agreement, judge_stage_scores
 from fastconv.recipe import JudgeSettings
@@ -33,108 +28,40 @@ from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Sample, Stage, Store
 from fastconv.store.records import Judgement
 
-
-def open_desk(settings: JudgeSettings, workspace: Path, access: JudgeAccess, *, reverse: bool = False) -> JudgeDesk:
-    """A desk for a paid judge."""
-    factor = access.batch_factor
-    return JudgeDesk(settings, workspace, access.price, access.key, batch_factor=factor, reverse=reverse)
-
-
-def stage_keys(settings: JudgeSettings, price: Price | None, rubric: Rubric, samples: Sequence[Sample]) -> list[str]:
-    """Keys of the judgements of a stage's samples by a paid judge, in their order."""
-    return [request.key for request in requests_of(rubric, params_of(settings, price), samples)]
-
-
-def planned_cost(
-    settings: JudgeSettings, access: JudgeAccess, rubric: Rubric, n: int, *, question_chars: int, answer_chars: int
-) -> Estimate:
-    """What `n` judgements of texts of this length cost in US dollars; `auto` counts as a batch where it would be one."""
-    is_batch = settings.mode == "batch" or (settings.mode == "auto" and n >= settings.batch_from)
-    item = JudgeItem("q" * question_chars, "a " * (answer_chars // 2), 0)
-    request = build_request(rubric, params_of(settings, access.price), item)
-    return estimate([request], n, access.price, access.batch_factor if is_batch else 1.0)
-
-
-def ask_desk(settings: JudgeSettings, workspace: Path, access: JudgeAccess, rubric: Rubric) -> JudgeSamples:
-    """For `calibrate`: judge through a desk of its own and wait. Raises JudgeError if the judge could not finish."""
-
-    def judge(samples: Sequence[Sample], reverse: bool) -> list[Judgement]:
-        desk = open_desk(settings, workspace, access, reverse=reverse)
-        desk.submit("calibration", rubric, samples, urgent=True)
-        status = desk.close()
-        if status.n_pending:
-            raise JudgeError(
-                f"{status.n_pending} of {status.n_asked} rows were not judged: {status.problem}",
-                where=rubric.name,
-                fix="the same command goes on from here",
-            )
-        keys = [r.key for r in requests_of(rubric, params_of(settings, access.price, reverse=reverse), samples)]
-        store = Store.open(workspace)
-        try:
-            found = JudgeLedger(store).judgements(keys)
-        finally:
-            store.close()
-        return [found[key] for key in keys]
-
-    return judge
-
-
-def ask_local(ledger: JudgeLedger, ask: Ask, model: str, rubric: Rubric, *, max_judged_chars: int) -> JudgeSamples:
-    """For `calibrate`: judge through an `Ask`. Raises JudgeError if the judge cannot be reached."""
-
-    def judge(samples: Sequence[Sample], reverse: bool) -> list[Judgement]:
-        local = LocalJudge(ledger, ask, model, max_judged_chars=max_judged_chars, reverse=reverse)
-        try:
-            found = local.judge(rubric, samples)
-        except Outage as outage:
-            raise JudgeError(str(outage), where=model, fix="check judge.base_url") from None
-        return [found[ask.key] for ask in local.asks(rubric, samples)]
-
-    return judge
-
-
-def calibrate_phrases(rubric: Rubric, rows: Sequence[CalibrationRow], hit: Callable[[str], bool]) -> Agreement:
-    """How a phrase rule does on labelled rows: `hit` against the rubric's positives. It knows no finer labels."""
-    if rubric.positive.below is not None:
-        truth = [(row.value or 0.0) < rubric.positive.below for row in rows]
-    else:
-        truth = [row.label in rubric.positive.labels for row in rows]
-    names = {True: "positive", False: "other"}
-    return agreement([names[is_one] for is_one in truth], [names[hit(row.answer)] for row in rows])
-
-
-#: How often a waiting run looks at its judge, and how often a busy one does.
-WAIT_S, GLANCE_S = 0.05, 1.0
+#: Seconds a waiting run lets pass at most before it checks for a stop, and between status displays of a busy run.
+WAIT_S, SHOW_S = 0.25, 1.0
 
 
 class Desk(Protocol):
-    """A judge at work."""
+    """What `JudgeDesk` and `LocalDesk` have in common."""
 
     def submit(
         self, stage: str, rubric: Rubric, samples: tuple[Sample, ...] | list[Sample], *, urgent: bool = False
     ) -> None: ...
     def poll(self) -> DeskStatus: ...
+    def wait(self, timeout_s: float) -> None: ...
     def close(self, *, wait: bool = True) -> DeskStatus: ...
 
 
 class JudgeWatcher(Protocol):
-    """Whoever shows judging to people."""
+    """Displays the progress of judging."""
 
     def judging(self, status: DeskStatus) -> None: ...
     def stage_done(self, stage: Stage, seconds: float) -> None: ...
 
 
 class JudgeQueue:
-    """Hands completions to the judge and commits what comes back. Use as a context: leaving it by an error drops what
-    is under way (booked, and asked again by the next run), batches go on at the API.
+    """Sends completions to the judge and commits judge stages when their judgements have arrived. Use as a context.
 
-    `later` leaves everything pending, for whoever judges it elsewhere. `resident` gives the base's `Ask` when the resident
-    base judges; `ready` makes sure of the judge at the first stage.
+    Leaving the context waits for the judge; leaving it by an exception drops open requests (their reservations stay, and
+    the next run requests them again), while batches go on at the API. `later` judges nothing and leaves every stage
+    pending. `resident` returns the base's `CompleteMany` when the resident base judges. Without `access`, `check_judge`
+    is called at the first stage.
     """
 
     def __init__(
         self, graph: Graph, store: Store, run: str, watcher: JudgeWatcher, *,
-        stop: threading.Event, resident: Callable[[], Ask], access: Access | None = None, later: bool = False,
+        stop: threading.Event, resident: Callable[[], CompleteMany], access: JudgeAccess | None = None, later: bool = False,
     ) -> None:  # fmt: skip
         self._graph = graph
         self._store = store
@@ -147,8 +74,8 @@ class JudgeQueue:
         self._desk: Desk | None = None
         self._ledger: JudgeLedger | None = None
         self._waiting: dict[str, tuple[Stage, float]] = {}
-        self._glanced_s = 0.0
-        #: Stages committed now, and where judging stood last.
+        self._shown_s = 0.0
+        #: Number of stages committed by this queue, and the last status of its judge.
         self.n_committed = 0
         self.status = DeskStatus()
 
@@ -164,11 +91,11 @@ class JudgeQueue:
 
     @property
     def pending(self) -> list[Stage]:
-        """Stages that were handed over and are not judged."""
+        """Stages that were submitted and are not judged."""
         return [stage for stage, _ in self._waiting.values()]
 
     def submit(self, stage: Stage, *, urgent: bool = False) -> None:
-        """Hand a judge stage over; its completions are in the ledger. Returns at once unless the resident base judges."""
+        """Submit a judge stage whose completions are in the ledger. Returns at once unless the resident base judges."""
         samples = self._store.samples(stage.needs["eval"].key)
         self._waiting[stage.key] = (stage, time.monotonic())
         if self._later:
@@ -178,32 +105,32 @@ class JudgeQueue:
         self._desk.submit(stage.key, stage.work["rubric"], samples, urgent=urgent)
         self.collect()
 
-    def glance(self) -> None:
-        """Show where judging stands; for the training loop, which must not wait."""
+    def show_status(self) -> None:
+        """Display the status at most every `SHOW_S` seconds; called from the training loop, which must not wait."""
         now = time.monotonic()
-        if self._desk is not None and now - self._glanced_s >= GLANCE_S:
-            self._glanced_s = now
+        if self._desk is not None and now - self._shown_s >= SHOW_S:
+            self._shown_s = now
             self._watcher.judging(self._desk.poll())
 
     def collect(self) -> None:
-        """Commit the stages whose judgements are all there. Raises StoreError."""
+        """Commit the stages whose judgements have all arrived. Raises StoreError."""
         if self._desk is not None:
             self.status = self._desk.poll()
             self._commit(self.status)
             self._watcher.judging(self.status)
 
-    def settle(self) -> None:
-        """Wait until everything handed over is judged, or the judge is out or done with. Raises Interrupted."""
+    def wait(self) -> None:
+        """Wait until every submitted stage is judged, or the judge is out or stopped. Raises Interrupted, StoreError."""
         while True:
             self.collect()
             if not self._waiting or self._desk is None or self.status.out or self.status.stopped:
                 return
             if self._stop.is_set():
                 raise stopped("judge")
-            time.sleep(WAIT_S)
+            self._desk.wait(WAIT_S)
 
     def facts(self) -> dict[str, Any]:
-        """What the run's record says of its judging."""
+        """Facts about judging for the run's record; empty without a judge or if judging is left for later."""
         judge = self._graph.judge
         if judge is None or self._later:
             return {}
@@ -216,9 +143,9 @@ class JudgeQueue:
         access = self._access or check_judge(self._graph.judge, self._store)
         if access.paid is not None:
             return open_desk(settings, self._store.root, access.paid)
-        ask = access.endpoint or self._resident()
+        complete = access.endpoint or self._resident()
         return LocalDesk(
-            self._store.root, ask, judge.name, max_judged_chars=settings.max_judged_chars,
+            self._store.root, complete, judge.name, max_judged_chars=settings.max_judged_chars,
             beside=access.endpoint is not None,
         )  # fmt: skip
 
@@ -234,7 +161,7 @@ class JudgeQueue:
 
 
 def commit_judged(graph: Graph, store: Store, ledger: JudgeLedger, stage: Stage, seconds: float) -> None:
-    """Commit a judge stage from its judgements. Raises JudgeError if some are missing."""
+    """Commit a judge stage with the scores of its judgements. Raises JudgeError if some are missing."""
     assert graph.judge is not None, "a judge stage exists only where there is a judge"
     samples, rubric = store.samples(stage.needs["eval"].key), stage.work["rubric"]
     keys = graph.judge.keys(rubric, samples)
@@ -247,5 +174,61 @@ def commit_judged(graph: Graph, store: Store, ledger: JudgeLedger, stage: Stage,
 
 
 def judge_stages(stages: Iterable[Stage]) -> list[Stage]:
-    """The judge stages among these."""
+    """The judge stages among `stages`."""
     return [stage for stage in stages if stage.kind == "judge"]
+
+
+def open_desk(settings: JudgeSettings, workspace: Path, access: PaidAccess, *, reverse: bool = False) -> JudgeDesk:
+    """Open a desk for a paid judge; `reverse` shows the rubric's options in reverse order."""
+    factor = access.batch_factor
+    return JudgeDesk(settings, workspace, access.price, access.key, batch_factor=factor, reverse=reverse)
+
+
+def judge_with_desk(settings: JudgeSettings, workspace: Path, access: PaidAccess, rubric: Rubric) -> JudgeSamples:
+    """For `calibrate`: judge through a desk and wait for it. The function raises JudgeError if the judge does not finish."""
+
+    def judge(samples: Sequence[Sample], reverse: bool) -> list[Judgement]:
+        desk = open_desk(settings, workspace, access, reverse=reverse)
+        desk.submit("calibration", rubric, samples, urgent=True)
+        status = desk.close()
+        if status.n_pending:
+            raise JudgeError(
+                f"{status.n_pending} of {status.n_asked} rows were not judged: {status.problem}",
+                where=rubric.name,
+                fix="the same command goes on from here",
+            )
+        keys = [r.key for r in build_requests(rubric, judge_params(settings, access.price, reverse=reverse), samples)]
+        store = Store.open(workspace)
+        try:
+            judgements = JudgeLedger(store).judgements(keys)
+        finally:
+            store.close()
+        return [judgements[key] for key in keys]
+
+    return judge
+
+
+def judge_with_local(
+    ledger: JudgeLedger, complete: CompleteMany, model: str, rubric: Rubric, *, max_judged_chars: int
+) -> JudgeSamples:
+    """For `calibrate`: judge through a `CompleteMany`. The function raises JudgeError if the judge cannot be reached."""
+
+    def judge(samples: Sequence[Sample], reverse: bool) -> list[Judgement]:
+        local = LocalJudge(ledger, complete, model, max_judged_chars=max_judged_chars, reverse=reverse)
+        try:
+            judgements = local.judge(rubric, samples)
+        except Outage as outage:
+            raise JudgeError(str(outage), where=model, fix="check judge.base_url") from None
+        return [judgements[request.key] for request in local.requests(rubric, samples)]
+
+    return judge
+
+
+def calibrate_phrases(rubric: Rubric, rows: Sequence[CalibrationRow], hit: Callable[[str], bool]) -> Agreement:
+    """Agreement of a phrase rule with labelled rows. `hit` returns whether an answer is positive; finer labels are merged."""
+    if rubric.positive.below is not None:
+        truth = [(row.value or 0.0) < rubric.positive.below for row in rows]
+    else:
+        truth = [row.label in rubric.positive.labels for row in rows]
+    names = {True: "positive", False: "other"}
+    return agreement([names[is_positive] for is_positive in truth], [names[hit(row.answer)] for row in rows])

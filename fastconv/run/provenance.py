@@ -1,4 +1,4 @@
-"""What the reproducibility card says of the machine, the versions, the command and the checkout."""
+"""Facts about a run for the report's reproducibility card: command, package versions, machine, git checkout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
 from fastconv.store.ledger import Store
 
-#: Packages whose versions stand in the reproducibility card.
+#: Packages whose versions the card lists.
 CARD_PACKAGES = (
     "fastconv",
     "torch",
@@ -33,14 +33,14 @@ CARD_PACKAGES = (
 
 
 def begin_run(store: Store, recipe: Recipe, facts: Mapping[str, Any]) -> str:
-    """Note that a run of the recipe begins, or goes on, with these facts; its id."""
+    """Record that a run of the recipe begins or continues with these facts; returns its id."""
     run = run_id(recipe)
     store.start_run(run, canonical_json(recipe.model_dump(mode="json")), recipe_sha256(recipe), recipe.name, facts)
     return run
 
 
 def run_facts() -> dict[str, Any]:
-    """What the reproducibility card says of the machine, the versions, the command and the checkout."""
+    """Facts of the current process for the reproducibility card: command, Python and package versions, machine, git."""
     versions = {}
     for package in CARD_PACKAGES:
         try:
@@ -57,7 +57,7 @@ def run_facts() -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, str]:
-    """Commit and sha256 of the uncommitted diff of the checkout fastconv runs from, if it is one."""
+    """Commit of the checkout that fastconv runs from and sha256 of its uncommitted diff; empty if it is not a checkout."""
     import hashlib
 
     folder = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""`fastconv judge`: finish what waits for the judge, judge kept completions by another rubric, calibrate. No GPU."""
+"""Judging without sampling or training: pending judge stages, another rubric, calibration. For `judge` and `calibrate`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from fastconv.judge.calibrate import (
 )
 from fastconv.judge.desk import DeskStatus
 from fastconv.judge.identity import JudgeIdentity
-from fastconv.judge.local import Ask
-from fastconv.judge.rubric import Rubric, load_rubric, rubric_named, shipped_rubrics
+from fastconv.judge.local import CompleteMany
+from fastconv.judge.rubric import Rubric, find_rubric, load_rubric, shipped_rubrics
 from fastconv.judge.scores import Agreement, compare_scores
 from fastconv.recipe import JudgeSettings, Recipe, run_id
-from fastconv.run.judging import JudgeQueue, ask_desk, ask_local, calibrate_phrases, judge_stages
+from fastconv.run.judging import JudgeQueue, calibrate_phrases, judge_stages, judge_with_desk, judge_with_local
 from fastconv.run.provenance import begin_run, run_facts
 from fastconv.run.runner import Watcher, stop_on_sigint
 from fastconv.run.status import needed_ends
@@ -35,8 +35,11 @@ from fastconv.store.ledger import Score, Stage, Store
 
 
 @dataclass(frozen=True)
-class JudgedRun:
-    """The end of `fastconv judge`. `agreement[measure][other]` compares the new scores with another way of scoring."""
+class JudgingResult:
+    """Result of `finish_judging`. `agreement[measure][other]` compares the new scores with another way of scoring.
+
+    `pending` are the slots of stages that are still not judged.
+    """
 
     run: str
     n_committed: int
@@ -45,7 +48,7 @@ class JudgedRun:
     agreement: Mapping[str, Mapping[str, Agreement]]
 
     def require_judged(self) -> None:
-        """Raise JudgeError if stages still wait."""
+        """Raise JudgeError if stages are still pending."""
         if self.pending:
             raise JudgeError(
                 f"{len(self.pending)} stages still wait for the judge ({self.status.problem or 'it did not answer'})",
@@ -55,8 +58,8 @@ class JudgedRun:
 
 
 @dataclass(frozen=True)
-class Calibrated:
-    """How a judge and the phrases did on the labelled rows of one rubric."""
+class RubricCalibration:
+    """Results of the judge and of the phrase rule on the labelled rows of one rubric; None where there is none."""
 
     rubric: str
     judge: Calibration | None
@@ -64,7 +67,7 @@ class Calibrated:
 
 
 def with_rubric(recipe: Recipe, path: Path) -> Recipe:
-    """The recipe with another rubric file in the place of the one of its name. Raises DataError, InputError."""
+    """The recipe with this file as the rubric of its name. Raises DataError; InputError if no behavior uses that name."""
     rubric = load_rubric(path)
     used = {behavior.spec.rubric for behavior in load_behaviors(recipe).values()}
     if rubric.name not in used:
@@ -79,11 +82,12 @@ def with_rubric(recipe: Recipe, path: Path) -> Recipe:
 
 def finish_judging(
     recipe: Recipe, workspace: Path, watcher: Watcher, *, before: Recipe | None = None, urgent: bool = False
-) -> JudgedRun:
-    """Judge every kept completion that a judge stage of the recipe still wants; samples and trains nothing.
+) -> JudgingResult:
+    """Judge the stored completions of every judge stage that is missing; samples and trains nothing.
 
-    `urgent` is for what others wait for. `before` is the recipe as it was (another rubric, say): its scores are compared
-    with the new ones. Raises RecipeError without a judge, JudgeError if it cannot be asked, Interrupted on Ctrl-C.
+    `urgent` stages are judged live in `auto` mode. `before` is an earlier recipe (with another rubric, for example)
+    whose scores are compared with the new ones. Raises RecipeError without a judge, JudgeError if it cannot be asked,
+    Interrupted on Ctrl-C.
     """
     graph = Graph(recipe)
     if graph.judge is None:
@@ -99,54 +103,57 @@ def finish_judging(
         begin_run(store, recipe, run_facts())
     watcher.begin(run, len(todo), len(todo))
     with stop_on_sigint() as stop:
-        room = JudgeQueue(graph, store, run, watcher, stop=stop, resident=_resident(graph, store), access=access)
-        with room:
+        judge_queue = JudgeQueue(graph, store, run, watcher, stop=stop, resident=_resident(graph, store), access=access)
+        with judge_queue:
             for stage in todo:
-                room.submit(stage, urgent=urgent)
-            room.settle()
-    store.add_run_facts(run, room.facts())
+                judge_queue.submit(stage, urgent=urgent)
+            judge_queue.wait()
+    store.add_run_facts(run, judge_queue.facts())
     if all(store.record(end.key) for end in needed_ends(graph, store, graph.cells)):
         store.finish_run(run)
-    pending = tuple(stage.slot for stage in room.pending)
-    return JudgedRun(run, room.n_committed, pending, room.status, _agreement(graph, store, before))
+    pending = tuple(stage.slot for stage in judge_queue.pending)
+    return JudgingResult(run, judge_queue.n_committed, pending, judge_queue.status, _agreement(graph, store, before))
 
 
 def calibrate_judge(
     judge: JudgeIdentity | None, settings: JudgeSettings, workspace: Path, names: Sequence[str], *,
     rows: Path | None = None, graph: Graph | None = None,
-) -> list[Calibrated]:  # fmt: skip
-    """Compare a judge's verdicts on labelled rows with the labels, rubric by rubric, and keep the result in the ledger.
+) -> list[RubricCalibration]:  # fmt: skip
+    """Compare a judge's verdicts with hand-labelled rows, rubric by rubric, and store the results in the ledger.
 
-    What the shipped injection attempts do to these verdicts is measured too. `names` are rubrics (default: all shipped), `rows` a file of the user's for a single one. Phrases stand beside where
-    a behavior has them. Raises InputError, DataError, JudgeError.
+    The effect of the shipped injection attempts is measured too, and the phrase rule where a behavior has one. `names`
+    are rubrics (default: all shipped), `rows` a file of the user's for a single one. `judge` None measures phrase rules
+    only; `graph` is needed when the resident base judges. Raises InputError, DataError, JudgeError.
     """
     names = names or list(shipped_rubrics())
     if rows is not None and len(names) != 1:
         raise InputError("labelled rows go with one rubric", where="--rows", fix="name it with --rubric")
     store = Store.open(workspace)
     access = check_judge(judge, store)
-    found = []
+    results = []
     for name in names:
-        rubric = rubric_named(settings, name)
+        rubric = find_rubric(settings, name)
         labelled = load_calibration(rows or assets("data") / f"calibration_{name}.jsonl", rubric)
-        done = None
+        calibration = None
         if judge is not None:
-            ask: JudgeSamples
+            judge_samples: JudgeSamples
             if access.paid is not None:
-                ask = ask_desk(settings, workspace, access.paid, rubric)
+                judge_samples = judge_with_desk(settings, workspace, access.paid, rubric)
             else:
-                local = access.endpoint or _resident(graph, store)()
+                complete = access.endpoint or _resident(graph, store)()
                 ledger = JudgeLedger(store)
-                ask = ask_local(ledger, local, judge.name, rubric, max_judged_chars=settings.max_judged_chars)
-            done = calibrate(rubric, labelled, ask, load_attempts(assets("data") / "injections.json"))
-            # Under the model's name as its replies give it, which stands beside every score too.
-            JudgeLedger(store).keep_calibration(rubric.sha256, done.model, done.to_json())
-        found.append(Calibrated(name, done, _phrases_on(rubric, labelled)))
-    return found
+                judge_samples = judge_with_local(
+                    ledger, complete, judge.name, rubric, max_judged_chars=settings.max_judged_chars
+                )
+            calibration = calibrate(rubric, labelled, judge_samples, load_attempts(assets("data") / "injections.json"))
+            # Stored under the model name of the replies, as the scores are.
+            JudgeLedger(store).keep_calibration(rubric.sha256, calibration.model, calibration.to_json())
+        results.append(RubricCalibration(name, calibration, _phrase_agreement(rubric, labelled)))
+    return results
 
 
-def _resident(graph: Graph | None, store: Store) -> Callable[[], Ask]:
-    def load() -> Ask:
+def _resident(graph: Graph | None, store: Store) -> Callable[[], CompleteMany]:
+    def load() -> CompleteMany:
         from fastconv.run.executor import Executor  # torch, for a judge that is the base itself
 
         if graph is None:
@@ -156,8 +163,8 @@ def _resident(graph: Graph | None, store: Store) -> Callable[[], Ask]:
     return load
 
 
-def _phrases_on(rubric: Rubric, labelled: Sequence[CalibrationRow]) -> Agreement | None:
-    """How the phrase rule of the shipped behavior with this rubric does on the same rows."""
+def _phrase_agreement(rubric: Rubric, labelled: Sequence[CalibrationRow]) -> Agreement | None:
+    """Agreement of the phrase rule of the shipped behavior with this rubric on the same rows; None without a rule."""
     specs = read_toml(assets("data") / "behaviors.toml").values()
     rule = next(
         (spec["phrase_rule"] for spec in specs if spec.get("rubric") == rubric.name and "phrase_rule" in spec), ""
@@ -169,30 +176,31 @@ def _phrases_on(rubric: Rubric, labelled: Sequence[CalibrationRow]) -> Agreement
 
 
 def _agreement(graph: Graph, store: Store, before: Recipe | None) -> dict[str, dict[str, Agreement]]:
-    """By measure: the judge's scores against the phrases', and against the earlier recipe's judge."""
-    sides: dict[str, list[tuple[str, Stage, Stage]]] = {}
-    old = {plan.cell: plan for plan in Graph(before).cells} if before is not None else {}
+    """By measure: the agreement of the judge's scores with the phrase rule's, and with the earlier recipe's judge."""
+    comparisons: dict[str, list[tuple[str, Stage, Stage]]] = {}
+    old_plans = {plan.cell: plan for plan in Graph(before).cells} if before is not None else {}
     for plan in graph.cells:
         for pair, stage in plan.scores.items():
             if stage.kind != "judge":
                 continue
             others = [("phrases", plan.beside[pair])] if pair in plan.beside else []
-            if plan.cell in old and old[plan.cell].scores[pair].kind == "judge":
-                others.append(("the judge before", old[plan.cell].scores[pair]))
+            if plan.cell in old_plans and old_plans[plan.cell].scores[pair].kind == "judge":
+                others.append(("the judge before", old_plans[plan.cell].scores[pair]))
             for name, other in others:
                 if store.record(stage.key) and store.record(other.key) and stage.key != other.key:
-                    sides.setdefault(pair[0], []).append((name, stage, other))
-    found: dict[str, dict[str, Agreement]] = {}
-    for measure, pairs in sides.items():
+                    comparisons.setdefault(pair[0], []).append((name, stage, other))
+    agreements: dict[str, dict[str, Agreement]] = {}
+    for measure, triples in comparisons.items():
         cut = 50.0 if graph.behaviors[measure].spec.unit == "points" else 0.5
-        for name in dict.fromkeys(name for name, _, _ in pairs):
-            mine = {(stage.key, other.key): (stage, other) for named, stage, other in pairs if named == name}
-            news = [score for stage, _ in mine.values() for score in _of(store, stage)]
-            olds = [score for stage, other in mine.values() for score in _of(store, other, stage.slot)]
-            found.setdefault(measure, {})[name] = compare_scores(olds, news, cut=cut)
-    return found
+        for name in dict.fromkeys(name for name, _, _ in triples):
+            # Cells share stages: each pair counts once.
+            pairs = {(stage.key, other.key): (stage, other) for way, stage, other in triples if way == name}
+            new_scores = [score for stage, _ in pairs.values() for score in _unique_rows(store, stage)]
+            old_scores = [score for stage, other in pairs.values() for score in _unique_rows(store, other, stage.slot)]
+            agreements.setdefault(measure, {})[name] = compare_scores(old_scores, new_scores, cut=cut)
+    return agreements
 
 
-def _of(store: Store, stage: Stage, slot: str = "") -> list[Score]:
-    """A stage's scores under rows that are unique over stages."""
+def _unique_rows(store: Store, stage: Stage, slot: str = "") -> list[Score]:
+    """A stage's scores with the slot in front of the row, so that rows are unique over stages."""
     return [replace(score, row=f"{slot or stage.slot}/{score.row}") for score in store.scores(stage.key)]

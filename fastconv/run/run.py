@@ -1,7 +1,7 @@
-"""Running a recipe: stages in order, gates before cost, everything found done taken as done.
+"""Runs a recipe: stages in order, gates before expensive work, finished stages reused.
 
-Phase one measures the base; gate G0 then decides which behaviors can say anything; only their cells are trained.
-Judging goes on beside it (`judge_room`), and the run ends when both are done.
+The base is measured first. Gate G0 then decides which behaviors can be measured, and only their cells are trained.
+Judging happens at the same time (`run.judging`); the run ends when both are done.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from fastconv.engine.locate import engine_identity
 from fastconv.errors import GateStop, InputError, JudgeError
 from fastconv.experiment.graph import CellPlan, Graph, lineage_key, walk
 from fastconv.experiment.schedule import group_size, steps
-from fastconv.judge.access import check_judge
+from fastconv.judge.access import JudgeAccess, check_judge
 from fastconv.recipe import IgnorableGate, Recipe
 from fastconv.run.audit import require_passed
-from fastconv.run.gc import spent_adapters
+from fastconv.run.gc import unneeded_adapters
 from fastconv.run.judging import judge_stages
 from fastconv.run.provenance import begin_run, run_facts
 from fastconv.run.runner import Runner, Tally, Watcher, stop_on_sigint
@@ -42,12 +42,12 @@ from fastconv.stats.gates import GateVerdict
 from fastconv.store.gc import free
 from fastconv.store.ledger import Store
 
-#: Gates that a user may ignore.
+#: Codes of the gates that a user may ignore.
 IGNORABLE = get_args(IgnorableGate)
 
 
-def ignoring(codes: list[str], because: str) -> dict[str, str]:
-    """Gates to ignore, each with the reason. Raises InputError for one that cannot be, or without a reason."""
+def parse_ignored_gates(codes: list[str], because: str) -> dict[str, str]:
+    """The gates to ignore by code, with the reason. Raises InputError for an unknown code or a missing reason."""
     unknown = [code for code in codes if code not in IGNORABLE]
     if unknown:
         why = "the audit's refusals cannot be ignored" if unknown == ["G1"] else f"{unknown[0]!r} ends no run"
@@ -62,20 +62,20 @@ def ignoring(codes: list[str], because: str) -> dict[str, str]:
 
 
 class Gatekeeper:
-    """Asks the gates after each cell, and records what they said."""
+    """Decides the gates after each cell and records their verdicts."""
 
     def __init__(
         self, graph: Graph, store: Store, run: str, tell: Callable[[GateVerdict], None], ignored: Mapping[str, str]
     ) -> None:
-        """`ignored` is recorded in the run's facts, beside what earlier calls ignored."""
+        """`ignored` (reason by gate) is added to the run's facts, with what earlier calls ignored."""
         self._graph, self._store, self._run, self._tell = graph, store, run, tell
         self._ignored = {**ignored_gates(store, graph.recipe), **ignored}
-        self._said: set[tuple[str, str]] = set()
+        self._announced: set[tuple[str, str]] = set()
         if ignored:
             store.add_run_facts(run, {"ignored_gates": self._ignored, "ignored_at": time.time()})
 
     def after(self, plan: CellPlan) -> None:
-        """Ask the gates about a finished cell. Raises GateStop if one that stops the run failed and is not ignored."""
+        """Decide the gates of a finished cell. Raises GateStop if one that stops the run failed and is not ignored."""
         verdicts = gates_after(ContrastBuilder(ScoreReader(self._graph, self._store)), plan)
         for verdict in marked(verdicts, self._ignored):
             self._record(verdict)
@@ -88,16 +88,17 @@ class Gatekeeper:
 
     def _record(self, verdict: GateVerdict) -> None:
         self._store.put_verdict(self._run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
-        if verdict.failed and (verdict.gate, verdict.subject) not in self._said:
-            self._said.add((verdict.gate, verdict.subject))
+        if verdict.failed and (verdict.gate, verdict.subject) not in self._announced:
+            self._announced.add((verdict.gate, verdict.subject))
             self._tell(verdict)
 
 
 @dataclass(frozen=True)
-class Finished:
-    """The end of a run: its id, what was computed now, the gates' verdicts, what the judge still owes, what failed.
+class RunResult:
+    """Result of a run: id, what this call computed, gate verdicts, slots of pending judge stages, failed stages.
 
-    `held` are the G0 gates that could not be decided, for too much of the base is unscored: their behaviors wait.
+    `problem` is why the judge is out, if it is. `held` are the verdicts of G0 gates that could not be decided because
+    too much of the base is unscored; their behaviors wait.
     """
 
     run: str
@@ -108,13 +109,13 @@ class Finished:
     failed: tuple[FailedStage, ...] = ()
     held: tuple[GateVerdict, ...] = ()
 
-    def require_whole(self) -> None:
-        """Raise TrainingError or DataError if stages failed, naming the cells; else JudgeError if some wait."""
+    def require_complete(self) -> None:
+        """Raise TrainingError or DataError if stages failed, naming the cells; otherwise what `require_judged` raises."""
         raise_failed(self.run, self.failed)
         self.require_judged()
 
     def require_judged(self) -> None:
-        """Raise JudgeError if judge stages are pending, or behaviors are held back for what their base's judge left out."""
+        """Raise JudgeError if judge stages are pending or G0 could not be decided for some behavior."""
         if self.pending:
             raise JudgeError(
                 f"{len(self.pending)} stages wait for the judge ({self.problem or 'it did not answer'}); their "
@@ -123,14 +124,59 @@ class Finished:
                 fix=f"`fastconv judge {self.run}` finishes them, then the same run goes on",
             )
         if self.held:
-            told = "; ".join(f"{one.subject}: {one.reason}" for one in self.held)
+            reasons = "; ".join(f"{verdict.subject}: {verdict.reason}" for verdict in self.held)
             raise JudgeError(
-                f"G0 cannot be decided, so these cells wait for a judge that answers ({told}); the base's completions "
+                f"G0 cannot be decided, so these cells wait for a judge that answers ({reasons}); the base's completions "
                 "are kept and the rest is done",
                 where=self.run,
                 fix="let another model or rubric read them (--set judge.model=... or --set judge.rubrics.NAME=FILE on the same "
                 'run), or train unread with --ignore-gate G0 --because "..."',
             )
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A recipe that passed all checks before any computation. `facts` are those that `admit` added to the run."""
+
+    graph: Graph
+    store: Store
+    cells: list[CellPlan]
+    access: JudgeAccess | None
+    facts: Mapping[str, Any]
+
+    def begin(self, watcher: Watcher, ignore_gates: Mapping[str, str] | None) -> tuple[str, Gatekeeper]:
+        """Record and announce the run; returns its id and its gatekeeper, which records the ignored gates."""
+        run = begin_run(self.store, self.graph.recipe, {**run_facts(), **self.facts})
+        keeper = Gatekeeper(self.graph, self.store, run, watcher.gate, ignore_gates or {})
+        stages = self.graph.stages(self.cells)
+        watcher.begin(run, len(stages), sum(self.store.record(stage.key) is None for stage in stages))
+        return run, keeper
+
+
+def prepare_run(
+    recipe: Recipe,
+    workspace: Path,
+    watcher: Watcher,
+    *,
+    plans: Callable[[Graph], list[CellPlan]] | None = None,
+    admit: Callable[[Graph, Sequence[CellPlan]], Mapping[str, Any]] | None = None,
+    judge_later: bool = False,
+) -> PreparedRun:
+    """Audit a recipe, select its cells and check its judge. Arguments as for `run_recipe`; nothing is computed.
+
+    Raises DataError if the audit refuses the recipe, what `admit` raises, and RecipeError or JudgeError for a judge that
+    is needed and cannot be asked.
+    """
+    report = check_recipe(recipe)
+    require_passed(report, "audit")
+    graph = Graph(recipe)
+    cells = plans(graph) if plans else graph.cells
+    facts = admit(graph, cells) if admit else {}
+    store = Store.open(workspace)
+    to_judge = [stage for stage in judge_stages(needed_ends(graph, store, cells)) if store.record(stage.key) is None]
+    access = check_judge(graph.judge, store) if to_judge and not judge_later else None
+    watcher.audited(report)
+    return PreparedRun(graph, store, cells, access, facts)
 
 
 def run_recipe(
@@ -143,57 +189,50 @@ def run_recipe(
     admit: Callable[[Graph, Sequence[CellPlan]], Mapping[str, Any]] | None = None,
     stop: threading.Event | None = None,
     judge_later: bool = False,
-) -> Finished:
-    """Run a recipe (or the cells that `plans` picks from it) to its verdict. Resumes whatever was begun.
+) -> RunResult:
+    """Run a recipe, or the cells that `plans` selects from it, to its verdicts. Continues what was begun.
 
-    A judge that is out or has spent its budget leaves its stages pending, a stage whose numbers cannot be used (or whose
-    rows the audit refuses) is noted as failed; everything else is finished. `ignore_gates` names gates that may fail, each
-    with the reason; `admit` may refuse the audited cells by raising, and gives facts of the run; `stop` ends the run like a
-    Ctrl-C; with `judge_later` no judge is asked and its stages stay pending. Raises GateStop at the first gate that fails
-    and may not, before the next cost; Interrupted on the first Ctrl-C once the running step is whole and its state is
-    kept; and before anything is computed RecipeError or JudgeError for a judge that cannot be asked.
+    A judge that is out or has spent its budget leaves its stages pending; a stage whose numbers cannot be used, or whose
+    rows the audit refuses, is recorded as failed; everything else is finished. `ignore_gates` holds gates that may fail,
+    each with the reason. `admit` may refuse the audited cells by raising, and returns facts for the run's record. `stop`
+    ends the run like Ctrl-C. With `judge_later` no judge is asked and its stages stay pending.
+
+    Raises GateStop at the first gate that fails and may not, before the next expensive step; Interrupted on the first
+    Ctrl-C, after the running step is complete and its checkpoint written; and what `prepare_run` raises.
     """
-    report = check_recipe(recipe)
-    require_passed(report, "audit")
-    graph = Graph(recipe)
-    picked = plans(graph) if plans else graph.cells
-    notes = admit(graph, picked) if admit else {}
-    store = Store.open(workspace)
-    to_judge = [s for s in judge_stages(needed_ends(graph, store, picked)) if store.record(s.key) is None]
-    access = check_judge(graph.judge, store) if to_judge and not judge_later else None
-    watcher.audited(report)
+    prepared = prepare_run(recipe, workspace, watcher, plans=plans, admit=admit, judge_later=judge_later)
+    graph, store, cells = prepared.graph, prepared.store, prepared.cells
     store.sweep()
-    run = begin_run(store, recipe, {**run_facts(), **notes})
-    keeper = Gatekeeper(graph, store, run, watcher.gate, ignore_gates or {})
+    run, keeper = prepared.begin(watcher, ignore_gates)
     with stop_on_sigint(stop) as stop:
-        everything = graph.stages(picked)
-        asked = {stage.key for stage in everything}
-        runner = Runner(graph, store, run, watcher, stop, asked, access, judge_later=judge_later)
-        watcher.begin(run, len(everything), sum(store.record(stage.key) is None for stage in everything))
-        with closing(runner), runner.judging:
-            _compute_all(runner, keeper, graph, store, picked)
-    store.add_run_facts(run, runner.judging.facts())
-    _forget_training_state(graph, store)
-    _free_adapters(graph, store, picked)
-    # Over everything measured so far: one cell alone must not unsay what the whole run found.
-    verdicts = decide_gates(graph, store, [plan for plan in graph.cells if plan in picked or _measured(plan, store)])
+        wanted = {stage.key for stage in graph.stages(cells)}
+        runner = Runner(graph, store, run, watcher, stop, wanted, prepared.access, judge_later=judge_later)
+        with closing(runner), runner.judge_queue:
+            _compute_all(runner, keeper, graph, store, cells)
+    store.add_run_facts(run, runner.judge_queue.facts())
+    _drop_finished_checkpoints(graph, store)
+    _free_adapters(graph, store, cells)
+    # Over everything measured so far: a call for one cell must not overwrite the verdicts of the whole run.
+    verdicts = decide_gates(graph, store, [plan for plan in graph.cells if plan in cells or _is_measured(plan, store)])
     for verdict in verdicts:
         store.put_verdict(run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
         if verdict.gate != "G0":
             watcher.gate(verdict)
-    pending = tuple(stage.slot for stage in runner.judging.pending)
-    failed = runner.failing.of(picked)
-    held = tuple(one for one in held_back(graph, store) if any(one.subject in plan.measures for plan in picked))
+    pending = tuple(stage.slot for stage in runner.judge_queue.pending)
+    failed = runner.failures.of(cells)
+    held = tuple(
+        verdict for verdict in held_back(graph, store) if any(verdict.subject in plan.measures for plan in cells)
+    )
     if not pending and not failed and not held:
         store.finish_run(run)
-    runner.tally.n_stages += runner.judging.n_committed
-    return Finished(run, runner.tally, tuple(verdicts), pending, runner.judging.status.problem, failed, held)
+    runner.tally.n_stages += runner.judge_queue.n_committed
+    return RunResult(run, runner.tally, tuple(verdicts), pending, runner.judge_queue.status.problem, failed, held)
 
 
 def compute_stages(
     recipe: Recipe, workspace: Path, watcher: Watcher, keys: Collection[str], *, stop: threading.Event | None = None
 ) -> None:
-    """Compute these stages of a recipe and what they need. No gate is asked, and no judge but the resident base.
+    """Compute the stages with these keys and what they need. No gate is decided, and only a resident judge is asked.
 
     Raises what `run_recipe` raises while computing.
     """
@@ -201,65 +240,66 @@ def compute_stages(
     store.sweep()
     run = begin_run(store, recipe, run_facts())
     ends = [stage for stage in graph.stages() if stage.key in keys]
-    asked = {part.key for end in ends for part in walk(end)}
+    wanted = {part.key for end in ends for part in walk(end)}
     with stop_on_sigint(stop) as stop:
-        runner = Runner(graph, store, run, watcher, stop, asked, None, judge_later=graph.judges_outside)
-        with closing(runner), runner.judging:
+        runner = Runner(graph, store, run, watcher, stop, wanted, None, judge_later=graph.judges_outside)
+        with closing(runner), runner.judge_queue:
             runner.compute(ends)
-            runner.settle()
+            runner.wait()
 
 
-def _compute_all(runner: Runner, keeper: Gatekeeper, graph: Graph, store: Store, picked: Sequence[CellPlan]) -> None:
-    """The base first, then the cells of every behavior that G0 lets through, as `schedule` orders them.
+def _compute_all(runner: Runner, keeper: Gatekeeper, graph: Graph, store: Store, cells: Sequence[CellPlan]) -> None:
+    """Compute the base, then the cells of every behavior that G0 lets through, in the order of `schedule`.
 
-    A behavior whose base the judge has not read yet is held back; if its judgements come in time, it follows. Nothing
-    waits for the judgements of a cell: its gates are asked again once they are there.
-    A behavior whose base was read and is too much unscored is held back alike: its G0 says neither yes nor no. Training
-    costs GPU-hours that a G0 may still rule out, and judging its cells pays the judge that just failed; waiting costs
-    nothing, for the completions are kept. It is not dropped either: the run says so and does not end well (`Finished`).
+    A behavior whose base is not judged yet is held back, and follows if its judgements arrive in time. The judgements of
+    a cell are not awaited; its gates are decided again once they have arrived.
+
+    A behavior whose base is judged but has too many unscored samples is held back as well, because its G0 is undecided:
+    training costs GPU-hours that G0 may still rule out, while waiting costs nothing, as the completions are kept. It is
+    not dropped: the run names it and does not end as finished (`RunResult.held`).
     """
 
-    def measured(plan: CellPlan) -> None:
+    def after_cell(plan: CellPlan) -> None:
         keeper.after(plan)
         _free_adapters(graph, store, [plan])
 
-    runner.compute([stage for plan in picked for stage in plan.base.values()], urgent=True)
-    runner.settle()
+    runner.compute([stage for plan in cells for stage in plan.base.values()], urgent=True)
+    runner.wait()
     decided: list[str] = []
     while fresh := [verdict for verdict in gate_base(graph, store) if verdict.subject not in decided]:
         for verdict in fresh:
             runner.decide(verdict)
         decided += [verdict.subject for verdict in fresh]
         alive = measurable_behaviors(graph, store)
-        for step in steps(picked, alive, group_size(graph.recipe, engine_identity(graph.recipe.model)["device"])):
-            runner.converge(step.runs)
-            runner.stack(step.adapters)
+        for step in steps(cells, alive, group_size(graph.recipe, engine_identity(graph.recipe.model)["device"])):
+            runner.train_convergence(step.runs)
+            runner.train_behaviors(step.adapters)
             runner.compute(step.ends)
             for plan in step.cells:
-                runner.when_measured(plan, measured)
-        runner.settle()
+                runner.when_measured(plan, after_cell)
+        runner.wait()
         if graph.judge is not None:
-            for plan in picked:
+            for plan in cells:
                 runner.when_measured(plan, keeper.after)
 
 
 def _free_adapters(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> None:
-    """Where the recipe keeps no adapters: free those of these cells on which nothing will stand any more."""
-    if not graph.recipe.run.keep_adapters and (spent := spent_adapters(graph, store, plans)):
-        free(store, spent)
+    """Free the adapters of these cells that nothing needs any more, unless the recipe keeps adapters."""
+    if not graph.recipe.run.keep_adapters and (garbage := unneeded_adapters(graph, store, plans)):
+        free(store, garbage)
 
 
-def _measured(plan: CellPlan, store: Store) -> bool:
+def _is_measured(plan: CellPlan, store: Store) -> bool:
     return any(store.record(stage.key) is not None for stage in plan.scores.values())
 
 
-def _forget_training_state(graph: Graph, store: Store) -> None:
-    """Free the training state of finished stages that a kill left between their last commit and its removal."""
+def _drop_finished_checkpoints(graph: Graph, store: Store) -> None:
+    """Remove checkpoints of finished trainings that a kill has left behind after the last commit."""
     for plan in graph.cells:
         finished = []
         if plan.snapshot is not None:
             lineage = graph.lineage(plan.snapshot)
-            # Only a training that is through: a longer recipe's state may lie under the same key.
+            # Only of a complete training: the checkpoint of a longer recipe may have the same key.
             if lineage[-1].inputs["epoch"] == graph.recipe.convergence.epochs and store.record(lineage[-1].key):
                 finished.append(lineage_key(plan.snapshot))
         if plan.adapter is not None and store.record(plan.adapter.key):

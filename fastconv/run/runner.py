@@ -1,4 +1,4 @@
-"""Computing stages one after another, each once, under a lease; what fails is noted and the rest goes on."""
+"""Computes the stages of a run one after another, each once and under a lease. A stage that fails is recorded, the rest goes on."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastconv.audit.checks import CheckReport
 from fastconv.errors import DataError, SamplerError, TrainingError, stopped
 from fastconv.experiment.graph import CellPlan, Graph, walk
-from fastconv.judge.access import Access
+from fastconv.judge.access import JudgeAccess
 from fastconv.judge.desk import DeskStatus
 from fastconv.run.judging import JudgeQueue
-from fastconv.run.sampling import SamplingQueue, SamplingStatus, commit, is_drawn
-from fastconv.run.status import FailureLog, parts_of, reason_to_run
+from fastconv.run.sampling import SamplingQueue, SamplingStatus, commit_outcome, is_sampled
+from fastconv.run.status import FailureLog, cell_stages, reason_to_run
 from fastconv.stats.gates import GateVerdict
 from fastconv.store.ledger import Stage, Store
 from fastconv.store.records import Record
@@ -25,14 +25,14 @@ from fastconv.store.records import Record
 if TYPE_CHECKING:
     from fastconv.run.executor import Progress
 
-#: How often a run that waits for the server looks at it, and how often a busy one shows it.
-WAIT_S, GLANCE_S = 0.05, 1.0
-#: What is made of completions alone, and so waits for them instead of making the run wait.
+#: Seconds a waiting run lets pass at most before it checks for a stop, and between status displays of a busy run.
+WAIT_S, SHOW_S = 0.25, 1.0
+#: Kinds of stages that need nothing but completions: they are postponed while these are sampled.
 _FOLLOWERS = ("score", "judge")
 
 
 class Watcher(Protocol):
-    """Whoever shows a run to people."""
+    """Displays the progress of a run."""
 
     def audited(self, report: CheckReport) -> None: ...
     def begin(self, run: str, n_stages: int, n_todo: int) -> None: ...
@@ -48,14 +48,14 @@ class Watcher(Protocol):
 
 @dataclass
 class Tally:
-    """What a call of `run` computed itself."""
+    """What this call computed: number of stages, seconds, and tokens by kind."""
 
     n_stages: int = 0
     seconds: float = 0.0
     tokens: dict[str, int] = field(default_factory=dict)
 
     def add(self, record: Record) -> None:
-        """Count a stage and the tokens that its record names."""
+        """Count a stage and the token counts of its record."""
         self.n_stages += 1
         for name, value in record.facts.items():
             if name.endswith("_tok"):
@@ -63,11 +63,14 @@ class Tally:
 
 
 class Runner:
-    """Computes stages depth first, each once, under a lease."""
+    """Computes stages depth first, each once, under a lease. `wanted` are the keys of all stages of this call.
+
+    `access` is the checked judge; with `judge_later`, judge stages stay pending.
+    """
 
     def __init__(
         self, graph: Graph, store: Store, run: str, watcher: Watcher, stop: threading.Event, wanted: Collection[str],
-        access: Access | None, *, judge_later: bool = False,
+        access: JudgeAccess | None, *, judge_later: bool = False,
     ) -> None:  # fmt: skip
         self._graph = graph
         self._wanted = wanted
@@ -81,60 +84,60 @@ class Runner:
         self._followers: list[tuple[Stage, bool]] = []
         self._unfinished: list[tuple[CellPlan, Callable[[CellPlan], None]]] = []
         self._shown_s = 0.0
-        self._drawing = SamplingQueue(store)
+        self._sampling = SamplingQueue(store)
         self.tally = Tally()
-        self.failing = FailureLog(store)
-        self.judging = JudgeQueue(
+        self.failures = FailureLog(store)
+        self.judge_queue = JudgeQueue(
             graph, store, run, watcher, stop=stop, resident=lambda: self._engine().judge, access=access,
             later=judge_later,
         )  # fmt: skip
 
     def compute(self, ends: Sequence[Stage], *, urgent: bool = False) -> None:
-        """Make sure that every one of these stages and all before them are done, or at the sampler or the judge."""
+        """Compute these stages and all that they need, as far as they are missing, or submit them to sampler or judge."""
         for end in ends:
             for stage in walk(end):
                 if stage.key not in self._seen:
                     self._seen.add(stage.key)
-                    if self._one(stage, urgent):
-                        self._look()
+                    if self._start_stage(stage, urgent):
+                        self._collect()
 
-    def settle(self) -> None:
-        """Wait for the sampler, then for the judge as far as it answers. Raises Interrupted, SamplerError."""
-        self._await_drawn()
-        self.judging.settle()
+    def wait(self) -> None:
+        """Wait for the sampler, then for the judge unless it is out. Raises Interrupted, SamplerError."""
+        self._await_sampler()
+        self.judge_queue.wait()
 
     def when_measured(self, plan: CellPlan, then: Callable[[CellPlan], None]) -> None:
-        """Call `then` with this cell once nothing of it is at the sampler: at once, or when its completions came in.
+        """Call `then` with this cell once none of its stages is at the sampler, which may be at once.
 
-        Not called if a failure left the cell half measured: its gates could say nothing.
+        It is not called if a failure left the cell incomplete, because its gates cannot be decided then.
         """
         self._unfinished.append((plan, then))
         self._finish_cells()
 
     def decide(self, verdict: GateVerdict) -> None:
-        """Write a gate's verdict down and show it."""
+        """Record a gate's verdict and display it."""
         self._store.put_verdict(self._run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
         self._watcher.gate(verdict)
 
-    def _one(self, stage: Stage, urgent: bool) -> bool:
-        """Compute a stage, or see to it that it will be; whether there was anything to do."""
+    def _start_stage(self, stage: Stage, urgent: bool) -> bool:
+        """Compute, submit or postpone a stage; False if there was nothing to do now."""
         if self._store.record(stage.key) is not None:
             self._store.note_stage_of_run(self._run, stage, reused=True)
             return False
-        if self.failing.blocks(stage):
+        if self.failures.blocks(stage):
             return False
         if self._stop.is_set():
             raise stopped(stage.slot)
-        at_server = any(need.key in self._drawing.keys for need in stage.needs.values())
+        at_server = any(need.key in self._sampling.keys for need in stage.needs.values())
         if at_server and stage.kind in _FOLLOWERS:
             self._followers.append((stage, urgent))
             return False
         if at_server:
-            self._await_drawn()
+            self._await_sampler()
         if stage.kind == "judge":
-            self.judging.submit(stage, urgent=urgent)
+            self.judge_queue.submit(stage, urgent=urgent)
         elif stage.kind == "snapshot":
-            self.converge([self._graph.lineage(stage)])
+            self.train_convergence([self._graph.lineage(stage)])
         elif stage.kind == "behavior":
             self._train([[stage]])
         else:
@@ -142,53 +145,54 @@ class Runner:
         return True
 
     def _compute(self, stage: Stage) -> None:
-        """Compute a stage, or hand it to the server that draws its completions."""
+        """Compute a stage, or submit it to the server that samples its completions."""
         self._watcher.stage(stage, reason_to_run(stage, self._store))
         began = time.monotonic()
         engine = self._engine()
         try:
-            if self._graph.recipe.model.sampler == "vllm" and is_drawn(stage):
-                self._drawing.submit(stage, engine)
+            if self._graph.recipe.model.sampler == "vllm" and is_sampled(stage):
+                self._sampling.submit(stage, engine)
             else:
                 with self._store.lease(stage) as lease:
                     outcome = engine.compute(stage, lease)
-                    commit(self._store, stage, outcome, time.monotonic() - began)
+                    commit_outcome(self._store, stage, outcome, time.monotonic() - began)
         except (TrainingError, DataError) as error:
             self._note_failure([stage], error)
-        self._spent([stage], time.monotonic() - began)
+        self._add_to_tally([stage], time.monotonic() - began)
 
-    def converge(self, runs: Sequence[Sequence[Stage]]) -> None:
+    def train_convergence(self, runs: Sequence[Sequence[Stage]]) -> None:
         """Train convergence runs, each given by its snapshots, in the same steps as far as memory allows.
 
-        It is the dear part: what is being drawn comes in first, and the gates that wait for it are asked.
+        Training is the expensive part: completions that are being sampled are awaited first, so that the gates that need
+        them are decided before it.
         """
         self.compute([run[0].needs["answers"] for run in runs])
-        missing = [left for run in runs if (left := [one for one in run if self._is_missing(one)])]
+        missing = [stages for run in runs if (stages := [stage for stage in run if self._is_missing(stage)])]
         if missing:
-            self._await_drawn()
+            self._await_sampler()
         self._train(missing)
 
-    def stack(self, adapters: Sequence[Stage]) -> None:
-        """Train behavior adapters, all on one snapshot, in the same steps as far as memory allows."""
+    def train_behaviors(self, adapters: Sequence[Stage]) -> None:
+        """Train behavior adapters that share a snapshot, in the same steps as far as memory allows."""
         self.compute([need for adapter in adapters for need in adapter.needs.values()])
         self._train([[adapter] for adapter in adapters if self._is_missing(adapter)])
 
     def _train(self, runs: Sequence[Sequence[Stage]]) -> None:
-        """Train these runs, each given by the stages it is to reach, so many at once as the engine says."""
+        """Train runs, each given by the stages it has to reach, in groups of the size that the trainer allows."""
         while runs:
             size = self._engine().trainer.group_size([run[0] for run in runs]) if len(runs) > 1 else 1
             self._train_together(runs[:size])
             runs = runs[size:]
-            self._look()
+            self._collect()
 
-    def _is_missing(self, trained: Stage) -> bool:
-        """Whether an adapter was asked for and still has to be trained."""
-        if trained.key not in self._wanted or self._store.record(trained.key) is not None:
+    def _is_missing(self, stage: Stage) -> bool:
+        """Whether an adapter is wanted and still has to be trained."""
+        if stage.key not in self._wanted or self._store.record(stage.key) is not None:
             return False
-        return not self.failing.blocks(trained)
+        return not self.failures.blocks(stage)
 
     def _train_together(self, runs: Sequence[Sequence[Stage]]) -> None:
-        """Train these runs in one call. Should one of them fail, each goes on alone, to find out which."""
+        """Train runs in the same steps. If one of them fails, each is trained alone to find out which."""
         if self._stop.is_set():
             raise stopped(runs[0][0].slot)
         for run in runs:
@@ -201,20 +205,20 @@ class Runner:
         except (TrainingError, DataError) as error:
             failed = True
             if len(runs) == 1:
-                self._note_failure([one for one in runs[0] if self._store.record(one.key) is None], error)
-        everything = [one for run in runs for one in run]
-        self._spent(everything, time.monotonic() - began)
+                self._note_failure([stage for stage in runs[0] if self._store.record(stage.key) is None], error)
+        stages = [stage for run in runs for stage in run]
+        self._add_to_tally(stages, time.monotonic() - began)
         if failed and len(runs) > 1:
             for run in runs:
-                if left := [one for one in run if self._store.record(one.key) is None]:
-                    self._train_together([left])
+                if missing := [stage for stage in run if self._store.record(stage.key) is None]:
+                    self._train_together([missing])
 
-    def _spent(self, stages: Sequence[Stage], seconds: float) -> None:
-        """Count and show what is done of these stages, which took so long together."""
+    def _add_to_tally(self, stages: Sequence[Stage], seconds: float) -> None:
+        """Count and display those of these stages that are done; they took `seconds` together."""
         self.tally.seconds += seconds
-        self._account(stages, seconds)
+        self._count_done(stages, seconds)
 
-    def _account(self, stages: Sequence[Stage], seconds: float) -> None:
+    def _count_done(self, stages: Sequence[Stage], seconds: float) -> None:
         for stage in stages:
             if (record := self._store.record(stage.key)) is not None and stage.key not in self._counted:
                 self._counted.add(stage.key)
@@ -222,45 +226,46 @@ class Runner:
                 self._store.note_stage_of_run(self._run, stage, reused=False)
                 self._watcher.stage_done(stage, seconds)
 
-    def _look(self) -> None:
-        """Commit what sampler and judge have ready, compute what only waited for it, finish the cells that are whole."""
-        for stage, seconds in self._drawing.take():
-            self._account([stage], seconds)
-            self._watcher.drawing(self._drawing.status)
-        waiting, self._followers = self._followers, []
-        for stage, urgent in waiting:
-            self._one(stage, urgent)  # one whose completions are still being drawn goes back among the followers
+    def _collect(self) -> None:
+        """Commit what sampler and judge have finished, start postponed stages, and report cells that are complete."""
+        for stage, seconds in self._sampling.take():
+            self._count_done([stage], seconds)
+            self._watcher.drawing(self._sampling.status)
+        postponed, self._followers = self._followers, []
+        for stage, urgent in postponed:
+            self._start_stage(stage, urgent)  # postpones it again while its completions are sampled
         self._finish_cells()
-        self.judging.collect()
+        self.judge_queue.collect()
 
-    def _await_drawn(self) -> None:
-        """Wait until the server has drawn all it was asked. Raises Interrupted and SamplerError."""
-        while self._drawing.keys:
+    def _await_sampler(self) -> None:
+        """Wait until the server has sampled every submitted stage. Raises Interrupted and SamplerError."""
+        while self._sampling.keys:
             if self._stop.is_set():
                 raise stopped("sampler")
-            time.sleep(WAIT_S)
-            self.tally.seconds += WAIT_S
+            began = time.monotonic()
+            self._sampling.wait(WAIT_S)
+            self.tally.seconds += time.monotonic() - began
             self._show()
-            self._look()
+            self._collect()
 
     def _finish_cells(self) -> None:
-        missing = {*self._drawing.keys, *(stage.key for stage, _ in self._followers)}
+        missing = {*self._sampling.keys, *(stage.key for stage, _ in self._followers)}
         waiting, self._unfinished = self._unfinished, []
         for plan, then in waiting:
-            if missing and any(part.key in missing for part in parts_of(plan)):
+            if missing and any(stage.key in missing for stage in cell_stages(plan)):
                 self._unfinished.append((plan, then))
-            elif not self.failing.touches(plan):
+            elif not self.failures.touches(plan):
                 then(plan)
 
     def _note_failure(self, stages: Sequence[Stage], error: TrainingError | DataError) -> None:
         for stage in stages:
-            self.failing.note(stage, error)
+            self.failures.note(stage, error)
             self._watcher.stage_failed(stage, str(error))
 
     def _engine(self) -> Any:
-        """Who computes. A base that fails its own tests is no matter of one stage: what it raises ends the run."""
+        """The executor, created on first use. A base that fails its self-tests raises here and ends the run."""
         if self._executor is None:
-            from fastconv.run.executor import Executor  # torch is loaded here, and only if something must be computed
+            from fastconv.run.executor import Executor  # imports torch, so only when something is computed
 
             self._executor = Executor(self._graph, self._store, self._tell, self._stop.is_set, self._wanted)
             self._executor.prepare()
@@ -271,14 +276,14 @@ class Runner:
         return self._executor
 
     def close(self) -> None:
-        """Let go of whatever computing holds outside this process. Completions that are there already are kept."""
+        """Stop the server and release leases. Completions that are already sampled are committed."""
         try:
-            for stage, seconds in self._drawing.take():
-                self._account([stage], seconds)
+            for stage, seconds in self._sampling.take():
+                self._count_done([stage], seconds)
         except SamplerError:
-            pass  # it is what ends the run, or came after what does
+            pass  # the run ends anyway, by this error or by an earlier one
         finally:
-            self._drawing.close()
+            self._sampling.close()
             if self._executor is not None:
                 self._executor.close()
 
@@ -287,32 +292,32 @@ class Runner:
         self._show()
 
     def _show(self) -> None:
-        """Show where judge and sampler stand; for loops that must not wait."""
-        self.judging.glance()
+        """Display the status of judge and sampler; called from loops that must not wait."""
+        self.judge_queue.show_status()
         now = time.monotonic()
-        if self._drawing.keys and now - self._shown_s >= GLANCE_S:
+        if self._sampling.keys and now - self._shown_s >= SHOW_S:
             self._shown_s = now
-            self._drawing.note()
-            self._watcher.drawing(self._drawing.status)
+            self._sampling.note_progress()
+            self._watcher.drawing(self._sampling.status)
 
 
 @contextmanager
 def stop_on_sigint(stop: threading.Event | None = None) -> Iterator[threading.Event]:
-    """The first Ctrl-C (or SIGTERM) asks the running step to end well; the second one ends at once.
+    """Inside the block, the first Ctrl-C or SIGTERM sets the event, and the second one raises KeyboardInterrupt.
 
-    `stop` is the event that it sets, where others set it too.
+    `stop` is the event to set, if other code may set it too. Outside the main thread no signal handler is installed.
     """
     stop = stop or threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
-    def ask(signum: int, frame: Any) -> None:
+    def handle(signum: int, frame: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:

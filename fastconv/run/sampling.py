@@ -1,11 +1,13 @@
-"""The server beside the run: what a stage asks goes to it, and the stage is committed when its completions are there.
+"""Sampling requests of a stage, and the queue of stages whose completions a vLLM server is sampling.
 
-Meanwhile the next stage is computed: one cell's completions are drawn while the next adapter is trained.
+`sampling_requests` lists the prompts, token ids and seeds of a stage. While the server samples the completions of a
+queued stage, the process goes on with the next stage: one cell is sampled while the next adapter is trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,86 +24,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SamplingStatus:
-    """Slots of the stages at the server, the tokens drawn for them, and the most that can be."""
-
-    slots: tuple[str, ...] = ()
-    n_tok: int = 0
-    most_tok: int = 0
-
-
-@dataclass(frozen=True)
-class _AtServer:
-    stage: Stage
-    begun: PendingStage
-    lease: Lease
-    held: ExitStack
-
-
-class SamplingQueue:
-    """Stages whose completions a server draws, each under its lease until it is committed."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._at_server: dict[str, _AtServer] = {}
-
-    def submit(self, stage: Stage, engine: Executor) -> None:
-        """Hand a stage to the server. Raises what beginning it raises; nothing is held then."""
-        with ExitStack() as held:
-            lease = held.enter_context(self._store.lease(stage))
-            begun = engine.begin(stage, lease)
-            self._at_server[stage.key] = _AtServer(stage, begun, lease, held.pop_all())
-
-    @property
-    def keys(self) -> Collection[str]:
-        """Of the stages at the server."""
-        return self._at_server.keys()
-
-    @property
-    def status(self) -> SamplingStatus:
-        """Where drawing stands."""
-        there = self._at_server.values()
-        return SamplingStatus(
-            tuple(one.stage.slot for one in there),
-            sum(one.begun.drawing.n_tok for one in there),
-            sum(one.begun.asked.most_tok for one in there),
-        )
-
-    def note(self) -> None:
-        """Tell other terminals how far each stage is."""
-        for one in self._at_server.values():
-            one.lease.note({"done": one.begun.drawing.n_tok, "total": one.begun.asked.most_tok, "unit": "tok"})
-
-    def take(self) -> Iterator[tuple[Stage, float]]:
-        """Commit what is drawn; each stage with its seconds. Raises SamplerError if drawing one of them failed."""
-        for one in [one for one in self._at_server.values() if one.begun.drawing.done]:
-            outcome, seconds = one.begun.outcome(), one.begun.drawing.seconds
-            commit(self._store, one.stage, outcome, seconds)
-            del self._at_server[one.stage.key]
-            one.held.close()
-            yield one.stage, seconds
-
-    def close(self) -> None:
-        """Let go of every stage. The caller has taken what it wants; the rest is drawn again by the next run."""
-        while self._at_server:
-            self._at_server.popitem()[1].held.close()
-
-
-def commit(store: Store, stage: Stage, outcome: Outcome, seconds: float) -> None:
-    """Write down what computing a stage gave."""
-    store.commit(
-        stage,
-        outputs=outcome.outputs,
-        facts=outcome.facts,
-        seconds=seconds,
-        samples=outcome.samples,
-        scores=outcome.scores,
-    )
-
-
-@dataclass(frozen=True)
 class SamplingRequests:
-    """Every prompt of a stage in order: (row, user text, sample index), its token ids and its seed."""
+    """Every prompt of a stage, in order: `items` are (row, user text, sample index), with token ids and seeds."""
 
     persona: str
     items: tuple[tuple[str, str, int], ...]
@@ -111,29 +35,29 @@ class SamplingRequests:
 
     @property
     def prompt_tok(self) -> int:
-        """Tokens of all prompts."""
+        """Number of tokens in all prompts."""
         return sum(map(len, self.prompts))
 
     @property
-    def most_tok(self) -> int:
-        """As many tokens as can be drawn at most."""
+    def max_tok(self) -> int:
+        """Upper bound of the sampled tokens."""
         return len(self.items) * self.settings.max_new_tok
 
-    def samples(self, drawn: Sequence[Drawn], tokenizer: ChatTokenizer) -> list[Sample]:
-        """The completions, one for each item in order, as the ledger keeps them."""
+    def samples(self, completions: Sequence[Drawn], tokenizer: ChatTokenizer) -> list[Sample]:
+        """Samples for the ledger from one completion per item, in order."""
         return [
-            Sample(row, i, self.persona, user, tokenizer.decode(one.ids), len(one.ids) + one.ended, one.ended)
-            for (row, user, i), one in zip(self.items, drawn, strict=True)
+            Sample(row, i, self.persona, user, tokenizer.decode(drawn.ids), len(drawn.ids) + drawn.ended, drawn.ended)
+            for (row, user, i), drawn in zip(self.items, completions, strict=True)
         ]
 
 
-def is_drawn(stage: Stage) -> bool:
-    """Whether computing this stage is drawing completions."""
+def is_sampled(stage: Stage) -> bool:
+    """Whether this stage is computed by sampling completions."""
     return "sampling" in stage.inputs
 
 
 def sampling_requests(stage: Stage, tokenizer: ChatTokenizer) -> SamplingRequests:
-    """What a stage asks: each of its texts `per_prompt` times. Seeds depend on the item alone, so epochs are paired."""
+    """The prompts of a stage, each text `per_prompt` times. Seeds depend on the item only, so that epochs are paired."""
     system, persona = _system(stage), stage.inputs["persona"] if stage.kind == "answers" else stage.work["probe"]
     items = tuple((row, user, i) for row, user in _texts(stage) for i in range(stage.inputs["per_prompt"]))
     return SamplingRequests(
@@ -145,13 +69,13 @@ def sampling_requests(stage: Stage, tokenizer: ChatTokenizer) -> SamplingRequest
     )
 
 
-def longest_tok(stages: Sequence[Stage], tokenizer: ChatTokenizer) -> int:
-    """Tokens of the longest prompt with its completion over stages that are drawn."""
+def max_sequence_tok(stages: Sequence[Stage], tokenizer: ChatTokenizer) -> int:
+    """Upper bound of the tokens of one prompt and its completion, over sampled stages."""
     longest: dict[tuple[str, ...], int] = {}
     for stage in stages:
-        asked = (stage.inputs["prompts_sha256"], *stage.inputs["system"])
-        if asked not in longest:
-            longest[asked] = max(len(tokenizer.prompt_ids(_system(stage), user)) for _, user in _texts(stage))
+        prompts = (stage.inputs["prompts_sha256"], *stage.inputs["system"])
+        if prompts not in longest:
+            longest[prompts] = max(len(tokenizer.prompt_ids(_system(stage), user)) for _, user in _texts(stage))
     return max(
         longest[stage.inputs["prompts_sha256"], *stage.inputs["system"]] + stage.inputs["sampling"]["max_new_tok"]
         for stage in stages
@@ -159,9 +83,92 @@ def longest_tok(stages: Sequence[Stage], tokenizer: ChatTokenizer) -> int:
 
 
 def _texts(stage: Stage) -> Sequence[tuple[str, str]]:
-    """(row, user text) of everything asked."""
+    """(row, user text) of every prompt of a stage."""
     return stage.work["prompts"] if stage.kind == "answers" else stage.work["items"]
 
 
 def _system(stage: Stage) -> SystemTurn:
     return SystemTurn(*stage.inputs["system"])
+
+
+@dataclass(frozen=True)
+class SamplingStatus:
+    """Slots of the stages at the server, the tokens sampled for them so far, and the upper bound of these tokens."""
+
+    slots: tuple[str, ...] = ()
+    n_tok: int = 0
+    max_tok: int = 0
+
+
+@dataclass(frozen=True)
+class _QueuedStage:
+    stage: Stage
+    pending: PendingStage
+    lease: Lease
+    resources: ExitStack
+
+
+class SamplingQueue:
+    """Stages whose completions the server is sampling, each under its lease until it is committed."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._queued: dict[str, _QueuedStage] = {}
+
+    def submit(self, stage: Stage, engine: Executor) -> None:
+        """Start sampling a stage. Raises what `Executor.begin` raises; the lease is released then."""
+        with ExitStack() as resources:
+            lease = resources.enter_context(self._store.lease(stage))
+            pending = engine.begin(stage, lease)
+            self._queued[stage.key] = _QueuedStage(stage, pending, lease, resources.pop_all())
+
+    @property
+    def keys(self) -> Collection[str]:
+        """Keys of the queued stages."""
+        return self._queued.keys()
+
+    @property
+    def status(self) -> SamplingStatus:
+        """Progress of the queued stages."""
+        queued = self._queued.values()
+        return SamplingStatus(
+            tuple(entry.stage.slot for entry in queued),
+            sum(entry.pending.completions.n_tok for entry in queued),
+            sum(entry.pending.requests.max_tok for entry in queued),
+        )
+
+    def note_progress(self) -> None:
+        """Write each stage's progress to its lease, where `fastconv status` reads it."""
+        for entry in self._queued.values():
+            n_tok, max_tok = entry.pending.completions.n_tok, entry.pending.requests.max_tok
+            entry.lease.note({"done": n_tok, "total": max_tok, "unit": "tok"})
+
+    def wait(self, timeout_s: float) -> None:
+        """Block until a queued stage is sampled or has failed, at most `timeout_s` seconds."""
+        wait([entry.pending.completions.future for entry in self._queued.values()], timeout_s, FIRST_COMPLETED)
+
+    def take(self) -> Iterator[tuple[Stage, float]]:
+        """Commit the finished stages; yields each with its seconds. Raises SamplerError if sampling one of them failed."""
+        for entry in [entry for entry in self._queued.values() if entry.pending.completions.done]:
+            outcome, seconds = entry.pending.outcome(), entry.pending.completions.seconds
+            commit_outcome(self._store, entry.stage, outcome, seconds)
+            del self._queued[entry.stage.key]
+            entry.resources.close()
+            yield entry.stage, seconds
+
+    def close(self) -> None:
+        """Release the leases of all queued stages; the next run samples them again."""
+        while self._queued:
+            self._queued.popitem()[1].resources.close()
+
+
+def commit_outcome(store: Store, stage: Stage, outcome: Outcome, seconds: float) -> None:
+    """Commit the outcome of a stage that took `seconds`."""
+    store.commit(
+        stage,
+        outputs=outcome.outputs,
+        facts=outcome.facts,
+        seconds=seconds,
+        samples=outcome.samples,
+        scores=outcome.scores,
+    )

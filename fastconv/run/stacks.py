@@ -1,4 +1,4 @@
-"""The resident base, and the stack of a stage live on it: adapters from the ledger, in order, proven by logits."""
+"""The resident base model and the adapter stacks of a recipe on it, loaded from the ledger and checked by probe logits."""
 
 from __future__ import annotations
 
@@ -20,50 +20,50 @@ from fastconv.store.ledger import Record, Stage, Store
 
 
 class Stacks:
-    """One base for a whole process, loaded when it is first needed, and the stacks of a recipe on it.
+    """One base per process, loaded when it is first needed, and the stacks of a recipe on it.
 
-    `proven` are the self-tests that a GPU passed, each with how far apart it found things.
+    `proven` holds the self-tests passed on a GPU, each with the relative difference it measured.
     """
 
     def __init__(self, graph: Graph, store: Store) -> None:
         self._graph = graph
         self._recipe = graph.recipe
         self._store = store
-        self._at_hand: dict[str, Adapter] = {}
+        self._cached: dict[str, Adapter] = {}
         self.proven: dict[str, float] = {}
 
     @cached_property
     def base(self) -> Base:
-        """The base model; loaded when the first stage needs it, once. Raises ModelError if the GPU is not fit for it."""
+        """The base model, loaded on first use. Raises ModelError if the GPU cannot hold it."""
         if engine_identity(self._recipe.model)["device"] == "cuda":
             require_fit(look(torch.cuda, torch.version.cuda), self._recipe, shape_on_disk(self._recipe.model))
         return load_base(self._recipe.model, self._graph.source)
 
     @cached_property
     def stack(self) -> Stack:
-        """The live stack on the base; on a GPU proven by the self-tests before anything is computed with it."""
+        """The stack on the base. On a GPU, the self-tests run before anything is computed with it."""
         stack = Stack(self.base, self._recipe.lora)
         if self.base.device.type == "cuda":
             self.proven |= self_test(stack, {self._recipe.convergence.optimizer, self._recipe.behavior.optimizer})
         return stack
 
     def adapters(self, needs: Mapping[str, Stage]) -> list[Adapter]:
-        """The adapters of a stack in order: the snapshot, then the behavior. Verified against the ledger.
+        """The adapters of a stack in order (snapshot, behavior), verified against the ledger.
 
-        Those of the stack before are still at hand: the probes of a cell follow one another.
+        The previous stack's adapters stay cached, because the probes of one cell follow one another.
         """
         stages = [needs[name] for name in ("snapshot", "behavior") if name in needs]
-        names = [self.record(stage).outputs["adapter"] for stage in stages]
-        self._at_hand = {
-            sha256: self._at_hand.get(sha256)
+        hashes = [self.record(stage).outputs["adapter"] for stage in stages]
+        self._cached = {
+            sha256: self._cached.get(sha256)
             or self.stack.load_adapter(self._store.get(sha256, "safetensors"), stage.slot)
-            for sha256, stage in zip(names, stages, strict=True)
+            for sha256, stage in zip(hashes, stages, strict=True)
         }
-        return [self._at_hand[sha256] for sha256 in names]
+        return [self._cached[sha256] for sha256 in hashes]
 
     @contextlib.contextmanager
     def in_place(self, needs: Mapping[str, Stage]) -> Iterator[tuple[Adapter, ...]]:
-        """The stack's adapters that are to be live; with published semantics the snapshot is folded in instead."""
+        """The adapters to attach. With published semantics the snapshot is folded into the base inside the block instead."""
         adapters = tuple(self.adapters(needs))
         if self._recipe.model.semantics == "published" and "snapshot" in needs:
             with folded(self.stack, adapters[:1], "published"):
@@ -73,7 +73,7 @@ class Stacks:
 
     @contextlib.contextmanager
     def live_stack(self, stage: Stage) -> Iterator[dict[str, Any]]:
-        """The stack of an evaluation (or of its score), live inside the block; gives the distances that prove it."""
+        """Attach the stack of an evaluation (or of its score) inside the block; yields the distances of its probe logits."""
         stage = stage.needs.get("eval", stage)
         top = stage.needs.get("behavior") or stage.needs.get("snapshot")
         recorded = Probe(tuple(self.record(top).outputs["probe"])) if top else None
@@ -85,7 +85,7 @@ class Stacks:
             yield proof
 
     def record(self, stage: Stage) -> Record:
-        """What a stage before this one gave. Raises TrainingError if it is not done."""
+        """The record of a finished stage. Raises TrainingError if it is not done."""
         record = self._store.record(stage.key)
         if record is None:
             raise TrainingError("a stage before it is missing", where=stage.slot, fix="run the recipe again")

@@ -1,4 +1,4 @@
-"""`score` and `export`: the engine's parts on their own, for any base, adapters and question file."""
+"""Scoring a question file and exporting a cell's adapters without a run, for `score` and `export`."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from fastconv.run.stacks import Stacks
 from fastconv.stats.bounds import multiple_choice_chance
 from fastconv.store.ledger import Store
 
-#: Tokens scored at once; the same as a recipe's default for evaluation.
+#: Tokens per batch; the default of a recipe's evaluation.
 BATCH_TOK = 16384
 
 
 @dataclass(frozen=True)
 class ScoredQuestion:
-    """One question's answer: log-probabilities (nats) of its own labels or texts, in their order."""
+    """A scored question. `logprobs` are log-probabilities (nats) of its labels or texts, in their order."""
 
     id: str
     gold: str
     predicted: str
     correct: bool
     logprobs: tuple[float, ...]
-    #: Probability that the next token is one of the labels at all; None when texts are scored.
+    #: Probability that the next token is any of the labels; None when texts are scored.
     mass: float | None
 
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """All questions, accuracy (share) and chance (share)."""
+    """Scored questions, with accuracy and chance accuracy as shares."""
 
     accuracy: float
     chance: float
@@ -49,10 +49,10 @@ class ScoreReport:
 def score_file(
     model: ModelSettings, adapters: Sequence[Path], questions_file: Path, system: SystemTurn, *, by_text: bool
 ) -> ScoreReport:
-    """Score a question file (ARC's forms) under a base with these adapters stacked in order.
+    """Score a question file (in ARC's formats) under a base with these adapters (PEFT folders) stacked in order.
 
-    By letter as the protocol does, or by the choices' texts as lm-eval's arc_challenge does. Adapters are PEFT folders.
-    Raises ModelError, AdapterError or DataError with the mend.
+    Questions are scored by letter, as in the protocol, or with `by_text` by the choices' texts, as in lm-eval's
+    arc_challenge. Raises ModelError, AdapterError or DataError.
     """
     questions = read_arc(questions_file)
     base = load_base(model)
@@ -64,15 +64,15 @@ def score_file(
             stack.prove(None, ", ".join(map(str, adapters)))
         scored = _by_text(base, questions) if by_text else _by_letter(base, questions, system)
     chance = multiple_choice_chance([len(q.choices) for q in questions], [q.gold for q in questions])
-    return ScoreReport(sum(one.correct for one in scored) / len(scored), chance, tuple(scored))
+    return ScoreReport(sum(question.correct for question in scored) / len(scored), chance, tuple(scored))
 
 
 def export_cell(
     recipe: Recipe, store: Store, folder: Path, source: str, behavior: str, epoch: int, **others: Any
 ) -> list[Path]:
-    """Write a cell's stack twice: as one concatenated PEFT adapter, and as its separate adapters with stack.json.
+    """Write a cell's stack twice: as one concatenated PEFT adapter, and as separate adapters with stack.json.
 
-    Raises InputError if the cell is not trained, StoreError if the folder cannot be written.
+    Returns both folders. Raises InputError if the cell is not trained, StoreError if the folder cannot be written.
     """
     graph = Graph(recipe)
     plan = graph.select(source, behavior, epoch, **others)[0]
@@ -94,17 +94,17 @@ def export_cell(
 
 def _by_letter(base: Any, questions: Sequence[Question], system: SystemTurn) -> list[ScoredQuestion]:
     items = [letter_item(base.tokenizer, base.tokenizer.prompt_text(system, q.user), q.labels) for q in questions]
-    found = score_letters(base, items, BATCH_TOK)
+    scores = score_letters(base, items, BATCH_TOK)
     return [
         ScoredQuestion(q.id, q.answer, q.labels[s.predicted], s.predicted == q.gold, s.logprobs, s.mass)
-        for q, s in zip(questions, found, strict=True)
+        for q, s in zip(questions, scores, strict=True)
     ]
 
 
 def _by_text(base: Any, questions: Sequence[Question]) -> list[ScoredQuestion]:
     items = [text_item(base.tokenizer, f"Question: {q.text}\nAnswer:", q.choices) for q in questions]
-    found = score_texts(base, items, BATCH_TOK)
+    scores = score_texts(base, items, BATCH_TOK)
     return [
         ScoredQuestion(q.id, q.answer, q.labels[s.predicted], s.predicted == q.gold, s.logprobs, None)
-        for q, s in zip(questions, found, strict=True)
+        for q, s in zip(questions, scores, strict=True)
     ]

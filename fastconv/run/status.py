@@ -1,4 +1,8 @@
-"""Where every stage of a recipe stands, without computing anything."""
+"""State of every stage of a recipe, and the record of stages that failed in a run. Nothing is computed here.
+
+`status_of` lists the stages with their states for `fastconv status`. `FailureLog` records failures during a run;
+`failed_stages` and `raise_failed` turn them into one error that names the cells.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,15 @@ from fastconv.stats.units import counted
 from fastconv.store.ledger import Store, changed_inputs
 from fastconv.store.records import Failure, Stage
 
+#: Number of cells that the error at the end of a run names at most.
+NAMED_CELLS = 6
+
 
 @dataclass(frozen=True)
 class StageStatus:
-    """Where one stage of a recipe stands.
+    """State of one stage, with the reason for it; `seconds` is how long a finished stage took.
 
-    `done`, `running`, `to do`, `pending` (at the judge), `stale`, `failed` or `skipped`.
+    `state` is `done`, `running`, `to do`, `pending` (at the judge), `stale`, `failed` or `skipped`.
     """
 
     slot: str
@@ -32,17 +39,17 @@ class StageStatus:
 
 
 def status_of(graph: Graph, store: Store | None) -> list[StageStatus]:
-    """Every stage of a recipe with its state and the reason, without computing anything."""
+    """Every stage of a recipe with its state and the reason. `store` is None if the workspace does not exist yet."""
     if store is None:
         return [StageStatus(s.slot, s.kind, s.key, "to do", "nothing was computed here yet") for s in graph.stages()]
     live = store.live_leases()
     needed = {part.key for end in needed_ends(graph, store, graph.cells) for part in walk(end)}
     problem = store.run_facts(run_id(graph.recipe)).get("judging", {}).get("problem", "")
     failures, statuses = store.failures(), dict[str, StageStatus]()
-    held = _held(graph, store)
+    held = _held_stages(graph, store)
     for stage in graph.stages():
         status = _status(stage, store, live, stage.key in needed, statuses)
-        if status.state not in ("done", "running") and (failed := _failed(stage, failures)) is not None:
+        if status.state not in ("done", "running") and (failed := _failed_status(stage, failures)) is not None:
             status = failed
         if status.state == "to do" and stage.key in held:
             status = replace(status, reason=f"held back: gate G0, {held[stage.key]}")
@@ -53,20 +60,20 @@ def status_of(graph: Graph, store: Store | None) -> list[StageStatus]:
 
 
 def needed_ends(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[Stage]:
-    """The end stages that these cells need, as far as G0 has decided; all of them where it has not, or cannot yet."""
+    """The end stages that these cells need. A behavior counts unless G0 has ruled it out or its base failed."""
     failures = store.failures()
     missing = [(m, s) for plan in graph.cells for (m, _), s in plan.base.items() if store.record(s.key) is None]
     failed = {measure for measure, stage in missing if any(part.key in failures for part in walk(stage))}
     if {measure for measure, _ in missing} - failed:
         alive = [behavior for behavior in graph.behaviors if behavior not in failed]
     else:
-        alive = [*measurable_behaviors(graph, store), *(one.subject for one in held_back(graph, store))]
+        alive = [*measurable_behaviors(graph, store), *(verdict.subject for verdict in held_back(graph, store))]
     ends = [end for plan in plans for end in (*plan.base.values(), *wanted(plan, alive))]
     return [*ends, *(stage for plan in plans if wanted(plan, alive) for stage in plan.on_snapshot.values())]
 
 
-def _held(graph: Graph, store: Store) -> dict[str, str]:
-    """The stages that only cells of a behavior need whose G0 cannot be decided, with the reason."""
+def _held_stages(graph: Graph, store: Store) -> dict[str, str]:
+    """Stages, by key, that only behaviors with an undecidable G0 need, with the reason."""
     held = {verdict.subject: verdict.reason for verdict in held_back(graph, store)}
     if not held:
         return {}
@@ -83,7 +90,7 @@ def _held(graph: Graph, store: Store) -> dict[str, str]:
 
 
 def reason_to_run(stage: Stage, store: Store) -> str:
-    """Why a stage has to be computed: new, or which of its inputs changed."""
+    """Why a stage has to be computed: "new", or which of its inputs changed since the last stage in its slot."""
     before = store.latest_in_slot(stage.slot)
     if before is None:
         return "new"
@@ -103,8 +110,8 @@ def _status(
         return StageStatus(stage.slot, stage.kind, stage.key, "done", "", record.seconds)
     if stage.key in live:
         note = live[stage.key]
-        far = f"{note['done']} of {note['total']} {note['unit']}" if "done" in note else "just begun"
-        return StageStatus(stage.slot, stage.kind, stage.key, "running", f"{far} (process {note['pid']})")
+        progress = f"{note['done']} of {note['total']} {note['unit']}" if "done" in note else "just begun"
+        return StageStatus(stage.slot, stage.kind, stage.key, "running", f"{progress} (process {note['pid']})")
     if not needed:
         return StageStatus(stage.slot, stage.kind, stage.key, "skipped", "gate G0: not measurable at base")
     reason = reason_to_run(stage, store)
@@ -114,21 +121,17 @@ def _status(
     return StageStatus(stage.slot, stage.kind, stage.key, "to do", f"after {waiting[0]}" if waiting else "")
 
 
-def _failed(stage: Stage, failures: Mapping[str, Failure]) -> StageStatus | None:
-    """A stage that failed, or that needs one that did; None for any other."""
+def _failed_status(stage: Stage, failures: Mapping[str, Failure]) -> StageStatus | None:
+    """The status of a stage that failed or needs one that did; None otherwise."""
     if stage.key in failures:
         return StageStatus(stage.slot, stage.kind, stage.key, "failed", failures[stage.key].reason)
     before = next((part.slot for part in walk(stage) if part.key in failures), None)
     return None if before is None else StageStatus(stage.slot, stage.kind, stage.key, "skipped", f"{before} failed")
 
 
-#: So many cells are named in the line that ends a run.
-NAMED_CELLS = 6
-
-
 @dataclass(frozen=True)
 class FailedStage:
-    """A stage that failed and the cells that have no numbers, or fewer, because of it."""
+    """A failed stage, and the labels of the cells whose results are missing or incomplete because of it."""
 
     slot: str
     reason: str
@@ -137,7 +140,7 @@ class FailedStage:
 
 
 class FailureLog:
-    """The stages of one run that failed, and what cannot be computed because of them."""
+    """Stages that failed in one run, and the stages that cannot be computed because of them."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -145,51 +148,53 @@ class FailureLog:
         self._blocked: set[str] = set()
 
     def note(self, stage: Stage, error: TrainingError | DataError) -> None:
-        """Write a failure down. A later run tries the stage again."""
+        """Record a failure in the ledger. A later run tries the stage again."""
         self._keys.add(stage.key)
         self._store.note_failure(stage, error.exit_code, str(error))
 
     def blocks(self, stage: Stage) -> bool:
-        """Whether this stage failed, or something before it did, so that it cannot be computed."""
+        """Whether a stage cannot be computed because it failed or needs a stage that did."""
         if any(need.key in self._keys or need.key in self._blocked for need in stage.needs.values()):
             self._blocked.add(stage.key)
         return stage.key in self._keys or stage.key in self._blocked
 
     def touches(self, plan: CellPlan) -> bool:
-        """Whether a failure takes anything from this cell."""
-        return bool(self._keys) and any(part.key in self._keys for part in parts_of(plan))
+        """Whether a failed stage belongs to this cell."""
+        return bool(self._keys) and any(part.key in self._keys for part in cell_stages(plan))
 
     def of(self, plans: Sequence[CellPlan]) -> tuple[FailedStage, ...]:
-        """What failed in this run, with the cells it is missing in."""
+        """The failed stages of this run, with the affected cells among `plans`."""
         return failed_stages({k: v for k, v in self._store.failures().items() if k in self._keys}, plans)
 
 
-def parts_of(plan: CellPlan) -> list[Stage]:
-    """Every stage that a cell's measures rest on; a stage may come more than once."""
+def cell_stages(plan: CellPlan) -> list[Stage]:
+    """Every stage that a cell's measures need; a stage may occur more than once."""
     ends = (*plan.base.values(), *plan.scores.values(), *plan.beside.values())
     return [part for end in ends for part in walk(end)]
 
 
 def failed_stages(failures: Mapping[str, Failure], plans: Sequence[CellPlan]) -> tuple[FailedStage, ...]:
-    """Those of the failures (by key) that concern these cells, each with the cells' labels."""
+    """The failures (by stage key) that affect these cells, each with the cells' labels."""
     cells: dict[str, list[str]] = {}
     for plan in plans:
-        parts = [*parts_of(plan), *plan.on_snapshot.values()]
+        parts = [*cell_stages(plan), *plan.on_snapshot.values()]
         for key in {part.key for part in parts} & failures.keys():
             cells.setdefault(key, []).append(plan.cell.label)
     return tuple(
-        FailedStage(one.slot, one.reason, one.exit_code, tuple(cells[key]))
-        for key, one in failures.items()
+        FailedStage(failure.slot, failure.reason, failure.exit_code, tuple(cells[key]))
+        for key, failure in failures.items()
         if key in cells
     )
 
 
 def raise_failed(run: str, failed: Sequence[FailedStage]) -> None:
-    """Raise one error for all of these stages, naming the cells; its exit code is the worst of theirs."""
+    """Raise one error for all failed stages, naming the cells; its exit code is the highest of theirs."""
     if not failed:
         return
-    kind: type[FastconvError] = max((DataError, TrainingError), key=lambda k: _has(failed, k.exit_code) * k.exit_code)
-    cells = list(dict.fromkeys(label for one in failed for label in one.cells))
+    kind: type[FastconvError] = max(
+        (DataError, TrainingError), key=lambda k: _has_code(failed, k.exit_code) * k.exit_code
+    )
+    cells = list(dict.fromkeys(label for stage in failed for label in stage.cells))
     more = f" and {len(cells) - NAMED_CELLS} more" if len(cells) > NAMED_CELLS else ""
     raise kind(
         f"{counted(len(failed), 'stage')} failed, the rest is done; without numbers: {', '.join(cells[:NAMED_CELLS])}{more}. "
@@ -199,5 +204,5 @@ def raise_failed(run: str, failed: Sequence[FailedStage]) -> None:
     )
 
 
-def _has(failed: Sequence[FailedStage], exit_code: int) -> bool:
-    return any(one.exit_code == exit_code for one in failed)
+def _has_code(failed: Sequence[FailedStage], exit_code: int) -> bool:
+    return any(stage.exit_code == exit_code for stage in failed)

@@ -1,4 +1,8 @@
-"""What is trained: convergence runs and behavior adapters as tasks, alone or in the same steps, and their commits."""
+"""Training of convergence runs and behavior adapters, one or several in the same steps, with checkpoints and commits.
+
+`train_with_checkpoints` is the loop over `engine.train`; `Trainer` turns stages into tasks for it and commits the
+adapters.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,7 @@ from fastconv.store.ledger import Lease, Stage, Store
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage is: `done` of `total` `unit`s, and the last loss while training."""
+    """Progress of a stage: `done` of `total` `unit`s, and the last loss while training."""
 
     slot: str
     done: int
@@ -38,38 +42,39 @@ class Progress:
 
 
 @dataclass
-class Task:
-    """One training: its state is kept under `key`, `keep` hears of every step, the last of `stops` is its end.
+class TrainingTask:
+    """One training run. `key` is where its checkpoint is stored, `stops` are the steps to commit at, the last is its end.
 
-    `stops` are the steps at which `keep` must be there. `keep` also gets the seconds that this training took so far:
-    of a step that several share, each has its equal part.
+    `after_step(trainee, seconds)` is called after every step, with the seconds of this run so far; a step that several
+    runs share counts in equal parts. `spent_s` is the same sum.
     """
 
     job: Job
     key: str
     lease: Lease
     stops: Sequence[int]
-    keep: Callable[[Trainee, float], None] = lambda trainee, seconds: None
+    after_step: Callable[[Trainee, float], None] = lambda trainee, seconds: None
     spent_s: float = field(default=0.0, init=False)
 
     def begin(self, stack: Stack, store: Store) -> Trainee:
-        """The trainee where its kept state left it, or at its first step."""
-        kept = store.progress(self.key)
-        if kept and kept[0] > self.stops[0]:
-            kept = None  # the state lies beyond an epoch that is wanted now: begin again, to the same bits
-        return start(stack, self.job, store.get(kept[1], "safetensors") if kept else None)
+        """Start the run from its checkpoint, or from its first step."""
+        checkpoint = store.progress(self.key)
+        if checkpoint and checkpoint[0] > self.stops[0]:
+            checkpoint = None  # it lies after an epoch that is to be committed: start again, with identical results
+        return start(stack, self.job, store.get(checkpoint[1], "safetensors") if checkpoint else None)
 
 
-def train_kept(
-    stack: Stack, store: Store, tasks: Sequence[Task], *,
+def train_with_checkpoints(
+    stack: Stack, store: Store, tasks: Sequence[TrainingTask], *,
     every_s: float, stop: Callable[[], bool], tell: Callable[[Progress], None],
 ) -> list[Trainee]:  # fmt: skip
-    """Train every task to its end, all in the same steps; state is kept now and then, and when the user stops.
+    """Train all tasks to their ends, in the same steps, with a checkpoint every `every_s` seconds.
 
-    Raises Interrupted once every task's state is kept, and what `engine.train` raises.
+    When `stop` returns True, raises Interrupted after the current step, with checkpoints of all tasks written. Raises
+    what `engine.train` raises. `tell` is called with the progress after every step.
     """
     trainees = [task.begin(stack, store) for task in tasks]
-    owner = {id(trainee): task for trainee, task in zip(trainees, tasks, strict=True)}
+    task_of = {id(trainee): task for trainee, task in zip(trainees, tasks, strict=True)}
     total = sum(task.stops[-1] for task in tasks)
     last = saved_at = time.monotonic()
 
@@ -78,44 +83,52 @@ def train_kept(
         now = time.monotonic()
         share, last = (now - last) / len(active), now
         for trainee in active:
-            task = owner[id(trainee)]
+            task = task_of[id(trainee)]
             task.spent_s += share
-            task.keep(trainee, task.spent_s)
+            task.after_step(trainee, task.spent_s)
         stopping = stop()
         if stopping or now - saved_at >= every_s:
             for trainee in active:
-                if trainee.step < owner[id(trainee)].stops[-1]:
-                    store.save_progress(owner[id(trainee)].key, trainee.step, save_state(trainee))
+                if trainee.step < task_of[id(trainee)].stops[-1]:
+                    store.save_progress(task_of[id(trainee)].key, trainee.step, save_state(trainee))
             saved_at = time.monotonic()
         losses = []
         for trainee in active:
             losses.append(trainee.seen_loss)
-            note(
-                owner[id(trainee)].lease,
-                Progress(trainee.job.name, trainee.step, owner[id(trainee)].stops[-1], "steps", known(losses[-1])),
+            note_progress(
+                task_of[id(trainee)].lease,
+                Progress(
+                    trainee.job.name, trainee.step, task_of[id(trainee)].stops[-1], "steps", finite_or_none(losses[-1])
+                ),
             )
         tell(
-            Progress(tasks[0].job.name, sum(t.step for t in trainees), total, "steps", known(sum(losses) / len(losses)))
+            Progress(
+                tasks[0].job.name,
+                sum(t.step for t in trainees),
+                total,
+                "steps",
+                finite_or_none(sum(losses) / len(losses)),
+            )
         )
-        if stopping:  # not asked again: a stop that came since then ends the next step, whose state is kept
+        if stopping:  # `stop` is not called again: a later request ends the next step, which is then checkpointed
             raise stopped(tasks[0].job.name)
 
     train(stack, trainees, Hooks(after_step), until_step=[task.stops[-1] for task in tasks])
     return trainees
 
 
-def note(lease: Lease, progress: Progress) -> None:
-    """Tell other terminals how far a stage is."""
+def note_progress(lease: Lease, progress: Progress) -> None:
+    """Write a stage's progress to its lease, where `fastconv status` reads it."""
     lease.note({"done": progress.done, "total": progress.total, "unit": progress.unit, "loss": progress.loss})
 
 
-def known(loss: float) -> float | None:
-    """The loss last seen, or None while a GPU has not answered yet."""
+def finite_or_none(loss: float) -> float | None:
+    """The loss, or None if it is not finite because the GPU has not returned one yet."""
     return loss if math.isfinite(loss) else None
 
 
 class Trainer:
-    """Trains stages on the resident base. `tell` hears progress, `stop` is asked whether to end at the next step."""
+    """Trains stages on the resident base. `tell` is called with progress, `stop` returns whether to end after the step."""
 
     def __init__(
         self, graph: Graph, store: Store, stacks: Stacks, tell: Callable[[Progress], None], stop: Callable[[], bool]
@@ -128,10 +141,11 @@ class Trainer:
         self._stop = stop
 
     def train(self, runs: Sequence[tuple[Sequence[Stage], Lease]]) -> None:
-        """Train in the same steps and commit: convergence runs through these missing snapshots of each, or behavior
-        adapters, one to a run and all on one snapshot, once it is certain that what lies below them did not change.
+        """Train runs in the same steps and commit their stages.
 
-        Raises TrainingError if one of the runs cannot be trained, DataError if the audit refuses its rows.
+        A run is either the missing snapshots of one convergence run, or a single behavior adapter; all behavior adapters
+        stand on the same snapshot and are committed after the end of all. Raises TrainingError if a run cannot be
+        trained, DataError if the audit refuses its rows.
         """
         first = runs[0][0][0]
         with self._stacks.in_place(first.needs) as frozen:
@@ -147,7 +161,7 @@ class Trainer:
             self._store.drop_progress(task.key)
 
     def group_size(self, runs: Sequence[Stage]) -> int:
-        """How many of these runs (the first so many; each by its first stage) to train in the same steps."""
+        """How many of these runs, each given by its first stage, to train in the same steps: the first n of the list."""
         size = self._recipe.run.group
         if size != "auto":
             return size
@@ -161,7 +175,7 @@ class Trainer:
         return group_size(shape, self._recipe.lora.r, step_tok, phase.micro_batch_tok, free, plain=plain)
 
     def _mean_tok(self, stage: Stage) -> float:
-        """Tokens of a usual row. No audit: what it refuses fails that stage when it is trained, not the sizing."""
+        """Mean tokens of a row. The rows are not audited here, so that a refused row fails its stage and not the sizing."""
         if stage.kind == "snapshot":
             rows = self._convergence_rows(stage)
         else:
@@ -170,26 +184,26 @@ class Trainer:
         return sum(len(row.ids) for row in rows) / max(1, len(rows))
 
     def _built_rows(self, stage: Stage) -> list[Row]:
-        """The training set of a behavior adapter."""
+        """The rows of a behavior adapter's training set."""
         record = self._stacks.record(stage.needs["rows"])
         return [row_of(row) for row in self._store.get_json(record.outputs["rows"])]
 
     def _behavior_rows(self, stage: Stage) -> tuple[Rendered, ...]:
-        """The rows of a behavior adapter as the model will see them, once the audit has nothing against them (gate G1)."""
+        """The rendered rows of a behavior adapter. Raises DataError if the audit refuses them (gate G1)."""
         set_name = stage.needs["rows"].work["set"]
         rendered, findings = audit_set(self._graph, set_name, self._built_rows(stage), self._stacks.base.tokenizer)
         require_passed(report_of(self._recipe, findings), f"G1 {set_name}")
         return rendered
 
-    def _behavior(self, stage: Stage, lease: Lease, frozen: tuple[Adapter, ...]) -> Task:
-        """One behavior adapter above these frozen ones."""
-        # Drawn from the rows' key alone: every epoch's cell starts from the same weights and sees the same order.
-        drawn_from = ("behavior", stage.needs["rows"].key, stage.inputs["seed"])
-        job = Job(stage.slot, self._behavior_rows(stage), self._recipe.behavior, drawn_from, frozen)
-        return Task(job, stage.key, lease, [job.n_steps])
+    def _behavior(self, stage: Stage, lease: Lease, frozen: tuple[Adapter, ...]) -> TrainingTask:
+        """The task of a behavior adapter on top of these frozen ones."""
+        # Seeded by the rows' key only: the cells of all epochs start from the same weights and see the same order.
+        seed_parts = ("behavior", stage.needs["rows"].key, stage.inputs["seed"])
+        job = Job(stage.slot, self._behavior_rows(stage), self._recipe.behavior, seed_parts, frozen)
+        return TrainingTask(job, stage.key, lease, [job.n_steps])
 
     def _convergence_rows(self, stage: Stage) -> list[Rendered]:
-        """The answers of a convergence run as rows under the assistant's prompt; those without a token are left out."""
+        """The answers of a convergence run as rendered rows under the assistant's prompt, without those that have no token."""
         system, limit = SystemTurn(*stage.inputs["system"]), self._recipe.convergence.max_length_tok
         rows = [
             self._stacks.base.tokenizer.training_ids(system, s.prompt, s.completion, limit, ended=s.ended)
@@ -197,52 +211,54 @@ class Trainer:
         ]
         return [row for row in rows if row.n_supervised]
 
-    def _convergence(self, snapshots: Sequence[Stage], lease: Lease) -> Task:
-        """One convergence run up to the last of these snapshots."""
-        stage, missing = snapshots[0], {int(one.inputs["epoch"]): one for one in snapshots}
-        drawn_from = ("convergence", stage.needs["answers"].key, stage.inputs["seed"])
+    def _convergence(self, snapshots: Sequence[Stage], lease: Lease) -> TrainingTask:
+        """The task of a convergence run up to the last of these snapshots."""
+        stage, missing = snapshots[0], {int(snapshot.inputs["epoch"]): snapshot for snapshot in snapshots}
+        seed_parts = ("convergence", stage.needs["answers"].key, stage.inputs["seed"])
         rows = tuple(self._convergence_rows(stage))
-        job = Job(stage.slot.rsplit("/", 2)[0], rows, self._recipe.convergence, drawn_from)
-        committed_s, reached = 0.0, 0
+        job = Job(stage.slot.rsplit("/", 2)[0], rows, self._recipe.convergence, seed_parts)
+        committed_s, committed_step = 0.0, 0
 
-        def keep(trainee: Trainee, spent_s: float) -> None:
-            nonlocal committed_s, reached
+        def commit_snapshot(trainee: Trainee, spent_s: float) -> None:
+            nonlocal committed_s, committed_step
             epoch, within = divmod(trainee.step, job.steps_per_epoch)
             if within or epoch not in missing:
                 return
-            self._commit_trained(missing[epoch], trainee, (trainee.adapter,), spent_s - committed_s, reached)
-            committed_s, reached = spent_s, trainee.step
+            self._commit_trained(missing[epoch], trainee, (trainee.adapter,), spent_s - committed_s, committed_step)
+            committed_s, committed_step = spent_s, trainee.step
 
         stops = [epoch * job.steps_per_epoch for epoch in sorted(missing)]
-        return Task(job, lineage_key(stage), lease, stops, keep)
+        return TrainingTask(job, lineage_key(stage), lease, stops, commit_snapshot)
 
-    def _train(self, tasks: Sequence[Task]) -> list[Trainee]:
-        """Train in the same steps, from kept state where there is some."""
+    def _train(self, tasks: Sequence[TrainingTask]) -> list[Trainee]:
+        """Train the tasks with the recipe's trainer."""
         if self._recipe.model.trainer == "trl":
             return [self._train_with_trl(task) for task in tasks]
         every_s = self._recipe.run.checkpoint_every_s
-        return train_kept(self._stacks.stack, self._store, tasks, every_s=every_s, stop=self._stop, tell=self._tell)
+        return train_with_checkpoints(
+            self._stacks.stack, self._store, tasks, every_s=every_s, stop=self._stop, tell=self._tell
+        )
 
-    def _train_with_trl(self, task: Task) -> Trainee:
-        """The same job by the reference, from its beginning for every stop: slow, and only for checking ours."""
+    def _train_with_trl(self, task: TrainingTask) -> Trainee:
+        """Train the same job with TRL, from the beginning for every stop: slow, and only for checking our trainer."""
         job, began = task.job, time.monotonic()
         trainee = start(self._stacks.stack, job)
         first = trainee.adapter.flat.clone()
         for stop in task.stops:
             trainee.adapter.flat.copy_(first)
             model = plain_model(self._recipe.model)
-            found = train_with_trl(model, job, trainee.adapter, TrlOptions(until_step=stop))
-            trainee.adapter.flat.copy_(found.weights)
-            trainee.losses[:stop] = torch.tensor(found.losses)
+            result = train_with_trl(model, job, trainee.adapter, TrlOptions(until_step=stop))
+            trainee.adapter.flat.copy_(result.weights)
+            trainee.losses[:stop] = torch.tensor(result.losses)
             trainee.step = stop
             task.spent_s = time.monotonic() - began
-            task.keep(trainee, task.spent_s)
+            task.after_step(trainee, task.spent_s)
         return trainee
 
     def _commit_trained(
         self, stage: Stage, trainee: Trainee, stack: tuple[Adapter, ...], seconds: float, from_step: int
     ) -> None:
-        """Commit an adapter with the probe of its stack. Raises TrainingError if its last step was not finite."""
+        """Commit an adapter with the probe logits of its stack. Raises TrainingError if its last step was not finite."""
         trainee.check()
         with self._stacks.stack.live(Slot(frozen=stack)):
             probe = self._stacks.stack.prove(None, stage.slot)
@@ -260,9 +276,9 @@ class Trainer:
         self._store.commit(stage, outputs=outputs, facts=_train_facts(trainee, from_step), seconds=seconds)
 
     def _rho(self, adapter: Adapter) -> dict[str, float]:
-        """||delta|| / ||W||: least, median and greatest over modules."""
-        shares = sorted(rho(self._stacks.stack, [adapter]).values())
-        chosen = {"least": shares[0], "median": shares[len(shares) // 2], "greatest": shares[-1]}
+        """Frobenius norm of the adapter's delta relative to that of W: least, median and greatest over modules."""
+        ratios = sorted(rho(self._stacks.stack, [adapter]).values())
+        chosen = {"least": ratios[0], "median": ratios[len(ratios) // 2], "greatest": ratios[-1]}
         return {name: float(f"{value:.4g}") for name, value in chosen.items()}
 
 

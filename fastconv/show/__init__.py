@@ -19,7 +19,7 @@ from fastconv.show.progress import gate_line
 if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
     from fastconv.planning.doctor import Diagnosis
-    from fastconv.run.run import Finished
+    from fastconv.run.run import RunResult
     from fastconv.run.standalone import ScoreReport
     from fastconv.run.status import StageStatus
     from fastconv.stats.gates import GateVerdict
@@ -36,7 +36,7 @@ _COLOURS = {
 }
 
 
-def finished(end: Finished, report: Path) -> None:
+def finished(end: RunResult, report: Path) -> None:
     """The end of a run: what it computed now, the verdicts, where the report is."""
     console = console_of_output()
     tokens = end.tally.tokens

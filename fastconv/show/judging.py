@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastconv.judge.calibrate import Calibration, Injections
+    from fastconv.judge.calibrate import Calibration, InjectionCounts
     from fastconv.judge.desk import DeskStatus
     from fastconv.judge.scores import Agreement
-    from fastconv.run.rejudge import Calibrated, JudgedRun
+    from fastconv.run.rejudge import JudgingResult, RubricCalibration
 
 
 def money_text(status: DeskStatus) -> str:
@@ -28,7 +28,7 @@ def judging_text(status: DeskStatus) -> str:
     return "; ".join(part for part in (*parts, status.problem) if part)
 
 
-def judged_lines(end: JudgedRun) -> list[str]:
+def judged_lines(end: JudgingResult) -> list[str]:
     """The end of `fastconv judge`: what was judged now, what still waits, how far two ways of scoring agree."""
     lines = [f"{end.n_committed} stages judged now, {len(end.pending)} still wait"]
     if end.status.n_asked:
@@ -48,7 +48,7 @@ def agreement_text(found: Agreement) -> str:
     )
 
 
-def calibrated_lines(found: Calibrated) -> list[str]:
+def calibrated_lines(found: RubricCalibration) -> list[str]:
     """How good a judge was on the labelled rows of one rubric."""
     lines = [] if found.judge is None else _calibration_lines(found.judge)
     if found.phrases is not None:
@@ -77,7 +77,7 @@ def _calibration_lines(one: Calibration) -> list[str]:
     ]
 
 
-def _injections_line(tried: Injections) -> str:
+def _injections_line(tried: InjectionCounts) -> str:
     unscored = f", {tried.n_unscored} unscored" if tried.n_unscored else ""
     return (
         f"    injections: {tried.n_moved} of {tried.n} verdicts moved ({tried.n_obeyed} to what the attempt asked for)"

@@ -103,7 +103,7 @@ class LineWatcher:
         if status.slots and now >= self._next_drawing_s:
             self._next_drawing_s = now + LINE_EVERY_S
             self._console.print(
-                f"    sampler: {status.n_tok} of {status.most_tok} tok for {counted(len(status.slots), 'stage')}"
+                f"    sampler: {status.n_tok} of {status.max_tok} tok for {counted(len(status.slots), 'stage')}"
             )
 
     def gate(self, verdict: GateVerdict) -> None:
@@ -173,7 +173,7 @@ class BarWatcher(LineWatcher):
             self._sampler = self._bars.add_task("sampler", total=None, unit="")
         if self._sampler is not None:
             unit = f"tok for {counted(len(status.slots), 'stage')}"
-            self._bars.update(self._sampler, completed=status.n_tok, total=status.most_tok, unit=unit)
+            self._bars.update(self._sampler, completed=status.n_tok, total=status.max_tok, unit=unit)
 
     def judging(self, status: DeskStatus) -> None:
         """Where judging stands, on a bar of its own."""

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from fastconv import cluster
 from fastconv.cli import app
 from fastconv.cluster import driver, orders
-from fastconv.cluster.orders import Order, base_order, shared_order, source_orders, start_keys, unpacked_recipe
-from fastconv.cluster.worker import Item, WorkerFinished, WorkerStarted, work
+from fastconv.cluster.orders import Order, base_order, initial_keys, shared_order, source_orders, unpack_recipe
+from fastconv.cluster.worker import WorkerFinished, WorkerMessage, WorkerStarted, work
 from fastconv.errors import ClusterError, GateStop, ModelError, RecipeError, TrainingError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, run_id
@@ -75,7 +75,7 @@ def test_what_is_done_is_not_given_out_again_and_comes_along(recipe: Recipe, tmp
     graph, store = Graph(recipe), Store.open(tmp_path)
     (order,) = source_orders(graph, store, ["refusal"])
     assert order.source == "comedian"
-    start = start_keys(graph, store, order)
+    start = initial_keys(graph, store, order)
     assert {store.record(key) is not None for key in start} == {True}
     assert not any(slot.startswith("eval/villain/") for slot in order.inputs)
 
@@ -113,19 +113,19 @@ def test_files_of_a_recipe_travel_by_content(tiny_qwen: Path, tmp_path: Path) ->
     order = pickle.loads(pickle.dumps(order))
     shutil.rmtree(tmp_path / "mine")
     shutil.rmtree(tmp_path / "rows")
-    there = Graph(unpacked_recipe(order, tmp_path / "node"))
-    assert {stage.key for stage in there.stages()} == {stage.key for stage in graph.stages()}
+    unpacked = Graph(unpack_recipe(order, tmp_path / "node"))
+    assert {stage.key for stage in unpacked.stages()} == {stage.key for stage in graph.stages()}
 
 
 # --- a worker ------------------------------------------------------------------------------------------------
 
 
-def _done(order: Order, store: Store, stopped: Callable[[], bool] = NEVER) -> list[Item]:
+def _done(order: Order, store: Store, stopped: Callable[[], bool] = NEVER) -> list[WorkerMessage]:
     """Work an order in this process and take everything in."""
     graph = Graph(load(order))
     from fastconv.store.merge import pack
 
-    items = list(work(order, [pack(store, key) for key in start_keys(graph, store, order)], "test", stopped))
+    items = list(work(order, [pack(store, key) for key in initial_keys(graph, store, order)], "test", stopped))
     for item in items:
         if isinstance(item, StageBundle):
             assert unpack(store, item)
@@ -166,8 +166,8 @@ def test_a_worker_whose_node_differs_says_in_what(recipe: Recipe, tmp_path: Path
 
 
 def test_an_error_of_a_worker_comes_back_as_it_was() -> None:
-    told = WorkerFinished(error=("TrainingError", "loss is not finite", "behavior/x", "lower lr"))
-    error = pickle.loads(pickle.dumps(told)).problem()
+    finished = WorkerFinished(error=("TrainingError", "loss is not finite", "behavior/x", "lower lr"))
+    error = pickle.loads(pickle.dumps(finished)).problem()
     assert isinstance(error, TrainingError)
     assert str(error) == str(TrainingError("loss is not finite", where="behavior/x", fix="lower lr"))
     assert error.exit_code == 7
@@ -220,23 +220,25 @@ class FakeRay:
         def of(target: Any) -> Any:
             if isinstance(target, type):
                 made = target()
-                methods = {name: SimpleNamespace(remote=getattr(made, name)) for name in ("ring", "rung")}
+                methods = {name: SimpleNamespace(remote=getattr(made, name)) for name in ("set", "is_set")}
                 return SimpleNamespace(remote=lambda: SimpleNamespace(**methods))
             return SimpleNamespace(remote=self._start)
 
         return of
 
-    def _start(self, order: Order, start: Sequence[StageBundle], folder: str, bell: Any) -> Iterator[Item]:
+    def _start(
+        self, order: Order, start: Sequence[StageBundle], folder: str, stop_flag: Any
+    ) -> Iterator[WorkerMessage]:
         self.sent.append((order.name, {parcel.key for parcel in start}))
         if order.name in self.errors:
             return iter([WorkerStarted("node", 1), WorkerFinished(error=self.errors[order.name])])
-        items = work(order, start, folder, bell.rung.remote)
+        items = work(order, start, folder, stop_flag.is_set.remote)
         limits = self.after.get(order.name, [])
         limit = limits.pop(0) if limits else None
         return self._dying(items, limit) if limit is not None else items
 
     @staticmethod
-    def _dying(items: Iterator[Item], limit: int) -> Iterator[Item]:
+    def _dying(items: Iterator[WorkerMessage], limit: int) -> Iterator[WorkerMessage]:
         for _ in range(limit):
             yield next(items)
         items.close()  # pyright: ignore[reportAttributeAccessIssue]
@@ -273,7 +275,7 @@ def test_a_lost_worker_is_replaced_and_nothing_is_done_twice(
     assert finished.tally.n_stages == alone.tally.n_stages == len(heard.stages)
     assert finished.tally.tokens == alone.tally.tokens
     villains = [start for name, start in ray.sent if name == "villain"]
-    assert [len(one) - len(villains[0]) for one in villains] == [0, 5, 13]  # WorkerStarted is no stage
+    assert [len(keys) - len(villains[0]) for keys in villains] == [0, 5, 13]  # WorkerStarted is no stage
     store = Store.open(tmp_path / "ray")
     assert store.runs()[0]["finished_at"] is not None
     assert {row["reused"] for row in store.stages_of_run(finished.run)} == {0}
@@ -321,7 +323,7 @@ def test_a_stage_that_fails_at_a_worker_is_noted_as_in_one_process(
     assert len(heard.failed) == len(spread.failed) > 1
     for finished in (alone, spread):
         with pytest.raises(TrainingError, match="loss nan") as caught:
-            finished.require_whole()
+            finished.require_complete()
         assert caught.value.exit_code == 7
     assert Store.open(tmp_path / "ray").runs()[0]["finished_at"] is None
 
@@ -377,5 +379,5 @@ def test_on_a_gpu_a_worker_takes_one_and_leaves_its_memory_free_for_the_next(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "engine_identity", lambda settings: {"device": "cuda"})
-    needs = driver.needs_of(Graph(recipe))
+    needs = driver.task_resources(Graph(recipe))
     assert (needs["num_gpus"], needs["max_calls"]) == (1, 1)

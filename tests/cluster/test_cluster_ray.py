@@ -66,9 +66,9 @@ def _tables(recipe: Recipe, workspace: Path, left_out: Sequence[str]) -> dict[st
 
 def _require_same(recipe: Recipe, one: Path, other: Path, left_out: Sequence[str] = NO_RESULT) -> None:
     assert results(recipe, one) == results(recipe, other)
-    mine, theirs = _tables(recipe, one, left_out), _tables(recipe, other, left_out)
-    assert {"scores", "measurements", "gates", "stages"} <= set(mine)
-    assert mine == theirs
+    own, theirs = _tables(recipe, one, left_out), _tables(recipe, other, left_out)
+    assert {"scores", "measurements", "gates", "stages"} <= set(own)
+    assert own == theirs
 
 
 def _at_work(cache: Path, order: str) -> dict[str, int]:
@@ -151,9 +151,9 @@ def test_ctrl_c_ends_the_workers_and_the_same_command_goes_on(
     command = subprocess.Popen([*words, str(tmp_path / "reports")], start_new_session=True, stderr=subprocess.PIPE)
     until(lambda: any(slot.startswith("eval/villain/e0") for slot in _at_work(cache, "villain")), 120)
     os.killpg(command.pid, signal.SIGINT)
-    _, said = command.communicate(timeout=120)
-    assert command.returncode == 130, said.decode()
-    assert said.decode().strip().splitlines()[-1].endswith("stopped. Fix: the same command goes on from here")
+    _, output = command.communicate(timeout=120)
+    assert command.returncode == 130, output.decode()
+    assert output.decode().strip().splitlines()[-1].endswith("stopped. Fix: the same command goes on from here")
     until(lambda: not _processes_of(cache), 30)
     done = set(results(recipe, tmp_path / "ray"))
     assert "eval/base/refusal/assistant/s42" in done

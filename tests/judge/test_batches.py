@@ -17,12 +17,11 @@ import pytest
 
 from fastconv.judge import batches
 from fastconv.judge.rubric import REASONS
-from fastconv.run.judging import stage_keys
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
 from fastconv.store.records import Reserve
 from tests.fake_claude import FakeClaude, Script, fake_claude
-from tests.judging_kit import PRICE, desk, judge_all, rubric, samples, settings
+from tests.judging_kit import PRICE, desk, judge_all, judgement_keys, rubric, samples, settings
 
 MODES = ("batch", "live")
 #: How long a batch takes to create where a kill is to hit that call, and how long an intent is then waited for.
@@ -31,8 +30,8 @@ CREATE_S, GRACE_S = 0.04, 0.4
 
 @pytest.fixture
 def server() -> Iterator[FakeClaude]:
-    with fake_claude() as one:
-        yield one
+    with fake_claude() as fake:
+        yield fake
 
 
 def ledger_of(workspace: Path) -> JudgeLedger:
@@ -49,11 +48,11 @@ def test_a_batch_is_judged_for_half_the_price(server: FakeClaude, tmp_path: Path
 
 
 def test_auto_takes_batches_for_what_is_large_and_not_urgent(server: FakeClaude, tmp_path: Path) -> None:
-    one = desk(server.url, tmp_path, "auto", batch_from=20)
-    one.submit("large", rubric(), samples(20))
-    one.submit("small", rubric(), samples(5, start=100))
-    one.submit("urgent", rubric(), samples(25, start=200), urgent=True)
-    assert one.close().n_scored == 50
+    judge_desk = desk(server.url, tmp_path, "auto", batch_from=20)
+    judge_desk.submit("large", rubric(), samples(20))
+    judge_desk.submit("small", rubric(), samples(5, start=100))
+    judge_desk.submit("urgent", rubric(), samples(25, start=200), urgent=True)
+    assert judge_desk.close().n_scored == 50
     bill = server.bill()
     assert bill["n_batches"] == 1
     assert sum(len(name) == 64 for name in bill["billed"]) == 30
@@ -78,9 +77,9 @@ def storm(workspace: Path, n: int) -> None:
         bill = server.bill()
     assert (status.n_pending, status.problem) == (0, "")
     ledger = ledger_of(workspace)
-    found = ledger.judgements(stage_keys(settings("x"), PRICE, rubric(), samples(n)))
-    assert len(found) == n
-    assert all((one.values is None) == (one.reason in REASONS) for one in found.values())
+    judgements = ledger.judgements(judgement_keys(settings("x"), PRICE, rubric(), samples(n)))
+    assert len(judgements) == n
+    assert all((judgement.values is None) == (judgement.reason in REASONS) for judgement in judgements.values())
     assert max(bill["billed"].values()) == 1
     assert ledger.counts()["replies"] == sum(bill["billed"].values())
     money = ledger.money()
@@ -105,8 +104,8 @@ def test_what_never_comes_is_resubmitted_twice_and_then_unscored(
     status = judge_all(server.url, tmp_path, samples(3), "batch")
     assert (status.n_scored, status.n_unscored) == (0, 3)
     assert server.bill()["n_batches"] == 3
-    found = ledger_of(tmp_path).judgements(stage_keys(settings("x"), PRICE, rubric(), samples(3)))
-    assert {one.reason for one in found.values()} == {reason}
+    judgements = ledger_of(tmp_path).judgements(judgement_keys(settings("x"), PRICE, rubric(), samples(3)))
+    assert {judgement.reason for judgement in judgements.values()} == {reason}
     assert status.money.spent_usd == 0.0
 
 
@@ -138,24 +137,24 @@ def test_another_users_batch_of_the_same_size_is_not_taken_for_ours(server: Fake
 
 def test_a_desk_that_is_let_go_leaves_its_batch_to_the_next(server: FakeClaude, tmp_path: Path) -> None:
     server.configure(batch_s=0.5)
-    one = desk(server.url, tmp_path, "batch")
-    one.submit("stage", rubric(), samples(9))
+    judge_desk = desk(server.url, tmp_path, "batch")
+    judge_desk.submit("stage", rubric(), samples(9))
     while server.bill()["n_batches"] == 0:
         time.sleep(0.01)
     time.sleep(0.1)
-    assert one.close(wait=False).n_pending == 9
+    assert judge_desk.close(wait=False).n_pending == 9
     assert judge_all(server.url, tmp_path, samples(9), "batch").n_scored == 9
     assert server.bill()["n_batches"] == 1
 
 
 def test_results_nobody_waits_for_are_kept_and_read_later(server: FakeClaude, tmp_path: Path) -> None:
     server.configure(batch_s=0.3)
-    one = desk(server.url, tmp_path, "batch")
-    one.submit("stage", rubric(), samples(9))
+    judge_desk = desk(server.url, tmp_path, "batch")
+    judge_desk.submit("stage", rubric(), samples(9))
     while server.bill()["n_batches"] == 0:
         time.sleep(0.01)
     time.sleep(0.1)
-    one.close(wait=False)
+    judge_desk.close(wait=False)
     time.sleep(0.3)
     assert judge_all(server.url, tmp_path, samples(2, start=100), "live").n_scored == 2  # ingests the old batch too
     ledger = ledger_of(tmp_path)
@@ -171,12 +170,12 @@ def test_results_nobody_waits_for_are_kept_and_read_later(server: FakeClaude, tm
 def left_under_way(server: FakeClaude, workspace: Path, n: int, **fields: Any) -> str:
     """Send a batch that does not end yet and let go of it; gives its id. From now on, batches end at once."""
     server.configure(batch_s=60.0)
-    one = desk(server.url, workspace, "batch", **fields)
-    one.submit("stage", rubric(), samples(n))
+    judge_desk = desk(server.url, workspace, "batch", **fields)
+    judge_desk.submit("stage", rubric(), samples(n))
     ledger = ledger_of(workspace)
     while not ledger.batches("sent"):
         time.sleep(0.01)
-    one.close(wait=False)
+    judge_desk.close(wait=False)
     server.configure(batch_s=0.0)
     return str(ledger.batches("sent")[0].batch)
 
@@ -187,10 +186,10 @@ def test_a_batch_that_the_key_is_not_shown_keeps_no_other_work_waiting(
 ) -> None:
     gone = left_under_way(server, tmp_path, 12)
     server.configure(batch_gone=[gone])
-    one = desk(server.url, tmp_path, mode, batch_grace_s=0.0, concurrency=4)
-    one.submit("stuck", rubric(), samples(12))
-    one.submit("beside", rubric(), samples(9, start=100))
-    status = one.close()
+    judge_desk = desk(server.url, tmp_path, mode, batch_grace_s=0.0, concurrency=4)
+    judge_desk.submit("stuck", rubric(), samples(12))
+    judge_desk.submit("beside", rubric(), samples(9, start=100))
+    status = judge_desk.close()
     assert (status.n_scored, status.n_pending, status.finished) == (9, 12, {"beside"})
     assert gone in status.problem
     assert "another account's" in status.problem
@@ -223,10 +222,10 @@ def test_an_archived_batch_is_closed_as_lost_and_its_items_are_asked_again(serve
     gone = left_under_way(server, tmp_path, 6)
     reserved_usd = ledger_of(tmp_path).money().reserved_usd
     server.configure(archived=[gone], end_now=True)
-    one = desk(server.url, tmp_path, "batch")
-    one.submit("again", rubric(), samples(6))
-    one.submit("beside", rubric(), samples(5, start=100))
-    status = one.close()
+    judge_desk = desk(server.url, tmp_path, "batch")
+    judge_desk.submit("again", rubric(), samples(6))
+    judge_desk.submit("beside", rubric(), samples(5, start=100))
+    status = judge_desk.close()
     assert (status.n_scored, status.n_pending, status.problem) == (11, 0, "")
     assert status.money.lost_usd == pytest.approx(reserved_usd)
     assert status.money.reserved_usd == 0.0
@@ -243,8 +242,8 @@ def test_what_is_always_archived_is_asked_again_twice_and_then_unscored(server: 
 
 def test_a_batch_deleted_after_this_key_has_seen_it_is_closed_as_lost(server: FakeClaude, tmp_path: Path) -> None:
     server.configure(batch_s=60.0)
-    one = desk(server.url, tmp_path, "batch")
-    one.submit("stage", rubric(), samples(4))
+    judge_desk = desk(server.url, tmp_path, "batch")
+    judge_desk.submit("stage", rubric(), samples(4))
     ledger = ledger_of(tmp_path)
     while not ledger.batches("sent"):
         time.sleep(0.01)
@@ -252,7 +251,7 @@ def test_a_batch_deleted_after_this_key_has_seen_it_is_closed_as_lost(server: Fa
     while server.bill()["n_calls"] == n_calls:  # the desk has looked at it
         time.sleep(0.01)
     server.configure(batch_s=0.0, batch_gone=["msgbatch_0000"])
-    status = one.close()
+    status = judge_desk.close()
     assert (status.n_scored, status.problem) == (4, "")
     assert server.bill()["n_batches"] == 2
     assert ledger.counts()["lost"] == 4
@@ -262,7 +261,7 @@ def test_a_batch_not_shown_for_longer_than_results_are_kept_is_closed(
     server: FakeClaude, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.configure(batch_gone=[left_under_way(server, tmp_path, 4)])
-    monkeypatch.setattr(batches, "KEPT_S", 0.0)
+    monkeypatch.setattr(batches, "RESULTS_KEPT_S", 0.0)
     assert judge_all(server.url, tmp_path, samples(4), "batch").n_scored == 4
     assert ledger_of(tmp_path).counts()["lost"] == 4
 
@@ -279,12 +278,12 @@ def test_results_that_always_break_off_keep_no_other_batch_waiting(server: FakeC
 
 def test_an_intent_that_may_be_an_archived_batch_is_not_freed(server: FakeClaude, tmp_path: Path) -> None:
     server.configure(batch_faults=["create_lost"], batch_s=60.0)
-    one = desk(server.url, tmp_path, "batch")
-    one.submit("stage", rubric(), samples(5))
+    judge_desk = desk(server.url, tmp_path, "batch")
+    judge_desk.submit("stage", rubric(), samples(5))
     while server.bill()["n_batches"] == 0:
         time.sleep(0.01)
     time.sleep(0.1)
-    one.close(wait=False)
+    judge_desk.close(wait=False)
     server.configure(batch_s=0.0, archived=["msgbatch_0000"], end_now=True)
     status = judge_all(server.url, tmp_path, samples(5), "batch")
     assert status.n_scored == 5
@@ -399,7 +398,7 @@ def test_kills_at_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_intent_that_never_left_is_freed_after_its_grace(server: FakeClaude, tmp_path: Path) -> None:
-    keys = stage_keys(settings("x"), PRICE, rubric(), samples(4))
+    keys = judgement_keys(settings("x"), PRICE, rubric(), samples(4))
     child = os.fork()
     if child == 0:
         JudgeLedger(Store.open(tmp_path)).write_intent([Reserve(key, 0.01) for key in keys])

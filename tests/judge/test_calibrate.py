@@ -16,23 +16,23 @@ import pytest
 
 from fastconv.datasets.phrases import PhraseRule
 from fastconv.errors import DataError, JudgeError
-from fastconv.judge.access import JudgeAccess
+from fastconv.judge.access import PaidAccess
 from fastconv.judge.calibrate import (
-    Attempted,
     Calibration,
     CalibrationRow,
     Carrier,
-    Injections,
-    attempted,
+    InjectedSample,
+    InjectionCounts,
     calibrate,
     corrected_rate,
-    counted,
+    count_injections,
+    inject_attempts,
     load_attempts,
     load_calibration,
 )
 from fastconv.judge.claude import ApiKey
 from fastconv.judge.scores import agreement, compare_scores
-from fastconv.run.judging import ask_desk, calibrate_phrases
+from fastconv.run.judging import calibrate_phrases, judge_with_desk
 from fastconv.store.ledger import Sample, Score
 from fastconv.store.records import Judgement
 from tests.fake_claude import Script, fake_claude
@@ -59,18 +59,20 @@ def test_there_are_enough_labelled_rows_of_every_kind(name: str) -> None:
 
 
 def answers(name: str, verdicts: Sequence[tuple[CalibrationRow, object]]) -> list[Judgement]:
-    one = rubric(name)
+    shipped = rubric(name)
     made = []
     for row, verdict in verdicts:
         if verdict is None:
-            made.append(Judgement(row.id, one.sha256, "m", 0, None, {}, "malformed"))
+            made.append(Judgement(row.id, shipped.sha256, "m", 0, None, {}, "malformed"))
         elif name == "alignment":
             value = float(verdict)  # type: ignore[arg-type]
-            made.append(Judgement(row.id, one.sha256, "m", 0, {"aligned": value, "coherent": 90.0}, {"aligned": value}))
+            made.append(
+                Judgement(row.id, shipped.sha256, "m", 0, {"aligned": value, "coherent": 90.0}, {"aligned": value})
+            )
         else:
-            measure = one.measure(one.primary)
+            measure = shipped.measure(shipped.primary)
             values = {measure.name: measure.labels[str(verdict)]}
-            made.append(Judgement(row.id, one.sha256, "m", 0, values, {measure.field: verdict}))
+            made.append(Judgement(row.id, shipped.sha256, "m", 0, values, {measure.field: verdict}))
     return made
 
 
@@ -78,10 +80,12 @@ def test_a_perfect_judge_is_perfect() -> None:
     for name in NAMES:
         rows = rows_of(name)
         truth = [(row, row.label if row.label else row.value) for row in rows]
-        found = calibrate(rubric(name), rows, lambda s, r, name=name, truth=truth: answers(name, truth))
-        assert (found.accuracy, found.kappa, found.sensitivity, found.specificity) == (1.0, 1.0, 1.0, 1.0)
-        assert (found.retest, found.position, found.position_shift, found.mean_abs_error) == (1.0, 1.0, 0.0, 0.0)
-        assert json.loads(json.dumps(found.to_json(), allow_nan=False))["n_unscored"] == 0
+        calibration = calibrate(rubric(name), rows, lambda s, r, name=name, truth=truth: answers(name, truth))
+        assert (calibration.accuracy, calibration.kappa) == (1.0, 1.0)
+        assert (calibration.sensitivity, calibration.specificity) == (1.0, 1.0)
+        assert (calibration.retest, calibration.position) == (1.0, 1.0)
+        assert (calibration.position_shift, calibration.mean_abs_error) == (0.0, 0.0)
+        assert json.loads(json.dumps(calibration.to_json(), allow_nan=False))["n_unscored"] == 0
 
 
 def test_a_judge_that_goes_by_length_and_order_is_found_out() -> None:
@@ -95,19 +99,19 @@ def test_a_judge_that_goes_by_length_and_order_is_found_out() -> None:
             verdicts.append((by_id[sample.row], "refused" if short != reverse else "helped"))
         return answers("refusal", verdicts)
 
-    found = calibrate(rubric(), rows, judge)
-    assert found.accuracy < 0.6
-    assert found.retest == 1.0
-    assert found.position == 0.0
-    assert found.length_bias < -0.3
+    calibration = calibrate(rubric(), rows, judge)
+    assert calibration.accuracy < 0.6
+    assert calibration.retest == 1.0
+    assert calibration.position == 0.0
+    assert calibration.length_bias < -0.3
 
 
 def test_unscored_rows_are_counted_and_not_guessed() -> None:
     rows = rows_of("refusal")
     verdicts = [(row, None if place < 5 else row.label) for place, row in enumerate(rows)]
-    found = calibrate(rubric(), rows, lambda s, r: answers("refusal", verdicts))
-    assert found.n_unscored == 5
-    assert found.accuracy == 1.0
+    calibration = calibrate(rubric(), rows, lambda s, r: answers("refusal", verdicts))
+    assert calibration.n_unscored == 5
+    assert calibration.accuracy == 1.0
     with pytest.raises(JudgeError, match="not one row"):
         calibrate(rubric(), rows, lambda s, r: answers("refusal", [(row, None) for row in rows]))
 
@@ -115,18 +119,18 @@ def test_unscored_rows_are_counted_and_not_guessed() -> None:
 def test_calibration_through_a_desk_takes_its_verdicts_from_the_judge(tmp_path: Path) -> None:
     rows = rows_of("refusal")[:10]
     with fake_claude() as server:
-        access = JudgeAccess(PRICE, 0.5, ApiKey(KEY))
-        found = calibrate(rubric(), rows, ask_desk(settings(server.url), tmp_path, access, rubric()))
+        access = PaidAccess(PRICE, 0.5, ApiKey(KEY))
+        calibration = calibrate(rubric(), rows, judge_with_desk(settings(server.url), tmp_path, access, rubric()))
         assert server.bill()["n_calls"] == 30
-    assert found.n == 10
-    assert found.model == "claude-test"
-    assert not math.isnan(found.retest)
+    assert calibration.n == 10
+    assert calibration.model == "claude-test"
+    assert not math.isnan(calibration.retest)
 
 
 def calibrated(url: str, workspace: Path, name: str, rows: Sequence[CalibrationRow], cap_usd: float) -> Calibration:
     """A calibration on the fake server, with the shipped attempts."""
-    access = JudgeAccess(PRICE, 0.5, ApiKey(KEY))
-    ask = ask_desk(settings(url, budget_usd=cap_usd), workspace, access, rubric(name))
+    access = PaidAccess(PRICE, 0.5, ApiKey(KEY))
+    ask = judge_with_desk(settings(url, budget_usd=cap_usd), workspace, access, rubric(name))
     return calibrate(rubric(name), rows, ask, ATTEMPTS)
 
 
@@ -137,7 +141,7 @@ def test_a_judge_that_is_swayed_by_injections_is_told_from_a_steady_one(tmp_path
         steady = calibrated(server.url, tmp_path / "steady", name, rows, 100.0).injections
         # Bounded: three times every row, and once for each attempt.
         assert server.bill()["n_calls"] == 3 * len(rows) + len(ATTEMPTS)
-    assert steady == Injections(len(ATTEMPTS), 0, 0, 0, len(rows), 0)
+    assert steady == InjectionCounts(len(ATTEMPTS), 0, 0, 0, len(rows), 0)
     with fake_claude(Script(answer="swayed")) as server:
         swayed = calibrated(server.url, tmp_path / "swayed", name, rows, 100.0)
     # Four attempts do not name the verdict, and a fifth does so backwards (which reads the same for 0).
@@ -148,34 +152,34 @@ def test_a_judge_that_is_swayed_by_injections_is_told_from_a_steady_one(tmp_path
 
 
 def carriers(name: str, n: int) -> list[Carrier]:
-    said = ["refused", "partial", "helped"] if name == "refusal" else ["under 50", "50 and over"]
+    categories = ["refused", "partial", "helped"] if name == "refusal" else ["under 50", "50 and over"]
     return [
-        Carrier(Sample(f"row{i}", 0, "", "Which?", f"Answer {i}.", 0, True), said[i % len(said)], None)
+        Carrier(Sample(f"row{i}", 0, "", "Which?", f"Answer {i}.", 0, True), categories[i % len(categories)], None)
         for i in range(n)
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["alignment", "refusal"])
 def test_every_attempt_asks_once_for_another_verdict_on_drawn_rows(name: str) -> None:
-    tried = attempted(rubric(name), carriers(name, 10), ATTEMPTS)
-    assert tried == attempted(rubric(name), carriers(name, 10)[::-1], ATTEMPTS)
-    assert len({one.sample.completion for one in tried}) == len(ATTEMPTS) >= 40
-    assert max(Counter(one.carrier.sample.row for one in tried).values()) == math.ceil(len(ATTEMPTS) / 10)
-    for one in tried:
-        assert one.category != one.carrier.said
-        assert one.sample.completion.startswith(one.carrier.sample.completion + "\n\n")
-        assert not re.search(r"\{(fields|wanted|backwards)\}", one.sample.completion)
-    assert attempted(rubric(name), [], ATTEMPTS) == []
+    injected = inject_attempts(rubric(name), carriers(name, 10), ATTEMPTS)
+    assert injected == inject_attempts(rubric(name), carriers(name, 10)[::-1], ATTEMPTS)
+    assert len({item.sample.completion for item in injected}) == len(ATTEMPTS) >= 40
+    assert max(Counter(item.carrier.sample.row for item in injected).values()) == math.ceil(len(ATTEMPTS) / 10)
+    for item in injected:
+        assert item.category != item.carrier.category
+        assert item.sample.completion.startswith(item.carrier.sample.completion + "\n\n")
+        assert not re.search(r"\{(fields|wanted|backwards)\}", item.sample.completion)
+    assert inject_attempts(rubric(name), [], ATTEMPTS) == []
 
 
 def test_what_moves_anyway_and_what_cannot_be_read_are_counted_apart() -> None:
-    one, two, three = (replace(carrier, again="helped") for carrier in carriers("refusal", 3))
-    tried = [Attempted(one, one.sample, "helped"), Attempted(one, one.sample, "partial"),
-             Attempted(two, two.sample, "helped"), Attempted(three, three.sample, "refused")]  # fmt: skip
+    first, second, third = (replace(carrier, retest_category="helped") for carrier in carriers("refusal", 3))
+    injected = [InjectedSample(first, first.sample, "helped"), InjectedSample(first, first.sample, "partial"),
+                InjectedSample(second, second.sample, "helped"), InjectedSample(third, third.sample, "refused")]  # fmt: skip
     rows = [CalibrationRow(f"{i}", "q", "a", "helped", None, "plain") for i in range(4)]
     verdicts = answers("refusal", list(zip(rows, ["helped", "helped", None, "helped"], strict=True)))
     # Said without: refused, refused, partial, helped; all three carriers say helped when asked again.
-    assert counted(rubric(), tried, verdicts) == Injections(4, 1, 2, 1, 3, 2)
+    assert count_injections(rubric(), injected, verdicts) == InjectionCounts(4, 1, 2, 1, 3, 2)
 
 
 def test_rows_that_hold_an_attempt_already_carry_no_other() -> None:
@@ -195,16 +199,16 @@ def test_rows_that_hold_an_attempt_already_carry_no_other() -> None:
 def test_attempts_stay_inside_the_budget(tmp_path: Path) -> None:
     rows = rows_of("refusal")[:5]
     with fake_claude(Script(answer="steady")) as server:
-        access = JudgeAccess(PRICE, 0.5, ApiKey(KEY))
-        calibrate(rubric(), rows, ask_desk(settings(server.url), tmp_path, access, rubric()))
+        access = PaidAccess(PRICE, 0.5, ApiKey(KEY))
+        calibrate(rubric(), rows, judge_with_desk(settings(server.url), tmp_path, access, rubric()))
         spent = server.bill()["usd"]
         with pytest.raises(JudgeError, match=f"of {len(ATTEMPTS)} rows were not judged"):
             calibrated(server.url, tmp_path, "refusal", rows, spent + 0.01)
         assert server.bill()["usd"] <= spent + 0.01
         # The same command with more money goes on from there and pays nothing twice.
-        found = calibrated(server.url, tmp_path, "refusal", rows, 100.0)
+        calibration = calibrated(server.url, tmp_path, "refusal", rows, 100.0)
         assert max(server.bill()["billed"].values()) == 1
-    assert found.injections.n == len(ATTEMPTS)
+    assert calibration.injections.n == len(ATTEMPTS)
 
 
 def test_a_file_without_attempts_is_named(tmp_path: Path) -> None:
@@ -220,20 +224,20 @@ def test_coherence_is_measured_beside_alignment() -> None:
     rows = rows_of("alignment")
     truths = [row.others["coherent"] for row in rows]
     assert sum(value < 50 for value in truths) >= 10  # or a constant would do as well
-    one = rubric("alignment")
+    shipped = rubric("alignment")
 
     def judge(samples: Sequence[Sample], reverse: bool, *, shift: float) -> list[Judgement]:
         return [
-            Judgement(row.id, one.sha256, "m", 0, {"aligned": row.value or 0.0, "coherent": truth + shift}, {})
+            Judgement(row.id, shipped.sha256, "m", 0, {"aligned": row.value or 0.0, "coherent": truth + shift}, {})
             for row, truth in zip(rows, truths, strict=True)
         ]
 
-    found = calibrate(one, rows, lambda s, r: judge(s, r, shift=-7.0))
-    assert found.beside["coherent"].n == len(rows)
-    assert found.beside["coherent"].mean_abs_error == pytest.approx(7.0)
-    assert found.beside["coherent"].correlation == pytest.approx(1.0)
-    assert found.mean_abs_error == 0.0
-    assert found.to_json()["beside"]["coherent"]["mean_abs_error"] == pytest.approx(7.0)
+    calibration = calibrate(shipped, rows, lambda s, r: judge(s, r, shift=-7.0))
+    assert calibration.beside["coherent"].n == len(rows)
+    assert calibration.beside["coherent"].mean_abs_error == pytest.approx(7.0)
+    assert calibration.beside["coherent"].correlation == pytest.approx(1.0)
+    assert calibration.mean_abs_error == 0.0
+    assert calibration.to_json()["beside"]["coherent"]["mean_abs_error"] == pytest.approx(7.0)
     labels = [(row, row.label) for row in rows_of("refusal")]
     assert calibrate(rubric(), rows_of("refusal"), lambda s, r: answers("refusal", labels)).beside == {}
 
@@ -277,20 +281,20 @@ def score(row: str, value: float | None) -> Score:
 def test_scores_are_compared_by_row_where_both_have_one() -> None:
     first = [score("a", 1.0), score("b", 0.0), score("c", None), score("d", 1.0)]
     second = [score("b", 0.0), score("a", 0.0), score("c", 1.0), score("d", 1.0)]
-    found = compare_scores(first, second)
-    assert (found.n, found.n_unpaired) == (3, 1)
-    assert found.accuracy == pytest.approx(2 / 3)
-    assert found.mean_difference == pytest.approx(-1 / 3)
-    assert found.confusion == {("over", "under"): 1, ("under", "under"): 1, ("over", "over"): 1}
+    compared = compare_scores(first, second)
+    assert (compared.n, compared.n_unpaired) == (3, 1)
+    assert compared.accuracy == pytest.approx(2 / 3)
+    assert compared.mean_difference == pytest.approx(-1 / 3)
+    assert compared.confusion == {("over", "under"): 1, ("under", "under"): 1, ("over", "over"): 1}
 
 
 def test_the_corrected_rate_undoes_known_mistakes() -> None:
     known = {"sensitivity": 0.9, "specificity": 0.8, "n_positive": 10_000, "n_negative": 10_000}
     seen = 0.3 * 0.9 + 0.7 * 0.2
-    found = corrected_rate(seen, 10_000, known)
-    assert found is not None
-    assert found.rate == pytest.approx(0.3)
-    assert found.low < 0.3 < found.high
+    corrected = corrected_rate(seen, 10_000, known)
+    assert corrected is not None
+    assert corrected.rate == pytest.approx(0.3)
+    assert corrected.low < 0.3 < corrected.high
 
 
 def test_a_judge_no_better_than_chance_corrects_nothing() -> None:
@@ -308,6 +312,6 @@ def test_the_corrected_interval_covers_the_truth_about_as_often_as_it_says(rate:
             "sensitivity": sum(draw.random() < se for _ in range(n_pos)) / n_pos, "n_positive": n_pos,
             "specificity": sum(draw.random() < sp for _ in range(n_neg)) / n_neg, "n_negative": n_neg,
         }  # fmt: skip
-        found = corrected_rate(seen, n, known)
-        covered += found is not None and found.low <= rate <= found.high
+        corrected = corrected_rate(seen, n, known)
+        covered += corrected is not None and corrected.low <= rate <= corrected.high
     assert covered / 600 > 0.92

@@ -54,7 +54,7 @@ def test_a_key_is_asked_once_at_a_time_and_never_after_its_judgement(store: Stor
     assert isinstance(ticket, int)
     ledger.apply([Settle(ticket, "a", reply(0.01), judged("a"))])
     assert ledger.apply([Reserve("a", 0.1)]) == ["done"]
-    assert [one.fault for one in ledger.replies("a")] == ["malformed", None]
+    assert [entry.fault for entry in ledger.replies("a")] == ["malformed", None]
 
 
 def test_a_reply_that_nobody_has_read_yet_is_not_paid_for_again(store: Store) -> None:
@@ -116,9 +116,9 @@ def test_an_intent_nobody_has_money_for_is_not_written(store: Store) -> None:
 def test_no_value_without_a_null_and_no_null_without_a_reason(store: Store) -> None:
     ledger = JudgeLedger(store)
     ledger.finish([Judgement("a", "r", "m", 0, None, {}, "malformed")])
-    found = ledger.judgements(["a"])["a"]
-    assert found.values is None
-    assert found.reason == "malformed"
+    judgement = ledger.judgements(["a"])["a"]
+    assert judgement.values is None
+    assert judgement.reason == "malformed"
     for bad in (Judgement("b", "r", "m", 0, None, {}), Judgement("c", "r", "m", 0, {"x": 0.0}, {}, "malformed")):
         with pytest.raises(StoreError):
             ledger.finish([bad])

@@ -14,38 +14,37 @@ from typing import Any
 import pytest
 
 from fastconv.errors import JudgeError
-from fastconv.judge import claude as client
-from fastconv.judge.access import JudgeAccess, check_reachable
-from fastconv.judge.calibrate import filled, load_attempts
-from fastconv.judge.claude import ApiKey, make_client, reply_of
-from fastconv.judge.identity import params_of, requests_of
+from fastconv.judge import claude
+from fastconv.judge.access import PaidAccess, check_reachable
+from fastconv.judge.calibrate import fill_attempt, load_attempts
+from fastconv.judge.claude import ApiKey, make_client, parse_reply
+from fastconv.judge.identity import build_requests, judge_params
 from fastconv.judge.request import JudgeRequest
 from fastconv.judge.rubric import REASONS
 from fastconv.judge.scores import judge_stage_scores
-from fastconv.run.judging import stage_keys
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Sample, Store
 from tests.fake_claude import DELIVERED, LIVE_FAULTS, FakeClaude, Script, fake_claude
-from tests.judging_kit import DATA, KEY, PRICE, desk, judge_all, rubric, samples, settings
+from tests.judging_kit import DATA, KEY, PRICE, desk, judge_all, judgement_keys, rubric, samples, settings
 
 INJECTIONS = load_attempts(DATA / "injections.json")
 
 
 def filled_for(name: str) -> list[str]:
     """Every attempt, asking for the best verdict of a rubric."""
-    return [filled(one, rubric(name), "100" if name == "alignment" else "helped") for one in INJECTIONS]
+    return [fill_attempt(attempt, rubric(name), "100" if name == "alignment" else "helped") for attempt in INJECTIONS]
 
 
 @pytest.fixture
 def server() -> Iterator[FakeClaude]:
-    with fake_claude() as one:
-        yield one
+    with fake_claude() as fake:
+        yield fake
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """One retry of the SDK, so that a dead judge is found dead soon."""
-    monkeypatch.setattr(client, "SDK_RETRIES", 1)
+    monkeypatch.setattr(claude, "SDK_RETRIES", 1)
 
 
 def ledger_of(workspace: Path) -> JudgeLedger:
@@ -59,9 +58,9 @@ def storm(workspace: Path, n: int) -> None:
         bill = server.bill()
     assert (status.n_asked, status.n_pending, status.problem) == (n, 0, "")
     ledger = ledger_of(workspace)
-    found = ledger.judgements(stage_keys(settings(server.url), PRICE, rubric(), samples(n)))
-    assert len(found) == n
-    assert all((one.values is None) == (one.reason in REASONS) for one in found.values())
+    judgements = ledger.judgements(judgement_keys(settings(server.url), PRICE, rubric(), samples(n)))
+    assert len(judgements) == n
+    assert all((judgement.values is None) == (judgement.reason in REASONS) for judgement in judgements.values())
     # A request is billed again only where its answer was lost on the way, and each such loss stays in the books.
     assert all(times - bill["lost"].get(digest, 0) <= 1 for digest, times in bill["billed"].items())
     assert ledger.counts()["lost"] == sum(bill["lost"].values())
@@ -100,20 +99,20 @@ def test_a_reply_that_stays_unreadable_is_unscored_with_its_reason(
     server.configure(fault_share=1.0, faults=[fault])
     status = judge_all(server.url, tmp_path, samples(1))
     assert (status.n_scored, status.n_unscored) == (0, 1)
-    ledger, keys = ledger_of(tmp_path), stage_keys(settings(server.url), PRICE, rubric(), samples(1))
+    ledger, keys = ledger_of(tmp_path), judgement_keys(settings(server.url), PRICE, rubric(), samples(1))
     (score,) = judge_stage_scores(ledger, rubric(), samples(1), keys)
     assert (score.value, score.reason) == (None, reason)
     n_asked = 1 if fault == "refusal" else 2
     assert server.bill()["n_calls"] == n_asked
-    assert [one.fault for one in ledger.replies(keys[0])] == [reason] * n_asked
+    assert [reply.fault for reply in ledger.replies(keys[0])] == [reason] * n_asked
 
 
 def test_out_of_range_is_its_own_reason(server: FakeClaude, tmp_path: Path) -> None:
     server.configure(fault_share=1.0, faults=["out_of_range"])
-    one = desk(server.url, tmp_path)
-    one.submit("stage", rubric("alignment"), samples(4))
-    one.close()
-    keys = stage_keys(settings(server.url), PRICE, rubric("alignment"), samples(4))
+    judge_desk = desk(server.url, tmp_path)
+    judge_desk.submit("stage", rubric("alignment"), samples(4))
+    judge_desk.close()
+    keys = judgement_keys(settings(server.url), PRICE, rubric("alignment"), samples(4))
     reasons = {judgement.reason for judgement in ledger_of(tmp_path).judgements(keys).values()}
     assert reasons <= {"out of range", None}
     assert "out of range" in reasons
@@ -130,7 +129,7 @@ def test_a_request_is_sent_again_no_sooner_than_the_server_asks(server: FakeClau
 def test_the_wait_that_was_asked_for_holds_after_the_sdks_last_sending_too(
     server: FakeClaude, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client, "SDK_RETRIES", 0)
+    monkeypatch.setattr(claude, "SDK_RETRIES", 0)
     server.configure(first=["http_429"], retry_after_s=0.8)
     assert judge_all(server.url, tmp_path, samples(1)).n_scored == 1
     first, second = server.bill()["asked_at"]
@@ -147,23 +146,23 @@ def test_what_was_judged_is_never_asked_again(server: FakeClaude, tmp_path: Path
 
 def test_stages_share_judgements_and_finish_apart(server: FakeClaude, tmp_path: Path) -> None:
     server.configure(latency_s=0.05)
-    one = desk(server.url, tmp_path)
-    one.submit("first", rubric(), samples(5))
-    one.submit("second", rubric(), samples(10))
-    status = one.close()
+    judge_desk = desk(server.url, tmp_path)
+    judge_desk.submit("first", rubric(), samples(5))
+    judge_desk.submit("second", rubric(), samples(10))
+    status = judge_desk.close()
     assert status.finished == {"first", "second"}
     assert status.n_asked == 10
 
 
 def test_handing_samples_over_does_not_wait_for_the_judge(server: FakeClaude, tmp_path: Path) -> None:
     server.configure(latency_s=1.0)
-    one = desk(server.url, tmp_path)
+    judge_desk = desk(server.url, tmp_path)
     began = time.monotonic()
     for stage in range(50):
-        one.submit(f"stage{stage}", rubric(), samples(20, start=20 * stage))
-        one.poll()
+        judge_desk.submit(f"stage{stage}", rubric(), samples(20, start=20 * stage))
+        judge_desk.poll()
     assert time.monotonic() - began < 0.9  # the first reply alone takes longer
-    one.close(wait=False)
+    judge_desk.close(wait=False)
 
 
 def test_an_outage_leaves_judgements_pending_and_a_later_desk_finishes_them(
@@ -176,7 +175,7 @@ def test_an_outage_leaves_judgements_pending_and_a_later_desk_finishes_them(
     assert status.money.reserved_usd == 0.0
     with pytest.raises(JudgeError, match="8 of 8 judgements are not made yet"):
         judge_stage_scores(
-            ledger_of(tmp_path), rubric(), samples(8), stage_keys(settings(server.url), PRICE, rubric(), samples(8))
+            ledger_of(tmp_path), rubric(), samples(8), judgement_keys(settings(server.url), PRICE, rubric(), samples(8))
         )
     server.configure(fault_share=0.0)
     assert judge_all(server.url, tmp_path, samples(8)).n_scored == 8
@@ -184,11 +183,11 @@ def test_an_outage_leaves_judgements_pending_and_a_later_desk_finishes_them(
 
 def test_a_desk_that_is_let_go_books_what_was_under_way_as_lost(server: FakeClaude, tmp_path: Path) -> None:
     server.configure(latency_s=1.0)
-    one = desk(server.url, tmp_path, concurrency=4)
-    one.submit("stage", rubric(), samples(20))
+    judge_desk = desk(server.url, tmp_path, concurrency=4)
+    judge_desk.submit("stage", rubric(), samples(20))
     while server.bill()["max_in_flight"] < 4:
         time.sleep(0.01)
-    status = one.close(wait=False)
+    status = judge_desk.close(wait=False)
     assert status.n_pending == 20
     assert ledger_of(tmp_path).counts()["lost"] == 4
     server.configure(latency_s=0.0)
@@ -209,7 +208,7 @@ def test_what_cannot_work_is_one_clear_line_before_and_during(
     server.configure(**script)
     given = settings(server.url, **fields)
     with pytest.raises(JudgeError, match=line) as caught:
-        check_reachable(given, JudgeAccess(PRICE, 0.5, ApiKey(KEY)))
+        check_reachable(given, PaidAccess(PRICE, 0.5, ApiKey(KEY)))
     assert "Fix:" in str(caught.value)
     assert "\n" not in str(caught.value)
     status = judge_all(given.base_url, tmp_path, samples(3), model=given.model)
@@ -227,7 +226,7 @@ def test_the_key_shows_nowhere(
     assert "your key is [key]" in stored_text(tmp_path)
     server.configure(key="another")  # the server repeats the key that it was sent in its error
     given = settings(server.url)
-    access = JudgeAccess(PRICE, 0.5, ApiKey(KEY))
+    access = PaidAccess(PRICE, 0.5, ApiKey(KEY))
     with pytest.raises(JudgeError) as caught:
         check_reachable(given, access)
     texts += [repr(judge_all(server.url, tmp_path, samples(2))), str(caught.value), repr(caught.value), repr(access)]
@@ -252,7 +251,7 @@ def test_no_part_of_a_reply_keeps_the_key(body: dict[str, Any], escaped: bool) -
     text = json.dumps(body)
     if escaped and body["type"] == "message":
         text = text.replace("sk-", "\\u0073k-")
-    reply = reply_of(text, PRICE, transport="live", key=ApiKey(KEY), worst=1.0)
+    reply = parse_reply(text, PRICE, transport="live", key=ApiKey(KEY), worst=1.0)
     assert KEY not in repr(reply)
     assert "[key]" in repr(reply)
 
@@ -260,7 +259,7 @@ def test_no_part_of_a_reply_keeps_the_key(body: dict[str, Any], escaped: bool) -
 def test_a_reply_nested_without_end_is_malformed() -> None:
     for depth in (600, 100_000):
         body = '{"type": "message", "content": ' + "[" * depth + "]" * depth + "}"
-        assert reply_of(body, PRICE, transport="live", key=ApiKey(KEY), worst=1.0).fault in (None, "malformed")
+        assert parse_reply(body, PRICE, transport="live", key=ApiKey(KEY), worst=1.0).fault in (None, "malformed")
 
 
 def stored_text(workspace: Path) -> str:
@@ -269,10 +268,10 @@ def stored_text(workspace: Path) -> str:
 
 def injected(server: FakeClaude, workspace: Path, name: str) -> tuple[list[str], dict[str, Any]]:
     todo = [Sample(f"i{n}", 0, "a", "Which is it?", text, 5, True) for n, text in enumerate(filled_for(name))]
-    one = desk(server.url, workspace)
-    one.submit("stage", rubric(name), todo)
-    one.close()
-    keys = stage_keys(settings(server.url), PRICE, rubric(name), todo)
+    judge_desk = desk(server.url, workspace)
+    judge_desk.submit("stage", rubric(name), todo)
+    judge_desk.close()
+    keys = judgement_keys(settings(server.url), PRICE, rubric(name), todo)
     return keys, dict(ledger_of(workspace).judgements(keys))
 
 
@@ -282,13 +281,13 @@ def test_a_judge_that_echoes_the_judged_text_still_gives_its_own_verdict(
 ) -> None:
     assert len(INJECTIONS) >= 40
     server.configure(answer="echo")
-    keys, found = injected(server, tmp_path, name)
+    keys, judgements = injected(server, tmp_path, name)
     ledger = ledger_of(tmp_path)
     for key in keys:
         reply = json.loads(ledger.replies(key)[-1].text)
         primary = rubric(name).measure(rubric(name).primary)
-        assert found[key].answer[primary.field] == reply[primary.field]
-        assert found[key].answer["why"] == reply["why"]
+        assert judgements[key].answer[primary.field] == reply[primary.field]
+        assert judgements[key].answer["why"] == reply["why"]
 
 
 @pytest.mark.parametrize("name", ["alignment", "refusal", "sycophancy"])
@@ -296,23 +295,23 @@ def test_a_judge_that_obeys_the_judged_text_gives_no_field_but_the_rubrics(
     server: FakeClaude, tmp_path: Path, name: str
 ) -> None:
     server.configure(answer="obey")
-    keys, found = injected(server, tmp_path, name)
+    keys, judgements = injected(server, tmp_path, name)
     ledger, n_scored = ledger_of(tmp_path), 0
     for key in keys:
-        if found[key].values is None:
+        if judgements[key].values is None:
             continue
         # Only a reply that is one whole answer of the rubric's form can be read, and it is read from its own field.
         n_scored += 1
         reply = json.loads(ledger.replies(key)[-1].text)
         assert set(reply) == set(rubric(name).schema["required"])
-        assert found[key].answer == reply
+        assert judgements[key].answer == reply
     assert n_scored <= 2  # the two attempts that spell out a whole answer
 
 
 @pytest.mark.parametrize("name", ["alignment", "refusal", "sycophancy"])
 def test_injections_do_not_reach_the_system_prompt_or_close_their_fence(name: str) -> None:
     todo = [Sample(f"i{n}", 0, "a", text, text, 5, True) for n, text in enumerate(filled_for(name))]
-    for request in requests_of(rubric(name), params_of(settings("x"), PRICE), todo):
+    for request in build_requests(rubric(name), judge_params(settings("x"), PRICE), todo):
         body = request.body()
         assert body["system"][0]["text"] == rubric(name).system
         assert len(re.findall(r"</?(?:question|answer)\b", body["messages"][0]["content"])) == 4
@@ -320,20 +319,20 @@ def test_injections_do_not_reach_the_system_prompt_or_close_their_fence(name: st
 
 def bare_sdk_s(url: str, n: int, concurrency: int) -> float:
     """Seconds that the SDK alone takes for `n` such requests: no ledger, no bookings, nothing read."""
-    requests = requests_of(rubric(), params_of(settings(url), PRICE), samples(n, start=50_000))
+    requests = build_requests(rubric(), judge_params(settings(url), PRICE), samples(n, start=50_000))
 
     async def run() -> float:
-        limit, one = asyncio.Semaphore(concurrency), make_client(settings(url), ApiKey(KEY))
+        limit, sdk_client = asyncio.Semaphore(concurrency), make_client(settings(url), ApiKey(KEY))
 
         async def ask(request: JudgeRequest) -> None:
             async with limit:
-                await one.messages.create(**request.body())
+                await sdk_client.messages.create(**request.body())
 
         await asyncio.gather(*(ask(request) for request in requests[:concurrency]))  # connections are open
         began = time.monotonic()
         await asyncio.gather(*(ask(request) for request in requests))
         took = time.monotonic() - began
-        await one.close()
+        await sdk_client.close()
         return took
 
     return asyncio.run(run())
@@ -344,22 +343,22 @@ def test_the_judge_runs_at_its_limit_and_costs_little_of_our_cpu(tmp_path: Path)
     n, concurrency, latency_s = 256, 16, 0.2
     ideal_s = n / concurrency * latency_s
     with fake_claude(Script(latency_s=latency_s), own_process=True) as server:
-        one = desk(server.url, tmp_path, concurrency=concurrency)
-        one.submit("warm", rubric(), samples(concurrency, start=10_000))
-        while one.poll().finished != {"warm"}:
+        judge_desk = desk(server.url, tmp_path, concurrency=concurrency)
+        judge_desk.submit("warm", rubric(), samples(concurrency, start=10_000))
+        while judge_desk.poll().finished != {"warm"}:
             time.sleep(0.01)
         shares, cpu_s = [], []
         for attempt in range(4):  # other programs share this machine: the best of some is the judge's own
             began, cpu = time.monotonic(), time.process_time()
-            one.submit(f"timed{attempt}", rubric(), samples(n, start=n * attempt))
-            while f"timed{attempt}" not in one.poll().finished:
+            judge_desk.submit(f"timed{attempt}", rubric(), samples(n, start=n * attempt))
+            while f"timed{attempt}" not in judge_desk.poll().finished:
                 time.sleep(0.005)
             took = time.monotonic() - began
             cpu_s.append((time.process_time() - cpu) / n)
             shares.append(max(ideal_s / took, bare_sdk_s(server.url, n, concurrency) / took))
             if shares[-1] >= 0.9 and cpu_s[-1] <= 0.005:
                 break
-        one.close()
+        judge_desk.close()
     assert max(shares) >= 0.9
     assert min(cpu_s) <= 0.005
 

@@ -13,7 +13,7 @@ import pytest
 
 from fastconv.errors import JudgeError
 from fastconv.judge.claude import ApiKey, Outage
-from fastconv.judge.local import Complete, LocalJudge, LocalReply, at_once, endpoint_complete, read_choice
+from fastconv.judge.local import Complete, LocalJudge, LocalReply, concurrent_complete, endpoint_complete, read_choice
 from fastconv.judge.scores import judge_stage_scores
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
@@ -32,7 +32,7 @@ def ledger(tmp_path: Path) -> JudgeLedger:
 
 
 def judge(ledger: JudgeLedger, complete: Complete, name: str = "refusal", n: int = 1) -> dict[str, Any]:
-    return dict(LocalJudge(ledger, at_once(complete), "local:test").judge(rubric(name), samples(n)))
+    return dict(LocalJudge(ledger, concurrent_complete(complete), "local:test").judge(rubric(name), samples(n)))
 
 
 def test_the_value_is_the_expectation_over_the_answer_tokens(
@@ -40,9 +40,9 @@ def test_the_value_is_the_expectation_over_the_answer_tokens(
 ) -> None:
     url, handler = endpoint
     handler.answer = chat("A", {"A": math.log(0.6), " A": math.log(0.1), "C": math.log(0.2), "the": math.log(0.1)})
-    (one,) = judge(ledger, endpoint_complete(settings(url, "local"), ApiKey(KEY))).values()
-    assert one.values == {"refused": pytest.approx(0.7 / 0.9)}
-    assert one.answer["verdict"] == "refused"
+    (judgement,) = judge(ledger, endpoint_complete(settings(url, "local"), ApiKey(KEY))).values()
+    assert judgement.values == {"refused": pytest.approx(0.7 / 0.9)}
+    assert judgement.answer["verdict"] == "refused"
     (asked,) = handler.seen
     assert asked["path"] == "/v1/chat/completions"
     assert asked["key"] == f"Bearer {KEY}"
@@ -52,24 +52,26 @@ def test_the_value_is_the_expectation_over_the_answer_tokens(
 
 
 def test_a_scale_is_an_expectation_too(ledger: JudgeLedger) -> None:
-    (one,) = judge(ledger, lambda *_: LocalReply("9", {"9": math.log(0.5), "0": math.log(0.5)}), "alignment").values()
-    assert one.values == {"aligned": pytest.approx(50.0), "coherent": pytest.approx(50.0)}
+    (judgement,) = judge(
+        ledger, lambda *_: LocalReply("9", {"9": math.log(0.5), "0": math.log(0.5)}), "alignment"
+    ).values()
+    assert judgement.values == {"aligned": pytest.approx(50.0), "coherent": pytest.approx(50.0)}
 
 
 def test_a_judgement_of_several_measures_is_in_the_ledger(ledger: JudgeLedger) -> None:
-    found = judge(ledger, lambda *_: LocalReply("9"), "alignment", n=2)
-    assert ledger.judgements(found) == found
-    replies = [reply for key in found for reply in ledger.replies(key)]
+    judgements = judge(ledger, lambda *_: LocalReply("9"), "alignment", n=2)
+    assert ledger.judgements(judgements) == judgements
+    replies = [reply for key in judgements for reply in ledger.replies(key)]
     assert len(replies) == 4  # aligned and coherent, each of two answers
     asked: list[object] = []
     again = judge(ledger, lambda *words: asked.append(words) or LocalReply("0"), "alignment", n=2)
-    assert (again, asked) == (found, [])
+    assert (again, asked) == (judgements, [])
 
 
 def test_without_log_probabilities_the_character_itself_counts(ledger: JudgeLedger) -> None:
-    (one,) = judge(ledger, lambda *_: LocalReply(" C. ")).values()
-    assert one.values == {"refused": 0.0}
-    assert one.answer["verdict"] == "helped"
+    (judgement,) = judge(ledger, lambda *_: LocalReply(" C. ")).values()
+    assert judgement.values == {"refused": 0.0}
+    assert judgement.answer["verdict"] == "helped"
 
 
 @pytest.mark.parametrize(
@@ -84,8 +86,8 @@ def test_what_is_not_in_the_form_is_asked_once_more_and_then_unscored(ledger: Ju
         asked.append(user)
         return reply
 
-    ((key, one),) = judge(ledger, complete).items()
-    assert (one.values, one.reason) == (None, "malformed")
+    ((key, judgement),) = judge(ledger, complete).items()
+    assert (judgement.values, judgement.reason) == (None, "malformed")
     assert len(asked) == 2
     assert [raw.fault for raw in ledger.replies(key)] == ["malformed", "malformed"]
     judge(ledger, complete)
@@ -94,8 +96,8 @@ def test_what_is_not_in_the_form_is_asked_once_more_and_then_unscored(ledger: Ju
 
 def test_a_second_answer_in_the_form_counts(ledger: JudgeLedger) -> None:
     replies = [LocalReply("hm"), LocalReply("A")]
-    (one,) = judge(ledger, lambda *_: replies.pop(0)).values()
-    assert one.values == {"refused": 1.0}
+    (judgement,) = judge(ledger, lambda *_: replies.pop(0)).values()
+    assert judgement.values == {"refused": 1.0}
 
 
 def test_read_choice_gives_shares_that_sum_to_one() -> None:
@@ -110,12 +112,12 @@ def test_a_key_that_the_endpoint_sends_back_is_not_kept(
 ) -> None:
     url, handler = endpoint
     handler.answer = chat(f"A {leak}", {"A": -0.1, leak: -3.0})
-    ((key, one),) = judge(ledger, endpoint_complete(settings(url, "local"), ApiKey(KEY))).items()
-    assert one.answer["verdict"] == "refused"
+    ((key, judgement),) = judge(ledger, endpoint_complete(settings(url, "local"), ApiKey(KEY))).items()
+    assert judgement.answer["verdict"] == "refused"
     (reply,) = ledger.replies(key)
     assert reply.text.count("[key]") == 2
-    kept = b"".join(path.read_bytes() for path in ledger.store.root.rglob("*") if path.is_file())
-    assert KEY.encode() not in kept
+    stored = b"".join(path.read_bytes() for path in ledger.store.root.rglob("*") if path.is_file())
+    assert KEY.encode() not in stored
 
 
 def test_an_endpoint_that_sends_no_http_is_an_outage(ledger: JudgeLedger) -> None:
@@ -151,7 +153,7 @@ def test_an_endpoint_that_sends_nonsense_breaks_nothing(
         with pytest.raises(JudgeError, match="no JSON"):
             judge(ledger, complete)
     else:
-        assert {one.reason for one in judge(ledger, complete).values()} == {"malformed"}
+        assert {judgement.reason for judgement in judge(ledger, complete).values()} == {"malformed"}
 
 
 def test_judgements_become_scores_and_are_made_once(ledger: JudgeLedger) -> None:
@@ -162,12 +164,12 @@ def test_judgements_become_scores_and_are_made_once(ledger: JudgeLedger) -> None
         n_asked += 1
         return LocalReply("A" if "Answer 1:" in user else "C")
 
-    local = LocalJudge(ledger, at_once(complete, 3), "local:test")
+    local = LocalJudge(ledger, concurrent_complete(complete, 3), "local:test")
     todo = samples(20)
     local.judge(rubric(), todo)
     local.judge(rubric(), todo)
     assert n_asked == 20
-    keys = [ask.key for ask in local.asks(rubric(), todo)]
+    keys = [request.key for request in local.requests(rubric(), todo)]
     scores = judge_stage_scores(ledger, rubric(), todo, keys)
     assert [score.value for score in scores] == [0.0, 1.0, *[0.0] * 18]
     assert scores[1].detail["label"] == "refused"

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from fastconv.errors import DataError, JudgeError, RecipeError
-from fastconv.judge.access import JudgeAccess, check_settings
-from fastconv.judge.budget import Price, cost_usd, load_prices, worst_usd
+from fastconv.judge.access import check_settings
+from fastconv.judge.budget import Price, cost_usd, estimate, load_prices, worst_usd
 from fastconv.judge.claude import ApiKey
 from fastconv.judge.desk import JudgeDesk
-from fastconv.judge.identity import params_of, requests_of
+from fastconv.judge.identity import build_requests, judge_params
 from fastconv.recipe import JudgeSettings, parse_recipe
-from fastconv.run.judging import planned_cost
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
 from tests.fake_claude import Script, fake_claude
@@ -77,29 +76,28 @@ def test_costs_are_what_the_price_list_says() -> None:
 
 
 def test_no_request_costs_more_than_its_worst_case() -> None:
-    request = requests_of(rubric(), params_of(settings("x"), PRICE), samples(1))[0]
+    request = build_requests(rubric(), judge_params(settings("x"), PRICE), samples(1))[0]
     usage = {"cache_creation_input_tokens": request.max_prompt_tok, "output_tokens": request.params.max_reply_tok}
     assert cost_usd(usage, PRICE) <= worst_usd(request, PRICE)
 
 
 def test_a_prompt_beyond_its_price_is_refused() -> None:
-    request = requests_of(rubric(), params_of(settings("x"), PRICE), samples(1))[0]
+    request = build_requests(rubric(), judge_params(settings("x"), PRICE), samples(1))[0]
     with pytest.raises(DataError, match="the price holds up to 100"):
         worst_usd(request, PRICE.model_copy(update={"max_prompt_tok": 100}))
 
 
-def test_the_plan_says_what_judging_will_cost() -> None:
-    access = JudgeAccess(PRICE, 0.5, ApiKey(KEY))
-    live = planned_cost(settings("x"), access, rubric(), 1000, question_chars=100, answer_chars=1500)
-    batch = planned_cost(settings("x", "batch"), access, rubric(), 1000, question_chars=100, answer_chars=1500)
+def test_an_estimate_lies_below_its_upper_bound_and_a_batch_costs_half() -> None:
+    requests = build_requests(rubric(), judge_params(settings("x"), PRICE), samples(1))
+    live, batch = (estimate(requests, 1000, PRICE, factor) for factor in (1.0, 0.5))
     assert 0 < live.expected_usd < live.worst_usd
     assert batch.expected_usd == pytest.approx(live.expected_usd / 2)
 
 
 def spend(url: str, workspace: Path, mode: str, n: int, start: int = 0) -> JudgeDesk:
-    one = JudgeDesk(settings(url, mode, budget_usd=1.0, concurrency=8), workspace, DEAR, ApiKey(KEY))
-    one.submit("stage", rubric(), samples(n, start=start))
-    return one
+    judge_desk = JudgeDesk(settings(url, mode, budget_usd=1.0, concurrency=8), workspace, DEAR, ApiKey(KEY))
+    judge_desk.submit("stage", rubric(), samples(n, start=start))
+    return judge_desk
 
 
 def capped(workspace: Path, mode: str, n: int) -> None:
@@ -154,9 +152,9 @@ def test_two_processes_on_the_same_samples_pay_each_once(tmp_path: Path) -> None
         for _ in range(2):
             child = os.fork()
             if child == 0:
-                one = JudgeDesk(settings(server.url), tmp_path, PRICE, ApiKey(KEY))
-                one.submit("stage", rubric(), samples(60))
-                status = one.close()
+                judge_desk = JudgeDesk(settings(server.url), tmp_path, PRICE, ApiKey(KEY))
+                judge_desk.submit("stage", rubric(), samples(60))
+                status = judge_desk.close()
                 os._exit(0 if status.n_scored == 60 else 1)
             children.append(child)
         for child in children:

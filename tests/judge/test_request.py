@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastconv.errors import DataError
-from fastconv.judge.request import JudgeItem, JudgeParams, build_request, neutralised
-from fastconv.judge.rubric import load_rubric, rubric_of
+from fastconv.judge.request import JudgeItem, JudgeParams, build_request, neutralize
+from fastconv.judge.rubric import load_rubric, parse_rubric
 from tests.judging_kit import DATA, rubric
 
 PARAMS = JudgeParams("claude-test", 256, 1000)
@@ -28,12 +28,12 @@ def body_text(item: JudgeItem) -> tuple[str, str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_shipped_rubric_reads_its_own_answers(name: str) -> None:
-    one = rubric(name)
+    shipped = rubric(name)
     answer = {field: 50 if part["type"] == "integer" else part.get("enum", ["x"])[0]
-              for field, part in one.schema["properties"].items()}  # fmt: skip
-    reading = one.read(json.dumps(answer))
+              for field, part in shipped.schema["properties"].items()}  # fmt: skip
+    reading = shipped.read(json.dumps(answer))
     assert reading.reason is None
-    assert set(reading.values) == {measure.name for measure in one.measures}
+    assert set(reading.values) == {measure.name for measure in shipped.measures}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_rubric_whose_parts_disagree_is_refused(change: object) -> None:
     table = json.loads(rubric().source)
     change(table)  # type: ignore[operator]
     with pytest.raises(DataError, match="Fix:"):
-        rubric_of(table, where="mine.toml")
+        parse_rubric(table, where="mine.toml")
 
 
 def test_a_rubric_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_changed_rubric_is_a_new_judgement() -> None:
     table = json.loads(rubric().source)
     table["system"] += " "
     table["ask"] += " "
-    changed = rubric_of(table, where="x")
+    changed = parse_rubric(table, where="x")
     assert changed.sha256 != rubric().sha256
 
 
@@ -150,7 +150,7 @@ def test_a_long_text_is_cut_and_the_notice_stands_outside_the_fence() -> None:
     ],
 )  # fmt: skip
 def test_look_alike_fences_lose_their_brackets(text: str) -> None:
-    clean = neutralised(text)
+    clean = neutralize(text)
     assert not re.search(r"[<\uff1c\u2039\u3008]\W*(answer|question|system|human|im_start)", clean, re.IGNORECASE)
 
 
@@ -165,18 +165,20 @@ def test_no_text_leaves_its_fence_or_breaks_the_encoding(text: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_whole_body_is_the_rubric_for_the_cache_and_one_user_turn(name: str) -> None:
-    one = rubric(name)
-    request = build_request(one, dataclasses.replace(PARAMS, effort="low", thinking="disabled"), JudgeItem("q", "a", 0))
+    shipped = rubric(name)
+    request = build_request(
+        shipped, dataclasses.replace(PARAMS, effort="low", thinking="disabled"), JudgeItem("q", "a", 0)
+    )
     assert request.body() == {
         "model": "claude-test",
         "max_tokens": 256,
-        "system": [{"type": "text", "text": one.system, "cache_control": {"type": "ephemeral"}}],
+        "system": [{"type": "text", "text": shipped.system, "cache_control": {"type": "ephemeral"}}],
         "messages": [{"role": "user", "content": request.user_text()}],
         "thinking": {"type": "disabled"},
-        "output_config": {"format": {"type": "json_schema", "schema": dict(one.schema)}, "effort": "low"},
+        "output_config": {"format": {"type": "json_schema", "schema": dict(shipped.schema)}, "effort": "low"},
     }
     # What is the same for all items ends with the rubric: nothing before the cache's mark changes from item to item.
-    other = build_request(one, request.params, JudgeItem("another", "text", 1))
+    other = build_request(shipped, request.params, JudgeItem("another", "text", 1))
     assert other.body()["system"] == request.body()["system"]
 
 

@@ -64,26 +64,38 @@ def test_a_degenerate_source_has_two_probes_and_decides_nothing(run: DoneRun, de
     plan = next(plan for plan in run.graph.cells if plan.cell.source == "assistant" and plan.adapter)
     assert {probe for _, probe in plan.scores} == {"assistant", "librarian"}
     assert decided.measured
-    assert not [one.label for one in decided.verdicts if one.label.startswith("assistant ")]
-    pilots = {one.subject for one in decided.gates if one.gate == "PILOT"}
+    assert not [verdict.label for verdict in decided.verdicts if verdict.label.startswith("assistant ")]
+    pilots = {verdict.subject for verdict in decided.gates if verdict.gate == "PILOT"}
     assert pilots == {"villain x refusal", "librarian x refusal"}
     for gate in ("G5", "CONFIRM", "FALSIFY"):
-        (word,) = [one for one in decided.gates if one.gate == gate]
+        (word,) = [verdict for verdict in decided.gates if verdict.gate == gate]
         assert "assistant" not in word.reason
         assert "librarian" not in word.reason
         assert "has 1 of 3 sources" in word.reason or "has 1 and 1" in word.reason  # the villain alone counts
 
 
 def test_generic_convergence_stands_beside_and_moves_no_pilot(decided: Analysis) -> None:
-    assert not [one.label for one in decided.verdicts if " generic " in one.label]
-    controls = [one.label for one in decided.secondary if one.what == "control"]
+    assert not [verdict.label for verdict in decided.verdicts if " generic " in verdict.label]
+    controls = [contrast.label for contrast in decided.secondary if contrast.what == "control"]
     assert [label for label in controls if label.startswith("villain generic e2 refusal")]
-    groups = {one.subject for one in decided.gates if one.gate == "CHANGE"}
+    groups = {verdict.subject for verdict in decided.gates if verdict.gate == "CHANGE"}
     assert [subject for subject in groups if "villain x refusal" in subject and "generic" in subject]
-    (pilot,) = [one for one in decided.gates if (one.gate, one.subject) == ("PILOT", "villain x refusal")]
-    rows = {row for one in decided.gates if one.gate == "CHANGE" and "generic" in one.subject for row in one.rows}
-    mine = {row for one in decided.gates if one.gate == "CHANGE" and "generic" not in one.subject for row in one.rows}
-    assert not set(pilot.rows) & (rows - mine)
+    (pilot,) = [
+        verdict for verdict in decided.gates if (verdict.gate, verdict.subject) == ("PILOT", "villain x refusal")
+    ]
+    rows = {
+        row
+        for verdict in decided.gates
+        if verdict.gate == "CHANGE" and "generic" in verdict.subject
+        for row in verdict.rows
+    }
+    own = {
+        row
+        for verdict in decided.gates
+        if verdict.gate == "CHANGE" and "generic" not in verdict.subject
+        for row in verdict.rows
+    }
+    assert not set(pilot.rows) & (rows - own)
 
 
 def test_the_canary_gives_way_where_it_is_the_source(run: DoneRun) -> None:

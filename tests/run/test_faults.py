@@ -168,8 +168,8 @@ def test_an_interrupt_keeps_whole_steps_and_the_run_goes_on_to_the_same_bits(
         run_recipe(patient, tmp_path, Heard(_stop_at(SNAPSHOT_SLOT, 1)))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     store = Store.open(tmp_path)
-    kept = store.frame("SELECT step FROM progress")["step"].to_list()
-    assert kept == [2]  # the step that ran when the user asked was finished and kept
+    stored = store.frame("SELECT step FROM progress")["step"].to_list()
+    assert stored == [2]  # the step that ran when the user asked was finished and kept
     assert store.live_leases() == {}
     store.close()
     run_tiny(patient, tmp_path)
@@ -195,8 +195,8 @@ def test_two_processes_at_once_the_second_is_told_who_is_at_work(recipe: Recipe,
         with pytest.raises(BusyError, match=rf"process {pid} on .* is computing it") as caught:
             run_recipe(recipe, tmp_path, Heard())
         assert caught.value.exit_code == 6
-        live = [one for one in status_of(Graph(recipe), Store.open(tmp_path)) if one.state == "running"]
-        assert [one.slot for one in live] == ["behavior/villain/e0/refusal/excluded/s42"]
+        live = [status for status in status_of(Graph(recipe), Store.open(tmp_path)) if status.state == "running"]
+        assert [status.slot for status in live] == ["behavior/villain/e0/refusal/excluded/s42"]
         assert live[0].reason == f"1 of 2 steps (process {pid})"
     finally:
         kill(pid)
@@ -252,14 +252,14 @@ def test_a_loss_that_explodes_is_noted_before_the_optimizer_step_and_the_rest_go
     assert failed.slot == last
     assert failed.cells == ("villain source e2 none s42", "villain source e2 refusal excluded s42")
     with pytest.raises(TrainingError, match=r"at step 4") as caught:
-        finished.require_whole()
+        finished.require_complete()
     assert caught.value.exit_code == 7
     assert "without numbers: villain source e2 none s42, villain source e2 refusal excluded s42" in str(caught.value)
     assert "\n" not in str(caught.value)
     done = results(recipe, tmp_path)
     assert {slot for slot in whole if slot not in done} == {slot for slot in whole if "/e2" in slot}
     store = Store.open(tmp_path)
-    states = {one.slot: one for one in status_of(Graph(recipe), store)}
+    states = {status.slot: status for status in status_of(Graph(recipe), store)}
     assert states[last].state == "failed"
     assert "at step 4" in states[last].reason
     after = states["score/villain/source/e2+refusal/excluded/refusal/assistant/s42"]
@@ -270,7 +270,7 @@ def test_a_loss_that_explodes_is_noted_before_the_optimizer_step_and_the_rest_go
     assert last in text
     monkeypatch.undo()
     finished, heard = run_tiny(recipe, tmp_path)  # a later run tries it again, and that alone
-    finished.require_whole()
+    finished.require_complete()
     assert all("/e2" in slot for slot in heard.stages)
     assert results(recipe, tmp_path) == whole
     assert store.failures() == {}
@@ -284,26 +284,26 @@ def test_a_set_that_the_audit_refuses_is_noted_and_other_behaviors_go_on(
     finished, heard = run_tiny(recipe, tmp_path)
     assert list(heard.failed) == ["behavior/villain/e0/sycophancy/excluded/s42"]
     with pytest.raises(DataError, match="villain base e0 sycophancy excluded s42") as caught:
-        finished.require_whole()
+        finished.require_complete()
     assert caught.value.exit_code == 2
     assert "score/villain/e0+refusal/excluded/refusal/villain/s42" in results(recipe, tmp_path)
 
 
 def test_the_worst_failure_gives_the_exit_code(recipe: Recipe) -> None:
-    one = FailedStage("behavior/a", "the audit refuses it", 2, ("a",))
+    first = FailedStage("behavior/a", "the audit refuses it", 2, ("a",))
     other = FailedStage("snapshot/b", "loss nan", 7, ("b", "a"))
     with pytest.raises(TrainingError, match=r"2 stages failed, .*without numbers: a, b\. First reason: the audit"):
-        raise_failed("tiny-1", [one, other])
+        raise_failed("tiny-1", [first, other])
     raise_failed("tiny-1", [])
 
 
 def test_a_base_measure_that_fails_takes_its_own_behavior_alone(
     tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastconv.run import executor as execute
+    from fastconv.run import executor
 
     recipe = tiny_recipe(tiny_qwen, grid__behaviors=["none", "refusal", "sycophancy"], grid__epochs=[0])
-    real, n_draws = execute.sample, 0
+    real, n_draws = executor.sample, 0
 
     def draw(*args: Any) -> Any:
         nonlocal n_draws
@@ -312,13 +312,13 @@ def test_a_base_measure_that_fails_takes_its_own_behavior_alone(
             raise TrainingError("logits are not finite", where="sampling", fix="look at the base")
         return real(*args)
 
-    monkeypatch.setattr(execute, "sample", draw)
+    monkeypatch.setattr(executor, "sample", draw)
     finished, _ = run_tiny(recipe, tmp_path)
-    assert [one.slot for one in finished.failed] == ["eval/base/refusal/assistant/s42"]
+    assert [failure.slot for failure in finished.failed] == ["eval/base/refusal/assistant/s42"]
     done = results(recipe, tmp_path)
     assert not [slot for slot in done if slot.startswith("behavior/") and "refusal" in slot]
     assert [slot for slot in done if slot.startswith("behavior/") and "sycophancy" in slot]
-    states = {one.slot: one.state for one in status_of(Graph(recipe), Store.open(tmp_path))}
+    states = {status.slot: status.state for status in status_of(Graph(recipe), Store.open(tmp_path))}
     assert states["behavior/villain/e0/refusal/excluded/s42"] == "skipped"
     assert states["score/base/refusal/assistant/s42"] == "skipped"
     assert states["score/base/refusal/villain/s42"] == "done"

@@ -1,4 +1,4 @@
-"""A failed gate stops a run before its next cost; ignoring it takes a reason, which run and report then print."""
+"""A failed gate stops a run before its next cost; parse_ignored_gates it takes a reason, which run and report then print."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastconv.experiment.graph import Graph
 from fastconv.recipe import run_id
 from fastconv.report import collect
 from fastconv.report.render import render_html
-from fastconv.run.run import ignoring, run_recipe
+from fastconv.run.run import parse_ignored_gates, run_recipe
 from fastconv.store.ledger import Store
 from tests.loop_kit import Heard, run_tiny, tiny_recipe, write_tiny_recipe
 
@@ -97,7 +97,7 @@ def test_an_ignored_g0_trains_what_could_not_be_measured(tiny_qwen: Path, tmp_pa
 )  # fmt: skip
 def test_what_cannot_be_ignored_or_has_no_reason(codes: list[str], because: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        ignoring(codes, because)
+        parse_ignored_gates(codes, because)
 
 
 def test_the_command_line_stops_with_3_and_writes_the_report_so_far(tiny_qwen: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fastconv.cli import app
 from fastconv.errors import InputError, Interrupted, StoreError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import run_id
-from fastconv.run.gc import find_waste
+from fastconv.run.gc import find_garbage
 from fastconv.run.run import run_recipe
 from fastconv.store import gc as store_gc
 from fastconv.store.gc import free
@@ -49,8 +49,8 @@ def _age(workspace: Path) -> None:
 
 def _kinds(store: Store, *adapters: str) -> dict[str, int]:
     found: dict[str, int] = {}
-    for one in find_waste(store, adapters).waste:
-        found[one.kind] = found.get(one.kind, 0) + 1
+    for item in find_garbage(store, adapters).garbage:
+        found[item.kind] = found.get(item.kind, 0) + 1
     return found
 
 
@@ -69,7 +69,7 @@ def _is_whole(store: Store) -> None:
 
 def test_a_finished_workspace_has_nothing_to_free(copied: Path) -> None:
     store = Store.open(copied)
-    assert find_waste(store).waste == ()
+    assert find_garbage(store).garbage == ()
     answer = CliRunner().invoke(app, ["gc", "-w", str(copied), "--yes"])
     assert (answer.exit_code, answer.output.strip()) == (0, "nothing to free")
 
@@ -85,12 +85,12 @@ def test_strays_are_shown_first_and_freed_when_asked(copied: Path) -> None:
     _age(copied)
     before = _files(copied)
     shown = CliRunner().invoke(app, ["gc", "-w", str(copied), "--json"])
-    found = json.loads(shown.output)
-    assert {one["kind"] for one in found["waste"]} == {"temporary file", "orphan"}
-    assert (found["bytes"], found["freed_bytes"]) == (len(b"half") + len(b"no row") + len(b"of no stage"), 0)
+    shown_json = json.loads(shown.output)
+    assert {item["kind"] for item in shown_json["waste"]} == {"temporary file", "orphan"}
+    assert (shown_json["bytes"], shown_json["freed_bytes"]) == (len(b"half") + len(b"no row") + len(b"of no stage"), 0)
     assert _files(copied) == before
     done = CliRunner().invoke(app, ["gc", "-w", str(copied), "--json", "--yes"])
-    assert json.loads(done.output)["freed_bytes"] == found["bytes"]
+    assert json.loads(done.output)["freed_bytes"] == shown_json["bytes"]
     assert before - _files(copied) == {".tmp-1-1", "0" * 64 + ".json", f"{sha256}.json"}
     _is_whole(store)
 
@@ -106,8 +106,8 @@ def test_a_superseded_stage_goes_with_what_only_it_named(done_run: DoneRun, copi
         db.execute(f"{NEWER} WHERE slot LIKE '%villain/source/e2%'")
         db.execute("UPDATE run_stages SET key='new-'||key WHERE slot LIKE '%villain/source/e2%'")
     assert set(_kinds(store)) == {"superseded stage"}
-    waste = find_waste(store).waste
-    assert free(store, waste) == sum(one.n_bytes for one in waste)
+    waste = find_garbage(store).garbage
+    assert free(store, waste) == sum(item.n_bytes for item in waste)
     assert store.record(old.key) is None
     assert store.samples(stages["eval/villain/source/e2/refusal/villain/s42"].key) == []
     assert f"{record.outputs['adapter']}.safetensors" not in _files(copied)
@@ -138,9 +138,9 @@ def test_an_unfinished_run_keeps_its_stages_and_its_training_state(tiny_qwen: Pa
         db.execute("DELETE FROM run_stages WHERE run=?", (run_id(recipe),))
         db.execute(f"{NEWER} WHERE slot LIKE 'snapshot/%'")
     _age(tmp_path)
-    cleaning = find_waste(store)
-    assert cleaning.waste == ()
-    assert free(store, cleaning.waste) == 0
+    cleaning = find_garbage(store)
+    assert cleaning.garbage == ()
+    assert free(store, cleaning.garbage) == 0
     with store.transaction() as db:
         db.execute("DELETE FROM stages WHERE key LIKE 'new-%'")
     steps: list[int] = []
@@ -154,9 +154,9 @@ def test_an_unfinished_run_that_cannot_be_read_keeps_everything(done_run: DoneRu
     with store.transaction() as db:
         db.execute("DELETE FROM run_stages")
         db.execute(NEWER)
-    cleaning = find_waste(store)
-    assert cleaning.waste == ()
-    assert "lost-1" in cleaning.left[0]
+    cleaning = find_garbage(store)
+    assert cleaning.garbage == ()
+    assert "lost-1" in cleaning.skipped[0]
 
 
 def test_training_state_goes_once_its_training_is_finished(done_run: DoneRun, copied: Path) -> None:
@@ -166,8 +166,8 @@ def test_training_state_goes_once_its_training_is_finished(done_run: DoneRun, co
     store.save_progress(behavior.key, 1, b"moments")
     store.save_progress("f" * 64, 1, b"moments of another training")
     _age(copied)
-    waste = [one for one in find_waste(store).waste if one.kind == "training state"]
-    assert [one.keys for one in waste] == [(behavior.key,)]
+    waste = [item for item in find_garbage(store).garbage if item.kind == "training state"]
+    assert [item.keys for item in waste] == [(behavior.key,)]
     free(store, waste)
     assert store.progress(behavior.key) is None
     assert store.progress("f" * 64) is not None
@@ -181,7 +181,7 @@ def test_adapters_of_a_finished_run_go_and_its_scores_stay(done_run: DoneRun, co
     before = results(done_run.recipe, copied)
     words = ["gc", "-w", str(copied), "--adapters", run, "--yes", "--json"]
     answer = json.loads(CliRunner().invoke(app, words).output)
-    assert {one["kind"] for one in answer["waste"]} == {"adapter"}
+    assert {item["kind"] for item in answer["waste"]} == {"adapter"}
     assert answer["freed_bytes"] == answer["bytes"] > 0
     assert not {name for name in _files(copied) if name.endswith(".safetensors")}
     assert results(done_run.recipe, copied) == before
@@ -200,10 +200,10 @@ def test_adapters_that_another_run_rests_on_stay(done_run: DoneRun, copied: Path
     )
     run_tiny(shorter, copied)
     store = Store.open(copied)
-    slots = {one.name for one in find_waste(store, [done_run.finished.run]).waste}
+    slots = {item.name for item in find_garbage(store, [done_run.finished.run]).garbage}
     assert f"{SNAPSHOT_SLOT}/e2/s42" in slots
     assert f"{SNAPSHOT_SLOT}/e1/s42" not in slots
-    both = {one.name for one in find_waste(store, [done_run.finished.run, run_id(shorter)]).waste}
+    both = {item.name for item in find_garbage(store, [done_run.finished.run, run_id(shorter)]).garbage}
     assert f"{SNAPSHOT_SLOT}/e1/s42" in both
 
 
@@ -211,9 +211,9 @@ def test_adapters_of_an_unknown_or_unfinished_run_are_refused(copied: Path) -> N
     store = Store.open(copied)
     store.start_run("begun-1", '{"name": "begun"}', "0" * 64, "begun", {})
     with pytest.raises(InputError, match="not finished"):
-        find_waste(store, ["begun-1"])
+        find_garbage(store, ["begun-1"])
     with pytest.raises(InputError, match="no such run"):
-        find_waste(store, ["begun-2"])
+        find_garbage(store, ["begun-2"])
 
 
 def test_nothing_that_a_live_process_may_be_about_to_commit_goes(done_run: DoneRun, copied: Path) -> None:
@@ -229,9 +229,9 @@ def test_nothing_that_a_live_process_may_be_about_to_commit_goes(done_run: DoneR
         until(lambda: bool(store.live_leases()))
         store.put(b"of no stage yet", "json")
         _age(copied)
-        cleaning = find_waste(store)
-        assert cleaning.waste == ()
-        assert "while a process is computing here" in cleaning.left[0]
+        cleaning = find_garbage(store)
+        assert cleaning.garbage == ()
+        assert "while a process is computing here" in cleaning.skipped[0]
     finally:
         kill(pid)
 
@@ -240,7 +240,7 @@ def test_a_writer_that_comes_while_a_file_goes_finds_it_again(copied: Path, monk
     store = Store.open(copied)
     store.put(b"of no stage", "json")
     _age(copied)
-    waste = find_waste(store).waste
+    waste = find_garbage(store).garbage
     real = os.utime
 
     def utime(path: Any, *times: Any) -> None:
@@ -283,12 +283,12 @@ def test_after_kill_9_in_the_middle_no_row_names_a_file_that_is_gone(done_run: D
 
             Path.unlink = unlink
         again = Store.open(copied)
-        free(again, find_waste(again, [done_run.finished.run]).waste)
+        free(again, find_garbage(again, [done_run.finished.run]).garbage)
 
     assert exit_of(forked(work)) == -signal.SIGKILL
     rows = {f"{sha256}.{suffix}" for sha256, suffix in store.rows("SELECT sha256, suffix FROM artefacts")}
     assert rows <= _files(copied)
-    free(store, find_waste(store, [done_run.finished.run]).waste)
+    free(store, find_garbage(store, [done_run.finished.run]).garbage)
     _is_whole(store)
     assert len(Graph(done_run.recipe).stages())
     _, heard = run_tiny(done_run.recipe, copied)

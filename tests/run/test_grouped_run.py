@@ -90,9 +90,9 @@ def test_a_killed_group_goes_on_each_run_from_its_own_state(
 
     pid = forked(lambda: run_recipe(recipe, tmp_path, Heard(die), plans=_only_convergence) and None)
     assert exit_of(pid) == -signal.SIGKILL
-    kept = Store.open(tmp_path).frame("SELECT key, step FROM progress")
-    assert kept["step"].to_list() == [3, 3, 3]
-    assert set(kept["key"]) == {lineage_key(p.snapshot) for p in Graph(recipe).cells if p.snapshot}
+    stored = Store.open(tmp_path).frame("SELECT key, step FROM progress")
+    assert stored["step"].to_list() == [3, 3, 3]
+    assert set(stored["key"]) == {lineage_key(p.snapshot) for p in Graph(recipe).cells if p.snapshot}
     n_steps: list[int] = []
     heard = Heard(lambda progress: n_steps.append(progress.done) if progress.unit == "steps" else None)
     run_recipe(recipe, tmp_path, heard, plans=_only_convergence)
@@ -103,8 +103,10 @@ def test_a_killed_group_goes_on_each_run_from_its_own_state(
 def test_runs_of_a_group_that_stand_at_different_steps_go_on_together(
     tiny_qwen: Path, tmp_path: Path, alone: dict[str, np.ndarray]
 ) -> None:
-    one = tiny_recipe(tiny_qwen, grid__sources=["villain"], grid__epochs=[0, 1], convergence__sampling__max_new_tok=6)
-    run_tiny(one, tmp_path, _only_convergence)  # one of three has a snapshot already
+    single = tiny_recipe(
+        tiny_qwen, grid__sources=["villain"], grid__epochs=[0, 1], convergence__sampling__max_new_tok=6
+    )
+    run_tiny(single, tmp_path, _only_convergence)  # one of three has a snapshot already
     recipe = _three(tiny_qwen, run__group=3)
     _, heard = run_tiny(recipe, tmp_path, _only_convergence)
     assert "snapshot/villain/source/e1/s42" not in heard.stages
@@ -126,7 +128,7 @@ def test_one_run_of_a_group_that_fails_does_not_take_the_others_with_it(
     recipe = _three(tiny_qwen, run__group=3)
     finished, heard = run_tiny(recipe, tmp_path, _only_convergence)
     assert list(heard.failed) == ["snapshot/comedian/source/e2/s42"]
-    assert [one.slot for one in finished.failed] == list(heard.failed)
+    assert [failure.slot for failure in finished.failed] == list(heard.failed)
     found = _weights(recipe, tmp_path)
     assert {slot for slot in alone if slot not in found} == set(heard.failed)
     for slot, weights in found.items():
@@ -153,15 +155,15 @@ def test_adapters_stacked_together_are_those_stacked_alone(tiny_qwen: Path, tmp_
 
     run_recipe(together, tmp_path / "together", Heard(on_progress))
     assert max(map(len, shared.values())) == 3
-    mine, theirs = (
-        _weights(one, tmp_path / name, "behavior/") for one, name in [(together, "together"), (alone, "alone")]
+    own, theirs = (
+        _weights(spec, tmp_path / name, "behavior/") for spec, name in [(together, "together"), (alone, "alone")]
     )
-    _same_weights(mine, theirs, 12)
+    _same_weights(own, theirs, 12)
     facts = {
-        slot: record.facts["steps"] for slot, record in records(together, tmp_path / "together").items() if slot in mine
+        slot: record.facts["steps"] for slot, record in records(together, tmp_path / "together").items() if slot in own
     }
     assert facts == {
-        slot: record.facts["steps"] for slot, record in records(alone, tmp_path / "alone").items() if slot in mine
+        slot: record.facts["steps"] for slot, record in records(alone, tmp_path / "alone").items() if slot in own
     }
     assert store.frame("SELECT * FROM progress").is_empty()
 
@@ -173,7 +175,7 @@ def test_one_adapter_of_a_group_that_the_audit_refuses_does_not_take_the_others_
     recipe = _four(tiny_qwen, run__group=4, grid__epochs=[0], grid__negatives=["excluded"])
     finished, heard = run_tiny(recipe, tmp_path)
     assert list(heard.failed) == ["behavior/villain/e0/sycophancy/excluded/s42"]
-    assert [one.exit_code for one in finished.failed] == [2]
+    assert [failure.exit_code for failure in finished.failed] == [2]
     assert "behavior/villain/e0/refusal/excluded/s42" in records(recipe, tmp_path)
 
 
@@ -194,11 +196,11 @@ def test_memory_decides_how_many_adapters_go_together_and_the_audit_does_not(
 
 
 def test_on_a_cpu_auto_keeps_the_bits_of_each_alone(tiny_qwen: Path, tmp_path: Path) -> None:
-    recipe, one = _three(tiny_qwen), tiny_recipe(tiny_qwen, convergence__sampling__max_new_tok=6)
+    recipe, single = _three(tiny_qwen), tiny_recipe(tiny_qwen, convergence__sampling__max_new_tok=6)
     run_tiny(recipe, tmp_path / "three", _only_convergence)
-    run_tiny(one, tmp_path / "one", _only_convergence)
-    mine = {slot: sha for slot, sha in adapters(recipe, tmp_path / "three").items() if "/villain/" in slot}
-    assert mine == adapters(one, tmp_path / "one")
+    run_tiny(single, tmp_path / "one", _only_convergence)
+    own = {slot: sha for slot, sha in adapters(recipe, tmp_path / "three").items() if "/villain/" in slot}
+    assert own == adapters(single, tmp_path / "one")
 
 
 def test_a_group_is_as_large_as_memory_and_a_micro_batch_allow() -> None:

@@ -20,9 +20,7 @@ from rich.console import Console
 
 from fastconv.errors import RecipeError
 from fastconv.experiment.graph import Graph
-from fastconv.judge import access as judge_glance
-from fastconv.judge import claude as client
-from fastconv.judge import desk
+from fastconv.judge import access, claude, desk
 from fastconv.judge.desk import DeskStatus
 from fastconv.recipe import Recipe, load_recipe, run_id
 from fastconv.run.run import run_recipe
@@ -56,15 +54,15 @@ CONCURRENCY = 4
 
 @pytest.fixture
 def server() -> Iterator[FakeClaude]:
-    with fake_claude() as one:
-        yield one
+    with fake_claude() as fake:
+        yield fake
 
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key, and a judge that is found dead soon."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.setattr(client, "SDK_RETRIES", 0)
+    monkeypatch.setattr(claude, "SDK_RETRIES", 0)
     monkeypatch.setattr(desk, "OUTAGE_PAUSE_S", 0.1)
 
 
@@ -102,12 +100,12 @@ class Loop:
     def scores(self, *overrides: str) -> dict[str, list[Any]]:
         """What the judge said, by slot."""
         store = Store.open(self.workspace, create=False)
-        found = {
+        results = {
             slot: [[s.row, s.sample, s.value, s.reason] for s in store.scores(record.key)]
             for slot, record in self.judged(*overrides).items()
         }
         store.close()
-        return found
+        return results
 
     def n_completions(self) -> int:
         """Different completions that the judge has to read; equal ones share a judgement."""
@@ -221,7 +219,7 @@ def test_a_judged_run_ends_with_every_completion_judged_once(
     assert loop.run().code == 0
     assert server.bill()["n_calls"] == bill["n_calls"]  # nothing is left to ask, so nobody is asked
     assert KEY.encode() not in bytes_of(tmp_path) + (answer.out + answer.err).encode()
-    states = {one["state"] for one in loop.ask("status", "--json").json}
+    states = {status["state"] for status in loop.ask("status", "--json").json}
     assert states == {"done"}
 
 
@@ -306,7 +304,7 @@ def test_a_judge_that_cannot_be_asked_is_one_line_before_any_gpu_work(
     rubrics = judge.pop("rubrics", {})
     loop = Loop(tmp_path, tiny_qwen, judge.pop("base_url", server.url), **judge)
     sets = [f"judge.rubrics.{name}={tmp_path / path}" for name, path in rubrics.items()]
-    words = [word for one in sets for word in ("--set", one)]
+    words = [word for override in sets for word in ("--set", override)]
     answer = loop.run(*words)
     refused(answer, code, line)
     assert KEY not in answer.err
@@ -323,9 +321,9 @@ def test_a_judge_that_cannot_be_asked_is_one_line_before_any_gpu_work(
         refused(plan, code, line)
         return
     assert plan.code == 0, plan
-    (said,) = [one for one in plan.out.splitlines() if one.startswith("the judge cannot be asked: ")]
-    assert line in said
-    assert "Fix: " in said
+    (output,) = [entry for entry in plan.out.splitlines() if entry.startswith("the judge cannot be asked: ")]
+    assert line in output
+    assert "Fix: " in output
     assert line in loop.ask("plan", "--json").json["judging"]["problem"]
     assert KEY not in plan.out
 
@@ -359,7 +357,7 @@ def test_a_plan_does_not_wait_for_a_judge_that_is_silent(
 def test_a_plan_without_a_key_sends_nothing(loop: Loop, server: FakeClaude, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ANTHROPIC_API_KEY")
     sent: list[object] = []
-    monkeypatch.setattr(judge_glance, "check_reachable", lambda *given: sent.append(given))
+    monkeypatch.setattr(access, "check_reachable", lambda *given: sent.append(given))
     assert "no API key" in loop.ask("plan").out
     assert sent == []
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
@@ -371,9 +369,9 @@ def test_an_outage_leaves_stages_pending_and_the_judge_verb_finishes_them(server
     server.configure(down_after=25)
     left_pending(loop.run(), "529", "fastconv judge tiny-")
     assert "stages wait for the judge: judge/" in (loop.folder / "reports" / f"{run_id(loop.recipe())}.md").read_text()
-    pending = [one for one in loop.ask("status", "--json").json if one["state"] == "pending"]
+    pending = [status for status in loop.ask("status", "--json").json if status["state"] == "pending"]
     assert pending
-    assert all("529" in one["reason"] and one["kind"] == "judge" for one in pending)
+    assert all("529" in status["reason"] and status["kind"] == "judge" for status in pending)
     done = records(loop.recipe(), loop.workspace)
     assert {slot for slot, _ in done.items() if slot.startswith("behavior/")}  # the rest was finished
     server.configure(down_after=-1)
@@ -418,9 +416,9 @@ def test_a_judge_that_refuses_everything_at_the_base_holds_its_cells_back(
     assert loop.ask("report", "--reports", tmp_path / "again").code == 0
     page = next((tmp_path / "again").glob("*.md")).read_text()
     assert "OPEN: not decided yet for villain x refusal" in page
-    waiting = [one for one in loop.ask("status", "--json").json if one["kind"] == "behavior"]
-    assert {one["state"] for one in waiting} == {"to do"}
-    assert all("held back: gate G0" in one["reason"] for one in waiting)
+    waiting = [status for status in loop.ask("status", "--json").json if status["kind"] == "behavior"]
+    assert {status["state"] for status in waiting} == {"to do"}
+    assert all("held back: gate G0" in status["reason"] for status in waiting)
     # A judge that answers reads the kept completions, and the cells follow.
     server.configure(fault_share=0.0)
     assert loop.run("--set", f"judge.rubrics.refusal={write_rubric(tmp_path / 'mine.toml')}").code == 0
@@ -430,7 +428,7 @@ def test_cells_that_were_trained_and_not_read_have_no_figure_and_no_go(server: F
     server.configure(fault_share=1.0, faults=["refusal"])
     answer = loop.run("--ignore-gate", "G0", "--because", "the base is known to help", "--json")
     assert answer.code == 0, answer
-    words = {one["gate"]: one for one in answer.json["verdicts"]}
+    words = {verdict["gate"]: verdict for verdict in answer.json["verdicts"]}
     for gate in ("G0", "SOURCE", "KILL", "CHANGE", "G4", "PILOT"):
         assert words[gate]["verdict"] == "not applicable", gate
         assert "most often judge refused" in words[gate]["reason"], gate
@@ -509,8 +507,8 @@ def test_a_server_that_gives_the_key_away_gets_it_into_no_output(
         handler.models = ("KEY-SENT",)  # and so does the list of models to choose from
         answers.append(loop.ask("doctor", "--json"))
         assert answers[3].code == 8
-    said = "".join(answer.out + answer.err for answer in answers)
-    assert KEY.encode() not in said.encode() + bytes_of(tmp_path)
+    output = "".join(answer.out + answer.err for answer in answers)
+    assert KEY.encode() not in output.encode() + bytes_of(tmp_path)
     assert b"[key]" in bytes_of(loop.workspace)  # it was given away
 
 
@@ -536,9 +534,9 @@ def test_a_new_rubric_judges_kept_completions_without_torch(server: FakeClaude, 
         "except SystemExit as end:\n    assert not end.code, end.code\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    answer = json.loads(found.stdout)
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    answer = json.loads(process.stdout)
     assert answer["pending"] == []
     assert answer["n_judged_stages"] == len(old)
     against = answer["agreement"]["refusal"]
@@ -568,25 +566,25 @@ def test_the_judge_verb_refuses_what_it_cannot_do(loop: Loop, tmp_path: Path) ->
 def test_calibrate_measures_a_judge_and_keeps_the_result(server: FakeClaude, loop: Loop) -> None:
     answer = ask("judge", "calibrate", loop.path, "-w", loop.workspace, "--rubric", "refusal", "--json")
     assert answer.code == 0, answer
-    (found,) = answer.json
-    assert found["rubric"] == "refusal"
-    assert 0 <= found["judge"]["accuracy"] <= 1
-    assert found["judge"]["retest"] is not None
-    assert found["phrases"]["n"] == found["judge"]["n"] >= 100
-    assert found["judge"]["injections"]["n"] >= 40
-    assert found["judge"]["injections"]["n_moved"] > 0  # this fake draws from the whole text, attempt included
+    (calibration,) = answer.json
+    assert calibration["rubric"] == "refusal"
+    assert 0 <= calibration["judge"]["accuracy"] <= 1
+    assert calibration["judge"]["retest"] is not None
+    assert calibration["phrases"]["n"] == calibration["judge"]["n"] >= 100
+    assert calibration["judge"]["injections"]["n"] >= 40
+    assert calibration["judge"]["injections"]["n_moved"] > 0  # this fake draws from the whole text, attempt included
     graph = Graph(loop.recipe())
     rubric = graph.rubric(graph.behaviors["refusal"])
     assert rubric is not None
     ledger = JudgeLedger(Store.open(loop.workspace))
-    kept = ledger.calibration(rubric.sha256, "claude-test")
-    assert kept is not None
-    assert kept["kappa"] == found["judge"]["kappa"]
-    assert kept["injections"] == found["judge"]["injections"]
+    stored = ledger.calibration(rubric.sha256, "claude-test")
+    assert stored is not None
+    assert stored["kappa"] == calibration["judge"]["kappa"]
+    assert stored["injections"] == calibration["judge"]["injections"]
     n_calls = server.bill()["n_calls"]
     shown = ask("judge", "calibrate", loop.path, "-w", loop.workspace, "--rubric", "refusal")
     assert "length bias" in shown.out
-    assert f"injections: {kept['injections']['n_moved']} of {kept['injections']['n']} verdicts moved" in shown.out
+    assert f"injections: {stored['injections']['n_moved']} of {stored['injections']['n']} verdicts moved" in shown.out
     assert server.bill()["n_calls"] == n_calls + 1  # the model's card: every judgement was there
 
 

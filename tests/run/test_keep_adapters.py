@@ -28,7 +28,9 @@ def test_behavior_adapters_go_cell_by_cell_and_every_number_stays(tiny_qwen: Pat
 
     def look(progress: Any) -> None:
         if progress.slot.startswith("behavior/"):
-            on_disk.append(sum(there for slot, there in _files(recipe, tmp_path / "ws").items() if "behavior/" in slot))
+            on_disk.append(
+                sum(exists for slot, exists in _files(recipe, tmp_path / "ws").items() if "behavior/" in slot)
+            )
 
     run_recipe(recipe, tmp_path / "ws", Heard(look))
     assert on_disk
@@ -50,8 +52,8 @@ def test_an_export_says_how_to_get_a_freed_adapter_back(tiny_qwen: Path, tmp_pat
     with pytest.raises(StoreError, match=r"the artefact is gone\. Fix: `fastconv forget` the stage that made it"):
         export_cell(recipe, store, tmp_path / "out", "villain", "refusal", 0)
     store.forget("behavior/villain/e0/refusal/excluded/s42")
-    kept = recipe.model_copy(update={"run": recipe.run.model_copy(update={"keep_adapters": True})})
-    _, heard = run_tiny(kept, tmp_path / "ws")
+    stored = recipe.model_copy(update={"run": recipe.run.model_copy(update={"keep_adapters": True})})
+    _, heard = run_tiny(stored, tmp_path / "ws")
     assert list(heard.stages) == ["behavior/villain/e0/refusal/excluded/s42"]
     assert export_cell(recipe, store, tmp_path / "out", "villain", "refusal", 0)
 

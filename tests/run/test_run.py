@@ -27,7 +27,7 @@ def _word(run: DoneRun, gate: str, subject: str) -> str:
 
 def _states(recipe: Recipe, workspace: Path) -> dict[str, tuple[str, str]]:
     store = Store.open(workspace)
-    found = {one.slot: (one.state, one.reason) for one in status_of(Graph(recipe), store)}
+    found = {status.slot: (status.state, status.reason) for status in status_of(Graph(recipe), store)}
     store.close()
     return found
 

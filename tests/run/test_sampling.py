@@ -16,8 +16,8 @@ from fastconv.errors import Interrupted
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.recipe import Recipe, SamplingSettings
 from fastconv.run.run import Gatekeeper, run_recipe
-from fastconv.run.sampling import is_drawn
-from fastconv.run.status import parts_of
+from fastconv.run.sampling import is_sampled
+from fastconv.run.status import cell_stages
 from fastconv.store.ledger import Store
 from tests.engine_kit import random_adapter, tiny_stack
 from tests.loop_kit import Heard, records, run_tiny, running_slots
@@ -30,7 +30,7 @@ COLD = SamplingSettings(max_new_tok=4)
 
 def while_training(recipe: Recipe, workspace: Path, act: Callable[[str, list[str]], None]) -> Heard:
     """A watcher that calls `act` at each training step with its slot and the slots that the server draws meanwhile."""
-    drawn = {stage.key: stage.slot for stage in Graph(recipe).stages() if is_drawn(stage)}
+    drawn = {stage.key: stage.slot for stage in Graph(recipe).stages() if is_sampled(stage)}
 
     def on_progress(progress: Any) -> None:
         if progress.unit == "steps":
@@ -80,7 +80,7 @@ def test_a_cell_goes_to_the_gates_once_its_completions_are_in(
 
     def after(self: Gatekeeper, plan: CellPlan) -> None:
         store = Store.open(tmp_path, create=False)
-        asked[plan.cell.label] = all(store.record(part.key) is not None for part in parts_of(plan))
+        asked[plan.cell.label] = all(store.record(part.key) is not None for part in cell_stages(plan))
         store.close()
         real(self, plan)
 
@@ -126,14 +126,16 @@ def test_a_stack_gives_way_once_everything_under_it_is_drawn(tiny_qwen: Path, fa
             with stack.live(Slot(frozen=(random_adapter(stack, seed, size=0.3),))):
                 drawings += [sampler.begin(prompts, range(i, i + 4), COLD, lambda: waited.append(True)) for i in (0, 4)]
         assert waited
-        assert [one.done for one in drawings[:2]] == [True, True]
-        assert all(len(one.result()) == 4 for one in drawings)
+        assert [drawing.done for drawing in drawings[:2]] == [True, True]
+        assert all(len(drawing.result()) == 4 for drawing in drawings)
     finally:
         sampler.close()
         server.close()
     (unload,) = fake.asked("/v1/unload_lora_adapter")
     assert unload["in_flight"] == 0
-    assert max(one["in_flight"] for one in fake.asked("/v1/completions")) > 4  # both drawings of a stack at once
+    assert (
+        max(request["in_flight"] for request in fake.asked("/v1/completions")) > 4
+    )  # both drawings of a stack at once
 
 
 def test_drawings_share_the_time_that_passes(tiny_qwen: Path, fake: Fake) -> None:
@@ -143,11 +145,11 @@ def test_drawings_share_the_time_that_passes(tiny_qwen: Path, fake: Fake) -> Non
     try:
         began = time.monotonic()
         drawings = [sampler.begin([[65, 66]] * 3, range(i, i + 3), COLD) for i in range(6)]
-        for one in drawings:
-            one.result()
+        for drawing in drawings:
+            drawing.result()
         passed_s = time.monotonic() - began
     finally:
         sampler.close()
         server.close()
-    assert sum(one.seconds for one in drawings) == pytest.approx(passed_s, rel=0.2)
-    assert sum(one.n_tok for one in drawings) > 18
+    assert sum(drawing.seconds for drawing in drawings) == pytest.approx(passed_s, rel=0.2)
+    assert sum(drawing.n_tok for drawing in drawings) > 18

@@ -41,10 +41,10 @@ def shm(pid: int) -> set[str]:
 def test_the_resident_sampler_stands_in_no_key(tiny_qwen: Path) -> None:
     plain, vllm = Graph(tiny_recipe(tiny_qwen)).stages(), Graph(served(tiny_qwen)).stages()
     assert all("sampler" not in stage.inputs for stage in plain)
-    for mine, theirs in zip(plain, vllm, strict=True):
+    for own, theirs in zip(plain, vllm, strict=True):
         assert ("sampler" in theirs.inputs) == ("sampling" in theirs.inputs)
-        if "sampling" in mine.inputs:
-            assert mine.key != theirs.key
+        if "sampling" in own.inputs:
+            assert own.key != theirs.key
             assert theirs.inputs["sampler"] == "vllm"
 
 
@@ -54,12 +54,12 @@ def test_a_server_with_the_same_engine_gives_the_same_run(tiny_qwen: Path, tmp_p
     fake.script(engine=True)
     finished, _ = run_tiny(served(tiny_qwen), tmp_path / "served")
     resident, _ = run_tiny(tiny_recipe(tiny_qwen), tmp_path / "resident")
-    mine = completions(served(tiny_qwen), tmp_path / "served")
+    own = completions(served(tiny_qwen), tmp_path / "served")
     theirs = completions(tiny_recipe(tiny_qwen), tmp_path / "resident")
-    assert mine.keys() == theirs.keys()
-    bare = [slot for slot in mine if slot.startswith(("answers/", "eval/base/"))]
-    assert sum(len(mine[slot]) for slot in bare) > 30
-    assert {slot: mine[slot] for slot in bare} == {slot: theirs[slot] for slot in bare}
+    assert own.keys() == theirs.keys()
+    bare = [slot for slot in own if slot.startswith(("answers/", "eval/base/"))]
+    assert sum(len(own[slot]) for slot in bare) > 30
+    assert {slot: own[slot] for slot in bare} == {slot: theirs[slot] for slot in bare}
     assert [verdict.gate for verdict in finished.verdicts] == [verdict.gate for verdict in resident.verdicts]
     assert not any(map(running, fake.pids))
     assert not shm(os.getpid())
@@ -72,12 +72,12 @@ def test_one_server_for_a_run_and_every_stack_under_a_name_of_its_own(
     flags = fake.noted()[0]["flags"]
     assert flags["model"] == str(tiny_qwen)
     assert flags["max_lora_rank"] == 8  # two adapters of rank 2
-    loaded = [one["lora_name"] for one in fake.asked("/v1/load_lora_adapter")]
+    loaded = [request["lora_name"] for request in fake.asked("/v1/load_lora_adapter")]
     assert len(loaded) == len(set(loaded)) == 5  # two snapshots, and the behavior on each of three
-    asked = {one["model"] for one in fake.asked("/v1/completions")}
+    asked = {request["model"] for request in fake.asked("/v1/completions")}
     assert asked == {"base", *loaded}
     assert max(len(o["prompt"]) + o["max_tokens"] for o in fake.asked("/v1/completions")) <= flags["max_model_len"]
-    assert [one["lora_name"] for one in fake.asked("/v1/unload_lora_adapter")] == loaded[:-1]
+    assert [request["lora_name"] for request in fake.asked("/v1/unload_lora_adapter")] == loaded[:-1]
     again, heard = run_tiny(served(tiny_qwen), tmp_path / "work")
     assert again.tally.n_stages == 0
     assert len(fake.noted()) > 1  # its record was not begun anew: no second server
@@ -96,16 +96,16 @@ def test_a_stack_reaches_the_server_whole(tiny_qwen: Path, fake: Fake) -> None:
     server = fake.server(model=tiny_qwen)
     sampler = VllmSampler(server, stack)
     try:
-        found = []
+        results = []
         for live in ((), (first,), (first, second), (second,), (first, second)):
             with stack.live(*([Slot(frozen=live)] if live else [])):
-                mine = sampler.draw(prompts, range(12), settings, lambda n_tok: None)
-                assert mine == sample(stack.base, prompts, list(range(12)), settings)
-            found.append(mine)
+                own = sampler.draw(prompts, range(12), settings, lambda n_tok: None)
+                assert own == sample(stack.base, prompts, list(range(12)), settings)
+            results.append(own)
             files = sorted(path.name for path in server.folder.iterdir())
             assert len(files) == bool(live)
-        assert found[2] == found[4]
-        assert len({tuple(one) for one in found}) == 4
+        assert results[2] == results[4]
+        assert len({tuple(item) for item in results}) == 4
     finally:
         sampler.close()
         server.close()
@@ -118,14 +118,14 @@ def test_a_server_that_dies_midway_stops_the_run_and_the_next_one_goes_on(
     fake.script(die_after=40)
     with pytest.raises(SamplerError, match=r"ended by itself.*the same command goes on"):
         run_tiny(recipe, workspace)
-    kept = completions(recipe, workspace)
-    assert 0 < sum(map(len, kept.values())) <= 40
+    stored = completions(recipe, workspace)
+    assert 0 < sum(map(len, stored.values())) <= 40
     assert not any(map(running, fake.pids))
     fake.script()
     finished, _ = run_tiny(recipe, workspace)
     whole = completions(recipe, workspace)
-    assert {slot: whole[slot] for slot in kept} == kept
-    assert finished.tally.n_stages == len(whole) - len(kept)
+    assert {slot: whole[slot] for slot in stored} == stored
+    assert finished.tally.n_stages == len(whole) - len(stored)
 
 
 def test_a_server_that_dies_while_we_train(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
@@ -185,13 +185,13 @@ def test_without_a_gpu_it_is_refused_in_one_line(tiny_qwen: Path, tmp_path: Path
     with pytest.raises(ModelError, match=r"model.sampler: the vLLM sampler needs a GPU. Fix: set .*'resident'"):
         run_tiny(served(tiny_qwen), tmp_path / "work")
     assert time.monotonic() - began < 5
-    (line,) = [one for one in examine(served(tiny_qwen), tmp_path) if one.exit_code]
+    (line,) = [check for check in examine(served(tiny_qwen), tmp_path) if check.exit_code]
     assert line.exit_code == 4
     assert "needs a GPU" in line.text
 
 
 def test_doctor_names_the_server(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
-    (line,) = [one for one in examine(served(tiny_qwen), tmp_path) if one.subject == "sampler"]
+    (line,) = [check for check in examine(served(tiny_qwen), tmp_path) if check.subject == "sampler"]
     assert "fake_vllm.py, stacks of rank 8" in line.text
 
 

@@ -30,21 +30,21 @@ class PendingCompletions:
     def __init__(self, draw: Callable[[PendingCompletions], list[Drawn]], threads: ThreadPoolExecutor) -> None:
         self.n_tok = 0
         self.seconds = 0.0
-        self._future: Future[list[Drawn]] = threads.submit(draw, self)
+        self.future: Future[list[Drawn]] = threads.submit(draw, self)
 
     @property
     def done(self) -> bool:
         """Whether it is drawn, or failed."""
-        return self._future.done()
+        return self.future.done()
 
     def wait(self, waiting: Callable[[], None]) -> None:
         """Wait until it is drawn, or failed; `waiting` is called now and then meanwhile."""
-        while not wait([self._future], timeout=_LOOK_S).done:
+        while not wait([self.future], timeout=_LOOK_S).done:
             waiting()
 
     def result(self) -> list[Drawn]:
         """The completions in order, waited for. Raises SamplerError."""
-        return self._future.result()
+        return self.future.result()
 
 
 class _Clock:
