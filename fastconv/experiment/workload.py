@@ -12,9 +12,10 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from fastconv.datasets.questions import Question, QuestionSet, load_questions, read_split
+from fastconv.datasets.questions import HUB_FILE, Question, QuestionSet, load_questions, read_split
 from fastconv.datasets.rows import Row
 from fastconv.experiment.graph import Graph
+from fastconv.hub import cached_file
 from fastconv.store.records import Stage
 
 #: English characters per token, and tokens of a chat template around a system and a user turn. On the rows of the demo
@@ -73,20 +74,31 @@ class Sketch(Graph):
 def demands(graph: Graph, stages: Iterable[Stage], device: str) -> dict[str, Demand]:
     """The demand of each stage on a device (`cpu` or `cuda`), by key."""
     rows = SAMPLED_ROWS[device]
-    trained: dict[str, Demand] = {}  # by set: adapters on every snapshot train the same rows
-
-    def behavior(graph: Graph, stage: Stage) -> Demand:
-        key = stage.needs["rows"].key
-        if key not in trained:
-            trained[key] = _behavior(graph, stage)
-        return trained[key]
-
     count: dict[str, Callable[[Graph, Stage], Demand]] = {
-        "answers": lambda graph, stage: _drawn(stage, rows), "snapshot": _snapshot, "behavior": behavior,
+        "answers": lambda graph, stage: _drawn(stage, rows), "snapshot": _snapshot, "behavior": _behavior,
         "eval": lambda graph, stage: _eval(graph, stage, rows, device), "judge": _judge,
         "geometry": lambda graph, stage: _geometry(graph, stage, device),
     }  # fmt: skip
-    return {stage.key: count[stage.kind](graph, stage) if stage.kind in count else Demand() for stage in stages}
+    found: dict[tuple[str, ...], Demand] = {}
+    by_stage: dict[str, Demand] = {}
+    for stage in stages:
+        alike = _alike(stage)
+        if alike not in found:
+            found[alike] = count[stage.kind](graph, stage) if stage.kind in count else Demand()
+        by_stage[stage.key] = found[alike]
+    return by_stage
+
+
+def _alike(stage: Stage) -> tuple[str, ...]:
+    """Equal for stages of one recipe with equal demand: adapters train the same rows on every snapshot, and probes are
+    asked the same prompts on every stack."""
+    if stage.kind == "behavior":
+        return stage.kind, stage.needs["rows"].key
+    if stage.kind == "eval":
+        return stage.kind, stage.inputs["measure"], stage.inputs["prompts_sha256"], *stage.inputs["system"]
+    if stage.kind == "judge":
+        return stage.kind, stage.work["rubric"].sha256, *_alike(stage.needs["eval"])
+    return stage.kind, stage.key
 
 
 def total(found: Iterable[Demand]) -> Demand:
@@ -205,14 +217,8 @@ def _stand_in(identity: str) -> Question:
 
 def _arc_in_cache() -> bool:
     """Whether the hub's file is on this disk; nothing is fetched."""
-    from huggingface_hub import try_to_load_from_cache  # slow to import, and only needed here
-
-    from fastconv.datasets.questions import HUB_FILE
-
     split = read_split()
-    return isinstance(
-        try_to_load_from_cache(split.dataset, HUB_FILE, revision=split.revision, repo_type="dataset"), str
-    )
+    return cached_file(split.dataset, HUB_FILE, split.revision, "dataset") is not None
 
 
 def settings_of(found: Demand) -> Mapping[str, Any]:
