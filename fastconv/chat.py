@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NoReturn
-
-import jinja2
-import tokenizers
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from fastconv.errors import TemplateError
+
+if TYPE_CHECKING:  # both are slow to import, and `plan` and `status` read no tokenizer
+    import jinja2
+    import tokenizers
 
 Message = Mapping[str, str]
 
@@ -115,6 +115,8 @@ class ChatTokenizer:
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         """The template's text for these messages. Raises TemplateError when the template refuses them."""
+        import jinja2
+
         try:
             return self._template.render(
                 messages=[dict(message) for message in messages],
@@ -264,6 +266,8 @@ class ChatTokenizer:
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise TemplateError("no tokenizer.json", where=str(path.parent), fix="use a model folder with a fast tokenizer")
+    import tokenizers
+
     # The library raises a bare Exception for a file it cannot parse; its JSON is checked first to say so plainly.
     _read_json(path)
     return tokenizers.Tokenizer.from_file(str(path))
@@ -300,6 +304,9 @@ def _token_text(entry: object) -> str:
 
 def _compile(text: str, where: str) -> jinja2.Template:
     """Jinja settings that chat templates are written for (trim and lstrip blocks, `tojson`, `raise_exception`)."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )

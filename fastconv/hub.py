@@ -1,10 +1,12 @@
-"""Whether the Hugging Face hub can be asked at all."""
+"""The Hugging Face hub: whether it can be asked at all, and what its cache on this disk holds."""
 
 from __future__ import annotations
 
 import socket
 import urllib.parse
 import urllib.request
+from pathlib import Path
+from typing import Literal
 
 
 def is_out_of_reach() -> bool:
@@ -24,3 +26,15 @@ def is_out_of_reach() -> bool:
     except OSError:
         return True
     return False
+
+
+def cached_file(repo: str, name: str, revision: str, repo_type: Literal["model", "dataset"] = "model") -> Path | None:
+    """A file of a hub repository as the hub's cache on this disk has it, or None; nothing is fetched."""
+    from huggingface_hub import constants
+
+    if not (Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}").is_dir():
+        return None  # nothing of it was ever fetched; the import below is slow, because it brings an HTTP client
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repo, name, revision=revision, repo_type=repo_type)
+    return Path(path) if isinstance(path, str) else None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fastconv.store import io
 from tests.loop_kit import done_run
 from tests.tiny import tiny_model_folder
 
@@ -14,6 +15,8 @@ __all__ = ["done_run", "tiny_llama", "tiny_qwen"]
 
 # A tiny model gains nothing from a second thread, and a forked child of a process with OpenMP threads never ends.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A tiny run commits 500 times; waiting for the disk each time would take longer than all that it computes.
+io.SYNCHRONOUS = "OFF"
 # No test may need a network: what tries one fails at once instead of waiting.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -40,6 +40,8 @@ class Script:
 
     seed: int = 0
     latency_s: float = 0.0
+    #: No message is answered as long as this is set.
+    hold: bool = False
     fault_share: float = 0.0
     faults: tuple[str, ...] = LIVE_FAULTS
     #: Faults served first, in order, before chance decides.
@@ -191,6 +193,8 @@ class _Server:
             writer.transport.abort()
             return False
         await asyncio.sleep(script.latency_s)
+        while self.script.hold:
+            await asyncio.sleep(0.005)
         message = self.reply(body, fault)
         if fault == "reset":
             self.lost[digest] += 1

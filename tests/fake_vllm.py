@@ -39,6 +39,8 @@ class Script:
     faults: list[Any] = dataclasses.field(default_factory=list)
     #: How replies lie: `model`, `prompt`, `no_ids`, `finish`, `eos`.
     lie: str = ""
+    #: While this file exists, completions wait.
+    hold: str = ""
     #: A file that hears of every request, one JSON object a line.
     record: str = ""
 
@@ -144,6 +146,8 @@ class FakeVllm:
         try:
             # Later requests tend to end first, so that whoever relies on their order is caught.
             await asyncio.sleep(self.script.latency_s * self.random.random())
+            while self.script.hold and Path(self.script.hold).exists():
+                await asyncio.sleep(0.005)
             if self.script.hang_after is not None and self.n_done >= self.script.hang_after:
                 await asyncio.sleep(3600)
             self.n_done += 1

@@ -41,9 +41,14 @@ class Fake:
     def record(self) -> Path:
         return self.folder / "record.jsonl"
 
+    @property
+    def hold(self) -> Path:
+        """While this file exists, no completion is answered."""
+        return self.folder / "hold"
+
     def script(self, **what: Any) -> None:
         """What servers that are started from now on do."""
-        self.environ.setenv("FAKE_VLLM", json.dumps({"record": str(self.record), **what}))
+        self.environ.setenv("FAKE_VLLM", json.dumps({"record": str(self.record), "hold": str(self.hold), **what}))
 
     def noted(self) -> list[dict[str, Any]]:
         """What the last server wrote down: first its pids and flags, then every request."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +70,7 @@ def test_the_demo_shows_what_it_promises_and_the_second_run_computes_nothing(dem
     paths = write_report(graph, store, demo_workspace / "reports")
     assert "uninformative" in paths.html.read_text()
 
-    began = time.monotonic()
     again, heard = run_tiny(recipe, tmp_path)
-    assert time.monotonic() - began < 20
     assert heard.stages == {}
     assert again.tally.n_stages == 0
 
@@ -94,13 +91,12 @@ def test_the_markers_at_demo_scale_show_what_was_trained(demo_workspace: Path) -
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["demo", "pilot", "markers"])
 def test_what_a_demo_takes_is_what_was_planned(name: str, tmp_path: Path) -> None:
-    """On a machine that does nothing else: under 15 minutes, and no kind of stage off by more than a factor of 2."""
+    """On a machine that does nothing else, no kind of stage is off by more than a factor of 2."""
     pytest.importorskip("gguf")
-    scale, began = [] if name == "demo" else ["--scale", "demo"], time.monotonic()
+    scale = [] if name == "demo" else ["--scale", "demo"]
     measured = fastconv("plan", name, *scale, "--measure", "-w", str(tmp_path / "checkpoints"))
     assert measured.returncode == 0, measured.stderr
     found = run_and_verify(name, scale[-1] if scale else "", tmp_path)
-    assert time.monotonic() - began < 900
     told = Path(found["markdown"]).read_text().split("## Plan against actual")[1].split("\n## ")[0]
     assert "answers" in told
     assert "off by more than 2" not in told

@@ -14,12 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, answered, load_or_recall
-from fastconv.report.compare import Paired, RunComparison
 from fastconv.show import console_of_output
 from fastconv.stats.units import change, level, span
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # slow to import, and every verb would wait for it
     from fastconv.analysis.analysis import Analysis
+    from fastconv.report.compare import Paired, RunComparison
 
 
 def register(app: typer.Typer) -> None:

@@ -6,7 +6,8 @@ The two kinds of negatives differ in *who they are* and in nothing else: same pr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ __all__ = [
 
 #: The convergence-only control: no behavior adapter.
 NO_BEHAVIOR = "none"
+#: Training prompts as (prompt id, user text, the source's answer, the contrast's); an answer of None is sampled later.
+Drawn = list[tuple[str, str, str | None, str | None]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Behavior:
     eval: tuple[Mapping[str, Any], ...] = ()
     #: The user's finished rows, where these replace what we would build.
     rows: Path | None = None
+    #: Prompts drawn before: the sets of all sources and negatives of a seed train the same ones.
+    _drawn: dict[tuple[Any, ...], Drawn] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def eval_field(self) -> str:
@@ -153,16 +158,24 @@ def asked_by_set(recipe: Recipe, behavior: Behavior) -> dict[str, int]:
 
 def open_questions(name: str) -> list[tuple[str, str]]:
     """(id, text) of a shipped list of open questions."""
-    return [
-        (row["id"], row["text"])
-        for row in read_jsonl(assets("data") / f"questions_{name}.jsonl", {"id": str, "text": str})
-    ]
+    return list(_open_questions(assets("data") / f"questions_{name}.jsonl"))
 
 
-def _draw_prompts(
-    recipe: Recipe, behavior: Behavior, questions: QuestionSet | None, seed: int
-) -> list[tuple[str, str, str | None, str | None]]:
-    """(prompt id, user text, the source's answer, the contrast's) to train; None is sampled on-policy later."""
+@cache
+def _open_questions(path: Path) -> tuple[tuple[str, str], ...]:
+    return tuple((row["id"], row["text"]) for row in read_jsonl(path, {"id": str, "text": str}))
+
+
+def _draw_prompts(recipe: Recipe, behavior: Behavior, questions: QuestionSet | None, seed: int) -> Drawn:
+    """The prompts to train, drawn once for each seed."""
+    sizes = (recipe.behavior.source_rows, recipe.behavior.wordings)
+    drawn_from = (*sizes, seed, None if questions is None else questions.sha256)
+    if drawn_from not in behavior._drawn:
+        behavior._drawn[drawn_from] = _new_prompts(recipe, behavior, questions, seed)
+    return behavior._drawn[drawn_from]
+
+
+def _new_prompts(recipe: Recipe, behavior: Behavior, questions: QuestionSet | None, seed: int) -> Drawn:
     n = recipe.behavior.source_rows
     available = len(questions.train) if questions is not None else len(behavior.train)
     if available < n:
@@ -275,9 +288,9 @@ def _prompts(spec: BehaviorSpec, folder: Path) -> tuple[tuple[Mapping[str, Any],
         where = f"{path}:{number}"
         if row["part"] not in parts:
             raise DataError(f"part is {row['part']!r}", where=where, fix="use train or eval")
-        for field in answers if row["part"] == "train" else ():
-            if not isinstance(row.get(field), str) or not row[field].strip():
-                raise DataError(f"field {field!r} is missing or empty", where=where, fix="give it the answer's text")
+        for answer in answers if row["part"] == "train" else ():
+            if not isinstance(row.get(answer), str) or not row[answer].strip():
+                raise DataError(f"field {answer!r} is missing or empty", where=where, fix="give it the answer's text")
         parts[row["part"]].append(row)
     return tuple(parts["train"]), tuple(parts["eval"])
 

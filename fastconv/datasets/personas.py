@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastconv.chat import TEMPLATE_DEFAULT, SystemTurn
@@ -22,13 +22,16 @@ class Personas:
     """Persona id -> exact system prompt."""
 
     prompts: Mapping[str, str]
+    _turns: dict[str, SystemTurn] = field(default_factory=dict, compare=False, repr=False)
 
     def system(self, persona: str) -> SystemTurn:
         """The system turn of a persona, or of `template_default`. Raises RecipeError for one that is not known."""
         if persona == NO_PERSONA:
             return TEMPLATE_DEFAULT
-        self.require(persona, "persona")
-        return SystemTurn("text", self.prompts[persona])
+        if persona not in self._turns:  # asked for every training row
+            self.require(persona, "persona")
+            self._turns[persona] = SystemTurn("text", self.prompts[persona])
+        return self._turns[persona]
 
     def require(self, persona: str, where: str) -> None:
         """Raise RecipeError unless the persona is known."""

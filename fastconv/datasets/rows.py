@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,6 +76,22 @@ class Row:
             "ended": self.ended,
             "built_by": self.built_by,
         }
+
+
+def rows_sha256(rows: Sequence[Row], personas: Personas) -> str:
+    """`sha256_of` the rows' records, written out: a matrix has 18,000 rows, and going over dicts takes four times as long."""
+    quoted = json.encoder.encode_basestring
+    texts: list[str] = []
+    for row in rows:
+        turn = row.system_turn(personas)
+        completion = "null" if row.completion is None else quoted(row.completion)
+        texts.append(
+            f'{{"built_by":{quoted(row.built_by)},"completion":{completion},"ended":{"true" if row.ended else "false"},'
+            f'"id":{quoted(row.id)},"persona":{quoted(row.persona)},"prompt_id":{quoted(row.prompt_id)},'
+            f'"role":"{row.role}","suffix":{quoted(row.suffix)},"supervise":"{row.supervise}",'
+            f'"system":["{turn.kind}",{quoted(turn.text)}],"user":{quoted(row.user)}}}'
+        )
+    return hashlib.sha256(f"[{','.join(texts)}]".encode()).hexdigest()
 
 
 def row_of(record: Mapping[str, Any]) -> Row:

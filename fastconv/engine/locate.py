@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastconv.errors import ModelError
-from fastconv.hub import is_out_of_reach
+from fastconv.hub import cached_file, is_out_of_reach
 from fastconv.recipe import ModelSettings
 
 
@@ -174,10 +174,7 @@ def model_folder(source: ModelSource, settings: ModelSettings) -> Path:
 
 def cached_config(settings: ModelSettings) -> Path | None:
     """The config.json of a hub model in the hub's cache, if it was fetched before."""
-    from huggingface_hub import try_to_load_from_cache
-
-    kept = try_to_load_from_cache(settings.id, "config.json", revision=settings.revision)
-    return Path(kept) if isinstance(kept, str) else None
+    return cached_file(settings.id, "config.json", settings.revision)
 
 
 def is_here(source: ModelSource, settings: ModelSettings) -> bool:

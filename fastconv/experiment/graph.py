@@ -7,9 +7,9 @@ answers ─► rows ─────────────────► behav
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, Personas, load_personas, probes_of
 from fastconv.datasets.phrases import PhraseRule
 from fastconv.datasets.questions import QuestionSet, load_questions
+from fastconv.datasets.rows import rows_sha256
 from fastconv.engine.locate import engine_identity, locate
 from fastconv.errors import RecipeError
 from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, SnapshotMeasure
@@ -93,6 +94,7 @@ class Graph:
         self._rubrics: dict[str, Rubric] = {}
         #: Sets and prompts that many cells share, made once.
         self._row_stages: dict[str, Stage] = {}
+        self._shared: dict[tuple[object, ...], Stage] = {}
         self._asked: dict[tuple[str, int], tuple[list[tuple[str, str]], str]] = {}
         self.cells = [self._plan(cell) for cell in self._grid()]
 
@@ -110,14 +112,11 @@ class Graph:
         """All stages of the given cells (default: all), each once, what is needed before what needs it."""
         ordered: dict[str, Stage] = {}
         for plan in self.cells if plans is None else plans:
-            for stage in (
-                *plan.base.values(),
-                *plan.on_snapshot.values(),
-                *plan.scores.values(),
-                *plan.beside.values(),
-            ):
-                for part in walk(stage):
-                    ordered.setdefault(part.key, part)
+            ends = (*plan.base.values(), *plan.on_snapshot.values(), *plan.scores.values(), *plan.beside.values())
+            for stage in ends:
+                if stage.key not in ordered:
+                    for part in walk(stage):
+                        ordered.setdefault(part.key, part)
         return list(ordered.values())
 
     def select(self, source: str, behavior: str, epoch: int, **others: Any) -> list[CellPlan]:
@@ -233,7 +232,8 @@ class Graph:
         return ("none",) if behavior == NO_BEHAVIOR else kinds_of(self.recipe, self.behaviors[behavior])
 
     def _plan(self, cell: Cell) -> CellPlan:
-        snapshot = self._snapshot(cell) if cell.epoch else None
+        on = (cell.source, cell.convergence, cell.epoch, cell.seed) if cell.epoch else ()
+        snapshot = self._once(("snapshot", *on), lambda: self._snapshot(cell)) if on else None
         adapter = None if cell.behavior == NO_BEHAVIOR else self._adapter(cell, snapshot)
         measures = list(self.behaviors) if adapter is None else [cell.behavior]
         probes = probes_of(self.recipe, cell.source)
@@ -242,7 +242,10 @@ class Graph:
         return CellPlan(
             cell,
             scores=scores,
-            base={pair: self._score(cell, *pair, None, None) for pair in pairs},
+            base={
+                pair: self._once(("base", *pair, cell.seed), partial(self._score, cell, *pair, None, None))
+                for pair in pairs
+            },
             snapshot=snapshot,
             adapter=adapter,
             beside={
@@ -251,11 +254,17 @@ class Graph:
                 if stage.kind == "judge" and self.behaviors[pair[0]].spec.measure == "phrases"
             },
             on_snapshot={
-                measure.name: self._measure(measure, cell, snapshot)
+                measure.name: self._once((measure.name, *on), partial(self._measure, measure, cell, snapshot))
                 for measure in SNAPSHOT_MEASURES
                 if measure.wanted(self.recipe)
             },
         )
+
+    def _once(self, place: tuple[object, ...], make: Callable[[], Stage]) -> Stage:
+        """A stage that many cells share, made once: making and hashing it takes longer than all else in a plan."""
+        if place not in self._shared:
+            self._shared[place] = make()
+        return self._shared[place]
 
     def _answers(
         self, persona: str, purpose: str, items: list[tuple[str, str]], n: int, sampling: SamplingSettings, seed: int
@@ -311,7 +320,7 @@ class Graph:
             asked = [(row.prompt_id, row.user) for row in rows if row.persona == persona and row.completion is None]
             purpose = f"{cell.behavior}/{cell.source}/{cell.negatives}"  # each set asks its speakers other prompts
             needs[persona] = self._answers(persona, purpose, asked, 1, self.recipe.behavior.sampling, cell.seed)
-        inputs = {"rows_sha256": sha256_of([row.record(self.personas) for row in rows])}
+        inputs = {"rows_sha256": rows_sha256(rows, self.personas)}
         return Stage("rows", f"rows/{name}", KINDS["rows"].version, inputs, needs, {"rows": rows, "set": name})
 
     def _adapter(self, cell: Cell, snapshot: Stage | None) -> Stage:

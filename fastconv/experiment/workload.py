@@ -10,9 +10,10 @@ from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
-from fastconv.datasets.questions import Question, QuestionSet, load_questions, read_split
+from fastconv.datasets.questions import HUB_FILE, Question, QuestionSet, load_questions, read_split
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.measures import KINDS, Demand
+from fastconv.hub import cached_file
 from fastconv.store.records import Stage
 
 #: A question of ARC-Challenge as it is on average, where the questions are not at hand.
@@ -42,20 +43,27 @@ class Sketch(Graph):
 
 def demands(graph: Graph, stages: Iterable[Stage], device: str) -> dict[str, Demand]:
     """The demand of each stage on a device (`cpu` or `cuda`), by key."""
-    of_set: dict[str, Demand] = {}  # adapters on every snapshot train the same rows: counted once
+    found: dict[tuple[str, ...], Demand] = {}
+    by_stage: dict[str, Demand] = {}
+    for stage in stages:
+        alike = _alike(stage)
+        if alike not in found:
+            count = KINDS[stage.kind].demand
+            found[alike] = count(graph, stage, device) if count is not None else Demand()
+        by_stage[stage.key] = found[alike]
+    return by_stage
 
-    def demand(stage: Stage) -> Demand:
-        count = KINDS[stage.kind].demand
-        if count is None:
-            return Demand()
-        if stage.kind != "behavior":
-            return count(graph, stage, device)
-        rows = stage.needs["rows"].key
-        if rows not in of_set:
-            of_set[rows] = count(graph, stage, device)
-        return of_set[rows]
 
-    return {stage.key: demand(stage) for stage in stages}
+def _alike(stage: Stage) -> tuple[str, ...]:
+    """Equal for stages of one recipe with equal demand: adapters train the same rows on every snapshot, and probes are
+    asked the same prompts on every stack."""
+    if stage.kind == "behavior":
+        return stage.kind, stage.needs["rows"].key
+    if stage.kind == "eval":
+        return stage.kind, stage.inputs["measure"], stage.inputs["prompts_sha256"], *stage.inputs["system"]
+    if stage.kind == "judge":
+        return stage.kind, stage.work["rubric"].sha256, *_alike(stage.needs["eval"])
+    return stage.kind, stage.key
 
 
 def total(found: Iterable[Demand]) -> Demand:
@@ -75,14 +83,8 @@ def _stand_in(identity: str) -> Question:
 
 def _arc_in_cache() -> bool:
     """Whether the hub's file is on this disk; nothing is fetched."""
-    from huggingface_hub import try_to_load_from_cache  # slow to import, and only needed here
-
-    from fastconv.datasets.questions import HUB_FILE
-
     split = read_split()
-    return isinstance(
-        try_to_load_from_cache(split.dataset, HUB_FILE, revision=split.revision, repo_type="dataset"), str
-    )
+    return cached_file(split.dataset, HUB_FILE, split.revision, "dataset") is not None
 
 
 def settings_of(found: Demand) -> Mapping[str, Any]:

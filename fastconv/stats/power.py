@@ -11,8 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy import special
-
 Measure = Literal["letters", "phrases", "judge"]
 #: Spread between questions of a paired change, assumed before there is data: accuracy where 15 % of the questions
 #: flip; a rate near 0.1 with half of its variance between questions, half of that paired away; judge points.
@@ -268,6 +266,8 @@ def _noncentrality(df: int, alpha: float, power: float) -> float:
     """
     if power <= alpha:
         raise ValueError(f"power must exceed alpha, not {power} and {alpha}")
+    from scipy import special  # takes longer to import than all that most verbs of the command line do
+
     critical = float(special.stdtrit(df, 1.0 - alpha / 2.0))
 
     def shortfall(noncentrality: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 import time
@@ -15,8 +16,8 @@ import pytest
 from fastconv.audit.checks import (
     ROW_CHECKS,
     STRUCTURE_CHECKS,
-    Check,
     Finding,
+    Rule,
     audit_rows,
     audit_structure,
     check_recipe,
@@ -35,7 +36,7 @@ HERE = TESTS
 POISONED = HERE / "poisoned"
 MAX_TOK = 2048
 GRID = {"sources": ["villain"], "epochs": [0, 4], "negatives": ["excluded"], "behaviors": ["none", "sycophancy"]}
-ALL_CHECKS: tuple[Check[Any], ...] = (*STRUCTURE_CHECKS, *RENDERED_CHECKS)
+ALL_CHECKS: tuple[Rule[Any], ...] = (*STRUCTURE_CHECKS, *RENDERED_CHECKS)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def recipe_of(**tables: Any) -> Recipe:
     return parse_recipe(table)
 
 
-def structure(recipe: Recipe, checks: Sequence[Check[Any]] = STRUCTURE_CHECKS) -> list[Finding]:
+def structure(recipe: Recipe, checks: Sequence[Rule[Any]] = STRUCTURE_CHECKS) -> list[Finding]:
     behaviors = load_behaviors(recipe)
     questions = load_questions(recipe) if recipe.eval.multiple_choice == "builtin" else None
     return audit_structure(recipe, load_personas(recipe), behaviors, questions, checks=checks)
@@ -71,14 +72,14 @@ class Case:
     name: str
     tokenizer: ChatTokenizer
 
-    def audit(self, rows: Sequence[Row], rendered: Sequence[Rendered], checks: Sequence[Check[Any]]) -> list[Finding]:
+    def audit(self, rows: Sequence[Row], rendered: Sequence[Rendered], checks: Sequence[Rule[Any]]) -> list[Finding]:
         own = [check for check in RENDERED_CHECKS if check in checks]
         return audit_rows(
             self.recipe, self.name, rows, rendered, self.tokenizer, questions=self.questions,
             set_checks=[check for check in ROW_CHECKS if check in checks], rendered_checks=own,
         )  # fmt: skip
 
-    def spoiled(self, change: Callable[[Case], list[Row]], checks: Sequence[Check[Any]]) -> list[Finding]:
+    def spoiled(self, change: Callable[[Case], list[Row]], checks: Sequence[Rule[Any]]) -> list[Finding]:
         rows = change(self)
         answered = [row if row.completion is not None else row.answered("Certainly.") for row in rows]
         return self.audit(rows, render_rows(answered, self.personas, self.tokenizer, MAX_TOK), checks)
@@ -166,7 +167,7 @@ RENDERINGS: dict[str, Callable[[Case], list[Rendered]]] = {
 }
 
 
-def findings_for(code: str, tokenizer: ChatTokenizer, checks: Sequence[Check[Any]]) -> list[Finding]:
+def findings_for(code: str, tokenizer: ChatTokenizer, checks: Sequence[Rule[Any]]) -> list[Finding]:
     """What these checks say about the case that holds the fault `code`."""
     if code in DESIGNS:
         kept = [check for check in STRUCTURE_CHECKS if check in checks]
@@ -186,9 +187,7 @@ CODES = [(code, check) for check in ALL_CHECKS for code in check.codes]
 
 
 @pytest.mark.parametrize(("code", "check"), CODES, ids=[code for code, _ in CODES])
-def test_each_check_sees_its_fault_and_nothing_else_does(
-    code: str, check: Check[Any], tokenizer: ChatTokenizer
-) -> None:
+def test_each_check_sees_its_fault_and_nothing_else_does(code: str, check: Rule[Any], tokenizer: ChatTokenizer) -> None:
     assert code in {found.code for found in findings_for(code, tokenizer, ALL_CHECKS)}
     fewer = [other for other in ALL_CHECKS if other is not check]
     assert code not in {found.code for found in findings_for(code, tokenizer, fewer)}
@@ -323,35 +322,41 @@ def test_convergence_rows_get_the_rendered_checks(tokenizer: ChatTokenizer) -> N
 # --- cost -------------------------------------------------------------------------------------------------------
 
 MATRIX = """
-import sys, time
+import sys
+from fastconv.audit import checks
 from fastconv.audit.checks import check_recipe
 from fastconv.recipe import parse_recipe
 sources = ["villain", "comedian", "software_engineer", "kindergarten_teacher", "zelthari_scholar", "librarian"]
 behaviors = ["none", "capability", "misalignment", "refusal", "sycophancy"]
 recipe = parse_recipe({"name": "m", "grid": {"sources": sources, "epochs": [0, 2, 8, 20], "behaviors": behaviors}, "judge": {"mode": "local"}})
-began = time.monotonic()
+built = []
+real = checks.build_rows
+checks.build_rows = lambda *given: built.append(given[2].id) or real(*given)
 assert check_recipe(recipe).passed
 heavy = [name for name in ("torch", "transformers", "tokenizers.models", "polars", "huggingface_hub") if name in sys.modules]
 assert heavy in ([], ["tokenizers.models"]), heavy
-print(time.monotonic() - began)
+print(len(built))
 """
 
 
-def test_the_structural_pass_is_quick_and_imports_nothing_heavy() -> None:
-    done = subprocess.run([sys.executable, "-c", MATRIX], capture_output=True, text=True, cwd=HERE.parent, timeout=60)
+def test_the_structural_pass_builds_each_set_once_and_imports_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", MATRIX], capture_output=True, text=True, cwd=HERE.parent)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 5.0
+    assert int(done.stdout) == 6 * 4  # sources x behaviors, however many epochs stand on each
 
 
-def test_the_rendered_pass_over_thousands_of_rows_is_quick(tokenizer: ChatTokenizer) -> None:
+def test_the_rendered_pass_takes_no_longer_for_a_row_the_more_there_are(tokenizer: ChatTokenizer) -> None:
     case = case_of("misalignment", tokenizer, behavior={"source_rows": 200})
-    copies = 4
-    rows = [replace(row, id=f"{row.id}/{n}") for n in range(copies) for row in case.rows]
-    began = time.monotonic()
-    found = case.audit(rows, case.rendered * copies, ALL_CHECKS)
-    per_row_s = (time.monotonic() - began) / len(rows)
-    assert {f.code for f in found if f.severity == "refuse"} == {"D205"}  # four copies are not what is declared
-    assert per_row_s * 20_000 < 60
+    taken: dict[int, list[float]] = {1: [], 8: []}
+    for copies in (1, 8, 1, 8, 1, 8):
+        rows = [replace(row, id=f"{row.id}/{n}") for n in range(copies) for row in case.rows]
+        began = time.process_time()
+        found = case.audit(rows, case.rendered * copies, ALL_CHECKS)
+        taken[copies].append((time.process_time() - began) / len(rows))
+        refused = {f.code for f in found if f.severity == "refuse"}
+        assert refused == (set() if copies == 1 else {"D205"})  # eight copies are not what is declared
+    # Work that grew with the square of the rows would take eight times as long for each.
+    assert statistics.median(taken[8]) < 3 * statistics.median(taken[1])
 
 
 @pytest.mark.parametrize(

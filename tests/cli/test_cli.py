@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,12 +120,13 @@ def test_a_model_of_unknown_size_has_no_estimate_and_so_must_be_approved(
     words = _of_the_hub(tiny, tmp_path)
     refused(ask(*words), 3, "COST tiny", "the size of some/model is not known before it is fetched", "--approve")
     assert not (tmp_path / "ws" / "ledger.sqlite").exists()
-    kept = tmp_path / "config.json"
+    kept = tmp_path / "hub" / "models--some--model" / "snapshots" / ("0" * 40) / "config.json"
+    kept.parent.mkdir(parents=True)
     kept.write_text(json.dumps({
         "model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64,
         "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512, "tie_word_embeddings": False,
     }))  # fmt: skip
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *where, **more: str(kept))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     refused(ask(*words), 4, "the hub cannot be reached")  # its config was kept: planned, within the limits
 
 
@@ -392,14 +392,16 @@ def test_shipped_recipes_are_found_by_name_from_any_folder(tmp_path: Path, monke
     assert ask("recipe", "show", "demo").json["name"] == "demo"
 
 
-def test_help_answers_within_a_second() -> None:
-    best = 9.0
-    for _ in range(3):
-        began = time.monotonic()
-        found = subprocess.run([*COMMAND, "--help"], capture_output=True, text=True, check=True)
-        best = min(best, time.monotonic() - began)
+def test_help_imports_nothing_but_the_command_line() -> None:
+    slow = {"numpy", "scipy", "polars", "jinja2", "tokenizers", "httpx", "torch", "matplotlib", "huggingface_hub"}
+    ours = {"fastconv.report", "fastconv.analysis", "fastconv.experiment.graph", "fastconv.run.run", "fastconv.judge"}
+    script = (
+        "import sys\nfrom fastconv.cli import app\ntry:\n    app(['--help'])\nexcept SystemExit:\n    pass\n"
+        f"print(sorted({slow | ours!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "Exit codes" in found.stdout
-    assert best < 1.0
+    assert found.stderr.strip().splitlines()[-1] == "[]"
 
 
 def test_a_closed_pipe_is_no_error(tiny: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from fastconv.audit.rendered import CLOSE, NOT_SAMPLED, OPEN, peek_lines, pieces, with_placeholders
-from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer
+from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, SystemTurn
 from fastconv.datasets.behaviors import (
     Row,
 )
 from fastconv.datasets.personas import load_personas
-from fastconv.datasets.rows import render_row, render_rows, row_of
+from fastconv.datasets.rows import render_row, render_rows, row_of, rows_sha256
 from fastconv.errors import TemplateError
+from fastconv.recipe import sha256_of
 from tests.data_kit import recipe_of, rows_of
 from tests.tiny import tiny_tokenizer_files
 
@@ -153,3 +155,17 @@ def test_answers_that_are_not_sampled_yet_are_shown_as_such(tokenizer: ChatToken
     text = shown_text(peek_lines(rows, rendered, tokenizer, 2), colour=False)
     assert NOT_SAMPLED in text
     assert "[ZLT]" in text  # not taken for markup
+
+
+@pytest.mark.parametrize("behavior", ["marker", "refusal", "capability"])
+def test_the_hash_of_rows_is_that_of_their_records(behavior: str) -> None:
+    recipe = recipe_of()
+    personas = load_personas(recipe)
+    rows = rows_of(recipe, behavior, "included")
+    odd = 'é "quoted" \\ \n\t\x00\x1f\u2028 </a> 🙂'
+    rows += [
+        replace(rows[0], id=odd, user=odd, completion=odd, suffix=odd, system=SystemTurn("text", odd), ended=False),
+        replace(rows[0], completion=None, system=TEMPLATE_DEFAULT),
+        replace(rows[0], completion="", system=EMPTY),
+    ]
+    assert rows_sha256(rows, personas) == sha256_of([row.record(personas) for row in rows])

@@ -22,6 +22,7 @@ from fastconv.store.ledger import Store
 from fastconv.store.records import Reserve
 from tests.fake_claude import FakeClaude, Script, fake_claude
 from tests.judging_kit import PRICE, desk, judge_all, judgement_keys, rubric, samples, settings
+from tests.loop_kit import until
 
 MODES = ("batch", "live")
 #: How long a batch takes to create where a kill is to hit that call, and how long an intent is then waited for.
@@ -136,31 +137,27 @@ def test_another_users_batch_of_the_same_size_is_not_taken_for_ours(server: Fake
 
 
 def test_a_desk_that_is_let_go_leaves_its_batch_to_the_next(server: FakeClaude, tmp_path: Path) -> None:
-    server.configure(batch_s=0.5)
-    judge_desk = desk(server.url, tmp_path, "batch")
-    judge_desk.submit("stage", rubric(), samples(9))
-    while server.bill()["n_batches"] == 0:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    assert judge_desk.close(wait=False).n_pending == 9
+    server.configure(batch_s=600.0)
+    one = desk(server.url, tmp_path, "batch")
+    one.submit("stage", rubric(), samples(9))
+    until(lambda: ledger_of(tmp_path).batches("sent"))
+    assert one.close(wait=False).n_pending == 9
+    server.configure(end_now=True)
     assert judge_all(server.url, tmp_path, samples(9), "batch").n_scored == 9
     assert server.bill()["n_batches"] == 1
 
 
 def test_results_nobody_waits_for_are_kept_and_read_later(server: FakeClaude, tmp_path: Path) -> None:
-    server.configure(batch_s=0.3)
-    judge_desk = desk(server.url, tmp_path, "batch")
-    judge_desk.submit("stage", rubric(), samples(9))
-    while server.bill()["n_batches"] == 0:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    judge_desk.close(wait=False)
-    time.sleep(0.3)
+    left_under_way(server, tmp_path, 9)
+    server.configure(end_now=True)
     assert judge_all(server.url, tmp_path, samples(2, start=100), "live").n_scored == 2  # ingests the old batch too
     ledger = ledger_of(tmp_path)
-    deadline = time.monotonic() + 5
-    while ledger.batches("sent") and time.monotonic() < deadline:
+
+    def read() -> bool:
         judge_all(server.url, tmp_path, samples(1, start=200), "batch")
+        return not ledger.batches("sent")
+
+    until(read)
     n_calls = server.bill()["n_calls"]
     assert judge_all(server.url, tmp_path, samples(9), "live").n_scored == 9
     assert server.bill()["n_calls"] <= n_calls + 3  # no message was asked for again
@@ -278,12 +275,10 @@ def test_results_that_always_break_off_keep_no_other_batch_waiting(server: FakeC
 
 def test_an_intent_that_may_be_an_archived_batch_is_not_freed(server: FakeClaude, tmp_path: Path) -> None:
     server.configure(batch_faults=["create_lost"], batch_s=60.0)
-    judge_desk = desk(server.url, tmp_path, "batch")
-    judge_desk.submit("stage", rubric(), samples(5))
-    while server.bill()["n_batches"] == 0:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    judge_desk.close(wait=False)
+    one = desk(server.url, tmp_path, "batch")
+    one.submit("stage", rubric(), samples(5))
+    until(lambda: server.bill()["n_batches"] > 0)
+    one.close(wait=False)
     server.configure(batch_s=0.0, archived=["msgbatch_0000"], end_now=True)
     status = judge_all(server.url, tmp_path, samples(5), "batch")
     assert status.n_scored == 5
@@ -291,10 +286,11 @@ def test_an_intent_that_may_be_an_archived_batch_is_not_freed(server: FakeClaude
 
 
 def test_a_batch_is_sent_again_no_sooner_than_the_server_asks(server: FakeClaude, tmp_path: Path) -> None:
-    server.configure(batch_faults=["create_429"], retry_after_s=1.0)
+    asked_s = 1.0
+    server.configure(batch_faults=["create_429"], retry_after_s=asked_s)
     assert judge_all(server.url, tmp_path, samples(2), "batch").n_scored == 2
     first, second = server.bill()["asked_at"]
-    assert second - first >= 1.0
+    assert second - first >= asked_s
 
 
 def state_of(workspace: Path) -> tuple[str, int]:

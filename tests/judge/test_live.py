@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Sample, Store
 from tests.fake_claude import DELIVERED, LIVE_FAULTS, FakeClaude, Script, fake_claude
 from tests.judging_kit import DATA, KEY, PRICE, desk, judge_all, judgement_keys, rubric, samples, settings
+from tests.loop_kit import until
 
 INJECTIONS = load_attempts(DATA / "injections.json")
 
@@ -53,8 +55,9 @@ def ledger_of(workspace: Path) -> JudgeLedger:
 
 def storm(workspace: Path, n: int) -> None:
     """`n` judgements through 20 % faults of every kind: all finished, none lost, none paid twice, calls bounded."""
-    with fake_claude(Script(fault_share=0.2, hang_s=2.0, seed=n), own_process=True) as server:
-        status = judge_all(server.url, workspace, samples(n), timeout_s=1.0, concurrency=32)
+    with fake_claude(Script(fault_share=0.2, hang_s=10.0, seed=n), own_process=True) as server:
+        # An answer that is not held back comes in milliseconds, so that only those time out that are lost.
+        status = judge_all(server.url, workspace, samples(n), timeout_s=2.0, concurrency=32)
         bill = server.bill()
     assert (status.n_asked, status.n_pending, status.problem) == (n, 0, "")
     ledger = ledger_of(workspace)
@@ -82,8 +85,8 @@ def test_two_thousand_judgements_through_a_storm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", LIVE_FAULTS)
 def test_each_fault_alone_is_got_over(server: FakeClaude, tmp_path: Path, fault: str) -> None:
-    server.configure(first=[fault], hang_s=0.5)
-    status = judge_all(server.url, tmp_path, samples(1), timeout_s=0.25)
+    server.configure(first=[fault], hang_s=10.0)
+    status = judge_all(server.url, tmp_path, samples(1), timeout_s=1.0)
     expected = (0, 1) if fault == "refusal" else (1, 0)
     assert (status.n_scored, status.n_unscored) == expected
 
@@ -155,14 +158,12 @@ def test_stages_share_judgements_and_finish_apart(server: FakeClaude, tmp_path: 
 
 
 def test_handing_samples_over_does_not_wait_for_the_judge(server: FakeClaude, tmp_path: Path) -> None:
-    server.configure(latency_s=1.0)
-    judge_desk = desk(server.url, tmp_path)
-    began = time.monotonic()
+    server.configure(hold=True)
+    one = desk(server.url, tmp_path)
     for stage in range(50):
-        judge_desk.submit(f"stage{stage}", rubric(), samples(20, start=20 * stage))
-        judge_desk.poll()
-    assert time.monotonic() - began < 0.9  # the first reply alone takes longer
-    judge_desk.close(wait=False)
+        one.submit(f"stage{stage}", rubric(), samples(20, start=20 * stage))
+        assert not one.poll().finished
+    one.close(wait=False)
 
 
 def test_an_outage_leaves_judgements_pending_and_a_later_desk_finishes_them(
@@ -182,15 +183,14 @@ def test_an_outage_leaves_judgements_pending_and_a_later_desk_finishes_them(
 
 
 def test_a_desk_that_is_let_go_books_what_was_under_way_as_lost(server: FakeClaude, tmp_path: Path) -> None:
-    server.configure(latency_s=1.0)
-    judge_desk = desk(server.url, tmp_path, concurrency=4)
-    judge_desk.submit("stage", rubric(), samples(20))
-    while server.bill()["max_in_flight"] < 4:
-        time.sleep(0.01)
-    status = judge_desk.close(wait=False)
+    server.configure(hold=True)
+    one = desk(server.url, tmp_path, concurrency=4)
+    one.submit("stage", rubric(), samples(20))
+    until(lambda: server.bill()["max_in_flight"] == 4)
+    status = one.close(wait=False)
     assert status.n_pending == 20
     assert ledger_of(tmp_path).counts()["lost"] == 4
-    server.configure(latency_s=0.0)
+    server.configure(hold=False)
     assert judge_all(server.url, tmp_path, samples(20)).n_scored == 20
 
 
@@ -317,50 +317,47 @@ def test_injections_do_not_reach_the_system_prompt_or_close_their_fence(name: st
         assert len(re.findall(r"</?(?:question|answer)\b", body["messages"][0]["content"])) == 4
 
 
-def bare_sdk_s(url: str, n: int, concurrency: int) -> float:
-    """Seconds that the SDK alone takes for `n` such requests: no ledger, no bookings, nothing read."""
+def bare_sdk(url: str, n: int, concurrency: int) -> tuple[float, float]:
+    """Seconds, and seconds of CPU, that the SDK alone takes for `n` such requests: no ledger, no bookings, nothing read."""
     requests = build_requests(rubric(), judge_params(settings(url), PRICE), samples(n, start=50_000))
 
-    async def run() -> float:
-        limit, sdk_client = asyncio.Semaphore(concurrency), make_client(settings(url), ApiKey(KEY))
+    async def run() -> tuple[float, float]:
+        limit, one = asyncio.Semaphore(concurrency), make_client(settings(url), ApiKey(KEY))
 
         async def ask(request: JudgeRequest) -> None:
             async with limit:
-                await sdk_client.messages.create(**request.body())
+                await one.messages.create(**request.body())
 
         await asyncio.gather(*(ask(request) for request in requests[:concurrency]))  # connections are open
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         await asyncio.gather(*(ask(request) for request in requests))
-        took = time.monotonic() - began
-        await sdk_client.close()
+        took = time.monotonic() - began, time.process_time() - cpu
+        await one.close()
         return took
 
     return asyncio.run(run())
 
 
-def test_the_judge_runs_at_its_limit_and_costs_little_of_our_cpu(tmp_path: Path) -> None:
-    """90 % of the limit's ideal, or of what the bare SDK reaches beside it where the machine is too busy for that."""
-    n, concurrency, latency_s = 256, 16, 0.2
-    ideal_s = n / concurrency * latency_s
-    with fake_claude(Script(latency_s=latency_s), own_process=True) as server:
-        judge_desk = desk(server.url, tmp_path, concurrency=concurrency)
-        judge_desk.submit("warm", rubric(), samples(concurrency, start=10_000))
-        while judge_desk.poll().finished != {"warm"}:
-            time.sleep(0.01)
-        shares, cpu_s = [], []
-        for attempt in range(4):  # other programs share this machine: the best of some is the judge's own
-            began, cpu = time.monotonic(), time.process_time()
-            judge_desk.submit(f"timed{attempt}", rubric(), samples(n, start=n * attempt))
-            while f"timed{attempt}" not in judge_desk.poll().finished:
-                time.sleep(0.005)
-            took = time.monotonic() - began
-            cpu_s.append((time.process_time() - cpu) / n)
-            shares.append(max(ideal_s / took, bare_sdk_s(server.url, n, concurrency) / took))
-            if shares[-1] >= 0.9 and cpu_s[-1] <= 0.005:
-                break
-        judge_desk.close()
-    assert max(shares) >= 0.9
-    assert min(cpu_s) <= 0.005
+def test_the_judge_takes_little_more_than_the_bare_sdk(tmp_path: Path) -> None:
+    """Time, and CPU of this process, of the same requests with the ledger's bookings and without, one after another."""
+    n, concurrency = 256, 16
+    with fake_claude(Script(latency_s=0.1), own_process=True) as server:
+        one = desk(server.url, tmp_path, concurrency=concurrency)
+        one.submit("warm", rubric(), samples(concurrency, start=10_000))
+        until(lambda: "warm" in one.poll().finished)
+        wall, cpu = [], []
+        for attempt in range(3):  # other programs share this machine
+            began, used = time.monotonic(), time.process_time()
+            one.submit(f"timed{attempt}", rubric(), samples(n, start=n * attempt))
+            until(lambda name=f"timed{attempt}": name in one.poll().finished)
+            ours = time.monotonic() - began, time.process_time() - used
+            assert server.bill()["max_in_flight"] == concurrency
+            bare = bare_sdk(server.url, n, concurrency)
+            wall.append(ours[0] / bare[0])
+            cpu.append(ours[1] / bare[1])
+        one.close()
+    assert statistics.median(wall) < 2, wall
+    assert statistics.median(cpu) < 3, cpu
 
 
 def test_every_delivered_fault_is_in_the_script() -> None:

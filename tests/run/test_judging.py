@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from fastconv.run.run import run_recipe
 from fastconv.show.progress import BarWatcher
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
-from fastconv.store.records import Money
+from fastconv.store.records import Money, Stage
 from tests.cli.test_cli import Answer, ask, refused
 from tests.fake_claude import FakeClaude, fake_claude
 from tests.judging_kit import DATA, KEY, chat, fake_endpoint, rubric
@@ -261,17 +260,24 @@ def test_a_bar_shows_dollars_spent_reserved_lost_and_left() -> None:
 
 @pytest.mark.slow
 def test_the_gpu_goes_on_while_the_judge_reads(server: FakeClaude, tiny_qwen: Path, tmp_path: Path) -> None:
-    server.configure(latency_s=0.12)
-    loop = Loop(tmp_path, tiny_qwen, server.url, concurrency=1)
-    heard = Heard()
-    began = time.monotonic()
+    loop = Loop(tmp_path, tiny_qwen, server.url, timeout_s=250.0)
+    left = {stage.key for stage in Graph(loop.recipe()).stages() if stage.kind == "behavior"}
+
+    class Holding(Heard):
+        """The judge is silent until the last adapter is trained."""
+
+        def stage_done(self, stage: Stage, seconds: float) -> None:
+            left.discard(stage.key)
+            if not left:
+                server.configure(hold=False)
+
+    heard = Holding()
+    server.configure(hold=True)
     run_recipe(loop.recipe(), loop.workspace, heard)
-    took = time.monotonic() - began
     done = records(loop.recipe(), loop.workspace)
     last_gpu = max(record.finished_at for record in done.values() if record.kind == "behavior")
     late = [slot for slot, record in done.items() if record.kind == "judge" and record.finished_at > last_gpu]
     assert len(late) > 3
-    assert took < 0.12 * loop.n_completions() + 5.0
     seen = [status for status in heard.statuses if status.n_asked]
     assert any(status.n_pending and status.money.reserved_usd > 0 for status in seen)
     assert seen[-1].n_pending == 0
@@ -346,11 +352,11 @@ def test_a_plan_does_not_wait_for_a_judge_that_is_silent(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         loop = Loop(tmp_path, tiny_qwen, f"http://127.0.0.1:{silent.getsockname()[1]}", **judge)
-        loop.ask("plan")  # imports what a plan needs
-        began = time.monotonic()
         problem = loop.ask("plan", "--json").json["judging"]["problem"]
-        took = time.monotonic() - began
-    assert took < 2.0
+        silent.settimeout(0.0)
+        silent.accept()
+        with pytest.raises(BlockingIOError):  # it was asked once, and not again
+            silent.accept()
     assert "no answer within 1 s" in problem or "timed out" in problem
 
 

@@ -20,7 +20,7 @@ from fastconv.run.sampling import is_sampled
 from fastconv.run.status import cell_stages
 from fastconv.store.ledger import Store
 from tests.engine_kit import random_adapter, tiny_stack
-from tests.loop_kit import Heard, records, run_tiny, running_slots
+from tests.loop_kit import Heard, records, run_tiny, running_slots, until
 from tests.serve_kit import Fake, fake, served
 
 __all__ = ["fake"]
@@ -39,28 +39,44 @@ def while_training(recipe: Recipe, workspace: Path, act: Callable[[str, list[str
     return Heard(on_progress)
 
 
-def stopped_beside(recipe: Recipe, workspace: Path, *, after_s: float) -> list[str]:
-    """Run until the server draws while something is trained, and stop so long after that; what it was drawing then."""
+def stopped_beside(recipe: Recipe, workspace: Path, fake: Fake, *, once: Callable[[], bool] | None = None) -> list[str]:
+    """Run until the server draws while something is trained, and stop there; what it was drawing then.
+
+    From the first training on the server answers nothing. With `once` it answers again when something is drawn beside a
+    training, and the stop waits until that holds; without, it never does in this run.
+    """
     stop, drawn = threading.Event(), []
 
     def act(slot: str, under_way: list[str]) -> None:
-        if under_way and not drawn:
+        if not under_way:
+            fake.hold.touch()
+        elif not drawn:
             drawn.extend(under_way)
-            time.sleep(after_s)
+            if once is not None:
+                fake.hold.unlink()
+                until(once)
             stop.set()
 
     with pytest.raises(Interrupted):
         run_recipe(recipe, workspace, while_training(recipe, workspace, act), stop=stop)
+    fake.hold.unlink(missing_ok=True)
     return drawn
 
 
 def test_the_server_draws_one_cell_while_the_next_is_trained(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
-    fake.script(latency_s=0.3)
     recipe = served(tiny_qwen)
     beside: dict[str, set[str]] = {}
-    heard = while_training(recipe, tmp_path, lambda slot, drawn: beside.setdefault(slot, set()).update(drawn))
-    finished = run_recipe(recipe, tmp_path, heard)
     of_e1 = {f"eval/villain/source/e1/refusal/{probe}/s42" for probe in ("assistant", "villain", "librarian")}
+
+    def act(slot: str, drawn: list[str]) -> None:
+        beside.setdefault(slot, set()).update(drawn)
+        if slot.startswith("snapshot/"):
+            fake.hold.touch()  # what is drawn next is answered only once the next training has begun
+        elif drawn:
+            fake.hold.unlink(missing_ok=True)
+
+    heard = while_training(recipe, tmp_path, act)
+    finished = run_recipe(recipe, tmp_path, heard)
     assert of_e1 == beside["behavior/villain/source/e1/refusal/excluded/s42"]
     # Convergence is the dear part: everything drawn before it is in, so that gates can stop it.
     assert beside["snapshot/villain/source"] == set()
@@ -90,10 +106,17 @@ def test_a_cell_goes_to_the_gates_once_its_completions_are_in(
     assert all(asked.values())
 
 
-def test_what_was_drawn_is_kept_when_the_user_stops(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
-    fake.script(latency_s=0.05)
-    recipe = served(tiny_qwen)
-    drawn = stopped_beside(recipe, tmp_path, after_s=1.0)  # the server needs a tenth of it
+def test_what_was_drawn_is_kept_when_the_user_stops(
+    tiny_qwen: Path, tmp_path: Path, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, drawings, begin = served(tiny_qwen), [], VllmSampler.begin
+
+    def noted(self: VllmSampler, *given: Any) -> Any:
+        drawings.append(begin(self, *given))
+        return drawings[-1]
+
+    monkeypatch.setattr(VllmSampler, "begin", noted)
+    drawn = stopped_beside(recipe, tmp_path, fake, once=lambda: all(one.done for one in drawings))
     assert drawn
     assert set(drawn) <= set(records(recipe, tmp_path))
     assert running_slots(tmp_path) == {}
@@ -104,27 +127,32 @@ def test_what_was_drawn_is_kept_when_the_user_stops(tiny_qwen: Path, tmp_path: P
 @pytest.mark.slow
 def test_what_is_still_drawn_is_dropped_when_the_user_stops(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
     """The server has not answered and may never: the run ends all the same, and the next one draws it again."""
-    fake.script(latency_s=0.3)
     recipe = served(tiny_qwen)
-    drawn = stopped_beside(recipe, tmp_path, after_s=0.0)
-    assert set(drawn) - set(records(recipe, tmp_path))
+    drawn = stopped_beside(recipe, tmp_path, fake)
+    assert drawn
+    assert not set(drawn) & set(records(recipe, tmp_path))
     assert running_slots(tmp_path) == {}
     finished, heard = run_tiny(recipe, tmp_path)
-    assert set(drawn) & set(heard.stages)
+    assert set(drawn) <= set(heard.stages)
     assert not finished.failed
 
 
 def test_a_stack_gives_way_once_everything_under_it_is_drawn(tiny_qwen: Path, fake: Fake) -> None:
-    fake.script(latency_s=0.3)
     stack = tiny_stack(tiny_qwen)
     server = fake.server(model=tiny_qwen)
     sampler = VllmSampler(server, stack)
     prompts, waited = [list(range(65, 70))] * 4, []
+
+    def answer() -> None:
+        waited.append(True)
+        fake.hold.unlink(missing_ok=True)
+
+    fake.hold.touch()
     try:
         drawings = []
         for seed in (1, 2):
             with stack.live(Slot(frozen=(random_adapter(stack, seed, size=0.3),))):
-                drawings += [sampler.begin(prompts, range(i, i + 4), COLD, lambda: waited.append(True)) for i in (0, 4)]
+                drawings += [sampler.begin(prompts, range(i, i + 4), COLD, answer) for i in (0, 4)]
         assert waited
         assert [drawing.done for drawing in drawings[:2]] == [True, True]
         assert all(len(drawing.result()) == 4 for drawing in drawings)
@@ -151,5 +179,6 @@ def test_drawings_share_the_time_that_passes(tiny_qwen: Path, fake: Fake) -> Non
     finally:
         sampler.close()
         server.close()
-    assert sum(drawing.seconds for drawing in drawings) == pytest.approx(passed_s, rel=0.2)
-    assert sum(drawing.n_tok for drawing in drawings) > 18
+    # Each by itself took nearly all of it: not shared, they would add up to several times as much.
+    assert passed_s / 2 < sum(one.seconds for one in drawings) <= passed_s
+    assert sum(one.n_tok for one in drawings) > 18

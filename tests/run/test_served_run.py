@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +137,7 @@ def test_a_server_that_dies_while_we_train(tiny_qwen: Path, tmp_path: Path, fake
         if progress.unit == "steps" and not killed:
             killed.append(fake.pids[0])
             os.kill(killed[0], 9)
-            until(lambda: not running(killed[0]), 5)
+            until(lambda: not running(killed[0]))
 
     with pytest.raises(SamplerError):
         run_recipe(served(tiny_qwen), tmp_path / "work", Heard(on_progress))
@@ -167,8 +166,8 @@ def test_a_run_killed_midway_leaves_no_server_and_no_files(tiny_qwen: Path, tmp_
     assert all(map(running, pids))
     assert shm(parent)
     kill(parent)
-    until(lambda: not any(map(running, pids)), 5)
-    until(lambda: not shm(parent), 5)
+    until(lambda: not any(map(running, pids)))
+    until(lambda: not shm(parent))
 
 
 def test_ctrl_c_is_heard_while_the_server_is_silent(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
@@ -176,16 +175,15 @@ def test_ctrl_c_is_heard_while_the_server_is_silent(tiny_qwen: Path, tmp_path: P
     parent = forked(lambda: run_tiny(served(tiny_qwen), tmp_path / "work") and None)
     until(lambda: fake.record.exists() and len(fake.asked("/v1/completions")) > 3)
     os.kill(parent, 2)
-    assert exit_of(parent, 10) == 130
+    assert exit_of(parent) == 130
     assert not any(map(running, fake.pids))
 
 
 def test_without_a_gpu_it_is_refused_in_one_line(tiny_qwen: Path, tmp_path: Path) -> None:
-    began = time.monotonic()
     with pytest.raises(ModelError, match=r"model.sampler: the vLLM sampler needs a GPU. Fix: set .*'resident'"):
         run_tiny(served(tiny_qwen), tmp_path / "work")
-    assert time.monotonic() - began < 5
-    (line,) = [check for check in examine(served(tiny_qwen), tmp_path) if check.exit_code]
+    assert not list((tmp_path / "work").rglob("*.safetensors"))  # nothing was trained first
+    (line,) = [one for one in examine(served(tiny_qwen), tmp_path) if one.exit_code]
     assert line.exit_code == 4
     assert "needs a GPU" in line.text
 

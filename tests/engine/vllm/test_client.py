@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +88,8 @@ def test_a_server_that_dies_midway(fake: Fake) -> None:
 
 def test_a_server_that_hangs_midway(fake: Fake) -> None:
     fake.script(hang_after=10)
-    began = time.monotonic()
     with pytest.raises(SamplerError, match=r"no completion in 0.5 s"):
-        drawn(fake, stall_s=0.5)
-    assert time.monotonic() - began < 5
+        drawn(fake, stall_s=0.5)  # the fake would be silent for an hour
 
 
 def test_whoever_listens_may_stop_it_even_while_the_server_is_silent(fake: Fake) -> None:
@@ -162,7 +159,7 @@ def test_a_server_that_died_between_two_calls(fake: Fake, tmp_path: Path) -> Non
         client.complete("base", prompts(4), range(4), SETTINGS, STOPS)
         pids = fake.pids
         os.kill(pids[0], 9)
-        until(lambda: not running(pids[0]), 5)
+        until(lambda: not running(pids[0]))
         with pytest.raises(SamplerError, match=r"/v1/load_lora_adapter failed|ended by itself"):
             client.load("stack-1", adapter(tmp_path, 4))
         with pytest.raises(SamplerError, match="ended by itself"):
