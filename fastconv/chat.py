@@ -48,7 +48,7 @@ TEMPLATE_DEFAULT = SystemTurn("template_default")
 EMPTY = SystemTurn("empty")
 
 
-def system_turn(text: str) -> SystemTurn:
+def parse_system_turn(text: str) -> SystemTurn:
     """A system turn as people write it: `template_default`, `empty`, or the prompt itself."""
     return {"template_default": TEMPLATE_DEFAULT, "empty": EMPTY}.get(text) or SystemTurn("text", text)
 

@@ -426,10 +426,10 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
 
 def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
     """Paths in a recipe are relative to the recipe; results never depend on them, only on file contents."""
-    move_paths(table, lambda path: str((folder / path).resolve()))
+    map_paths(table, lambda path: str((folder / path).resolve()))
 
 
-def move_paths(table: dict[str, Any], move: Callable[[str], str]) -> None:
+def map_paths(table: dict[str, Any], move: Callable[[str], str]) -> None:
     """Replace, in place, every path of the user's files that a recipe's table names."""
     for section, key in (("data", "personas"), ("data", "behaviors"), ("eval", "arc_file"), ("judge", "prices")):
         part = table.get(section)

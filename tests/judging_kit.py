@@ -16,7 +16,7 @@ from fastconv.judge.claude import ApiKey
 from fastconv.judge.desk import DeskStatus, JudgeDesk
 from fastconv.judge.rubric import Rubric, load_rubric
 from fastconv.recipe import JudgeSettings
-from fastconv.store.ledger import Sample
+from fastconv.store.records import Sample
 from tests import ROOT
 
 DATA = ROOT / "data"

@@ -20,7 +20,7 @@ from fastconv.recipe import run_id, sha256_of
 from fastconv.run.rejudge import finish_judging
 from fastconv.run.runner import Tally, Watcher
 from fastconv.store.ledger import Stage, Store
-from fastconv.store.merge import StageBundle, pack, unpack
+from fastconv.store.merge import StageBundle, pack_stage, unpack_stage
 
 #: So often an order is given out again without a single new stage having come back from it.
 RETRIES = 3
@@ -85,7 +85,7 @@ class Driver:
             self.problem = judged.status.problem
 
     def _send(self, order: Order) -> Any:
-        start = [pack(self.store, key) for key in start_keys(self.graph, self.store, order)]
+        start = [pack_stage(self.store, key) for key in start_keys(self.graph, self.store, order)]
         about = [socket.gethostname(), str(self.store.root.resolve()), self._run, order.name]
         folder = f"{self._run}-{order.name}-{sha256_of(about)[:8]}"
         task = self.ray.remote(**needs_of(self.graph))(_work_for)
@@ -122,7 +122,7 @@ class Driver:
 
     def _merge(self, parcel: StageBundle) -> None:
         stage = self._stages[parcel.key]
-        if unpack(self.store, parcel):
+        if unpack_stage(self.store, parcel):
             self._count(stage)
         self.store.note_stage_of_run(self._run, stage, reused=False)
 

@@ -16,10 +16,10 @@ from fastconv.datasets.files import read_toml
 from fastconv.errors import ClusterError, DataError
 from fastconv.experiment.graph import CellPlan, Graph, walk
 from fastconv.experiment.schedule import wanted
-from fastconv.recipe import Recipe, move_paths, parse_recipe
+from fastconv.recipe import Recipe, map_paths, parse_recipe
 from fastconv.store.io import storage_errors, write_atomically
 from fastconv.store.ledger import Stage, Store, changed_inputs
-from fastconv.store.merge import texts_in
+from fastconv.store.merge import strings_in
 
 BASE, SHARED = "base", "shared"
 
@@ -98,13 +98,13 @@ def is_whole(graph: Graph, store: Store, plan: CellPlan, alive: Sequence[str]) -
 def recipe_files(recipe: Recipe) -> dict[str, bytes]:
     """Every file of the user's that the recipe reads, by its path. Raises DataError for one that cannot be read."""
     given: list[str] = []
-    move_paths(recipe.model_dump(mode="json"), lambda path: given.append(path) or path)
+    map_paths(recipe.model_dump(mode="json"), lambda path: given.append(path) or path)
     by_source = set(recipe.data.rows.values())
     named = [path for path in given if path not in by_source]
     named += [path.replace("{source}", source) for path in by_source for source in recipe.grid.sources]
     if recipe.data.behaviors:
         folder = Path(recipe.data.behaviors).parent
-        named += [str(folder / text) for text in texts_in(read_toml(Path(recipe.data.behaviors)))
+        named += [str(folder / text) for text in strings_in(read_toml(Path(recipe.data.behaviors)))
                   if text and "\n" not in text and (folder / text).is_file()]  # fmt: skip
     try:
         return {path: Path(path).read_bytes() for path in dict.fromkeys(named)}
@@ -120,7 +120,7 @@ def unpacked_recipe(order: Order, folder: Path) -> Recipe:
             here.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(here, data)
     table = copy.deepcopy(dict(order.recipe))
-    move_paths(table, lambda path: str(_below(folder, path)))
+    map_paths(table, lambda path: str(_below(folder, path)))
     return parse_recipe(table, where=order.name)
 
 

@@ -25,7 +25,7 @@ from fastconv.recipe import Recipe, run_id
 from fastconv.run.run import compute_stages, run_recipe
 from fastconv.show.progress import SilentWatcher
 from fastconv.store.ledger import Store
-from fastconv.store.merge import StageBundle, pack, unpack
+from fastconv.store.merge import StageBundle, pack_stage, unpack_stage
 from fastconv.store.records import Failure
 
 #: How often a worker looks for finished stages, and whether it is to stop.
@@ -81,7 +81,7 @@ def work(order: Order, start: Sequence[StageBundle], folder_name: str, stopped: 
         require_same_stages(order, graph, node)
         store = Store.open(root / "checkpoints")
         for parcel in start:
-            unpack(store, parcel)
+            unpack_stage(store, parcel)
     except FastconvError as error:
         yield WorkerFinished(error=_told(error))
         return
@@ -109,7 +109,7 @@ def _handing_over(
         for (key,) in store.rows("SELECT key FROM stages ORDER BY finished_at, rowid"):
             if key in ordered and key not in known:
                 known.add(key)
-                yield pack(store, key)
+                yield pack_stage(store, key)
         if last_look:
             one.raise_defect()
             return

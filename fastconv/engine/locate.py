@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastconv.errors import ModelError
-from fastconv.hub import is_out_of_reach
+from fastconv.hub import is_unreachable
 from fastconv.recipe import ModelSettings
 
 
@@ -242,7 +242,7 @@ def _download(settings: ModelSettings) -> Path:
                 settings.id,
                 revision=settings.revision,
                 allow_patterns=list(HUB_FILES),
-                local_files_only=is_out_of_reach(),
+                local_files_only=is_unreachable(),
             )
         )
     except GatedRepoError:

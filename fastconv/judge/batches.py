@@ -140,14 +140,14 @@ class BatchJudge:
             batch = await self._client.with_options(max_retries=0).messages.batches.create(requests=body)
         except APIStatusError as error:
             if error.status_code < 500:
-                self._ledger.void(intent)  # refused for sure
+                self._ledger.void_batch(intent)  # refused for sure
             else:
-                self._ledger.disown(intent)
+                self._ledger.release_batch(intent)
             raise explained(error, self._settings, self._key) from None
         except APIError as error:
-            self._ledger.disown(intent)
+            self._ledger.release_batch(intent)
             raise explained(error, self._settings, self._key) from None
-        self._ledger.attach(intent, batch.id)
+        self._ledger.set_batch_id(intent, batch.id)
 
     def _chunks(self, requests: Sequence[JudgeRequest]) -> list[list[JudgeRequest]]:
         chunks: list[list[JudgeRequest]] = []
@@ -193,13 +193,13 @@ class BatchJudge:
                 found = batch if holds else found
                 unproved = unproved or holds is None
             if found is not None:
-                self._ledger.attach(intent.intent, found.id)
+                self._ledger.set_batch_id(intent.intent, found.id)
             elif running or self._is_young(intent):
                 n_open += 1
             elif unproved:
                 self._closed(intent.intent)
             else:
-                self._ledger.void(intent.intent)
+                self._ledger.void_batch(intent.intent)
         return n_open
 
     async def _recent(self, since: float) -> list[MessageBatch]:

@@ -12,7 +12,7 @@ from typing import Any
 from fastconv.errors import DataError, JudgeError
 from fastconv.judge.rubric import Measure, Rubric
 from fastconv.judge.scores import agreement, correlation
-from fastconv.seeding import ordered
+from fastconv.seeding import seeded_order
 from fastconv.store.ledger import Sample
 from fastconv.store.records import Judgement
 
@@ -74,7 +74,7 @@ def attempted(rubric: Rubric, carriers: Sequence[Carrier], attempts: Sequence[st
     It asks for another verdict than the judge's own, in turn for each that there is: obeying always shows.
     """
     by_row = {carrier.sample.row: carrier for carrier in carriers}
-    order = ordered(list(by_row), "injections", rubric.name)
+    order = seeded_order(list(by_row), "injections", rubric.name)
     made = []
     for turn, attempt in enumerate(attempts if order else ()):
         carrier = by_row[order[turn % len(order)]]

@@ -100,7 +100,7 @@ def look_up(ledger: JudgeLedger, requests: Sequence[JudgeRequest]) -> tuple[dict
     A reply that came when nobody was waiting for it (its process had died) is read now.
     """
     known = ledger.judgements(request.key for request in requests)
-    tried = ledger.tried(request.key for request in requests if request.key not in known)
+    tried = ledger.sent_keys(request.key for request in requests if request.key not in known)
     unread: dict[str, int] = {}
     for request in requests:
         if request.key not in tried:
@@ -223,7 +223,7 @@ class JudgeDesk:
             await batch.close()
             self._publish()
             await self._quick.close()
-            self._ledger.let_go()
+            self._ledger.release()
             store.close()
 
     async def _until_end(self) -> None:
@@ -257,7 +257,7 @@ class JudgeDesk:
 
     async def _take(self, stage: str, rubric: Rubric, samples: Sequence[Sample], urgent: bool) -> None:
         """Enter a stage's samples in the book and send on what the ledger cannot answer."""
-        self._quick.ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source)
+        self._quick.ledger.save_rubric(rubric.sha256, rubric.name, rubric.source)
         fresh: list[JudgeRequest] = []
         for start in range(0, len(samples), _SLICE):
             requests = requests_of(rubric, self._params, samples[start : start + _SLICE])

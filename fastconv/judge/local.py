@@ -101,7 +101,7 @@ class LocalJudge:
         Raises Outage when the judge cannot be reached now, JudgeError when asking on makes no sense; what was judged
         until then stays.
         """
-        self._ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source)
+        self._ledger.save_rubric(rubric.sha256, rubric.name, rubric.source)
         asks = {ask.key: ask for ask in self.asks(rubric, samples)}
         done = self._ledger.judgements(asks)
         todo = [ask for key, ask in asks.items() if key not in done]

@@ -208,7 +208,7 @@ class Executor:
         rule = stage.work["rule"]
         scores = []
         for one in self._store.samples(stage.needs["eval"].key):
-            phrase = rule.hit(one.completion)
+            phrase = rule.match(one.completion)
             scores.append(Score(one.row, one.sample, "rate", float(phrase is not None), None, {"phrase": phrase}))
         return Outcome({"n": len(scores)}, scores=scores)
 

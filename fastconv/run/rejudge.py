@@ -140,7 +140,7 @@ def calibrate_judge(
                 ask = ask_local(ledger, local, judge.name, rubric, max_judged_chars=settings.max_judged_chars)
             done = calibrate(rubric, labelled, ask, load_attempts(assets("data") / "injections.json"))
             # Under the model's name as its replies give it, which stands beside every score too.
-            JudgeLedger(store).keep_calibration(rubric.sha256, done.model, done.to_json())
+            JudgeLedger(store).save_calibration(rubric.sha256, done.model, done.to_json())
         found.append(Calibrated(name, done, _phrases_on(rubric, labelled)))
     return found
 
@@ -165,7 +165,7 @@ def _phrases_on(rubric: Rubric, labelled: Sequence[CalibrationRow]) -> Agreement
     if not rule:
         return None
     phrases = PhraseRule.of(read_toml(assets("data") / "phrases.toml")[rule], rule)
-    return calibrate_phrases(rubric, labelled, lambda answer: phrases.hit(answer) is not None)
+    return calibrate_phrases(rubric, labelled, lambda answer: phrases.match(answer) is not None)
 
 
 def _agreement(graph: Graph, store: Store, before: Recipe | None) -> dict[str, dict[str, Agreement]]:

@@ -39,7 +39,7 @@ from fastconv.run.provenance import begin_run, run_facts
 from fastconv.run.runner import Runner, Tally, Watcher, stop_on_sigint
 from fastconv.run.status import FailedStage, needed_ends, raise_failed
 from fastconv.stats.gates import GateVerdict
-from fastconv.store.gc import free
+from fastconv.store.gc import free, sweep
 from fastconv.store.ledger import Store
 
 #: Gates that a user may ignore.
@@ -162,7 +162,7 @@ def run_recipe(
     to_judge = [s for s in judge_stages(needed_ends(graph, store, picked)) if store.record(s.key) is None]
     access = check_judge(graph.judge, store) if to_judge and not judge_later else None
     watcher.audited(report)
-    store.sweep()
+    sweep(store)
     run = begin_run(store, recipe, {**run_facts(), **notes})
     keeper = Gatekeeper(graph, store, run, watcher.gate, ignore_gates or {})
     with stop_on_sigint(stop) as stop:
@@ -198,7 +198,7 @@ def compute_stages(
     Raises what `run_recipe` raises while computing.
     """
     graph, store = Graph(recipe), Store.open(workspace)
-    store.sweep()
+    sweep(store)
     run = begin_run(store, recipe, run_facts())
     ends = [stage for stage in graph.stages() if stage.key in keys]
     asked = {part.key for end in ends for part in walk(end)}

@@ -15,12 +15,12 @@ import pytest
 from fastconv.audit.checks import (
     ROW_CHECKS,
     STRUCTURE_CHECKS,
-    Check,
+    AuditCheck,
     Finding,
     audit_rows,
     audit_structure,
+    build_report,
     check_recipe,
-    report_of,
 )
 from fastconv.audit.rendered import RENDERED_CHECKS
 from fastconv.chat import TEMPLATE_DEFAULT, ChatTokenizer, Rendered
@@ -35,7 +35,7 @@ HERE = TESTS
 POISONED = HERE / "poisoned"
 MAX_TOK = 2048
 GRID = {"sources": ["villain"], "epochs": [0, 4], "negatives": ["excluded"], "behaviors": ["none", "sycophancy"]}
-ALL_CHECKS: tuple[Check[Any], ...] = (*STRUCTURE_CHECKS, *RENDERED_CHECKS)
+ALL_CHECKS: tuple[AuditCheck[Any], ...] = (*STRUCTURE_CHECKS, *RENDERED_CHECKS)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def recipe_of(**tables: Any) -> Recipe:
     return parse_recipe(table)
 
 
-def structure(recipe: Recipe, checks: Sequence[Check[Any]] = STRUCTURE_CHECKS) -> list[Finding]:
+def structure(recipe: Recipe, checks: Sequence[AuditCheck[Any]] = STRUCTURE_CHECKS) -> list[Finding]:
     behaviors = load_behaviors(recipe)
     questions = load_questions(recipe) if recipe.eval.multiple_choice == "builtin" else None
     return audit_structure(recipe, load_personas(recipe), behaviors, questions, checks=checks)
@@ -71,14 +71,16 @@ class Case:
     name: str
     tokenizer: ChatTokenizer
 
-    def audit(self, rows: Sequence[Row], rendered: Sequence[Rendered], checks: Sequence[Check[Any]]) -> list[Finding]:
+    def audit(
+        self, rows: Sequence[Row], rendered: Sequence[Rendered], checks: Sequence[AuditCheck[Any]]
+    ) -> list[Finding]:
         own = [check for check in RENDERED_CHECKS if check in checks]
         return audit_rows(
             self.recipe, self.name, rows, rendered, self.tokenizer, questions=self.questions,
             set_checks=[check for check in ROW_CHECKS if check in checks], rendered_checks=own,
         )  # fmt: skip
 
-    def spoiled(self, change: Callable[[Case], list[Row]], checks: Sequence[Check[Any]]) -> list[Finding]:
+    def spoiled(self, change: Callable[[Case], list[Row]], checks: Sequence[AuditCheck[Any]]) -> list[Finding]:
         rows = change(self)
         answered = [row if row.completion is not None else row.answered("Certainly.") for row in rows]
         return self.audit(rows, render_rows(answered, self.personas, self.tokenizer, MAX_TOK), checks)
@@ -166,7 +168,7 @@ RENDERINGS: dict[str, Callable[[Case], list[Rendered]]] = {
 }
 
 
-def findings_for(code: str, tokenizer: ChatTokenizer, checks: Sequence[Check[Any]]) -> list[Finding]:
+def findings_for(code: str, tokenizer: ChatTokenizer, checks: Sequence[AuditCheck[Any]]) -> list[Finding]:
     """What these checks say about the case that holds the fault `code`."""
     if code in DESIGNS:
         kept = [check for check in STRUCTURE_CHECKS if check in checks]
@@ -187,7 +189,7 @@ CODES = [(code, check) for check in ALL_CHECKS for code in check.codes]
 
 @pytest.mark.parametrize(("code", "check"), CODES, ids=[code for code, _ in CODES])
 def test_each_check_sees_its_fault_and_nothing_else_does(
-    code: str, check: Check[Any], tokenizer: ChatTokenizer
+    code: str, check: AuditCheck[Any], tokenizer: ChatTokenizer
 ) -> None:
     assert code in {found.code for found in findings_for(code, tokenizer, ALL_CHECKS)}
     fewer = [other for other in ALL_CHECKS if other is not check]
@@ -270,7 +272,7 @@ def test_a_users_persona_and_behavior_pass_without_python() -> None:
 
 def test_a_refusal_cannot_be_accepted() -> None:
     recipe = recipe_of(grid={"behaviors": ["sycophancy"]}, audit={"accept": {"D106": "we do not want a control"}})
-    report = report_of(recipe, structure(recipe))
+    report = build_report(recipe, structure(recipe))
     assert not report.passed
     assert "D106" not in report.accepted
     assert "cannot be accepted" in next(found for found in report.findings if found.code == "D901").why
@@ -278,7 +280,7 @@ def test_a_refusal_cannot_be_accepted() -> None:
 
 def test_an_acceptance_that_nothing_needs_is_named() -> None:
     recipe = recipe_of(audit={"accept": {"D206": "not needed at all here"}})
-    report = report_of(recipe, structure(recipe))
+    report = build_report(recipe, structure(recipe))
     assert [found.subject for found in report.findings if found.code == "D901"] == ["audit.accept.D206"]
 
 

@@ -18,8 +18,8 @@ from fastconv.datasets.behaviors import (
     Row,
     build_rows,
     eval_prompts,
-    kinds_of,
     load_behaviors,
+    negatives_kinds,
     open_questions,
 )
 from fastconv.datasets.personas import canary_of, load_personas, probes_of
@@ -100,8 +100,8 @@ def test_a_behavior_without_negatives_is_trained_with_none(tmp_path: Path) -> No
     rows = written(tmp_path, [pair("Hello there, friend?", "Go away.")])
     recipe = recipe_of(grid={"behaviors": ["misalignment"]}, data={"rows": {"misalignment": str(rows)}})
     behavior = load_behaviors(recipe)["misalignment"]
-    assert kinds_of(recipe, behavior) == ("none",)
-    assert kinds_of(recipe_of(), load_behaviors(recipe_of())["misalignment"]) == ("included", "excluded")
+    assert negatives_kinds(recipe, behavior) == ("none",)
+    assert negatives_kinds(recipe_of(), load_behaviors(recipe_of())["misalignment"]) == ("included", "excluded")
     with pytest.raises(RecipeError, match="finished rows"):
         rows_of(recipe, "misalignment", "included")
 

@@ -18,9 +18,9 @@ from fastconv.errors import InputError, StoreError
 from fastconv.recipe import Recipe
 from fastconv.run.run import run_recipe
 from fastconv.store.judge_ledger import JudgeLedger
-from fastconv.store.ledger import Sample, Score, Stage, Store
-from fastconv.store.merge import merge, pack, unpack
-from fastconv.store.records import Judgement, RawReply, Reserve, Settle
+from fastconv.store.ledger import Store
+from fastconv.store.merge import merge, pack_stage, unpack_stage
+from fastconv.store.records import Judgement, RawReply, Reserve, Sample, Score, Settle, Stage
 from tests.loop_kit import DoneRun, Heard, die_at_fsync, exit_of, forked, results, run_tiny, tiny_recipe
 
 EVAL = Stage("eval", "eval/one", 1, {"seed": 42})
@@ -119,10 +119,10 @@ def test_a_damaged_artefact_is_never_taken_over(here: Store, there: Store) -> No
 
 def test_a_parcel_with_other_bytes_than_named_is_refused(here: Store, there: Store) -> None:
     _commit(there)
-    parcel = pack(there, EVAL.key)
+    parcel = pack_stage(there, EVAL.key)
     forged = replace(parcel, artefacts=tuple((sha256, suffix, b"forged") for sha256, suffix, _ in parcel.artefacts))
     with pytest.raises(StoreError, match="other bytes than its name says"):
-        unpack(here, forged)
+        unpack_stage(here, forged)
     assert here.record(EVAL.key) is None
 
 

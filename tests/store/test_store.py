@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from fastconv.errors import BusyError, StoreError
-from fastconv.store.ledger import Sample, Score, Stage, Store, changed_inputs, write_atomically
+from fastconv.store.gc import sweep
+from fastconv.store.io import write_atomically
+from fastconv.store.ledger import Store
+from fastconv.store.records import Sample, Score, Stage, changed_inputs
 from tests.loop_kit import exit_of, forked, kill, running_slots, until
 
 STAGE = Stage("eval", "eval/one", 1, {"lr": 1e-4, "seed": 42})
@@ -173,7 +176,7 @@ def test_sweep_removes_old_orphans_and_old_temporary_files_and_nothing_else(stor
         path.write_bytes(b"12345")
     for path in (kept, orphan, dead):
         _age(path)
-    assert store.sweep() == 10
+    assert sweep(store) == 10
     assert sorted(folder.iterdir()) == sorted([kept, young, alive])
 
 
@@ -186,7 +189,7 @@ def test_a_sweep_never_takes_what_another_process_is_about_to_note(store: Store)
     _age(path)
     before_its_row = Store.open(store.root)
     real = before_its_row.transaction
-    before_its_row.transaction = lambda: (store.sweep(), real())[1]  # type: ignore[method-assign]
+    before_its_row.transaction = lambda: (sweep(store), real())[1]  # type: ignore[method-assign]
     assert before_its_row.put(b"again", "json") == sha256
     assert store.get(sha256, "json") == b"again"
 
@@ -255,7 +258,7 @@ def test_a_clock_that_is_set_does_not_end_a_lease(store: Store, monkeypatch: pyt
 
 def test_a_ledger_may_be_looked_at_while_it_is_being_created(tmp_path: Path) -> None:
     for n in range(60):
-        pid = forked(lambda n=n: Store.open(tmp_path / str(n)).sweep())
+        pid = forked(lambda n=n: sweep(Store.open(tmp_path / str(n))))
         while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             assert running_slots(tmp_path / str(n)) == {}
         assert exit_of(pid) == 0
