@@ -24,10 +24,10 @@ from fastconv.audit.checks import (
 )
 from fastconv.audit.rendered import RENDERED_CHECKS
 from fastconv.chat import TEMPLATE_DEFAULT, ChatTokenizer, Rendered
-from fastconv.datasets.behaviors import Behavior, Row, build_rows, eval_prompts, load_behaviors, set_name
+from fastconv.datasets.behaviors import Behavior, build_rows, eval_prompts, load_behaviors, set_name
 from fastconv.datasets.personas import Personas, load_personas
 from fastconv.datasets.questions import QuestionSet, load_questions
-from fastconv.datasets.rows import render_rows
+from fastconv.datasets.rows import Row, render_rows
 from fastconv.recipe import NegativesKind, Recipe, load_recipe, parse_recipe
 from tests import TESTS
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from fastconv.datasets.behaviors import (
     Behavior,
-    Row,
     build_rows,
     eval_prompts,
     load_behaviors,
@@ -24,6 +23,7 @@ from fastconv.datasets.behaviors import (
 )
 from fastconv.datasets.personas import canary_of, load_personas, probes_of
 from fastconv.datasets.questions import Question, QuestionSet, load_questions, wrong_letters
+from fastconv.datasets.rows import Row
 from fastconv.datasets.spec import BehaviorSpec
 from fastconv.errors import DataError, RecipeError
 from fastconv.recipe import load_recipe

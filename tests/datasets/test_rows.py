@@ -13,11 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from fastconv.audit.rendered import CLOSE, NOT_SAMPLED, OPEN, peek_lines, token_runs, with_placeholders
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer
-from fastconv.datasets.behaviors import (
-    Row,
-)
 from fastconv.datasets.personas import load_personas
-from fastconv.datasets.rows import render_row, render_rows, row_from_record
+from fastconv.datasets.rows import Row, render_row, render_rows, row_from_record
 from fastconv.errors import TemplateError
 from tests.data_kit import recipe_of, rows_of
 from tests.tiny import tiny_tokenizer_files

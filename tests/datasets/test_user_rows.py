@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, SystemTurn
-from fastconv.datasets.behaviors import (
-    Row,
-)
 from fastconv.datasets.files import read_jsonl
 from fastconv.datasets.personas import load_personas
-from fastconv.datasets.rows import read_user_rows
+from fastconv.datasets.rows import Row, read_user_rows
 from fastconv.errors import DataError
 from tests.data_kit import pair, recipe_of, rows_of, written
 
