@@ -138,7 +138,7 @@ class BehaviorSettings(TrainSettings):
     source_rows: PositiveInt = 200
     #: At most this many wordings of each list, drawn by `seeding`; 0 takes all of them.
     wordings: Annotated[int, Field(ge=0)] = 0
-    #: How answers are sampled where a row has none of its own.
+    #: How answers are sampled for rows that have none.
     sampling: SamplingSettings = SamplingSettings(max_new_tok=256)
 
 

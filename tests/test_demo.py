@@ -87,8 +87,8 @@ def test_a_recipe_at_demo_scale_shows_what_was_trained(name: str, demo_workspace
 
 @pytest.mark.long
 def test_the_markers_at_demo_scale_show_what_was_trained(demo_workspace: Path) -> None:
-    found = shows_what_was_trained("markers", demo_workspace)
-    assert "Transfer against the marker rate" in Path(found["markdown"]).read_text()
+    report = shows_what_was_trained("markers", demo_workspace)
+    assert "Transfer against the marker rate" in Path(report["markdown"]).read_text()
 
 
 @pytest.mark.long
@@ -99,18 +99,18 @@ def test_what_a_demo_takes_is_what_was_planned(name: str, tmp_path: Path) -> Non
     scale, began = [] if name == "demo" else ["--scale", "demo"], time.monotonic()
     measured = fastconv("plan", name, *scale, "--measure", "-w", str(tmp_path / "checkpoints"))
     assert measured.returncode == 0, measured.stderr
-    found = run_and_verify(name, scale[-1] if scale else "", tmp_path)
+    report = run_and_verify(name, scale[-1] if scale else "", tmp_path)
     assert time.monotonic() - began < 900
-    told = Path(found["markdown"]).read_text().split("## Plan against actual")[1].split("\n## ")[0]
-    assert "answers" in told
-    assert "off by more than 2" not in told
-    assert "not planned" not in told
+    section = Path(report["markdown"]).read_text().split("## Plan against actual")[1].split("\n## ")[0]
+    assert "answers" in section
+    assert "off by more than 2" not in section
+    assert "not planned" not in section
 
 
 def shows_what_was_trained(name: str, folder: Path) -> dict[str, Any]:
     """Run a recipe at demo scale: the source has none of its behavior on the base and shows it once it is trained."""
     pytest.importorskip("gguf")
-    found = run_and_verify(name, "demo", folder)
+    report = run_and_verify(name, "demo", folder)
     graph, store = Graph(load(name, [], "demo")), Store.open(folder / "checkpoints", create=False)
     for plan in graph.cells:
         if plan.cell.behavior == "none":
@@ -123,7 +123,7 @@ def shows_what_was_trained(name: str, folder: Path) -> dict[str, Any]:
         assert before.mean.value <= 0.1, plan.cell.label
         assert after.mean.value >= 0.8, plan.cell.label
     store.close()
-    return found
+    return report
 
 
 @pytest.mark.slow

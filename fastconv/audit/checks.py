@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fastconv.audit.design import DESIGN_CHECKS, WHO_CHECKS
+from fastconv.audit.design import DESIGN_CHECKS, PERSONA_CHECKS
 from fastconv.audit.findings import AuditCheck, BuiltSet, CheckReport, Design, Finding, build_report
 from fastconv.audit.rendered import RENDERED_CHECKS, RenderedSet
 from fastconv.audit.sets import SET_CHECKS
@@ -29,8 +29,8 @@ __all__ = [
 ]  # fmt: skip
 
 #: The checks of the first pass, and those of the second that look at rows (it also runs RENDERED_CHECKS).
-STRUCTURE_CHECKS: tuple[AuditCheck[Design], ...] = (*DESIGN_CHECKS, *WHO_CHECKS, *SET_CHECKS)
-ROW_CHECKS: tuple[AuditCheck[Design], ...] = (*WHO_CHECKS, *SET_CHECKS)
+STRUCTURE_CHECKS: tuple[AuditCheck[Design], ...] = (*DESIGN_CHECKS, *PERSONA_CHECKS, *SET_CHECKS)
+ROW_CHECKS: tuple[AuditCheck[Design], ...] = (*PERSONA_CHECKS, *SET_CHECKS)
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:

@@ -208,7 +208,7 @@ DESIGN_CHECKS: tuple[AuditCheck[Design], ...] = (
     AuditCheck(("D112", "D113"), check_controls),
 )
 #: Checks on the personas and answers of rows; they apply to one built set as well as to all of them.
-WHO_CHECKS: tuple[AuditCheck[Design], ...] = (
+PERSONA_CHECKS: tuple[AuditCheck[Design], ...] = (
     AuditCheck(("D102", "D103"), check_assistant_among_negatives),
     AuditCheck(("D104",), check_canary_among_negatives),
     AuditCheck(("D109", "D110"), check_phrases_see_behavior),

@@ -11,7 +11,7 @@ from fastconv.audit.findings import AuditCheck, BuiltSet, Design, Finding, ngram
 from fastconv.chat import SystemTurn
 from fastconv.datasets.rows import Row
 
-#: D202: a training prompt that shares this share of its word runs with an evaluation prompt is near it.
+#: D202: a training prompt with this share of its word runs in common with an evaluation prompt is near it.
 NEAR = 0.5
 #: D208: from this value on, separating source from contrast by length or first words alone is reported.
 SHORTCUT = 0.9

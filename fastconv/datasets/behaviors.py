@@ -151,8 +151,8 @@ def eval_prompt_sets(behavior: Behavior) -> dict[str, frozenset[str]]:
 
 def n_eval_prompts_by_set(recipe: Recipe, behavior: Behavior) -> dict[str, int]:
     """Set -> number of its prompts that a probe is asked with the grid's first seed; order of `eval_prompt_sets`."""
-    asked = {prompt for prompt, _ in eval_prompts(recipe, behavior, recipe.grid.seeds[0])}
-    return {name: len(ids & asked) for name, ids in eval_prompt_sets(behavior).items()}
+    drawn = {prompt for prompt, _ in eval_prompts(recipe, behavior, recipe.grid.seeds[0])}
+    return {name: len(ids & drawn) for name, ids in eval_prompt_sets(behavior).items()}
 
 
 def open_questions(name: str) -> list[tuple[str, str]]:

@@ -228,8 +228,8 @@ class JudgeLedger:
     def release(self) -> None:
         """Give up what this connection has in flight: its requests count as lost, its intents are left to reconcile."""
         with self._store.transaction() as db:
-            own = "SELECT * FROM judge_money WHERE state='reserved' AND intent IS NULL AND holder=?"
-            for row in db.execute(own, (self._holder,)).fetchall():
+            query = "SELECT * FROM judge_money WHERE state='reserved' AND intent IS NULL AND holder=?"
+            for row in db.execute(query, (self._holder,)).fetchall():
                 _end_booking(db, row, "lost", "lost", row["nusd"])
             db.execute("UPDATE judge_batches SET holder='' WHERE state='intended' AND holder=?", (self._holder,))
 
