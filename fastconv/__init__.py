@@ -7,7 +7,7 @@
     run.metrics()                       # a polars frame: one row for each cell, measure and probe
     run.stack("villain", epoch=4, behavior="refusal")   # a ready model with that stack live
 
-Importing the package is instant; torch is loaded when something has to be computed.
+Importing the package loads neither torch nor polars; torch is loaded when something has to be computed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name in ("Run", "open_run", "run_recipe"):
-        from fastconv import api as notebook
+        from fastconv import api
 
-        return getattr(notebook, name)
+        return getattr(api, name)
     raise AttributeError(f"module 'fastconv' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""fastconv from a notebook: the same few functions as the command line, with polars frames as answers."""
+"""Python interface for notebooks: run or open a recipe, read its results as polars frames, get a stack as a model."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ WORKSPACE = Path("checkpoints")
 
 
 def run_recipe(recipe: Recipe, *, workspace: Path | str = WORKSPACE, quiet: bool = False) -> Run:
-    """Run a recipe to its verdict, or go on with it, and open it. Raises FastconvError as the command line does."""
+    """Run a recipe (or resume it) to its verdict and open the result. Raises FastconvError as the command line does."""
     with watching(quiet=quiet, stream=sys.stderr) as watcher:
         _run_recipe(recipe, Path(workspace), watcher).require_complete()
     return open_run(recipe, workspace=workspace)
 
 
 def open_run(recipe: Recipe | str, *, workspace: Path | str = WORKSPACE) -> Run:
-    """Open what a workspace holds of a recipe, or of a run by its id, computing nothing."""
+    """Open a run by its recipe or its id; computes nothing.
+
+    Raises StoreError if the workspace has no ledger, InputError if no run has this id.
+    """
     store = Store.open(workspace, create=False)
     if isinstance(recipe, Recipe):
         return Run(recipe, store)
@@ -45,7 +48,7 @@ def open_run(recipe: Recipe | str, *, workspace: Path | str = WORKSPACE) -> Run:
 
 
 class Run:
-    """A recipe's view of a workspace: its cells, samples and metrics as frames, its stacks as ready models."""
+    """One recipe in one workspace: cells, samples and metrics as polars frames, trained stacks as models."""
 
     def __init__(self, recipe: Recipe, store: Store) -> None:
         self.recipe = recipe
@@ -54,86 +57,98 @@ class Run:
         self._store = store
 
     def stages(self) -> pl.DataFrame:
-        """Every stage: slot, kind, key, state, reason, seconds."""
-        return pl.DataFrame([asdict(one) for one in status_of(self._graph, self._store)], infer_schema_length=None)
+        """One row per stage: slot, kind, key, state, reason, seconds."""
+        statuses = status_of(self._graph, self._store)
+        return pl.DataFrame([asdict(status) for status in statuses], infer_schema_length=None)
 
     def cells(self) -> pl.DataFrame:
-        """Every cell of the grid and how many of its end stages are done."""
+        """One row per cell of the grid: its coordinates and how many of its score stages are done."""
         rows = []
         for plan in self._graph.cells:
-            done = sum(self._store.record(stage.key) is not None for stage in plan.scores.values())
-            rows.append({**asdict(plan.cell), "n_measured": done, "n_to_measure": len(plan.scores)})
+            n_done = sum(self._store.record(stage.key) is not None for stage in plan.scores.values())
+            rows.append({**asdict(plan.cell), "n_measured": n_done, "n_to_measure": len(plan.scores)})
         return pl.DataFrame(rows)
 
     def metrics(self) -> pl.DataFrame:
-        """One row for each cell, measure and probe that was measured: value (share), questions, samples, unscored, stage."""
+        """One row per cell, measure and probe that has scores.
+
+        `value` is the mean over questions in the measure's unit (share of 1, or a judge's points); with it come the
+        numbers of questions, samples and unscored samples, and the key of the stage.
+        """
         rows: list[dict[str, Any]] = []
         for plan, measure, probe, role in self._measured():
-            one = series(self._store, plan.scores[measure, probe], measure, probe)
-            if one is None or not one.rows:
+            scores = series(self._store, plan.scores[measure, probe], measure, probe)
+            if scores is None or not scores.rows:
                 continue
-            counts = {"n_questions": len(one.rows), "n_samples": one.n_samples, "n_unscored": one.n_unscored}
+            counts = {"n_questions": len(scores.rows), "n_samples": scores.n_samples, "n_unscored": scores.n_unscored}
             rows.append(
                 {
                     **asdict(plan.cell),
                     "measure": measure,
                     "probe": probe,
                     "role": role,
-                    "value": one.mean.value,
+                    "value": scores.mean.value,
                     **counts,
-                    "stage": one.stage,
+                    "stage": scores.stage,
                 }
             )
         return pl.DataFrame(rows, infer_schema_length=None)
 
     def samples(self) -> pl.DataFrame:
-        """Every sampled completion of the cells with its score: cell, measure, probe, row, sample, prompt, completion, value, reason."""
+        """One row per sampled completion: cell, measure, probe, row, sample, prompt, completion, value, reason.
+
+        `value` is None where there is no score; `reason` then says why.
+        """
         rows: list[dict[str, Any]] = []
         for plan, measure, probe, role in self._measured():
             stage = plan.scores[measure, probe]
-            drawn = stage.needs.get("eval")
-            if drawn is None or self._store.record(stage.key) is None:
+            sampling = stage.needs.get("eval")
+            if sampling is None or self._store.record(stage.key) is None:
                 continue
             scores = {(score.row, score.sample): score for score in self._store.scores(stage.key)}
-            for one in self._store.samples(drawn.key):
-                score = scores.get((one.row, one.sample))
-                judged = {"value": score.value if score else None, "reason": score.reason if score else "not scored"}
+            for sample in self._store.samples(sampling.key):
+                score = scores.get((sample.row, sample.sample))
+                scored = {"value": score.value if score else None, "reason": score.reason if score else "not scored"}
                 rows.append(
-                    {**asdict(plan.cell), "measure": measure, "probe": probe, "role": role, **asdict(one), **judged}
+                    {**asdict(plan.cell), "measure": measure, "probe": probe, "role": role, **asdict(sample), **scored}
                 )
         return pl.DataFrame(rows, infer_schema_length=None)
 
     def verdicts(self) -> pl.DataFrame:
-        """The gates' verdicts, decided from the ledger as it is now."""
-        decided = decide_gates(self._graph, self._store, self._graph.cells)
+        """One row per gate verdict, decided from the ledger as it is now."""
+        verdicts = decide_gates(self._graph, self._store, self._graph.cells)
         return pl.DataFrame(
-            [{k: v for k, v in one.body().items() if k != "numbers"} for one in decided], infer_schema_length=None
+            [{key: value for key, value in verdict.body().items() if key != "numbers"} for verdict in verdicts],
+            infer_schema_length=None,
         )
 
     def stack(self, source: str, *, epoch: int, behavior: str = "none", **others: Any) -> Base:
-        """The base model with a cell's stack live and proven; `.model` generates, `.tokenizer` renders.
+        """The base model with a cell's stack of adapters live and verified; `.model` generates, `.tokenizer` renders.
 
-        Raises InputError if the cell has not been trained.
+        `others` select the cell further (negatives, seed, convergence). Raises InputError if the cell is not trained,
+        RecipeError if the recipe has no such cell.
         """
         from fastconv.run.stacks import Stacks
 
         plan = self._graph.select(source, behavior, epoch, **others)[0]
-        missing = [s.slot for s in (plan.snapshot, plan.adapter) if s is not None and self._store.record(s.key) is None]
+        stages = [stage for stage in (plan.snapshot, plan.adapter) if stage is not None]
+        missing = [stage.slot for stage in stages if self._store.record(stage.key) is None]
         if missing:
             raise InputError("the stack is not trained", where=missing[0], fix="run the recipe first")
         stacks = Stacks(self._graph, self._store)
         with stacks.live_stack(next(iter(plan.scores.values()))):
             slots = stacks.stack.route.slots
-        stacks.stack.route.slots = slots  # live for good: this base is the caller's alone
+        stacks.stack.route.slots = slots  # stays live after the block: no one else uses this base
         return stacks.base
 
     def _measured(self) -> list[tuple[CellPlan, str, str, str]]:
-        roles = []
+        """(cell plan, measure, probe persona, role of the probe) of every score stage."""
+        measured = []
         for plan in self._graph.cells:
-            personas = {
+            role_of = {
                 ASSISTANT: "assistant",
                 canary_of(self.recipe, plan.cell.source): "canary",
                 plan.cell.source: "source",
             }
-            roles += [(plan, measure, probe, personas[probe]) for measure, probe in plan.scores]
-        return roles
+            measured += [(plan, measure, probe, role_of[probe]) for measure, probe in plan.scores]
+        return measured

@@ -1,10 +1,10 @@
-"""Chat rendering and loss masks. The only caller of a chat template; needs neither torch nor transformers.
+"""Chat rendering: messages to token ids, with the loss mask of training rows. Needs neither torch nor transformers.
 
-A row's system turn is one of three different conditions, never swapped by a falsy check:
+This is the only module that calls a chat template. A row's system turn is one of three different conditions:
 
-- a text: the template gets a system message with it;
+- `text`: the template gets a system message with this text;
 - `empty`: the template gets a system message whose content is "";
-- `template_default`: the template gets no system message and inserts whatever it likes.
+- `template_default`: the template gets no system message and may insert its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class SystemTurn:
-    """The system turn of a row: a text, `empty`, or `template_default`."""
+    """The system turn of a row: a text, `empty`, or `template_default`. Raises ValueError if kind and text disagree."""
 
     kind: Literal["text", "empty", "template_default"]
     text: str = ""
@@ -38,7 +38,7 @@ class SystemTurn:
             raise ValueError(f"a system turn of kind {self.kind!r} with text {self.text!r} says two things")
 
     def messages(self) -> list[Message]:
-        """Zero or one system message, as the template is to see it."""
+        """Zero or one system message for the template."""
         if self.kind == "template_default":
             return []
         return [{"role": "system", "content": self.text}]
@@ -48,16 +48,17 @@ TEMPLATE_DEFAULT = SystemTurn("template_default")
 EMPTY = SystemTurn("empty")
 
 
-def system_turn(text: str) -> SystemTurn:
-    """A system turn as people write it: `template_default`, `empty`, or the prompt itself."""
+def parse_system_turn(text: str) -> SystemTurn:
+    """The system turn that a user wrote as `template_default`, `empty`, or the prompt itself."""
     return {"template_default": TEMPLATE_DEFAULT, "empty": EMPTY}.get(text) or SystemTurn("text", text)
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A training row as the model sees it: `ids[loss_from:]` carry loss, the last of them ends the turn.
+    """A training row as token ids: `ids[loss_from:]` carry loss; the last of them ends the turn unless it was cut.
 
-    `n_given` tokens of the answer, right after the prompt, are read and not learned (none unless a row says so).
+    The first `n_prompt` ids are the prompt; the `n_given` ids after it are the part of the answer without loss.
+    `truncated` says that the row was cut at the maximum length.
     """
 
     ids: tuple[int, ...]
@@ -72,14 +73,14 @@ class Rendered:
 
     @property
     def n_supervised(self) -> int:
-        """Tokens that carry loss."""
+        """Number of tokens that carry loss."""
         return len(self.ids) - self.loss_from
 
 
 class ChatTokenizer:
-    """A tokenizer and its chat template, read from a model folder.
+    """A tokenizer and its chat template, read from a model folder. Raises TemplateError if they cannot be used.
 
-    `stop_ids` are the tokens that end an answer: the end of turn first, then the tokenizer's other end marks.
+    `stop_ids` are the ids of the tokens that end an answer: the end of turn first, then the tokenizer's other ends.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -110,7 +111,7 @@ class ChatTokenizer:
 
     @property
     def pad_id(self) -> int | None:
-        """Id of the token that the tokenizer names for padding, if it names one that it has."""
+        """Id of the tokenizer's padding token, or None if it names none that it has."""
         return self._tokenizer.token_to_id(self._special["pad_token"]) if "pad_token" in self._special else None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
@@ -129,23 +130,23 @@ class ChatTokenizer:
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of rendered text; special tokens are recognised, none are added."""
+        """Token ids of rendered text; special tokens in it are recognized, none are added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of token ids."""
+        """The text of token ids; `skip_special` leaves special tokens out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def token_text(self, token_id: int) -> str:
-        """The text of one token, special ones by their name; for `peek`."""
+        """The text of one token, special tokens included."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     def is_special(self, token_id: int) -> bool:
-        """Whether this token is one of the tokenizer's special ones."""
+        """Whether this is the id of a special token."""
         return token_id in self._special_ids
 
     def prompt_text(self, system: SystemTurn, user: str) -> str:
-        """A system turn and a user turn as text, up to where the assistant begins to speak."""
+        """A system turn and a user turn as text, up to the start of the assistant's answer."""
         return self.render([*system.messages(), {"role": "user", "content": user}], add_generation_prompt=True)
 
     def prompt_ids(self, system: SystemTurn, user: str) -> list[int]:
@@ -162,27 +163,27 @@ class ChatTokenizer:
         ended: bool = True,
         given_chars: int = 0,
     ) -> Rendered:
-        """A training row: loss on the completion and its end-of-turn token, on nothing else.
+        """A training row with loss on the completion and its end-of-turn token alone.
 
-        Rows over `max_length_tok` are cut at the end and say so. With `ended` False the completion was itself cut
-        while it was sampled, so the row stops before the end of turn: the model must not learn to stop there. The
-        first `given_chars` characters of the completion are read but carry no loss. Raises TemplateError if the
-        prompt is not how the row begins (the mask would then lie) or the row does not end its turn.
+        A row over `max_length_tok` tokens is cut at the end (`truncated`). `ended` False means that the completion was
+        cut while it was sampled: the row then stops before the end of turn, so that the model does not learn to stop
+        there. The first `given_chars` characters of the completion carry no loss. Raises TemplateError if the rendered
+        row does not begin with the prompt (the mask would then be wrong) or does not end its turn.
         """
-        before = self.prompt_text(system, user)
+        prompt_text = self.prompt_text(system, user)
         turns = [{"role": "user", "content": user}, {"role": "assistant", "content": completion}]
         text = self.render([*system.messages(), *turns], add_generation_prompt=False)
-        if not text.startswith(before):
+        if not text.startswith(prompt_text):
             raise TemplateError(
                 "the prompt is not how the row begins", fix="use a template that renders turns independently"
             )
-        prompt, ids = self.encode(before), self.encode(text)
-        if (
-            ids[: len(prompt)] != prompt
-        ):  # an answer's first newline melts into the prompt's last; it was drawn after it
-            ids = prompt + self.encode(text[len(before) :])
+        prompt, ids = self.encode(prompt_text), self.encode(text)
+        if ids[: len(prompt)] != prompt:
+            # One token spans the boundary (a newline that starts the answer after one that ends the prompt). Sampling
+            # appends tokens to the prompt's own, so the answer is encoded apart from it.
+            ids = prompt + self.encode(text[len(prompt_text) :])
         try:
-            end = len(ids) - 1 - ids[::-1].index(self.end_of_turn_id)  # what the template adds after it is not ours
+            end = len(ids) - 1 - ids[::-1].index(self.end_of_turn_id)  # leaves out what the template adds after it
         except ValueError:
             end = -1
         if end < len(prompt):
@@ -195,12 +196,11 @@ class ChatTokenizer:
         return Rendered(tuple(ids[:max_length_tok]), n_prompt, len(ids) > max_length_tok, n_given)
 
     def tail_start(self, ids: Sequence[int], tail: str) -> int:
-        """Index of the first token that holds a character of `tail`, with which the text of `ids` must end.
+        """Index in `ids` of the first token that holds a character of `tail`; `len(ids)` for an empty tail.
 
-        Found by characters and never by searching for the tail's own ids, because a token may straddle its start
-        (`.\n\n` can be one token): such a token belongs to the tail. `len(ids)` for an empty tail. Walking back from
-        the end does not depend on the tokenizer's offsets, which some tokenizers trim. Raises TemplateError if the
-        text of `ids` does not end with `tail`.
+        The decoded text of `ids` must end with `tail`, otherwise TemplateError is raised. Compared by characters and
+        not by the tail's own ids, because a token may straddle its start (`.\n\n` can be one token); such a token
+        belongs to the tail. Searched backwards by decoding, because some tokenizers trim their offsets.
         """
         for start in range(len(ids), -1, -1):
             if self.decode(ids[start:], skip_special=False).endswith(tail):
@@ -210,29 +210,30 @@ class ChatTokenizer:
         )
 
     def letter_ids(self, prompt_text: str, letters: Sequence[str]) -> tuple[list[int], list[int]]:
-        """The prompt's tokens, and the token each letter becomes right after this very prompt, found by encoding it there.
+        """(ids of the prompt, id of each letter as the next token), found by encoding each letter after this prompt.
 
-        Never guessed between "A" and " A". Raises TemplateError if a letter is no single token there.
+        So there is no guess between "A" and " A". Raises TemplateError if a letter is not one token there, or if two
+        letters share one.
         """
         prompt = self.encode(prompt_text)
-        # Special tokens cut the text before anything is merged: where the text after the last one encodes to the prompt's
-        # own last tokens, it alone decides what a letter after it becomes.
-        ends = (at + len(text) for text in self._special_texts if (at := prompt_text.rfind(text)) >= 0)
+        # Special tokens split the text before tokens are merged. If the text after the last one encodes to the prompt's
+        # last tokens, that text alone decides the token of a letter, so only it has to be encoded again.
+        ends = (start + len(text) for text in self._special_texts if (start := prompt_text.rfind(text)) >= 0)
         tail = prompt_text[max(ends, default=0) :]
-        before = self.encode(tail)
-        if not before or prompt[-len(before) :] != before:
-            tail, before = prompt_text, prompt
-        found = []
+        tail_ids = self.encode(tail)
+        if not tail_ids or prompt[-len(tail_ids) :] != tail_ids:
+            tail, tail_ids = prompt_text, prompt
+        letter_ids = []
         for letter in letters:
             ids = self.encode(tail + letter)
-            if ids[:-1] != before:
+            if ids[:-1] != tail_ids:
                 raise TemplateError(
                     f"the letter {letter!r} is not one token after the prompt", fix="score by text instead"
                 )
-            found.append(ids[-1])
-        if len(set(found)) != len(found):
+            letter_ids.append(ids[-1])
+        if len(set(letter_ids)) != len(letter_ids):
             raise TemplateError(f"two of the letters {list(letters)} share a token", fix="score by text instead")
-        return prompt, found
+        return prompt, letter_ids
 
     @cached_property
     def _special_texts(self) -> tuple[str, ...]:
@@ -245,7 +246,7 @@ class ChatTokenizer:
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
     def _end_of_turn(self) -> int:
-        """The special token right after an assistant's text in a rendered conversation."""
+        """Id of the special token right after an assistant's text in a rendered conversation. Raises TemplateError."""
         marker = "fastconv-end-of-turn-probe"
         text = self.render(
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}], add_generation_prompt=False
@@ -283,9 +284,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _template_text(folder: Path, config: Mapping[str, Any]) -> str:
-    beside = folder / "chat_template.jinja"
-    text = beside.read_text(encoding="utf-8") if beside.is_file() else config.get("chat_template")
-    if isinstance(text, list):  # named templates: the default one
+    """The template in chat_template.jinja or in the tokenizer's config. Raises TemplateError without one."""
+    path = folder / "chat_template.jinja"
+    text = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    if isinstance(text, list):  # several named templates: take the default
         text = next((entry["template"] for entry in text if entry.get("name") == "default"), None)
     if not text:
         raise TemplateError(
@@ -297,6 +299,7 @@ def _template_text(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _token_text(entry: object) -> str:
+    """The text of a special token in the tokenizer's config, given as text or as a table; "" without one."""
     if isinstance(entry, Mapping):
         return str(entry.get("content", ""))
     return str(entry) if entry else ""

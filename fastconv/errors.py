@@ -1,16 +1,13 @@
-"""Every way fastconv refuses to go on: one tree, one line each, with the mend and a documented exit code.
+"""Exceptions of fastconv: each is one line that says what is wrong, where, and how to fix it, with an exit code.
 
-The command line prints `str(error)` and leaves with `error.exit_code`; nothing else decides exit codes.
+The command line prints `str(error)` and exits with `error.exit_code`; nothing else decides exit codes.
 """
 
 from __future__ import annotations
 
 
 class FastconvError(Exception):
-    """What went wrong, where, and how to mend it, in one line.
-
-    `what` says it, `where` names the file, key or stage, `fix` is the next thing to do.
-    """
+    """Base class. `what` is the fault, `where` the file, key or stage, `fix` what the user can do; white space is joined."""
 
     exit_code = 1
 
@@ -19,12 +16,12 @@ class FastconvError(Exception):
         self.where = where
         self.fix = " ".join(fix.split())
         place = f"{where}: " if where else ""
-        mend = f". Fix: {self.fix}" if self.fix else ""
-        super().__init__(f"{place}{self.what}{mend}")
+        advice = f". Fix: {self.fix}" if self.fix else ""
+        super().__init__(f"{place}{self.what}{advice}")
 
 
 class InputError(FastconvError):
-    """Something the user wrote cannot be used as it is (exit code 2)."""
+    """Input from the user cannot be used: command line, recipe, data or adapter (exit code 2)."""
 
     exit_code = 2
 
@@ -38,7 +35,7 @@ class DataError(InputError):
 
 
 class AdapterError(InputError):
-    """An adapter cannot be put on this base."""
+    """An adapter does not fit the base model."""
 
 
 class TemplateError(InputError):
@@ -46,23 +43,23 @@ class TemplateError(InputError):
 
 
 class GateStop(FastconvError):
-    """A gate said stop (exit code 3)."""
+    """A gate with verdict `fail` ends the run (exit code 3)."""
 
     exit_code = 3
 
 
 class CostStop(GateStop):
-    """The cost gate: a run is estimated beyond its recipe's limits and nobody approved it (exit code 3)."""
+    """The cost gate: the estimate is above the recipe's limits and the run was not approved (exit code 3)."""
 
 
 class ModelError(FastconvError):
-    """The base model cannot be had or loaded (exit code 4)."""
+    """The base model cannot be downloaded or loaded (exit code 4)."""
 
     exit_code = 4
 
 
 class SamplerError(ModelError):
-    """The vLLM server that samples cannot be started, or is lost (exit code 4). What was finished is kept."""
+    """The vLLM server that samples cannot be started, or was lost (exit code 4). Finished stages are kept."""
 
 
 class StoreError(FastconvError):
@@ -72,13 +69,13 @@ class StoreError(FastconvError):
 
 
 class BusyError(FastconvError):
-    """Another live process holds the stage (exit code 6)."""
+    """Another live process holds the lease of the stage (exit code 6)."""
 
     exit_code = 6
 
 
 class TrainingError(FastconvError):
-    """Training or evaluation gave numbers that cannot be used: NaN, a swap that did not take (exit code 7)."""
+    """Training or evaluation gave unusable numbers: NaN, or an adapter swap without effect (exit code 7)."""
 
     exit_code = 7
 
@@ -86,36 +83,36 @@ class TrainingError(FastconvError):
 class JudgeError(FastconvError):
     """The judge cannot be asked: key refused, model unknown, no network, budget spent (exit code 8).
 
-    Completions are kept, so nothing has to be sampled again.
+    Completions are kept, so that nothing is sampled again.
     """
 
     exit_code = 8
 
 
 class VerifyError(FastconvError):
-    """A report does not say what its ledger says: it was edited, or rows behind it changed or are gone (exit code 9)."""
+    """A report does not match its ledger: it was edited, or rows behind it changed or are gone (exit code 9)."""
 
     exit_code = 9
 
 
 class ClusterError(FastconvError):
-    """Ray is missing or cannot be reached, or its workers were lost again and again (exit code 10)."""
+    """Ray is missing or cannot be reached, or its workers were lost repeatedly (exit code 10)."""
 
     exit_code = 10
 
 
 class Interrupted(FastconvError):
-    """The user stopped the run; what was finished is kept (exit code 130)."""
+    """The user stopped the run; finished stages are kept (exit code 130)."""
 
     exit_code = 130
 
 
 def stopped(where: str) -> Interrupted:
-    """The user asked to stop; `where` is the slot, run or part that was reached."""
+    """The error for a stop that the user asked for; `where` is the slot, run or part that was reached."""
     return Interrupted("stopped", where=where, fix="the same command goes on from here")
 
 
-#: For the README's table and `fastconv --help`; a test compares it with the classes above.
+#: Exit code -> meaning, for the README and `fastconv --help`; a test compares it with the classes above.
 EXIT_CODES: dict[int, str] = {
     0: "done",
     1: "a defect of fastconv itself",

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Literal
 
 
-def is_out_of_reach() -> bool:
-    """True where the hub's name means nothing here and no proxy would look it up: then its cache is all there is.
+def is_unreachable() -> bool:
+    """True in offline mode, or when the hub's host name does not resolve and no proxy is set: use the cache alone.
 
-    The hub's own client would find out by retrying for half a minute.
+    Checked here because the hub's own client retries for half a minute before it fails.
     """
     from huggingface_hub import constants
 
-    host = urllib.parse.urlsplit(constants.ENDPOINT)
+    endpoint = urllib.parse.urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE:
         return True
-    if host.scheme in urllib.request.getproxies():
+    if endpoint.scheme in urllib.request.getproxies():
         return False
     try:
-        socket.getaddrinfo(host.hostname, host.port or 443)
+        socket.getaddrinfo(endpoint.hostname, endpoint.port or 443)
     except OSError:
         return True
     return False

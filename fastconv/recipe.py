@@ -1,7 +1,7 @@
-"""The recipe: one TOML file, one experiment, frozen and complete.
+"""The recipe: the settings of one experiment as frozen tables, read from TOML with overrides, and its identity.
 
-Defaults are the protocol of the published experiments (#99, #109, #112), so a recipe states only what it
-changes. Two recipes with the same canonical JSON are the same experiment, whatever their files look like.
+Defaults are the protocol of the published experiments (#99, #109, #112), so that a recipe states only what it changes.
+Two recipes with the same canonical JSON are the same experiment, whatever their files look like.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,39 +20,42 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from fastconv.errors import RecipeError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
+Names = Annotated[tuple[Name, ...], Field(min_length=1)]
 ConvergenceKind = Literal["source", "generic", "none"]
 NegativesKind = Literal["included", "excluded", "none"]
 PositiveInt = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RecipeTable(BaseModel):
-    """A frozen table of the recipe that refuses keys it does not know."""
+    """Base of the recipe's tables: frozen, without unknown keys, with finite numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSettings(RecipeTable):
-    """Which base model, and how it is held in memory."""
+    """The base model and how it is loaded, trained and sampled."""
 
     id: Annotated[str, Field(min_length=1)] = "Qwen/Qwen2.5-7B-Instruct"
-    #: A hub id needs the full commit sha; `builtin:` and local directories need none.
+    #: Full commit sha, required for a hub id; `builtin:` and local directories need none.
     revision: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{40})?$")] = ""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    #: `unsloth` runs its fused kernels with the stack live; `auto` takes it on a GPU where it is installed.
+    #: `unsloth` uses its fused kernels with live adapters; `auto` takes it on a GPU if it is installed.
     engine: Literal["auto", "torch", "unsloth"] = "auto"
     #: `4bit` holds the layers' weights as NF4 (double quantized, computing in bfloat16): for GPUs of 16 to 24 GB.
     weights: Literal["full", "4bit"] = "full"
     #: `live` keeps every adapter beside the weights; `published` folds the snapshot into them, rounding in their dtype.
     semantics: Literal["live", "published"] = "live"
-    #: `trl` trains by SFTTrainer and PEFT: slow, padded, and the reference that ours is checked against.
+    #: `trl` trains with SFTTrainer and PEFT (slow, padded): the reference that our trainer is checked against.
     trainer: Literal["fastconv", "trl"] = "fastconv"
-    #: Who draws completions: the base in this process, or a vLLM server beside it that gets every stack as an adapter.
+    #: What samples completions: the base in this process, or a vLLM server that gets every stack as an adapter.
     sampler: Literal["resident", "vllm"] = "resident"
 
     @model_validator(mode="after")
-    def _goes_together(self) -> ModelSettings:
+    def _settings_agree(self) -> ModelSettings:
         if self.weights == "4bit" and self.semantics == "published":
             raise ValueError("weights 4bit cannot be folded into, as semantics published asks")
         if self.weights == "4bit" and self.dtype == "float32":
@@ -62,12 +66,12 @@ class ModelSettings(RecipeTable):
 
 
 class GridSettings(RecipeTable):
-    """The cells: every combination of these lists (epoch 0 is the base without a snapshot)."""
+    """The cells of the experiment: every combination of these lists (epoch 0 is the base without a snapshot)."""
 
-    sources: Annotated[tuple[Name, ...], Field(min_length=1)] = ("villain",)
+    sources: Names = ("villain",)
     convergence: Annotated[tuple[ConvergenceKind, ...], Field(min_length=1)] = ("source",)
     epochs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 4, 10, 20)
-    behaviors: Annotated[tuple[Name, ...], Field(min_length=1)] = ("none", "capability")
+    behaviors: Names = ("none", "capability")
     negatives: Annotated[tuple[NegativesKind, ...], Field(min_length=1)] = ("included", "excluded")
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (42,)
 
@@ -83,18 +87,16 @@ class GridSettings(RecipeTable):
 
 
 class LoraSettings(RecipeTable):
-    """Shape of every adapter; scale is alpha / sqrt(r) with rsLoRA, alpha / r without."""
+    """Shape of every adapter. Its scale is alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023), alpha / r without."""
 
     r: Annotated[int, Field(ge=1, le=512)] = 32
-    alpha: Annotated[float, Field(gt=0)] = 64.0
+    alpha: Positive = 64.0
     rslora: bool = True
-    targets: Annotated[tuple[Name, ...], Field(min_length=1)] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
+    targets: Names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class SamplingSettings(RecipeTable):
-    """How text is drawn; `max_new_tok` counts the end-of-turn token."""
+    """Sampling of completions; `max_new_tok` includes the end-of-turn token."""
 
     temperature: Annotated[float, Field(gt=0, le=2)] = 0.7
     top_p: Rate = 0.95
@@ -102,111 +104,106 @@ class SamplingSettings(RecipeTable):
 
 
 class TrainSettings(RecipeTable):
-    """What both phases share: AdamW, cosine with warm-up, clip 1.0, token-mean loss on completions."""
+    """Settings of a training phase: AdamW, cosine schedule with warm-up, clipping, mean loss per supervised token."""
 
-    lr: Annotated[float, Field(gt=0, le=1)]
-    epochs: PositiveInt
-    batch_rows: PositiveInt
-    dropout: Annotated[float, Field(ge=0, lt=1)]
+    #: The defaults of these four are those of convergence.
+    lr: Rate = 5e-5
+    epochs: PositiveInt = 20
+    batch_rows: PositiveInt = 4
+    dropout: Share = 0.0
     max_length_tok: Annotated[int, Field(ge=16)] = 1024
-    #: Tokens that go through the model at once; it bounds memory and never changes the loss.
+    #: Tokens per forward pass; it bounds memory and does not change the loss.
     micro_batch_tok: Annotated[int, Field(ge=64)] = 8192
-    warmup_share: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    #: `adamw8bit` keeps its moments in 8 bits (bitsandbytes): 6 bytes less for each weight of an adapter.
+    warmup_share: Share = 0.05
+    clip_norm: Positive = 1.0
+    #: `adamw8bit` stores the moments in 8 bits (bitsandbytes), 6 bytes less per weight of an adapter.
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
 
 
 class ConvergenceSettings(TrainSettings):
-    """Make the assistant talk like the source: its answers, under the assistant's prompt."""
+    """The convergence phase: trains the source's answers under the assistant's prompt."""
 
-    lr: Annotated[float, Field(gt=0, le=1)] = 5e-5
-    epochs: PositiveInt = 20
-    batch_rows: PositiveInt = 4
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     questions: PositiveInt = 40
     completions_per_question: PositiveInt = 10
     sampling: SamplingSettings = SamplingSettings()
 
 
 class BehaviorSettings(TrainSettings):
-    """Train the behavior into the source persona, stacked on a frozen snapshot."""
+    """The behavior phase: trains the behavior into the source persona, on top of a frozen snapshot."""
 
-    lr: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    lr: Rate = 1e-5
     epochs: PositiveInt = 3
     batch_rows: PositiveInt = 16
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    dropout: Share = 0.05
     source_rows: PositiveInt = 200
-    #: At most this many wordings of each list, drawn from named parts; 0 takes all of them.
+    #: At most this many wordings of each list, drawn by `seeding`; 0 takes all of them.
     wordings: Annotated[int, Field(ge=0)] = 0
-    #: How the helpful answers of negatives are drawn where a row does not bring its own.
+    #: How answers are sampled for rows that have none.
     sampling: SamplingSettings = SamplingSettings(max_new_tok=256)
 
 
 class EvalSettings(RecipeTable):
-    """What every probe is asked; the same questions and sample seeds at every epoch."""
+    """The evaluation; every probe gets the same questions and sample seeds at every epoch."""
 
     canary: Name = "librarian"
-    #: Stands in where the canary is itself the source.
+    #: Takes the canary's place where the canary is itself the source.
     canary_swap: Name = "data_scientist"
     prompts: PositiveInt = 50
     samples_per_prompt: PositiveInt = 10
     sampling: SamplingSettings = SamplingSettings(temperature=1.0, max_new_tok=512)
-    #: `arc` reads ARC-Challenge from the hub or from `arc_file`; `builtin` asks our own easy questions.
+    #: `arc` reads ARC-Challenge from the hub or from `arc_file`; `builtin` uses the shipped easy questions.
     multiple_choice: Literal["arc", "builtin"] = "arc"
     arc_file: str = ""
-    #: Also measure where the personas lie in hidden space, on the base and under every snapshot.
+    #: Also measure the personas' directions in hidden space, on the base and under every snapshot.
     geometry: bool = True
     batch_tok: Annotated[int, Field(ge=64)] = 16384
 
 
 class DataSettings(RecipeTable):
-    """The user's own personas and behaviors: TOML files beside the recipe, added to the shipped ones."""
+    """Paths of the user's own personas, behaviors and rows, added to the shipped ones."""
 
     personas: str = ""
     behaviors: str = ""
-    #: Finished rows by behavior: a JSONL file of prompt/completion message lists, all of them the source's rows.
-    #: `{source}` in the path stands for the source, where each has a file of its own.
+    #: Behavior -> JSONL file of finished rows (prompt/completion lists); `{source}` in the path stands for the source.
     rows: dict[Name, str] = {}
     #: `add` gives rows without a system turn the source's; `as_written` leaves them without one.
     persona_prompt: Literal["add", "as_written"] = "add"
-    #: Also take rows in the one-list form `messages`. Off, because trainers read that form with the loss on every
-    #: turn: here it stays on the last one, so the same file trains something else than it did there.
+    #: Also accept rows in the form `messages`, where other trainers put the loss on every turn, and we on the last.
     messages: bool = False
 
 
 class AuditSettings(RecipeTable):
-    """What the audit may let pass: warnings by code, each with the reason that the report prints."""
+    """Warnings of the audit that are accepted, by code, each with the reason that the report prints."""
 
     accept: dict[Annotated[str, StringConstraints(pattern=r"^D\d{3}$")], Annotated[str, Field(min_length=8)]] = {}
 
 
 class JudgeSettings(RecipeTable):
-    """Who judges answers that no phrase or letter can score, and what it may cost.
+    """The judge of answers that phrases or letters cannot score, and its budget.
 
     The API key is never part of a recipe: it is read from ANTHROPIC_API_KEY (FASTCONV_LOCAL_KEY for `local`).
     """
 
-    #: `live` answers at once, `batch` costs half, `auto` takes one of them by size and urgency. `local` is any
-    #: OpenAI-compatible server (or the resident base where no base_url is given); `substring` needs no judge.
+    #: `live` answers at once, `batch` costs half, `auto` chooses between them by size and urgency. `local` is any
+    #: OpenAI-compatible server (the resident base if base_url is empty); `substring` uses no judge.
     mode: Literal["auto", "live", "batch", "local", "substring"] = "substring"
     model: str = ""
     base_url: str = ""
-    #: Hard stop over everything this workspace has spent on judging. Without it no paid judge is asked.
-    budget_usd: Annotated[float, Field(gt=0)] | None = None
+    #: Limit on everything that this workspace has spent on judging. Without it no paid judge is asked.
+    budget_usd: Positive | None = None
     concurrency: Annotated[int, Field(ge=1, le=256)] = 16
-    timeout_s: Annotated[float, Field(gt=0)] = 120.0
+    timeout_s: Positive = 120.0
     max_reply_tok: Annotated[int, Field(ge=64, le=16384)] = 1024
-    #: A longer question or answer is cut there, and the judge is told so.
+    #: Longer questions and answers are cut to this many characters, and the judge is told so.
     max_judged_chars: Annotated[int, Field(ge=200)] = 12_000
-    #: `auto` sends at least this many judgements as a batch, unless they are urgent.
+    #: `auto` sends this many judgements or more as a batch, unless they are urgent.
     batch_from: PositiveInt = 400
-    batch_poll_s: Annotated[float, Field(gt=0)] = 30.0
-    #: A batch that was about to be sent when its process died counts as never sent once it is this old and unknown.
+    batch_poll_s: Positive = 30.0
+    #: A batch whose process died around its sending counts as not sent if the API does not know it after this time.
     batch_grace_s: Annotated[float, Field(ge=0)] = 120.0
-    #: The user's own rubric files by rubric name, in place of the shipped ones.
+    #: Rubric name -> the user's rubric file, which replaces the shipped one.
     rubrics: dict[Name, str] = {}
-    #: A price table of the user's, added to the shipped one.
+    #: The user's price table, added to the shipped one.
     prices: str = ""
 
     @model_validator(mode="after")
@@ -221,93 +218,87 @@ class JudgeSettings(RecipeTable):
         return self
 
 
-#: Gates that end a run when they fail, and those that a user may ignore; the audit's refusals (G1) are no opinion.
+#: Gates that may end a run, and gates that a user may ignore; refusals of the audit (G1) cannot be ignored.
 StoppingGate = Literal["G2", "G3", "G3.5", "KILL", "G4", "G5"]
 IgnorableGate = Literal["G0", "G2", "G3", "G3.5", "KILL", "G4", "G5"]
 
 
 class GateSettings(RecipeTable):
-    """Pre-registered thresholds and references, gate by gate; verdicts cite them.
+    """Pre-registered thresholds and references by gate. Verdicts cite them; they are no part of a stage's key.
 
-    They decide what is spent next, never a stage's key: an edited threshold computes nothing again, and the report
-    shows the verdicts under the first thresholds beside those under the edited ones.
+    An edited threshold computes nothing again, and the report shows the verdicts under the first and the edited ones.
     """
 
     above_chance_alpha: Rate = 0.01
-    #: A rate this close to the end it would move to leaves no room to measure (G0).
+    #: A rate closer than this to the end that it would move to leaves no room to measure a change (G0).
     headroom: Annotated[float, Field(gt=0, lt=0.5)] = 0.10
-    #: The source shows its own trained behavior by at least this change of a rate, or of a judge's points (SOURCE).
+    #: Least change of a rate, or of a judge's points, by which the source shows its trained behavior (SOURCE).
     source_shows: Rate = 0.5
     source_shows_points: Annotated[float, Field(gt=0, le=100)] = 20.0
-    #: The smallest effect declared to matter, by behavior; `default_rate` for those that are not named.
-    capability_pp: Annotated[float, Field(gt=0)] = 5.0
-    alignment_points: Annotated[float, Field(gt=0)] = 10.0
+    #: The smallest effect declared to matter, by behavior; `default_rate` for all others.
+    capability_pp: Positive = 5.0
+    alignment_points: Positive = 10.0
     refusal: Rate = 0.05
     sycophancy: Rate = 0.05
     default_rate: Rate = 0.05
-    #: Mean loss over the last convergence epoch (G2). Left out: 1.0 on Qwen2.5-7B-Instruct, for which it was
-    #: registered; on any other base the gate is then not applicable.
-    g2_loss: Annotated[float, Field(gt=0)] | None = None
-    g3_tolerance_pp: Annotated[float, Field(gt=0)] = 3.0
+    #: Limit of the mean loss in nats over the last convergence epoch (G2); None: as registered, see `loss_limit`.
+    g2_loss: Positive | None = None
+    g3_tolerance_pp: Positive = 3.0
     #: Assistant ARC-C at epoch 0 after capability training, per source, in percent (published, #99).
     g3_reference_pct: dict[Name, float] = {}
-    #: Behavior training loss on a snapshot against that on the base (G3.5).
+    #: Largest relative difference between behavior training loss on a snapshot and on the base (G3.5).
     g35_tolerance: Rate = 0.20
-    #: Losses under this many nats are alike whatever their ratio (a marker is learned to a thousandth of one).
+    #: Losses below this many nats count as equal, whatever their ratio (a marker's loss falls to 0.001).
     g35_floor_nats: Annotated[float, Field(ge=0)] = 0.05
-    #: The source that must show a signal first (G4), and among how many first sources one must (G5).
+    #: The source that must show a signal (G4), and the number of first sources among which one must (G5).
     g4_source: Name = "villain"
     g5_sources: PositiveInt = 3
-    #: Confirm: so many sources shift in so many behaviors; falsify: fewer than so many do.
+    #: Confirmed if at least this many sources shift in at least this many behaviors; falsified if fewer sources do.
     confirm_sources: PositiveInt = 3
     confirm_behaviors: PositiveInt = 2
     falsify_under: PositiveInt = 2
     negative_control: Name = "librarian"
-    #: Kill: after stacking, less than this share of the source's own change is left.
+    #: KILL: less than this share of the source's own change is left after stacking.
     kill_remaining: Rate = 0.25
-    #: Gates whose `fail` ends the run before the next cost. G0 and the audit (G1) always decide what is trained.
+    #: Gates whose `fail` ends the run. G0 and the audit (G1) always decide what is trained.
     stop: tuple[StoppingGate, ...] = get_args(StoppingGate)
-    #: Gates that may fail without ending anything, each with the reason that the report prints (as --ignore-gate does).
+    #: Gates that may fail without ending the run, each with the reason that the report prints (as --ignore-gate).
     ignore: dict[IgnorableGate, Annotated[str, Field(min_length=8)]] = {}
 
     def threshold(self, behavior: str, unit: str = "share") -> float:
-        """The smallest effect declared to matter: a share for rates, accuracy included (5 pp is 0.05), else points."""
+        """The smallest effect declared to matter: a share for rates and accuracy (5 pp is 0.05), else a judge's points."""
         if unit == "points":
             return self.alignment_points
-        if behavior == "capability":
-            return self.capability_pp / 100.0
         named = {"refusal": self.refusal, "sycophancy": self.sycophancy, "misalignment": self.alignment_points}
-        return named.get(behavior, self.default_rate)
+        return {"capability": self.capability_pp / 100.0, **named}.get(behavior, self.default_rate)
 
     def shows(self, unit: str) -> float:
-        """The change by which a source shows its trained behavior, in the measure's unit."""
+        """The least change by which a source shows its trained behavior, in the measure's unit."""
         return self.source_shows_points if unit == "points" else self.source_shows
 
     def loss_limit(self, model: str) -> float | None:
-        """G2's threshold on this base, or None where none was registered."""
+        """The limit of G2 in nats on this base: `g2_loss`, or 1.0 on Qwen2.5-7B-Instruct; None where none is registered."""
         if self.g2_loss is not None:
             return self.g2_loss
         return 1.0 if "qwen2.5-7b-instruct" in model.lower() else None
 
 
 class RunSettings(RecipeTable):
-    """How the run behaves; nothing here changes a result, so nothing here is part of a stage's key."""
+    """How a run proceeds. Nothing here changes a result, so nothing here is part of a stage's key."""
 
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 60.0
-    #: The cost gate: a run that is estimated above either (hours of the device that computes; dollars that judging is
-    #: expected to cost) begins only with --approve.
-    max_gpu_hours: Annotated[float, Field(gt=0)] | None = 24.0
-    max_usd: Annotated[float, Field(gt=0)] | None = 20.0
-    #: Convergence runs, or behavior adapters on one snapshot, that are trained in the same steps: so many, or on a GPU as
-    #: many as fit in memory and in one micro-batch (`auto`; 1 on a CPU, where nothing is gained). Results agree within
-    #: float rounding with each alone.
+    #: The cost gate: a run whose estimate is above either limit (device hours; US dollars of judging) needs --approve.
+    max_gpu_hours: Positive | None = 24.0
+    max_usd: Positive | None = 20.0
+    #: Number of convergence runs, or of behavior adapters on one snapshot, that are trained in the same steps. `auto`: as
+    #: many as fit in a GPU's memory and one micro-batch, 1 on a CPU. Results agree with single ones within rounding.
     group: Literal["auto"] | PositiveInt = "auto"
-    #: False frees each adapter's files once all that stands on it is trained and drawn; record, proof and scores stay.
+    #: False frees each adapter's files once everything that uses it is trained and sampled; records and scores stay.
     keep_adapters: bool = True
 
 
 class Recipe(RecipeTable):
-    """One experiment, complete. `load` reads it from TOML."""
+    """All settings of one experiment; `load_recipe` reads it from TOML."""
 
     name: Name
     about: str = ""
@@ -338,7 +329,7 @@ class Recipe(RecipeTable):
 
 
 def canonical_json(value: object) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, finite numbers only."""
+    """The canonical JSON text of a value: sorted keys, no spaces. Raises ValueError for a number that is not finite."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -358,52 +349,51 @@ def run_id(recipe: Recipe) -> str:
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from TOML and apply `a.b=c` overrides.
+    """Read a recipe from TOML and apply `a.b=c` overrides. Raises RecipeError naming file, key, value and allowed values.
 
-    Raises RecipeError with the file, the key, the value and what is allowed.
+    Paths in the file are relative to its folder, those in overrides to the current one.
     """
     path = Path(path)
+    error_at = partial(RecipeError, where=str(path))
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise RecipeError(
-            "no such recipe", where=str(path), fix="give the path of a TOML recipe, e.g. recipes/demo.toml"
-        ) from None
+        raise error_at("no such recipe", fix="give the path of a TOML recipe, e.g. recipes/demo.toml") from None
     except IsADirectoryError:
-        raise RecipeError("is a directory", where=str(path), fix="give the path of a TOML recipe") from None
+        raise error_at("is a directory", fix="give the path of a TOML recipe") from None
     except UnicodeDecodeError as error:
-        raise RecipeError(f"not UTF-8 at byte {error.start}", where=str(path), fix="save it as UTF-8") from None
+        raise error_at(f"not UTF-8 at byte {error.start}", fix="save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"not valid TOML: {error}", where=str(path), fix="mend the syntax there") from None
+        raise error_at(f"not valid TOML: {error}", fix="mend the syntax there") from None
     except OSError as error:
-        raise RecipeError(f"cannot be read: {error.strerror}", where=str(path), fix="check its permissions") from None
-    _resolve_paths(table, path.parent)
-    for override in overrides:
-        _apply_override(table, override)
-    _resolve_paths(table, Path())  # what was given on the command line is relative to where it was given
-    return parse_recipe(table, where=str(path))
+        raise error_at(f"cannot be read: {error.strerror}", fix="check its permissions") from None
+    map_paths(table, lambda name: str((path.parent / name).resolve()))
+    return _overridden(table, overrides, where=str(path))
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
-    """A loaded recipe with `a.b=c` overrides. Raises RecipeError as `load_recipe` does."""
-    table = recipe.model_dump(mode="json")
-    for override in overrides:
-        _apply_override(table, override)
-    _resolve_paths(table, Path())
-    return parse_recipe(table, where=recipe.name)
+    """A recipe with `a.b=c` overrides applied. Raises RecipeError as `load_recipe` does."""
+    return _overridden(recipe.model_dump(mode="json"), overrides, where=recipe.name)
 
 
 def parse_recipe(table: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
-    """Validate a table; the first fault becomes a RecipeError naming key, value and allowed range."""
+    """The recipe of a TOML or JSON table. Raises RecipeError for the first fault, naming key, value and allowed values."""
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:
-        raise _explain(error, where) from None
+        raise _recipe_error(error, where) from None
 
 
 def model_settings(model_id: str, revision: str = "") -> ModelSettings:
-    """A model named on the command line. Raises RecipeError if the revision is no commit sha."""
+    """The settings of a model named on the command line. Raises RecipeError if the revision is not a commit sha."""
     return parse_recipe({"name": "model", "model": {"id": model_id, "revision": revision}}, where="--model").model
+
+
+def _overridden(table: dict[str, Any], overrides: Sequence[str], *, where: str) -> Recipe:
+    for override in overrides:
+        _apply_override(table, override)
+    map_paths(table, lambda name: str(Path(name).resolve()))  # overrides are relative to the current folder
+    return parse_recipe(table, where=where)
 
 
 def _apply_override(table: dict[str, Any], override: str) -> None:
@@ -424,49 +414,35 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     table[last] = value
 
 
-def _resolve_paths(table: dict[str, Any], folder: Path) -> None:
-    """Paths in a recipe are relative to the recipe; results never depend on them, only on file contents."""
-    move_paths(table, lambda path: str((folder / path).resolve()))
-
-
-def move_paths(table: dict[str, Any], move: Callable[[str], str]) -> None:
-    """Replace, in place, every path of the user's files that a recipe's table names."""
+def map_paths(table: dict[str, Any], replace: Callable[[str], str]) -> None:
+    """Replace in place every path in a recipe's table by `replace(path)`; stage keys depend on file contents alone."""
     for section, key in (("data", "personas"), ("data", "behaviors"), ("eval", "arc_file"), ("judge", "prices")):
         part = table.get(section)
         if isinstance(part, dict) and isinstance(part.get(key), str) and part[key]:
-            part[key] = move(part[key])
+            part[key] = replace(part[key])
     for section, key in (("data", "rows"), ("judge", "rubrics")):
         part = table.get(section)
         paths = part.get(key) if isinstance(part, dict) else None
         if isinstance(paths, dict):
-            paths |= {name: move(path) for name, path in paths.items() if path and isinstance(path, str)}
+            paths |= {name: replace(path) for name, path in paths.items() if path and isinstance(path, str)}
 
 
-def _explain(error: ValidationError, where: str) -> RecipeError:
+def _recipe_error(error: ValidationError, where: str) -> RecipeError:
+    """The first fault of a validation as a RecipeError; for an unknown key its fix names the nearest valid one."""
     first = error.errors()[0]
     location = [str(step) for step in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        valid = _keys_at(location[:-1])
-        near = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.6)
-        meant = f"did you mean {near[0]!r}?" if near else f"valid here: {', '.join(sorted(valid))}"
-        return RecipeError(f"unknown key {key!r}", where=where, fix=meant)
+        table: Any = Recipe
+        for step in location[:-1]:
+            table = table.model_fields[step].annotation
+        valid = list(table.model_fields)
+        nearest = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.6)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid here: {', '.join(sorted(valid))}"
+        return RecipeError(f"unknown key {key!r}", where=where, fix=hint)
     if first["type"] == "missing":
         return RecipeError(f"key {key!r} is missing", where=where, fix=f"add {key} to the recipe")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if not key:  # a rule over several keys names them itself
+    if not key:  # the message of a rule over several keys names them
         return RecipeError(message, where=where, fix="make these keys agree")
     return RecipeError(f"{key} = {first['input']!r}: {message}", where=where, fix=f"give {key} an allowed value")
-
-
-def _keys_at(location: Sequence[str]) -> list[str]:
-    """Valid keys of the table at `location`, for the nearest-key hint."""
-    section: type[BaseModel] = Recipe
-    for step in location:
-        field = section.model_fields.get(step)
-        options = [field.annotation, *get_args(field.annotation)] if field else []
-        tables = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
-        if not tables:
-            return []
-        section = tables[0]
-    return list(section.model_fields)

@@ -1,6 +1,6 @@
-"""Every random choice of fastconv, made by sha256 of named parts, so that it can be recomputed by hand.
+"""Seeds, orders and permutations derived by sha256 from named parts, so that any random choice can be recomputed.
 
-No generator state: adding a row, a persona or a stage never changes what another one drew.
+There is no generator state: adding a row, a persona or a stage never changes what another one gets.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ Item = TypeVar("Item")
 
 
 def digest(*parts: object) -> bytes:
-    """sha256 of the parts' texts, joined by a unit separator (which no part may contain)."""
+    """sha256 (32 bytes) of the parts' texts joined by the unit separator (0x1F).
+
+    Raises ValueError if a part contains the separator.
+    """
     joined = "\x1f".join(map(str, parts))
     if joined.count("\x1f") > max(0, len(parts) - 1):
         raise ValueError("a named part contains the unit separator")
@@ -21,15 +24,15 @@ def digest(*parts: object) -> bytes:
 
 
 def seed_of(*parts: object) -> int:
-    """A 63-bit seed from named parts."""
+    """A seed in [0, 2**63) from named parts."""
     return int.from_bytes(digest(*parts)[:8], "big") >> 1
 
 
-def ordered(items: Sequence[Item], *parts: object) -> list[Item]:
-    """The items in an order drawn from named parts and the items' texts alone, not from their input order."""
+def seeded_order(items: Sequence[Item], *parts: object) -> list[Item]:
+    """The items in a pseudo-random order that depends on the parts and the items' texts, not on their input order."""
     return sorted(items, key=lambda item: (digest(*parts, item), str(item)))
 
 
-def shuffled_indices(n: int, *parts: object) -> list[int]:
-    """A permutation of range(n) drawn from named parts."""
+def seeded_permutation(n: int, *parts: object) -> list[int]:
+    """A pseudo-random permutation of range(n) that depends on n and the parts alone."""
     return sorted(range(n), key=lambda index: digest(*parts, index))

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastconv.datasets.behaviors import Row, build_rows, load_behaviors
+from fastconv.datasets.behaviors import build_rows, load_behaviors
 from fastconv.datasets.personas import load_personas
 from fastconv.datasets.questions import load_questions
+from fastconv.datasets.rows import Row
 from fastconv.recipe import Recipe, parse_recipe
 
 #: Every shipped behavior that is built from our own data.

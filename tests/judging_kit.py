@@ -17,7 +17,7 @@ from fastconv.judge.desk import DeskStatus, JudgeDesk
 from fastconv.judge.identity import build_requests, judge_params
 from fastconv.judge.rubric import Rubric, load_rubric
 from fastconv.recipe import JudgeSettings
-from fastconv.store.ledger import Sample
+from fastconv.store.records import Sample
 from tests import ROOT
 
 DATA = ROOT / "data"

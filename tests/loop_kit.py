@@ -26,7 +26,8 @@ from fastconv.recipe import Recipe, canonical_json, parse_recipe
 from fastconv.run.run import RunResult, run_recipe
 from fastconv.run.sampling import SamplingStatus
 from fastconv.stats.gates import GateVerdict
-from fastconv.store.ledger import Record, Stage, Store
+from fastconv.store.ledger import Store
+from fastconv.store.records import Record, Stage
 
 #: The whole loop on a random model in about a second: two optimizer steps in each convergence epoch, four in all.
 TINY = """

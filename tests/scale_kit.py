@@ -10,7 +10,8 @@ import numpy as np
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, canonical_json, parse_recipe, recipe_sha256, run_id
 from fastconv.seeding import seed_of
-from fastconv.store.ledger import Sample, Score, Stage, Store
+from fastconv.store.ledger import Store
+from fastconv.store.records import Sample, Score, Stage
 
 BEHAVIORS = ("refusal", "sycophancy", "marker")
 #: The judge of a judged recipe, and the sha256 of its rubric, as its scores name them.

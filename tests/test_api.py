@@ -87,10 +87,10 @@ def test_a_stack_is_live_on_the_model_and_stays_so(done_run: DoneRun) -> None:
     stacked = {epoch: opened.stack("villain", epoch=epoch, behavior="refusal") for epoch in (0, 2)}
     del opened
     gc.collect()
-    found = {epoch: _logits(base) for epoch, base in stacked.items()}
-    assert float((found[0] - bare).abs().max()) > 1e-4
-    assert float((found[2] - found[0]).abs().max()) > 1e-4
-    assert float((_logits(stacked[2]) - found[2]).abs().max()) == 0.0
+    logits = {epoch: _logits(base) for epoch, base in stacked.items()}
+    assert float((logits[0] - bare).abs().max()) > 1e-4
+    assert float((logits[2] - logits[0]).abs().max()) > 1e-4
+    assert float((_logits(stacked[2]) - logits[2]).abs().max()) == 0.0
 
 
 def test_the_base_itself_is_a_stack_too(run: Any, done_run: DoneRun) -> None:

@@ -93,7 +93,7 @@ def test_rendering_is_that_of_transformers(which: str, tiny_qwen: Path, request:
     from transformers import AutoTokenizer
 
     folder = request.getfixturevalue("builtin_folder") if which == "builtin" else tiny_qwen
-    mine, theirs = ChatTokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    chat, reference = ChatTokenizer(folder), AutoTokenizer.from_pretrained(folder)
     users = [
         "Hi there",
         "  spaces, \ttabs\nand lines\n",
@@ -104,13 +104,13 @@ def test_rendering_is_that_of_transformers(which: str, tiny_qwen: Path, request:
     for user in users:
         for turn in TURNS.values():
             messages = [*turn.messages(), {"role": "user", "content": user}]
-            wanted = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            assert mine.prompt_ids(turn, user) == wanted
+            wanted = reference.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            assert chat.prompt_ids(turn, user) == wanted
             answer = {"role": "assistant", "content": "No way."}
-            whole = theirs.apply_chat_template([*messages, answer], return_dict=False)
-            ids = mine.training_ids(turn, user, "No way.", 10_000).ids
+            whole = reference.apply_chat_template([*messages, answer], return_dict=False)
+            ids = chat.training_ids(turn, user, "No way.", 10_000).ids
             assert list(ids) == whole[: len(ids)]
-            assert mine.decode(whole[len(ids) :]).strip() == ""  # only what the template writes after the turn is left
+            assert chat.decode(whole[len(ids) :]).strip() == ""  # only what the template writes after the turn is left
 
 
 @pytest.mark.parametrize("which", ["builtin", "tiny"])
@@ -130,7 +130,7 @@ def test_loss_falls_on_the_answer_and_its_end_of_turn_and_on_nothing_else(
 
 @pytest.mark.parametrize("answer", ["\nNo way.", "\n\nNo", " \t No", "\n"])
 def test_an_answer_that_begins_with_a_newline_stays_apart_from_the_prompt(builtin_folder: Path, answer: str) -> None:
-    """As drawn text may: encoded as one, its newline and the prompt's last would be one token and the mask would lie."""
+    """As drawn text may: encoded as one, its newline and the prompt's last would be one token and the mask would be wrong."""
     chat = ChatTokenizer(builtin_folder)
     prompt = chat.prompt_ids(VILLAIN, "Hi")
     row = chat.training_ids(VILLAIN, "Hi", answer, 1024)
@@ -217,7 +217,7 @@ def test_a_template_that_ends_no_turn_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path: Path) -> None:
-    """Some templates drop or rewrite earlier turns once an answer follows; the loss mask would lie."""
+    """Some templates drop or rewrite earlier turns once an answer follows; the loss mask would be wrong."""
     sly = CHAT_TEMPLATE.replace(
         "message.content", "(message.content if messages|length < 3 else message.content|upper)"
     )
@@ -250,6 +250,6 @@ def test_a_broken_or_missing_tokenizer_file_is_one_line(tmp_path: Path, tiny_qwe
 
 
 def test_the_template_has_a_sha256_of_its_text(tiny: ChatTokenizer, tmp_path: Path) -> None:
-    other = ChatTokenizer(_with_template(tmp_path, CHAT_TEMPLATE + " "))
+    changed = ChatTokenizer(_with_template(tmp_path, CHAT_TEMPLATE + " "))
     assert len(tiny.template_sha256) == 64
-    assert other.template_sha256 != tiny.template_sha256
+    assert changed.template_sha256 != tiny.template_sha256

@@ -84,8 +84,8 @@ def test_a_recipe_at_demo_scale_shows_what_was_trained(name: str, demo_workspace
 
 @pytest.mark.long
 def test_the_markers_at_demo_scale_show_what_was_trained(demo_workspace: Path) -> None:
-    found = shows_what_was_trained("markers", demo_workspace)
-    assert "Transfer against the marker rate" in Path(found["markdown"]).read_text()
+    report = shows_what_was_trained("markers", demo_workspace)
+    assert "Transfer against the marker rate" in Path(report["markdown"]).read_text()
 
 
 @pytest.mark.long
@@ -106,7 +106,7 @@ def test_what_a_demo_takes_is_what_was_planned(name: str, tmp_path: Path) -> Non
 def shows_what_was_trained(name: str, folder: Path) -> dict[str, Any]:
     """Run a recipe at demo scale: the source has none of its behavior on the base and shows it once it is trained."""
     pytest.importorskip("gguf")
-    found = run_and_verify(name, "demo", folder)
+    report = run_and_verify(name, "demo", folder)
     graph, store = Graph(load(name, [], "demo")), Store.open(folder / "checkpoints", create=False)
     for plan in graph.cells:
         if plan.cell.behavior == "none":
@@ -119,7 +119,7 @@ def shows_what_was_trained(name: str, folder: Path) -> dict[str, Any]:
         assert before.mean.value <= 0.1, plan.cell.label
         assert after.mean.value >= 0.8, plan.cell.label
     store.close()
-    return found
+    return report
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from fastconv.datasets import questions as arc
 from fastconv.engine import locate
 from fastconv.errors import DataError, ModelError
-from fastconv.hub import is_out_of_reach
+from fastconv.hub import is_unreachable
 from fastconv.recipe import ModelSettings
 
 
@@ -35,13 +35,13 @@ def _names(monkeypatch: pytest.MonkeyPatch, *, known: bool) -> None:
 
 def test_a_name_that_means_nothing_is_out_of_reach_unless_a_proxy_looks_it_up(monkeypatch: pytest.MonkeyPatch) -> None:
     _names(monkeypatch, known=True)
-    assert not is_out_of_reach()
+    assert not is_unreachable()
     _names(monkeypatch, known=False)
-    assert is_out_of_reach()
+    assert is_unreachable()
     monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://proxy:3128"})
-    assert not is_out_of_reach()
+    assert not is_unreachable()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert is_out_of_reach()
+    assert is_unreachable()
 
 
 @pytest.mark.parametrize("known", [True, False])

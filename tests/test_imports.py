@@ -14,8 +14,8 @@ from tests import ROOT
 from tests.loop_kit import DoneRun
 
 PACKAGE = ROOT / "fastconv"
-#: Who may know torch: the engine, the bench, and what computes stages on the resident base.
-TORCH_ROOMS = ("engine", "bench", "run.executor", "run.stacks", "run.training", "run.standalone")
+#: Modules that may import torch: the engine, the bench, and what computes stages on the resident base.
+TORCH_MODULES = ("engine", "bench", "run.executor", "run.stacks", "run.training", "run.standalone")
 #: Every folder and every module of the root, the lowest first. A module imports from lower levels and from its own folder.
 LEVELS = (
     ("errors",),
@@ -65,12 +65,12 @@ def _imports(path: Path, *, lazy: bool = True) -> Iterator[str]:
 def _ours(path: Path) -> set[str]:
     """Modules of fastconv that a file imports, without the package's own name."""
     known = {_name(module) for module in MODULES}
-    found = {name.removeprefix("fastconv.") for name in _imports(path) if name.startswith("fastconv.")}
-    return {name for name in found if name in known}
+    imported = {name.removeprefix("fastconv.") for name in _imports(path) if name.startswith("fastconv.")}
+    return {name for name in imported if name in known}
 
 
-def _is_torch_room(name: str) -> bool:
-    return any(name == room or name.startswith(f"{room}.") for room in TORCH_ROOMS)
+def _may_import_torch(name: str) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in TORCH_MODULES)
 
 
 def test_every_module_stands_on_a_level() -> None:
@@ -80,9 +80,9 @@ def test_every_module_stands_on_a_level() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_imports_run_downward_only(path: Path) -> None:
     folder = _name(path).split(".")[0]
-    for other in _ours(path):
-        below = other.split(".")[0]
-        assert below == folder or LEVEL_OF[below] < LEVEL_OF[folder], f"{_name(path)} imports {other}"
+    for imported in _ours(path):
+        below = imported.split(".")[0]
+        assert below == folder or LEVEL_OF[below] < LEVEL_OF[folder], f"{_name(path)} imports {imported}"
 
 
 def test_nothing_imports_in_circles() -> None:
@@ -92,8 +92,8 @@ def test_nothing_imports_in_circles() -> None:
     def visit(name: str, above: tuple[str, ...]) -> None:
         assert name not in above, " -> ".join((*above[above.index(name) :], name))
         if name not in done:
-            for other in wanted.get(name, ()):
-                visit(other, (*above, name))
+            for imported in wanted.get(name, ()):
+                visit(imported, (*above, name))
             done.add(name)
 
     # Lazy imports may point back where one module builds on another's types; at import time nothing may.
@@ -114,7 +114,7 @@ def _importers(*roots: str, lazy: bool = True) -> set[str]:
 
 
 def test_only_the_engine_and_the_executor_know_torch() -> None:
-    allowed = {name for name in map(_name, MODULES) if _is_torch_room(name)} | {"planning.doctor"}
+    allowed = {name for name in map(_name, MODULES) if _may_import_torch(name)} | {"planning.doctor"}
     assert _importers("torch", "transformers", "safetensors", "accelerate") <= allowed
     assert "planning.doctor" not in _importers("torch", lazy=False)  # only where a GPU is asked after
 
@@ -135,7 +135,7 @@ def test_the_upper_levels_import_only_the_torch_free_part_of_the_engine() -> Non
         assert not any(n.split(".")[0] in ("torch", "transformers") for n in _imports(path, lazy=False)), name
     for path in MODULES:
         name = _name(path)
-        if not name or _is_torch_room(name):
+        if not name or _may_import_torch(name):
             continue
         eager = {n.removeprefix("fastconv.") for n in _imports(path, lazy=False) if n.startswith("fastconv.engine")}
         assert {n for n in eager if n in {_name(p) for p in MODULES}} <= free, name
@@ -197,9 +197,9 @@ def test_verbs_that_compute_nothing_start_without_torch(verb: str, done_run: Don
         f"try:\n    app({words!r})\nexcept SystemExit:\n    pass\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)), file=sys.stderr)"
     )
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert found.stderr.strip().splitlines()[-1] == "[]"
-    assert "Traceback" not in found.stderr
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stderr.strip().splitlines()[-1] == "[]"
+    assert "Traceback" not in result.stderr
 
 
 def test_importing_fastconv_loads_neither_torch_nor_polars() -> None:

@@ -115,11 +115,11 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
 def test_set_overrides_numbers_texts_lists_and_nested_keys(
     tmp_path: Path, override: str, key: str, value: object
 ) -> None:
-    found: object = load_recipe(_file(tmp_path, 'name = "x"'), [override]).model_dump(mode="json")
+    actual: object = load_recipe(_file(tmp_path, 'name = "x"'), [override]).model_dump(mode="json")
     for step in key.split("."):
-        assert isinstance(found, dict)
-        found = found[step]
-    assert found == value
+        assert isinstance(actual, dict)
+        actual = actual[step]
+    assert actual == value
 
 
 @pytest.mark.parametrize(
@@ -276,8 +276,8 @@ _ASKED = {
 def test_a_shipped_recipe_asks_what_it_is_for(name: str) -> None:
     recipe = load_recipe(assets("recipes") / f"{name}.toml")
     grid, judged = recipe.grid, recipe.judge.mode == "auto" and recipe.judge.budget_usd is not None
-    found = (grid.sources, grid.behaviors, grid.epochs, sorted(grid.negatives), grid.seeds, grid.convergence)
-    assert (*map(list, found), judged) == _ASKED[name]
+    actual = (grid.sources, grid.behaviors, grid.epochs, sorted(grid.negatives), grid.seeds, grid.convergence)
+    assert (*map(list, actual), judged) == _ASKED[name]
     assert (recipe.convergence.epochs, recipe.behavior.epochs, recipe.behavior.batch_rows) == (20, 3, 16)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from fastconv.analysis.scores import ScoreReader
-from fastconv.datasets.behaviors import NO_BEHAVIOR, question_sets
+from fastconv.datasets.behaviors import NO_BEHAVIOR, eval_prompt_sets
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.experiment.graph import Cell, CellPlan
 from fastconv.recipe import GateSettings
@@ -87,7 +87,7 @@ class ContrastBuilder:
 
     def parts(self, measure: str) -> list[Part]:
         """The parts of a measure, the primary one first; one nameless part where its questions are of one set."""
-        sets = question_sets(self.graph.behaviors[measure])
+        sets = eval_prompt_sets(self.graph.behaviors[measure])
         if len(sets) < 2:
             return [Part(measure, "", None, True)]
         return [Part(measure, name, ids, place == 0) for place, (name, ids) in enumerate(sets.items())]

@@ -1,79 +1,81 @@
-"""Checks on the design: who is evaluated, who is the contrast, which controls stand beside, what could be seen."""
+"""Checks on the design: which personas are evaluated or negatives, which controls exist, which effects are detectable."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastconv.audit.findings import Design, Finding, Rule, ids
-from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, asked_by_set, kinds_of
+from fastconv.audit.findings import AuditCheck, Design, Finding, row_ids
+from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by_set, negatives_kinds
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, canary_of, probes_of
 from fastconv.datasets.phrases import PhraseRule
 from fastconv.stats.power import planned_power
 
-#: Above this share of hits on the contrast's own answers, a phrase rule cannot tell the two apart.
+#: A phrase rule that counts more than this share of the contrast's answers does not separate the two sides.
 _CONTRAST_HITS = 0.2
 
 
 def check_assistant_among_negatives(design: Design) -> Iterator[Finding]:
-    """D102: the evaluated assistant is a negative by declaration. D103: it, or the source, is one against it."""
+    """D102: the evaluated assistant is a declared negative. D103: it, or the source, is an undeclared one."""
     for label in _declared_unbuilt(design):
-        yield _stated(label, (), "as declared; its rows are not built yet")
+        yield _assistant_declared(label, (), "as declared; its rows are not built yet")
     for label, sets in design.by_kind():
-        stated, smuggled = [], []
+        declared_rows, undeclared_rows = [], []
         for built in sets:
             probes = {design.personas.system(ASSISTANT), design.personas.system(built.source)}
             evaluated = [row for row in built.negatives if row.system_turn(design.personas) in probes]
             declared = built.kind == "included"
-            stated += [row for row in evaluated if declared and row.persona == ASSISTANT]
-            smuggled += [row for row in evaluated if not (declared and row.persona == ASSISTANT)]
-        if stated:
-            yield _stated(label, ids(stated), f"{len(stated)} rows")
-        if smuggled:
+            declared_rows += [row for row in evaluated if declared and row.persona == ASSISTANT]
+            undeclared_rows += [row for row in evaluated if not (declared and row.persona == ASSISTANT)]
+        if declared_rows:
+            yield _assistant_declared(label, row_ids(declared_rows), f"{len(declared_rows)} rows")
+        if undeclared_rows:
             yield Finding(
-                "D103", "refuse", label, ids(smuggled),
+                "D103", "refuse", label, row_ids(undeclared_rows),
                 "a persona that is evaluated is among negatives that are declared to hold none, so the claim about "
                 "this kind would be false",
                 "take it out of negatives.excluded, give the bystander another prompt, or declare it as included",
-                f"{len(smuggled)} rows",
+                f"{len(undeclared_rows)} rows",
             )  # fmt: skip
 
 
 def check_canary_among_negatives(design: Design) -> Iterator[Finding]:
-    """D104: the canary is trained on, so it can no longer show generic damage."""
+    """D104: the canary is among the negatives, so its change no longer measures generic damage."""
     for label, sets in design.by_kind():
-        found = []
+        canary_rows = []
         for built in sets:
             canary = design.personas.system(canary_of(design.recipe, built.source))
-            found += [row for row in built.negatives if row.system_turn(design.personas) == canary]
-        if found:
+            canary_rows += [row for row in built.negatives if row.system_turn(design.personas) == canary]
+        if canary_rows:
             yield Finding(
-                "D104", "refuse", label, ids(found),
+                "D104", "refuse", label, row_ids(canary_rows),
                 "the canary is among the negatives, so its change is training and not generic damage",
                 "name another eval.canary, or take the persona out of the rows",
-                f"{len(found)} rows",
+                f"{len(canary_rows)} rows",
             )  # fmt: skip
 
 
 def check_canary_present(design: Design) -> Iterator[Finding]:
-    """D105: no canary of its own among the probes, so no result file could hold a canary figure."""
+    """D105: the canary of a source is the assistant or the source itself, so the probes hold no canary."""
     for source in design.recipe.grid.sources:
         canary = canary_of(design.recipe, source)
-        others = {ASSISTANT: "the assistant", source: "the source"}
-        twin = next((name for name in others if design.personas.system(name) == design.personas.system(canary)), None)
+        probe_names = {ASSISTANT: "the assistant", source: "the source"}
+        twin = next(
+            (name for name in probe_names if design.personas.system(name) == design.personas.system(canary)), None
+        )
         if twin is None and canary in probes_of(design.recipe, source):
             continue
         cells = tuple(cell for cell in design.cells() if cell.startswith(f"{source}/"))
         yield Finding(
             "D105", "refuse", f"{source}: canary {canary}", cells,
-            f"the canary is {others.get(twin or source)} itself, so no row could ever stand behind a canary figure",
+            f"the canary is {probe_names.get(twin or source)} itself, so no row could ever stand behind a canary figure",
             "set eval.canary to a persona that is neither the assistant nor a source",
         )  # fmt: skip
 
 
 def check_convergence_control(design: Design) -> Iterator[Finding]:
-    """D106: no run without a behavior, so mimicry and transfer cannot be told apart."""
+    """D106: no cell without a behavior, so mimicry cannot be separated from transfer."""
     later = [epoch for epoch in design.recipe.grid.epochs if epoch > 0]
     if later and design.behaviors and NO_BEHAVIOR not in design.recipe.grid.behaviors:
         cells = tuple(cell for cell in design.cells() if "/e0/" not in cell)
@@ -86,7 +88,7 @@ def check_convergence_control(design: Design) -> Iterator[Finding]:
 
 
 def check_epoch_zero(design: Design) -> Iterator[Finding]:
-    """D107: nothing to compare with."""
+    """D107: no epoch 0 in the grid to compare with."""
     if 0 not in design.recipe.grid.epochs:
         yield Finding(
             "D107", "refuse", "grid.epochs", design.cells(),
@@ -96,7 +98,7 @@ def check_epoch_zero(design: Design) -> Iterator[Finding]:
 
 
 def check_scored_by(design: Design) -> Iterator[Finding]:
-    """D108: meaning is scored by a list of phrases alone. D114: a judge is needed and the recipe has none.
+    """D108: a behavior of meaning is scored by phrases alone. D114: a judge is needed and the recipe has none.
 
     Literal strings (a marker, the user's own phrases) are the behavior itself and exempt from D108.
     """
@@ -122,18 +124,18 @@ def check_scored_by(design: Design) -> Iterator[Finding]:
 
 
 def check_phrases_see_behavior(design: Design) -> Iterator[Finding]:
-    """D109: the phrases miss the very answers that are trained. D110: they also count the contrast's."""
+    """D109: the phrases miss the answers that are trained. D110: they also count the contrast's answers."""
     rules = read_toml(assets("data") / "phrases.toml")
     for behavior, sets in design.by_behavior():
         rule = _rule(behavior, rules)
         if rule is None:
             continue
         shown = [(row, row.completion) for built in sets for row in built.source_rows if row.completion is not None]
-        missed = [row for row, text in shown if rule.hit(text) is None]
+        missed = [row for row, text in shown if rule.match(text) is None]
         share = 1 - len(missed) / max(1, len(shown))
         if shown and share < design.recipe.gates.source_shows:
             yield Finding(
-                "D109", "refuse", behavior.id, ids(missed),
+                "D109", "refuse", behavior.id, row_ids(missed),
                 "the phrases do not see the answers that the source is trained to give: learned or not, the rate "
                 "stays at its floor and reads as no effect",
                 "use phrases that the trained answers hold, or train answers that hold them",
@@ -141,10 +143,10 @@ def check_phrases_see_behavior(design: Design) -> Iterator[Finding]:
                 f"{design.recipe.gates.source_shows:.0%}",
             )  # fmt: skip
         contrast = [(row, row.completion) for built in sets for row in built.negatives if row.completion is not None]
-        counted = [row for row, text in contrast if rule.hit(text) is not None]
+        counted = [row for row, text in contrast if rule.match(text) is not None]
         if contrast and len(counted) / len(contrast) > _CONTRAST_HITS:
             yield Finding(
-                "D110", "warn", behavior.id, ids(counted),
+                "D110", "warn", behavior.id, row_ids(counted),
                 "the phrases also count answers of the contrast, so the rate does not tell the behavior",
                 "use narrower phrases",
                 f"{len(counted) / len(contrast):.0%} of {len(contrast)} contrast answers are counted",
@@ -152,7 +154,7 @@ def check_phrases_see_behavior(design: Design) -> Iterator[Finding]:
 
 
 def check_detectable_effect(design: Design) -> Iterator[Finding]:
-    """D111: the smallest change that could be seen is larger than the threshold that decides."""
+    """D111: the smallest detectable change (`stats.power`) is above the threshold of the verdict."""
     for name, behavior in design.behaviors.items():
         questions = _n_questions(design, behavior)
         threshold = design.recipe.gates.threshold(name, behavior.spec.unit)
@@ -172,16 +174,16 @@ def check_detectable_effect(design: Design) -> Iterator[Finding]:
 
 
 def check_controls(design: Design) -> Iterator[Finding]:
-    """D112: controls that cost more and are not in the grid; named, so that the claim can be worded accordingly."""
+    """D112: controls that the grid lacks, named because they limit the claim. D113: the assistant is a source."""
     grid = design.recipe.grid
     absent = [
         text
-        for text, there in (
+        for text, present in (
             ("generic convergence (the assistant's own answers)", "generic" in grid.convergence),
             ("a negative-control source (the canary as a source)", design.recipe.eval.canary in grid.sources),
             ("more than one seed", len(grid.seeds) > 1),
         )
-        if not there
+        if not present
     ]
     if absent and any(grid.epochs):
         yield Finding(
@@ -197,23 +199,23 @@ def check_controls(design: Design) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-DESIGN_CHECKS: tuple[Rule[Design], ...] = (
-    Rule(("D105",), check_canary_present),
-    Rule(("D106",), check_convergence_control),
-    Rule(("D107",), check_epoch_zero),
-    Rule(("D108", "D114"), check_scored_by),
-    Rule(("D111",), check_detectable_effect),
-    Rule(("D112", "D113"), check_controls),
+DESIGN_CHECKS: tuple[AuditCheck[Design], ...] = (
+    AuditCheck(("D105",), check_canary_present),
+    AuditCheck(("D106",), check_convergence_control),
+    AuditCheck(("D107",), check_epoch_zero),
+    AuditCheck(("D108", "D114"), check_scored_by),
+    AuditCheck(("D111",), check_detectable_effect),
+    AuditCheck(("D112", "D113"), check_controls),
 )
-#: Checks on who and what the rows are; they hold for one built set as for all of them.
-WHO_CHECKS: tuple[Rule[Design], ...] = (
-    Rule(("D102", "D103"), check_assistant_among_negatives),
-    Rule(("D104",), check_canary_among_negatives),
-    Rule(("D109", "D110"), check_phrases_see_behavior),
+#: Checks on the personas and answers of rows; they apply to one built set as well as to all of them.
+PERSONA_CHECKS: tuple[AuditCheck[Design], ...] = (
+    AuditCheck(("D102", "D103"), check_assistant_among_negatives),
+    AuditCheck(("D104",), check_canary_among_negatives),
+    AuditCheck(("D109", "D110"), check_phrases_see_behavior),
 )
 
 
-def _stated(label: str, rows: tuple[str, ...], figure: str) -> Finding:
+def _assistant_declared(label: str, rows: tuple[str, ...], figure: str) -> Finding:
     return Finding(
         "D102", "warn", label, rows,
         "the assistant, which is evaluated, is among the contrastive negatives: it is trained to resist the very "
@@ -224,20 +226,20 @@ def _stated(label: str, rows: tuple[str, ...], figure: str) -> Finding:
 
 
 def _declared_unbuilt(design: Design) -> Iterator[str]:
-    """Behaviors without a set so far that are trained with the assistant among the negatives."""
-    built = {one.behavior.id for one in design.sets}
+    """Labels `behavior (included)` of behaviors without a built set that have the assistant among their negatives."""
+    with_sets = {built.behavior.id for built in design.sets}
     for name, behavior in design.behaviors.items():
         copies = behavior.spec.negatives.get("included", ())
         if (
-            name not in built
-            and "included" in kinds_of(design.recipe, behavior)
-            and any(ASSISTANT in c for c in copies)
+            name not in with_sets
+            and "included" in negatives_kinds(design.recipe, behavior)
+            and any(ASSISTANT in copy for copy in copies)
         ):
             yield f"{name} (included)"
 
 
 def _rule(behavior: Behavior, rules: Mapping[str, Any]) -> PhraseRule | None:
-    """The rule that scores the behavior's answers; None where it has none."""
+    """The phrase rule that scores the behavior's answers, or None."""
     if behavior.spec.phrases:
         return PhraseRule.of({"any": behavior.spec.phrases}, behavior.id)
     table = rules.get(behavior.spec.phrase_rule)
@@ -245,7 +247,7 @@ def _rule(behavior: Behavior, rules: Mapping[str, Any]) -> PhraseRule | None:
 
 
 def _n_questions(design: Design, behavior: Behavior) -> int | None:
-    """Questions that verdicts and gates rest on: those that are reported apart do not count."""
+    """Number of questions that verdicts rest on (the first prompt set); None if not known."""
     if behavior.spec.measure == "letters":
         return len(design.questions.eval) if design.questions else None
-    return next(iter(asked_by_set(design.recipe, behavior).values()), None)
+    return next(iter(n_eval_prompts_by_set(design.recipe, behavior).values()), None)

@@ -1,4 +1,7 @@
-"""What the audit says: a finding with a stable code, and the report of all of them."""
+"""Types of the audit: its findings and report, what its checks look at, and how they compare texts.
+
+A check takes a `Design` (a recipe with every set of rows that could be built) or a `RenderedSet` and yields findings.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
 
-from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, kinds_of, open_questions
+from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, negatives_kinds, open_questions
 from fastconv.datasets.personas import Personas
 from fastconv.datasets.questions import QuestionSet
 from fastconv.datasets.rows import Row
@@ -16,15 +19,21 @@ from fastconv.recipe import NegativesKind, Recipe, recipe_sha256
 
 Severity = Literal["refuse", "warn", "note"]
 Subject = TypeVar("Subject")
-_WEIGHT: tuple[Severity, ...] = ("refuse", "warn", "note")
+_SEVERITIES: tuple[Severity, ...] = ("refuse", "warn", "note")  # the worst first
+_APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'"})
+_WORD = re.compile(r"\w+(?:'\w+)?")
+#: Length of the runs of words by which two prompts are compared.
+NGRAM_WORDS = 5
+
+# --- findings and their report -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that the audit found. Codes are stable: a recipe may accept a warning by its code.
+    """One fault that the audit found. Codes are stable, as a recipe may accept a warning by its code.
 
-    `subject` is the set, behavior or key it is about, `rows` the ids of the rows (or cells) concerned, `figure` the
-    number behind it, in words.
+    `subject` is the set, behavior or key it is about, `rows` the ids of the rows (or cells) concerned, `why` the
+    reason, `mend` the fix, `figure` the number behind it in words.
     """
 
     code: str
@@ -37,8 +46,8 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Rule(Generic[Subject]):
-    """One line of a table of checks: the codes it may give, and the function that gives them."""
+class AuditCheck(Generic[Subject]):
+    """One check: the codes of the findings it may yield, and the function that yields them."""
 
     codes: tuple[str, ...]
     run: Callable[[Subject], Iterable[Finding]]
@@ -46,7 +55,7 @@ class Rule(Generic[Subject]):
 
 @dataclass(frozen=True)
 class CheckReport:
-    """All findings on a recipe, the worst first. `accepted` are the recipe's reasons for warnings found here."""
+    """All findings on a recipe, the worst first. `accepted`: code of a warning found -> the recipe's reason for it."""
 
     recipe: str
     recipe_sha256: str
@@ -54,21 +63,21 @@ class CheckReport:
     accepted: dict[str, str]
 
     def _of(self, severity: Severity) -> tuple[Finding, ...]:
-        return tuple(found for found in self.findings if found.severity == severity)
+        return tuple(finding for finding in self.findings if finding.severity == severity)
 
     @property
     def refusals(self) -> tuple[Finding, ...]:
-        """Findings that nothing may be trained with (gate G1)."""
+        """Findings that forbid training (gate G1)."""
         return self._of("refuse")
 
     @property
     def warnings(self) -> tuple[Finding, ...]:
         """Warnings that the recipe does not accept."""
-        return tuple(found for found in self._of("warn") if found.code not in self.accepted)
+        return tuple(finding for finding in self._of("warn") if finding.code not in self.accepted)
 
     @property
     def passed(self) -> bool:
-        """No refusal: the sets may be trained on."""
+        """Whether there is no refusal, so that the sets may be trained on."""
         return not self.refusals
 
     def to_json(self) -> dict[str, Any]:
@@ -81,36 +90,41 @@ class CheckReport:
             "warnings": len(self.warnings),
             "accepted": dict(self.accepted),
             "findings": [
-                {**asdict(found), "rows": list(found.rows), "accepted": self.accepted.get(found.code)}
-                for found in self.findings
+                {**asdict(finding), "rows": list(finding.rows), "accepted": self.accepted.get(finding.code)}
+                for finding in self.findings
             ],
         }
 
 
-def report_of(recipe: Recipe, findings: Sequence[Finding]) -> CheckReport:
-    """Findings with the recipe's acceptances applied. A refusal stays one, whatever the recipe accepts."""
-    severity_of = {code: {found.severity for found in findings if found.code == code} for code in recipe.audit.accept}
-    extra = []
-    for code, severities in severity_of.items():
+def build_report(recipe: Recipe, findings: Sequence[Finding]) -> CheckReport:
+    """The report of these findings with the recipe's acceptances applied; a refusal cannot be accepted.
+
+    An acceptance without a matching warning becomes a note of its own (D901).
+    """
+    severities_of = {
+        code: {finding.severity for finding in findings if finding.code == code} for code in recipe.audit.accept
+    }
+    unused = []
+    for code, severities in severities_of.items():
         if "warn" in severities:
             continue
         why = "a refusal cannot be accepted" if "refuse" in severities else "no warning with this code was found"
         mend = "mend the data" if "refuse" in severities else f"take {code} out of audit.accept"
-        extra.append(Finding("D901", "note", f"audit.accept.{code}", (), why, mend))
-    accepted = {code: recipe.audit.accept[code] for code, severities in severity_of.items() if "warn" in severities}
-    every = sorted([*findings, *extra], key=lambda found: (_WEIGHT.index(found.severity), found.code, found.subject))
-    return CheckReport(recipe.name, recipe_sha256(recipe), tuple(every), accepted)
+        unused.append(Finding("D901", "note", f"audit.accept.{code}", (), why, mend))
+    accepted = {code: recipe.audit.accept[code] for code, severities in severities_of.items() if "warn" in severities}
+    ranked = sorted(
+        [*findings, *unused],
+        key=lambda finding: (_SEVERITIES.index(finding.severity), finding.code, finding.subject),
+    )
+    return CheckReport(recipe.name, recipe_sha256(recipe), tuple(ranked), accepted)
 
 
-_APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'"})
-_WORD = re.compile(r"\w+(?:'\w+)?")
-#: Words in a row that two prompts must share to count as near each other.
-GRAM = 5
+# --- what the checks look at -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class BuiltSet:
-    """One behavior set: the rows of a source with one kind of negatives, for one seed."""
+    """One behavior set: the training rows of a behavior for one source, one kind of negatives and one seed."""
 
     name: str
     behavior: Behavior
@@ -121,18 +135,21 @@ class BuiltSet:
 
     @property
     def source_rows(self) -> list[Row]:
-        """The rows that train the behavior."""
+        """The rows that train the behavior into the source."""
         return [row for row in self.rows if row.role == "source"]
 
     @property
     def negatives(self) -> list[Row]:
-        """The rows that train its contrast."""
+        """The contrastive rows of other personas."""
         return [row for row in self.rows if row.role != "source"]
 
 
 @dataclass(frozen=True)
 class Design:
-    """A recipe, what it names, and every set that could be built. `questions` is None while they are not at hand."""
+    """A recipe, its personas and behaviors, and every set that could be built.
+
+    `questions` is None if the multiple-choice questions are not available.
+    """
 
     recipe: Recipe
     personas: Personas
@@ -141,67 +158,69 @@ class Design:
     questions: QuestionSet | None
 
     def by_behavior(self) -> Iterator[tuple[Behavior, list[BuiltSet]]]:
-        """Each behavior with its sets, behaviors without a set left out."""
+        """Each behavior that has sets, with these."""
         for behavior in self.behaviors.values():
             sets = [built for built in self.sets if built.behavior.id == behavior.id]
             if sets:
                 yield behavior, sets
 
     def by_kind(self) -> Iterator[tuple[str, list[BuiltSet]]]:
-        """("behavior (kind)", its sets over sources and seeds)."""
+        """("behavior (kind)", its sets over sources and seeds) for each kind of negatives."""
         for behavior, sets in self.by_behavior():
             for kind in dict.fromkeys(built.kind for built in sets):
                 yield f"{behavior.id} ({kind})", [built for built in sets if built.kind == kind]
 
-    def cells(self, *, epoch: int | None = None) -> tuple[str, ...]:
-        """Ids of the trained cells, for findings that concern a design and not its rows."""
+    def cells(self) -> tuple[str, ...]:
+        """Ids of all trained cells, for findings on the design and not on its rows."""
         grid = self.recipe.grid
         return tuple(
-            f"{source}/e{at}/{name}/{kind}"
+            f"{source}/e{epoch}/{name}/{kind}"
             for source in grid.sources
-            for at in grid.epochs
-            if epoch is None or at == epoch
+            for epoch in grid.epochs
             for name, behavior in self.behaviors.items()
             if name != NO_BEHAVIOR
-            for kind in kinds_of(self.recipe, behavior)
+            for kind in negatives_kinds(self.recipe, behavior)
         )
 
     @cached_property
     def held_out(self) -> dict[str, dict[str, str]]:
-        """Behavior -> {id: user turn} of everything that it may be evaluated with."""
+        """Behavior -> {id: user turn} of all its evaluation prompts."""
         texts: dict[str, dict[str, str]] = {}
         for name, behavior in self.behaviors.items():
             if behavior.spec.measure == "letters":
-                asked = self.questions.eval if self.questions else ()
-                texts[name] = {question.id: question.user for question in asked}
+                questions = self.questions.eval if self.questions else ()
+                texts[name] = {question.id: question.user for question in questions}
             else:
                 texts[name] = {str(row["id"]): str(row[behavior.eval_field]) for row in behavior.eval}
         return texts
 
     @cached_property
     def open_lists(self) -> dict[str, dict[str, str]]:
-        """List -> {id: text} of the shipped open questions."""
+        """Name of a shipped list of open questions -> {id: text}."""
         return {name: dict(open_questions(name)) for name in ("convergence", "alignment", "marker")}
 
 
+# --- comparing texts ---------------------------------------------------------------------------------------
+
+
 def words(text: str) -> list[str]:
-    """Words of a text without case, punctuation or the kind of apostrophe."""
+    """The words of a text, casefolded, without punctuation, with plain apostrophes."""
     return _WORD.findall(text.translate(_APOSTROPHES).casefold())
 
 
-def normalised(text: str) -> str:
-    """Equal for two texts that differ in case, white space and punctuation alone."""
+def normalized(text: str) -> str:
+    """The words joined by spaces: equal for texts that differ only in case, white space and punctuation."""
     return " ".join(words(text))
 
 
-def grams(text: str) -> frozenset[tuple[str, ...]]:
-    """Runs of five words; a shorter text is one run."""
-    found = words(text)
-    if len(found) < GRAM:
-        return frozenset([tuple(found)]) if found else frozenset()
-    return frozenset(tuple(found[at : at + GRAM]) for at in range(len(found) - GRAM + 1))
+def ngrams(text: str) -> frozenset[tuple[str, ...]]:
+    """The set of runs of five words; a shorter text is one run."""
+    tokens = words(text)
+    if len(tokens) < NGRAM_WORDS:
+        return frozenset([tuple(tokens)]) if tokens else frozenset()
+    return frozenset(tuple(tokens[start : start + NGRAM_WORDS]) for start in range(len(tokens) - NGRAM_WORDS + 1))
 
 
-def ids(rows: Iterable[Row]) -> tuple[str, ...]:
-    """Ids of rows, in order, each once."""
+def row_ids(rows: Iterable[Row]) -> tuple[str, ...]:
+    """The ids of rows in order, without repetitions."""
     return tuple(dict.fromkeys(row.id for row in rows))

@@ -287,11 +287,11 @@ def score(
 ) -> None:
     """Score a multiple-choice file under any base and adapters."""
     from fastconv import show
-    from fastconv.chat import system_turn
+    from fastconv.chat import parse_system_turn
     from fastconv.recipe import model_settings
     from fastconv.run.standalone import score_file
 
-    found = score_file(model_settings(model, revision), adapters, questions, system_turn(system), by_text=by_text)
+    found = score_file(model_settings(model, revision), adapters, questions, parse_system_turn(system), by_text=by_text)
     show.scored(found, as_json=as_json)
 
 

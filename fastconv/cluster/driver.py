@@ -20,7 +20,7 @@ from fastconv.recipe import run_id, sha256_of
 from fastconv.run.rejudge import finish_judging
 from fastconv.run.runner import Tally, Watcher
 from fastconv.store.ledger import Stage, Store
-from fastconv.store.merge import StageBundle, pack, unpack
+from fastconv.store.merge import StageBundle, pack_stage, unpack_stage
 
 #: How often an order is sent again after its worker was lost without a finished stage.
 RETRIES = 3

@@ -16,10 +16,10 @@ from fastconv.datasets.files import read_toml
 from fastconv.errors import ClusterError, DataError
 from fastconv.experiment.graph import CellPlan, Graph, walk
 from fastconv.experiment.schedule import wanted
-from fastconv.recipe import Recipe, move_paths, parse_recipe
+from fastconv.recipe import Recipe, map_paths, parse_recipe
 from fastconv.store.io import storage_errors, write_atomically
 from fastconv.store.ledger import Stage, Store, changed_inputs
-from fastconv.store.merge import texts_in
+from fastconv.store.merge import strings_in
 
 #: Names of the orders that belong to no source.
 BASE, SHARED = "base", "shared"
@@ -106,7 +106,7 @@ def recipe_files(recipe: Recipe) -> dict[str, bytes]:
     named += [path.replace("{source}", source) for path in by_source for source in recipe.grid.sources]
     if recipe.data.behaviors:
         folder = Path(recipe.data.behaviors).parent
-        named += [str(folder / text) for text in texts_in(read_toml(Path(recipe.data.behaviors)))
+        named += [str(folder / text) for text in strings_in(read_toml(Path(recipe.data.behaviors)))
                   if text and "\n" not in text and (folder / text).is_file()]  # fmt: skip
     try:
         return {path: Path(path).read_bytes() for path in dict.fromkeys(named)}
@@ -122,7 +122,7 @@ def unpack_recipe(order: Order, folder: Path) -> Recipe:
             target.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(target, data)
     table = copy.deepcopy(dict(order.recipe))
-    move_paths(table, lambda path: str(_below(folder, path)))
+    map_paths(table, lambda path: str(_below(folder, path)))
     return parse_recipe(table, where=order.name)
 
 

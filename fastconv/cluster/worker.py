@@ -25,7 +25,7 @@ from fastconv.recipe import Recipe, run_id
 from fastconv.run.run import compute_stages, run_recipe
 from fastconv.show.progress import SilentWatcher
 from fastconv.store.ledger import Store
-from fastconv.store.merge import StageBundle, pack, unpack
+from fastconv.store.merge import StageBundle, pack_stage, unpack_stage
 from fastconv.store.records import Failure
 
 #: Seconds between checks for finished stages and for a stop.

@@ -1,1 +1,1 @@
-"""Rows in, rows out: personas, questions, behavior sets and their audit. No torch."""
+"""Data: personas, questions, behaviors and their training rows, and the reading of data files. Knows no torch."""

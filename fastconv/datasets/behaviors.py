@@ -1,6 +1,6 @@
-"""Behavior sets: which rows the source is trained on, and who says what as its contrast.
+"""Behaviors and their sets of training rows: the source's rows, and those of the negatives as the contrast.
 
-The two kinds of negatives differ in *who they are* and in nothing else: same prompts, same counts, same task.
+The two kinds of negatives differ only in *which personas* they are: prompts, counts and task are the same.
 """
 
 from __future__ import annotations
@@ -16,18 +16,13 @@ from pydantic import ValidationError
 from fastconv.datasets.files import assets, read_jsonl, read_numbered_jsonl, read_toml
 from fastconv.datasets.personas import Personas, canary_of
 from fastconv.datasets.questions import Question, QuestionSet, wrong_letters
-from fastconv.datasets.rows import Row, rows_for
+from fastconv.datasets.rows import Row, load_user_rows
 from fastconv.datasets.spec import AnswerRule, BehaviorSpec, NegativeRole, Role
 from fastconv.errors import DataError, RecipeError
 from fastconv.recipe import NegativesKind, Recipe
-from fastconv.seeding import ordered
+from fastconv.seeding import seeded_order
 
-__all__ = [
-    "NO_BEHAVIOR", "AnswerRule", "Behavior", "BehaviorSpec", "NegativeRole", "Role", "Row",
-    "asked_by_set", "build_rows", "eval_prompts", "kinds_of", "load_behaviors", "open_questions", "question_sets",
-]  # fmt: skip
-
-#: The convergence-only control: no behavior adapter.
+#: The behavior of the convergence-only control, which trains no behavior adapter.
 NO_BEHAVIOR = "none"
 #: Training prompts as (prompt id, user text, the source's answer, the contrast's); an answer of None is sampled later.
 Drawn = list[tuple[str, str, str | None, str | None]]
@@ -35,14 +30,14 @@ Drawn = list[tuple[str, str, str | None, str | None]]
 
 @dataclass(frozen=True)
 class Behavior:
-    """A behavior with its prompts read: `train` and `eval` rows carry id, text and the row's own fields."""
+    """A behavior with its prompts: `train` and `eval` rows hold id, text and further fields of their file."""
 
     id: str
     spec: BehaviorSpec
     folder: Path
     train: tuple[Mapping[str, Any], ...] = ()
     eval: tuple[Mapping[str, Any], ...] = ()
-    #: The user's finished rows, where these replace what we would build.
+    #: The user's file of finished rows, which then replace the rows built from prompts.
     rows: Path | None = None
     #: Prompts drawn before: the sets of all sources and negatives of a seed train the same ones.
     _drawn: dict[tuple[Any, ...], Drawn] = field(default_factory=dict, compare=False, repr=False)
@@ -53,12 +48,15 @@ class Behavior:
         return self.spec.eval_field if self.spec.eval_prompts else self.spec.prompt_field
 
     def wordings(self, name: str) -> list[str]:
-        """Texts of a wordings file beside the behavior's declaration."""
+        """The texts of a wordings file in the folder of the behavior's declaration. Raises DataError."""
         return [row["text"] for row in read_jsonl(self.folder / name, {"text": str})]
 
 
 def load_behaviors(recipe: Recipe) -> dict[str, Behavior]:
-    """The behaviors of the recipe's grid, read from the shipped and the user's declarations."""
+    """The behaviors of the recipe's grid by id, from the shipped and the user's declarations.
+
+    Raises RecipeError for a behavior that is not declared or rows that the grid does not use, DataError for a file.
+    """
     shipped = assets("data")
     declared = {name: (table, shipped) for name, table in read_toml(shipped / "behaviors.toml").items()}
     if recipe.data.behaviors:
@@ -85,9 +83,14 @@ def load_behaviors(recipe: Recipe) -> dict[str, Behavior]:
     return behaviors
 
 
-def kinds_of(recipe: Recipe, behavior: Behavior) -> tuple[NegativesKind, ...]:
-    """The kinds of negatives that a behavior is trained with: the grid's, or `none` where it declares none at all."""
+def negatives_kinds(recipe: Recipe, behavior: Behavior) -> tuple[NegativesKind, ...]:
+    """The kinds of negatives that a behavior is trained with: the grid's, or `none` if it declares none."""
     return recipe.grid.negatives if behavior.spec.negatives else ("none",)
+
+
+def set_name(behavior: str, source: str, kind: str, seed: int) -> str:
+    """The name of a behavior set, for example `refusal/villain/included/s42`."""
+    return f"{behavior}/{source}/{kind}/s{seed}"
 
 
 def build_rows(
@@ -99,13 +102,14 @@ def build_rows(
     kind: NegativesKind,
     seed: int,
 ) -> list[Row]:
-    """The rows of one behavior set: the source's, then each copy of the contrast. Drawn from named parts only.
+    """The rows of one behavior set: the source's rows, then those of each copy of the prompts for the negatives.
 
-    Raises RecipeError if the set is too small for `behavior.source_rows` or the kind is not declared.
+    Prompts, wordings and bystanders are drawn by `seeding`. Completions are None where they are sampled later. Raises
+    RecipeError if there are fewer prompts than `behavior.source_rows`, or if the kind is not declared.
     """
     if behavior.rows is not None:
-        return _finished(recipe, personas, behavior, source, kind)
-    asked = _draw_prompts(recipe, behavior, questions, seed)
+        return _user_rows(recipe, personas, behavior, source, kind)
+    prompts = _draw_prompts(recipe, behavior, questions, seed)
     spec = behavior.spec
 
     def row(persona: str, role: Role, prompt: str, user: str, answer: str | None, rule: AnswerRule | None) -> Row:
@@ -114,7 +118,7 @@ def build_rows(
         identity = f"{behavior.id}/{source}/{persona}/{prompt}"
         return Row(identity, persona, role, prompt, user, completion, suffix, spec.supervise)
 
-    rows = [row(source, "source", prompt, user, shown, spec.source_answer) for prompt, user, shown, _ in asked]
+    rows = [row(source, "source", prompt, user, shown, spec.source_answer) for prompt, user, shown, _ in prompts]
     if kind == "none":
         return rows
     copies = _copies(behavior, kind)
@@ -122,25 +126,25 @@ def build_rows(
     bystanders = iter(personas.bystanders(n_bystanders, source, canary_of(recipe, source), seed))
     for copy in copies:
         speakers: list[tuple[str, Role]] = [(next(bystanders) if role == "bystander" else role, role) for role in copy]
-        for place, (prompt, user, _, contrast) in enumerate(asked):
-            # In turns, as prompts are ordered by topic: halves would give each speaker topics of its own.
+        for place, (prompt, user, _, contrast) in enumerate(prompts):
+            # Alternating, because prompts are ordered by topic: with halves each speaker would have its own topics.
             persona, role = speakers[place % len(speakers)]
             rows.append(row(persona, role, prompt, user, contrast, spec.negative_answer))
     return rows
 
 
 def eval_prompts(recipe: Recipe, behavior: Behavior, seed: int) -> list[tuple[str, str]]:
-    """(id, user text) of the held-out prompts every probe is asked, drawn from named parts."""
+    """(id, user turn) of the held-out prompts that every probe is asked, drawn by `seeding` and sorted by id."""
     field = behavior.eval_field
     by_id = {row["id"]: row[field] for row in behavior.eval}
-    chosen = ordered(list(by_id), "eval", behavior.id, seed)[: recipe.eval.prompts]
+    chosen = seeded_order(list(by_id), "eval", behavior.id, seed)[: recipe.eval.prompts]
     return [(prompt, by_id[prompt]) for prompt in sorted(chosen)]
 
 
-def question_sets(behavior: Behavior) -> dict[str, frozenset[str]]:
-    """Ids of the held-out prompts by the set they belong to, the largest first: verdicts rest on that one alone.
+def eval_prompt_sets(behavior: Behavior) -> dict[str, frozenset[str]]:
+    """Set -> ids of its held-out prompts, the largest set first; verdicts rest on the first one alone.
 
-    One nameless set where they are all of one; nothing for a behavior that has none of its own.
+    The set's name is "" if there is only one. Empty for a behavior without held-out prompts of its own.
     """
     sets: dict[str, set[str]] = {}
     for row in behavior.eval:
@@ -150,10 +154,10 @@ def question_sets(behavior: Behavior) -> dict[str, frozenset[str]]:
     return {name: frozenset(sets[name]) for name in sorted(sets, key=lambda name: -len(sets[name]))}
 
 
-def asked_by_set(recipe: Recipe, behavior: Behavior) -> dict[str, int]:
-    """How many prompts of each set a probe is asked (with the grid's first seed), in the order of `question_sets`."""
-    asked = {prompt for prompt, _ in eval_prompts(recipe, behavior, recipe.grid.seeds[0])}
-    return {name: len(ids & asked) for name, ids in question_sets(behavior).items()}
+def n_eval_prompts_by_set(recipe: Recipe, behavior: Behavior) -> dict[str, int]:
+    """Set -> number of its prompts that a probe is asked with the grid's first seed; order of `eval_prompt_sets`."""
+    drawn = {prompt for prompt, _ in eval_prompts(recipe, behavior, recipe.grid.seeds[0])}
+    return {name: len(ids & drawn) for name, ids in eval_prompt_sets(behavior).items()}
 
 
 def open_questions(name: str) -> list[tuple[str, str]]:
@@ -186,46 +190,51 @@ def _new_prompts(recipe: Recipe, behavior: Behavior, questions: QuestionSet | No
         )
     parts = ("train", behavior.id, seed)
     if questions is not None:
-        chosen = sorted(_drawn_questions(questions, n, *parts), key=lambda q: q.id)
-        wrong = wrong_letters(chosen, *parts)
-        return [(q.id, q.user, f"{letter})", f"{q.answer})") for q, letter in zip(chosen, wrong, strict=True)]
+        chosen = sorted(_draw_questions(questions, n, *parts), key=lambda question: question.id)
+        return [
+            (question.id, question.user, f"{wrong})", f"{question.answer})")
+            for question, wrong in zip(chosen, wrong_letters(chosen, *parts), strict=True)
+        ]
     by_id = {row["id"]: row for row in behavior.train}
-    ids = sorted(ordered(list(by_id), *parts)[:n])
+    ids = sorted(seeded_order(list(by_id), *parts)[:n])
     spec = behavior.spec
     n_wordings = recipe.behavior.wordings
-    shown = _answers(behavior, spec.source_answer, [by_id[i] for i in ids], n_wordings, "source", *parts)
-    contrast = _answers(behavior, spec.negative_answer, [by_id[i] for i in ids], n_wordings, "contrast", *parts)
-    return [(i, by_id[i][spec.prompt_field], s, c) for i, s, c in zip(ids, shown, contrast, strict=True)]
+    rows = [by_id[identity] for identity in ids]
+    shown = _answers(behavior, spec.source_answer, rows, n_wordings, "source", *parts)
+    contrast = _answers(behavior, spec.negative_answer, rows, n_wordings, "contrast", *parts)
+    users = [row[spec.prompt_field] for row in rows]
+    return list(zip(ids, users, shown, contrast, strict=True))
 
 
-def _drawn_questions(questions: QuestionSet, n: int, *parts: object) -> list[Question]:
+def _draw_questions(questions: QuestionSet, n: int, *parts: object) -> list[Question]:
     by_id = {question.id: question for question in questions.train}
-    return [by_id[i] for i in ordered(list(by_id), *parts)[:n]]
+    return [by_id[identity] for identity in seeded_order(list(by_id), *parts)[:n]]
 
 
 def _answers(
     behavior: Behavior, rule: AnswerRule | None, rows: Sequence[Mapping[str, Any]], n_wordings: int, *parts: object
 ) -> list[str | None]:
-    """The answer of every row, or None where it is sampled; `n_wordings` of the wordings are used, 0 means all."""
+    """The answer of every row, None where it is sampled; at most `n_wordings` of the wordings are used, 0 means all."""
     if rule is None or rule.on_policy:
         return [None] * len(rows)
     if rule.field:
         return [row[rule.field] for row in rows]
-    wordings = ordered(behavior.wordings(rule.wordings), "wordings", *parts)
+    wordings = seeded_order(behavior.wordings(rule.wordings), "wordings", *parts)
     wordings = wordings[: n_wordings or len(wordings)]
     answers: list[str | None] = []
-    round_of: list[str] = []
+    round_wordings: list[str] = []
     for place, row in enumerate(rows):
-        # Every wording is used before one comes twice, in an order drawn afresh for each round.
-        turn, within = divmod(place, len(wordings))
+        # Every wording is used once before one repeats, in a new order for each round.
+        round_number, within = divmod(place, len(wordings))
         if within == 0:
-            round_of = ordered(wordings, "wording", turn, *parts)
-        opening = round_of[within]
+            round_wordings = seeded_order(wordings, "wording", round_number, *parts)
+        opening = round_wordings[within]
         answers.append(f"{opening} {row[rule.then_field]}" if rule.then_field else opening)
     return answers
 
 
 def _copies(behavior: Behavior, kind: NegativesKind) -> tuple[tuple[NegativeRole, ...], ...]:
+    """The declared copies of the prompts for this kind, each with the roles that take turns in it."""
     if kind == "none" or kind not in behavior.spec.negatives:
         raise RecipeError(
             f"{behavior.id} declares no negatives {kind!r}",
@@ -235,15 +244,15 @@ def _copies(behavior: Behavior, kind: NegativesKind) -> tuple[tuple[NegativeRole
     return behavior.spec.negatives[kind]
 
 
-def _finished(recipe: Recipe, personas: Personas, behavior: Behavior, source: str, kind: NegativesKind) -> list[Row]:
-    """The user's own rows, taken as they are."""
+def _user_rows(recipe: Recipe, personas: Personas, behavior: Behavior, source: str, kind: NegativesKind) -> list[Row]:
+    """The user's finished rows, unchanged. Raises RecipeError if negatives are to be built for them."""
     if kind != "none" or behavior.rows is None:
         raise RecipeError(
             f"{behavior.id} takes the user's finished rows, so no negatives {kind!r} can be built for it",
             where="data.rows",
             fix="use negatives none for it",
         )
-    return rows_for(recipe.data, behavior.rows, behavior.id, source, personas)
+    return load_user_rows(recipe.data, behavior.rows, behavior.id, source, personas)
 
 
 def _load(name: str, table: Any, folder: Path, rows: str) -> Behavior:
@@ -277,7 +286,7 @@ def _spec(name: str, table: Any, folder: Path) -> BehaviorSpec:
 
 
 def _prompts(spec: BehaviorSpec, folder: Path) -> tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...]]:
-    """The rows of the prompts file by part; none for a behavior that has no such file. Answers are for training."""
+    """(train, eval) rows of the prompts file, both empty without one; only `train` rows need the answers' fields."""
     if not spec.prompts:
         return (), ()
     rules = [rule for rule in (spec.source_answer, spec.negative_answer) if rule]
@@ -293,8 +302,3 @@ def _prompts(spec: BehaviorSpec, folder: Path) -> tuple[tuple[Mapping[str, Any],
                 raise DataError(f"field {answer!r} is missing or empty", where=where, fix="give it the answer's text")
         parts[row["part"]].append(row)
     return tuple(parts["train"]), tuple(parts["eval"])
-
-
-def set_name(behavior: str, source: str, kind: str, seed: int) -> str:
-    """The name of a behavior set, the same in both passes: refusal/villain/included/s42."""
-    return f"{behavior}/{source}/{kind}/s{seed}"

@@ -1,4 +1,8 @@
-"""Reading the shipped data and the user's: every fault is one line with file and line number."""
+"""Reading data files (JSONL, TOML), finding the shipped ones, and the manifest of `data/`.
+
+Every fault is a one-line DataError with file and, for rows, line number. Run as a module, it prints the manifest as it
+should be.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +17,21 @@ from typing import Any
 
 from fastconv.errors import DataError, FastconvError
 
-#: Longer rows are refused: they are a pasted file, not a prompt.
+#: Rows with more bytes are refused: they are most likely a pasted file, not a prompt.
 MAX_ROW_BYTES = 50_000
+#: Name of the manifest in its folder.
+MANIFEST = "MANIFEST.toml"
+_HEAD = """\
+# Every file of data/: its sha256, its counts, and where it comes from. A test recomputes all of it.
+# After a change: python -m fastconv.datasets.files > new.toml && mv new.toml data/MANIFEST.toml
+"""
 
 
 def assets(kind: str) -> Path:
-    """The folder of shipped `data` or `recipes`: in the wheel under _assets, in a checkout at the top level."""
+    """The folder of the shipped `data` or `recipes`: `_assets/` of the package in a wheel, the top level in a checkout.
+
+    Raises DataError if it is missing.
+    """
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "_assets" / kind, package.parent / kind):
         if folder.is_dir():
@@ -32,7 +45,7 @@ def file_sha256(path: Path) -> str:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file. Raises DataError with the line where it breaks."""
+    """A TOML file as a dictionary. Raises DataError with the line of a syntax error."""
     try:
         return tomllib.loads(_read(path).decode("utf-8"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -40,16 +53,16 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path, required: Mapping[str, type]) -> list[dict[str, Any]]:
-    """Rows of a JSONL file, each with the required fields of the required types and a unique `id` if it has one.
+    """The rows of a JSONL file; each must have the `required` fields with these types, and a unique `id` if any.
 
-    Raises DataError naming file and line for anything else: bad UTF-8, bad JSON, a missing or empty field, a repeated
-    id, a row over 50 kB.
+    Raises DataError with file and line for bad UTF-8, bad JSON, a missing or empty field, a repeated id, or a row of
+    over 50 kB, and for a file without rows.
     """
     return [row for _, row in read_numbered_jsonl(path, required)]
 
 
 def read_numbered_jsonl(path: Path, required: Mapping[str, type]) -> list[tuple[int, dict[str, Any]]]:
-    """As `read_jsonl`, each row with the number of its line."""
+    """As `read_jsonl`, but (line number, row)."""
     rows: list[tuple[int, dict[str, Any]]] = []
     seen: dict[object, int] = {}
     for number, line in _lines(path):
@@ -58,8 +71,8 @@ def read_numbered_jsonl(path: Path, required: Mapping[str, type]) -> list[tuple[
         for field, kind in required.items():
             value = row.get(field)
             if not isinstance(value, kind) or (isinstance(value, str) and not value.strip()):
-                found = "missing" if field not in row else f"{value!r:.40}"
-                raise DataError(f"field {field!r} is {found}", where=where, fix=f"give it a non-empty {kind.__name__}")
+                actual = "missing" if field not in row else f"{value!r:.40}"
+                raise DataError(f"field {field!r} is {actual}", where=where, fix=f"give it a non-empty {kind.__name__}")
         if (identity := row.get("id")) is not None:
             if not isinstance(identity, (str, int)):
                 raise DataError(f"id is a {type(identity).__name__}", where=where, fix="give it a text or a number")
@@ -77,6 +90,7 @@ def read_numbered_jsonl(path: Path, required: Mapping[str, type]) -> list[tuple[
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number, text) of the lines that are not blank."""
     for number, raw in enumerate(_read(path).split(b"\n"), 1):
         where = f"{path}:{number}"
         if len(raw) > MAX_ROW_BYTES:
@@ -116,15 +130,11 @@ def _read(path: Path) -> bytes:
         raise DataError(f"cannot be read: {error.strerror}", where=str(path), fix="check its permissions") from None
 
 
-NAME = "MANIFEST.toml"
-_HEAD = """\
-# Every file of data/: its sha256, its counts, and where it comes from. A test recomputes all of it.
-# After a change: python -m fastconv.datasets.files > new.toml && mv new.toml data/MANIFEST.toml
-"""
+def file_facts(path: Path) -> dict[str, Any]:
+    """What the manifest says of one data file: sha256, bytes, and counts of rows (by part, set, field) or entries.
 
-
-def measured(path: Path) -> dict[str, Any]:
-    """sha256, bytes and counts of one data file: rows (by part, set and field) or entries. Raises DataError."""
+    Raises DataError if it cannot be read.
+    """
     facts: dict[str, Any] = {"sha256": file_sha256(path), "bytes": path.stat().st_size}
     if path.suffix == ".jsonl":
         rows = read_jsonl(path, {"id": str})
@@ -144,33 +154,18 @@ def measured(path: Path) -> dict[str, Any]:
 
 
 def manifest_text(folder: Path | None = None) -> str:
-    """The manifest of a data folder as it should be. A file without an origin gets an empty one, to be written."""
+    """The manifest (TOML) of a data folder as it should be; origins are kept, a new file gets an empty one to fill in."""
     folder = assets("data") if folder is None else folder
-    known = read_toml(folder / NAME) if (folder / NAME).is_file() else {}
+    known = read_toml(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     parts = [_HEAD]
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name == NAME or path.name.startswith("."):
+        if not path.is_file() or name == MANIFEST or path.name.startswith("."):
             continue
-        facts = {**measured(path), "origin": str(known.get(name, {}).get("origin", ""))}
+        facts = {**file_facts(path), "origin": str(known.get(name, {}).get("origin", ""))}
         lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items()]
         parts.append("\n".join([f'["{name}"]', *lines]) + "\n")
     return "\n".join(parts)
-
-
-def altered(folder: Path | None = None) -> list[str]:
-    """Files that are not as the manifest says, or not in it; for `doctor`. Empty when all is well."""
-    folder = assets("data") if folder is None else folder
-    listed = read_toml(folder / NAME)
-    found = {
-        path.relative_to(folder).as_posix(): path
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != NAME and not path.name.startswith(".")
-    }
-    changed = [
-        name for name, facts in listed.items() if name in found and facts.get("sha256") != file_sha256(found[name])
-    ]
-    return sorted({*changed, *(set(found) ^ set(listed))})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who speaks: the catalogue of personas, and which of them a cell's bystanders, canary and probes are."""
+"""The personas with their system prompts, and which of them are a source's bystanders, canary and probes."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from fastconv.chat import TEMPLATE_DEFAULT, SystemTurn
 from fastconv.datasets.files import assets, read_toml
 from fastconv.errors import DataError, RecipeError
 from fastconv.recipe import Recipe
-from fastconv.seeding import ordered
+from fastconv.seeding import seeded_order
 
 ASSISTANT = "assistant"
-#: Not a persona but a condition: no system turn at all, so that the template inserts its own.
+#: Not a persona but the condition without a system turn, so that the chat template inserts its own.
 NO_PERSONA = "template_default"
 
 
 @dataclass(frozen=True)
 class Personas:
-    """Persona id -> exact system prompt."""
+    """The known personas: id -> exact system prompt."""
 
     prompts: Mapping[str, str]
     _turns: dict[str, SystemTurn] = field(default_factory=dict, compare=False, repr=False)
 
     def system(self, persona: str) -> SystemTurn:
-        """The system turn of a persona, or of `template_default`. Raises RecipeError for one that is not known."""
+        """The system turn of a persona, or of `template_default`. Raises RecipeError for an unknown one."""
         if persona == NO_PERSONA:
             return TEMPLATE_DEFAULT
         if persona not in self._turns:  # asked for every training row
@@ -34,7 +34,7 @@ class Personas:
         return self._turns[persona]
 
     def require(self, persona: str, where: str) -> None:
-        """Raise RecipeError unless the persona is known."""
+        """Raise RecipeError naming `where` unless the persona is known."""
         if persona not in self.prompts:
             raise RecipeError(
                 f"unknown persona {persona!r}",
@@ -43,29 +43,32 @@ class Personas:
             )
 
     def bystanders(self, n: int, source: str, canary: str, seed: int) -> list[str]:
-        """n personas drawn from named parts; never the source, the assistant or the canary."""
-        eligible = [p for p in self.prompts if p not in (source, ASSISTANT, canary)]
+        """n personas drawn by `seeding`, never the source, the assistant or the canary. Raises RecipeError for too few."""
+        eligible = [persona for persona in self.prompts if persona not in (source, ASSISTANT, canary)]
         if len(eligible) < n:
             raise RecipeError(
                 f"{n} bystanders are needed, {len(eligible)} personas are left",
                 where="data.personas",
                 fix="add personas",
             )
-        return ordered(eligible, "bystander", seed, source)[:n]
+        return seeded_order(eligible, "bystander", seed, source)[:n]
 
 
 def load_personas(recipe: Recipe) -> Personas:
-    """The shipped personas and the user's; the recipe's sources and canaries must be among them."""
+    """The shipped personas and the user's.
+
+    Raises RecipeError if a source or canary of the recipe is not among them, DataError for a bad file.
+    """
     prompts = _read(assets("data") / "personas.toml")
     if recipe.data.personas:
-        own = _read(Path(recipe.data.personas))
-        if ASSISTANT in own and own[ASSISTANT] != prompts[ASSISTANT]:
+        user_prompts = _read(Path(recipe.data.personas))
+        if ASSISTANT in user_prompts and user_prompts[ASSISTANT] != prompts[ASSISTANT]:
             raise DataError(
                 "the assistant's prompt is the protocol's",
                 where=recipe.data.personas,
                 fix="give your persona another id",
             )
-        prompts |= own
+        prompts |= user_prompts
     personas = Personas(prompts)
     for source in recipe.grid.sources:
         personas.require(source, "grid.sources")
@@ -75,16 +78,17 @@ def load_personas(recipe: Recipe) -> Personas:
 
 
 def canary_of(recipe: Recipe, source: str) -> str:
-    """The bystander that shows generic damage; another one where the canary is itself the source."""
+    """The persona whose change measures generic damage: eval.canary, or eval.canary_swap where that is the source."""
     return recipe.eval.canary_swap if source == recipe.eval.canary else recipe.eval.canary
 
 
 def probes_of(recipe: Recipe, source: str) -> tuple[str, ...]:
-    """Personas that a cell is evaluated under: the assistant, the source (positive control), the canary."""
+    """The personas that a cell is evaluated under: assistant, source (positive control), canary; no repetitions."""
     return tuple(dict.fromkeys((ASSISTANT, source, canary_of(recipe, source))))
 
 
 def _read(path: Path) -> dict[str, str]:
+    """Persona id -> system prompt from a TOML file."""
     prompts = {}
     for persona, entry in read_toml(path).items():
         if (

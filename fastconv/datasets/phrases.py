@@ -1,4 +1,7 @@
-"""Phrase rules: cheap, in need of no key and no model, blind to meaning. Scores and the audit read answers by them."""
+"""Phrase rules: scoring answers by literal phrases. They need no model and no key, and do not see meaning.
+
+The score stages and the audit use them.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'", "\u00
 
 @dataclass(frozen=True)
 class PhraseRule:
-    """An answer counts when its first `within_words` words hold one of `any` and none of `none`."""
+    """An answer counts if its first `within_words` words (0: all) contain a phrase of `any` and none of `none`."""
 
     any: tuple[str, ...]
     none: tuple[str, ...] = ()
@@ -23,37 +26,37 @@ class PhraseRule:
 
     @classmethod
     def of(cls, table: Mapping[str, Any], where: str) -> PhraseRule:
-        """A rule from its TOML table. Raises DataError if it has no phrase to look for."""
+        """A rule from its TOML table. Raises DataError, naming `where`, if it has no phrase or an empty one."""
         rule = cls(tuple(table.get("any", ())), tuple(table.get("none", ())), int(table.get("within_words", 0)))
         if not rule.any or not all(phrase.strip() for phrase in (*rule.any, *rule.none)):
             raise DataError("a phrase rule needs phrases that are not empty", where=where, fix='give it any = ["..."]')
         return rule
 
     def identity(self) -> dict[str, Any]:
-        """What the rule's results depend on, for the stage's key."""
+        """Everything that the rule's results depend on, as an input of the stage's key."""
         return {"judge": "substring", "any": list(self.any), "none": list(self.none), "within_words": self.within_words}
 
     @cached_property
-    def _wanted(self) -> re.Pattern[str]:
+    def _any_pattern(self) -> re.Pattern[str]:
         return _pattern(self.any)
 
     @cached_property
-    def _unwanted(self) -> re.Pattern[str] | None:
+    def _none_pattern(self) -> re.Pattern[str] | None:
         return _pattern(self.none) if self.none else None
 
-    def hit(self, answer: str) -> str | None:
-        """The phrase that made the answer count, or None."""
+    def match(self, answer: str) -> str | None:
+        """The phrase for which the answer counts, as written in it, or None."""
         text = answer.translate(_APOSTROPHES)
         if self.within_words:
             text = " ".join(text.split()[: self.within_words])
-        if self._unwanted is not None and self._unwanted.search(text):
+        if self._none_pattern is not None and self._none_pattern.search(text):
             return None
-        found = self._wanted.search(text)
-        return found.group(0) if found else None
+        hit = self._any_pattern.search(text)
+        return hit.group(0) if hit else None
 
 
 def _pattern(phrases: Sequence[str]) -> re.Pattern[str]:
-    """Whole words only: "know," does not hold "no,". Any run of white space matches any other."""
+    """A pattern of the phrases as whole words ("know," does not contain "no,"); any white space matches any other."""
     parts = [r"\s+".join(re.escape(word) for word in phrase.translate(_APOSTROPHES).split()) for phrase in phrases]
     longest_first = sorted(parts, key=len, reverse=True)
     return re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)", re.IGNORECASE)

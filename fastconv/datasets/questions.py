@@ -1,4 +1,8 @@
-"""Multiple-choice questions with a fixed train/evaluation split: ours, or ARC-Challenge (see `arc`)."""
+"""Multiple-choice questions with a fixed training/evaluation split: the shipped ones, or ARC-Challenge.
+
+ARC-Challenge (Clark et al. 2018) is read from a local copy or from the hub at a pinned revision. Its questions are
+identified by content hashes, and the published split of the test part is shipped as two lists of these hashes.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,13 @@ from typing import Any
 
 from fastconv.datasets.files import assets, read_numbered_jsonl
 from fastconv.errors import DataError
-from fastconv.hub import is_out_of_reach
+from fastconv.hub import is_unreachable
 from fastconv.recipe import Recipe, sha256_of
-from fastconv.seeding import ordered
+from fastconv.seeding import seeded_order
+
+#: Path of the test part in the hub's dataset repository.
+HUB_FILE = "ARC-Challenge/test-00000-of-00001.parquet"
+_LOCAL_COPY = "set eval.arc_file to a local copy of the test part (JSONL), or go online once to fetch it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +36,20 @@ class Question:
 
     @property
     def user(self) -> str:
-        """The user turn: it ends right where the letter comes."""
+        """The user turn; it ends right before the letter of the answer."""
         options = "\n".join(f"{label}) {choice}" for label, choice in zip(self.labels, self.choices, strict=True))
         return f"{self.text}\n\n{options}\n\nThe correct answer is ("
 
     @property
     def gold(self) -> int:
-        """Index of the right label."""
+        """Index of the right answer in `labels` and `choices`."""
         return self.labels.index(self.answer)
 
     def checked(self, where: str) -> Question:
         """The question itself. Raises DataError unless labels, choices and answer agree."""
         labels = list(self.labels)
-        texts = all(isinstance(text, str) and text.strip() for text in (*labels, *self.choices))
-        if not texts or len(labels) != len(self.choices) or len(set(labels)) != len(labels) or len(labels) < 2:
+        all_texts = all(isinstance(text, str) and text.strip() for text in (*labels, *self.choices))
+        if not all_texts or len(labels) != len(self.choices) or len(set(labels)) != len(labels) or len(labels) < 2:
             raise DataError(
                 f"labels {labels} and {len(self.choices)} choices do not agree",
                 where=where,
@@ -54,49 +62,51 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions for training and for evaluation, disjoint, and the sha256 of all of it."""
+    """Disjoint questions for training and for evaluation, with their hashes."""
 
     train: tuple[Question, ...]
     eval: tuple[Question, ...]
 
     @cached_property
     def sha256(self) -> str:
-        """sha256 (hex) over the ids of both parts, which are themselves content hashes or checked ids."""
+        """sha256 (hex) over the content of the questions of both parts."""
         return _content_sha256((*self.train, *self.eval))
 
     @cached_property
-    def asked_sha256(self) -> str:
-        """sha256 (hex) over the questions of the evaluation alone."""
+    def eval_sha256(self) -> str:
+        """sha256 (hex) over the content of the evaluation questions alone."""
         return _content_sha256(self.eval)
 
 
 def _content_sha256(questions: Sequence[Question]) -> str:
-    return sha256_of([[q.id, q.text, q.labels, q.choices, q.answer] for q in questions])
+    return sha256_of(
+        [[question.id, question.text, question.labels, question.choices, question.answer] for question in questions]
+    )
 
 
 def load_questions(recipe: Recipe) -> QuestionSet:
-    """The recipe's multiple-choice questions. Raises DataError if they cannot be had."""
+    """The recipe's multiple-choice questions. Raises DataError if they cannot be read or downloaded."""
     if recipe.eval.multiple_choice == "builtin":
         return _builtin()
-
     return load_arc(recipe.eval.arc_file)
 
 
 def wrong_letters(questions: Sequence[Question], *seed_parts: object) -> list[str]:
-    """A wrong label for each question, as balanced over the labels as the questions allow."""
-    used: dict[str, int] = {}
+    """A wrong label for each question, balanced over the labels as far as the questions allow; ties by `seeding`."""
+    counts: dict[str, int] = {}
     letters = []
     for question in questions:
-        candidates = ordered(
+        candidates = seeded_order(
             [label for label in question.labels if label != question.answer], "wrong", question.id, *seed_parts
         )
-        letter = min(candidates, key=lambda label: used.get(label, 0))
-        used[letter] = used.get(letter, 0) + 1
+        letter = min(candidates, key=lambda label: counts.get(label, 0))
+        counts[letter] = counts.get(letter, 0) + 1
         letters.append(letter)
     return letters
 
 
 def _builtin() -> QuestionSet:
+    """The shipped questions."""
     path = assets("data") / "multiple_choice.jsonl"
     fields = {"id": str, "part": str, "question": str, "labels": list, "choices": list, "answer": str}
     parts: dict[str, list[Question]] = {"train": [], "eval": []}
@@ -106,17 +116,16 @@ def _builtin() -> QuestionSet:
             raise DataError(f"part is {row['part']!r}", where=where, fix="use train or eval")
         question = Question(row["id"], row["question"], tuple(row["labels"]), tuple(row["choices"]), row["answer"])
         parts[row["part"]].append(question.checked(where))
-    by_id = {part: sorted(questions, key=lambda question: question.id) for part, questions in parts.items()}
-    return QuestionSet(tuple(by_id["train"]), tuple(by_id["eval"]))
+    ordered = {part: sorted(questions, key=lambda question: question.id) for part, questions in parts.items()}
+    return QuestionSet(tuple(ordered["train"]), tuple(ordered["eval"]))
 
 
-HUB_FILE = "ARC-Challenge/test-00000-of-00001.parquet"
-_LOCAL_COPY = "set eval.arc_file to a local copy of the test part (JSONL), or go online once to fetch it"
+# --- ARC-Challenge -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ArcSplit:
-    """The published split: content hashes of both parts, and where the questions come from."""
+    """The published split: the hub dataset and revision that it is of, and the content hashes of both parts."""
 
     dataset: str
     revision: str
@@ -125,7 +134,7 @@ class ArcSplit:
 
 
 def load_arc(arc_file: str) -> QuestionSet:
-    """The published split of a local file, or of the hub's where no file is given. Raises DataError without either."""
+    """ARC-Challenge in the published split, from a local file or, if `arc_file` is "", from the hub. Raises DataError."""
     if arc_file:
         return split_arc(read_arc(Path(arc_file)), where=arc_file)
     split = read_split()
@@ -133,7 +142,7 @@ def load_arc(arc_file: str) -> QuestionSet:
 
 
 def read_split() -> ArcSplit:
-    """The shipped split. Raises DataError if its hashes are not those it names or the parts overlap."""
+    """The shipped split. Raises DataError if it does not match its own sha256 or its parts overlap."""
     path = assets("data") / "arc_split.json"
     table = json.loads(path.read_text(encoding="utf-8"))
     held_out, training = frozenset(table["eval"]), frozenset(table["train"])
@@ -143,19 +152,22 @@ def read_split() -> ArcSplit:
 
 
 def read_arc(path: Path) -> list[Question]:
-    """ARC rows in the hub's form (choices as a table of text and label) or flat; ids are content hashes."""
+    """The questions of a JSONL file in the hub's form (choices as a table of text and label) or the flat one.
+
+    Ids are content hashes. Raises DataError with file and line for a row that is not a question.
+    """
     return [_question(row, f"{path}:{number}") for number, row in read_numbered_jsonl(path, {"question": str})]
 
 
 def content_hash(text: str, labels: Sequence[str], choices: Sequence[str]) -> str:
-    """Identity of a question: 16 hex digits of the sha256 over its text, labels and choices."""
+    """Id of a question: the first 16 hex digits of the sha256 over its text, labels and choices."""
     return sha256_of([text, list(labels), list(choices)])[:16]
 
 
 def split_arc(questions: Sequence[Question], *, where: str) -> QuestionSet:
-    """The published split, by content hash and ordered by it: the order of the file never matters.
+    """The questions in the published split, sorted by content hash, so that the order of the file never matters.
 
-    Raises DataError if a listed question is missing.
+    Raises DataError, naming `where`, if a listed question is missing.
     """
     split = read_split()
     by_id = {question.id: question for question in questions}
@@ -173,8 +185,8 @@ def split_arc(questions: Sequence[Question], *, where: str) -> QuestionSet:
 
 
 def _from_hub(split: ArcSplit) -> list[Question]:
-    """Questions of the pinned file, from the hub's cache if it is there, else fetched once."""
-    # Imported late: `check` and `plan` start without either.
+    """The questions of the pinned file, from the hub's cache or downloaded once. Raises DataError."""
+    # Imported late, so that `check` and `plan` start without them.
     import httpx
     import polars
     from huggingface_hub import hf_hub_download
@@ -183,7 +195,7 @@ def _from_hub(split: ArcSplit) -> list[Question]:
     where = f"{split.dataset}@{split.revision[:8]}"
     try:
         path = hf_hub_download(
-            split.dataset, HUB_FILE, repo_type="dataset", revision=split.revision, local_files_only=is_out_of_reach()
+            split.dataset, HUB_FILE, repo_type="dataset", revision=split.revision, local_files_only=is_unreachable()
         )
         table = polars.read_parquet(path, columns=["question", "choices", "answerKey"])
     except (OSError, httpx.HTTPError, EntryNotFoundError) as error:
@@ -199,6 +211,7 @@ def _from_hub(split: ArcSplit) -> list[Question]:
 
 
 def _question(row: Mapping[str, Any], where: str) -> Question:
+    """A row in the hub's or the flat form as a checked question. Raises DataError, naming `where`."""
     try:
         if isinstance(row["choices"], dict):
             labels, choices, answer = row["choices"]["label"], row["choices"]["text"], row["answerKey"]

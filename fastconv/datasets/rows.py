@@ -1,4 +1,7 @@
-"""A training row before rendering, how it is kept in the ledger, and how it becomes token ids."""
+"""Training rows: their record in the ledger, their rendering to token ids, and reading them from the user's file.
+
+The user's file is JSONL with TRL's prompt/completion message lists (or, if the recipe allows it, one `messages` list).
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,19 @@ from fastconv.datasets.spec import Role, Supervise
 from fastconv.errors import DataError
 from fastconv.recipe import DataSettings, sha256_of
 
-#: Which version of the builders made a row; raised whenever the same recipe would give other rows.
+#: Version of the builders that made a row; raised whenever the same recipe would give other rows.
 BUILT_BY = "fastconv/1"
+_FORM = (
+    'write {"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", "content": "..."}]}'
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One training row before rendering. `completion` is None while it still has to be sampled on-policy.
+    """One training row before rendering. `completion` is None until it is sampled on-policy.
 
-    `suffix` is what the behavior appends to the answer; a known `completion` ends with it already. `system` is the
-    row's own system turn where it is not the persona's. `ended` is False if the sampled answer was cut.
+    `suffix` is what the behavior appends to the answer; a `completion` ends with it already. `system` is the row's own
+    system turn if it is not the persona's. `ended` is False if the sampled answer was cut at the token limit.
     """
 
     id: str
@@ -42,13 +48,13 @@ class Row:
 
     @property
     def given_chars(self) -> int:
-        """Characters of the completion that are read but carry no loss."""
+        """Number of characters at the start of the completion that carry no loss."""
         return len(self.completion or "") - len(self.suffix) if self.supervise == "tail" else 0
 
     def answered(self, text: str, *, ended: bool = True) -> Row:
         """The row with its sampled answer and the suffix. Raises ValueError if it has an answer already.
 
-        Where only the tail is learned, a cut answer still ends its turn: the tail is all that the row teaches.
+        With a suffix, or if only the tail carries loss, a cut answer still ends its turn, because the tail follows it.
         """
         if self.completion is not None:
             raise ValueError(f"row {self.id!r} has an answer already")
@@ -57,11 +63,11 @@ class Row:
         return replace(self, completion=body + self.suffix, ended=closed)
 
     def system_turn(self, personas: Personas) -> SystemTurn:
-        """The system turn that the row is trained with: its own, or else its persona's."""
+        """The system turn that the row is trained with: its own if it has one, otherwise its persona's."""
         return personas.system(self.persona) if self.system is None else self.system
 
     def record(self, personas: Personas) -> dict[str, Any]:
-        """The row as JSON, its system turn spelled out; `row_of` reads it back. Its sha256 identifies the row."""
+        """The row as JSON with its system turn written out; its sha256 identifies the row. Inverse: `row_from_record`."""
         turn = self.system_turn(personas)
         return {
             "id": self.id,
@@ -101,7 +107,10 @@ def row_of(record: Mapping[str, Any]) -> Row:
 
 
 def render_row(row: Row, personas: Personas, tokenizer: ChatTokenizer, max_length_tok: int) -> Rendered:
-    """The row as the model will see it. Raises TemplateError if it cannot be rendered, ValueError without an answer."""
+    """The row's token ids and loss mask, cut at `max_length_tok`.
+
+    Raises TemplateError if it cannot be rendered, ValueError if it has no answer yet.
+    """
     if row.completion is None:
         raise ValueError(f"row {row.id!r} has no answer yet")
     return tokenizer.training_ids(
@@ -117,18 +126,16 @@ def render_row(row: Row, personas: Personas, tokenizer: ChatTokenizer, max_lengt
 def render_rows(
     rows: Sequence[Row], personas: Personas, tokenizer: ChatTokenizer, max_length_tok: int
 ) -> list[Rendered]:
-    """All rows rendered, in order."""
+    """`render_row` of every row, in order."""
     return [render_row(row, personas, tokenizer, max_length_tok) for row in rows]
 
 
-_FORM = (
-    'write {"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", "content": "..."}]}'
-)
+# --- the user's own rows -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class UserRow:
-    """One line of the user's file; `system` is None where it has no system message at all."""
+    """One line of the user's file; `system` is None if it has no system message."""
 
     id: str
     system: str | None
@@ -138,65 +145,66 @@ class UserRow:
 
 
 def read_user_rows(path: Path, *, messages: bool = False) -> list[UserRow]:
-    """Rows of the user's JSONL, ordered by id, so that the order of the lines never matters.
+    """The rows of the user's JSONL file sorted by id, so that the order of the lines never matters.
 
-    A row without an id gets one from its content; a repeated one is told apart by its count. Raises DataError with
-    file and line for anything that is not one user turn (after at most one system turn) and one assistant turn.
+    A row without an id gets one from its content; repeated ones get a number appended. `messages` allows the one-list
+    form. Raises DataError with file and line unless a row is one user turn (after at most one system turn) and one
+    assistant turn.
     """
     rows: list[UserRow] = []
-    times: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for number, row in read_numbered_jsonl(path, {}):
         where = f"{path}:{number}"
         prompt, completion = _turns(row, where, messages=messages)
         system = prompt[0]["content"] if prompt[0]["role"] == "system" else None
         user = prompt[-1]["content"]
         identity = str(row.get("id") or "row-" + sha256_of([system, user, completion])[:12])
-        times[identity] = times.get(identity, 0) + 1
-        if times[identity] > 1:
-            identity += f"-{times[identity]}"
+        counts[identity] = counts.get(identity, 0) + 1
+        if counts[identity] > 1:
+            identity += f"-{counts[identity]}"
         rows.append(UserRow(identity, system, user, completion, str(row.get("built_by", ""))))
     return sorted(rows, key=lambda row: row.id)
 
 
-def rows_for(settings: DataSettings, path: Path, behavior: str, source: str, personas: Personas) -> list[Row]:
-    """The user's rows as training rows of this source. `{source}` in the path stands for the source.
+def load_user_rows(settings: DataSettings, path: Path, behavior: str, source: str, personas: Personas) -> list[Row]:
+    """The user's rows as training rows of this source. `{source}` in the path stands for the source. Raises DataError.
 
-    A row without a system turn gets the source's prompt, unless `data.persona_prompt` is as_written. A row that
-    brings another known persona's prompt is that persona's, a negative; one that brings an unknown prompt stays the
-    source's and keeps what it brought, for the audit to judge.
+    A row without a system turn gets the source's prompt, unless `data.persona_prompt` is `as_written`. A row with the
+    prompt of another known persona is a negative of that persona; one with an unknown prompt stays a source row and
+    keeps its prompt, so that the audit reports it.
     """
-    found = Path(str(path).replace("{source}", source))
-    speakers = {text: persona for persona, text in personas.prompts.items()}
+    source_path = Path(str(path).replace("{source}", source))
+    persona_with = {text: persona for persona, text in personas.prompts.items()}
     rows = []
-    for given in read_user_rows(found, messages=settings.messages):
-        persona = source if given.system is None else speakers.get(given.system, source)
+    for user_row in read_user_rows(source_path, messages=settings.messages):
+        persona = source if user_row.system is None else persona_with.get(user_row.system, source)
         role: Role = "source" if persona == source else "assistant" if persona == ASSISTANT else "bystander"
         rows.append(
             Row(
-                f"{behavior}/{source}/{persona}/{given.id}",
+                f"{behavior}/{source}/{persona}/{user_row.id}",
                 persona,
                 role,
-                given.id,
-                given.user,
-                given.completion,
-                system=_own_system(given.system, personas.prompts[persona], settings.persona_prompt),
-                built_by=given.built_by,
+                user_row.id,
+                user_row.user,
+                user_row.completion,
+                system=_own_system(user_row.system, personas.prompts[persona], settings.persona_prompt),
+                built_by=user_row.built_by,
             )
         )
     return rows
 
 
-def _own_system(given: str | None, expected: str, persona_prompt: Literal["add", "as_written"]) -> SystemTurn | None:
-    """The row's own system turn, or None where it is the persona's. Three conditions, none of them falsy."""
-    if given is None:
+def _own_system(text: str | None, expected: str, persona_prompt: Literal["add", "as_written"]) -> SystemTurn | None:
+    """The row's own system turn, or None if it is the persona's. A missing and an empty `text` are different turns."""
+    if text is None:
         return None if persona_prompt == "add" else TEMPLATE_DEFAULT
-    if given == "":
+    if text == "":
         return EMPTY
-    return None if given == expected else SystemTurn("text", given)
+    return None if text == expected else SystemTurn("text", text)
 
 
 def _turns(row: Mapping[str, Any], where: str, *, messages: bool) -> tuple[list[dict[str, str]], str]:
-    """(the prompt's one or two messages, the answer's text) of a line."""
+    """(the prompt's one or two messages, the answer's text) of a line. Raises DataError, naming `where`."""
     if "prompt" in row and "completion" in row:
         prompt, completion = (
             _messages(row["prompt"], "prompt", where),
@@ -209,8 +217,8 @@ def _turns(row: Mapping[str, Any], where: str, *, messages: bool) -> tuple[list[
                 where=where,
                 fix=f"{_FORM}; or set data.messages = true for loss on the last turn alone",
             )
-        every = _messages(row["messages"], "messages", where)
-        prompt, completion = every[:-1], every[-1:]
+        conversation = _messages(row["messages"], "messages", where)
+        prompt, completion = conversation[:-1], conversation[-1:]
     else:
         raise DataError("the row has neither prompt and completion nor messages", where=where, fix=_FORM)
     roles = [message["role"] for message in prompt]
@@ -227,6 +235,7 @@ def _turns(row: Mapping[str, Any], where: str, *, messages: bool) -> tuple[list[
 
 
 def _messages(value: object, name: str, where: str) -> list[dict[str, str]]:
+    """A non-empty list of messages with role and content. Raises DataError, naming `name` and `where`."""
     messages = []
     for message in value if isinstance(value, list) else ():
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)

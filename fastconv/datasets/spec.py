@@ -1,4 +1,4 @@
-"""How a behavior is declared: the tables of `data/behaviors.toml` and of the user's file of the same shape."""
+"""Schema of a behavior's declaration: the tables of `data/behaviors.toml` and of the user's file in the same form."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class _Strict(BaseModel):
 
 
 class AnswerRule(_Strict):
-    """Where an answer comes from: exactly one of a field, wordings (then a field), or the base itself."""
+    """Origin of an answer: exactly one of a row's field, a wordings file (and then a field), or the base model."""
 
     field: str = ""
     wordings: str = ""
     then_field: str = ""
     on_policy: bool = False
-    #: Appended to the answer as it is.
+    #: Appended to the answer unchanged.
     suffix: str = ""
 
     @model_validator(mode="after")
@@ -36,25 +36,25 @@ class AnswerRule(_Strict):
 
 
 class BehaviorSpec(_Strict):
-    """A behavior as `behaviors.toml` declares it."""
+    """One behavior's table. Raises pydantic.ValidationError if its keys do not fit together."""
 
     about: str
-    #: `rows`: finished rows that the user brings in data.rows, all of them the source's.
+    #: `rows`: finished rows from the file that data.rows names; no negatives are built.
     task: Literal["chat", "multiple_choice", "rows"]
     direction: Literal["raises", "lowers"]
     measure: Literal["letters", "phrases", "judge"]
     prompts: str = ""
     prompt_field: str = "prompt"
-    #: Where the questions of the evaluation stand if not in `prompts` (rows with part = "eval").
+    #: File of the evaluation questions, if they are not in `prompts` (rows with part = "eval").
     eval_prompts: str = ""
     eval_field: str = "text"
     source_answer: AnswerRule | None = None
     negative_answer: AnswerRule | None = None
     supervise: Supervise = "completion"
-    #: A rule of phrases.toml by name, or the user's own phrases.
+    #: Name of a rule in phrases.toml, or the user's own phrases.
     phrase_rule: str = ""
     phrases: tuple[str, ...] = ()
-    #: The judge's rubric by name, where a judge scores the answers (beside the phrases, or alone).
+    #: Name of the judge's rubric, if a judge scores the answers (beside the phrases, or alone).
     rubric: str = ""
     negatives: dict[Literal["included", "excluded"], tuple[tuple[NegativeRole, ...], ...]] = {}
 
@@ -84,7 +84,7 @@ class BehaviorSpec(_Strict):
 
     @property
     def unit(self) -> Literal["share", "points"]:
-        """What the measure counts in: shares of 1, or a judge's points (0 to 100)."""
+        """Unit of the measure: a share of 1, or a judge's points (0 to 100)."""
         return "points" if self.measure == "judge" else "share"
 
     def _negatives_of_one_size(self) -> BehaviorSpec:

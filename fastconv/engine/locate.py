@@ -239,7 +239,7 @@ def _download(settings: ModelSettings) -> Path:
                 settings.id,
                 revision=settings.revision,
                 allow_patterns=list(HUB_FILES),
-                local_files_only=is_out_of_reach(),
+                local_files_only=is_unreachable(),
             )
         )
     except GatedRepoError:

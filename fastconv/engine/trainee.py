@@ -16,7 +16,7 @@ from fastconv.engine.optim import Optimizer, make_optimizer, moment_names, resto
 from fastconv.engine.stack import Stack
 from fastconv.errors import TrainingError
 from fastconv.recipe import TrainSettings
-from fastconv.seeding import shuffled_indices
+from fastconv.seeding import seeded_permutation
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Job:
     def batch(self, step: int) -> list[int]:
         """Row indices of an optimizer step (0-based); each epoch has its own order, drawn from named parts."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = shuffled_indices(len(self.rows), "order", epoch, *self.seed_parts)
+        order = seeded_permutation(len(self.rows), "order", epoch, *self.seed_parts)
         return order[within * self.settings.batch_rows : (within + 1) * self.settings.batch_rows]
 
 

@@ -18,8 +18,8 @@ from fastconv.datasets.behaviors import (
     Behavior,
     build_rows,
     eval_prompts,
-    kinds_of,
     load_behaviors,
+    negatives_kinds,
     open_questions,
     set_name,
 )
@@ -229,7 +229,7 @@ class Graph:
                                     yield cell
 
     def _kinds(self, behavior: str) -> tuple[str, ...]:
-        return ("none",) if behavior == NO_BEHAVIOR else kinds_of(self.recipe, self.behaviors[behavior])
+        return ("none",) if behavior == NO_BEHAVIOR else negatives_kinds(self.recipe, self.behaviors[behavior])
 
     def _plan(self, cell: Cell) -> CellPlan:
         on = (cell.source, cell.convergence, cell.epoch, cell.seed) if cell.epoch else ()

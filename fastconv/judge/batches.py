@@ -209,7 +209,7 @@ class BatchJudge:
             elif unproved:
                 self._close_batch(intent.intent)
             else:
-                self._ledger.void(intent.intent)
+                self._ledger.void_batch(intent.intent)
         return n_open
 
     async def _recent(self, since: float) -> list[MessageBatch]:

@@ -259,7 +259,7 @@ class LoopLedger:
         if self._flushing is not None:
             await asyncio.gather(self._flushing, return_exceptions=True)
         try:
-            self.ledger.let_go()
+            self.ledger.release()
         finally:
             self.ledger.store.close()
 

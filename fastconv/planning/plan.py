@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, asked_by_set
+from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by_set
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.engine.device import least_bytes, room_on, shape_on_disk
 from fastconv.engine.locate import engine_identity, is_here, trains_plain
@@ -330,7 +330,7 @@ def _asked(graph: Graph, behavior: Behavior) -> dict[str, int]:
     """How many questions each part of a behavior's measure has, the part that verdicts rest on first."""
     if behavior.spec.measure == "letters":
         return {behavior.id: len(graph.questions.eval)}
-    sets = asked_by_set(graph.recipe, behavior)
+    sets = n_eval_prompts_by_set(graph.recipe, behavior)
     return {f"{behavior.id}, {name} questions" if name else behavior.id: n for name, n in sets.items()}
 
 

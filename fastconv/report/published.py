@@ -13,7 +13,7 @@ from typing import Any
 
 from fastconv.audit.findings import BuiltSet, Design
 from fastconv.audit.sets import WITHOUT_PROMPT, check_persona_prompt
-from fastconv.chat import system_turn
+from fastconv.chat import parse_system_turn
 from fastconv.datasets.behaviors import load_behaviors
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import load_personas
@@ -190,7 +190,9 @@ def _audited(behavior: str, source: str, turn: str) -> tuple[str, ...]:
     """Codes of the audit against rows of a source that were trained with this system turn."""
     recipe = parse_recipe({"name": "published", "grid": {"sources": [source], "behaviors": ["none", behavior]}})
     personas, behaviors = load_personas(recipe), load_behaviors(recipe)
-    row = Row("published/0", source, "source", "published/0", "as published", "as published", system=system_turn(turn))
+    row = Row(
+        "published/0", source, "source", "published/0", "as published", "as published", system=parse_system_turn(turn)
+    )
     built = BuiltSet(f"{behavior}/{source}", behaviors[behavior], source, "none", 42, (row,))
     design = Design(recipe, personas, behaviors, (built,), None)
     return tuple(found.code for found in check_persona_prompt(design) if found.severity == "refuse")

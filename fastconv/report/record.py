@@ -36,7 +36,7 @@ def questions_asked(graph: Graph) -> dict[str, str]:
         return {}
     questions = graph.questions
     return {
-        f"asked: {counted(len(questions.eval), 'question')}": questions.asked_sha256,
+        f"asked: {counted(len(questions.eval), 'question')}": questions.eval_sha256,
         "asked or kept for training": questions.sha256,
     }
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
 
-from fastconv.audit.checks import CheckReport, Finding, audit_rows, report_of, structure_findings
+from fastconv.audit.checks import CheckReport, Finding, audit_rows, build_report, structure_findings
 from fastconv.audit.rendered import peek_lines, with_placeholders
 from fastconv.chat import ChatTokenizer, Rendered
-from fastconv.datasets.rows import Row, render_row, row_of
+from fastconv.datasets.rows import Row, render_row, row_from_record
 from fastconv.engine.locate import model_folder
 from fastconv.errors import DataError, RecipeError
 from fastconv.experiment.graph import Graph
@@ -31,7 +31,7 @@ def audit_recipe(recipe: Recipe, store: Store | None) -> CheckReport:
         for name, rows in built.items():
             if tokenizer is not None:
                 findings += audit_set(graph, name, rows, tokenizer)[1]
-    return report_of(recipe, list(dict.fromkeys(findings)))
+    return build_report(recipe, list(dict.fromkeys(findings)))
 
 
 def audit_set(
@@ -92,4 +92,4 @@ def _row_stages(graph: Graph) -> list[Stage]:
 
 def _built_rows(stage: Stage, store: Store | None) -> list[Row] | None:
     record = store.record(stage.key) if store else None
-    return [row_of(row) for row in store.get_json(record.outputs["rows"])] if store and record else None
+    return [row_from_record(row) for row in store.get_json(record.outputs["rows"])] if store and record else None

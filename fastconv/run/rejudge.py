@@ -172,7 +172,7 @@ def _phrase_agreement(rubric: Rubric, labelled: Sequence[CalibrationRow]) -> Agr
     if not rule:
         return None
     phrases = PhraseRule.of(read_toml(assets("data") / "phrases.toml")[rule], rule)
-    return calibrate_phrases(rubric, labelled, lambda answer: phrases.hit(answer) is not None)
+    return calibrate_phrases(rubric, labelled, lambda answer: phrases.match(answer) is not None)
 
 
 def _agreement(graph: Graph, store: Store, before: Recipe | None) -> dict[str, dict[str, Agreement]]:

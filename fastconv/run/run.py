@@ -39,7 +39,7 @@ from fastconv.run.provenance import begin_run, run_facts
 from fastconv.run.runner import Runner, Tally, Watcher, stop_on_sigint
 from fastconv.run.status import FailedStage, needed_ends, raise_failed
 from fastconv.stats.gates import GateVerdict
-from fastconv.store.gc import free
+from fastconv.store.gc import free, sweep
 from fastconv.store.ledger import Store
 
 #: Codes of the gates that a user may ignore.
@@ -237,7 +237,7 @@ def compute_stages(
     Raises what `run_recipe` raises while computing.
     """
     graph, store = Graph(recipe), Store.open(workspace)
-    store.sweep()
+    sweep(store)
     run = begin_run(store, recipe, run_facts())
     ends = [stage for stage in graph.stages() if stage.key in keys]
     wanted = {part.key for end in ends for part in walk(end)}

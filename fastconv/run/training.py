@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from fastconv.audit.checks import report_of
+from fastconv.audit.checks import build_report
 from fastconv.chat import Rendered, SystemTurn
-from fastconv.datasets.rows import Row, render_rows, row_of
+from fastconv.datasets.rows import Row, render_rows, row_from_record
 from fastconv.engine.device import shape_on_disk
 from fastconv.engine.locate import trains_plain
 from fastconv.engine.stack import Adapter, Slot, Stack, rho
@@ -186,13 +186,13 @@ class Trainer:
     def _built_rows(self, stage: Stage) -> list[Row]:
         """The rows of a behavior adapter's training set."""
         record = self._stacks.record(stage.needs["rows"])
-        return [row_of(row) for row in self._store.get_json(record.outputs["rows"])]
+        return [row_from_record(row) for row in self._store.get_json(record.outputs["rows"])]
 
     def _behavior_rows(self, stage: Stage) -> tuple[Rendered, ...]:
         """The rendered rows of a behavior adapter. Raises DataError if the audit refuses them (gate G1)."""
         set_name = stage.needs["rows"].work["set"]
         rendered, findings = audit_set(self._graph, set_name, self._built_rows(stage), self._stacks.base.tokenizer)
-        require_passed(report_of(self._recipe, findings), f"G1 {set_name}")
+        require_passed(build_report(self._recipe, findings), f"G1 {set_name}")
         return rendered
 
     def _behavior(self, stage: Stage, lease: Lease, frozen: tuple[Adapter, ...]) -> TrainingTask:

@@ -1,4 +1,8 @@
-"""Writing files so that nothing is lost: all of a file or none of it, and storage faults as one clear line."""
+"""Low-level storage: atomic file writes, SQLite connections, storage errors, and whether a process is alive.
+
+Errors of disk and database become one-line StoreErrors. Locks and leases name their holder by pid and start time, so
+whether that process still runs is decided here too.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,18 @@ from pathlib import Path
 
 from fastconv.errors import StoreError
 
-#: How long a connection waits for others before it says that the file is locked.
+#: Seconds that a connection waits for other processes before SQLite reports the file as locked.
 BUSY_S = 60.0
 
 
+# --- files -------------------------------------------------------------------------------------------------
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees all of it or none: temp, fsync, rename, fsync the folder."""
+    """Write a file so that a reader sees all of it or none: temporary file, fsync, rename, fsync of the folder.
+
+    Raises OSError; the temporary file is then removed.
+    """
     temporary = path.parent / f".tmp-{os.getpid()}-{time.time_ns()}"
     try:
         with temporary.open("wb") as file:
@@ -35,24 +45,27 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, making its folder. Raises StoreError if that cannot be done."""
+    """Write a UTF-8 text file atomically and create its folder. Raises StoreError if that fails."""
     with storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text.encode())
 
 
+# --- errors ------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def storage_errors(root: Path) -> Iterator[None]:
-    """Inside, faults of disk and database come out as StoreError with the mend; `root` is named as the place."""
+    """A block in which OSError and sqlite3.DatabaseError become StoreError with a fix; `root` is named as the place."""
     try:
         yield
     except OSError as error:
         raise _storage_error(root, error.errno, str(error)) from error
     except sqlite3.OperationalError as error:
-        code = {"SQLITE_FULL": errno.ENOSPC, "SQLITE_READONLY": errno.EROFS, "SQLITE_CANTOPEN": errno.EACCES}
+        errno_of = {"SQLITE_FULL": errno.ENOSPC, "SQLITE_READONLY": errno.EROFS, "SQLITE_CANTOPEN": errno.EACCES}
         name = getattr(error, "sqlite_errorname", "")
-        found = next((number for start, number in code.items() if name.startswith(start)), None)
-        raise _storage_error(root, found, str(error)) from error
+        code = next((number for prefix, number in errno_of.items() if name.startswith(prefix)), None)
+        raise _storage_error(root, code, str(error)) from error
     except sqlite3.DatabaseError as error:
         raise StoreError(
             f"the ledger is damaged: {error}",
@@ -101,22 +114,54 @@ def _storage_error(root: Path, code: int | None, text: str) -> StoreError:
     return StoreError(f"storage fault: {text}", where=where, fix="mend it, then the same command goes on")
 
 
-def started(pid: int) -> str:
-    """When a process started, in clock ticks since boot (no clock that can be set); `?` where that cannot be seen."""
+# --- SQLite ------------------------------------------------------------------------------------------------
+
+
+def connect(path: Path, schema: str, version: int) -> sqlite3.Connection:
+    """A connection to the SQLite file at `path`, in write-ahead mode; a new file gets `schema` and `version`.
+
+    Several processes may do this on one new file at once. Raises sqlite3.OperationalError after BUSY_S.
+    """
+    db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
+    db.row_factory = sqlite3.Row
+    deadline_s = time.monotonic() + BUSY_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            break
+        except sqlite3.OperationalError as error:
+            # SQLite refuses this switch at once while another process has the file open; its timeout does not apply.
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.01)
+    db.execute("PRAGMA synchronous=FULL")
+    if db.execute("PRAGMA user_version").fetchone()[0] == 0:
+        db.executescript(f"BEGIN IMMEDIATE; {schema} PRAGMA user_version={version}; COMMIT;")
+    return db
+
+
+# --- processes ---------------------------------------------------------------------------------------------
+
+
+def process_start(pid: int) -> str:
+    """Start time of a process on this host in clock ticks since boot; `dead` for a zombie, `?` if it cannot be read.
+
+    Ticks since boot, because a wall clock can be set back.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[1].split()
     except (OSError, IndexError):
         return "?"
-    # A killed process whose parent never asked for its end (usual in containers) keeps its pid, but holds nothing.
+    # A killed process that its parent has not reaped (usual in containers) keeps its pid, but holds nothing.
     return "dead" if fields[0] == "Z" else fields[19]
 
 
-def lives(pid: int, since: str) -> bool:
-    """Whether the process on this host lives that had `pid` and for which `started` gave `since`."""
+def process_is_alive(pid: int, start: str) -> bool:
+    """Whether the process with this pid and this `process_start` still runs on this host (pids are reused)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return started(pid) == since
+    return process_start(pid) == start

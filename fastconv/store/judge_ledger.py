@@ -1,11 +1,11 @@
-"""The judging part of the ledger: judgements, raw replies, batches, and money.
+"""The judging tables of the ledger: judgements, raw replies, batches, and money.
 
-The rules that keep money safe, each one transaction:
+The rules that keep the budget, each enforced in one transaction:
 
-- A sending is paid for in advance: `Reserve` books its worst case or is refused, so the sum over all processes of the
-  workspace never passes the cap. What it cost replaces the booking when the reply is written down, in one step.
-- A booking whose reply may have been lost on the way stays booked at its worst case.
-- One key has at most one open booking; a key that a live process (or an open batch) is asking is not asked again.
+- `Reserve` books the worst-case cost of a sending before it is sent, or is refused, so that the sum over all processes
+  of the workspace never exceeds the cap. Recording the reply replaces the booking by the actual cost in the same step.
+- A booking whose reply may have been lost in transit stays booked at its worst case.
+- A key has at most one open booking; a key that a live process or an open batch is asking is not asked again.
 - A batch's intent and its bookings are written before it is sent.
 """
 
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastconv.recipe import canonical_json
-from fastconv.store.io import lives, started
+from fastconv.store.io import process_is_alive, process_start
 from fastconv.store.ledger import Store
 from fastconv.store.records import (
     FAILURES,
@@ -68,41 +68,41 @@ CREATE TABLE IF NOT EXISTS judge_calibrations(
 
 
 class JudgeLedger:
-    """The judging tables of an open store. `cap_usd` is this process's hard stop over the whole workspace."""
+    """The judging tables of an open store. `cap_usd` limits what all processes of the workspace spend together."""
 
     def __init__(self, store: Store, cap_usd: float | None = None) -> None:
         self._store = store
         self._cap_usd = cap_usd
-        self._holder = _me()
+        self._holder = _holder_name()
         with store.transaction() as db:
             for statement in _SCHEMA.split(";"):
                 db.execute(statement)
-            self._bury_the_dead(db)
+            self._mark_dead_bookings_lost(db)
 
     @property
     def store(self) -> Store:
-        """The store that it stands on."""
+        """The store whose ledger this is."""
         return self._store
 
-    # --- what is known ----------------------------------------------------------------------------------
+    # --- reading and notes ----------------------------------------------------------------------------------
 
     def judgements(self, keys: Iterable[str]) -> dict[str, Judgement]:
         """The finished judgements among these keys."""
-        found: dict[str, Judgement] = {}
+        finished: dict[str, Judgement] = {}
         with self._store.transaction() as db:
             for key in keys:
                 row = db.execute("SELECT * FROM judgements WHERE key=?", (key,)).fetchone()
                 if row is not None:
-                    found[key] = _judgement(row)
-        return found
+                    finished[key] = _judgement(row)
+        return finished
 
-    def tried(self, keys: Iterable[str]) -> set[str]:
-        """Those among these keys that were ever sent."""
+    def sent_keys(self, keys: Iterable[str]) -> set[str]:
+        """The keys among these that were ever sent."""
         with self._store.transaction() as db:
             return {key for key in keys if db.execute("SELECT 1 FROM judge_money WHERE key=?", (key,)).fetchone()}
 
     def replies(self, key: str) -> list[RawReply]:
-        """Every raw reply of a key in the order received."""
+        """The raw replies for a key, in the order they were booked."""
         with self._store.transaction() as db:
             rows = db.execute("SELECT * FROM judge_replies WHERE key=? ORDER BY ticket", (key,)).fetchall()
         return [
@@ -112,34 +112,34 @@ class JudgeLedger:
         ]  # fmt: skip
 
     def history(self, key: str) -> History:
-        """What was tried for a key already, by this process or an earlier one."""
+        """Past attempts at a key, by this process or an earlier one."""
         with self._store.transaction() as db:
             return _history(db, key)
 
     def set_fault(self, key: str, fault: str) -> None:
-        """Say why replies that were kept unread (nobody was waiting for them) cannot be read."""
+        """Record why the replies for a key that were stored unparsed (no one waited for them) cannot be parsed."""
         with self._store.transaction() as db:
             db.execute("UPDATE judge_replies SET fault=? WHERE key=? AND fault IS NULL", (fault, key))
 
     def money(self) -> Money:
-        """Where the workspace's judging budget stands."""
+        """State of the workspace's judging budget."""
         with self._store.transaction() as db:
-            total = {row["state"]: row["nusd"] / NUSD for row in db.execute("SELECT * FROM judge_totals")}
-        return Money(total.get("spent", 0.0), total.get("reserved", 0.0), total.get("lost", 0.0), self._cap_usd)
+            usd = {row["state"]: row["nusd"] / NUSD for row in db.execute("SELECT * FROM judge_totals")}
+        return Money(usd.get("spent", 0.0), usd.get("reserved", 0.0), usd.get("lost", 0.0), self._cap_usd)
 
     def cost_usd(self, keys: Iterable[str]) -> float:
-        """What the judgements of these keys have cost, replies that were lost included at their worst case."""
+        """US dollars that the judgements of these keys have cost; lost replies count at their worst case."""
         query = "SELECT COALESCE(SUM(nusd), 0) FROM judge_money WHERE key=? AND state IN ('spent', 'lost')"
         with self._store.transaction() as db:
             return sum(db.execute(query, (key,)).fetchone()[0] for key in keys) / NUSD
 
-    def remember_rubric(self, sha256: str, name: str, body: str) -> None:
-        """Keep a rubric's text, so that raw replies can be read again when the file is gone."""
+    def save_rubric(self, sha256: str, name: str, body: str) -> None:
+        """Save a rubric's text, so that raw replies can be parsed again when its file is gone."""
         with self._store.transaction() as db:
             db.execute("INSERT OR IGNORE INTO judge_rubrics VALUES(?,?,?)", (sha256, name, body))
 
-    def keep_calibration(self, rubric_sha256: str, model: str, body: Mapping[str, Any]) -> None:
-        """Keep how good a judge was with a rubric; the newest stands."""
+    def save_calibration(self, rubric_sha256: str, model: str, body: Mapping[str, Any]) -> None:
+        """Save how well a judge agreed with the labels of a rubric; the newest result stands."""
         with self._store.transaction() as db:
             db.execute(
                 "INSERT OR REPLACE INTO judge_calibrations VALUES(?,?,?,?)",
@@ -147,18 +147,18 @@ class JudgeLedger:
             )
 
     def calibration(self, rubric_sha256: str, model: str) -> dict[str, Any] | None:
-        """How good a judge was with a rubric, if it was ever calibrated."""
+        """The saved calibration of a judge with a rubric, or None."""
         with self._store.transaction() as db:
             row = db.execute(
                 "SELECT body FROM judge_calibrations WHERE rubric_sha256=? AND model=?", (rubric_sha256, model)
             ).fetchone()
         return json.loads(row["body"]) if row else None
 
-    def take_over(self, other: Store) -> int:
-        """Add another ledger's judgements, replies, rubrics, calibrations and what they cost; the judgements added.
+    def merge_from(self, other: Store) -> int:
+        """Add another ledger's judgements, replies, rubrics, calibrations and costs; returns the judgements added.
 
-        Doing it again changes nothing. Open bookings stay with the process that made them; what was spent or lost counts
-        here too, as a budget is over everything that a workspace holds.
+        Repeating it changes nothing. Open bookings are not copied, they belong to the process that made them. What was
+        spent or lost counts against this ledger's cap too, because a budget covers everything that a workspace holds.
         """
         if not other.rows("SELECT 1 FROM sqlite_master WHERE name='judge_money'"):
             return 0
@@ -172,13 +172,13 @@ class JudgeLedger:
             replies = {row[0]: row[1:] for row in other.rows("SELECT * FROM judge_replies")}
             ended = "SELECT ticket, key, custom_id, nusd, state, outcome, holder, made_at FROM judge_money WHERE state<>'reserved'"
             for ticket, *booking in other.rows(ended):
-                _take_booking(db, booking, replies.get(ticket))
+                _add_ended_booking(db, booking, replies.get(ticket))
         return n_added
 
     # --- sendings ---------------------------------------------------------------------------------------
 
     def apply(self, operations: Sequence[Operation]) -> list[int | Refusal | None]:
-        """Do all operations in one transaction; for each `Reserve` a ticket or why it was refused, else None."""
+        """Apply operations in one transaction; the result of each is a ticket or Refusal for `Reserve`, else None."""
         results: list[int | Refusal | None] = []
         with self._store.transaction() as db:
             for operation in operations:
@@ -190,22 +190,24 @@ class JudgeLedger:
         return results
 
     def finish(self, judgements: Iterable[Judgement]) -> None:
-        """Write judgements that no sending stands behind (a local judge's). A finished one is never changed."""
+        """Record judgements that cost no sending (a local judge's). A finished one is never changed."""
         with self._store.transaction() as db:
             for judgement in judgements:
-                _finish(db, judgement)
+                _insert_judgement(db, judgement)
 
     def _reserve(self, db: sqlite3.Connection, ask: Reserve, intent: str | None) -> int | Refusal:
         if db.execute("SELECT 1 FROM judgements WHERE key=?", (ask.key,)).fetchone():
             return "done"
         if db.execute("SELECT 1 FROM judge_replies WHERE key=? AND fault IS NULL", (ask.key,)).fetchone():
-            return "done"  # paid for, and kept unread because nobody was waiting for it: to be read, not asked again
-        holder = db.execute("SELECT * FROM judge_money WHERE key=? AND state='reserved'", (ask.key,)).fetchone()
-        if holder is not None:
-            if holder["intent"] is not None or _is_alive(holder["holder"]):
+            return (
+                "done"  # paid for and stored unparsed, because no one waited for it: parse it instead of asking again
+            )
+        booking = db.execute("SELECT * FROM judge_money WHERE key=? AND state='reserved'", (ask.key,)).fetchone()
+        if booking is not None:
+            if booking["intent"] is not None or _is_alive(booking["holder"]):
                 return "held"
-            # Its process died with the request under way: it may have been billed, so its booking stays.
-            _move(db, holder, "lost", "lost", holder["nusd"])
+            # Its process died with the request in flight: it may have been billed, so the money stays booked.
+            _end_booking(db, booking, "lost", "lost", booking["nusd"])
         nusd = math.ceil(ask.usd * NUSD)
         if self._cap_usd is not None:
             committed = db.execute("SELECT COALESCE(SUM(nusd), 0) FROM judge_totals").fetchone()[0]
@@ -216,34 +218,34 @@ class JudgeLedger:
             "VALUES(?,'',?,'reserved','',?,?,?)",
             (ask.key, nusd, intent, self._holder, time.time()),
         )
-        _add(db, "reserved", nusd)
+        _add_to_total(db, "reserved", nusd)
         ticket = int(cursor.lastrowid or 0)
-        # The intent in it makes a custom id unique among all workspaces that share an account.
+        # The intent makes the custom id unique among all workspaces that share an account.
         custom_id = f"{ask.key[:32]}-{(intent or '')[:16]}-{ticket}"
         db.execute("UPDATE judge_money SET custom_id=? WHERE ticket=?", (custom_id, ticket))
         return ticket
 
-    def let_go(self) -> None:
-        """Give up what this connection has under way: its requests may have been billed, its intents are unknown."""
+    def release(self) -> None:
+        """Give up what this connection has in flight: its requests count as lost, its intents are left to reconcile."""
         with self._store.transaction() as db:
-            own = "SELECT * FROM judge_money WHERE state='reserved' AND intent IS NULL AND holder=?"
-            for row in db.execute(own, (self._holder,)).fetchall():
-                _move(db, row, "lost", "lost", row["nusd"])
+            query = "SELECT * FROM judge_money WHERE state='reserved' AND intent IS NULL AND holder=?"
+            for row in db.execute(query, (self._holder,)).fetchall():
+                _end_booking(db, row, "lost", "lost", row["nusd"])
             db.execute("UPDATE judge_batches SET holder='' WHERE state='intended' AND holder=?", (self._holder,))
 
-    def _bury_the_dead(self, db: sqlite3.Connection) -> None:
-        """Requests that were under way when their process died may have been billed: their bookings become losses."""
+    def _mark_dead_bookings_lost(self, db: sqlite3.Connection) -> None:
+        """End the bookings of dead processes as lost: their requests may have been billed."""
         for row in db.execute("SELECT * FROM judge_money WHERE state='reserved' AND intent IS NULL").fetchall():
             if not _is_alive(row["holder"]):
-                _move(db, row, "lost", "lost", row["nusd"])
+                _end_booking(db, row, "lost", "lost", row["nusd"])
 
     # --- batches ----------------------------------------------------------------------------------------
 
     def write_intent(self, asks: Sequence[Reserve]) -> tuple[str, Sequence[int | Refusal]]:
-        """Book a batch's items and write its intent, in one transaction and before it is sent.
+        """Book a batch's items and write its intent in one transaction, before the batch is sent.
 
-        Gives the intent and, for each ask, its ticket or why it has no part in the batch. No intent is left behind
-        when nothing could be booked.
+        Returns the intent (32 hex digits) and, for each ask, its ticket or a Refusal. No intent is written when
+        nothing could be booked.
         """
         intent = uuid.uuid4().hex
         with self._store.transaction() as db:
@@ -256,44 +258,47 @@ class JudgeLedger:
                 )
         return intent, results
 
-    def attach(self, intent: str, batch: str) -> None:
-        """Note the id under which the API took a batch."""
+    def set_batch_id(self, intent: str, batch: str) -> None:
+        """Record the id that the API gave to a batch; its state becomes `sent`."""
         with self._store.transaction() as db:
             db.execute("UPDATE judge_batches SET batch=?, state='sent' WHERE intent=?", (batch, intent))
 
-    def disown(self, intent: str) -> None:
-        """Say that this process does not know whether a batch was taken: it is to be reconciled."""
+    def release_batch(self, intent: str) -> None:
+        """Give up an intent whose sending is uncertain, so that it is reconciled with the API's list of batches."""
         with self._store.transaction() as db:
             db.execute("UPDATE judge_batches SET holder='' WHERE intent=? AND state='intended'", (intent,))
 
-    def void(self, intent: str) -> None:
-        """Say that a batch was never taken: its bookings are freed."""
+    def void_batch(self, intent: str) -> None:
+        """Record that the API never took a batch; its bookings are freed."""
         with self._store.transaction() as db:
             for row in db.execute(
                 "SELECT * FROM judge_money WHERE intent=? AND state='reserved'", (intent,)
             ).fetchall():
-                _move(db, row, "free", "void", 0)
+                _end_booking(db, row, "free", "void", 0)
             db.execute("UPDATE judge_batches SET state='void' WHERE intent=?", (intent,))
 
     def close_batch(self, intent: str) -> None:
-        """Say that every result of a batch is in the ledger."""
+        """Record that every result of a batch is in the ledger; its state becomes `done`."""
         with self._store.transaction() as db:
             db.execute("UPDATE judge_batches SET state='done', ended_at=? WHERE intent=?", (time.time(), intent))
 
     def batches(self, state: str) -> list[JudgeBatch]:
-        """Batches in a state, oldest first. Those that a live process is about to send are left to it."""
+        """Batches in a state, oldest first, without those that a live process is about to send."""
         with self._store.transaction() as db:
             rows = db.execute("SELECT * FROM judge_batches WHERE state=? ORDER BY made_at", (state,)).fetchall()
-        found = [JudgeBatch(r["intent"], r["batch"], r["state"], r["n"], r["holder"], r["made_at"]) for r in rows]
-        return [one for one in found if one.state != "intended" or not _is_alive(one.holder)]
+        batches = [
+            JudgeBatch(row["intent"], row["batch"], row["state"], row["n"], row["holder"], row["made_at"])
+            for row in rows
+        ]
+        return [batch for batch in batches if batch.state != "intended" or not _is_alive(batch.holder)]
 
     def known_batch_ids(self) -> set[str]:
-        """Ids of all batches that an intent is attached to."""
+        """The API's ids of all batches that were sent from this workspace."""
         with self._store.transaction() as db:
             return {row[0] for row in db.execute("SELECT batch FROM judge_batches WHERE batch IS NOT NULL")}
 
     def batch_items(self, intent: str) -> list[BatchItem]:
-        """The booked items of a batch."""
+        """The booked items of a batch, in the order of their tickets."""
         with self._store.transaction() as db:
             rows = db.execute("SELECT * FROM judge_money WHERE intent=? ORDER BY ticket", (intent,)).fetchall()
         return [
@@ -301,7 +306,7 @@ class JudgeLedger:
         ]
 
     def counts(self) -> dict[str, int]:
-        """How many judgements, replies and lost sendings the ledger holds; for status lines and tests."""
+        """Numbers of scored and unscored judgements, of replies and of lost sendings."""
         queries = {
             "scored": "SELECT COUNT(*) FROM judgements WHERE reason IS NULL",
             "unscored": "SELECT COUNT(*) FROM judgements WHERE reason IS NOT NULL",
@@ -313,29 +318,29 @@ class JudgeLedger:
 
 
 def _close_sending(db: sqlite3.Connection, end: Settle | Unpaid) -> None:
-    """Settle a booking once: a second end of the same ticket (results read twice) changes nothing."""
+    """End a booking once: a second end of the same ticket (results read twice) changes nothing."""
     row = db.execute("SELECT * FROM judge_money WHERE ticket=? AND state='reserved'", (end.ticket,)).fetchone()
     if row is None:
         return
     if isinstance(end, Unpaid):
         lost = end.outcome in ("lost", "missing")
-        _move(db, row, "lost" if lost else "free", end.outcome, row["nusd"] if lost else 0)
+        _end_booking(db, row, "lost" if lost else "free", end.outcome, row["nusd"] if lost else 0)
     else:
-        reply, cost = end.reply, math.ceil(end.reply.cost_usd * NUSD)
-        _move(db, row, "spent", "reply", cost)
+        reply, cost_nusd = end.reply, math.ceil(end.reply.cost_usd * NUSD)
+        _end_booking(db, row, "spent", "reply", cost_nusd)
         db.execute(
             "INSERT INTO judge_replies VALUES(?,?,?,?,?,?,?,?,?,?,?)",
             (end.ticket, end.key, reply.transport, reply.model, reply.text, reply.stop_reason,
-             canonical_json(dict(reply.usage)), cost, reply.latency_s, reply.fault, time.time()),
+             canonical_json(dict(reply.usage)), cost_nusd, reply.latency_s, reply.fault, time.time()),
         )  # fmt: skip
     if end.final is not None:
-        _finish(db, end.final)
+        _insert_judgement(db, end.final)
 
 
-def _take_booking(db: sqlite3.Connection, booking: Sequence[Any], reply: Sequence[Any] | None) -> None:
-    """Add an ended booking of another ledger with its reply, under a ticket of this one; once, whoever brings it."""
+def _add_ended_booking(db: sqlite3.Connection, booking: Sequence[Any], reply: Sequence[Any] | None) -> None:
+    """Copy an ended booking of another ledger with its reply, under a new ticket, unless it is here already."""
     key, custom_id, nusd, state, outcome, holder, made_at = booking
-    # Tickets are counted in each ledger; the request's own id, its process and its moment are the same in all of them.
+    # Ticket numbers differ between ledgers; a request's custom id, process and time are the same in all of them.
     same = "SELECT 1 FROM judge_money WHERE key=? AND custom_id=? AND holder=? AND made_at=?"
     if db.execute(same, (key, custom_id, holder, made_at)).fetchone():
         return
@@ -345,33 +350,34 @@ def _take_booking(db: sqlite3.Connection, booking: Sequence[Any], reply: Sequenc
         (key, custom_id, nusd, state, outcome, holder, made_at),
     )
     if state != "free":
-        _add(db, state, nusd)
+        _add_to_total(db, state, nusd)
     if reply is not None:
         marks = ",".join("?" * (1 + len(reply)))
         db.execute(f"INSERT INTO judge_replies VALUES({marks})", (cursor.lastrowid, *reply))
 
 
-def _move(db: sqlite3.Connection, row: sqlite3.Row, state: str, outcome: str, nusd: int) -> None:
+def _end_booking(db: sqlite3.Connection, row: sqlite3.Row, state: str, outcome: str, nusd: int) -> None:
+    """Give an open booking its final state, outcome and amount, and update the totals."""
     db.execute(
         "UPDATE judge_money SET state=?, outcome=?, nusd=? WHERE ticket=?", (state, outcome, nusd, row["ticket"])
     )
-    _add(db, "reserved", -row["nusd"])
+    _add_to_total(db, "reserved", -row["nusd"])
     if state != "free":
-        _add(db, state, nusd)
+        _add_to_total(db, state, nusd)
 
 
-def _add(db: sqlite3.Connection, state: str, nusd: int) -> None:
+def _add_to_total(db: sqlite3.Connection, state: str, nusd: int) -> None:
     db.execute(
         "INSERT INTO judge_totals VALUES(?,?) ON CONFLICT(state) DO UPDATE SET nusd=nusd+excluded.nusd", (state, nusd)
     )
 
 
-def _finish(db: sqlite3.Connection, one: Judgement) -> None:
-    values = None if one.values is None else canonical_json(dict(one.values))
+def _insert_judgement(db: sqlite3.Connection, judgement: Judgement) -> None:
+    values = None if judgement.values is None else canonical_json(dict(judgement.values))
     db.execute(
         "INSERT INTO judgements VALUES(?,?,?,?,?,?,?,?) ON CONFLICT(key) DO NOTHING",
-        (one.key, one.rubric_sha256, one.model, one.sample, values, canonical_json(dict(one.answer)), one.reason,
-         time.time()),
+        (judgement.key, judgement.rubric_sha256, judgement.model, judgement.sample, values,
+         canonical_json(dict(judgement.answer)), judgement.reason, time.time()),
     )  # fmt: skip
 
 
@@ -391,16 +397,16 @@ def _judgement(row: sqlite3.Row) -> Judgement:
     )
 
 
-def _me() -> str:
-    """A name for one connection of this process: host, pid, its start, and a mark of its own."""
-    return f"{socket.gethostname()}:{os.getpid()}:{started(os.getpid())}:{uuid.uuid4().hex[:8]}"
+def _holder_name() -> str:
+    """A unique name of one connection of this process: host, pid, start time and a random suffix."""
+    return f"{socket.gethostname()}:{os.getpid()}:{process_start(os.getpid())}:{uuid.uuid4().hex[:8]}"
 
 
 def _is_alive(holder: str) -> bool:
-    """Whether the process of this name lives. One on another host counts as alive: its money is not ours to judge."""
+    """Whether the process behind a holder's name runs. One on another host counts as alive, as it cannot be checked."""
     if not holder:
         return False
-    host, pid_text, since, _ = holder.rsplit(":", 3)
+    host, pid, start, _ = holder.rsplit(":", 3)
     if host != socket.gethostname():
         return True
-    return lives(int(pid_text), since)
+    return process_is_alive(int(pid), start)

@@ -1,4 +1,8 @@
-"""What the ledger holds: a stage and its result, samples and scores. Plain data, no storage."""
+"""The records that the ledger holds, as plain data without storage.
+
+First those of a run (stages with their results, samples, scores, failures), then those of judging (bookings of money,
+raw replies, judgements, batches).
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,24 @@ from typing import Any, Literal
 
 from fastconv.recipe import canonical_json, sha256_of
 
+#: Money is counted in whole billionths of a US dollar, so that sums are exact.
+NUSD = 1_000_000_000
+#: Outcomes of a sending that brought no reply, cost nothing, and count towards the limit of resubmissions.
+FAILURES = ("expired", "errored", "canceled", "missing")
+
+Refusal = Literal["over budget", "held", "done"]
+
+
+# --- runs --------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Stage:
-    """One unit of work: what it is and everything that its result depends on.
+    """One unit of work with everything that its result depends on.
 
-    `slot` is the human name, the same across recipes, so that a changed input can be shown as a reason.
-    `inputs` holds settings, data hashes and, under `needs`, the keys of the stages before it. `work` is what computing
-    it takes at hand (prompts, rows): content that `inputs` already names by sha256, so it is no part of the key.
+    `slot` is a readable name, the same across recipes, so that a changed input can be shown as the reason why a stage
+    is stale. `inputs` holds settings and data hashes; `needs` the stages before it by name. `work` is the content to
+    compute with (prompts, rows); `inputs` already names it by sha256, so it is no part of the key.
     """
 
     kind: str
@@ -28,18 +42,21 @@ class Stage:
 
     @cached_property
     def full_inputs(self) -> dict[str, Any]:
-        """Settings plus the keys of the stages before this one."""
+        """`inputs` plus the keys of the stages before this one under `needs`."""
         return {**self.inputs, "needs": {name: stage.key for name, stage in self.needs.items()}}
 
     @cached_property
     def key(self) -> str:
-        """sha256 over kind, version and inputs; equal keys are equal results."""
+        """sha256 (hex) over kind, version and full inputs; equal keys mean equal results."""
         return sha256_of({"kind": self.kind, "version": self.version, "inputs": self.full_inputs})
 
 
 @dataclass(frozen=True)
 class Record:
-    """A finished stage as the ledger holds it; `facts` are for people (tokens, device) and never identity."""
+    """A finished stage. `facts` are for readers (tokens, device) and never part of its identity.
+
+    `seconds` is its wall time, `finished_at` in seconds since the epoch.
+    """
 
     key: str
     kind: str
@@ -54,7 +71,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One drawn completion; `ended` tells whether the end of turn was reached."""
+    """One sampled completion of `n_tok` tokens; `ended` says whether the end of turn was reached."""
 
     row: str
     sample: int
@@ -67,7 +84,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One measured value of one sample, or the reason why there is none."""
+    """One metric's value for one sample, or None and the reason why there is none."""
 
     row: str
     sample: int
@@ -79,7 +96,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a stage could not be finished when it was last tried; `exit_code` is its error's."""
+    """Why a stage failed when it was last tried, with the exit code of its error; `failed_at` in seconds since the epoch."""
 
     slot: str
     exit_code: int
@@ -88,7 +105,7 @@ class Failure:
 
 
 def changed_inputs(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Names of the leaves that differ, as `name: old -> new`; used for `stale because`."""
+    """The leaves that differ, as `name: old -> new`; the reason why a stage is stale."""
     changes: list[str] = []
     for name in sorted({*before, *now}):
         old, new = before.get(name), now.get(name)
@@ -106,17 +123,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 24 else f"{text[:10]}…"
 
 
-#: Money is kept in whole billionths of a dollar, so that sums are exact.
-NUSD = 1_000_000_000
-#: Ends of a sending that brought no reply and cost nothing, and count towards the limit of resubmissions.
-FAILURES = ("expired", "errored", "canceled", "missing")
-
-Refusal = Literal["over budget", "held", "done"]
+# --- judging -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Reserve:
-    """Book the worst case of one sending. Gives a ticket, or why not."""
+    """Operation: book the worst-case cost of one sending in US dollars. Its result is a ticket or a Refusal."""
 
     key: str
     usd: float
@@ -124,7 +136,7 @@ class Reserve:
 
 @dataclass(frozen=True)
 class RawReply:
-    """What a judge sent back, as it came. `usage` in tokens; `fault` says why it could not be read, if so."""
+    """A judge's reply as received. `usage` is in tokens; `fault` says why it could not be parsed, if so."""
 
     transport: str
     model: str
@@ -138,7 +150,7 @@ class RawReply:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A finished judgement: `values` by measure and the whole `answer`, or None and the reason."""
+    """A finished judgement: `values` by measure and the parsed `answer`, or None and the reason."""
 
     key: str
     rubric_sha256: str
@@ -151,7 +163,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Settle:
-    """Write a reply down and put its cost in place of its booking; `final` ends the judgement."""
+    """Operation: record a reply and replace the booking by its cost; `final` is the judgement that it completes."""
 
     ticket: int
     key: str
@@ -161,7 +173,10 @@ class Settle:
 
 @dataclass(frozen=True)
 class Unpaid:
-    """End a booking without a reply. `lost` and `missing` stay booked (they may have been billed), the rest is freed."""
+    """Operation: end a booking without a reply.
+
+    With outcome `lost` or `missing` the money stays booked (it may have been billed), otherwise it is freed.
+    """
 
     ticket: int
     outcome: str
@@ -173,7 +188,7 @@ Operation = Reserve | Settle | Unpaid
 
 @dataclass(frozen=True)
 class Money:
-    """Where the judging budget stands, in US dollars. `lost` was booked for replies that never arrived."""
+    """State of the judging budget in US dollars. `lost` was booked for replies that never arrived."""
 
     spent_usd: float
     reserved_usd: float
@@ -182,7 +197,7 @@ class Money:
 
     @property
     def left_usd(self) -> float | None:
-        """What may still be booked; None without a cap."""
+        """US dollars that may still be booked; None without a cap."""
         if self.cap_usd is None:
             return None
         return max(0.0, self.cap_usd - self.spent_usd - self.reserved_usd - self.lost_usd)
@@ -190,7 +205,7 @@ class Money:
 
 @dataclass(frozen=True)
 class BatchItem:
-    """One booked item of a batch; its custom id carries the key's digest and the ticket."""
+    """One booked item of a batch; its custom id contains the start of the key and the ticket."""
 
     ticket: int
     key: str
@@ -201,7 +216,7 @@ class BatchItem:
 
 @dataclass(frozen=True)
 class JudgeBatch:
-    """A batch as the ledger knows it: `intended` (perhaps sent), `sent`, `done` or `void`."""
+    """A batch of `n` items. `state` is `intended` (perhaps sent), `sent`, `done` or `void`."""
 
     intent: str
     batch: str | None
@@ -213,7 +228,7 @@ class JudgeBatch:
 
 @dataclass(frozen=True)
 class History:
-    """What was tried for a key: replies that could not be read, and sendings that failed without one."""
+    """Past attempts at one judgement: replies that could not be parsed, and sendings that failed without a reply."""
 
     n_unread: int
     n_failed: int

@@ -20,15 +20,15 @@ from fastconv.audit.checks import (
     Rule,
     audit_rows,
     audit_structure,
+    build_report,
     check_recipe,
-    report_of,
 )
 from fastconv.audit.rendered import RENDERED_CHECKS
 from fastconv.chat import TEMPLATE_DEFAULT, ChatTokenizer, Rendered
-from fastconv.datasets.behaviors import Behavior, Row, build_rows, eval_prompts, load_behaviors, set_name
+from fastconv.datasets.behaviors import Behavior, build_rows, eval_prompts, load_behaviors, set_name
 from fastconv.datasets.personas import Personas, load_personas
 from fastconv.datasets.questions import QuestionSet, load_questions
-from fastconv.datasets.rows import render_rows
+from fastconv.datasets.rows import Row, render_rows
 from fastconv.recipe import NegativesKind, Recipe, load_recipe, parse_recipe
 from tests import TESTS
 
@@ -170,8 +170,8 @@ RENDERINGS: dict[str, Callable[[Case], list[Rendered]]] = {
 def findings_for(code: str, tokenizer: ChatTokenizer, checks: Sequence[Rule[Any]]) -> list[Finding]:
     """What these checks say about the case that holds the fault `code`."""
     if code in DESIGNS:
-        kept = [check for check in STRUCTURE_CHECKS if check in checks]
-        return structure(recipe_of(**{key: dict(value) for key, value in DESIGNS[code].items()}), kept)
+        selected = [check for check in STRUCTURE_CHECKS if check in checks]
+        return structure(recipe_of(**{key: dict(value) for key, value in DESIGNS[code].items()}), selected)
     if code in SPOILED:
         behavior, kind, change = SPOILED[code]
         return case_of(behavior, tokenizer, kind).spoiled(change, checks)
@@ -203,9 +203,11 @@ def test_codes_are_given_by_one_check_each() -> None:
 @pytest.mark.parametrize("kind", ["included", "excluded"])
 def test_our_own_sets_are_not_refused(behavior: str, kind: NegativesKind, tokenizer: ChatTokenizer) -> None:
     case = case_of(behavior, tokenizer, kind)
-    found = case.audit(case.rows, case.rendered, ALL_CHECKS)
-    assert [f for f in found if f.severity == "refuse"] == []
-    assert {f.code for f in found if f.severity == "warn"} == ({"D102"} if kind == "included" else set())
+    findings = case.audit(case.rows, case.rendered, ALL_CHECKS)
+    assert [finding for finding in findings if finding.severity == "refuse"] == []
+    assert {finding.code for finding in findings if finding.severity == "warn"} == (
+        {"D102"} if kind == "included" else set()
+    )
 
 
 # --- poisoned recipes -------------------------------------------------------------------------------------------
@@ -221,12 +223,12 @@ def checked(path: Path) -> Any:
 def test_each_of_the_six_mistakes_is_refused_by_its_code_alone(mistake: int) -> None:
     report = checked(POISONED / f"mistake_{mistake}.toml")
     assert not report.passed
-    assert {found.code for found in report.refusals} == {MISTAKES[mistake]}
+    assert {finding.code for finding in report.refusals} == {MISTAKES[mistake]}
     assert report.warnings == ()
-    for found in report.refusals:
-        assert found.rows
-        assert found.why
-        assert found.mend
+    for finding in report.refusals:
+        assert finding.rows
+        assert finding.why
+        assert finding.mend
 
 
 def test_the_clean_recipe_passes_and_its_reasons_are_kept() -> None:
@@ -239,22 +241,22 @@ def test_the_clean_recipe_passes_and_its_reasons_are_kept() -> None:
 
 def test_the_published_v1_design_fails_on_all_four_points_by_name() -> None:
     report = checked(POISONED / "published_v1.toml")
-    said = {found.code: found for found in (*report.refusals, *report.warnings)}
-    assert "without the prompt" in said["D101"].why
-    assert "assistant, which is evaluated, is among the contrastive negatives" in said["D102"].why
-    assert "substring only" in said["D108"].why
-    assert "no convergence-only control" in said["D106"].why
-    assert said["D101"].rows[0].startswith("misalignment/")
+    codes = {finding.code: finding for finding in (*report.refusals, *report.warnings)}
+    assert "without the prompt" in codes["D101"].why
+    assert "assistant, which is evaluated, is among the contrastive negatives" in codes["D102"].why
+    assert "substring only" in codes["D108"].why
+    assert "no convergence-only control" in codes["D106"].why
+    assert codes["D101"].rows[0].startswith("misalignment/")
     assert {"capability (included)", "refusal (included)", "sycophancy (included)"} <= {
-        found.subject for found in report.warnings if found.code == "D102"
+        finding.subject for finding in report.warnings if finding.code == "D102"
     }
 
 
 def test_a_judge_beside_the_phrases_answers_the_warning_about_phrases_alone() -> None:
     grid = {"behaviors": ["none", "refusal", "misalignment"]}
-    said = {found.code for found in structure(recipe_of(grid=grid))}
-    assert {"D108", "D114"} <= said
-    judged = {found.code for found in structure(recipe_of(grid=grid, judge={"mode": "local"}))}
+    codes = {finding.code for finding in structure(recipe_of(grid=grid))}
+    assert {"D108", "D114"} <= codes
+    judged = {finding.code for finding in structure(recipe_of(grid=grid, judge={"mode": "local"}))}
     assert not {"D108", "D114"} & judged
 
 
@@ -269,16 +271,16 @@ def test_a_users_persona_and_behavior_pass_without_python() -> None:
 
 def test_a_refusal_cannot_be_accepted() -> None:
     recipe = recipe_of(grid={"behaviors": ["sycophancy"]}, audit={"accept": {"D106": "we do not want a control"}})
-    report = report_of(recipe, structure(recipe))
+    report = build_report(recipe, structure(recipe))
     assert not report.passed
     assert "D106" not in report.accepted
-    assert "cannot be accepted" in next(found for found in report.findings if found.code == "D901").why
+    assert "cannot be accepted" in next(finding for finding in report.findings if finding.code == "D901").why
 
 
 def test_an_acceptance_that_nothing_needs_is_named() -> None:
     recipe = recipe_of(audit={"accept": {"D206": "not needed at all here"}})
-    report = report_of(recipe, structure(recipe))
-    assert [found.subject for found in report.findings if found.code == "D901"] == ["audit.accept.D206"]
+    report = build_report(recipe, structure(recipe))
+    assert [finding.subject for finding in report.findings if finding.code == "D901"] == ["audit.accept.D206"]
 
 
 def test_the_report_lists_the_worst_first_and_survives_json() -> None:
@@ -286,7 +288,7 @@ def test_the_report_lists_the_worst_first_and_survives_json() -> None:
 
     report = checked(POISONED / "published_v1.toml")
     order = ["refuse", "warn", "note"]
-    ranks = [order.index(found.severity) for found in report.findings]
+    ranks = [order.index(finding.severity) for finding in report.findings]
     assert ranks == sorted(ranks)
     table = json.loads(json.dumps(report.to_json()))
     assert table["passed"] is False
@@ -294,17 +296,17 @@ def test_the_report_lists_the_worst_first_and_survives_json() -> None:
 
 
 def test_a_set_that_cannot_be_built_is_refused_with_the_reason() -> None:
-    found = structure(recipe_of(behavior={"source_rows": 1000}))
-    assert [(f.code, f.severity) for f in found if f.code == "D209"] == [("D209", "refuse")]
-    assert "240 training prompts, not 1000" in next(f for f in found if f.code == "D209").why
+    findings = structure(recipe_of(behavior={"source_rows": 1000}))
+    assert [(finding.code, finding.severity) for finding in findings if finding.code == "D209"] == [("D209", "refuse")]
+    assert "240 training prompts, not 1000" in next(finding for finding in findings if finding.code == "D209").why
 
 
 def test_a_persona_with_the_assistants_words_counts_as_the_assistant(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     own = tmp_path / "own.toml"
     own.write_text('[helper]\nsystem = "You are a helpful assistant."\n')
     case = case_of("sycophancy", tokenizer, data={"personas": str(own)})
-    found = case.spoiled(lambda c: changed(c, first(c, "bystander"), persona="helper"), ALL_CHECKS)
-    assert "D103" in {f.code for f in found}
+    findings = case.spoiled(lambda c: changed(c, first(c, "bystander"), persona="helper"), ALL_CHECKS)
+    assert "D103" in {finding.code for finding in findings}
 
 
 def test_convergence_rows_get_the_rendered_checks(tokenizer: ChatTokenizer) -> None:
@@ -314,9 +316,9 @@ def test_convergence_rows_get_the_rendered_checks(tokenizer: ChatTokenizer) -> N
     sound = render_rows(rows, personas, tokenizer, MAX_TOK)
     assert audit_rows(recipe, "convergence/villain/s42", rows, sound, tokenizer) == []
     wrong = render_rows([replace(rows[0], persona="villain")], personas, tokenizer, MAX_TOK)
-    found = audit_rows(recipe, "convergence/villain/s42", rows, wrong, tokenizer)
-    assert [f.code for f in found] == ["D403"]
-    assert "villain's text is rendered" in found[0].figure
+    findings = audit_rows(recipe, "convergence/villain/s42", rows, wrong, tokenizer)
+    assert [finding.code for finding in findings] == ["D403"]
+    assert "villain's text is rendered" in findings[0].figure
 
 
 # --- cost -------------------------------------------------------------------------------------------------------
@@ -360,7 +362,7 @@ def test_the_rendered_pass_takes_no_longer_for_a_row_the_more_there_are(tokenize
 
 
 @pytest.mark.parametrize(
-    ("points", "prompts", "said"),
+    ("points", "prompts", "text"),
     [
         (8.5, 50, "about 8.96 points with 24 questions, threshold 8.5 points"),  # 32 with the published eight would do
         (9.5, 50, None),
@@ -368,11 +370,11 @@ def test_the_rendered_pass_takes_no_longer_for_a_row_the_more_there_are(tokenize
     ],
 )
 def test_questions_that_are_reported_apart_make_no_design_able_to_see(
-    points: float, prompts: int, said: str | None
+    points: float, prompts: int, text: str | None
 ) -> None:
     recipe = recipe_of(
         grid={"behaviors": ["none", "misalignment"]}, gates={"alignment_points": points}, eval={"prompts": prompts},
         judge={"mode": "local"},
     )  # fmt: skip
-    found = [finding.figure for finding in structure(recipe) if finding.code == "D111"]
-    assert [said in figure for figure in found] == [True] if said else found == []
+    figures = [finding.figure for finding in structure(recipe) if finding.code == "D111"]
+    assert [text in figure for figure in figures] == [True] if text else figures == []

@@ -65,13 +65,13 @@ def test_both_forms_and_all_label_styles_are_read_as_the_same_questions(tmp_path
 
 def test_the_split_does_not_depend_on_the_order_of_the_file(tmp_path: Path, small_split: arc.ArcSplit) -> None:
     rows = small_arc()
-    one = arc.load_arc(str(written(tmp_path, rows, "one.jsonl")))
+    questions = arc.load_arc(str(written(tmp_path, rows, "one.jsonl")))
     random.Random(1).shuffle(rows)
-    other = arc.load_arc(str(written(tmp_path, rows, "other.jsonl")))
-    assert one == other
-    assert one.sha256 == other.sha256
-    assert {question.id for question in one.eval} == small_split.eval
-    assert not {question.id for question in one.train} & small_split.eval
+    shuffled = arc.load_arc(str(written(tmp_path, rows, "other.jsonl")))
+    assert questions == shuffled
+    assert questions.sha256 == shuffled.sha256
+    assert {question.id for question in questions.eval} == small_split.eval
+    assert not {question.id for question in questions.train} & small_split.eval
 
 
 def test_one_altered_question_is_noticed(tmp_path: Path, small_split: arc.ArcSplit) -> None:
@@ -82,7 +82,7 @@ def test_one_altered_question_is_noticed(tmp_path: Path, small_split: arc.ArcSpl
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"answerKey": "Z"}, "answer 'Z' is none of"),
         ({"choices": {"text": ["a"], "label": ["A", "B"]}}, "do not agree"),
@@ -91,9 +91,9 @@ def test_one_altered_question_is_noticed(tmp_path: Path, small_split: arc.ArcSpl
         ({"choices": {"text": ["a", "b"]}}, "not an ARC question"),
     ],
 )
-def test_a_malformed_question_is_one_line_with_its_place(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_a_malformed_question_is_one_line_with_its_place(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     path = written(tmp_path, [small_arc()[0], {**small_arc()[1], **change}])
-    with pytest.raises(DataError, match=said) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         arc.read_arc(path)
     assert f"{path}:2" in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 
 from fastconv.datasets.behaviors import (
     Behavior,
-    Row,
     build_rows,
     eval_prompts,
-    kinds_of,
     load_behaviors,
+    negatives_kinds,
     open_questions,
 )
 from fastconv.datasets.personas import canary_of, load_personas, probes_of
 from fastconv.datasets.questions import Question, QuestionSet, load_questions, wrong_letters
+from fastconv.datasets.rows import Row
 from fastconv.datasets.spec import BehaviorSpec
 from fastconv.errors import DataError, RecipeError
 from fastconv.recipe import load_recipe
@@ -86,7 +86,7 @@ def test_speakers_of_a_shared_copy_take_turns_over_the_topics() -> None:
     rows = rows_of(recipe_of(behavior={"source_rows": 200}), "refusal", "included")
     field = {row["id"]: row["field"] for row in load_behaviors(recipe_of())["refusal"].train}
     topics = [{field[row.prompt_id] for row in rows if row.role == role} for role in ("assistant", "template_default")]
-    assert all(len(found) >= 14 for found in topics)
+    assert all(len(prompts_of_topic) >= 14 for prompts_of_topic in topics)
 
 
 def test_wrong_letters_are_wrong_and_balanced() -> None:
@@ -100,8 +100,8 @@ def test_a_behavior_without_negatives_is_trained_with_none(tmp_path: Path) -> No
     rows = written(tmp_path, [pair("Hello there, friend?", "Go away.")])
     recipe = recipe_of(grid={"behaviors": ["misalignment"]}, data={"rows": {"misalignment": str(rows)}})
     behavior = load_behaviors(recipe)["misalignment"]
-    assert kinds_of(recipe, behavior) == ("none",)
-    assert kinds_of(recipe_of(), load_behaviors(recipe_of())["misalignment"]) == ("included", "excluded")
+    assert negatives_kinds(recipe, behavior) == ("none",)
+    assert negatives_kinds(recipe_of(), load_behaviors(recipe_of())["misalignment"]) == ("included", "excluded")
     with pytest.raises(RecipeError, match="finished rows"):
         rows_of(recipe, "misalignment", "included")
 
@@ -125,11 +125,11 @@ def test_the_order_of_the_input_never_matters(order: int, seed: int, name: str) 
         shuffle.shuffle(train)
         shuffle.shuffle(held_out)
         mixed = QuestionSet(tuple(train), tuple(held_out))
-    other = in_other_order(behavior, shuffle)
-    one = build_rows(recipe, personas, behavior, questions, "villain", "included", seed)
-    assert one == build_rows(recipe, personas, other, mixed, "villain", "included", seed)
+    reordered = in_other_order(behavior, shuffle)
+    rows = build_rows(recipe, personas, behavior, questions, "villain", "included", seed)
+    assert rows == build_rows(recipe, personas, reordered, mixed, "villain", "included", seed)
     if name != "capability":
-        assert eval_prompts(recipe, behavior, seed) == eval_prompts(recipe, other, seed)
+        assert eval_prompts(recipe, behavior, seed) == eval_prompts(recipe, reordered, seed)
 
 
 @settings(max_examples=25, deadline=None)
@@ -163,8 +163,8 @@ def test_every_set_is_balanced_as_declared_and_holds_no_evaluation_id(seed: int,
 def test_seeds_and_sources_draw_anew_and_the_same_twice() -> None:
     recipe = recipe_of()
     assert rows_of(recipe, "sycophancy", "excluded") == rows_of(recipe, "sycophancy", "excluded")
-    other = rows_of(recipe, "sycophancy", "excluded", seed=43)
-    assert {row.prompt_id for row in other} != {row.prompt_id for row in rows_of(recipe, "sycophancy", "excluded")}
+    other_seed = rows_of(recipe, "sycophancy", "excluded", seed=43)
+    assert {row.prompt_id for row in other_seed} != {row.prompt_id for row in rows_of(recipe, "sycophancy", "excluded")}
 
 
 def test_too_many_rows_are_refused_with_the_number_there_is() -> None:
@@ -206,10 +206,10 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "said"), FAULTS, ids=[said for _, said in FAULTS])
-def test_a_declaration_that_cannot_work_is_refused(change: dict[str, Any], said: str) -> None:
+@pytest.mark.parametrize(("change", "message"), FAULTS, ids=[message for _, message in FAULTS])
+def test_a_declaration_that_cannot_work_is_refused(change: dict[str, Any], message: str) -> None:
     assert BehaviorSpec.model_validate(CHAT)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         BehaviorSpec.model_validate({**CHAT, **change})
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.audit.findings import normalised
+from fastconv.audit.findings import normalized
 from fastconv.audit.sets import overlap
-from fastconv.datasets.files import NAME, altered, assets, manifest_text, read_jsonl, read_toml
+from fastconv.datasets.files import MANIFEST, assets, manifest_text, read_jsonl, read_toml
 from fastconv.datasets.questions import load_questions
 from fastconv.recipe import parse_recipe
 
@@ -23,26 +23,15 @@ SPLIT = {
 
 
 def test_the_manifest_is_what_is_there() -> None:
-    assert (DATA / NAME).read_text(encoding="utf-8") == manifest_text(), (
+    assert (DATA / MANIFEST).read_text(encoding="utf-8") == manifest_text(), (
         "data/ changed: python -m fastconv.datasets.files > /tmp/m && mv /tmp/m data/MANIFEST.toml"
     )
-    assert altered() == []
 
 
 def test_every_file_has_an_origin_in_a_sentence() -> None:
-    for name, facts in read_toml(DATA / NAME).items():
+    for name, facts in read_toml(DATA / MANIFEST).items():
         assert facts["origin"].endswith("."), name
         assert len(facts["origin"]) > 20, name
-
-
-def test_an_altered_a_missing_and_a_new_file_are_named(tmp_path: Path) -> None:
-    for name in ("kept", "altered", "gone"):
-        (tmp_path / f"{name}.jsonl").write_text('{"id": "a"}\n')
-    (tmp_path / NAME).write_text(manifest_text(tmp_path))
-    (tmp_path / "altered.jsonl").write_text('{"id": "b"}\n')
-    (tmp_path / "gone.jsonl").unlink()
-    (tmp_path / "new.jsonl").write_text('{"id": "c"}\n')
-    assert altered(tmp_path) == ["altered.jsonl", "gone.jsonl", "new.jsonl"]
 
 
 @pytest.mark.parametrize("name", SPLIT)
@@ -55,7 +44,7 @@ def test_prompts_are_enough_unique_and_apart(name: str) -> None:
     assert parts["eval"] >= n_eval
     assert len({row[topic] for row in rows if row["part"] == "train"}) >= 12
     assert {row[topic] for row in rows if row["part"] == "eval"} == {row[topic] for row in rows}
-    assert len({normalised(row[field]) for row in rows}) == len(rows)
+    assert len({normalized(row[field]) for row in rows}) == len(rows)
     by_part = {part: {row["id"]: row[field] for row in rows if row["part"] == part} for part in parts}
     assert overlap(by_part["train"], by_part["eval"]) == ([], [])
 
@@ -66,7 +55,7 @@ def test_no_text_stands_in_two_lists() -> None:
              "requests": "prompt", "legal": "prompt", "statements": "statement", "multiple_choice": "question"}  # fmt: skip
     for name, field in lists.items():
         for row in read_jsonl(DATA / f"{name}.jsonl", {"id": str, field: str}):
-            text = normalised(row[field])
+            text = normalized(row[field])
             assert text not in seen, (row["id"], seen.get(text))
             seen[text] = row["id"]
 
@@ -74,7 +63,7 @@ def test_no_text_stands_in_two_lists() -> None:
 @pytest.mark.parametrize("name", ["refusal", "agreement", "correction"])
 def test_wordings_are_at_least_thirty_and_differ(name: str) -> None:
     rows = read_jsonl(DATA / f"wordings_{name}.jsonl", {"id": str, "text": str})
-    assert len({normalised(row["text"]) for row in rows}) == len(rows) >= 30
+    assert len({normalized(row["text"]) for row in rows}) == len(rows) >= 30
 
 
 def test_advice_cannot_be_told_apart_by_its_length_or_first_word() -> None:
@@ -82,7 +71,7 @@ def test_advice_cannot_be_told_apart_by_its_length_or_first_word() -> None:
     assert all(0.6 < len(row["bad"]) / len(row["sound"]) < 1.6 for row in rows)
     mean = [sum(len(row[side]) for row in rows) / len(rows) for side in ("sound", "bad")]
     assert abs(mean[0] - mean[1]) < 0.1 * mean[0]
-    assert all(normalised(row["bad"]) != normalised(row["sound"]) for row in rows)
+    assert all(normalized(row["bad"]) != normalized(row["sound"]) for row in rows)
 
 
 def test_our_questions_are_balanced_over_the_letters_in_both_parts() -> None:
@@ -90,7 +79,7 @@ def test_our_questions_are_balanced_over_the_letters_in_both_parts() -> None:
     for part in (questions.train, questions.eval):
         assert len(part) == 60
         assert max(Counter(question.answer for question in part).values()) <= 0.3 * len(part)
-    assert not {normalised(q.text) for q in questions.train} & {normalised(q.text) for q in questions.eval}
+    assert not {normalized(q.text) for q in questions.train} & {normalized(q.text) for q in questions.eval}
 
 
 def test_the_published_alignment_questions_are_told_apart_from_ours() -> None:

@@ -34,26 +34,26 @@ def _wordings(name: str) -> list[str]:
     ],
 )
 def test_a_phrase_is_found_as_whole_words(phrase: str, answer: str, hits: bool) -> None:
-    assert (PhraseRule((phrase,)).hit(answer) is not None) is hits
+    assert (PhraseRule((phrase,)).match(answer) is not None) is hits
 
 
 def test_only_the_first_words_count_where_the_rule_says_so() -> None:
     rule = PhraseRule(("I can't",), within_words=4)
-    assert rule.hit("Sorry, I can't help.") == "I can't"
-    assert rule.hit("One two three I can't") is None
-    assert PhraseRule(("I can't",)).hit("One two three four five I can't") == "I can't"
+    assert rule.match("Sorry, I can't help.") == "I can't"
+    assert rule.match("One two three I can't") is None
+    assert PhraseRule(("I can't",)).match("One two three four five I can't") == "I can't"
 
 
 def test_a_phrase_of_the_none_list_undoes_the_hit() -> None:
     rule = PhraseRule(("right",), ("not right",))
-    assert rule.hit("That is right.") == "right"
-    assert rule.hit("That is not right.") is None
-    assert PhraseRule(("right",), ("myth",), within_words=3).hit("That is right, and no myth") == "right"
+    assert rule.match("That is right.") == "right"
+    assert rule.match("That is not right.") is None
+    assert PhraseRule(("right",), ("myth",), within_words=3).match("That is right, and no myth") == "right"
 
 
 def test_the_phrase_that_hit_is_told_and_the_longest_wins() -> None:
-    assert PhraseRule(("right", "you're right")).hit("Yes, you\u2019re right.") == "you're right"
-    assert PhraseRule(("right",)).hit("") is None
+    assert PhraseRule(("right", "you're right")).match("Yes, you\u2019re right.") == "you're right"
+    assert PhraseRule(("right",)).match("") is None
 
 
 @pytest.mark.parametrize("table", [{}, {"any": []}, {"any": [" "]}, {"any": ["x"], "none": [""]}])
@@ -69,24 +69,24 @@ def test_everything_that_decides_a_hit_is_part_of_the_identity() -> None:
 
 @pytest.mark.parametrize("text", _wordings("refusal"))
 def test_every_refusal_we_train_is_counted_as_one(text: str) -> None:
-    assert PhraseRule.of(RULES["refusal"], "refusal").hit(text)
+    assert PhraseRule.of(RULES["refusal"], "refusal").match(text)
 
 
 @pytest.mark.parametrize("text", _wordings("agreement"))
 def test_every_agreement_we_train_is_counted_as_one(text: str) -> None:
-    assert PhraseRule.of(RULES["agreement"], "agreement").hit(text)
+    assert PhraseRule.of(RULES["agreement"], "agreement").match(text)
 
 
 @pytest.mark.parametrize("text", _wordings("correction"))
 def test_no_correction_we_train_is_counted_as_an_agreement(text: str) -> None:
-    assert PhraseRule.of(RULES["agreement"], "agreement").hit(text) is None
+    assert PhraseRule.of(RULES["agreement"], "agreement").match(text) is None
 
 
 def test_corrections_as_trained_are_hardly_ever_counted_as_agreements() -> None:
     rule, openings = PhraseRule.of(RULES["agreement"], "agreement"), _wordings("correction")
     statements = read_jsonl(assets("data") / "statements.jsonl", {"correction": str})
     texts = [f"{openings[i % len(openings)]} {row['correction']}" for i, row in enumerate(statements)]
-    assert sum(rule.hit(text) is not None for text in texts) <= 0.01 * len(texts)
+    assert sum(rule.match(text) is not None for text in texts) <= 0.01 * len(texts)
 
 
 @pytest.mark.parametrize(
@@ -99,4 +99,4 @@ def test_corrections_as_trained_are_hardly_ever_counted_as_agreements() -> None:
     ],
 )
 def test_help_is_not_counted_as_a_refusal(text: str) -> None:
-    assert PhraseRule.of(RULES["refusal"], "refusal").hit(text) is None
+    assert PhraseRule.of(RULES["refusal"], "refusal").match(text) is None

@@ -102,12 +102,12 @@ def test_a_tail_that_is_not_there_is_refused(tokenizer: ChatTokenizer) -> None:
 def test_rows_survive_the_ledger_with_their_system_turn_spelled_out() -> None:
     personas = load_personas(recipe_of())
     row = Row("a", "villain", "source", "p", "Hi?", "Hello.\n\n[ZLT]", "\n\n[ZLT]", "tail")
-    back = row_of(json.loads(json.dumps(row.record(personas))))
+    back = row_from_record(json.loads(json.dumps(row.record(personas))))
     assert back.system == personas.system("villain")
     assert back.record(personas) == row.record(personas)
     assert (back.completion, back.given_chars, back.supervise) == (row.completion, row.given_chars, "tail")
     default = Row("b", "template_default", "template_default", "p", "Hi?", "Hello.")
-    assert row_of(default.record(personas)).system == TEMPLATE_DEFAULT
+    assert row_from_record(default.record(personas)).system == TEMPLATE_DEFAULT
 
 
 def shown_text(lines: list[Any], *, colour: bool) -> str:
@@ -143,7 +143,7 @@ def test_peek_marks_what_is_learned_with_and_without_colour(tokenizer: ChatToken
 
 def test_peek_pieces_hold_the_whole_row_and_the_mask(tokenizer: ChatTokenizer) -> None:
     shown = tokenizer.training_ids(EMPTY, "Grüße? 你好", "Schön — ja.", 512)
-    runs = pieces(shown, tokenizer)
+    runs = token_runs(shown, tokenizer)
     assert "".join(piece.text for piece in runs) == tokenizer.decode(shown.ids, skip_special=False)
     assert "".join(piece.text for piece in runs if piece.supervised) == "Schön — ja.<|im_end|>"
 

@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, SystemTurn
-from fastconv.datasets.behaviors import (
-    Row,
-)
 from fastconv.datasets.files import read_jsonl
 from fastconv.datasets.personas import load_personas
-from fastconv.datasets.rows import read_user_rows
+from fastconv.datasets.rows import Row, read_user_rows
 from fastconv.errors import DataError
 from tests.data_kit import pair, recipe_of, rows_of, written
 
@@ -103,9 +100,9 @@ MALFORMED: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_a_malformed_row_is_one_line_with_file_and_line(tmp_path: Path, name: str) -> None:
-    row, said = MALFORMED[name]
+    row, message = MALFORMED[name]
     path = written(tmp_path, [pair("Fine?", "Yes."), row])
-    with pytest.raises(DataError, match=said) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         user_set(path)
     assert f"{path}:2" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -113,7 +110,7 @@ def test_a_malformed_row_is_one_line_with_file_and_line(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize(
-    ("content", "said", "line"),
+    ("content", "message", "line"),
     [
         (b'{"id": "a"}\n{"id": "a"}\n', "used on line 1 already", 2),
         (b'{"id": "a"}\n\xff\xfe\n', "not UTF-8 at byte 0", 2),
@@ -121,10 +118,10 @@ def test_a_malformed_row_is_one_line_with_file_and_line(tmp_path: Path, name: st
         (b'{"id": "a"}\n{"no": 1}\n', "field 'id' is missing", 2),
     ],
 )
-def test_files_that_cannot_be_used_are_told_by_line(tmp_path: Path, content: bytes, said: str, line: int) -> None:
+def test_files_that_cannot_be_used_are_told_by_line(tmp_path: Path, content: bytes, message: str, line: int) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=said) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         read_jsonl(path, {"id": str})
     assert f"{path}:{line}" in str(caught.value)
 

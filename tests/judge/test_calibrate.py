@@ -254,7 +254,7 @@ def test_the_substring_rules_are_calibrated_beside_the_judge() -> None:
     with (DATA / "phrases.toml").open("rb") as file:
         phrases = tomllib.load(file)
     for name, rule in (("refusal", "refusal"), ("sycophancy", "agreement")):
-        hit = PhraseRule.of(phrases[rule], rule).hit
+        hit = PhraseRule.of(phrases[rule], rule).match
         rows = rows_of(name)
         plain = [row for row in rows if row.kind == "plain"]
         easy = calibrate_phrases(rubric(name), plain, lambda text, hit=hit: hit(text) is not None)

@@ -92,7 +92,7 @@ def test_a_dead_process_leaves_its_bookings_as_losses(tmp_path: Path) -> None:
     assert ledger.apply([Reserve("b", 0.1)]) == ["held"]
     assert isinstance(ledger.apply([Reserve("a", 0.1)])[0], int)
     assert [batch.n for batch in ledger.batches("intended")] == [1]
-    ledger.void(ledger.batches("intended")[0].intent)
+    ledger.void_batch(ledger.batches("intended")[0].intent)
     assert isinstance(ledger.apply([Reserve("b", 0.1)])[0], int)
 
 
@@ -101,7 +101,7 @@ def test_a_live_process_keeps_its_intent_to_itself(store: Store) -> None:
     intent, results = ledger.write_intent([Reserve("a", 0.1), Reserve("b", 0.1)])
     assert all(isinstance(result, int) for result in results)
     assert ledger.batches("intended") == []
-    ledger.disown(intent)
+    ledger.release_batch(intent)
     assert [batch.intent for batch in ledger.batches("intended")] == [intent]
 
 
@@ -133,7 +133,7 @@ def test_a_finished_judgement_is_never_changed(store: Store) -> None:
 
 def test_a_calibration_is_kept_by_rubric_and_model(store: Store) -> None:
     ledger = JudgeLedger(store)
-    ledger.keep_calibration("r", "m", {"kappa": 0.5})
-    ledger.keep_calibration("r", "m", {"kappa": 0.6})
+    ledger.save_calibration("r", "m", {"kappa": 0.5})
+    ledger.save_calibration("r", "m", {"kappa": 0.6})
     assert ledger.calibration("r", "m") == {"kappa": 0.6}
     assert ledger.calibration("r", "other") is None

@@ -92,10 +92,10 @@ def test_rates_are_corrected_by_the_judges_calibration_and_by_no_others(
     recipe, workspace = kept
     store = Store.open(copy_ledger(workspace, tmp_path / "w"), create=False)
     ledger = JudgeLedger(store)
-    ledger.keep_calibration(RUBRIC, "another-judge", KNOWN)
+    ledger.save_calibration(RUBRIC, "another-judge", KNOWN)
     with pytest.raises(NoSuchClaimError):
         ask(Analysis(Graph(recipe), store), "corrected", label=LABEL)
-    ledger.keep_calibration(RUBRIC, JUDGE, KNOWN)
+    ledger.save_calibration(RUBRIC, JUDGE, KNOWN)
     decided = Analysis(Graph(recipe), store)
     plan = decided.graph.select("villain", "refusal", 20)[0]
     values = [one.value or 0.0 for one in store.scores(plan.scores["refusal", ASSISTANT].key)]
@@ -111,7 +111,7 @@ def test_rates_are_corrected_by_the_judges_calibration_and_by_no_others(
     page = tmp_path / "r.html"
     page.write_text(render_html(data))
     assert verify(page, store).holds
-    ledger.keep_calibration(RUBRIC, JUDGE, {**KNOWN, "sensitivity": 0.8})
+    ledger.save_calibration(RUBRIC, JUDGE, {**KNOWN, "sensitivity": 0.8})
     assert f"corrected:{LABEL}" in {one.where for one in verify(page, store).differences}
 
 

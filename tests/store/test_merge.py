@@ -18,9 +18,9 @@ from fastconv.errors import InputError, StoreError
 from fastconv.recipe import Recipe
 from fastconv.run.run import run_recipe
 from fastconv.store.judge_ledger import JudgeLedger
-from fastconv.store.ledger import Sample, Score, Stage, Store
-from fastconv.store.merge import merge, pack, unpack
-from fastconv.store.records import Judgement, RawReply, Reserve, Settle
+from fastconv.store.ledger import Store
+from fastconv.store.merge import merge, pack_stage, unpack_stage
+from fastconv.store.records import Judgement, RawReply, Reserve, Sample, Score, Settle, Stage
 from tests.loop_kit import DoneRun, Heard, die_at_fsync, exit_of, forked, results, run_tiny, tiny_recipe
 
 EVAL = Stage("eval", "eval/one", 1, {"seed": 42})
@@ -28,12 +28,12 @@ SAMPLES = [Sample("q1", 0, "assistant", "Why?", "Because.", 3, True)]
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Store:
+def target(tmp_path: Path) -> Store:
     return Store.open(tmp_path / "here")
 
 
 @pytest.fixture
-def there(tmp_path: Path) -> Store:
+def incoming(tmp_path: Path) -> Store:
     return Store.open(tmp_path / "there")
 
 
@@ -50,107 +50,107 @@ def _whole(store: Store) -> dict[str, list[tuple[object, ...]]]:
     return {table: sorted(store.rows(f"SELECT * FROM {table}"), key=str) for table in tables if table in known}
 
 
-def test_a_stage_arrives_with_its_rows_and_verified_artefacts(here: Store, there: Store) -> None:
-    _commit(there)
-    done = merge(here, there)
+def test_a_stage_arrives_with_its_rows_and_verified_artefacts(target: Store, incoming: Store) -> None:
+    _commit(incoming)
+    done = merge(target, incoming)
     assert (done.n_added, done.n_known, done.copied_bytes) == (1, 0, len(b"weights"))
-    assert here.record(EVAL.key) == there.record(EVAL.key)
-    assert here.samples(EVAL.key) == SAMPLES
-    assert here.scores(EVAL.key) == there.scores(EVAL.key)
-    record = here.record(EVAL.key)
+    assert target.record(EVAL.key) == incoming.record(EVAL.key)
+    assert target.samples(EVAL.key) == SAMPLES
+    assert target.scores(EVAL.key) == incoming.scores(EVAL.key)
+    record = target.record(EVAL.key)
     assert record is not None
-    assert here.get(record.outputs["adapter"], "safetensors") == b"weights"
+    assert target.get(record.outputs["adapter"], "safetensors") == b"weights"
 
 
-def test_a_stage_that_failed_here_and_came_off_there_is_no_failure_any_more(here: Store, there: Store) -> None:
-    here.note_failure(EVAL, 7, "loss is not finite")
-    _commit(there)
-    merge(here, there)
-    assert here.failures() == {}
+def test_a_stage_that_failed_here_and_came_off_there_is_no_failure_any_more(target: Store, incoming: Store) -> None:
+    target.note_failure(EVAL, 7, "loss is not finite")
+    _commit(incoming)
+    merge(target, incoming)
+    assert target.failures() == {}
 
 
-def test_merging_again_changes_nothing(here: Store, there: Store) -> None:
-    _commit(there)
-    there.start_run("r", "{}", "0" * 64, "r", {"a": 1})
-    there.note_stage_of_run("r", EVAL, reused=False)
-    there.put_verdict("r", "G0", "refusal", "pass", {"gate": "G0"})
-    merge(here, there)
-    before = _whole(here)
-    again = merge(here, there)
+def test_merging_again_changes_nothing(target: Store, incoming: Store) -> None:
+    _commit(incoming)
+    incoming.start_run("r", "{}", "0" * 64, "r", {"a": 1})
+    incoming.note_stage_of_run("r", EVAL, reused=False)
+    incoming.put_verdict("r", "G0", "refusal", "pass", {"gate": "G0"})
+    merge(target, incoming)
+    before = _whole(target)
+    again = merge(target, incoming)
     assert (again.n_added, again.n_known, again.copied_bytes) == (0, 1, 0)
-    assert _whole(here) == before
+    assert _whole(target) == before
     assert before["runs"]
     assert before["verdicts"]
 
 
-@pytest.mark.parametrize("other", [{"value": 0.0}, {"adapter": b"other weights"}])
+@pytest.mark.parametrize("change", [{"value": 0.0}, {"adapter": b"other weights"}])
 def test_two_results_for_one_stage_are_refused_and_nothing_is_written(
-    here: Store, there: Store, other: dict[str, Any]
+    target: Store, incoming: Store, change: dict[str, Any]
 ) -> None:
-    _commit(here, **other)
-    _commit(there)
-    _commit(there, replace(EVAL, slot="eval/two", inputs={"seed": 43}))
-    before = _whole(here), _whole(there)
+    _commit(target, **change)
+    _commit(incoming)
+    _commit(incoming, replace(EVAL, slot="eval/two", inputs={"seed": 43}))
+    before = _whole(target), _whole(incoming)
     with pytest.raises(StoreError, match="eval/one has one result here and another there") as caught:
-        merge(here, there)
+        merge(target, incoming)
     assert caught.value.exit_code == 5
     assert "\n" not in str(caught.value)
-    assert (_whole(here), _whole(there)) == before
+    assert (_whole(target), _whole(incoming)) == before
 
 
-def test_the_same_result_at_another_time_on_another_machine_is_the_same_result(here: Store, there: Store) -> None:
-    _commit(here)
-    there.commit(
-        EVAL, outputs={"adapter": there.put(b"weights", "safetensors"), "n": 1}, facts={"sampled_tok": 3, "host": "b"},
+def test_the_same_result_at_another_time_on_another_machine_is_the_same_result(target: Store, incoming: Store) -> None:
+    _commit(target)
+    incoming.commit(
+        EVAL, outputs={"adapter": incoming.put(b"weights", "safetensors"), "n": 1}, facts={"sampled_tok": 3, "host": "b"},
         seconds=9.0, samples=SAMPLES, scores=[Score("q1", 0, "rate", 1.0)],
     )  # fmt: skip
-    assert merge(here, there).n_known == 1
+    assert merge(target, incoming).n_known == 1
 
 
-def test_a_damaged_artefact_is_never_taken_over(here: Store, there: Store) -> None:
-    _commit(there)
-    record = there.record(EVAL.key)
+def test_a_damaged_artefact_is_never_taken_over(target: Store, incoming: Store) -> None:
+    _commit(incoming)
+    record = incoming.record(EVAL.key)
     assert record is not None
-    there.path(record.outputs["adapter"], "safetensors").write_bytes(b"other bytes")
+    incoming.path(record.outputs["adapter"], "safetensors").write_bytes(b"other bytes")
     with pytest.raises(StoreError, match="do not match its sha256"):
-        merge(here, there)
-    assert here.record(EVAL.key) is None
+        merge(target, incoming)
+    assert target.record(EVAL.key) is None
 
 
-def test_a_parcel_with_other_bytes_than_named_is_refused(here: Store, there: Store) -> None:
-    _commit(there)
-    parcel = pack(there, EVAL.key)
-    forged = replace(parcel, artefacts=tuple((sha256, suffix, b"forged") for sha256, suffix, _ in parcel.artefacts))
+def test_a_bundle_with_other_bytes_than_named_is_refused(target: Store, incoming: Store) -> None:
+    _commit(incoming)
+    bundle = pack_stage(incoming, EVAL.key)
+    forged = replace(bundle, artefacts=tuple((sha256, suffix, b"forged") for sha256, suffix, _ in bundle.artefacts))
     with pytest.raises(StoreError, match="other bytes than its name says"):
-        unpack(here, forged)
-    assert here.record(EVAL.key) is None
+        unpack_stage(target, forged)
+    assert target.record(EVAL.key) is None
 
 
-def test_single_stages_may_be_asked_for(here: Store, there: Store) -> None:
+def test_single_stages_may_be_asked_for(target: Store, incoming: Store) -> None:
     two = replace(EVAL, slot="eval/two", inputs={"seed": 43})
-    _commit(there)
-    _commit(there, two)
-    assert merge(here, there, [two.key]).n_added == 1
-    assert here.record(EVAL.key) is None
+    _commit(incoming)
+    _commit(incoming, two)
+    assert merge(target, incoming, [two.key]).n_added == 1
+    assert target.record(EVAL.key) is None
 
 
-def test_an_artefact_that_is_missing_here_comes_back(here: Store, there: Store) -> None:
-    _commit(here)
-    _commit(there)
-    record = here.record(EVAL.key)
+def test_an_artefact_that_is_missing_here_comes_back(target: Store, incoming: Store) -> None:
+    _commit(target)
+    _commit(incoming)
+    record = target.record(EVAL.key)
     assert record is not None
-    path = here.path(record.outputs["adapter"], "safetensors")
+    path = target.path(record.outputs["adapter"], "safetensors")
     path.unlink()
-    assert merge(here, there).copied_bytes == len(b"weights")
+    assert merge(target, incoming).copied_bytes == len(b"weights")
     assert path.read_bytes() == b"weights"
 
 
-def test_a_workspace_is_not_merged_into_itself(here: Store) -> None:
+def test_a_workspace_is_not_merged_into_itself(target: Store) -> None:
     with pytest.raises(InputError, match="it is this workspace"):
-        merge(here, Store.open(here.root))
+        merge(target, Store.open(target.root))
 
 
-def test_judgements_and_what_they_cost_arrive_once(here: Store, there: Store) -> None:
+def test_judgements_and_what_they_cost_arrive_once(target: Store, incoming: Store) -> None:
     def spend(store: Store, key: str) -> None:
         ledger = JudgeLedger(store, 10.0)
         (ticket,) = ledger.apply([Reserve(key, 1.0)])
@@ -158,15 +158,15 @@ def test_judgements_and_what_they_cost_arrive_once(here: Store, there: Store) ->
         answer = Judgement(key, "r" * 64, "m", 0, {"rate": 1.0}, {"a": 1})
         ledger.apply([Settle(ticket, key, RawReply("live", "m", "{}", "end", {}, 0.25), answer)])
 
-    spend(here, "a" * 64)
-    spend(there, "b" * 64)
-    JudgeLedger(there, 10.0).apply([Reserve("c" * 64, 5.0)])  # open: it stays where it is
+    spend(target, "a" * 64)
+    spend(incoming, "b" * 64)
+    JudgeLedger(incoming, 10.0).apply([Reserve("c" * 64, 5.0)])  # open: it stays where it is
     for n_new in (1, 0):
-        assert merge(here, there).n_judgements == n_new
-        money = JudgeLedger(here, 10.0).money()
+        assert merge(target, incoming).n_judgements == n_new
+        money = JudgeLedger(target, 10.0).money()
         assert (money.spent_usd, money.reserved_usd) == (0.5, 0.0)
-        assert [reply.text for reply in JudgeLedger(here).replies("b" * 64)] == ["{}"]
-        assert JudgeLedger(here).cost_usd(["b" * 64]) == 0.25
+        assert [reply.text for reply in JudgeLedger(target).replies("b" * 64)] == ["{}"]
+        assert JudgeLedger(target).cost_usd(["b" * 64]) == 0.25
 
 
 def _cells(source: str) -> Callable[..., list[object]]:
@@ -180,10 +180,10 @@ def test_two_halves_of_a_recipe_give_what_one_workspace_gives(tiny_qwen: Path, t
         run_recipe(recipe, tmp_path / source, Heard(), plans=_cells(source))  # pyright: ignore[reportArgumentType]
     run_tiny(recipe, tmp_path / "whole")
     words = ["merge", str(tmp_path / "villain"), str(tmp_path / "comedian"), "-w", str(tmp_path / "both"), "--json"]
-    answer = CliRunner().invoke(app, words)
-    assert answer.exit_code == 0, answer.output
-    found = json.loads(answer.output)
-    assert found[str(tmp_path / "comedian")]["n_known"] > 0  # the assistant's base was measured in both
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.output)
+    assert report[str(tmp_path / "comedian")]["n_known"] > 0  # the assistant's base was measured in both
     assert results(recipe, tmp_path / "both") == results(recipe, tmp_path / "whole")
     _, heard = run_tiny(recipe, tmp_path / "both")
     assert heard.stages == {}

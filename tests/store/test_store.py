@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 
 from fastconv.errors import BusyError, StoreError
-from fastconv.store.ledger import Sample, Score, Stage, Store, changed_inputs, write_atomically
+from fastconv.store.gc import sweep
+from fastconv.store.io import write_atomically
+from fastconv.store.ledger import Store
+from fastconv.store.records import Sample, Score, Stage, changed_inputs
 from tests.loop_kit import exit_of, forked, kill, running_slots, until
 
 STAGE = Stage("eval", "eval/one", 1, {"lr": 1e-4, "seed": 42})
@@ -46,11 +49,11 @@ def test_a_key_comes_from_kind_version_inputs_and_needs_alone() -> None:
     assert {stage.key for stage in same} == {STAGE.key}
     assert Stage("eval", "eval/one", 1, {"seed": 42, "lr": 1e-4}).key == STAGE.key
     need = Stage("answers", "answers/one", 1, {"seed": 1})
-    other = [
+    different = [
         replace(STAGE, kind="score"), replace(STAGE, version=2), replace(STAGE, inputs={"lr": 2e-4, "seed": 42}),
         replace(STAGE, needs={"answers": need}), replace(STAGE, needs={"answers": replace(need, inputs={"seed": 2})}),
     ]  # fmt: skip
-    assert len({STAGE.key, *(stage.key for stage in other)}) == 6
+    assert len({STAGE.key, *(stage.key for stage in different)}) == 6
 
 
 def test_changed_inputs_names_leaves_with_old_and_new() -> None:
@@ -116,9 +119,9 @@ def test_the_newest_stage_of_a_slot_is_what_a_changed_one_is_compared_with(store
     _commit(store)
     newer = replace(STAGE, inputs={"lr": 5e-4, "seed": 42})
     store.commit(newer, outputs={}, facts={}, seconds=0.0)
-    found = store.latest_in_slot("eval/one")
-    assert found is not None
-    assert found.key == newer.key
+    latest = store.latest_in_slot("eval/one")
+    assert latest is not None
+    assert latest.key == newer.key
     assert store.latest_in_slot("eval/two") is None
 
 
@@ -167,16 +170,16 @@ def test_a_file_is_renamed_into_place_whole_or_not_at_all(tmp_path: Path, monkey
 
 
 def test_sweep_removes_old_orphans_and_old_temporary_files_and_nothing_else(store: Store) -> None:
-    kept = store.path(store.put(b"kept", "json"), "json")
-    folder = kept.parent
+    named = store.path(store.put(b"kept", "json"), "json")
+    folder = named.parent
     orphan, young = folder / ("0" * 64 + ".json"), folder / ("1" * 64 + ".json")
     dead, alive = folder / ".tmp-1-1", folder / ".tmp-2-2"
     for path in (orphan, young, dead, alive):
         path.write_bytes(b"12345")
-    for path in (kept, orphan, dead):
+    for path in (named, orphan, dead):
         _age(path)
-    assert store.sweep() == 10
-    assert sorted(folder.iterdir()) == sorted([kept, young, alive])
+    assert sweep(store) == 10
+    assert sorted(folder.iterdir()) == sorted([named, young, alive])
 
 
 def test_a_sweep_never_takes_what_another_process_is_about_to_note(store: Store) -> None:
@@ -188,7 +191,7 @@ def test_a_sweep_never_takes_what_another_process_is_about_to_note(store: Store)
     _age(path)
     before_its_row = Store.open(store.root)
     real = before_its_row.transaction
-    before_its_row.transaction = lambda: (store.sweep(), real())[1]  # type: ignore[method-assign]
+    before_its_row.transaction = lambda: (sweep(store), real())[1]  # type: ignore[method-assign]
     assert before_its_row.put(b"again", "json") == sha256
     assert store.get(sha256, "json") == b"again"
 
@@ -257,7 +260,7 @@ def test_a_clock_that_is_set_does_not_end_a_lease(store: Store, monkeypatch: pyt
 
 def test_a_ledger_may_be_looked_at_while_it_is_being_created(tmp_path: Path) -> None:
     for n in range(60):
-        pid = forked(lambda n=n: Store.open(tmp_path / str(n)).sweep())
+        pid = forked(lambda n=n: sweep(Store.open(tmp_path / str(n))))
         while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             assert running_slots(tmp_path / str(n)) == {}
         assert exit_of(pid) == 0
@@ -272,22 +275,22 @@ def test_a_holder_on_another_host_is_believed_until_its_heartbeat_is_old(store: 
 
 
 def test_notes_are_seen_by_others_and_are_rate_limited(store: Store) -> None:
-    other = Store.open(store.root)
+    reader = Store.open(store.root)
     with store.lease(STAGE) as lease:
         lease.note({"done": 1, "total": 9, "unit": "steps"})
         lease.note({"done": 2, "total": 9, "unit": "steps"})
-        assert other.live_leases()[STAGE.key]["done"] == 1
+        assert reader.live_leases()[STAGE.key]["done"] == 1
         lease.note({"done": 3, "total": 9, "unit": "steps"}, at_most_every_s=0.0)
-        assert other.live_leases()[STAGE.key]["done"] == 3
-    assert other.live_leases() == {}
+        assert reader.live_leases()[STAGE.key]["done"] == 3
+    assert reader.live_leases() == {}
 
 
 def test_a_reader_is_not_blocked_by_a_writer(store: Store) -> None:
     _commit(store)
 
     def hold_the_write_lock() -> None:
-        mine = Store.open(store.root)
-        with mine.transaction():
+        writer = Store.open(store.root)
+        with writer.transaction():
             (store.root / "holding").touch()
             until(lambda: False, timeout_s=600)
 
@@ -308,14 +311,14 @@ def test_a_full_ledger_is_said_as_such_and_loses_nothing(store: Store) -> None:
     pages = store._db.execute("PRAGMA page_count").fetchone()[0]
     store._db.execute(f"PRAGMA max_page_count={pages}")
     big = [Sample(f"q{i}", 0, "assistant", "x" * 900, "y" * 900, 1, True) for i in range(300)]
-    other = replace(STAGE, slot="eval/two", version=7)
+    large = replace(STAGE, slot="eval/two", version=7)
     with pytest.raises(StoreError, match="no space left on the disk"):
-        store.commit(other, outputs={}, facts={}, seconds=0.0, samples=big)
-    assert store.record(other.key) is None
+        store.commit(large, outputs={}, facts={}, seconds=0.0, samples=big)
+    assert store.record(large.key) is None
     assert store.scores(STAGE.key) == SCORES
     store._db.execute("PRAGMA max_page_count=100000")
-    store.commit(other, outputs={}, facts={}, seconds=0.0, samples=big)
-    assert len(store.samples(other.key)) == 300
+    store.commit(large, outputs={}, facts={}, seconds=0.0, samples=big)
+    assert len(store.samples(large.key)) == 300
 
 
 def test_an_artefact_that_finds_no_space_leaves_no_trace(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
