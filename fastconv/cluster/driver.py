@@ -85,7 +85,7 @@ class Driver:
             self.problem = result.status.problem
 
     def _send(self, order: Order) -> Any:
-        bundles = [pack(self.store, key) for key in initial_keys(self.graph, self.store, order)]
+        bundles = [pack_stage(self.store, key) for key in initial_keys(self.graph, self.store, order)]
         origin = [socket.gethostname(), str(self.store.root.resolve()), self._run, order.name]
         folder = f"{self._run}-{order.name}-{sha256_of(origin)[:8]}"
         task = self.ray.remote(**task_resources(self.graph))(_work_for)
@@ -122,7 +122,7 @@ class Driver:
 
     def _merge(self, bundle: StageBundle) -> None:
         stage = self._stages[bundle.key]
-        if unpack(self.store, bundle):
+        if unpack_stage(self.store, bundle):
             self._count(stage)
         self.store.note_stage_of_run(self._run, stage, reused=False)
 

@@ -100,7 +100,7 @@ def is_cell_computed(graph: Graph, store: Store, plan: CellPlan, alive: Sequence
 def recipe_files(recipe: Recipe) -> dict[str, bytes]:
     """Contents of every user file that the recipe names, by path. Raises DataError for one that cannot be read."""
     paths: list[str] = []
-    move_paths(recipe.model_dump(mode="json"), lambda path: paths.append(path) or path)
+    map_paths(recipe.model_dump(mode="json"), lambda path: paths.append(path) or path)
     by_source = set(recipe.data.rows.values())
     named = [path for path in paths if path not in by_source]
     named += [path.replace("{source}", source) for path in by_source for source in recipe.grid.sources]

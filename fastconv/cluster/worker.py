@@ -85,7 +85,7 @@ def work(
         require_same_stages(order, graph, node)
         store = Store.open(root / "checkpoints")
         for bundle in start:
-            unpack(store, bundle)
+            unpack_stage(store, bundle)
     except FastconvError as error:
         yield WorkerFinished(error=_error_texts(error))
         return
@@ -113,7 +113,7 @@ def _new_stages(
         for (key,) in store.rows("SELECT key FROM stages ORDER BY finished_at, rowid"):
             if key in ordered and key not in known:
                 known.add(key)
-                yield pack(store, key)
+                yield pack_stage(store, key)
         if is_last:
             computing.raise_defect()
             return

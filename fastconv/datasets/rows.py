@@ -100,7 +100,7 @@ def rows_sha256(rows: Sequence[Row], personas: Personas) -> str:
     return hashlib.sha256(f"[{','.join(texts)}]".encode()).hexdigest()
 
 
-def row_of(record: Mapping[str, Any]) -> Row:
+def row_from_record(record: Mapping[str, Any]) -> Row:
     """The row of `Row.record`; its system turn is then always its own."""
     kind, text = record["system"]
     return Row(**{**record, "system": SystemTurn(kind, text)})

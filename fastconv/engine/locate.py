@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastconv.errors import ModelError
-from fastconv.hub import cached_file, is_out_of_reach
+from fastconv.hub import cached_file, is_unreachable
 from fastconv.recipe import ModelSettings
 
 

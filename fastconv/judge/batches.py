@@ -150,14 +150,14 @@ class BatchJudge:
             batch = await self._client.with_options(max_retries=0).messages.batches.create(requests=body)
         except APIStatusError as error:
             if error.status_code < 500:
-                self._ledger.void(intent)  # certainly not accepted
+                self._ledger.void_batch(intent)  # certainly not accepted
             else:
-                self._ledger.disown(intent)
+                self._ledger.release_batch(intent)
             raise api_error(error, self._settings, self._key) from None
         except APIError as error:
-            self._ledger.disown(intent)
+            self._ledger.release_batch(intent)
             raise api_error(error, self._settings, self._key) from None
-        self._ledger.attach(intent, batch.id)
+        self._ledger.set_batch_id(intent, batch.id)
 
     def _chunks(self, requests: Sequence[JudgeRequest]) -> list[list[JudgeRequest]]:
         chunks: list[list[JudgeRequest]] = []
@@ -203,7 +203,7 @@ class BatchJudge:
                 proved = batch if holds else proved
                 unproved = unproved or holds is None
             if proved is not None:
-                self._ledger.attach(intent.intent, proved.id)
+                self._ledger.set_batch_id(intent.intent, proved.id)
             elif running or self._is_young(intent):
                 n_open += 1
             elif unproved:

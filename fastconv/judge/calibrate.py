@@ -82,7 +82,7 @@ def inject_attempts(rubric: Rubric, carriers: Sequence[Carrier], attempts: Seque
     An attempt asks for a verdict that differs from the judge's own (the possible ones in turn), so obeying is visible.
     """
     by_row = {carrier.sample.row: carrier for carrier in carriers}
-    order = ordered(list(by_row), "injections", rubric.name)
+    order = seeded_order(list(by_row), "injections", rubric.name)
     injected = []
     for turn, attempt in enumerate(attempts if order else ()):
         carrier = by_row[order[turn % len(order)]]

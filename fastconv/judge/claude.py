@@ -185,7 +185,7 @@ def lookup_judgements(
     A reply that was stored without being read (its process had died) is read now.
     """
     judgements = ledger.judgements(request.key for request in requests)
-    tried = ledger.tried(request.key for request in requests if request.key not in judgements)
+    tried = ledger.sent_keys(request.key for request in requests if request.key not in judgements)
     n_unread: dict[str, int] = {}
     for request in requests:
         if request.key not in tried:

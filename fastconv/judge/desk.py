@@ -206,7 +206,7 @@ class JudgeDesk:
             await batch.close()
             self._publish()
             await self._live_ledger.close()
-            self._ledger.let_go()
+            self._ledger.release()
             store.close()
 
     async def _until_end(self) -> None:
@@ -240,7 +240,7 @@ class JudgeDesk:
 
     async def _add_stage(self, stage: str, rubric: Rubric, samples: Sequence[Sample], urgent: bool) -> None:
         """Add a stage's requests to the state, and queue those that the ledger cannot answer."""
-        self._live_ledger.ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source)
+        self._live_ledger.ledger.save_rubric(rubric.sha256, rubric.name, rubric.source)
         fresh: list[JudgeRequest] = []
         for start in range(0, len(samples), _SLICE):
             requests = build_requests(rubric, self._params, samples[start : start + _SLICE])

@@ -112,7 +112,7 @@ class LocalJudge:
         Raises Outage if the judge cannot be reached now, JudgeError if asking more makes no sense; what was committed
         until then stays.
         """
-        self._ledger.remember_rubric(rubric.sha256, rubric.name, rubric.source)
+        self._ledger.save_rubric(rubric.sha256, rubric.name, rubric.source)
         requests = {request.key: request for request in self.requests(rubric, samples)}
         done = self._ledger.judgements(requests)
         todo = [request for key, request in requests.items() if key not in done]

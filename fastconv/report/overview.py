@@ -96,14 +96,14 @@ def findings(decided: Analysis) -> Section | None:
 def _matrix(decided: Analysis, verdicts: dict[ContrastSubject, CellVerdict | None]) -> Figure:
     several = len({subject.negatives for subject in verdicts}) > 1
 
-    def row_of(subject: ContrastSubject) -> str:
+    def row_from_record(subject: ContrastSubject) -> str:
         return f"{subject.source}, {subject.negatives}" if several else subject.source
 
-    rows = list(dict.fromkeys(row_of(subject) for subject in verdicts))
+    rows = list(dict.fromkeys(row_from_record(subject) for subject in verdicts))
     behaviors = list(dict.fromkeys(subject.behavior for subject in verdicts))
     epochs = sorted({subject.epoch for subject in verdicts})
     columns = [(behavior, epoch) for behavior in behaviors for epoch in epochs]
-    by_place = {(row_of(s), (s.behavior, s.epoch)): one for s, one in verdicts.items()}
+    by_place = {(row_from_record(s), (s.behavior, s.epoch)): one for s, one in verdicts.items()}
     values: list[list[float | None]] = []
     texts: list[list[str]] = []
     for row in rows:

@@ -360,7 +360,9 @@ def planned(decided: Analysis) -> Section | None:
         record, seconds = decided.reading.record(stage), kept["stages"].get(stage.key[:12])
         if record is not None and seconds is not None and not decided.reused.get(stage.key, True):
             found.setdefault(stage.kind, []).append((seconds, record))
-    rows = [row_of(kind, pairs) for kind, pairs in found.items() if sum(r.seconds for _, r in pairs) >= LEAST_S]
+    rows = [
+        row_from_record(kind, pairs) for kind, pairs in found.items() if sum(r.seconds for _, r in pairs) >= LEAST_S
+    ]
     if not rows:
         return None
     columns = ("kind of stage", "stages", "planned, s", "taken, s", "taken over planned")
@@ -371,7 +373,7 @@ def planned(decided: Analysis) -> Section | None:
     return Section("planned", "Plan against actual", tuple(blocks), intro)
 
 
-def row_of(kind: str, pairs: list[tuple[float, Record]]) -> tuple[TableCell, ...]:
+def row_from_record(kind: str, pairs: list[tuple[float, Record]]) -> tuple[TableCell, ...]:
     """The row of one kind: seconds planned and taken of each of its stages."""
     ids = tuple(f"{record.key[:12]}/seconds" for _, record in pairs)
     planned_s, taken_s = sum(seconds for seconds, _ in pairs), sum(record.seconds for _, record in pairs)

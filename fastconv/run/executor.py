@@ -215,7 +215,7 @@ class Executor:
         rule = stage.work["rule"]
         scores = []
         for completed in self._store.samples(stage.needs["eval"].key):
-            phrase = rule.hit(completed.completion)
+            phrase = rule.match(completed.completion)
             scores.append(
                 Score(completed.row, completed.sample, "rate", float(phrase is not None), None, {"phrase": phrase})
             )

@@ -147,7 +147,7 @@ def calibrate_judge(
                 )
             calibration = calibrate(rubric, labelled, judge_samples, load_attempts(assets("data") / "injections.json"))
             # Stored under the model name of the replies, as the scores are.
-            JudgeLedger(store).keep_calibration(rubric.sha256, calibration.model, calibration.to_json())
+            JudgeLedger(store).save_calibration(rubric.sha256, calibration.model, calibration.to_json())
         results.append(RubricCalibration(name, calibration, _phrase_agreement(rubric, labelled)))
     return results
 

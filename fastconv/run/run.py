@@ -202,7 +202,7 @@ def run_recipe(
     """
     prepared = prepare_run(recipe, workspace, watcher, plans=plans, admit=admit, judge_later=judge_later)
     graph, store, cells = prepared.graph, prepared.store, prepared.cells
-    store.sweep()
+    sweep(store)
     run, keeper = prepared.begin(watcher, ignore_gates)
     with stop_on_sigint(stop) as stop:
         wanted = {stage.key for stage in graph.stages(cells)}

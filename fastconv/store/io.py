@@ -74,33 +74,6 @@ def storage_errors(root: Path) -> Iterator[None]:
         ) from error
 
 
-#: Commits wait for the disk, so that a power cut loses none. Tests turn it off: a killed process loses nothing either way.
-SYNCHRONOUS = "FULL"
-
-
-def connect(path: Path, schema: str, version: int) -> sqlite3.Connection:
-    """A connection to the SQLite file at `path`, in write-ahead mode; a new file gets `schema` and `version`.
-
-    Any number of processes may do this on one new file at once. Raises sqlite3.OperationalError after BUSY_S.
-    """
-    db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
-    db.row_factory = sqlite3.Row
-    deadline_s = time.monotonic() + BUSY_S
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode=WAL")
-            break
-        except sqlite3.OperationalError as error:
-            # The switch is refused at once while another process has the file open; all else waits by itself.
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline_s:
-                raise
-            time.sleep(0.01)
-    db.execute(f"PRAGMA synchronous={SYNCHRONOUS}")
-    if db.execute("PRAGMA user_version").fetchone()[0] == 0:
-        db.executescript(f"BEGIN IMMEDIATE; {schema} PRAGMA user_version={version}; COMMIT;")
-    return db
-
-
 def _storage_error(root: Path, code: int | None, text: str) -> StoreError:
     where = str(root)
     if code in (errno.ENOSPC, errno.EDQUOT):
@@ -115,6 +88,10 @@ def _storage_error(root: Path, code: int | None, text: str) -> StoreError:
 
 
 # --- SQLite ------------------------------------------------------------------------------------------------
+
+
+#: Commits wait for the disk, so that a power cut loses none. Tests turn it off: a killed process loses nothing either way.
+SYNCHRONOUS = "FULL"
 
 
 def connect(path: Path, schema: str, version: int) -> sqlite3.Connection:
@@ -134,7 +111,7 @@ def connect(path: Path, schema: str, version: int) -> sqlite3.Connection:
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline_s:
                 raise
             time.sleep(0.01)
-    db.execute("PRAGMA synchronous=FULL")
+    db.execute(f"PRAGMA synchronous={SYNCHRONOUS}")
     if db.execute("PRAGMA user_version").fetchone()[0] == 0:
         db.executescript(f"BEGIN IMMEDIATE; {schema} PRAGMA user_version={version}; COMMIT;")
     return db

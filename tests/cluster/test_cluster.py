@@ -25,7 +25,7 @@ from fastconv.errors import ClusterError, GateStop, ModelError, RecipeError, Tra
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, run_id
 from fastconv.store.ledger import Store
-from fastconv.store.merge import StageBundle, unpack_stage
+from fastconv.store.merge import StageBundle, pack_stage, unpack_stage
 from tests import TESTS
 from tests.loop_kit import Heard, results, run_tiny, tiny_recipe, write_tiny_recipe
 
@@ -123,9 +123,8 @@ def test_files_of_a_recipe_travel_by_content(tiny_qwen: Path, tmp_path: Path) ->
 def _done(order: Order, store: Store, stopped: Callable[[], bool] = NEVER) -> list[WorkerMessage]:
     """Work an order in this process and take everything in."""
     graph = Graph(load(order))
-    from fastconv.store.merge import pack_stage
 
-    items = list(work(order, [pack(store, key) for key in initial_keys(graph, store, order)], "test", stopped))
+    items = list(work(order, [pack_stage(store, key) for key in initial_keys(graph, store, order)], "test", stopped))
     for item in items:
         if isinstance(item, StageBundle):
             assert unpack_stage(store, item)

@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from fastconv.audit.rendered import CLOSE, NOT_SAMPLED, OPEN, peek_lines, pieces, with_placeholders
+from fastconv.audit.rendered import CLOSE, NOT_SAMPLED, OPEN, peek_lines, token_runs, with_placeholders
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, SystemTurn
 from fastconv.datasets.behaviors import (
     Row,
 )
 from fastconv.datasets.personas import load_personas
-from fastconv.datasets.rows import render_row, render_rows, row_of, rows_sha256
+from fastconv.datasets.rows import render_row, render_rows, row_from_record, rows_sha256
 from fastconv.errors import TemplateError
 from fastconv.recipe import sha256_of
 from tests.data_kit import recipe_of, rows_of

@@ -28,7 +28,7 @@ from fastconv.planning.hardware import CARDS, find_machine, probe_stage, process
 from fastconv.planning.plan import Plan, make_plan, plan_recipe, require_approved
 from fastconv.recipe import ModelSettings, RunSettings, run_id, sha256_of
 from fastconv.report import collect
-from fastconv.report.record import row_of as planned_row
+from fastconv.report.record import row_from_record as planned_row
 from fastconv.store.ledger import Record, Store
 from tests import ROOT
 from tests.loop_kit import DoneRun, run_tiny, tiny_recipe, write_tiny_recipe
