@@ -78,8 +78,8 @@ class Analysis:
         """Gates and verdicts under the first thresholds; the same as now where nothing was edited."""
         if self.first is None:
             return self.gates, self.verdicts
-        words = self._words(ContrastBuilder(self.reading, self.first.gates))
-        return words.gates, words.verdicts
+        decisions = self._words(ContrastBuilder(self.reading, self.first.gates))
+        return decisions.gates, decisions.verdicts
 
     @cached_property
     def facts(self) -> Mapping[str, Any]:
@@ -106,24 +106,24 @@ class Analysis:
 
     @cached_property
     def _by_label(self) -> dict[str, CellVerdict]:
-        return {one.label: one for one in self.verdicts}
+        return {verdict.label: verdict for verdict in self.verdicts}
 
     @cached_property
     def _subjects(self) -> dict[str, ContrastSubject]:
-        found = {}
+        subjects = {}
         for plan in self.graph.cells:
             subject = subject_of(plan.cell)
             if subject.behavior in self.graph.behaviors:
-                found[subject.label(self.found.main(subject.behavior))] = subject
-        return found
+                subjects[subject.label(self.found.main(subject.behavior))] = subject
+        return subjects
 
     @cached_property
     def _now(self) -> _Words:
         return self._words(self.found)
 
-    def _words(self, found: ContrastBuilder) -> _Words:
-        silent = {gate.subject for gate in base_gates(found) if gate.failed or gate.unread}
-        told = {id(plan) for plan in self.measured}
-        plans = [plan for plan in self.graph.cells if id(plan) in told or plan.cell.behavior in silent]
-        gates = all_gates(found, plans) if plans else []
-        return _Words(tuple(gates), tuple(primary_verdicts(found)))
+    def _words(self, contrasts: ContrastBuilder) -> _Words:
+        unmeasurable = {gate.subject for gate in base_gates(contrasts) if gate.failed or gate.unread}
+        measured = {id(plan) for plan in self.measured}
+        plans = [plan for plan in self.graph.cells if id(plan) in measured or plan.cell.behavior in unmeasurable]
+        gates = all_gates(contrasts, plans) if plans else []
+        return _Words(tuple(gates), tuple(primary_verdicts(contrasts)))

@@ -80,17 +80,17 @@ class ContrastBuilder:
     @cached_property
     def subjects(self) -> dict[ContrastSubject, list[CellPlan]]:
         """Every subject of the grid with its plans, one for each seed."""
-        found: dict[ContrastSubject, list[CellPlan]] = {}
+        plans: dict[ContrastSubject, list[CellPlan]] = {}
         for plan in self.graph.cells:
-            found.setdefault(subject_of(plan.cell), []).append(plan)
-        return found
+            plans.setdefault(subject_of(plan.cell), []).append(plan)
+        return plans
 
     def parts(self, measure: str) -> list[Part]:
         """The parts of a measure, the primary one first; one nameless part where its questions are of one set."""
         sets = question_sets(self.graph.behaviors[measure])
         if len(sets) < 2:
             return [Part(measure, "", None, True)]
-        return [Part(measure, name, ids, place == 0) for place, (name, ids) in enumerate(sets.items())]
+        return [Part(measure, name, ids, index == 0) for index, (name, ids) in enumerate(sets.items())]
 
     def main(self, measure: str) -> Part:
         """The part that verdicts and gates rest on."""
@@ -135,17 +135,19 @@ class ContrastBuilder:
         if control is None:
             return None
         canary = self.canary(plan.cell)
-        found = [
+        series_list = [
             series
             for persona in (ASSISTANT, canary)
             for series in (self.now(control, part, persona), self.base(control, part, persona))
         ]
-        return _whole(found)
+        return _whole(series_list)
 
     def _quad(self, plan: CellPlan, zero: CellPlan, part: Part) -> Quad | None:
         canary = self.canary(plan.cell)
-        found = [self.now(one, part, persona) for persona in (ASSISTANT, canary) for one in (plan, zero)]
-        return _whole(found)
+        series_list = [
+            self.now(at_epoch, part, persona) for persona in (ASSISTANT, canary) for at_epoch in (plan, zero)
+        ]
+        return _whole(series_list)
 
     def cell_evidence(self, subject: ContrastSubject, part: Part, measurable: bool | None) -> CellEvidence | None:
         """What a subject's verdict may look at, over the seeds that are measured; None while none is."""
@@ -179,13 +181,13 @@ class ContrastBuilder:
     def shifts(self, plans: Sequence[CellPlan], negatives: str) -> list[Shift]:
         """Changes against epoch 0 under assistant and canary, averaged over seeds, for one kind of negatives."""
         chosen = {subject_of(plan.cell) for plan in plans}
-        found = []
-        for subject, mine in self.subjects.items():
+        result = []
+        for subject, subject_plans in self.subjects.items():
             wanted = subject in chosen and subject.epoch and subject.negatives in (negatives, "none")
             if not wanted or subject.behavior == NO_BEHAVIOR or self.is_control(subject):
                 continue
             part = self.main(subject.behavior)
-            quads = [quad for plan in mine if (quad := self.trained(plan, part)) is not None]
+            quads = [quad for plan in subject_plans if (quad := self.trained(plan, part)) is not None]
             roles: tuple[Role, ...] = ("assistant", "canary")
             for role in roles:
                 pairs = [(q.now, q.base) if role == "assistant" else (q.canary_now, q.canary_base) for q in quads]
@@ -194,20 +196,20 @@ class ContrastBuilder:
                 why = first_too_unscored(pairs) or ""
                 value = np.nan if why else float(np.mean([now.mean.value - base.mean.value for now, base in pairs]))
                 unit = pairs[0][0].unit
-                rows = tuple(row for pair in pairs for one in pair for row in one.looked_at)
+                rows = tuple(row for pair in pairs for series in pair for row in series.looked_at)
                 about = (subject.source, subject.behavior, subject.epoch, role)
-                found.append(Shift(*about, value, unit, self.gates.threshold(subject.behavior, unit), rows, why))
-        return found
+                result.append(Shift(*about, value, unit, self.gates.threshold(subject.behavior, unit), rows, why))
+        return result
 
     def asides(self) -> list[SecondaryContrast]:
         """Every contrast beside the declared ones: trends, mimicry, the canary's change, controls, minor parts."""
-        found: list[SecondaryContrast] = []
+        contrasts: list[SecondaryContrast] = []
         for subject, plans in self.subjects.items():
             for measure in plans[0].measures:
                 for part in self.parts(measure):
                     for plan in plans:
-                        found += self._asides_of(subject, plan, part)
-        return found
+                        contrasts += self._asides_of(subject, plan, part)
+        return contrasts
 
     def _asides_of(self, subject: ContrastSubject, plan: CellPlan, part: Part) -> list[SecondaryContrast]:
         label = f"{subject.label()} s{plan.cell.seed}" + ("" if subject.behavior != NO_BEHAVIOR else f" {part.measure}")
@@ -220,12 +222,12 @@ class ContrastBuilder:
         quad = self.trained(plan, part)
         if quad is None:
             return []
-        found = [change_of(label, "change of the canary", quad.canary_now, quad.canary_base)]
+        contrasts = [change_of(label, "change of the canary", quad.canary_now, quad.canary_base)]
         if self.is_control(subject):
-            found.append(difference_of(label, "control", quad))
+            contrasts.append(difference_of(label, "control", quad))
         elif not part.primary:
-            found.append(difference_of(label, "questions reported apart", quad))
-        return found
+            contrasts.append(difference_of(label, "questions reported apart", quad))
+        return contrasts
 
     def _trend(self, label: str, zero: CellPlan, part: Part) -> list[SecondaryContrast]:
         """The assistant's slope over all measured epochs of the cell's column; told once, at epoch 0."""
@@ -234,14 +236,14 @@ class ContrastBuilder:
             for epoch in self.graph.recipe.grid.epochs
             if (plan := self.sibling(zero, epoch=epoch)) is not None
         }
-        measured = {epoch: one for epoch, one in column.items() if one is not None}
+        measured = {epoch: series for epoch, series in column.items() if series is not None}
         return [trend(label, measured)] if len(measured) > 1 else []
 
 
-def _whole(found: Sequence[Series | None]) -> Quad | None:
+def _whole(series_list: Sequence[Series | None]) -> Quad | None:
     """The four series, if all are there."""
-    there = [one for one in found if one is not None]
-    return Quad(*there) if len(there) == len(found) else None
+    measured = [series for series in series_list if series is not None]
+    return Quad(*measured) if len(measured) == len(series_list) else None
 
 
 def _why_withheld(seeds: Sequence[SeedEvidence], sources: Sequence[tuple[Series, Series]]) -> str | None:

@@ -16,8 +16,7 @@ from fastconv.datasets.personas import ASSISTANT
 from fastconv.experiment.graph import Cell, CellPlan, Graph
 from fastconv.experiment.schedule import wanted
 from fastconv.recipe import GateSettings, Recipe, StoppingGate, run_id
-from fastconv.stats import gates
-from fastconv.stats import study_gates as gates_study
+from fastconv.stats import gates, study_gates
 from fastconv.stats.bounds import multiple_choice_chance
 from fastconv.stats.gates import GateVerdict, Loss
 from fastconv.stats.secondary import CorrectedContrast, correct
@@ -41,17 +40,17 @@ def gate_base(graph: Graph, store: Store) -> list[GateVerdict]:
     return base_gates(ContrastBuilder(ScoreReader(graph, store)))
 
 
-def base_gates(found: ContrastBuilder) -> list[GateVerdict]:
+def base_gates(contrasts: ContrastBuilder) -> list[GateVerdict]:
     """G0 from a reading."""
-    graph, verdicts = found.graph, {}
+    graph, verdicts = contrasts.graph, {}
     for plan in graph.cells:
         for measure in plan.measures:
             if measure in verdicts:
                 continue
-            base = found.base(plan, found.main(measure), ASSISTANT)
+            base = contrasts.base(plan, contrasts.main(measure), ASSISTANT)
             if base is not None:
                 direction = graph.behaviors[measure].spec.direction
-                verdicts[measure] = gates.measurable(found.gates, measure, direction, base, _chance(graph, measure))
+                verdicts[measure] = gates.measurable(contrasts.gates, measure, direction, base, _chance(graph, measure))
     return list(verdicts.values())
 
 
@@ -72,38 +71,38 @@ def decide_gates(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[
     return all_gates(ContrastBuilder(ScoreReader(graph, store).load()), plans)
 
 
-def all_gates(found: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """`decide_gates` from a reading; gates that were ignored say so."""
-    ignored = ignored_gates(found.reading.store, found.graph.recipe)
-    verdicts = marked(base_gates(found), ignored)
+    ignored = ignored_gates(contrasts.reading.store, contrasts.graph.recipe)
+    verdicts = marked(base_gates(contrasts), ignored)
     g0 = {verdict.subject: verdict for verdict in verdicts}
-    verdicts += marked(_convergence_gates(found, plans), ignored)
+    verdicts += marked(_convergence_gates(contrasts, plans), ignored)
     for source, behavior in dict.fromkeys(
         (p.cell.source, p.cell.behavior) for p in plans if p.cell.behavior != NO_BEHAVIOR
     ):
-        mine = [p for p in plans if (p.cell.source, p.cell.behavior) == (source, behavior)]
-        word = [g0[behavior]] if behavior in g0 else []
+        behavior_plans = [p for p in plans if (p.cell.source, p.cell.behavior) == (source, behavior)]
+        behavior_verdicts = [g0[behavior]] if behavior in g0 else []
         # A G0 that could not be read rules nothing out: cells may be there, from before another judge read the base.
-        if word and not (word[0].failed and not word[0].ignored):
-            word += marked(_behavior_gates(found, source, behavior, mine), ignored)
-        verdicts += [verdict for verdict in word if verdict.gate != "G0"]
+        if behavior_verdicts and not (behavior_verdicts[0].failed and not behavior_verdicts[0].ignored):
+            behavior_verdicts += marked(_behavior_gates(contrasts, source, behavior, behavior_plans), ignored)
+        verdicts += [verdict for verdict in behavior_verdicts if verdict.gate != "G0"]
         if source == ASSISTANT:
             continue  # a degenerate control: its gates are told, and it decides nothing
-        controls = {_group(p.cell) for p in mine if found.is_control(subject_of(p.cell))}
-        declared = [verdict for verdict in word if verdict.subject not in controls]
+        controls = {_group(p.cell) for p in behavior_plans if contrasts.is_control(subject_of(p.cell))}
+        declared = [verdict for verdict in behavior_verdicts if verdict.subject not in controls]
         verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, declared))
-    return [*verdicts, *marked(_study_gates(found, plans), ignored)]
+    return [*verdicts, *marked(_study_gates(contrasts, plans), ignored)]
 
 
-def gates_after(found: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]:
+def gates_after(contrasts: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]:
     """What a finished cell lets the gates say, before the next cost: G2, G3, G3.5, the kill criterion, G4 and G5."""
-    verdicts = _convergence_gates(found, [plan])
+    verdicts = _convergence_gates(contrasts, [plan])
     if plan.cell.behavior != NO_BEHAVIOR:
-        zero = found.sibling(plan, epoch=0)
-        pair = [one for one in (zero, plan) if one is not None]
-        verdicts += _behavior_gates(found, plan.cell.source, plan.cell.behavior, pair)
-        verdicts += _first_sources(found, plan)
-    return [one for one in verdicts if one.gate in get_args(StoppingGate)]
+        zero = contrasts.sibling(plan, epoch=0)
+        pair = [cell_plan for cell_plan in (zero, plan) if cell_plan is not None]
+        verdicts += _behavior_gates(contrasts, plan.cell.source, plan.cell.behavior, pair)
+        verdicts += _first_sources(contrasts, plan)
+    return [verdict for verdict in verdicts if verdict.gate in get_args(StoppingGate)]
 
 
 def cell_verdicts(graph: Graph, store: Store) -> list[CellVerdict]:
@@ -111,7 +110,7 @@ def cell_verdicts(graph: Graph, store: Store) -> list[CellVerdict]:
     return primary_verdicts(ContrastBuilder(ScoreReader(graph, store).load()))
 
 
-def declared_contrasts(found: ContrastBuilder) -> list[ContrastSubject]:
+def declared_contrasts(contrasts: ContrastBuilder) -> list[ContrastSubject]:
     """The pre-declared family: what the recipe's grid asks, measured or not. Controls stand among the secondary ones.
 
     What G0 silences stays in it. G0 looks at the base's measurements, so a family that shrank by its word would depend
@@ -119,34 +118,38 @@ def declared_contrasts(found: ContrastBuilder) -> list[ContrastSubject]:
     """
     return [
         subject
-        for subject in found.subjects
-        if subject.behavior != NO_BEHAVIOR and subject.epoch and not found.is_control(subject)
+        for subject in contrasts.subjects
+        if subject.behavior != NO_BEHAVIOR and subject.epoch and not contrasts.is_control(subject)
     ]
 
 
-def primary_verdicts(found: ContrastBuilder) -> list[CellVerdict]:
+def primary_verdicts(contrasts: ContrastBuilder) -> list[CellVerdict]:
     """`cell_verdicts` from a reading."""
-    g0 = {verdict.subject: verdict for verdict in base_gates(found)}
-    done: list[CellEvidence] = []
-    silent: list[CellVerdict] = []
-    family = declared_contrasts(found)
+    g0 = {verdict.subject: verdict for verdict in base_gates(contrasts)}
+    evidence: list[CellEvidence] = []
+    not_trained: list[CellVerdict] = []
+    family = declared_contrasts(contrasts)
     for subject in family:
-        word, part = g0.get(subject.behavior), found.main(subject.behavior)
-        unread = "" if word is None or not word.unread else f"at the base, {word.reason}"
-        measured = found.cell_evidence(subject, part, None if word is None or unread else word.verdict == "pass")
+        g0_verdict, part = g0.get(subject.behavior), contrasts.main(subject.behavior)
+        unread = "" if g0_verdict is None or not g0_verdict.unread else f"at the base, {g0_verdict.reason}"
+        measured = contrasts.cell_evidence(
+            subject, part, None if g0_verdict is None or unread else g0_verdict.verdict == "pass"
+        )
         if measured is not None and unread:
-            done.append(replace(measured, withheld=measured.withheld or unread))
+            evidence.append(replace(measured, withheld=measured.withheld or unread))
         elif measured is not None:
-            done.append(measured)
-        elif word is not None and word.failed:
+            evidence.append(measured)
+        elif g0_verdict is not None and g0_verdict.failed:
             label = subject.label(part)
-            silent.append(not_run(label, f"not measurable at base: {word.reason}", word.rows, subject.behavior))
-    return [*decide(done, len(family)), *silent]
+            not_trained.append(
+                not_run(label, f"not measurable at base: {g0_verdict.reason}", g0_verdict.rows, subject.behavior)
+            )
+    return [*decide(evidence, len(family)), *not_trained]
 
 
-def secondary_findings(found: ContrastBuilder) -> list[CorrectedContrast]:
+def secondary_findings(contrasts: ContrastBuilder) -> list[CorrectedContrast]:
     """Everything tested beside the declared contrasts, corrected for the false discovery rate."""
-    return correct(found.asides())
+    return correct(contrasts.asides())
 
 
 #: The gates' field that holds a figure for each source, and no threshold for all of them.
@@ -187,11 +190,11 @@ def first_thresholds(reading: ScoreReader) -> FirstThresholds | None:
             before = GateSettings.model_validate(table.get("gates", {}))
         except ValidationError:
             continue  # written by another version, whose thresholds had other names
-        theirs = _thresholds(before, table.get("grid", {}).get("sources", ()))
-        fresh = {name: value for name, value in theirs.items() if name in now and name not in first}
-        if edited is None and any(value != now[name] for name, value in fresh.items()):
+        earlier = _thresholds(before, table.get("grid", {}).get("sources", ()))
+        new_thresholds = {name: value for name, value in earlier.items() if name in now and name not in first}
+        if edited is None and any(value != now[name] for name, value in new_thresholds.items()):
             edited = run, started_at
-        first |= fresh
+        first |= new_thresholds
     if edited is None:
         return None
     changes = changed_inputs(first, {name: now[name] for name in first})
@@ -216,14 +219,14 @@ def _with_thresholds(gates: GateSettings, first: Mapping[str, Any]) -> GateSetti
 def marked(verdicts: Sequence[GateVerdict], ignored: Mapping[str, str]) -> list[GateVerdict]:
     """The verdicts, with the reason on each failed or undecidable one that is ignored."""
     return [
-        replace(verdict, ignored=ignored[one])
-        if (verdict.failed or verdict.unread) and (one := verdict.gate) in ignored
+        replace(verdict, ignored=ignored[gate])
+        if (verdict.failed or verdict.unread) and (gate := verdict.gate) in ignored
         else verdict
         for verdict in verdicts
     ]
 
 
-def _convergence_gates(found: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+def _convergence_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """G2 for every convergence run that the cells stand on."""
     verdicts: dict[str, GateVerdict] = {}
     for plan in plans:
@@ -233,19 +236,21 @@ def _convergence_gates(found: ContrastBuilder, plans: Sequence[CellPlan]) -> lis
         subject = f"{cell.source}, converged on {cell.convergence}, seed {cell.seed}"
         if subject in verdicts:
             continue
-        lineage = found.graph.lineage(plan.snapshot)
-        missing = tuple(stage.slot for stage in lineage if found.reading.record(stage) is None)
-        last = _loss(found, lineage[-1])
-        verdicts[subject] = gates.converged(found.gates, found.graph.recipe.model.id, subject, missing, last)
+        lineage = contrasts.graph.lineage(plan.snapshot)
+        missing = tuple(stage.slot for stage in lineage if contrasts.reading.record(stage) is None)
+        last = _loss(contrasts, lineage[-1])
+        verdicts[subject] = gates.converged(contrasts.gates, contrasts.graph.recipe.model.id, subject, missing, last)
     return list(verdicts.values())
 
 
-def _behavior_gates(found: ContrastBuilder, source: str, behavior: str, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+def _behavior_gates(
+    contrasts: ContrastBuilder, source: str, behavior: str, plans: Sequence[CellPlan]
+) -> list[GateVerdict]:
     """STACK, G1, G3, G3.5, SOURCE, KILL and CHANGE of one source and behavior, for each group of cells of one kind."""
     proofs: dict[str, Any] = {}
     for end in (stage for plan in plans for stage in plan.scores.values()):
         drawn = end.needs.get("eval", end)
-        if (record := found.reading.record(drawn)) is not None:
+        if (record := contrasts.reading.record(drawn)) is not None:
             proofs[drawn.slot] = record.outputs
     verdicts = [gates.stacking(f"{source} x {behavior}", proofs)]
     groups: dict[tuple[str, str, int], dict[int, CellPlan]] = {}
@@ -254,7 +259,7 @@ def _behavior_gates(found: ContrastBuilder, source: str, behavior: str, plans: S
         groups.setdefault((cell.convergence, cell.negatives, cell.seed), {})[cell.epoch] = plan
     for by_epoch in groups.values():
         subject = _group(next(iter(by_epoch.values())).cell)
-        verdicts += _group_gates(found, source, behavior, subject, by_epoch)
+        verdicts += _group_gates(contrasts, source, behavior, subject, by_epoch)
     return verdicts
 
 
@@ -264,20 +269,24 @@ def _group(cell: Cell) -> str:
 
 
 def _group_gates(
-    found: ContrastBuilder, source: str, behavior: str, subject: str, by_epoch: Mapping[int, CellPlan]
+    contrasts: ContrastBuilder, source: str, behavior: str, subject: str, by_epoch: Mapping[int, CellPlan]
 ) -> list[GateVerdict]:
-    rules, part, direction = found.gates, found.main(behavior), found.graph.behaviors[behavior].spec.direction
-    now = {epoch: found.now(plan, part, ASSISTANT) for epoch, plan in by_epoch.items()}
-    measured = {epoch: one for epoch, one in now.items() if one is not None}
-    losses = {e: loss for e, plan in by_epoch.items() if plan.adapter and (loss := _loss(found, plan.adapter))}
+    rules, part, direction = (
+        contrasts.gates,
+        contrasts.main(behavior),
+        contrasts.graph.behaviors[behavior].spec.direction,
+    )
+    now = {epoch: contrasts.now(plan, part, ASSISTANT) for epoch, plan in by_epoch.items()}
+    measured = {epoch: series for epoch, series in now.items() if series is not None}
+    losses = {e: loss for e, plan in by_epoch.items() if plan.adapter and (loss := _loss(contrasts, plan.adapter))}
     first = by_epoch[min(by_epoch)]
-    base = found.base(first, part, source)
-    own = {e: one for e, plan in by_epoch.items() if (one := found.now(plan, part, source)) is not None}
-    verdicts = [_rows_gate(found, subject, first)]
+    base = contrasts.base(first, part, source)
+    own = {e: series for e, plan in by_epoch.items() if (series := contrasts.now(plan, part, source)) is not None}
+    verdicts = [_rows_gate(contrasts, subject, first)]
     if (
         behavior == "capability"
         and first.cell.negatives == "included"
-        and found.graph.recipe.eval.multiple_choice == "arc"
+        and contrasts.graph.recipe.eval.multiple_choice == "arc"
     ):
         verdicts.append(gates.reference(rules, source, measured.get(0)))
     verdicts.append(gates.same_loss(rules, subject, losses))
@@ -288,56 +297,56 @@ def _group_gates(
     return verdicts
 
 
-def _rows_gate(found: ContrastBuilder, subject: str, plan: CellPlan) -> GateVerdict:
+def _rows_gate(contrasts: ContrastBuilder, subject: str, plan: CellPlan) -> GateVerdict:
     """G1. Rows that the audit refuses are never trained, so a set that was trained on has passed it."""
     stage = plan.adapter.needs["rows"] if plan.adapter is not None else None
-    record = found.reading.record(stage) if stage is not None else None
+    record = contrasts.reading.record(stage) if stage is not None else None
     if stage is None or record is None:
         return gates.data_ready(subject, 0, None, "", ())
     return gates.data_ready(subject, len(stage.work["rows"]), int(record.outputs["n"]), stage.key, ())
 
 
-def _study_gates(found: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+def _study_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """G4, G5, confirm and falsify, for each kind of negatives."""
-    rules, grid = found.gates, found.graph.recipe.grid
+    rules, grid = contrasts.gates, contrasts.graph.recipe.grid
     sources = [source for source in grid.sources if source not in (ASSISTANT, rules.negative_control)]
     kinds = dict.fromkeys(p.cell.negatives for p in plans if p.cell.behavior != NO_BEHAVIOR)
     verdicts = []
     for kind in [kind for kind in kinds if kind != "none"] or list(kinds):
-        shifts = found.shifts(plans, kind)
-        verdicts += gates_study.study(rules, f"negatives {kind}", shifts, sources)
+        shifts = contrasts.shifts(plans, kind)
+        verdicts += study_gates.study(rules, f"negatives {kind}", shifts, sources)
     return verdicts
 
 
-def _first_sources(found: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]:
+def _first_sources(contrasts: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]:
     """G4 and G5, each as soon as the sources that it looks at are measured whole, while others are still to be paid for."""
-    rules, graph, kind = found.gates, found.graph, plan.cell.negatives
-    ignored = ignored_gates(found.reading.store, graph.recipe)
-    alive = [one.subject for one in marked(base_gates(found), ignored) if one.verdict == "pass" or one.ignored]
-    mine: dict[str, list[CellPlan]] = {source: [] for source in graph.recipe.grid.sources}
+    rules, graph, kind = contrasts.gates, contrasts.graph, plan.cell.negatives
+    ignored = ignored_gates(contrasts.reading.store, graph.recipe)
+    measurable = [one.subject for one in marked(base_gates(contrasts), ignored) if one.verdict == "pass" or one.ignored]
+    by_source: dict[str, list[CellPlan]] = {source: [] for source in graph.recipe.grid.sources}
     for one in graph.cells:
-        if one.cell.behavior in alive and one.cell.epoch and one.cell.negatives == kind:
-            mine[one.cell.source].append(one)
+        if one.cell.behavior in measurable and one.cell.epoch and one.cell.negatives == kind:
+            by_source[one.cell.source].append(one)
     is_open = {
         source
-        for source, plans in mine.items()
-        if any(found.reading.record(end) is None for one in plans for end in wanted(one, alive))
+        for source, plans in by_source.items()
+        if any(contrasts.reading.record(end) is None for one in plans for end in wanted(one, measurable))
     }
-    sources = [source for source in mine if source not in (ASSISTANT, rules.negative_control)]
+    sources = [source for source in by_source if source not in (ASSISTANT, rules.negative_control)]
     subject, verdicts = f"negatives {kind}", []
     for gate, first in (("G4", [rules.g4_source]), ("G5", sources[: rules.g5_sources])):
         if not is_open or not is_open.isdisjoint(first) or not set(first) <= set(sources):
             continue
-        shifts = found.shifts([one for source in first for one in mine[source]], kind)
+        shifts = contrasts.shifts([one for source in first for one in by_source[source]], kind)
         if gate == "G4":
-            verdicts.append(gates_study.signal(rules, subject, shifts))
+            verdicts.append(study_gates.signal(rules, subject, shifts))
         else:
-            verdicts.append(gates_study.first_sources(rules, subject, shifts, sources))
+            verdicts.append(study_gates.first_sources(rules, subject, shifts, sources))
     return verdicts
 
 
-def _loss(found: ContrastBuilder, stage: Stage) -> Loss | None:
-    record = found.reading.record(stage)
+def _loss(contrasts: ContrastBuilder, stage: Stage) -> Loss | None:
+    record = contrasts.reading.record(stage)
     return None if record is None else Loss(float(record.outputs["last_epoch_loss"]), stage.key)
 
 

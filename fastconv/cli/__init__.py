@@ -246,8 +246,8 @@ def peek(
     from fastconv import show
     from fastconv.run.audit import peek_recipe
 
-    loaded = _load(recipe, [one for one in sets if "=" in one])
-    names = [one for one in sets if "=" not in one]
+    loaded = _load(recipe, [name for name in sets if "=" in name])
+    names = [name for name in sets if "=" not in name]
     for title, lines in peek_recipe(loaded, _open_if_there(workspace), names, rows):
         show.peek(title, lines)
 
@@ -291,8 +291,8 @@ def score(
     from fastconv.recipe import model_settings
     from fastconv.run.standalone import score_file
 
-    found = score_file(model_settings(model, revision), adapters, questions, system_turn(system), by_text=by_text)
-    show.scored(found, as_json=as_json)
+    result = score_file(model_settings(model, revision), adapters, questions, system_turn(system), by_text=by_text)
+    show.scored(result, as_json=as_json)
 
 
 @app.command()

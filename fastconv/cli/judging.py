@@ -101,17 +101,17 @@ def calibrate(
         table: dict[str, Any] = {"mode": mode, "model": model, "base_url": base_url, "budget_usd": budget_usd}
         settings = parse_recipe({"name": "calibrate", "judge": table}, where="calibrate").judge
         judge = judge_identity(settings, prices_of(settings), "")
-    found = calibrate_judge(judge, settings, workspace, rubrics, rows=rows, graph=graph)
+    results = calibrate_judge(judge, settings, workspace, rubrics, rows=rows, graph=graph)
     if as_json:
         body = [
             {
-                "rubric": one.rubric,
-                "judge": one.judge.to_json() if one.judge else None,
-                "phrases": agreement_json(one.phrases) if one.phrases else None,
+                "rubric": result.rubric,
+                "judge": result.judge.to_json() if result.judge else None,
+                "phrases": agreement_json(result.phrases) if result.phrases else None,
             }
-            for one in found
+            for result in results
         ]
         print(json.dumps(body))
         return
-    for one in found:
-        typer.echo("\n".join(calibrated_lines(one)))
+    for result in results:
+        typer.echo("\n".join(calibrated_lines(result)))

@@ -42,21 +42,23 @@ def verify(
     from fastconv.report.verify import verify_published
     from fastconv.store.ledger import Store
 
-    found = verify_published(report) or check(report, Store.open(workspace, create=False))
+    result = verify_published(report) or check(report, Store.open(workspace, create=False))
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
+        print(json.dumps(result.to_json(), indent=1))
     else:
-        for one in found.differences:
-            typer.echo(f"{one.what} {one.where}\n    report: {one.report}\n    {found.made_of}: {one.ledger}")
-        typer.echo(f"{found.run}: {found.n_claims} claims asked again, {found.n_lines} lines compared")
-    if not found.holds:
+        for difference in result.differences:
+            typer.echo(
+                f"{difference.what} {difference.where}\n    report: {difference.report}\n    {result.made_of}: {difference.ledger}"
+            )
+        typer.echo(f"{result.run}: {result.n_claims} claims asked again, {result.n_lines} lines compared")
+    if not result.holds:
         if as_json:
             raise typer.Exit(VerifyError.exit_code)
-        again = "report" if found.made_of == "ledger" else "published --reports FOLDER"
+        again = "report" if result.made_of == "ledger" else "published --reports FOLDER"
         raise VerifyError(
-            f"{len(found.differences)} differences from the {found.made_of}",
+            f"{len(result.differences)} differences from the {result.made_of}",
             where=str(report),
-            fix=f"the report was edited or the {found.made_of} has moved on; `fastconv {again}` writes it again",
+            fix=f"the report was edited or the {result.made_of} has moved on; `fastconv {again}` writes it again",
         )
 
 
@@ -72,12 +74,12 @@ def compare(
     """Set two runs side by side: what their recipes differ in, and paired differences of every cell both have."""
     from fastconv.report.compare import compare as pair_up
 
-    found = pair_up(_decided(first, workspace), _decided(second, other or workspace))
+    result = pair_up(_decided(first, workspace), _decided(second, other or workspace))
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
+        print(json.dumps(result.to_json(), indent=1))
         return
 
-    comparison(found)
+    comparison(result)
 
 
 def published(
@@ -89,18 +91,18 @@ def published(
     from fastconv.show import gates
 
     judged = [judge_published(read_published(name)) for name in published_names()]
-    pages = [str(write_published(found, reports)) for found in judged] if reports is not None else []
+    pages = [str(write_published(verdicts, reports)) for verdicts in judged] if reports is not None else []
     if as_json:
-        tables = [found.to_json() for found in judged]
+        tables = [verdicts.to_json() for verdicts in judged]
         print(json.dumps({"tables": tables, **({"html": pages} if pages else {})}, indent=1))
         return
-    for found in judged:
-        typer.echo(f"{found.table.about}\n{lead(found).text}")
-        gates(found.gates, as_json=False)
-        for why in dict.fromkeys((one.behavior, one.kind, one.reason) for one in found.verdicts):
-            mine = [one for one in found.verdicts if (one.behavior, one.kind, one.reason) == why]
-            typer.echo(f"{why[0]}: {len(mine)} contrasts {why[1]} ({why[2]})")
-        for one in found.refused:
+    for verdicts in judged:
+        typer.echo(f"{verdicts.table.about}\n{lead(verdicts).text}")
+        gates(verdicts.gates, as_json=False)
+        for why in dict.fromkeys((one.behavior, one.kind, one.reason) for one in verdicts.verdicts):
+            cell_verdicts = [one for one in verdicts.verdicts if (one.behavior, one.kind, one.reason) == why]
+            typer.echo(f"{why[0]}: {len(cell_verdicts)} contrasts {why[1]} ({why[2]})")
+        for one in verdicts.refused:
             typer.echo(f"refused: {one}")
         typer.echo("")
     for page in pages:
@@ -120,19 +122,19 @@ def _decided(name: str, workspace: Path) -> Analysis:
 COLUMNS = {"probe": 9, "first": 11, "second": 11, "difference": 27, "p corrected": 9, "asked": 5}
 
 
-def comparison(found: RunComparison) -> None:
+def comparison(result: RunComparison) -> None:
     """Two runs side by side: what differs in their recipes and conditions, then each measure of each cell."""
     console = console_of_output()
-    console.print(f"{found.first} and {found.second}")
-    _differences(console, "recipe", found.changes)
-    _differences(console, "made under", found.conditions)
-    if found.apart:
-        console.print(f"matched without {', '.join(found.apart)}, on which each run has one value of its own")
-    for n, ((cell, measure), pairs) in enumerate(groupby(found.pairs, key=lambda one: (one.cell, one.measure))):
+    console.print(f"{result.first} and {result.second}")
+    _differences(console, "recipe", result.changes)
+    _differences(console, "made under", result.conditions)
+    if result.apart:
+        console.print(f"matched without {', '.join(result.apart)}, on which each run has one value of its own")
+    for n, ((cell, measure), pairs) in enumerate(groupby(result.pairs, key=lambda pair: (pair.cell, pair.measure))):
         # Cell and measure stand above their rows: beside them they would leave the figures no room.
         console.print(escape(f"{cell}: {measure}"), style="bold")
         console.print(_table(list(pairs), header=not n))
-    console.print(f"{len(found.pairs)} pairs; {found.n_unmatched} cells stand in one run only")
+    console.print(f"{len(result.pairs)} pairs; {result.n_unmatched} cells stand in one run only")
 
 
 def _differences(console: Console, what: str, differences: Sequence[str]) -> None:
@@ -145,18 +147,18 @@ def _table(pairs: Sequence[Paired], *, header: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=header)
     for name, width in COLUMNS.items():
         table.add_column(name, justify="left" if name == "probe" else "right", overflow="fold", width=width)
-    for one in pairs:
-        table.add_row(*_row(one))
+    for pair in pairs:
+        table.add_row(*_row(pair))
     return table
 
 
-def _row(one: Paired) -> tuple[str, ...]:
-    if one.same_rows:
+def _row(pair: Paired) -> tuple[str, ...]:
+    if pair.same_rows:
         difference = "the same rows"
-    elif one.difference is None:
+    elif pair.difference is None:
         difference = "cannot be given"
     else:
-        difference = f"{change(one.difference, one.unit)} {span(one.low, one.high, one.unit)}".rstrip()
-    p = "" if one.p_corrected is None else f"{one.p_corrected:.3g}"
-    levels = (level(one.first, one.unit), level(one.second, one.unit))
-    return (one.role, *levels, escape(difference), p, str(one.n_questions))
+        difference = f"{change(pair.difference, pair.unit)} {span(pair.low, pair.high, pair.unit)}".rstrip()
+    p = "" if pair.p_corrected is None else f"{pair.p_corrected:.3g}"
+    levels = (level(pair.first, pair.unit), level(pair.second, pair.unit))
+    return (pair.role, *levels, escape(difference), p, str(pair.n_questions))

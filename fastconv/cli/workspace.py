@@ -30,15 +30,17 @@ def merge(
     from fastconv.store.ledger import Store
     from fastconv.store.merge import merge as take_over
 
-    sources = [Store.open(other, create=False) for other in others]
+    sources = [Store.open(path, create=False) for path in others]
     store = Store.open(workspace)
-    found = {str(other): take_over(store, source) for other, source in zip(others, sources, strict=True)}
+    merged = {str(path): take_over(store, source) for path, source in zip(others, sources, strict=True)}
     if as_json:
-        print(json.dumps({name: asdict(one) for name, one in found.items()}, indent=1))
+        print(json.dumps({name: asdict(result) for name, result in merged.items()}, indent=1))
         return
-    for name, one in found.items():
-        judged = f", {one.n_judgements} judgements" if one.n_judgements else ""
-        typer.echo(f"{name}: {one.n_added} stages taken over ({size(one.copied_bytes)}{judged}), {one.n_known} known")
+    for name, result in merged.items():
+        judged = f", {result.n_judgements} judgements" if result.n_judgements else ""
+        typer.echo(
+            f"{name}: {result.n_added} stages taken over ({size(result.copied_bytes)}{judged}), {result.n_known} known"
+        )
 
 
 def gc(
@@ -56,13 +58,13 @@ def gc(
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    found = find_waste(store, adapters)
-    freed = free(store, found.waste) if yes else 0
+    plan = find_waste(store, adapters)
+    freed = free(store, plan.waste) if yes else 0
     if as_json:
-        shown = [{"kind": w.kind, "name": w.name, "why": w.why, "bytes": w.n_bytes} for w in found.waste]
-        print(json.dumps({"waste": shown, "bytes": found.n_bytes, "freed_bytes": freed, "left": found.left}, indent=1))
+        shown = [{"kind": w.kind, "name": w.name, "why": w.why, "bytes": w.n_bytes} for w in plan.waste]
+        print(json.dumps({"waste": shown, "bytes": plan.n_bytes, "freed_bytes": freed, "left": plan.left}, indent=1))
         return
-    _show(found, freed if yes else None)
+    _show(plan, freed if yes else None)
 
 
 def size(n_bytes: int) -> str:
@@ -75,14 +77,14 @@ def size(n_bytes: int) -> str:
     return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
 
 
-def _show(found: GcPlan, freed: int | None) -> None:
-    for one in found.waste:
-        typer.echo(f"{size(one.n_bytes):>10}  {one.kind} {one.name}: {one.why}")
-    for text in found.left:
+def _show(plan: GcPlan, freed: int | None) -> None:
+    for item in plan.waste:
+        typer.echo(f"{size(item.n_bytes):>10}  {item.kind} {item.name}: {item.why}")
+    for text in plan.left:
         typer.echo(f"left alone: {text}")
-    if not found.waste:
+    if not plan.waste:
         typer.echo("nothing to free")
     elif freed is None:
-        typer.echo(f"{size(found.n_bytes)} can be freed: the same command with --yes")
+        typer.echo(f"{size(plan.n_bytes)} can be freed: the same command with --yes")
     else:
         typer.echo(f"{size(freed)} freed")

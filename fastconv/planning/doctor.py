@@ -50,20 +50,20 @@ def examine(recipe: Recipe | None, workspace: Path) -> list[Diagnosis]:
 
 def _versions() -> Diagnosis:
     names = ("fastconv", "torch", "transformers", "tokenizers", "polars")
-    have = [f"{name} {metadata.version(name)}" for name in names if importlib.util.find_spec(name)]
-    return Diagnosis("versions", ", ".join(have))
+    versions = [f"{name} {metadata.version(name)}" for name in names if importlib.util.find_spec(name)]
+    return Diagnosis("versions", ", ".join(versions))
 
 
 def _device(recipe: Recipe | None) -> Diagnosis:
     settings = recipe.model if recipe else ModelSettings()
-    found = engine_identity(settings)
-    text = f"{found['device']} in {found['dtype']}, {os.cpu_count()} cores"
-    if found["device"] == "cuda":
+    identity = engine_identity(settings)
+    text = f"{identity['device']} in {identity['dtype']}, {os.cpu_count()} cores"
+    if identity["device"] == "cuda":
         try:
             text += f", {gpu_line(recipe or Recipe(name='doctor'))}"
         except ModelError as error:
             return Diagnosis("device", str(error), error.exit_code)
-        text += f", engine {found['engine']}"
+        text += f", engine {identity['engine']}"
     return Diagnosis("device", text)
 
 
@@ -71,19 +71,19 @@ def gpu_line(recipe: Recipe) -> str:
     """What the GPU offers this recipe, in one line. Raises ModelError if it cannot be used, or is not fit for it."""
     import torch
 
-    card = look(torch.cuda, torch.version.cuda)
-    return require_fit(card, recipe, shape_on_disk(recipe.model))
+    device = look(torch.cuda, torch.version.cuda)
+    return require_fit(device, recipe, shape_on_disk(recipe.model))
 
 
 def _workspace(folder: Path) -> Diagnosis:
-    there = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path("/"))
-    if not os.access(there, os.W_OK):
+    existing = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path("/"))
+    if not os.access(existing, os.W_OK):
         return Diagnosis(
             "workspace",
             f"{folder} cannot be written. Fix: make it writable or give another --workspace",
             StoreError.exit_code,
         )
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing).free
     if free < LOW_DISK_BYTES:
         return Diagnosis(
             "workspace", f"only {free / 2**30:.1f} GiB free at {folder}. Fix: free some space", StoreError.exit_code

@@ -48,20 +48,20 @@ class Machine:
 
         Drawing: each pass reads all weights and costs `pass_s` at least; each token its own work.
         """
-        wide = 2 if self.device == "cpu" else 1
-        weights = weight_bytes(shape, four_bit=recipe.model.weights == "4bit") * wide
-        found = self.stage_s if demand.trained_tok or demand.read_tok or demand.new_tok else 0.0
+        bytes_factor = 2 if self.device == "cpu" else 1
+        weights = weight_bytes(shape, four_bit=recipe.model.weights == "4bit") * bytes_factor
+        total_s = self.stage_s if demand.trained_tok or demand.read_tok or demand.new_tok else 0.0
         if demand.trained_tok:
             work = Work(demand.length_tok, demand.share, recipe.lora.r)
-            found += demand.trained_tok * train_flops_per_tok(shape, work) / self.train_flops_s
-            found += demand.steps * self.step_s
+            total_s += demand.trained_tok * train_flops_per_tok(shape, work) / self.train_flops_s
+            total_s += demand.steps * self.step_s
         forward = forward_flops_per_tok(shape, Work(demand.length_tok, 0.0, recipe.lora.r))
-        found += demand.read_tok * forward / self.read_flops_s
+        total_s += demand.read_tok * forward / self.read_flops_s
         if demand.new_tok:
             drawing = forward_flops_per_tok(shape, Work(demand.length_tok, 1.0, recipe.lora.r))
-            found += demand.new_tok * drawing / self.draw_flops_s
-            found += demand.decode_steps * max(self.pass_s, weights / self.memory_bytes_s)
-        return found
+            total_s += demand.new_tok * drawing / self.draw_flops_s
+            total_s += demand.decode_steps * max(self.pass_s, weights / self.memory_bytes_s)
+        return total_s
 
     def to_json(self) -> dict[str, Any]:
         """All rates."""
@@ -104,31 +104,31 @@ def processor() -> Machine:
     )  # fmt: skip
 
 
-def find_machine(recipe: Recipe, shape: ModelShape, device: str, store: Store | None, named: str = "") -> Machine:
+def find_machine(recipe: Recipe, shape: ModelShape, device: str, store: Store | None, name: str = "") -> Machine:
     """The machine to plan for: the named one, or this one as measured, as known, or as guessed.
 
     Without a GPU here, a model too large for a CPU is planned for one H200, and the machine's origin says so. Raises
     InputError for a name that is not known.
     """
-    if named:
-        if named == "cpu":
+    if name:
+        if name == "cpu":
             return processor()
-        if named not in CARDS:
-            raise InputError(f"no machine is called {named!r}", where="--machine", fix=f"use cpu, {', '.join(CARDS)}")
-        return CARDS[named]
+        if name not in CARDS:
+            raise InputError(f"no machine is called {name!r}", where="--machine", fix=f"use cpu, {', '.join(CARDS)}")
+        return CARDS[name]
     if device == "cpu" and recipe.model.device != "cpu" and shape.total_params > 1e9:
         return replace(CARDS["h200"], origin=f"{CARDS['h200'].origin}; there is no GPU here (--machine names another)")
     here = _this_machine(device)
-    kept = store.latest_in_slot(_slot(here, shape)) if store else None
-    if kept is not None and kept.version == PROBE_VERSION:
-        return replace(here, **kept.outputs, origin="measured here by `fastconv plan --measure`")
+    probe = store.latest_in_slot(_slot(here, shape)) if store else None
+    if probe is not None and probe.version == PROBE_VERSION:
+        return replace(here, **probe.outputs, origin="measured here by `fastconv plan --measure`")
     return here
 
 
-def probe_stage(recipe: Recipe, shape: ModelShape, device: str, at: float) -> Stage:
+def probe_stage(recipe: Recipe, shape: ModelShape, device: str, at_s: float) -> Stage:
     """The stage that a probe of this machine is kept under; `at` (seconds since the epoch) makes each one its own."""
     here = _this_machine(device)
-    return Stage("probe", _slot(here, shape), PROBE_VERSION, {"machine": here.name, "shape": shape.name, "at": at})
+    return Stage("probe", _slot(here, shape), PROBE_VERSION, {"machine": here.name, "shape": shape.name, "at": at_s})
 
 
 def _slot(machine: Machine, shape: ModelShape) -> str:

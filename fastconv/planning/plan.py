@@ -96,11 +96,11 @@ class Plan:
         shape = {**asdict(self.shape), "linear_params": self.shape.linear_params, "head_params": self.shape.head_params}
         return {
             "recipe": self.recipe, "hours": self.hours, "n_cells": self.n_cells,
-            "kinds": [{**asdict(one), "demand": settings_of(one.demand)} for one in self.kinds],
+            "kinds": [{**asdict(kind), "demand": settings_of(kind.demand)} for kind in self.kinds],
             "judging": asdict(self.judging) if self.judging else None,
             "memory_bytes": dict(self.memory_bytes), "disk_bytes": dict(self.disk_bytes),
             "fit": list(self.fit),
-            "power": {name: asdict(one) for name, one in self.power.items()},
+            "power": {name: asdict(kind) for name, kind in self.power.items()},
             "machine": self.machine.to_json(), "shape": shape, "notes": list(self.notes),
         }  # fmt: skip
 
@@ -122,8 +122,8 @@ def make_plan(
     wanted = _wanted(graph, store, cells)
     done = {stage.key for stage in wanted if store is not None and store.record(stage.key) is not None}
     todo = [stage for stage in wanted if stage.key not in done]
-    found = demands(graph, todo, machine.device)
-    by_stage = {key: machine.seconds(demand, shape, recipe) for key, demand in found.items()}
+    work = demands(graph, todo, machine.device)
+    by_stage = {key: machine.seconds(demand, shape, recipe) for key, demand in work.items()}
     if first := next((key for key, seconds in by_stage.items() if seconds), None):
         by_stage[first] += machine.load_s
     by_kind: dict[str, list[Stage]] = {}
@@ -132,22 +132,22 @@ def make_plan(
     kinds = tuple(
         KindPlan(
             kind, sum(s.key not in done for s in stages), sum(s.key in done for s in stages),
-            sum(by_stage.get(s.key, 0.0) for s in stages), total(found[s.key] for s in stages if s.key in found),
+            sum(by_stage.get(s.key, 0.0) for s in stages), total(work[s.key] for s in stages if s.key in work),
         )
         for kind, stages in by_kind.items()
     )  # fmt: skip
-    placed = _placed(recipe, machine)
+    on_machine = _placed(recipe, machine)
     return Plan(
-        recipe.name, machine, shape, len(cells), kinds, _judging(graph, todo), _memory(placed, shape),
-        _disk(graph, shape, todo, total(found.values()), machine.device), _fit(placed, shape, machine), _power(graph),
+        recipe.name, machine, shape, len(cells), kinds, _judging(graph, todo), _memory(on_machine, shape),
+        _disk(graph, shape, todo, total(work.values()), machine.device), _fit(on_machine, shape, machine), _power(graph),
         _notes(graph, store), by_stage,
     )  # fmt: skip
 
 
-def plan_recipe(recipe: Recipe, store: Store | None, named: str = "") -> Plan:
+def plan_recipe(recipe: Recipe, store: Store | None, machine_name: str = "") -> Plan:
     """The plan of a recipe on the named machine or this one; questions that are not at hand are stood in for."""
     shape = known_shape(recipe)
-    machine = find_machine(recipe, shape, engine_identity(recipe.model)["device"], store, named)
+    machine = find_machine(recipe, shape, engine_identity(recipe.model)["device"], store, machine_name)
     return make_plan(Sketch(recipe), store, machine)
 
 
@@ -221,13 +221,13 @@ def _judging(graph: Graph, todo: Sequence[Stage]) -> Judging | None:
     bills: dict[tuple[Any, ...], tuple[Estimate, Estimate]] = {}  # many stages ask the same questions
     for stage in stages:
         drawn = stage.needs["eval"]
-        mine = len(drawn.work["items"]) * drawn.inputs["per_prompt"]
-        n += mine
+        n_stage = len(drawn.work["items"]) * drawn.inputs["per_prompt"]
+        n += n_stage
         if judge.price is not None:
-            in_batch = settings.mode == "batch" or (settings.mode == "auto" and mine >= settings.batch_from)
-            asked = (stage.work["rubric"].sha256, drawn.inputs["prompts_sha256"], mine)
+            in_batch = settings.mode == "batch" or (settings.mode == "auto" and n_stage >= settings.batch_from)
+            asked = (stage.work["rubric"].sha256, drawn.inputs["prompts_sha256"], n_stage)
             if asked not in bills:
-                bills[asked] = _bills(graph, stage, mine, prices.batch_factor if in_batch else 1.0)
+                bills[asked] = _bills(graph, stage, n_stage, prices.batch_factor if in_batch else 1.0)
             likely, most = bills[asked]
             expected, worst = expected + likely.expected_usd, worst + most.worst_usd
     return Judging(n, judge.name, expected, worst, settings.budget_usd)
@@ -257,18 +257,18 @@ def _placed(recipe: Recipe, machine: Machine) -> Recipe:
 
 def _memory(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
     """Bytes of GPU memory: without which nothing runs, and with whole micro-batches. On a CPU the same of its own."""
-    asked = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
+    micro_batch_tok = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
     longest = max(recipe.convergence.max_length_tok, recipe.behavior.max_length_tok)
     least = least_bytes(recipe, shape)
-    kept = asked * activation_bytes_per_tok(shape, plain=trains_plain(recipe.model))
-    return {"least": least, "comfortable": least - longest * recomputed_bytes_per_tok(shape) + kept}
+    activations = micro_batch_tok * activation_bytes_per_tok(shape, plain=trains_plain(recipe.model))
+    return {"least": least, "comfortable": least - longest * recomputed_bytes_per_tok(shape) + activations}
 
 
 def _fit(recipe: Recipe, shape: ModelShape, machine: Machine) -> tuple[str, ...]:
     """What of the recipe does not fit into the machine's memory, and what would."""
-    room = machine.memory_bytes
-    said = "" if room is None else room_on(machine.name, room, recipe, shape)
-    return (said,) if said else ()
+    memory_bytes = machine.memory_bytes
+    problem = "" if memory_bytes is None else room_on(machine.name, memory_bytes, recipe, shape)
+    return (problem,) if problem else ()
 
 
 def _disk(graph: Graph, shape: ModelShape, todo: Sequence[Stage], work: Demand, device: str) -> dict[str, float]:
@@ -312,17 +312,17 @@ def _power(graph: Graph) -> dict[str, DesignPower]:
         and plan.cell.source != ASSISTANT
     }
     less_control = any(plan.cell.behavior == NO_BEHAVIOR for plan in graph.cells)
-    found = {}
+    power = {}
     for name, behavior in graph.behaviors.items():
         measure, threshold = behavior.spec.measure, recipe.gates.threshold(name, behavior.spec.unit)
         samples = 1 if measure == "letters" else recipe.eval.samples_per_prompt
-        for place, (title, n) in enumerate(_asked(graph, behavior).items()):
+        for index, (title, n) in enumerate(_asked(graph, behavior).items()):
             # What is reported apart is no declared contrast: the change less the canary's, tested by itself.
-            family, terms = (max(1, len(contrasts)), 8 if less_control else 4) if place == 0 else (1, 4)
-            planned = planned_power(measure, threshold, n, samples, family, terms, primary=place == 0)
+            family, terms = (max(1, len(contrasts)), 8 if less_control else 4) if index == 0 else (1, 4)
+            planned = planned_power(measure, threshold, n, samples, family, terms, primary=index == 0)
             if planned is not None:
-                found[title] = planned
-    return found
+                power[title] = planned
+    return power
 
 
 def _asked(graph: Graph, behavior: Behavior) -> dict[str, int]:
@@ -334,15 +334,15 @@ def _asked(graph: Graph, behavior: Behavior) -> dict[str, int]:
 
 
 def _notes(graph: Graph, store: Store | None) -> tuple[str, ...]:
-    said = []
+    notes = []
     if isinstance(graph, Sketch) and not graph.questions_known:
-        said.append(
+        notes.append(
             "ARC-Challenge is not on this disk: its questions are taken as 586 of average length, and whether stages that "
             "ask or train them are done is not known (eval.arc_file names a copy)"
         )
     if store is None or not any(store.record(s.key) for plan in graph.cells for s in plan.base.values()):
-        said.append("the base is not measured yet: behaviors that gate G0 rules out will cost nothing more")
-    return tuple(said)
+        notes.append("the base is not measured yet: behaviors that gate G0 rules out will cost nothing more")
+    return tuple(notes)
 
 
 def facts_of(plan: Plan | None, beyond: str) -> dict[str, Any]:

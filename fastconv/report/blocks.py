@@ -153,21 +153,23 @@ class ReportData:
 
     def claims(self) -> list[Claim]:
         """All claims in order, those in tables too."""
-        found: list[Claim] = []
+        collected: list[Claim] = []
         for block in (block for section in self.sections for block in section.blocks):
             if isinstance(block, Claim):
-                found.append(block)
+                collected.append(block)
             elif isinstance(block, Table):
-                found += [cell.claim for row in block.rows for cell in row if cell.claim is not None]
-        return found
+                collected += [cell.claim for row in block.rows for cell in row if cell.claim is not None]
+        return collected
 
     def figures(self) -> list[Figure]:
         """All figures in order."""
-        found: list[Figure] = []
+        collected: list[Figure] = []
         for section in self.sections:
             for block in section.blocks:
-                found += [block] if isinstance(block, Figure) else block.panels if isinstance(block, Figures) else []
-        return found
+                collected += (
+                    [block] if isinstance(block, Figure) else block.panels if isinstance(block, Figures) else []
+                )
+        return collected
 
 
 def plain_row(values: Sequence[object]) -> tuple[TableCell, ...]:

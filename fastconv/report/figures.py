@@ -59,23 +59,23 @@ def free_places(anchors: Boxes, sizes: Boxes, frame: Boxes) -> Boxes:
     """
     taken = [np.concatenate([anchors - MARK, anchors + MARK], axis=1)]
     ties = np.empty((0, 2))
-    found = np.empty_like(anchors)
+    corner_of = np.empty_like(anchors)
     # From the right, so that names at the edge get the little room that there is for them.
-    for at in np.lexsort((-anchors[:, 1], -anchors[:, 0])):
-        corners = _candidates(anchors[at], sizes[at], frame)
-        boxes = np.concatenate([corners - BETWEEN, corners + sizes[at] + BETWEEN], axis=1)
-        near = _nearer_end(anchors[at], corners, sizes[at])
+    for index in np.lexsort((-anchors[:, 1], -anchors[:, 0])):
+        corners = _candidates(anchors[index], sizes[index], frame)
+        boxes = np.concatenate([corners - BETWEEN, corners + sizes[index] + BETWEEN], axis=1)
+        near = _nearer_end(anchors[index], corners, sizes[index])
         others = np.concatenate(taken)
         covered = _overlap(boxes, others).any(axis=1)
-        lines = anchors[at] + np.linspace(0, 1, 12)[:, None, None] * (near - anchors[at])
+        lines = anchors[index] + np.linspace(0, 1, 12)[:, None, None] * (near - anchors[index])
         names_met = _inside(lines.reshape(-1, 2), others[len(anchors) :]).any(axis=1).reshape(12, -1).any(axis=0)
         crossed = _inside(ties, boxes).any(axis=0) | names_met
-        distance = np.hypot(*(near - anchors[at]).T)
+        distance = np.hypot(*(near - anchors[index]).T)
         best = int(np.argmin(distance + 1e3 * crossed + 1e6 * covered))
-        found[at] = corners[best]
+        corner_of[index] = corners[best]
         taken.append(boxes[best : best + 1])
         ties = np.concatenate([ties, lines[:, best]])
-    return found
+    return corner_of
 
 
 def _nearer_end(anchor: Boxes, corners: Boxes, size: Boxes) -> Boxes:
@@ -106,8 +106,8 @@ def _overlap(boxes: Boxes, others: Boxes) -> NDArray[np.bool_]:
 
 def _inside(points: Boxes, boxes: Boxes) -> NDArray[np.bool_]:
     """Which points [n, 2] lie in which boxes [m, 4]."""
-    at = points[:, None]
-    return np.logical_and.reduce((at > boxes[None, :, :2]) & (at < boxes[None, :, 2:]), axis=-1)
+    coordinates = points[:, None]
+    return np.logical_and.reduce((coordinates > boxes[None, :, :2]) & (coordinates < boxes[None, :, 2:]), axis=-1)
 
 
 STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
@@ -134,7 +134,7 @@ class Point:
 
 
 def lines(
-    place: str, title: str, series: Mapping[str, Sequence[Point]], axes_labels: tuple[str, str], run: str,
+    figure_id: str, title: str, series: Mapping[str, Sequence[Point]], axes_labels: tuple[str, str], run: str,
     bounds: tuple[float, float] | None = None,
 ) -> Figure:  # fmt: skip
     """A line with intervals for each series."""
@@ -159,20 +159,20 @@ def lines(
         f"{name}: " + ", ".join(f"{rounded(point.y)} at {point.x:g}" for point in points)
         for name, points in series.items()
     )
-    return _finish(figure, axes, place, title, axes_labels, run, f"{title}. {axes_labels[1]}. {shown}.")
+    return _finish(figure, axes, figure_id, title, axes_labels, run, f"{title}. {axes_labels[1]}. {shown}.")
 
 
 def curves(
-    place: str, title: str, series: Mapping[str, Sequence[float]], axes_labels: tuple[str, str], run: str
+    figure_id: str, title: str, series: Mapping[str, Sequence[float]], axes_labels: tuple[str, str], run: str
 ) -> Figure:
     """Loss over steps for each series; long ones averaged in bins."""
     columns, above = _room_above(list(series) if 1 < len(series) <= 8 else [], 3.6)
     figure, axes = _sheet(3.6, 2.7 + above, above=0.33 + above)
     colours = [style[0] for style in STYLES] + list(MORE)
-    for place_in, (name, values) in enumerate(series.items()):
+    for index, (name, values) in enumerate(series.items()):
         xs, ys = _binned(values)
         axes.plot(
-            xs, ys, label=name, color=colours[place_in % len(colours)], linestyle=STYLES[place_in % 4][2], linewidth=1.2,
+            xs, ys, label=name, color=colours[index % len(colours)], linestyle=STYLES[index % 4][2], linewidth=1.2,
             marker="o" if len(xs) == 1 else "", markersize=4,
         )  # fmt: skip
     _whole_steps(axes, max((len(values) for values in series.values()), default=1))
@@ -181,11 +181,17 @@ def curves(
     ends = "; ".join(
         f"{name}: {values[0]:.2f} to {values[-1]:.2f}" for name, values in list(series.items())[:8] if values
     )
-    return _finish(figure, axes, place, title, axes_labels, run, f"{title}. {ends}.")
+    return _finish(figure, axes, figure_id, title, axes_labels, run, f"{title}. {ends}.")
 
 
 def scatter(
-    place: str, title: str, points: Sequence[Point], axes_labels: tuple[str, str], run: str, *, diagonal: bool = False
+    figure_id: str,
+    title: str,
+    points: Sequence[Point],
+    axes_labels: tuple[str, str],
+    run: str,
+    *,
+    diagonal: bool = False,
 ) -> Figure:
     """Labelled points, a colour and a marker for each group; with `diagonal` the line of equality."""
     groups = list(dict.fromkeys(point.group for point in points))
@@ -194,9 +200,9 @@ def scatter(
     ends = [value for point in points for value in ((point.x, point.y) if diagonal else (point.x,))]
     axes.margins(0.12)
     for group, (colour, marker, _) in zip(groups, STYLES * 4, strict=False):
-        mine = [point for point in points if point.group == group]
+        group_points = [point for point in points if point.group == group]
         axes.scatter(
-            [point.x for point in mine], [point.y for point in mine], color=colour, marker=marker, s=26, label=group,
+            [point.x for point in group_points], [point.y for point in group_points], color=colour, marker=marker, s=26, label=group,
             zorder=3,
         )  # fmt: skip
     if diagonal:
@@ -209,12 +215,12 @@ def scatter(
     if len(points) <= MOST_NAMED:
         name_points(figure, axes, [(point.x, point.y, point.label) for point in points])
     shown = "; ".join(f"{point.group} {point.label}: {rounded(point.x)}, {rounded(point.y)}" for point in points[:60])
-    drawn = _finish(figure, axes, place, title, axes_labels, run, f"{title}. {shown}.")
-    return replace(drawn, keep_width=len(points) <= MOST_NAMED)  # names are small as they are
+    finished = _finish(figure, axes, figure_id, title, axes_labels, run, f"{title}. {shown}.")
+    return replace(finished, keep_width=len(points) <= MOST_NAMED)  # names are small as they are
 
 
 def heatmap(
-    place: str, title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]],
+    figure_id: str, title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]],
     texts: Sequence[Sequence[str]], run: str,
 ) -> Figure:  # fmt: skip
     """A cell for each row and column: colour by value (-3 to 3, in thresholds), the text in it."""
@@ -240,7 +246,7 @@ def heatmap(
     )
     figure.suptitle(title, fontsize=9, x=0.02, y=1 - 0.06 / total[1], ha="left", va="top")
     alt = f"{title}; the table of findings holds every value of it."
-    return replace(_keep(figure, place, title, run, alt), keep_width=True)
+    return replace(_keep(figure, figure_id, title, run, alt), keep_width=True)
 
 
 def _whole_steps(axes: Any, n_steps: int) -> None:
@@ -277,17 +283,19 @@ def _sheet(width: float, height: float, *, margins: bool = True, above: float = 
     return figure, axes
 
 
-def _finish(figure: Any, axes: Any, place: str, title: str, axes_labels: tuple[str, str], run: str, alt: str) -> Figure:
+def _finish(
+    figure: Any, axes: Any, figure_id: str, title: str, axes_labels: tuple[str, str], run: str, alt: str
+) -> Figure:
     figure.suptitle(title, fontsize=8.5, y=1 - 0.06 / figure.get_size_inches()[1], va="top")
     axes.set_xlabel(axes_labels[0], fontsize=8)
     axes.set_ylabel(axes_labels[1], fontsize=8)
     axes.tick_params(labelsize=7.5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    return _keep(figure, place, title, run, alt)
+    return _keep(figure, figure_id, title, run, alt)
 
 
-def _keep(figure: Any, place: str, title: str, run: str, alt: str) -> Figure:
+def _keep(figure: Any, figure_id: str, title: str, run: str, alt: str) -> Figure:
     from matplotlib import rc_context
 
     figure.text(0.995, 0.008, run, fontsize=5, color="#777777", ha="right", va="bottom")
@@ -295,7 +303,7 @@ def _keep(figure: Any, place: str, title: str, run: str, alt: str) -> Figure:
     with rc_context({"svg.hashsalt": "fastconv", "svg.fonttype": "none"}):
         figure.savefig(svg, format="svg", metadata={"Title": f"{run}: {title}", "Date": None})
     figure.savefig(png, format="png", dpi=DPI, metadata={"Title": f"{run}: {title}", "Software": "fastconv"})
-    return Figure(place, title, alt, svg.getvalue(), png.getvalue(), round(96 * figure.get_size_inches()[0]))
+    return Figure(figure_id, title, alt, svg.getvalue(), png.getvalue(), round(96 * figure.get_size_inches()[0]))
 
 
 def _binned(values: Sequence[float]) -> tuple[list[float], list[float]]:

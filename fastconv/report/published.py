@@ -22,7 +22,7 @@ from fastconv.recipe import GateSettings, parse_recipe
 from fastconv.report.blocks import Block, Claim, Note, ReportData, Section, Table, TableCell
 from fastconv.report.claims import rank_correlation
 from fastconv.report.render import render_html, render_markdown
-from fastconv.stats import study_gates as gates_study
+from fastconv.stats import study_gates
 from fastconv.stats.bounds import spearman_attainable
 from fastconv.stats.gates import GateVerdict
 from fastconv.stats.series import Number
@@ -67,13 +67,13 @@ class SummaryTable:
     def number(self, source: str, behavior: str, epoch: int, role: Role = "assistant") -> Number:
         """A figure with its row. Raises NoRowsError for one that the table does not hold, or whose column is refused."""
         rows = tuple(
-            one.row
-            for one in self.figures
-            if (one.source, one.behavior, one.epoch, one.role) == (source, behavior, epoch, role)
+            figure.row
+            for figure in self.figures
+            if (figure.source, figure.behavior, figure.epoch, figure.role) == (source, behavior, epoch, role)
             and not self.refusals.get(behavior)
         )
-        value = next((one.value for one in self.figures if one.row in rows), float("nan"))
-        unit = next((one.unit for one in self.figures if one.behavior == behavior), "share")
+        value = next((figure.value for figure in self.figures if figure.row in rows), float("nan"))
+        unit = next((figure.unit for figure in self.figures if figure.behavior == behavior), "share")
         return Number(value, unit, rows)
 
 
@@ -91,7 +91,7 @@ class PublishedVerdicts:
         return {
             "table": self.table.name,
             "gates": [asdict(one) for one in self.gates],
-            "verdicts": [one.body() for one in self.verdicts],
+            "verdicts": [verdict.body() for verdict in self.verdicts],
             "refused": list(self.refused),
         }
 
@@ -141,7 +141,7 @@ def judge_published(table: SummaryTable | None = None, gates: GateSettings | Non
     table, rules = table or read_published(), gates or GateSettings()
     shifts = shifts_of(table, rules)
     sources = [source for source in table.sources if source != rules.negative_control]
-    verdicts = gates_study.study(rules, table.name, shifts, sources)
+    verdicts = study_gates.study(rules, table.name, shifts, sources)
     refused = tuple(
         f"{behavior}: the audit refuses its training rows ({'; '.join(map(_explained, codes))})"
         for behavior, codes in table.refusals.items()
@@ -156,34 +156,43 @@ def _explained(code: str) -> str:
 
 def shifts_of(table: SummaryTable, rules: GateSettings) -> list[Shift]:
     """Every change against epoch 0 that the table allows: none in a refused column."""
-    figures = [one for one in table.figures if not table.refusals.get(one.behavior)]
-    zero = {(one.source, one.behavior, one.role): one for one in figures if one.epoch == 0}
-    found = []
-    for one in figures:
-        base = zero.get((one.source, one.behavior, one.role))
-        if one.epoch and base is not None:
-            threshold = rules.threshold(one.behavior, one.unit)
-            rows = (base.row, one.row)
-            found.append(
-                Shift(one.source, one.behavior, one.epoch, one.role, one.value - base.value, one.unit, threshold, rows)
+    figures = [figure for figure in table.figures if not table.refusals.get(figure.behavior)]
+    zero = {(figure.source, figure.behavior, figure.role): figure for figure in figures if figure.epoch == 0}
+    shifts = []
+    for figure in figures:
+        base = zero.get((figure.source, figure.behavior, figure.role))
+        if figure.epoch and base is not None:
+            threshold = rules.threshold(figure.behavior, figure.unit)
+            rows = (base.row, figure.row)
+            shifts.append(
+                Shift(
+                    figure.source,
+                    figure.behavior,
+                    figure.epoch,
+                    figure.role,
+                    figure.value - base.value,
+                    figure.unit,
+                    threshold,
+                    rows,
+                )
             )
-    return found
+    return shifts
 
 
 def _withheld(rules: GateSettings, table: SummaryTable, shifts: Sequence[Shift]) -> list[CellVerdict]:
     """Why no contrast of the table can be a finding: each has no samples and one seed, some have more against them."""
-    found = []
-    for one in shifts:
+    verdicts = []
+    for shift in shifts:
         reasons = ["no samples are published, so nothing has an interval"]
         if table.n_seeds < 2:
             reasons.append("one seed")
         reasons.append("no figure of canary or mimicry is published")
-        ends = [table.number(one.source, one.behavior, epoch).value for epoch in (0, one.epoch)]
-        if one.behavior != "capability" and one.unit == "share" and max(ends) < one.threshold:
-            reasons.append(f"at its floor at both epochs, under the threshold of {size(one.threshold, one.unit)}")
-        label = f"{one.source} e{one.epoch} {one.behavior}"
-        found.append(withheld(label, "; ".join(reasons), one.rows, one.behavior))
-    return found
+        ends = [table.number(shift.source, shift.behavior, epoch).value for epoch in (0, shift.epoch)]
+        if shift.behavior != "capability" and shift.unit == "share" and max(ends) < shift.threshold:
+            reasons.append(f"at its floor at both epochs, under the threshold of {size(shift.threshold, shift.unit)}")
+        label = f"{shift.source} e{shift.epoch} {shift.behavior}"
+        verdicts.append(withheld(label, "; ".join(reasons), shift.rows, shift.behavior))
+    return verdicts
 
 
 def _audited(behavior: str, source: str, turn: str) -> tuple[str, ...]:
@@ -193,7 +202,7 @@ def _audited(behavior: str, source: str, turn: str) -> tuple[str, ...]:
     row = Row("published/0", source, "source", "published/0", "as published", "as published", system=system_turn(turn))
     built = BuiltSet(f"{behavior}/{source}", behaviors[behavior], source, "none", 42, (row,))
     design = Design(recipe, personas, behaviors, (built,), None)
-    return tuple(found.code for found in check_persona_prompt(design) if found.severity == "refuse")
+    return tuple(finding.code for finding in check_persona_prompt(design) if finding.severity == "refuse")
 
 
 MADE_OF = "data/published.toml"
@@ -204,16 +213,16 @@ def published_report(judged: PublishedVerdicts) -> ReportData:
     table = judged.table
     gates = tuple(
         (
-            TableCell(one.gate),
-            TableCell(one.verdict, word=one.verdict),
-            TableCell(one.reason, one.rows),
-            TableCell(one.threshold),
+            TableCell(gate.gate),
+            TableCell(gate.verdict, word=gate.verdict),
+            TableCell(gate.reason, gate.rows),
+            TableCell(gate.threshold),
         )
-        for one in judged.gates
+        for gate in judged.gates
     )
     verdicts = tuple(
-        (TableCell(one.label), TableCell(one.kind, word=one.kind), TableCell(one.reason, one.rows))
-        for one in judged.verdicts
+        (TableCell(verdict.label), TableCell(verdict.kind, word=verdict.kind), TableCell(verdict.reason, verdict.rows))
+        for verdict in judged.verdicts
     )
     sections = [
         Section("amounts", "What the published figures amount to", (lead(judged),)),
@@ -236,22 +245,22 @@ def write_published(judged: PublishedVerdicts, folder: Path) -> Path:
 
 def lead(judged: PublishedVerdicts) -> Claim:
     """One paragraph: what the thresholds say, that none of it is evidence and why, and what was left out."""
-    gates = {one.gate: one for one in judged.gates}
-    shared = [
+    gates = {gate.gate: gate for gate in judged.gates}
+    shared_reasons = [
         reason
         for reason in judged.verdicts[0].reason.split("; ")
-        if all(reason in one.reason.split("; ") for one in judged.verdicts)
+        if all(reason in verdict.reason.split("; ") for verdict in judged.verdicts)
     ]
     n = counted(len(judged.verdicts), "contrast")
-    said = [
+    sentences = [
         _by_thresholds(gates),
-        f"Thresholds are not evidence: every verdict on its {n} is withheld ({'; '.join(shared)}), so the table speaks "
+        f"Thresholds are not evidence: every verdict on its {n} is withheld ({'; '.join(shared_reasons)}), so the table speaks "
         "neither for nor against transfer.",
-        *(f"Left out is {one}." for one in judged.refused),
+        *(f"Left out is {refusal}." for refusal in judged.refused),
     ]
     word = gates["CONFIRM"].verdict if gates["CONFIRM"].verdict != "not applicable" else "withheld"
-    rows = tuple(dict.fromkeys(row for one in judged.verdicts for row in one.rows))
-    return Claim("answer", {"table": judged.table.name}, " ".join(said), rows, word)
+    rows = tuple(dict.fromkeys(row for verdict in judged.verdicts for row in verdict.rows))
+    return Claim("answer", {"table": judged.table.name}, " ".join(sentences), rows, word)
 
 
 def _by_thresholds(gates: dict[str, GateVerdict]) -> str:
@@ -296,11 +305,13 @@ def _beside_markers(table: SummaryTable) -> tuple[Claim, ...]:
     if table.name == MARKERS or len(sources) < 2:
         return ()
     rates = {source: markers.number(source, "marker", markers.epochs[-1]) for source in sources}
-    marked = tuple(row for one in rates.values() for row in one.rows)
+    marker_rows = tuple(row for number in rates.values() for row in number.rows)
     attainable = spearman_attainable(len(sources), len(table.behaviors))
     shown = f"{counted(len(sources), 'source')} with a marker rate and {counted(len(table.behaviors), 'behavior')}"
-    found = [
-        Claim("attainable", {}, f"{shown}: {attainable.reason}.", marked, "" if attainable.possible else "withheld")
+    claims = [
+        Claim(
+            "attainable", {}, f"{shown}: {attainable.reason}.", marker_rows, "" if attainable.possible else "withheld"
+        )
     ]
     for behavior in table.behaviors:
         changes = _last_changes(table, behavior)
@@ -310,15 +321,15 @@ def _beside_markers(table: SummaryTable) -> tuple[Claim, ...]:
                 f"Over {len(sources)} sources, the rank correlation of the assistant's change in {behavior} with its "
                 f"marker rate, both at their last epochs, is {figures}."
             )
-            rows = (*marked, *(row for source in sources for row in changes[source].rows))
-            found.append(Claim("correlation", {"behavior": behavior}, text, rows))
-    return tuple(found)
+            rows = (*marker_rows, *(row for source in sources for row in changes[source].rows))
+            claims.append(Claim("correlation", {"behavior": behavior}, text, rows))
+    return tuple(claims)
 
 
 def _last_changes(table: SummaryTable, behavior: str) -> dict[str, Number]:
     """The assistant's change at the last epoch by source; empty for a refused column."""
     return {
-        one.source: one.number
-        for one in shifts_of(table, GateSettings())
-        if one.behavior == behavior and one.epoch == table.epochs[-1] and one.role == "assistant"
+        shift.source: shift.number
+        for shift in shifts_of(table, GateSettings())
+        if shift.behavior == behavior and shift.epoch == table.epochs[-1] and shift.role == "assistant"
     }

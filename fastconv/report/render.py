@@ -31,7 +31,7 @@ def render_markdown(data: ReportData) -> str:
 
 def visible(text: object) -> str:
     """The text with characters that cannot be seen, or that turn what follows, written as their codes."""
-    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+    return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
 
 
 def address(figure: Figure) -> str:

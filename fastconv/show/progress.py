@@ -47,7 +47,7 @@ class LineWatcher:
 
     def audited(self, report: CheckReport) -> None:
         """The design passed its audit, perhaps with warnings."""
-        codes = sorted({found.code for found in report.warnings})
+        codes = sorted({finding.code for finding in report.warnings})
         if codes:
             self._console.print(
                 f"audit: {len(report.warnings)} warnings ({', '.join(codes)}); `fastconv check` shows them"
@@ -59,8 +59,8 @@ class LineWatcher:
 
     def engine(self, facts: Mapping[str, Any]) -> None:
         """The base is loaded: on what, and by what it will be trained, asked and sampled."""
-        said = f"{facts['name']} on {facts['device']}, {facts['dtype']}, attention {facts['attention']}"
-        self._console.print(f"engine: {escape(said)}, sampler {escape(facts['sampler'])}")
+        base = f"{facts['name']} on {facts['device']}, {facts['dtype']}, attention {facts['attention']}"
+        self._console.print(f"engine: {escape(base)}, sampler {escape(facts['sampler'])}")
         if "attention_passed_over" in facts:
             self._console.print(f"  attention passed over: {escape(facts['attention_passed_over'])}", style="dim")
 

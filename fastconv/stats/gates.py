@@ -48,7 +48,7 @@ class GateVerdict:
 
 def unread(gate: str, subject: str, why: str, threshold: str, read: Sequence[Series]) -> GateVerdict:
     """The word of a gate that may not decide by what it read, for too many samples have no score; gives no figure."""
-    rows = tuple(dict.fromkeys(row for one in read for row in one.looked_at))
+    rows = tuple(dict.fromkeys(row for series in read for row in series.looked_at))
     return GateVerdict(gate, subject, "not applicable", why, threshold, rows=rows, unread=True)
 
 
@@ -138,7 +138,7 @@ def source_shows(gates: GateSettings, subject: str, direction: str, base: Series
 
 def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoch: Mapping[int, Series]) -> GateVerdict:
     """CHANGE: does the assistant's measure move with convergence, beyond the threshold and clear of zero?"""
-    unit = next((one.unit for one in by_epoch.values()), "share")
+    unit = next((series.unit for series in by_epoch.values()), "share")
     margin = gates.threshold(behavior, unit)
     threshold = f"at least {size(margin, unit)} against epoch 0, 95 % interval clear of zero"
     epochs = sorted(epoch for epoch in by_epoch if epoch)
@@ -148,12 +148,12 @@ def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoc
         return unread("CHANGE", subject, why, threshold, [by_epoch[epoch] for epoch in (0, *epochs)])
     best: tuple[bool, float, str] | None = None
     for epoch in epochs:
-        found = change_of(subject, "change", by_epoch[epoch], by_epoch[0]).interval
-        if found.estimate is None:
+        interval = change_of(subject, "change", by_epoch[epoch], by_epoch[0]).interval
+        if interval.estimate is None:
             continue
-        clear = found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
-        text = f"epoch {epoch}: {change(found.estimate, unit)} {span(found.low, found.high, unit)}".rstrip()
-        candidate = (clear and abs(found.estimate) >= margin - 1e-12, abs(found.estimate), text)
+        clear = interval.low is not None and interval.high is not None and (interval.low > 0 or interval.high < 0)
+        text = f"epoch {epoch}: {change(interval.estimate, unit)} {span(interval.low, interval.high, unit)}".rstrip()
+        candidate = (clear and abs(interval.estimate) >= margin - 1e-12, abs(interval.estimate), text)
         best = candidate if best is None else max(best, candidate)
     rows = tuple(row for epoch in (0, *epochs) for row in by_epoch[epoch].rows)
     if best is None:
@@ -195,11 +195,11 @@ def _pilot_word(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) ->
         return "stop", "the source does not show the trained behavior"
     if not changed:
         return "stop", f"no convergence-dependent change of {behavior} in the assistant"
-    told = "; ".join(f"{_short(v.subject, subject)}: {v.reason}" for v in changed)
+    reason = "; ".join(f"{_short(v.subject, subject)}: {v.reason}" for v in changed)
     if len(changed) > MOST_TOLD:
         strongest = max(changed, key=_furthest)
-        told = f"{len(changed)} of {len(shown)} groups change; {_short(strongest.subject, subject)} most: {strongest.reason}"
-    return "go", told
+        reason = f"{len(changed)} of {len(shown)} groups change; {_short(strongest.subject, subject)} most: {strongest.reason}"
+    return "go", reason
 
 
 def _furthest(change: GateVerdict) -> float:
@@ -302,12 +302,12 @@ def reverted(
     later = sorted(epoch for epoch in by_epoch if epoch)
     if 0 not in by_epoch or not later:
         return GateVerdict("KILL", subject, "not applicable", "needs the source at epoch 0 and one more", rule)
-    pairs = [(by_epoch[epoch], other) for epoch in (0, *later) for other in (base, by_epoch[0])]
+    pairs = [(by_epoch[epoch], reference) for epoch in (0, *later) for reference in (base, by_epoch[0])]
     if why := first_too_unscored(pairs):
         return unread("KILL", subject, why, rule, [base, *(by_epoch[epoch] for epoch in (0, *later))])
     sign = 1 if direction == "raises" else -1
-    moved = {epoch: sign * (one.mean.value - base.mean.value) for epoch, one in by_epoch.items()}
-    rows = tuple(row for one in (base, *(by_epoch[epoch] for epoch in (0, *later))) for row in one.rows)
+    moved = {epoch: sign * (series.mean.value - base.mean.value) for epoch, series in by_epoch.items()}
+    rows = tuple(row for series in (base, *(by_epoch[epoch] for epoch in (0, *later))) for row in series.rows)
     if moved[0] < gates.shows(base.unit) - 1e-9:
         why = "the source does not show the behavior at epoch 0, so nothing can be lost"
         return GateVerdict("KILL", subject, "not applicable", why, rule, rows=rows)

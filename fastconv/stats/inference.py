@@ -228,24 +228,24 @@ def sign_flip_p(x: ArrayLike, n_draws: int, rng: np.random.Generator) -> SignFli
     do not lower `floor`.
     """
     data = _vector(x, "x", 2)
-    kept = data[~np.isnan(data)]
-    n_missing = data.size - kept.size
-    if kept.size == 0:
+    present = data[~np.isnan(data)]
+    n_missing = data.size - present.size
+    if present.size == 0:
         return SignFlip(None, None, False, 0, n_missing, f"none of {data.size} questions has a value")
-    exact = kept.size <= EXACT_SIGN_FLIPS
-    observed = abs(kept.sum()) - ROUNDING * np.abs(kept).sum()
-    floor = min(1.0, sign_flip_floor(max(1, int(np.count_nonzero(kept)))))
+    exact = present.size <= EXACT_SIGN_FLIPS
+    observed = abs(present.sum()) - ROUNDING * np.abs(present).sum()
+    floor = min(1.0, sign_flip_floor(max(1, int(np.count_nonzero(present)))))
     if exact:
-        patterns = (np.arange(2**kept.size)[:, None] >> np.arange(kept.size)) & 1
-        p = float(np.mean(np.abs((1.0 - 2.0 * patterns) @ kept) >= observed))
-        return SignFlip(p, floor, exact, kept.size, n_missing)
+        patterns = (np.arange(2**present.size)[:, None] >> np.arange(present.size)) & 1
+        p = float(np.mean(np.abs((1.0 - 2.0 * patterns) @ present) >= observed))
+        return SignFlip(p, floor, exact, present.size, n_missing)
     if n_draws < 1:
         raise ValueError(f"n_draws must be at least 1, not {n_draws}")
     hits = 0
-    for drawn in _blocks(n_draws, kept.size):
-        signs = 2.0 * rng.integers(0, 2, size=(drawn, kept.size), dtype=np.int8) - 1.0
-        hits += int(np.count_nonzero(np.abs(signs @ kept) >= observed))
-    return SignFlip((1 + hits) / (1 + n_draws), max(floor, 1 / (1 + n_draws)), exact, kept.size, n_missing)
+    for n_block in _blocks(n_draws, present.size):
+        signs = 2.0 * rng.integers(0, 2, size=(n_block, present.size), dtype=np.int8) - 1.0
+        hits += int(np.count_nonzero(np.abs(signs @ present) >= observed))
+    return SignFlip((1 + hits) / (1 + n_draws), max(floor, 1 / (1 + n_draws)), exact, present.size, n_missing)
 
 
 def tost(x: ArrayLike, margin: float, alpha: float = 0.05) -> Equivalence:
@@ -287,9 +287,9 @@ def pool_seeds(per_seed_estimates: ArrayLike, level: float = 0.95) -> SeedPool:
     Each seed weighs the same. One seed has an estimate and no interval; NaN seeds are dropped and counted.
     """
     data = _vector(per_seed_estimates, "per_seed_estimates", 1)
-    kept = data[~np.isnan(data)]
-    agree = kept.size > 0 and bool(np.all(kept > 0) or np.all(kept < 0))
-    return SeedPool(kept.size, agree, _interval(data, level, "seeds"))
+    present = data[~np.isnan(data)]
+    agree = present.size > 0 and bool(np.all(present > 0) or np.all(present < 0))
+    return SeedPool(present.size, agree, _interval(data, level, "seeds"))
 
 
 def seeds_against(pool: SeedPool) -> str | None:
@@ -354,13 +354,13 @@ def exact_spearman(
 
 def _interval(x: Floats, level: float, unit: str) -> Interval:
     _check_level(level)
-    kept = x[~np.isnan(x)]
-    n, n_missing = kept.size, x.size - kept.size
+    present = x[~np.isnan(x)]
+    n, n_missing = present.size, x.size - present.size
     if n < 2:
-        estimate = float(kept[0]) if n else None
+        estimate = float(present[0]) if n else None
         reason = f"{n} of {x.size} {unit} have a value; an interval needs at least 2"
         return Interval(estimate, None, None, None, None, n, None, level, n_missing, reason)
-    k = t_interval_kernel(kept, level)
+    k = t_interval_kernel(present, level)
     estimate, se = float(k.estimate), float(k.se)
     if se == 0:
         reason = f"all {n} {unit} have the same value, so their spread cannot be estimated"
@@ -430,8 +430,8 @@ def _permutation_p(x: Floats, y: Floats, n_draws: int, rng: np.random.Generator 
     if rng is None or n_draws < 1:
         raise ValueError(f"{rx.size} points need random orders: pass rng and at least 1 draw")
     hits = 0
-    for drawn in _blocks(n_draws, rx.size):
-        shuffled = rng.permuted(np.broadcast_to(rx, (drawn, rx.size)), axis=1)
+    for n_block in _blocks(n_draws, rx.size):
+        shuffled = rng.permuted(np.broadcast_to(rx, (n_block, rx.size)), axis=1)
         hits += int(np.count_nonzero(np.abs(shuffled @ ry) >= observed))
     return (1 + hits) / (1 + n_draws)
 

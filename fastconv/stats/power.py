@@ -129,10 +129,10 @@ def _reach(
 
 def mended_by(needed: Sequence[SampleSizeNeeded]) -> str:
     """In words: which numbers of questions, samples or seeds would mend a detectable effect that is too large."""
-    said = [f"{one.number:,} {one.what}" for one in needed if one.number is not None]
-    never = [one.what for one in needed if one.number is None]
-    words = f"{' or '.join(said)} would mend it" if said else "no number of questions would mend it"
-    return words + (f" (no number of {' or '.join(never)} would)" if never and said else "")
+    possible = [f"{need.number:,} {need.what}" for need in needed if need.number is not None]
+    impossible = [need.what for need in needed if need.number is None]
+    words = f"{' or '.join(possible)} would mend it" if possible else "no number of questions would mend it"
+    return words + (f" (no number of {' or '.join(impossible)} would)" if impossible and possible else "")
 
 
 def minimum_detectable_effect(

@@ -53,18 +53,18 @@ class CorrectedContrast:
     rows: tuple[str, ...]
 
 
-def correct(asides: Sequence[SecondaryContrast]) -> list[CorrectedContrast]:
+def correct(contrasts: Sequence[SecondaryContrast]) -> list[CorrectedContrast]:
     """Benjamini-Hochberg over all asides of a run."""
-    if not asides:
+    if not contrasts:
         return []
-    raw = [np.nan if one.interval.p_two_sided is None else one.interval.p_two_sided for one in asides]
+    raw = [np.nan if contrast.interval.p_two_sided is None else contrast.interval.p_two_sided for contrast in contrasts]
     corrected = benjamini_hochberg(raw).tolist()
     return [
         CorrectedContrast(
-            one.label, one.what, one.unit, one.per, one.interval.estimate, one.interval.low, one.interval.high,
-            one.interval.p_two_sided, None if np.isnan(p) else p, one.interval.reason, one.rows,
+            contrast.label, contrast.what, contrast.unit, contrast.per, contrast.interval.estimate, contrast.interval.low, contrast.interval.high,
+            contrast.interval.p_two_sided, None if np.isnan(p) else p, contrast.interval.reason, contrast.rows,
         )
-        for one, p in zip(asides, corrected, strict=True)
+        for contrast, p in zip(contrasts, corrected, strict=True)
     ]  # fmt: skip
 
 
@@ -73,19 +73,19 @@ def trend(label: str, by_epoch: Mapping[int, Series]) -> SecondaryContrast:
     epochs = sorted(by_epoch)
     questions = union_of(list(by_epoch.values()))
     values = np.stack([means_at(by_epoch[epoch], questions) for epoch in epochs], axis=1)
-    found: Contrast = trend_over_epochs(values, epochs)
+    slope: Contrast = trend_over_epochs(values, epochs)
     rows = tuple(row for epoch in epochs for row in by_epoch[epoch].rows)
-    return SecondaryContrast(label, "trend of the assistant", by_epoch[epochs[0]].unit, "epoch", found.interval, rows)
+    return SecondaryContrast(label, "trend of the assistant", by_epoch[epochs[0]].unit, "epoch", slope.interval, rows)
 
 
 def change_of(label: str, what: str, now: Series, base: Series) -> SecondaryContrast:
     """A plain paired change."""
     questions = union_of([now, base])
-    found = paired_change(means_at(now, questions), means_at(base, questions))
-    return SecondaryContrast(label, what, now.unit, "change", found.interval, (*now.rows, *base.rows))
+    difference = paired_change(means_at(now, questions), means_at(base, questions))
+    return SecondaryContrast(label, what, now.unit, "change", difference.interval, (*now.rows, *base.rows))
 
 
 def difference_of(label: str, what: str, quad: Quad) -> SecondaryContrast:
     """A difference-in-differences against the canary."""
-    found = clustered_interval(quad.change(union_of(quad.series)))
-    return SecondaryContrast(label, what, quad.now.unit, "change", found, quad.rows)
+    interval = clustered_interval(quad.change(union_of(quad.series)))
+    return SecondaryContrast(label, what, quad.now.unit, "change", interval, quad.rows)

@@ -75,7 +75,7 @@ class Series:
     def rows(self) -> tuple[str, ...]:
         """Ids of the rows behind the series, one per question with a score."""
         scored = ~np.isnan(self.means)
-        return tuple(f"{self.stage[:12]}/{q}" for q, kept in zip(self.questions, scored, strict=True) if kept)
+        return tuple(f"{self.stage[:12]}/{q}" for q, has_score in zip(self.questions, scored, strict=True) if has_score)
 
     @property
     def looked_at(self) -> tuple[str, ...]:
@@ -95,12 +95,12 @@ class Series:
 
     def part(self, belongs: Callable[[str], bool]) -> Series:
         """The same series for some of its questions. Raises NoRowsError if none of them belongs."""
-        kept = [place for place, question in enumerate(self.questions) if belongs(question)]
-        if not kept:
+        indices = [index for index, question in enumerate(self.questions) if belongs(question)]
+        if not indices:
             raise NoRowsError(f"stage {self.stage[:12]} ({self.measure}, {self.probe}) asks none of these questions")
-        questions = tuple(self.questions[place] for place in kept)
-        lost = tuple(one for one in self.lost if belongs(one[0]))
-        return Series(self.stage, self.measure, self.probe, questions, self.values[kept], self.unit, lost)
+        questions = tuple(self.questions[index] for index in indices)
+        lost = tuple(sample for sample in self.lost if belongs(sample[0]))
+        return Series(self.stage, self.measure, self.probe, questions, self.values[indices], self.unit, lost)
 
 
 def series_of(stage: str, measure: str, probe: str, scores: Sequence[Score], unit: Unit = "share") -> Series:
@@ -108,7 +108,7 @@ def series_of(stage: str, measure: str, probe: str, scores: Sequence[Score], uni
     if not scores:
         raise NoRowsError(f"stage {stage[:12]} ({measure}, {probe}) has no scores")
     questions = sorted({score.row for score in scores})
-    index = {question: place for place, question in enumerate(questions)}
+    index = {question: row_index for row_index, question in enumerate(questions)}
     values = np.full((len(questions), 1 + max(score.sample for score in scores)), np.nan)
     for score in scores:
         if score.value is not None:
@@ -122,10 +122,10 @@ def too_unscored(now: Series, base: Series | None = None) -> str | None:
 
     Without `base` only the first rule is asked. The reason says how many of how many, and why most of them.
     """
-    both = [now] if base is None else [now, base]
-    shares = [one.n_unscored / one.n_samples for one in both]
+    compared = [now] if base is None else [now, base]
+    shares = [series.n_unscored / series.n_samples for series in compared]
     if max(shares) > MAX_UNSCORED_SHARE:
-        worst = both[shares.index(max(shares))]
+        worst = compared[shares.index(max(shares))]
         return (
             f"{100 * max(shares):.1f} % of the {now.probe}'s samples are unscored "
             f"(at most {100 * MAX_UNSCORED_SHARE:g} %): {_how_many([worst])}"
@@ -134,7 +134,7 @@ def too_unscored(now: Series, base: Series | None = None) -> str | None:
     if apart > MAX_UNSCORED_DIFFERENCE + 1e-9:  # 0.05 - 0.02 is a little over 0.03
         return (
             f"the {now.probe}'s unscored share differs by {100 * apart:.1f} points between the epochs "
-            f"(at most {100 * MAX_UNSCORED_DIFFERENCE:g}): {_how_many(both)}"
+            f"(at most {100 * MAX_UNSCORED_DIFFERENCE:g}): {_how_many(compared)}"
         )
     return None
 
@@ -146,37 +146,37 @@ def first_too_unscored(pairs: Iterable[tuple[Series, Series]]) -> str | None:
 
 def commonest_reason(several: Sequence[Series]) -> str:
     """Why most of the unscored samples have no score; empty where nothing says it."""
-    reasons = Counter(reason for one in several for _, reason in one.lost if reason)
+    reasons = Counter(reason for series in several for _, reason in series.lost if reason)
     return reasons.most_common(1)[0][0] if reasons else ""
 
 
 def _how_many(several: Sequence[Series]) -> str:
     """How many of how many samples have no score, and the commonest reason."""
-    told = " and ".join(f"{one.n_unscored} of {one.n_samples}" for one in several)
+    counts = " and ".join(f"{series.n_unscored} of {series.n_samples}" for series in several)
     reason = commonest_reason(several)
-    return told + (f", most often {reason}" if reason else "")
+    return counts + (f", most often {reason}" if reason else "")
 
 
 def union_of(several: Sequence[Series]) -> tuple[str, ...]:
     """All questions of some series, in id order."""
-    return tuple(sorted({question for one in several for question in one.questions}))
+    return tuple(sorted({question for series in several for question in series.questions}))
 
 
-def means_at(one: Series, questions: Sequence[str]) -> Floats:
+def means_at(series: Series, questions: Sequence[str]) -> Floats:
     """The series' question means at these questions, NaN where it does not ask one."""
-    if tuple(questions) == one.questions:
-        return one.means
-    known = dict(zip(one.questions, one.means.tolist(), strict=True))
+    if tuple(questions) == series.questions:
+        return series.means
+    known = dict(zip(series.questions, series.means.tolist(), strict=True))
     return np.array([known.get(question, np.nan) for question in questions])
 
 
 def rates_together(several: Sequence[Series]) -> Floats:
     """The samples of some series side by side at the union of their questions, [questions, samples], on 0 to 1."""
     questions = union_of(several)
-    index = {question: place for place, question in enumerate(questions)}
+    index = {question: row_index for row_index, question in enumerate(questions)}
     blocks = []
-    for one in several:
-        block = np.full((len(questions), one.values.shape[1]), np.nan)
-        block[[index[question] for question in one.questions]] = one.rates
+    for series in several:
+        block = np.full((len(questions), series.values.shape[1]), np.nan)
+        block[[index[question] for question in series.questions]] = series.rates
         blocks.append(block)
     return np.concatenate(blocks, axis=1)

@@ -88,9 +88,9 @@ def verdict(evidence: Evidence) -> Verdict:
     questions takes these seeds for given.
     """
     _check_evidence(evidence)
-    silent = _why_uninformative(evidence)
-    if silent is not None:
-        return Verdict("uninformative", silent)
+    uninformative = _why_uninformative(evidence)
+    if uninformative is not None:
+        return Verdict("uninformative", uninformative)
     contrast, margin = evidence.contrast, size(evidence.equivalence.margin, evidence.unit)
     if contrast.estimate is None or contrast.low is None or contrast.high is None:
         return _verdict_without_interval(evidence)
@@ -234,7 +234,7 @@ class CellEvidence:
     @property
     def questions(self) -> tuple[str, ...]:
         """All questions that any seed asks."""
-        return union_of([one for seed in self.seeds for one in seed.trained.series])
+        return union_of([series for seed in self.seeds for series in seed.trained.series])
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -303,7 +303,7 @@ def decide(cells: Sequence[CellEvidence], n_declared: int | None = None) -> list
         return []
     contrasts = [_per_question(cell) for cell in cells]
     intervals = [clustered_interval(contrast) for contrast in contrasts]
-    corrected = _in_family([one.p_two_sided for one in intervals], m)
+    corrected = _in_family([interval.p_two_sided for interval in intervals], m)
     n_draws = min(MOST_DRAWS, max(FEWEST_DRAWS, DRAWS_PER_CONTRAST * m))
     flips: list[float | None] = []
     for cell, contrast in zip(cells, contrasts, strict=True):
@@ -320,8 +320,8 @@ def decide(cells: Sequence[CellEvidence], n_declared: int | None = None) -> list
 def _in_family(p: Sequence[float | None], m: int) -> list[float | None]:
     """Holm's p-values of these among m declared; the others count as not estimable, which is as 1."""
     declared = np.full(m, np.nan)
-    declared[: len(p)] = [_or_nan(one) for one in p]
-    return [_or_none(one) for one in holm(declared)[: len(p)].tolist()]
+    declared[: len(p)] = [_or_nan(value) for value in p]
+    return [_or_none(value) for value in holm(declared)[: len(p)].tolist()]
 
 
 def not_run(label: str, reason: str, rows: tuple[str, ...], behavior: str = "") -> CellVerdict:
@@ -337,8 +337,8 @@ def withheld(label: str, reason: str, rows: tuple[str, ...], behavior: str = "")
 def by_kind(verdicts: Sequence[CellVerdict]) -> Mapping[str, int]:
     """How many cells got which word."""
     counts: dict[str, int] = {}
-    for one in verdicts:
-        counts[one.kind] = counts.get(one.kind, 0) + 1
+    for verdict in verdicts:
+        counts[verdict.kind] = counts.get(verdict.kind, 0) + 1
     return counts
 
 
@@ -366,7 +366,7 @@ def _decide(
     questions = cell.questions
     estimates = [_or_nan(clustered_interval(seed.transfer(questions)).estimate) for seed in cell.seeds]
     seeds = pool_seeds(estimates)
-    word = verdict(
+    decision = verdict(
         Evidence(
             direction=cell.direction,
             contrast=interval,
@@ -383,8 +383,8 @@ def _decide(
     )
     with_control = all(seed.mimicry is not None for seed in cell.seeds)
     aside = "" if with_control else "; mimicry was not measured"
-    found = CellVerdict(
-        cell.label, word.kind, word.reason + aside, interval.estimate, interval.low, interval.high, corrected,
+    cell_verdict = CellVerdict(
+        cell.label, decision.kind, decision.reason + aside, interval.estimate, interval.low, interval.high, corrected,
         cell.rows, cell.behavior, cell.unit, cell.margin,
         p_raw=interval.p_two_sided,
         p_sign_flip=check,
@@ -398,7 +398,7 @@ def _decide(
         n_seeds=len(cell.seeds),
         over_seeds=seeds.interval if seeds.n_seeds >= FEWEST_SEEDS else None,
     )  # fmt: skip
-    return _with_power(found, cell, contrast, estimates, m)
+    return _with_power(cell_verdict, cell, contrast, estimates, m)
 
 
 def _mimicry(cell: CellEvidence) -> Interval:
@@ -409,14 +409,14 @@ def _mimicry(cell: CellEvidence) -> Interval:
 
 
 def _with_power(
-    found: CellVerdict, cell: CellEvidence, contrast: Floats, estimates: Sequence[float], m: int
+    cell_verdict: CellVerdict, cell: CellEvidence, contrast: Floats, estimates: Sequence[float], m: int
 ) -> CellVerdict:
     """Add what this spread and these questions would have shown, and what would bring that down to the margin."""
-    kept = contrast[~np.isnan(contrast)]
-    if kept.size < 2:
-        return found
-    spread = float(kept.std(ddof=1))
-    alone = minimum_detectable_effect(spread, kept.size)
+    present = contrast[~np.isnan(contrast)]
+    if present.size < 2:
+        return cell_verdict
+    spread = float(present.std(ddof=1))
+    alone = minimum_detectable_effect(spread, present.size)
     mend: list[SampleSizeNeeded] = []
     if alone.effect is not None and alone.effect > cell.margin:
         mend.append(clusters_needed(cell.margin, spread))
@@ -424,14 +424,14 @@ def _with_power(
         own = max(0.0, spread**2 - noise**2) ** 0.5
         n_samples = min(seed.trained.now.values.shape[1] for seed in cell.seeds)
         if n_samples > 1:
-            mend.append(samples_needed(cell.margin, own, noise * n_samples**0.5, kept.size))
+            mend.append(samples_needed(cell.margin, own, noise * n_samples**0.5, present.size))
         over_seeds = np.array(estimates)[~np.isnan(estimates)]
         if over_seeds.size > 1:
             mend.append(seeds_needed(cell.margin, float(over_seeds.std(ddof=1))))
     return replace(
-        found,
+        cell_verdict,
         detectable=alone.effect,
-        detectable_in_family=minimum_detectable_effect(spread, kept.size, 0.05 / m).effect,
+        detectable_in_family=minimum_detectable_effect(spread, present.size, 0.05 / m).effect,
         mend=tuple(mend),
     )
 
