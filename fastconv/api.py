@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from fastconv.analysis.gates import decide_gates, series
+from fastconv.analysis.gates import decide_gates, stage_series
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.errors import InputError
 from fastconv.experiment.graph import CellPlan, Graph
@@ -69,7 +69,7 @@ class Run:
         """One row for each cell, measure and probe that was measured: value (share), questions, samples, unscored, stage."""
         rows: list[dict[str, Any]] = []
         for plan, measure, probe, role in self._measured():
-            one = series(self._store, plan.scores[measure, probe], measure, probe)
+            one = stage_series(self._store, plan.scores[measure, probe], measure, probe)
             if one is None or not one.rows:
                 continue
             counts = {"n_questions": len(one.rows), "n_samples": one.n_samples, "n_unscored": one.n_unscored}

@@ -15,7 +15,7 @@ from fastconv.experiment.graph import CellPlan
 from fastconv.judge.calibrate import Corrected, corrected_rate
 from fastconv.judge.scores import agreement
 from fastconv.stats.series import Series
-from fastconv.stats.units import full
+from fastconv.stats.units import scale_maximum
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Stage
 
@@ -42,7 +42,7 @@ def judged_measures(analysis: Analysis) -> list[str]:
     )
 
 
-def pair_of(analysis: Analysis, plan: CellPlan, measure: str, probe: str) -> tuple[Series, Series] | None:
+def judge_phrase_pair(analysis: Analysis, plan: CellPlan, measure: str, probe: str) -> tuple[Series, Series] | None:
     """(judge, phrases) of the same answers, if both scored them."""
     beside = plan.beside.get((measure, probe))
     if beside is None:
@@ -52,14 +52,14 @@ def pair_of(analysis: Analysis, plan: CellPlan, measure: str, probe: str) -> tup
     return (judged, phrases) if judged is not None and phrases is not None else None
 
 
-def agreement_of(analysis: Analysis, measure: str) -> AgreementRate:
+def measure_agreement(analysis: Analysis, measure: str) -> AgreementRate:
     """Agreement over every cell and probe of a measure. Raises KeyError where nothing was scored twice."""
     sides: list[tuple[str, str]] = []
     rows: list[str] = []
     seen: set[str] = set()
     for plan in analysis.graph.cells:
         for name, probe in plan.beside:
-            pair = pair_of(analysis, plan, measure, probe) if name == measure else None
+            pair = judge_phrase_pair(analysis, plan, measure, probe) if name == measure else None
             if pair is None or pair[0].stage in seen:
                 continue
             judged, phrases = pair
@@ -67,7 +67,7 @@ def agreement_of(analysis: Analysis, measure: str) -> AgreementRate:
             if judged.values.shape != phrases.values.shape or judged.questions != phrases.questions:
                 continue
             both = ~(np.isnan(judged.values) | np.isnan(phrases.values))
-            cut = 0.5 * full(judged.unit)
+            cut = 0.5 * scale_maximum(judged.unit)
             sides += zip(_sides(judged.values[both], cut), _sides(phrases.values[both], 0.5), strict=True)
             rows += [*judged.rows, *phrases.rows]
     if not sides:
@@ -76,7 +76,7 @@ def agreement_of(analysis: Analysis, measure: str) -> AgreementRate:
     return AgreementRate(result.accuracy, result.kappa, result.n, tuple(rows))
 
 
-def corrected_of(analysis: Analysis, label: str) -> tuple[float, Corrected, tuple[str, ...]]:
+def corrected_assistant_rate(analysis: Analysis, label: str) -> tuple[float, Corrected, tuple[str, ...]]:
     """The assistant's rate in a cell as judged and as corrected. Raises KeyError without a calibration."""
     subject = analysis.subject(label)
     plan = next(plan for plan in analysis.graph.cells if subject_of(plan.cell) == subject)
@@ -103,7 +103,7 @@ def calibration_of(analysis: Analysis, stage: Stage) -> dict[str, Any] | None:
     return JudgeLedger(analysis.store).calibration(detail["rubric"], detail["model"])
 
 
-def judging_money(analysis: Analysis) -> dict[str, float | None] | None:
+def judging_costs(analysis: Analysis) -> dict[str, float | None] | None:
     """Dollars spent, reserved, lost and left; None where no judge was ever paid."""
     if not _has_judging(analysis):
         return None

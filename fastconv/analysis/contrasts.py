@@ -14,7 +14,7 @@ from fastconv.datasets.behaviors import NO_BEHAVIOR, question_sets
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.experiment.graph import Cell, CellPlan
 from fastconv.recipe import GateSettings
-from fastconv.stats.secondary import SecondaryContrast, change_of, difference_of, trend
+from fastconv.stats.secondary import SecondaryContrast, canary_contrast, change_contrast, trend
 from fastconv.stats.series import Series, first_too_unscored
 from fastconv.stats.study_gates import Role, Shift
 from fastconv.stats.verdicts import CellEvidence, Quad, SeedEvidence
@@ -196,37 +196,37 @@ class ContrastBuilder:
                 why = first_too_unscored(pairs) or ""
                 value = np.nan if why else float(np.mean([now.mean.value - base.mean.value for now, base in pairs]))
                 unit = pairs[0][0].unit
-                rows = tuple(row for pair in pairs for series in pair for row in series.looked_at)
+                rows = tuple(row for pair in pairs for series in pair for row in series.evidence_rows)
                 about = (subject.source, subject.behavior, subject.epoch, role)
                 result.append(Shift(*about, value, unit, self.gates.threshold(subject.behavior, unit), rows, why))
         return result
 
-    def asides(self) -> list[SecondaryContrast]:
+    def secondary_contrasts(self) -> list[SecondaryContrast]:
         """Every contrast beside the declared ones: trends, mimicry, the canary's change, controls, minor parts."""
         contrasts: list[SecondaryContrast] = []
         for subject, plans in self.subjects.items():
             for measure in plans[0].measures:
                 for part in self.parts(measure):
                     for plan in plans:
-                        contrasts += self._asides_of(subject, plan, part)
+                        contrasts += self._secondary_of(subject, plan, part)
         return contrasts
 
-    def _asides_of(self, subject: ContrastSubject, plan: CellPlan, part: Part) -> list[SecondaryContrast]:
+    def _secondary_of(self, subject: ContrastSubject, plan: CellPlan, part: Part) -> list[SecondaryContrast]:
         label = f"{subject.label()} s{plan.cell.seed}" + ("" if subject.behavior != NO_BEHAVIOR else f" {part.measure}")
         label += f", {part.name} questions" if part.name else ""
         if not subject.epoch:
             return self._trend(label, plan, part)
         if subject.behavior == NO_BEHAVIOR:
             quad = self.mimicry(plan, part)
-            return [difference_of(label, "mimicry: convergence alone", quad)] if quad is not None else []
+            return [canary_contrast(label, "mimicry: convergence alone", quad)] if quad is not None else []
         quad = self.trained(plan, part)
         if quad is None:
             return []
-        contrasts = [change_of(label, "change of the canary", quad.canary_now, quad.canary_base)]
+        contrasts = [change_contrast(label, "change of the canary", quad.canary_now, quad.canary_base)]
         if self.is_control(subject):
-            contrasts.append(difference_of(label, "control", quad))
+            contrasts.append(canary_contrast(label, "control", quad))
         elif not part.primary:
-            contrasts.append(difference_of(label, "questions reported apart", quad))
+            contrasts.append(canary_contrast(label, "questions reported apart", quad))
         return contrasts
 
     def _trend(self, label: str, zero: CellPlan, part: Part) -> list[SecondaryContrast]:

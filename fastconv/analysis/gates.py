@@ -19,13 +19,13 @@ from fastconv.recipe import GateSettings, Recipe, StoppingGate, run_id
 from fastconv.stats import gates, study_gates
 from fastconv.stats.bounds import multiple_choice_chance
 from fastconv.stats.gates import GateVerdict, Loss
-from fastconv.stats.secondary import CorrectedContrast, correct
+from fastconv.stats.secondary import CorrectedContrast, correct_for_fdr
 from fastconv.stats.series import Series, series_of
-from fastconv.stats.verdicts import CellEvidence, CellVerdict, decide, not_run
+from fastconv.stats.verdicts import CellEvidence, CellVerdict, decide, untrained_verdict
 from fastconv.store.ledger import Stage, Store, changed_inputs
 
 
-def series(store: Store, stage: Stage, measure: str, probe: str, unit: Any = "share") -> Series | None:
+def stage_series(store: Store, stage: Stage, measure: str, probe: str, unit: Any = "share") -> Series | None:
     """The scores of one stage, or None if it is not done."""
     return series_of(stage.key, measure, probe, store.scores(stage.key), unit) if store.record(stage.key) else None
 
@@ -60,10 +60,12 @@ def measurable_behaviors(graph: Graph, store: Store) -> list[str]:
     return [verdict.subject for verdict in gate_base(graph, store) if verdict.verdict == "pass" or ignored]
 
 
-def held_back(graph: Graph, store: Store) -> list[GateVerdict]:
+def undecided_base_gates(graph: Graph, store: Store) -> list[GateVerdict]:
     """G0 of each behavior that waits, since too many of the base's samples are unscored to decide it; not one ignored."""
     ignored = ignored_gates(store, graph.recipe)
-    return [verdict for verdict in marked(gate_base(graph, store), ignored) if verdict.unread and not verdict.ignored]
+    return [
+        verdict for verdict in mark_ignored(gate_base(graph, store), ignored) if verdict.unread and not verdict.ignored
+    ]
 
 
 def decide_gates(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[GateVerdict]:
@@ -74,9 +76,9 @@ def decide_gates(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[
 def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """`decide_gates` from a reading; gates that were ignored say so."""
     ignored = ignored_gates(contrasts.reading.store, contrasts.graph.recipe)
-    verdicts = marked(base_gates(contrasts), ignored)
+    verdicts = mark_ignored(base_gates(contrasts), ignored)
     g0 = {verdict.subject: verdict for verdict in verdicts}
-    verdicts += marked(_convergence_gates(contrasts, plans), ignored)
+    verdicts += mark_ignored(_convergence_gates(contrasts, plans), ignored)
     for source, behavior in dict.fromkeys(
         (p.cell.source, p.cell.behavior) for p in plans if p.cell.behavior != NO_BEHAVIOR
     ):
@@ -84,14 +86,14 @@ def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[Gat
         behavior_verdicts = [g0[behavior]] if behavior in g0 else []
         # A G0 that could not be read rules nothing out: cells may be there, from before another judge read the base.
         if behavior_verdicts and not (behavior_verdicts[0].failed and not behavior_verdicts[0].ignored):
-            behavior_verdicts += marked(_behavior_gates(contrasts, source, behavior, behavior_plans), ignored)
+            behavior_verdicts += mark_ignored(_behavior_gates(contrasts, source, behavior, behavior_plans), ignored)
         verdicts += [verdict for verdict in behavior_verdicts if verdict.gate != "G0"]
         if source == ASSISTANT:
             continue  # a degenerate control: its gates are told, and it decides nothing
         controls = {_group(p.cell) for p in behavior_plans if contrasts.is_control(subject_of(p.cell))}
         declared = [verdict for verdict in behavior_verdicts if verdict.subject not in controls]
         verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, declared))
-    return [*verdicts, *marked(_study_gates(contrasts, plans), ignored)]
+    return [*verdicts, *mark_ignored(_study_gates(contrasts, plans), ignored)]
 
 
 def gates_after(contrasts: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]:
@@ -142,14 +144,16 @@ def primary_verdicts(contrasts: ContrastBuilder) -> list[CellVerdict]:
         elif g0_verdict is not None and g0_verdict.failed:
             label = subject.label(part)
             not_trained.append(
-                not_run(label, f"not measurable at base: {g0_verdict.reason}", g0_verdict.rows, subject.behavior)
+                untrained_verdict(
+                    label, f"not measurable at base: {g0_verdict.reason}", g0_verdict.rows, subject.behavior
+                )
             )
     return [*decide(evidence, len(family)), *not_trained]
 
 
 def secondary_findings(contrasts: ContrastBuilder) -> list[CorrectedContrast]:
     """Everything tested beside the declared contrasts, corrected for the false discovery rate."""
-    return correct(contrasts.asides())
+    return correct_for_fdr(contrasts.secondary_contrasts())
 
 
 #: The gates' field that holds a figure for each source, and no threshold for all of them.
@@ -216,7 +220,7 @@ def _with_thresholds(gates: GateSettings, first: Mapping[str, Any]) -> GateSetti
     return GateSettings.model_validate(gates.model_dump(mode="json") | plain | {_REFERENCES: known})
 
 
-def marked(verdicts: Sequence[GateVerdict], ignored: Mapping[str, str]) -> list[GateVerdict]:
+def mark_ignored(verdicts: Sequence[GateVerdict], ignored: Mapping[str, str]) -> list[GateVerdict]:
     """The verdicts, with the reason on each failed or undecidable one that is ignored."""
     return [
         replace(verdict, ignored=ignored[gate])
@@ -322,7 +326,9 @@ def _first_sources(contrasts: ContrastBuilder, plan: CellPlan) -> list[GateVerdi
     """G4 and G5, each as soon as the sources that it looks at are measured whole, while others are still to be paid for."""
     rules, graph, kind = contrasts.gates, contrasts.graph, plan.cell.negatives
     ignored = ignored_gates(contrasts.reading.store, graph.recipe)
-    measurable = [one.subject for one in marked(base_gates(contrasts), ignored) if one.verdict == "pass" or one.ignored]
+    measurable = [
+        one.subject for one in mark_ignored(base_gates(contrasts), ignored) if one.verdict == "pass" or one.ignored
+    ]
     by_source: dict[str, list[CellPlan]] = {source: [] for source in graph.recipe.grid.sources}
     for one in graph.cells:
         if one.cell.behavior in measurable and one.cell.epoch and one.cell.negatives == kind:

@@ -22,10 +22,10 @@ from fastconv.cli.common import (
     Scale,
     Workspace,
 )
-from fastconv.cli.common import answered as _answered
 from fastconv.cli.common import load as _load
-from fastconv.cli.common import load_or_recall as _load_or_recall
-from fastconv.cli.common import open_if_there as _open_if_there
+from fastconv.cli.common import load_recipe_or_run as _load_or_recall
+from fastconv.cli.common import open_existing as _open_if_there
+from fastconv.cli.common import with_exit_codes as _answered
 from fastconv.cli.judging import judge_app
 from fastconv.cli.planning import Approve, cost_gate
 from fastconv.cli.planning import register as register_plan
@@ -262,9 +262,9 @@ def doctor(
 ) -> None:
     """Check this machine: versions, device, model, workspace. Exit code 4 or 5 if a recipe could not run."""
     from fastconv import show
-    from fastconv.planning.doctor import examine
+    from fastconv.planning.doctor import diagnose
 
-    findings = examine(_load(recipe, overrides) if recipe else None, workspace)
+    findings = diagnose(_load(recipe, overrides) if recipe else None, workspace)
     show.doctor(findings, as_json=as_json)
     if worst := max((finding.exit_code for finding in findings), default=0):
         raise typer.Exit(worst)

@@ -25,7 +25,7 @@ DEFAULT_WORKSPACE = Path("checkpoints")
 DEFAULT_REPORTS = Path("reports")
 
 
-def answered(verb: Callable[..., None]) -> Callable[..., None]:
+def with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
     """Turn fastconv's errors into their one line and exit code. Anything else is a defect and keeps its traceback."""
 
     @wraps(verb)
@@ -64,7 +64,7 @@ def load(name: str, overrides: list[str], scale: str = "") -> Any:
     return with_overrides(scaled(recipe, scale), overrides)
 
 
-def load_or_recall(name: str, overrides: list[str], store: Any, scale: str = "") -> Any:
+def load_recipe_or_run(name: str, overrides: list[str], store: Any, scale: str = "") -> Any:
     """A recipe by path or name, or the recipe of a run by its id."""
     from fastconv.recipe import parse_recipe
 
@@ -74,7 +74,7 @@ def load_or_recall(name: str, overrides: list[str], store: Any, scale: str = "")
     return load(name, overrides, scale)
 
 
-def open_if_there(workspace: Path) -> Any:
+def open_existing(workspace: Path) -> Any:
     """The workspace's store, or None where nothing was computed yet."""
     from fastconv.store.ledger import Store
 

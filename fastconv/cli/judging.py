@@ -11,7 +11,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Overrides, Quiet, Workspace, answered, load, load_or_recall
+from fastconv.cli.common import (
+    DEFAULT_WORKSPACE,
+    AsJson,
+    Overrides,
+    Quiet,
+    Workspace,
+    load,
+    load_recipe_or_run,
+    with_exit_codes,
+)
 from fastconv.errors import JudgeError
 
 
@@ -32,7 +41,7 @@ judge_app = typer.Typer(
 
 
 @judge_app.command()
-@answered
+@with_exit_codes
 def finish(
     recipe: Annotated[str, typer.Argument(help="A run's id, a recipe's path or name")],
     rubric: Annotated[
@@ -50,7 +59,7 @@ def finish(
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    before = load_or_recall(recipe, overrides, store)
+    before = load_recipe_or_run(recipe, overrides, store)
     store.close()
     loaded = before if rubric is None else with_rubric(before, rubric)
     with watching(quiet=quiet or as_json, stream=sys.stderr) as watcher:
@@ -69,7 +78,7 @@ def finish(
 
 
 @judge_app.command()
-@answered
+@with_exit_codes
 def calibrate(
     recipe: Annotated[str, typer.Argument(help="A recipe whose judge is meant", show_default=False)] = "",
     mode: Annotated[

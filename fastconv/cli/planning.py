@@ -12,10 +12,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Overrides, RecipePath, Scale, Workspace, answered, load
-from fastconv.cli.common import open_if_there as open_store
-from fastconv.stats.power import DetectableContrast, mended_by
-from fastconv.stats.units import size
+from fastconv.cli.common import (
+    DEFAULT_WORKSPACE,
+    AsJson,
+    Overrides,
+    RecipePath,
+    Scale,
+    Workspace,
+    load,
+    with_exit_codes,
+)
+from fastconv.cli.common import open_existing as open_store
+from fastconv.stats.power import DetectableContrast, remedy_text
+from fastconv.stats.units import size_text
 
 if TYPE_CHECKING:
     from fastconv.experiment.graph import CellPlan, Graph
@@ -26,7 +35,7 @@ Approve = Annotated[bool, typer.Option("--approve", help="Run although the estim
 
 def register(app: typer.Typer) -> None:
     """Add the verb to the command line."""
-    app.command()(answered(plan))
+    app.command()(with_exit_codes(plan))
 
 
 def plan(
@@ -55,7 +64,7 @@ def plan(
         keep_probe(loaded, Store.open(workspace))
     store = open_store(workspace)
     judge = JudgePreflight(loaded.judge, store)
-    recipe_plan = plan_recipe(loaded, store, machine).knowing(judge.problem())
+    recipe_plan = plan_recipe(loaded, store, machine).with_judge_problem(judge.problem())
     if as_json:
         print(json.dumps(recipe_plan.to_json(), indent=1))
         return
@@ -73,15 +82,15 @@ def cost_gate(workspace: Path, *, approved: bool) -> Callable[[Graph, Sequence[C
 
     def admit(graph: Graph, cells: Sequence[CellPlan]) -> dict[str, Any]:
         from fastconv.engine.device import shape_on_disk
-        from fastconv.planning.plan import facts_of, make_plan, require_approved, require_known
+        from fastconv.planning.plan import make_plan, plan_facts, require_approved, require_known
         from fastconv.recipe import run_id
 
         recipe = graph.recipe
         if shape_on_disk(recipe.model) is None:
-            return facts_of(None, require_known(recipe, approved=approved))
+            return plan_facts(None, require_known(recipe, approved=approved))
         store = open_store(workspace)
         recipe_plan = make_plan(graph, store, plans=cells)
-        facts = facts_of(recipe_plan, require_approved(recipe_plan, recipe.run, approved=approved))
+        facts = plan_facts(recipe_plan, require_approved(recipe_plan, recipe.run, approved=approved))
         if store is not None and "plan" in store.run_facts(run_id(recipe)):
             del facts["plan"]
         return facts
@@ -187,9 +196,9 @@ def _power(recipe_plan: Plan) -> Iterator[str]:
     for name, power in recipe_plan.power.items():
         unit = "points" if power.threshold > 1 else "share"
         apart, kind = ("", "declared contrast") if power.primary else (", reported apart", "contrast")
-        family = f" ({size(power.in_family, unit)} among {power.n_contrasts})" if power.primary else ""
+        family = f" ({size_text(power.in_family, unit)} among {power.n_contrasts})" if power.primary else ""
         yield (
-            f"{name}{apart}: {power.n_questions} questions x {power.n_samples}, threshold {size(power.threshold, unit)}; would "
+            f"{name}{apart}: {power.n_questions} questions x {power.n_samples}, threshold {size_text(power.threshold, unit)}; would "
             f"probably find a change, as gates compare, from {_reach(power.change, unit)}; the {kind} of "
             f"{power.declared.n_terms} terms from {_reach(power.declared, unit, family)}"
         )
@@ -202,8 +211,8 @@ def _power(recipe_plan: Plan) -> Iterator[str]:
 def _reach(contrast: DetectableContrast, unit: str, family: str = "") -> str:
     """A detectable effect, and where it exceeds the threshold a warning with the numbers that would mend it."""
     advice = (
-        f"; a null result would say little: {mended_by((contrast.questions, contrast.samples))}"
+        f"; a null result would say little: {remedy_text((contrast.questions, contrast.samples))}"
         if contrast.too_large
         else ""
     )
-    return f"{size(contrast.alone, unit)}{family}{advice}"
+    return f"{size_text(contrast.alone, unit)}{family}{advice}"

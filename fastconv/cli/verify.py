@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, answered, load_or_recall
+from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, load_recipe_or_run, with_exit_codes
 from fastconv.report.compare import Paired, RunComparison
 from fastconv.show import console_of_output
-from fastconv.stats.units import change, level, span
+from fastconv.stats.units import change, interval_text, level
 
 if TYPE_CHECKING:
     from fastconv.analysis.analysis import Analysis
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     for verb in (verify, compare, published):
-        app.command()(answered(verb))
+        app.command()(with_exit_codes(verb))
 
 
 def verify(
@@ -87,7 +87,13 @@ def published(
     as_json: AsJson = False,
 ) -> None:
     """The published tables under these rules: what the thresholds say of them, and why no evidence verdict is possible."""
-    from fastconv.report.published import judge_published, lead, published_names, read_published, write_published
+    from fastconv.report.published import (
+        judge_published,
+        published_names,
+        read_published,
+        summary_claim,
+        write_published,
+    )
     from fastconv.show import gates
 
     judged = [judge_published(read_published(name)) for name in published_names()]
@@ -97,7 +103,7 @@ def published(
         print(json.dumps({"tables": tables, **({"html": pages} if pages else {})}, indent=1))
         return
     for verdicts in judged:
-        typer.echo(f"{verdicts.table.about}\n{lead(verdicts).text}")
+        typer.echo(f"{verdicts.table.about}\n{summary_claim(verdicts).text}")
         gates(verdicts.gates, as_json=False)
         for why in dict.fromkeys((one.behavior, one.kind, one.reason) for one in verdicts.verdicts):
             cell_verdicts = [one for one in verdicts.verdicts if (one.behavior, one.kind, one.reason) == why]
@@ -115,7 +121,7 @@ def _decided(name: str, workspace: Path) -> Analysis:
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    return Analysis(Graph(load_or_recall(name, [], store)), store)
+    return Analysis(Graph(load_recipe_or_run(name, [], store)), store)
 
 
 #: Columns with their widths; these hold any figure on one line, and together they fit 80 columns.
@@ -158,7 +164,7 @@ def _row(pair: Paired) -> tuple[str, ...]:
     elif pair.difference is None:
         difference = "cannot be given"
     else:
-        difference = f"{change(pair.difference, pair.unit)} {span(pair.low, pair.high, pair.unit)}".rstrip()
+        difference = f"{change(pair.difference, pair.unit)} {interval_text(pair.low, pair.high, pair.unit)}".rstrip()
     p = "" if pair.p_corrected is None else f"{pair.p_corrected:.3g}"
     levels = (level(pair.first, pair.unit), level(pair.second, pair.unit))
     return (pair.role, *levels, escape(difference), p, str(pair.n_questions))

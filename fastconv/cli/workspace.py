@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, answered
+from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, with_exit_codes
 
 if TYPE_CHECKING:
     from fastconv.run.gc import GcPlan
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     for verb in (merge, gc):
-        app.command()(answered(verb))
+        app.command()(with_exit_codes(verb))
 
 
 def merge(
@@ -39,7 +39,7 @@ def merge(
     for name, result in merged.items():
         judged = f", {result.n_judgements} judgements" if result.n_judgements else ""
         typer.echo(
-            f"{name}: {result.n_added} stages taken over ({size(result.copied_bytes)}{judged}), {result.n_known} known"
+            f"{name}: {result.n_added} stages taken over ({bytes_text(result.copied_bytes)}{judged}), {result.n_known} known"
         )
 
 
@@ -67,7 +67,7 @@ def gc(
     _show(plan, freed if yes else None)
 
 
-def size(n_bytes: int) -> str:
+def bytes_text(n_bytes: int) -> str:
     """Bytes as people read them."""
     amount, unit = float(n_bytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
@@ -79,12 +79,12 @@ def size(n_bytes: int) -> str:
 
 def _show(plan: GcPlan, freed: int | None) -> None:
     for item in plan.waste:
-        typer.echo(f"{size(item.n_bytes):>10}  {item.kind} {item.name}: {item.why}")
+        typer.echo(f"{bytes_text(item.n_bytes):>10}  {item.kind} {item.name}: {item.why}")
     for text in plan.left:
         typer.echo(f"left alone: {text}")
     if not plan.waste:
         typer.echo("nothing to free")
     elif freed is None:
-        typer.echo(f"{size(plan.n_bytes)} can be freed: the same command with --yes")
+        typer.echo(f"{bytes_text(plan.n_bytes)} can be freed: the same command with --yes")
     else:
-        typer.echo(f"{size(freed)} freed")
+        typer.echo(f"{bytes_text(freed)} freed")

@@ -30,7 +30,7 @@ class Diagnosis:
     exit_code: int = 0
 
 
-def examine(recipe: Recipe | None, workspace: Path) -> list[Diagnosis]:
+def diagnose(recipe: Recipe | None, workspace: Path) -> list[Diagnosis]:
     """Look at everything a run needs. Never raises for what it finds."""
     findings = [_versions(), _device(recipe), _workspace(workspace)]
     try:

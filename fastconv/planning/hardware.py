@@ -68,7 +68,7 @@ class Machine:
         return asdict(self)
 
 
-def _card(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machine:
+def _gpu(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machine:
     """A GPU by its dense bf16 TFLOP/s and memory bandwidth, each as a large product or copy reaches it.
 
     Shares of that which the engine reaches, from `fastconv bench` on one H100 (README, "Measured"): training 0.6 beside
@@ -83,18 +83,18 @@ def _card(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machi
 
 
 #: H200 and H100: measured products and copies; the others: four fifths of the data sheet's figures, as those reach.
-CARDS: Mapping[str, Machine] = MappingProxyType({
-    "h200": _card("one H200", 788, 4.3, 141),
-    "h100": _card("one H100", 760, 3.0, 80),
-    "a100": _card("one A100", 250, 1.6, 80),
-    "l40s": _card("one L40S", 290, 0.7, 48),
-    "a10": _card("one A10", 100, 0.5, 24),
-    "4090": _card("one RTX 4090", 130, 0.8, 24),
-    "3090": _card("one RTX 3090", 57, 0.75, 24),
+KNOWN_GPUS: Mapping[str, Machine] = MappingProxyType({
+    "h200": _gpu("one H200", 788, 4.3, 141),
+    "h100": _gpu("one H100", 760, 3.0, 80),
+    "a100": _gpu("one A100", 250, 1.6, 80),
+    "l40s": _gpu("one L40S", 290, 0.7, 48),
+    "a10": _gpu("one A10", 100, 0.5, 24),
+    "4090": _gpu("one RTX 4090", 130, 0.8, 24),
+    "3090": _gpu("one RTX 3090", 57, 0.75, 24),
 })  # fmt: skip
 
 
-def processor() -> Machine:
+def cpu_machine() -> Machine:
     """This CPU in fp32 by its cores, from SmolLM2 on two of them: 150 tokens/s trained, 800 read, 100 drawn."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     share = min(cores, 16) / 2
@@ -112,12 +112,16 @@ def find_machine(recipe: Recipe, shape: ModelShape, device: str, store: Store | 
     """
     if name:
         if name == "cpu":
-            return processor()
-        if name not in CARDS:
-            raise InputError(f"no machine is called {name!r}", where="--machine", fix=f"use cpu, {', '.join(CARDS)}")
-        return CARDS[name]
+            return cpu_machine()
+        if name not in KNOWN_GPUS:
+            raise InputError(
+                f"no machine is called {name!r}", where="--machine", fix=f"use cpu, {', '.join(KNOWN_GPUS)}"
+            )
+        return KNOWN_GPUS[name]
     if device == "cpu" and recipe.model.device != "cpu" and shape.total_params > 1e9:
-        return replace(CARDS["h200"], origin=f"{CARDS['h200'].origin}; there is no GPU here (--machine names another)")
+        return replace(
+            KNOWN_GPUS["h200"], origin=f"{KNOWN_GPUS['h200'].origin}; there is no GPU here (--machine names another)"
+        )
     here = _this_machine(device)
     probe = store.latest_in_slot(_slot(here, shape)) if store else None
     if probe is not None and probe.version == PROBE_VERSION:
@@ -137,14 +141,16 @@ def _slot(machine: Machine, shape: ModelShape) -> str:
 
 def _this_machine(device: str) -> Machine:
     if device != "cuda":
-        cpu = processor()
+        cpu = cpu_machine()
         model = platform.processor() or platform.machine()
         return replace(cpu, name=f"{cpu.name} ({model})")
     name = _gpu_name()
-    known = next((card for key, card in CARDS.items() if key in name.lower().replace(" ", "")), None)
+    known = next((card for key, card in KNOWN_GPUS.items() if key in name.lower().replace(" ", "")), None)
     if known is not None:
         return replace(known, name=name)
-    return replace(CARDS["a100"], name=name or "a GPU", origin="taken for an A100, as the card is not known; --measure")
+    return replace(
+        KNOWN_GPUS["a100"], name=name or "a GPU", origin="taken for an A100, as the card is not known; --measure"
+    )
 
 
 def _gpu_name() -> str:

@@ -45,7 +45,7 @@ class KindPlan:
 
 
 @dataclass(frozen=True)
-class Judging:
+class JudgingPlan:
     """Judgements still to make and what they cost: expected, and what they cannot exceed (USD, the whole batch price
     off for batches; every prompt byte a token, every reply at its cap). `problem` is why the judge cannot be asked now,
     in one line; empty if it can be, or nobody tried."""
@@ -67,7 +67,7 @@ class Plan:
     shape: ModelShape
     n_cells: int
     kinds: tuple[KindPlan, ...]
-    judging: Judging | None
+    judging: JudgingPlan | None
     memory_bytes: Mapping[str, float]
     disk_bytes: Mapping[str, float]
     fit: tuple[str, ...]
@@ -85,7 +85,7 @@ class Plan:
         """Dollars that judging is expected to cost."""
         return self.judging.expected_usd if self.judging else 0.0
 
-    def knowing(self, problem: str) -> Plan:
+    def with_judge_problem(self, problem: str) -> Plan:
         """The plan that also says why its judge cannot be asked, where anything is left to judge."""
         if self.judging is None or not self.judging.n:
             return self
@@ -210,7 +210,7 @@ def _wanted(graph: Graph, store: Store | None, cells: Sequence[CellPlan]) -> lis
     return list({part.key: part for end in ends for part in walk(end)}.values())
 
 
-def _judging(graph: Graph, todo: Sequence[Stage]) -> Judging | None:
+def _judging(graph: Graph, todo: Sequence[Stage]) -> JudgingPlan | None:
     """Judgements still to make; dollars where the judge has a price."""
     judge, settings = graph.judge, graph.recipe.judge
     stages = [stage for stage in todo if stage.kind == "judge"]
@@ -230,7 +230,7 @@ def _judging(graph: Graph, todo: Sequence[Stage]) -> Judging | None:
                 bills[asked] = _bills(graph, stage, n_stage, prices.batch_factor if in_batch else 1.0)
             likely, most = bills[asked]
             expected, worst = expected + likely.expected_usd, worst + most.worst_usd
-    return Judging(n, judge.name, expected, worst, settings.budget_usd)
+    return JudgingPlan(n, judge.name, expected, worst, settings.budget_usd)
 
 
 def _bills(graph: Graph, stage: Stage, n: int, factor: float) -> tuple[Estimate, Estimate]:
@@ -345,7 +345,7 @@ def _notes(graph: Graph, store: Store | None) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def facts_of(plan: Plan | None, beyond: str) -> dict[str, Any]:
+def plan_facts(plan: Plan | None, beyond: str) -> dict[str, Any]:
     """For the run's facts: the plan it began with and, where that is beyond the recipe's limits, that it was approved."""
     approved = {"approved": {"beyond": beyond, "at": time.time()}} if beyond else {}
     return ({} if plan is None else {"plan": plan.kept()}) | approved

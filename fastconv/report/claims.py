@@ -10,17 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastconv.analysis.agreement import agreement_of, corrected_of
+from fastconv.analysis.agreement import corrected_assistant_rate, measure_agreement
 from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.correlates import MARKER, MARKER_RATE, in_words, levels, transfer_by_source
 from fastconv.report.blocks import Claim
 from fastconv.seeding import seed_of
 from fastconv.stats.bounds import spearman_attainable
 from fastconv.stats.gates import GateVerdict
-from fastconv.stats.inference import Interval, exact_spearman
-from fastconv.stats.power import mended_by
-from fastconv.stats.units import Unit, change, counted, level, signed, size, span
-from fastconv.stats.verdicts import CellVerdict, by_kind
+from fastconv.stats.inference import Interval
+from fastconv.stats.permutation import exact_spearman
+from fastconv.stats.power import remedy_text
+from fastconv.stats.units import Unit, change, counted, first_few, interval_text, level, signed, size_text
+from fastconv.stats.verdicts import CellVerdict, count_by_kind
 
 #: The words a declared contrast can get, in the order in which they are told.
 KINDS = ("transfer", "reverse", "equivalent", "inconclusive", "uninformative", "withheld")
@@ -87,7 +88,7 @@ def _answer(analysis: Analysis) -> QueryResult:
 
 def _how_sure(verdicts: Sequence[CellVerdict], n: int) -> str:
     """What the n declared contrasts say of it, with the confidence of the surest one."""
-    counts = by_kind(verdicts)
+    counts = count_by_kind(verdicts)
     if not verdicts:
         return "no declared contrast was measured yet"
     leading_kind = next((kind for kind in ("transfer", "reverse") if counts.get(kind)), None)
@@ -95,7 +96,7 @@ def _how_sure(verdicts: Sequence[CellVerdict], n: int) -> str:
     sure = f"confidence {best.confidence.level} ({best.confidence.reason})"
     if leading_kind is not None:
         verb = "is" if counts[leading_kind] == 1 else "are"
-        figures = f"{change(best.estimate or 0.0, best.unit)} {span(best.low, best.high, best.unit)}".rstrip()
+        figures = f"{change(best.estimate or 0.0, best.unit)} {interval_text(best.low, best.high, best.unit)}".rstrip()
         return f"{counts[leading_kind]} of {n} declared contrasts {verb} {leading_kind}, the surest {best.label} by {figures} with {sure}"
     counts_text = _told(counts, n)
     if counts.get("equivalent", 0) == n:
@@ -121,8 +122,7 @@ def _certainty(verdict: CellVerdict) -> tuple[int, float]:
 
 def _listed(subjects: Sequence[str]) -> str:
     """A few names, and how many more."""
-    more = f" and {len(subjects) - MOST_NAMED} more" if len(subjects) > MOST_NAMED else ""
-    return ", ".join(subjects[:MOST_NAMED]) + more
+    return first_few(subjects, MOST_NAMED)
 
 
 def _pilot(analysis: Analysis, subject: str) -> QueryResult:
@@ -147,7 +147,7 @@ def _gate_values(verdict: GateVerdict) -> dict[str, str]:
 
 def _counts(analysis: Analysis) -> QueryResult:
     n, rows = len(analysis.declared), _together(analysis.verdicts)
-    return QueryResult({"n": str(n), "told": _told(by_kind(analysis.verdicts), n)}, rows)
+    return QueryResult({"n": str(n), "told": _told(count_by_kind(analysis.verdicts), n)}, rows)
 
 
 def _finding(analysis: Analysis, label: str) -> QueryResult:
@@ -166,7 +166,9 @@ def _largest(analysis: Analysis, behavior: str) -> QueryResult:
     largest = max(informative, key=lambda verdict: abs(verdict.estimate or 0.0), default=None)
     if largest is None or largest.estimate is None:
         raise KeyError(behavior)
-    figures = f"{change(largest.estimate, largest.unit)} {span(largest.low, largest.high, largest.unit)}".rstrip()
+    figures = (
+        f"{change(largest.estimate, largest.unit)} {interval_text(largest.low, largest.high, largest.unit)}".rstrip()
+    )
     values = {"behavior": behavior, "figures": figures, "label": largest.label, "kind": largest.kind}
     return QueryResult({**values, "confidence": largest.confidence.level}, largest.rows)
 
@@ -209,10 +211,10 @@ def _power(analysis: Analysis, behavior: str) -> QueryResult:
     mend = (
         "so a null result says something"
         if detectable <= margin
-        else f"so a null result says little; {mended_by(worst.mend)}"
+        else f"so a null result says little; {remedy_text(worst.mend)}"
     )
     values = {
-        "behavior": behavior, "margin": size(margin, unit), "seen": size(detectable, unit), "family": size(family, unit),
+        "behavior": behavior, "margin": size_text(margin, unit), "seen": size_text(detectable, unit), "family": size_text(family, unit),
         "m": str(len(analysis.declared)), "n": str(worst.n_questions),
         "mend": mend,
     }  # fmt: skip
@@ -268,14 +270,14 @@ def _attainable(analysis: Analysis, correlate: str = MARKER_RATE) -> QueryResult
 
 
 def _agreement(analysis: Analysis, measure: str) -> QueryResult:
-    result = agreement_of(analysis, measure)
+    result = measure_agreement(analysis, measure)
     kappa = "cannot be given: both always say the same" if np.isnan(result.kappa) else f"{result.kappa:.2f}"
     values = {"measure": measure, "share": level(result.accuracy, "share"), "n": f"{result.n:,}", "kappa": kappa}
     return QueryResult(values, result.rows)
 
 
 def _corrected(analysis: Analysis, label: str) -> QueryResult:
-    raw, corrected, rows = corrected_of(analysis, label)
+    raw, corrected, rows = corrected_assistant_rate(analysis, label)
     shown = f"{level(corrected.rate, 'share')} [{100 * corrected.low:.1f}, {100 * corrected.high:.1f}]"
     return QueryResult({"label": label, "raw": level(raw, "share"), "fixed": shown}, rows)
 
@@ -310,7 +312,7 @@ def _unscored(analysis: Analysis) -> QueryResult:
 def _interval(interval: Interval, unit: Unit) -> str:
     if interval.estimate is None:
         return f"cannot be given ({interval.reason})"
-    return f"{change(interval.estimate, unit)} {span(interval.low, interval.high, unit)}".rstrip()
+    return f"{change(interval.estimate, unit)} {interval_text(interval.low, interval.high, unit)}".rstrip()
 
 
 def _together(verdicts: Sequence[CellVerdict]) -> tuple[str, ...]:

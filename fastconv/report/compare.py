@@ -14,7 +14,7 @@ from fastconv.analysis.contrasts import Part
 from fastconv.experiment.graph import Cell, CellPlan
 from fastconv.report.measures import ROLES
 from fastconv.stats.inference import benjamini_hochberg, paired_change
-from fastconv.stats.series import Series, means_at
+from fastconv.stats.series import Series, question_means
 from fastconv.stats.units import Unit
 from fastconv.store.records import changed_inputs
 
@@ -167,7 +167,7 @@ def _label(first: Cell, second: Cell) -> str:
 def _pair(label: str, part: Part, role: str, first_values: Series, second_values: Series) -> Paired:
     common = sorted(set(first_values.questions) & set(second_values.questions))
     interval = (
-        paired_change(means_at(second_values, common), means_at(first_values, common)).interval
+        paired_change(question_means(second_values, common), question_means(first_values, common)).interval
         if len(common) > 1
         else None
     )

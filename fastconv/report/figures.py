@@ -18,13 +18,13 @@ from fastconv.stats.units import rounded
 
 Boxes = NDArray[np.float64]
 #: Points (1/72 inch) around a drawn point that stay free, between a name and its point, and between two names.
-MARK, GAP, BETWEEN = 3.5, 1.5, 0.8
+POINT_RADIUS_PT, LABEL_GAP_PT, LABEL_SPACING_PT = 3.5, 1.5, 0.8
 #: A name whose nearer end is farther from its point than this (in points) is tied to it by a line.
-FAR = 7.0
+LEADER_LINE_FROM_PT = 7.0
 FONT_SIZE = 6.5
 
 
-def name_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
+def label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
     """Write each name (x, y, name) at the free place nearest to its point. The axes' limits must be final."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -38,12 +38,12 @@ def name_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str
     drawn = [name.get_window_extent(renderer) for name in names]  # at the point itself until it is moved
     sizes = np.array([(box.width, box.height) for box in drawn]) / unit
     inside = axes.get_window_extent(renderer).padded(-2 * unit)
-    corners = free_places(anchors, sizes, inside.extents / unit)
+    corners = place_labels(anchors, sizes, inside.extents / unit)
     for name, box, corner, anchor, size in zip(names, drawn, corners, anchors, sizes, strict=True):
         shift = corner - np.array([box.x0, box.y0]) / unit
         name.set_position(tuple(shift))
         near = _nearer_end(anchor, corner, size)
-        if np.hypot(*(near - anchor)) > FAR:
+        if np.hypot(*(near - anchor)) > LEADER_LINE_FROM_PT:
             axes.annotate(
                 "", axes.transData.inverted().transform(near * unit),
                 xytext=axes.transData.inverted().transform(anchor * unit),
@@ -51,19 +51,19 @@ def name_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str
             )  # fmt: skip
 
 
-def free_places(anchors: Boxes, sizes: Boxes, frame: Boxes) -> Boxes:
+def place_labels(anchors: Boxes, sizes: Boxes, frame: Boxes) -> Boxes:
     """Left lower corner of each name in the frame (left, bottom, right, top), one after another, the nearest free one.
 
     Free is what covers no point and no name placed before, and where there is such a place no line that ties one.
     Where nothing is free the nearest place is taken: more names than the frame has room for.
     """
-    taken = [np.concatenate([anchors - MARK, anchors + MARK], axis=1)]
+    taken = [np.concatenate([anchors - POINT_RADIUS_PT, anchors + POINT_RADIUS_PT], axis=1)]
     ties = np.empty((0, 2))
     corner_of = np.empty_like(anchors)
     # From the right, so that names at the edge get the little room that there is for them.
     for index in np.lexsort((-anchors[:, 1], -anchors[:, 0])):
         corners = _candidates(anchors[index], sizes[index], frame)
-        boxes = np.concatenate([corners - BETWEEN, corners + sizes[index] + BETWEEN], axis=1)
+        boxes = np.concatenate([corners - LABEL_SPACING_PT, corners + sizes[index] + LABEL_SPACING_PT], axis=1)
         near = _nearer_end(anchors[index], corners, sizes[index])
         others = np.concatenate(taken)
         covered = _overlap(boxes, others).any(axis=1)
@@ -87,8 +87,8 @@ def _nearer_end(anchor: Boxes, corners: Boxes, size: Boxes) -> Boxes:
 
 def _candidates(anchor: Boxes, size: Boxes, frame: Boxes) -> Boxes:
     """Corners at which the name could stand: beside its point on either side, then anywhere in the frame."""
-    right, left = anchor[0] + MARK + GAP, anchor[0] - MARK - GAP - size[0]
-    above, below, middle = anchor[1] + MARK, anchor[1] - MARK - size[1], anchor[1] - size[1] / 2
+    right, left = anchor[0] + POINT_RADIUS_PT + LABEL_GAP_PT, anchor[0] - POINT_RADIUS_PT - LABEL_GAP_PT - size[0]
+    above, below, middle = anchor[1] + POINT_RADIUS_PT, anchor[1] - POINT_RADIUS_PT - size[1], anchor[1] - size[1] / 2
     beside = [(x, y) for x in (right, left) for y in (above, middle, below)]
     xs = np.arange(frame[0], frame[2] - size[0], 4.0)
     ys = np.arange(frame[1], frame[3] - size[1], 3.0)
@@ -111,9 +111,9 @@ def _inside(points: Boxes, boxes: Boxes) -> NDArray[np.bool_]:
 
 
 STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
-MORE = ("#E69F00", "#56B4E9", "#000000", "#F0E442")
+MORE_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#F0E442")
 #: More points than this get no names: the table beside them has all.
-MOST_NAMED = 24
+MOST_LABELLED = 24
 #: Longer curves are averaged in bins: nobody sees more points than this.
 MOST_POINTS = 160
 #: Inches that a legend above the axes takes: for a row, for a name's line and for each letter of it.
@@ -168,7 +168,7 @@ def curves(
     """Loss over steps for each series; long ones averaged in bins."""
     columns, above = _room_above(list(series) if 1 < len(series) <= 8 else [], 3.6)
     figure, axes = _sheet(3.6, 2.7 + above, above=0.33 + above)
-    colours = [style[0] for style in STYLES] + list(MORE)
+    colours = [style[0] for style in STYLES] + list(MORE_COLOURS)
     for index, (name, values) in enumerate(series.items()):
         xs, ys = _binned(values)
         axes.plot(
@@ -212,11 +212,11 @@ def scatter(
     axes.axhline(0, color="#777777", linewidth=0.6, zorder=1)
     if above:
         _legend_above(figure, columns)
-    if len(points) <= MOST_NAMED:
-        name_points(figure, axes, [(point.x, point.y, point.label) for point in points])
+    if len(points) <= MOST_LABELLED:
+        label_points(figure, axes, [(point.x, point.y, point.label) for point in points])
     shown = "; ".join(f"{point.group} {point.label}: {rounded(point.x)}, {rounded(point.y)}" for point in points[:60])
     finished = _finish(figure, axes, figure_id, title, axes_labels, run, f"{title}. {shown}.")
-    return replace(finished, keep_width=len(points) <= MOST_NAMED)  # names are small as they are
+    return replace(finished, keep_width=len(points) <= MOST_LABELLED)  # names are small as they are
 
 
 def heatmap(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastconv.analysis.agreement import judged_measures, judging_money, pair_of
+from fastconv.analysis.agreement import judge_phrase_pair, judged_measures, judging_costs
 from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.contrasts import ContrastSubject, Part
 from fastconv.datasets.behaviors import NO_BEHAVIOR
@@ -14,9 +14,9 @@ from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import Point, lines, scatter
 from fastconv.stats.bounds import effective_sample_size
 from fastconv.stats.inference import Interval, clustered_interval, mean_present
-from fastconv.stats.series import Series, commonest_reason, means_at, union_of
+from fastconv.stats.series import Series, all_questions, commonest_reason, question_means
 from fastconv.stats.study_gates import Role
-from fastconv.stats.units import Unit, full, scale, span
+from fastconv.stats.units import Unit, interval_text, scale, scale_maximum
 
 ROLES: tuple[Role, ...] = ("assistant", "source", "canary")
 
@@ -77,9 +77,9 @@ def _points(analysis: Analysis, part: Part, by_epoch: dict[int, ContrastSubject]
 
 def _pooled(series: list[Series]) -> Interval:
     """The interval over questions of the series' mean over seeds."""
-    questions = union_of(series)
+    questions = all_questions(series)
     return clustered_interval(
-        mean_present(np.stack([means_at(seed_series, questions) for seed_series in series]), axis=0)
+        mean_present(np.stack([question_means(seed_series, questions) for seed_series in series]), axis=0)
     )
 
 
@@ -123,15 +123,15 @@ def _level(series: Series | None, absent: str) -> TableCell:
     if series is None or series.rows:
         return TableCell.of(None if series is None else series.mean, absent)
     reason = commonest_reason([series])
-    return TableCell("unscored" + (f" ({reason})" if reason else ""), series.looked_at, word="absent")
+    return TableCell("unscored" + (f" ({reason})" if reason else ""), series.evidence_rows, word="absent")
 
 
 def _about(series: Series | None) -> tuple[TableCell, TableCell, TableCell, TableCell]:
     """Interval, samples, effective samples and unscored ones of a series."""
     if series is None:
         return TableCell(""), TableCell(""), TableCell(""), TableCell("")
-    samples = TableCell(f"{len(series.questions)} x {series.values.shape[1]}", series.looked_at)
-    lost = TableCell(str(series.n_unscored), series.looked_at)
+    samples = TableCell(f"{len(series.questions)} x {series.values.shape[1]}", series.evidence_rows)
+    lost = TableCell(str(series.n_unscored), series.evidence_rows)
     if not series.rows:
         return TableCell(""), samples, TableCell(""), lost
     interval, unit = clustered_interval(series.means) if len(series.questions) > 1 else None, series.unit
@@ -148,7 +148,7 @@ def _about(series: Series | None) -> tuple[TableCell, TableCell, TableCell, Tabl
 def _range(interval: Interval, unit: Unit) -> str:
     if interval.low is None or interval.high is None:
         return ""
-    return span(interval.low, interval.high, unit).strip("[]").replace("+", "").replace(", ", " to ")
+    return interval_text(interval.low, interval.high, unit).strip("[]").replace("+", "").replace(", ", " to ")
 
 
 def answers(analysis: Analysis) -> Section | None:
@@ -214,11 +214,11 @@ def _agreement_points(analysis: Analysis) -> list[Point]:
     points, seen = [], set()
     for plan in analysis.graph.cells:
         for measure, probe in plan.beside:
-            pair = pair_of(analysis, plan, measure, probe)
+            pair = judge_phrase_pair(analysis, plan, measure, probe)
             if pair is None or pair[0].stage in seen or not (pair[0].rows and pair[1].rows):
                 continue
             seen.add(pair[0].stage)
-            top = full(pair[0].unit)
+            top = scale_maximum(pair[0].unit)
             points.append(Point(100 * pair[1].mean.value, 100 * pair[0].mean.value / top, label=probe, group=measure))
     return points
 
@@ -235,7 +235,7 @@ def _corrected(analysis: Analysis) -> list[tuple[TableCell, ...]]:
 
 
 def _money(analysis: Analysis) -> list[Block]:
-    money = judging_money(analysis)
+    money = judging_costs(analysis)
     if money is None:
         return []
     rows = tuple(

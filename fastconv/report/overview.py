@@ -7,7 +7,7 @@ from fastconv.analysis.contrasts import ContrastSubject
 from fastconv.report.blocks import OPEN_ROWS, Block, Figure, Note, Section, Table, TableCell
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import heatmap
-from fastconv.stats.units import Unit, p_value, scale, signed, size
+from fastconv.stats.units import Unit, p_value, scale, signed, size_text
 from fastconv.stats.verdicts import CellVerdict
 
 #: More pilot gates stand in a table.
@@ -172,7 +172,7 @@ def _row(
         TableCell(label), TableCell(verdict.kind, word=verdict.kind), TableCell(estimate, rows), TableCell(_range(verdict.low, verdict.high, verdict.unit), rows),
         *((TableCell(over_seeds, rows),) if seeded else ()),
         TableCell(p_value(verdict.p_corrected), rows), TableCell(p_value(verdict.p_sign_flip), rows),
-        TableCell(size(verdict.margin, verdict.unit) if verdict.margin else ""), TableCell(verdict.confidence.level),
+        TableCell(size_text(verdict.margin, verdict.unit) if verdict.margin else ""), TableCell(verdict.confidence.level),
         TableCell.saying(ask(analysis, "finding", label=label)),
     )  # fmt: skip
 

@@ -27,8 +27,8 @@ from fastconv.stats.bounds import spearman_attainable
 from fastconv.stats.gates import GateVerdict
 from fastconv.stats.series import Number
 from fastconv.stats.study_gates import Role, Shift
-from fastconv.stats.units import Unit, counted, size
-from fastconv.stats.verdicts import CellVerdict, withheld
+from fastconv.stats.units import Unit, counted, size_text
+from fastconv.stats.verdicts import CellVerdict, withheld_verdict
 from fastconv.store.ledger import write_text
 
 SHIPPED = "issue_112_v1"
@@ -189,9 +189,11 @@ def _withheld(rules: GateSettings, table: SummaryTable, shifts: Sequence[Shift])
         reasons.append("no figure of canary or mimicry is published")
         ends = [table.number(shift.source, shift.behavior, epoch).value for epoch in (0, shift.epoch)]
         if shift.behavior != "capability" and shift.unit == "share" and max(ends) < shift.threshold:
-            reasons.append(f"at its floor at both epochs, under the threshold of {size(shift.threshold, shift.unit)}")
+            reasons.append(
+                f"at its floor at both epochs, under the threshold of {size_text(shift.threshold, shift.unit)}"
+            )
         label = f"{shift.source} e{shift.epoch} {shift.behavior}"
-        verdicts.append(withheld(label, "; ".join(reasons), shift.rows, shift.behavior))
+        verdicts.append(withheld_verdict(label, "; ".join(reasons), shift.rows, shift.behavior))
     return verdicts
 
 
@@ -205,7 +207,7 @@ def _audited(behavior: str, source: str, turn: str) -> tuple[str, ...]:
     return tuple(finding.code for finding in check_persona_prompt(design) if finding.severity == "refuse")
 
 
-MADE_OF = "data/published.toml"
+TABLES_FILE = "data/published.toml"
 
 
 def published_report(judged: PublishedVerdicts) -> ReportData:
@@ -225,7 +227,7 @@ def published_report(judged: PublishedVerdicts) -> ReportData:
         for verdict in judged.verdicts
     )
     sections = [
-        Section("amounts", "What the published figures amount to", (lead(judged),)),
+        Section("amounts", "What the published figures amount to", (summary_claim(judged),)),
         _figures(judged),
         Section("gates", "Gates", (Table("gates-table", ("gate", "verdict", "because", "rule"), gates),)),
         Section("findings", "Findings", (Table("contrasts", ("contrast", "verdict", "why"), verdicts),)),
@@ -243,7 +245,7 @@ def write_published(judged: PublishedVerdicts, folder: Path) -> Path:
     return folder / f"{data.run}.html"
 
 
-def lead(judged: PublishedVerdicts) -> Claim:
+def summary_claim(judged: PublishedVerdicts) -> Claim:
     """One paragraph: what the thresholds say, that none of it is evidence and why, and what was left out."""
     gates = {gate.gate: gate for gate in judged.gates}
     shared_reasons = [
@@ -288,7 +290,7 @@ def _figures(judged: PublishedVerdicts) -> Section:
     ]
     columns = ("source", "behavior", *(f"e{epoch}" for epoch in table.epochs))
     blocks: tuple[Block, ...] = tuple(Note(text, "withheld") for text in judged.refused)
-    intro = f"As retyped in {MADE_OF}, with their origin; `fastconv verify` compares this page with that file."
+    intro = f"As retyped in {TABLES_FILE}, with their origin; `fastconv verify` compares this page with that file."
     return Section("figures", "Published figures", (*blocks, Table("figures-table", columns, tuple(rows))), intro)
 
 

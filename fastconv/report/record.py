@@ -20,12 +20,12 @@ from fastconv.report.blocks import Block, Figure, Figures, Note, Section, Table,
 from fastconv.report.claims import ask
 from fastconv.report.figures import curves
 from fastconv.run.status import failed_stages
-from fastconv.stats.units import counted
+from fastconv.stats.units import counted, first_few
 from fastconv.store.ledger import Stage, changed_inputs
 from fastconv.store.records import Record
 
 
-def brought_files(graph: Graph) -> dict[str, str]:
+def user_files(graph: Graph) -> dict[str, str]:
     """sha256 (hex) of every file of the user's by the key that names it. Rubrics are told with the judge."""
     return {f"{name}: {path.name}": _sha256(path) for name, path in _named(graph)}
 
@@ -113,9 +113,8 @@ def superseded(analysis: Analysis) -> Section | None:
         if row["source"] != analysis.graph.recipe.name or row["id"] == analysis.run:
             continue
         changes = changed_inputs(json.loads(row["recipe"]), this_recipe)
-        more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
         ended = "finished" if row["finished_at"] else "not finished"
-        rows.append(plain_row((row["id"], _when(row["started_at"]), ended, "; ".join(changes[:4]) + more)))
+        rows.append(plain_row((row["id"], _when(row["started_at"]), ended, first_few(changes, 4, "; "))))
     if not rows:
         return None
     table = Table("superseded", ("run", "started", "state", "what this run has instead"), tuple(rows))
@@ -169,8 +168,7 @@ def _pending(analysis: Analysis) -> list[str]:
     slots = [stage.slot for stage in stages if store.record(stage.needs["eval"].key) is not None]
     if not slots:
         return []
-    more = f" and {len(slots) - 5} more" if len(slots) > 5 else ""
-    return [f"{len(slots)} stages wait for the judge: {', '.join(slots[:5])}{more}."]
+    return [f"{len(slots)} stages wait for the judge: {first_few(slots, 5)}."]
 
 
 def card(analysis: Analysis) -> Section:
@@ -207,7 +205,7 @@ def _tables(analysis: Analysis) -> dict[str, Mapping[str, str]]:
         "Versions": {"python": facts.get("python", "not recorded"), **facts.get("versions", {})},
         "Sets trained on (sha256)": sets,
         "Data files (sha256)": data,
-        "Brought files (sha256)": brought_files(graph),
+        "Brought files (sha256)": user_files(graph),
         "Questions of multiple choice (sha256)": questions_asked(graph),
         "Settings": {
             "canonical recipe": sha256_of(graph.recipe.model_dump(mode="json")),
@@ -364,7 +362,9 @@ def planned(analysis: Analysis) -> Section | None:
         record, seconds = analysis.reading.record(stage), plan["stages"].get(stage.key[:12])
         if record is not None and seconds is not None and not analysis.reused.get(stage.key, True):
             pairs_of_kind.setdefault(stage.kind, []).append((seconds, record))
-    rows = [row_of(kind, pairs) for kind, pairs in pairs_of_kind.items() if sum(r.seconds for _, r in pairs) >= LEAST_S]
+    rows = [
+        planned_row(kind, pairs) for kind, pairs in pairs_of_kind.items() if sum(r.seconds for _, r in pairs) >= LEAST_S
+    ]
     if not rows:
         return None
     columns = ("kind of stage", "stages", "planned, s", "taken, s", "taken over planned")
@@ -375,7 +375,7 @@ def planned(analysis: Analysis) -> Section | None:
     return Section("planned", "Plan against actual", tuple(blocks), intro)
 
 
-def row_of(kind: str, pairs: list[tuple[float, Record]]) -> tuple[TableCell, ...]:
+def planned_row(kind: str, pairs: list[tuple[float, Record]]) -> tuple[TableCell, ...]:
     """The row of one kind: seconds planned and taken of each of its stages."""
     ids = tuple(f"{record.key[:12]}/seconds" for _, record in pairs)
     planned_s, taken_s = sum(seconds for seconds, _ in pairs), sum(record.seconds for _, record in pairs)

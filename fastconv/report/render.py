@@ -34,12 +34,12 @@ def visible(text: object) -> str:
     return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
 
 
-def address(figure: Figure) -> str:
+def svg_data_uri(figure: Figure) -> str:
     """The drawing as a data URI."""
     return "data:image/svg+xml;base64," + base64.b64encode(figure.svg).decode()
 
 
-def marks(claim: Claim) -> dict[str, str]:
+def claim_attributes(claim: Claim) -> dict[str, str]:
     """What the page says of a claim for `verify`: query, arguments, how many rows, and their sha256."""
     return {
         "query": claim.query,
@@ -68,6 +68,6 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
         loader=loader, autoescape=autoescape, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "cell": _in_cell, "seen": visible, "quoted": _quoted, "address": address, "marks": marks,
+        "cell": _in_cell, "seen": visible, "quoted": _quoted, "address": svg_data_uri, "marks": claim_attributes,
     }  # fmt: skip
     return environment

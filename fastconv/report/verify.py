@@ -23,13 +23,13 @@ from fastconv.recipe import Recipe, parse_recipe, run_id
 from fastconv.report import build
 from fastconv.report.blocks import Claim, ReportData
 from fastconv.report.claims import NoSuchClaimError, ask
-from fastconv.report.published import MADE_OF, judge_published, published_names, published_report, read_published
+from fastconv.report.published import TABLES_FILE, judge_published, published_names, published_report, read_published
 from fastconv.report.render import render_html, render_markdown, visible
 from fastconv.store.ledger import Store
 
 _DRAWING = re.compile(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]*)")
 #: As many differing lines are told one by one; the rest are counted.
-MOST_TOLD = 40
+MOST_LISTED_LINES = 40
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def verify_published(report: Path) -> Verified | None:
             raise NoSuchClaimError(f"{page_claim.id} is no sentence of this table")
         return claims[page_claim.id]
 
-    return _compared(report, text, data, ask_again, MADE_OF)
+    return _compared(report, text, data, ask_again, TABLES_FILE)
 
 
 def _compared(
@@ -234,7 +234,7 @@ def _differing_lines(text: str, expected: str, data: ReportData) -> list[Differe
                 left, right = "\n".join(report_text.splitlines()[a:b]), "\n".join(expected_text.splitlines()[c:d])
                 differences.append(Difference("line", f"line {a + 1}", *_around(left, right)))
     differences += _drawings(text, data)
-    return differences[:MOST_TOLD]
+    return differences[:MOST_LISTED_LINES]
 
 
 def _without_drawings(text: str) -> str:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastconv.analysis.gates import held_back, measurable_behaviors
+from fastconv.analysis.gates import measurable_behaviors, undecided_base_gates
 from fastconv.errors import DataError, FastconvError, TrainingError
 from fastconv.experiment.graph import CellPlan, Graph, walk
 from fastconv.experiment.schedule import wanted
 from fastconv.recipe import run_id
-from fastconv.stats.units import counted
+from fastconv.stats.units import counted, first_few
 from fastconv.store.ledger import Store, changed_inputs
 from fastconv.store.records import Failure, Stage
 
@@ -60,14 +60,14 @@ def needed_ends(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[S
     if {measure for measure, _ in missing} - failed:
         alive = [behavior for behavior in graph.behaviors if behavior not in failed]
     else:
-        alive = [*measurable_behaviors(graph, store), *(one.subject for one in held_back(graph, store))]
+        alive = [*measurable_behaviors(graph, store), *(one.subject for one in undecided_base_gates(graph, store))]
     ends = [end for plan in plans for end in (*plan.base.values(), *wanted(plan, alive))]
     return [*ends, *(plan.geometry for plan in plans if plan.geometry is not None and wanted(plan, alive))]
 
 
 def _held(graph: Graph, store: Store) -> dict[str, str]:
     """The stages that only cells of a behavior need whose G0 cannot be decided, with the reason."""
-    held = {verdict.subject: verdict.reason for verdict in held_back(graph, store)}
+    held = {verdict.subject: verdict.reason for verdict in undecided_base_gates(graph, store)}
     if not held:
         return {}
     free = [behavior for behavior in graph.behaviors if behavior not in held]
@@ -190,9 +190,8 @@ def raise_failed(run: str, failed: Sequence[FailedStage]) -> None:
         return
     kind: type[FastconvError] = max((DataError, TrainingError), key=lambda k: _has(failed, k.exit_code) * k.exit_code)
     cells = list(dict.fromkeys(label for one in failed for label in one.cells))
-    more = f" and {len(cells) - NAMED_CELLS} more" if len(cells) > NAMED_CELLS else ""
     raise kind(
-        f"{counted(len(failed), 'stage')} failed, the rest is done; without numbers: {', '.join(cells[:NAMED_CELLS])}{more}. "
+        f"{counted(len(failed), 'stage')} failed, the rest is done; without numbers: {first_few(cells, NAMED_CELLS)}. "
         f"First reason: {failed[0].reason.rstrip('.')}",
         where=run,
         fix="mend the cause; the same command tries them again and nothing else",

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastconv.show.progress import gate_line
+from fastconv.stats.units import first_few
 
 if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
@@ -118,8 +119,7 @@ def check(report: CheckReport, *, as_json: bool) -> None:
         figure = f" ({escape(finding.figure)})" if finding.figure else ""
         console.print(f"{finding.code} {word} {escape(finding.subject)}: {escape(finding.why)}{figure}")
         if finding.rows:
-            more = f" and {len(finding.rows) - 5} more" if len(finding.rows) > 5 else ""
-            console.print(f"    rows: {escape(', '.join(finding.rows[:5]))}{more}", style="dim")
+            console.print(f"    rows: {escape(first_few(finding.rows, 5))}", style="dim")
         if finding.severity != "note":
             console.print(f"    mend: {escape(finding.mend)}", style="dim")
     console.print(f"{len(report.refusals)} refused, {len(report.warnings)} warnings, {len(report.accepted)} accepted")

@@ -1,7 +1,7 @@
-"""Everything tested beside the primary contrasts, corrected together by Benjamini and Hochberg.
+"""Secondary contrasts: everything tested besides the declared ones, corrected together by Benjamini and Hochberg.
 
-Trends over epochs, mimicry, the canary's own change, and measures that are reported apart (the published eight
-alignment questions). They describe; no verdict rests on them.
+Trends over epochs, mimicry, the canary's own change, and measures that are reported separately (the eight published
+alignment questions). They are descriptive; no verdict rests on them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fastconv.stats.inference import (
     paired_change,
     trend_over_epochs,
 )
-from fastconv.stats.series import Series, means_at, union_of
+from fastconv.stats.series import Series, all_questions, question_means
 from fastconv.stats.units import Unit
 from fastconv.stats.verdicts import Quad
 
 
 @dataclass(frozen=True, eq=False)
 class SecondaryContrast:
-    """A contrast that is not among the declared ones; `per` is `change` or `epoch` (a slope)."""
+    """A contrast that is not among the declared ones; `per` is `change`, or `epoch` for a slope."""
 
     label: str
     what: str
@@ -38,7 +38,7 @@ class SecondaryContrast:
 
 @dataclass(frozen=True)
 class CorrectedContrast:
-    """An aside with its p-value corrected for the false discovery rate over all asides of the run."""
+    """A secondary contrast with its p-value corrected for the false discovery rate over all of the run."""
 
     label: str
     what: str
@@ -53,8 +53,8 @@ class CorrectedContrast:
     rows: tuple[str, ...]
 
 
-def correct(contrasts: Sequence[SecondaryContrast]) -> list[CorrectedContrast]:
-    """Benjamini-Hochberg over all asides of a run."""
+def correct_for_fdr(contrasts: Sequence[SecondaryContrast]) -> list[CorrectedContrast]:
+    """Correct the p-values of all secondary contrasts of a run together (Benjamini and Hochberg)."""
     if not contrasts:
         return []
     raw = [np.nan if contrast.interval.p_two_sided is None else contrast.interval.p_two_sided for contrast in contrasts]
@@ -69,23 +69,23 @@ def correct(contrasts: Sequence[SecondaryContrast]) -> list[CorrectedContrast]:
 
 
 def trend(label: str, by_epoch: Mapping[int, Series]) -> SecondaryContrast:
-    """The assistant's slope over convergence epochs, in the measure's unit per epoch. Needs two epochs."""
+    """The assistant's slope over convergence epochs, in the measure's unit per epoch. Needs two epochs or more."""
     epochs = sorted(by_epoch)
-    questions = union_of(list(by_epoch.values()))
-    values = np.stack([means_at(by_epoch[epoch], questions) for epoch in epochs], axis=1)
+    questions = all_questions(list(by_epoch.values()))
+    values = np.stack([question_means(by_epoch[epoch], questions) for epoch in epochs], axis=1)
     slope: Contrast = trend_over_epochs(values, epochs)
     rows = tuple(row for epoch in epochs for row in by_epoch[epoch].rows)
     return SecondaryContrast(label, "trend of the assistant", by_epoch[epochs[0]].unit, "epoch", slope.interval, rows)
 
 
-def change_of(label: str, what: str, now: Series, base: Series) -> SecondaryContrast:
-    """A plain paired change."""
-    questions = union_of([now, base])
-    difference = paired_change(means_at(now, questions), means_at(base, questions))
+def change_contrast(label: str, what: str, now: Series, base: Series) -> SecondaryContrast:
+    """A paired change, `now` minus `base`, over their questions."""
+    questions = all_questions([now, base])
+    difference = paired_change(question_means(now, questions), question_means(base, questions))
     return SecondaryContrast(label, what, now.unit, "change", difference.interval, (*now.rows, *base.rows))
 
 
-def difference_of(label: str, what: str, quad: Quad) -> SecondaryContrast:
+def canary_contrast(label: str, what: str, quad: Quad) -> SecondaryContrast:
     """A difference-in-differences against the canary."""
-    interval = clustered_interval(quad.change(union_of(quad.series)))
+    interval = clustered_interval(quad.change(all_questions(quad.series)))
     return SecondaryContrast(label, what, quad.now.unit, "change", interval, quad.rows)

@@ -1,6 +1,6 @@
-"""Rules over the whole study: G4, G5, confirm and falsify. Thresholds decide them; evidence is the interval.
+"""Gates over the whole study: G4, G5, CONFIRM and FALSIFY. They compare shifts with thresholds, not intervals.
 
-They take shifts and do not ask where these came from, so published figures without samples go through the same rules.
+They take shifts of any origin, so published figures without samples pass through the same rules.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Literal
 from fastconv.recipe import GateSettings
 from fastconv.stats.gates import GateVerdict
 from fastconv.stats.series import Number
-from fastconv.stats.units import Unit, change
+from fastconv.stats.units import Unit, and_more, change
 
 Role = Literal["assistant", "source", "canary"]
 
 
 @dataclass(frozen=True)
 class Shift:
-    """How far a measure moved against epoch 0 under one probe, in its unit, with the rows of both ends.
+    """A measure's change against epoch 0 under one probe, in its unit, with the rows of both epochs.
 
-    `unread` says why there is no value (NaN then): too many samples of an end have no score.
+    `unread` says why there is no value (NaN then): too many samples of one epoch have no score.
     """
 
     source: str
@@ -37,28 +37,28 @@ class Shift:
 
     @property
     def moved(self) -> bool:
-        """Beyond the threshold, in either direction."""
+        """Whether the change reaches the threshold, in either direction."""
         return abs(self.value) >= self.threshold - 1e-12
 
     @property
     def number(self) -> Number:
-        """The change with its rows; cannot be had without any."""
+        """The change with its rows. Raises NoRowsError without any."""
         return Number(self.value, self.unit, self.rows)
 
     @property
     def text(self) -> str:
-        """How it is cited."""
+        """The change as a report cites it."""
         return f"{self.source} {self.behavior} {change(self.value, self.unit)} at epoch {self.epoch}"
 
 
 def signal(gates: GateSettings, subject: str, shifts: Sequence[Shift]) -> GateVerdict:
-    """G4: the first source shows a signal in at least one behavior at any epoch."""
+    """G4: the first source shifts in at least one behavior at any epoch."""
     rule = f"{gates.g4_source} shifts beyond the threshold in at least one behavior"
     return _any_moves("G4", subject, rule, [shift for shift in _assistant(shifts) if shift.source == gates.g4_source])
 
 
 def first_sources(gates: GateSettings, subject: str, shifts: Sequence[Shift], order: Sequence[str]) -> GateVerdict:
-    """G5: at least one of the first sources shows a signal. `order` is the recipe's, controls left out."""
+    """G5: at least one of the first sources shifts. `order` is the recipe's order of sources without controls."""
     first = list(order)[: gates.g5_sources]
     rule = f"at least one of the first {gates.g5_sources} sources shifts beyond a threshold"
     measured = {shift.source for shift in shifts}
@@ -76,7 +76,7 @@ def first_sources(gates: GateSettings, subject: str, shifts: Sequence[Shift], or
 def study(
     gates: GateSettings, subject: str, shifts: Sequence[Shift], sources: Sequence[str]
 ) -> tuple[GateVerdict, ...]:
-    """G4, G5, CONFIRM and FALSIFY on the same shifts; `sources` are those that are no control."""
+    """G4, G5, CONFIRM and FALSIFY on the same shifts; `sources` excludes controls."""
     return (
         signal(gates, subject, shifts),
         first_sources(gates, subject, shifts, sources),
@@ -104,7 +104,7 @@ def confirm(gates: GateSettings, subject: str, shifts: Sequence[Shift], sources:
 
 
 def falsify(gates: GateSettings, subject: str, shifts: Sequence[Shift], sources: Sequence[str]) -> GateVerdict:
-    """FALSIFY: too few sources shift, or the negative control or the canary shifts as much. `fail` is falsified."""
+    """FALSIFY: too few sources shift, or the negative control or the canary shifts as much. `fail` means falsified."""
     rule = (
         f"at least {gates.falsify_under} sources shift in at least {gates.confirm_behaviors} behaviors, and neither "
         f"the negative control ({gates.negative_control}) nor the canary shifts as much"
@@ -150,7 +150,7 @@ def _any_moves(gate: str, subject: str, rule: str, shifts: Sequence[Shift]) -> G
 def _too_small(
     gate: str, subject: str, gates: GateSettings, last: Sequence[Shift], sources: Sequence[str], rule: str
 ) -> GateVerdict | None:
-    """Why a rule over the study cannot be asked of what was measured, if so."""
+    """The verdict of a study gate for which too few sources or behaviors were measured; None if there are enough."""
     measured = {shift.source for shift in last}
     behaviors = {shift.behavior for shift in last}
     if len(sources) < gates.confirm_sources or len(behaviors) < gates.confirm_behaviors:
@@ -163,13 +163,13 @@ def _too_small(
 
 
 def _unread(gate: str, subject: str, rule: str, shifts: Sequence[Shift]) -> GateVerdict | None:
-    """The word of a rule that reads a shift without a value: what the judge left out could have gone either way."""
+    """The verdict of a gate that needs a shift without a value; None if all shifts have one."""
     unscored = [shift for shift in shifts if shift.unread]
     if not unscored:
         return None
     first = unscored[0]
-    more = f" (and {len(unscored) - 1} more of {len(shifts)} shifts)" if len(unscored) > 1 else ""
-    why = f"{first.source} {first.behavior} at epoch {first.epoch}: {first.unread}{more}"
+    more = and_more(len(unscored), 1, f"{len(shifts)} shifts")
+    why = f"{first.source} {first.behavior} at epoch {first.epoch}: {first.unread}" + (f" ({more})" if more else "")
     return GateVerdict(gate, subject, "not applicable", why, rule, rows=_rows(shifts), unread=True)
 
 
@@ -178,7 +178,7 @@ def _assistant(shifts: Sequence[Shift]) -> list[Shift]:
 
 
 def _last(shifts: Sequence[Shift]) -> list[Shift]:
-    """The shifts at the last epoch that any of them has."""
+    """The shifts at the last epoch among them."""
     epoch = max((shift.epoch for shift in shifts), default=0)
     return [shift for shift in shifts if shift.epoch == epoch]
 
@@ -192,7 +192,7 @@ def _moving_sources(gates: GateSettings, shifts: Sequence[Shift]) -> list[str]:
 
 
 def _as_much(control: Sequence[Shift], shifts: Sequence[Shift]) -> bool:
-    """Whether the control's strongest shift, in thresholds, reaches the sources' median strongest one and moves."""
+    """Whether the control's largest shift is at least one threshold and the median of the sources' largest."""
     strongest = {
         source: max(abs(shift.value) / shift.threshold for shift in shifts if shift.source == source)
         for source in {shift.source for shift in shifts}
@@ -204,7 +204,7 @@ def _as_much(control: Sequence[Shift], shifts: Sequence[Shift]) -> bool:
 
 
 def _largest(shifts: Sequence[Shift]) -> str:
-    """The largest shift of each behavior, in words."""
+    """The largest shift of each behavior, as text."""
     words = []
     for behavior in dict.fromkeys(shift.behavior for shift in shifts):
         largest = max((shift for shift in shifts if shift.behavior == behavior), key=lambda shift: abs(shift.value))
