@@ -1,4 +1,4 @@
-"""Judge against phrases on the same answers, and rates corrected for a judge's known mistakes."""
+"""Agreement of judge and phrase scoring on the same replies, and rates corrected for a judge's known error rates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastconv.store.ledger import Stage
 
 @dataclass(frozen=True)
 class AgreementRate:
-    """How often two ways of scoring say the same, over all answers that both scored."""
+    """Agreement of two ways of scoring, over all replies that both scored: accuracy, Cohen's kappa, count, row ids."""
 
     accuracy: float
     kappa: float
@@ -43,7 +43,7 @@ def judged_measures(analysis: Analysis) -> list[str]:
 
 
 def judge_phrase_pair(analysis: Analysis, plan: CellPlan, measure: str, probe: str) -> tuple[Series, Series] | None:
-    """(judge, phrases) of the same answers, if both scored them."""
+    """(judge, phrases): two series of the same replies, or None unless both are scored."""
     beside = plan.beside.get((measure, probe))
     if beside is None:
         return None
@@ -53,7 +53,7 @@ def judge_phrase_pair(analysis: Analysis, plan: CellPlan, measure: str, probe: s
 
 
 def measure_agreement(analysis: Analysis, measure: str) -> AgreementRate:
-    """Agreement over every cell and probe of a measure. Raises KeyError where nothing was scored twice."""
+    """Agreement over every cell and probe of a measure. Raises KeyError where nothing was scored both ways."""
     sides: list[tuple[str, str]] = []
     rows: list[str] = []
     seen: set[str] = set()
@@ -77,7 +77,7 @@ def measure_agreement(analysis: Analysis, measure: str) -> AgreementRate:
 
 
 def corrected_assistant_rate(analysis: Analysis, label: str) -> tuple[float, Corrected, tuple[str, ...]]:
-    """The assistant's rate in a cell as judged and as corrected. Raises KeyError without a calibration."""
+    """The assistant's rate in a cell as judged, as corrected, and its rows. Raises KeyError without a calibration."""
     subject = analysis.subject(label)
     plan = next(plan for plan in analysis.graph.cells if subject_of(plan.cell) == subject)
     measure = subject.behavior
@@ -93,7 +93,7 @@ def corrected_assistant_rate(analysis: Analysis, label: str) -> tuple[float, Cor
 
 
 def calibration_of(analysis: Analysis, stage: Stage) -> dict[str, Any] | None:
-    """How good the judge of a stage is with its rubric, if it was ever calibrated."""
+    """Calibration of the judge and rubric that scored a stage, or None if there is none in the ledger."""
     if not _has_judging(analysis):
         return None
     rows = analysis.store.frame("SELECT detail FROM scores WHERE stage=? LIMIT 1", (stage.key,))
@@ -104,7 +104,7 @@ def calibration_of(analysis: Analysis, stage: Stage) -> dict[str, Any] | None:
 
 
 def judging_costs(analysis: Analysis) -> dict[str, float | None] | None:
-    """Dollars spent, reserved, lost and left; None where no judge was ever paid."""
+    """US dollars spent, reserved, lost and left for judging in this workspace; None where no judge was paid."""
     if not _has_judging(analysis):
         return None
     money = JudgeLedger(analysis.store, analysis.graph.recipe.judge.budget_usd).money()

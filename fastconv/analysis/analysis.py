@@ -1,4 +1,7 @@
-"""Everything that one look at the ledger decides: the report, its claims and `verify` all start from here."""
+"""`Analysis`: gates, verdicts and secondary contrasts of a recipe from one reading of the ledger.
+
+The report, its claims and `verify` all start from it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class _Words:
 
 
 class Analysis:
-    """Gates, verdicts and secondary findings of a recipe as the ledger stands, computed when first asked for."""
+    """Gates, verdicts and secondary contrasts of a recipe as the ledger stands, computed on first access."""
 
     def __init__(self, graph: Graph, store: Store) -> None:
         self.graph = graph
@@ -45,17 +48,17 @@ class Analysis:
 
     @cached_property
     def measured(self) -> list[CellPlan]:
-        """Cells with at least one finished end."""
+        """Cells with at least one finished scoring stage."""
         return [p for p in self.graph.cells if any(self.reading.record(stage) for stage in p.scores.values())]
 
     @cached_property
     def gates(self) -> tuple[GateVerdict, ...]:
-        """Every gate's word on what was measured."""
+        """Every gate's verdict on what was measured."""
         return self._now.gates
 
     @cached_property
     def verdicts(self) -> tuple[CellVerdict, ...]:
-        """Verdicts of the declared contrasts."""
+        """Verdicts of the declared contrasts that are measured."""
         return self._now.verdicts
 
     @cached_property
@@ -65,12 +68,12 @@ class Analysis:
 
     @cached_property
     def secondary(self) -> tuple[CorrectedContrast, ...]:
-        """What was tested beside them."""
+        """The secondary contrasts, with corrected p-values."""
         return tuple(secondary_findings(self.found))
 
     @cached_property
     def first(self) -> FirstThresholds | None:
-        """The thresholds that stood when results were first seen, if they were others."""
+        """The thresholds that applied when results were first seen; None if they are those of this recipe."""
         return first_thresholds(self.reading)
 
     @cached_property
@@ -83,25 +86,25 @@ class Analysis:
 
     @cached_property
     def facts(self) -> Mapping[str, Any]:
-        """What the run noted of its machine, versions and command; empty if it never began here."""
+        """Machine, versions and command that the run recorded; empty if it was never started in this workspace."""
         return self.store.run_facts(self.run)
 
     @cached_property
     def reused(self) -> Mapping[str, bool]:
-        """For every stage, by key, that the run rests on: whether it was there before."""
+        """For every stage of the run, by key: whether it was finished before the run."""
         return {row["key"]: bool(row["reused"]) for row in self.store.stages_of_run(self.run)}
 
     @cached_property
     def ignored(self) -> Mapping[str, str]:
-        """Gates that were ignored, with the reason."""
+        """Ignored gates by code, with the reason given."""
         return ignored_gates(self.store, self.graph.recipe)
 
     def verdict(self, label: str) -> CellVerdict:
-        """The verdict of this label. Raises KeyError if there is none."""
+        """The verdict of a contrast by label. Raises KeyError if there is none."""
         return self._by_label[label]
 
     def subject(self, label: str) -> ContrastSubject:
-        """The subject of a declared contrast's label. Raises KeyError if there is none."""
+        """The subject of a declared contrast by label. Raises KeyError if there is none."""
         return self._subjects[label]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""From the ledger to findings: gates, verdicts, and what was tested beside them, each from one reading."""
+"""Gates and verdicts of a recipe from the ledger, and the thresholds that applied when results were first seen."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from fastconv.store.ledger import Stage, Store, changed_inputs
 
 
 def stage_series(store: Store, stage: Stage, measure: str, probe: str, unit: Any = "share") -> Series | None:
-    """The scores of one stage, or None if it is not done."""
+    """The scores of one stage as a series, or None if it is not done."""
     return series_of(stage.key, measure, probe, store.scores(stage.key), unit) if store.record(stage.key) else None
 
 
 def ignored_gates(store: Store, recipe: Recipe) -> dict[str, str]:
-    """Gates that the recipe ignores, or the command line of its run did, with the reason given."""
+    """Gates that the recipe or the run's command line ignores, with the reason given."""
     return {**recipe.gates.ignore, **store.run_facts(run_id(recipe)).get("ignored_gates", {})}
 
 
 def gate_base(graph: Graph, store: Store) -> list[GateVerdict]:
-    """G0 for every behavior whose base measurements are done: the assistant's, which is where leakage would show."""
+    """G0 of every behavior whose base measurement under the assistant is done; leakage is measured there."""
     return base_gates(ContrastBuilder(ScoreReader(graph, store)))
 
 
 def base_gates(contrasts: ContrastBuilder) -> list[GateVerdict]:
-    """G0 from a reading."""
+    """`gate_base` for a given contrast builder."""
     graph, verdicts = contrasts.graph, {}
     for plan in graph.cells:
         for measure in plan.measures:
@@ -61,7 +61,7 @@ def measurable_behaviors(graph: Graph, store: Store) -> list[str]:
 
 
 def undecided_base_gates(graph: Graph, store: Store) -> list[GateVerdict]:
-    """G0 of each behavior that waits, since too many of the base's samples are unscored to decide it; not one ignored."""
+    """G0 verdicts that are undecidable because of unscored base samples, and not ignored; their behaviors wait."""
     ignored = ignored_gates(store, graph.recipe)
     return [
         verdict for verdict in mark_ignored(gate_base(graph, store), ignored) if verdict.unread and not verdict.ignored
@@ -69,12 +69,12 @@ def undecided_base_gates(graph: Graph, store: Store) -> list[GateVerdict]:
 
 
 def decide_gates(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[GateVerdict]:
-    """Every gate's word on the given cells: G0, then each behavior's with its pilot gate, then the study's."""
+    """Every gate's verdict on the given cells: G0, then each behavior's gates and its pilot gate, then the study's."""
     return all_gates(ContrastBuilder(ScoreReader(graph, store).load()), plans)
 
 
 def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
-    """`decide_gates` from a reading; gates that were ignored say so."""
+    """`decide_gates` for a given contrast builder; ignored gates carry the reason."""
     ignored = ignored_gates(contrasts.reading.store, contrasts.graph.recipe)
     verdicts = mark_ignored(base_gates(contrasts), ignored)
     g0 = {verdict.subject: verdict for verdict in verdicts}
@@ -84,12 +84,12 @@ def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[Gat
     ):
         behavior_plans = [p for p in plans if (p.cell.source, p.cell.behavior) == (source, behavior)]
         behavior_verdicts = [g0[behavior]] if behavior in g0 else []
-        # A G0 that could not be read rules nothing out: cells may be there, from before another judge read the base.
+        # An undecidable G0 excludes nothing: cells may have been trained before another judge scored the base.
         if behavior_verdicts and not (behavior_verdicts[0].failed and not behavior_verdicts[0].ignored):
             behavior_verdicts += mark_ignored(_behavior_gates(contrasts, source, behavior, behavior_plans), ignored)
         verdicts += [verdict for verdict in behavior_verdicts if verdict.gate != "G0"]
         if source == ASSISTANT:
-            continue  # a degenerate control: its gates are told, and it decides nothing
+            continue  # a degenerate control: its gates are reported, but it has no pilot gate
         controls = {_group(p.cell) for p in behavior_plans if contrasts.is_control(subject_of(p.cell))}
         declared = [verdict for verdict in behavior_verdicts if verdict.subject not in controls]
         verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, declared))
@@ -97,7 +97,7 @@ def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[Gat
 
 
 def gates_after(contrasts: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]:
-    """What a finished cell lets the gates say, before the next cost: G2, G3, G3.5, the kill criterion, G4 and G5."""
+    """The gates that a finished cell allows to decide before the next cost: G2, G3, G3.5, KILL, G4 and G5."""
     verdicts = _convergence_gates(contrasts, [plan])
     if plan.cell.behavior != NO_BEHAVIOR:
         zero = contrasts.sibling(plan, epoch=0)
@@ -108,15 +108,15 @@ def gates_after(contrasts: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]
 
 
 def cell_verdicts(graph: Graph, store: Store) -> list[CellVerdict]:
-    """The verdict of every subject beyond epoch 0 that has a behavior; Holm runs over all of them together."""
+    """The verdict of every subject beyond epoch 0 that has a behavior, Holm-corrected together."""
     return primary_verdicts(ContrastBuilder(ScoreReader(graph, store).load()))
 
 
 def declared_contrasts(contrasts: ContrastBuilder) -> list[ContrastSubject]:
-    """The pre-declared family: what the recipe's grid asks, measured or not. Controls stand among the secondary ones.
+    """The pre-declared family: the recipe's grid, measured or not. Controls are among the secondary contrasts.
 
-    What G0 silences stays in it. G0 looks at the base's measurements, so a family that shrank by its word would depend
-    on data and not on what was declared before any; the price is power, never a false finding.
+    Behaviors that fail G0 stay in it. G0 depends on base measurements, so a family without them would depend on data
+    and not on what was declared before; the price is power, never a false positive.
     """
     return [
         subject
@@ -126,7 +126,7 @@ def declared_contrasts(contrasts: ContrastBuilder) -> list[ContrastSubject]:
 
 
 def primary_verdicts(contrasts: ContrastBuilder) -> list[CellVerdict]:
-    """`cell_verdicts` from a reading."""
+    """`cell_verdicts` for a given contrast builder."""
     g0 = {verdict.subject: verdict for verdict in base_gates(contrasts)}
     evidence: list[CellEvidence] = []
     not_trained: list[CellVerdict] = []
@@ -152,17 +152,17 @@ def primary_verdicts(contrasts: ContrastBuilder) -> list[CellVerdict]:
 
 
 def secondary_findings(contrasts: ContrastBuilder) -> list[CorrectedContrast]:
-    """Everything tested beside the declared contrasts, corrected for the false discovery rate."""
+    """All secondary contrasts, corrected for the false discovery rate."""
     return correct_for_fdr(contrasts.secondary_contrasts())
 
 
-#: The gates' field that holds a figure for each source, and no threshold for all of them.
+#: The field of the gate settings that holds one value per source instead of a single threshold.
 _REFERENCES = "g3_reference_pct"
 
 
 @dataclass(frozen=True)
 class FirstThresholds:
-    """The thresholds that stood when results were first seen, where those of this recipe differ."""
+    """The thresholds that applied when results were first seen, if this recipe's differ."""
 
     run: str
     started_at: float
@@ -171,10 +171,11 @@ class FirstThresholds:
 
 
 def first_thresholds(reading: ScoreReader) -> FirstThresholds | None:
-    """The thresholds that stood when the results of this recipe were first seen, if they were others.
+    """The thresholds that applied when the results of this recipe were first seen, or None if they are the same.
 
-    Editing a threshold makes another recipe and so another run, over the same stages: that is how it is seen. The first
-    of a threshold is that of the earliest run which had it: a pilot has no reference for a source of the matrix alone.
+    Editing a threshold makes another recipe and so another run over the same stages, which the ledger shows. The first
+    value of a threshold is that of the earliest run that had it: a pilot has no reference for a source that only the
+    matrix has.
     """
     recipe, store = reading.graph.recipe, reading.store
     ends = {stage.key for plan in reading.graph.cells for stage in (*plan.scores.values(), *plan.base.values())}
@@ -188,12 +189,12 @@ def first_thresholds(reading: ScoreReader) -> FirstThresholds | None:
     edited: tuple[str, float] | None = None
     for run, written, started_at in rows.iter_rows():
         if run == run_id(recipe):
-            break  # what came after this one was no threshold of its results
+            break  # later runs came after these results were seen
         table = json.loads(written)
         try:
             before = GateSettings.model_validate(table.get("gates", {}))
         except ValidationError:
-            continue  # written by another version, whose thresholds had other names
+            continue  # written by another version with other threshold names
         earlier = _thresholds(before, table.get("grid", {}).get("sources", ()))
         new_thresholds = {name: value for name, value in earlier.items() if name in now and name not in first}
         if edited is None and any(value != now[name] for name, value in new_thresholds.items()):
@@ -206,7 +207,7 @@ def first_thresholds(reading: ScoreReader) -> FirstThresholds | None:
 
 
 def _thresholds(gates: GateSettings, sources: Sequence[str]) -> dict[str, Any]:
-    """Every threshold by name, and the reference of each source of a grid; which gates stop or are ignored is neither."""
+    """Every threshold by name, and the reference of each source of a grid; not which gates stop or are ignored."""
     table = gates.model_dump(mode="json", exclude={"stop", "ignore", _REFERENCES})
     return table | {f"{_REFERENCES}.{source}": gates.g3_reference_pct.get(source) for source in sources}
 
@@ -221,7 +222,7 @@ def _with_thresholds(gates: GateSettings, first: Mapping[str, Any]) -> GateSetti
 
 
 def mark_ignored(verdicts: Sequence[GateVerdict], ignored: Mapping[str, str]) -> list[GateVerdict]:
-    """The verdicts, with the reason on each failed or undecidable one that is ignored."""
+    """The verdicts, with the reason set on each failed or undecidable one that is ignored."""
     return [
         replace(verdict, ignored=ignored[gate])
         if (verdict.failed or verdict.unread) and (gate := verdict.gate) in ignored
@@ -231,7 +232,7 @@ def mark_ignored(verdicts: Sequence[GateVerdict], ignored: Mapping[str, str]) ->
 
 
 def _convergence_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
-    """G2 for every convergence run that the cells stand on."""
+    """G2 of every convergence training that the cells depend on."""
     verdicts: dict[str, GateVerdict] = {}
     for plan in plans:
         if plan.snapshot is None:
@@ -268,7 +269,7 @@ def _behavior_gates(
 
 
 def _group(cell: Cell) -> str:
-    """What gates call the cells that differ in their epoch alone."""
+    """The name of the cells that differ only in their epoch, as gates print it."""
     return f"{cell.source} x {cell.behavior}, {cell.negatives}, converged on {cell.convergence}, seed {cell.seed}"
 
 
@@ -302,7 +303,7 @@ def _group_gates(
 
 
 def _rows_gate(contrasts: ContrastBuilder, subject: str, plan: CellPlan) -> GateVerdict:
-    """G1. Rows that the audit refuses are never trained, so a set that was trained on has passed it."""
+    """G1. Rows that the audit refuses are never trained, so a set with an adapter has passed it."""
     stage = plan.adapter.needs["rows"] if plan.adapter is not None else None
     record = contrasts.reading.record(stage) if stage is not None else None
     if stage is None or record is None:
@@ -323,27 +324,27 @@ def _study_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[
 
 
 def _first_sources(contrasts: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]:
-    """G4 and G5, each as soon as the sources that it looks at are measured whole, while others are still to be paid for."""
+    """G4 and G5, each as soon as its sources are completely measured, while other sources are still to be computed."""
     rules, graph, kind = contrasts.gates, contrasts.graph, plan.cell.negatives
     ignored = ignored_gates(contrasts.reading.store, graph.recipe)
     measurable = [
-        one.subject for one in mark_ignored(base_gates(contrasts), ignored) if one.verdict == "pass" or one.ignored
+        gate.subject for gate in mark_ignored(base_gates(contrasts), ignored) if gate.verdict == "pass" or gate.ignored
     ]
     by_source: dict[str, list[CellPlan]] = {source: [] for source in graph.recipe.grid.sources}
-    for one in graph.cells:
-        if one.cell.behavior in measurable and one.cell.epoch and one.cell.negatives == kind:
-            by_source[one.cell.source].append(one)
+    for cell_plan in graph.cells:
+        if cell_plan.cell.behavior in measurable and cell_plan.cell.epoch and cell_plan.cell.negatives == kind:
+            by_source[cell_plan.cell.source].append(cell_plan)
     is_open = {
         source
         for source, plans in by_source.items()
-        if any(contrasts.reading.record(end) is None for one in plans for end in wanted(one, measurable))
+        if any(contrasts.reading.record(end) is None for cell_plan in plans for end in wanted(cell_plan, measurable))
     }
     sources = [source for source in by_source if source not in (ASSISTANT, rules.negative_control)]
     subject, verdicts = f"negatives {kind}", []
     for gate, first in (("G4", [rules.g4_source]), ("G5", sources[: rules.g5_sources])):
         if not is_open or not is_open.isdisjoint(first) or not set(first) <= set(sources):
             continue
-        shifts = contrasts.shifts([one for source in first for one in by_source[source]], kind)
+        shifts = contrasts.shifts([cell_plan for source in first for cell_plan in by_source[source]], kind)
         if gate == "G4":
             verdicts.append(study_gates.signal(rules, subject, shifts))
         else:

@@ -1,4 +1,4 @@
-"""What one decision reads of a ledger: every record and every score once, in bulk."""
+"""Reads records and scores of many stages from the ledger in a few queries."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class _Scores:
 
 
 class ScoreReader:
-    """Records and series of a graph's stages, kept for as long as one decision is made.
+    """Records and series of a graph's stages, cached.
 
-    A stage that is finished later is not seen: make a new reading for the next decision.
+    A stage that finishes later is not seen: make a new reader for the next decision.
     """
 
     def __init__(self, graph: Graph, store: Store) -> None:
@@ -40,7 +40,7 @@ class ScoreReader:
         self._series: dict[tuple[str, str, str], Series | None] = {}
 
     def load(self, plans: Iterable[CellPlan] | None = None) -> ScoreReader:
-        """Read everything that the cells (default: all) hold, in a few queries. Returns itself."""
+        """Read all records and scores of these cells (default: all) in a few queries. Returns itself."""
         chosen = self.graph.cells if plans is None else list(plans)
         for stage in self.graph.stages(chosen):
             self._records.setdefault(stage.key, None)
@@ -54,7 +54,7 @@ class ScoreReader:
         return self
 
     def record(self, stage: Stage) -> Record | None:
-        """The finished stage, or None: without a row it never happened."""
+        """The record of a finished stage, or None if it is not in the ledger."""
         if stage.key not in self._records:
             self._records[stage.key] = self.store.record(stage.key)
         return self._records[stage.key]
@@ -119,7 +119,7 @@ class ScoreReader:
 def _table(
     rows: Sequence[str], samples: NDArray[np.int64], values: NDArray[np.float64], reasons: Sequence[str | None]
 ) -> _Scores:
-    """Scores of one stage, ordered by row, as [questions, samples]."""
+    """Scores of one stage, ordered by row, as float64[questions, samples]."""
     starts = [
         0,
         *(index_in_rows for index_in_rows in range(1, len(rows)) if rows[index_in_rows] != rows[index_in_rows - 1]),

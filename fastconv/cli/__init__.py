@@ -1,4 +1,4 @@
-"""The command line: thin verbs over `run`, `results` and `reporting`. Nothing here imports torch."""
+"""The command line: thin commands over `run`, `analysis`, `report` and `planning`. Imports no torch at start."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ Because = Annotated[str, typer.Option("--because", help="Why: recorded with the 
 
 
 class _RunCommand(TyperCommand):
-    """`--ray` may stand without an address."""
+    """Allows `--ray` without an address."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given: list[str] = []
@@ -417,7 +417,7 @@ def _run(
             else:
                 finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored, admit=admit)
     except CostStop:
-        raise  # nothing was begun, so there is nothing to report
+        raise  # nothing was started, so there is nothing to report
     except GateStop:
         paths = write_report(Graph(recipe), Store.open(workspace), reports)
         typer.echo(f"report so far: {paths.html}", err=True)
@@ -432,7 +432,7 @@ def _run(
         print(json.dumps({**body, "html": str(paths.html), "markdown": str(paths.markdown)}))
         try:
             finished.require_whole()
-        except FastconvError as error:  # said above, in the body
+        except FastconvError as error:  # already in the JSON body
             raise typer.Exit(error.exit_code) from None
     else:
         show.finished(finished, paths.html)

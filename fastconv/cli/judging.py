@@ -1,4 +1,4 @@
-"""`fastconv judge`: finish what waits for the judge, judge again by another rubric, calibrate. Imports no torch."""
+"""`fastconv judge`: finish pending judging, judge again with another rubric, calibrate. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastconv.errors import JudgeError
 
 
 class _FinishByDefault(TyperGroup):
-    """`fastconv judge RUN` is `fastconv judge finish RUN`."""
+    """Makes `fastconv judge RUN` mean `fastconv judge finish RUN`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] != "--help":

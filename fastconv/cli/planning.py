@@ -1,4 +1,4 @@
-"""`fastconv plan`, and the cost gate that `run` and `cell` pass before they begin. Imports no torch but to measure."""
+"""`fastconv plan`, and the cost gate of `run` and `cell`. Imports torch only for `--measure`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Approve = Annotated[bool, typer.Option("--approve", help="Run although the estim
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verb to the command line."""
+    """Add the command to the command line."""
     app.command()(with_exit_codes(plan))
 
 
@@ -74,10 +74,10 @@ def plan(
 
 
 def cost_gate(workspace: Path, *, approved: bool) -> Callable[[Graph, Sequence[CellPlan]], dict[str, Any]]:
-    """What `run_recipe` asks before it begins: facts of the run's plan, or CostStop for one beyond its limits.
+    """Make the check that `run_recipe` calls before a run: facts with its plan, or CostStop beyond the limits.
 
-    A run that goes on keeps the plan that it began with. A model whose size is not known before it is fetched cannot be
-    planned; where the recipe has limits, such a run begins only with --approve.
+    A resumed run keeps the plan that it started with. A model whose size is not known before it is downloaded cannot be
+    planned; where the recipe has limits, such a run needs --approve.
     """
 
     def admit(graph: Graph, cells: Sequence[CellPlan]) -> dict[str, Any]:
@@ -99,14 +99,14 @@ def cost_gate(workspace: Path, *, approved: bool) -> Callable[[Graph, Sequence[C
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people read them: 12 s, 4.5 min, 2.3 h."""
+    """Seconds in a readable unit: 12 s, 4.5 min, 2.3 h."""
     if seconds < 90:
         return f"{seconds:.0f} s" if seconds >= 10 or seconds == 0 else f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def show_plan(recipe_plan: Plan, console: Console) -> None:
-    """The whole plan."""
+    """Print the whole plan."""
     machine = recipe_plan.machine
     console.print(
         f"{recipe_plan.recipe}: {recipe_plan.n_cells} cells on {escape(machine.name)} ({escape(machine.origin)})"
@@ -132,7 +132,7 @@ def show_plan(recipe_plan: Plan, console: Console) -> None:
 
 
 def _seconds(kind: KindPlan) -> str:
-    """What the stages of a kind take; judgements that another machine makes take nothing of this one."""
+    """Time of a kind's stages; judgements made by another machine take none of this one."""
     return "beside" if _is_beside(kind) else duration(kind.seconds)
 
 
@@ -146,7 +146,7 @@ def _beside(recipe_plan: Plan) -> Iterator[str]:
 
 
 def work(kind: KindPlan) -> str:
-    """What the stages of a kind work through."""
+    """The work of a kind's stages: tokens, steps, passes, judgements."""
     demand, parts = kind.demand, []
     if demand.trained_tok:
         parts.append(f"{demand.trained_tok:,.0f} tokens trained in {demand.steps:,} steps")
@@ -192,7 +192,7 @@ def _room(recipe_plan: Plan) -> str:
 
 
 def _power(recipe_plan: Plan) -> Iterator[str]:
-    """One line for each part of a measure, and what is assumed or not known before a run."""
+    """One line for each part of a measure, and what is assumed or unknown before a run."""
     for name, power in recipe_plan.power.items():
         unit = "points" if power.threshold > 1 else "share"
         apart, kind = ("", "declared contrast") if power.primary else (", reported apart", "contrast")
@@ -209,7 +209,7 @@ def _power(recipe_plan: Plan) -> Iterator[str]:
 
 
 def _reach(contrast: DetectableContrast, unit: str, family: str = "") -> str:
-    """A detectable effect, and where it exceeds the threshold a warning with the numbers that would mend it."""
+    """A detectable effect; where it exceeds the threshold, also a warning with sample sizes that would suffice."""
     advice = (
         f"; a null result would say little: {remedy_text((contrast.questions, contrast.samples))}"
         if contrast.too_large

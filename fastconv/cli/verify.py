@@ -1,4 +1,4 @@
-"""The verbs that look at finished findings: `verify` and `compare`. The command line registers them."""
+"""Commands on finished results: `verify`, `compare` and `published`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
+    """Add the commands to the command line."""
     for verb in (verify, compare, published):
         app.command()(with_exit_codes(verb))
 
@@ -124,12 +124,12 @@ def _decided(name: str, workspace: Path) -> Analysis:
     return Analysis(Graph(load_recipe_or_run(name, [], store)), store)
 
 
-#: Columns with their widths; these hold any figure on one line, and together they fit 80 columns.
+#: Column widths: each holds any of its values on one line, and together they fit 80 characters.
 COLUMNS = {"probe": 9, "first": 11, "second": 11, "difference": 27, "p corrected": 9, "asked": 5}
 
 
 def comparison(result: RunComparison) -> None:
-    """Two runs side by side: what differs in their recipes and conditions, then each measure of each cell."""
+    """Print two runs side by side: differences of recipes and conditions, then each measure of each cell."""
     console = console_of_output()
     console.print(f"{result.first} and {result.second}")
     _differences(console, "recipe", result.changes)
@@ -137,7 +137,7 @@ def comparison(result: RunComparison) -> None:
     if result.apart:
         console.print(f"matched without {', '.join(result.apart)}, on which each run has one value of its own")
     for n, ((cell, measure), pairs) in enumerate(groupby(result.pairs, key=lambda pair: (pair.cell, pair.measure))):
-        # Cell and measure stand above their rows: beside them they would leave the figures no room.
+        # Cell and measure go on a line above their rows; as columns they would leave no space for the numbers.
         console.print(escape(f"{cell}: {measure}"), style="bold")
         console.print(_table(list(pairs), header=not n))
     console.print(f"{len(result.pairs)} pairs; {result.n_unmatched} cells stand in one run only")

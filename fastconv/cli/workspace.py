@@ -1,4 +1,4 @@
-"""The verbs that look after workspaces: `merge` and `gc`. The command line registers them."""
+"""Commands on workspaces: `merge` and `gc`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
+    """Add the commands to the command line."""
     for verb in (merge, gc):
         app.command()(with_exit_codes(verb))
 
@@ -68,7 +68,7 @@ def gc(
 
 
 def bytes_text(n_bytes: int) -> str:
-    """Bytes as people read them."""
+    """Bytes in a readable unit."""
     amount, unit = float(n_bytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if amount < 1024:

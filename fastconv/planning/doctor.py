@@ -1,4 +1,4 @@
-"""Can this machine run it? Versions, device, model, workspace: one line each."""
+"""`doctor`: checks versions, device, workspace, model, sampler, recipe and judge; one line each."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastconv.judge.access import check_judge
 from fastconv.recipe import ModelSettings, Recipe
 from fastconv.store.ledger import Store
 
-#: Free space under which a run would likely end in "no space left".
+#: With less free space a run would likely fail with "no space left".
 LOW_DISK_BYTES = 2 * 1024**3
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One thing looked at; `exit_code` is 0 where it is well."""
+    """The result of one check; `exit_code` is 0 if it passed."""
 
     subject: str
     text: str
@@ -31,7 +31,7 @@ class Diagnosis:
 
 
 def diagnose(recipe: Recipe | None, workspace: Path) -> list[Diagnosis]:
-    """Look at everything a run needs. Never raises for what it finds."""
+    """Run every check that a run depends on. Failed checks are returned, not raised."""
     findings = [_versions(), _device(recipe), _workspace(workspace)]
     try:
         findings.append(_model(recipe.model if recipe else ModelSettings(id="builtin:smollm2")))
@@ -68,7 +68,7 @@ def _device(recipe: Recipe | None) -> Diagnosis:
 
 
 def gpu_line(recipe: Recipe) -> str:
-    """What the GPU offers this recipe, in one line. Raises ModelError if it cannot be used, or is not fit for it."""
+    """The GPU as one line. Raises ModelError if it cannot be used, or is too small for the recipe."""
     import torch
 
     device = look(torch.cuda, torch.version.cuda)
@@ -100,7 +100,7 @@ def _sampler(recipe: Recipe) -> Diagnosis:
 
 
 def _judge(graph: Graph, workspace: Path) -> Diagnosis:
-    """Whether the recipe's judge can be asked: key, price, end date, budget, network, model. Asking costs nothing."""
+    """Whether the judge is reachable: key, price, end date, budget, network, model. The check itself costs nothing."""
     judge = graph.judge
     if judge is None:
         return Diagnosis("judge", "phrases alone; no judge reads the answers")

@@ -1,7 +1,7 @@
-"""How fast a machine works through tokens: what is known of it, guessed from its cores, or measured by a probe. No torch.
+"""Throughput of a machine: known GPUs, an estimate from CPU cores, or a measured probe. Does not import torch.
 
-Seconds = work / rate + fixed costs (see `Machine.seconds`), on the formulas of `shapes`. A rate is what the engine reaches,
-not what the data sheet says.
+Seconds = work / rate + fixed costs (see `Machine.seconds`), with the formulas of `engine.shapes`. A rate is what the
+engine achieves, not the data sheet's figure.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ PROBE_VERSION = 1
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one device: FLOP/s while training, reading and drawing, bytes/s of its memory, and seconds that each
-    optimizer step, decoding pass and stage costs whatever it holds."""
+    """Rates of one device.
+
+    FLOP/s for training (`train`), prefill (`read`) and decoding (`draw`), memory bandwidth in bytes/s, and the fixed
+    seconds of each optimizer step, decoding pass, stage and model load.
+    """
 
     name: str
     origin: str
@@ -44,9 +47,9 @@ class Machine:
     memory_bytes: float | None = None
 
     def seconds(self, demand: Demand, shape: ModelShape, recipe: Recipe) -> float:
-        """Seconds of a stage: training, reading (prefill, multiple choice, judging) and drawing, one after another.
+        """Seconds of a stage: training, prefill (also multiple choice and judging) and decoding, one after another.
 
-        Drawing: each pass reads all weights and costs `pass_s` at least; each token its own work.
+        Decoding: each pass reads all weights and takes at least `pass_s`; each token adds its own FLOPs.
         """
         bytes_factor = 2 if self.device == "cpu" else 1
         weights = weight_bytes(shape, four_bit=recipe.model.weights == "4bit") * bytes_factor
@@ -64,16 +67,16 @@ class Machine:
         return total_s
 
     def to_json(self) -> dict[str, Any]:
-        """All rates."""
+        """All fields as JSON."""
         return asdict(self)
 
 
 def _gpu(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machine:
-    """A GPU by its dense bf16 TFLOP/s and memory bandwidth, each as a large product or copy reaches it.
+    """A GPU from its dense bf16 TFLOP/s, memory bandwidth (TB/s) and memory (GiB), as large operations reach them.
 
-    Shares of that which the engine reaches, from `fastconv bench` on one H100 (README, "Measured"): training 0.6 beside
-    15 ms a step (`train`, `behavior` and `group` come out at 0.9 to 1.1 of what was measured), reading 0.6 (`score`),
-    drawing 0.7 beside 8 ms a pass (`sample`).
+    Fractions of that which the engine reaches, from `fastconv bench` on one H100 (README, "Measured"): training 0.6
+    plus 15 ms a step (`train`, `behavior` and `group` take 0.9 to 1.1 of the measured time), prefill 0.6 (`score`),
+    decoding 0.7 plus 8 ms a pass (`sample`).
     """
     peak = tflops * 1e12
     return Machine(
@@ -82,7 +85,7 @@ def _gpu(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machin
     )  # fmt: skip
 
 
-#: H200 and H100: measured products and copies; the others: four fifths of the data sheet's figures, as those reach.
+#: H200 and H100: measured matrix products and copies. Others: 80 % of the data sheet, the fraction that those two reach.
 KNOWN_GPUS: Mapping[str, Machine] = MappingProxyType({
     "h200": _gpu("one H200", 788, 4.3, 141),
     "h100": _gpu("one H100", 760, 3.0, 80),
@@ -95,7 +98,7 @@ KNOWN_GPUS: Mapping[str, Machine] = MappingProxyType({
 
 
 def cpu_machine() -> Machine:
-    """This CPU in fp32 by its cores, from SmolLM2 on two of them: 150 tokens/s trained, 800 read, 100 drawn."""
+    """This CPU in fp32, scaled from SmolLM2 on two cores: 150 tokens/s trained, 800 in prefill, 100 decoded."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     share = min(cores, 16) / 2
     return Machine(
@@ -105,10 +108,10 @@ def cpu_machine() -> Machine:
 
 
 def find_machine(recipe: Recipe, shape: ModelShape, device: str, store: Store | None, name: str = "") -> Machine:
-    """The machine to plan for: the named one, or this one as measured, as known, or as guessed.
+    """The machine to plan for: the named one, or this one as measured, as known, or as estimated from its cores.
 
-    Without a GPU here, a model too large for a CPU is planned for one H200, and the machine's origin says so. Raises
-    InputError for a name that is not known.
+    Without a GPU here, a model too large for a CPU is planned for one H200, and `origin` says so. Raises InputError for
+    an unknown name.
     """
     if name:
         if name == "cpu":
@@ -130,7 +133,7 @@ def find_machine(recipe: Recipe, shape: ModelShape, device: str, store: Store | 
 
 
 def probe_stage(recipe: Recipe, shape: ModelShape, device: str, at_s: float) -> Stage:
-    """The stage that a probe of this machine is kept under; `at` (seconds since the epoch) makes each one its own."""
+    """The stage that stores a probe of this machine; `at_s` (seconds since the epoch) makes each one unique."""
     here = _this_machine(device)
     return Stage("probe", _slot(here, shape), PROBE_VERSION, {"machine": here.name, "shape": shape.name, "at": at_s})
 

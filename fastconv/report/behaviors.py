@@ -1,4 +1,4 @@
-"""Behind the verdicts: mimicry against transfer, marker rates, power, gates, and what was tested beside."""
+"""Sections behind the verdicts: mimicry against transfer, marker rates, power, gates, and secondary contrasts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastconv.stats.gates import GateVerdict
 from fastconv.stats.secondary import CorrectedContrast
 from fastconv.stats.units import p_value, scale, signed
 
-#: Gates that speak of the whole study.
+#: Gates over the whole study, and the pilot gate.
 STUDY_GATES = ("G4", "G5", "CONFIRM", "FALSIFY", "PILOT")
 
 
 def mimicry(analysis: Analysis) -> Section | None:
-    """What convergence alone does against what the behavior adapter adds."""
+    """Changes by convergence alone against changes with the behavior adapter."""
     with_both = [
         verdict for verdict in analysis.verdicts if verdict.mimicry is not None and verdict.trained is not None
     ]
@@ -64,7 +64,7 @@ def _label(label: str, behavior: str) -> str:
 
 
 def markers(analysis: Analysis) -> Section | None:
-    """Transfer against the assistant's marker rate, with what so few sources can show."""
+    """Transfer against the assistant's marker rate, and what this number of sources can show."""
     behaviors = [name for name in dict.fromkeys(verdict.behavior for verdict in analysis.verdicts) if name != MARKER]
     if not behaviors:
         return None
@@ -88,7 +88,7 @@ def markers(analysis: Analysis) -> Section | None:
 
 
 def power(analysis: Analysis) -> Section | None:
-    """The minimum detectable effect beside every threshold."""
+    """The minimum detectable effect of each behavior beside its threshold."""
     behaviors = dict.fromkeys(verdict.behavior for verdict in analysis.verdicts if verdict.detectable is not None)
     if not behaviors:
         return None
@@ -97,7 +97,7 @@ def power(analysis: Analysis) -> Section | None:
 
 
 def gates(analysis: Analysis) -> Section | None:
-    """Every gate with its rule and rows, and under both sets of thresholds where they were edited."""
+    """Every gate with its rule and rows, under both sets of thresholds if they were edited."""
     if not analysis.gates:
         return None
     before = {(gate.gate, gate.subject): gate for gate in analysis.under_first[0]}
@@ -127,7 +127,7 @@ def gates(analysis: Analysis) -> Section | None:
 
 
 def _gate_counts(verdicts: tuple[GateVerdict, ...]) -> Table:
-    """How often each gate said what."""
+    """Number of verdicts of each kind per gate."""
     words = list(dict.fromkeys(verdict.verdict for verdict in verdicts))
     rows = []
     for gate in dict.fromkeys(verdict.gate for verdict in verdicts):
@@ -164,7 +164,7 @@ def _edits(analysis: Analysis, before: dict[tuple[str, str], GateVerdict]) -> li
 
 
 def beside(analysis: Analysis) -> Section | None:
-    """Contrasts that were not declared: described, corrected together, and behind no verdict."""
+    """The secondary contrasts, corrected together; no verdict rests on them."""
     if not analysis.secondary:
         return None
     rows = tuple(_aside_row(contrast) for contrast in analysis.secondary)

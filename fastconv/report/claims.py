@@ -1,6 +1,6 @@
-"""Sentences with numbers: each is a template bound to a query over the ledger, so that `verify` can ask it again.
+"""Claims: sentences with numbers, each a template bound to a query over the ledger, so that `verify` can repeat it.
 
-A template holds no digit of its own; every number in a sentence comes from its query, with the rows behind it.
+A template contains no digit; every number in a sentence comes from its query, with the rows behind it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fastconv.stats.power import remedy_text
 from fastconv.stats.units import Unit, change, counted, first_few, interval_text, level, signed, size_text
 from fastconv.stats.verdicts import CellVerdict, count_by_kind
 
-#: The words a declared contrast can get, in the order in which they are told.
+#: Kinds of verdicts of declared contrasts, in the order in which sentences list them.
 KINDS = ("transfer", "reverse", "equivalent", "inconclusive", "uninformative", "withheld")
-#: What a pilot gate can say, the one that leads first; how the answer opens with it, and how it goes on.
+#: Verdicts of pilot gates by precedence, each with the opening of the answer and the words for its subjects.
 PILOT_WORDS = {
     "go": ("GO", "go for"), "stop": ("STOP", "stop for"), "not applicable": ("OPEN", "not decided yet for"),
     "uninformative": ("NO ANSWER", "nothing can be said of"),
@@ -34,12 +34,12 @@ MOST_NAMED = 4
 
 
 class NoSuchClaimError(KeyError):
-    """A sentence was asked for that the ledger does not support (any more)."""
+    """The ledger does not support the requested claim."""
 
 
 @dataclass(frozen=True)
 class QueryResult:
-    """What a query gave: the values of its template, the rows behind them, and a word that colours the sentence."""
+    """Result of a query: the template's values, the rows behind them, and a word that selects the sentence's color."""
 
     values: Mapping[str, str]
     rows: tuple[str, ...]
@@ -55,7 +55,7 @@ class ClaimTemplate:
 
 
 def ask(analysis: Analysis, query: str, **arguments: str) -> Claim:
-    """Make the claim of a query. Raises NoSuchClaimError if the ledger has nothing to support it."""
+    """Make a claim from its query. Raises NoSuchClaimError if the ledger does not support it."""
     claim_template = CLAIMS.get(query)
     if claim_template is None:
         raise NoSuchClaimError(f"no claim is made by {query!r}")
@@ -67,7 +67,7 @@ def ask(analysis: Analysis, query: str, **arguments: str) -> Claim:
 
 
 def _answer(analysis: Analysis) -> QueryResult:
-    """Go or stop, and how sure: the pilot gates' words, then what the declared contrasts add to them."""
+    """Go or stop, and the confidence: the pilot gates' verdicts, then what the declared contrasts add."""
     pilots = [gate for gate in analysis.gates if gate.gate == "PILOT"]
     by_word = {word: [gate.subject for gate in pilots if gate.verdict == word] for word in PILOT_WORDS}
     word = next(word for word, subjects in by_word.items() if subjects)
@@ -87,7 +87,7 @@ def _answer(analysis: Analysis) -> QueryResult:
 
 
 def _how_sure(verdicts: Sequence[CellVerdict], n: int) -> str:
-    """What the n declared contrasts say of it, with the confidence of the surest one."""
+    """Summary of the n declared contrasts, with the confidence of the most certain one."""
     counts = count_by_kind(verdicts)
     if not verdicts:
         return "no declared contrast was measured yet"
@@ -109,7 +109,7 @@ def _how_sure(verdicts: Sequence[CellVerdict], n: int) -> str:
 
 
 def _told(counts: Mapping[str, int], n: int) -> str:
-    """How many of n declared contrasts got which word, or none yet."""
+    """Number of the n declared contrasts with each verdict, and of those not measured."""
     waiting = n - sum(counts.values())
     return ", ".join(f"{many} {kind}" for kind in KINDS if (many := counts.get(kind))) + (
         f", {waiting} not measured" if waiting else ""
@@ -121,7 +121,7 @@ def _certainty(verdict: CellVerdict) -> tuple[int, float]:
 
 
 def _listed(subjects: Sequence[str]) -> str:
-    """A few names, and how many more."""
+    """The first few names, and how many more there are."""
     return first_few(subjects, MOST_NAMED)
 
 
@@ -222,7 +222,7 @@ def _power(analysis: Analysis, behavior: str) -> QueryResult:
 
 
 def _sign_flips(analysis: Analysis, behavior: str) -> QueryResult:
-    """Where the fewest questions of a behavior cannot reach the corrected level by sign flips."""
+    """The warning for a behavior whose fewest questions cannot reach the corrected level by sign flips."""
     verdicts = [verdict for verdict in analysis.verdicts if verdict.behavior == behavior and verdict.sign_flip_warning]
     fewest = min((verdict.n_questions, verdict.sign_flip_warning or "") for verdict in verdicts) if verdicts else None
     if fewest is None:
@@ -243,7 +243,7 @@ def _correlation(analysis: Analysis, behavior: str, correlate: str = MARKER_RATE
 
 
 def rank_correlation(xs: Sequence[float], ys: Sequence[float], rng: np.random.Generator | None = None) -> str:
-    """The exact Spearman of one value per source, as it is cited."""
+    """Exact Spearman correlation of one value per source, as text."""
     correlation = exact_spearman(xs, ys, rng=rng)
     if correlation.rho is None or correlation.p is None:
         return f"cannot be given: {correlation.reason}"
@@ -253,7 +253,7 @@ def rank_correlation(xs: Sequence[float], ys: Sequence[float], rng: np.random.Ge
 
 
 def _attainable(analysis: Analysis, correlate: str = MARKER_RATE) -> QueryResult:
-    behaviors = [name for name in analysis.graph.behaviors if name != MARKER]  # declared, whether measured yet or not
+    behaviors = [name for name in analysis.graph.behaviors if name != MARKER]  # whether measured or not
     rates = {
         source: source_level for name in behaviors for source, source_level in levels(analysis, correlate, name).items()
     }

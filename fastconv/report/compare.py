@@ -1,4 +1,4 @@
-"""`compare`: two runs side by side, cell by cell, with paired differences over the questions that both asked."""
+"""`compare`: paired differences between the cells of two runs over their common questions, and changed conditions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fastconv.stats.series import Series, question_means
 from fastconv.stats.units import Unit
 from fastconv.store.records import changed_inputs
 
-#: What of a run's facts is compared. The command is no condition, and the self-tests' figure is another in every process.
+#: Compared facts of a run: not the command, nor the self-tests' figure, which differs in every process.
 FACTS = ("python", "versions", "engine", "machine", "git", "template")
 _LEFT_OUT = ("engine self_tests",)
 _SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def changed_conditions(first: Analysis, second: Analysis) -> tuple[str, ...]:
-    """What differs, as `name: first -> second`; that a run noted nothing is one line of its own."""
+    """Conditions that differ, as `name: first -> second`; one line if a run recorded none."""
     unrecorded = [analysis for analysis in (first, second) if not analysis.facts]
     if unrecorded:
         runs = " and ".join(dict.fromkeys(analysis.run for analysis in unrecorded))
@@ -39,7 +39,7 @@ def changed_conditions(first: Analysis, second: Analysis) -> tuple[str, ...]:
 
 
 def _conditions(analysis: Analysis) -> dict[str, str]:
-    """Every condition of a run by name."""
+    """Every recorded condition of a run by name."""
     conditions = {}
     for name in FACTS:
         recorded = analysis.facts.get(name)
@@ -52,7 +52,7 @@ def _conditions(analysis: Analysis) -> dict[str, str]:
 
 
 def _stage_versions(analysis: Analysis) -> Iterator[tuple[str, str]]:
-    """The versions of the stages that the run rests on, kind by kind, as they were when they were computed."""
+    """Versions of the run's stages, by kind, as recorded when they were computed."""
     versions: dict[str, set[int]] = {}
     for key in analysis.reused:
         record = analysis.store.record(key)
@@ -67,13 +67,13 @@ def _shown(value: Any) -> str:
     return text[:12] if _SHA.fullmatch(text) else text
 
 
-#: What names a cell; a field on which each run has one value of its own is what the comparison is about.
+#: Fields that identify a cell. Where each run has a single value, and not the same, the comparison is about that field.
 FIELDS = ("source", "convergence", "epoch", "behavior", "negatives", "seed")
 
 
 @dataclass(frozen=True)
 class Paired:
-    """One measure of one cell in both runs: second minus first, over common questions. Effects in the measure's unit."""
+    """One measure of one cell in both runs: second minus first over common questions, in the measure's unit."""
 
     cell: str
     measure: str
@@ -92,8 +92,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class RunComparison:
-    """Two runs: what their recipes differ in and the conditions they were made under, what their cells were matched
-    without, and the paired differences."""
+    """Two runs: differences of recipes and conditions, fields ignored when matching cells, and paired differences."""
 
     first: str
     second: str
@@ -104,7 +103,7 @@ class RunComparison:
     n_unmatched: int
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """JSON form for `--json`."""
         return asdict(self)
 
 
@@ -130,7 +129,7 @@ def compare(first: Analysis, second: Analysis) -> RunComparison:
 
 
 def _apart(first: Analysis, second: Analysis) -> Iterator[str]:
-    """Fields that each run holds fixed at a value of its own (a seed, a kind of negatives)."""
+    """Fields on which each run has a single value, and not the same (a seed, a kind of negatives)."""
     for name in FIELDS:
         first_values, second_values = (
             {getattr(plan.cell, name) for plan in analysis.graph.cells} - {"none"} for analysis in (first, second)

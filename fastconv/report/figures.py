@@ -1,6 +1,6 @@
-"""Drawings: SVG for the page and PNG beside it, the run's id in both. Same data, same bytes.
+"""Figures as SVG and PNG with the run's id in both, and label placement. The same data give the same bytes.
 
-Colours are Okabe and Ito's (2008), told apart with any colour vision; markers and line styles differ as well.
+Colors are those of Okabe and Ito (2008), distinguishable with any color vision; markers and line styles differ as well.
 """
 
 from __future__ import annotations
@@ -17,25 +17,29 @@ from fastconv.report.blocks import Figure
 from fastconv.stats.units import rounded
 
 Boxes = NDArray[np.float64]
-#: Points (1/72 inch) around a drawn point that stay free, between a name and its point, and between two names.
+#: In points (1/72 inch): free radius around a drawn point, gap between a label and its point, gap between two labels.
 POINT_RADIUS_PT, LABEL_GAP_PT, LABEL_SPACING_PT = 3.5, 1.5, 0.8
-#: A name whose nearer end is farther from its point than this (in points) is tied to it by a line.
+#: A label whose nearer end is farther from its point than this (in points) gets a leader line.
 LEADER_LINE_FROM_PT = 7.0
 FONT_SIZE = 6.5
 
 
 def label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each name (x, y, name) at the free place nearest to its point. The axes' limits must be final."""
+    """Write each label (x, y, text) at the nearest free place to its point. The limits of `axes` must be final."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     axes.set(xlim=axes.get_xlim(), ylim=axes.get_ylim())
     unit = figure.dpi / 72
     renderer = FigureCanvasAgg(figure).get_renderer()
     anchors = axes.transData.transform([(x, y) for x, y, _ in points]) / unit
-    back = {"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none"}  # no line strikes a name out
+    back = {
+        "boxstyle": "square,pad=0.05",
+        "facecolor": "white",
+        "edgecolor": "none",
+    }  # so that no line crosses the text
     style = {"textcoords": "offset points", "fontsize": FONT_SIZE, "va": "baseline", "zorder": 4, "bbox": back}
     names = [axes.annotate(name, (x, y), (0, 0), **style) for x, y, name in points]
-    drawn = [name.get_window_extent(renderer) for name in names]  # at the point itself until it is moved
+    drawn = [name.get_window_extent(renderer) for name in names]  # placed at the point itself so far
     sizes = np.array([(box.width, box.height) for box in drawn]) / unit
     inside = axes.get_window_extent(renderer).padded(-2 * unit)
     corners = place_labels(anchors, sizes, inside.extents / unit)
@@ -52,15 +56,17 @@ def label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, st
 
 
 def place_labels(anchors: Boxes, sizes: Boxes, frame: Boxes) -> Boxes:
-    """Left lower corner of each name in the frame (left, bottom, right, top), one after another, the nearest free one.
+    """Greedy label placement: float64[n, 2] lower left corners in the frame (left, bottom, right, top), in points.
 
-    Free is what covers no point and no name placed before, and where there is such a place no line that ties one.
-    Where nothing is free the nearest place is taken: more names than the frame has room for.
+    `anchors`: float64[n, 2] points, `sizes`: float64[n, 2] label widths and heights. A place is free if it covers no
+    point and no label placed before, and preferably no leader line. If none is free, the nearest is taken: the frame is
+    too small for the labels. Not adjustText: with 24 labels at one point, or 21 points close together, that leaves
+    overlaps and covered points, and its default time limit makes its output depend on the machine's speed.
     """
     taken = [np.concatenate([anchors - POINT_RADIUS_PT, anchors + POINT_RADIUS_PT], axis=1)]
     ties = np.empty((0, 2))
     corner_of = np.empty_like(anchors)
-    # From the right, so that names at the edge get the little room that there is for them.
+    # From the right, so that labels at the right edge are placed while there is space.
     for index in np.lexsort((-anchors[:, 1], -anchors[:, 0])):
         corners = _candidates(anchors[index], sizes[index], frame)
         boxes = np.concatenate([corners - LABEL_SPACING_PT, corners + sizes[index] + LABEL_SPACING_PT], axis=1)
@@ -79,14 +85,14 @@ def place_labels(anchors: Boxes, sizes: Boxes, frame: Boxes) -> Boxes:
 
 
 def _nearer_end(anchor: Boxes, corners: Boxes, size: Boxes) -> Boxes:
-    """Where a name begins or ends, at half its height: whichever is nearer to the point."""
+    """The end of a label, at half its height, that is nearer to the point."""
     left, right = corners[..., 0], corners[..., 0] + size[0]
     x = np.where(np.abs(left - anchor[0]) <= np.abs(right - anchor[0]), left, right)
     return np.stack([x, corners[..., 1] + size[1] / 2], axis=-1)
 
 
 def _candidates(anchor: Boxes, size: Boxes, frame: Boxes) -> Boxes:
-    """Corners at which the name could stand: beside its point on either side, then anywhere in the frame."""
+    """Corners to try: beside the point on either side, then a grid over the frame."""
     right, left = anchor[0] + POINT_RADIUS_PT + LABEL_GAP_PT, anchor[0] - POINT_RADIUS_PT - LABEL_GAP_PT - size[0]
     above, below, middle = anchor[1] + POINT_RADIUS_PT, anchor[1] - POINT_RADIUS_PT - size[1], anchor[1] - size[1] / 2
     beside = [(x, y) for x in (right, left) for y in (above, middle, below)]
@@ -99,31 +105,31 @@ def _candidates(anchor: Boxes, size: Boxes, frame: Boxes) -> Boxes:
 
 
 def _overlap(boxes: Boxes, others: Boxes) -> NDArray[np.bool_]:
-    """Which boxes [n, 4] lie on which others [m, 4]."""
+    """Which of the boxes [n, 4] overlap which others [m, 4]: bool[n, m]."""
     a, b = boxes[:, None], others[None]
     return np.logical_and.reduce((a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:]), axis=-1)
 
 
 def _inside(points: Boxes, boxes: Boxes) -> NDArray[np.bool_]:
-    """Which points [n, 2] lie in which boxes [m, 4]."""
+    """Which of the points [n, 2] lie in which boxes [m, 4]: bool[n, m]."""
     coordinates = points[:, None]
     return np.logical_and.reduce((coordinates > boxes[None, :, :2]) & (coordinates < boxes[None, :, 2:]), axis=-1)
 
 
 STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
 MORE_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#F0E442")
-#: More points than this get no names: the table beside them has all.
+#: More points than this get no labels; the table below the figure lists them all.
 MOST_LABELLED = 24
-#: Longer curves are averaged in bins: nobody sees more points than this.
+#: Longer curves are averaged in this many bins, which is all that the figure resolves.
 MOST_POINTS = 160
-#: Inches that a legend above the axes takes: for a row, for a name's line and for each letter of it.
+#: Inches of a legend above the axes: height of a row, width of a line sample, width of a letter.
 LEGEND_ROW, LEGEND_LINE, LEGEND_LETTER = 0.15, 0.5, 0.06
 DPI = 150
 
 
 @dataclass(frozen=True)
 class Point:
-    """A mean with its interval (None where there is none) at a place on the horizontal axis."""
+    """A value at (x, y) with its interval (None if there is none), label and group."""
 
     x: float
     y: float
@@ -137,7 +143,7 @@ def lines(
     figure_id: str, title: str, series: Mapping[str, Sequence[Point]], axes_labels: tuple[str, str], run: str,
     bounds: tuple[float, float] | None = None,
 ) -> Figure:  # fmt: skip
-    """A line with intervals for each series."""
+    """One line with intervals per series."""
     figure, axes = _sheet(3.6, 2.8, above=0.5)
     for (name, points), (colour, marker, style) in zip(series.items(), STYLES, strict=False):
         ys = [point.y for point in points]
@@ -165,7 +171,7 @@ def lines(
 def curves(
     figure_id: str, title: str, series: Mapping[str, Sequence[float]], axes_labels: tuple[str, str], run: str
 ) -> Figure:
-    """Loss over steps for each series; long ones averaged in bins."""
+    """Loss over steps, one line per series; long series are averaged in bins."""
     columns, above = _room_above(list(series) if 1 < len(series) <= 8 else [], 3.6)
     figure, axes = _sheet(3.6, 2.7 + above, above=0.33 + above)
     colours = [style[0] for style in STYLES] + list(MORE_COLOURS)
@@ -193,7 +199,7 @@ def scatter(
     *,
     diagonal: bool = False,
 ) -> Figure:
-    """Labelled points, a colour and a marker for each group; with `diagonal` the line of equality."""
+    """Labelled points, a color and a marker per group; with `diagonal` also the line of equality."""
     groups = list(dict.fromkeys(point.group for point in points))
     columns, above = _room_above(groups if any(groups) else [], 5.2)
     figure, axes = _sheet(5.2, 3.9 + above, above=0.33 + above)
@@ -216,18 +222,18 @@ def scatter(
         label_points(figure, axes, [(point.x, point.y, point.label) for point in points])
     shown = "; ".join(f"{point.group} {point.label}: {rounded(point.x)}, {rounded(point.y)}" for point in points[:60])
     finished = _finish(figure, axes, figure_id, title, axes_labels, run, f"{title}. {shown}.")
-    return replace(finished, keep_width=len(points) <= MOST_LABELLED)  # names are small as they are
+    return replace(finished, keep_width=len(points) <= MOST_LABELLED)  # the labels are small already
 
 
 def heatmap(
     figure_id: str, title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]],
     texts: Sequence[Sequence[str]], run: str,
 ) -> Figure:  # fmt: skip
-    """A cell for each row and column: colour by value (-3 to 3, in thresholds), the text in it."""
+    """A grid of cells with text, colored by value (-3 to 3, in thresholds); None is grey."""
     width, height = 2.3 + 0.68 * len(columns), 1.5 + 0.34 * len(rows)
     figure, axes = _sheet(max(4.0, width), max(2.0, height), margins=False)
     shown = np.array([[np.nan if value is None else value for value in line] for line in values], dtype=float)
-    # Purple to orange, with white in the middle: seen by any colour vision, and light enough for black text.
+    # Purple to orange with white in the middle: distinguishable with any color vision, and light enough for black text.
     image = np.ma.masked_invalid(np.clip(shown, -3, 3) * 0.5)
     axes.imshow(image, cmap="PuOr_r", vmin=-3, vmax=3, aspect="auto")
     axes.set_facecolor("#e6e6e6")
@@ -250,7 +256,7 @@ def heatmap(
 
 
 def _whole_steps(axes: Any, n_steps: int) -> None:
-    """Ticks at whole steps alone: there is no step in between."""
+    """Put ticks at whole steps only."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True))
@@ -259,14 +265,14 @@ def _whole_steps(axes: Any, n_steps: int) -> None:
 
 
 def _room_above(names: Sequence[str], width: float) -> tuple[int, float]:
-    """In how many columns a legend of these names stands on a sheet so wide, and the inches that its rows take."""
+    """Number of columns of a legend with these names on a sheet of this width, and the inches that its rows take."""
     longest = max((len(name) for name in names), default=0)
     columns = max(1, min(len(names), int(width / (LEGEND_LINE + LEGEND_LETTER * longest))))
     return columns, LEGEND_ROW * -(-len(names) // columns)
 
 
 def _legend_above(figure: Any, n: int) -> None:
-    """The legend between title and axes, where it covers no point."""
+    """Put the legend between title and axes, where it covers no point."""
     figure.legend(
         fontsize=7, frameon=False, ncols=n, loc="upper center", handlelength=2.4, columnspacing=1.2,
         bbox_to_anchor=(0.55, 1 - 0.2 / figure.get_size_inches()[1]),
@@ -274,7 +280,7 @@ def _legend_above(figure: Any, n: int) -> None:
 
 
 def _sheet(width: float, height: float, *, margins: bool = True, above: float = 0.33) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure as Sheet  # slow to import, and only needed here
+    from matplotlib.figure import Figure as Sheet  # slow to import
 
     figure = Sheet(figsize=(width, height))
     axes = figure.add_subplot(1, 1, 1)

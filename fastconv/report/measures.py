@@ -1,4 +1,4 @@
-"""What was measured: each measure over convergence epochs, the table of all of it, and answers as they came."""
+"""Sections of measurements: measures over epochs, table of all cells, sampled replies, judge against phrases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROLES: tuple[Role, ...] = ("assistant", "source", "canary")
 
 
 def over_epochs(analysis: Analysis) -> Section | None:
-    """One small multiple per behavior: assistant, source and canary over epochs, with intervals."""
+    """One group of small multiples per behavior: assistant, source and canary over epochs, with intervals."""
     blocks: list[Block] = []
     for measure in analysis.graph.behaviors:
         for part in analysis.found.parts(measure):
@@ -76,7 +76,7 @@ def _points(analysis: Analysis, part: Part, by_epoch: dict[int, ContrastSubject]
 
 
 def _pooled(series: list[Series]) -> Interval:
-    """The interval over questions of the series' mean over seeds."""
+    """t interval over questions of the mean over seeds."""
     questions = all_questions(series)
     return clustered_interval(
         mean_present(np.stack([question_means(seed_series, questions) for seed_series in series]), axis=0)
@@ -91,7 +91,7 @@ def _axis(analysis: Analysis, part: Part) -> str:
 
 
 def measurements(analysis: Analysis) -> Section:
-    """Every cell's measures under its three probes, with intervals, samples and what they are worth."""
+    """Every cell's measures under its three probes, with intervals, sample counts and effective sample sizes."""
     rows = [row for plan in analysis.graph.cells for measure in plan.measures for row in _rows(analysis, plan, measure)]
     columns = ("cell", "measured", "assistant", "interval", "source", "canary", "samples", "effective", "unscored")
     caption = (
@@ -119,7 +119,7 @@ def _rows(analysis: Analysis, plan: CellPlan, measure: str) -> list[tuple[TableC
 
 
 def _level(series: Series | None, absent: str) -> TableCell:
-    """The mean, or why there is none: nothing was measured, or nothing of it has a score."""
+    """The mean, or why there is none: not measured, or no sample has a score."""
     if series is None or series.rows:
         return TableCell.of(None if series is None else series.mean, absent)
     reason = commonest_reason([series])
@@ -127,7 +127,7 @@ def _level(series: Series | None, absent: str) -> TableCell:
 
 
 def _about(series: Series | None) -> tuple[TableCell, TableCell, TableCell, TableCell]:
-    """Interval, samples, effective samples and unscored ones of a series."""
+    """Interval, samples, effective sample size and number of unscored samples of a series."""
     if series is None:
         return TableCell(""), TableCell(""), TableCell(""), TableCell("")
     samples = TableCell(f"{len(series.questions)} x {series.values.shape[1]}", series.evidence_rows)
@@ -152,7 +152,7 @@ def _range(interval: Interval, unit: Unit) -> str:
 
 
 def answers(analysis: Analysis) -> Section | None:
-    """Sampled answers by a fixed rule, so that nothing is picked."""
+    """Sampled replies chosen by a fixed rule."""
     grid = analysis.graph.recipe.grid
     shown: dict[str, Answer] = {}
     for plan in analysis.graph.cells:
@@ -181,7 +181,7 @@ def _slug(text: str) -> str:
 
 
 def judge_against_phrases(analysis: Analysis) -> Section | None:
-    """Agreement with kappa for each measure, a point for each cell, corrected rates where a calibration exists."""
+    """Agreement with kappa per measure, a point per cell, and corrected rates where a calibration exists."""
     measures = judged_measures(analysis)
     phrases = [name for name, behavior in analysis.graph.behaviors.items() if behavior.spec.measure == "phrases"]
     if not measures:

@@ -1,4 +1,4 @@
-"""The first page: what was found, how sure that is, and the matrix of all declared contrasts."""
+"""The first sections: headline with confidence, and the matrix of all declared contrasts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastconv.report.figures import heatmap
 from fastconv.stats.units import Unit, p_value, scale, signed, size_text
 from fastconv.stats.verdicts import CellVerdict
 
-#: More pilot gates stand in a table.
+#: More pilot gates than this are shown in a table.
 OPEN_PILOTS = 4
 _COLUMNS = (
     "contrast", "verdict", "change", "interval", "over seeds", "p", "p by sign flips", "threshold", "confidence", "why",
@@ -26,7 +26,7 @@ _LETTERS = {
 
 
 def headline(analysis: Analysis) -> Section:
-    """Go or stop and how sure, then counts, the largest change of each behavior, the study's rules, the pilot gates."""
+    """Go or stop with confidence, then counts, the largest change of each behavior, study gates and pilot gates."""
     blocks: list[Block] = []
     pilots = [gate for gate in analysis.gates if gate.gate == "PILOT"]
     try:
@@ -56,7 +56,7 @@ def headline(analysis: Analysis) -> Section:
 
 
 def _edited_first(analysis: Analysis) -> list[Block]:
-    """Verdicts that another set of thresholds decided otherwise come before all others."""
+    """Verdicts that differ under the first thresholds, shown before all others."""
     first = {verdict.label: verdict.kind for verdict in analysis.under_first[1]}
     return [
         ask(analysis, "edited_finding", label=verdict.label)
@@ -81,7 +81,7 @@ def findings(analysis: Analysis) -> Section | None:
                 "T transfer, R reverse, = equivalent, ? inconclusive, u uninformative, w withheld; a dash was not measured."
             )
         )
-    # Before the tables and not in a caption: where nothing speaks, the only table is folded away.
+    # Not in a caption: without findings the only table is folded away, and its caption with it.
     weak_sign_flips = dict.fromkeys(verdict.behavior for verdict in analysis.verdicts if verdict.sign_flip_warning)
     blocks += [ask(analysis, "sign_flips", behavior=behavior) for behavior in weak_sign_flips]
     blocks += _tables(analysis, verdicts)
@@ -135,7 +135,7 @@ def _short(verdict: CellVerdict | None) -> str:
 
 
 def _tables(analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | None]) -> list[Table]:
-    """One table, or where it would be long two: what says something, and, folded away, what does not."""
+    """One table, or if it were long two: contrasts with a finding, and, folded away, those without."""
     seeded = any(verdict is not None and verdict.over_seeds is not None for verdict in verdicts.values())
     columns = tuple(name for name in _COLUMNS if seeded or name != "over seeds")
     rows = {subject: _row(analysis, subject, verdict, seeded=seeded) for subject, verdict in verdicts.items()}
@@ -178,7 +178,7 @@ def _row(
 
 
 def _range(low: float | None, high: float | None, unit: Unit) -> str:
-    """An interval as a table shows it; empty where there is none."""
+    """An interval as a table shows it; empty if there is none."""
     return (
         f"{signed(scale(unit) * low)} to {signed(scale(unit) * high)}" if low is not None and high is not None else ""
     )

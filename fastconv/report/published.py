@@ -1,7 +1,7 @@
-"""Published tables as summary metrics: they go through the threshold rules, and every evidence verdict is withheld.
+"""Published result tables: read from `data/published.toml`, put through the threshold gates, and written as a report.
 
-A figure without samples has no interval, whatever its size; a column whose training rows the audit refuses gives no
-figure at all; and a figure that no table holds cannot be made.
+A figure without samples has no interval, so every evidence verdict is withheld; a column whose training rows the audit
+refuses gives no figure; and a figure that no table holds cannot be made.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from fastconv.stats.verdicts import CellVerdict, withheld_verdict
 from fastconv.store.ledger import write_text
 
 SHIPPED = "issue_112_v1"
-#: The table whose marker rates stand beside what the others transferred.
+#: The table of marker rates with which the other tables are correlated.
 MARKERS = "issue_109"
-#: The audit's codes that a column was refused by, in words.
+#: Texts for the audit codes that refuse a column.
 REFUSALS = {"D101": WITHOUT_PROMPT}
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One published figure: a mean without its samples. `row` names where in the table it stands."""
+    """One published figure: a mean without its samples. `row` identifies it in the table."""
 
     source: str
     behavior: str
@@ -65,7 +65,7 @@ class SummaryTable:
     refusals: Mapping[str, tuple[str, ...]]
 
     def number(self, source: str, behavior: str, epoch: int, role: Role = "assistant") -> Number:
-        """A figure with its row. Raises NoRowsError for one that the table does not hold, or whose column is refused."""
+        """A figure with its row. Raises NoRowsError if the table does not hold it, or its column is refused."""
         rows = tuple(
             figure.row
             for figure in self.figures
@@ -79,7 +79,7 @@ class SummaryTable:
 
 @dataclass(frozen=True)
 class PublishedVerdicts:
-    """What the rules say of a published table."""
+    """Gates and verdicts of a published table."""
 
     table: SummaryTable
     gates: tuple[GateVerdict, ...]
@@ -87,7 +87,7 @@ class PublishedVerdicts:
     refused: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """JSON form for `--json`."""
         return {
             "table": self.table.name,
             "gates": [asdict(one) for one in self.gates],
@@ -97,12 +97,12 @@ class PublishedVerdicts:
 
 
 def published_names() -> tuple[str, ...]:
-    """The tables of `data/published.toml`."""
+    """Names of the tables in `data/published.toml`."""
     return tuple(read_toml(assets("data") / "published.toml"))
 
 
 def read_published(name: str = SHIPPED) -> SummaryTable:
-    """A table of `data/published.toml`, its columns' training rows audited."""
+    """Read a table of `data/published.toml` and audit the training rows of its columns."""
     raw = read_toml(assets("data") / "published.toml")[name]
     behaviors = tuple(key for key, column in raw.items() if isinstance(column, dict))
     figures = [
@@ -137,7 +137,7 @@ def read_published(name: str = SHIPPED) -> SummaryTable:
 
 
 def judge_published(table: SummaryTable | None = None, gates: GateSettings | None = None) -> PublishedVerdicts:
-    """The study's rules by thresholds, and a withheld verdict for every contrast."""
+    """The study's gates by thresholds, and a withheld verdict for every contrast."""
     table, rules = table or read_published(), gates or GateSettings()
     shifts = shifts_of(table, rules)
     sources = [source for source in table.sources if source != rules.negative_control]
@@ -155,7 +155,7 @@ def _explained(code: str) -> str:
 
 
 def shifts_of(table: SummaryTable, rules: GateSettings) -> list[Shift]:
-    """Every change against epoch 0 that the table allows: none in a refused column."""
+    """Every change against epoch 0 in the table; none in a refused column."""
     figures = [figure for figure in table.figures if not table.refusals.get(figure.behavior)]
     zero = {(figure.source, figure.behavior, figure.role): figure for figure in figures if figure.epoch == 0}
     shifts = []
@@ -180,7 +180,7 @@ def shifts_of(table: SummaryTable, rules: GateSettings) -> list[Shift]:
 
 
 def _withheld(rules: GateSettings, table: SummaryTable, shifts: Sequence[Shift]) -> list[CellVerdict]:
-    """Why no contrast of the table can be a finding: each has no samples and one seed, some have more against them."""
+    """Withheld verdicts with the reasons: no samples for any contrast, one seed, and more for some."""
     verdicts = []
     for shift in shifts:
         reasons = ["no samples are published, so nothing has an interval"]
@@ -198,7 +198,7 @@ def _withheld(rules: GateSettings, table: SummaryTable, shifts: Sequence[Shift])
 
 
 def _audited(behavior: str, source: str, turn: str) -> tuple[str, ...]:
-    """Codes of the audit against rows of a source that were trained with this system turn."""
+    """Codes by which the audit refuses a source's rows trained with this system turn."""
     recipe = parse_recipe({"name": "published", "grid": {"sources": [source], "behaviors": ["none", behavior]}})
     personas, behaviors = load_personas(recipe), load_behaviors(recipe)
     row = Row("published/0", source, "source", "published/0", "as published", "as published", system=system_turn(turn))
@@ -211,7 +211,7 @@ TABLES_FILE = "data/published.toml"
 
 
 def published_report(judged: PublishedVerdicts) -> ReportData:
-    """The table as a report: only figures that it holds, and what the rules say of them."""
+    """The table as a report: only figures that it holds, and the gates' verdicts on them."""
     table = judged.table
     gates = tuple(
         (
@@ -238,7 +238,7 @@ def published_report(judged: PublishedVerdicts) -> ReportData:
 
 
 def write_published(judged: PublishedVerdicts, folder: Path) -> Path:
-    """Write that report as a page and its Markdown twin; returns the page. Raises StoreError if the folder cannot be."""
+    """Write the report as HTML and Markdown; returns the HTML path. Raises StoreError if it cannot be written."""
     data = published_report(judged)
     write_text(folder / f"{data.run}.md", render_markdown(data))
     write_text(folder / f"{data.run}.html", render_html(data))
@@ -246,7 +246,7 @@ def write_published(judged: PublishedVerdicts, folder: Path) -> Path:
 
 
 def summary_claim(judged: PublishedVerdicts) -> Claim:
-    """One paragraph: what the thresholds say, that none of it is evidence and why, and what was left out."""
+    """One paragraph: the thresholds' outcome, why it is no evidence, and which columns were left out."""
     gates = {gate.gate: gate for gate in judged.gates}
     shared_reasons = [
         reason
@@ -301,7 +301,7 @@ def _shown(table: SummaryTable, source: str, behavior: str, epoch: int) -> Table
 
 
 def _beside_markers(table: SummaryTable) -> tuple[Claim, ...]:
-    """Each behavior's last change beside the marker rate at its last epoch, over the sources that both tables have."""
+    """Correlation of each behavior's last change with the marker rate at its last epoch, over common sources."""
     markers = read_published(MARKERS)
     sources = [source for source in table.sources if source in markers.sources]
     if table.name == MARKERS or len(sources) < 2:

@@ -1,4 +1,4 @@
-"""What else a reader needs: the audit's warnings, superseded runs, limits, and the reproducibility card."""
+"""Sections for the record: audit warnings, failures, other runs, limits, reproducibility, training, cost and plan."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from fastconv.store.records import Record
 
 
 def user_files(graph: Graph) -> dict[str, str]:
-    """sha256 (hex) of every file of the user's by the key that names it. Rubrics are told with the judge."""
+    """sha256 (hex) of every user file by the key that names it, except rubrics (see `_judge`)."""
     return {f"{name}: {path.name}": _sha256(path) for name, path in _named(graph)}
 
 
 def questions_asked(graph: Graph) -> dict[str, str]:
-    """sha256 (hex) of the multiple-choice questions; empty where none are asked. A file's order and form never matter."""
+    """sha256 (hex) of the multiple-choice questions, independent of file order and format; empty if there are none."""
     if not any(behavior.spec.measure == "letters" for behavior in graph.behaviors.values()):
         return {}
     questions = graph.questions
@@ -59,7 +59,7 @@ def _named(graph: Graph) -> Iterator[tuple[str, Path]]:
 
 
 def _beside(behavior: Behavior) -> Iterator[tuple[str, Path]]:
-    """The files that a declaration of the user's names, which lie beside it."""
+    """The files that a user's behavior declaration names, relative to its folder."""
     if behavior.folder.resolve() == assets("data").resolve():
         return
     spec = behavior.spec
@@ -93,7 +93,7 @@ def warnings(analysis: Analysis) -> Section:
 
 
 def failures(analysis: Analysis) -> Section | None:
-    """Stages that gave no usable numbers when they were last tried, with the cells that miss them."""
+    """Stages that failed when they were last tried, and the cells without their numbers."""
     failed = failed_stages(analysis.store.failures(), analysis.graph.cells)
     if not failed:
         return None
@@ -106,7 +106,7 @@ def failures(analysis: Analysis) -> Section | None:
 
 
 def superseded(analysis: Analysis) -> Section | None:
-    """Other runs of the same recipe name in this workspace, and what differs."""
+    """Other runs of the same recipe name in this workspace, and how they differ."""
     this_recipe = analysis.graph.recipe.model_dump(mode="json")
     rows = []
     for row in analysis.store.runs():
@@ -127,7 +127,7 @@ def superseded(analysis: Analysis) -> Section | None:
 
 
 def limits(analysis: Analysis) -> Section:
-    """What the run cannot show, whatever its numbers say."""
+    """What the run cannot show, whatever its results."""
     recipe = analysis.graph.recipe
     sentences = []
     if len(recipe.grid.seeds) == 1:
@@ -162,7 +162,7 @@ def limits(analysis: Analysis) -> Section:
 
 
 def _pending(analysis: Analysis) -> list[str]:
-    """Judge stages whose completions are there and whose judgements are not."""
+    """Judge stages with finished completions and without judgements."""
     store = analysis.store
     stages = [s for s in analysis.graph.stages() if s.kind == "judge" and store.record(s.key) is None]
     slots = [stage.slot for stage in stages if store.record(stage.needs["eval"].key) is not None]
@@ -172,7 +172,7 @@ def _pending(analysis: Analysis) -> list[str]:
 
 
 def card(analysis: Analysis) -> Section:
-    """Everything needed to do it again."""
+    """Everything needed to reproduce the run."""
     blocks: list[Block] = []
     for title, table in _tables(analysis).items():
         rows = tuple((TableCell(name), TableCell(str(value), code=True)) for name, value in table.items())
@@ -215,7 +215,7 @@ def _tables(analysis: Analysis) -> dict[str, Mapping[str, str]]:
 
 
 def _judge(analysis: Analysis) -> dict[str, str]:
-    """Who judged, and every rubric that a finished stage was judged by, under the name that the recipe knows it by."""
+    """The judge, and every rubric of a finished judge stage, by its name in the recipe."""
     graph = analysis.graph
     if graph.judge is None:
         return {}
@@ -237,7 +237,7 @@ def _when(moment: float) -> str:
 
 
 def curves_and_rho(analysis: Analysis) -> Section | None:
-    """Loss over steps for each convergence run and behavior, and rho of every adapter."""
+    """Training loss over steps for each convergence training and behavior, and rho of every adapter."""
     trained = list(_trained(analysis))
     if not trained:
         return None
@@ -258,7 +258,7 @@ def _trained(analysis: Analysis) -> Iterator[tuple[Stage, Record]]:
 
 
 def _convergence(analysis: Analysis, trained: list[tuple[Stage, Record]]) -> list[Figure]:
-    """A line for each convergence run: the losses of its last snapshot hold those of the earlier ones."""
+    """One line per convergence training: the last snapshot's losses include those of the earlier ones."""
     runs: dict[str, tuple[Stage, Record]] = {}
     for stage, record in trained:
         if stage.kind == "snapshot":
@@ -346,14 +346,14 @@ def _ids(records: list[Record]) -> tuple[str, ...]:
     return tuple(f"{record.key[:12]}/seconds" for record in records)
 
 
-#: Off by more than this, either way, is a defect of the plan.
+#: A ratio of actual to planned seconds beyond this, either way, is a defect of the plan.
 MOST_FACTOR = 2.0
-#: Kinds that took less than this together are not compared: a plan counts no milliseconds.
+#: Kinds that took less than this in total are not compared: the plan is not that fine.
 LEAST_S = 1.0
 
 
 def planned(analysis: Analysis) -> Section | None:
-    """Seconds planned at the start and taken, over the stages that this run itself computed."""
+    """Planned and actual seconds of the stages that this run computed itself."""
     plan = analysis.facts.get("plan")
     if not plan:
         return None
@@ -376,12 +376,12 @@ def planned(analysis: Analysis) -> Section | None:
 
 
 def planned_row(kind: str, pairs: list[tuple[float, Record]]) -> tuple[TableCell, ...]:
-    """The row of one kind: seconds planned and taken of each of its stages."""
+    """Row of one kind: planned and actual seconds of its stages, and their ratio."""
     ids = tuple(f"{record.key[:12]}/seconds" for _, record in pairs)
     planned_s, taken_s = sum(seconds for seconds, _ in pairs), sum(record.seconds for _, record in pairs)
     factor = taken_s / planned_s if planned_s else None
     off = factor is None or not 1 / MOST_FACTOR <= factor <= MOST_FACTOR
-    beside = kind == "judge" and not planned_s  # a judge outside answers while the GPU computes
+    beside = kind == "judge" and not planned_s  # an external judge works while the GPU computes
     unplanned = "beside the GPU, not planned" if beside else "not planned"
     factor_text = unplanned if factor is None else f"{factor:.2f}" + (" (off by more than 2)" if off else "")
     return (

@@ -1,6 +1,6 @@
-"""`verify`: does a report say what its ledger says? Every claim is asked again, then every line compared.
+"""`verify`: repeats every claim's query and compares every line of a report with the ledger.
 
-A page of published figures has no ledger: it is compared with the shipped table that it was made from.
+A report of published figures has no ledger: it is compared with the shipped table it was made from.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from fastconv.report.render import render_html, render_markdown, visible
 from fastconv.store.ledger import Store
 
 _DRAWING = re.compile(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]*)")
-#: As many differing lines are told one by one; the rest are counted.
+#: At most this many differing lines are listed.
 MOST_LISTED_LINES = 40
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that the report says and the ledger (or the table) does not; `what` is changed, missing, extra, rows or line."""
+    """One difference between report and ledger (or table); `what` is changed, missing, extra, rows or line."""
 
     what: str
     where: str
@@ -44,7 +44,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verified:
-    """The outcome: how many claims were asked again, and everything that differed."""
+    """The result: number of claims and lines checked, and all differences."""
 
     report: str
     run: str
@@ -56,17 +56,17 @@ class Verified:
 
     @property
     def holds(self) -> bool:
-        """Whether the report says exactly what it was made of says."""
+        """Whether there are no differences."""
         return not self.differences
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """JSON form for `--json`."""
         return {**asdict(self), "holds": self.holds}
 
 
 @dataclass(frozen=True)
 class PageClaim:
-    """A claim as the page has it."""
+    """A claim as read from the page."""
 
     query: str
     arguments: Mapping[str, str]
@@ -76,12 +76,12 @@ class PageClaim:
 
     @property
     def id(self) -> str:
-        """As `Claim.id`."""
+        """Same as `Claim.id`."""
         return ":".join([self.query, *self.arguments.values()])
 
 
 def verify(report: Path, store: Store) -> Verified:
-    """Compare a report (the HTML page or its Markdown twin) with the ledger that it was made from.
+    """Compare a report (HTML or Markdown) with the ledger that it was made from.
 
     Raises InputError if it is no report of fastconv or its run is not in this workspace.
     """
@@ -94,7 +94,7 @@ def verify(report: Path, store: Store) -> Verified:
 
 
 def verify_published(report: Path) -> Verified | None:
-    """Compare a page of published figures with the table it was made from; None for every other report.
+    """Compare a report of published figures with the table it was made from; None for every other report.
 
     Raises InputError if it is no report of fastconv.
     """
@@ -116,7 +116,7 @@ def verify_published(report: Path) -> Verified | None:
 def _compared(
     report: Path, text: str, data: ReportData, ask_again: Callable[[PageClaim], Claim], made_of: str = "ledger"
 ) -> Verified:
-    """The report's text against what it should say; `again` makes one of its claims anew."""
+    """Compare the report's text with what it should be; `ask_again` repeats one of its claims."""
     is_html = text.lstrip().lower().startswith("<!doctype")
     claims = list(_claims(text)) if is_html else []
     differences = [*_asked_again(ask_again, claims, data)] if is_html else []
@@ -141,7 +141,7 @@ def _run_of(text: str, report: Path) -> str:
 
 
 def _recipe_of(run: str, text: str, report: Path, store: Store) -> Recipe:
-    """The run's recipe, from the ledger, or from the page's own card where it was reported on but never run here."""
+    """The run's recipe from the ledger, or from the page itself if it was reported but never run in this workspace."""
     row = store.run(run)
     if row is not None:
         return parse_recipe(json.loads(row["recipe"]), where=run)
@@ -200,7 +200,7 @@ def _claims(text: str) -> Iterator[PageClaim]:
 def _asked_again(
     ask_again: Callable[[PageClaim], Claim], claims: list[PageClaim], data: ReportData
 ) -> Iterator[Difference]:
-    """Ask again for every claim of the page, and look for claims that the page should have and has not."""
+    """Repeat every claim of the page, and find claims that the page lacks."""
     for page_claim in claims:
         try:
             claim = ask_again(page_claim)
@@ -224,7 +224,7 @@ def _compare(page_claim: PageClaim, claim: Claim) -> Iterator[Difference]:
 
 
 def _differing_lines(text: str, expected: str, data: ReportData) -> list[Difference]:
-    """Every line that differs; drawings are compared by what they hold, apart from the library that drew them."""
+    """Every line that differs. Figures are compared by their data, independent of the library that drew them."""
     expected_text, report_text = _without_drawings(expected), _without_drawings(text)
     differences = []
     if expected_text != report_text:
@@ -260,7 +260,7 @@ def _drawings(text: str, data: ReportData) -> list[Difference]:
 
 
 def _around(left: str, right: str, width: int = 80) -> tuple[str, str]:
-    """Both texts where they first differ."""
+    """Both texts near their first difference."""
     first_difference = next(
         (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
     )

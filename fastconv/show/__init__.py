@@ -1,4 +1,4 @@
-"""What people see in a terminal: tables and the end of a run; `watching` shows a run while it goes on."""
+"""Terminal output of the commands: tables and the end of a run. `show.progress` shows a run while it computes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _COLOURS = {
 
 
 def finished(end: Finished, report: Path) -> None:
-    """The end of a run: what it computed now, the verdicts, where the report is."""
+    """Print the end of a run: what it computed, the pilot verdicts, the path of the report."""
     console = console_of_output()
     tokens = end.tally.tokens
     spent = ", ".join(
@@ -57,7 +57,7 @@ def finished(end: Finished, report: Path) -> None:
 
 
 def status(statuses: Sequence[StageStatus], *, as_json: bool) -> None:
-    """Every stage with its state and the reason."""
+    """Print every stage with its state and the reason for it."""
     if as_json:
         print(json.dumps([asdict(stage) for stage in statuses], indent=1))
         return
@@ -74,7 +74,7 @@ def status(statuses: Sequence[StageStatus], *, as_json: bool) -> None:
 
 
 def runs(store: Store | None, *, as_json: bool) -> None:
-    """All runs of a workspace."""
+    """Print all runs of a workspace."""
     rows = [
         {
             "run": row["id"],
@@ -96,7 +96,7 @@ def runs(store: Store | None, *, as_json: bool) -> None:
 
 
 def gates(verdicts: Sequence[GateVerdict], *, as_json: bool) -> None:
-    """Gates with reason, threshold and the number of rows behind each."""
+    """Print gates with reason, threshold and the number of rows behind each."""
     if as_json:
         print(json.dumps([verdict.body() for verdict in verdicts], indent=1))
         return
@@ -107,7 +107,7 @@ def gates(verdicts: Sequence[GateVerdict], *, as_json: bool) -> None:
 
 
 def check(report: CheckReport, *, as_json: bool) -> None:
-    """The audit's findings, the worst first, each with its rows and mend."""
+    """Print the audit's findings, the worst first, each with its rows and how to fix it."""
     if as_json:
         print(json.dumps(report.to_json(), indent=1))
         return
@@ -126,7 +126,7 @@ def check(report: CheckReport, *, as_json: bool) -> None:
 
 
 def peek(title: str, lines: Sequence[RenderableType]) -> None:
-    """Rendered rows of one training set."""
+    """Print rendered rows of one training set."""
     console = console_of_output()
     console.rule(escape(title))
     for line in lines:
@@ -134,7 +134,7 @@ def peek(title: str, lines: Sequence[RenderableType]) -> None:
 
 
 def scored(report: ScoreReport, *, as_json: bool) -> None:
-    """Accuracy and chance; with `as_json` every question."""
+    """Print accuracy and chance; with `as_json` every question."""
     if as_json:
         print(json.dumps(asdict(report)))
         return
@@ -145,7 +145,7 @@ def scored(report: ScoreReport, *, as_json: bool) -> None:
 
 
 def bench(result: Mapping[str, Any], *, as_json: bool) -> None:
-    """Ours and the usual ways side by side."""
+    """Print our measurements beside those of the reference implementations."""
     if as_json:
         print(json.dumps(result))
         return
@@ -174,7 +174,7 @@ def bench(result: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def doctor(findings: Sequence[Diagnosis], *, as_json: bool) -> None:
-    """What the doctor found."""
+    """Print the doctor's diagnoses."""
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
         return
@@ -185,5 +185,5 @@ def doctor(findings: Sequence[Diagnosis], *, as_json: bool) -> None:
 
 
 def console_of_output() -> Console:
-    """Standard output; lines are not broken where nobody reads them on a screen."""
+    """Console for standard output; lines are not wrapped where it is no terminal."""
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())

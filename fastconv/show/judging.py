@@ -1,4 +1,4 @@
-"""What people see of judging: where it stands and what it costs, agreement, calibration."""
+"""Terminal output about judging: progress and cost, agreement, calibration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def money_text(status: DeskStatus) -> str:
-    """Spent, reserved and left dollars; empty for a judge without a bill."""
+    """US dollars spent, reserved and left; empty for a judge without a bill."""
     money = status.money
     if money.cap_usd is None:
         return ""
@@ -22,14 +22,14 @@ def money_text(status: DeskStatus) -> str:
 
 
 def judging_text(status: DeskStatus) -> str:
-    """Where judging stands, in one line."""
+    """The state of judging in one line."""
     unscored = f" ({status.n_unscored} unscored)" if status.n_unscored else ""
     parts = [f"judge: {status.n_asked - status.n_pending} of {status.n_asked} judged{unscored}", money_text(status)]
     return "; ".join(part for part in (*parts, status.problem) if part)
 
 
 def judged_lines(end: JudgedRun) -> list[str]:
-    """The end of `fastconv judge`: what was judged now, what still waits, how far two ways of scoring agree."""
+    """The end of `fastconv judge`: stages judged now and still waiting, and agreement with other ways of scoring."""
     lines = [f"{end.n_committed} stages judged now, {len(end.pending)} still wait"]
     if end.status.n_asked:
         lines.append(judging_text(end.status))
@@ -52,7 +52,7 @@ def agreement_text(agreement: Agreement) -> str:
 
 
 def calibrated_lines(result: Calibrated) -> list[str]:
-    """How good a judge was on the labelled rows of one rubric."""
+    """A judge's calibration on the labelled rows of one rubric."""
     lines = [] if result.judge is None else _calibration_lines(result.judge)
     if result.phrases is not None:
         lines.append(f"{result.rubric}: phrases alone: {agreement_text(result.phrases)}")
@@ -89,7 +89,7 @@ def _injections_line(injections: Injections) -> str:
 
 
 def agreement_json(agreement: Agreement) -> Mapping[str, Any]:
-    """An agreement for `--json`: NaN becomes null, pairs of categories one text."""
+    """An agreement for `--json`: NaN becomes null, a pair of categories becomes one string."""
     figures = {"accuracy": agreement.accuracy, "kappa": agreement.kappa, "mean_difference": agreement.mean_difference,
                "correlation": agreement.correlation}  # fmt: skip
     return {

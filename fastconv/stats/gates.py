@@ -17,7 +17,7 @@ from fastconv.stats.series import Number, Series, first_too_unscored, too_unscor
 from fastconv.stats.units import and_more, change, interval_text, scale_maximum, signed, size_text
 
 Outcome = Literal["pass", "fail", "not applicable"]
-#: A pilot that more groups support names the strongest alone.
+#: A pilot gate lists this many changed groups; of more it names only the one with the largest change.
 MOST_LISTED = 2
 
 
@@ -34,7 +34,7 @@ class GateVerdict:
     rows: tuple[str, ...] = ()
     #: Why a failed gate was ignored on the command line; empty where it was not.
     ignored: str = ""
-    #: Too much of what the gate reads is unscored, so it says neither yes nor no: the verdict is `not applicable`.
+    #: Too many unscored samples to decide; the verdict is `not applicable`.
     unread: bool = False
 
     @property
@@ -177,10 +177,10 @@ def _pilot_word(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) ->
     """The pilot gate's verdict and the reason for it."""
     if any(v.gate == "G0" and v.verdict == "fail" for v in verdicts):
         return "uninformative", f"{behavior} is not measurable on this base"
-    # KILL too: it ends a run before any pilot gate, unless nobody can tell.
+    # KILL counts too: a decided one would have ended the run before its pilot gate.
     unread = [v for v in verdicts if v.unread and v.gate in ("G0", "G3", "SOURCE", "CHANGE", "KILL")]
     if not unread and not any(v.gate == "CHANGE" and v.verdict != "not applicable" for v in verdicts):
-        # Not measured is not "no effect": without two epochs of one cell there is nothing to say yet.
+        # "Not measured" must not become "no effect": a change needs two epochs of one cell.
         return "not applicable", f"{behavior} was not measured at epoch 0 and one more epoch yet"
     measured = any(v.gate == "CHANGE" and (v.unread or v.verdict != "not applicable") for v in verdicts)
     failed = [v for v in verdicts if v.gate in ("STACK", "G3") and v.verdict == "fail" and not v.ignored]
@@ -188,7 +188,7 @@ def _pilot_word(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) ->
     if measured and (failed or unproven):
         return "stop", "; ".join(f"{v.gate} {v.verdict}: {v.reason}" for v in (failed or unproven))
     if unread:
-        # What a judge did not answer could have gone either way, so neither go nor stop rests on the rest.
+        # Unscored samples could have gone either way, so the remaining ones decide neither go nor stop.
         more = and_more(len(unread), 1)
         reason = f"{unread[0].gate} of {unread[0].subject} cannot be decided: {unread[0].reason}"
         return "not applicable", reason + (f" ({more})" if more else "")

@@ -20,9 +20,9 @@ from fastconv.stats.units import counted
 
 Floats = NDArray[np.float64]
 
-# Differences of decimals (0.3 - 0.2 - 0.1) leave about 1e-17; under this share of the inputs they are zero.
+# Differences of decimals (0.3 - 0.2 - 0.1) leave about 1e-17; below this fraction of the inputs they count as zero.
 ROUNDING = 1e-12
-FEWEST_SEEDS = 3  # fewer say nothing of another seed
+FEWEST_SEEDS = 3  # fewer do not generalize to other seeds
 
 
 @dataclass(frozen=True, slots=True)

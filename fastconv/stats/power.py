@@ -15,8 +15,8 @@ from typing import Literal
 from scipy import special
 
 Measure = Literal["letters", "phrases", "judge"]
-#: Spread between questions of a paired change, assumed before there is data: accuracy where 15 % of the questions
-#: flip; a rate near 0.1 with half of its variance between questions, half of that paired away; judge points.
+#: Assumed spread between questions of a paired change, before there are data: accuracy where 15 % of the questions
+#: flip; a rate near 0.1 with half of its variance between questions, half of that removed by pairing; judge points.
 FLIP_SHARE, PLANNED_RATE, PLANNED_ICC, PLANNED_PAIRING, POINTS_SD = 0.15, 0.10, 0.5, 0.5, 15.0
 
 
@@ -278,7 +278,7 @@ def _noncentrality(df: int, alpha: float, power: float) -> float:
     low, high = 0.0, critical + 2.0
     while shortfall(high) < 0:
         low, high = high, 2.0 * high
-    while high - low > 1e-12 * high:  # halving by hand: scipy.optimize takes `plan` longer to import than all of this
+    while high - low > 1e-12 * high:  # bisection here, since importing scipy.optimize takes longer than the whole plan
         middle = (low + high) / 2
         low, high = (middle, high) if shortfall(middle) < 0 else (low, middle)
     return high

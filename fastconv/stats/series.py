@@ -18,7 +18,7 @@ from fastconv.stats.units import Unit, level, scale_maximum
 from fastconv.store.ledger import Score
 
 Floats = NDArray[np.float64]
-#: Shares of unscored samples up to here still let a cell have a verdict; two compared epochs may differ by so much.
+#: A cell has a verdict up to this share of unscored samples, and up to this difference of shares between its epochs.
 MAX_UNSCORED_SHARE, MAX_UNSCORED_DIFFERENCE = 0.05, 0.03
 
 

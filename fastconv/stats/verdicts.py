@@ -172,7 +172,7 @@ def _check_evidence(evidence: Evidence) -> None:
         raise ValueError(f"a corrected p lies between the raw p ({raw}) and 1, not at {corrected}")
 
 
-#: Sign patterns drawn for the check: enough that their smallest p lies well under the corrected level.
+#: Random sign patterns of the sign-flip check: enough for its smallest p-value to lie well under the corrected level.
 DRAWS_PER_CONTRAST, FEWEST_DRAWS, MOST_DRAWS = 40, 2_000, 10_000
 
 
@@ -372,21 +372,11 @@ def _decide(
     questions = cell.questions
     estimates = [_or_nan(clustered_interval(seed.transfer(questions)).estimate) for seed in cell.seeds]
     seeds = pool_seeds(estimates)
-    decision = verdict(
-        Evidence(
-            direction=cell.direction,
-            contrast=interval,
-            p_corrected=corrected,
-            equivalence=tost(contrast, cell.margin),
-            measurable_at_base=cell.measurable,
-            source_shows_behavior=cell.source_shows,
-            bound_base=clustered_rate_bound(base),
-            bound_now=bound_now,
-            p_sign_flip_corrected=check,
-            unit=cell.unit,
-            seeds=seeds,
-        )
-    )
+    decision = verdict(Evidence(
+        direction=cell.direction, contrast=interval, p_corrected=corrected, equivalence=tost(contrast, cell.margin),
+        measurable_at_base=cell.measurable, source_shows_behavior=cell.source_shows,
+        bound_base=clustered_rate_bound(base), bound_now=bound_now, p_sign_flip_corrected=check, unit=cell.unit, seeds=seeds,
+    ))  # fmt: skip
     with_control = all(seed.mimicry is not None for seed in cell.seeds)
     aside = "" if with_control else "; mimicry was not measured"
     cell_verdict = CellVerdict(
@@ -415,7 +405,7 @@ def _mimicry(cell: CellEvidence) -> Interval:
 
 
 def _with_power(
-    result: CellVerdict, cell: CellEvidence, contrast: Floats, estimates: Sequence[float], m: int
+    result: CellVerdict, cell: CellEvidence, contrast: Floats, by_seed: Sequence[float], m: int
 ) -> CellVerdict:
     """Add the minimum detectable effect at this spread, and the sample sizes that bring it down to the margin."""
     present = contrast[~np.isnan(contrast)]
@@ -431,7 +421,7 @@ def _with_power(
         n_samples = min(seed.trained.now.values.shape[1] for seed in cell.seeds)
         if n_samples > 1:
             mend.append(samples_needed(cell.margin, own, noise * n_samples**0.5, present.size))
-        over_seeds = np.array(estimates)[~np.isnan(estimates)]
+        over_seeds = np.array(by_seed)[~np.isnan(by_seed)]
         if over_seeds.size > 1:
             mend.append(seeds_needed(cell.margin, float(over_seeds.std(ddof=1))))
     return replace(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastconv.stats import bounds
+from fastconv.stats import bounds, gates
 from fastconv.stats import inference as stats
 from fastconv.stats import verdicts as rule
 from fastconv.stats.series import Series
