@@ -20,9 +20,9 @@ from fastconv.cli.common import (
     Scale,
     Workspace,
     load,
+    open_existing,
     with_exit_codes,
 )
-from fastconv.cli.common import open_existing as open_store
 from fastconv.stats.power import DetectableContrast, remedy_text
 from fastconv.stats.units import size_text
 
@@ -62,7 +62,7 @@ def plan(
         from fastconv.store.ledger import Store
 
         keep_probe(loaded, Store.open(workspace))
-    store = open_store(workspace)
+    store = open_existing(workspace)
     judge = JudgePreflight(loaded.judge, store)
     recipe_plan = plan_recipe(loaded, store, machine).with_judge_problem(judge.problem())
     if as_json:
@@ -88,7 +88,7 @@ def cost_gate(workspace: Path, *, approved: bool) -> Callable[[Graph, Sequence[C
         recipe = graph.recipe
         if shape_on_disk(recipe.model) is None:
             return plan_facts(None, require_known(recipe, approved=approved))
-        store = open_store(workspace)
+        store = open_existing(workspace)
         recipe_plan = make_plan(graph, store, plans=cells)
         facts = plan_facts(recipe_plan, require_approved(recipe_plan, recipe.run, approved=approved))
         if store is not None and "plan" in store.run_facts(run_id(recipe)):

@@ -21,6 +21,9 @@ from fastconv.stats.units import change, interval_text, level
 if TYPE_CHECKING:
     from fastconv.analysis.analysis import Analysis
 
+#: Column widths: each holds any of its values on one line, and together they fit 80 characters.
+COLUMNS = {"probe": 9, "first": 11, "second": 11, "difference": 27, "p corrected": 9, "asked": 5}
+
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
@@ -38,11 +41,11 @@ def verify(
     A page of published figures needs no workspace: it is compared with the shipped table.
     """
     from fastconv.errors import VerifyError
-    from fastconv.report.verify import verify as check
+    from fastconv.report.verify import verify as verify_report
     from fastconv.report.verify import verify_published
     from fastconv.store.ledger import Store
 
-    result = verify_published(report) or check(report, Store.open(workspace, create=False))
+    result = verify_published(report) or verify_report(report, Store.open(workspace, create=False))
     if as_json:
         print(json.dumps(result.to_json(), indent=1))
     else:
@@ -72,9 +75,9 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Set two runs side by side: what their recipes differ in, and paired differences of every cell both have."""
-    from fastconv.report.compare import compare as pair_up
+    from fastconv.report.compare import compare as compare_runs
 
-    result = pair_up(_decided(first, workspace), _decided(second, other or workspace))
+    result = compare_runs(_analysis_of(first, workspace), _analysis_of(second, other or workspace))
     if as_json:
         print(json.dumps(result.to_json(), indent=1))
         return
@@ -115,17 +118,13 @@ def published(
         typer.echo(f"report: {page}")
 
 
-def _decided(name: str, workspace: Path) -> Analysis:
+def _analysis_of(name: str, workspace: Path) -> Analysis:
     from fastconv.analysis.analysis import Analysis
     from fastconv.experiment.graph import Graph
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
     return Analysis(Graph(load_recipe_or_run(name, [], store)), store)
-
-
-#: Column widths: each holds any of its values on one line, and together they fit 80 characters.
-COLUMNS = {"probe": 9, "first": 11, "second": 11, "difference": 27, "p corrected": 9, "asked": 5}
 
 
 def comparison(result: RunComparison) -> None:

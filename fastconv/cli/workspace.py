@@ -28,11 +28,11 @@ def merge(
 ) -> None:
     """Take over what other workspaces computed. Again changes nothing; two results for one stage are refused."""
     from fastconv.store.ledger import Store
-    from fastconv.store.merge import merge as take_over
+    from fastconv.store.merge import merge as merge_workspaces
 
     sources = [Store.open(path, create=False) for path in others]
     store = Store.open(workspace)
-    merged = {str(path): take_over(store, source) for path, source in zip(others, sources, strict=True)}
+    merged = {str(path): merge_workspaces(store, source) for path, source in zip(others, sources, strict=True)}
     if as_json:
         print(json.dumps({name: asdict(result) for name, result in merged.items()}, indent=1))
         return

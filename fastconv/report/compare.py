@@ -22,6 +22,8 @@ from fastconv.store.records import changed_inputs
 FACTS = ("python", "versions", "engine", "machine", "git", "template")
 _LEFT_OUT = ("engine self_tests",)
 _SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+#: Fields that identify a cell. Where each run has a single value, and not the same, the comparison is about that field.
+FIELDS = ("source", "convergence", "epoch", "behavior", "negatives", "seed")
 
 
 def changed_conditions(first: Analysis, second: Analysis) -> tuple[str, ...]:
@@ -65,10 +67,6 @@ def _stage_versions(analysis: Analysis) -> Iterator[tuple[str, str]]:
 def _shown(value: Any) -> str:
     text = str(value)
     return text[:12] if _SHA.fullmatch(text) else text
-
-
-#: Fields that identify a cell. Where each run has a single value, and not the same, the comparison is about that field.
-FIELDS = ("source", "convergence", "epoch", "behavior", "negatives", "seed")
 
 
 @dataclass(frozen=True)

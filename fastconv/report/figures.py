@@ -22,6 +22,15 @@ POINT_RADIUS_PT, LABEL_GAP_PT, LABEL_SPACING_PT = 3.5, 1.5, 0.8
 #: A label whose nearer end is farther from its point than this (in points) gets a leader line.
 LEADER_LINE_FROM_PT = 7.0
 FONT_SIZE = 6.5
+STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
+MORE_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#F0E442")
+#: More points than this get no labels; the table below the figure lists them all.
+MOST_LABELLED = 24
+#: Longer curves are averaged in this many bins, which is all that the figure resolves.
+MOST_POINTS = 160
+#: Inches of a legend above the axes: height of a row, width of a line sample, width of a letter.
+LEGEND_ROW, LEGEND_LINE, LEGEND_LETTER = 0.15, 0.5, 0.06
+DPI = 150
 
 
 def label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
@@ -32,12 +41,9 @@ def label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, st
     unit = figure.dpi / 72
     renderer = FigureCanvasAgg(figure).get_renderer()
     anchors = axes.transData.transform([(x, y) for x, y, _ in points]) / unit
-    back = {
-        "boxstyle": "square,pad=0.05",
-        "facecolor": "white",
-        "edgecolor": "none",
-    }  # so that no line crosses the text
-    style = {"textcoords": "offset points", "fontsize": FONT_SIZE, "va": "baseline", "zorder": 4, "bbox": back}
+    # A white background, so that no line crosses the text.
+    background = {"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none"}
+    style = {"textcoords": "offset points", "fontsize": FONT_SIZE, "va": "baseline", "zorder": 4, "bbox": background}
     names = [axes.annotate(name, (x, y), (0, 0), **style) for x, y, name in points]
     drawn = [name.get_window_extent(renderer) for name in names]  # placed at the point itself so far
     sizes = np.array([(box.width, box.height) for box in drawn]) / unit
@@ -114,17 +120,6 @@ def _inside(points: Boxes, boxes: Boxes) -> NDArray[np.bool_]:
     """Which of the points [n, 2] lie in which boxes [m, 4]: bool[n, m]."""
     coordinates = points[:, None]
     return np.logical_and.reduce((coordinates > boxes[None, :, :2]) & (coordinates < boxes[None, :, 2:]), axis=-1)
-
-
-STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
-MORE_COLOURS = ("#E69F00", "#56B4E9", "#000000", "#F0E442")
-#: More points than this get no labels; the table below the figure lists them all.
-MOST_LABELLED = 24
-#: Longer curves are averaged in this many bins, which is all that the figure resolves.
-MOST_POINTS = 160
-#: Inches of a legend above the axes: height of a row, width of a line sample, width of a letter.
-LEGEND_ROW, LEGEND_LINE, LEGEND_LETTER = 0.15, 0.5, 0.06
-DPI = 150
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ SHIPPED = "issue_112_v1"
 MARKERS = "issue_109"
 #: Texts for the audit codes that refuse a column.
 REFUSALS = {"D101": WITHOUT_PROMPT}
+TABLES_FILE = "data/published.toml"
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,6 @@ def _audited(behavior: str, source: str, turn: str) -> tuple[str, ...]:
     built = BuiltSet(f"{behavior}/{source}", behaviors[behavior], source, "none", 42, (row,))
     design = Design(recipe, personas, behaviors, (built,), None)
     return tuple(finding.code for finding in check_persona_prompt(design) if finding.severity == "refuse")
-
-
-TABLES_FILE = "data/published.toml"
 
 
 def published_report(judged: PublishedVerdicts) -> ReportData:

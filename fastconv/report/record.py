@@ -24,6 +24,11 @@ from fastconv.stats.units import counted, first_few
 from fastconv.store.ledger import Stage, changed_inputs
 from fastconv.store.records import Record
 
+#: A ratio of actual to planned seconds beyond this, either way, is a defect of the plan.
+MOST_FACTOR = 2.0
+#: Kinds that took less than this in total are not compared: the plan is not that fine.
+LEAST_S = 1.0
+
 
 def user_files(graph: Graph) -> dict[str, str]:
     """sha256 (hex) of every user file by the key that names it, except rubrics (see `_judge`)."""
@@ -344,12 +349,6 @@ def _by_kind(analysis: Analysis) -> tuple[tuple[TableCell, ...], ...]:
 
 def _ids(records: list[Record]) -> tuple[str, ...]:
     return tuple(f"{record.key[:12]}/seconds" for record in records)
-
-
-#: A ratio of actual to planned seconds beyond this, either way, is a defect of the plan.
-MOST_FACTOR = 2.0
-#: Kinds that took less than this in total are not compared: the plan is not that fine.
-LEAST_S = 1.0
 
 
 def planned(analysis: Analysis) -> Section | None:

@@ -1,7 +1,7 @@
 """What the data can show at all, checked before any verdict (docs/DESIGN.md, sections 3 and 6).
 
 Chance level and the test against it, effective sample size when one question is sampled many times, bounds for rates at
-their floor or ceiling, and the smallest p-value that a test can reach. The power functions are re-exported here.
+their floor or ceiling, and the smallest p-value that a test can reach.
 
 Arrays are float64 and NaN means *missing*. Malformed input raises `ValueError`; a quantity that valid input cannot give
 is `None`, with the explanation in `reason`.
@@ -17,25 +17,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as distributions
-
-from fastconv.stats.power import (
-    Detectable,
-    SampleSizeNeeded,
-    clusters_needed,
-    minimum_detectable_effect,
-    minimum_detectable_rate_change,
-    rate_contrast_sd,
-    samples_needed,
-    seeds_needed,
-)
-
-__all__ = [
-    "AboveChance", "Attainable", "Detectable", "EffectiveSample", "SampleSizeNeeded", "RateBound", "above_chance",
-    "clustered_rate_bound", "clusters_needed", "effective_sample_size", "minimum_detectable_effect",
-    "minimum_detectable_rate_change", "multiple_choice_chance", "questions_for_family", "rate_contrast_sd",
-    "samples_needed", "seeds_needed", "sign_flip_floor", "sign_flip_warning", "spearman_attainable",
-    "zero_hits_upper_bound",
-]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

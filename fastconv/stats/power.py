@@ -169,21 +169,6 @@ def rate_contrast_sd(rate: float, n_samples: int, icc: float, n_terms: int = 2, 
     return math.sqrt(n_terms * rate * (1 - rate) * (icc * (1 - pairing) + (1 - icc) / n_samples))
 
 
-def minimum_detectable_rate_change(
-    rate: float,
-    n_questions: int,
-    n_samples: int,
-    icc: float,
-    alpha: float = 0.05,
-    power: float = 0.8,
-    n_terms: int = 2,
-    pairing: float = 0.0,
-) -> Detectable:
-    """`minimum_detectable_effect` of a contrast of rates near `rate`, with the spread of `rate_contrast_sd`."""
-    sd = rate_contrast_sd(rate, n_samples, icc, n_terms, pairing)
-    return minimum_detectable_effect(sd, n_questions, alpha, power)
-
-
 def clusters_needed(
     effect: float, sd_between: float | None, alpha: float = 0.05, power: float = 0.8, limit: int = 1_000_000
 ) -> SampleSizeNeeded:

@@ -46,6 +46,9 @@ from fastconv.stats.power import (
 from fastconv.stats.series import Floats, Series, all_questions, pooled_rates, question_means
 from fastconv.stats.units import Unit, change, interval_text, scale_maximum, size_text
 
+#: Random sign patterns of the sign-flip check: enough for its smallest p-value to lie well under the corrected level.
+DRAWS_PER_CONTRAST, FEWEST_DRAWS, MOST_DRAWS = 40, 2_000, 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
@@ -170,10 +173,6 @@ def _check_evidence(evidence: Evidence) -> None:
     least = 0.0 if raw is None else raw * (1 - ROUNDING)
     if corrected is not None and not least <= corrected <= 1:
         raise ValueError(f"a corrected p lies between the raw p ({raw}) and 1, not at {corrected}")
-
-
-#: Random sign patterns of the sign-flip check: enough for its smallest p-value to lie well under the corrected level.
-DRAWS_PER_CONTRAST, FEWEST_DRAWS, MOST_DRAWS = 40, 2_000, 10_000
 
 
 @dataclass(frozen=True, eq=False)

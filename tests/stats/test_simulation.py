@@ -123,7 +123,7 @@ def test_power_at_the_printed_minimum_detectable_effect(clusters, alpha, draws):
 @pytest.mark.parametrize("clusters", [50, 586])
 @pytest.mark.parametrize("draws", DRAWS)
 def test_power_for_rates_with_an_icc(clusters, draws):
-    effect = power.minimum_detectable_rate_change(0.5, clusters, SAMPLES, icc=0.5).effect
+    effect = power.minimum_detectable_effect(power.rate_contrast_sd(0.5, SAMPLES, icc=0.5), clusters).effect
     assert effect is not None
     found = np.zeros(2)
     for n, rng in blocks(draws, 5):
