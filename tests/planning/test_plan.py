@@ -1,4 +1,4 @@
-"""What a run will cost: counted before it, refused beyond the recipe's limits, and set beside what it took."""
+"""Plans: counted before a run, refused beyond the recipe's limits, and compared with the actual times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawings that can be read: no name covers another name or a point, no legend a curve, no tick lies between steps."""
+"""Readable figures: no label covers another or a point, no legend a curve, no tick lies between steps."""
 
 from __future__ import annotations
 

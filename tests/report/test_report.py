@@ -1,4 +1,4 @@
-"""The report: one self-contained page and its Markdown twin; every measured number in it comes from rows."""
+"""The report: one self-contained HTML page and its Markdown version; every measured number comes from rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gates and cell verdicts on hand-made series: what is not measured is never "no effect"."""
+"""Gates on constructed series; what is not measured is never reported as no effect."""
 
 from __future__ import annotations
 

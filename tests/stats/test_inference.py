@@ -1,4 +1,4 @@
-"""Intervals, contrasts, corrections, equivalence, trends and seeds against hand-worked figures, statsmodels and properties."""
+"""Intervals, contrasts, corrections, equivalence, trends, seeds: worked figures, statsmodels and properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sign flips and rank correlations against hand-worked figures, scipy, brute force and properties."""
+"""Sign flips and rank correlations against worked figures, scipy, brute force and properties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chance, effective samples, bounds and power against hand-worked figures, statsmodels, brute force and properties."""
+"""Chance, effective samples, bounds and power against worked figures, statsmodels, brute force and properties."""
 
 from __future__ import annotations
 

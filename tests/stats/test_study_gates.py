@@ -1,4 +1,4 @@
-"""Gates on training and over the study; published tables under the same rules."""
+"""Gates on training and over the study, and published tables under the same rules."""
 
 from __future__ import annotations
 

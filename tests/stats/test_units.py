@@ -1,4 +1,4 @@
-"""How numbers are written: what rounds to zero has no sign, in no unit and nowhere on a page."""
+"""Formatting of numbers: what rounds to zero has no sign, for any unit and anywhere in a report."""
 
 from __future__ import annotations
 
