@@ -110,7 +110,7 @@ def points_of(decided: Analysis, correlate: str, behavior: str) -> list[Point]:
 
 
 def on_the_base(decided: Analysis) -> Section | None:
-    """For each correlate: one point per source and behavior, rank correlations, and the smallest attainable p-values."""
+    """For each correlate: one point per source and behavior, rank correlations, and attainable p-values."""
     behaviors = [name for name in dict.fromkeys(one.behavior for one in decided.verdicts) if name != MARKER]
     blocks: list[Block] = []
     for correlate, words in ON_THE_BASE.items():
