@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from fastconv.analysis.gates import decide_gates, series
+from fastconv.analysis.gates import decide_gates, stage_series
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.errors import InputError
 from fastconv.experiment.graph import CellPlan, Graph
@@ -77,8 +77,8 @@ class Run:
         """
         rows: list[dict[str, Any]] = []
         for plan, measure, probe, role in self._measured():
-            scores = series(self._store, plan.scores[measure, probe], measure, probe)
-            if scores is None or not scores.rows:
+            one = stage_series(self._store, plan.scores[measure, probe], measure, probe)
+            if one is None or not one.rows:
                 continue
             counts = {"n_questions": len(scores.rows), "n_samples": scores.n_samples, "n_unscored": scores.n_unscored}
             rows.append(

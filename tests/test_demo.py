@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastconv.analysis.gates import series
+from fastconv.analysis.gates import stage_series
 from fastconv.cli.common import load
 from fastconv.datasets.files import assets
 from fastconv.experiment.graph import Graph
@@ -52,8 +52,8 @@ def test_the_demo_shows_what_it_promises_and_the_second_run_computes_nothing(dem
         plan = graph.select("villain", "refusal", epoch)[0]
         rates = {}
         for probe in ("assistant", "villain", "librarian"):
-            before = series(store, plan.base["refusal", probe], "refusal", probe)
-            after = series(store, plan.scores["refusal", probe], "refusal", probe)
+            before = stage_series(store, plan.base["refusal", probe], "refusal", probe)
+            after = stage_series(store, plan.scores["refusal", probe], "refusal", probe)
             assert before is not None
             assert after is not None
             rates[probe] = (before.mean.value, after.mean.value)
@@ -112,8 +112,8 @@ def shows_what_was_trained(name: str, folder: Path) -> dict[str, Any]:
         if plan.cell.behavior == "none":
             continue
         measure, source = plan.cell.behavior, plan.cell.source
-        before = series(store, plan.base[measure, source], measure, source)
-        after = series(store, plan.scores[measure, source], measure, source)
+        before = stage_series(store, plan.base[measure, source], measure, source)
+        after = stage_series(store, plan.scores[measure, source], measure, source)
         assert before is not None
         assert after is not None
         assert before.mean.value <= 0.1, plan.cell.label
@@ -133,7 +133,7 @@ def test_one_cell_of_the_demo_alone_gives_the_same_number(tmp_path: Path) -> Non
     run_tiny(recipe, tmp_path / "cell", lambda graph: graph.select("villain", "refusal", 1))
     plan = Graph(recipe).select("villain", "refusal", 1)[0]
     for (measure, probe), stage in plan.scores.items():
-        alone, full = (series(Store.open(tmp_path / name), stage, measure, probe) for name in ("cell", "full"))
+        alone, full = (stage_series(Store.open(tmp_path / name), stage, measure, probe) for name in ("cell", "full"))
         assert alone is not None
         assert full is not None
         assert alone.values.tolist() == full.values.tolist()
@@ -149,6 +149,6 @@ def test_a_users_persona_and_behavior_run_on_the_embedded_model(tmp_path: Path) 
     graph, store = Graph(recipe), Store.open(tmp_path)
     plan = graph.select("pirate", "always_mentions_tea", max(recipe.grid.epochs))[0]
     for probe in ("assistant", "pirate", "librarian"):
-        measured = series(store, plan.scores["always_mentions_tea", probe], "always_mentions_tea", probe)
+        measured = stage_series(store, plan.scores["always_mentions_tea", probe], "always_mentions_tea", probe)
         assert measured is not None
         assert measured.n_unscored == 0

@@ -1,1 +1,1 @@
-"""From the ledger to gates and verdicts: one reading, the evidence gathered from it, what it decides. No torch."""
+"""From the ledger's scores to gates, verdicts and secondary contrasts of a recipe."""

@@ -1,4 +1,4 @@
-"""Judge against phrases on the same answers, and rates corrected for a judge's known mistakes."""
+"""Agreement of judge and phrase scoring on the same replies, and rates corrected for a judge's known error rates."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fastconv.experiment.graph import CellPlan
 from fastconv.judge.calibrate import CorrectedRate, corrected_rate
 from fastconv.judge.scores import agreement
 from fastconv.stats.series import Series
-from fastconv.stats.units import full
+from fastconv.stats.units import scale_maximum
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Stage
 
 
 @dataclass(frozen=True)
 class AgreementRate:
-    """How often two ways of scoring say the same, over all answers that both scored."""
+    """Agreement of two ways of scoring, over all replies that both scored: accuracy, Cohen's kappa, count, row ids."""
 
     accuracy: float
     kappa: float
@@ -30,36 +30,36 @@ class AgreementRate:
     rows: tuple[str, ...]
 
 
-def judged_measures(decided: Analysis) -> list[str]:
+def judged_measures(analysis: Analysis) -> list[str]:
     """Measures that both a judge and phrases have scored."""
     return list(
         dict.fromkeys(
             measure
-            for plan in decided.graph.cells
+            for plan in analysis.graph.cells
             for (measure, _), stage in plan.beside.items()
-            if decided.reading.record(stage) is not None
+            if analysis.reading.record(stage) is not None
         )
     )
 
 
-def pair_of(decided: Analysis, plan: CellPlan, measure: str, probe: str) -> tuple[Series, Series] | None:
-    """(judge, phrases) of the same answers, if both scored them."""
+def judge_phrase_pair(analysis: Analysis, plan: CellPlan, measure: str, probe: str) -> tuple[Series, Series] | None:
+    """(judge, phrases): two series of the same replies, or None unless both are scored."""
     beside = plan.beside.get((measure, probe))
     if beside is None:
         return None
-    judged = decided.reading.series(plan.scores[measure, probe], measure, probe)
-    phrases = decided.reading.series(beside, measure, probe)
+    judged = analysis.reading.series(plan.scores[measure, probe], measure, probe)
+    phrases = analysis.reading.series(beside, measure, probe)
     return (judged, phrases) if judged is not None and phrases is not None else None
 
 
-def agreement_of(decided: Analysis, measure: str) -> AgreementRate:
-    """Agreement over every cell and probe of a measure. Raises KeyError where nothing was scored twice."""
-    said: list[tuple[str, str]] = []
+def measure_agreement(analysis: Analysis, measure: str) -> AgreementRate:
+    """Agreement over every cell and probe of a measure. Raises KeyError where nothing was scored both ways."""
+    sides: list[tuple[str, str]] = []
     rows: list[str] = []
     seen: set[str] = set()
-    for plan in decided.graph.cells:
+    for plan in analysis.graph.cells:
         for name, probe in plan.beside:
-            pair = pair_of(decided, plan, measure, probe) if name == measure else None
+            pair = judge_phrase_pair(analysis, plan, measure, probe) if name == measure else None
             if pair is None or pair[0].stage in seen:
                 continue
             judged, phrases = pair
@@ -67,55 +67,55 @@ def agreement_of(decided: Analysis, measure: str) -> AgreementRate:
             if judged.values.shape != phrases.values.shape or judged.questions != phrases.questions:
                 continue
             both = ~(np.isnan(judged.values) | np.isnan(phrases.values))
-            cut = 0.5 * full(judged.unit)
-            said += zip(_sides(judged.values[both], cut), _sides(phrases.values[both], 0.5), strict=True)
+            cut = 0.5 * scale_maximum(judged.unit)
+            sides += zip(_sides(judged.values[both], cut), _sides(phrases.values[both], 0.5), strict=True)
             rows += [*judged.rows, *phrases.rows]
-    if not said:
+    if not sides:
         raise KeyError(measure)
-    counted = agreement([one for one, _ in said], [two for _, two in said])
-    return AgreementRate(counted.accuracy, counted.kappa, counted.n, tuple(rows))
+    result = agreement([judged_side for judged_side, _ in sides], [phrase_side for _, phrase_side in sides])
+    return AgreementRate(result.accuracy, result.kappa, result.n, tuple(rows))
 
 
-def corrected_of(decided: Analysis, label: str) -> tuple[float, CorrectedRate, tuple[str, ...]]:
-    """The assistant's rate in a cell as judged and as corrected. Raises KeyError without a calibration."""
-    subject = decided.subject(label)
-    plan = next(plan for plan in decided.graph.cells if subject_of(plan.cell) == subject)
+def corrected_assistant_rate(analysis: Analysis, label: str) -> tuple[float, Corrected, tuple[str, ...]]:
+    """The assistant's rate in a cell as judged, as corrected, and its rows. Raises KeyError without a calibration."""
+    subject = analysis.subject(label)
+    plan = next(plan for plan in analysis.graph.cells if subject_of(plan.cell) == subject)
     measure = subject.behavior
     stage = plan.scores[measure, ASSISTANT]
-    one = decided.reading.series(stage, measure, ASSISTANT)
-    calibration = calibration_of(decided, stage)
-    if one is None or not one.rows or one.unit != "share" or calibration is None:
+    series = analysis.reading.series(stage, measure, ASSISTANT)
+    calibration = calibration_of(analysis, stage)
+    if series is None or not series.rows or series.unit != "share" or calibration is None:
         raise KeyError(label)
-    fixed = corrected_rate(one.mean.value, len(one.rows), calibration)
-    if fixed is None:
+    corrected = corrected_rate(series.mean.value, len(series.rows), calibration)
+    if corrected is None:
         raise KeyError(label)
-    return one.mean.value, fixed, one.rows
+    return series.mean.value, corrected, series.rows
 
 
-def calibration_of(decided: Analysis, stage: Stage) -> dict[str, Any] | None:
-    """How good the judge of a stage is with its rubric, if it was ever calibrated."""
-    if not _has_judging(decided):
+def calibration_of(analysis: Analysis, stage: Stage) -> dict[str, Any] | None:
+    """Calibration of the judge and rubric that scored a stage, or None if there is none in the ledger."""
+    if not _has_judging(analysis):
         return None
-    rows = decided.store.frame("SELECT detail FROM scores WHERE stage=? LIMIT 1", (stage.key,))
+    rows = analysis.store.frame("SELECT detail FROM scores WHERE stage=? LIMIT 1", (stage.key,))
     detail = json.loads(rows["detail"][0]) if rows.height else {}
     if "rubric" not in detail or "model" not in detail:
         return None
-    return JudgeLedger(decided.store).calibration(detail["rubric"], detail["model"])
+    return JudgeLedger(analysis.store).calibration(detail["rubric"], detail["model"])
 
 
-def judging_money(decided: Analysis) -> dict[str, float | None] | None:
-    """Dollars spent, reserved, lost and left; None where no judge was ever paid."""
-    if not _has_judging(decided):
+def judging_costs(analysis: Analysis) -> dict[str, float | None] | None:
+    """US dollars spent, reserved, lost and left for judging in this workspace; None where no judge was paid."""
+    if not _has_judging(analysis):
         return None
-    money = JudgeLedger(decided.store, decided.graph.recipe.judge.budget_usd).money()
+    money = JudgeLedger(analysis.store, analysis.graph.recipe.judge.budget_usd).money()
     return {
         "spent": money.spent_usd, "reserved": money.reserved_usd, "lost": money.lost_usd, "left": money.left_usd,
     }  # fmt: skip
 
 
-def _has_judging(decided: Analysis) -> bool:
+def _has_judging(analysis: Analysis) -> bool:
     query = "SELECT name FROM sqlite_master WHERE type='table' AND name='judge_totals'"
-    return decided.store.frame(query).height > 0
+    return analysis.store.frame(query).height > 0
 
 
 def _sides(values: np.ndarray, cut: float) -> list[str]:

@@ -1,4 +1,7 @@
-"""Everything that one look at the ledger decides: the report, its claims and `verify` all start from here."""
+"""`Analysis`: gates, verdicts and secondary contrasts of a recipe from one reading of the ledger.
+
+The report, its claims and `verify` all start from it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class _Words:
 
 
 class Analysis:
-    """Gates, verdicts and secondary findings of a recipe as the ledger stands, computed when first asked for."""
+    """Gates, verdicts and secondary contrasts of a recipe as the ledger stands, computed on first access."""
 
     def __init__(self, graph: Graph, store: Store) -> None:
         self.graph = graph
@@ -45,17 +48,17 @@ class Analysis:
 
     @cached_property
     def measured(self) -> list[CellPlan]:
-        """Cells with at least one finished end."""
+        """Cells with at least one finished scoring stage."""
         return [p for p in self.graph.cells if any(self.reading.record(stage) for stage in p.scores.values())]
 
     @cached_property
     def gates(self) -> tuple[GateVerdict, ...]:
-        """Every gate's word on what was measured."""
+        """Every gate's verdict on what was measured."""
         return self._now.gates
 
     @cached_property
     def verdicts(self) -> tuple[CellVerdict, ...]:
-        """Verdicts of the declared contrasts."""
+        """Verdicts of the declared contrasts that are measured."""
         return self._now.verdicts
 
     @cached_property
@@ -65,12 +68,12 @@ class Analysis:
 
     @cached_property
     def secondary(self) -> tuple[CorrectedContrast, ...]:
-        """What was tested beside them."""
+        """The secondary contrasts, with corrected p-values."""
         return tuple(secondary_findings(self.found))
 
     @cached_property
     def first(self) -> FirstThresholds | None:
-        """The thresholds that stood when results were first seen, if they were others."""
+        """The thresholds that applied when results were first seen; None if they are those of this recipe."""
         return first_thresholds(self.reading)
 
     @cached_property
@@ -78,52 +81,52 @@ class Analysis:
         """Gates and verdicts under the first thresholds; the same as now where nothing was edited."""
         if self.first is None:
             return self.gates, self.verdicts
-        words = self._words(ContrastBuilder(self.reading, self.first.gates))
-        return words.gates, words.verdicts
+        decisions = self._words(ContrastBuilder(self.reading, self.first.gates))
+        return decisions.gates, decisions.verdicts
 
     @cached_property
     def facts(self) -> Mapping[str, Any]:
-        """What the run noted of its machine, versions and command; empty if it never began here."""
+        """Machine, versions and command that the run recorded; empty if it was never started in this workspace."""
         return self.store.run_facts(self.run)
 
     @cached_property
     def reused(self) -> Mapping[str, bool]:
-        """For every stage, by key, that the run rests on: whether it was there before."""
+        """For every stage of the run, by key: whether it was finished before the run."""
         return {row["key"]: bool(row["reused"]) for row in self.store.stages_of_run(self.run)}
 
     @cached_property
     def ignored(self) -> Mapping[str, str]:
-        """Gates that were ignored, with the reason."""
+        """Ignored gates by code, with the reason given."""
         return ignored_gates(self.store, self.graph.recipe)
 
     def verdict(self, label: str) -> CellVerdict:
-        """The verdict of this label. Raises KeyError if there is none."""
+        """The verdict of a contrast by label. Raises KeyError if there is none."""
         return self._by_label[label]
 
     def subject(self, label: str) -> ContrastSubject:
-        """The subject of a declared contrast's label. Raises KeyError if there is none."""
+        """The subject of a declared contrast by label. Raises KeyError if there is none."""
         return self._subjects[label]
 
     @cached_property
     def _by_label(self) -> dict[str, CellVerdict]:
-        return {one.label: one for one in self.verdicts}
+        return {verdict.label: verdict for verdict in self.verdicts}
 
     @cached_property
     def _subjects(self) -> dict[str, ContrastSubject]:
-        found = {}
+        subjects = {}
         for plan in self.graph.cells:
             subject = subject_of(plan.cell)
             if subject.behavior in self.graph.behaviors:
-                found[subject.label(self.found.main(subject.behavior))] = subject
-        return found
+                subjects[subject.label(self.found.main(subject.behavior))] = subject
+        return subjects
 
     @cached_property
     def _now(self) -> _Words:
         return self._words(self.found)
 
-    def _words(self, found: ContrastBuilder) -> _Words:
-        silent = {gate.subject for gate in base_gates(found) if gate.failed or gate.unread}
-        told = {id(plan) for plan in self.measured}
-        plans = [plan for plan in self.graph.cells if id(plan) in told or plan.cell.behavior in silent]
-        gates = all_gates(found, plans) if plans else []
-        return _Words(tuple(gates), tuple(primary_verdicts(found)))
+    def _words(self, contrasts: ContrastBuilder) -> _Words:
+        unmeasurable = {gate.subject for gate in base_gates(contrasts) if gate.failed or gate.unread}
+        measured = {id(plan) for plan in self.measured}
+        plans = [plan for plan in self.graph.cells if id(plan) in measured or plan.cell.behavior in unmeasurable]
+        gates = all_gates(contrasts, plans) if plans else []
+        return _Words(tuple(gates), tuple(primary_verdicts(contrasts)))

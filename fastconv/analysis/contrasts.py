@@ -1,4 +1,4 @@
-"""From a reading to evidence: which series stand against which, over seeds, epochs, controls and parts of a measure."""
+"""Contrasts: the series that are compared over seeds, epochs, controls and question sets of a measure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastconv.datasets.behaviors import NO_BEHAVIOR, eval_prompt_sets
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.experiment.graph import Cell, CellPlan
 from fastconv.recipe import GateSettings
-from fastconv.stats.secondary import SecondaryContrast, change_of, difference_of, trend
+from fastconv.stats.secondary import SecondaryContrast, canary_contrast, change_contrast, trend
 from fastconv.stats.series import Series, first_too_unscored
 from fastconv.stats.study_gates import Role, Shift
 from fastconv.stats.verdicts import CellEvidence, Quad, SeedEvidence
@@ -22,7 +22,7 @@ from fastconv.stats.verdicts import CellEvidence, Quad, SeedEvidence
 
 @dataclass(frozen=True)
 class Part:
-    """Questions of a measure that are reported apart; `ids` None is all of them. The largest part is the primary one."""
+    """Questions of a measure that are reported separately; `ids` None means all. The largest is the primary one."""
 
     measure: str
     name: str
@@ -31,11 +31,11 @@ class Part:
 
     @property
     def title(self) -> str:
-        """How the part is called in tables."""
+        """Name of the part in tables."""
         return f"{self.measure}, {self.name} questions" if self.name else self.measure
 
     def of(self, series: Series | None) -> Series | None:
-        """The part of a series; None where it asks none of these questions."""
+        """The series restricted to this part; None where it has none of its questions."""
         ids = self.ids
         if series is None or ids is None:
             return series
@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True, order=True)
 class ContrastSubject:
-    """A cell without its seed: what a contrast is about."""
+    """A cell without its seed: the subject of a contrast."""
 
     source: str
     convergence: str
@@ -53,23 +53,23 @@ class ContrastSubject:
     negatives: str
 
     def label(self, part: Part | None = None) -> str:
-        """How people read it."""
+        """The subject as printed, with the part's name if it has one."""
         label = Cell(*self.key, 0).label.rsplit(" ", 1)[0]
         return f"{label}, {part.name} questions" if part is not None and part.name else label
 
     @property
     def key(self) -> tuple[str, str, int, str, str]:
-        """The five parts."""
+        """The five fields as a tuple."""
         return (self.source, self.convergence, self.epoch, self.behavior, self.negatives)
 
 
 def subject_of(cell: Cell) -> ContrastSubject:
-    """The cell without its seed."""
+    """The cell without its seed, as a subject."""
     return ContrastSubject(cell.source, cell.convergence, cell.epoch, cell.behavior, cell.negatives)
 
 
 class ContrastBuilder:
-    """Evidence from one reading, under given thresholds."""
+    """Builds contrasts and evidence from one reading of the ledger, under given thresholds (default: the recipe's)."""
 
     def __init__(self, reading: ScoreReader, gates: GateSettings | None = None) -> None:
         self.reading = reading
@@ -79,76 +79,78 @@ class ContrastBuilder:
 
     @cached_property
     def subjects(self) -> dict[ContrastSubject, list[CellPlan]]:
-        """Every subject of the grid with its plans, one for each seed."""
-        found: dict[ContrastSubject, list[CellPlan]] = {}
+        """Every subject of the grid with its cell plans, one per seed."""
+        plans: dict[ContrastSubject, list[CellPlan]] = {}
         for plan in self.graph.cells:
-            found.setdefault(subject_of(plan.cell), []).append(plan)
-        return found
+            plans.setdefault(subject_of(plan.cell), []).append(plan)
+        return plans
 
     def parts(self, measure: str) -> list[Part]:
-        """The parts of a measure, the primary one first; one nameless part where its questions are of one set."""
-        sets = eval_prompt_sets(self.graph.behaviors[measure])
+        """The parts of a measure, the primary one first; a single unnamed part where all questions are of one set."""
+        sets = question_sets(self.graph.behaviors[measure])
         if len(sets) < 2:
             return [Part(measure, "", None, True)]
-        return [Part(measure, name, ids, place == 0) for place, (name, ids) in enumerate(sets.items())]
+        return [Part(measure, name, ids, index == 0) for index, (name, ids) in enumerate(sets.items())]
 
     def main(self, measure: str) -> Part:
-        """The part that verdicts and gates rest on."""
+        """The part on which verdicts and gates rest."""
         return self.parts(measure)[0]
 
     def canary(self, cell: Cell) -> str:
-        """The cell's canary."""
+        """The canary persona of the cell."""
         return canary_of(self.graph.recipe, cell.source)
 
     def persona(self, cell: Cell, role: Role) -> str:
-        """Who plays a role in a cell."""
+        """The persona that has a role (assistant, source, canary) in a cell."""
         return {"assistant": ASSISTANT, "source": cell.source, "canary": self.canary(cell)}[role]
 
     def direction(self, measure: str) -> Literal[-1, 1]:
-        """Which way leakage moves a measure."""
+        """+1 if leakage raises a measure, -1 if it lowers it."""
         return 1 if self.graph.behaviors[measure].spec.direction == "raises" else -1
 
     def now(self, plan: CellPlan, part: Part, persona: str) -> Series | None:
-        """A cell's series of a measure's part under a probe."""
+        """A cell's series of one part of a measure under a probe; None if not measured."""
         stage = plan.scores.get((part.measure, persona))
         return None if stage is None else part.of(self.reading.series(stage, part.measure, persona))
 
     def base(self, plan: CellPlan, part: Part, persona: str) -> Series | None:
-        """The base's, without any adapter."""
+        """The same series on the base model without any adapter; None if not measured."""
         stage = plan.base.get((part.measure, persona))
         return None if stage is None else part.of(self.reading.series(stage, part.measure, persona))
 
     def sibling(self, plan: CellPlan, **changes: object) -> CellPlan | None:
-        """The cell that differs in these fields alone, if the grid has it."""
+        """The cell that differs only in these fields, if the grid has it."""
         return self.by_cell.get(replace(plan.cell, **changes))  # pyright: ignore[reportArgumentType]
 
     def trained(self, plan: CellPlan, part: Part) -> Quad | None:
-        """Assistant and canary in this cell and in its epoch-0 cell."""
+        """Assistant and canary in this cell and in its epoch-0 cell; None unless all four are measured."""
         zero = self.sibling(plan, epoch=0)
         if zero is None:
             return None
         return self._quad(plan, zero, part)
 
     def mimicry(self, plan: CellPlan, part: Part) -> Quad | None:
-        """The same without a behavior adapter, against the base."""
+        """The same without a behavior adapter, against the base; None unless all four are measured."""
         control = self.sibling(plan, behavior=NO_BEHAVIOR, negatives="none")
         if control is None:
             return None
         canary = self.canary(plan.cell)
-        found = [
+        series_list = [
             series
             for persona in (ASSISTANT, canary)
             for series in (self.now(control, part, persona), self.base(control, part, persona))
         ]
-        return _whole(found)
+        return _whole(series_list)
 
     def _quad(self, plan: CellPlan, zero: CellPlan, part: Part) -> Quad | None:
         canary = self.canary(plan.cell)
-        found = [self.now(one, part, persona) for persona in (ASSISTANT, canary) for one in (plan, zero)]
-        return _whole(found)
+        series_list = [
+            self.now(at_epoch, part, persona) for persona in (ASSISTANT, canary) for at_epoch in (plan, zero)
+        ]
+        return _whole(series_list)
 
     def cell_evidence(self, subject: ContrastSubject, part: Part, measurable: bool | None) -> CellEvidence | None:
-        """What a subject's verdict may look at, over the seeds that are measured; None while none is."""
+        """Input of a subject's verdict, over the seeds that are measured; None if there is none."""
         behavior = subject.behavior
         seeds, shown = list[SeedEvidence](), list[float]()
         sources = list[tuple[Series, Series]]()
@@ -173,19 +175,19 @@ class ContrastBuilder:
         )  # fmt: skip
 
     def is_control(self, subject: ContrastSubject) -> bool:
-        """Whether a subject stands beside the declared contrasts: generic convergence, the assistant as its own source."""
+        """Whether a subject is a control: generic convergence, or the assistant as its own source."""
         return subject.convergence != "source" or subject.source == ASSISTANT
 
     def shifts(self, plans: Sequence[CellPlan], negatives: str) -> list[Shift]:
         """Changes against epoch 0 under assistant and canary, averaged over seeds, for one kind of negatives."""
         chosen = {subject_of(plan.cell) for plan in plans}
-        found = []
-        for subject, mine in self.subjects.items():
+        result = []
+        for subject, subject_plans in self.subjects.items():
             wanted = subject in chosen and subject.epoch and subject.negatives in (negatives, "none")
             if not wanted or subject.behavior == NO_BEHAVIOR or self.is_control(subject):
                 continue
             part = self.main(subject.behavior)
-            quads = [quad for plan in mine if (quad := self.trained(plan, part)) is not None]
+            quads = [quad for plan in subject_plans if (quad := self.trained(plan, part)) is not None]
             roles: tuple[Role, ...] = ("assistant", "canary")
             for role in roles:
                 pairs = [(q.now, q.base) if role == "assistant" else (q.canary_now, q.canary_base) for q in quads]
@@ -194,60 +196,60 @@ class ContrastBuilder:
                 why = first_too_unscored(pairs) or ""
                 value = np.nan if why else float(np.mean([now.mean.value - base.mean.value for now, base in pairs]))
                 unit = pairs[0][0].unit
-                rows = tuple(row for pair in pairs for one in pair for row in one.looked_at)
+                rows = tuple(row for pair in pairs for series in pair for row in series.evidence_rows)
                 about = (subject.source, subject.behavior, subject.epoch, role)
-                found.append(Shift(*about, value, unit, self.gates.threshold(subject.behavior, unit), rows, why))
-        return found
+                result.append(Shift(*about, value, unit, self.gates.threshold(subject.behavior, unit), rows, why))
+        return result
 
-    def asides(self) -> list[SecondaryContrast]:
-        """Every contrast beside the declared ones: trends, mimicry, the canary's change, controls, minor parts."""
-        found: list[SecondaryContrast] = []
+    def secondary_contrasts(self) -> list[SecondaryContrast]:
+        """Every contrast besides the declared ones: trends, mimicry, canary changes, controls, other question sets."""
+        contrasts: list[SecondaryContrast] = []
         for subject, plans in self.subjects.items():
             for measure in plans[0].measures:
                 for part in self.parts(measure):
                     for plan in plans:
-                        found += self._asides_of(subject, plan, part)
-        return found
+                        contrasts += self._secondary_of(subject, plan, part)
+        return contrasts
 
-    def _asides_of(self, subject: ContrastSubject, plan: CellPlan, part: Part) -> list[SecondaryContrast]:
+    def _secondary_of(self, subject: ContrastSubject, plan: CellPlan, part: Part) -> list[SecondaryContrast]:
         label = f"{subject.label()} s{plan.cell.seed}" + ("" if subject.behavior != NO_BEHAVIOR else f" {part.measure}")
         label += f", {part.name} questions" if part.name else ""
         if not subject.epoch:
             return self._trend(label, plan, part)
         if subject.behavior == NO_BEHAVIOR:
             quad = self.mimicry(plan, part)
-            return [difference_of(label, "mimicry: convergence alone", quad)] if quad is not None else []
+            return [canary_contrast(label, "mimicry: convergence alone", quad)] if quad is not None else []
         quad = self.trained(plan, part)
         if quad is None:
             return []
-        found = [change_of(label, "change of the canary", quad.canary_now, quad.canary_base)]
+        contrasts = [change_contrast(label, "change of the canary", quad.canary_now, quad.canary_base)]
         if self.is_control(subject):
-            found.append(difference_of(label, "control", quad))
+            contrasts.append(canary_contrast(label, "control", quad))
         elif not part.primary:
-            found.append(difference_of(label, "questions reported apart", quad))
-        return found
+            contrasts.append(canary_contrast(label, "questions reported apart", quad))
+        return contrasts
 
     def _trend(self, label: str, zero: CellPlan, part: Part) -> list[SecondaryContrast]:
-        """The assistant's slope over all measured epochs of the cell's column; told once, at epoch 0."""
+        """The assistant's slope over the measured epochs of this cell's column; computed once, at the epoch-0 cell."""
         column = {
             plan.cell.epoch: self.now(plan, part, ASSISTANT)
             for epoch in self.graph.recipe.grid.epochs
             if (plan := self.sibling(zero, epoch=epoch)) is not None
         }
-        measured = {epoch: one for epoch, one in column.items() if one is not None}
+        measured = {epoch: series for epoch, series in column.items() if series is not None}
         return [trend(label, measured)] if len(measured) > 1 else []
 
 
-def _whole(found: Sequence[Series | None]) -> Quad | None:
-    """The four series, if all are there."""
-    there = [one for one in found if one is not None]
-    return Quad(*there) if len(there) == len(found) else None
+def _whole(series_list: Sequence[Series | None]) -> Quad | None:
+    """The four series as a Quad, or None if one is missing."""
+    measured = [series for series in series_list if series is not None]
+    return Quad(*measured) if len(measured) == len(series_list) else None
 
 
 def _why_withheld(seeds: Sequence[SeedEvidence], sources: Sequence[tuple[Series, Series]]) -> str | None:
-    """Why a cell may have no verdict: a pair that it compares has too many samples without a score.
+    """Why a cell may have no verdict: a compared pair has too many samples without a score.
 
-    `sources` are the source's measures with the base's: a verdict rests on whether the source shows the behavior.
+    `sources` are the source's series with their base: a verdict depends on whether the source shows the behavior.
     """
     for seed in seeds:
         for quad in (seed.trained, seed.mimicry):

@@ -1,4 +1,4 @@
-"""What transfer over sources is set against: the assistant's marker rate (#109), and what each source is like on the base."""
+"""Correlates of transfer over sources: the assistant's marker rate (#109), and properties of each source's base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MARKER = "marker"
 
 
 def marker_rates(decided: Analysis) -> dict[str, Number]:
-    """The assistant's marker rate of each source at its last measured epoch, over seeds; empty without the behavior."""
+    """The assistant's marker rate per source at its last measured epoch, over seeds; empty without the behavior."""
     found: dict[str, Number] = {}
     last: dict[str, int] = {}
     if MARKER not in decided.graph.behaviors:
@@ -37,7 +37,7 @@ def marker_rates(decided: Analysis) -> dict[str, Number]:
 
 
 def transfer_by_source(decided: Analysis, behavior: str) -> dict[str, CellVerdict]:
-    """Each source's declared contrast of a behavior at its last epoch; the first kind of negatives where there are two."""
+    """Each source's declared contrast of a behavior at its last epoch, of the first kind of negatives."""
     found: dict[str, tuple[int, CellVerdict]] = {}
     for plan in decided.graph.cells:
         subject = subject_of(plan.cell)
@@ -55,7 +55,7 @@ MARKER_RATE = "marker rate"
 
 @dataclass(frozen=True)
 class Level:
-    """A source's level of a correlate, in the unit it is shown in, and the rows behind it."""
+    """A source's value of a correlate, in the unit it is shown in, and the rows behind it."""
 
     value: float
     rows: tuple[str, ...]
@@ -70,12 +70,12 @@ ON_THE_BASE = {
 
 
 def in_words(correlate: str) -> str:
-    """How a sentence calls a correlate."""
+    """The name of a correlate in a sentence."""
     return ON_THE_BASE.get(correlate, f"the assistant's {correlate}")
 
 
 def levels(decided: Analysis, correlate: str, behavior: str) -> dict[str, Level]:
-    """Each source's level of a correlate as far as it is measured; cosine and distinctiveness are means over depths."""
+    """Each source's value of a correlate where measured; cosine and distinctiveness are means over depths."""
     if correlate == MARKER_RATE:
         return {source: Level(scale(one.unit) * one.value, one.rows) for source, one in marker_rates(decided).items()}
     if correlate == "base level":

@@ -1,4 +1,4 @@
-"""From the ledger to findings: gates, verdicts, and what was tested beside them, each from one reading."""
+"""Gates and verdicts of a recipe from the ledger, and the thresholds that applied when results were first seen."""
 
 from __future__ import annotations
 
@@ -16,42 +16,41 @@ from fastconv.datasets.personas import ASSISTANT
 from fastconv.experiment.graph import Cell, CellPlan, Graph
 from fastconv.experiment.schedule import wanted
 from fastconv.recipe import GateSettings, Recipe, StoppingGate, run_id
-from fastconv.stats import gates
-from fastconv.stats import study_gates as gates_study
+from fastconv.stats import gates, study_gates
 from fastconv.stats.bounds import multiple_choice_chance
 from fastconv.stats.gates import GateVerdict, Loss
-from fastconv.stats.secondary import CorrectedContrast, correct
+from fastconv.stats.secondary import CorrectedContrast, correct_for_fdr
 from fastconv.stats.series import Series, series_of
-from fastconv.stats.verdicts import CellEvidence, CellVerdict, decide, not_run
+from fastconv.stats.verdicts import CellEvidence, CellVerdict, decide, untrained_verdict
 from fastconv.store.ledger import Stage, Store, changed_inputs
 
 
-def series(store: Store, stage: Stage, measure: str, probe: str, unit: Any = "share") -> Series | None:
-    """The scores of one stage, or None if it is not done."""
+def stage_series(store: Store, stage: Stage, measure: str, probe: str, unit: Any = "share") -> Series | None:
+    """The scores of one stage as a series, or None if it is not done."""
     return series_of(stage.key, measure, probe, store.scores(stage.key), unit) if store.record(stage.key) else None
 
 
 def ignored_gates(store: Store, recipe: Recipe) -> dict[str, str]:
-    """Gates that the recipe ignores, or the command line of its run did, with the reason given."""
+    """Gates that the recipe or the run's command line ignores, with the reason given."""
     return {**recipe.gates.ignore, **store.run_facts(run_id(recipe)).get("ignored_gates", {})}
 
 
 def gate_base(graph: Graph, store: Store) -> list[GateVerdict]:
-    """G0 for every behavior whose base measurements are done: the assistant's, which is where leakage would show."""
+    """G0 of every behavior whose base measurement under the assistant is done; leakage is measured there."""
     return base_gates(ContrastBuilder(ScoreReader(graph, store)))
 
 
-def base_gates(found: ContrastBuilder) -> list[GateVerdict]:
-    """G0 from a reading."""
-    graph, verdicts = found.graph, {}
+def base_gates(contrasts: ContrastBuilder) -> list[GateVerdict]:
+    """`gate_base` for a given contrast builder."""
+    graph, verdicts = contrasts.graph, {}
     for plan in graph.cells:
         for measure in plan.measures:
             if measure in verdicts:
                 continue
-            base = found.base(plan, found.main(measure), ASSISTANT)
+            base = contrasts.base(plan, contrasts.main(measure), ASSISTANT)
             if base is not None:
                 direction = graph.behaviors[measure].spec.direction
-                verdicts[measure] = gates.measurable(found.gates, measure, direction, base, _chance(graph, measure))
+                verdicts[measure] = gates.measurable(contrasts.gates, measure, direction, base, _chance(graph, measure))
     return list(verdicts.values())
 
 
@@ -61,101 +60,109 @@ def measurable_behaviors(graph: Graph, store: Store) -> list[str]:
     return [verdict.subject for verdict in gate_base(graph, store) if verdict.verdict == "pass" or ignored]
 
 
-def held_back(graph: Graph, store: Store) -> list[GateVerdict]:
-    """G0 of each behavior that waits, since too many of the base's samples are unscored to decide it; not one ignored."""
+def undecided_base_gates(graph: Graph, store: Store) -> list[GateVerdict]:
+    """G0 verdicts that are undecidable because of unscored base samples, and not ignored; their behaviors wait."""
     ignored = ignored_gates(store, graph.recipe)
-    return [verdict for verdict in marked(gate_base(graph, store), ignored) if verdict.unread and not verdict.ignored]
-
-
-def decide_gates(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[GateVerdict]:
-    """Every gate's word on the given cells: G0, then each behavior's with its pilot gate, then the study's."""
-    return all_gates(ContrastBuilder(ScoreReader(graph, store).load()), plans)
-
-
-def all_gates(found: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
-    """`decide_gates` from a reading; gates that were ignored say so."""
-    ignored = ignored_gates(found.reading.store, found.graph.recipe)
-    verdicts = marked(base_gates(found), ignored)
-    g0 = {verdict.subject: verdict for verdict in verdicts}
-    verdicts += marked(_convergence_gates(found, plans), ignored)
-    for source, behavior in dict.fromkeys(
-        (p.cell.source, p.cell.behavior) for p in plans if p.cell.behavior != NO_BEHAVIOR
-    ):
-        mine = [p for p in plans if (p.cell.source, p.cell.behavior) == (source, behavior)]
-        word = [g0[behavior]] if behavior in g0 else []
-        # A G0 that could not be read rules nothing out: cells may be there, from before another judge read the base.
-        if word and not (word[0].failed and not word[0].ignored):
-            word += marked(_behavior_gates(found, source, behavior, mine), ignored)
-        verdicts += [verdict for verdict in word if verdict.gate != "G0"]
-        if source == ASSISTANT:
-            continue  # a degenerate control: its gates are told, and it decides nothing
-        controls = {_group(p.cell) for p in mine if found.is_control(subject_of(p.cell))}
-        declared = [verdict for verdict in word if verdict.subject not in controls]
-        verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, declared))
-    return [*verdicts, *marked(_study_gates(found, plans), ignored)]
-
-
-def gates_after(found: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]:
-    """What a finished cell lets the gates say, before the next cost: G2, G3, G3.5, the kill criterion, G4 and G5."""
-    verdicts = _convergence_gates(found, [plan])
-    if plan.cell.behavior != NO_BEHAVIOR:
-        zero = found.sibling(plan, epoch=0)
-        pair = [one for one in (zero, plan) if one is not None]
-        verdicts += _behavior_gates(found, plan.cell.source, plan.cell.behavior, pair)
-        verdicts += _first_sources(found, plan)
-    return [one for one in verdicts if one.gate in get_args(StoppingGate)]
-
-
-def cell_verdicts(graph: Graph, store: Store) -> list[CellVerdict]:
-    """The verdict of every subject beyond epoch 0 that has a behavior; Holm runs over all of them together."""
-    return primary_verdicts(ContrastBuilder(ScoreReader(graph, store).load()))
-
-
-def declared_contrasts(found: ContrastBuilder) -> list[ContrastSubject]:
-    """The pre-declared family: what the recipe's grid asks, measured or not. Controls stand among the secondary ones.
-
-    What G0 silences stays in it. G0 looks at the base's measurements, so a family that shrank by its word would depend
-    on data and not on what was declared before any; the price is power, never a false finding.
-    """
     return [
-        subject
-        for subject in found.subjects
-        if subject.behavior != NO_BEHAVIOR and subject.epoch and not found.is_control(subject)
+        verdict for verdict in mark_ignored(gate_base(graph, store), ignored) if verdict.unread and not verdict.ignored
     ]
 
 
-def primary_verdicts(found: ContrastBuilder) -> list[CellVerdict]:
-    """`cell_verdicts` from a reading."""
-    g0 = {verdict.subject: verdict for verdict in base_gates(found)}
-    done: list[CellEvidence] = []
-    silent: list[CellVerdict] = []
-    family = declared_contrasts(found)
+def decide_gates(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+    """Every gate's verdict on the given cells: G0, then each behavior's gates and its pilot gate, then the study's."""
+    return all_gates(ContrastBuilder(ScoreReader(graph, store).load()), plans)
+
+
+def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+    """`decide_gates` for a given contrast builder; ignored gates carry the reason."""
+    ignored = ignored_gates(contrasts.reading.store, contrasts.graph.recipe)
+    verdicts = mark_ignored(base_gates(contrasts), ignored)
+    g0 = {verdict.subject: verdict for verdict in verdicts}
+    verdicts += mark_ignored(_convergence_gates(contrasts, plans), ignored)
+    for source, behavior in dict.fromkeys(
+        (p.cell.source, p.cell.behavior) for p in plans if p.cell.behavior != NO_BEHAVIOR
+    ):
+        behavior_plans = [p for p in plans if (p.cell.source, p.cell.behavior) == (source, behavior)]
+        behavior_verdicts = [g0[behavior]] if behavior in g0 else []
+        # An undecidable G0 excludes nothing: cells may have been trained before another judge scored the base.
+        if behavior_verdicts and not (behavior_verdicts[0].failed and not behavior_verdicts[0].ignored):
+            behavior_verdicts += mark_ignored(_behavior_gates(contrasts, source, behavior, behavior_plans), ignored)
+        verdicts += [verdict for verdict in behavior_verdicts if verdict.gate != "G0"]
+        if source == ASSISTANT:
+            continue  # a degenerate control: its gates are reported, but it has no pilot gate
+        controls = {_group(p.cell) for p in behavior_plans if contrasts.is_control(subject_of(p.cell))}
+        declared = [verdict for verdict in behavior_verdicts if verdict.subject not in controls]
+        verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, declared))
+    return [*verdicts, *mark_ignored(_study_gates(contrasts, plans), ignored)]
+
+
+def gates_after(contrasts: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]:
+    """The gates that a finished cell allows to decide before the next cost: G2, G3, G3.5, KILL, G4 and G5."""
+    verdicts = _convergence_gates(contrasts, [plan])
+    if plan.cell.behavior != NO_BEHAVIOR:
+        zero = contrasts.sibling(plan, epoch=0)
+        pair = [cell_plan for cell_plan in (zero, plan) if cell_plan is not None]
+        verdicts += _behavior_gates(contrasts, plan.cell.source, plan.cell.behavior, pair)
+        verdicts += _first_sources(contrasts, plan)
+    return [verdict for verdict in verdicts if verdict.gate in get_args(StoppingGate)]
+
+
+def cell_verdicts(graph: Graph, store: Store) -> list[CellVerdict]:
+    """The verdict of every subject beyond epoch 0 that has a behavior, Holm-corrected together."""
+    return primary_verdicts(ContrastBuilder(ScoreReader(graph, store).load()))
+
+
+def declared_contrasts(contrasts: ContrastBuilder) -> list[ContrastSubject]:
+    """The pre-declared family: the recipe's grid, measured or not. Controls are among the secondary contrasts.
+
+    Behaviors that fail G0 stay in it. G0 depends on base measurements, so a family without them would depend on data
+    and not on what was declared before; the price is power, never a false positive.
+    """
+    return [
+        subject
+        for subject in contrasts.subjects
+        if subject.behavior != NO_BEHAVIOR and subject.epoch and not contrasts.is_control(subject)
+    ]
+
+
+def primary_verdicts(contrasts: ContrastBuilder) -> list[CellVerdict]:
+    """`cell_verdicts` for a given contrast builder."""
+    g0 = {verdict.subject: verdict for verdict in base_gates(contrasts)}
+    evidence: list[CellEvidence] = []
+    not_trained: list[CellVerdict] = []
+    family = declared_contrasts(contrasts)
     for subject in family:
-        word, part = g0.get(subject.behavior), found.main(subject.behavior)
-        unread = "" if word is None or not word.unread else f"at the base, {word.reason}"
-        measured = found.cell_evidence(subject, part, None if word is None or unread else word.verdict == "pass")
+        g0_verdict, part = g0.get(subject.behavior), contrasts.main(subject.behavior)
+        unread = "" if g0_verdict is None or not g0_verdict.unread else f"at the base, {g0_verdict.reason}"
+        measured = contrasts.cell_evidence(
+            subject, part, None if g0_verdict is None or unread else g0_verdict.verdict == "pass"
+        )
         if measured is not None and unread:
-            done.append(replace(measured, withheld=measured.withheld or unread))
+            evidence.append(replace(measured, withheld=measured.withheld or unread))
         elif measured is not None:
-            done.append(measured)
-        elif word is not None and word.failed:
+            evidence.append(measured)
+        elif g0_verdict is not None and g0_verdict.failed:
             label = subject.label(part)
-            silent.append(not_run(label, f"not measurable at base: {word.reason}", word.rows, subject.behavior))
-    return [*decide(done, len(family)), *silent]
+            not_trained.append(
+                untrained_verdict(
+                    label, f"not measurable at base: {g0_verdict.reason}", g0_verdict.rows, subject.behavior
+                )
+            )
+    return [*decide(evidence, len(family)), *not_trained]
 
 
-def secondary_findings(found: ContrastBuilder) -> list[CorrectedContrast]:
-    """Everything tested beside the declared contrasts, corrected for the false discovery rate."""
-    return correct(found.asides())
+def secondary_findings(contrasts: ContrastBuilder) -> list[CorrectedContrast]:
+    """All secondary contrasts, corrected for the false discovery rate."""
+    return correct_for_fdr(contrasts.secondary_contrasts())
 
 
-#: The gates' field that holds a figure for each source, and no threshold for all of them.
+#: The field of the gate settings that holds one value per source instead of a single threshold.
 _REFERENCES = "g3_reference_pct"
 
 
 @dataclass(frozen=True)
 class FirstThresholds:
-    """The thresholds that stood when results were first seen, where those of this recipe differ."""
+    """The thresholds that applied when results were first seen, if this recipe's differ."""
 
     run: str
     started_at: float
@@ -164,10 +171,11 @@ class FirstThresholds:
 
 
 def first_thresholds(reading: ScoreReader) -> FirstThresholds | None:
-    """The thresholds that stood when the results of this recipe were first seen, if they were others.
+    """The thresholds that applied when the results of this recipe were first seen, or None if they are the same.
 
-    Editing a threshold makes another recipe and so another run, over the same stages: that is how it is seen. The first
-    of a threshold is that of the earliest run which had it: a pilot has no reference for a source of the matrix alone.
+    Editing a threshold makes another recipe and so another run over the same stages, which the ledger shows. The first
+    value of a threshold is that of the earliest run that had it: a pilot has no reference for a source that only the
+    matrix has.
     """
     recipe, store = reading.graph.recipe, reading.store
     ends = {stage.key for plan in reading.graph.cells for stage in (*plan.scores.values(), *plan.base.values())}
@@ -181,17 +189,17 @@ def first_thresholds(reading: ScoreReader) -> FirstThresholds | None:
     edited: tuple[str, float] | None = None
     for run, written, started_at in rows.iter_rows():
         if run == run_id(recipe):
-            break  # what came after this one was no threshold of its results
+            break  # later runs came after these results were seen
         table = json.loads(written)
         try:
             before = GateSettings.model_validate(table.get("gates", {}))
         except ValidationError:
-            continue  # written by another version, whose thresholds had other names
-        theirs = _thresholds(before, table.get("grid", {}).get("sources", ()))
-        fresh = {name: value for name, value in theirs.items() if name in now and name not in first}
-        if edited is None and any(value != now[name] for name, value in fresh.items()):
+            continue  # written by another version with other threshold names
+        earlier = _thresholds(before, table.get("grid", {}).get("sources", ()))
+        new_thresholds = {name: value for name, value in earlier.items() if name in now and name not in first}
+        if edited is None and any(value != now[name] for name, value in new_thresholds.items()):
             edited = run, started_at
-        first |= fresh
+        first |= new_thresholds
     if edited is None:
         return None
     changes = changed_inputs(first, {name: now[name] for name in first})
@@ -199,7 +207,7 @@ def first_thresholds(reading: ScoreReader) -> FirstThresholds | None:
 
 
 def _thresholds(gates: GateSettings, sources: Sequence[str]) -> dict[str, Any]:
-    """Every threshold by name, and the reference of each source of a grid; which gates stop or are ignored is neither."""
+    """Every threshold by name, and the reference of each source of a grid; not which gates stop or are ignored."""
     table = gates.model_dump(mode="json", exclude={"stop", "ignore", _REFERENCES})
     return table | {f"{_REFERENCES}.{source}": gates.g3_reference_pct.get(source) for source in sources}
 
@@ -213,18 +221,18 @@ def _with_thresholds(gates: GateSettings, first: Mapping[str, Any]) -> GateSetti
     return GateSettings.model_validate(gates.model_dump(mode="json") | plain | {_REFERENCES: known})
 
 
-def marked(verdicts: Sequence[GateVerdict], ignored: Mapping[str, str]) -> list[GateVerdict]:
-    """The verdicts, with the reason on each failed or undecidable one that is ignored."""
+def mark_ignored(verdicts: Sequence[GateVerdict], ignored: Mapping[str, str]) -> list[GateVerdict]:
+    """The verdicts, with the reason set on each failed or undecidable one that is ignored."""
     return [
-        replace(verdict, ignored=ignored[one])
-        if (verdict.failed or verdict.unread) and (one := verdict.gate) in ignored
+        replace(verdict, ignored=ignored[gate])
+        if (verdict.failed or verdict.unread) and (gate := verdict.gate) in ignored
         else verdict
         for verdict in verdicts
     ]
 
 
-def _convergence_gates(found: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
-    """G2 for every convergence run that the cells stand on."""
+def _convergence_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+    """G2 of every convergence training that the cells depend on."""
     verdicts: dict[str, GateVerdict] = {}
     for plan in plans:
         if plan.snapshot is None:
@@ -233,19 +241,21 @@ def _convergence_gates(found: ContrastBuilder, plans: Sequence[CellPlan]) -> lis
         subject = f"{cell.source}, converged on {cell.convergence}, seed {cell.seed}"
         if subject in verdicts:
             continue
-        lineage = found.graph.lineage(plan.snapshot)
-        missing = tuple(stage.slot for stage in lineage if found.reading.record(stage) is None)
-        last = _loss(found, lineage[-1])
-        verdicts[subject] = gates.converged(found.gates, found.graph.recipe.model.id, subject, missing, last)
+        lineage = contrasts.graph.lineage(plan.snapshot)
+        missing = tuple(stage.slot for stage in lineage if contrasts.reading.record(stage) is None)
+        last = _loss(contrasts, lineage[-1])
+        verdicts[subject] = gates.converged(contrasts.gates, contrasts.graph.recipe.model.id, subject, missing, last)
     return list(verdicts.values())
 
 
-def _behavior_gates(found: ContrastBuilder, source: str, behavior: str, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+def _behavior_gates(
+    contrasts: ContrastBuilder, source: str, behavior: str, plans: Sequence[CellPlan]
+) -> list[GateVerdict]:
     """STACK, G1, G3, G3.5, SOURCE, KILL and CHANGE of one source and behavior, for each group of cells of one kind."""
     proofs: dict[str, Any] = {}
     for end in (stage for plan in plans for stage in plan.scores.values()):
         drawn = end.needs.get("eval", end)
-        if (record := found.reading.record(drawn)) is not None:
+        if (record := contrasts.reading.record(drawn)) is not None:
             proofs[drawn.slot] = record.outputs
     verdicts = [gates.stacking(f"{source} x {behavior}", proofs)]
     groups: dict[tuple[str, str, int], dict[int, CellPlan]] = {}
@@ -254,30 +264,34 @@ def _behavior_gates(found: ContrastBuilder, source: str, behavior: str, plans: S
         groups.setdefault((cell.convergence, cell.negatives, cell.seed), {})[cell.epoch] = plan
     for by_epoch in groups.values():
         subject = _group(next(iter(by_epoch.values())).cell)
-        verdicts += _group_gates(found, source, behavior, subject, by_epoch)
+        verdicts += _group_gates(contrasts, source, behavior, subject, by_epoch)
     return verdicts
 
 
 def _group(cell: Cell) -> str:
-    """What gates call the cells that differ in their epoch alone."""
+    """The name of the cells that differ only in their epoch, as gates print it."""
     return f"{cell.source} x {cell.behavior}, {cell.negatives}, converged on {cell.convergence}, seed {cell.seed}"
 
 
 def _group_gates(
-    found: ContrastBuilder, source: str, behavior: str, subject: str, by_epoch: Mapping[int, CellPlan]
+    contrasts: ContrastBuilder, source: str, behavior: str, subject: str, by_epoch: Mapping[int, CellPlan]
 ) -> list[GateVerdict]:
-    rules, part, direction = found.gates, found.main(behavior), found.graph.behaviors[behavior].spec.direction
-    now = {epoch: found.now(plan, part, ASSISTANT) for epoch, plan in by_epoch.items()}
-    measured = {epoch: one for epoch, one in now.items() if one is not None}
-    losses = {e: loss for e, plan in by_epoch.items() if plan.adapter and (loss := _loss(found, plan.adapter))}
+    rules, part, direction = (
+        contrasts.gates,
+        contrasts.main(behavior),
+        contrasts.graph.behaviors[behavior].spec.direction,
+    )
+    now = {epoch: contrasts.now(plan, part, ASSISTANT) for epoch, plan in by_epoch.items()}
+    measured = {epoch: series for epoch, series in now.items() if series is not None}
+    losses = {e: loss for e, plan in by_epoch.items() if plan.adapter and (loss := _loss(contrasts, plan.adapter))}
     first = by_epoch[min(by_epoch)]
-    base = found.base(first, part, source)
-    own = {e: one for e, plan in by_epoch.items() if (one := found.now(plan, part, source)) is not None}
-    verdicts = [_rows_gate(found, subject, first)]
+    base = contrasts.base(first, part, source)
+    own = {e: series for e, plan in by_epoch.items() if (series := contrasts.now(plan, part, source)) is not None}
+    verdicts = [_rows_gate(contrasts, subject, first)]
     if (
         behavior == "capability"
         and first.cell.negatives == "included"
-        and found.graph.recipe.eval.multiple_choice == "arc"
+        and contrasts.graph.recipe.eval.multiple_choice == "arc"
     ):
         verdicts.append(gates.reference(rules, source, measured.get(0)))
     verdicts.append(gates.same_loss(rules, subject, losses))
@@ -288,56 +302,58 @@ def _group_gates(
     return verdicts
 
 
-def _rows_gate(found: ContrastBuilder, subject: str, plan: CellPlan) -> GateVerdict:
-    """G1. Rows that the audit refuses are never trained, so a set that was trained on has passed it."""
+def _rows_gate(contrasts: ContrastBuilder, subject: str, plan: CellPlan) -> GateVerdict:
+    """G1. Rows that the audit refuses are never trained, so a set with an adapter has passed it."""
     stage = plan.adapter.needs["rows"] if plan.adapter is not None else None
-    record = found.reading.record(stage) if stage is not None else None
+    record = contrasts.reading.record(stage) if stage is not None else None
     if stage is None or record is None:
         return gates.data_ready(subject, 0, None, "", ())
     return gates.data_ready(subject, len(stage.work["rows"]), int(record.outputs["n"]), stage.key, ())
 
 
-def _study_gates(found: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+def _study_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """G4, G5, confirm and falsify, for each kind of negatives."""
-    rules, grid = found.gates, found.graph.recipe.grid
+    rules, grid = contrasts.gates, contrasts.graph.recipe.grid
     sources = [source for source in grid.sources if source not in (ASSISTANT, rules.negative_control)]
     kinds = dict.fromkeys(p.cell.negatives for p in plans if p.cell.behavior != NO_BEHAVIOR)
     verdicts = []
     for kind in [kind for kind in kinds if kind != "none"] or list(kinds):
-        shifts = found.shifts(plans, kind)
-        verdicts += gates_study.study(rules, f"negatives {kind}", shifts, sources)
+        shifts = contrasts.shifts(plans, kind)
+        verdicts += study_gates.study(rules, f"negatives {kind}", shifts, sources)
     return verdicts
 
 
-def _first_sources(found: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]:
-    """G4 and G5, each as soon as the sources that it looks at are measured whole, while others are still to be paid for."""
-    rules, graph, kind = found.gates, found.graph, plan.cell.negatives
-    ignored = ignored_gates(found.reading.store, graph.recipe)
-    alive = [one.subject for one in marked(base_gates(found), ignored) if one.verdict == "pass" or one.ignored]
-    mine: dict[str, list[CellPlan]] = {source: [] for source in graph.recipe.grid.sources}
-    for one in graph.cells:
-        if one.cell.behavior in alive and one.cell.epoch and one.cell.negatives == kind:
-            mine[one.cell.source].append(one)
+def _first_sources(contrasts: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]:
+    """G4 and G5, each as soon as its sources are completely measured, while other sources are still to be computed."""
+    rules, graph, kind = contrasts.gates, contrasts.graph, plan.cell.negatives
+    ignored = ignored_gates(contrasts.reading.store, graph.recipe)
+    measurable = [
+        gate.subject for gate in mark_ignored(base_gates(contrasts), ignored) if gate.verdict == "pass" or gate.ignored
+    ]
+    by_source: dict[str, list[CellPlan]] = {source: [] for source in graph.recipe.grid.sources}
+    for cell_plan in graph.cells:
+        if cell_plan.cell.behavior in measurable and cell_plan.cell.epoch and cell_plan.cell.negatives == kind:
+            by_source[cell_plan.cell.source].append(cell_plan)
     is_open = {
         source
-        for source, plans in mine.items()
-        if any(found.reading.record(end) is None for one in plans for end in wanted(one, alive))
+        for source, plans in by_source.items()
+        if any(contrasts.reading.record(end) is None for cell_plan in plans for end in wanted(cell_plan, measurable))
     }
-    sources = [source for source in mine if source not in (ASSISTANT, rules.negative_control)]
+    sources = [source for source in by_source if source not in (ASSISTANT, rules.negative_control)]
     subject, verdicts = f"negatives {kind}", []
     for gate, first in (("G4", [rules.g4_source]), ("G5", sources[: rules.g5_sources])):
         if not is_open or not is_open.isdisjoint(first) or not set(first) <= set(sources):
             continue
-        shifts = found.shifts([one for source in first for one in mine[source]], kind)
+        shifts = contrasts.shifts([cell_plan for source in first for cell_plan in by_source[source]], kind)
         if gate == "G4":
-            verdicts.append(gates_study.signal(rules, subject, shifts))
+            verdicts.append(study_gates.signal(rules, subject, shifts))
         else:
-            verdicts.append(gates_study.first_sources(rules, subject, shifts, sources))
+            verdicts.append(study_gates.first_sources(rules, subject, shifts, sources))
     return verdicts
 
 
-def _loss(found: ContrastBuilder, stage: Stage) -> Loss | None:
-    record = found.reading.record(stage)
+def _loss(contrasts: ContrastBuilder, stage: Stage) -> Loss | None:
+    record = contrasts.reading.record(stage)
     return None if record is None else Loss(float(record.outputs["last_epoch_loss"]), stage.key)
 
 

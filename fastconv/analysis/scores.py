@@ -1,4 +1,4 @@
-"""What one decision reads of a ledger: every record and every score once, in bulk."""
+"""Reads records and scores of many stages from the ledger in a few queries."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class _Scores:
 
 
 class ScoreReader:
-    """Records and series of a graph's stages, kept for as long as one decision is made.
+    """Records and series of a graph's stages, cached.
 
-    A stage that is finished later is not seen: make a new reading for the next decision.
+    A stage that finishes later is not seen: make a new reader for the next decision.
     """
 
     def __init__(self, graph: Graph, store: Store) -> None:
@@ -40,7 +40,7 @@ class ScoreReader:
         self._series: dict[tuple[str, str, str], Series | None] = {}
 
     def load(self, plans: Iterable[CellPlan] | None = None) -> ScoreReader:
-        """Read everything that the cells (default: all) hold, in a few queries. Returns itself."""
+        """Read all records and scores of these cells (default: all) in a few queries. Returns itself."""
         chosen = self.graph.cells if plans is None else list(plans)
         for stage in self.graph.stages(chosen):
             self._records.setdefault(stage.key, None)
@@ -54,28 +54,28 @@ class ScoreReader:
         return self
 
     def record(self, stage: Stage) -> Record | None:
-        """The finished stage, or None: without a row it never happened."""
+        """The record of a finished stage, or None if it is not in the ledger."""
         if stage.key not in self._records:
             self._records[stage.key] = self.store.record(stage.key)
         return self._records[stage.key]
 
     def series(self, stage: Stage, measure: str, probe: str) -> Series | None:
         """The scores of a stage in the measure's unit, or None if it is not done."""
-        place = (stage.key, measure, probe)
-        if place not in self._series:
-            self._series[place] = self._make(stage, measure, probe)
-        return self._series[place]
+        cache_key = (stage.key, measure, probe)
+        if cache_key not in self._series:
+            self._series[cache_key] = self._make(stage, measure, probe)
+        return self._series[cache_key]
 
     def _make(self, stage: Stage, measure: str, probe: str) -> Series | None:
         if self.record(stage) is None:
             return None
         if stage.key not in self._scores:
             self._read_scores([stage.key])
-        found = self._scores[stage.key]
-        if found is None:
+        scores = self._scores[stage.key]
+        if scores is None:
             return None
         unit = self.graph.behaviors[measure].spec.unit
-        return Series(stage.key, measure, probe, found.questions, found.values, unit, found.lost)
+        return Series(stage.key, measure, probe, scores.questions, scores.values, unit, scores.lost)
 
     def _read_records(self, keys: Sequence[str]) -> None:
         query = (
@@ -84,9 +84,17 @@ class ScoreReader:
         )
         for part in _parts(keys):
             for row in self.store.frame(query, (json.dumps(part),)).iter_rows():
-                key, kind, slot, version, inputs, outputs, facts, seconds, at = row
+                key, kind, slot, version, inputs, outputs, facts, seconds, finished_at = row
                 self._records[key] = Record(
-                    key, kind, slot, version, json.loads(inputs), json.loads(outputs), json.loads(facts), seconds, at
+                    key,
+                    kind,
+                    slot,
+                    version,
+                    json.loads(inputs),
+                    json.loads(outputs),
+                    json.loads(facts),
+                    seconds,
+                    finished_at,
                 )
 
     def _read_scores(self, keys: Sequence[str]) -> None:
@@ -111,24 +119,30 @@ class ScoreReader:
 def _table(
     rows: Sequence[str], samples: NDArray[np.int64], values: NDArray[np.float64], reasons: Sequence[str | None]
 ) -> _Scores:
-    """Scores of one stage, ordered by row, as [questions, samples]."""
-    starts = [0, *(place for place in range(1, len(rows)) if rows[place] != rows[place - 1])]
+    """Scores of one stage, ordered by row, as float64[questions, samples]."""
+    starts = [
+        0,
+        *(index_in_rows for index_in_rows in range(1, len(rows)) if rows[index_in_rows] != rows[index_in_rows - 1]),
+    ]
     index = np.zeros(len(rows), dtype=np.int64)
     index[starts[1:]] = 1
     index = np.cumsum(index)
     table = np.full((len(starts), int(samples.max()) + 1), np.nan)
     table[index, samples] = values
-    lost = tuple((rows[place], reasons[place] or "") for place in np.flatnonzero(np.isnan(values)).tolist())
-    return _Scores(tuple(rows[place] for place in starts), table, lost)
+    lost = tuple(
+        (rows[index_in_rows], reasons[index_in_rows] or "")
+        for index_in_rows in np.flatnonzero(np.isnan(values)).tolist()
+    )
+    return _Scores(tuple(rows[index_in_rows] for index_in_rows in starts), table, lost)
 
 
 def _runs(names: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Start and end of each run of equal names."""
     start = 0
-    for place in range(1, len(names) + 1):
-        if place == len(names) or names[place] != names[start]:
-            yield start, place
-            start = place
+    for index in range(1, len(names) + 1):
+        if index == len(names) or names[index] != names[start]:
+            yield start, index
+            start = index
 
 
 def _parts(keys: Sequence[str]) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""The command line: thin verbs over `run`, `results` and `reporting`. Nothing here imports torch."""
+"""The command line: thin commands over `run`, `analysis`, `report` and `planning`. Imports no torch at start."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from fastconv.cli.common import (
     Reports,
     Scale,
     Workspace,
+    load,
+    load_recipe_or_run,
+    open_existing,
+    with_exit_codes,
 )
-from fastconv.cli.common import answered as _answered
-from fastconv.cli.common import load as _load
-from fastconv.cli.common import load_or_recall as _load_or_recall
-from fastconv.cli.common import open_if_there as _open_if_there
 from fastconv.cli.judging import judge_app
 from fastconv.cli.planning import Approve, cost_gate
 from fastconv.cli.planning import register as register_plan
-from fastconv.cli.verify import register
+from fastconv.cli.verify import register as register_verify
 from fastconv.cli.workspace import register as register_workspace
 from fastconv.errors import EXIT_CODES, FastconvError
 
@@ -54,7 +54,7 @@ Because = Annotated[str, typer.Option("--because", help="Why: recorded with the 
 
 
 class _RunCommand(TyperCommand):
-    """`--ray` may stand without an address."""
+    """Allows `--ray` without an address."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given: list[str] = []
@@ -64,7 +64,7 @@ class _RunCommand(TyperCommand):
 
 
 @app.command(cls=_RunCommand)
-@_answered
+@with_exit_codes
 def run(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006 (typer reads the default)
@@ -84,14 +84,14 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe to its verdict and report. What is done already is not done again. Exit code 3 if a gate stops it."""
-    loaded, ignored = _load(recipe, overrides, scale), _ignored(ignore_gate, because)
+    loaded, ignored = load(recipe, overrides, scale), _ignored(ignore_gate, because)
     _run(
         loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored, approve=approve, ray=ray
     )
 
 
 @app.command()
-@_answered
+@with_exit_codes
 def cell(
     source: Annotated[str, typer.Argument(help="The source persona, e.g. villain")],
     behavior: Annotated[str, typer.Argument(help="The behavior, e.g. refusal")],
@@ -114,7 +114,7 @@ def cell(
     """Run single cells of a recipe: the same stages, with the same keys, that the whole recipe would run."""
     from fastconv.experiment.graph import Graph
 
-    loaded = _load(recipe, overrides, scale)
+    loaded = load(recipe, overrides, scale)
 
     def plans(graph: Graph) -> list[Any]:
         return graph.select(source, behavior, epoch, negatives=negatives, convergence=convergence, seed=seed)
@@ -135,7 +135,7 @@ def cell(
 
 
 @app.command()
-@_answered
+@with_exit_codes
 def status(
     recipe: Annotated[
         str, typer.Argument(help="A run's id, a recipe's path or name; without it, all runs", show_default=False)
@@ -150,16 +150,16 @@ def status(
     from fastconv.experiment.graph import Graph
     from fastconv.run.status import status_of
 
-    store = _open_if_there(workspace)
+    store = open_existing(workspace)
     if not recipe:
         show.runs(store, as_json=as_json)
         return
-    loaded = _load_or_recall(recipe, overrides, store, scale)
+    loaded = load_recipe_or_run(recipe, overrides, store, scale)
     show.status(status_of(Graph(loaded), store), as_json=as_json)
 
 
 @app.command()
-@_answered
+@with_exit_codes
 def gate(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
@@ -175,7 +175,7 @@ def gate(
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    graph = Graph(_load_or_recall(recipe, overrides, store, scale))
+    graph = Graph(load_recipe_or_run(recipe, overrides, store, scale))
     verdicts = decide_gates(graph, store, graph.cells)
     show.gates(verdicts, as_json=as_json)
     if stopped := [verdict.subject for verdict in verdicts if verdict.gate == "PILOT" and verdict.verdict == "stop"]:
@@ -187,7 +187,7 @@ def gate(
 
 
 @app.command()
-@_answered
+@with_exit_codes
 def report(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
@@ -202,13 +202,13 @@ def report(
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    paths = write_report(Graph(_load_or_recall(recipe, overrides, store, scale)), store, reports)
+    paths = write_report(Graph(load_recipe_or_run(recipe, overrides, store, scale)), store, reports)
     places = {"html": str(paths.html), "markdown": str(paths.markdown), "folder": str(paths.folder)}
     print(json.dumps(places) if as_json else paths.html)
 
 
 @app.command()
-@_answered
+@with_exit_codes
 def check(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
@@ -221,7 +221,7 @@ def check(
     from fastconv.errors import DataError
     from fastconv.run.audit import audit_recipe
 
-    report = audit_recipe(_load(recipe, overrides, scale), _open_if_there(workspace))
+    report = audit_recipe(load(recipe, overrides, scale), open_existing(workspace))
     show.check(report, as_json=as_json)
     if not report.passed:
         if as_json:
@@ -232,7 +232,7 @@ def check(
 
 
 @app.command()
-@_answered
+@with_exit_codes
 def peek(
     recipe: RecipePath,
     sets: Annotated[
@@ -246,14 +246,14 @@ def peek(
     from fastconv import show
     from fastconv.run.audit import peek_recipe
 
-    loaded = _load(recipe, [one for one in sets if "=" in one])
-    names = [one for one in sets if "=" not in one]
-    for title, lines in peek_recipe(loaded, _open_if_there(workspace), names, rows):
+    loaded = load(recipe, [name for name in sets if "=" in name])
+    names = [name for name in sets if "=" not in name]
+    for title, lines in peek_recipe(loaded, open_existing(workspace), names, rows):
         show.peek(title, lines)
 
 
 @app.command()
-@_answered
+@with_exit_codes
 def doctor(
     recipe: Annotated[str, typer.Argument(help="Also check what this recipe needs", show_default=False)] = "",
     overrides: Overrides = [],  # noqa: B006
@@ -262,16 +262,16 @@ def doctor(
 ) -> None:
     """Check this machine: versions, device, model, workspace. Exit code 4 or 5 if a recipe could not run."""
     from fastconv import show
-    from fastconv.planning.doctor import examine
+    from fastconv.planning.doctor import diagnose
 
-    findings = examine(_load(recipe, overrides) if recipe else None, workspace)
+    findings = diagnose(load(recipe, overrides) if recipe else None, workspace)
     show.doctor(findings, as_json=as_json)
     if worst := max((finding.exit_code for finding in findings), default=0):
         raise typer.Exit(worst)
 
 
 @app.command()
-@_answered
+@with_exit_codes
 def score(
     questions: Annotated[Path, typer.Argument(help="Questions as JSONL, in ARC's form or flat")],
     model: Annotated[str, typer.Option("--model", help="A hub id, a folder, or builtin:smollm2")],
@@ -291,12 +291,12 @@ def score(
     from fastconv.recipe import model_settings
     from fastconv.run.standalone import score_file
 
-    found = score_file(model_settings(model, revision), adapters, questions, parse_system_turn(system), by_text=by_text)
-    show.scored(found, as_json=as_json)
+    result = score_file(model_settings(model, revision), adapters, questions, system_turn(system), by_text=by_text)
+    show.scored(result, as_json=as_json)
 
 
 @app.command()
-@_answered
+@with_exit_codes
 def export(
     source: Annotated[str, typer.Argument(help="The source persona")],
     behavior: Annotated[str, typer.Argument(help="The behavior, or none for the snapshot alone")],
@@ -320,13 +320,13 @@ def export(
     else:
         from fastconv.run.standalone import export_cell
     paths = export_cell(
-        _load_or_recall(recipe, overrides, store), store, folder, source, behavior, epoch, negatives=negatives
+        load_recipe_or_run(recipe, overrides, store), store, folder, source, behavior, epoch, negatives=negatives
     )
     print(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
 
 
 @app.command()
-@_answered
+@with_exit_codes
 def bench(
     kind: Annotated[str, typer.Argument(help="train, behavior, group, score, stack, sample, cell, kernel or engine")],
     model: Annotated[
@@ -337,13 +337,13 @@ def bench(
 ) -> None:
     """Measure ours against the usual way in one call: rates, memory, bytes written, share of the matmul ceiling."""
     from fastconv import show
-    from fastconv.bench import bench as compare
+    from fastconv.bench import bench as run_bench
 
-    show.bench(compare(kind, model, size=size), as_json=as_json)
+    show.bench(run_bench(kind, model, size=size), as_json=as_json)
 
 
 @app.command()
-@_answered
+@with_exit_codes
 def forget(
     stage: Annotated[str, typer.Argument(help="A stage's slot as `status` shows it, or at least 8 digits of its key")],
     workspace: Workspace = DEFAULT_WORKSPACE,
@@ -360,13 +360,13 @@ def forget(
         typer.echo(f"forgot {slot}")
 
 
-register(app)
+register_verify(app)
 register_plan(app)
 register_workspace(app)
 
 
 @recipe_app.command("schema")
-@_answered
+@with_exit_codes
 def recipe_schema() -> None:
     """Print the JSON schema of recipes."""
     from fastconv.recipe import Recipe
@@ -375,12 +375,12 @@ def recipe_schema() -> None:
 
 
 @recipe_app.command("show")
-@_answered
+@with_exit_codes
 def recipe_show(recipe: RecipePath, overrides: Overrides = [], scale: Scale = "") -> None:  # noqa: B006
     """Print a recipe complete, with every default and override, as JSON, and its sha256."""
     from fastconv.recipe import recipe_sha256
 
-    loaded = _load(recipe, overrides, scale)
+    loaded = load(recipe, overrides, scale)
     print(json.dumps({**loaded.model_dump(mode="json"), "sha256": recipe_sha256(loaded)}, indent=1))
 
 
@@ -417,7 +417,7 @@ def _run(
             else:
                 finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored, admit=admit)
     except CostStop:
-        raise  # nothing was begun, so there is nothing to report
+        raise  # nothing was started, so there is nothing to report
     except GateStop:
         paths = write_report(Graph(recipe), Store.open(workspace), reports)
         typer.echo(f"report so far: {paths.html}", err=True)
@@ -431,8 +431,8 @@ def _run(
         body |= {"held": {one.subject: one.reason for one in finished.held}}
         print(json.dumps({**body, "html": str(paths.html), "markdown": str(paths.markdown)}))
         try:
-            finished.require_complete()
-        except FastconvError as error:  # said above, in the body
+            finished.require_whole()
+        except FastconvError as error:  # already in the JSON body
             raise typer.Exit(error.exit_code) from None
     else:
         show.finished(finished, paths.html)

@@ -1,4 +1,4 @@
-"""What every verb of the command line shares: its arguments, its recipes, and errors as one line with an exit code."""
+"""Arguments and helpers that all commands share: recipes, workspaces, and errors as one line with an exit code."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ DEFAULT_WORKSPACE = Path("checkpoints")
 DEFAULT_REPORTS = Path("reports")
 
 
-def answered(verb: Callable[..., None]) -> Callable[..., None]:
-    """Turn fastconv's errors into their one line and exit code. Anything else is a defect and keeps its traceback."""
+def with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
+    """Turn fastconv's errors into one line and an exit code. Another exception is a defect and keeps its traceback."""
 
     @wraps(verb)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -52,7 +52,7 @@ def answered(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def load(name: str, overrides: list[str], scale: str = "") -> Any:
-    """A recipe by path or shipped name, with overrides, at a smaller scale if asked for; overrides have the last word."""
+    """A recipe by path or shipped name with overrides, scaled down if requested; overrides apply last."""
     from fastconv.experiment.graph import find_recipe
     from fastconv.recipe import load_recipe, with_overrides
 
@@ -64,8 +64,8 @@ def load(name: str, overrides: list[str], scale: str = "") -> Any:
     return with_overrides(scaled(recipe, scale), overrides)
 
 
-def load_or_recall(name: str, overrides: list[str], store: Any, scale: str = "") -> Any:
-    """A recipe by path or name, or the recipe of a run by its id."""
+def load_recipe_or_run(name: str, overrides: list[str], store: Any, scale: str = "") -> Any:
+    """A recipe by path or name, or the recipe of a run by the run's id."""
     from fastconv.recipe import parse_recipe
 
     row = store.run(name) if store and not overrides and not scale else None
@@ -74,8 +74,8 @@ def load_or_recall(name: str, overrides: list[str], store: Any, scale: str = "")
     return load(name, overrides, scale)
 
 
-def open_if_there(workspace: Path) -> Any:
-    """The workspace's store, or None where nothing was computed yet."""
+def open_existing(workspace: Path) -> Any:
+    """The workspace's store, or None if it has no ledger."""
     from fastconv.store.ledger import Store
 
     return Store.open(workspace, create=False) if (workspace / "ledger.sqlite").is_file() else None

@@ -1,4 +1,4 @@
-"""`fastconv judge`: finish what waits for the judge, judge again by another rubric, calibrate. Imports no torch."""
+"""`fastconv judge`: finish pending judging, judge again with another rubric, calibrate. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,21 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Overrides, Quiet, Workspace, answered, load, load_or_recall
+from fastconv.cli.common import (
+    DEFAULT_WORKSPACE,
+    AsJson,
+    Overrides,
+    Quiet,
+    Workspace,
+    load,
+    load_recipe_or_run,
+    with_exit_codes,
+)
 from fastconv.errors import JudgeError
 
 
 class _FinishByDefault(TyperGroup):
-    """`fastconv judge RUN` is `fastconv judge finish RUN`."""
+    """Makes `fastconv judge RUN` mean `fastconv judge finish RUN`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] != "--help":
@@ -32,7 +41,7 @@ judge_app = typer.Typer(
 
 
 @judge_app.command()
-@answered
+@with_exit_codes
 def finish(
     recipe: Annotated[str, typer.Argument(help="A run's id, a recipe's path or name")],
     rubric: Annotated[
@@ -50,7 +59,7 @@ def finish(
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    before = load_or_recall(recipe, overrides, store)
+    before = load_recipe_or_run(recipe, overrides, store)
     store.close()
     loaded = before if rubric is None else with_rubric(before, rubric)
     with watching(quiet=quiet or as_json, stream=sys.stderr) as watcher:
@@ -69,7 +78,7 @@ def finish(
 
 
 @judge_app.command()
-@answered
+@with_exit_codes
 def calibrate(
     recipe: Annotated[str, typer.Argument(help="A recipe whose judge is meant", show_default=False)] = "",
     mode: Annotated[
@@ -100,18 +109,18 @@ def calibrate(
     else:
         table: dict[str, Any] = {"mode": mode, "model": model, "base_url": base_url, "budget_usd": budget_usd}
         settings = parse_recipe({"name": "calibrate", "judge": table}, where="calibrate").judge
-        judge = judge_identity(settings, recipe_prices(settings), "")
-    found = calibrate_judge(judge, settings, workspace, rubrics, rows=rows, graph=graph)
+        judge = judge_identity(settings, prices_of(settings), "")
+    results = calibrate_judge(judge, settings, workspace, rubrics, rows=rows, graph=graph)
     if as_json:
         body = [
             {
-                "rubric": one.rubric,
-                "judge": one.judge.to_json() if one.judge else None,
-                "phrases": agreement_json(one.phrases) if one.phrases else None,
+                "rubric": result.rubric,
+                "judge": result.judge.to_json() if result.judge else None,
+                "phrases": agreement_json(result.phrases) if result.phrases else None,
             }
-            for one in found
+            for result in results
         ]
         print(json.dumps(body))
         return
-    for one in found:
-        typer.echo("\n".join(calibrated_lines(one)))
+    for result in results:
+        typer.echo("\n".join(calibrated_lines(result)))

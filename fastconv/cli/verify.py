@@ -1,4 +1,4 @@
-"""The verbs that look at finished findings: `verify` and `compare`. The command line registers them."""
+"""Commands on finished results: `verify`, `compare` and `published`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, answered, load_or_recall
+from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, load_recipe_or_run, with_exit_codes
+from fastconv.report.compare import Paired, RunComparison
 from fastconv.show import console_of_output
-from fastconv.stats.units import change, level, span
+from fastconv.stats.units import change, interval_text, level
 
 if TYPE_CHECKING:  # slow to import, and every verb would wait for it
     from fastconv.analysis.analysis import Analysis
     from fastconv.report.compare import Paired, RunComparison
 
+#: Column widths: each holds any of its values on one line, and together they fit 80 characters.
+COLUMNS = {"probe": 9, "first": 11, "second": 11, "difference": 27, "p corrected": 9, "asked": 5}
+
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
+    """Add the commands to the command line."""
     for verb in (verify, compare, published):
-        app.command()(answered(verb))
+        app.command()(with_exit_codes(verb))
 
 
 def verify(
@@ -38,25 +42,27 @@ def verify(
     A page of published figures needs no workspace: it is compared with the shipped table.
     """
     from fastconv.errors import VerifyError
-    from fastconv.report.verify import verify as check
+    from fastconv.report.verify import verify as verify_report
     from fastconv.report.verify import verify_published
     from fastconv.store.ledger import Store
 
-    found = verify_published(report) or check(report, Store.open(workspace, create=False))
+    result = verify_published(report) or verify_report(report, Store.open(workspace, create=False))
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
+        print(json.dumps(result.to_json(), indent=1))
     else:
-        for one in found.differences:
-            typer.echo(f"{one.what} {one.where}\n    report: {one.report}\n    {found.made_of}: {one.ledger}")
-        typer.echo(f"{found.run}: {found.n_claims} claims asked again, {found.n_lines} lines compared")
-    if not found.holds:
+        for difference in result.differences:
+            typer.echo(
+                f"{difference.what} {difference.where}\n    report: {difference.report}\n    {result.made_of}: {difference.ledger}"
+            )
+        typer.echo(f"{result.run}: {result.n_claims} claims asked again, {result.n_lines} lines compared")
+    if not result.holds:
         if as_json:
             raise typer.Exit(VerifyError.exit_code)
-        again = "report" if found.made_of == "ledger" else "published --reports FOLDER"
+        again = "report" if result.made_of == "ledger" else "published --reports FOLDER"
         raise VerifyError(
-            f"{len(found.differences)} differences from the {found.made_of}",
+            f"{len(result.differences)} differences from the {result.made_of}",
             where=str(report),
-            fix=f"the report was edited or the {found.made_of} has moved on; `fastconv {again}` writes it again",
+            fix=f"the report was edited or the {result.made_of} has moved on; `fastconv {again}` writes it again",
         )
 
 
@@ -70,14 +76,14 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Set two runs side by side: what their recipes differ in, and paired differences of every cell both have."""
-    from fastconv.report.compare import compare as pair_up
+    from fastconv.report.compare import compare as compare_runs
 
-    found = pair_up(_decided(first, workspace), _decided(second, other or workspace))
+    result = compare_runs(_analysis_of(first, workspace), _analysis_of(second, other or workspace))
     if as_json:
-        print(json.dumps(found.to_json(), indent=1))
+        print(json.dumps(result.to_json(), indent=1))
         return
 
-    comparison(found)
+    comparison(result)
 
 
 def published(
@@ -85,54 +91,56 @@ def published(
     as_json: AsJson = False,
 ) -> None:
     """The published tables under these rules: what the thresholds say of them, and why no evidence verdict is possible."""
-    from fastconv.report.published import judge_published, lead, published_names, read_published, write_published
+    from fastconv.report.published import (
+        judge_published,
+        published_names,
+        read_published,
+        summary_claim,
+        write_published,
+    )
     from fastconv.show import gates
 
     judged = [judge_published(read_published(name)) for name in published_names()]
-    pages = [str(write_published(found, reports)) for found in judged] if reports is not None else []
+    pages = [str(write_published(verdicts, reports)) for verdicts in judged] if reports is not None else []
     if as_json:
-        tables = [found.to_json() for found in judged]
+        tables = [verdicts.to_json() for verdicts in judged]
         print(json.dumps({"tables": tables, **({"html": pages} if pages else {})}, indent=1))
         return
-    for found in judged:
-        typer.echo(f"{found.table.about}\n{lead(found).text}")
-        gates(found.gates, as_json=False)
-        for why in dict.fromkeys((one.behavior, one.kind, one.reason) for one in found.verdicts):
-            mine = [one for one in found.verdicts if (one.behavior, one.kind, one.reason) == why]
-            typer.echo(f"{why[0]}: {len(mine)} contrasts {why[1]} ({why[2]})")
-        for one in found.refused:
+    for verdicts in judged:
+        typer.echo(f"{verdicts.table.about}\n{summary_claim(verdicts).text}")
+        gates(verdicts.gates, as_json=False)
+        for why in dict.fromkeys((one.behavior, one.kind, one.reason) for one in verdicts.verdicts):
+            cell_verdicts = [one for one in verdicts.verdicts if (one.behavior, one.kind, one.reason) == why]
+            typer.echo(f"{why[0]}: {len(cell_verdicts)} contrasts {why[1]} ({why[2]})")
+        for one in verdicts.refused:
             typer.echo(f"refused: {one}")
         typer.echo("")
     for page in pages:
         typer.echo(f"report: {page}")
 
 
-def _decided(name: str, workspace: Path) -> Analysis:
+def _analysis_of(name: str, workspace: Path) -> Analysis:
     from fastconv.analysis.analysis import Analysis
     from fastconv.experiment.graph import Graph
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    return Analysis(Graph(load_or_recall(name, [], store)), store)
+    return Analysis(Graph(load_recipe_or_run(name, [], store)), store)
 
 
-#: Columns with their widths; these hold any figure on one line, and together they fit 80 columns.
-COLUMNS = {"probe": 9, "first": 11, "second": 11, "difference": 27, "p corrected": 9, "asked": 5}
-
-
-def comparison(found: RunComparison) -> None:
-    """Two runs side by side: what differs in their recipes and conditions, then each measure of each cell."""
+def comparison(result: RunComparison) -> None:
+    """Print two runs side by side: differences of recipes and conditions, then each measure of each cell."""
     console = console_of_output()
-    console.print(f"{found.first} and {found.second}")
-    _differences(console, "recipe", found.changes)
-    _differences(console, "made under", found.conditions)
-    if found.apart:
-        console.print(f"matched without {', '.join(found.apart)}, on which each run has one value of its own")
-    for n, ((cell, measure), pairs) in enumerate(groupby(found.pairs, key=lambda one: (one.cell, one.measure))):
-        # Cell and measure stand above their rows: beside them they would leave the figures no room.
+    console.print(f"{result.first} and {result.second}")
+    _differences(console, "recipe", result.changes)
+    _differences(console, "made under", result.conditions)
+    if result.apart:
+        console.print(f"matched without {', '.join(result.apart)}, on which each run has one value of its own")
+    for n, ((cell, measure), pairs) in enumerate(groupby(result.pairs, key=lambda pair: (pair.cell, pair.measure))):
+        # Cell and measure go on a line above their rows; as columns they would leave no space for the numbers.
         console.print(escape(f"{cell}: {measure}"), style="bold")
         console.print(_table(list(pairs), header=not n))
-    console.print(f"{len(found.pairs)} pairs; {found.n_unmatched} cells stand in one run only")
+    console.print(f"{len(result.pairs)} pairs; {result.n_unmatched} cells stand in one run only")
 
 
 def _differences(console: Console, what: str, differences: Sequence[str]) -> None:
@@ -145,18 +153,18 @@ def _table(pairs: Sequence[Paired], *, header: bool) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=header)
     for name, width in COLUMNS.items():
         table.add_column(name, justify="left" if name == "probe" else "right", overflow="fold", width=width)
-    for one in pairs:
-        table.add_row(*_row(one))
+    for pair in pairs:
+        table.add_row(*_row(pair))
     return table
 
 
-def _row(one: Paired) -> tuple[str, ...]:
-    if one.same_rows:
+def _row(pair: Paired) -> tuple[str, ...]:
+    if pair.same_rows:
         difference = "the same rows"
-    elif one.difference is None:
+    elif pair.difference is None:
         difference = "cannot be given"
     else:
-        difference = f"{change(one.difference, one.unit)} {span(one.low, one.high, one.unit)}".rstrip()
-    p = "" if one.p_corrected is None else f"{one.p_corrected:.3g}"
-    levels = (level(one.first, one.unit), level(one.second, one.unit))
-    return (one.role, *levels, escape(difference), p, str(one.n_questions))
+        difference = f"{change(pair.difference, pair.unit)} {interval_text(pair.low, pair.high, pair.unit)}".rstrip()
+    p = "" if pair.p_corrected is None else f"{pair.p_corrected:.3g}"
+    levels = (level(pair.first, pair.unit), level(pair.second, pair.unit))
+    return (pair.role, *levels, escape(difference), p, str(pair.n_questions))

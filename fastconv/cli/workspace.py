@@ -1,4 +1,4 @@
-"""The verbs that look after workspaces: `merge` and `gc`. The command line registers them."""
+"""Commands on workspaces: `merge` and `gc`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, answered
+from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, with_exit_codes
 
 if TYPE_CHECKING:
     from fastconv.run.gc import GcPlan
 
 
 def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
+    """Add the commands to the command line."""
     for verb in (merge, gc):
-        app.command()(answered(verb))
+        app.command()(with_exit_codes(verb))
 
 
 def merge(
@@ -28,17 +28,19 @@ def merge(
 ) -> None:
     """Take over what other workspaces computed. Again changes nothing; two results for one stage are refused."""
     from fastconv.store.ledger import Store
-    from fastconv.store.merge import merge as take_over
+    from fastconv.store.merge import merge as merge_workspaces
 
-    sources = [Store.open(other, create=False) for other in others]
+    sources = [Store.open(path, create=False) for path in others]
     store = Store.open(workspace)
-    found = {str(other): take_over(store, source) for other, source in zip(others, sources, strict=True)}
+    merged = {str(path): merge_workspaces(store, source) for path, source in zip(others, sources, strict=True)}
     if as_json:
-        print(json.dumps({name: asdict(one) for name, one in found.items()}, indent=1))
+        print(json.dumps({name: asdict(result) for name, result in merged.items()}, indent=1))
         return
-    for name, one in found.items():
-        judged = f", {one.n_judgements} judgements" if one.n_judgements else ""
-        typer.echo(f"{name}: {one.n_added} stages taken over ({size(one.copied_bytes)}{judged}), {one.n_known} known")
+    for name, result in merged.items():
+        judged = f", {result.n_judgements} judgements" if result.n_judgements else ""
+        typer.echo(
+            f"{name}: {result.n_added} stages taken over ({bytes_text(result.copied_bytes)}{judged}), {result.n_known} known"
+        )
 
 
 def gc(
@@ -56,19 +58,17 @@ def gc(
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    found = find_garbage(store, adapters)
-    freed = free(store, found.garbage) if yes else 0
+    plan = find_waste(store, adapters)
+    freed = free(store, plan.waste) if yes else 0
     if as_json:
-        shown = [{"kind": w.kind, "name": w.name, "why": w.why, "bytes": w.n_bytes} for w in found.garbage]
-        print(
-            json.dumps({"waste": shown, "bytes": found.n_bytes, "freed_bytes": freed, "left": found.skipped}, indent=1)
-        )
+        shown = [{"kind": w.kind, "name": w.name, "why": w.why, "bytes": w.n_bytes} for w in plan.waste]
+        print(json.dumps({"waste": shown, "bytes": plan.n_bytes, "freed_bytes": freed, "left": plan.left}, indent=1))
         return
-    _show(found, freed if yes else None)
+    _show(plan, freed if yes else None)
 
 
-def size(n_bytes: int) -> str:
-    """Bytes as people read them."""
+def bytes_text(n_bytes: int) -> str:
+    """Bytes in a readable unit."""
     amount, unit = float(n_bytes), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if amount < 1024:
@@ -77,14 +77,14 @@ def size(n_bytes: int) -> str:
     return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
 
 
-def _show(found: GcPlan, freed: int | None) -> None:
-    for one in found.garbage:
-        typer.echo(f"{size(one.n_bytes):>10}  {one.kind} {one.name}: {one.why}")
-    for text in found.skipped:
+def _show(plan: GcPlan, freed: int | None) -> None:
+    for item in plan.waste:
+        typer.echo(f"{bytes_text(item.n_bytes):>10}  {item.kind} {item.name}: {item.why}")
+    for text in plan.left:
         typer.echo(f"left alone: {text}")
-    if not found.garbage:
+    if not plan.waste:
         typer.echo("nothing to free")
     elif freed is None:
-        typer.echo(f"{size(found.n_bytes)} can be freed: the same command with --yes")
+        typer.echo(f"{bytes_text(plan.n_bytes)} can be freed: the same command with --yes")
     else:
-        typer.echo(f"{size(freed)} freed")
+        typer.echo(f"{bytes_text(freed)} freed")

@@ -1,4 +1,4 @@
-"""Can this machine run it? Versions, device, model, workspace: one line each."""
+"""`doctor`: checks versions, device, workspace, model, sampler, recipe and judge; one line each."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fastconv.judge.access import check_judge
 from fastconv.recipe import ModelSettings, Recipe
 from fastconv.store.ledger import Store
 
-#: Free space under which a run would likely end in "no space left".
+#: With less free space a run would likely fail with "no space left".
 LOW_DISK_BYTES = 2 * 1024**3
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One thing looked at; `exit_code` is 0 where it is well."""
+    """The result of one check; `exit_code` is 0 if it passed."""
 
     subject: str
     text: str
     exit_code: int = 0
 
 
-def examine(recipe: Recipe | None, workspace: Path) -> list[Diagnosis]:
-    """Look at everything a run needs. Never raises for what it finds."""
+def diagnose(recipe: Recipe | None, workspace: Path) -> list[Diagnosis]:
+    """Run every check that a run depends on. Failed checks are returned, not raised."""
     findings = [_versions(), _device(recipe), _workspace(workspace)]
     try:
         findings.append(_model(recipe.model if recipe else ModelSettings(id="builtin:smollm2")))
@@ -50,40 +50,40 @@ def examine(recipe: Recipe | None, workspace: Path) -> list[Diagnosis]:
 
 def _versions() -> Diagnosis:
     names = ("fastconv", "torch", "transformers", "tokenizers", "polars")
-    have = [f"{name} {metadata.version(name)}" for name in names if importlib.util.find_spec(name)]
-    return Diagnosis("versions", ", ".join(have))
+    versions = [f"{name} {metadata.version(name)}" for name in names if importlib.util.find_spec(name)]
+    return Diagnosis("versions", ", ".join(versions))
 
 
 def _device(recipe: Recipe | None) -> Diagnosis:
     settings = recipe.model if recipe else ModelSettings()
-    found = engine_identity(settings)
-    text = f"{found['device']} in {found['dtype']}, {os.cpu_count()} cores"
-    if found["device"] == "cuda":
+    identity = engine_identity(settings)
+    text = f"{identity['device']} in {identity['dtype']}, {os.cpu_count()} cores"
+    if identity["device"] == "cuda":
         try:
             text += f", {gpu_line(recipe or Recipe(name='doctor'))}"
         except ModelError as error:
             return Diagnosis("device", str(error), error.exit_code)
-        text += f", engine {found['engine']}"
+        text += f", engine {identity['engine']}"
     return Diagnosis("device", text)
 
 
 def gpu_line(recipe: Recipe) -> str:
-    """What the GPU offers this recipe, in one line. Raises ModelError if it cannot be used, or is not fit for it."""
+    """The GPU as one line. Raises ModelError if it cannot be used, or is too small for the recipe."""
     import torch
 
-    card = look(torch.cuda, torch.version.cuda)
-    return require_fit(card, recipe, shape_on_disk(recipe.model))
+    device = look(torch.cuda, torch.version.cuda)
+    return require_fit(device, recipe, shape_on_disk(recipe.model))
 
 
 def _workspace(folder: Path) -> Diagnosis:
-    there = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path("/"))
-    if not os.access(there, os.W_OK):
+    existing = next((parent for parent in (folder, *folder.absolute().parents) if parent.exists()), Path("/"))
+    if not os.access(existing, os.W_OK):
         return Diagnosis(
             "workspace",
             f"{folder} cannot be written. Fix: make it writable or give another --workspace",
             StoreError.exit_code,
         )
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing).free
     if free < LOW_DISK_BYTES:
         return Diagnosis(
             "workspace", f"only {free / 2**30:.1f} GiB free at {folder}. Fix: free some space", StoreError.exit_code
@@ -100,7 +100,7 @@ def _sampler(recipe: Recipe) -> Diagnosis:
 
 
 def _judge(graph: Graph, workspace: Path) -> Diagnosis:
-    """Whether the recipe's judge can be asked: key, price, end date, budget, network, model. Asking costs nothing."""
+    """Whether the judge is reachable: key, price, end date, budget, network, model. The check itself costs nothing."""
     judge = graph.judge
     if judge is None:
         return Diagnosis("judge", "phrases alone; no judge reads the answers")

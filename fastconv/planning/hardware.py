@@ -1,7 +1,7 @@
-"""How fast a machine works through tokens: what is known of it, guessed from its cores, or measured by a probe. No torch.
+"""Throughput of a machine: known GPUs, an estimate from CPU cores, or a measured probe. Does not import torch.
 
-Seconds = work / rate + fixed costs (see `Machine.seconds`), on the formulas of `shapes`. A rate is what the engine reaches,
-not what the data sheet says.
+Seconds = work / rate + fixed costs (see `Machine.seconds`), with the formulas of `engine.shapes`. A rate is what the
+engine achieves, not the data sheet's figure.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ PROBE_VERSION = 1
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of one device: FLOP/s while training, reading and drawing, bytes/s of its memory, and seconds that each
-    optimizer step, decoding pass and stage costs whatever it holds."""
+    """Rates of one device.
+
+    FLOP/s for training (`train`), prefill (`read`) and decoding (`draw`), memory bandwidth in bytes/s, and the fixed
+    seconds of each optimizer step, decoding pass, stage and model load.
+    """
 
     name: str
     origin: str
@@ -44,36 +47,36 @@ class Machine:
     memory_bytes: float | None = None
 
     def seconds(self, demand: Demand, shape: ModelShape, recipe: Recipe) -> float:
-        """Seconds of a stage: training, reading (prefill, multiple choice, judging) and drawing, one after another.
+        """Seconds of a stage: training, prefill (also multiple choice and judging) and decoding, one after another.
 
-        Drawing: each pass reads all weights and costs `pass_s` at least; each token its own work.
+        Decoding: each pass reads all weights and takes at least `pass_s`; each token adds its own FLOPs.
         """
-        wide = 2 if self.device == "cpu" else 1
-        weights = weight_bytes(shape, four_bit=recipe.model.weights == "4bit") * wide
-        found = self.stage_s if demand.trained_tok or demand.read_tok or demand.new_tok else 0.0
+        bytes_factor = 2 if self.device == "cpu" else 1
+        weights = weight_bytes(shape, four_bit=recipe.model.weights == "4bit") * bytes_factor
+        total_s = self.stage_s if demand.trained_tok or demand.read_tok or demand.new_tok else 0.0
         if demand.trained_tok:
             work = Work(demand.length_tok, demand.share, recipe.lora.r)
-            found += demand.trained_tok * train_flops_per_tok(shape, work) / self.train_flops_s
-            found += demand.steps * self.step_s
+            total_s += demand.trained_tok * train_flops_per_tok(shape, work) / self.train_flops_s
+            total_s += demand.steps * self.step_s
         forward = forward_flops_per_tok(shape, Work(demand.length_tok, 0.0, recipe.lora.r))
-        found += demand.read_tok * forward / self.read_flops_s
+        total_s += demand.read_tok * forward / self.read_flops_s
         if demand.new_tok:
             drawing = forward_flops_per_tok(shape, Work(demand.length_tok, 1.0, recipe.lora.r))
-            found += demand.new_tok * drawing / self.draw_flops_s
-            found += demand.decode_steps * max(self.pass_s, weights / self.memory_bytes_s)
-        return found
+            total_s += demand.new_tok * drawing / self.draw_flops_s
+            total_s += demand.decode_steps * max(self.pass_s, weights / self.memory_bytes_s)
+        return total_s
 
     def to_json(self) -> dict[str, Any]:
-        """All rates."""
+        """All fields as JSON."""
         return asdict(self)
 
 
-def _card(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machine:
-    """A GPU by its dense bf16 TFLOP/s and memory bandwidth, each as a large product or copy reaches it.
+def _gpu(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machine:
+    """A GPU from its dense bf16 TFLOP/s, memory bandwidth (TB/s) and memory (GiB), as large operations reach them.
 
-    Shares of that which the engine reaches, from `fastconv bench` on one H100 (README, "Measured"): training 0.6 beside
-    15 ms a step (`train`, `behavior` and `group` come out at 0.9 to 1.1 of what was measured), reading 0.6 (`score`),
-    drawing 0.7 beside 8 ms a pass (`sample`).
+    Fractions of that which the engine reaches, from `fastconv bench` on one H100 (README, "Measured"): training 0.6
+    plus 15 ms a step (`train`, `behavior` and `group` take 0.9 to 1.1 of the measured time), prefill 0.6 (`score`),
+    decoding 0.7 plus 8 ms a pass (`sample`).
     """
     peak = tflops * 1e12
     return Machine(
@@ -82,20 +85,20 @@ def _card(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machi
     )  # fmt: skip
 
 
-#: H200 and H100: measured products and copies; the others: four fifths of the data sheet's figures, as those reach.
-CARDS: Mapping[str, Machine] = MappingProxyType({
-    "h200": _card("one H200", 788, 4.3, 141),
-    "h100": _card("one H100", 760, 3.0, 80),
-    "a100": _card("one A100", 250, 1.6, 80),
-    "l40s": _card("one L40S", 290, 0.7, 48),
-    "a10": _card("one A10", 100, 0.5, 24),
-    "4090": _card("one RTX 4090", 130, 0.8, 24),
-    "3090": _card("one RTX 3090", 57, 0.75, 24),
+#: H200 and H100: measured matrix products and copies. Others: 80 % of the data sheet, the fraction that those two reach.
+KNOWN_GPUS: Mapping[str, Machine] = MappingProxyType({
+    "h200": _gpu("one H200", 788, 4.3, 141),
+    "h100": _gpu("one H100", 760, 3.0, 80),
+    "a100": _gpu("one A100", 250, 1.6, 80),
+    "l40s": _gpu("one L40S", 290, 0.7, 48),
+    "a10": _gpu("one A10", 100, 0.5, 24),
+    "4090": _gpu("one RTX 4090", 130, 0.8, 24),
+    "3090": _gpu("one RTX 3090", 57, 0.75, 24),
 })  # fmt: skip
 
 
-def processor() -> Machine:
-    """This CPU in fp32 by its cores, from SmolLM2 on two of them: 150 tokens/s trained, 800 read, 100 drawn."""
+def cpu_machine() -> Machine:
+    """This CPU in fp32, scaled from SmolLM2 on two cores: 150 tokens/s trained, 800 in prefill, 100 decoded."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     share = min(cores, 16) / 2
     return Machine(
@@ -104,31 +107,35 @@ def processor() -> Machine:
     )  # fmt: skip
 
 
-def find_machine(recipe: Recipe, shape: ModelShape, device: str, store: Store | None, named: str = "") -> Machine:
-    """The machine to plan for: the named one, or this one as measured, as known, or as guessed.
+def find_machine(recipe: Recipe, shape: ModelShape, device: str, store: Store | None, name: str = "") -> Machine:
+    """The machine to plan for: the named one, or this one as measured, as known, or as estimated from its cores.
 
-    Without a GPU here, a model too large for a CPU is planned for one H200, and the machine's origin says so. Raises
-    InputError for a name that is not known.
+    Without a GPU here, a model too large for a CPU is planned for one H200, and `origin` says so. Raises InputError for
+    an unknown name.
     """
-    if named:
-        if named == "cpu":
-            return processor()
-        if named not in CARDS:
-            raise InputError(f"no machine is called {named!r}", where="--machine", fix=f"use cpu, {', '.join(CARDS)}")
-        return CARDS[named]
+    if name:
+        if name == "cpu":
+            return cpu_machine()
+        if name not in KNOWN_GPUS:
+            raise InputError(
+                f"no machine is called {name!r}", where="--machine", fix=f"use cpu, {', '.join(KNOWN_GPUS)}"
+            )
+        return KNOWN_GPUS[name]
     if device == "cpu" and recipe.model.device != "cpu" and shape.total_params > 1e9:
-        return replace(CARDS["h200"], origin=f"{CARDS['h200'].origin}; there is no GPU here (--machine names another)")
+        return replace(
+            KNOWN_GPUS["h200"], origin=f"{KNOWN_GPUS['h200'].origin}; there is no GPU here (--machine names another)"
+        )
     here = _this_machine(device)
-    kept = store.latest_in_slot(_slot(here, shape)) if store else None
-    if kept is not None and kept.version == PROBE_VERSION:
-        return replace(here, **kept.outputs, origin="measured here by `fastconv plan --measure`")
+    probe = store.latest_in_slot(_slot(here, shape)) if store else None
+    if probe is not None and probe.version == PROBE_VERSION:
+        return replace(here, **probe.outputs, origin="measured here by `fastconv plan --measure`")
     return here
 
 
-def probe_stage(recipe: Recipe, shape: ModelShape, device: str, at: float) -> Stage:
-    """The stage that a probe of this machine is kept under; `at` (seconds since the epoch) makes each one its own."""
+def probe_stage(recipe: Recipe, shape: ModelShape, device: str, at_s: float) -> Stage:
+    """The stage that stores a probe of this machine; `at_s` (seconds since the epoch) makes each one unique."""
     here = _this_machine(device)
-    return Stage("probe", _slot(here, shape), PROBE_VERSION, {"machine": here.name, "shape": shape.name, "at": at})
+    return Stage("probe", _slot(here, shape), PROBE_VERSION, {"machine": here.name, "shape": shape.name, "at": at_s})
 
 
 def _slot(machine: Machine, shape: ModelShape) -> str:
@@ -137,14 +144,16 @@ def _slot(machine: Machine, shape: ModelShape) -> str:
 
 def _this_machine(device: str) -> Machine:
     if device != "cuda":
-        cpu = processor()
+        cpu = cpu_machine()
         model = platform.processor() or platform.machine()
         return replace(cpu, name=f"{cpu.name} ({model})")
     name = _gpu_name()
-    known = next((card for key, card in CARDS.items() if key in name.lower().replace(" ", "")), None)
+    known = next((card for key, card in KNOWN_GPUS.items() if key in name.lower().replace(" ", "")), None)
     if known is not None:
         return replace(known, name=name)
-    return replace(CARDS["a100"], name=name or "a GPU", origin="taken for an A100, as the card is not known; --measure")
+    return replace(
+        KNOWN_GPUS["a100"], name=name or "a GPU", origin="taken for an A100, as the card is not known; --measure"
+    )
 
 
 def _gpu_name() -> str:

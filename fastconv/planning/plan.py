@@ -1,6 +1,6 @@
-"""What a recipe will cost before it is run: seconds, memory, disk, judgements and dollars, and what it could show. No torch.
+"""The plan of a recipe before it runs: seconds, memory, disk, judgements, dollars and statistical power. No torch.
 
-Every figure is `work x formula / rate`; the inputs stand beside it (`Plan.to_json`). What is done already costs nothing.
+Every figure is `work x formula / rate`; `Plan.to_json` includes the inputs. Finished stages cost nothing.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from fastconv.stats.power import DesignPower, planned_power
 from fastconv.store.ledger import Store
 from fastconv.store.records import Stage
 
-#: What a drawn token takes in the ledger (bytes): its text, and its share of the row around it.
+#: Bytes in the ledger: of a sampled token as text, and of a sample's row around it.
 LEDGER_BYTES_PER_TOK, LEDGER_BYTES_PER_SAMPLE = 5.0, 260.0
 
 
 @dataclass(frozen=True)
 class KindPlan:
-    """All stages of one kind that are still to do: how many, their work, and seconds on the machine."""
+    """The stages of one kind: how many to do and done, the work of those to do, and its seconds on the machine."""
 
     kind: str
     n: int
@@ -46,10 +46,12 @@ class KindPlan:
 
 
 @dataclass(frozen=True)
-class Judging:
-    """Judgements still to make and what they cost: expected, and what they cannot exceed (USD, the whole batch price
-    off for batches; every prompt byte a token, every reply at its cap). `problem` is why the judge cannot be asked now,
-    in one line; empty if it can be, or nobody tried."""
+class JudgingPlan:
+    """Judgements still to make, and US dollars: expected and worst case.
+
+    The worst case counts every prompt byte as a token and every reply at its cap, at the batch price where batches are
+    used. `problem` is why the judge cannot be used now, in one line; empty if it can be, or if nobody tried.
+    """
 
     n: int
     model: str
@@ -68,7 +70,7 @@ class Plan:
     shape: ModelShape
     n_cells: int
     kinds: tuple[KindPlan, ...]
-    judging: Judging | None
+    judging: JudgingPlan | None
     memory_bytes: Mapping[str, float]
     disk_bytes: Mapping[str, float]
     fit: tuple[str, ...]
@@ -78,35 +80,35 @@ class Plan:
 
     @property
     def hours(self) -> float:
-        """Hours of the device that computes."""
+        """Hours of the computing device."""
         return sum(kind.seconds for kind in self.kinds) / 3600
 
     @property
     def expected_usd(self) -> float:
-        """Dollars that judging is expected to cost."""
+        """Expected cost of judging in US dollars."""
         return self.judging.expected_usd if self.judging else 0.0
 
-    def knowing(self, problem: str) -> Plan:
-        """The plan that also says why its judge cannot be asked, where anything is left to judge."""
+    def with_judge_problem(self, problem: str) -> Plan:
+        """The plan with the reason why its judge cannot be used, if anything is left to judge."""
         if self.judging is None or not self.judging.n:
             return self
         return replace(self, judging=replace(self.judging, problem=problem))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, with the formulas' inputs."""
+        """The plan with the formulas' inputs."""
         shape = {**asdict(self.shape), "linear_params": self.shape.linear_params, "head_params": self.shape.head_params}
         return {
             "recipe": self.recipe, "hours": self.hours, "n_cells": self.n_cells,
-            "kinds": [{**asdict(one), "demand": settings_of(one.demand)} for one in self.kinds],
+            "kinds": [{**asdict(kind), "demand": settings_of(kind.demand)} for kind in self.kinds],
             "judging": asdict(self.judging) if self.judging else None,
             "memory_bytes": dict(self.memory_bytes), "disk_bytes": dict(self.disk_bytes),
             "fit": list(self.fit),
-            "power": {name: asdict(one) for name, one in self.power.items()},
+            "power": {name: asdict(kind) for name, kind in self.power.items()},
             "machine": self.machine.to_json(), "shape": shape, "notes": list(self.notes),
         }  # fmt: skip
 
     def kept(self) -> dict[str, Any]:
-        """What a run's facts keep of the plan that it began with."""
+        """The part of the plan that the run's facts record, for the comparison with actual times."""
         stages = {key[:12]: round(seconds, 3) for key, seconds in self.by_stage.items()}
         return {"machine": self.machine.name, "origin": self.machine.origin, "hours": round(self.hours, 4),
                 "expected_usd": round(self.expected_usd, 4), "at": time.time(), "stages": stages}  # fmt: skip
@@ -115,7 +117,7 @@ class Plan:
 def make_plan(
     graph: Graph, store: Store | None, machine: Machine | None = None, plans: Sequence[CellPlan] | None = None
 ) -> Plan:
-    """Plan a recipe (or the given cells of it) from where the ledger stands. Raises ModelError for an unknown shape."""
+    """Plan a recipe (or the given cells of it) from the present ledger. Raises ModelError for an unknown shape."""
     recipe = graph.recipe
     shape = known_shape(recipe)
     machine = machine or find_machine(recipe, shape, engine_identity(recipe.model)["device"], store)
@@ -123,8 +125,8 @@ def make_plan(
     wanted = _wanted(graph, store, cells)
     done = {stage.key for stage in wanted if store is not None and store.record(stage.key) is not None}
     todo = [stage for stage in wanted if stage.key not in done]
-    found = demands(graph, todo, machine.device)
-    by_stage = {key: machine.seconds(demand, shape, recipe) for key, demand in found.items()}
+    work = demands(graph, todo, machine.device)
+    by_stage = {key: machine.seconds(demand, shape, recipe) for key, demand in work.items()}
     if first := next((key for key, seconds in by_stage.items() if seconds), None):
         by_stage[first] += machine.load_s
     by_kind: dict[str, list[Stage]] = {}
@@ -133,27 +135,27 @@ def make_plan(
     kinds = tuple(
         KindPlan(
             kind, sum(s.key not in done for s in stages), sum(s.key in done for s in stages),
-            sum(by_stage.get(s.key, 0.0) for s in stages), total(found[s.key] for s in stages if s.key in found),
+            sum(by_stage.get(s.key, 0.0) for s in stages), total(work[s.key] for s in stages if s.key in work),
         )
         for kind, stages in by_kind.items()
     )  # fmt: skip
-    placed = _placed(recipe, machine)
+    on_machine = _placed(recipe, machine)
     return Plan(
-        recipe.name, machine, shape, len(cells), kinds, _judging(graph, todo), _memory(placed, shape),
-        _disk(graph, shape, todo, total(found.values()), machine.device), _fit(placed, shape, machine), _power(graph),
+        recipe.name, machine, shape, len(cells), kinds, _judging(graph, todo), _memory(on_machine, shape),
+        _disk(graph, shape, todo, total(work.values()), machine.device), _fit(on_machine, shape, machine), _power(graph),
         _notes(graph, store), by_stage,
     )  # fmt: skip
 
 
-def plan_recipe(recipe: Recipe, store: Store | None, named: str = "") -> Plan:
-    """The plan of a recipe on the named machine or this one; questions that are not at hand are stood in for."""
+def plan_recipe(recipe: Recipe, store: Store | None, machine_name: str = "") -> Plan:
+    """The plan on the named machine or this one; unavailable questions are estimated by number and length."""
     shape = known_shape(recipe)
-    machine = find_machine(recipe, shape, engine_identity(recipe.model)["device"], store, named)
+    machine = find_machine(recipe, shape, engine_identity(recipe.model)["device"], store, machine_name)
     return make_plan(Sketch(recipe), store, machine)
 
 
 def known_shape(recipe: Recipe) -> ModelShape:
-    """The base's shape without fetching it. Raises ModelError where neither name nor folder tells."""
+    """The base model's shape without downloading it. Raises ModelError if neither name nor folder gives it."""
     shape = shape_on_disk(recipe.model)
     if shape is None:
         raise ModelError(
@@ -165,9 +167,9 @@ def known_shape(recipe: Recipe) -> ModelShape:
 
 
 def require_approved(plan: Plan, limits: RunSettings, *, approved: bool) -> str:
-    """Why the run is beyond its limits, in words, if it is and was approved; empty if it is not beyond them.
+    """Why the plan exceeds the recipe's limits, if it does and is approved; empty if it is within them.
 
-    Raises CostStop for one that is beyond them and not approved.
+    Raises CostStop if it exceeds them and is not approved.
     """
     beyond = []
     if limits.max_gpu_hours is not None and plan.hours > limits.max_gpu_hours:
@@ -186,9 +188,9 @@ def require_approved(plan: Plan, limits: RunSettings, *, approved: bool) -> str:
 
 
 def require_known(recipe: Recipe, *, approved: bool) -> str:
-    """Why nothing can be estimated for a model that was never here, if the recipe has limits and the run was approved.
+    """Why a model that was never downloaded cannot be estimated, if the recipe has limits and the run is approved.
 
-    Raises CostStop where it has limits and the run was not approved: a gate that cannot look must not let pass.
+    Raises CostStop if it has limits and the run is not approved, since a limit that cannot be checked must not pass.
     """
     if recipe.run.max_gpu_hours is None and recipe.run.max_usd is None:
         return ""
@@ -202,7 +204,7 @@ def require_known(recipe: Recipe, *, approved: bool) -> str:
 
 
 def _wanted(graph: Graph, store: Store | None, cells: Sequence[CellPlan]) -> list[Stage]:
-    """Every stage that the cells need, each once; none of a behavior that G0 has ruled out already."""
+    """Every stage that the cells need, once; without those of behaviors that G0 has ruled out."""
     if store is None:
         return graph.stages(cells)
     from fastconv.run.status import needed_ends  # slow to import
@@ -211,31 +213,31 @@ def _wanted(graph: Graph, store: Store | None, cells: Sequence[CellPlan]) -> lis
     return list({part.key: part for end in ends for part in walk(end)}.values())
 
 
-def _judging(graph: Graph, todo: Sequence[Stage]) -> Judging | None:
-    """Judgements still to make; dollars where the judge has a price."""
+def _judging(graph: Graph, todo: Sequence[Stage]) -> JudgingPlan | None:
+    """Judgements still to make, with dollars where the judge has a price."""
     judge, settings = graph.judge, graph.recipe.judge
     stages = [stage for stage in todo if stage.kind == "judge"]
     if judge is None:
         return None
     n, expected, worst = 0, 0.0, 0.0
-    prices = recipe_prices(settings)
-    bills: dict[tuple[Any, ...], tuple[Estimate, Estimate]] = {}  # many stages ask the same questions
+    prices = prices_of(settings)
+    bills: dict[tuple[Any, ...], tuple[Estimate, Estimate]] = {}  # cached, since many stages share their prompts
     for stage in stages:
         drawn = stage.needs["eval"]
-        mine = len(drawn.work["items"]) * drawn.inputs["per_prompt"]
-        n += mine
+        n_stage = len(drawn.work["items"]) * drawn.inputs["per_prompt"]
+        n += n_stage
         if judge.price is not None:
-            in_batch = settings.mode == "batch" or (settings.mode == "auto" and mine >= settings.batch_from)
-            asked = (stage.work["rubric"].sha256, drawn.inputs["prompts_sha256"], mine)
+            in_batch = settings.mode == "batch" or (settings.mode == "auto" and n_stage >= settings.batch_from)
+            asked = (stage.work["rubric"].sha256, drawn.inputs["prompts_sha256"], n_stage)
             if asked not in bills:
-                bills[asked] = _bills(graph, stage, mine, prices.batch_factor if in_batch else 1.0)
+                bills[asked] = _bills(graph, stage, n_stage, prices.batch_factor if in_batch else 1.0)
             likely, most = bills[asked]
             expected, worst = expected + likely.expected_usd, worst + most.worst_usd
-    return Judging(n, judge.name, expected, worst, settings.budget_usd)
+    return JudgingPlan(n, judge.name, expected, worst, settings.budget_usd)
 
 
 def _bills(graph: Graph, stage: Stage, n: int, factor: float) -> tuple[Estimate, Estimate]:
-    """What `n` judgements of a stage cost with answers as long as expected, and as long as they can be."""
+    """Cost of `n` judgements of a stage with replies of expected and of maximum length."""
     judge, drawn = graph.judge, stage.needs["eval"]
     assert judge is not None, "a judge stage exists only where there is a judge"
     assert judge.price is not None, "only a paid judge has a bill"
@@ -252,28 +254,28 @@ def _bills(graph: Graph, stage: Stage, n: int, factor: float) -> tuple[Estimate,
 
 
 def _placed(recipe: Recipe, machine: Machine) -> Recipe:
-    """The recipe as it would run on that machine: what `auto` resolves to there decides how wide the weights are."""
+    """The recipe with the machine's device, since what `auto` resolves to decides the width of the weights."""
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": machine.device})})
 
 
 def _memory(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
-    """Bytes of GPU memory: without which nothing runs, and with whole micro-batches. On a CPU the same of its own."""
-    asked = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
+    """Bytes of GPU (or CPU) memory: the minimum, and with whole micro-batches."""
+    micro_batch_tok = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
     longest = max(recipe.convergence.max_length_tok, recipe.behavior.max_length_tok)
     least = least_bytes(recipe, shape)
-    kept = asked * activation_bytes_per_tok(shape, plain=trains_plain(recipe.model))
-    return {"least": least, "comfortable": least - longest * recomputed_bytes_per_tok(shape) + kept}
+    activations = micro_batch_tok * activation_bytes_per_tok(shape, plain=trains_plain(recipe.model))
+    return {"least": least, "comfortable": least - longest * recomputed_bytes_per_tok(shape) + activations}
 
 
 def _fit(recipe: Recipe, shape: ModelShape, machine: Machine) -> tuple[str, ...]:
-    """What of the recipe does not fit into the machine's memory, and what would."""
-    room = machine.memory_bytes
-    said = "" if room is None else room_on(machine.name, room, recipe, shape)
-    return (said,) if said else ()
+    """Why the recipe does not fit into the machine's memory and what would fit; empty if it does."""
+    memory_bytes = machine.memory_bytes
+    problem = "" if memory_bytes is None else room_on(machine.name, memory_bytes, recipe, shape)
+    return (problem,) if problem else ()
 
 
 def _disk(graph: Graph, shape: ModelShape, todo: Sequence[Stage], work: Demand, device: str) -> dict[str, float]:
-    """Bytes that the workspace grows by, and of the model's files if they are still to be fetched or converted."""
+    """Bytes that the workspace will grow by, and of the model's files still to download or convert."""
     recipe = graph.recipe
     adapter = 4.0 * shape.adapter_params(recipe.lora.r)
     ledger = work.new_tok * LEDGER_BYTES_PER_TOK + (work.samples + work.judged) * LEDGER_BYTES_PER_SAMPLE
@@ -284,7 +286,7 @@ def _disk(graph: Graph, shape: ModelShape, todo: Sequence[Stage], work: Demand, 
 
 
 def _n_adapters(recipe: Recipe, todo: Sequence[Stage], device: str) -> int:
-    """How many new adapters lie on the disk at once: all, or where none are kept the snapshots and one group above."""
+    """The largest number of new adapters on disk at once: all, or if none are kept the snapshots and one group."""
     snapshots = sum(stage.kind == "snapshot" for stage in todo)
     above = Counter(s.needs["snapshot"].key if "snapshot" in s.needs else "" for s in todo if s.kind == "behavior")
     if recipe.run.keep_adapters:
@@ -294,15 +296,14 @@ def _n_adapters(recipe: Recipe, todo: Sequence[Stage], device: str) -> int:
 
 
 def _model_bytes(graph: Graph, shape: ModelShape) -> float:
-    """Bytes of the model's files that are not on this disk yet; an embedded model is converted into 32 bits."""
+    """Bytes of the model's files that are not on this disk yet; an embedded model is converted to 32 bits."""
     if is_here(graph.source, graph.recipe.model):
         return 0.0
     return weight_bytes(shape) * (2 if graph.source.kind == "builtin" else 1)
 
 
 def _power(graph: Graph) -> dict[str, DesignPower]:
-    """The smallest effects that each behavior's design could show, beside its threshold; one entry for each set of
-    questions that is reported apart, by the name that the report gives it."""
+    """The minimum detectable effects of each behavior's design; one entry per separately reported question set."""
     recipe = graph.recipe
     contrasts = {
         replace(plan.cell, seed=0)
@@ -313,21 +314,21 @@ def _power(graph: Graph) -> dict[str, DesignPower]:
         and plan.cell.source != ASSISTANT
     }
     less_control = any(plan.cell.behavior == NO_BEHAVIOR for plan in graph.cells)
-    found = {}
+    power = {}
     for name, behavior in graph.behaviors.items():
         measure, threshold = behavior.spec.measure, recipe.gates.threshold(name, behavior.spec.unit)
         samples = 1 if measure == "letters" else recipe.eval.samples_per_prompt
-        for place, (title, n) in enumerate(_asked(graph, behavior).items()):
-            # What is reported apart is no declared contrast: the change less the canary's, tested by itself.
-            family, terms = (max(1, len(contrasts)), 8 if less_control else 4) if place == 0 else (1, 4)
-            planned = planned_power(measure, threshold, n, samples, family, terms, primary=place == 0)
+        for index, (title, n) in enumerate(_asked(graph, behavior).items()):
+            # Separately reported questions are no declared contrast: the change minus the canary's, tested alone.
+            family, terms = (max(1, len(contrasts)), 8 if less_control else 4) if index == 0 else (1, 4)
+            planned = planned_power(measure, threshold, n, samples, family, terms, primary=index == 0)
             if planned is not None:
-                found[title] = planned
-    return found
+                power[title] = planned
+    return power
 
 
 def _asked(graph: Graph, behavior: Behavior) -> dict[str, int]:
-    """How many questions each part of a behavior's measure has, the part that verdicts rest on first."""
+    """Number of questions of each part of a behavior's measure, the primary part first."""
     if behavior.spec.measure == "letters":
         return {behavior.id: len(graph.questions.eval)}
     sets = n_eval_prompts_by_set(graph.recipe, behavior)
@@ -335,18 +336,18 @@ def _asked(graph: Graph, behavior: Behavior) -> dict[str, int]:
 
 
 def _notes(graph: Graph, store: Store | None) -> tuple[str, ...]:
-    said = []
+    notes = []
     if isinstance(graph, Sketch) and not graph.questions_known:
-        said.append(
+        notes.append(
             "ARC-Challenge is not on this disk: its questions are taken as 586 of average length, and whether stages that "
             "ask or train them are done is not known (eval.arc_file names a copy)"
         )
     if store is None or not any(store.record(s.key) for plan in graph.cells for s in plan.base.values()):
-        said.append("the base is not measured yet: behaviors that gate G0 rules out will cost nothing more")
-    return tuple(said)
+        notes.append("the base is not measured yet: behaviors that gate G0 rules out will cost nothing more")
+    return tuple(notes)
 
 
-def facts_of(plan: Plan | None, beyond: str) -> dict[str, Any]:
-    """For the run's facts: the plan it began with and, where that is beyond the recipe's limits, that it was approved."""
+def plan_facts(plan: Plan | None, beyond: str) -> dict[str, Any]:
+    """For the run's facts: its plan and, where that exceeds the recipe's limits, that it was approved."""
     approved = {"approved": {"beyond": beyond, "at": time.time()}} if beyond else {}
     return ({} if plan is None else {"plan": plan.kept()}) | approved

@@ -1,6 +1,6 @@
-"""From the ledger to the report: collects what a report shows and writes page, twin, figures and tables.
+"""Builds a report from the ledger and writes HTML, Markdown, figures and tables.
 
-A section is a function from `Analysis` to a `Section`, or None where it has nothing to say; add one to `SECTIONS`.
+A section is a function from `Analysis` to a `Section`, or None if it has no content; `SECTIONS` lists them in order.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SECTIONS: tuple[Callable[[Analysis], Section | None], ...] = (
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """Where a report lies; `folder` holds its figures (SVG and PNG) and its tables (Parquet)."""
+    """Paths of a report; `folder` holds its figures (SVG and PNG) and tables (Parquet)."""
 
     html: Path
     markdown: Path
@@ -38,7 +38,7 @@ class ReportPaths:
 
 
 def write_report(graph: Graph, store: Store, folder: Path) -> ReportPaths:
-    """Write the report of a recipe from what the ledger holds now. Raises StoreError if the folder cannot be written."""
+    """Write the report of a recipe from the present ledger. Raises StoreError if the folder cannot be written."""
     decided = Analysis(graph, store)
     data = build(decided)
     paths = ReportPaths(folder / f"{data.run}.html", folder / f"{data.run}.md", folder / data.run)
@@ -56,18 +56,18 @@ def write_report(graph: Graph, store: Store, folder: Path) -> ReportPaths:
 
 
 def collect(graph: Graph, store: Store) -> ReportData:
-    """Everything the report shows. Cells that were not run show as such, never as numbers."""
+    """Everything the report shows. Cells that were not run are shown as such, never as numbers."""
     return build(Analysis(graph, store))
 
 
 def build(decided: Analysis) -> ReportData:
-    """The report of what was decided."""
+    """The report of an analysis."""
     sections = [section for make in SECTIONS if (section := make(decided)) is not None]
     return ReportData(decided.run, decided.graph.recipe.about, tuple(sections), _banners(decided))
 
 
 def _banners(decided: Analysis) -> tuple[Note, ...]:
-    """What a reader must know before the first number: edited thresholds and ignored gates."""
+    """Notes that precede the first number: edited thresholds and ignored gates."""
     notes = []
     if decided.first is not None:
         changes = "; ".join(decided.first.changes)

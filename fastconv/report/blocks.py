@@ -1,4 +1,4 @@
-"""What a report is made of: sections of claims, tables, figures and answers. Plain data; `report` renders them."""
+"""Blocks of a report: sections of claims, tables, figures, replies and notes. Rendered by `report.render`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import ClassVar
 
 from fastconv.stats.series import NoRowsError, Number
 
-#: A longer table is folded away, or told in two.
+#: A table with more rows is folded away or split in two.
 OPEN_ROWS = 24
 
 
 def folded_if_long(rows: Sequence[object], what: str) -> str:
-    """What a table is folded under: nothing for a short one, else how many of `what` it holds."""
+    """The title under which a long table is folded away, with its count of `what`; empty for a short one."""
     return f"{len(rows)} {what}" if len(rows) > OPEN_ROWS else ""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence and the query that produced its numbers. Made by `claims.ask`, and by `published_page` for tables.
+    """One sentence and the query that produced its numbers. Made by `claims.ask`, and by `report.published` for tables.
 
-    `rows` are the ids behind it. A claim with a digit in its sentence cannot be made without rows.
+    `rows` are the ids behind it. Raises NoRowsError for a sentence with a digit and without rows.
     """
 
     kind: ClassVar[str] = "claim"
@@ -38,7 +38,7 @@ class Claim:
 
     @property
     def id(self) -> str:
-        """Name of the claim: its query and what it was asked of."""
+        """The claim's name: its query and arguments."""
         return ":".join([self.query, *self.arguments.values()])
 
     @property
@@ -49,30 +49,30 @@ class Claim:
 
 @dataclass(frozen=True)
 class TableCell:
-    """A table cell. `word` colours it (a verdict); `rows` are what stands behind a number in it."""
+    """A table cell. `word` selects its color (a verdict); `rows` are the ids behind a number in it."""
 
     text: str
     rows: tuple[str, ...] = ()
     word: str = ""
     code: bool = False
-    #: The row ids are listed, folded away, rather than counted in the title.
+    #: List the row ids, folded away, instead of counting them in the tooltip.
     list_rows: bool = False
     claim: Claim | None = None
 
     @staticmethod
     def of(number: Number | None, absent: str = "not measured") -> TableCell:
-        """A measured number, or that there is none."""
+        """A cell with a measured number, or with `absent`."""
         return TableCell(absent, word="absent") if number is None else TableCell(number.text(), number.rows)
 
     @staticmethod
     def saying(claim: Claim) -> TableCell:
-        """A claim as a table's cell."""
+        """A cell with a claim."""
         return TableCell(claim.text, claim=claim)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `numeric` are the indices of its number columns. Long ones are folded under `folded`."""
+    """A table; `numeric` are the indices of its number columns. A long one is folded away under the title `folded`."""
 
     kind: ClassVar[str] = "table"
     id: str
@@ -85,7 +85,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing as it is embedded and as it lies beside the report. `alt` says in words what it shows."""
+    """A figure as SVG (embedded) and PNG (beside the report). `alt` describes it in words; `width` is in CSS pixels."""
 
     kind: ClassVar[str] = "figure"
     id: str
@@ -94,13 +94,13 @@ class Figure:
     svg: bytes
     png: bytes
     width: int
-    #: Never shrunk on a narrow screen: it scrolls there instead.
+    #: Not scaled down on a narrow screen; it scrolls there instead.
     keep_width: bool = False
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Small multiples: figures of one size that stand beside one another where there is room."""
+    """Small multiples: figures of one size, side by side where there is space."""
 
     kind: ClassVar[str] = "figures"
     id: str
@@ -111,7 +111,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Answer:
-    """A sampled answer shown as it is."""
+    """A sampled reply, unedited."""
 
     kind: ClassVar[str] = "answer"
     who: str
@@ -122,7 +122,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence without a measured number; with a `word` it stands in a box."""
+    """A sentence without a measured number; with a `word` it is shown in a box."""
 
     kind: ClassVar[str] = "note"
     text: str
@@ -144,7 +144,7 @@ class Section:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything a report shows. `banners` stand above everything."""
+    """Everything a report shows. `banners` precede all sections."""
 
     run: str
     about: str
@@ -152,24 +152,26 @@ class ReportData:
     banners: tuple[Note, ...] = ()
 
     def claims(self) -> list[Claim]:
-        """All claims in order, those in tables too."""
-        found: list[Claim] = []
+        """All claims in order, including those in tables."""
+        collected: list[Claim] = []
         for block in (block for section in self.sections for block in section.blocks):
             if isinstance(block, Claim):
-                found.append(block)
+                collected.append(block)
             elif isinstance(block, Table):
-                found += [cell.claim for row in block.rows for cell in row if cell.claim is not None]
-        return found
+                collected += [cell.claim for row in block.rows for cell in row if cell.claim is not None]
+        return collected
 
     def figures(self) -> list[Figure]:
         """All figures in order."""
-        found: list[Figure] = []
+        collected: list[Figure] = []
         for section in self.sections:
             for block in section.blocks:
-                found += [block] if isinstance(block, Figure) else block.panels if isinstance(block, Figures) else []
-        return found
+                collected += (
+                    [block] if isinstance(block, Figure) else block.panels if isinstance(block, Figures) else []
+                )
+        return collected
 
 
 def plain_row(values: Sequence[object]) -> tuple[TableCell, ...]:
-    """Texts as cells; what is a cell stays one."""
+    """A table row from values; a `TableCell` is kept, anything else becomes its text."""
     return tuple(value if isinstance(value, TableCell) else TableCell(str(value)) for value in values)

@@ -1,6 +1,6 @@
-"""Sentences with numbers: each is a template bound to a query over the ledger, so that `verify` can ask it again.
+"""Claims: sentences with numbers, each a template bound to a query over the ledger, so that `verify` can repeat it.
 
-A template holds no digit of its own; every number in a sentence comes from its query, with the rows behind it.
+A template contains no digit; every number in a sentence comes from its query, with the rows behind it.
 """
 
 from __future__ import annotations
@@ -10,21 +10,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastconv.analysis.agreement import agreement_of, corrected_of
+from fastconv.analysis.agreement import corrected_assistant_rate, measure_agreement
 from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.correlates import MARKER, MARKER_RATE, in_words, levels, transfer_by_source
 from fastconv.report.blocks import Claim
 from fastconv.seeding import seed_of
 from fastconv.stats.bounds import spearman_attainable
 from fastconv.stats.gates import GateVerdict
-from fastconv.stats.inference import Interval, exact_spearman
-from fastconv.stats.power import mended_by
-from fastconv.stats.units import Unit, change, counted, level, signed, size, span
-from fastconv.stats.verdicts import CellVerdict, by_kind
+from fastconv.stats.inference import Interval
+from fastconv.stats.permutation import exact_spearman
+from fastconv.stats.power import remedy_text
+from fastconv.stats.units import Unit, change, counted, first_few, interval_text, level, signed, size_text
+from fastconv.stats.verdicts import CellVerdict, count_by_kind
 
-#: The words a declared contrast can get, in the order in which they are told.
+#: Kinds of verdicts of declared contrasts, in the order in which sentences list them.
 KINDS = ("transfer", "reverse", "equivalent", "inconclusive", "uninformative", "withheld")
-#: What a pilot gate can say, the one that leads first; how the answer opens with it, and how it goes on.
+#: Verdicts of pilot gates by precedence, each with the opening of the answer and the words for its subjects.
 PILOT_WORDS = {
     "go": ("GO", "go for"), "stop": ("STOP", "stop for"), "not applicable": ("OPEN", "not decided yet for"),
     "uninformative": ("NO ANSWER", "nothing can be said of"),
@@ -33,12 +34,12 @@ MOST_NAMED = 4
 
 
 class NoSuchClaimError(KeyError):
-    """A sentence was asked for that the ledger does not support (any more)."""
+    """The ledger does not support the requested claim."""
 
 
 @dataclass(frozen=True)
 class QueryResult:
-    """What a query gave: the values of its template, the rows behind them, and a word that colours the sentence."""
+    """Result of a query: the template's values, the rows behind them, and a word that selects the sentence's color."""
 
     values: Mapping[str, str]
     rows: tuple[str, ...]
@@ -53,85 +54,86 @@ class ClaimTemplate:
     query: Callable[..., QueryResult]
 
 
-def ask(decided: Analysis, query: str, **arguments: str) -> Claim:
-    """Make the claim of a query. Raises NoSuchClaimError if the ledger has nothing to support it."""
-    bound = CLAIMS.get(query)
-    if bound is None:
+def ask(analysis: Analysis, query: str, **arguments: str) -> Claim:
+    """Make a claim from its query. Raises NoSuchClaimError if the ledger does not support it."""
+    claim_template = CLAIMS.get(query)
+    if claim_template is None:
         raise NoSuchClaimError(f"no claim is made by {query!r}")
     try:
-        found = bound.query(decided, **arguments)
+        result = claim_template.query(analysis, **arguments)
     except (KeyError, StopIteration, TypeError) as error:
         raise NoSuchClaimError(f"{query} of {', '.join(arguments.values()) or 'the run'}: no rows") from error
-    return Claim(query, arguments, bound.template.format_map(found.values), found.rows, found.word)
+    return Claim(query, arguments, claim_template.template.format_map(result.values), result.rows, result.word)
 
 
-def _answer(decided: Analysis) -> QueryResult:
-    """Go or stop, and how sure: the pilot gates' words, then what the declared contrasts add to them."""
-    pilots = [one for one in decided.gates if one.gate == "PILOT"]
-    said = {word: [one.subject for one in pilots if one.verdict == word] for word in PILOT_WORDS}
-    word = next(word for word, subjects in said.items() if subjects)
-    told = "; ".join(
-        _listed(some) if one in ("go", "stop") and one == word else f"{PILOT_WORDS[one][1]} {_listed(some)}"
-        for one, some in said.items()
+def _answer(analysis: Analysis) -> QueryResult:
+    """Go or stop, and the confidence: the pilot gates' verdicts, then what the declared contrasts add."""
+    pilots = [gate for gate in analysis.gates if gate.gate == "PILOT"]
+    by_word = {word: [gate.subject for gate in pilots if gate.verdict == word] for word in PILOT_WORDS}
+    word = next(word for word, subjects in by_word.items() if subjects)
+    details = "; ".join(
+        _listed(some)
+        if verdict_word in ("go", "stop") and verdict_word == word
+        else f"{PILOT_WORDS[verdict_word][1]} {_listed(some)}"
+        for verdict_word, some in by_word.items()
         if some
     )
-    rows = dict.fromkeys(row for one in (*pilots, *decided.verdicts) for row in one.rows)
+    rows = dict.fromkeys(row for verdict_word in (*pilots, *analysis.verdicts) for row in verdict_word.rows)
     return QueryResult(
-        {"word": PILOT_WORDS[word][0], "told": told, "sure": _how_sure(decided.verdicts, len(decided.declared))},
+        {"word": PILOT_WORDS[word][0], "told": details, "sure": _how_sure(analysis.verdicts, len(analysis.declared))},
         tuple(rows),
         word,
     )
 
 
 def _how_sure(verdicts: Sequence[CellVerdict], n: int) -> str:
-    """What the n declared contrasts say of it, with the confidence of the surest one."""
-    counts = by_kind(verdicts)
+    """Summary of the n declared contrasts, with the confidence of the most certain one."""
+    counts = count_by_kind(verdicts)
     if not verdicts:
         return "no declared contrast was measured yet"
-    loud = next((kind for kind in ("transfer", "reverse") if counts.get(kind)), None)
-    best = max((one for one in verdicts if loud in (None, one.kind)), key=_certainty)
+    leading_kind = next((kind for kind in ("transfer", "reverse") if counts.get(kind)), None)
+    best = max((verdict for verdict in verdicts if leading_kind in (None, verdict.kind)), key=_certainty)
     sure = f"confidence {best.confidence.level} ({best.confidence.reason})"
-    if loud is not None:
-        verb = "is" if counts[loud] == 1 else "are"
-        figures = f"{change(best.estimate or 0.0, best.unit)} {span(best.low, best.high, best.unit)}".rstrip()
-        return (
-            f"{counts[loud]} of {n} declared contrasts {verb} {loud}, the surest {best.label} by {figures} with {sure}"
-        )
-    told = _told(counts, n)
+    if leading_kind is not None:
+        verb = "is" if counts[leading_kind] == 1 else "are"
+        figures = f"{change(best.estimate or 0.0, best.unit)} {interval_text(best.low, best.high, best.unit)}".rstrip()
+        return f"{counts[leading_kind]} of {n} declared contrasts {verb} {leading_kind}, the surest {best.label} by {figures} with {sure}"
+    counts_text = _told(counts, n)
     if counts.get("equivalent", 0) == n:
         meaning = "each is shown to lie within its threshold"
     elif counts.get("equivalent"):
         meaning = "only those called equivalent show that nothing happened"
     else:
         meaning = "none shows that nothing happened either"
-    return f"none of {n} declared contrasts is transfer ({told}); {meaning}; {sure}"
+    return f"none of {n} declared contrasts is transfer ({counts_text}); {meaning}; {sure}"
 
 
 def _told(counts: Mapping[str, int], n: int) -> str:
-    """How many of n declared contrasts got which word, or none yet."""
+    """Number of the n declared contrasts with each verdict, and of those not measured."""
     waiting = n - sum(counts.values())
     return ", ".join(f"{many} {kind}" for kind in KINDS if (many := counts.get(kind))) + (
         f", {waiting} not measured" if waiting else ""
     )
 
 
-def _certainty(one: CellVerdict) -> tuple[int, float]:
-    return ("LOW", "MODERATE", "HIGH").index(one.confidence.level), abs(one.estimate or 0.0)
+def _certainty(verdict: CellVerdict) -> tuple[int, float]:
+    return ("LOW", "MODERATE", "HIGH").index(verdict.confidence.level), abs(verdict.estimate or 0.0)
 
 
 def _listed(subjects: Sequence[str]) -> str:
-    """A few names, and how many more."""
-    more = f" and {len(subjects) - MOST_NAMED} more" if len(subjects) > MOST_NAMED else ""
-    return ", ".join(subjects[:MOST_NAMED]) + more
+    """The first few names, and how many more there are."""
+    return first_few(subjects, MOST_NAMED)
 
 
-def _pilot(decided: Analysis, subject: str) -> QueryResult:
-    verdict = next(one for one in decided.gates if one.gate == "PILOT" and one.subject == subject)
+def _pilot(analysis: Analysis, subject: str) -> QueryResult:
+    verdict = next(gate for gate in analysis.gates if gate.gate == "PILOT" and gate.subject == subject)
     return QueryResult(_gate_values(verdict), verdict.rows, verdict.verdict)
 
 
-def _study(decided: Analysis, gate: str, subject: str) -> QueryResult:
-    verdict = next(one for one in decided.gates if (one.gate, one.subject) == (gate, subject))
+def _study(analysis: Analysis, gate: str, subject: str) -> QueryResult:
+    verdict = next(
+        gate_verdict for gate_verdict in analysis.gates if (gate_verdict.gate, gate_verdict.subject) == (gate, subject)
+    )
     return QueryResult({**_gate_values(verdict), "gate": gate}, verdict.rows, verdict.verdict)
 
 
@@ -143,81 +145,93 @@ def _gate_values(verdict: GateVerdict) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _counts(decided: Analysis) -> QueryResult:
-    n, rows = len(decided.declared), _together(decided.verdicts)
-    return QueryResult({"n": str(n), "told": _told(by_kind(decided.verdicts), n)}, rows)
+def _counts(analysis: Analysis) -> QueryResult:
+    n, rows = len(analysis.declared), _together(analysis.verdicts)
+    return QueryResult({"n": str(n), "told": _told(count_by_kind(analysis.verdicts), n)}, rows)
 
 
-def _finding(decided: Analysis, label: str) -> QueryResult:
-    one = decided.verdict(label)
-    values = {"label": label, "kind": one.kind, "confidence": one.confidence.level, "reason": one.reason}
-    over = one.over_seeds
-    seeds = "" if over is None else f" Over seeds: {_interval(over, one.unit)}, {counted(over.n_clusters, 'seed')}."
-    return QueryResult({**values, "seeds": seeds, "why": one.confidence.reason}, one.rows, one.kind)
+def _finding(analysis: Analysis, label: str) -> QueryResult:
+    verdict = analysis.verdict(label)
+    values = {"label": label, "kind": verdict.kind, "confidence": verdict.confidence.level, "reason": verdict.reason}
+    over = verdict.over_seeds
+    seeds = "" if over is None else f" Over seeds: {_interval(over, verdict.unit)}, {counted(over.n_clusters, 'seed')}."
+    return QueryResult({**values, "seeds": seeds, "why": verdict.confidence.reason}, verdict.rows, verdict.kind)
 
 
-def _largest(decided: Analysis, behavior: str) -> QueryResult:
-    mine = [one for one in decided.verdicts if one.behavior == behavior and one.estimate is not None]
-    told = [one for one in mine if one.kind != "uninformative"] or mine
-    one = max(told, key=lambda verdict: abs(verdict.estimate or 0.0), default=None)
-    if one is None or one.estimate is None:
+def _largest(analysis: Analysis, behavior: str) -> QueryResult:
+    of_behavior = [
+        verdict for verdict in analysis.verdicts if verdict.behavior == behavior and verdict.estimate is not None
+    ]
+    informative = [verdict for verdict in of_behavior if verdict.kind != "uninformative"] or of_behavior
+    largest = max(informative, key=lambda verdict: abs(verdict.estimate or 0.0), default=None)
+    if largest is None or largest.estimate is None:
         raise KeyError(behavior)
-    figures = f"{change(one.estimate, one.unit)} {span(one.low, one.high, one.unit)}".rstrip()
-    values = {"behavior": behavior, "figures": figures, "label": one.label, "kind": one.kind}
-    return QueryResult({**values, "confidence": one.confidence.level}, one.rows)
+    figures = (
+        f"{change(largest.estimate, largest.unit)} {interval_text(largest.low, largest.high, largest.unit)}".rstrip()
+    )
+    values = {"behavior": behavior, "figures": figures, "label": largest.label, "kind": largest.kind}
+    return QueryResult({**values, "confidence": largest.confidence.level}, largest.rows)
 
 
-def _mimicry(decided: Analysis, label: str) -> QueryResult:
-    one = decided.verdict(label)
-    if one.trained is None or one.estimate is None:
+def _mimicry(analysis: Analysis, label: str) -> QueryResult:
+    verdict = analysis.verdict(label)
+    if verdict.trained is None or verdict.estimate is None:
         raise KeyError(label)
-    alone = "was not measured" if one.mimicry is None else _interval(one.mimicry, one.unit)
-    values = {"label": label, "alone": alone, "trained": _interval(one.trained, one.unit)}
-    return QueryResult({**values, "extra": change(one.estimate, one.unit)}, one.rows)
+    alone = "was not measured" if verdict.mimicry is None else _interval(verdict.mimicry, verdict.unit)
+    values = {"label": label, "alone": alone, "trained": _interval(verdict.trained, verdict.unit)}
+    return QueryResult({**values, "extra": change(verdict.estimate, verdict.unit)}, verdict.rows)
 
 
-def _edited(decided: Analysis, gate: str, subject: str) -> QueryResult:
-    now = next(one for one in decided.gates if (one.gate, one.subject) == (gate, subject))
-    before = next(one for one in decided.under_first[0] if (one.gate, one.subject) == (gate, subject))
+def _edited(analysis: Analysis, gate: str, subject: str) -> QueryResult:
+    now = next(
+        gate_verdict for gate_verdict in analysis.gates if (gate_verdict.gate, gate_verdict.subject) == (gate, subject)
+    )
+    before = next(
+        gate_verdict
+        for gate_verdict in analysis.under_first[0]
+        if (gate_verdict.gate, gate_verdict.subject) == (gate, subject)
+    )
     values = {"gate": gate, "subject": subject, "now": now.verdict, "before": before.verdict}
     return QueryResult(values, now.rows or before.rows, "edited")
 
 
-def _edited_finding(decided: Analysis, label: str) -> QueryResult:
-    now = decided.verdict(label)
-    before = next(one for one in decided.under_first[1] if one.label == label)
+def _edited_finding(analysis: Analysis, label: str) -> QueryResult:
+    now = analysis.verdict(label)
+    before = next(verdict for verdict in analysis.under_first[1] if verdict.label == label)
     return QueryResult({"label": label, "now": now.kind, "before": before.kind}, now.rows, "edited")
 
 
-def _power(decided: Analysis, behavior: str) -> QueryResult:
-    mine = [one for one in decided.verdicts if one.behavior == behavior and one.detectable is not None]
-    worst = max(mine, key=lambda one: one.detectable or 0.0)
+def _power(analysis: Analysis, behavior: str) -> QueryResult:
+    verdicts = [
+        verdict for verdict in analysis.verdicts if verdict.behavior == behavior and verdict.detectable is not None
+    ]
+    worst = max(verdicts, key=lambda verdict: verdict.detectable or 0.0)
     unit, margin = worst.unit, worst.margin or 0.0
-    seen, family = worst.detectable or 0.0, worst.detectable_in_family or 0.0
+    detectable, family = worst.detectable or 0.0, worst.detectable_in_family or 0.0
     mend = (
         "so a null result says something"
-        if seen <= margin
-        else f"so a null result says little; {mended_by(worst.mend)}"
+        if detectable <= margin
+        else f"so a null result says little; {remedy_text(worst.mend)}"
     )
     values = {
-        "behavior": behavior, "margin": size(margin, unit), "seen": size(seen, unit), "family": size(family, unit),
-        "m": str(len(decided.declared)), "n": str(worst.n_questions),
+        "behavior": behavior, "margin": size_text(margin, unit), "seen": size_text(detectable, unit), "family": size_text(family, unit),
+        "m": str(len(analysis.declared)), "n": str(worst.n_questions),
         "mend": mend,
     }  # fmt: skip
-    return QueryResult(values, _together(mine), "" if seen <= margin else "withheld")
+    return QueryResult(values, _together(verdicts), "" if detectable <= margin else "withheld")
 
 
-def _sign_flips(decided: Analysis, behavior: str) -> QueryResult:
-    """Where the fewest questions of a behavior cannot reach the corrected level by sign flips."""
-    mine = [one for one in decided.verdicts if one.behavior == behavior and one.sign_flip_warning]
-    fewest = min((one.n_questions, one.sign_flip_warning or "") for one in mine) if mine else None
+def _sign_flips(analysis: Analysis, behavior: str) -> QueryResult:
+    """The warning for a behavior whose fewest questions cannot reach the corrected level by sign flips."""
+    verdicts = [verdict for verdict in analysis.verdicts if verdict.behavior == behavior and verdict.sign_flip_warning]
+    fewest = min((verdict.n_questions, verdict.sign_flip_warning or "") for verdict in verdicts) if verdicts else None
     if fewest is None:
         raise KeyError(behavior)
-    return QueryResult({"behavior": behavior, "why": fewest[1]}, _together(mine), "withheld")
+    return QueryResult({"behavior": behavior, "why": fewest[1]}, _together(verdicts), "withheld")
 
 
-def _correlation(decided: Analysis, behavior: str, correlate: str = MARKER_RATE) -> QueryResult:
-    rates, transfer = levels(decided, correlate, behavior), transfer_by_source(decided, behavior)
+def _correlation(analysis: Analysis, behavior: str, correlate: str = MARKER_RATE) -> QueryResult:
+    rates, transfer = levels(analysis, correlate, behavior), transfer_by_source(analysis, behavior)
     sources = sorted(set(rates) & set(transfer))
     rng = np.random.default_rng(seed_of("spearman", behavior))
     if len(sources) < 3:
@@ -229,19 +243,21 @@ def _correlation(decided: Analysis, behavior: str, correlate: str = MARKER_RATE)
 
 
 def rank_correlation(xs: Sequence[float], ys: Sequence[float], rng: np.random.Generator | None = None) -> str:
-    """The exact Spearman of one value per source, as it is cited."""
-    found = exact_spearman(xs, ys, rng=rng)
-    if found.rho is None or found.p is None:
-        return f"cannot be given: {found.reason}"
-    low, high = (signed(end or 0.0, 2) for end in (found.leave_one_out_low, found.leave_one_out_high))
+    """Exact Spearman correlation of one value per source, as text."""
+    correlation = exact_spearman(xs, ys, rng=rng)
+    if correlation.rho is None or correlation.p is None:
+        return f"cannot be given: {correlation.reason}"
+    low, high = (signed(end or 0.0, 2) for end in (correlation.leave_one_out_low, correlation.leave_one_out_high))
     left_out = f"{low} to {high} with one source left out"
-    return f"{signed(found.rho, 2)} (exact permutation p = {found.p:.3g}; {left_out})"
+    return f"{signed(correlation.rho, 2)} (exact permutation p = {correlation.p:.3g}; {left_out})"
 
 
-def _attainable(decided: Analysis, correlate: str = MARKER_RATE) -> QueryResult:
-    behaviors = [name for name in decided.graph.behaviors if name != MARKER]  # declared, whether measured yet or not
-    rates = {source: one for name in behaviors for source, one in levels(decided, correlate, name).items()}
-    sources = [source for source in decided.graph.recipe.grid.sources if source in rates]
+def _attainable(analysis: Analysis, correlate: str = MARKER_RATE) -> QueryResult:
+    behaviors = [name for name in analysis.graph.behaviors if name != MARKER]  # whether measured or not
+    rates = {
+        source: source_level for name in behaviors for source, source_level in levels(analysis, correlate, name).items()
+    }
+    sources = [source for source in analysis.graph.recipe.grid.sources if source in rates]
     rows = tuple(row for source in sources for row in rates[source].rows)
     named = "a marker rate" if correlate == MARKER_RATE else in_words(correlate).replace("the source's", "their", 1)
     shown = {
@@ -249,58 +265,58 @@ def _attainable(decided: Analysis, correlate: str = MARKER_RATE) -> QueryResult:
     }  # fmt: skip
     if len(sources) < 2:
         return QueryResult({**shown, "reason": "there is nothing to correlate with one another"}, rows, "withheld")
-    found = spearman_attainable(len(sources), max(1, len(behaviors)))
-    return QueryResult({**shown, "reason": found.reason}, rows, "" if found.possible else "withheld")
+    attainable = spearman_attainable(len(sources), max(1, len(behaviors)))
+    return QueryResult({**shown, "reason": attainable.reason}, rows, "" if attainable.possible else "withheld")
 
 
-def _agreement(decided: Analysis, measure: str) -> QueryResult:
-    found = agreement_of(decided, measure)
-    kappa = "cannot be given: both always say the same" if np.isnan(found.kappa) else f"{found.kappa:.2f}"
-    values = {"measure": measure, "share": level(found.accuracy, "share"), "n": f"{found.n:,}", "kappa": kappa}
-    return QueryResult(values, found.rows)
+def _agreement(analysis: Analysis, measure: str) -> QueryResult:
+    result = measure_agreement(analysis, measure)
+    kappa = "cannot be given: both always say the same" if np.isnan(result.kappa) else f"{result.kappa:.2f}"
+    values = {"measure": measure, "share": level(result.accuracy, "share"), "n": f"{result.n:,}", "kappa": kappa}
+    return QueryResult(values, result.rows)
 
 
-def _corrected(decided: Analysis, label: str) -> QueryResult:
-    raw, fixed, rows = corrected_of(decided, label)
-    shown = f"{level(fixed.rate, 'share')} [{100 * fixed.low:.1f}, {100 * fixed.high:.1f}]"
+def _corrected(analysis: Analysis, label: str) -> QueryResult:
+    raw, corrected, rows = corrected_assistant_rate(analysis, label)
+    shown = f"{level(corrected.rate, 'share')} [{100 * corrected.low:.1f}, {100 * corrected.high:.1f}]"
     return QueryResult({"label": label, "raw": level(raw, "share"), "fixed": shown}, rows)
 
 
-def _cost(decided: Analysis) -> QueryResult:
-    records = [record for stage in decided.graph.stages() if (record := decided.reading.record(stage)) is not None]
+def _cost(analysis: Analysis) -> QueryResult:
+    records = [record for stage in analysis.graph.stages() if (record := analysis.reading.record(stage)) is not None]
     if not records:
         raise KeyError("stages")
     total_s = sum(record.seconds for record in records)
     tokens = {
         name: sum(int(r.facts.get(name, 0)) for r in records) for name in ("trained_tok", "sampled_tok", "scored_tok")
     }
-    told = ", ".join(f"{n:,} {name.removesuffix('_tok')}" for name, n in tokens.items() if n)
+    token_text = ", ".join(f"{n:,} {name.removesuffix('_tok')}" for name, n in tokens.items() if n)
     span_s = f"{total_s / 3600:.2f} hours" if total_s >= 3600 else f"{total_s:.0f} seconds"
-    values = {"n": str(len(records)), "seconds": span_s, "tokens": told or "none"}
+    values = {"n": str(len(records)), "seconds": span_s, "tokens": token_text or "none"}
     return QueryResult(values, tuple(f"{record.key[:12]}/seconds" for record in records))
 
 
-def _unscored(decided: Analysis) -> QueryResult:
+def _unscored(analysis: Analysis) -> QueryResult:
     seen, missing, rows = 0, 0, []
-    for plan in decided.graph.cells:
+    for plan in analysis.graph.cells:
         for (measure, probe), stage in plan.scores.items():
-            one = decided.reading.series(stage, measure, probe)
-            if one is not None:
-                seen, missing = seen + one.n_samples, missing + one.n_unscored
+            series = analysis.reading.series(stage, measure, probe)
+            if series is not None:
+                seen, missing = seen + series.n_samples, missing + series.n_unscored
                 rows.append(f"{stage.key[:12]}/scores")
     if not rows:
         raise KeyError("scores")
     return QueryResult({"n": f"{missing:,}", "total": f"{seen:,}"}, tuple(dict.fromkeys(rows)))
 
 
-def _interval(one: Interval, unit: Unit) -> str:
-    if one.estimate is None:
-        return f"cannot be given ({one.reason})"
-    return f"{change(one.estimate, unit)} {span(one.low, one.high, unit)}".rstrip()
+def _interval(interval: Interval, unit: Unit) -> str:
+    if interval.estimate is None:
+        return f"cannot be given ({interval.reason})"
+    return f"{change(interval.estimate, unit)} {interval_text(interval.low, interval.high, unit)}".rstrip()
 
 
 def _together(verdicts: Sequence[CellVerdict]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(row for one in verdicts for row in one.rows))
+    return tuple(dict.fromkeys(row for verdict in verdicts for row in verdict.rows))
 
 
 CLAIMS: Mapping[str, ClaimTemplate] = {

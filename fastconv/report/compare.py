@@ -1,4 +1,4 @@
-"""`compare`: two runs side by side, cell by cell, with paired differences over the questions that both asked."""
+"""`compare`: paired differences between the cells of two runs over their common questions, and changed conditions."""
 
 from __future__ import annotations
 
@@ -14,45 +14,50 @@ from fastconv.analysis.contrasts import Part
 from fastconv.experiment.graph import Cell, CellPlan
 from fastconv.report.measures import ROLES
 from fastconv.stats.inference import benjamini_hochberg, paired_change
-from fastconv.stats.series import Series, means_at
+from fastconv.stats.series import Series, question_means
 from fastconv.stats.units import Unit
 from fastconv.store.records import changed_inputs
 
-#: What of a run's facts is compared. The command is no condition, and the self-tests' figure is another in every process.
+#: Compared facts of a run: not the command, nor the self-tests' figure, which differs in every process.
 FACTS = ("python", "versions", "engine", "machine", "git", "template")
 _LEFT_OUT = ("engine self_tests",)
 _SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+#: Fields that identify a cell. Where each run has a single value, and not the same, the comparison is about that field.
+FIELDS = ("source", "convergence", "epoch", "behavior", "negatives", "seed")
 
 
 def changed_conditions(first: Analysis, second: Analysis) -> tuple[str, ...]:
-    """What differs, as `name: first -> second`; that a run noted nothing is one line of its own."""
-    silent = [one for one in (first, second) if not one.facts]
-    if silent:
-        runs = " and ".join(dict.fromkeys(one.run for one in silent))
+    """Conditions that differ, as `name: first -> second`; one line if a run recorded none."""
+    unrecorded = [analysis for analysis in (first, second) if not analysis.facts]
+    if unrecorded:
+        runs = " and ".join(dict.fromkeys(analysis.run for analysis in unrecorded))
         return (f"versions, engine and machine: not recorded for {runs}, which never began in its workspace",)
-    ours, theirs = _conditions(first), _conditions(second)
+    first_values, second_values = _conditions(first), _conditions(second)
     return tuple(
-        f"{name}: {ours.get(name, 'none')} -> {theirs.get(name, 'none')}"
-        for name in dict.fromkeys((*ours, *theirs))
-        if ours.get(name) != theirs.get(name)
+        f"{name}: {first_values.get(name, 'none')} -> {second_values.get(name, 'none')}"
+        for name in dict.fromkeys((*first_values, *second_values))
+        if first_values.get(name) != second_values.get(name)
     )
 
 
-def _conditions(decided: Analysis) -> dict[str, str]:
-    """Every condition of a run by name."""
-    found = {}
+def _conditions(analysis: Analysis) -> dict[str, str]:
+    """Every recorded condition of a run by name."""
+    conditions = {}
     for name in FACTS:
-        noted = decided.facts.get(name)
-        table = noted if isinstance(noted, Mapping) else {"": noted} if noted is not None else {}
-        found |= {f"{name} {part}".rstrip(): _shown(value) for part, value in table.items()}
-    return {**{name: value for name, value in found.items() if name not in _LEFT_OUT}, **dict(_stage_versions(decided))}
+        recorded = analysis.facts.get(name)
+        table = recorded if isinstance(recorded, Mapping) else {"": recorded} if recorded is not None else {}
+        conditions |= {f"{name} {part}".rstrip(): _shown(value) for part, value in table.items()}
+    return {
+        **{name: value for name, value in conditions.items() if name not in _LEFT_OUT},
+        **dict(_stage_versions(analysis)),
+    }
 
 
-def _stage_versions(decided: Analysis) -> Iterator[tuple[str, str]]:
-    """The versions of the stages that the run rests on, kind by kind, as they were when they were computed."""
+def _stage_versions(analysis: Analysis) -> Iterator[tuple[str, str]]:
+    """Versions of the run's stages, by kind, as recorded when they were computed."""
     versions: dict[str, set[int]] = {}
-    for key in decided.reused:
-        record = decided.store.record(key)
+    for key in analysis.reused:
+        record = analysis.store.record(key)
         if record is not None:
             versions.setdefault(record.kind, set()).add(record.version)
     for kind, seen in sorted(versions.items()):
@@ -64,13 +69,9 @@ def _shown(value: Any) -> str:
     return text[:12] if _SHA.fullmatch(text) else text
 
 
-#: What names a cell; a field on which each run has one value of its own is what the comparison is about.
-FIELDS = ("source", "convergence", "epoch", "behavior", "negatives", "seed")
-
-
 @dataclass(frozen=True)
 class Paired:
-    """One measure of one cell in both runs: second minus first, over common questions. Effects in the measure's unit."""
+    """One measure of one cell in both runs: second minus first over common questions, in the measure's unit."""
 
     cell: str
     measure: str
@@ -89,8 +90,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class RunComparison:
-    """Two runs: what their recipes differ in and the conditions they were made under, what their cells were matched
-    without, and the paired differences."""
+    """Two runs: differences of recipes and conditions, fields ignored when matching cells, and paired differences."""
 
     first: str
     second: str
@@ -101,66 +101,77 @@ class RunComparison:
     n_unmatched: int
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """JSON form for `--json`."""
         return asdict(self)
 
 
 def compare(first: Analysis, second: Analysis) -> RunComparison:
     """Match the cells of two runs and compare every measure that both have."""
     apart = tuple(_apart(first, second))
-    ours, theirs = _by_place(first, apart), _by_place(second, apart)
-    raw = [pair for place in ours if place in theirs for pair in _pairs(first, second, ours[place], theirs[place])]
-    ps = [np.nan if one.p_raw is None else one.p_raw for one in raw]
-    corrected = benjamini_hochberg(ps).tolist() if ps else []
+    first_values, second_values = _by_place(first, apart), _by_place(second, apart)
+    raw = [
+        pair
+        for cell_key in first_values
+        if cell_key in second_values
+        for pair in _pairs(first, second, first_values[cell_key], second_values[cell_key])
+    ]
+    p_values = [np.nan if pair.p_raw is None else pair.p_raw for pair in raw]
+    corrected = benjamini_hochberg(p_values).tolist() if p_values else []
     pairs = tuple(
-        Paired(**{**asdict(one), "p_corrected": None if np.isnan(p) else p})
-        for one, p in zip(raw, corrected, strict=True)
+        Paired(**{**asdict(pair), "p_corrected": None if np.isnan(p) else p})
+        for pair, p in zip(raw, corrected, strict=True)
     )
     changes = changed_inputs(first.graph.recipe.model_dump(mode="json"), second.graph.recipe.model_dump(mode="json"))
-    conditions, n_unmatched = changed_conditions(first, second), len(set(ours) ^ set(theirs))
+    conditions, n_unmatched = changed_conditions(first, second), len(set(first_values) ^ set(second_values))
     return RunComparison(first.run, second.run, tuple(changes), conditions, apart, pairs, n_unmatched)
 
 
 def _apart(first: Analysis, second: Analysis) -> Iterator[str]:
-    """Fields that each run holds fixed at a value of its own (a seed, a kind of negatives)."""
+    """Fields on which each run has a single value, and not the same (a seed, a kind of negatives)."""
     for name in FIELDS:
-        ours, theirs = ({getattr(plan.cell, name) for plan in one.graph.cells} - {"none"} for one in (first, second))
-        if len(ours) == len(theirs) == 1 and ours != theirs:
+        first_values, second_values = (
+            {getattr(plan.cell, name) for plan in analysis.graph.cells} - {"none"} for analysis in (first, second)
+        )
+        if len(first_values) == len(second_values) == 1 and first_values != second_values:
             yield name
 
 
-def _by_place(decided: Analysis, apart: tuple[str, ...]) -> dict[tuple[Any, ...], CellPlan]:
+def _by_place(analysis: Analysis, apart: tuple[str, ...]) -> dict[tuple[Any, ...], CellPlan]:
     return {
         tuple(
             "" if name in apart and getattr(plan.cell, name) != "none" else getattr(plan.cell, name) for name in FIELDS
         ): plan
-        for plan in decided.graph.cells
+        for plan in analysis.graph.cells
     }
 
 
-def _pairs(first: Analysis, second: Analysis, one: CellPlan, two: CellPlan) -> Iterator[Paired]:
-    for measure in one.measures:
-        if measure not in two.measures:
+def _pairs(first: Analysis, second: Analysis, first_plan: CellPlan, second_plan: CellPlan) -> Iterator[Paired]:
+    for measure in first_plan.measures:
+        if measure not in second_plan.measures:
             continue
         for part in first.found.parts(measure):
             for role in ROLES:
-                ours = first.found.now(one, part, first.found.persona(one.cell, role))
-                theirs = second.found.now(two, part, second.found.persona(two.cell, role))
-                if ours is not None and theirs is not None and ours.rows and theirs.rows:
-                    yield _pair(_label(one.cell, two.cell), part, role, ours, theirs)
+                first_values = first.found.now(first_plan, part, first.found.persona(first_plan.cell, role))
+                second_values = second.found.now(second_plan, part, second.found.persona(second_plan.cell, role))
+                if first_values is not None and second_values is not None and first_values.rows and second_values.rows:
+                    yield _pair(_label(first_plan.cell, second_plan.cell), part, role, first_values, second_values)
 
 
-def _label(one: Cell, two: Cell) -> str:
-    return one.label if one.label == two.label else f"{one.label} | {two.label}"
+def _label(first: Cell, second: Cell) -> str:
+    return first.label if first.label == second.label else f"{first.label} | {second.label}"
 
 
-def _pair(label: str, part: Part, role: str, ours: Series, theirs: Series) -> Paired:
-    common = sorted(set(ours.questions) & set(theirs.questions))
-    interval = paired_change(means_at(theirs, common), means_at(ours, common)).interval if len(common) > 1 else None
-    found = (None, None, None, None, 0)
+def _pair(label: str, part: Part, role: str, first_values: Series, second_values: Series) -> Paired:
+    common = sorted(set(first_values.questions) & set(second_values.questions))
+    interval = (
+        paired_change(question_means(second_values, common), question_means(first_values, common)).interval
+        if len(common) > 1
+        else None
+    )
+    statistics = (None, None, None, None, 0)
     if interval is not None:
-        found = (interval.estimate, interval.low, interval.high, interval.p_two_sided, interval.n_clusters)
+        statistics = (interval.estimate, interval.low, interval.high, interval.p_two_sided, interval.n_clusters)
     return Paired(
-        label, part.title, role, ours.unit, ours.mean.value, theirs.mean.value, *found[:4], None, found[4],
-        ours.stage == theirs.stage,
+        label, part.title, role, first_values.unit, first_values.mean.value, second_values.mean.value, *statistics[:4], None, statistics[4],
+        first_values.stage == second_values.stage,
     )  # fmt: skip

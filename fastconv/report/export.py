@@ -1,4 +1,4 @@
-"""The report's tables as polars frames, for Parquet files beside it."""
+"""Exports: the report's tables as polars frames for Parquet, and replies with scores as Inspect logs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastconv.store.records import Record, Sample, Score
 
 
 def frames_of(decided: Analysis) -> dict[str, pl.DataFrame]:
-    """`contrasts`, `secondary`, `gates`, `measurements`, `scores`, `stages` and each measure of snapshots; no empty ones."""
+    """`contrasts`, `secondary`, `gates`, `measurements`, `geometry`, `scores` and `stages`, without empty ones."""
     tables: dict[str, pl.DataFrame] = {
         "contrasts": _frame([one.body() for one in decided.verdicts]),
         "secondary": _frame([{**asdict(one), "rows": list(one.rows)} for one in decided.secondary]),
@@ -56,7 +56,7 @@ def _on_snapshots(decided: Analysis, measure: SnapshotMeasure) -> list[dict[str,
 
 
 def parquet_bytes(frame: pl.DataFrame) -> bytes:
-    """The frame as one Parquet file."""
+    """The frame as the bytes of a Parquet file."""
     buffer = io.BytesIO()
     frame.write_parquet(buffer)
     return buffer.getvalue()
@@ -188,7 +188,7 @@ def _log(
 
 
 def _asked(graph: Graph, measure: str, scores: list[Score], probe: str) -> list[Sample]:
-    """Letters are no drawn text: the question, and the letter that came out ahead."""
+    """Samples of a multiple-choice stage, which generates no text: the question and the highest-scored letter."""
     asked = dict(graph.eval_items(graph.behaviors[measure], 0))
     return [
         Sample(one.row, one.sample, probe, asked.get(one.row, one.row), str(one.detail.get("predicted", "")), 1, True)

@@ -1,10 +1,10 @@
-"""What was measured: each measure over convergence epochs, the table of all of it, and answers as they came."""
+"""Sections of measurements: measures over epochs, table of all cells, sampled replies, judge against phrases."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from fastconv.analysis.agreement import judged_measures, judging_money, pair_of
+from fastconv.analysis.agreement import judge_phrase_pair, judged_measures, judging_costs
 from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.contrasts import ContrastSubject, Part
 from fastconv.datasets.behaviors import NO_BEHAVIOR
@@ -14,19 +14,19 @@ from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import Point, lines, scatter
 from fastconv.stats.bounds import effective_sample_size
 from fastconv.stats.inference import Interval, clustered_interval, mean_present
-from fastconv.stats.series import Series, commonest_reason, means_at, union_of
+from fastconv.stats.series import Series, all_questions, commonest_reason, question_means
 from fastconv.stats.study_gates import Role
-from fastconv.stats.units import Unit, full, scale, span
+from fastconv.stats.units import Unit, interval_text, scale, scale_maximum
 
 ROLES: tuple[Role, ...] = ("assistant", "source", "canary")
 
 
-def over_epochs(decided: Analysis) -> Section | None:
-    """One small multiple per behavior: assistant, source and canary over epochs, with intervals."""
+def over_epochs(analysis: Analysis) -> Section | None:
+    """One group of small multiples per behavior: assistant, source and canary over epochs, with intervals."""
     blocks: list[Block] = []
-    for measure in decided.graph.behaviors:
-        for part in decided.found.parts(measure):
-            panels = _panels(decided, part)
+    for measure in analysis.graph.behaviors:
+        for part in analysis.found.parts(measure):
+            panels = _panels(analysis, part)
             if panels:
                 blocks.append(Figures(f"over-{_slug(part.title)}", part.title, tuple(panels)))
     if not blocks:
@@ -38,58 +38,61 @@ def over_epochs(decided: Analysis) -> Section | None:
     return Section("epochs", "Over convergence", tuple(blocks), intro)
 
 
-def _panels(decided: Analysis, part: Part) -> list[Figure]:
+def _panels(analysis: Analysis, part: Part) -> list[Figure]:
     columns: dict[tuple[str, str, str, str], dict[int, ContrastSubject]] = {}
-    for subject in decided.found.subjects:
+    for subject in analysis.found.subjects:
         if subject.behavior in (part.measure, NO_BEHAVIOR):
             where = (subject.source, subject.convergence, subject.behavior, subject.negatives)
             columns.setdefault(where, {})[subject.epoch] = subject
     panels = []
     for (source, convergence, behavior, negatives), by_epoch in columns.items():
-        points = {role: _points(decided, part, by_epoch, role) for role in ROLES}
+        points = {role: _points(analysis, part, by_epoch, role) for role in ROLES}
         series = {role: line for role, line in points.items() if line}
         if not any(len(line) > 1 for line in series.values()):
             continue
         trained = "convergence alone" if behavior == NO_BEHAVIOR else f"trained, {negatives}"
         title = f"{source}{'' if convergence == 'source' else f' ({convergence})'}: {trained}"
-        place = _slug(f"{part.title} {source} {convergence} {behavior} {negatives}")
-        unit = _axis(decided, part)
-        panels.append(lines(place, title, series, ("convergence epoch", unit), decided.run, (0.0, 100.0)))
+        figure_id = _slug(f"{part.title} {source} {convergence} {behavior} {negatives}")
+        unit = _axis(analysis, part)
+        panels.append(lines(figure_id, title, series, ("convergence epoch", unit), analysis.run, (0.0, 100.0)))
     return panels
 
 
-def _points(decided: Analysis, part: Part, by_epoch: dict[int, ContrastSubject], role: Role) -> list[Point]:
-    found = []
+def _points(analysis: Analysis, part: Part, by_epoch: dict[int, ContrastSubject], role: Role) -> list[Point]:
+    points = []
     for epoch, subject in sorted(by_epoch.items()):
         series = [
-            one
-            for plan in decided.found.subjects[subject]
-            if (one := decided.found.now(plan, part, decided.found.persona(plan.cell, role))) is not None and one.rows
+            series_of_plan
+            for plan in analysis.found.subjects[subject]
+            if (series_of_plan := analysis.found.now(plan, part, analysis.found.persona(plan.cell, role))) is not None
+            and series_of_plan.rows
         ]
         if not series:
             continue
         interval, factor = _pooled(series), scale(series[0].unit)
         low, high = (None if end is None else factor * end for end in (interval.low, interval.high))
-        found.append(Point(float(epoch), factor * (interval.estimate or 0.0), low, high))
-    return found
+        points.append(Point(float(epoch), factor * (interval.estimate or 0.0), low, high))
+    return points
 
 
 def _pooled(series: list[Series]) -> Interval:
-    """The interval over questions of the series' mean over seeds."""
-    questions = union_of(series)
-    return clustered_interval(mean_present(np.stack([means_at(one, questions) for one in series]), axis=0))
+    """t interval over questions of the mean over seeds."""
+    questions = all_questions(series)
+    return clustered_interval(
+        mean_present(np.stack([question_means(seed_series, questions) for seed_series in series]), axis=0)
+    )
 
 
-def _axis(decided: Analysis, part: Part) -> str:
-    spec = decided.graph.behaviors[part.measure].spec
+def _axis(analysis: Analysis, part: Part) -> str:
+    spec = analysis.graph.behaviors[part.measure].spec
     if spec.unit == "points":
         return "judge's score"
     return "accuracy, %" if spec.measure == "letters" else "rate, %"
 
 
-def measurements(decided: Analysis) -> Section:
-    """Every cell's measures under its three probes, with intervals, samples and what they are worth."""
-    rows = [row for plan in decided.graph.cells for measure in plan.measures for row in _rows(decided, plan, measure)]
+def measurements(analysis: Analysis) -> Section:
+    """Every cell's measures under its three probes, with intervals, sample counts and effective sample sizes."""
+    rows = [row for plan in analysis.graph.cells for measure in plan.measures for row in _rows(analysis, plan, measure)]
     columns = ("cell", "measured", "assistant", "interval", "source", "canary", "samples", "effective", "unscored")
     caption = (
         "A level is the mean over questions of each question's mean over its samples; intervals and samples are the "
@@ -99,13 +102,13 @@ def measurements(decided: Analysis) -> Section:
     return Section("cells", "Measurements", (table,))
 
 
-def _rows(decided: Analysis, plan: CellPlan, measure: str) -> list[tuple[TableCell, ...]]:
+def _rows(analysis: Analysis, plan: CellPlan, measure: str) -> list[tuple[TableCell, ...]]:
     rows = []
-    for part in decided.found.parts(measure):
-        series = {role: decided.found.now(plan, part, decided.found.persona(plan.cell, role)) for role in ROLES}
-        absent = "not run" if all(one is None for one in series.values()) else "not measured"
-        levels = {role: _level(one, absent) for role, one in series.items()}
-        kind = decided.graph.behaviors[measure].spec
+    for part in analysis.found.parts(measure):
+        series = {role: analysis.found.now(plan, part, analysis.found.persona(plan.cell, role)) for role in ROLES}
+        absent = "not run" if all(role_series is None for role_series in series.values()) else "not measured"
+        levels = {role: _level(role_series, absent) for role, role_series in series.items()}
+        kind = analysis.graph.behaviors[measure].spec
         name = "score" if kind.unit == "points" else "accuracy" if kind.measure == "letters" else "rate"
         rows.append((
             TableCell(plan.cell.label), TableCell(f"{name} of {part.title}"), levels["assistant"],
@@ -115,29 +118,29 @@ def _rows(decided: Analysis, plan: CellPlan, measure: str) -> list[tuple[TableCe
     return rows
 
 
-def _level(one: Series | None, absent: str) -> TableCell:
-    """The mean, or why there is none: nothing was measured, or nothing of it has a score."""
-    if one is None or one.rows:
-        return TableCell.of(None if one is None else one.mean, absent)
-    reason = commonest_reason([one])
-    return TableCell("unscored" + (f" ({reason})" if reason else ""), one.looked_at, word="absent")
+def _level(series: Series | None, absent: str) -> TableCell:
+    """The mean, or why there is none: not measured, or no sample has a score."""
+    if series is None or series.rows:
+        return TableCell.of(None if series is None else series.mean, absent)
+    reason = commonest_reason([series])
+    return TableCell("unscored" + (f" ({reason})" if reason else ""), series.evidence_rows, word="absent")
 
 
-def _about(one: Series | None) -> tuple[TableCell, TableCell, TableCell, TableCell]:
-    """Interval, samples, effective samples and unscored ones of a series."""
-    if one is None:
+def _about(series: Series | None) -> tuple[TableCell, TableCell, TableCell, TableCell]:
+    """Interval, samples, effective sample size and number of unscored samples of a series."""
+    if series is None:
         return TableCell(""), TableCell(""), TableCell(""), TableCell("")
-    samples = TableCell(f"{len(one.questions)} x {one.values.shape[1]}", one.looked_at)
-    lost = TableCell(str(one.n_unscored), one.looked_at)
-    if not one.rows:
+    samples = TableCell(f"{len(series.questions)} x {series.values.shape[1]}", series.evidence_rows)
+    lost = TableCell(str(series.n_unscored), series.evidence_rows)
+    if not series.rows:
         return TableCell(""), samples, TableCell(""), lost
-    interval, unit = clustered_interval(one.means) if len(one.questions) > 1 else None, one.unit
+    interval, unit = clustered_interval(series.means) if len(series.questions) > 1 else None, series.unit
     shown = "" if interval is None else _range(interval, unit)
-    worth = effective_sample_size(one.values).n_effective if len(one.questions) > 1 else 1.0
+    worth = effective_sample_size(series.values).n_effective if len(series.questions) > 1 else 1.0
     return (
-        TableCell(shown, one.rows),
+        TableCell(shown, series.rows),
         samples,
-        TableCell(f"{worth:.0f}", one.rows),
+        TableCell(f"{worth:.0f}", series.rows),
         lost,
     )
 
@@ -145,23 +148,23 @@ def _about(one: Series | None) -> tuple[TableCell, TableCell, TableCell, TableCe
 def _range(interval: Interval, unit: Unit) -> str:
     if interval.low is None or interval.high is None:
         return ""
-    return span(interval.low, interval.high, unit).strip("[]").replace("+", "").replace(", ", " to ")
+    return interval_text(interval.low, interval.high, unit).strip("[]").replace("+", "").replace(", ", " to ")
 
 
-def answers(decided: Analysis) -> Section | None:
-    """Sampled answers by a fixed rule, so that nothing is picked."""
-    grid = decided.graph.recipe.grid
+def answers(analysis: Analysis) -> Section | None:
+    """Sampled replies chosen by a fixed rule."""
+    grid = analysis.graph.recipe.grid
     shown: dict[str, Answer] = {}
-    for plan in decided.graph.cells:
+    for plan in analysis.graph.cells:
         cell = plan.cell
         if cell.seed != grid.seeds[0] or cell.epoch not in (min(grid.epochs), max(grid.epochs)):
             continue
         for (_, persona), stage in plan.scores.items():
             drawn = stage.needs.get("eval")
-            if drawn is None or drawn.key in shown or decided.reading.record(drawn) is None:
+            if drawn is None or drawn.key in shown or analysis.reading.record(drawn) is None:
                 continue
             query = "SELECT prompt, completion FROM samples WHERE stage=? ORDER BY row, sample LIMIT 1"
-            first = decided.store.frame(query, (drawn.key,))
+            first = analysis.store.frame(query, (drawn.key,))
             if first.height:
                 shown[drawn.key] = Answer(persona, drawn.slot, first["prompt"][0], first["completion"][0])
     if not shown:
@@ -177,62 +180,62 @@ def _slug(text: str) -> str:
     return "-".join("".join(mark if mark.isalnum() else " " for mark in text.lower()).split())
 
 
-def judge_against_phrases(decided: Analysis) -> Section | None:
-    """Agreement with kappa for each measure, a point for each cell, corrected rates where a calibration exists."""
-    measures = judged_measures(decided)
-    phrases = [name for name, behavior in decided.graph.behaviors.items() if behavior.spec.measure == "phrases"]
+def judge_against_phrases(analysis: Analysis) -> Section | None:
+    """Agreement with kappa per measure, a point per cell, and corrected rates where a calibration exists."""
+    measures = judged_measures(analysis)
+    phrases = [name for name, behavior in analysis.graph.behaviors.items() if behavior.spec.measure == "phrases"]
     if not measures:
         if not phrases:
             return None
         text = f"No judge read the answers. Scored by phrases alone, which are blind to meaning: {', '.join(phrases)}."
         return Section("judge", "Judge against phrases", (Note(text),))
     blocks: list[Block] = []
-    points = _agreement_points(decided)
+    points = _agreement_points(analysis)
     if points:
         axes = ("by phrases, %", "by the judge, %")
-        blocks.append(scatter("judge", "The same answers scored twice", points, axes, decided.run, diagonal=True))
+        blocks.append(scatter("judge", "The same answers scored twice", points, axes, analysis.run, diagonal=True))
     for measure in measures:
         try:
-            blocks.append(ask(decided, "agreement", measure=measure))
+            blocks.append(ask(analysis, "agreement", measure=measure))
         except NoSuchClaimError:
             blocks.append(Note(f"{measure}: no answer was scored both ways."))
-    corrected = _corrected(decided)
+    corrected = _corrected(analysis)
     if corrected:
         blocks.append(Table("corrected", ("contrast", "the assistant's rate"), tuple(corrected)))
     else:
         blocks.append(
             Note("No calibration of this judge with these rubrics is in the ledger, so no rate is corrected.")
         )
-    blocks += _money(decided)
+    blocks += _money(analysis)
     return Section("judge", "Judge against phrases", tuple(blocks))
 
 
-def _agreement_points(decided: Analysis) -> list[Point]:
+def _agreement_points(analysis: Analysis) -> list[Point]:
     points, seen = [], set()
-    for plan in decided.graph.cells:
+    for plan in analysis.graph.cells:
         for measure, probe in plan.beside:
-            pair = pair_of(decided, plan, measure, probe)
+            pair = judge_phrase_pair(analysis, plan, measure, probe)
             if pair is None or pair[0].stage in seen or not (pair[0].rows and pair[1].rows):
                 continue
             seen.add(pair[0].stage)
-            top = full(pair[0].unit)
+            top = scale_maximum(pair[0].unit)
             points.append(Point(100 * pair[1].mean.value, 100 * pair[0].mean.value / top, label=probe, group=measure))
     return points
 
 
-def _corrected(decided: Analysis) -> list[tuple[TableCell, ...]]:
+def _corrected(analysis: Analysis) -> list[tuple[TableCell, ...]]:
     rows = []
-    for one in decided.verdicts:
+    for verdict in analysis.verdicts:
         try:
-            claim = ask(decided, "corrected", label=one.label)
+            claim = ask(analysis, "corrected", label=verdict.label)
         except NoSuchClaimError:
             continue
-        rows.append((TableCell(one.label), TableCell.saying(claim)))
+        rows.append((TableCell(verdict.label), TableCell.saying(claim)))
     return rows
 
 
-def _money(decided: Analysis) -> list[Block]:
-    money = judging_money(decided)
+def _money(analysis: Analysis) -> list[Block]:
+    money = judging_costs(analysis)
     if money is None:
         return []
     rows = tuple(

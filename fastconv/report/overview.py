@@ -1,4 +1,4 @@
-"""The first page: what was found, how sure that is, and the matrix of all declared contrasts."""
+"""The first sections: headline with confidence, and the matrix of all declared contrasts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from fastconv.analysis.contrasts import ContrastSubject
 from fastconv.report.blocks import OPEN_ROWS, Block, Figure, Note, Section, Table, TableCell
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import heatmap
-from fastconv.stats.units import Unit, p_value, scale, signed, size
+from fastconv.stats.units import Unit, p_value, scale, signed, size_text
 from fastconv.stats.verdicts import CellVerdict
 
-#: More pilot gates stand in a table.
+#: More pilot gates than this are shown in a table.
 OPEN_PILOTS = 4
 _COLUMNS = (
     "contrast", "verdict", "change", "interval", "over seeds", "p", "p by sign flips", "threshold", "confidence", "why",
@@ -25,66 +25,66 @@ _LETTERS = {
 }
 
 
-def headline(decided: Analysis) -> Section:
-    """Go or stop and how sure, then counts, the largest change of each behavior, the study's rules, the pilot gates."""
+def headline(analysis: Analysis) -> Section:
+    """Go or stop with confidence, then counts, the largest change of each behavior, study gates and pilot gates."""
     blocks: list[Block] = []
-    pilots = [gate for gate in decided.gates if gate.gate == "PILOT"]
+    pilots = [gate for gate in analysis.gates if gate.gate == "PILOT"]
     try:
-        blocks.append(ask(decided, "answer"))
+        blocks.append(ask(analysis, "answer"))
     except NoSuchClaimError:
         blocks.append(Note("No pilot gate was decided: the recipe's cells are not all done."))
-    blocks += _edited_first(decided)
-    if any(one.rows for one in decided.verdicts):
-        blocks.append(ask(decided, "counts"))
-    behaviors = dict.fromkeys(one.behavior for one in decided.verdicts if one.estimate is not None)
-    blocks += [ask(decided, "largest", behavior=behavior) for behavior in behaviors]
-    if decided.measured:
-        blocks.append(ask(decided, "unscored"))
-    for gate in decided.gates:
+    blocks += _edited_first(analysis)
+    if any(verdict.rows for verdict in analysis.verdicts):
+        blocks.append(ask(analysis, "counts"))
+    behaviors = dict.fromkeys(verdict.behavior for verdict in analysis.verdicts if verdict.estimate is not None)
+    blocks += [ask(analysis, "largest", behavior=behavior) for behavior in behaviors]
+    if analysis.measured:
+        blocks.append(ask(analysis, "unscored"))
+    for gate in analysis.gates:
         if gate.gate in ("CONFIRM", "FALSIFY") and gate.verdict in ("pass", "fail"):
-            blocks.append(ask(decided, "study", gate=gate.gate, subject=gate.subject))
-    claims = [ask(decided, "pilot", subject=gate.subject) for gate in pilots]
+            blocks.append(ask(analysis, "study", gate=gate.gate, subject=gate.subject))
+    claims = [ask(analysis, "pilot", subject=gate.subject) for gate in pilots]
     if len(claims) <= OPEN_PILOTS:
         return Section("verdict", "Verdict", (*blocks, *claims))
     rows = tuple(
-        (TableCell(one.verdict, word=one.verdict), TableCell.saying(claim))
-        for one, claim in zip(pilots, claims, strict=True)
+        (TableCell(pilot.verdict, word=pilot.verdict), TableCell.saying(claim))
+        for pilot, claim in zip(pilots, claims, strict=True)
     )
     return Section(
         "verdict", "Verdict", (*blocks, Table("pilots", ("pilot gate", "why"), rows, folded=f"{len(rows)} pilot gates"))
     )
 
 
-def _edited_first(decided: Analysis) -> list[Block]:
-    """Verdicts that another set of thresholds decided otherwise come before all others."""
-    first = {one.label: one.kind for one in decided.under_first[1]}
+def _edited_first(analysis: Analysis) -> list[Block]:
+    """Verdicts that differ under the first thresholds, shown before all others."""
+    first = {verdict.label: verdict.kind for verdict in analysis.under_first[1]}
     return [
-        ask(decided, "edited_finding", label=one.label)
-        for one in decided.verdicts
-        if first.get(one.label, one.kind) != one.kind
+        ask(analysis, "edited_finding", label=verdict.label)
+        for verdict in analysis.verdicts
+        if first.get(verdict.label, verdict.kind) != verdict.kind
     ]
 
 
-def findings(decided: Analysis) -> Section | None:
+def findings(analysis: Analysis) -> Section | None:
     """The heatmap of declared contrasts and the table behind it."""
-    subjects = decided.declared
+    subjects = analysis.declared
     if not subjects:
         return None
-    found = {one.label: one for one in decided.verdicts}
-    verdicts = {subject: found.get(label) for label, subject in subjects.items()}
+    by_label = {verdict.label: verdict for verdict in analysis.verdicts}
+    verdicts = {subject: by_label.get(label) for label, subject in subjects.items()}
     blocks: list[Block] = []
-    if any(one is not None and one.estimate is not None for one in verdicts.values()):
-        blocks.append(_matrix(decided, verdicts))
+    if any(verdict is not None and verdict.estimate is not None for verdict in verdicts.values()):
+        blocks.append(_matrix(analysis, verdicts))
         blocks.append(
             Note(
                 "Colour and sign: the change in the direction of leakage, in thresholds (orange) or against it (purple). "
                 "T transfer, R reverse, = equivalent, ? inconclusive, u uninformative, w withheld; a dash was not measured."
             )
         )
-    # Before the tables and not in a caption: where nothing speaks, the only table is folded away.
-    warned = dict.fromkeys(one.behavior for one in decided.verdicts if one.sign_flip_warning)
-    blocks += [ask(decided, "sign_flips", behavior=behavior) for behavior in warned]
-    blocks += _tables(decided, verdicts)
+    # Not in a caption: without findings the only table is folded away, and its caption with it.
+    weak_sign_flips = dict.fromkeys(verdict.behavior for verdict in analysis.verdicts if verdict.sign_flip_warning)
+    blocks += [ask(analysis, "sign_flips", behavior=behavior) for behavior in weak_sign_flips]
+    blocks += _tables(analysis, verdicts)
     return Section(
         "findings", "Findings", tuple(blocks),
         "Each contrast is the assistant's change against epoch zero, paired by question, minus the canary's, minus the same "
@@ -93,7 +93,7 @@ def findings(decided: Analysis) -> Section | None:
     )  # fmt: skip
 
 
-def _matrix(decided: Analysis, verdicts: dict[ContrastSubject, CellVerdict | None]) -> Figure:
+def _matrix(analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | None]) -> Figure:
     several = len({subject.negatives for subject in verdicts}) > 1
 
     def row_from_record(subject: ContrastSubject) -> str:
@@ -103,37 +103,42 @@ def _matrix(decided: Analysis, verdicts: dict[ContrastSubject, CellVerdict | Non
     behaviors = list(dict.fromkeys(subject.behavior for subject in verdicts))
     epochs = sorted({subject.epoch for subject in verdicts})
     columns = [(behavior, epoch) for behavior in behaviors for epoch in epochs]
-    by_place = {(row_from_record(s), (s.behavior, s.epoch)): one for s, one in verdicts.items()}
+    by_place = {(row_of(s), (s.behavior, s.epoch)): verdict for s, verdict in verdicts.items()}
     values: list[list[float | None]] = []
     texts: list[list[str]] = []
     for row in rows:
         line = [by_place.get((row, column)) for column in columns]
-        values.append([_in_thresholds(decided, one) for one in line])
-        texts.append([_short(one) for one in line])
+        values.append([_in_thresholds(analysis, verdict) for verdict in line])
+        texts.append([_short(verdict) for verdict in line])
     names = [f"{behavior} e{epoch}" for behavior, epoch in columns]
-    return heatmap("matrix", "Change beyond canary and mimicry, points", rows, names, values, texts, decided.run)
+    return heatmap("matrix", "Change beyond canary and mimicry, points", rows, names, values, texts, analysis.run)
 
 
-def _in_thresholds(decided: Analysis, one: CellVerdict | None) -> float | None:
-    if one is None or one.estimate is None or not one.margin or one.kind in ("uninformative", "withheld"):
+def _in_thresholds(analysis: Analysis, verdict: CellVerdict | None) -> float | None:
+    if (
+        verdict is None
+        or verdict.estimate is None
+        or not verdict.margin
+        or verdict.kind in ("uninformative", "withheld")
+    ):
         return None
-    return decided.found.direction(one.behavior) * one.estimate / one.margin
+    return analysis.found.direction(verdict.behavior) * verdict.estimate / verdict.margin
 
 
-def _short(one: CellVerdict | None) -> str:
-    if one is None:
+def _short(verdict: CellVerdict | None) -> str:
+    if verdict is None:
         return "-"
-    letter = _LETTERS[one.kind]
-    if one.estimate is None or one.kind in ("uninformative", "withheld"):
+    letter = _LETTERS[verdict.kind]
+    if verdict.estimate is None or verdict.kind in ("uninformative", "withheld"):
         return letter
-    return f"{signed(scale(one.unit) * one.estimate, 0)} {letter}"
+    return f"{signed(scale(verdict.unit) * verdict.estimate, 0)} {letter}"
 
 
-def _tables(decided: Analysis, verdicts: dict[ContrastSubject, CellVerdict | None]) -> list[Table]:
-    """One table, or where it would be long two: what says something, and, folded away, what does not."""
-    seeded = any(one is not None and one.over_seeds is not None for one in verdicts.values())
+def _tables(analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | None]) -> list[Table]:
+    """One table, or if it were long two: contrasts with a finding, and, folded away, those without."""
+    seeded = any(verdict is not None and verdict.over_seeds is not None for verdict in verdicts.values())
     columns = tuple(name for name in _COLUMNS if seeded or name != "over seeds")
-    rows = {subject: _row(decided, subject, one, seeded=seeded) for subject, one in verdicts.items()}
+    rows = {subject: _row(analysis, subject, verdict, seeded=seeded) for subject, verdict in verdicts.items()}
     numeric = frozenset(range(2, columns.index("confidence")))
     caption = "Changes in percentage points, or in points where a judge scores."
     if seeded:
@@ -142,36 +147,38 @@ def _tables(decided: Analysis, verdicts: dict[ContrastSubject, CellVerdict | Non
         )
     if len(rows) <= OPEN_ROWS:
         return [Table("contrasts", columns, tuple(rows.values()), numeric, caption)]
-    silent = [s for s, one in verdicts.items() if one is None or one.kind in ("inconclusive", "uninformative")]
-    speaking = tuple(row for subject, row in rows.items() if subject not in silent)
-    rest = tuple(rows[subject] for subject in silent)
+    without_finding = [
+        s for s, verdict in verdicts.items() if verdict is None or verdict.kind in ("inconclusive", "uninformative")
+    ]
+    with_finding = tuple(row for subject, row in rows.items() if subject not in without_finding)
+    rest = tuple(rows[subject] for subject in without_finding)
     folded = f"{len(rest)} contrasts that say nothing either way, or were not run"
-    tables = [Table("contrasts", columns, speaking, numeric, caption)] if speaking else []
+    tables = [Table("contrasts", columns, with_finding, numeric, caption)] if with_finding else []
     return [*tables, Table("contrasts-silent", columns, rest, numeric, caption, folded)] if rest else tables
 
 
 def _row(
-    decided: Analysis, subject: ContrastSubject, one: CellVerdict | None, *, seeded: bool
+    analysis: Analysis, subject: ContrastSubject, verdict: CellVerdict | None, *, seeded: bool
 ) -> tuple[TableCell, ...]:
-    label = subject.label(decided.found.main(subject.behavior))
-    if one is None:
+    label = subject.label(analysis.found.main(subject.behavior))
+    if verdict is None:
         return (TableCell(label), TableCell("not run", word="absent"), *[TableCell("")] * (8 if seeded else 7))
-    shown = one.estimate is not None
-    rows = one.rows if shown else ()
-    estimate = signed(scale(one.unit) * (one.estimate or 0.0)) if shown else ""
-    over = one.over_seeds
-    over_seeds = _range(over.low, over.high, one.unit) if over is not None else ""
+    has_estimate = verdict.estimate is not None
+    rows = verdict.rows if has_estimate else ()
+    estimate = signed(scale(verdict.unit) * (verdict.estimate or 0.0)) if has_estimate else ""
+    over = verdict.over_seeds
+    over_seeds = _range(over.low, over.high, verdict.unit) if over is not None else ""
     return (
-        TableCell(label), TableCell(one.kind, word=one.kind), TableCell(estimate, rows), TableCell(_range(one.low, one.high, one.unit), rows),
+        TableCell(label), TableCell(verdict.kind, word=verdict.kind), TableCell(estimate, rows), TableCell(_range(verdict.low, verdict.high, verdict.unit), rows),
         *((TableCell(over_seeds, rows),) if seeded else ()),
-        TableCell(p_value(one.p_corrected), rows), TableCell(p_value(one.p_sign_flip), rows),
-        TableCell(size(one.margin, one.unit) if one.margin else ""), TableCell(one.confidence.level),
-        TableCell.saying(ask(decided, "finding", label=label)),
+        TableCell(p_value(verdict.p_corrected), rows), TableCell(p_value(verdict.p_sign_flip), rows),
+        TableCell(size_text(verdict.margin, verdict.unit) if verdict.margin else ""), TableCell(verdict.confidence.level),
+        TableCell.saying(ask(analysis, "finding", label=label)),
     )  # fmt: skip
 
 
 def _range(low: float | None, high: float | None, unit: Unit) -> str:
-    """An interval as a table shows it; empty where there is none."""
+    """An interval as a table shows it; empty if there is none."""
     return (
         f"{signed(scale(unit) * low)} to {signed(scale(unit) * high)}" if low is not None and high is not None else ""
     )

@@ -1,7 +1,7 @@
-"""Published tables as summary metrics: they go through the threshold rules, and every evidence verdict is withheld.
+"""Published result tables: read from `data/published.toml`, put through the threshold gates, and written as a report.
 
-A figure without samples has no interval, whatever its size; a column whose training rows the audit refuses gives no
-figure at all; and a figure that no table holds cannot be made.
+A figure without samples has no interval, so every evidence verdict is withheld; a column whose training rows the audit
+refuses gives no figure; and a figure that no table holds cannot be made.
 """
 
 from __future__ import annotations
@@ -22,25 +22,26 @@ from fastconv.recipe import GateSettings, parse_recipe
 from fastconv.report.blocks import Block, Claim, Note, ReportData, Section, Table, TableCell
 from fastconv.report.claims import rank_correlation
 from fastconv.report.render import render_html, render_markdown
-from fastconv.stats import study_gates as gates_study
+from fastconv.stats import study_gates
 from fastconv.stats.bounds import spearman_attainable
 from fastconv.stats.gates import GateVerdict
 from fastconv.stats.series import Number
 from fastconv.stats.study_gates import Role, Shift
-from fastconv.stats.units import Unit, counted, size
-from fastconv.stats.verdicts import CellVerdict, withheld
+from fastconv.stats.units import Unit, counted, size_text
+from fastconv.stats.verdicts import CellVerdict, withheld_verdict
 from fastconv.store.ledger import write_text
 
 SHIPPED = "issue_112_v1"
-#: The table whose marker rates stand beside what the others transferred.
+#: The table of marker rates with which the other tables are correlated.
 MARKERS = "issue_109"
-#: The audit's codes that a column was refused by, in words.
+#: Texts for the audit codes that refuse a column.
 REFUSALS = {"D101": WITHOUT_PROMPT}
+TABLES_FILE = "data/published.toml"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """One published figure: a mean without its samples. `row` names where in the table it stands."""
+    """One published figure: a mean without its samples. `row` identifies it in the table."""
 
     source: str
     behavior: str
@@ -65,21 +66,21 @@ class SummaryTable:
     refusals: Mapping[str, tuple[str, ...]]
 
     def number(self, source: str, behavior: str, epoch: int, role: Role = "assistant") -> Number:
-        """A figure with its row. Raises NoRowsError for one that the table does not hold, or whose column is refused."""
+        """A figure with its row. Raises NoRowsError if the table does not hold it, or its column is refused."""
         rows = tuple(
-            one.row
-            for one in self.figures
-            if (one.source, one.behavior, one.epoch, one.role) == (source, behavior, epoch, role)
+            figure.row
+            for figure in self.figures
+            if (figure.source, figure.behavior, figure.epoch, figure.role) == (source, behavior, epoch, role)
             and not self.refusals.get(behavior)
         )
-        value = next((one.value for one in self.figures if one.row in rows), float("nan"))
-        unit = next((one.unit for one in self.figures if one.behavior == behavior), "share")
+        value = next((figure.value for figure in self.figures if figure.row in rows), float("nan"))
+        unit = next((figure.unit for figure in self.figures if figure.behavior == behavior), "share")
         return Number(value, unit, rows)
 
 
 @dataclass(frozen=True)
 class PublishedVerdicts:
-    """What the rules say of a published table."""
+    """Gates and verdicts of a published table."""
 
     table: SummaryTable
     gates: tuple[GateVerdict, ...]
@@ -87,22 +88,22 @@ class PublishedVerdicts:
     refused: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """JSON form for `--json`."""
         return {
             "table": self.table.name,
             "gates": [asdict(one) for one in self.gates],
-            "verdicts": [one.body() for one in self.verdicts],
+            "verdicts": [verdict.body() for verdict in self.verdicts],
             "refused": list(self.refused),
         }
 
 
 def published_names() -> tuple[str, ...]:
-    """The tables of `data/published.toml`."""
+    """Names of the tables in `data/published.toml`."""
     return tuple(read_toml(assets("data") / "published.toml"))
 
 
 def read_published(name: str = SHIPPED) -> SummaryTable:
-    """A table of `data/published.toml`, its columns' training rows audited."""
+    """Read a table of `data/published.toml` and audit the training rows of its columns."""
     raw = read_toml(assets("data") / "published.toml")[name]
     behaviors = tuple(key for key, column in raw.items() if isinstance(column, dict))
     figures = [
@@ -137,11 +138,11 @@ def read_published(name: str = SHIPPED) -> SummaryTable:
 
 
 def judge_published(table: SummaryTable | None = None, gates: GateSettings | None = None) -> PublishedVerdicts:
-    """The study's rules by thresholds, and a withheld verdict for every contrast."""
+    """The study's gates by thresholds, and a withheld verdict for every contrast."""
     table, rules = table or read_published(), gates or GateSettings()
     shifts = shifts_of(table, rules)
     sources = [source for source in table.sources if source != rules.negative_control]
-    verdicts = gates_study.study(rules, table.name, shifts, sources)
+    verdicts = study_gates.study(rules, table.name, shifts, sources)
     refused = tuple(
         f"{behavior}: the audit refuses its training rows ({'; '.join(map(_explained, codes))})"
         for behavior, codes in table.refusals.items()
@@ -155,39 +156,50 @@ def _explained(code: str) -> str:
 
 
 def shifts_of(table: SummaryTable, rules: GateSettings) -> list[Shift]:
-    """Every change against epoch 0 that the table allows: none in a refused column."""
-    figures = [one for one in table.figures if not table.refusals.get(one.behavior)]
-    zero = {(one.source, one.behavior, one.role): one for one in figures if one.epoch == 0}
-    found = []
-    for one in figures:
-        base = zero.get((one.source, one.behavior, one.role))
-        if one.epoch and base is not None:
-            threshold = rules.threshold(one.behavior, one.unit)
-            rows = (base.row, one.row)
-            found.append(
-                Shift(one.source, one.behavior, one.epoch, one.role, one.value - base.value, one.unit, threshold, rows)
+    """Every change against epoch 0 in the table; none in a refused column."""
+    figures = [figure for figure in table.figures if not table.refusals.get(figure.behavior)]
+    zero = {(figure.source, figure.behavior, figure.role): figure for figure in figures if figure.epoch == 0}
+    shifts = []
+    for figure in figures:
+        base = zero.get((figure.source, figure.behavior, figure.role))
+        if figure.epoch and base is not None:
+            threshold = rules.threshold(figure.behavior, figure.unit)
+            rows = (base.row, figure.row)
+            shifts.append(
+                Shift(
+                    figure.source,
+                    figure.behavior,
+                    figure.epoch,
+                    figure.role,
+                    figure.value - base.value,
+                    figure.unit,
+                    threshold,
+                    rows,
+                )
             )
-    return found
+    return shifts
 
 
 def _withheld(rules: GateSettings, table: SummaryTable, shifts: Sequence[Shift]) -> list[CellVerdict]:
-    """Why no contrast of the table can be a finding: each has no samples and one seed, some have more against them."""
-    found = []
-    for one in shifts:
+    """Withheld verdicts with the reasons: no samples for any contrast, one seed, and more for some."""
+    verdicts = []
+    for shift in shifts:
         reasons = ["no samples are published, so nothing has an interval"]
         if table.n_seeds < 2:
             reasons.append("one seed")
         reasons.append("no figure of canary or mimicry is published")
-        ends = [table.number(one.source, one.behavior, epoch).value for epoch in (0, one.epoch)]
-        if one.behavior != "capability" and one.unit == "share" and max(ends) < one.threshold:
-            reasons.append(f"at its floor at both epochs, under the threshold of {size(one.threshold, one.unit)}")
-        label = f"{one.source} e{one.epoch} {one.behavior}"
-        found.append(withheld(label, "; ".join(reasons), one.rows, one.behavior))
-    return found
+        ends = [table.number(shift.source, shift.behavior, epoch).value for epoch in (0, shift.epoch)]
+        if shift.behavior != "capability" and shift.unit == "share" and max(ends) < shift.threshold:
+            reasons.append(
+                f"at its floor at both epochs, under the threshold of {size_text(shift.threshold, shift.unit)}"
+            )
+        label = f"{shift.source} e{shift.epoch} {shift.behavior}"
+        verdicts.append(withheld_verdict(label, "; ".join(reasons), shift.rows, shift.behavior))
+    return verdicts
 
 
 def _audited(behavior: str, source: str, turn: str) -> tuple[str, ...]:
-    """Codes of the audit against rows of a source that were trained with this system turn."""
+    """Codes by which the audit refuses a source's rows trained with this system turn."""
     recipe = parse_recipe({"name": "published", "grid": {"sources": [source], "behaviors": ["none", behavior]}})
     personas, behaviors = load_personas(recipe), load_behaviors(recipe)
     row = Row(
@@ -195,30 +207,27 @@ def _audited(behavior: str, source: str, turn: str) -> tuple[str, ...]:
     )
     built = BuiltSet(f"{behavior}/{source}", behaviors[behavior], source, "none", 42, (row,))
     design = Design(recipe, personas, behaviors, (built,), None)
-    return tuple(found.code for found in check_persona_prompt(design) if found.severity == "refuse")
-
-
-MADE_OF = "data/published.toml"
+    return tuple(finding.code for finding in check_persona_prompt(design) if finding.severity == "refuse")
 
 
 def published_report(judged: PublishedVerdicts) -> ReportData:
-    """The table as a report: only figures that it holds, and what the rules say of them."""
+    """The table as a report: only figures that it holds, and the gates' verdicts on them."""
     table = judged.table
     gates = tuple(
         (
-            TableCell(one.gate),
-            TableCell(one.verdict, word=one.verdict),
-            TableCell(one.reason, one.rows),
-            TableCell(one.threshold),
+            TableCell(gate.gate),
+            TableCell(gate.verdict, word=gate.verdict),
+            TableCell(gate.reason, gate.rows),
+            TableCell(gate.threshold),
         )
-        for one in judged.gates
+        for gate in judged.gates
     )
     verdicts = tuple(
-        (TableCell(one.label), TableCell(one.kind, word=one.kind), TableCell(one.reason, one.rows))
-        for one in judged.verdicts
+        (TableCell(verdict.label), TableCell(verdict.kind, word=verdict.kind), TableCell(verdict.reason, verdict.rows))
+        for verdict in judged.verdicts
     )
     sections = [
-        Section("amounts", "What the published figures amount to", (lead(judged),)),
+        Section("amounts", "What the published figures amount to", (summary_claim(judged),)),
         _figures(judged),
         Section("gates", "Gates", (Table("gates-table", ("gate", "verdict", "because", "rule"), gates),)),
         Section("findings", "Findings", (Table("contrasts", ("contrast", "verdict", "why"), verdicts),)),
@@ -229,31 +238,31 @@ def published_report(judged: PublishedVerdicts) -> ReportData:
 
 
 def write_published(judged: PublishedVerdicts, folder: Path) -> Path:
-    """Write that report as a page and its Markdown twin; returns the page. Raises StoreError if the folder cannot be."""
+    """Write the report as HTML and Markdown; returns the HTML path. Raises StoreError if it cannot be written."""
     data = published_report(judged)
     write_text(folder / f"{data.run}.md", render_markdown(data))
     write_text(folder / f"{data.run}.html", render_html(data))
     return folder / f"{data.run}.html"
 
 
-def lead(judged: PublishedVerdicts) -> Claim:
-    """One paragraph: what the thresholds say, that none of it is evidence and why, and what was left out."""
-    gates = {one.gate: one for one in judged.gates}
-    shared = [
+def summary_claim(judged: PublishedVerdicts) -> Claim:
+    """One paragraph: the thresholds' outcome, why it is no evidence, and which columns were left out."""
+    gates = {gate.gate: gate for gate in judged.gates}
+    shared_reasons = [
         reason
         for reason in judged.verdicts[0].reason.split("; ")
-        if all(reason in one.reason.split("; ") for one in judged.verdicts)
+        if all(reason in verdict.reason.split("; ") for verdict in judged.verdicts)
     ]
     n = counted(len(judged.verdicts), "contrast")
-    said = [
+    sentences = [
         _by_thresholds(gates),
-        f"Thresholds are not evidence: every verdict on its {n} is withheld ({'; '.join(shared)}), so the table speaks "
+        f"Thresholds are not evidence: every verdict on its {n} is withheld ({'; '.join(shared_reasons)}), so the table speaks "
         "neither for nor against transfer.",
-        *(f"Left out is {one}." for one in judged.refused),
+        *(f"Left out is {refusal}." for refusal in judged.refused),
     ]
     word = gates["CONFIRM"].verdict if gates["CONFIRM"].verdict != "not applicable" else "withheld"
-    rows = tuple(dict.fromkeys(row for one in judged.verdicts for row in one.rows))
-    return Claim("answer", {"table": judged.table.name}, " ".join(said), rows, word)
+    rows = tuple(dict.fromkeys(row for verdict in judged.verdicts for row in verdict.rows))
+    return Claim("answer", {"table": judged.table.name}, " ".join(sentences), rows, word)
 
 
 def _by_thresholds(gates: dict[str, GateVerdict]) -> str:
@@ -281,7 +290,7 @@ def _figures(judged: PublishedVerdicts) -> Section:
     ]
     columns = ("source", "behavior", *(f"e{epoch}" for epoch in table.epochs))
     blocks: tuple[Block, ...] = tuple(Note(text, "withheld") for text in judged.refused)
-    intro = f"As retyped in {MADE_OF}, with their origin; `fastconv verify` compares this page with that file."
+    intro = f"As retyped in {TABLES_FILE}, with their origin; `fastconv verify` compares this page with that file."
     return Section("figures", "Published figures", (*blocks, Table("figures-table", columns, tuple(rows))), intro)
 
 
@@ -292,17 +301,19 @@ def _shown(table: SummaryTable, source: str, behavior: str, epoch: int) -> Table
 
 
 def _beside_markers(table: SummaryTable) -> tuple[Claim, ...]:
-    """Each behavior's last change beside the marker rate at its last epoch, over the sources that both tables have."""
+    """Correlation of each behavior's last change with the marker rate at its last epoch, over common sources."""
     markers = read_published(MARKERS)
     sources = [source for source in table.sources if source in markers.sources]
     if table.name == MARKERS or len(sources) < 2:
         return ()
     rates = {source: markers.number(source, "marker", markers.epochs[-1]) for source in sources}
-    marked = tuple(row for one in rates.values() for row in one.rows)
+    marker_rows = tuple(row for number in rates.values() for row in number.rows)
     attainable = spearman_attainable(len(sources), len(table.behaviors))
     shown = f"{counted(len(sources), 'source')} with a marker rate and {counted(len(table.behaviors), 'behavior')}"
-    found = [
-        Claim("attainable", {}, f"{shown}: {attainable.reason}.", marked, "" if attainable.possible else "withheld")
+    claims = [
+        Claim(
+            "attainable", {}, f"{shown}: {attainable.reason}.", marker_rows, "" if attainable.possible else "withheld"
+        )
     ]
     for behavior in table.behaviors:
         changes = _last_changes(table, behavior)
@@ -312,15 +323,15 @@ def _beside_markers(table: SummaryTable) -> tuple[Claim, ...]:
                 f"Over {len(sources)} sources, the rank correlation of the assistant's change in {behavior} with its "
                 f"marker rate, both at their last epochs, is {figures}."
             )
-            rows = (*marked, *(row for source in sources for row in changes[source].rows))
-            found.append(Claim("correlation", {"behavior": behavior}, text, rows))
-    return tuple(found)
+            rows = (*marker_rows, *(row for source in sources for row in changes[source].rows))
+            claims.append(Claim("correlation", {"behavior": behavior}, text, rows))
+    return tuple(claims)
 
 
 def _last_changes(table: SummaryTable, behavior: str) -> dict[str, Number]:
     """The assistant's change at the last epoch by source; empty for a refused column."""
     return {
-        one.source: one.number
-        for one in shifts_of(table, GateSettings())
-        if one.behavior == behavior and one.epoch == table.epochs[-1] and one.role == "assistant"
+        shift.source: shift.number
+        for shift in shifts_of(table, GateSettings())
+        if shift.behavior == behavior and shift.epoch == table.epochs[-1] and shift.role == "assistant"
     }

@@ -1,4 +1,4 @@
-"""What else a reader needs: the audit's warnings, superseded runs, limits, and the reproducibility card."""
+"""Sections for the record: audit warnings, failures, other runs, limits, reproducibility, training, cost and plan."""
 
 from __future__ import annotations
 
@@ -20,18 +20,23 @@ from fastconv.report.blocks import Block, Figure, Figures, Note, Section, Table,
 from fastconv.report.claims import ask
 from fastconv.report.figures import curves
 from fastconv.run.status import failed_stages
-from fastconv.stats.units import counted
+from fastconv.stats.units import counted, first_few
 from fastconv.store.ledger import Stage, changed_inputs
 from fastconv.store.records import Record
 
+#: A ratio of actual to planned seconds beyond this, either way, is a defect of the plan.
+MOST_FACTOR = 2.0
+#: Kinds that took less than this in total are not compared: the plan is not that fine.
+LEAST_S = 1.0
 
-def brought_files(graph: Graph) -> dict[str, str]:
-    """sha256 (hex) of every file of the user's by the key that names it. Rubrics are told with the judge."""
+
+def user_files(graph: Graph) -> dict[str, str]:
+    """sha256 (hex) of every user file by the key that names it, except rubrics (see `_judge`)."""
     return {f"{name}: {path.name}": _sha256(path) for name, path in _named(graph)}
 
 
 def questions_asked(graph: Graph) -> dict[str, str]:
-    """sha256 (hex) of the multiple-choice questions; empty where none are asked. A file's order and form never matter."""
+    """sha256 (hex) of the multiple-choice questions, independent of file order and format; empty if there are none."""
     if not any(behavior.spec.measure == "letters" for behavior in graph.behaviors.values()):
         return {}
     questions = graph.questions
@@ -59,7 +64,7 @@ def _named(graph: Graph) -> Iterator[tuple[str, Path]]:
 
 
 def _beside(behavior: Behavior) -> Iterator[tuple[str, Path]]:
-    """The files that a declaration of the user's names, which lie beside it."""
+    """The files that a user's behavior declaration names, relative to its folder."""
     if behavior.folder.resolve() == assets("data").resolve():
         return
     spec = behavior.spec
@@ -77,43 +82,44 @@ def _sha256(path: Path) -> str:
         return "cannot be read any more"
 
 
-def warnings(decided: Analysis) -> Section:
+def warnings(analysis: Analysis) -> Section:
     """The audit's warnings, with the recipe's reason where it accepts one."""
-    audit = check_recipe(decided.graph.recipe)
+    audit = check_recipe(analysis.graph.recipe)
     rows = []
-    for code in dict.fromkeys(found.code for found in audit.findings if found.severity == "warn"):
-        mine = [found for found in audit.findings if found.code == code]
-        said = f"accepted: {audit.accepted[code]}" if code in audit.accepted else "not accepted"
-        figures = "; ".join(f"{found.subject}: {found.figure}" for found in mine if found.figure)
-        rows.append(plain_row((code, said, mine[0].why, figures)))
+    for code in dict.fromkeys(finding.code for finding in audit.findings if finding.severity == "warn"):
+        findings = [finding for finding in audit.findings if finding.code == code]
+        acceptance = f"accepted: {audit.accepted[code]}" if code in audit.accepted else "not accepted"
+        figures = "; ".join(f"{finding.subject}: {finding.figure}" for finding in findings if finding.figure)
+        rows.append(plain_row((code, acceptance, findings[0].why, figures)))
     if not rows:
         return Section("audit", "Warnings of the audit", (Note("none"),))
     table = Table("warnings", ("code", "accepted", "what it means", "figures"), tuple(rows))
     return Section("audit", "Warnings of the audit", (table,))
 
 
-def failures(decided: Analysis) -> Section | None:
-    """Stages that gave no usable numbers when they were last tried, with the cells that miss them."""
-    failed = failed_stages(decided.store.failures(), decided.graph.cells)
+def failures(analysis: Analysis) -> Section | None:
+    """Stages that failed when they were last tried, and the cells without their numbers."""
+    failed = failed_stages(analysis.store.failures(), analysis.graph.cells)
     if not failed:
         return None
-    rows = tuple(plain_row((TableCell(one.slot, code=True), one.reason, "; ".join(one.cells))) for one in failed)
+    rows = tuple(
+        plain_row((TableCell(stage.slot, code=True), stage.reason, "; ".join(stage.cells))) for stage in failed
+    )
     table = Table("failed", ("stage", "why it failed", "cells without its numbers"), rows)
     intro = "What these stages would have given is missing below, not zero. The same command tries them again."
     return Section("failed", "Failed", (table,), intro)
 
 
-def superseded(decided: Analysis) -> Section | None:
-    """Other runs of the same recipe name in this workspace, and what differs."""
-    mine = decided.graph.recipe.model_dump(mode="json")
+def superseded(analysis: Analysis) -> Section | None:
+    """Other runs of the same recipe name in this workspace, and how they differ."""
+    this_recipe = analysis.graph.recipe.model_dump(mode="json")
     rows = []
-    for row in decided.store.runs():
-        if row["source"] != decided.graph.recipe.name or row["id"] == decided.run:
+    for row in analysis.store.runs():
+        if row["source"] != analysis.graph.recipe.name or row["id"] == analysis.run:
             continue
-        changes = changed_inputs(json.loads(row["recipe"]), mine)
-        more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
+        changes = changed_inputs(json.loads(row["recipe"]), this_recipe)
         ended = "finished" if row["finished_at"] else "not finished"
-        rows.append(plain_row((row["id"], _when(row["started_at"]), ended, "; ".join(changes[:4]) + more)))
+        rows.append(plain_row((row["id"], _when(row["started_at"]), ended, first_few(changes, 4, "; "))))
     if not rows:
         return None
     table = Table("superseded", ("run", "started", "state", "what this run has instead"), tuple(rows))
@@ -125,66 +131,67 @@ def superseded(decided: Analysis) -> Section | None:
     )
 
 
-def limits(decided: Analysis) -> Section:
-    """What the run cannot show, whatever its numbers say."""
-    recipe = decided.graph.recipe
-    said = []
+def limits(analysis: Analysis) -> Section:
+    """What the run cannot show, whatever its results."""
+    recipe = analysis.graph.recipe
+    sentences = []
     if len(recipe.grid.seeds) == 1:
-        said.append("One seed: confidence is LOW whatever the intervals say.")
+        sentences.append("One seed: confidence is LOW whatever the intervals say.")
     if NO_BEHAVIOR not in recipe.grid.behaviors:
-        said.append("No convergence-only control: mimicry and transfer cannot be told apart.")
+        sentences.append("No convergence-only control: mimicry and transfer cannot be told apart.")
     if ASSISTANT in recipe.grid.sources:
-        said.append(
+        sentences.append(
             "The assistant as its own source is a degenerate control: what it shows is training, not transfer. It counts "
             "in no verdict."
         )
-    if recipe.judge.mode == "substring" and any(b.spec.measure == "phrases" for b in decided.graph.behaviors.values()):
-        said.append("Text is judged by phrases only; no judge read it.")
-    if decided.graph.judge is not None and decided.graph.judge.weak:
-        said.append(f"{decided.graph.judge.name} is a weak judge: it answers by one character.")
+    if recipe.judge.mode == "substring" and any(b.spec.measure == "phrases" for b in analysis.graph.behaviors.values()):
+        sentences.append("Text is judged by phrases only; no judge read it.")
+    if analysis.graph.judge is not None and analysis.graph.judge.weak:
+        sentences.append(f"{analysis.graph.judge.name} is a weak judge: it answers by one character.")
     if recipe.model.id == TINY:
-        said.append("Random weights: the numbers show that every stage runs and that they can be traced, nothing else.")
+        sentences.append(
+            "Random weights: the numbers show that every stage runs and that they can be traced, nothing else."
+        )
     elif recipe.model.id.startswith("builtin:"):
-        said.append("A small embedded model shows that the loop works; it says nothing about larger ones.")
+        sentences.append("A small embedded model shows that the loop works; it says nothing about larger ones.")
     if recipe.grid.negatives == ("included",):
-        said.append(
+        sentences.append(
             "The assistant is among the negatives everywhere: an effect is a lower bound, and no effect says nothing."
         )
-    missing = [plan.cell.label for plan in decided.graph.cells if plan not in decided.measured]
+    missing = [plan.cell.label for plan in analysis.graph.cells if plan not in analysis.measured]
     if missing:
         more = " and others" if len(missing) > 4 else ""
-        said.append(f"Not measured: {', '.join(missing[:4])}{more}.")
-    said += _pending(decided)
-    return Section("limits", "Limits", tuple(Note(line) for line in said) or (Note("none stated"),))
+        sentences.append(f"Not measured: {', '.join(missing[:4])}{more}.")
+    sentences += _pending(analysis)
+    return Section("limits", "Limits", tuple(Note(line) for line in sentences) or (Note("none stated"),))
 
 
-def _pending(decided: Analysis) -> list[str]:
-    """Judge stages whose completions are there and whose judgements are not."""
-    store = decided.store
-    stages = [s for s in decided.graph.stages() if s.kind == "judge" and store.record(s.key) is None]
+def _pending(analysis: Analysis) -> list[str]:
+    """Judge stages with finished completions and without judgements."""
+    store = analysis.store
+    stages = [s for s in analysis.graph.stages() if s.kind == "judge" and store.record(s.key) is None]
     slots = [stage.slot for stage in stages if store.record(stage.needs["eval"].key) is not None]
     if not slots:
         return []
-    more = f" and {len(slots) - 5} more" if len(slots) > 5 else ""
-    return [f"{len(slots)} stages wait for the judge: {', '.join(slots[:5])}{more}."]
+    return [f"{len(slots)} stages wait for the judge: {first_few(slots, 5)}."]
 
 
-def card(decided: Analysis) -> Section:
-    """Everything needed to do it again."""
+def card(analysis: Analysis) -> Section:
+    """Everything needed to reproduce the run."""
     blocks: list[Block] = []
-    for title, table in _tables(decided).items():
+    for title, table in _tables(analysis).items():
         rows = tuple((TableCell(name), TableCell(str(value), code=True)) for name, value in table.items())
         if rows:
             blocks.append(Table(f"card-{title.split()[0].lower()}", (title, ""), rows))
     return Section("card", "Reproducibility card", tuple(blocks))
 
 
-def _tables(decided: Analysis) -> dict[str, Mapping[str, str]]:
-    graph, facts = decided.graph, decided.facts
+def _tables(analysis: Analysis) -> dict[str, Mapping[str, str]]:
+    graph, facts = analysis.graph, analysis.facts
     sets = {
         stage.slot: str(record.outputs["rows"])
         for stage in graph.stages()
-        if stage.kind == "rows" and (record := decided.reading.record(stage)) is not None
+        if stage.kind == "rows" and (record := analysis.reading.record(stage)) is not None
     }
     data = {path.name: file_sha256(path) for path in sorted(assets("data").iterdir()) if path.is_file()}
     return {
@@ -198,12 +205,12 @@ def _tables(decided: Analysis) -> dict[str, Mapping[str, str]]:
             **dict(graph.source.identity),
             **{f"template {name}": value for name, value in facts.get("template", {}).items()},
         },
-        "Judge": _judge(decided),
+        "Judge": _judge(analysis),
         "Machine": {name: str(v) for name, v in {**facts.get("machine", {}), **facts.get("engine", {})}.items()},
         "Versions": {"python": facts.get("python", "not recorded"), **facts.get("versions", {})},
         "Sets trained on (sha256)": sets,
         "Data files (sha256)": data,
-        "Brought files (sha256)": brought_files(graph),
+        "Brought files (sha256)": user_files(graph),
         "Questions of multiple choice (sha256)": questions_asked(graph),
         "Settings": {
             "canonical recipe": sha256_of(graph.recipe.model_dump(mode="json")),
@@ -212,12 +219,12 @@ def _tables(decided: Analysis) -> dict[str, Mapping[str, str]]:
     }
 
 
-def _judge(decided: Analysis) -> dict[str, str]:
-    """Who judged, and every rubric that a finished stage was judged by, under the name that the recipe knows it by."""
-    graph = decided.graph
+def _judge(analysis: Analysis) -> dict[str, str]:
+    """The judge, and every rubric of a finished judge stage, by its name in the recipe."""
+    graph = analysis.graph
     if graph.judge is None:
         return {}
-    judged = [s for s in graph.stages() if s.kind == "judge" and decided.reading.record(s) is not None]
+    judged = [s for s in graph.stages() if s.kind == "judge" and analysis.reading.record(s) is not None]
     used = {stage.work["rubric"].sha256 for stage in judged}
     rubrics = {b.spec.rubric: rubric for b in graph.behaviors.values() if (rubric := graph.rubric(b)) is not None}
     return {
@@ -234,12 +241,12 @@ def _when(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(moment))
 
 
-def curves_and_rho(decided: Analysis) -> Section | None:
-    """Loss over steps for each convergence run and behavior, and rho of every adapter."""
-    trained = list(_trained(decided))
+def curves_and_rho(analysis: Analysis) -> Section | None:
+    """Training loss over steps for each convergence training and behavior, and rho of every adapter."""
+    trained = list(_trained(analysis))
     if not trained:
         return None
-    panels = [*_convergence(decided, trained), *_behaviors(decided, trained)]
+    panels = [*_convergence(analysis, trained), *_behaviors(analysis, trained)]
     rows = tuple(_rho_row(stage, record) for stage, record in trained)
     columns = ("adapter", "last epoch's loss", "rho, least", "median", "greatest", "sha256")
     caption = "rho: norm of the adapter's delta over the norm of the weights that it stands beside, over modules."
@@ -248,15 +255,15 @@ def curves_and_rho(decided: Analysis) -> Section | None:
     return Section("training", "Training", tuple(blocks))
 
 
-def _trained(decided: Analysis) -> Iterator[tuple[Stage, Record]]:
-    for stage in decided.graph.stages():
-        record = decided.reading.record(stage)
+def _trained(analysis: Analysis) -> Iterator[tuple[Stage, Record]]:
+    for stage in analysis.graph.stages():
+        record = analysis.reading.record(stage)
         if record is not None and "adapter" in record.outputs:
             yield stage, record
 
 
-def _convergence(decided: Analysis, trained: list[tuple[Stage, Record]]) -> list[Figure]:
-    """A line for each convergence run: the losses of its last snapshot hold those of the earlier ones."""
+def _convergence(analysis: Analysis, trained: list[tuple[Stage, Record]]) -> list[Figure]:
+    """One line per convergence training: the last snapshot's losses include those of the earlier ones."""
     runs: dict[str, tuple[Stage, Record]] = {}
     for stage, record in trained:
         if stage.kind == "snapshot":
@@ -264,7 +271,7 @@ def _convergence(decided: Analysis, trained: list[tuple[Stage, Record]]) -> list
             if run not in runs or len(record.outputs["losses"]) > len(runs[run][1].outputs["losses"]):
                 runs[run] = (stage, record)
     series = {_run_name(stage): record.outputs["losses"] for stage, record in runs.values()}
-    return [curves("loss-convergence", "Convergence", series, ("step", "loss, nats"), decided.run)] if series else []
+    return [curves("loss-convergence", "Convergence", series, ("step", "loss, nats"), analysis.run)] if series else []
 
 
 def _run_name(stage: Stage) -> str:
@@ -272,16 +279,16 @@ def _run_name(stage: Stage) -> str:
     return f"{source} {seed}" if convergence == "source" else f"{source} {convergence} {seed}"
 
 
-def _behaviors(decided: Analysis, trained: list[tuple[Stage, Record]]) -> list[Figure]:
+def _behaviors(analysis: Analysis, trained: list[tuple[Stage, Record]]) -> list[Figure]:
     by_behavior: dict[str, dict[str, list[float]]] = {}
-    for plan in decided.graph.cells:
-        record = decided.reading.record(plan.adapter) if plan.adapter is not None else None
+    for plan in analysis.graph.cells:
+        record = analysis.reading.record(plan.adapter) if plan.adapter is not None else None
         if record is not None:
             cell = plan.cell
             name = f"{cell.source} e{cell.epoch} {cell.negatives} s{cell.seed}"
             by_behavior.setdefault(cell.behavior, {}).setdefault(name, record.outputs["losses"])
     return [
-        curves(f"loss-{behavior}", f"Training {behavior}", series, ("step", "loss, nats"), decided.run)
+        curves(f"loss-{behavior}", f"Training {behavior}", series, ("step", "loss, nats"), analysis.run)
         for behavior, series in by_behavior.items()
     ]
 
@@ -297,11 +304,11 @@ def _rho_row(stage: Stage, record: Record) -> tuple[TableCell, ...]:
     return (TableCell(stage.slot), loss, *shares, TableCell(str(record.outputs["adapter"]), code=True))
 
 
-def cost(decided: Analysis) -> Section | None:
+def cost(analysis: Analysis) -> Section | None:
     """Seconds and tokens of every stage."""
     rows = []
-    for stage in decided.graph.stages():
-        record = decided.reading.record(stage)
+    for stage in analysis.graph.stages():
+        record = analysis.reading.record(stage)
         if record is None:
             continue
         tokens = ", ".join(
@@ -310,33 +317,33 @@ def cost(decided: Analysis) -> Section | None:
         row = (f"{stage.key[:12]}/seconds",)
         rows.append((
             TableCell(stage.slot), TableCell(stage.key[:12], code=True), TableCell(f"{record.seconds:.1f}", row), TableCell(tokens, row),
-            TableCell("reused" if decided.reused.get(stage.key, True) else "computed"),
+            TableCell("reused" if analysis.reused.get(stage.key, True) else "computed"),
         ))  # fmt: skip
     if not rows:
         return None
-    kinds = _by_kind(decided)
+    kinds = _by_kind(analysis)
     columns = ("stage", "key", "seconds", "tokens", "in this run")
     blocks: tuple[Block, ...] = (
-        ask(decided, "cost"),
+        ask(analysis, "cost"),
         Table("kinds", ("kind of stage", "stages", "seconds"), kinds, frozenset({1, 2})),
         Table("stages", columns, tuple(rows), frozenset({2}), folded=folded_if_long(rows, "stages")),
     )
     return Section("cost", "Cost", blocks)
 
 
-def _by_kind(decided: Analysis) -> tuple[tuple[TableCell, ...], ...]:
-    found: dict[str, list[Record]] = {}
-    for stage in decided.graph.stages():
-        record = decided.reading.record(stage)
+def _by_kind(analysis: Analysis) -> tuple[tuple[TableCell, ...], ...]:
+    records_of_kind: dict[str, list[Record]] = {}
+    for stage in analysis.graph.stages():
+        record = analysis.reading.record(stage)
         if record is not None:
-            found.setdefault(stage.kind, []).append(record)
+            records_of_kind.setdefault(stage.kind, []).append(record)
     return tuple(
         (
             TableCell(kind),
             TableCell(str(len(records)), _ids(records)),
             TableCell(f"{sum(r.seconds for r in records):.1f}", _ids(records)),
         )
-        for kind, records in found.items()
+        for kind, records in records_of_kind.items()
     )
 
 
@@ -344,44 +351,38 @@ def _ids(records: list[Record]) -> tuple[str, ...]:
     return tuple(f"{record.key[:12]}/seconds" for record in records)
 
 
-#: Off by more than this, either way, is a defect of the plan.
-MOST_FACTOR = 2.0
-#: Kinds that took less than this together are not compared: a plan counts no milliseconds.
-LEAST_S = 1.0
-
-
-def planned(decided: Analysis) -> Section | None:
-    """Seconds planned at the start and taken, over the stages that this run itself computed."""
-    kept = decided.facts.get("plan")
-    if not kept:
+def planned(analysis: Analysis) -> Section | None:
+    """Planned and actual seconds of the stages that this run computed itself."""
+    plan = analysis.facts.get("plan")
+    if not plan:
         return None
-    found: dict[str, list[tuple[float, Record]]] = {}
-    for stage in decided.graph.stages():
-        record, seconds = decided.reading.record(stage), kept["stages"].get(stage.key[:12])
-        if record is not None and seconds is not None and not decided.reused.get(stage.key, True):
-            found.setdefault(stage.kind, []).append((seconds, record))
+    pairs_of_kind: dict[str, list[tuple[float, Record]]] = {}
+    for stage in analysis.graph.stages():
+        record, seconds = analysis.reading.record(stage), plan["stages"].get(stage.key[:12])
+        if record is not None and seconds is not None and not analysis.reused.get(stage.key, True):
+            pairs_of_kind.setdefault(stage.kind, []).append((seconds, record))
     rows = [
-        row_from_record(kind, pairs) for kind, pairs in found.items() if sum(r.seconds for _, r in pairs) >= LEAST_S
+        planned_row(kind, pairs) for kind, pairs in pairs_of_kind.items() if sum(r.seconds for _, r in pairs) >= LEAST_S
     ]
     if not rows:
         return None
     columns = ("kind of stage", "stages", "planned, s", "taken, s", "taken over planned")
-    intro = f"The plan made when the run began, on {kept['machine']} ({kept['origin']})."
+    intro = f"The plan made when the run began, on {plan['machine']} ({plan['origin']})."
     blocks: list[Block] = [Table("planned", columns, tuple(rows), frozenset({1, 2, 3, 4}))]
-    if "approved" in decided.facts:
-        blocks.insert(0, Note(f"Begun with --approve beyond its limits: {decided.facts['approved']['beyond']}."))
+    if "approved" in analysis.facts:
+        blocks.insert(0, Note(f"Begun with --approve beyond its limits: {analysis.facts['approved']['beyond']}."))
     return Section("planned", "Plan against actual", tuple(blocks), intro)
 
 
-def row_from_record(kind: str, pairs: list[tuple[float, Record]]) -> tuple[TableCell, ...]:
-    """The row of one kind: seconds planned and taken of each of its stages."""
+def planned_row(kind: str, pairs: list[tuple[float, Record]]) -> tuple[TableCell, ...]:
+    """Row of one kind: planned and actual seconds of its stages, and their ratio."""
     ids = tuple(f"{record.key[:12]}/seconds" for _, record in pairs)
     planned_s, taken_s = sum(seconds for seconds, _ in pairs), sum(record.seconds for _, record in pairs)
     factor = taken_s / planned_s if planned_s else None
     off = factor is None or not 1 / MOST_FACTOR <= factor <= MOST_FACTOR
-    beside = kind == "judge" and not planned_s  # a judge outside answers while the GPU computes
+    beside = kind == "judge" and not planned_s  # an external judge works while the GPU computes
     unplanned = "beside the GPU, not planned" if beside else "not planned"
-    said = unplanned if factor is None else f"{factor:.2f}" + (" (off by more than 2)" if off else "")
+    factor_text = unplanned if factor is None else f"{factor:.2f}" + (" (off by more than 2)" if off else "")
     return (
-        TableCell(kind), TableCell(str(len(pairs)), ids), TableCell("beside" if beside else f"{planned_s:.1f}"), TableCell(f"{taken_s:.1f}", ids), TableCell(said, ids),
+        TableCell(kind), TableCell(str(len(pairs)), ids), TableCell("beside" if beside else f"{planned_s:.1f}"), TableCell(f"{taken_s:.1f}", ids), TableCell(factor_text, ids),
     )  # fmt: skip

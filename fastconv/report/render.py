@@ -1,6 +1,6 @@
-"""The report: one self-contained HTML page and its Markdown twin, both made from the same `ReportData`.
+"""Renders `ReportData` as one self-contained HTML page and as Markdown.
 
-No script, nothing from outside, every text escaped. The templates print what the blocks hold and nothing else.
+No script and no external resource; all text is escaped. The templates print only what the blocks hold.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ import jinja2
 
 from fastconv.report.blocks import Claim, Figure, ReportData
 
-#: Control characters, and those that turn the direction of text: shown as their code, so that none acts.
+#: Control and bidirectional formatting characters: shown as escape codes, so that they have no effect.
 _UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 
 def render_html(data: ReportData) -> str:
-    """The page."""
+    """The report as an HTML page."""
     return _environment(autoescape=True).get_template("report.html.j2").render(data=data)
 
 
 def render_markdown(data: ReportData) -> str:
-    """The same in Markdown, without the drawings."""
+    """The report as Markdown, without figures."""
     text = _environment(autoescape=False).get_template("report.md.j2").render(data=data)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def visible(text: object) -> str:
-    """The text with characters that cannot be seen, or that turn what follows, written as their codes."""
-    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", str(text))
+    """The text with invisible and direction-changing characters replaced by their escape codes."""
+    return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
 
 
-def address(figure: Figure) -> str:
-    """The drawing as a data URI."""
+def svg_data_uri(figure: Figure) -> str:
+    """The figure's SVG as a data URI."""
     return "data:image/svg+xml;base64," + base64.b64encode(figure.svg).decode()
 
 
-def marks(claim: Claim) -> dict[str, str]:
-    """What the page says of a claim for `verify`: query, arguments, how many rows, and their sha256."""
+def claim_attributes(claim: Claim) -> dict[str, str]:
+    """The attributes of a claim in the page that `verify` reads: query, arguments, number of rows, and their sha256."""
     return {
         "query": claim.query,
         "arguments": json.dumps(dict(claim.arguments), sort_keys=True),
@@ -50,12 +50,12 @@ def marks(claim: Claim) -> dict[str, str]:
 
 
 def _quoted(text: object) -> str:
-    """A model's text as a Markdown block that it cannot leave: every line indented as code."""
+    """Model text as an indented Markdown code block, which it cannot leave."""
     return "\n".join(f"    {line}" for line in visible(text).splitlines() or [""])
 
 
 def _in_cell(text: object) -> str:
-    """A text inside a Markdown table: no line end, no bar, no HTML."""
+    """Text for a Markdown table cell: without line breaks, bars or HTML."""
     escaped = visible(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
     return " ".join(escaped.split())
 
@@ -68,6 +68,6 @@ def _environment(*, autoescape: bool) -> jinja2.Environment:
         loader=loader, autoescape=autoescape, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "cell": _in_cell, "seen": visible, "quoted": _quoted, "address": address, "marks": marks,
+        "cell": _in_cell, "seen": visible, "quoted": _quoted, "address": svg_data_uri, "marks": claim_attributes,
     }  # fmt: skip
     return environment

@@ -1,6 +1,6 @@
-"""`verify`: does a report say what its ledger says? Every claim is asked again, then every line compared.
+"""`verify`: repeats every claim's query and compares every line of a report with the ledger.
 
-A page of published figures has no ledger: it is compared with the shipped table that it was made from.
+A report of published figures has no ledger: it is compared with the shipped table it was made from.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fastconv.recipe import Recipe, parse_recipe, run_id
 from fastconv.report import build
 from fastconv.report.blocks import Claim, ReportData
 from fastconv.report.claims import NoSuchClaimError, ask
-from fastconv.report.published import MADE_OF, judge_published, published_names, published_report, read_published
+from fastconv.report.published import TABLES_FILE, judge_published, published_names, published_report, read_published
 from fastconv.report.render import render_html, render_markdown, visible
 from fastconv.store.ledger import Store
 
 _DRAWING = re.compile(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]*)")
-#: As many differing lines are told one by one; the rest are counted.
-MOST_TOLD = 40
+#: At most this many differing lines are listed.
+MOST_LISTED_LINES = 40
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that the report says and the ledger (or the table) does not; `what` is changed, missing, extra, rows or line."""
+    """One difference between report and ledger (or table); `what` is changed, missing, extra, rows or line."""
 
     what: str
     where: str
@@ -44,7 +44,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verified:
-    """The outcome: how many claims were asked again, and everything that differed."""
+    """The result: number of claims and lines checked, and all differences."""
 
     report: str
     run: str
@@ -56,17 +56,17 @@ class Verified:
 
     @property
     def holds(self) -> bool:
-        """Whether the report says exactly what it was made of says."""
+        """Whether there are no differences."""
         return not self.differences
 
     def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """JSON form for `--json`."""
         return {**asdict(self), "holds": self.holds}
 
 
 @dataclass(frozen=True)
 class PageClaim:
-    """A claim as the page has it."""
+    """A claim as read from the page."""
 
     query: str
     arguments: Mapping[str, str]
@@ -76,23 +76,25 @@ class PageClaim:
 
     @property
     def id(self) -> str:
-        """As `Claim.id`."""
+        """Same as `Claim.id`."""
         return ":".join([self.query, *self.arguments.values()])
 
 
 def verify(report: Path, store: Store) -> Verified:
-    """Compare a report (the HTML page or its Markdown twin) with the ledger that it was made from.
+    """Compare a report (HTML or Markdown) with the ledger that it was made from.
 
     Raises InputError if it is no report of fastconv or its run is not in this workspace.
     """
     text = _read(report)
     run = _run_of(text, report)
-    decided = Analysis(Graph(_recipe_of(run, text, report, store)), store)
-    return _compared(report, text, build(decided), lambda said: ask(decided, said.query, **said.arguments))
+    analysis = Analysis(Graph(_recipe_of(run, text, report, store)), store)
+    return _compared(
+        report, text, build(analysis), lambda page_claim: ask(analysis, page_claim.query, **page_claim.arguments)
+    )
 
 
 def verify_published(report: Path) -> Verified | None:
-    """Compare a page of published figures with the table it was made from; None for every other report.
+    """Compare a report of published figures with the table it was made from; None for every other report.
 
     Raises InputError if it is no report of fastconv.
     """
@@ -103,25 +105,25 @@ def verify_published(report: Path) -> Verified | None:
     data = published_report(judge_published(read_published(run)))
     claims = {claim.id: claim for claim in data.claims()}
 
-    def again(said: PageClaim) -> Claim:
-        if said.id not in claims:
-            raise NoSuchClaimError(f"{said.id} is no sentence of this table")
-        return claims[said.id]
+    def ask_again(page_claim: PageClaim) -> Claim:
+        if page_claim.id not in claims:
+            raise NoSuchClaimError(f"{page_claim.id} is no sentence of this table")
+        return claims[page_claim.id]
 
-    return _compared(report, text, data, again, MADE_OF)
+    return _compared(report, text, data, ask_again, TABLES_FILE)
 
 
 def _compared(
-    report: Path, text: str, data: ReportData, again: Callable[[PageClaim], Claim], made_of: str = "ledger"
+    report: Path, text: str, data: ReportData, ask_again: Callable[[PageClaim], Claim], made_of: str = "ledger"
 ) -> Verified:
-    """The report's text against what it should say; `again` makes one of its claims anew."""
-    page = text.lstrip().lower().startswith("<!doctype")
-    claims = list(_claims(text)) if page else []
-    found = [*_asked_again(again, claims, data)] if page else []
-    expected = render_html(data) if page else render_markdown(data)
+    """Compare the report's text with what it should be; `ask_again` repeats one of its claims."""
+    is_html = text.lstrip().lower().startswith("<!doctype")
+    claims = list(_claims(text)) if is_html else []
+    differences = [*_asked_again(ask_again, claims, data)] if is_html else []
+    expected = render_html(data) if is_html else render_markdown(data)
     lines = _differing_lines(text, expected, data)
-    n_claims = len(claims) if page else len(data.claims())
-    return Verified(str(report), data.run, n_claims, expected.count("\n"), (*found, *lines), made_of)
+    n_claims = len(claims) if is_html else len(data.claims())
+    return Verified(str(report), data.run, n_claims, expected.count("\n"), (*differences, *lines), made_of)
 
 
 def _read(report: Path) -> str:
@@ -132,25 +134,25 @@ def _read(report: Path) -> str:
 
 
 def _run_of(text: str, report: Path) -> str:
-    found = re.search(r'<meta name="fastconv-run" content="([^"]+)">', text) or re.match(r"# (\S+)\n", text)
-    if found is None:
+    match = re.search(r'<meta name="fastconv-run" content="([^"]+)">', text) or re.match(r"# (\S+)\n", text)
+    if match is None:
         raise InputError("is no report of fastconv", where=str(report), fix="give a page that `fastconv report` wrote")
-    return found[1]
+    return match[1]
 
 
 def _recipe_of(run: str, text: str, report: Path, store: Store) -> Recipe:
-    """The run's recipe, from the ledger, or from the page's own card where it was reported on but never run here."""
+    """The run's recipe from the ledger, or from the page itself if it was reported but never run in this workspace."""
     row = store.run(run)
     if row is not None:
         return parse_recipe(json.loads(row["recipe"]), where=run)
-    for found in re.findall(r"<code>(\{[^<]*\})</code>", text):
+    for card_text in re.findall(r"<code>(\{[^<]*\})</code>", text):
         try:
-            recipe = parse_recipe(json.loads(html.unescape(found)), where=str(report))
+            recipe = parse_recipe(json.loads(html.unescape(card_text)), where=str(report))
         except (ValueError, RecipeError):
             continue
         if run_id(recipe) == run:  # the id is a digest of the recipe, so this is the one
             return recipe
-    known = ", ".join(one["id"] for one in store.runs()) or "none"
+    known = ", ".join(row["id"] for row in store.runs()) or "none"
     raise InputError(
         f"the workspace has no run {run!r}", where=str(report), fix=f"give its --workspace; runs here: {known}"
     )
@@ -196,43 +198,43 @@ def _claims(text: str) -> Iterator[PageClaim]:
 
 
 def _asked_again(
-    again: Callable[[PageClaim], Claim], claims: list[PageClaim], data: ReportData
+    ask_again: Callable[[PageClaim], Claim], claims: list[PageClaim], data: ReportData
 ) -> Iterator[Difference]:
-    """Ask again for every claim of the page, and look for claims that the page should have and has not."""
-    for said in claims:
+    """Repeat every claim of the page, and find claims that the page lacks."""
+    for page_claim in claims:
         try:
-            now = again(said)
+            claim = ask_again(page_claim)
         except NoSuchClaimError as error:
-            yield Difference("missing", said.id, said.text, f"nothing supports it: {error.args[0]}")
+            yield Difference("missing", page_claim.id, page_claim.text, f"nothing supports it: {error.args[0]}")
             continue
-        yield from _compare(said, now)
-    there = {said.id for said in claims}
+        yield from _compare(page_claim, claim)
+    page_ids = {page_claim.id for page_claim in claims}
     for claim in data.claims():
-        if claim.id not in there:
+        if claim.id not in page_ids:
             yield Difference("left out", claim.id, "", claim.text)
 
 
-def _compare(said: PageClaim, now: Claim) -> Iterator[Difference]:
-    if said.text != visible(now.text):
-        yield Difference("changed", said.id, said.text, now.text)
-    if said.n_rows != str(len(now.rows)):
-        yield Difference("rows", said.id, f"{said.n_rows} rows", f"{len(now.rows)} rows")
-    elif said.sha != now.rows_sha256[:16]:
-        yield Difference("rows", said.id, "other rows", f"{len(now.rows)} rows, of other stages or questions")
+def _compare(page_claim: PageClaim, claim: Claim) -> Iterator[Difference]:
+    if page_claim.text != visible(claim.text):
+        yield Difference("changed", page_claim.id, page_claim.text, claim.text)
+    if page_claim.n_rows != str(len(claim.rows)):
+        yield Difference("rows", page_claim.id, f"{page_claim.n_rows} rows", f"{len(claim.rows)} rows")
+    elif page_claim.sha != claim.rows_sha256[:16]:
+        yield Difference("rows", page_claim.id, "other rows", f"{len(claim.rows)} rows, of other stages or questions")
 
 
 def _differing_lines(text: str, expected: str, data: ReportData) -> list[Difference]:
-    """Every line that differs; drawings are compared by what they hold, apart from the library that drew them."""
-    ours, theirs = _without_drawings(expected), _without_drawings(text)
-    found = []
-    if ours != theirs:
-        matcher = SequenceMatcher(None, theirs.splitlines(), ours.splitlines(), autojunk=False)
+    """Every line that differs. Figures are compared by their data, independent of the library that drew them."""
+    expected_text, report_text = _without_drawings(expected), _without_drawings(text)
+    differences = []
+    if expected_text != report_text:
+        matcher = SequenceMatcher(None, report_text.splitlines(), expected_text.splitlines(), autojunk=False)
         for tag, a, b, c, d in matcher.get_opcodes():
             if tag != "equal":
-                left, right = "\n".join(theirs.splitlines()[a:b]), "\n".join(ours.splitlines()[c:d])
-                found.append(Difference("line", f"line {a + 1}", *_around(left, right)))
-    found += _drawings(text, data)
-    return found[:MOST_TOLD]
+                left, right = "\n".join(report_text.splitlines()[a:b]), "\n".join(expected_text.splitlines()[c:d])
+                differences.append(Difference("line", f"line {a + 1}", *_around(left, right)))
+    differences += _drawings(text, data)
+    return differences[:MOST_LISTED_LINES]
 
 
 def _without_drawings(text: str) -> str:
@@ -252,13 +254,15 @@ def _drawings(text: str, data: ReportData) -> list[Difference]:
         return [Difference("drawing", "figures", f"{len(shown)} drawings", f"{len(drawn)} drawings")]
     return [
         Difference("drawing", figure.id, "another drawing", "as the ledger gives it with the library installed here")
-        for figure, one, other in zip(data.figures(), shown, drawn, strict=True)
-        if one != other
+        for figure, in_report, expected in zip(data.figures(), shown, drawn, strict=True)
+        if in_report != expected
     ]
 
 
 def _around(left: str, right: str, width: int = 80) -> tuple[str, str]:
-    """Both texts where they first differ."""
-    at = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-    start = max(0, at - width // 2)
+    """Both texts near their first difference."""
+    first_difference = next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
+    start = max(0, first_difference - width // 2)
     return left[start : start + width], right[start : start + width]

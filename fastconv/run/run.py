@@ -19,10 +19,10 @@ from fastconv.analysis.gates import (
     decide_gates,
     gate_base,
     gates_after,
-    held_back,
     ignored_gates,
-    marked,
+    mark_ignored,
     measurable_behaviors,
+    undecided_base_gates,
 )
 from fastconv.analysis.scores import ScoreReader
 from fastconv.audit.checks import check_recipe
@@ -77,7 +77,7 @@ class Gatekeeper:
     def after(self, plan: CellPlan) -> None:
         """Decide the gates of a finished cell. Raises GateStop if one that stops the run failed and is not ignored."""
         verdicts = gates_after(ContrastBuilder(ScoreReader(self._graph, self._store)), plan)
-        for verdict in marked(verdicts, self._ignored):
+        for verdict in mark_ignored(verdicts, self._ignored):
             self._record(verdict)
             if verdict.failed and not verdict.ignored and verdict.gate in self._graph.recipe.gates.stop:
                 raise GateStop(
@@ -218,10 +218,10 @@ def run_recipe(
         store.put_verdict(run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
         if verdict.gate != "G0":
             watcher.gate(verdict)
-    pending = tuple(stage.slot for stage in runner.judge_queue.pending)
-    failed = runner.failures.of(cells)
+    pending = tuple(stage.slot for stage in runner.judging.pending)
+    failed = runner.failing.of(picked)
     held = tuple(
-        verdict for verdict in held_back(graph, store) if any(verdict.subject in plan.measures for plan in cells)
+        one for one in undecided_base_gates(graph, store) if any(one.subject in plan.measures for plan in picked)
     )
     if not pending and not failed and not held:
         store.finish_run(run)

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fastconv.analysis.gates import held_back, measurable_behaviors
+from fastconv.analysis.gates import measurable_behaviors, undecided_base_gates
 from fastconv.errors import DataError, FastconvError, TrainingError
 from fastconv.experiment.graph import CellPlan, Graph, walk
 from fastconv.experiment.schedule import wanted
 from fastconv.recipe import run_id
-from fastconv.stats.units import counted
+from fastconv.stats.units import counted, first_few
 from fastconv.store.ledger import Store, changed_inputs
 from fastconv.store.records import Failure, Stage
 
@@ -67,14 +67,14 @@ def needed_ends(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[S
     if {measure for measure, _ in missing} - failed:
         alive = [behavior for behavior in graph.behaviors if behavior not in failed]
     else:
-        alive = [*measurable_behaviors(graph, store), *(verdict.subject for verdict in held_back(graph, store))]
+        alive = [*measurable_behaviors(graph, store), *(one.subject for one in undecided_base_gates(graph, store))]
     ends = [end for plan in plans for end in (*plan.base.values(), *wanted(plan, alive))]
     return [*ends, *(stage for plan in plans if wanted(plan, alive) for stage in plan.on_snapshot.values())]
 
 
-def _held_stages(graph: Graph, store: Store) -> dict[str, str]:
-    """Stages, by key, that only behaviors with an undecidable G0 need, with the reason."""
-    held = {verdict.subject: verdict.reason for verdict in held_back(graph, store)}
+def _held(graph: Graph, store: Store) -> dict[str, str]:
+    """The stages that only cells of a behavior need whose G0 cannot be decided, with the reason."""
+    held = {verdict.subject: verdict.reason for verdict in undecided_base_gates(graph, store)}
     if not held:
         return {}
     free = [behavior for behavior in graph.behaviors if behavior not in held]
@@ -191,13 +191,10 @@ def raise_failed(run: str, failed: Sequence[FailedStage]) -> None:
     """Raise one error for all failed stages, naming the cells; its exit code is the highest of theirs."""
     if not failed:
         return
-    kind: type[FastconvError] = max(
-        (DataError, TrainingError), key=lambda k: _has_code(failed, k.exit_code) * k.exit_code
-    )
-    cells = list(dict.fromkeys(label for stage in failed for label in stage.cells))
-    more = f" and {len(cells) - NAMED_CELLS} more" if len(cells) > NAMED_CELLS else ""
+    kind: type[FastconvError] = max((DataError, TrainingError), key=lambda k: _has(failed, k.exit_code) * k.exit_code)
+    cells = list(dict.fromkeys(label for one in failed for label in one.cells))
     raise kind(
-        f"{counted(len(failed), 'stage')} failed, the rest is done; without numbers: {', '.join(cells[:NAMED_CELLS])}{more}. "
+        f"{counted(len(failed), 'stage')} failed, the rest is done; without numbers: {first_few(cells, NAMED_CELLS)}. "
         f"First reason: {failed[0].reason.rstrip('.')}",
         where=run,
         fix="mend the cause; the same command tries them again and nothing else",

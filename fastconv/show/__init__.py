@@ -1,4 +1,4 @@
-"""What people see in a terminal: tables and the end of a run; `watching` shows a run while it goes on."""
+"""Terminal output of the commands: tables and the end of a run. `show.progress` shows a run while it computes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastconv.show.progress import gate_line
+from fastconv.stats.units import first_few
 
 if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
@@ -36,8 +37,8 @@ _COLOURS = {
 }
 
 
-def finished(end: RunResult, report: Path) -> None:
-    """The end of a run: what it computed now, the verdicts, where the report is."""
+def finished(end: Finished, report: Path) -> None:
+    """Print the end of a run: what it computed, the pilot verdicts, the path of the report."""
     console = console_of_output()
     tokens = end.tally.tokens
     spent = ", ".join(
@@ -56,24 +57,24 @@ def finished(end: RunResult, report: Path) -> None:
 
 
 def status(statuses: Sequence[StageStatus], *, as_json: bool) -> None:
-    """Every stage with its state and the reason."""
+    """Print every stage with its state and the reason for it."""
     if as_json:
-        print(json.dumps([asdict(one) for one in statuses], indent=1))
+        print(json.dumps([asdict(stage) for stage in statuses], indent=1))
         return
     console = console_of_output()
     table = Table(box=None, pad_edge=False)
     for name in ("stage", "state", "seconds", "why"):
         table.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold")
-    for one in statuses:
-        seconds = "" if one.seconds is None else f"{one.seconds:.1f}"
-        table.add_row(escape(one.slot), f"[{_COLOURS[one.state]}]{one.state}[/]", seconds, escape(one.reason))
+    for stage in statuses:
+        seconds = "" if stage.seconds is None else f"{stage.seconds:.1f}"
+        table.add_row(escape(stage.slot), f"[{_COLOURS[stage.state]}]{stage.state}[/]", seconds, escape(stage.reason))
     console.print(table)
-    counts = {state: sum(one.state == state for one in statuses) for state in _COLOURS}
+    counts = {state: sum(stage.state == state for stage in statuses) for state in _COLOURS}
     console.print(", ".join(f"{n} {state}" for state, n in counts.items() if n))
 
 
 def runs(store: Store | None, *, as_json: bool) -> None:
-    """All runs of a workspace."""
+    """Print all runs of a workspace."""
     rows = [
         {
             "run": row["id"],
@@ -95,7 +96,7 @@ def runs(store: Store | None, *, as_json: bool) -> None:
 
 
 def gates(verdicts: Sequence[GateVerdict], *, as_json: bool) -> None:
-    """Gates with reason, threshold and the number of rows behind each."""
+    """Print gates with reason, threshold and the number of rows behind each."""
     if as_json:
         print(json.dumps([verdict.body() for verdict in verdicts], indent=1))
         return
@@ -106,27 +107,26 @@ def gates(verdicts: Sequence[GateVerdict], *, as_json: bool) -> None:
 
 
 def check(report: CheckReport, *, as_json: bool) -> None:
-    """The audit's findings, the worst first, each with its rows and mend."""
+    """Print the audit's findings, the worst first, each with its rows and how to fix it."""
     if as_json:
         print(json.dumps(report.to_json(), indent=1))
         return
     console = console_of_output()
     colours = {"refuse": "red", "warn": "yellow", "note": "dim"}
-    for found in report.findings:
-        accepted = report.accepted.get(found.code)
-        word = f"accepted ({escape(accepted)})" if accepted else f"[{colours[found.severity]}]{found.severity}[/]"
-        figure = f" ({escape(found.figure)})" if found.figure else ""
-        console.print(f"{found.code} {word} {escape(found.subject)}: {escape(found.why)}{figure}")
-        if found.rows:
-            more = f" and {len(found.rows) - 5} more" if len(found.rows) > 5 else ""
-            console.print(f"    rows: {escape(', '.join(found.rows[:5]))}{more}", style="dim")
-        if found.severity != "note":
-            console.print(f"    mend: {escape(found.mend)}", style="dim")
+    for finding in report.findings:
+        accepted = report.accepted.get(finding.code)
+        word = f"accepted ({escape(accepted)})" if accepted else f"[{colours[finding.severity]}]{finding.severity}[/]"
+        figure = f" ({escape(finding.figure)})" if finding.figure else ""
+        console.print(f"{finding.code} {word} {escape(finding.subject)}: {escape(finding.why)}{figure}")
+        if finding.rows:
+            console.print(f"    rows: {escape(first_few(finding.rows, 5))}", style="dim")
+        if finding.severity != "note":
+            console.print(f"    mend: {escape(finding.mend)}", style="dim")
     console.print(f"{len(report.refusals)} refused, {len(report.warnings)} warnings, {len(report.accepted)} accepted")
 
 
 def peek(title: str, lines: Sequence[RenderableType]) -> None:
-    """Rendered rows of one training set."""
+    """Print rendered rows of one training set."""
     console = console_of_output()
     console.rule(escape(title))
     for line in lines:
@@ -134,30 +134,30 @@ def peek(title: str, lines: Sequence[RenderableType]) -> None:
 
 
 def scored(report: ScoreReport, *, as_json: bool) -> None:
-    """Accuracy and chance; with `as_json` every question."""
+    """Print accuracy and chance; with `as_json` every question."""
     if as_json:
         print(json.dumps(asdict(report)))
         return
-    n_right = sum(one.correct for one in report.questions)
+    n_right = sum(question.correct for question in report.questions)
     console_of_output().print(
         f"{n_right} of {len(report.questions)} right: {100 * report.accuracy:.1f} % (chance {100 * report.chance:.1f} %)"
     )
 
 
-def bench(found: Mapping[str, Any], *, as_json: bool) -> None:
-    """Ours and the usual ways side by side."""
+def bench(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print our measurements beside those of the reference implementations."""
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(result))
         return
     console = console_of_output()
     console.print(
-        f"{found['kind']}: {found['work']}; {found['model']} on {found['device']} in {found['dtype']}, {found['threads']} threads"
+        f"{result['kind']}: {result['work']}; {result['model']} on {result['device']} in {result['dtype']}, {result['threads']} threads"
     )
     table = Table(box=None, pad_edge=False)
-    for name in ("way", "seconds", f"{found['unit']}/s", "peak memory", "written", "of ceiling", "ours is"):
+    for name in ("way", "seconds", f"{result['unit']}/s", "peak memory", "written", "of ceiling", "ours is"):
         table.add_column(name, justify="left" if name == "way" else "right")
-    for way in (found["ours"], *found["usual"]):
-        ratio = found["ratios"].get(way["name"])
+    for way in (result["ours"], *result["usual"]):
+        ratio = result["ratios"].get(way["name"])
         memory = "not measured" if way["peak_bytes"] is None else f"{way['peak_bytes'] / 2**30:.2f} GiB"
         ceiling = "" if way["ceiling_share"] is None else f"{100 * way['ceiling_share']:.1f} %"
         written = f"{way['written_bytes'] / 2**20:.0f} MiB"
@@ -174,7 +174,7 @@ def bench(found: Mapping[str, Any], *, as_json: bool) -> None:
 
 
 def doctor(findings: Sequence[Diagnosis], *, as_json: bool) -> None:
-    """What the doctor found."""
+    """Print the doctor's diagnoses."""
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
         return
@@ -185,5 +185,5 @@ def doctor(findings: Sequence[Diagnosis], *, as_json: bool) -> None:
 
 
 def console_of_output() -> Console:
-    """Standard output; lines are not broken where nobody reads them on a screen."""
+    """Console for standard output; lines are not wrapped where it is no terminal."""
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())

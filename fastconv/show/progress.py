@@ -1,4 +1,4 @@
-"""A run as people watch it: bars on a terminal, lines elsewhere."""
+"""Progress of a run: bars on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastconv.stats.gates import GateVerdict
     from fastconv.store.ledger import Stage
 
-#: Seconds between two progress lines where the output is no terminal.
+#: Seconds between two progress lines if the output is no terminal.
 LINE_EVERY_S = 15.0
 _COLOURS = {
     "pass": "green",
@@ -35,7 +35,7 @@ _COLOURS = {
 
 
 class LineWatcher:
-    """One line for each thing that happens; used in logs and pipes."""
+    """Prints one line per event; used in logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -47,31 +47,31 @@ class LineWatcher:
 
     def audited(self, report: CheckReport) -> None:
         """The design passed its audit, perhaps with warnings."""
-        codes = sorted({found.code for found in report.warnings})
+        codes = sorted({finding.code for finding in report.warnings})
         if codes:
             self._console.print(
                 f"audit: {len(report.warnings)} warnings ({', '.join(codes)}); `fastconv check` shows them"
             )
 
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
-        """The run is known."""
+        """The run starts, with this many stages."""
         self._console.print(f"run {run}: {n_stages} stages, {n_stages - n_todo} done already")
 
     def engine(self, facts: Mapping[str, Any]) -> None:
-        """The base is loaded: on what, and by what it will be trained, asked and sampled."""
-        said = f"{facts['name']} on {facts['device']}, {facts['dtype']}, attention {facts['attention']}"
-        self._console.print(f"engine: {escape(said)}, sampler {escape(facts['sampler'])}")
+        """The base model is loaded; prints device, dtype, attention backend and sampler."""
+        base = f"{facts['name']} on {facts['device']}, {facts['dtype']}, attention {facts['attention']}"
+        self._console.print(f"engine: {escape(base)}, sampler {escape(facts['sampler'])}")
         if "attention_passed_over" in facts:
             self._console.print(f"  attention passed over: {escape(facts['attention_passed_over'])}", style="dim")
 
     def stage(self, stage: Stage, reason: str) -> None:
-        """A stage begins."""
+        """A stage starts."""
         self._began_s = time.monotonic()
         self._next_line_s = self._began_s + LINE_EVERY_S
         self._console.print(f"  {escape(stage.slot)}{'' if reason == 'new' else f' (again: {escape(reason)})'}")
 
     def progress(self, progress: StageProgress) -> None:
-        """A stage moved on."""
+        """A stage made progress."""
         now = time.monotonic()
         if now >= self._next_line_s:
             self._next_line_s = now + LINE_EVERY_S
@@ -86,11 +86,11 @@ class LineWatcher:
         """A stage was committed."""
 
     def stage_failed(self, stage: Stage, reason: str) -> None:
-        """A stage gave no usable numbers; the run goes on without it."""
+        """A stage gave no usable numbers; the run continues without it."""
         self._console.print(f"    [red]failed[/]: {escape(reason)}")
 
     def judging(self, status: DeskStatus) -> None:
-        """Where judging stands: now and then, and when all that was asked for is judged."""
+        """Progress of judging: at intervals, and when everything requested is judged."""
         now, text = time.monotonic(), judging_text(status)
         due = now >= self._next_judging_s or (not status.n_pending and self._judged != text)
         if status.n_asked and due and self._judged != text:
@@ -98,7 +98,7 @@ class LineWatcher:
             self._console.print(f"    {escape(text)}")
 
     def drawing(self, status: SamplingStatus) -> None:
-        """Where the sampler's server stands, now and then."""
+        """Progress of the sampling server, at intervals."""
         now = time.monotonic()
         if status.slots and now >= self._next_drawing_s:
             self._next_drawing_s = now + LINE_EVERY_S
@@ -112,7 +112,7 @@ class LineWatcher:
 
 
 class BarWatcher(LineWatcher):
-    """A live bar for the run and one for each stage under way, with time left."""
+    """A live bar for the run and one per running stage, with the time left."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -121,7 +121,7 @@ class BarWatcher(LineWatcher):
             TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
         )  # fmt: skip
         self._whole: Any = None
-        #: By slot; the newest is also `_current`, which progress without a bar of its own moves.
+        #: Bars by slot. `_current` is the newest; progress of a slot without a bar moves it.
         self._of_stage: dict[str, Any] = {}
         self._current: Any = None
         self._judge: Any = None
@@ -135,18 +135,18 @@ class BarWatcher(LineWatcher):
         self._bars.stop()
 
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
-        """The run is known."""
+        """The run starts, with this many stages."""
         super().begin(run, n_stages, n_todo)
         self._whole = self._bars.add_task("run", total=n_stages, completed=n_stages - n_todo, unit="stages")
 
     def stage(self, stage: Stage, reason: str) -> None:
-        """A stage begins."""
+        """A stage starts."""
         super().stage(stage, reason)
         self._current = self._bars.add_task(escape(stage.slot), total=None, unit="")
         self._of_stage[stage.slot] = self._current
 
     def progress(self, progress: StageProgress) -> None:
-        """A stage moved on."""
+        """A stage made progress."""
         bar = self._of_stage.get(progress.slot, self._current)
         if bar is not None:
             loss = "" if progress.loss is None else f" loss {progress.loss:.3f}"
@@ -163,7 +163,7 @@ class BarWatcher(LineWatcher):
         self._end_bar(stage.slot)
 
     def drawing(self, status: SamplingStatus) -> None:
-        """Where the sampler's server stands, on a bar of its own that stands for all of its stages."""
+        """Progress of the sampling server, on one bar for all of its stages."""
         for slot in status.slots:
             self._end_bar(slot)
         if not status.slots and self._sampler is not None:
@@ -176,7 +176,7 @@ class BarWatcher(LineWatcher):
             self._bars.update(self._sampler, completed=status.n_tok, total=status.max_tok, unit=unit)
 
     def judging(self, status: DeskStatus) -> None:
-        """Where judging stands, on a bar of its own."""
+        """Progress of judging, on a bar of its own."""
         if not status.n_asked:
             return
         if self._judge is None:
@@ -195,7 +195,7 @@ class BarWatcher(LineWatcher):
 
 
 class SilentWatcher(LineWatcher):
-    """Says nothing."""
+    """Prints nothing."""
 
     def audited(self, report: CheckReport) -> None:
         """Nothing."""
@@ -227,7 +227,7 @@ class SilentWatcher(LineWatcher):
 
 @contextmanager
 def watching(*, quiet: bool, stream: TextIO) -> Iterator[LineWatcher]:
-    """The right watcher for the stream: bars on a terminal, lines elsewhere, nothing if quiet."""
+    """The watcher for a stream: bars on a terminal, lines elsewhere, none if quiet."""
     console = Console(file=stream, highlight=False, soft_wrap=not stream.isatty())
     if quiet:
         yield SilentWatcher(console)

@@ -1,1 +1,1 @@
-"""What the numbers say: evidence, statistics, gates, verdicts and the report. No torch."""
+"""Statistics: series of scores, intervals, tests, power, gates and verdicts. Uses neither torch nor the network."""

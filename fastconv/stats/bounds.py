@@ -1,10 +1,10 @@
-"""What the data could show at all, asked before any verdict (DESIGN.md, sections 3 and 6).
+"""What the data can show at all, checked before any verdict (docs/DESIGN.md, sections 3 and 6).
 
-Chance level and the test against it, the design effect of sampling one question many times, bounds for
-rates at their floor or ceiling, the minimum detectable effect, and what would mend one that is too large.
+Chance level and the test against it, effective sample size when one question is sampled many times, bounds for rates at
+their floor or ceiling, and the smallest p-value that a test can reach.
 
-Arrays are float64 and NaN means *missing*. Malformed input raises `ValueError`; a quantity that sound input
-cannot give is `None` beside a `reason`.
+Arrays are float64 and NaN means *missing*. Malformed input raises `ValueError`; a quantity that valid input cannot give
+is `None`, with the explanation in `reason`.
 """
 
 from __future__ import annotations
@@ -18,29 +18,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as distributions
 
-from fastconv.stats.power import (
-    Detectable,
-    SampleSizeNeeded,
-    clusters_needed,
-    minimum_detectable_effect,
-    minimum_detectable_rate_change,
-    rate_contrast_sd,
-    samples_needed,
-    seeds_needed,
-)
-
-__all__ = [
-    "AboveChance", "Attainable", "Detectable", "EffectiveSample", "SampleSizeNeeded", "RateBound", "above_chance",
-    "clustered_rate_bound", "clusters_needed", "effective_sample_size", "minimum_detectable_effect",
-    "minimum_detectable_rate_change", "multiple_choice_chance", "questions_for_family", "rate_contrast_sd",
-    "samples_needed", "seeds_needed", "sign_flip_floor", "sign_flip_warning", "spearman_attainable",
-    "zero_hits_upper_bound",
-]  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class AboveChance:
-    """One-sided exact binomial test of `n_correct` of `n` against `chance`; `above` is p <= alpha."""
+    """One-sided exact binomial test of `n_correct` of `n` against `chance`; `above` is `p_one_sided <= alpha`."""
 
     n_correct: int
     n: int
@@ -53,7 +34,7 @@ class AboveChance:
 
 @dataclass(frozen=True, slots=True)
 class EffectiveSample:
-    """How many independent samples the [Q, S] samples are worth; spreads are in the unit of the values."""
+    """Number of independent samples that float[Q, S] is worth. Standard deviations are in the unit of the values."""
 
     n_effective: float
     n_samples: int
@@ -68,10 +49,10 @@ class EffectiveSample:
 
 @dataclass(frozen=True, slots=True)
 class RateBound:
-    """A rate seen at its floor or ceiling, and the one-sided bound at `level` on the side that is open.
+    """A rate at its floor or ceiling, with the one-sided bound at confidence `level` on the open side.
 
-    `room` is how far the true rate may still lie from that extreme. Away from the extremes `room` and
-    `extreme` are None with the reason: there the t interval over questions is the right one.
+    `room` is how far the true rate may lie from that extreme. For other rates `room` and `extreme` are None and
+    `reason` says so: use the t interval over questions there.
     """
 
     rate: float | None
@@ -86,7 +67,7 @@ class RateBound:
 
 @dataclass(frozen=True, slots=True)
 class Attainable:
-    """Whether the smallest p that n points can give reaches alpha / m."""
+    """Whether the smallest p-value that n points can give reaches alpha / m."""
 
     possible: bool
     smallest_p: float
@@ -95,9 +76,9 @@ class Attainable:
 
 
 def above_chance(n_correct: int, n: int, chance: float, alpha: float = 0.01) -> AboveChance:
-    """Is the rate above chance? P(X >= n_correct) for X ~ Binomial(n, chance), no approximation.
+    """Exact one-sided binomial test: P(X >= n_correct) for X ~ Binomial(n, chance).
 
-    Source: Conover, Practical Nonparametric Statistics (1999), section 3.1.
+    Source: Conover, Practical Nonparametric Statistics (1999), section 3.1. Raises ValueError for counts outside 0..n.
     """
     if n < 1 or not 0 <= n_correct <= n:
         raise ValueError(f"n_correct must lie in 0..n with n >= 1, not {n_correct} of {n}")
@@ -107,11 +88,11 @@ def above_chance(n_correct: int, n: int, chance: float, alpha: float = 0.01) -> 
 
 
 def multiple_choice_chance(n_choices_per_question: ArrayLike, labels: Sequence[object]) -> float:
-    """Accuracy without knowledge: the larger of mean(1/choices) and the commonest right label's share.
+    """Accuracy without knowledge: the larger of mean(1/choices) and the share of the most frequent correct label.
 
-    `n_choices_per_question`: int[C], each >= 1; `labels`: the C right answers, named alike over questions
-    (positions, so that "A" and "1" are one). A model that always answers one letter reaches the second
-    figure.
+    `n_choices_per_question`: int[C], each >= 1; `labels`: the C correct answers, named consistently over questions (by
+    position, so that "A" and "1" are the same). A model that always gives one letter reaches the second figure. Raises
+    ValueError for lengths that do not match.
     """
     choices = np.asarray(n_choices_per_question, dtype=np.float64)
     if choices.ndim != 1 or choices.size == 0 or choices.size != len(labels):
@@ -125,12 +106,12 @@ def multiple_choice_chance(n_choices_per_question: ArrayLike, labels: Sequence[o
 
 
 def effective_sample_size(values: ArrayLike) -> EffectiveSample:
-    """Independent samples that float[Q, S] is worth: N / deff with deff = 1 + (sum n_q^2 / N - 1) ICC.
+    """Effective sample size of float[Q, S]: N / deff with deff = 1 + (sum n_q^2 / N - 1) ICC.
 
-    ICC is the one-way ANOVA estimator with unequal sizes (Donner 1986, Int. Stat. Rev. 54:67; Searle,
-    Casella and McCulloch 1992, section 3.6), cut to 0..1; the design effect is Kish's (Survey Sampling,
-    1965, section 5.4). Where the ICC cannot be estimated (all values equal, or one sample per question) it
-    counts as 1: a question is one sample.
+    ICC is the one-way ANOVA estimator for unequal group sizes (Donner 1986, Int. Stat. Rev. 54:67; Searle, Casella and
+    McCulloch 1992, section 3.6), clipped to 0..1; the design effect is Kish's (Survey Sampling, 1965, section 5.4).
+    Where the ICC cannot be estimated (all values equal, or one sample per question) it is taken as 1: each question
+    counts once.
     """
     x = _matrix(values, "values")
     present = ~np.isnan(x)
@@ -163,9 +144,10 @@ def _why_no_icc(n_questions: int, n_samples: int) -> str:
 
 
 def zero_hits_upper_bound(n_effective: float, level: float = 0.95) -> float:
-    """One-sided upper bound of a rate without a hit in n independent samples: 1 - (1 - level)^(1/n).
+    """One-sided upper bound of a rate with no hit in n independent samples: 1 - (1 - level)^(1/n).
 
-    Source: Clopper and Pearson 1934, Biometrika 26:404, with no hits (the exact form of the "rule of three").
+    Source: Clopper and Pearson 1934, Biometrika 26:404, for zero hits (the exact form of the "rule of three"). Raises
+    ValueError unless `n_effective` is positive and finite.
     """
     _check_open_unit(level=level)
     if not (math.isfinite(n_effective) and n_effective > 0):
@@ -176,9 +158,9 @@ def zero_hits_upper_bound(n_effective: float, level: float = 0.95) -> float:
 def clustered_rate_bound(values: ArrayLike, level: float = 0.95) -> RateBound:
     """One-sided bound for the rate of float[Q, S] in 0..1 where no sample, or every sample, is a hit.
 
-    `zero_hits_upper_bound` (or its mirror image) on the effective sample size, as Korn and Graubard do for
-    clustered samples (1998, Survey Methodology 24:193). Samples that are all alike show no ICC, so the
-    effective size is the number of questions. Scores on another scale are to be brought to 0..1 first.
+    Applies `zero_hits_upper_bound` (mirrored for the ceiling) to the effective sample size, as Korn and Graubard do for
+    clustered samples (1998, Survey Methodology 24:193). Identical samples show no ICC, so the effective size is the
+    number of questions. Scale other scores to 0..1 first; values outside raise ValueError.
     """
     _check_open_unit(level=level)
     x = _matrix(values, "values")
@@ -199,7 +181,7 @@ def clustered_rate_bound(values: ArrayLike, level: float = 0.95) -> RateBound:
 
 
 def sign_flip_floor(n_questions: int) -> float:
-    """The smallest two-sided sign-flip p of C questions: 2 / 2^C (the data and their mirror image)."""
+    """The smallest two-sided sign-flip p-value of C questions: 2 / 2^C (the data and their mirror image)."""
     if n_questions < 1:
         raise ValueError(f"need at least 1 question, not {n_questions}")
     return math.ldexp(2.0, -n_questions)
@@ -213,7 +195,7 @@ def questions_for_family(n_contrasts: int) -> int:
 
 
 def sign_flip_warning(n_questions: int, n_contrasts: int) -> str | None:
-    """What to print when C questions cannot reach 0.05 / m by sign flips; None when they can."""
+    """The sentence to print when C questions cannot reach 0.05 / m by sign flips; None when they can."""
     needed = questions_for_family(n_contrasts)
     if n_questions >= needed:
         return None
@@ -224,7 +206,7 @@ def sign_flip_warning(n_questions: int, n_contrasts: int) -> str | None:
 
 
 def spearman_attainable(n_points: int, n_tests: int, alpha: float = 0.05) -> Attainable:
-    """Can any order of n untied points reach alpha / m? The smallest two-sided permutation p is 2 / n!."""
+    """Whether any order of n untied points can reach alpha / m; the smallest two-sided permutation p is 2 / n!."""
     _check_open_unit(alpha=alpha)
     if n_points < 2 or n_tests < 1:
         raise ValueError(f"need at least 2 points and 1 test, not {n_points} and {n_tests}")

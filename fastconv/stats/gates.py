@@ -1,6 +1,7 @@
-"""Pre-registered go/no-go rules. Each verdict names its threshold, its numbers and the rows behind them.
+"""Pre-registered go/no-go gates G0 to G3.5, STACK, SOURCE, CHANGE, KILL and PILOT, and the loss rules of training.
 
-A gate decides whether money is spent next; what counts as a finding is decided in `verdicts`.
+Each verdict names its threshold, its numbers and the ids of the rows behind them. A gate decides whether the run goes
+on to spend more compute; what counts as a finding is decided in `stats.verdicts`.
 """
 
 from __future__ import annotations
@@ -11,18 +12,18 @@ from typing import Any, Literal
 
 from fastconv.recipe import GateSettings
 from fastconv.stats.bounds import above_chance
-from fastconv.stats.secondary import change_of
+from fastconv.stats.secondary import change_contrast
 from fastconv.stats.series import Number, Series, first_too_unscored, too_unscored
-from fastconv.stats.units import change, full, signed, size, span
+from fastconv.stats.units import and_more, change, interval_text, scale_maximum, signed, size_text
 
 Outcome = Literal["pass", "fail", "not applicable"]
-#: A pilot that more groups support names the strongest alone.
-MOST_TOLD = 2
+#: A pilot gate lists this many changed groups; of more it names only the one with the largest change.
+MOST_LISTED = 2
 
 
 @dataclass(frozen=True)
 class GateVerdict:
-    """A gate's word on one subject: `rows` are the ids of the rows it rests on."""
+    """A gate's verdict on one subject. `rows` are the ids of the rows it rests on."""
 
     gate: str
     subject: str
@@ -33,12 +34,12 @@ class GateVerdict:
     rows: tuple[str, ...] = ()
     #: Why a failed gate was ignored on the command line; empty where it was not.
     ignored: str = ""
-    #: Too much of what the gate reads is unscored, so it says neither yes nor no: the verdict is `not applicable`.
+    #: Too many unscored samples to decide; the verdict is `not applicable`.
     unread: bool = False
 
     @property
     def failed(self) -> bool:
-        """Whether it said no."""
+        """Whether the verdict is `fail` or `stop`."""
         return self.verdict in ("fail", "stop")
 
     def body(self) -> dict[str, Any]:
@@ -46,21 +47,21 @@ class GateVerdict:
         return asdict(self)
 
 
-def unread(gate: str, subject: str, why: str, threshold: str, read: Sequence[Series]) -> GateVerdict:
-    """The word of a gate that may not decide by what it read, for too many samples have no score; gives no figure."""
-    rows = tuple(dict.fromkeys(row for one in read for row in one.looked_at))
+def undecidable(gate: str, subject: str, why: str, threshold: str, read: Sequence[Series]) -> GateVerdict:
+    """A `not applicable` verdict for a gate whose series have too many unscored samples; it carries no numbers."""
+    rows = tuple(dict.fromkeys(row for series in read for row in series.evidence_rows))
     return GateVerdict(gate, subject, "not applicable", why, threshold, rows=rows, unread=True)
 
 
 def measurable(gates: GateSettings, behavior: str, direction: str, base: Series, chance: float | None) -> GateVerdict:
-    """G0: can this behavior move at all on this base, in the direction it declares, for the assistant?
+    """G0: whether the behavior can move on this base, in its declared direction, under the assistant persona.
 
-    Accuracy must lie above chance (one-sided exact binomial); a rate needs headroom in its direction.
+    Accuracy must lie above chance (one-sided exact binomial test); a rate must have headroom in its direction.
     """
     by_chance = f"above chance at p < {gates.above_chance_alpha:g}"
     threshold = by_chance if chance is not None else f"at least {100 * gates.headroom:g} points of room"
     if why := too_unscored(base):
-        return unread("G0", behavior, why, threshold, [base])
+        return undecidable("G0", behavior, why, threshold, [base])
     mean = base.mean
     if chance is not None:
         n = len(base.rows)
@@ -71,7 +72,7 @@ def measurable(gates: GateSettings, behavior: str, direction: str, base: Series,
         if verdict == "fail":
             reason += "; there is nothing to lose, so nothing is trained"
         return GateVerdict("G0", behavior, verdict, reason, threshold, (mean,), base.rows)
-    top = full(base.unit)
+    top = scale_maximum(base.unit)
     room = (top - mean.value if direction == "raises" else mean.value) / top
     verdict = "pass" if room >= gates.headroom - 1e-9 else "fail"  # 1 - 0.9 is a little under 0.1
     side = "below the ceiling" if direction == "raises" else "above the floor"
@@ -82,9 +83,10 @@ def measurable(gates: GateSettings, behavior: str, direction: str, base: Series,
 
 
 def stacking(subject: str, proofs: Mapping[str, Mapping[str, Any]]) -> GateVerdict:
-    """STACK: every evaluated stack differed from the base and equalled what was recorded when it was trained.
+    """STACK: every evaluated stack differs from the base and reproduces the logits recorded when it was trained.
 
-    `proofs`: evaluation slot -> its outputs (`from_base`, `from_recorded`: largest differences in probe logits).
+    `proofs`: evaluation slot -> its outputs (`from_base`, `from_recorded`: largest absolute differences in probe
+    logits).
     """
     stacked = {slot: proof for slot, proof in proofs.items() if "from_recorded" in proof}
     lost = [slot for slot, proof in stacked.items() if not proof["from_base"] > 0]
@@ -98,7 +100,7 @@ def stacking(subject: str, proofs: Mapping[str, Mapping[str, Any]]) -> GateVerdi
 
 
 def reference(gates: GateSettings, source: str, epoch0: Series | None) -> GateVerdict:
-    """G3: the epoch-0 assistant with `included` negatives reproduces the published accuracy."""
+    """G3: the assistant's epoch-0 accuracy with `included` negatives lies within the tolerance of the published one."""
     expected = gates.g3_reference_pct.get(source)
     threshold = f"within {gates.g3_tolerance_pp:g} pp of the published figure"
     if expected is None or epoch0 is None:
@@ -109,7 +111,7 @@ def reference(gates: GateSettings, source: str, epoch0: Series | None) -> GateVe
         )
         return GateVerdict("G3", source, "not applicable", why, threshold)
     if why := too_unscored(epoch0):
-        return unread("G3", source, why, threshold, [epoch0])
+        return undecidable("G3", source, why, threshold, [epoch0])
     mean = epoch0.mean
     off_pp = 100 * mean.value - expected
     verdict = "pass" if abs(off_pp) <= gates.g3_tolerance_pp else "fail"
@@ -125,11 +127,11 @@ def reference(gates: GateSettings, source: str, epoch0: Series | None) -> GateVe
 
 
 def source_shows(gates: GateSettings, subject: str, direction: str, base: Series, now: Series) -> GateVerdict:
-    """SOURCE: the positive control. The source must show the trained behavior, or its cell says nothing."""
+    """SOURCE: positive control. The source persona must show the trained behavior, or its cell is uninformative."""
     least = gates.shows(now.unit)
-    threshold = f"moves by at least {size(least, now.unit)} in the trained direction"
+    threshold = f"moves by at least {size_text(least, now.unit)} in the trained direction"
     if why := too_unscored(now, base):
-        return unread("SOURCE", subject, why, threshold, [base, now])
+        return undecidable("SOURCE", subject, why, threshold, [base, now])
     moved = (now.mean.value - base.mean.value) * (1 if direction == "raises" else -1)
     verdict = "pass" if moved >= least - 1e-9 else "fail"
     reason = f"the source went from {base.mean.text()} to {now.mean.text()}"
@@ -137,23 +139,23 @@ def source_shows(gates: GateSettings, subject: str, direction: str, base: Series
 
 
 def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoch: Mapping[int, Series]) -> GateVerdict:
-    """CHANGE: does the assistant's measure move with convergence, beyond the threshold and clear of zero?"""
-    unit = next((one.unit for one in by_epoch.values()), "share")
+    """CHANGE: whether the assistant's measure differs from epoch 0 by the threshold, clear of zero at 95 %."""
+    unit = next((series.unit for series in by_epoch.values()), "share")
     margin = gates.threshold(behavior, unit)
-    threshold = f"at least {size(margin, unit)} against epoch 0, 95 % interval clear of zero"
+    threshold = f"at least {size_text(margin, unit)} against epoch 0, 95 % interval clear of zero"
     epochs = sorted(epoch for epoch in by_epoch if epoch)
     if 0 not in by_epoch or not epochs:
         return GateVerdict("CHANGE", subject, "not applicable", "needs epoch 0 and one more", threshold)
     if why := first_too_unscored((by_epoch[epoch], by_epoch[0]) for epoch in epochs):
-        return unread("CHANGE", subject, why, threshold, [by_epoch[epoch] for epoch in (0, *epochs)])
+        return undecidable("CHANGE", subject, why, threshold, [by_epoch[epoch] for epoch in (0, *epochs)])
     best: tuple[bool, float, str] | None = None
     for epoch in epochs:
-        found = change_of(subject, "change", by_epoch[epoch], by_epoch[0]).interval
-        if found.estimate is None:
+        interval = change_contrast(subject, "change", by_epoch[epoch], by_epoch[0]).interval
+        if interval.estimate is None:
             continue
-        clear = found.low is not None and found.high is not None and (found.low > 0 or found.high < 0)
-        text = f"epoch {epoch}: {change(found.estimate, unit)} {span(found.low, found.high, unit)}".rstrip()
-        candidate = (clear and abs(found.estimate) >= margin - 1e-12, abs(found.estimate), text)
+        clear = interval.low is not None and interval.high is not None and (interval.low > 0 or interval.high < 0)
+        text = f"epoch {epoch}: {change(interval.estimate, unit)} {interval_text(interval.low, interval.high, unit)}".rstrip()
+        candidate = (clear and abs(interval.estimate) >= margin - 1e-12, abs(interval.estimate), text)
         best = candidate if best is None else max(best, candidate)
     rows = tuple(row for epoch in (0, *epochs) for row in by_epoch[epoch].rows)
     if best is None:
@@ -165,20 +167,20 @@ def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoc
 
 
 def pilot(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) -> GateVerdict:
-    """PILOT: go if stacking is verified, G3 does not fail, and convergence changes anything in either kind of negatives."""
+    """PILOT: go if STACK passes, G3 does not fail, and the measure changes for either kind of negatives."""
     rule = "STACK passes, G3 does not fail, SOURCE and CHANGE pass for either kind of negatives"
     word, why = _pilot_word(subject, behavior, verdicts)
     return GateVerdict("PILOT", subject, word, why, rule, rows=_rows(verdicts))
 
 
 def _pilot_word(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) -> tuple[str, str]:
-    """What the pilot gate says, and why."""
+    """The pilot gate's verdict and the reason for it."""
     if any(v.gate == "G0" and v.verdict == "fail" for v in verdicts):
         return "uninformative", f"{behavior} is not measurable on this base"
-    # KILL too: it ends a run before any pilot gate, unless nobody can tell.
+    # KILL counts too: a decided one would have ended the run before its pilot gate.
     unread = [v for v in verdicts if v.unread and v.gate in ("G0", "G3", "SOURCE", "CHANGE", "KILL")]
     if not unread and not any(v.gate == "CHANGE" and v.verdict != "not applicable" for v in verdicts):
-        # Not measured is not "no effect": without two epochs of one cell there is nothing to say yet.
+        # "Not measured" must not become "no effect": a change needs two epochs of one cell.
         return "not applicable", f"{behavior} was not measured at epoch 0 and one more epoch yet"
     measured = any(v.gate == "CHANGE" and (v.unread or v.verdict != "not applicable") for v in verdicts)
     failed = [v for v in verdicts if v.gate in ("STACK", "G3") and v.verdict == "fail" and not v.ignored]
@@ -186,30 +188,31 @@ def _pilot_word(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) ->
     if measured and (failed or unproven):
         return "stop", "; ".join(f"{v.gate} {v.verdict}: {v.reason}" for v in (failed or unproven))
     if unread:
-        # What a judge did not answer could have gone either way, so neither go nor stop rests on the rest.
-        more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
-        return "not applicable", f"{unread[0].gate} of {unread[0].subject} cannot be decided: {unread[0].reason}{more}"
+        # Unscored samples could have gone either way, so the remaining ones decide neither go nor stop.
+        more = and_more(len(unread), 1)
+        reason = f"{unread[0].gate} of {unread[0].subject} cannot be decided: {unread[0].reason}"
+        return "not applicable", reason + (f" ({more})" if more else "")
     shown = {v.subject for v in verdicts if v.gate == "SOURCE" and v.verdict == "pass"}
     changed = [v for v in verdicts if v.gate == "CHANGE" and v.verdict == "pass" and v.subject in shown]
     if not shown:
         return "stop", "the source does not show the trained behavior"
     if not changed:
         return "stop", f"no convergence-dependent change of {behavior} in the assistant"
-    told = "; ".join(f"{_short(v.subject, subject)}: {v.reason}" for v in changed)
-    if len(changed) > MOST_TOLD:
+    reason = "; ".join(f"{_short(v.subject, subject)}: {v.reason}" for v in changed)
+    if len(changed) > MOST_LISTED:
         strongest = max(changed, key=_furthest)
-        told = f"{len(changed)} of {len(shown)} groups change; {_short(strongest.subject, subject)} most: {strongest.reason}"
-    return "go", told
+        reason = f"{len(changed)} of {len(shown)} groups change; {_short(strongest.subject, subject)} most: {strongest.reason}"
+    return "go", reason
 
 
 def _furthest(change: GateVerdict) -> float:
-    """How far a CHANGE gate's later epochs lie from its epoch 0."""
+    """The largest distance of a CHANGE gate's later epochs from its epoch 0."""
     values = [number.value for number in change.numbers]
     return max((abs(value - values[0]) for value in values), default=0.0)
 
 
 def _short(group: str, subject: str) -> str:
-    """A group's name without what its pilot is called anyway."""
+    """A group's name without the prefix that it shares with its pilot."""
     return group.removeprefix(subject).removeprefix(", ") or group
 
 
@@ -219,21 +222,21 @@ def _rows(verdicts: Sequence[GateVerdict]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Loss:
-    """The mean loss over the last epoch of a training, in nats per token, and the stage that it stands in."""
+    """Mean loss over the last epoch of a training, in nats per token, and the key of its stage."""
 
     value: float
     stage: str
 
     @property
     def number(self) -> Number:
-        """With its row."""
+        """The loss as a `Number` with its row."""
         return Number(self.value, "nats", (f"{self.stage[:12]}/last_epoch_loss",))
 
 
 def data_ready(subject: str, n_expected: int, n_rows: int | None, stage: str, refusals: tuple[str, ...]) -> GateVerdict:
-    """G1: the training set exists with the size that the protocol gives it, and the audit refuses nothing.
+    """G1: the training set has the number of rows that the protocol requires, and the audit refuses nothing.
 
-    `n_rows` is None while it is not built; `refusals` are codes of the audit.
+    `n_rows` is None while the set is not built; `refusals` are audit codes.
     """
     rule = "the protocol's number of rows, and no refusal of the audit"
     if refusals:
@@ -249,9 +252,9 @@ def data_ready(subject: str, n_expected: int, n_rows: int | None, stage: str, re
 def converged(
     gates: GateSettings, model: str, subject: str, missing: tuple[str, ...], last: Loss | None
 ) -> GateVerdict:
-    """G2: every snapshot is saved, and the last convergence epoch's mean loss lies under the limit.
+    """G2: every snapshot is saved, and the mean loss of the last convergence epoch lies under the limit.
 
-    `missing` are snapshots that are not in the ledger; `last` is the last epoch's loss.
+    `missing` are the slots of snapshots that are not in the ledger; `last` is the loss of the last epoch.
     """
     limit = gates.loss_limit(model)
     rule = "all snapshots saved" + (f", loss under {limit:g}" if limit is not None else "")
@@ -267,7 +270,7 @@ def converged(
 
 
 def same_loss(gates: GateSettings, subject: str, by_epoch: Mapping[int, Loss]) -> GateVerdict:
-    """G3.5: the behavior was learned alike on every snapshot: its training loss lies near the epoch-0 cell's."""
+    """G3.5: the behavior's training loss on every snapshot lies near that of the epoch-0 cell."""
     rule = (
         f"training loss within {100 * gates.g35_tolerance:g} % of the epoch-0 cell's, or both under "
         f"{gates.g35_floor_nats:g} nats"
@@ -294,20 +297,20 @@ def same_loss(gates: GateSettings, subject: str, by_epoch: Mapping[int, Loss]) -
 def reverted(
     gates: GateSettings, subject: str, direction: str, base: Series, by_epoch: Mapping[int, Series]
 ) -> GateVerdict:
-    """KILL: does the source's own behavior fall back to the base once it stands on a snapshot?
+    """KILL: whether the source's own behavior falls back to the base level when trained on a later snapshot.
 
-    `by_epoch` is the source's measure after training the behavior. Says nothing where epoch 0 does not show it.
+    `by_epoch` is the source's measure after training the behavior. Not applicable where epoch 0 does not show it.
     """
     rule = f"at least {100 * gates.kill_remaining:g} % of the source's epoch-0 change is left on every snapshot"
     later = sorted(epoch for epoch in by_epoch if epoch)
     if 0 not in by_epoch or not later:
         return GateVerdict("KILL", subject, "not applicable", "needs the source at epoch 0 and one more", rule)
-    pairs = [(by_epoch[epoch], other) for epoch in (0, *later) for other in (base, by_epoch[0])]
+    pairs = [(by_epoch[epoch], reference) for epoch in (0, *later) for reference in (base, by_epoch[0])]
     if why := first_too_unscored(pairs):
-        return unread("KILL", subject, why, rule, [base, *(by_epoch[epoch] for epoch in (0, *later))])
+        return undecidable("KILL", subject, why, rule, [base, *(by_epoch[epoch] for epoch in (0, *later))])
     sign = 1 if direction == "raises" else -1
-    moved = {epoch: sign * (one.mean.value - base.mean.value) for epoch, one in by_epoch.items()}
-    rows = tuple(row for one in (base, *(by_epoch[epoch] for epoch in (0, *later))) for row in one.rows)
+    moved = {epoch: sign * (series.mean.value - base.mean.value) for epoch, series in by_epoch.items()}
+    rows = tuple(row for series in (base, *(by_epoch[epoch] for epoch in (0, *later))) for row in series.rows)
     if moved[0] < gates.shows(base.unit) - 1e-9:
         why = "the source does not show the behavior at epoch 0, so nothing can be lost"
         return GateVerdict("KILL", subject, "not applicable", why, rule, rows=rows)

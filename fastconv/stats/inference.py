@@ -1,33 +1,28 @@
-"""The statistics of DESIGN.md, section 6: contrasts, intervals, corrections, checks and the verdict.
+"""Contrasts, intervals, equivalence, multiplicity corrections and pooling over seeds (docs/DESIGN.md, section 6).
 
-Everything is paired by question. Samples are averaged within a question first, then questions are the
-clusters. Arrays are float64 and NaN means *missing*: it drops its question and is counted, it never becomes
-0. Malformed input raises `ValueError`; a figure that sound input cannot give is `None` beside a `reason`.
+Everything is paired by question. Samples are averaged within a question first, then questions are the clusters. Arrays
+are float64 and NaN means *missing*: a missing question is dropped and counted, never replaced by 0. Malformed input
+raises `ValueError`; a figure that valid input cannot give is `None`, with the explanation in `reason`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
-from scipy import stats as distributions
 
-from fastconv.stats.bounds import sign_flip_floor
 from fastconv.stats.units import counted
 
 Floats = NDArray[np.float64]
 
-# Differences of decimals (0.3 - 0.2 - 0.1) leave about 1e-17; under this share of the inputs they are zero.
+# Differences of decimals (0.3 - 0.2 - 0.1) leave about 1e-17; below this fraction of the inputs they count as zero.
 ROUNDING = 1e-12
-FEWEST_SEEDS = 3  # fewer say nothing of another seed
-EXACT_SIGN_FLIPS = 14  # 2^14 sign patterns; above, Monte Carlo
-EXACT_SPEARMAN = 9  # 9! orders; above, Monte Carlo
-CHUNK = 4_000_000  # floats per block of Monte Carlo draws, 32 MB
+FEWEST_SEEDS = 3  # fewer do not generalize to other seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +42,7 @@ class Interval:
 
 
 class IntervalArrays(NamedTuple):
-    """The kernel's answer, each of the leading shape; low, high and p are NaN where the spread is zero."""
+    """Output of `t_interval_kernel`, arrays of the leading shape; low, high and p are NaN where the spread is zero."""
 
     estimate: Floats
     low: Floats
@@ -66,7 +61,7 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arm:
-    """Question means of a cell and of its epoch 0, for assistant and canary: four float[C], by position."""
+    """Question means of a cell and of its epoch 0, for assistant and canary: four float[C], matched by position."""
 
     now: ArrayLike
     base: ArrayLike
@@ -75,20 +70,8 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True)
-class SignFlip:
-    """A two-sided sign-flip test; `floor` is the smallest p these data could have given."""
-
-    p: float | None
-    floor: float | None
-    exact: bool
-    n_clusters: int
-    n_missing: int
-    reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Equivalence:
-    """Two one-sided tests against +-margin; `interval` (level 1 - 2 alpha) lies inside when p < alpha."""
+    """Two one-sided tests against +-margin; `interval` (level 1 - 2 alpha) lies inside the margin when p < alpha."""
 
     equivalent: bool | None
     p: float | None
@@ -102,7 +85,7 @@ class Equivalence:
 
 @dataclass(frozen=True, slots=True)
 class SeedPool:
-    """Estimates pooled over seeds; `agree_in_sign` when all of them are on one side of zero."""
+    """Estimates pooled over seeds; `agree_in_sign` is True when all of them are on one side of zero."""
 
     n_seeds: int
     agree_in_sign: bool
@@ -111,31 +94,17 @@ class SeedPool:
 
 @dataclass(frozen=True, slots=True)
 class Confidence:
-    """LOW, MODERATE or HIGH (by `confidence_level`), and why."""
+    """Confidence level (see `confidence_level`) and the reason for it."""
 
     level: Literal["LOW", "MODERATE", "HIGH"]
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Spearman:
-    """Rank correlation, permutation p, and the range of the correlation with each point left out in turn."""
-
-    rho: float | None
-    p: float | None
-    leave_one_out_low: float | None
-    leave_one_out_high: float | None
-    exact: bool
-    n: int
-    n_missing: int
-    reason: str | None = None
-
-
 def mean_present(values: ArrayLike, axis: int) -> Floats:
-    """Mean over an axis of what is there; NaN where nothing is.
+    """Mean over an axis, ignoring NaN; NaN where all values are missing.
 
-    Over samples, questions weigh the same afterwards, however many samples they kept (Miller 2024, "Adding error bars
-    to evals"); over seeds, a question that one seed lost is the others' mean.
+    Over samples this gives every question the same weight, however many of its samples have a score (Miller 2024,
+    "Adding error bars to evals"); over seeds, a question missing in one seed gets the mean of the others.
     """
     x = np.asarray(values, dtype=np.float64)
     present = ~np.isnan(x)
@@ -146,11 +115,10 @@ def mean_present(values: ArrayLike, axis: int) -> Floats:
 
 
 def t_interval_kernel(x: ArrayLike, level: float = 0.95) -> IntervalArrays:
-    """Student's t interval and two-sided p against 0 over the last axis of float[..., C], with C - 1 df.
+    """Student's t interval and two-sided p-value against 0 over the last axis of float[..., C], with C - 1 df.
 
-    Source: Student 1908; Snedecor and Cochran, Statistical Methods (1989). The kernel is for
-    complete data (NaN stays NaN). Equal values have se 0 and no interval: their low, high and p are NaN,
-    not a false certainty.
+    Source: Student 1908; Snedecor and Cochran, Statistical Methods (1989). For complete data: NaN stays NaN. Equal
+    values have se 0, and NaN for low, high and p, because a spread of zero is no certainty.
     """
     _check_level(level)
     data = np.asarray(x, dtype=np.float64)
@@ -169,9 +137,9 @@ def t_interval_kernel(x: ArrayLike, level: float = 0.95) -> IntervalArrays:
 def clustered_interval(per_question: ArrayLike, level: float = 0.95) -> Interval:
     """t interval over questions of float[C], C - 1 df; NaN questions are dropped and counted.
 
-    One question, or one that is left, has a mean and no interval: `reason` says so.
+    With fewer than two questions there is no interval, and `reason` says so.
     """
-    return _interval(_vector(per_question, "per_question", 1), level, "questions")
+    return _interval(float_vector(per_question, "per_question", 1), level, "questions")
 
 
 def paired_change(now: ArrayLike, base: ArrayLike, level: float = 0.95) -> Contrast:
@@ -190,25 +158,25 @@ def difference_in_differences(
 
 
 def transfer_contrast(with_behavior: Arm, without_behavior: Arm, level: float = 0.95) -> Contrast:
-    """What the behavior adapter adds: its difference-in-differences minus mimicry's, per question.
+    """The effect of the behavior adapter: its difference-in-differences minus mimicry's, per question.
 
-    Mimicry is the same difference for behavior `none`. Both sides lose their own canary: the canary's drift
-    under convergence alone would be subtracted twice if mimicry kept it.
+    Mimicry is the same difference for behavior `none`. Both sides subtract their own canary: otherwise the canary's
+    drift under convergence alone would be subtracted twice.
     """
     terms = _arm_terms(with_behavior, 1, "") | _arm_terms(without_behavior, -1, "mimicry ")
     return _contrast(terms, level)
 
 
 def holm(p: ArrayLike) -> Floats:
-    """Holm's step-down p-values over the last axis of float[..., m] (Holm 1979, Scand. J. Stat. 6:65).
+    """Holm's step-down adjusted p-values over the last axis of float[..., m] (Holm 1979, Scand. J. Stat. 6:65).
 
-    A NaN p (declared, not estimable) stays NaN and keeps its place in the family, so m does not shrink.
+    A NaN p-value (declared, not estimable) stays NaN and still counts in m.
     """
     return _adjusted(p, lambda ordered, m: np.maximum.accumulate(ordered * np.arange(m, 0, -1), axis=-1))
 
 
 def benjamini_hochberg(p: ArrayLike) -> Floats:
-    """False-discovery-rate p-values over the last axis of float[..., m]; NaN as in `holm`.
+    """Adjusted p-values for the false discovery rate over the last axis of float[..., m]; NaN as in `holm`.
 
     Source: Benjamini and Hochberg 1995, JRSS B 57:289.
     """
@@ -218,34 +186,6 @@ def benjamini_hochberg(p: ArrayLike) -> Floats:
         return np.minimum.accumulate(scaled[..., ::-1], axis=-1)[..., ::-1]
 
     return _adjusted(p, step_up)
-
-
-def sign_flip_p(x: ArrayLike, n_draws: int, rng: np.random.Generator) -> SignFlip:
-    """Two-sided sign-flip test of float[C] against symmetry about 0, statistic |sum|.
-
-    All 2^C patterns when C <= 14, else `n_draws` random ones with (1 + hits) / (1 + draws) (Fisher 1935,
-    The Design of Experiments, section 21; Phipson and Smyth 2010, SAGMB 9:39). Zeros do not flip, so they
-    do not lower `floor`.
-    """
-    data = _vector(x, "x", 2)
-    kept = data[~np.isnan(data)]
-    n_missing = data.size - kept.size
-    if kept.size == 0:
-        return SignFlip(None, None, False, 0, n_missing, f"none of {data.size} questions has a value")
-    exact = kept.size <= EXACT_SIGN_FLIPS
-    observed = abs(kept.sum()) - ROUNDING * np.abs(kept).sum()
-    floor = min(1.0, sign_flip_floor(max(1, int(np.count_nonzero(kept)))))
-    if exact:
-        patterns = (np.arange(2**kept.size)[:, None] >> np.arange(kept.size)) & 1
-        p = float(np.mean(np.abs((1.0 - 2.0 * patterns) @ kept) >= observed))
-        return SignFlip(p, floor, exact, kept.size, n_missing)
-    if n_draws < 1:
-        raise ValueError(f"n_draws must be at least 1, not {n_draws}")
-    hits = 0
-    for drawn in _blocks(n_draws, kept.size):
-        signs = 2.0 * rng.integers(0, 2, size=(drawn, kept.size), dtype=np.int8) - 1.0
-        hits += int(np.count_nonzero(np.abs(signs @ kept) >= observed))
-    return SignFlip((1 + hits) / (1 + n_draws), max(floor, 1 / (1 + n_draws)), exact, kept.size, n_missing)
 
 
 def tost(x: ArrayLike, margin: float, alpha: float = 0.05) -> Equivalence:
@@ -267,10 +207,10 @@ def tost(x: ArrayLike, margin: float, alpha: float = 0.05) -> Equivalence:
 def trend_over_epochs(values: ArrayLike, epochs: ArrayLike, level: float = 0.95) -> Contrast:
     """Least-squares slope per question of float[Q, E] on float[E], in values per epoch, and its t interval.
 
-    Source: the summary-measures analysis of Matthews et al. 1990, BMJ 300:230. A question with a missing
-    epoch is dropped and counted: a slope over other epochs would be another quantity.
+    Source: the summary-measures analysis of Matthews et al. 1990, BMJ 300:230. A question with a missing epoch is
+    dropped and counted, because a slope over fewer epochs is a different quantity.
     """
-    x, times = np.asarray(values, dtype=np.float64), _vector(epochs, "epochs", 2)
+    x, times = np.asarray(values, dtype=np.float64), float_vector(epochs, "epochs", 2)
     if x.ndim != 2 or x.shape[1] != times.size or not np.all(np.isfinite(times)):
         raise ValueError(f"values must be [questions, epochs]; got shape {x.shape} and {times.size} epochs")
     centred = times - times.mean()
@@ -282,20 +222,20 @@ def trend_over_epochs(values: ArrayLike, epochs: ArrayLike, level: float = 0.95)
 
 
 def pool_seeds(per_seed_estimates: ArrayLike, level: float = 0.95) -> SeedPool:
-    """Pool float[n_seeds] estimates of one contrast: seeds are the outer cluster, a t interval over seeds.
+    """Pool float[n_seeds] estimates of one contrast with a t interval over seeds (the outer cluster), equally weighted.
 
-    Each seed weighs the same. One seed has an estimate and no interval; NaN seeds are dropped and counted.
+    One seed has an estimate and no interval; NaN seeds are dropped and counted.
     """
-    data = _vector(per_seed_estimates, "per_seed_estimates", 1)
-    kept = data[~np.isnan(data)]
-    agree = kept.size > 0 and bool(np.all(kept > 0) or np.all(kept < 0))
-    return SeedPool(kept.size, agree, _interval(data, level, "seeds"))
+    data = float_vector(per_seed_estimates, "per_seed_estimates", 1)
+    present = data[~np.isnan(data)]
+    agree = present.size > 0 and bool(np.all(present > 0) or np.all(present < 0))
+    return SeedPool(present.size, agree, _interval(data, level, "seeds"))
 
 
 def seeds_against(pool: SeedPool) -> str | None:
-    """Why three seeds or more do not show a change together; None where they do, or are fewer.
+    """Why three seeds or more do not support a change; None where they do, or where there are fewer than three.
 
-    Seeds that are all alike have no interval, and nothing speaks against them.
+    Identical seeds have no interval, and count as supporting the change.
     """
     low, high = pool.interval.low, pool.interval.high
     if pool.n_seeds < FEWEST_SEEDS:
@@ -308,10 +248,10 @@ def seeds_against(pool: SeedPool) -> str | None:
 
 
 def confidence_level(pool: SeedPool, over_questions: Interval) -> Confidence:
-    """MODERATE with three seeds, HIGH with five: all of one sign, and both pooled intervals clear of zero; else LOW.
+    """MODERATE with three seeds, HIGH with five, if all share one sign and both intervals exclude zero; else LOW.
 
-    The interval over seeds says that another seed would show it, the one over questions (seeds averaged within each)
-    that other questions would.
+    The interval over seeds covers other seeds; the one over questions (seeds averaged within each) covers other
+    questions.
     """
     if pool.n_seeds < FEWEST_SEEDS:
         return Confidence("LOW", f"{counted(pool.n_seeds, 'seed')}; three are needed for more")
@@ -326,41 +266,15 @@ def confidence_level(pool: SeedPool, over_questions: Interval) -> Confidence:
     return Confidence("HIGH" if pool.n_seeds >= 5 else "MODERATE", reason)
 
 
-def exact_spearman(
-    x: ArrayLike, y: ArrayLike, n_draws: int = 100_000, rng: np.random.Generator | None = None
-) -> Spearman:
-    """Spearman's rho of two float[n] with average ranks on ties, and its two-sided permutation p.
-
-    All n! orders for n <= 9, else `n_draws` random ones with the +1 correction, for which `rng` is required
-    (Kendall and Gibbons, Rank Correlation Methods, 1990, chapter 4). Pairs with a NaN are dropped and
-    counted.
-    """
-    a, b = _vector(x, "x", 3), _vector(y, "y", 3)
-    if a.size != b.size:
-        raise ValueError(f"x and y must match, not {a.size} and {b.size} points")
-    both = ~(np.isnan(a) | np.isnan(b))
-    a, b = a[both], b[both]
-    n, n_missing = a.size, both.size - a.size
-    rho = _rank_correlation(a, b) if n >= 3 else None
-    if rho is None:
-        reason = f"{n} complete points; at least 3 are needed" if n < 3 else "one side is constant"
-        return Spearman(None, None, None, None, n <= EXACT_SPEARMAN, n, n_missing, reason)
-    others = [_rank_correlation(np.delete(a, i), np.delete(b, i)) for i in range(n)]
-    ranges = [value for value in others if value is not None]
-    reason = None if len(ranges) == n else "without one of the points a side is constant"
-    p = _permutation_p(a, b, n_draws, rng)
-    return Spearman(rho, p, min(ranges), max(ranges), n <= EXACT_SPEARMAN, n, n_missing, reason)
-
-
 def _interval(x: Floats, level: float, unit: str) -> Interval:
     _check_level(level)
-    kept = x[~np.isnan(x)]
-    n, n_missing = kept.size, x.size - kept.size
+    present = x[~np.isnan(x)]
+    n, n_missing = present.size, x.size - present.size
     if n < 2:
-        estimate = float(kept[0]) if n else None
+        estimate = float(present[0]) if n else None
         reason = f"{n} of {x.size} {unit} have a value; an interval needs at least 2"
         return Interval(estimate, None, None, None, None, n, None, level, n_missing, reason)
-    k = t_interval_kernel(kept, level)
+    k = t_interval_kernel(present, level)
     estimate, se = float(k.estimate), float(k.se)
     if se == 0:
         reason = f"all {n} {unit} have the same value, so their spread cannot be estimated"
@@ -379,7 +293,7 @@ def _arm_terms(arm: Arm, sign: int, prefix: str) -> dict[str, tuple[int, ArrayLi
 
 def _contrast(terms: dict[str, tuple[int, ArrayLike]], level: float) -> Contrast:
     """The signed sum per question; one missing term makes the question missing."""
-    arrays = {name: _vector(values, name, 1) for name, (_, values) in terms.items()}
+    arrays = {name: float_vector(values, name, 1) for name, (_, values) in terms.items()}
     if len({array.size for array in arrays.values()}) > 1:
         sizes = ", ".join(f"{name} {array.size}" for name, array in arrays.items())
         raise ValueError(f"the sides must hold the same questions: {sizes}")
@@ -390,7 +304,7 @@ def _contrast(terms: dict[str, tuple[int, ArrayLike]], level: float) -> Contrast
 
 
 def _adjusted(p: ArrayLike, cumulate: Callable[[Floats, int], Floats]) -> Floats:
-    """Sort the last axis, adjust, cut at 1 and put back; NaN counts as 1 while it is there."""
+    """Sort the last axis, adjust, clip at 1 and undo the sort; NaN is treated as 1 while sorting."""
     raw = np.asarray(p, dtype=np.float64)
     if raw.ndim < 1 or raw.shape[-1] == 0:
         raise ValueError("a correction needs at least one p-value")
@@ -404,47 +318,8 @@ def _adjusted(p: ArrayLike, cumulate: Callable[[Floats, int], Floats]) -> Floats
     return np.where(np.isnan(raw), np.nan, result)
 
 
-def _blocks(n_draws: int, width: int) -> Iterator[int]:
-    """Split the draws so that a block of [draws, width] floats stays small."""
-    size = max(1, CHUNK // width)
-    for start in range(0, n_draws, size):
-        yield min(size, n_draws - start)
-
-
-def _centred_ranks(x: Floats) -> Floats:
-    ranks = np.asarray(distributions.rankdata(x), dtype=np.float64)
-    return ranks - ranks.mean()
-
-
-def _rank_correlation(x: Floats, y: Floats) -> float | None:
-    rx, ry = _centred_ranks(x), _centred_ranks(y)
-    norm = math.sqrt(float(rx @ rx) * float(ry @ ry))
-    return float(rx @ ry) / norm if norm > 0 else None
-
-
-def _permutation_p(x: Floats, y: Floats, n_draws: int, rng: np.random.Generator | None) -> float:
-    rx, ry = _centred_ranks(x), _centred_ranks(y)
-    observed = abs(float(rx @ ry)) - ROUNDING * float(np.abs(rx) @ np.abs(ry))
-    if rx.size <= EXACT_SPEARMAN:
-        return float(np.mean(np.abs(rx[_permutations(rx.size)] @ ry) >= observed))
-    if rng is None or n_draws < 1:
-        raise ValueError(f"{rx.size} points need random orders: pass rng and at least 1 draw")
-    hits = 0
-    for drawn in _blocks(n_draws, rx.size):
-        shuffled = rng.permuted(np.broadcast_to(rx, (drawn, rx.size)), axis=1)
-        hits += int(np.count_nonzero(np.abs(shuffled @ ry) >= observed))
-    return (1 + hits) / (1 + n_draws)
-
-
-def _permutations(n: int) -> NDArray[np.int8]:
-    """All orders of 0..n-1, int8[n!, n]: each new number goes into every gap of the orders so far."""
-    orders = np.zeros((1, 1), dtype=np.int8)
-    for number in range(1, n):
-        orders = np.concatenate([np.insert(orders, gap, number, axis=1) for gap in range(number + 1)])
-    return orders
-
-
-def _vector(values: ArrayLike, name: str, at_least: int) -> Floats:
+def float_vector(values: ArrayLike, name: str, at_least: int) -> Floats:
+    """The values as float64[n], NaN allowed. Raises ValueError for another shape, n < `at_least`, or infinities."""
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or x.size < at_least:
         raise ValueError(f"{name} must be a vector of at least {at_least}, not of shape {x.shape}")

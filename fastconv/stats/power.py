@@ -1,7 +1,8 @@
-"""The smallest change a design could find, and what would mend one that is too large (DESIGN.md, section 6).
+"""Power: the smallest effect that a design can detect, and how many questions, samples or seeds a smaller one needs.
 
-Plain arithmetic that the audit, `plan` and the report share, so that all three print the same figure.
-Malformed input raises `ValueError`; a quantity that sound input cannot give is `None` beside a `reason`.
+Closed formulas (docs/DESIGN.md, section 6) that the audit, `plan` and the report share, so that all three print the
+same figure. Malformed input raises `ValueError`; a quantity that valid input cannot give is `None`, with the
+explanation in `reason`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Measure = Literal["letters", "phrases", "judge"]
-#: Spread between questions of a paired change, assumed before there is data: accuracy where 15 % of the questions
-#: flip; a rate near 0.1 with half of its variance between questions, half of that paired away; judge points.
+#: Assumed spread between questions of a paired change, before there are data: accuracy where 15 % of the questions
+#: flip; a rate near 0.1 with half of its variance between questions, half of that removed by pairing; judge points.
 FLIP_SHARE, PLANNED_RATE, PLANNED_ICC, PLANNED_PAIRING, POINTS_SD = 0.15, 0.10, 0.5, 0.5, 15.0
 
 
@@ -31,7 +32,7 @@ class Detectable:
 
 @dataclass(frozen=True, slots=True)
 class SampleSizeNeeded:
-    """How many of `what` bring the minimum detectable effect down to `effect`; None where no number can."""
+    """How many of `what` bring the minimum detectable effect down to `effect`; `number` is None if none does."""
 
     number: int | None
     what: Literal["questions", "samples", "seeds"]
@@ -41,8 +42,10 @@ class SampleSizeNeeded:
 
 @dataclass(frozen=True, slots=True)
 class DetectableContrast:
-    """The smallest effect that one test of a contrast of `n_terms` rates or scores would probably find before there is
-    data, alone, in the unit of the measure; `questions` and `samples` bring it down to `threshold`."""
+    """The minimum detectable effect of one test of a contrast of `n_terms` rates or scores, before there are data.
+
+    `alone` is uncorrected and in the unit of the measure; `questions` and `samples` bring it down to `threshold`.
+    """
 
     n_terms: int
     threshold: float
@@ -52,17 +55,17 @@ class DetectableContrast:
 
     @property
     def too_large(self) -> bool:
-        """Whether a null result would say little."""
+        """Whether the detectable effect exceeds the threshold, so that a null result is uninformative."""
         return self.alone > self.threshold
 
 
 @dataclass(frozen=True, slots=True)
 class DesignPower:
-    """What a design could show before there is data, in the unit of the measure (a share, or judge points).
+    """Power of a design before there are data, in the unit of the measure (a share, or judge points).
 
     `change` is a paired change, which gates compare; `declared` the contrast that verdicts rest on, and `in_family` the
-    same at the first step of Holm over `n_contrasts`. Where the questions are reported apart (not `primary`), no verdict
-    rests on them.
+    same at the first step of Holm over `n_contrasts`. `primary` is False for questions that are reported separately, on
+    which no verdict rests.
     """
 
     threshold: float
@@ -78,8 +81,8 @@ class DesignPower:
 def planned_spread(measure: Measure, n_samples: int, n_terms: int = 2) -> float:
     """Assumed standard deviation between questions of a contrast: a share, or judge points.
 
-    What is assumed is that of a paired change, of two terms. More terms are taken as independent of one another: each
-    pair adds the variance of one such change, which grants nothing to what they share.
+    The assumption is made for a paired change, of two terms. More terms are taken as independent, so each pair adds the
+    variance of one such change; a correlation between them would shrink it.
     """
     pairs = math.sqrt(n_terms / 2)
     if measure == "letters":
@@ -93,9 +96,9 @@ def planned_power(
     measure: Measure, threshold: float, n_questions: int, n_samples: int, n_contrasts: int = 1, n_terms: int = 2,
     *, primary: bool = True,
 ) -> DesignPower | None:  # fmt: skip
-    """The minimum detectable effects of a design beside its threshold; None under two questions.
+    """The minimum detectable effects of a design beside its threshold; None for fewer than two questions.
 
-    `n_terms` of the declared contrast: 2 for a paired change, 4 against the canary, 8 less convergence alone.
+    `n_terms` of the declared contrast: 2 for a paired change, 4 against the canary, 8 when mimicry is subtracted too.
     """
     if n_questions < 2:
         return None
@@ -125,22 +128,22 @@ def _reach(
     return DetectableContrast(n_terms, threshold, alone, clusters_needed(threshold, spread), samples)
 
 
-def mended_by(needed: Sequence[SampleSizeNeeded]) -> str:
-    """In words: which numbers of questions, samples or seeds would mend a detectable effect that is too large."""
-    said = [f"{one.number:,} {one.what}" for one in needed if one.number is not None]
-    never = [one.what for one in needed if one.number is None]
-    words = f"{' or '.join(said)} would mend it" if said else "no number of questions would mend it"
-    return words + (f" (no number of {' or '.join(never)} would)" if never and said else "")
+def remedy_text(needed: Sequence[SampleSizeNeeded]) -> str:
+    """The numbers of questions, samples or seeds that make a detectable effect small enough, as text."""
+    possible = [f"{need.number:,} {need.what}" for need in needed if need.number is not None]
+    impossible = [need.what for need in needed if need.number is None]
+    words = f"{' or '.join(possible)} would mend it" if possible else "no number of questions would mend it"
+    return words + (f" (no number of {' or '.join(impossible)} would)" if impossible and possible else "")
 
 
 def minimum_detectable_effect(
     sd_between: float | None, n_clusters: int, alpha: float = 0.05, power: float = 0.8
 ) -> Detectable:
-    """Smallest change that a two-sided paired t test over `n_clusters` questions finds with the given power.
+    """Smallest change that a two-sided paired t test over `n_clusters` questions detects with the given power.
 
-    delta(alpha, power, C - 1) * sd / sqrt(C), delta being the noncentrality of Student's t (Cohen,
-    Statistical Power Analysis, 1988, chapter 2). `sd_between`: spread between questions of the contrast
-    itself, in its unit. For the first step of Holm over m contrasts pass alpha / m.
+    delta(alpha, power, C - 1) * sd / sqrt(C), where delta is the noncentrality of Student's t (Cohen, Statistical Power
+    Analysis, 1988, chapter 2). `sd_between`: standard deviation between questions of the contrast itself, in its unit.
+    For the first step of Holm over m contrasts pass alpha / m.
     """
     _check_open_unit(alpha=alpha, power=power)
     _check_clusters(n_clusters)
@@ -152,32 +155,16 @@ def minimum_detectable_effect(
 
 
 def rate_contrast_sd(rate: float, n_samples: int, icc: float, n_terms: int = 2, pairing: float = 0.0) -> float:
-    """Expected spread between questions of a contrast of `n_terms` rates, each from `n_samples` per question.
+    """Expected standard deviation between questions of a contrast of `n_terms` rates of `n_samples` each.
 
-    sqrt(n_terms * p(1-p) * (icc (1 - pairing) + (1 - icc) / S)): the variance of a cluster mean (Donner and
-    Klar, Cluster Randomization Trials, 2000). `n_terms`: 2 for a paired change, 4 against the
-    canary, 8 for transfer. `pairing` is the correlation of a question's true rates over the terms; 0 grants
-    nothing to pairing.
+    sqrt(n_terms * p(1-p) * (icc (1 - pairing) + (1 - icc) / S)): the variance of a cluster mean (Donner and Klar,
+    Cluster Randomization Trials, 2000). `n_terms`: 2 for a paired change, 4 against the canary, 8 for transfer.
+    `pairing` is the correlation of a question's true rates over the terms; 0 assumes none.
     """
     _check_open_unit(rate=rate)
     if n_samples < 1 or n_terms < 1 or not 0 <= icc <= 1 or not 0 <= pairing <= 1:
         raise ValueError("need n_samples >= 1, n_terms >= 1, and icc and pairing between 0 and 1")
     return math.sqrt(n_terms * rate * (1 - rate) * (icc * (1 - pairing) + (1 - icc) / n_samples))
-
-
-def minimum_detectable_rate_change(
-    rate: float,
-    n_questions: int,
-    n_samples: int,
-    icc: float,
-    alpha: float = 0.05,
-    power: float = 0.8,
-    n_terms: int = 2,
-    pairing: float = 0.0,
-) -> Detectable:
-    """`minimum_detectable_effect` of a contrast of rates near `rate`, spread as in `rate_contrast_sd`."""
-    sd = rate_contrast_sd(rate, n_samples, icc, n_terms, pairing)
-    return minimum_detectable_effect(sd, n_questions, alpha, power)
 
 
 def clusters_needed(
@@ -190,7 +177,7 @@ def clusters_needed(
 def seeds_needed(
     effect: float, sd_between_seeds: float | None, alpha: float = 0.05, power: float = 0.8, limit: int = 100
 ) -> SampleSizeNeeded:
-    """Fewest seeds whose t interval can show `effect`, given the spread of the estimates between seeds."""
+    """Fewest seeds whose t interval detects `effect`, given the standard deviation of the estimates between seeds."""
     return _fewest(effect, sd_between_seeds, alpha, power, limit, "seeds")
 
 
@@ -259,9 +246,9 @@ def _first_true(predicate: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _noncentrality(df: int, alpha: float, power: float) -> float:
-    """The noncentrality at which t exceeds its two-sided critical value, on the true side, with `power`.
+    """The noncentrality at which t exceeds its two-sided critical value, in the true direction, with `power`.
 
-    The other tail is left out: a rejection with the wrong sign is no success, it weighs about 1e-6 at 80 %
+    The other tail is left out: a rejection with the wrong sign is no success, its probability is about 1e-6 at 80 %
     power, and scipy's lower tail gives NaN for some large arguments.
     """
     if power <= alpha:
@@ -276,7 +263,7 @@ def _noncentrality(df: int, alpha: float, power: float) -> float:
     low, high = 0.0, critical + 2.0
     while shortfall(high) < 0:
         low, high = high, 2.0 * high
-    while high - low > 1e-12 * high:  # halving by hand: scipy.optimize takes `plan` longer to import than all of this
+    while high - low > 1e-12 * high:  # bisection here, since importing scipy.optimize takes longer than the whole plan
         middle = (low + high) / 2
         low, high = (middle, high) if shortfall(middle) < 0 else (low, middle)
     return high

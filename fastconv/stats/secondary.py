@@ -1,7 +1,7 @@
-"""Everything tested beside the primary contrasts, corrected together by Benjamini and Hochberg.
+"""Secondary contrasts: everything tested besides the declared ones, corrected together by Benjamini and Hochberg.
 
-Trends over epochs, mimicry, the canary's own change, and measures that are reported apart (the published eight
-alignment questions). They describe; no verdict rests on them.
+Trends over epochs, mimicry, the canary's own change, and measures that are reported separately (the eight published
+alignment questions). They are descriptive; no verdict rests on them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fastconv.stats.inference import (
     paired_change,
     trend_over_epochs,
 )
-from fastconv.stats.series import Series, means_at, union_of
+from fastconv.stats.series import Series, all_questions, question_means
 from fastconv.stats.units import Unit
 from fastconv.stats.verdicts import Quad
 
 
 @dataclass(frozen=True, eq=False)
 class SecondaryContrast:
-    """A contrast that is not among the declared ones; `per` is `change` or `epoch` (a slope)."""
+    """A contrast that is not among the declared ones; `per` is `change`, or `epoch` for a slope."""
 
     label: str
     what: str
@@ -38,7 +38,7 @@ class SecondaryContrast:
 
 @dataclass(frozen=True)
 class CorrectedContrast:
-    """An aside with its p-value corrected for the false discovery rate over all asides of the run."""
+    """A secondary contrast with its p-value corrected for the false discovery rate over all of the run."""
 
     label: str
     what: str
@@ -53,39 +53,39 @@ class CorrectedContrast:
     rows: tuple[str, ...]
 
 
-def correct(asides: Sequence[SecondaryContrast]) -> list[CorrectedContrast]:
-    """Benjamini-Hochberg over all asides of a run."""
-    if not asides:
+def correct_for_fdr(contrasts: Sequence[SecondaryContrast]) -> list[CorrectedContrast]:
+    """Correct the p-values of all secondary contrasts of a run together (Benjamini and Hochberg)."""
+    if not contrasts:
         return []
-    raw = [np.nan if one.interval.p_two_sided is None else one.interval.p_two_sided for one in asides]
+    raw = [np.nan if contrast.interval.p_two_sided is None else contrast.interval.p_two_sided for contrast in contrasts]
     corrected = benjamini_hochberg(raw).tolist()
     return [
         CorrectedContrast(
-            one.label, one.what, one.unit, one.per, one.interval.estimate, one.interval.low, one.interval.high,
-            one.interval.p_two_sided, None if np.isnan(p) else p, one.interval.reason, one.rows,
+            contrast.label, contrast.what, contrast.unit, contrast.per, contrast.interval.estimate, contrast.interval.low, contrast.interval.high,
+            contrast.interval.p_two_sided, None if np.isnan(p) else p, contrast.interval.reason, contrast.rows,
         )
-        for one, p in zip(asides, corrected, strict=True)
+        for contrast, p in zip(contrasts, corrected, strict=True)
     ]  # fmt: skip
 
 
 def trend(label: str, by_epoch: Mapping[int, Series]) -> SecondaryContrast:
-    """The assistant's slope over convergence epochs, in the measure's unit per epoch. Needs two epochs."""
+    """The assistant's slope over convergence epochs, in the measure's unit per epoch. Needs two epochs or more."""
     epochs = sorted(by_epoch)
-    questions = union_of(list(by_epoch.values()))
-    values = np.stack([means_at(by_epoch[epoch], questions) for epoch in epochs], axis=1)
-    found: Contrast = trend_over_epochs(values, epochs)
+    questions = all_questions(list(by_epoch.values()))
+    values = np.stack([question_means(by_epoch[epoch], questions) for epoch in epochs], axis=1)
+    slope: Contrast = trend_over_epochs(values, epochs)
     rows = tuple(row for epoch in epochs for row in by_epoch[epoch].rows)
-    return SecondaryContrast(label, "trend of the assistant", by_epoch[epochs[0]].unit, "epoch", found.interval, rows)
+    return SecondaryContrast(label, "trend of the assistant", by_epoch[epochs[0]].unit, "epoch", slope.interval, rows)
 
 
-def change_of(label: str, what: str, now: Series, base: Series) -> SecondaryContrast:
-    """A plain paired change."""
-    questions = union_of([now, base])
-    found = paired_change(means_at(now, questions), means_at(base, questions))
-    return SecondaryContrast(label, what, now.unit, "change", found.interval, (*now.rows, *base.rows))
+def change_contrast(label: str, what: str, now: Series, base: Series) -> SecondaryContrast:
+    """A paired change, `now` minus `base`, over their questions."""
+    questions = all_questions([now, base])
+    difference = paired_change(question_means(now, questions), question_means(base, questions))
+    return SecondaryContrast(label, what, now.unit, "change", difference.interval, (*now.rows, *base.rows))
 
 
-def difference_of(label: str, what: str, quad: Quad) -> SecondaryContrast:
+def canary_contrast(label: str, what: str, quad: Quad) -> SecondaryContrast:
     """A difference-in-differences against the canary."""
-    found = clustered_interval(quad.change(union_of(quad.series)))
-    return SecondaryContrast(label, what, quad.now.unit, "change", found, quad.rows)
+    interval = clustered_interval(quad.change(all_questions(quad.series)))
+    return SecondaryContrast(label, what, quad.now.unit, "change", interval, quad.rows)

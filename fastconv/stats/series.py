@@ -1,4 +1,7 @@
-"""Numbers that carry the rows they came from. Nothing else may be printed in a report or decide a gate."""
+"""Scores as arrays, and numbers that carry the ids of the rows they come from.
+
+Only such numbers may be printed in a report or decide a gate.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +14,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastconv.stats.inference import mean_present
-from fastconv.stats.units import Unit, full, level
+from fastconv.stats.units import Unit, level, scale_maximum
 from fastconv.store.ledger import Score
 
 Floats = NDArray[np.float64]
-#: Shares of unscored samples up to here still let a cell have a verdict; two compared epochs may differ by so much.
+#: A cell has a verdict up to this share of unscored samples, and up to this difference of shares between its epochs.
 MAX_UNSCORED_SHARE, MAX_UNSCORED_DIFFERENCE = 0.05, 0.03
 
 
 class NoRowsError(ValueError):
-    """A number was asked for that no row supports."""
+    """A number was requested that no row supports."""
 
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A value with its unit and the ids of the rows behind it (`stage/row`). It cannot be made without rows."""
+    """A value with its unit and the ids of the rows behind it (`stage/row`). Raises NoRowsError without rows."""
 
     value: float
     unit: str
@@ -36,16 +39,16 @@ class Number:
             raise NoRowsError(f"{self.value!r} {self.unit} has no rows behind it")
 
     def text(self, digits: int = 3) -> str:
-        """The number as people read it; shares as percent."""
+        """The formatted number; shares as percent."""
         return level(self.value, self.unit, digits)
 
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """One measure of one stack under one probe: values [questions, samples], NaN where nothing was scored.
+    """One measure of one stack under one probe: float64[questions, samples], NaN where a sample has no score.
 
-    Values are shares (0 to 1) or a judge's points (0 to 100), as `unit` says. Questions are in id order. `lost` are the
-    question and the reason of each sample without a score.
+    Values are shares (0 to 1) or a judge's points (0 to 100), as `unit` says. Questions are in id order. `lost` holds
+    the question and the reason of each sample without a score.
     """
 
     stage: str
@@ -58,57 +61,57 @@ class Series:
 
     @cached_property
     def means(self) -> Floats:
-        """Mean per question over its samples that were scored, [questions]; NaN where none was."""
+        """Mean per question over its scored samples, float64[questions]; NaN where none is scored."""
         return mean_present(self.values, axis=1)
 
     @property
     def n_samples(self) -> int:
-        """Samples asked for."""
+        """Number of samples, scored or not."""
         return self.values.size
 
     @property
     def n_unscored(self) -> int:
-        """Samples without a score, each with its reason in the ledger."""
+        """Number of samples without a score; the ledger holds each one's reason."""
         return int(np.isnan(self.values).sum())
 
     @cached_property
     def rows(self) -> tuple[str, ...]:
         """Ids of the rows behind the series, one per question with a score."""
         scored = ~np.isnan(self.means)
-        return tuple(f"{self.stage[:12]}/{q}" for q, kept in zip(self.questions, scored, strict=True) if kept)
+        return tuple(f"{self.stage[:12]}/{q}" for q, has_score in zip(self.questions, scored, strict=True) if has_score)
 
     @property
-    def looked_at(self) -> tuple[str, ...]:
-        """The rows, or where nothing was scored the stage's scores as a whole: what a word without a figure rests on."""
+    def evidence_rows(self) -> tuple[str, ...]:
+        """`rows`, or where nothing was scored the id of the stage's scores as a whole."""
         return self.rows or (f"{self.stage[:12]}/scores",)
 
     @property
     def mean(self) -> Number:
-        """Mean over questions of the questions' means. Raises NoRowsError if nothing was scored."""
+        """Mean over questions of the question means. Raises NoRowsError if nothing was scored."""
         rows = self.rows
         return Number(float(np.nanmean(self.means)) if rows else float("nan"), self.unit, rows)
 
     @property
     def rates(self) -> Floats:
-        """The values on the scale of 0 to 1, whatever their unit: for bounds at floor and ceiling."""
-        return self.values / full(self.unit)
+        """The values scaled to 0..1 whatever their unit, as bounds at floor and ceiling need them."""
+        return self.values / scale_maximum(self.unit)
 
     def part(self, belongs: Callable[[str], bool]) -> Series:
-        """The same series for some of its questions. Raises NoRowsError if none of them belongs."""
-        kept = [place for place, question in enumerate(self.questions) if belongs(question)]
-        if not kept:
+        """The series restricted to the questions for which `belongs` is true. Raises NoRowsError if there are none."""
+        indices = [index for index, question in enumerate(self.questions) if belongs(question)]
+        if not indices:
             raise NoRowsError(f"stage {self.stage[:12]} ({self.measure}, {self.probe}) asks none of these questions")
-        questions = tuple(self.questions[place] for place in kept)
-        lost = tuple(one for one in self.lost if belongs(one[0]))
-        return Series(self.stage, self.measure, self.probe, questions, self.values[kept], self.unit, lost)
+        questions = tuple(self.questions[index] for index in indices)
+        lost = tuple(sample for sample in self.lost if belongs(sample[0]))
+        return Series(self.stage, self.measure, self.probe, questions, self.values[indices], self.unit, lost)
 
 
 def series_of(stage: str, measure: str, probe: str, scores: Sequence[Score], unit: Unit = "share") -> Series:
-    """Collect a stage's scores; missing values stay missing. Raises NoRowsError if the stage has none."""
+    """Collect a stage's scores into a series; missing values stay NaN. Raises NoRowsError if the stage has none."""
     if not scores:
         raise NoRowsError(f"stage {stage[:12]} ({measure}, {probe}) has no scores")
     questions = sorted({score.row for score in scores})
-    index = {question: place for place, question in enumerate(questions)}
+    index = {question: row_index for row_index, question in enumerate(questions)}
     values = np.full((len(questions), 1 + max(score.sample for score in scores)), np.nan)
     for score in scores:
         if score.value is not None:
@@ -118,14 +121,14 @@ def series_of(stage: str, measure: str, probe: str, scores: Sequence[Score], uni
 
 
 def too_unscored(now: Series, base: Series | None = None) -> str | None:
-    """Why two epochs of a probe allow no verdict (too many samples without a score, or unlike shares), or None.
+    """Why two epochs of a probe allow no verdict: too many unscored samples, or unequal shares; else None.
 
-    Without `base` only the first rule is asked. The reason says how many of how many, and why most of them.
+    Without `base` only the first rule applies. The reason gives the counts and the most common cause.
     """
-    both = [now] if base is None else [now, base]
-    shares = [one.n_unscored / one.n_samples for one in both]
+    compared = [now] if base is None else [now, base]
+    shares = [series.n_unscored / series.n_samples for series in compared]
     if max(shares) > MAX_UNSCORED_SHARE:
-        worst = both[shares.index(max(shares))]
+        worst = compared[shares.index(max(shares))]
         return (
             f"{100 * max(shares):.1f} % of the {now.probe}'s samples are unscored "
             f"(at most {100 * MAX_UNSCORED_SHARE:g} %): {_how_many([worst])}"
@@ -134,49 +137,49 @@ def too_unscored(now: Series, base: Series | None = None) -> str | None:
     if apart > MAX_UNSCORED_DIFFERENCE + 1e-9:  # 0.05 - 0.02 is a little over 0.03
         return (
             f"the {now.probe}'s unscored share differs by {100 * apart:.1f} points between the epochs "
-            f"(at most {100 * MAX_UNSCORED_DIFFERENCE:g}): {_how_many(both)}"
+            f"(at most {100 * MAX_UNSCORED_DIFFERENCE:g}): {_how_many(compared)}"
         )
     return None
 
 
 def first_too_unscored(pairs: Iterable[tuple[Series, Series]]) -> str | None:
-    """The first of these pairs that allows no verdict, in words; None where all do."""
+    """The reason of the first of these pairs that allows no verdict; None if all do."""
     return next((why for now, base in pairs if (why := too_unscored(now, base))), None)
 
 
 def commonest_reason(several: Sequence[Series]) -> str:
-    """Why most of the unscored samples have no score; empty where nothing says it."""
-    reasons = Counter(reason for one in several for _, reason in one.lost if reason)
+    """The most common reason why samples have no score; empty if none is recorded."""
+    reasons = Counter(reason for series in several for _, reason in series.lost if reason)
     return reasons.most_common(1)[0][0] if reasons else ""
 
 
 def _how_many(several: Sequence[Series]) -> str:
-    """How many of how many samples have no score, and the commonest reason."""
-    told = " and ".join(f"{one.n_unscored} of {one.n_samples}" for one in several)
+    """How many samples of each series have no score, and the most common reason."""
+    counts = " and ".join(f"{series.n_unscored} of {series.n_samples}" for series in several)
     reason = commonest_reason(several)
-    return told + (f", most often {reason}" if reason else "")
+    return counts + (f", most often {reason}" if reason else "")
 
 
-def union_of(several: Sequence[Series]) -> tuple[str, ...]:
-    """All questions of some series, in id order."""
-    return tuple(sorted({question for one in several for question in one.questions}))
+def all_questions(several: Sequence[Series]) -> tuple[str, ...]:
+    """All questions of several series, in id order."""
+    return tuple(sorted({question for series in several for question in series.questions}))
 
 
-def means_at(one: Series, questions: Sequence[str]) -> Floats:
-    """The series' question means at these questions, NaN where it does not ask one."""
-    if tuple(questions) == one.questions:
-        return one.means
-    known = dict(zip(one.questions, one.means.tolist(), strict=True))
+def question_means(series: Series, questions: Sequence[str]) -> Floats:
+    """The series' question means at these questions, float64[questions]; NaN where it lacks one."""
+    if tuple(questions) == series.questions:
+        return series.means
+    known = dict(zip(series.questions, series.means.tolist(), strict=True))
     return np.array([known.get(question, np.nan) for question in questions])
 
 
-def rates_together(several: Sequence[Series]) -> Floats:
-    """The samples of some series side by side at the union of their questions, [questions, samples], on 0 to 1."""
-    questions = union_of(several)
-    index = {question: place for place, question in enumerate(questions)}
+def pooled_rates(several: Sequence[Series]) -> Floats:
+    """Samples of several series over all of their questions: float64[questions, samples], scaled to 0..1."""
+    questions = all_questions(several)
+    index = {question: row_index for row_index, question in enumerate(questions)}
     blocks = []
-    for one in several:
-        block = np.full((len(questions), one.values.shape[1]), np.nan)
-        block[[index[question] for question in one.questions]] = one.rates
+    for series in several:
+        block = np.full((len(questions), series.values.shape[1]), np.nan)
+        block[[index[question] for question in series.questions]] = series.rates
         blocks.append(block)
     return np.concatenate(blocks, axis=1)

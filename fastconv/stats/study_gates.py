@@ -1,6 +1,6 @@
-"""Rules over the whole study: G4, G5, confirm and falsify. Thresholds decide them; evidence is the interval.
+"""Gates over the whole study: G4, G5, CONFIRM and FALSIFY. They compare shifts with thresholds, not intervals.
 
-They take shifts and do not ask where these came from, so published figures without samples go through the same rules.
+They take shifts of any origin, so published figures without samples pass through the same rules.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Literal
 from fastconv.recipe import GateSettings
 from fastconv.stats.gates import GateVerdict
 from fastconv.stats.series import Number
-from fastconv.stats.units import Unit, change
+from fastconv.stats.units import Unit, and_more, change
 
 Role = Literal["assistant", "source", "canary"]
 
 
 @dataclass(frozen=True)
 class Shift:
-    """How far a measure moved against epoch 0 under one probe, in its unit, with the rows of both ends.
+    """A measure's change against epoch 0 under one probe, in its unit, with the rows of both epochs.
 
-    `unread` says why there is no value (NaN then): too many samples of an end have no score.
+    `unread` says why there is no value (NaN then): too many samples of one epoch have no score.
     """
 
     source: str
@@ -37,31 +37,31 @@ class Shift:
 
     @property
     def moved(self) -> bool:
-        """Beyond the threshold, in either direction."""
+        """Whether the change reaches the threshold, in either direction."""
         return abs(self.value) >= self.threshold - 1e-12
 
     @property
     def number(self) -> Number:
-        """The change with its rows; cannot be had without any."""
+        """The change with its rows. Raises NoRowsError without any."""
         return Number(self.value, self.unit, self.rows)
 
     @property
     def text(self) -> str:
-        """How it is cited."""
+        """The change as a report cites it."""
         return f"{self.source} {self.behavior} {change(self.value, self.unit)} at epoch {self.epoch}"
 
 
 def signal(gates: GateSettings, subject: str, shifts: Sequence[Shift]) -> GateVerdict:
-    """G4: the first source shows a signal in at least one behavior at any epoch."""
+    """G4: the first source shifts in at least one behavior at any epoch."""
     rule = f"{gates.g4_source} shifts beyond the threshold in at least one behavior"
-    return _any_moves("G4", subject, rule, [one for one in _assistant(shifts) if one.source == gates.g4_source])
+    return _any_moves("G4", subject, rule, [shift for shift in _assistant(shifts) if shift.source == gates.g4_source])
 
 
 def first_sources(gates: GateSettings, subject: str, shifts: Sequence[Shift], order: Sequence[str]) -> GateVerdict:
-    """G5: at least one of the first sources shows a signal. `order` is the recipe's, controls left out."""
+    """G5: at least one of the first sources shifts. `order` is the recipe's order of sources without controls."""
     first = list(order)[: gates.g5_sources]
     rule = f"at least one of the first {gates.g5_sources} sources shifts beyond a threshold"
-    measured = {one.source for one in shifts}
+    measured = {shift.source for shift in shifts}
     waiting = [source for source in first if source not in measured]
     if len(first) < gates.g5_sources or waiting:
         why = (
@@ -70,13 +70,13 @@ def first_sources(gates: GateSettings, subject: str, shifts: Sequence[Shift], or
             else f"the grid has {len(first)} of {gates.g5_sources} sources"
         )
         return GateVerdict("G5", subject, "not applicable", why, rule)
-    return _any_moves("G5", subject, rule, [one for one in _assistant(shifts) if one.source in first])
+    return _any_moves("G5", subject, rule, [shift for shift in _assistant(shifts) if shift.source in first])
 
 
 def study(
     gates: GateSettings, subject: str, shifts: Sequence[Shift], sources: Sequence[str]
 ) -> tuple[GateVerdict, ...]:
-    """G4, G5, CONFIRM and FALSIFY on the same shifts; `sources` are those that are no control."""
+    """G4, G5, CONFIRM and FALSIFY on the same shifts; `sources` excludes controls."""
     return (
         signal(gates, subject, shifts),
         first_sources(gates, subject, shifts, sources),
@@ -91,66 +91,68 @@ def confirm(gates: GateSettings, subject: str, shifts: Sequence[Shift], sources:
         f"at least {gates.confirm_sources} sources shift in at least {gates.confirm_behaviors} behaviors "
         "at the last epoch against epoch 0"
     )
-    last = [one for one in _last(_assistant(shifts)) if one.source in sources]
-    short = _too_small("CONFIRM", subject, gates, last, sources, rule)
-    if short is not None:
-        return short
-    if (silent := _unread("CONFIRM", subject, rule, last)) is not None:
-        return silent
+    last = [shift for shift in _last(_assistant(shifts)) if shift.source in sources]
+    too_few = _too_small("CONFIRM", subject, gates, last, sources, rule)
+    if too_few is not None:
+        return too_few
+    if (undecided := _unread("CONFIRM", subject, rule, last)) is not None:
+        return undecided
     moving = _moving_sources(gates, last)
     verdict = "pass" if len(moving) >= gates.confirm_sources else "fail"
     reason = f"{len(moving)} of {len(sources)} sources do{': ' if moving else ''}{', '.join(moving)}; {_largest(last)}"
-    return GateVerdict("CONFIRM", subject, verdict, reason, rule, tuple(one.number for one in last), _rows(last))
+    return GateVerdict("CONFIRM", subject, verdict, reason, rule, tuple(shift.number for shift in last), _rows(last))
 
 
 def falsify(gates: GateSettings, subject: str, shifts: Sequence[Shift], sources: Sequence[str]) -> GateVerdict:
-    """FALSIFY: too few sources shift, or the negative control or the canary shifts as much. `fail` is falsified."""
+    """FALSIFY: too few sources shift, or the negative control or the canary shifts as much. `fail` means falsified."""
     rule = (
         f"at least {gates.falsify_under} sources shift in at least {gates.confirm_behaviors} behaviors, and neither "
         f"the negative control ({gates.negative_control}) nor the canary shifts as much"
     )
-    last = [one for one in _last(_assistant(shifts)) if one.source in sources]
-    short = _too_small("FALSIFY", subject, gates, last, sources, rule)
-    if short is not None:
-        return short
-    control = _last([one for one in _assistant(shifts) if one.source == gates.negative_control])
-    canary = _last([one for one in shifts if one.role == "canary" and one.source in sources])
-    every = [*last, *control, *canary]
-    if (silent := _unread("FALSIFY", subject, rule, every)) is not None:
-        return silent
+    last = [shift for shift in _last(_assistant(shifts)) if shift.source in sources]
+    too_few = _too_small("FALSIFY", subject, gates, last, sources, rule)
+    if too_few is not None:
+        return too_few
+    control = _last([shift for shift in _assistant(shifts) if shift.source == gates.negative_control])
+    canary = _last([shift for shift in shifts if shift.role == "canary" and shift.source in sources])
+    shifts_read = [*last, *control, *canary]
+    if (undecided := _unread("FALSIFY", subject, rule, shifts_read)) is not None:
+        return undecided
     moving = _moving_sources(gates, last)
-    faults = []
+    objections = []
     if len(moving) < gates.falsify_under:
-        faults.append(f"{len(moving)} of {len(sources)} sources shift")
+        objections.append(f"{len(moving)} of {len(sources)} sources shift")
     if control and _as_much(control, last):
-        faults.append(f"the negative control shifts as much ({_largest(control)})")
+        objections.append(f"the negative control shifts as much ({_largest(control)})")
     if canary and _as_much(canary, last):
-        faults.append(f"the canary shifts as much ({_largest(canary)})")
-    absent = [name for name, found in (("negative control", control), ("canary", canary)) if not found]
+        objections.append(f"the canary shifts as much ({_largest(canary)})")
+    absent = [name for name, measured in (("negative control", control), ("canary", canary)) if not measured]
     note = f"; not measured: {', '.join(absent)}" if absent else ""
-    reason = "; ".join(faults) or f"{len(moving)} of {len(sources)} sources shift, more than their controls"
-    numbers = tuple(one.number for one in every)
-    return GateVerdict("FALSIFY", subject, "fail" if faults else "pass", reason + note, rule, numbers, _rows(every))
+    reason = "; ".join(objections) or f"{len(moving)} of {len(sources)} sources shift, more than their controls"
+    numbers = tuple(shift.number for shift in shifts_read)
+    return GateVerdict(
+        "FALSIFY", subject, "fail" if objections else "pass", reason + note, rule, numbers, _rows(shifts_read)
+    )
 
 
 def _any_moves(gate: str, subject: str, rule: str, shifts: Sequence[Shift]) -> GateVerdict:
     if not shifts:
         return GateVerdict(gate, subject, "not applicable", "not measured at epoch 0 and one more epoch yet", rule)
-    if (silent := _unread(gate, subject, rule, shifts)) is not None:
-        return silent
-    moving = [one for one in shifts if one.moved]
-    chosen = max(moving or shifts, key=lambda one: abs(one.value) / one.threshold)
+    if (undecided := _unread(gate, subject, rule, shifts)) is not None:
+        return undecided
+    moving = [shift for shift in shifts if shift.moved]
+    chosen = max(moving or shifts, key=lambda shift: abs(shift.value) / shift.threshold)
     reason = f"{'strongest' if moving else 'no shift beyond a threshold; nearest'}: {chosen.text}"
-    numbers = tuple(one.number for one in shifts)
+    numbers = tuple(shift.number for shift in shifts)
     return GateVerdict(gate, subject, "pass" if moving else "fail", reason, rule, numbers, _rows(shifts))
 
 
 def _too_small(
     gate: str, subject: str, gates: GateSettings, last: Sequence[Shift], sources: Sequence[str], rule: str
 ) -> GateVerdict | None:
-    """Why a rule over the study cannot be asked of what was measured, if so."""
-    measured = {one.source for one in last}
-    behaviors = {one.behavior for one in last}
+    """The verdict of a study gate for which too few sources or behaviors were measured; None if there are enough."""
+    measured = {shift.source for shift in last}
+    behaviors = {shift.behavior for shift in last}
     if len(sources) < gates.confirm_sources or len(behaviors) < gates.confirm_behaviors:
         why = f"needs {gates.confirm_sources} sources and {gates.confirm_behaviors} behaviors, has {len(measured)} and {len(behaviors)}"
         return GateVerdict(gate, subject, "not applicable", why, rule, rows=_rows(last))
@@ -161,54 +163,54 @@ def _too_small(
 
 
 def _unread(gate: str, subject: str, rule: str, shifts: Sequence[Shift]) -> GateVerdict | None:
-    """The word of a rule that reads a shift without a value: what the judge left out could have gone either way."""
-    silent = [one for one in shifts if one.unread]
-    if not silent:
+    """The verdict of a gate that needs a shift without a value; None if all shifts have one."""
+    unscored = [shift for shift in shifts if shift.unread]
+    if not unscored:
         return None
-    first = silent[0]
-    more = f" (and {len(silent) - 1} more of {len(shifts)} shifts)" if len(silent) > 1 else ""
-    why = f"{first.source} {first.behavior} at epoch {first.epoch}: {first.unread}{more}"
+    first = unscored[0]
+    more = and_more(len(unscored), 1, f"{len(shifts)} shifts")
+    why = f"{first.source} {first.behavior} at epoch {first.epoch}: {first.unread}" + (f" ({more})" if more else "")
     return GateVerdict(gate, subject, "not applicable", why, rule, rows=_rows(shifts), unread=True)
 
 
 def _assistant(shifts: Sequence[Shift]) -> list[Shift]:
-    return [one for one in shifts if one.role == "assistant"]
+    return [shift for shift in shifts if shift.role == "assistant"]
 
 
 def _last(shifts: Sequence[Shift]) -> list[Shift]:
-    """The shifts at the last epoch that any of them has."""
-    epoch = max((one.epoch for one in shifts), default=0)
-    return [one for one in shifts if one.epoch == epoch]
+    """The shifts at the last epoch among them."""
+    epoch = max((shift.epoch for shift in shifts), default=0)
+    return [shift for shift in shifts if shift.epoch == epoch]
 
 
 def _moving_sources(gates: GateSettings, shifts: Sequence[Shift]) -> list[str]:
     moving = []
-    for source, mine in groupby(sorted(shifts, key=lambda one: one.source), key=lambda one: one.source):
-        if len({one.behavior for one in mine if one.moved}) >= gates.confirm_behaviors:
+    for source, group in groupby(sorted(shifts, key=lambda shift: shift.source), key=lambda shift: shift.source):
+        if len({shift.behavior for shift in group if shift.moved}) >= gates.confirm_behaviors:
             moving.append(source)
     return moving
 
 
 def _as_much(control: Sequence[Shift], shifts: Sequence[Shift]) -> bool:
-    """Whether the control's strongest shift, in thresholds, reaches the sources' median strongest one and moves."""
+    """Whether the control's largest shift is at least one threshold and the median of the sources' largest."""
     strongest = {
-        source: max(abs(o.value) / o.threshold for o in shifts if o.source == source)
-        for source in {o.source for o in shifts}
+        source: max(abs(shift.value) / shift.threshold for shift in shifts if shift.source == source)
+        for source in {shift.source for shift in shifts}
     }
     ordered = sorted(strongest.values())
     middle = ordered[len(ordered) // 2]
-    reached = max(abs(one.value) / one.threshold for one in control)
+    reached = max(abs(shift.value) / shift.threshold for shift in control)
     return reached >= 1.0 and reached >= middle
 
 
 def _largest(shifts: Sequence[Shift]) -> str:
-    """The largest shift of each behavior, in words."""
+    """The largest shift of each behavior, as text."""
     words = []
-    for behavior in dict.fromkeys(one.behavior for one in shifts):
-        mine = max((one for one in shifts if one.behavior == behavior), key=lambda one: abs(one.value))
-        words.append(f"largest change of {behavior} {change(mine.value, mine.unit)} ({mine.source})")
+    for behavior in dict.fromkeys(shift.behavior for shift in shifts):
+        largest = max((shift for shift in shifts if shift.behavior == behavior), key=lambda shift: abs(shift.value))
+        words.append(f"largest change of {behavior} {change(largest.value, largest.unit)} ({largest.source})")
     return ", ".join(words)
 
 
 def _rows(shifts: Sequence[Shift]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(row for one in shifts for row in one.rows))
+    return tuple(dict.fromkeys(row for shift in shifts for row in shift.rows))

@@ -1,41 +1,53 @@
-"""How numbers are written: shares as percent, their changes in percentage points, a judge's scores in points."""
+"""Formatting: shares as percent, their changes in percentage points, judge scores in points, counts and short lists."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 Unit = Literal["share", "points"]
 
 
 def scale(unit: str) -> float:
-    """What a value is multiplied by to be shown: 100 for shares, 1 for everything else."""
+    """The factor from a value to what is shown: 100 for shares, 1 for everything else."""
     return 100.0 if unit == "share" else 1.0
 
 
 def counted(n: int, what: str) -> str:
-    """So many of something, in words: 1 stage, 2 stages."""
+    """A count with its noun: 1 stage, 2 stages."""
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
-def full(unit: str) -> float:
-    """The top of a measure's scale: 1 for shares, 100 for points."""
+def and_more(n: int, n_shown: int, of: str = "") -> str:
+    """What a list of `n` leaves out after its first `n_shown`: "and 3 more", "and 3 more of 8 shifts"; empty for none."""
+    return "" if n <= n_shown else f"and {n - n_shown} more{of and f' of {of}'}"
+
+
+def first_few(names: Sequence[str], n_shown: int, separator: str = ", ") -> str:
+    """The first `n_shown` names in one line, and how many more there are: "a, b and 3 more"."""
+    shown, more = separator.join(names[:n_shown]), and_more(len(names), n_shown)
+    return f"{shown} {more}" if more else shown
+
+
+def scale_maximum(unit: str) -> float:
+    """The maximum of a measure's scale: 1 for shares, 100 for points."""
     return 1.0 if unit == "share" else 100.0
 
 
 def rounded(value: float, digits: int = 1) -> str:
-    """A number with so many decimals. What rounds to zero has no sign: a minus there says that something fell."""
+    """A number with that many decimals. What rounds to zero has no sign, since a minus would claim a decrease."""
     number = f"{value:.{digits}f}"
     return number.lstrip("-") if float(number) == 0 else number
 
 
 def signed(value: float, digits: int = 1) -> str:
-    """A change with its sign and so many decimals; what rounds to zero has none."""
+    """A change with its sign and that many decimals; what rounds to zero has no sign."""
     number = f"{value:+.{digits}f}"
     return number.lstrip("+-") if float(number) == 0 else number
 
 
 def level(value: float, unit: str, digits: int = 3) -> str:
-    """A level as people read it: 12.3 %, 75.3 points, or three digits with the unit's own name."""
+    """A level with its unit: 12.3 %, 75.3 points, or three digits with the unit's own name."""
     if unit == "share":
         return f"{rounded(100 * value)} %"
     if unit == "points":
@@ -48,12 +60,12 @@ def change(value: float, unit: str) -> str:
     return f"{signed(scale(unit) * value)} {'pp' if unit == 'share' else 'points'}"
 
 
-def size(value: float, unit: str) -> str:
+def size_text(value: float, unit: str) -> str:
     """A threshold or a distance, without sign: 5 pp, 10 points."""
     return f"{scale(unit) * value:.3g} {'pp' if unit == 'share' else 'points'}"
 
 
-def span(low: float | None, high: float | None, unit: str) -> str:
+def interval_text(low: float | None, high: float | None, unit: str) -> str:
     """An interval of a change in brackets; empty where there is none."""
     if low is None or high is None:
         return ""

@@ -1,13 +1,14 @@
-"""What each cell says: transfer, reverse, equivalent, inconclusive or uninformative, each with its reason.
+"""The verdict of each cell: transfer, reverse, equivalent, inconclusive or uninformative, with its reason.
 
-Estimand (docs/DESIGN.md, section 6): the assistant's change against epoch 0, paired by question, minus the canary's change,
-minus the same without a behavior adapter (mimicry) where the recipe has that control. Seeds of one cell are averaged
-within a question; with three or more, the interval over their means must not speak against a change, and it decides
-the confidence.
+Estimand (docs/DESIGN.md, section 6): the assistant's change against epoch 0, paired by question, minus the canary's
+change, minus the same without a behavior adapter (mimicry) where the recipe has that control. Seeds of one cell are
+averaged within a question. With three seeds or more, the interval over their means must not contradict a change, and it
+sets the confidence. `verdict` is the rule for one cell; `decide` applies it to a family of declared contrasts.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -31,10 +32,10 @@ from fastconv.stats.inference import (
     mean_present,
     pool_seeds,
     seeds_against,
-    sign_flip_p,
     tost,
     transfer_contrast,
 )
+from fastconv.stats.permutation import sign_flip_p
 from fastconv.stats.power import (
     SampleSizeNeeded,
     clusters_needed,
@@ -42,19 +43,22 @@ from fastconv.stats.power import (
     samples_needed,
     seeds_needed,
 )
-from fastconv.stats.series import Floats, Series, means_at, rates_together, union_of
-from fastconv.stats.units import Unit, change, full, size, span
+from fastconv.stats.series import Floats, Series, all_questions, pooled_rates, question_means
+from fastconv.stats.units import Unit, change, interval_text, scale_maximum, size_text
+
+#: Random sign patterns of the sign-flip check: enough for its smallest p-value to lie well under the corrected level.
+DRAWS_PER_CONTRAST, FEWEST_DRAWS, MOST_DRAWS = 40, 2_000, 10_000
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a verdict may look at.
+    """Input of the verdict rule for one cell.
 
-    `direction` is -1 where leakage lowers the measure (accuracy, alignment), else +1. `contrast` is the
-    transfer contrast, `p_corrected` its Holm-corrected t p-value, `equivalence` its TOST with the threshold
-    as margin; all in the measure's `unit`. `bound_base` and `bound_now` are the assistant's on the scale of 0 to 1,
-    None where there are none. The two bools are None when nothing was measured, which counts as not shown. `seeds` are
-    the seeds' estimates of the contrast, the outer cluster.
+    `direction` is -1 where leakage lowers the measure (accuracy, alignment), else +1. `contrast` is the transfer
+    contrast, `p_corrected` its Holm-corrected t p-value, `equivalence` its TOST with the threshold as margin; all in
+    the measure's `unit`. `bound_base` and `bound_now` are the assistant's rate bounds, scaled to 0..1, or None. The two
+    bools are None when nothing was measured, which counts as not shown. `seeds` pools the seeds' estimates of the
+    contrast.
     """
 
     direction: Literal[-1, 1]
@@ -73,28 +77,30 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One of five words and one sentence that says why."""
+    """One of five kinds and the sentence that explains it."""
 
     kind: Literal["transfer", "reverse", "equivalent", "inconclusive", "uninformative"]
     reason: str
 
 
 def verdict(evidence: Evidence) -> Verdict:
-    """The verdict of section 6: first whether the cell could say anything, then what it says.
+    """Apply the rule of section 6: first whether the cell is informative at all, then its kind.
 
-    A change that TOST shows to lie within the threshold is *equivalent* even where its p-value is small,
-    and the sentence says both: the threshold is the smallest effect declared to matter (Lakens 2017, SPPS
-    8:355). A change that other questions would show and other seeds might not is *inconclusive*: the interval over
-    questions takes these seeds for given.
+    A change that TOST shows to lie within the threshold is *equivalent* even where its p-value is small, and the reason
+    says both: the threshold is the smallest effect declared to matter (Lakens 2017, SPPS 8:355). A change that is clear
+    of zero over questions but not over seeds is *inconclusive*: the interval over questions is conditional on these
+    seeds.
+
+    Raises ValueError for evidence that contradicts itself.
     """
     _check_evidence(evidence)
-    silent = _why_uninformative(evidence)
-    if silent is not None:
-        return Verdict("uninformative", silent)
-    contrast, margin = evidence.contrast, size(evidence.equivalence.margin, evidence.unit)
+    uninformative = _why_uninformative(evidence)
+    if uninformative is not None:
+        return Verdict("uninformative", uninformative)
+    contrast, margin = evidence.contrast, size_text(evidence.equivalence.margin, evidence.unit)
     if contrast.estimate is None or contrast.low is None or contrast.high is None:
         return _verdict_without_interval(evidence)
-    figures = f"{change(contrast.estimate, evidence.unit)} {span(contrast.low, contrast.high, evidence.unit)}"
+    figures = f"{change(contrast.estimate, evidence.unit)} {interval_text(contrast.low, contrast.high, evidence.unit)}"
     significant = evidence.p_corrected is not None and evidence.p_corrected <= evidence.alpha
     if evidence.equivalence.equivalent:
         aside = "; it differs from zero, by less than declared to matter" if significant else ""
@@ -123,10 +129,10 @@ def _why_uninformative(evidence: Evidence) -> str | None:
     if not evidence.measurable_at_base:
         return "the behavior is not measurable at base"
     extreme, room = _shared_extreme(evidence)
-    if room is not None and room > evidence.equivalence.margin / full(evidence.unit):
+    if room is not None and room > evidence.equivalence.margin / scale_maximum(evidence.unit):
         return (
             f"both epochs are at the {extreme}, where the truth may still lie {_distance(room, evidence.unit)} away, "
-            f"more than the margin of {size(evidence.equivalence.margin, evidence.unit)}"
+            f"more than the margin of {size_text(evidence.equivalence.margin, evidence.unit)}"
         )
     if evidence.source_shows_behavior is None:
         return "nothing shows that the behavior was learned: the source was not measured"
@@ -134,7 +140,7 @@ def _why_uninformative(evidence: Evidence) -> str | None:
 
 
 def _shared_extreme(evidence: Evidence) -> tuple[str | None, float | None]:
-    """The extreme at which both epochs lie and the wider of their bounds; floor to ceiling is a change."""
+    """The extreme at which both epochs lie and the wider of their bounds; None for floor to ceiling."""
     base, now = evidence.bound_base, evidence.bound_now
     if base is None or now is None or base.extreme != now.extreme or base.room is None or now.room is None:
         return None, None
@@ -147,12 +153,12 @@ def _verdict_without_interval(evidence: Evidence) -> Verdict:
     no_spread = contrast.se == 0 and contrast.estimate is not None and abs(contrast.estimate) <= margin
     if room is not None and no_spread:
         reason = f"both epochs are at the {extreme} and the truth lies within {_distance(room, evidence.unit)} of it"
-        return Verdict("equivalent", f"{reason}, inside the margin of {size(margin, evidence.unit)}")
+        return Verdict("equivalent", f"{reason}, inside the margin of {size_text(margin, evidence.unit)}")
     return Verdict("inconclusive", f"no interval: {contrast.reason}")
 
 
 def _distance(share: float, unit: Unit) -> str:
-    """A share of the measure's whole scale, written in its unit: 5.8 %, 5.8 points."""
+    """A share of the measure's whole scale in the measure's unit: 5.8 %, 5.8 points."""
     return f"{100 * share:.1f} {'%' if unit == 'share' else 'points'}"
 
 
@@ -167,10 +173,6 @@ def _check_evidence(evidence: Evidence) -> None:
     least = 0.0 if raw is None else raw * (1 - ROUNDING)
     if corrected is not None and not least <= corrected <= 1:
         raise ValueError(f"a corrected p lies between the raw p ({raw}) and 1, not at {corrected}")
-
-
-#: Sign patterns drawn for the check: enough that their smallest p lies well under the corrected level.
-DRAWS_PER_CONTRAST, FEWEST_DRAWS, MOST_DRAWS = 40, 2_000, 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,11 +192,11 @@ class Quad:
     @property
     def rows(self) -> tuple[str, ...]:
         """Ids of the rows behind all four."""
-        return tuple(row for series in self.series for row in series.looked_at)
+        return tuple(row for series in self.series for row in series.evidence_rows)
 
     def arm(self, questions: Sequence[str]) -> Arm:
         """Question means at these questions."""
-        return Arm(*(means_at(series, questions) for series in self.series))
+        return Arm(*(question_means(series, questions) for series in self.series))
 
     def change(self, questions: Sequence[str]) -> Floats:
         """The assistant's change minus the canary's, per question."""
@@ -219,7 +221,7 @@ class SeedEvidence:
 
 @dataclass(frozen=True, eq=False)
 class CellEvidence:
-    """What a cell's verdict may look at. `withheld` says why there may be none (unscored samples, say)."""
+    """All measurements behind a cell's verdict. `withheld` is the reason, if any, to give none."""
 
     label: str
     behavior: str
@@ -233,8 +235,8 @@ class CellEvidence:
 
     @property
     def questions(self) -> tuple[str, ...]:
-        """All questions that any seed asks."""
-        return union_of([one for seed in self.seeds for one in seed.trained.series])
+        """All questions of any seed's series."""
+        return all_questions([series for seed in self.seeds for series in seed.trained.series])
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -245,12 +247,12 @@ class CellEvidence:
 
 @dataclass(frozen=True)
 class CellVerdict:
-    """A cell's verdict and all that was computed for it; None where not estimable. Effects in the measure's unit.
+    """A cell's verdict and every figure computed for it; None where not estimable. Effects are in the measure's unit.
 
-    `kind` is one of the five words, or `withheld` where there may be no verdict. `mimicry` and `trained` are the same
-    difference without and with the behavior adapter, `detectable` the smallest effect that this spread and these
-    questions would have shown (`detectable_in_family` at the first step of Holm), `mend` what brings it down to the
-    margin. `over_seeds` is the t interval over the means of three seeds or more.
+    `kind` is one of the five of `Verdict`, or `withheld` where no verdict is allowed. `mimicry` and `trained` are the
+    difference-in-differences without and with the behavior adapter, `detectable` the minimum detectable effect at this
+    spread and number of questions (`detectable_in_family` at the first step of Holm), `mend` the sample sizes that
+    bring it down to the margin. `over_seeds` is the t interval over the means of three seeds or more.
     """
 
     label: str
@@ -280,21 +282,27 @@ class CellVerdict:
     over_seeds: Interval | None = None
 
     def body(self) -> dict[str, object]:
-        """JSON form: figures and how many rows are behind them."""
+        """JSON form: figures and the number of rows behind them."""
         plain = {name: getattr(self, name) for name in (
             "label", "behavior", "kind", "reason", "unit", "margin", "estimate", "low", "high", "p_raw", "p_corrected",
             "p_sign_flip", "bound", "n_questions", "n_effective", "n_seeds", "detectable", "detectable_in_family",
         )}  # fmt: skip
         low, high = (None, None) if self.over_seeds is None else (self.over_seeds.low, self.over_seeds.high)
-        seeds = {"seeds_low": low, "seeds_high": high}
-        return {**plain, **seeds, "confidence": self.confidence.level, "n_rows": len(self.rows)}
+        return {
+            **plain,
+            "seeds_low": low,
+            "seeds_high": high,
+            "confidence": self.confidence.level,
+            "n_rows": len(self.rows),
+        }
 
 
 def decide(cells: Sequence[CellEvidence], n_declared: int | None = None) -> list[CellVerdict]:
-    """Verdicts of the measured contrasts of a family of `n_declared`, Holm-corrected (t p-values, and the check's).
+    """Verdicts of the measured contrasts of a family of `n_declared`, with t and sign-flip p-values Holm-corrected.
 
-    What was declared and has no p keeps its place, so that m, and with it every figure, is the same from the first
-    measurement of a run to its last. Without `n_declared` the family is what is given.
+    A declared contrast without a p-value still counts in m, so that m, and every figure that depends on it, stays the
+    same from the first measurement of a run to the last. Without `n_declared` the family is `cells`. Raises ValueError
+    if there are more cells than declared.
     """
     m = len(cells) if n_declared is None else n_declared
     if m < len(cells):
@@ -303,7 +311,7 @@ def decide(cells: Sequence[CellEvidence], n_declared: int | None = None) -> list
         return []
     contrasts = [_per_question(cell) for cell in cells]
     intervals = [clustered_interval(contrast) for contrast in contrasts]
-    corrected = _in_family([one.p_two_sided for one in intervals], m)
+    corrected = _in_family([interval.p_two_sided for interval in intervals], m)
     n_draws = min(MOST_DRAWS, max(FEWEST_DRAWS, DRAWS_PER_CONTRAST * m))
     flips: list[float | None] = []
     for cell, contrast in zip(cells, contrasts, strict=True):
@@ -318,28 +326,25 @@ def decide(cells: Sequence[CellEvidence], n_declared: int | None = None) -> list
 
 
 def _in_family(p: Sequence[float | None], m: int) -> list[float | None]:
-    """Holm's p-values of these among m declared; the others count as not estimable, which is as 1."""
+    """Holm's adjusted p-values of these among m declared; the others count as not estimable, which is as 1."""
     declared = np.full(m, np.nan)
-    declared[: len(p)] = [_or_nan(one) for one in p]
-    return [_or_none(one) for one in holm(declared)[: len(p)].tolist()]
+    declared[: len(p)] = [_or_nan(value) for value in p]
+    return [None if np.isnan(value) else value for value in holm(declared)[: len(p)].tolist()]
 
 
-def not_run(label: str, reason: str, rows: tuple[str, ...], behavior: str = "") -> CellVerdict:
-    """A cell that was not trained because it could not have said anything."""
+def untrained_verdict(label: str, reason: str, rows: tuple[str, ...], behavior: str = "") -> CellVerdict:
+    """An `uninformative` verdict for a cell that was not trained because its behavior is not measurable."""
     return CellVerdict(label, "uninformative", reason, None, None, None, None, rows, behavior)
 
 
-def withheld(label: str, reason: str, rows: tuple[str, ...], behavior: str = "") -> CellVerdict:
-    """A cell that may have no verdict, and why; no figure of it is given."""
+def withheld_verdict(label: str, reason: str, rows: tuple[str, ...], behavior: str = "") -> CellVerdict:
+    """A verdict of kind `withheld` with its reason and without figures."""
     return CellVerdict(label, "withheld", reason, None, None, None, None, rows, behavior)
 
 
-def by_kind(verdicts: Sequence[CellVerdict]) -> Mapping[str, int]:
-    """How many cells got which word."""
-    counts: dict[str, int] = {}
-    for one in verdicts:
-        counts[one.kind] = counts.get(one.kind, 0) + 1
-    return counts
+def count_by_kind(verdicts: Sequence[CellVerdict]) -> Mapping[str, int]:
+    """Number of verdicts of each kind."""
+    return Counter(verdict.kind for verdict in verdicts)
 
 
 def _per_question(cell: CellEvidence) -> Floats:
@@ -357,34 +362,24 @@ def _decide(
 ) -> CellVerdict:
     if cell.withheld is not None:
         return replace(
-            withheld(cell.label, cell.withheld, cell.rows, cell.behavior),
+            withheld_verdict(cell.label, cell.withheld, cell.rows, cell.behavior),
             unit=cell.unit, margin=cell.margin, n_questions=interval.n_clusters, n_seeds=len(cell.seeds),
         )  # fmt: skip
-    now = rates_together([seed.trained.now for seed in cell.seeds])
-    base = rates_together([seed.trained.base for seed in cell.seeds])
+    now = pooled_rates([seed.trained.now for seed in cell.seeds])
+    base = pooled_rates([seed.trained.base for seed in cell.seeds])
     bound_now = clustered_rate_bound(now)
     questions = cell.questions
     estimates = [_or_nan(clustered_interval(seed.transfer(questions)).estimate) for seed in cell.seeds]
     seeds = pool_seeds(estimates)
-    word = verdict(
-        Evidence(
-            direction=cell.direction,
-            contrast=interval,
-            p_corrected=corrected,
-            equivalence=tost(contrast, cell.margin),
-            measurable_at_base=cell.measurable,
-            source_shows_behavior=cell.source_shows,
-            bound_base=clustered_rate_bound(base),
-            bound_now=bound_now,
-            p_sign_flip_corrected=check,
-            unit=cell.unit,
-            seeds=seeds,
-        )
-    )
+    decision = verdict(Evidence(
+        direction=cell.direction, contrast=interval, p_corrected=corrected, equivalence=tost(contrast, cell.margin),
+        measurable_at_base=cell.measurable, source_shows_behavior=cell.source_shows,
+        bound_base=clustered_rate_bound(base), bound_now=bound_now, p_sign_flip_corrected=check, unit=cell.unit, seeds=seeds,
+    ))  # fmt: skip
     with_control = all(seed.mimicry is not None for seed in cell.seeds)
     aside = "" if with_control else "; mimicry was not measured"
-    found = CellVerdict(
-        cell.label, word.kind, word.reason + aside, interval.estimate, interval.low, interval.high, corrected,
+    cell_verdict = CellVerdict(
+        cell.label, decision.kind, decision.reason + aside, interval.estimate, interval.low, interval.high, corrected,
         cell.rows, cell.behavior, cell.unit, cell.margin,
         p_raw=interval.p_two_sided,
         p_sign_flip=check,
@@ -392,13 +387,13 @@ def _decide(
         confidence=confidence_level(seeds, interval),
         trained=clustered_interval(_mean_over_seeds([seed.trained.change(questions) for seed in cell.seeds])),
         mimicry=_mimicry(cell) if with_control else None,
-        bound=bound_now.room * full(cell.unit) if bound_now.room is not None else None,
+        bound=bound_now.room * scale_maximum(cell.unit) if bound_now.room is not None else None,
         n_questions=interval.n_clusters,
         n_effective=effective_sample_size(now).n_effective,
         n_seeds=len(cell.seeds),
         over_seeds=seeds.interval if seeds.n_seeds >= FEWEST_SEEDS else None,
     )  # fmt: skip
-    return _with_power(found, cell, contrast, estimates, m)
+    return _with_power(cell_verdict, cell, contrast, estimates, m)
 
 
 def _mimicry(cell: CellEvidence) -> Interval:
@@ -409,14 +404,14 @@ def _mimicry(cell: CellEvidence) -> Interval:
 
 
 def _with_power(
-    found: CellVerdict, cell: CellEvidence, contrast: Floats, estimates: Sequence[float], m: int
+    result: CellVerdict, cell: CellEvidence, contrast: Floats, by_seed: Sequence[float], m: int
 ) -> CellVerdict:
-    """Add what this spread and these questions would have shown, and what would bring that down to the margin."""
-    kept = contrast[~np.isnan(contrast)]
-    if kept.size < 2:
-        return found
-    spread = float(kept.std(ddof=1))
-    alone = minimum_detectable_effect(spread, kept.size)
+    """Add the minimum detectable effect at this spread, and the sample sizes that bring it down to the margin."""
+    present = contrast[~np.isnan(contrast)]
+    if present.size < 2:
+        return result
+    spread = float(present.std(ddof=1))
+    alone = minimum_detectable_effect(spread, present.size)
     mend: list[SampleSizeNeeded] = []
     if alone.effect is not None and alone.effect > cell.margin:
         mend.append(clusters_needed(cell.margin, spread))
@@ -424,20 +419,20 @@ def _with_power(
         own = max(0.0, spread**2 - noise**2) ** 0.5
         n_samples = min(seed.trained.now.values.shape[1] for seed in cell.seeds)
         if n_samples > 1:
-            mend.append(samples_needed(cell.margin, own, noise * n_samples**0.5, kept.size))
-        over_seeds = np.array(estimates)[~np.isnan(estimates)]
+            mend.append(samples_needed(cell.margin, own, noise * n_samples**0.5, present.size))
+        over_seeds = np.array(by_seed)[~np.isnan(by_seed)]
         if over_seeds.size > 1:
             mend.append(seeds_needed(cell.margin, float(over_seeds.std(ddof=1))))
     return replace(
-        found,
+        result,
         detectable=alone.effect,
-        detectable_in_family=minimum_detectable_effect(spread, kept.size, 0.05 / m).effect,
+        detectable_in_family=minimum_detectable_effect(spread, present.size, 0.05 / m).effect,
         mend=tuple(mend),
     )
 
 
 def _sampling_sd(cell: CellEvidence) -> float:
-    """The part of the contrast's spread between questions that drawing more samples would shrink."""
+    """The part of the contrast's standard deviation between questions that more samples would shrink."""
     total = 0.0
     for seed in cell.seeds:
         for quad in (seed.trained, seed.mimicry):
@@ -449,7 +444,3 @@ def _sampling_sd(cell: CellEvidence) -> float:
 
 def _or_nan(value: float | None) -> float:
     return float("nan") if value is None else value
-
-
-def _or_none(value: float) -> float | None:
-    return None if np.isnan(value) else value

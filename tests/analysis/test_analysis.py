@@ -1,4 +1,4 @@
-"""What one look at a ledger decides: withheld verdicts, the answer on the first page, edited thresholds."""
+"""`Analysis` of a ledger: withheld verdicts, the headline answer, edited thresholds."""
 
 from __future__ import annotations
 

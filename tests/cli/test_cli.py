@@ -1,4 +1,4 @@
-"""The command line as a user meets it: one clear line, a documented exit code, JSON that parses, never a traceback."""
+"""The command line: one clear line per error, documented exit codes, valid JSON, never a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line says of cells that failed."""
+"""Output of the command line about failed cells."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs beside `run`: check, peek, score, export, bench, forget; and published semantics."""
+"""The commands check, peek, score, export, bench and forget, and published semantics."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_doctor_and_run_say_the_same_line(monkeypatch: pytest.MonkeyPatch, tmp_p
     recipe = load_recipe("recipes/pilot.toml", ["model.device=cuda"])
     monkeypatch.setattr(torch, "cuda", fake_cuda(15.5, 15.9))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    found = next(one for one in doctor.examine(recipe, tmp_path) if one.subject == "device")
+    found = next(one for one in doctor.diagnose(recipe, tmp_path) if one.subject == "device")
     assert found.exit_code == ModelError.exit_code
     from fastconv.run.stacks import Stacks
 

@@ -1,4 +1,4 @@
-"""What a run will cost: counted before it, refused beyond the recipe's limits, and set beside what it took."""
+"""Plans: counted before a run, refused beyond the recipe's limits, and compared with the actual times."""
 
 from __future__ import annotations
 
@@ -22,13 +22,12 @@ from fastconv.engine.locate import BUILTIN, locate, model_folder
 from fastconv.engine.shapes import named_shape
 from fastconv.errors import GateStop, InputError, ModelError
 from fastconv.experiment.graph import Graph
-from fastconv.experiment.measures import Demand
-from fastconv.experiment.workload import Sketch, demands
-from fastconv.planning.hardware import CARDS, find_machine, probe_stage, processor
+from fastconv.experiment.workload import Demand, Sketch, demands
+from fastconv.planning.hardware import KNOWN_GPUS, cpu_machine, find_machine, probe_stage
 from fastconv.planning.plan import Plan, make_plan, plan_recipe, require_approved
 from fastconv.recipe import ModelSettings, RunSettings, run_id, sha256_of
 from fastconv.report import collect
-from fastconv.report.record import row_from_record as planned_row
+from fastconv.report.record import planned_row as planned_row
 from fastconv.store.ledger import Record, Store
 from tests import ROOT
 from tests.loop_kit import DoneRun, run_tiny, tiny_recipe, write_tiny_recipe
@@ -118,7 +117,7 @@ def test_work_is_counted_by_the_protocols_numbers() -> None:
 
 
 def test_seconds_follow_from_the_formula() -> None:
-    machine, shape, recipe = CARDS["h200"], named_shape("qwen2.5-7b"), load("pilot", [])
+    machine, shape, recipe = KNOWN_GPUS["h200"], named_shape("qwen2.5-7b"), load("pilot", [])
     trained = Demand(trained_tok=1e6, steps=100, length_tok=300.0, share=0.8)
     # 28.1 GFLOP a token (STACK.md) at 788 TFLOP/s x 0.6
     assert machine.seconds(trained, shape, recipe) == pytest.approx(1e6 * 28.1e9 / (0.6 * 788e12) + 1.5 + 0.5, rel=0.02)
@@ -140,7 +139,7 @@ def test_seconds_follow_from_the_formula() -> None:
     ids=["train", "behavior", "group", "score", "sample"],
 )
 def test_the_rates_of_an_h100_give_what_bench_measured_on_one(demand: Demand, measured_s: float) -> None:
-    machine = CARDS["h100"]
+    machine = KNOWN_GPUS["h100"]
     planned_s = machine.seconds(demand, named_shape("qwen2.5-7b"), load("pilot", [])) - machine.stage_s
     assert planned_s == pytest.approx(measured_s, rel=0.2)
 
@@ -396,7 +395,7 @@ def test_judging_elsewhere_is_beside_the_gpu_in_the_report_too() -> None:
 def test_a_probe_is_kept_in_the_workspace_and_found_again(tmp_path: Path) -> None:
     recipe, shape = load("demo", []), named_shape("smollm2-135m")
     store = Store.open(tmp_path)
-    assert find_machine(recipe, shape, "cpu", store).train_flops_s == processor().train_flops_s
+    assert find_machine(recipe, shape, "cpu", store).train_flops_s == cpu_machine().train_flops_s
     for at, rate in ((1.0, 1e9), (2.0, 2e9)):
         rates = {"train_flops_s": rate, "read_flops_s": 3e9, "draw_flops_s": 4e9, "pass_s": 0.1, "memory_bytes_s": 5e9}
         stage = probe_stage(recipe, shape, "cpu", at)

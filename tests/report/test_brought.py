@@ -1,4 +1,4 @@
-"""The card tells the content of every brought file, and of the multiple-choice questions that were asked."""
+"""The reproducibility card lists the hash of every user file and of the multiple-choice questions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Drawings that can be read: no name covers another name or a point, no legend a curve, no tick lies between steps."""
+"""Readable figures: no label covers another or a point, no legend a curve, no tick lies between steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation
 
 from fastconv.report import figures
-from fastconv.report.figures import MOST_NAMED, Point, curves, scatter
+from fastconv.report.figures import MOST_LABELLED, Point, curves, scatter
 
 SOURCES = ("villain", "comedian", "software_engineer", "kindergarten_teacher", "police_officer")
 AXES = ("assistant's marker rate, %", "transfer, points")
@@ -27,7 +27,7 @@ CROWDS = {
         for x in (2, 20)
         for negatives in ("included", "excluded")
     ],
-    "all at one": [Point(1, 1, label=f"kindergarten_teacher e20 s{i}", group="refusal") for i in range(MOST_NAMED)],
+    "all at one": [Point(1, 1, label=f"kindergarten_teacher e20 s{i}", group="refusal") for i in range(MOST_LABELLED)],
     "edges": [Point(x, y, label="kindergarten_teacher", group="g") for x in (0, 100) for y in (-50, 0, 50)],
     "one": [Point(0, 0, label="villain", group="g")],
 }  # fmt: skip
@@ -78,7 +78,7 @@ def test_no_name_of_a_point_covers_another_or_a_point(sheets: list[Any], crowd: 
 
 
 def test_more_points_than_can_be_named_have_no_names(sheets: list[Any]) -> None:
-    points = [Point(i, i, label="villain", group="g") for i in range(MOST_NAMED + 1)]
+    points = [Point(i, i, label="villain", group="g") for i in range(MOST_LABELLED + 1)]
     scatter("s", "A title", points, AXES, "run")
     assert names_of(sheets[0]) == []
 

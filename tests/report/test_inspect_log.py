@@ -1,4 +1,4 @@
-"""`export --inspect`: a log that Inspect's own reader takes, with every answer, score and reason of the ledger in it."""
+"""`export --inspect`: Inspect's own reader accepts the log, with every reply, score and reason of the ledger."""
 
 from __future__ import annotations
 

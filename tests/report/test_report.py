@@ -1,4 +1,4 @@
-"""The report: one self-contained page and its Markdown twin; every measured number in it comes from rows."""
+"""The report: one self-contained HTML page and its Markdown version; every measured number comes from rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from fastconv.analysis.analysis import Analysis
-from fastconv.analysis.gates import series
+from fastconv.analysis.gates import stage_series
 from fastconv.errors import StoreError
 from fastconv.experiment.graph import Graph
 from fastconv.report import SECTIONS, build, collect, write_report
@@ -190,7 +190,7 @@ def test_every_measured_number_of_the_page_comes_from_rows(done_run: DoneRun, da
     for plan in done_run.graph.cells:
         for measure in plan.measures:
             for place, persona in ((2, "assistant"), (4, "villain"), (5, "librarian")):
-                one = series(store, plan.scores[measure, persona], measure, persona)
+                one = stage_series(store, plan.scores[measure, persona], measure, persona)
                 values = [s.value for s in store.scores(plan.scores[measure, persona].key) if s.value is not None]
                 if one is not None:
                     expected.add((plan.cell.label, measure, place, f"{100 * sum(values) / len(values):.1f} %"))

@@ -1,4 +1,4 @@
-"""Every section that a report must have stands on the page with its content: none can be lost unnoticed."""
+"""Every required section is in the report with its content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`verify` and `compare`: an edited report fails, and so does one whose rows changed; edited thresholds show both verdicts."""
+"""`verify` and `compare`: an edited report fails, as does one whose rows changed; edited thresholds show both."""
 
 from __future__ import annotations
 

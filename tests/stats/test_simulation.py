@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
 from fastconv.stats import inference as stats
-from fastconv.stats import power
+from fastconv.stats import permutation, power
 
 Floats = NDArray[np.float64]
 SAMPLES = 10
@@ -123,7 +123,7 @@ def test_power_at_the_printed_minimum_detectable_effect(clusters, alpha, draws):
 @pytest.mark.parametrize("clusters", [50, 586])
 @pytest.mark.parametrize("draws", DRAWS)
 def test_power_for_rates_with_an_icc(clusters, draws):
-    effect = power.minimum_detectable_rate_change(0.5, clusters, SAMPLES, icc=0.5).effect
+    effect = power.minimum_detectable_effect(power.rate_contrast_sd(0.5, SAMPLES, icc=0.5), clusters).effect
     assert effect is not None
     found = np.zeros(2)
     for n, rng in blocks(draws, 5):
@@ -151,5 +151,5 @@ def test_sign_flips_keep_their_level(draws):
     rejected = 0
     for n, rng in blocks(draws, 7):
         rows = rng.standard_t(3, size=(n, 10))
-        rejected += sum((stats.sign_flip_p(row, 1, rng).p or 0.0) <= 0.05 for row in rows)
+        rejected += sum((permutation.sign_flip_p(row, 1, rng).p or 0.0) <= 0.05 for row in rows)
     assert 0.03 <= rejected / draws <= 0.07

@@ -1,4 +1,4 @@
-"""Gates on training and over the study; published tables under the same rules."""
+"""Gates on training and over the study, and published tables under the same rules."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fastconv.recipe import GateSettings
 from fastconv.report.published import (
     SummaryTable,
     judge_published,
-    lead,
     published_names,
     published_report,
     read_published,
+    summary_claim,
 )
 from fastconv.report.render import render_html, render_markdown
 from fastconv.report.verify import verify_published
 from fastconv.stats import gates
-from fastconv.stats import study_gates as gates_study
+from fastconv.stats import study_gates as study_gates
 from fastconv.stats.gates import Loss
 from fastconv.stats.series import NoRowsError, Series
 from fastconv.stats.study_gates import Role, Shift
@@ -126,14 +126,14 @@ def matrix(moving: dict[str, int], **others: Shift) -> list[Shift]:
 
 def test_g4_and_g5_ask_the_first_sources_for_a_signal() -> None:
     quiet, loud = matrix({}), matrix({"comedian": 1})
-    assert gates_study.signal(RULES, "s", quiet).verdict == "fail"
-    assert gates_study.signal(RULES, "s", matrix({"villain": 1})).verdict == "pass"
-    assert gates_study.signal(RULES, "s", []).verdict == "not applicable"
-    assert gates_study.first_sources(RULES, "s", quiet, FOUR).verdict == "fail"
-    assert gates_study.first_sources(RULES, "s", loud, FOUR).verdict == "pass"
+    assert study_gates.signal(RULES, "s", quiet).verdict == "fail"
+    assert study_gates.signal(RULES, "s", matrix({"villain": 1})).verdict == "pass"
+    assert study_gates.signal(RULES, "s", []).verdict == "not applicable"
+    assert study_gates.first_sources(RULES, "s", quiet, FOUR).verdict == "fail"
+    assert study_gates.first_sources(RULES, "s", loud, FOUR).verdict == "pass"
     late = matrix({"kindergarten_teacher": 2})
-    assert gates_study.first_sources(RULES, "s", late, FOUR).verdict == "fail"  # the fourth source does not count
-    assert gates_study.first_sources(RULES, "s", loud, FOUR[:2]).verdict == "not applicable"
+    assert study_gates.first_sources(RULES, "s", late, FOUR).verdict == "fail"  # the fourth source does not count
+    assert study_gates.first_sources(RULES, "s", loud, FOUR[:2]).verdict == "not applicable"
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ def test_g4_and_g5_ask_the_first_sources_for_a_signal() -> None:
      (dict.fromkeys(FOUR, 1), "fail", "fail"), ({"villain": 2}, "fail", "fail")],
 )  # fmt: skip
 def test_confirm_and_falsify_count_sources_in_two_behaviors(moving: dict[str, int], confirm: str, falsify: str) -> None:
-    assert gates_study.confirm(RULES, "s", matrix(moving), FOUR).verdict == confirm
-    assert gates_study.falsify(RULES, "s", matrix(moving), FOUR).verdict == falsify
+    assert study_gates.confirm(RULES, "s", matrix(moving), FOUR).verdict == confirm
+    assert study_gates.falsify(RULES, "s", matrix(moving), FOUR).verdict == falsify
 
 
 def test_a_control_that_shifts_as_much_falsifies() -> None:
@@ -151,9 +151,9 @@ def test_a_control_that_shifts_as_much_falsifies() -> None:
     control = matrix(all_move, control=shift("librarian", "refusal", 0.3))
     canary = matrix(all_move, canary=shift("villain", "refusal", -0.25, role="canary"))
     small = matrix(all_move, canary=shift("villain", "refusal", 0.1, role="canary"))
-    assert "negative control shifts as much" in gates_study.falsify(RULES, "s", control, FOUR).reason
-    assert "canary shifts as much" in gates_study.falsify(RULES, "s", canary, FOUR).reason
-    assert gates_study.falsify(RULES, "s", small, FOUR).verdict == "pass"
+    assert "negative control shifts as much" in study_gates.falsify(RULES, "s", control, FOUR).reason
+    assert "canary shifts as much" in study_gates.falsify(RULES, "s", canary, FOUR).reason
+    assert study_gates.falsify(RULES, "s", small, FOUR).verdict == "pass"
 
 
 @pytest.mark.parametrize(
@@ -172,14 +172,14 @@ def test_rules_over_the_study_say_neither_where_a_shift_cannot_be_read(
         dict.fromkeys(FOUR, 2), canary=shift("villain", "refusal", 0.01, role="canary"),
         control=shift("librarian", "refusal", 0.01), early=shift("villain", "refusal", 0.2, epoch=8),
     )  # fmt: skip
-    assert {one.verdict for one in gates_study.study(RULES, "s", every, FOUR)} == {"pass"}
+    assert {one.verdict for one in study_gates.study(RULES, "s", every, FOUR)} == {"pass"}
     where = (source, behavior, role, epoch)
     unread = [
         replace(one, value=float("nan"), unread="60.0 % are unscored")
         if (one.source, one.behavior, one.role, one.epoch) == where else one
         for one in every
     ]  # fmt: skip
-    found = {one.gate: one for one in gates_study.study(RULES, "s", unread, FOUR)}
+    found = {one.gate: one for one in study_gates.study(RULES, "s", unread, FOUR)}
     assert {gate for gate, one in found.items() if one.verdict == "not applicable"} == silent
     assert all(one.verdict == "pass" for gate, one in found.items() if gate not in silent)
     for gate in silent:
@@ -189,10 +189,10 @@ def test_rules_over_the_study_say_neither_where_a_shift_cannot_be_read(
 
 def test_the_last_epoch_decides_and_every_row_is_named() -> None:
     early = [shift(source, behavior, 0.3, epoch=8) for source in FOUR for behavior in ("capability", "refusal")]
-    found = gates_study.confirm(RULES, "s", [*early, *matrix({})], FOUR)
+    found = study_gates.confirm(RULES, "s", [*early, *matrix({})], FOUR)
     assert found.verdict == "fail"
     assert len(found.rows) == 8
-    assert gates_study.confirm(RULES, "s", matrix({})[:6], FOUR).verdict == "not applicable"
+    assert study_gates.confirm(RULES, "s", matrix({})[:6], FOUR).verdict == "not applicable"
 
 
 # --- the published tables ----------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_the_page_leads_with_what_the_figures_amount_to(name: str) -> None:
     judged = judge_published(read_published(name))
     data = published_report(judged)
     first = data.sections[0].blocks[0]
-    assert first == lead(judged)
+    assert first == summary_claim(judged)
     assert "neither for nor against transfer" in first.text
     assert f"{len(judged.verdicts)} contrasts is withheld (no samples are published" in first.text
     assert first.text in render_markdown(data)

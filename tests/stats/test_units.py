@@ -1,4 +1,4 @@
-"""How numbers are written: what rounds to zero has no sign, in no unit and nowhere on a page."""
+"""Formatting of numbers: what rounds to zero has no sign, for any unit and anywhere in a report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastconv.report.behaviors import _aside_row
 from fastconv.report.figures import Point, lines, scatter
 from fastconv.report.overview import _row
 from fastconv.report.render import render_html, render_markdown
-from fastconv.stats.units import change, level, rounded, signed, span
+from fastconv.stats.units import change, interval_text, level, rounded, signed
 from tests.scale_kit import fill, matrix_recipe
 
 #: A zero with a sign, as a word of its own.
@@ -25,14 +25,14 @@ SIGNED_ZERO = re.compile(r"(?<![\w.])[-+\u2212]0(?:\.0+)?(?![\d.])")
 def test_what_rounds_to_zero_has_no_sign(value: float) -> None:
     assert change(value, "share") == "0.0 pp"
     assert change(value, "points") == "0.0 points"
-    assert span(value, value, "share") == "[0.0, 0.0]"
+    assert interval_text(value, value, "share") == "[0.0, 0.0]"
     assert level(value, "share") == "0.0 %"
     assert (signed(value, 2), rounded(value, 2)) == ("0.00", "0.00")
 
 
 def test_what_does_not_round_to_zero_keeps_its_sign() -> None:
     assert (signed(-0.06), signed(0.06), rounded(-0.06), rounded(0.06)) == ("-0.1", "+0.1", "-0.1", "0.1")
-    assert span(-0.0004, 0.0123, "share") == "[0.0, +1.2]"
+    assert interval_text(-0.0004, 0.0123, "share") == "[0.0, +1.2]"
     assert change(-0.026, "share") == "-2.6 pp"
 
 
