@@ -77,8 +77,8 @@ class Run:
         """
         rows: list[dict[str, Any]] = []
         for plan, measure, probe, role in self._measured():
-            one = stage_series(self._store, plan.scores[measure, probe], measure, probe)
-            if one is None or not one.rows:
+            scores = stage_series(self._store, plan.scores[measure, probe], measure, probe)
+            if scores is None or not scores.rows:
                 continue
             counts = {"n_questions": len(scores.rows), "n_samples": scores.n_samples, "n_unscored": scores.n_unscored}
             rows.append(

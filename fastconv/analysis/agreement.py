@@ -76,7 +76,7 @@ def measure_agreement(analysis: Analysis, measure: str) -> AgreementRate:
     return AgreementRate(result.accuracy, result.kappa, result.n, tuple(rows))
 
 
-def corrected_assistant_rate(analysis: Analysis, label: str) -> tuple[float, Corrected, tuple[str, ...]]:
+def corrected_assistant_rate(analysis: Analysis, label: str) -> tuple[float, CorrectedRate, tuple[str, ...]]:
     """The assistant's rate in a cell as judged, as corrected, and its rows. Raises KeyError without a calibration."""
     subject = analysis.subject(label)
     plan = next(plan for plan in analysis.graph.cells if subject_of(plan.cell) == subject)

@@ -87,7 +87,7 @@ class ContrastBuilder:
 
     def parts(self, measure: str) -> list[Part]:
         """The parts of a measure, the primary one first; a single unnamed part where all questions are of one set."""
-        sets = question_sets(self.graph.behaviors[measure])
+        sets = eval_prompt_sets(self.graph.behaviors[measure])
         if len(sets) < 2:
             return [Part(measure, "", None, True)]
         return [Part(measure, name, ids, index == 0) for index, (name, ids) in enumerate(sets.items())]

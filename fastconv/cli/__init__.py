@@ -291,7 +291,9 @@ def score(
     from fastconv.recipe import model_settings
     from fastconv.run.standalone import score_file
 
-    result = score_file(model_settings(model, revision), adapters, questions, system_turn(system), by_text=by_text)
+    result = score_file(
+        model_settings(model, revision), adapters, questions, parse_system_turn(system), by_text=by_text
+    )
     show.scored(result, as_json=as_json)
 
 
@@ -431,7 +433,7 @@ def _run(
         body |= {"held": {one.subject: one.reason for one in finished.held}}
         print(json.dumps({**body, "html": str(paths.html), "markdown": str(paths.markdown)}))
         try:
-            finished.require_whole()
+            finished.require_complete()
         except FastconvError as error:  # already in the JSON body
             raise typer.Exit(error.exit_code) from None
     else:

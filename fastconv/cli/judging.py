@@ -109,7 +109,7 @@ def calibrate(
     else:
         table: dict[str, Any] = {"mode": mode, "model": model, "base_url": base_url, "budget_usd": budget_usd}
         settings = parse_recipe({"name": "calibrate", "judge": table}, where="calibrate").judge
-        judge = judge_identity(settings, prices_of(settings), "")
+        judge = judge_identity(settings, recipe_prices(settings), "")
     results = calibrate_judge(judge, settings, workspace, rubrics, rows=rows, graph=graph)
     if as_json:
         body = [

@@ -58,11 +58,11 @@ def gc(
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    plan = find_waste(store, adapters)
-    freed = free(store, plan.waste) if yes else 0
+    plan = find_garbage(store, adapters)
+    freed = free(store, plan.garbage) if yes else 0
     if as_json:
-        shown = [{"kind": w.kind, "name": w.name, "why": w.why, "bytes": w.n_bytes} for w in plan.waste]
-        print(json.dumps({"waste": shown, "bytes": plan.n_bytes, "freed_bytes": freed, "left": plan.left}, indent=1))
+        shown = [{"kind": w.kind, "name": w.name, "why": w.why, "bytes": w.n_bytes} for w in plan.garbage]
+        print(json.dumps({"waste": shown, "bytes": plan.n_bytes, "freed_bytes": freed, "left": plan.skipped}, indent=1))
         return
     _show(plan, freed if yes else None)
 
@@ -78,11 +78,11 @@ def bytes_text(n_bytes: int) -> str:
 
 
 def _show(plan: GcPlan, freed: int | None) -> None:
-    for item in plan.waste:
+    for item in plan.garbage:
         typer.echo(f"{bytes_text(item.n_bytes):>10}  {item.kind} {item.name}: {item.why}")
-    for text in plan.left:
+    for text in plan.skipped:
         typer.echo(f"left alone: {text}")
-    if not plan.waste:
+    if not plan.garbage:
         typer.echo("nothing to free")
     elif freed is None:
         typer.echo(f"{bytes_text(plan.n_bytes)} can be freed: the same command with --yes")

@@ -220,7 +220,7 @@ def _judging(graph: Graph, todo: Sequence[Stage]) -> JudgingPlan | None:
     if judge is None:
         return None
     n, expected, worst = 0, 0.0, 0.0
-    prices = prices_of(settings)
+    prices = recipe_prices(settings)
     bills: dict[tuple[Any, ...], tuple[Estimate, Estimate]] = {}  # cached, since many stages share their prompts
     for stage in stages:
         drawn = stage.needs["eval"]

@@ -1,4 +1,4 @@
-"""Sections on persona geometry: the source's position beside the assistant, and transfer against base correlates."""
+"""Where the source lies beside the assistant, under every snapshot, next to what the assistant took over there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METRICS = ("cosine", "distinctiveness")
 
 
 def geometry(decided: Analysis) -> Section | None:
-    """Cosine and distinctiveness by source, epoch and depth, beside the assistant's changes."""
+    """Cosine and distinctiveness by source, epoch and depth, beside every change of the assistant."""
     groups: dict[tuple[str, str, int, int], list[CellPlan]] = {}
     for plan in decided.graph.cells:
         cell = plan.cell
@@ -47,20 +47,10 @@ def geometry(decided: Analysis) -> Section | None:
     return Section("geometry", "Persona geometry", (table,), intro)
 
 
-def geometry_rows(decided: Analysis) -> list[dict[str, Any]]:
-    """Every geometry score once, for the Parquet table: stack, persona, layer, metric, value."""
-    return [
-        {"stack": stage.slot.removeprefix("geometry/"), "persona": one.row, "layer": one.sample, "metric": one.metric,
-         "value": one.value, "stage": stage.key}
-        for stage, scores in _scores(decided).values()
-        for one in scores
-    ]  # fmt: skip
-
-
 def _scores(decided: Analysis) -> dict[str, tuple[Stage, list[Score]]]:
-    """Every geometry stage with its scores, by key; cells share stages."""
-    found = {plan.geometry.key: plan.geometry for plan in decided.graph.cells if plan.geometry is not None}
-    return {key: (stage, decided.store.scores(key)) for key, stage in found.items()}
+    """Every geometry stage with its scores, by key; cells share them."""
+    stages = snapshot_stages(decided.graph, "geometry")
+    return {stage.key: (stage, decided.store.scores(stage.key)) for stage in stages}
 
 
 def _caption(scores: dict[str, tuple[Stage, list[Score]]]) -> str:
@@ -98,7 +88,7 @@ LEAST_SOURCES = 3
 
 
 def points_of(decided: Analysis, correlate: str, behavior: str) -> list[Point]:
-    """One point per source that has both a value of the correlate and a contrast of the behavior."""
+    """A point for each source that has both a level of the correlate and a contrast of the behavior."""
     there = levels(decided, correlate, behavior)
     return [
         Point(there[source].value, scale(one.unit) * (one.estimate or 0.0), label=source, group=behavior)
@@ -108,7 +98,7 @@ def points_of(decided: Analysis, correlate: str, behavior: str) -> list[Point]:
 
 
 def on_the_base(decided: Analysis) -> Section | None:
-    """For each correlate: one point per source and behavior, rank correlations, and attainable p-values."""
+    """For each correlate: a point for each source and behavior, the rank correlations, and what so few can show."""
     behaviors = [name for name in dict.fromkeys(one.behavior for one in decided.verdicts) if name != MARKER]
     blocks: list[Block] = []
     for correlate, words in ON_THE_BASE.items():

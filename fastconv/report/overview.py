@@ -96,10 +96,10 @@ def findings(analysis: Analysis) -> Section | None:
 def _matrix(analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | None]) -> Figure:
     several = len({subject.negatives for subject in verdicts}) > 1
 
-    def row_from_record(subject: ContrastSubject) -> str:
+    def row_of(subject: ContrastSubject) -> str:
         return f"{subject.source}, {subject.negatives}" if several else subject.source
 
-    rows = list(dict.fromkeys(row_from_record(subject) for subject in verdicts))
+    rows = list(dict.fromkeys(row_of(subject) for subject in verdicts))
     behaviors = list(dict.fromkeys(subject.behavior for subject in verdicts))
     epochs = sorted({subject.epoch for subject in verdicts})
     columns = [(behavior, epoch) for behavior in behaviors for epoch in epochs]

@@ -218,10 +218,12 @@ def run_recipe(
         store.put_verdict(run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
         if verdict.gate != "G0":
             watcher.gate(verdict)
-    pending = tuple(stage.slot for stage in runner.judging.pending)
-    failed = runner.failing.of(picked)
+    pending = tuple(stage.slot for stage in runner.judge_queue.pending)
+    failed = runner.failures.of(cells)
     held = tuple(
-        one for one in undecided_base_gates(graph, store) if any(one.subject in plan.measures for plan in picked)
+        verdict
+        for verdict in undecided_base_gates(graph, store)
+        if any(verdict.subject in plan.measures for plan in cells)
     )
     if not pending and not failed and not held:
         store.finish_run(run)

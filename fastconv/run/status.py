@@ -72,7 +72,7 @@ def needed_ends(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[S
     return [*ends, *(stage for plan in plans if wanted(plan, alive) for stage in plan.on_snapshot.values())]
 
 
-def _held(graph: Graph, store: Store) -> dict[str, str]:
+def _held_stages(graph: Graph, store: Store) -> dict[str, str]:
     """The stages that only cells of a behavior need whose G0 cannot be decided, with the reason."""
     held = {verdict.subject: verdict.reason for verdict in undecided_base_gates(graph, store)}
     if not held:
@@ -191,7 +191,9 @@ def raise_failed(run: str, failed: Sequence[FailedStage]) -> None:
     """Raise one error for all failed stages, naming the cells; its exit code is the highest of theirs."""
     if not failed:
         return
-    kind: type[FastconvError] = max((DataError, TrainingError), key=lambda k: _has(failed, k.exit_code) * k.exit_code)
+    kind: type[FastconvError] = max(
+        (DataError, TrainingError), key=lambda k: _has_code(failed, k.exit_code) * k.exit_code
+    )
     cells = list(dict.fromkeys(label for one in failed for label in one.cells))
     raise kind(
         f"{counted(len(failed), 'stage')} failed, the rest is done; without numbers: {first_few(cells, NAMED_CELLS)}. "

@@ -37,7 +37,7 @@ _COLOURS = {
 }
 
 
-def finished(end: Finished, report: Path) -> None:
+def finished(end: RunResult, report: Path) -> None:
     """Print the end of a run: what it computed, the pilot verdicts, the path of the report."""
     console = console_of_output()
     tokens = end.tally.tokens

@@ -28,7 +28,7 @@ def judging_text(status: DeskStatus) -> str:
     return "; ".join(part for part in (*parts, status.problem) if part)
 
 
-def judged_lines(end: JudgedRun) -> list[str]:
+def judged_lines(end: JudgingResult) -> list[str]:
     """The end of `fastconv judge`: stages judged now and still waiting, and agreement with other ways of scoring."""
     lines = [f"{end.n_committed} stages judged now, {len(end.pending)} still wait"]
     if end.status.n_asked:
@@ -51,7 +51,7 @@ def agreement_text(agreement: Agreement) -> str:
     )
 
 
-def calibrated_lines(result: Calibrated) -> list[str]:
+def calibrated_lines(result: RubricCalibration) -> list[str]:
     """A judge's calibration on the labelled rows of one rubric."""
     lines = [] if result.judge is None else _calibration_lines(result.judge)
     if result.phrases is not None:
@@ -80,7 +80,7 @@ def _calibration_lines(calibration: Calibration) -> list[str]:
     ]
 
 
-def _injections_line(injections: Injections) -> str:
+def _injections_line(injections: InjectionCounts) -> str:
     unscored = f", {injections.n_unscored} unscored" if injections.n_unscored else ""
     return (
         f"    injections: {injections.n_moved} of {injections.n} verdicts moved ({injections.n_obeyed} to what the attempt asked for)"
