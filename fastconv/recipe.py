@@ -50,6 +50,11 @@ class ModelSettings(RecipeTable):
     #: Who draws completions: the base in this process, or a vLLM server beside it that gets every stack as an adapter.
     sampler: Literal["resident", "vllm"] = "resident"
 
+    @property
+    def uses_reference_trainer(self) -> bool:
+        """True where the reference trains, which knows neither fused kernels nor several adapters in one step."""
+        return self.trainer != "fastconv"
+
     @model_validator(mode="after")
     def _goes_together(self) -> ModelSettings:
         if self.weights == "4bit" and self.semantics == "published":

@@ -29,10 +29,11 @@ from fastconv.bench.measure import (
 from fastconv.chat import SystemTurn
 from fastconv.engine.generate import sample
 from fastconv.engine.locate import locate
+from fastconv.engine.lora import Adapter
 from fastconv.engine.model import Base
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.shapes import Work, forward_flops_per_tok
-from fastconv.engine.stack import Adapter, Slot, Stack
+from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.trl_reference import with_adapters
 from fastconv.engine.vllm.sampler import VllmSampler
 from fastconv.engine.vllm.server import launch, server_command

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastconv.bench.measure import BenchModel, BenchResult, Clock, matmul_ceiling, measured, paired_ratio, shape
-from fastconv.engine.kernels.lora import StackedKernel, Tiling
+from fastconv.engine.kernels.lora import StackedKernel
+from fastconv.engine.kernels.lora_tables import Tiling
 from fastconv.engine.lora import Adapter, keep_mask
-from fastconv.engine.stack import Route, Slot, StackedLinear
+from fastconv.engine.stacked_linear import Route, Slot, StackedLinear
 from fastconv.recipe import LoraSettings
 
 DROPOUT = 0.05

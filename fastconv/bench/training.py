@@ -29,8 +29,9 @@ from fastconv.bench.measure import (
     shape,
     subject,
 )
+from fastconv.engine.lora import Adapter
 from fastconv.engine.shapes import Work, train_flops_per_tok
-from fastconv.engine.stack import Adapter, Stack
+from fastconv.engine.stack import Stack
 from fastconv.engine.train import Hooks, Job, Trainee, start, train
 from fastconv.engine.trl_reference import TrlOptions, train_with_trl
 from fastconv.errors import ModelError

@@ -153,13 +153,13 @@ def _engine(settings: ModelSettings, device: str, dtype: str) -> str:
     """Unsloth where it is asked for, or where it is installed and its kernels run: on a GPU, in 16 bits."""
     if settings.engine != "auto":
         return settings.engine
-    fits = device == "cuda" and dtype == "bfloat16" and settings.trainer == "fastconv"
+    fits = device == "cuda" and dtype == "bfloat16" and not settings.uses_reference_trainer
     return "unsloth" if fits and is_installed((*UNSLOTH, *BITSANDBYTES)) else "torch"
 
 
 def trains_plain(settings: ModelSettings) -> bool:
     """Whether torch's operations compute the branches: our kernels take no 4-bit weights, and TRL brings PEFT's layers."""
-    return settings.weights == "4bit" or settings.trainer == "trl"
+    return settings.weights == "4bit" or settings.uses_reference_trainer
 
 
 def model_folder(source: ModelSource, settings: ModelSettings) -> Path:

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from fastconv.chat import ChatTokenizer
-from fastconv.engine import attention
+from fastconv.engine import attention, unsloth
 from fastconv.engine.attention_backends import SDPA, Backend, pick_attention
 from fastconv.engine.builtin import ensure_builtin
 from fastconv.engine.locate import TINY, ModelSource, engine_identity, locate, model_folder
 from fastconv.engine.optim import load_four_bit
 from fastconv.engine.shapes import shape_of
+from fastconv.engine.transfer import to_device
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, sha256_of
 
@@ -94,18 +95,16 @@ def _load_for_engine(settings: ModelSettings, source: ModelSource) -> PreTrained
     """The model as the recipe's engine and precision want it."""
     dtype, device = resolve_dtype(settings), resolve_device(settings)
     four_bit = settings.weights == "4bit"
-    path = None
-    if engine_identity(settings)["engine"] == "unsloth":
-        from fastconv.engine import unsloth as path
-
-        path.require_usable(device, dtype)
-        path.import_unsloth()  # before anything below, which needs transformers
+    through_unsloth = engine_identity(settings)["engine"] == "unsloth"
+    if through_unsloth:
+        unsloth.require_usable(device, dtype)
+        unsloth.import_unsloth()  # before anything below, which imports transformers
     folder = model_folder(source, settings)
     if source.kind == "builtin":
         ensure_builtin(folder, source.id)
     with _told(folder):
-        if path is not None:
-            return path.load(folder, dtype, device, four_bit=four_bit)
+        if through_unsloth:
+            return unsloth.load(folder, dtype, device, four_bit=four_bit)
         if four_bit:
             attention.register()
             return load_four_bit(folder, device, attention.ATTENTION)
@@ -143,7 +142,7 @@ def wrap(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:
     model.requires_grad_(False).eval()
     first = next(model.parameters())
     if first.is_cuda and first.dtype != torch.float32:
-        from fastconv.engine.kernels.elementwise import quicken  # needs Triton, which machines without a GPU lack
+        from fastconv.engine.kernels.layers import quicken  # needs Triton, which machines without a GPU lack
 
         quicken(model)
     form = shape_of(model.config.to_dict(), name)
@@ -182,11 +181,6 @@ def _told(folder: Path) -> Iterator[None]:
             where=str(folder),
             fix="fetch it again, or check that it is a causal language model",
         ) from error
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on `device`; to a GPU through pinned memory, so that the host does not wait for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def pack(

@@ -17,7 +17,8 @@ from torch import nn
 
 from fastconv.chat import ChatTokenizer
 from fastconv.engine.attention import Group, Layout, Trees
-from fastconv.engine.model import Base, length_batches, pack, to_device
+from fastconv.engine.model import Base, length_batches, pack
+from fastconv.engine.transfer import to_device
 
 #: Rows of the head held in fp32 at once; 16,384 x 3,584 are 0.23 GB.
 _HEAD_ROWS = 16384

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastconv.engine.kernels.lora import StackedKernel, unusable
-from fastconv.engine.lora import Adapter, concatenate, keep_mask, parse_adapter
+from fastconv.engine.lora import Adapter, concatenate, parse_adapter
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import assert_foldable, dense_weight
+from fastconv.engine.stacked_linear import Route, Slot, StackedLinear
 from fastconv.errors import AdapterError, TrainingError
 from fastconv.recipe import LoraSettings
 from fastconv.seeding import seed_of
@@ -32,79 +32,6 @@ _PROBE_KEPT = 16
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 KernelChoice = Literal["auto", "plain", "stacked"]
-
-
-@dataclass
-class Slot:
-    """Adapters that a span of tokens goes through; only `trainable` gets gradients, only it drops inputs out."""
-
-    frozen: tuple[Adapter, ...] = ()
-    trainable: Adapter | None = None
-    dropout: float = 0.0
-
-    @property
-    def adapters(self) -> tuple[Adapter, ...]:
-        """Frozen ones first, then the trainable one."""
-        return (*self.frozen, self.trainable) if self.trainable is not None else self.frozen
-
-
-@dataclass
-class Route:
-    """Which slots are live, and which tokens of the current pass go through which.
-
-    `spans[i]` is the token range of `slots[i]`, together they cover the pass; None sends all tokens through the only
-    slot. `dropout_seeds` [T] (int32) is one seed per token, so that a mask depends on the row and the step alone,
-    never on what else is in the batch. `kernel` computes the branches where there is one, else torch's operations do.
-    `plain` keeps fused kernels out, to compare them with.
-    """
-
-    slots: tuple[Slot, ...] = ()
-    spans: tuple[tuple[int, int], ...] | None = None
-    dropout_seeds: torch.Tensor | None = None
-    kernel: StackedKernel | None = None
-    plain: bool = False
-
-
-class StackedLinear(nn.Module):
-    """A frozen linear layer and the live adapters' branches beside it."""
-
-    def __init__(self, base: nn.Linear, name: str, route: Route) -> None:
-        super().__init__()
-        self.training = base.training
-        self.base = base
-        self.name = name
-        self.route = route
-        self.salt = seed_of("dropout", name) & 0x7FFFFFFF
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., T, in] -> [..., T, out]."""
-        kernel = self.route.kernel
-        if kernel is not None and not self.route.plain and self.route.slots and kernel.serves(self, x):
-            return kernel.forward(self, x)
-        y = self.base(x)
-        if not self.route.slots:
-            return y
-        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if self.route.spans is None:
-            (slot,) = self.route.slots  # several slots without spans would leave it open who goes through which
-            return self._add_branches(flat_y, flat_x, slot, self.route.dropout_seeds).view_as(y)
-        parts = []
-        for slot, (start, stop) in zip(self.route.slots, self.route.spans, strict=True):
-            seeds = None if self.route.dropout_seeds is None else self.route.dropout_seeds[start:stop]
-            parts.append(self._add_branches(flat_y[start:stop], flat_x[start:stop], slot, seeds))
-        return torch.cat(parts).view_as(y)
-
-    def _add_branches(self, y: torch.Tensor, x: torch.Tensor, slot: Slot, seeds: torch.Tensor | None) -> torch.Tensor:
-        """y [T, out] plus the slot's low-rank products of x [T, in], in x's dtype."""
-        for adapter in slot.adapters:
-            if self.name not in adapter.weights:
-                continue
-            a, b = (weight.to(x.dtype) for weight in adapter.weights[self.name])
-            given = x
-            if adapter is slot.trainable and slot.dropout > 0 and seeds is not None:
-                given = x * keep_mask(seeds, x.shape[-1], self.salt, slot.dropout).to(x.dtype)
-            y = torch.addmm(y, F.linear(given, a) * adapter.scale, b.t())
-        return y
 
 
 @dataclass(frozen=True)

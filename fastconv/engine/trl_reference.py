@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from fastconv.engine.locate import locate
 from fastconv.engine.lora import Adapter
 from fastconv.engine.model import load_model
-from fastconv.engine.trainee import Job
+from fastconv.engine.stack import Stack
+from fastconv.engine.trainee import Job, Trainee, start
 from fastconv.recipe import LoraSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -98,6 +99,28 @@ def train_with_trl(model: PreTrainedModel, job: Job, first: Adapter, options: Tr
     losses = tuple(float(loss) for loss in trainer.step_losses)
     norms = tuple(float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry)
     return TrlRun(losses, norms, _flat(model, first))
+
+
+def train_reference(
+    settings: ModelSettings, stack: Stack, job: Job, stops: Sequence[int], keep: Callable[[Trainee, float], None]
+) -> Trainee:
+    """Train a job with TRL up to each of `stops` (optimizer steps, ascending); the counterpart of `engine.train.train`.
+
+    Every stop is a run of its own from the first step, since TRL saves no state that `engine.trainee` could go on from:
+    slow, and only for checking our trainer. `keep` is called at each stop with the trainee as it is then and the
+    seconds spent so far. Returns the trainee at the last stop.
+    """
+    began = time.monotonic()
+    trainee = start(stack, job)
+    first = trainee.adapter.flat.clone()
+    for stop in stops:
+        trainee.adapter.flat.copy_(first)
+        run = train_with_trl(plain_model(settings), job, trainee.adapter, TrlOptions(until_step=stop))
+        trainee.adapter.flat.copy_(run.weights)
+        trainee.losses[:stop] = torch.tensor(run.losses)
+        trainee.step = stop
+        keep(trainee, time.monotonic() - began)
+    return trainee
 
 
 def _trainer(peft: PeftModel, job: Job, batches: Sequence[list[int]], options: TrlOptions, folder: str) -> Any:

@@ -21,7 +21,7 @@ import torch
 
 from fastconv.engine.attention import Layout
 from fastconv.engine.locate import BITSANDBYTES, UNSLOTH, cache_home, require
-from fastconv.engine.stack import Route, StackedLinear
+from fastconv.engine.stacked_linear import Route, StackedLinear
 from fastconv.errors import ModelError, TrainingError
 
 if TYPE_CHECKING:
@@ -148,12 +148,6 @@ def adopt(model: PreTrainedModel) -> None:
     for layer in backbone.layers:
         layer.self_attn.forward = types.MethodType(_attention, layer.self_attn)
         layer.mlp.forward = types.MethodType(_mlp, layer.mlp)
-
-
-def is_adopted(model: PreTrainedModel) -> bool:
-    """True for a model that went through `adopt`."""
-    layers: Any = model.get_decoder().layers  # pyright: ignore[reportAttributeAccessIssue]
-    return getattr(layers[0].mlp.forward, "__func__", None) is _mlp
 
 
 def hook() -> None:

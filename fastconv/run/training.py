@@ -17,7 +17,7 @@ from fastconv.engine.device import shape_on_disk
 from fastconv.engine.locate import trains_plain
 from fastconv.engine.stack import Adapter, Slot, Stack, rho
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
-from fastconv.engine.trl_reference import TrlOptions, plain_model, train_with_trl
+from fastconv.engine.trl_reference import train_reference
 from fastconv.engine.vllm.memory import group_size
 from fastconv.errors import stopped
 from fastconv.experiment.graph import Graph, lineage_key
@@ -218,26 +218,19 @@ class Trainer:
 
     def _train(self, tasks: Sequence[Task]) -> list[Trainee]:
         """Train in the same steps, from kept state where there is some."""
-        if self._recipe.model.trainer == "trl":
-            return [self._train_with_trl(task) for task in tasks]
+        if self._recipe.model.uses_reference_trainer:
+            return [self._train_reference(task) for task in tasks]
         every_s = self._recipe.run.checkpoint_every_s
         return train_kept(self._stacks.stack, self._store, tasks, every_s=every_s, stop=self._stop, tell=self._tell)
 
-    def _train_with_trl(self, task: Task) -> Trainee:
-        """The same job by the reference, from its beginning for every stop: slow, and only for checking ours."""
-        job, began = task.job, time.monotonic()
-        trainee = start(self._stacks.stack, job)
-        first = trainee.adapter.flat.clone()
-        for stop in task.stops:
-            trainee.adapter.flat.copy_(first)
-            model = plain_model(self._recipe.model)
-            found = train_with_trl(model, job, trainee.adapter, TrlOptions(until_step=stop))
-            trainee.adapter.flat.copy_(found.weights)
-            trainee.losses[:stop] = torch.tensor(found.losses)
-            trainee.step = stop
-            task.spent_s = time.monotonic() - began
-            task.keep(trainee, task.spent_s)
-        return trainee
+    def _train_reference(self, task: Task) -> Trainee:
+        """The same job by the reference trainer, which keeps no state between steps."""
+
+        def keep(trainee: Trainee, spent_s: float) -> None:
+            task.spent_s = spent_s
+            task.keep(trainee, spent_s)
+
+        return train_reference(self._recipe.model, self._stacks.stack, task.job, task.stops, keep)
 
     def _commit_trained(
         self, stage: Stage, trainee: Trainee, stack: tuple[Adapter, ...], seconds: float, from_step: int

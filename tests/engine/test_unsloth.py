@@ -67,7 +67,7 @@ def site(tmp_path: Path) -> Path:
 
 def run(site: Path, script: str, *words: str) -> str:
     """What a fresh process with the fakes prints."""
-    prelude = "import torch\nfrom pathlib import Path\nfrom fastconv.engine import base, unsloth_path\n"
+    prelude = "import torch\nfrom pathlib import Path\nfrom fastconv.engine import model, unsloth as unsloth_path\n"
     prelude += "from fastconv.recipe import ModelSettings\nimport sys\n"
     path = os.pathsep.join([str(site), str(ROOT)])
     found = subprocess.run(
@@ -84,12 +84,12 @@ def test_the_base_comes_through_unsloth_before_anything_it_patches(site: Path, t
         """
         unsloth_path.require_usable = lambda device, dtype: None  # there is no GPU here
         settings = ModelSettings(id=sys.argv[1], engine="unsloth", device="cpu", dtype="bfloat16")
-        loaded = base.load_base(settings)
+        loaded = model.load_base(settings)
         import unsloth
-        from fastconv.engine import unsloth as fused
         unsloth_path.assert_first()
         options = unsloth.FastLanguageModel.calls[0]
-        print(unsloth.LATE, options["load_in_4bit"], options["max_seq_length"], fused.is_adopted(loaded.model))
+        mlp = loaded.model.get_decoder().layers[0].mlp
+        print(unsloth.LATE, options["load_in_4bit"], options["max_seq_length"], mlp.forward.__func__ is unsloth_path._mlp)
         print(unsloth.kernels.fast_lora.get_lora_parameters(object()), loaded.device, loaded.dtype)
         """,
         str(tiny_qwen),

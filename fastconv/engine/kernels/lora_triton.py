@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from fastconv.engine.kernels.lora import LayerCall
+from fastconv.engine.kernels.lora_tables import LayerCall
 
 # pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
 

@@ -24,7 +24,7 @@ def logits(base: Base) -> torch.Tensor:
 
 
 def test_norms_mlps_and_attentions_get_our_forward_and_the_same_logits(tiny_qwen: Path) -> None:
-    from fastconv.engine.kernels.elementwise import quicken
+    from fastconv.engine.kernels.layers import quicken
 
     base = tiny_stack(tiny_qwen, dtype="float32").base
     base.model.half()
