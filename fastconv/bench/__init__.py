@@ -10,8 +10,17 @@ import torch
 
 from fastconv.bench.inference import bench_sample, bench_score, bench_stack
 from fastconv.bench.kernels import bench_kernel
-from fastconv.bench.measure import RANDOM, BenchModel, BenchResult, Clock, Measured, ragged_rows, shape, subject
-from fastconv.bench.training import WARM_UP, Load, bench_engine, bench_train, jobs_for, timed
+from fastconv.bench.measure import (
+    RANDOM,
+    BenchModel,
+    BenchResult,
+    Clock,
+    Measured,
+    base_shape,
+    bench_model,
+    ragged_rows,
+)
+from fastconv.bench.training import WARM_UP, Load, bench_engine, bench_train, make_jobs, time_jobs
 from fastconv.engine.generate import sample
 from fastconv.engine.locate import engine_identity, locate
 from fastconv.engine.model import Base
@@ -64,7 +73,7 @@ def _peak(ways: list[Measured]) -> int | None:
     return max(known) if known else None
 
 
-__all__ = ["KINDS", "BenchResult", "BenchModel", "bench", "compare", "subject"]
+__all__ = ["KINDS", "BenchResult", "BenchModel", "bench", "compare", "bench_model"]
 
 KINDS = ("train", "behavior", "group", "score", "stack", "sample", "cell", "kernel", "engine")
 
@@ -100,7 +109,7 @@ def bench(kind: str, model: str, *, device: str = "auto", dtype: str = "auto", r
     # Not `auto`: importing Unsloth patches transformers for the whole process, the usual way's side included.
     given = {"id": model, "device": device, "dtype": dtype, "revision": revision, "engine": "torch"}
     settings = ModelSettings.model_validate(given)
-    return asdict(compare(kind, subject(settings), size))
+    return asdict(compare(kind, bench_model(settings), size))
 
 
 #: Optimizer steps counted and not, questions, prompts and new tokens of each, by device: about six seconds of each.
@@ -113,7 +122,7 @@ _PROMPTS = {"cpu": (24, 12), "cuda": (320, 128)}
 _MOST_ON_CPU = 1e9
 
 
-def keep_probe(recipe: Recipe, store: Store) -> dict[str, float]:
+def measure_machine(recipe: Recipe, store: Store) -> dict[str, float]:
     """Measure this machine with the recipe's shape and keep the rates in the workspace. Raises InputError if it cannot."""
     found, device = known_shape(recipe), engine_identity(recipe.model)["device"]
     if device == "cpu" and found.total_params > _MOST_ON_CPU:
@@ -134,7 +143,7 @@ def probe(model: BenchModel) -> dict[str, float]:
     began = time.perf_counter()
     base = model.base()
     loaded = time.perf_counter() - began
-    stack, form = Stack(base, model.lora), shape(base)
+    stack, form = Stack(base, model.lora), base_shape(base)
     rates = {"train_flops_s": _training(stack, form), "read_flops_s": _reading(base, form), **_drawing(base, form)}
     return {**rates, "step_s": 0.0, "load_s": loaded}
 
@@ -143,15 +152,15 @@ def _subject(recipe: Recipe, found: ModelShape) -> BenchModel:
     """The recipe's own model where it is on this disk, else random weights of its shape."""
     at_hand = locate(recipe.model).kind in ("builtin", "local")
     name = recipe.model.id if at_hand else f"{RANDOM}{found.name}"
-    return subject(recipe.model.model_copy(update={"id": name}))
+    return bench_model(recipe.model.model_copy(update={"id": name}))
 
 
 def _training(stack: Stack, form: ModelShape) -> float:
     """Steps of a behavior above a frozen snapshot, as most steps of a run are. Optimizer and set-up are in the rate."""
     device = stack.base.device.type
     load = LOADS[device]
-    job = jobs_for(stack, load, WARM_UP[device] + _STEPS[device])[0]
-    found = timed(stack, [job])
+    job = make_jobs(stack, load, WARM_UP[device] + _STEPS[device])[0]
+    found = time_jobs(stack, [job])
     lengths = [len(row.ids) for row in job.rows]
     work = Work(sum(lengths) / len(lengths), 0.6, stack.settings.r)
     return found.n_tok * train_flops_per_tok(form, work) / sum(found.seconds)

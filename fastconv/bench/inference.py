@@ -19,12 +19,12 @@ from fastconv.bench.measure import (
     BenchResult,
     Clock,
     Peak,
+    base_shape,
     folder_bytes,
     matmul_ceiling,
     measured,
     paired_ratio,
     ragged_rows,
-    shape,
 )
 from fastconv.chat import SystemTurn
 from fastconv.engine.generate import sample
@@ -34,7 +34,7 @@ from fastconv.engine.model import Base
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.shapes import Work, forward_flops_per_tok
 from fastconv.engine.stack import Slot, Stack
-from fastconv.engine.trl_reference import with_adapters
+from fastconv.engine.trl_reference import add_peft_adapters
 from fastconv.engine.vllm.sampler import VllmSampler
 from fastconv.engine.vllm.server import launch, server_command
 from fastconv.errors import ModelError
@@ -78,7 +78,7 @@ def bench_sample(model: BenchModel, n_rows: int) -> BenchResult:
         drawn = sample(stack.base, prompts, list(range(n_rows)), settings)
     my_tok = sum(len(row.ids) + row.ended for row in drawn)
     ceiling, work = matmul_ceiling(device, model.dtype), Work(_mean_length(prompts, my_tok), 1.0, 0)
-    per_tok = forward_flops_per_tok(shape(stack.base), work)
+    per_tok = forward_flops_per_tok(base_shape(stack.base), work)
     mine = measured("fastconv, resident", ours.seconds, my_tok, my_tok * per_tok, ceiling, my_peak.bytes)
     usual = measured("generate, padded", theirs.seconds, their_tok, their_tok * per_tok, ceiling, their_peak.bytes)
     others, extra = [usual], {"ours_tokens": my_tok, "usual_tokens": their_tok, "matmul_flops": ceiling}
@@ -217,7 +217,7 @@ def _merge_save_load(model: BenchModel, adapter: Adapter, n_swaps: int) -> tuple
 
     clock, peak, written = Clock(model.device), Peak(model.device), 0
     for _ in range(n_swaps):
-        peft = with_adapters(model.plain(), {"snapshot": adapter})
+        peft = add_peft_adapters(model.plain(), {"snapshot": adapter})
         with tempfile.TemporaryDirectory(prefix="fastconv-merged-") as folder:
             with peak.watching(), clock.running():
                 merged = peft.merge_and_unload()  # pyright: ignore[reportCallIssue]
@@ -280,7 +280,7 @@ def bench_score(model: BenchModel, n_questions: int) -> BenchResult:
             with clocks[name].running():
                 way(items[begin : begin + size])
     n_tok = sum(len(item.prompt) for item in items)
-    flops = n_tok * forward_flops_per_tok(shape(stack.base), Work(n_tok / n_questions, n_questions / n_tok, 0))
+    flops = n_tok * forward_flops_per_tok(base_shape(stack.base), Work(n_tok / n_questions, n_questions / n_tok, 0))
     ceiling = matmul_ceiling(device, model.dtype)
     ours, *usual = (
         measured(name, clocks[name].seconds, n_questions, flops, ceiling, peaks[name].bytes) for name in ways

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastconv.bench.measure import BenchModel, BenchResult, Clock, matmul_ceiling, measured, paired_ratio, shape
+from fastconv.bench.measure import BenchModel, BenchResult, Clock, base_shape, matmul_ceiling, measured, paired_ratio
 from fastconv.engine.kernels.lora import StackedKernel
 from fastconv.engine.kernels.lora_tables import Tiling
 from fastconv.engine.lora import Adapter, keep_mask
@@ -82,7 +82,7 @@ def bench_kernel(model: BenchModel, n_tok: int | None = None) -> BenchResult:
     """
     StackedKernel(model.device)  # refuses before anything is allocated
     ceiling = matmul_ceiling(model.device, model.dtype)
-    form = model.random or shape(model.base())
+    form = model.random or base_shape(model.base())
     layers = [_Layer(*sizes, count) for sizes, count in Counter(form.modules).items()]
     cases = CASES if n_tok is None else ((n_tok, 1),)
     lines, errors = [], []

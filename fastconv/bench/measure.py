@@ -19,7 +19,7 @@ from fastconv.chat import ChatTokenizer, Rendered
 from fastconv.engine import trl_reference as reference
 from fastconv.engine.attention import ATTENTION, register
 from fastconv.engine.locate import engine_identity
-from fastconv.engine.model import Base, load_base, resolve_device, resolve_dtype, wrap
+from fastconv.engine.model import Base, load_base, make_base, resolve_device, resolve_dtype
 from fastconv.engine.shapes import (
     ModelShape,
     named_shape,
@@ -201,8 +201,10 @@ class BenchModel:
         if self.random is None:
             return load_base(self.settings)
         if engine_identity(self.settings)["engine"] == "unsloth":
-            return wrap(_random_unsloth(self.random, self), cast(ChatTokenizer, NoText()), self.settings.id)
-        return wrap(_random_model(self.random, ATTENTION, self), cast(ChatTokenizer, NoText()), self.settings.id)
+            return make_base(_random_unsloth(self.random, self), cast(ChatTokenizer, NoTokenizer()), self.settings.id)
+        return make_base(
+            _random_model(self.random, ATTENTION, self), cast(ChatTokenizer, NoTokenizer()), self.settings.id
+        )
 
     def plain(self) -> PreTrainedModel:
         """Theirs: transformers' model with SDPA attention."""
@@ -212,20 +214,20 @@ class BenchModel:
 
 
 @dataclass(frozen=True)
-class NoText:
+class NoTokenizer:
     """Stands in for the tokenizer of a model that never learned to write: nothing ends an answer early."""
 
     stop_ids: tuple[int, ...] = ()
 
 
-def subject(settings: ModelSettings) -> BenchModel:
+def bench_model(settings: ModelSettings) -> BenchModel:
     """The subject of `settings.id`; `random:NAME` takes a shape from `fastconv.engine.shapes`."""
     if settings.id.startswith(RANDOM):
         return BenchModel(settings, named_shape(settings.id.removeprefix(RANDOM)))
     return BenchModel(settings, None)
 
 
-def shape(base: Base) -> ModelShape:
+def base_shape(base: Base) -> ModelShape:
     """The shape of a loaded base."""
     return shape_of(base.model.config.to_dict())
 
@@ -244,9 +246,9 @@ def _random_unsloth(shape: ModelShape, model: BenchModel) -> PreTrainedModel:
     """The same shape as Unsloth would have loaded it."""
     from fastconv.engine import unsloth as unsloth_path
 
-    unsloth_path.patched_classes("qwen2" if shape.qkv_bias else "llama")
+    unsloth_path.patch_classes("qwen2" if shape.qkv_bias else "llama")
     made = _random_model(shape, "sdpa", model)
-    unsloth_path.adopt(made)
+    unsloth_path.patch_model(made)
     return made
 
 

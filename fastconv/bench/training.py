@@ -22,12 +22,12 @@ from fastconv.bench.measure import (
     Clock,
     Measured,
     Peak,
+    base_shape,
+    bench_model,
     matmul_ceiling,
     measured,
     paired_ratio,
     ragged_rows,
-    shape,
-    subject,
 )
 from fastconv.engine.lora import Adapter
 from fastconv.engine.shapes import Work, train_flops_per_tok
@@ -66,7 +66,7 @@ WARM_UP = {"cpu": 2, "cuda": 48}
 #: Steps of the usual ways on a GPU, two of them uncounted: each takes about as long as the one before.
 USUAL_STEPS, USUAL_WARM_UP = 12, 2
 #: The usual ways, the first being the stronger one; as published had checkpointing on.
-WAYS = {"TRL padded": False, "TRL padded, checkpointing": True}
+BASELINES = {"TRL padded": False, "TRL padded, checkpointing": True}
 
 
 @dataclass(frozen=True)
@@ -87,23 +87,23 @@ def bench_train(model: BenchModel, n_steps: int, kind: str = "train") -> BenchRe
     load = LOADS[kind, model.device.type]
     ceiling = matmul_ceiling(model.device, model.dtype)
     stack = Stack(model.base(), model.lora)
-    jobs = jobs_for(stack, load, n_steps + WARM_UP[model.device.type])
-    form = shape(stack.base)
+    jobs = make_jobs(stack, load, n_steps + WARM_UP[model.device.type])
+    form = base_shape(stack.base)
     first = stack.new_adapter(*jobs[0].seed_parts)
     ratios: dict[str, float] = {}
     theirs: dict[str, Timed] = {}
     if load.n_jobs > 1:
-        mine, theirs = timed(stack, jobs), {"one after another": _in_turn(stack, jobs)}
+        mine, theirs = time_jobs(stack, jobs), {"one after another": _in_turn(stack, jobs)}
     elif model.device.type == "cpu":
-        pairs = {name: _interleaved(model, stack, jobs[0], first, again) for name, again in WAYS.items()}
+        pairs = {name: _interleaved(model, stack, jobs[0], first, again) for name, again in BASELINES.items()}
         mine = next(iter(pairs.values()))[0]
         theirs = {name: usual for name, (_, usual) in pairs.items()}
         ratios = {name: paired_ratio(usual.seconds, ours.seconds) for name, (ours, usual) in pairs.items()}
     else:
-        mine = timed(stack, jobs)
+        mine = time_jobs(stack, jobs)
         del stack
         free_memory()
-        tried = {name: _if_it_fits(model, jobs[0], first, again) for name, again in WAYS.items()}
+        tried = {name: _if_it_fits(model, jobs[0], first, again) for name, again in BASELINES.items()}
         theirs = {name: run for name, run in tried.items() if run is not None}
     work = Work(mean_length(jobs[0]), supervised_share(jobs[0]), model.lora.r)
     flops_per_tok = train_flops_per_tok(form, work)
@@ -118,7 +118,7 @@ def bench_train(model: BenchModel, n_steps: int, kind: str = "train") -> BenchRe
             "no usual way fits on this GPU", where=f"bench {kind}", fix="take a larger GPU or a smaller model"
         )
     ratios = ratios or {one.name: ours.per_s / one.per_s for one in usual}
-    left_out = [name for name in WAYS if load.n_jobs == 1 and name not in theirs]
+    left_out = [name for name in BASELINES if load.n_jobs == 1 and name not in theirs]
     return BenchResult(
         kind=load.kind, model=model.settings.id, device=model.device.type,
         dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(), unit="tokens",
@@ -129,7 +129,7 @@ def bench_train(model: BenchModel, n_steps: int, kind: str = "train") -> BenchRe
     )  # fmt: skip
 
 
-def jobs_for(stack: Stack, load: Load, n_steps: int) -> list[Job]:
+def make_jobs(stack: Stack, load: Load, n_steps: int) -> list[Job]:
     """The jobs of a load, the same on every engine: rows, order and first weights come from their places."""
     settings = TrainSettings(lr=5e-5, epochs=1, batch_rows=load.batch_rows, dropout=load.dropout)
     frozen = tuple(stack.new_adapter("frozen", place) for place in range(load.n_frozen))
@@ -145,7 +145,7 @@ def jobs_for(stack: Stack, load: Load, n_steps: int) -> list[Job]:
     ]  # fmt: skip
 
 
-def timed(stack: Stack, jobs: Sequence[Job]) -> Timed:
+def time_jobs(stack: Stack, jobs: Sequence[Job]) -> Timed:
     """Ours as a whole: all jobs together, warmed up, then one block of time."""
     device = stack.base.device
     trainees = [start(stack, job) for job in jobs]
@@ -157,7 +157,7 @@ def timed(stack: Stack, jobs: Sequence[Job]) -> Timed:
 
 
 def _in_turn(stack: Stack, jobs: Sequence[Job]) -> Timed:
-    runs = [timed(stack, [job]) for job in jobs]
+    runs = [time_jobs(stack, [job]) for job in jobs]
     peaks = [run.peak for run in runs if run.peak is not None]
     return Timed([sum(run.seconds) for run in runs], sum(run.n_tok for run in runs), max(peaks, default=None))
 
@@ -249,11 +249,11 @@ def bench_engine(model: BenchModel, n_steps: int) -> BenchResult:
         raise ModelError("Unsloth needs a GPU", where="bench engine", fix="run it where there is one")
     load = LOADS["train", "cuda"]
     ceiling = matmul_ceiling(model.device, model.dtype)
-    plain = subject(model.settings.model_copy(update={"engine": "torch"}))
+    plain = bench_model(model.settings.model_copy(update={"engine": "torch"}))
     stack = Stack(plain.base(), model.lora)
-    (job,) = jobs_for(stack, load, n_steps + WARM_UP["cuda"])
-    flops = train_flops_per_tok(shape(stack.base), Work(mean_length(job), supervised_share(job), model.lora.r))
-    mine = timed(stack, [job])
+    (job,) = make_jobs(stack, load, n_steps + WARM_UP["cuda"])
+    flops = train_flops_per_tok(base_shape(stack.base), Work(mean_length(job), supervised_share(job), model.lora.r))
+    mine = time_jobs(stack, [job])
     del stack
     free_memory()
     theirs = _in_a_process(model, n_steps)
@@ -285,10 +285,10 @@ def _in_a_process(model: BenchModel, n_steps: int) -> Timed:
 
 def main(settings: str, n_steps: str) -> None:
     """Unsloth's side: print its run as JSON."""
-    model = subject(ModelSettings.model_validate_json(settings))
+    model = bench_model(ModelSettings.model_validate_json(settings))
     stack = Stack(model.base(), model.lora)
-    jobs = jobs_for(stack, LOADS["train", "cuda"], int(n_steps) + WARM_UP["cuda"])
-    print(json.dumps(asdict(timed(stack, jobs))))
+    jobs = make_jobs(stack, LOADS["train", "cuda"], int(n_steps) + WARM_UP["cuda"])
+    print(json.dumps(asdict(time_jobs(stack, jobs))))
 
 
 if __name__ == "__main__":

@@ -49,10 +49,10 @@ def plan(
 
     loaded = load(recipe, overrides, scale)
     if measure:
-        from fastconv.bench import keep_probe
+        from fastconv.bench import measure_machine
         from fastconv.store.ledger import Store
 
-        keep_probe(loaded, Store.open(workspace))
+        measure_machine(loaded, Store.open(workspace))
     store = open_store(workspace)
     judge = JudgePreflight(loaded.judge, store)
     found = plan_recipe(loaded, store, machine).knowing(judge.problem())

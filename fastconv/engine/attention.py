@@ -78,14 +78,14 @@ class Packed:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
         """SDPA row by row."""
-        return by_row(query, key, value, self.starts, scale)
+        return attend_by_row(query, key, value, self.starts, scale)
 
 
-def by_row(
+def attend_by_row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: Sequence[int], scale: float
 ) -> torch.Tensor:
     """torch's scaled_dot_product_attention, one call for each row; the reference for every other way."""
-    key, value = repeated(query, key), repeated(query, value)
+    key, value = repeat_heads(query, key), repeat_heads(query, value)
     rows = [
         F.scaled_dot_product_attention(
             query[None, :, a:b], key[None, :, a:b], value[None, :, a:b], is_causal=True, scale=scale
@@ -96,7 +96,7 @@ def by_row(
     return torch.cat(rows, dim=1).transpose(0, 1)
 
 
-def repeated(query: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+def repeat_heads(query: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """Key or value [kv heads, T, d] with each head as often as queries share it."""
     return part.repeat_interleave(query.shape[0] // part.shape[0], 0)
 
@@ -132,7 +132,7 @@ class Ragged:
         """What a captured step copies its next batch into."""
         return (self.bounds,)
 
-    def holding(self, inputs: Sequence[torch.Tensor]) -> Ragged:
+    def with_inputs(self, inputs: Sequence[torch.Tensor]) -> Ragged:
         """The same layout in these tensors."""
         (bounds,) = inputs
         return replace(self, bounds=bounds)
@@ -143,7 +143,7 @@ class Ragged:
         """The kernel; fp32, which is for checking and which such kernels do not take, row by row."""
         if query.dtype == torch.float32:
             padding = [query.shape[1]] if query.shape[1] > self.starts[-1] else []
-            return by_row(query, key, value, [*self.starts, *padding], scale)
+            return attend_by_row(query, key, value, [*self.starts, *padding], scale)
         return self.kernel(query, key, value, self, scale)
 
 
@@ -195,7 +195,7 @@ class Padded:
         """What a captured step copies its next batch into."""
         return self.source, self.place
 
-    def holding(self, inputs: Sequence[torch.Tensor]) -> Padded:
+    def with_inputs(self, inputs: Sequence[torch.Tensor]) -> Padded:
         """The same layout in these tensors."""
         source, place = inputs
         return replace(self, source=source, place=place)
@@ -207,11 +207,11 @@ class Padded:
         q, k, v = (self._rectangle(tensor) for tensor in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         out = out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[3])
-        return _moved(out, self.place, self.source)
+        return _gather_rows(out, self.place, self.source)
 
     def _rectangle(self, tensor: torch.Tensor) -> torch.Tensor:
         """[heads, T, d] -> [rows, heads, width, d]."""
-        laid = _moved(tensor.transpose(0, 1), self.source, self.place)
+        laid = _gather_rows(tensor.transpose(0, 1), self.source, self.place)
         return laid.view(self.n_rows, -1, *laid.shape[1:]).transpose(1, 2)
 
 
@@ -219,18 +219,18 @@ class Padded:
 Rows = Packed | Padded | Ragged
 
 
-def _moved(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+def _gather_rows(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
     """Row i of the result is x[there[i]], or zero where that is negative; `back` is the inverse."""
     if x.is_cuda:
-        from fastconv.engine.kernels.elementwise import moved
+        from fastconv.engine.kernels.elementwise import gather_rows
 
-        return moved(x, there, back)
+        return gather_rows(x, there, back)
     mask = (there >= 0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
     return x.index_select(0, there.clamp(min=0)) * mask
 
 
 @dataclass(frozen=True)
-class Group:
+class PrefixGroup:
     """A stretch of tokens: a prefix, then branches that each see the prefix and themselves, but not one another."""
 
     prefix_tok: int
@@ -238,17 +238,17 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Trees:
+class PrefixTrees:
     """Groups laid end to end: rows that begin alike share the computation of what they share.
 
     `masks[i][j]` [branch, prefix + branch] bool is what the tokens of branch j of group i may see.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[PrefixGroup, ...]
     masks: tuple[tuple[torch.Tensor, ...], ...]
 
     @classmethod
-    def of(cls, groups: Sequence[Group], device: torch.device) -> tuple[Trees, torch.Tensor]:
+    def of(cls, groups: Sequence[PrefixGroup], device: torch.device) -> tuple[PrefixTrees, torch.Tensor]:
         """(layout, positions int64 [T]) of these groups, on `device`."""
         masks, positions = [], []
         for group in groups:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastconv.engine.attention import Kernel, Ragged, by_row, repeated
+from fastconv.engine.attention import Kernel, Ragged, attend_by_row, repeat_heads
 
 #: How far another way may lie from SDPA in fp32, relative, by precision; attention has no long sums to lose more in.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -99,7 +99,7 @@ def _xformers() -> Kernel:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Ragged, scale: float) -> torch.Tensor:
         lengths = [b - a for a, b in pairwise((*rows.starts, q.shape[1]))]
         mask = masks.BlockDiagonalCausalMask.from_seqlens([length for length in lengths if length])
-        k, v = repeated(q, k), repeated(q, v)
+        k, v = repeat_heads(q, k), repeat_heads(q, v)
         q, k, v = (part.transpose(0, 1)[None].contiguous() for part in (q, k, v))
         return ops.memory_efficient_attention(q, k, v, attn_bias=mask, scale=scale)[0]
 
@@ -120,7 +120,7 @@ def _distance(
     """How far values and gradients on a few short rows lie from SDPA's in fp32, relative; the larger of them."""
     n_tok = sum(_TRIAL_TOK) + 3
     rows = Ragged.of(_TRIAL_TOK, kernel, n_tok=n_tok)
-    rows = rows.holding([rows.bounds.to(device)])
+    rows = rows.with_inputs([rows.bounds.to(device)])
     generator = torch.Generator().manual_seed(0)
     shapes = [(heads, n_tok, head_dim), *[(kv_heads, n_tok, head_dim)] * 2]
     drawn = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
@@ -132,7 +132,7 @@ def _distance(
         gradients = torch.autograd.grad(out.float().square().sum(), parts)
         return [tensor.detach().float() for tensor in (out, *gradients)]
 
-    expected = results(lambda q, k, v: by_row(q, k, v, (*rows.starts, n_tok), scale), torch.float32)
+    expected = results(lambda q, k, v: attend_by_row(q, k, v, (*rows.starts, n_tok), scale), torch.float32)
     found = results(lambda q, k, v: kernel(q, k, v, rows, scale), dtype)
     return max(
         float(torch.linalg.vector_norm(mine - theirs) / torch.linalg.vector_norm(theirs))

@@ -54,12 +54,12 @@ class MicroBatch:
     owners: torch.Tensor
 
 
-def as_it_is(lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
+def no_padding(lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
     """No padding."""
     return PaddedSizes()
 
 
-def lay_out(
+def make_micro_batch(
     base: Base, slots: Sequence[Slot], micro: Sequence[Item], sizes_for: Callable[[Sequence[int], int], PaddedSizes]
 ) -> MicroBatch:
     """Lay a micro-batch out on the base's device, padded to the sizes asked for."""

@@ -43,11 +43,6 @@ class CapturedSteps:
         self._seen: set[tuple[int, ...]] = set()
         self._graphs: dict[tuple[int, ...], _Graph] = {}
 
-    @property
-    def n_graphs(self) -> int:
-        """Sizes captured so far."""
-        return len(self._graphs)
-
     def run(self, batch: MicroBatch, totals: torch.Tensor) -> None:
         """One micro-step; `totals` [1] gets its share of the loss. Raises OutOfMemoryError as the step does."""
         key = _sizes_of(batch)
@@ -63,7 +58,7 @@ class CapturedSteps:
         for target, given in zip(_tensors(captured.inputs), _tensors(batch), strict=True):
             target.copy_(given, non_blocking=True)
         if self._stack.route.kernel is not None:
-            self._stack.route.kernel.take_up(captured.held)
+            self._stack.route.kernel.refresh_graph(captured.held)
         captured.graph.replay()
         totals.add_(captured.loss)
 
@@ -80,7 +75,7 @@ class CapturedSteps:
                 loss.zero_()
                 self._step(inputs, loss)
             if kernel is not None:
-                held = kernel.held()
+                held = kernel.graph_state()
         return _Graph(graph, inputs, loss, held)
 
 
@@ -113,7 +108,7 @@ def _layout(batch: MicroBatch) -> Padded | Ragged:
 
 def _copied(batch: MicroBatch) -> MicroBatch:
     """The same batch in tensors of its own, which stay where they are."""
-    layout = _layout(batch).holding([tensor.clone() for tensor in _layout(batch).inputs])
+    layout = _layout(batch).with_inputs([tensor.clone() for tensor in _layout(batch).inputs])
     return replace(
         batch, layout=layout, ids=batch.ids.clone(), positions=batch.positions.clone(), take=batch.take.clone(),
         targets=batch.targets.clone(), weights=batch.weights.clone(), owners=batch.owners.clone(),

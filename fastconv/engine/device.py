@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastconv.engine.locate import TINY, ModelSource, cached_config, engine_identity, locate, trains_plain
+from fastconv.engine.locate import TINY, ModelSource, cached_config, engine_identity, locate, trains_without_kernels
 from fastconv.engine.shapes import (
     SHAPES,
     ModelShape,
@@ -40,7 +40,7 @@ class GpuFacts:
     total_bytes: int
 
 
-def look(cuda: Any, built_for: str | None) -> GpuFacts:
+def query_gpu(cuda: Any, built_for: str | None) -> GpuFacts:
     """Ask `torch.cuda` (built for CUDA `built_for`). Raises ModelError if it cannot use a GPU, saying why."""
     where = "model.device"
     if built_for is None:
@@ -91,10 +91,10 @@ def require_fit(card: GpuFacts, recipe: Recipe, shape: ModelShape | None) -> str
     offers = f"{card.name}, {card.free_bytes / _GIB:.0f} of {card.total_bytes / _GIB:.0f} GiB free"
     if shape is None:
         return offers
-    need = least_bytes(recipe, shape)
+    need = min_training_bytes(recipe, shape)
     if need <= card.free_bytes:
-        return f"{offers}, at least {need / _GIB:.1f} needed{shrinking(recipe, shape, card.free_bytes)}"
-    options = "; or ".join(what_fits(recipe, shape, card.free_bytes)) or "use a larger GPU"
+        return f"{offers}, at least {need / _GIB:.1f} needed{halving_note(recipe, shape, card.free_bytes)}"
+    options = "; or ".join(fitting_changes(recipe, shape, card.free_bytes)) or "use a larger GPU"
     if need <= card.total_bytes:
         raise ModelError(
             f"the GPU is busy: {card.free_bytes / _GIB:.1f} of {card.total_bytes / _GIB:.1f} GiB are free, at least "
@@ -110,33 +110,33 @@ def require_fit(card: GpuFacts, recipe: Recipe, shape: ModelShape | None) -> str
     )
 
 
-def room_on(name: str, room_bytes: float, recipe: Recipe, shape: ModelShape) -> str:
+def fit_note(name: str, room_bytes: float, recipe: Recipe, shape: ModelShape) -> str:
     """What of the recipe does not fit into a card's memory, and what would; empty if all of it does."""
-    need = least_bytes(recipe, shape)
+    need = min_training_bytes(recipe, shape)
     if need <= room_bytes:
-        return shrinking(recipe, shape, room_bytes).removeprefix("; ")
-    options = "; or ".join(what_fits(recipe, shape, room_bytes)) or "use a larger GPU"
+        return halving_note(recipe, shape, room_bytes).removeprefix("; ")
+    options = "; or ".join(fitting_changes(recipe, shape, room_bytes)) or "use a larger GPU"
     has = f"{room_bytes / _GIB:.0f} GiB"
     return f"does not fit: {shape.name} needs at least {need / _GIB:.1f} GiB, {name} has {has}; {options}"
 
 
-def least_bytes(recipe: Recipe, shape: ModelShape) -> float:
+def min_training_bytes(recipe: Recipe, shape: ModelShape) -> float:
     """Bytes without which no training step fits: base, adapters, and the longest row with recomputed activations."""
     longest = max(recipe.convergence.max_length_tok, recipe.behavior.max_length_tok)
     return _fixed_bytes(recipe, shape) + longest * recomputed_bytes_per_tok(shape)
 
 
-def what_fits(recipe: Recipe, shape: ModelShape, room_bytes: float) -> Iterator[str]:
+def fitting_changes(recipe: Recipe, shape: ModelShape, room_bytes: float) -> Iterator[str]:
     """Changes to the recipe under which a step fits into the room, the smallest change first."""
     four_bit = _with(recipe, weights="4bit")
-    if recipe.model.weights == "full" and least_bytes(four_bit, shape) <= room_bytes:
+    if recipe.model.weights == "full" and min_training_bytes(four_bit, shape) <= room_bytes:
         yield "set model.weights = '4bit' (recipes/small_gpu.toml)"
     short = _with(recipe, max_length_tok=512)
-    if least_bytes(short, shape) <= room_bytes:
+    if min_training_bytes(short, shape) <= room_bytes:
         yield "set max_length_tok = 512 in both phases"
     smaller = [s for s in SHAPES.values() if s.qkv_bias and s.total_params < shape.total_params]
     for other in sorted(smaller, key=lambda s: -s.total_params):
-        if least_bytes(recipe, other) <= room_bytes:
+        if min_training_bytes(recipe, other) <= room_bytes:
             yield f"take a smaller model ({other.name})"
             return
 
@@ -163,10 +163,10 @@ def _fixed_bytes(recipe: Recipe, shape: ModelShape) -> float:
     return weights + adapter_bytes(shape, recipe.lora.r, eight_bit=eight_bit) + _OVERHEAD_BYTES
 
 
-def shrinking(recipe: Recipe, shape: ModelShape, room_bytes: float) -> str:
+def halving_note(recipe: Recipe, shape: ModelShape, room_bytes: float) -> str:
     """A note where whole micro-batches will not fit and the engine will halve them."""
     asked = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
-    per_tok = activation_bytes_per_tok(shape, plain=trains_plain(recipe.model))
+    per_tok = activation_bytes_per_tok(shape, plain=trains_without_kernels(recipe.model))
     fits = int((room_bytes - _fixed_bytes(recipe, shape)) / per_tok)
     if fits >= asked:
         return ""

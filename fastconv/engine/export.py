@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from fastconv.engine.lora import Adapter, adapter_from, concatenate, read_safetensors
+from fastconv.engine.lora import Adapter, adapter_from_tensors, concatenate, read_safetensors
 from fastconv.engine.stack import Stack
 from fastconv.errors import AdapterError
 from fastconv.recipe import LoraSettings
@@ -124,23 +124,7 @@ def load_peft_folder(stack: Stack, folder: Path, base: BaseReference) -> Adapter
             where=where,
             fix="use the base it was trained on",
         )
-    return stack.take(adapter_from(tensors, shape, stack.base.name, stack.sizes, where))
-
-
-def load_stack_folder(stack: Stack, folder: Path, base: BaseReference) -> list[Adapter]:
-    """The adapters of a directory written by `export_separate`, in order, with their sha256 verified."""
-    try:
-        about = json.loads((folder / STACK_FILE).read_text(encoding="utf-8"))
-        listed = [(str(entry["folder"]), str(entry["sha256"])) for entry in about["adapters"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{STACK_FILE} cannot be read: {error}", where=str(folder), fix="export it again") from None
-    adapters = []
-    for name, sha256 in listed:
-        adapter = load_peft_folder(stack, folder / name, base)
-        if adapter.sha256() != sha256:
-            raise AdapterError("its weights are not those of stack.json", where=str(folder / name), fix="export again")
-        adapters.append(adapter)
-    return adapters
+    return stack.take(adapter_from_tensors(tensors, shape, stack.base.name, stack.sizes, where))
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:

@@ -51,7 +51,7 @@ class Decoder:
             return self._replayed(said, lengths, uniforms)
         at = torch.tensor(lengths)
         hidden = self._base.hidden(torch.tensor(said), at, Decode(self._cache, at, max(lengths)))
-        return choose(self._base.logits(hidden), torch.tensor(uniforms), self._settings).tolist()
+        return sample_tokens(self._base.logits(hidden), torch.tensor(uniforms), self._settings).tolist()
 
     def _replayed(self, said: Sequence[int], lengths: Sequence[int], uniforms: Sequence[float]) -> list[int]:
         n = len(said)
@@ -95,7 +95,7 @@ class Decoder:
         return logits, torch.stack([chosen, is_wide.long()])
 
 
-def choose(logits: torch.Tensor, uniform: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
+def sample_tokens(logits: torch.Tensor, uniform: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
     """Draw one token per row: temperature, then nucleus (Holtzman et al. 2020), then the inverse of the CDF.
 
     logits [n, vocab] fp32, uniform [n] in [0, 1) -> [n] int64. The nucleus is the smallest set of most likely tokens
@@ -145,7 +145,7 @@ _PREFILL_TOK = {"cuda": 32768, "cpu": 4096}
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class Completion:
     """One sampled completion: its tokens without the stop token, and whether a stop token ended it."""
 
     ids: tuple[int, ...]
@@ -175,7 +175,7 @@ def sample(
     seeds: Sequence[int],
     settings: SamplingSettings,
     on_token: Callable[[int], None] = lambda n_tok: None,
-) -> list[Drawn]:
+) -> list[Completion]:
     """Draw one completion per prompt, in order. `on_token` hears how many tokens each step added."""
     rows = [
         _Row(place, prompt, torch.rand(settings.max_new_tok, generator=torch.Generator().manual_seed(seed)).tolist())
@@ -193,14 +193,14 @@ def sample(
             new = _admit(base, waiting, n_slots - len(alive))
             hidden = _prefill(base, new, cache, len(alive))
             uniforms = torch.tensor([row.uniforms[0] for row in new], device=base.device)
-            _say(base, choose(base.logits(hidden), uniforms, settings).tolist(), new, on_token)
+            _say(base, sample_tokens(base.logits(hidden), uniforms, settings).tolist(), new, on_token)
             alive = _compact(cache, alive + new, settings)
         else:
             said = [row.said[-1] for row in alive]
             uniforms = [row.uniforms[len(row.said)] for row in alive]
             _say(base, decoder.next_tokens(said, [row.length for row in alive], uniforms), alive, on_token)
             alive = _compact(cache, alive, settings)
-    return [Drawn(tuple(row.said), row.ended) for row in rows]
+    return [Completion(tuple(row.said), row.ended) for row in rows]
 
 
 def _cache(base: Base, n_rows: int, max_length_tok: int) -> tuple[Cache, int]:

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from fastconv.engine.model import Base, length_batches
-from fastconv.engine.score import laid_out
+from fastconv.engine.score import pack_prompts
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class PersonaPosition:
     """One persona at one layer; a value is None where it is not defined (a persona at the very centre)."""
 
     persona: str
@@ -40,7 +40,9 @@ def n_layers(base: Base) -> int:
 
 
 @torch.no_grad()
-def last_states(base: Base, prompts: Sequence[Sequence[int]], layers: Sequence[int], batch_tok: int) -> torch.Tensor:
+def last_token_states(
+    base: Base, prompts: Sequence[Sequence[int]], layers: Sequence[int], batch_tok: int
+) -> torch.Tensor:
     """Hidden states [prompts, layers, hidden] (fp32, CPU) at each prompt's last token.
 
     Layer l is `hidden_states[l]` of transformers: what layer l gives, and after the final norm for the last one.
@@ -48,7 +50,7 @@ def last_states(base: Base, prompts: Sequence[Sequence[int]], layers: Sequence[i
     rows = [tuple(prompt) for prompt in prompts]
     found: dict[int, torch.Tensor] = {}
     for batch in length_batches([len(row) for row in rows], batch_tok):
-        order, tokens, positions, layout, take = laid_out(base, {i: rows[i] for i in batch})
+        order, tokens, positions, layout, take = pack_prompts(base, {i: rows[i] for i in batch})
         with _kept(base, [layer for layer in layers if layer < n_layers(base)], take) as kept:
             final = base.hidden(tokens, positions, layout)[take]
         states = torch.stack([kept.get(layer, final).float() for layer in layers], dim=1).cpu()
@@ -56,7 +58,7 @@ def last_states(base: Base, prompts: Sequence[Sequence[int]], layers: Sequence[i
     return torch.stack([found[i] for i in range(len(rows))])
 
 
-def places(means: Mapping[str, torch.Tensor], layers: Sequence[int], anchor: str) -> list[Place]:
+def persona_positions(means: Mapping[str, torch.Tensor], layers: Sequence[int], anchor: str) -> list[PersonaPosition]:
     """Where each persona lies, from its mean states [layers, hidden] by persona.
 
     With m_p the mean state of persona p and m the mean over personas: cosine is cos(m_p - m, m_anchor - m), the
@@ -76,7 +78,7 @@ def places(means: Mapping[str, torch.Tensor], layers: Sequence[int], anchor: str
         for i, layer in enumerate(layers):
             scale = float(norms[p, i] * norms[anchor_at, i])
             cosine = float(products[p, i]) / scale if scale > 0 else None
-            found.append(Place(name, layer, cosine, float(others * norms[p, i] / centre[i].norm())))
+            found.append(PersonaPosition(name, layer, cosine, float(others * norms[p, i] / centre[i].norm())))
     return found
 
 

@@ -23,7 +23,7 @@ from fastconv.recipe import ModelSettings
 
 
 @dataclass(frozen=True)
-class Tested:
+class TestedVersions:
     """A package and its tested versions: from `first`, below `end`."""
 
     package: str
@@ -36,8 +36,8 @@ class Tested:
         return f"{self.package}>={self.first},<{self.end}"
 
 
-UNSLOTH = (Tested("unsloth", "2026.10.4", "2026.11"), Tested("unsloth_zoo", "2026.10.4", "2026.11"))
-BITSANDBYTES = (Tested("bitsandbytes", "0.50", "0.51"),)
+UNSLOTH = (TestedVersions("unsloth", "2026.10.4", "2026.11"), TestedVersions("unsloth_zoo", "2026.10.4", "2026.11"))
+BITSANDBYTES = (TestedVersions("bitsandbytes", "0.50", "0.51"),)
 
 
 def version_of(package: str) -> str | None:
@@ -50,12 +50,12 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def is_installed(packages: tuple[Tested, ...]) -> bool:
+def is_installed(packages: tuple[TestedVersions, ...]) -> bool:
     """True if all of them are there, in whatever version."""
     return all(version_of(one.package) is not None for one in packages)
 
 
-def require(packages: tuple[Tested, ...], where: str, otherwise: str) -> None:
+def require_versions(packages: tuple[TestedVersions, ...], where: str, otherwise: str) -> None:
     """Raise ModelError unless all of them are there in tested versions; `otherwise` is what to do without them."""
     for one in packages:
         have = version_of(one.package)
@@ -157,7 +157,7 @@ def _engine(settings: ModelSettings, device: str, dtype: str) -> str:
     return "unsloth" if fits and is_installed((*UNSLOTH, *BITSANDBYTES)) else "torch"
 
 
-def trains_plain(settings: ModelSettings) -> bool:
+def trains_without_kernels(settings: ModelSettings) -> bool:
     """Whether torch's operations compute the branches: our kernels take no 4-bit weights, and TRL brings PEFT's layers."""
     return settings.weights == "4bit" or settings.uses_reference_trainer
 
@@ -180,7 +180,7 @@ def cached_config(settings: ModelSettings) -> Path | None:
     return Path(kept) if isinstance(kept, str) else None
 
 
-def is_here(source: ModelSource, settings: ModelSettings) -> bool:
+def is_on_disk(source: ModelSource, settings: ModelSettings) -> bool:
     """Whether the model's weights are on this disk, by the names of their files: nothing is read, fetched or converted."""
     if source.kind == "local":
         return True

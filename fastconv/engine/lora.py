@@ -125,10 +125,10 @@ def parse_adapter(data: bytes, base: str, sizes: Mapping[str, tuple[int, int]], 
         shape = LoraSettings.model_validate_json(about["lora"])
     except ValidationError:
         raise AdapterError("its LoRA shape cannot be read", where=where, fix="copy or train it again") from None
-    return adapter_from(tensors, shape, base, sizes, where)
+    return adapter_from_tensors(tensors, shape, base, sizes, where)
 
 
-def adapter_from(
+def adapter_from_tensors(
     tensors: Mapping[str, torch.Tensor],
     shape: LoraSettings,
     base: str,

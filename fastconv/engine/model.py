@@ -88,7 +88,7 @@ def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Bas
     model = _load_for_engine(settings, source)
     tokenizer = ChatTokenizer(model_folder(source, settings))
     _mend_pad_token(model, tokenizer, source.id)
-    return wrap(model, tokenizer, sha256_of(dict(source.identity)))
+    return make_base(model, tokenizer, sha256_of(dict(source.identity)))
 
 
 def _load_for_engine(settings: ModelSettings, source: ModelSource) -> PreTrainedModel:
@@ -124,10 +124,12 @@ def _mend_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str
 
 def load_model(settings: ModelSettings, source: ModelSource, attention_name: str) -> PreTrainedModel:
     """The transformers model alone, with attention of this name. Raises ModelError with the mend."""
-    return _load_model(model_files(settings, source), resolve_dtype(settings), resolve_device(settings), attention_name)
+    return _load_model(
+        prepare_model_folder(settings, source), resolve_dtype(settings), resolve_device(settings), attention_name
+    )
 
 
-def model_files(settings: ModelSettings, source: ModelSource) -> Path:
+def prepare_model_folder(settings: ModelSettings, source: ModelSource) -> Path:
     """The folder with the model's files, fetched or converted if need be. Raises ModelError with the mend."""
     folder = model_folder(source, settings)
     if source.kind == "builtin":
@@ -135,16 +137,16 @@ def model_files(settings: ModelSettings, source: ModelSource) -> Path:
     return folder
 
 
-def wrap(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:
+def make_base(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:
     """Make a Base of a loaded transformers model: freeze it and route its attention through fastconv's."""
     attention.register()
     model.config._attn_implementation = attention.ATTENTION
     model.requires_grad_(False).eval()
     first = next(model.parameters())
     if first.is_cuda and first.dtype != torch.float32:
-        from fastconv.engine.kernels.layers import quicken  # needs Triton, which machines without a GPU lack
+        from fastconv.engine.kernels.layers import use_fused_forwards  # needs Triton, which machines without a GPU lack
 
-        quicken(model)
+        use_fused_forwards(model)
     form = shape_of(model.config.to_dict(), name)
     picked = pick_attention(first.device, first.dtype, form.n_heads, form.n_kv_heads, form.head_dim)
     return Base(model, tokenizer, name, first.device, first.dtype, picked)
@@ -202,7 +204,7 @@ def pack(
         layout = attention.Ragged.of(lengths, base.attention.kernel, n_tok=n_tok, width=width)
     missing = layout.n_tok - ids.shape[0]
     ids, positions = (torch.nn.functional.pad(tensor, (0, missing)) for tensor in (ids, positions))
-    layout = layout.holding([to_device(tensor, base.device) for tensor in layout.inputs])
+    layout = layout.with_inputs([to_device(tensor, base.device) for tensor in layout.inputs])
     return to_device(ids, base.device), to_device(positions, base.device), layout
 
 

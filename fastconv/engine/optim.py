@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastconv.engine.locate import BITSANDBYTES, require
+from fastconv.engine.locate import BITSANDBYTES, require_versions
 from fastconv.errors import ModelError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def load_four_bit(folder: Path, device: torch.device, attention_name: str) -> Pr
 
     Raises ModelError if bitsandbytes is missing or not a tested version.
     """
-    require(BITSANDBYTES, "model.weights", "set model.weights = 'full'")
+    require_versions(BITSANDBYTES, "model.weights", "set model.weights = 'full'")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -76,7 +76,7 @@ class AdamW8bit:
     """
 
     def __init__(self, weights: nn.Parameter, lr: float) -> None:
-        require(BITSANDBYTES, "optimizer", "set optimizer = 'adamw'")
+        require_versions(BITSANDBYTES, "optimizer", "set optimizer = 'adamw'")
         from bitsandbytes.optim import AdamW8bit as Theirs  # pyright: ignore[reportMissingImports]
 
         self._inner = Theirs([weights], lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -113,7 +113,7 @@ def moment_names(kind: str) -> tuple[str, ...]:
     return _STATE_8BIT if kind == "adamw8bit" else ("exp_avg", "exp_avg_sq")
 
 
-def restored_state(kind: str, tensors: Mapping[str, torch.Tensor], step: int, device: torch.device) -> dict[str, Any]:
+def optimizer_state(kind: str, tensors: Mapping[str, torch.Tensor], step: int, device: torch.device) -> dict[str, Any]:
     """The optimizer's state of one parameter from its saved tensors."""
     moments = {name: tensors[name].to(device) for name in moment_names(kind)}
     if kind == "adamw8bit":

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastconv.chat import ChatTokenizer
-from fastconv.engine.attention import Group, Layout, Trees
+from fastconv.engine.attention import Layout, PrefixGroup, PrefixTrees
 from fastconv.engine.model import Base, length_batches, pack
 from fastconv.engine.transfer import to_device
 
@@ -163,7 +163,7 @@ def score_letters(base: Base, items: Sequence[LetterItem], batch_tok: int) -> li
 def _letters(base: Base, items: Sequence[LetterItem], batch_tok: int, *, precise: bool) -> list[LetterScore]:
     scores: dict[int, LetterScore] = {}
     for batch in length_batches([len(item.prompt) for item in items], batch_tok):
-        order, tokens, positions, layout, take = laid_out(base, {i: items[i].prompt for i in batch})
+        order, tokens, positions, layout, take = pack_prompts(base, {i: items[i].prompt for i in batch})
         if precise:
             logprobs = logprobs_fp32(base, hidden_fp32(base, tokens, positions, layout)[take])
         else:
@@ -176,7 +176,7 @@ def _letters(base: Base, items: Sequence[LetterItem], batch_tok: int, *, precise
     return [scores[i] for i in range(len(items))]
 
 
-def laid_out(
+def pack_prompts(
     base: Base, prompts: Mapping[int, tuple[int, ...]]
 ) -> tuple[list[int], torch.Tensor, torch.Tensor, Layout, torch.Tensor]:
     """(order, ids [T], positions [T], layout, place of each prompt's last token [n]) of one batch.
@@ -188,7 +188,7 @@ def laid_out(
         ids, positions, layout = pack([list(prompts[i]) for i in order], base)
         return order, ids, positions, layout, to_device(torch.tensor(layout.starts[1:]) - 1, base.device)
     order, groups, tokens = shared_prefixes(prompts)
-    layout, positions = Trees.of(groups, base.device)
+    layout, positions = PrefixTrees.of(groups, base.device)
     last, place = [], 0
     for group in groups:
         place += group.prefix_tok
@@ -198,7 +198,7 @@ def laid_out(
     return order, torch.tensor(tokens), positions, layout, torch.tensor(last)
 
 
-def shared_prefixes(prompts: Mapping[int, tuple[int, ...]]) -> tuple[list[int], list[Group], list[int]]:
+def shared_prefixes(prompts: Mapping[int, tuple[int, ...]]) -> tuple[list[int], list[PrefixGroup], list[int]]:
     """Lay prompts out so that those that begin alike compute their beginning once: (order, groups, token ids).
 
     Neighbours in lexicographic order join a group while that saves no fewer tokens than it had saved: chat prompts of
@@ -221,7 +221,7 @@ def shared_prefixes(prompts: Mapping[int, tuple[int, ...]]) -> tuple[list[int], 
         first, last = prompts[group[0]], prompts[group[-1]]
         # In lexicographic order the first and the last of a group share what all of them share.
         prefix = min(_common(first, last), *(len(prompts[i]) - 1 for i in group)) if len(group) > 1 else 0
-        groups.append(Group(prefix, tuple(len(prompts[i]) - prefix for i in group)))
+        groups.append(PrefixGroup(prefix, tuple(len(prompts[i]) - prefix for i in group)))
         ids += first[:prefix]
         for i in group:
             ids += prompts[i][prefix:]
@@ -257,7 +257,7 @@ def text_item(tokenizer: ChatTokenizer, context: str, choices: Sequence[str], de
 def score_texts(base: Base, items: Sequence[TextItem], batch_tok: int) -> list[TextScore]:
     """Score every choice of every item under whatever stack is live, in the items' order.
 
-    A question's prompt is computed once for all its choices (`Trees`); a choice's last token is never an input.
+    A question's prompt is computed once for all its choices (`PrefixTrees`); a choice's last token is never an input.
     """
     sizes = [len(item.prompt) + sum(len(choice) - 1 for choice in item.choices) for item in items]
     scores: dict[int, TextScore] = {}
@@ -268,8 +268,8 @@ def score_texts(base: Base, items: Sequence[TextItem], batch_tok: int) -> list[T
 
 
 def _texts(base: Base, items: Sequence[TextItem]) -> list[TextScore]:
-    groups = [Group(len(item.prompt), tuple(len(choice) - 1 for choice in item.choices)) for item in items]
-    layout, positions = Trees.of(groups, base.device)
+    groups = [PrefixGroup(len(item.prompt), tuple(len(choice) - 1 for choice in item.choices)) for item in items]
+    layout, positions = PrefixTrees.of(groups, base.device)
     ids: list[int] = []
     take, targets, owners, place = [], [], [], 0  # place counts choices over the whole batch
     for item in items:

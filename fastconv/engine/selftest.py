@@ -96,9 +96,9 @@ def self_test(stack: Stack, optimizers: Collection[str] = ("adamw",)) -> dict[st
 def import_order() -> float:
     """Where unsloth is loaded, it came before the libraries that it patches."""
     if "unsloth" in sys.modules:
-        from fastconv.engine.unsloth import assert_first
+        from fastconv.engine.unsloth import assert_imported_first
 
-        assert_first()
+        assert_imported_first()
     return 0.0
 
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from fastconv.engine.kernels.lora import StackedKernel, unusable
+from fastconv.engine.kernels.lora import StackedKernel, why_unusable
 from fastconv.engine.lora import Adapter, concatenate, parse_adapter
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import assert_foldable, dense_weight
@@ -56,7 +56,7 @@ class Stack:
         self.base = base
         self.settings = settings
         if kernel == "auto":
-            fits = base.device.type == "cuda" and base.dtype != torch.float32 and unusable(base.device) is None
+            fits = base.device.type == "cuda" and base.dtype != torch.float32 and why_unusable(base.device) is None
             kernel = "stacked" if fits else "plain"
         self.route = Route(kernel=StackedKernel(base.device) if kernel == "stacked" else None)
         self.sizes = _install(base, settings, self.route)

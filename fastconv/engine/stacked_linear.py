@@ -35,11 +35,11 @@ class BranchKernel(Protocol):
         """Forget the live slots."""
         ...
 
-    def held(self) -> Any:
+    def graph_state(self) -> Any:
         """What a captured graph points to."""
         ...
 
-    def take_up(self, held: Any) -> None:
+    def refresh_graph(self, held: Any) -> None:
         """Refresh what a captured graph points to, before a replay."""
         ...
 

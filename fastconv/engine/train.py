@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastconv.engine.batch import Item, MicroBatch, as_it_is, lay_out
+from fastconv.engine.batch import Item, MicroBatch, make_micro_batch, no_padding
 from fastconv.engine.cuda_graph import CapturedSteps, rounded_sizes
 from fastconv.engine.model import Base
 from fastconv.engine.stack import Slot, Stack
@@ -149,7 +149,7 @@ def _gradients(stack: Stack, active: Sequence[Trainee], work: Sequence[Item]) ->
     try:
         with recomputing(stack.base) if recomputes else contextlib.nullcontext():
             for micro in _micro_batches(work, min(t.micro_batch_tok for t in active)):
-                batch = lay_out(stack.base, slots, micro, rounded_sizes if captured else as_it_is)
+                batch = make_micro_batch(stack.base, slots, micro, rounded_sizes if captured else no_padding)
                 if captured is not None:
                     captured.run(batch, totals)
                 else:

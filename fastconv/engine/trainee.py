@@ -12,7 +12,7 @@ import torch
 from fastconv.chat import Rendered
 from fastconv.engine.cuda_graph import CapturedSteps
 from fastconv.engine.lora import Adapter, read_safetensors
-from fastconv.engine.optim import Optimizer, make_optimizer, moment_names, restored_state
+from fastconv.engine.optim import Optimizer, make_optimizer, moment_names, optimizer_state
 from fastconv.engine.stack import Stack
 from fastconv.errors import TrainingError
 from fastconv.recipe import TrainSettings
@@ -56,7 +56,7 @@ class LossMonitor:
 
     def __init__(self, device: torch.device) -> None:
         self.bad = torch.zeros((), device=device)
-        self.seen_loss = math.nan
+        self.last_loss = math.nan
         self._on_gpu = device.type == "cuda"
         self._posted: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
 
@@ -80,7 +80,7 @@ class LossMonitor:
             if arrived is not None:
                 arrived.synchronize()
             bad, loss, norm = verdict.tolist()
-            self.seen_loss = loss
+            self.last_loss = loss
             if bad:
                 return step, loss, norm
         return None
@@ -121,9 +121,9 @@ class Trainee:
         return self.step / self.job.steps_per_epoch
 
     @property
-    def seen_loss(self) -> float:
+    def last_loss(self) -> float:
         """The newest loss that the host knows, for a progress line: on a GPU a step old, and free to look at."""
-        return self.watch.seen_loss
+        return self.watch.last_loss
 
     @property
     def moments(self) -> dict[str, torch.Tensor]:
@@ -212,4 +212,4 @@ def _restore(trainee: Trainee, weights: torch.nn.Parameter, state: bytes) -> Non
     trainee.losses.copy_(tensors["losses"])
     trainee.norms.copy_(tensors["norms"])
     if stepped:
-        trainee.optimizer.state[weights] = restored_state(optimizer, tensors, trainee.step, weights.device)
+        trainee.optimizer.state[weights] = optimizer_state(optimizer, tensors, trainee.step, weights.device)

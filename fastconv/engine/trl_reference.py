@@ -55,7 +55,7 @@ def plain_model(settings: ModelSettings) -> PreTrainedModel:
     return load_model(settings, locate(settings), "sdpa")
 
 
-def with_adapters(model: PreTrainedModel, adapters: Mapping[str, Adapter], dropout: float = 0.0) -> PeftModel:
+def add_peft_adapters(model: PreTrainedModel, adapters: Mapping[str, Adapter], dropout: float = 0.0) -> PeftModel:
     """PEFT's own sum of adapters: all active, gradients for the last one only, which alone has dropout.
 
     PEFT turns gradients on for whatever is made active, so the others are frozen again afterwards.
@@ -90,7 +90,7 @@ def train_with_trl(model: PreTrainedModel, job: Job, first: Adapter, options: Tr
     """
     options = options or TrlOptions()
     frozen = {f"frozen_{place}": adapter for place, adapter in enumerate(job.frozen)}
-    peft = with_adapters(model, {**frozen, TRAINABLE: first}, job.settings.dropout)
+    peft = add_peft_adapters(model, {**frozen, TRAINABLE: first}, job.settings.dropout)
     n_steps = min(job.n_steps, options.until_step or job.n_steps)
     batches = [job.batch(step) for step in range(n_steps)]
     with tempfile.TemporaryDirectory(prefix="fastconv-trl-") as folder:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastconv.engine.attention import Layout
-from fastconv.engine.locate import BITSANDBYTES, UNSLOTH, cache_home, require
+from fastconv.engine.locate import BITSANDBYTES, UNSLOTH, cache_home, require_versions
 from fastconv.engine.stacked_linear import Route, StackedLinear
 from fastconv.errors import ModelError, TrainingError
 
@@ -51,9 +51,9 @@ def require_usable(device: torch.device, dtype: torch.dtype) -> None:
 def import_unsloth() -> ModuleType:
     """The `unsloth` module. Raises ModelError if it is not a tested version, comes too late or cannot be imported."""
     # bitsandbytes too: without it `from_pretrained` fails even where nothing is quantized.
-    require((*UNSLOTH, *BITSANDBYTES), "model.engine", _WITHOUT)
+    require_versions((*UNSLOTH, *BITSANDBYTES), "model.engine", _WITHOUT)
     if "unsloth" not in sys.modules:
-        assert_first(about_to_import=True)
+        assert_imported_first(about_to_import=True)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_home() / "unsloth"))  # else the working directory
@@ -65,7 +65,7 @@ def import_unsloth() -> ModuleType:
     return unsloth
 
 
-def assert_first(*, about_to_import: bool = False) -> None:
+def assert_imported_first(*, about_to_import: bool = False) -> None:
     """Raise ModelError unless unsloth was (or is about to be) imported before what it patches.
 
     `sys.modules` lists modules as their imports end: unsloth's first part does so before it turns to the others.
@@ -100,11 +100,11 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, *, four_bit: bo
             offload_embedding=False,
             local_files_only=True,
         )
-    adopt(model)
+    patch_model(model)
     return model
 
 
-def patched_classes(model_type: str) -> None:
+def patch_classes(model_type: str) -> None:
     """Patch transformers' classes as a load would, for models with random weights. Raises ModelError as `load` does."""
     import_unsloth()
     from unsloth.models.llama import FastLlamaModel  # pyright: ignore[reportMissingImports]
@@ -129,7 +129,7 @@ MODEL_TYPES = ("llama", "qwen2")
 LoraParameters = tuple[torch.Tensor, Any, torch.Tensor | None, torch.Tensor | None, float | None]
 
 
-def adopt(model: PreTrainedModel) -> None:
+def patch_model(model: PreTrainedModel) -> None:
     """Make a model that Unsloth loaded run our attention, and its fused kernels wherever they are exact.
 
     Only these instances are changed. Raises ModelError for a kind of model that Unsloth's path is not tested with.
@@ -141,7 +141,7 @@ def adopt(model: PreTrainedModel) -> None:
             where="model.engine",
             fix="set model.engine = 'torch'",
         )
-    hook()
+    patch_fast_lora()
     backbone: Any = model.get_decoder()
     # It would cut a packed batch at its own idea of a sequence's length without a word.
     backbone._unsloth_allow_packed_overlength = True
@@ -150,7 +150,7 @@ def adopt(model: PreTrainedModel) -> None:
         layer.mlp.forward = types.MethodType(_mlp, layer.mlp)
 
 
-def hook() -> None:
+def patch_fast_lora() -> None:
     """Teach `unsloth.kernels.fast_lora` to read stacked layers; for all others it stays as it was. Idempotent."""
     from unsloth.kernels import fast_lora  # pyright: ignore[reportMissingImports]
 

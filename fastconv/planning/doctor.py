@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from fastconv.engine.device import look, require_fit, shape_on_disk
+from fastconv.engine.device import query_gpu, require_fit, shape_on_disk
 from fastconv.engine.locate import builtin_gguf, engine_identity, locate
 from fastconv.errors import FastconvError, ModelError, StoreError
 from fastconv.experiment.graph import Graph
@@ -71,7 +71,7 @@ def gpu_line(recipe: Recipe) -> str:
     """What the GPU offers this recipe, in one line. Raises ModelError if it cannot be used, or is not fit for it."""
     import torch
 
-    card = look(torch.cuda, torch.version.cuda)
+    card = query_gpu(torch.cuda, torch.version.cuda)
     return require_fit(card, recipe, shape_on_disk(recipe.model))
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from fastconv.chat import ChatTokenizer, SystemTurn
-from fastconv.engine.generate import Drawn, sample
-from fastconv.engine.geometry import last_states, layers_at, n_layers, places
+from fastconv.engine.generate import Completion, sample
+from fastconv.engine.geometry import last_token_states, layers_at, n_layers, persona_positions
 from fastconv.engine.locate import engine_identity
-from fastconv.engine.model import model_files
+from fastconv.engine.model import prepare_model_folder
 from fastconv.engine.score import letter_item, score_letters
 from fastconv.engine.vllm.sampler import PendingCompletions, VllmSampler
 from fastconv.engine.vllm.server import Server, start_server
@@ -83,7 +83,7 @@ class Executor:
         stages = [stage for stage in self._graph.stages() if stage.key in self._wanted and is_drawn(stage)]
         missing = [stage for stage in stages if self._store.record(stage.key) is None]
         if self._recipe.model.sampler == "vllm" and missing:
-            tokenizer = ChatTokenizer(model_files(self._recipe.model, self._graph.source))
+            tokenizer = ChatTokenizer(prepare_model_folder(self._recipe.model, self._graph.source))
             self._server = start_server(
                 self._recipe, self._graph.source, longest_tok(missing, tokenizer), self._store.root
             )
@@ -177,7 +177,7 @@ class Executor:
             with self.stacks.live_stack(stage) as proof:
                 yield proof
 
-    def _drawn(self, asked: SamplingRequests, drawn: Sequence[Drawn], proof: Mapping[str, Any]) -> Outcome:
+    def _drawn(self, asked: SamplingRequests, drawn: Sequence[Completion], proof: Mapping[str, Any]) -> Outcome:
         samples = asked.samples(drawn, self.stacks.base.tokenizer)
         facts = {"sampled_tok": sum(one.n_tok for one in samples), "prompt_tok": asked.prompt_tok}
         return Outcome({"n": len(samples), **proof}, facts, samples)
@@ -219,9 +219,11 @@ class Executor:
         self._tick(lease, Progress(stage.slot, 0, len(prompts), "prompts"))
         layers = layers_at(n_layers(self.stacks.base), stage.inputs["depths"])
         with self.stacks.live_stack(stage) as proof:
-            states = last_states(self.stacks.base, prompts, layers, self._recipe.eval.batch_tok)
+            states = last_token_states(self.stacks.base, prompts, layers, self._recipe.eval.batch_tok)
         means = states.double().view(len(personas), len(asked), *states.shape[1:]).mean(dim=1)
-        found = places(dict(zip([name for name, *_ in personas], means, strict=True)), layers, stage.inputs["anchor"])
+        found = persona_positions(
+            dict(zip([name for name, *_ in personas], means, strict=True)), layers, stage.inputs["anchor"]
+        )
         scores = []
         for one in found:
             cosine = None if one.cosine is None else round(one.cosine, 6)

@@ -17,7 +17,7 @@ from fastconv.store.ledger import Lease, Store
 from fastconv.store.records import Sample, Stage
 
 if TYPE_CHECKING:
-    from fastconv.engine.generate import Drawn
+    from fastconv.engine.generate import Completion
     from fastconv.run.executor import Executor, Outcome, PendingStage
 
 
@@ -119,7 +119,7 @@ class SamplingRequests:
         """As many tokens as can be drawn at most."""
         return len(self.items) * self.settings.max_new_tok
 
-    def samples(self, drawn: Sequence[Drawn], tokenizer: ChatTokenizer) -> list[Sample]:
+    def samples(self, drawn: Sequence[Completion], tokenizer: ChatTokenizer) -> list[Sample]:
         """The completions, one for each item in order, as the ledger keeps them."""
         return [
             Sample(row, i, self.persona, user, tokenizer.decode(one.ids), len(one.ids) + one.ended, one.ended)

@@ -14,7 +14,7 @@ from fastconv.audit.checks import report_of
 from fastconv.chat import Rendered, SystemTurn
 from fastconv.datasets.rows import Row, render_rows, row_of
 from fastconv.engine.device import shape_on_disk
-from fastconv.engine.locate import trains_plain
+from fastconv.engine.locate import trains_without_kernels
 from fastconv.engine.stack import Adapter, Slot, Stack, rho
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
 from fastconv.engine.trl_reference import train_reference
@@ -89,7 +89,7 @@ def train_kept(
             saved_at = time.monotonic()
         losses = []
         for trainee in active:
-            losses.append(trainee.seen_loss)
+            losses.append(trainee.last_loss)
             note(
                 owner[id(trainee)].lease,
                 Progress(trainee.job.name, trainee.step, owner[id(trainee)].stops[-1], "steps", known(losses[-1])),
@@ -157,7 +157,7 @@ class Trainer:
         phase = self._recipe.convergence if runs[0].kind == "snapshot" else self._recipe.behavior
         free, _ = torch.cuda.mem_get_info(self._stacks.base.device)
         step_tok = (phase.batch_rows * self._mean_tok(stage) for stage in runs)
-        plain = trains_plain(self._recipe.model)
+        plain = trains_without_kernels(self._recipe.model)
         return group_size(shape, self._recipe.lora.r, step_tok, phase.micro_batch_tok, free, plain=plain)
 
     def _mean_tok(self, stage: Stage) -> float:

@@ -180,18 +180,18 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float)
     return y
 
 
-class _Moved(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(there, back)
-        return _moved(x, there)
+        return _gather_rows(x, there)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _moved(grads[0], ctx.saved_tensors[1]), None, None
+        return _gather_rows(grads[0], ctx.saved_tensors[1]), None, None
 
 
-def _moved(x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+def _gather_rows(x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
     x, n_rows = x.contiguous(), there.shape[0]
     n = x.numel() // x.shape[0]
     y = x.new_empty(n_rows, *x.shape[1:])
@@ -199,12 +199,12 @@ def _moved(x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def moved(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+def gather_rows(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
     """x [T, ...] -> [P, ...]: row i is x[there[i]], or zero where that is negative.
 
     `back` [T] is the inverse (negative where a row goes nowhere), so that the gradient is a gather too, not a sum.
     """
-    return _Moved.apply(x, there, back)  # pyright: ignore[reportReturnType]
+    return _GatherRows.apply(x, there, back)  # pyright: ignore[reportReturnType]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

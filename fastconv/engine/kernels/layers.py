@@ -16,7 +16,7 @@ from fastconv.engine.attention import Layout
 from fastconv.engine.kernels.elementwise import rms_norm, rope, swiglu
 
 
-def quicken(model: nn.Module) -> int:
+def use_fused_forwards(model: nn.Module) -> int:
     """Give the norms, MLPs and attentions of a model (Llama, Qwen2) our forward; returns how many modules got one.
 
     Other kinds of layers stay as they are. In fp32, which is for checking, every module computes as transformers does.

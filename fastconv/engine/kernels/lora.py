@@ -45,7 +45,7 @@ class StackedKernel:
     _rows: dict[Any, TokenRouting] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if (reason := unusable(self.device)) is not None:
+        if (reason := why_unusable(self.device)) is not None:
             raise ModelError(f"the stacked kernel cannot run: {reason}", where="kernel", fix='use kernel = "plain"')
 
     def serves(self, layer: StackedLinear, x: torch.Tensor) -> bool:
@@ -97,11 +97,11 @@ class StackedKernel:
         self._live = None
         self._rows = {}
 
-    def held(self) -> tuple[LiveSlots | None, dict[Any, TokenRouting]]:
-        """What a captured graph points to: to be kept as long as the graph, and given to `take_up` before a replay."""
+    def graph_state(self) -> tuple[LiveSlots | None, dict[Any, TokenRouting]]:
+        """What a captured graph points to: to be kept as long as the graph, and given to `refresh_graph` before a replay."""
         return self._live, dict(self._rows)
 
-    def take_up(self, held: tuple[LiveSlots | None, dict[Any, TokenRouting]]) -> None:
+    def refresh_graph(self, held: tuple[LiveSlots | None, dict[Any, TokenRouting]]) -> None:
         """Read the weights that a captured graph points to again, at the same addresses."""
         self._live = held[0]
         self.refresh()
@@ -157,11 +157,11 @@ class StackedKernel:
         """The tables of this pass's tokens, which all its layers use; kept while the slots are live."""
         key = (route.spans, n_tok, len(route.slots))
         if key not in self._rows:
-            self._rows[key] = rows_of(route.spans or ((0, n_tok),), n_tok, self.tiling, self.device)
+            self._rows[key] = token_routing(route.spans or ((0, n_tok),), n_tok, self.tiling, self.device)
         return self._rows[key]
 
 
-def unusable(device: torch.device) -> str | None:
+def why_unusable(device: torch.device) -> str | None:
     """Why the kernel cannot run here, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -170,7 +170,7 @@ def unusable(device: torch.device) -> str | None:
     return None
 
 
-def rows_of(spans: Sequence[tuple[int, int]], n_tok: int, tiling: Tiling, device: torch.device) -> TokenRouting:
+def token_routing(spans: Sequence[tuple[int, int]], n_tok: int, tiling: Tiling, device: torch.device) -> TokenRouting:
     """Cut each slot's span into tiles and chunks, from its own start."""
     sizes = (tiling.shrink_m, tiling.expand_m, tiling.chunk)
     cut = [_cut(spans, size, -(-n_tok // size) + len(spans) - 1) for size in sizes]

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import httpx
 
-from fastconv.engine.generate import Drawn
+from fastconv.engine.generate import Completion
 from fastconv.errors import SamplerError
 from fastconv.recipe import SamplingSettings
 
@@ -43,7 +43,7 @@ class Endpoint(Protocol):
 
     @property
     def alive(self) -> bool: ...
-    def lost(self, what: str) -> SamplerError: ...
+    def failure(self, what: str) -> SamplerError: ...
 
 
 class Client:
@@ -83,7 +83,7 @@ class Client:
         settings: SamplingSettings,
         stop_ids: Sequence[int],
         on_token: Callable[[int], None] = lambda n_tok: None,
-    ) -> list[Drawn]:
+    ) -> list[Completion]:
         """One completion per prompt, in order. `on_token` hears how many tokens each one added, and 0 now and then.
 
         Raises SamplerError if the server refuses a request, dies, hangs, or answers something else than was asked.
@@ -96,7 +96,7 @@ class Client:
             }
             for prompt, seed in zip(prompts, seeds, strict=True)
         )  # fmt: skip
-        found: list[Drawn | None] = [None] * len(prompts)
+        found: list[Completion | None] = [None] * len(prompts)
         for place, reply in self._answers(bodies, len(prompts), lambda: on_token(0)):
             found[place] = _drawn(reply, model, prompts[place], stop_ids)
             on_token(len(found[place].ids) + found[place].ended)  # pyright: ignore[reportOptionalMemberAccess]
@@ -117,9 +117,9 @@ class Client:
                     if asking.done() and done.empty():
                         asking.result()  # raises: it ended before all were answered
                     if not self._server.alive:
-                        raise self._server.lost("the vLLM server is gone") from None
+                        raise self._server.failure("the vLLM server is gone") from None
                     if time.monotonic() - self._heard_at > self._stall_s:
-                        raise self._server.lost(f"no completion in {self._stall_s:g} s") from None
+                        raise self._server.failure(f"no completion in {self._stall_s:g} s") from None
                     waiting()
                     continue
                 self._heard_at = time.monotonic()
@@ -173,7 +173,7 @@ class Client:
                 raise _refused(self._server.url, fault)
             with contextlib.suppress(ValueError):
                 wait_s = max(wait_s, float(reply.headers.get("retry-after", "")))
-        raise self._server.lost(f"the vLLM server failed a request {ATTEMPTS} times ({fault})")
+        raise self._server.failure(f"the vLLM server failed a request {ATTEMPTS} times ({fault})")
 
     def _adapter(self, path: str, body: dict[str, str]) -> None:
         """Sent once: a name that was taken, though the answer got lost, must not be sent again."""
@@ -181,7 +181,7 @@ class Client:
         try:
             reply = self._in_loop(sending)
         except httpx.TransportError as error:
-            raise self._server.lost(f"{path} failed ({type(error).__name__})") from None
+            raise self._server.failure(f"{path} failed ({type(error).__name__})") from None
         if reply.status_code != 200:
             raise _refused(self._server.url, f"{path} answered {reply.status_code}: {_message(reply)}")
 
@@ -208,7 +208,7 @@ async def _end(task: asyncio.Task[None]) -> None:
     await asyncio.gather(task, return_exceptions=True)
 
 
-def _drawn(reply: Any, model: str, prompt: Sequence[int], stop_ids: Sequence[int]) -> Drawn:
+def _drawn(reply: Any, model: str, prompt: Sequence[int], stop_ids: Sequence[int]) -> Completion:
     """A completion without its stop token. Raises SamplerError if it is not what was asked for."""
     try:
         (choice,) = reply["choices"]
@@ -221,10 +221,10 @@ def _drawn(reply: Any, model: str, prompt: Sequence[int], stop_ids: Sequence[int
     if list(read) != list(prompt):
         raise _refused(model, "it read other token ids than were sent")
     if finish == "length":
-        return Drawn(ids, False)
+        return Completion(ids, False)
     if finish != "stop" or not ids or ids[-1] not in stop_ids:
         raise _refused(model, f"a completion ended by {finish!r} on token {ids[-1] if ids else 'none'}")
-    return Drawn(ids[:-1], True)
+    return Completion(ids[:-1], True)
 
 
 def _refused(where: str, what: str) -> SamplerError:

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 from fastconv.engine.export import BaseReference, export_adapter
-from fastconv.engine.generate import Drawn
+from fastconv.engine.generate import Completion
 from fastconv.engine.lora import Adapter, concatenate
 from fastconv.engine.stack import Stack
 from fastconv.engine.vllm import memory as room
@@ -27,10 +27,10 @@ _LOOK_S = 0.1
 class PendingCompletions:
     """Completions that the server draws meanwhile: `n_tok` tokens so far, in `seconds`, its share of the server's time."""
 
-    def __init__(self, draw: Callable[[PendingCompletions], list[Drawn]], threads: ThreadPoolExecutor) -> None:
+    def __init__(self, draw: Callable[[PendingCompletions], list[Completion]], threads: ThreadPoolExecutor) -> None:
         self.n_tok = 0
         self.seconds = 0.0
-        self._future: Future[list[Drawn]] = threads.submit(draw, self)
+        self._future: Future[list[Completion]] = threads.submit(draw, self)
 
     @property
     def done(self) -> bool:
@@ -42,7 +42,7 @@ class PendingCompletions:
         while not wait([self._future], timeout=_LOOK_S).done:
             waiting()
 
-    def result(self) -> list[Drawn]:
+    def result(self) -> list[Completion]:
         """The completions in order, waited for. Raises SamplerError."""
         return self._future.result()
 
@@ -110,7 +110,7 @@ class VllmSampler:
         name = self._serve(adapters, waiting) if adapters else BASE_NAME
         stop_ids = self._stack.base.tokenizer.stop_ids
 
-        def draw(drawing: PendingCompletions) -> list[Drawn]:
+        def draw(drawing: PendingCompletions) -> list[Completion]:
             def hear(n_tok: int) -> None:
                 drawing.n_tok += n_tok
                 if self._closing.is_set():
@@ -128,7 +128,7 @@ class VllmSampler:
         seeds: Sequence[int],
         settings: SamplingSettings,
         on_token: Callable[[int], None],
-    ) -> list[Drawn]:
+    ) -> list[Completion]:
         """One completion per prompt, waited for. Raises SamplerError if the server is lost or refuses."""
         drawing, heard = self.begin(prompts, seeds, settings, lambda: on_token(0)), 0
 

@@ -22,8 +22,8 @@ from typing import BinaryIO
 import httpx
 import torch
 
-from fastconv.engine.locate import ModelSource, trains_plain
-from fastconv.engine.model import model_files, resolve_device, resolve_dtype
+from fastconv.engine.locate import ModelSource, trains_without_kernels
+from fastconv.engine.model import prepare_model_folder, resolve_device, resolve_dtype
 from fastconv.engine.shapes import shape_of
 from fastconv.engine.vllm import memory as room
 from fastconv.engine.vllm import watchdog as keeper
@@ -64,7 +64,7 @@ def server_command(device: str, environ: Mapping[str, str] = os.environ) -> list
     return [found]
 
 
-def arguments(model: Path, port: int, room: ServerMemory, dtype: str) -> list[str]:
+def serve_arguments(model: Path, port: int, room: ServerMemory, dtype: str) -> list[str]:
     """What `vllm serve` is told."""
     words = [
         "serve", str(model), "--served-model-name", BASE_NAME, "--host", "127.0.0.1", "--port", str(port),
@@ -80,7 +80,7 @@ def arguments(model: Path, port: int, room: ServerMemory, dtype: str) -> list[st
     return words
 
 
-def environment(key: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def server_environment(key: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The server's environment: adapters at run time, nothing sent or fetched, a key that only we know."""
     return {
         **environ,
@@ -127,9 +127,9 @@ class Server:
             self._keeper = subprocess.Popen(
                 [
                     sys.executable, "-I", keeper.__file__, str(os.getpid()), str(folder),
-                    *command, *arguments(model, port, room, dtype),
+                    *command, *serve_arguments(model, port, room, dtype),
                 ],
-                env=environment(self.key), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env=server_environment(self.key), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
         try:
             self.version = self._wait(began + start_s)
@@ -143,7 +143,7 @@ class Server:
         """Whether the process still runs; it may hang all the same."""
         return self._keeper.poll() is None
 
-    def lost(self, what: str) -> SamplerError:
+    def failure(self, what: str) -> SamplerError:
         """The error for a server that is of no use any more: what happened, and the last lines of its log."""
         if not self.alive:
             what = f"the vLLM server ended by itself (exit code {self._keeper.returncode})"
@@ -168,20 +168,20 @@ class Server:
         with httpx.Client(timeout=5.0, trust_env=False) as client:
             while self.alive:
                 if time.monotonic() > deadline:
-                    raise self.lost("the vLLM server did not come up in time")
+                    raise self.failure("the vLLM server did not come up in time")
                 try:
                     if client.get(f"{self.url}/health").status_code == 200:
                         return self._version(client)
                 except httpx.TransportError:
                     pass
                 time.sleep(_LOOK_S)
-        raise self.lost("the vLLM server did not start")
+        raise self.failure("the vLLM server did not start")
 
     def _version(self, client: httpx.Client) -> str:
         """Its version, once it is proven to be ours: another one on the same port would not know the key."""
         served = client.get(f"{self.url}/v1/models", headers={"authorization": f"Bearer {self.key}"})
         if served.status_code != 200 or BASE_NAME not in served.text:
-            raise self.lost(f"what answers at {self.url} is not our vLLM server ({served.status_code})")
+            raise self.failure(f"what answers at {self.url} is not our vLLM server ({served.status_code})")
         found = client.get(f"{self.url}/version")
         return str(found.json().get("version", "")) if found.status_code == 200 else ""
 
@@ -237,7 +237,7 @@ def launch(
     """
     device, dtype = resolve_device(settings), resolve_dtype(settings)
     command, rank = server_command(device.type), room.lora_rank(stacked_r)
-    folder = model_files(settings, source)
+    folder = prepare_model_folder(settings, source)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shape = shape_of(config, source.id)
     length = room.length_tok(longest_tok, int(config.get("max_position_embeddings") or longest_tok))
@@ -245,7 +245,7 @@ def launch(
     if device.type == "cuda":
         others = room.TRAINER_BYTES
         if phases:
-            plain = trains_plain(settings)
+            plain = trains_without_kernels(settings)
             others = room.training_bytes(shape, phases, r, weight_bytes=dtype.itemsize, plain=plain)
         chosen = room.share_memory(
             room.GpuMemory(*torch.cuda.mem_get_info(device)), shape, others_bytes=others,

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from fastconv.engine.vllm.memory import ServerMemory
-from fastconv.engine.vllm.server import COMMAND_VARIABLE, Server, adapter_folder, arguments, environment, server_command
+from fastconv.engine.vllm.server import (
+    COMMAND_VARIABLE,
+    Server,
+    adapter_folder,
+    serve_arguments,
+    server_command,
+    server_environment,
+)
 from fastconv.errors import ModelError, SamplerError
 from tests.loop_kit import exit_of, forked, kill, until
 from tests.serve_kit import Fake, end, fake, running
@@ -32,11 +39,11 @@ def test_what_the_server_is_told(fake: Fake) -> None:
     finally:
         server.close()
     assert not server.alive
-    assert "--gpu-memory-utilization" not in arguments(Path("m"), 1, ServerMemory(64, 8), "float32")
+    assert "--gpu-memory-utilization" not in serve_arguments(Path("m"), 1, ServerMemory(64, 8), "float32")
 
 
 def test_its_environment_sends_nothing_and_holds_a_key() -> None:
-    env = environment("secret", {"HOME": "/h"})
+    env = server_environment("secret", {"HOME": "/h"})
     assert env == {
         "HOME": "/h", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1", "VLLM_API_KEY": "secret",
