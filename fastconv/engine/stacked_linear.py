@@ -36,17 +36,17 @@ class BranchKernel(Protocol):
         ...
 
     def graph_state(self) -> Any:
-        """What a captured graph points to."""
+        """What a captured graph points to, to be kept as long as the graph."""
         ...
 
-    def refresh_graph(self, held: Any) -> None:
+    def refresh_graph(self, state: Any) -> None:
         """Refresh what a captured graph points to, before a replay."""
         ...
 
 
 @dataclass
 class Slot:
-    """Adapters that a span of tokens goes through; only `trainable` gets gradients, only it drops inputs out."""
+    """The adapters for a span of tokens. Only `trainable` gets gradients, and dropout (a probability) on its input."""
 
     frozen: tuple[Adapter, ...] = ()
     trainable: Adapter | None = None
@@ -54,18 +54,18 @@ class Slot:
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
-        """Frozen ones first, then the trainable one."""
+        """The frozen adapters, then the trainable one."""
         return (*self.frozen, self.trainable) if self.trainable is not None else self.frozen
 
 
 @dataclass
 class Route:
-    """Which slots are live, and which tokens of the current pass go through which.
+    """Which slots are live, and which tokens of the current pass belong to which slot.
 
-    `spans[i]` is the token range of `slots[i]`, together they cover the pass; None sends all tokens through the only
-    slot. `dropout_seeds` [T] (int32) is one seed per token, so that a mask depends on the row and the step alone,
-    never on what else is in the batch. `kernel` computes the branches where there is one, else torch's operations do.
-    `plain` keeps fused kernels out, to compare them with.
+    `spans[i]` is the token range (start, stop) of `slots[i]`; together they cover the pass. None stands for one slot with
+    all tokens. `dropout_seeds` [T] int32 has one seed per token, so that a mask depends only on the row and the step,
+    not on the rest of the batch. `kernel` computes the branches if there is one, else torch's operations do. `plain`
+    switches fused kernels off, for comparison.
     """
 
     slots: tuple[Slot, ...] = ()
@@ -76,7 +76,7 @@ class Route:
 
 
 class StackedLinear(nn.Module):
-    """A frozen linear layer and the live adapters' branches beside it."""
+    """A frozen linear layer with the branches of the live adapters."""
 
     def __init__(self, base: nn.Linear, name: str, route: Route) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class StackedLinear(nn.Module):
             return y
         flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if self.route.spans is None:
-            (slot,) = self.route.slots  # several slots without spans would leave it open who goes through which
+            (slot,) = self.route.slots  # without spans, several slots would be ambiguous
             return self._add_branches(flat_y, flat_x, slot, self.route.dropout_seeds).view_as(y)
         parts = []
         for slot, (start, stop) in zip(self.route.slots, self.route.spans, strict=True):
@@ -105,13 +105,13 @@ class StackedLinear(nn.Module):
         return torch.cat(parts).view_as(y)
 
     def _add_branches(self, y: torch.Tensor, x: torch.Tensor, slot: Slot, seeds: torch.Tensor | None) -> torch.Tensor:
-        """y [T, out] plus the slot's low-rank products of x [T, in], in x's dtype."""
+        """y [T, out] plus the slot's low-rank products of x [T, in], computed in x's dtype."""
         for adapter in slot.adapters:
             if self.name not in adapter.weights:
                 continue
             a, b = (weight.to(x.dtype) for weight in adapter.weights[self.name])
-            given = x
+            branch_input = x
             if adapter is slot.trainable and slot.dropout > 0 and seeds is not None:
-                given = x * keep_mask(seeds, x.shape[-1], self.salt, slot.dropout).to(x.dtype)
-            y = torch.addmm(y, F.linear(given, a) * adapter.scale, b.t())
+                branch_input = x * keep_mask(seeds, x.shape[-1], self.salt, slot.dropout).to(x.dtype)
+            y = torch.addmm(y, F.linear(branch_input, a) * adapter.scale, b.t())
         return y

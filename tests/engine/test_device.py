@@ -59,7 +59,7 @@ def test_bytes_are_those_worked_out_for_qwen_7b() -> None:
 
 
 def test_a_large_card_is_fit_for_the_pilot() -> None:
-    assert line(fake_cuda()).startswith("Some GpuFacts, 140 of 141 GiB free, at least 17")
+    assert line(fake_cuda()).startswith("Some Card, 140 of 141 GiB free, at least 17")
 
 
 @pytest.mark.parametrize(

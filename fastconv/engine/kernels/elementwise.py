@@ -1,7 +1,7 @@
-"""What stands between matrix products, in as few passes over memory as it takes: RMSNorm, SwiGLU, RoPE, the loss.
+"""Triton kernels for what is not a matrix product: RMSNorm, SwiGLU, RoPE, row gathering, the loss, decoding attention.
 
-Triton kernels with the roundings of the torch modules they stand in for, so that results agree to the last bit or two
-of the base's dtype. Norm weights are frozen: gradients go to the inputs alone.
+They round like the torch modules that they replace, so that results agree up to the last bit or two of the base's
+dtype. Norm weights are frozen: gradients go to the inputs only. Decoding attention has no backward pass.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def _rope(x, cos, sin, y, n_heads, sign, HALF: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _rows(x, there, y, n, BLOCK: tl.constexpr):
+def _rows(x, index, y, n, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    source = tl.load(there + row)
+    source = tl.load(index + row)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + source * n + at, mask=at < tl.where(source >= 0, n, 0), other=0.0)
     tl.store(y + row * n + at, value, mask=at < n)
@@ -182,43 +182,43 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float)
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(there, back)
-        return _gather_rows(x, there)
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index, inverse)
+        return _gather_rows(x, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _gather_rows(grads[0], ctx.saved_tensors[1]), None, None
 
 
-def _gather_rows(x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    x, n_rows = x.contiguous(), there.shape[0]
+def _gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    x, n_rows = x.contiguous(), index.shape[0]
     n = x.numel() // x.shape[0]
     y = x.new_empty(n_rows, *x.shape[1:])
-    _rows[(n_rows, triton.cdiv(n, _BLOCK))](x, there, y, n, BLOCK=_BLOCK)
+    _rows[(n_rows, triton.cdiv(n, _BLOCK))](x, index, y, n, BLOCK=_BLOCK)
     return y
 
 
-def gather_rows(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-    """x [T, ...] -> [P, ...]: row i is x[there[i]], or zero where that is negative.
+def gather_rows(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """x [T, ...] -> [P, ...]: row i is x[index[i]], or zero where index [P] int64 is negative.
 
-    `back` [T] is the inverse (negative where a row goes nowhere), so that the gradient is a gather too, not a sum.
+    `inverse` [T] int64 is the inverse map (negative where a row is not used), so that the gradient is a gather too.
     """
-    return _GatherRows.apply(x, there, back)  # pyright: ignore[reportReturnType]
+    return _GatherRows.apply(x, index, inverse)  # pyright: ignore[reportReturnType]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., n] over its root mean square (Zhang and Sennrich 2019), times the frozen weight [n]; x's dtype."""
+    """x [..., n] divided by its root mean square (Zhang and Sennrich 2019), times the frozen weight [n]; x's dtype."""
     return _RmsNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up (Shazeer 2020), both [..., n]."""
+    """silu(gate) * up (Shazeer 2020), both [..., n] in one dtype."""
     return _SwiGlu.apply(gate, up)  # pyright: ignore[reportReturnType]
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, heads, d] turned by its position (Su et al. 2021), halves paired as in Llama; cos and sin [T, d]."""
+    """Rotary embedding (Su et al. 2021) of x [T, heads, d], halves paired as in Llama; cos and sin [T, d]."""
     return _Rope.apply(x, cos.contiguous(), sin.contiguous())  # pyright: ignore[reportReturnType]
 
 
@@ -243,17 +243,17 @@ def _decode(
     row, kv = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     heads, lanes, block = tl.arange(0, GROUP), tl.arange(0, WIDTH), tl.arange(0, KEYS)
     n_kv = tl.num_programs(1)
-    mine = (row * n_kv + kv) * n_groups * WIDTH + heads[:, None] * WIDTH + lanes[None, :]
-    real = heads[:, None] < n_groups
-    q = tl.load(query + mine, mask=real, other=0.0)
+    own = (row * n_kv + kv) * n_groups * WIDTH + heads[:, None] * WIDTH + lanes[None, :]
+    valid = heads[:, None] < n_groups
+    q = tl.load(query + own, mask=valid, other=0.0)
     start = row * row_stride + kv * head_stride
-    n_seen = tl.load(lengths + row) + 1
+    n_keys = tl.load(lengths + row) + 1
     best = tl.full((GROUP,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP,), tl.float32)
     summed = tl.zeros((GROUP, WIDTH), tl.float32)
-    for begin in range(0, n_seen, KEYS):
+    for begin in range(0, n_keys, KEYS):
         at = begin + block
-        inside = at < n_seen
+        inside = at < n_keys
         place = start + at[:, None] * WIDTH + lanes[None, :]
         k = tl.load(keys + place, mask=inside[:, None], other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
@@ -265,7 +265,7 @@ def _decode(
         total = total * shrink + tl.sum(share, 1)
         summed = summed * shrink[:, None] + tl.dot(share.to(v.dtype), v, input_precision="ieee")
         best = higher
-    tl.store(out + mine, summed / total[:, None], mask=real)
+    tl.store(out + own, summed / total[:, None], mask=valid)
 
 
 def decode_attention(
@@ -273,13 +273,14 @@ def decode_attention(
 ) -> torch.Tensor:
     """query [n, heads, d] over cache slots keys, values [>= n, kv heads, L, d] up to lengths [n] -> [n, heads, d].
 
-    Position `lengths[i]` of row i is its newest token and is seen. Heads of one group share a kv head, as in Llama.
+    lengths [n] int64: position `lengths[i]` of row i is its newest token, included. Query heads of one group share a kv
+    head, as in Llama.
     """
     n_rows, n_heads, width = query.shape
     n_kv = keys.shape[1]
     query = query.contiguous()
     out = torch.empty_like(query)
-    group = max(16, triton.next_power_of_2(n_heads // n_kv))  # a matrix product wants 16 rows
+    group = max(16, triton.next_power_of_2(n_heads // n_kv))  # tl.dot needs at least 16 rows
     _decode[(n_rows, n_kv)](
         query, keys, values, lengths, out, scale, keys.stride(0), keys.stride(1), n_heads // n_kv,
         GROUP=group, WIDTH=width, KEYS=_KEYS, num_warps=4, num_stages=2,

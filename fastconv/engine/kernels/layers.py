@@ -17,16 +17,18 @@ from fastconv.engine.kernels.elementwise import rms_norm, rope, swiglu
 
 
 def use_fused_forwards(model: nn.Module) -> int:
-    """Give the norms, MLPs and attentions of a model (Llama, Qwen2) our forward; returns how many modules got one.
+    """Replace the forward of a model's norms, MLPs and attentions (Llama, Qwen2); returns the number of changed modules.
 
-    Other kinds of layers stay as they are. In fp32, which is for checking, every module computes as transformers does.
+    Other modules stay as they are. In fp32, which is for checking, every module computes as in transformers.
     """
     forwards: dict[str, Callable[..., Any]] = {"RMSNorm": _norm, "MLP": _mlp, "Attention": _attention}
     n_changed = 0
     module: Any
     for module in model.modules():
         kind = type(module).__name__
-        if not kind.startswith(("Llama", "Qwen2")) or "forward" in vars(module):  # another path's forward stays
+        if not kind.startswith(("Llama", "Qwen2")) or "forward" in vars(
+            module
+        ):  # already replaced, by `engine.unsloth` for example
             continue
         forward = forwards.get(kind.removeprefix("Llama").removeprefix("Qwen2"))
         if forward is not None and (forward is not _mlp or module.config.hidden_act == "silu"):
@@ -55,12 +57,12 @@ def _attention(
     past_key_values: Any = None,
     *,
     layout: Layout,
-    **others: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """hidden_states [1, T, hidden] -> ([1, T, hidden], None)."""
     if hidden_states.dtype == torch.float32:
         return type(self).forward(
-            self, hidden_states, position_embeddings, attention_mask, past_key_values, layout=layout, **others
+            self, hidden_states, position_embeddings, attention_mask, past_key_values, layout=layout, **kwargs
         )
     n_tok = hidden_states.shape[1]
     q, k, v = (

@@ -15,14 +15,13 @@ Order = Literal["branches_first", "base_first"]
 
 @dataclass(frozen=True)
 class Tiling:
-    """Sizes of the kernels' blocks: powers of two, at least 16. None depends on how many tokens a pass has, so that a
-    row's result does not depend on what else is in the batch.
+    """Block sizes of the kernels: powers of two, at least 16. None depends on the number of tokens in a pass, so that a
+    row's result does not depend on the rest of the batch. Raises ValueError for sizes that do not divide one another.
 
-    `shrink_m` x `shrink_k` tokens and channels at a time, at least `shrink_split` channels in one sum and at most
-    `shrink_splits` sums; `expand_m` x `expand_n`
-    of the output; weight gradients over `chunk_m` of at most `chunk` tokens at a time and `chunk_n` channels. `order`
-    says whether the base's product is added to the branches' (their sum is then written once and read while the
-    product is computed) or they to it.
+    `shrink`: `shrink_m` tokens x `shrink_k` channels at a time, at least `shrink_split` channels in one partial sum and
+    at most `shrink_splits` partial sums. `expand`: `expand_m` tokens x `expand_n` output channels. Weight gradients:
+    chunks of at most `chunk` tokens, `chunk_m` at a time, and `chunk_n` channels. `order` says whether the base's product
+    is added to the branches (their sum is then written once, and read while the product is computed) or they to it.
     """
 
     shrink_m: int = 64
@@ -41,15 +40,15 @@ class Tiling:
             raise ValueError("shrink_split, chunk and shrink_m must be multiples of shrink_k, chunk_m and 16")
 
     def split_of(self, n_k: int) -> int:
-        """Channels in one sum where there are `n_k`."""
+        """Channels in one partial sum, of `n_k` in all."""
         return max(self.shrink_split, -(-n_k // (self.shrink_splits * self.shrink_k)) * self.shrink_k)
 
 
 @dataclass(frozen=True)
 class TokenRouting:
-    """Which tokens are whose, on the device, int32: `tiles` and `chunks` [n, 3] of (slot, start, stop), `chunks_of`
-    [slots, 2] the chunks of each slot. How many there are depends on the numbers of tokens and slots alone; the
-    surplus is empty."""
+    """Which tokens belong to which slot, int32 on the device: tiles and chunks [n, 3] of (slot, start, stop), `chunks_of`
+    [slots, 2] the range of each slot's chunks. n depends only on the numbers of tokens and slots; surplus rows are
+    empty."""
 
     n_tok: int
     shrink_tiles: torch.Tensor
@@ -60,8 +59,8 @@ class TokenRouting:
 
 @dataclass(frozen=True)
 class WeightTable:
-    """Where one layer's weights lie: `table` [slots, 8] int64 as in `kernel_triton`, the padded ranks, and whether
-    every address and rank allows loads of 16 bytes."""
+    """Addresses of one layer's weights: `table` [slots, 8] int64 as described in `lora_triton`, the padded ranks of the
+    frozen and the trainable part, and whether all addresses and ranks allow loads of 16 bytes."""
 
     table: torch.Tensor
     rank_f: int
@@ -71,7 +70,7 @@ class WeightTable:
 
 @dataclass(frozen=True)
 class PackedAdapters:
-    """Adapters in one tensor of the compute dtype: for each module the offsets of A and B in it, and the rank."""
+    """Adapters in one tensor `flat` [n] of the compute dtype; `offsets` has (offset of A, offset of B, rank) by module."""
 
     flat: torch.Tensor
     offsets: Mapping[str, tuple[int, int, int]]
@@ -80,14 +79,14 @@ class PackedAdapters:
 
 @dataclass(frozen=True)
 class LiveSlots:
-    """The slots that are live, ready for the kernels. `scales` [slots, 2] fp32, `thresholds` [slots] int32; `lows`
-    keeps what `layers` points to."""
+    """The live slots, prepared for the kernels: `scales` [slots, 2] fp32 of the frozen and the trainable part, dropout
+    `thresholds` [slots] int32 (p * 2^24), weight tables by module name. `packed` owns the memory that they point to."""
 
     slots: tuple[Slot, ...]
     dtype: torch.dtype
     seeded: bool
     drops: bool
-    lows: tuple[tuple[PackedAdapters | None, PackedAdapters | None], ...]
+    packed: tuple[tuple[PackedAdapters | None, PackedAdapters | None], ...]
     layers: Mapping[str, WeightTable]
     scales: torch.Tensor
     thresholds: torch.Tensor
@@ -95,11 +94,11 @@ class LiveSlots:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One layer in one pass: all that its kernels need beside the activations."""
+    """One layer in one pass: everything that its kernels need beside the activations."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    places: WeightTable
+    weights: WeightTable
     rows: TokenRouting
     live: LiveSlots
     seeds: torch.Tensor | None
