@@ -113,9 +113,9 @@ def test_a_parent_killed_while_the_server_starts_leaves_none(fake: Fake) -> None
     until(lambda: not any(map(running, pids)), 5)
 
 
-def test_a_keeper_killed_at_once_ends_the_server(fake: Fake) -> None:
+def test_a_watchdog_killed_at_once_ends_the_server(fake: Fake) -> None:
     server = fake.server()
-    end(server._keeper.pid)
+    end(server._process.pid)
     until(lambda: not running(fake.pids[0]), 5)
     server.close()
     end(fake.pids[1])  # the fake does not end its engine itself, as vLLM does when it is asked to end
