@@ -54,6 +54,11 @@ class ModelSettings(RecipeTable):
     #: What samples completions: the base in this process, or a vLLM server that gets every stack as an adapter.
     sampler: Literal["resident", "vllm"] = "resident"
 
+    @property
+    def uses_reference_trainer(self) -> bool:
+        """True where the reference trains, which knows neither fused kernels nor several adapters in one step."""
+        return self.trainer != "fastconv"
+
     @model_validator(mode="after")
     def _settings_agree(self) -> ModelSettings:
         if self.weights == "4bit" and self.semantics == "published":

@@ -70,7 +70,7 @@ def plain_model(folder: Path) -> Any:
 
 def peft_model(folder: Path, adapters: Mapping[str, Adapter]) -> Any:
     """A PeftModel with all these adapters active at once, the last one with gradients."""
-    return reference.with_adapters(plain_model(folder), adapters).eval()
+    return reference.add_peft_adapters(plain_model(folder), adapters).eval()
 
 
 class SharedMask(nn.Module):

@@ -1,4 +1,8 @@
-"""Ours against the usual way, in one call: `bench("train", "builtin:smollm2")`."""
+"""Benchmarks: fastconv against the usual way in one call (`bench("train", "builtin:smollm2")`), and machine rates.
+
+`compare` runs one comparison, `bench_cell` all parts of a cell; `probe` measures the rates that `fastconv plan` needs,
+and `measure_machine` keeps them in the workspace.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,17 @@ import torch
 
 from fastconv.bench.inference import bench_sample, bench_score, bench_stack
 from fastconv.bench.kernels import bench_kernel
-from fastconv.bench.measure import RANDOM, BenchModel, BenchResult, Clock, Measured, ragged_rows, shape, subject
-from fastconv.bench.training import WARM_UP, Load, bench_engine, bench_train, jobs_for, timed
+from fastconv.bench.measure import (
+    RANDOM,
+    BenchModel,
+    BenchResult,
+    Clock,
+    Measured,
+    base_shape,
+    bench_model,
+    ragged_rows,
+)
+from fastconv.bench.training import WARM_UP, Load, bench_engine, bench_train, make_jobs, time_jobs
 from fastconv.engine.generate import sample
 from fastconv.engine.locate import engine_identity, locate
 from fastconv.engine.model import Base
@@ -24,15 +37,27 @@ from fastconv.planning.plan import known_shape
 from fastconv.recipe import ModelSettings, Recipe, SamplingSettings
 from fastconv.store.ledger import Store
 
-#: Steps, questions, rows: the shares that the protocol's 800-row cell has, made small on a CPU.
+__all__ = ["KINDS", "BenchResult", "BenchModel", "bench", "compare", "bench_model"]
+
+KINDS = ("train", "behavior", "group", "score", "stack", "sample", "cell", "kernel", "engine")
+#: (steps, questions, rows) of a cell by device: those of the protocol's 800-row cell, few on a CPU.
 _SIZES = {"cpu": (2, 16, 8), "cuda": (50, 586, 512)}
+#: Optimizer steps that `probe` counts, by device. This and the sizes below take about six seconds each.
+_STEPS = {"cpu": 6, "cuda": 60}
+#: Training load of `probe` by device: rows as in the demo, and as in the protocol.
+LOADS = {"cpu": Load("behavior", 4, 40, 80, n_frozen=1), "cuda": Load("behavior", 4, 200, 400, n_frozen=1)}
+#: Questions of `probe`, and (prompts, new tokens of each).
+_QUESTIONS = {"cpu": 24, "cuda": 1200}
+_PROMPTS = {"cpu": (24, 12), "cuda": (320, 128)}
+#: With more weights than this a CPU would take minutes, for a model that nobody runs on it.
+_MOST_ON_CPU = 1e9
 
 
 def bench_cell(model: BenchModel) -> BenchResult:
-    """The parts one after another in this process, each measured as by itself; seconds are their sums.
+    """The parts of a cell one after another in this process, each measured by itself; seconds are sums over the parts.
 
-    The usual way as published: checkpointing on, one question at a time with all logits, and the merged model written
-    and loaded twice, once to train on it and once to evaluate it.
+    The usual way is as published: gradient checkpointing, one question at a time with all logits, and the merged model
+    written and loaded twice, for training and for evaluation.
     """
     steps, questions, rows = _SIZES[model.device.type]
     parts = (
@@ -40,8 +65,8 @@ def bench_cell(model: BenchModel) -> BenchResult:
         (bench_sample(model, rows), 1),
     )  # fmt: skip
     ours = sum(part.ours.seconds * times for part, times in parts)
-    theirs = sum(part.usual[-1].seconds * times for part, times in parts)
-    ratio = theirs / ours
+    usual = sum(part.usual[-1].seconds * times for part, times in parts)
+    ratio = usual / ours
     return BenchResult(
         kind="cell", model=model.settings.id, device=model.device.type, dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(), unit="cells",
@@ -49,7 +74,7 @@ def bench_cell(model: BenchModel) -> BenchResult:
         ours=Measured("fastconv", ours, 1 / ours, _peak([part.ours for part, _ in parts])),
         usual=(
             Measured(
-                "as published", theirs, 1 / theirs, _peak([part.usual[-1] for part, _ in parts]),
+                "as published", usual, 1 / usual, _peak([part.usual[-1] for part, _ in parts]),
                 sum(part.usual[-1].written_bytes * times for part, times in parts),
             ),
         ),
@@ -59,18 +84,13 @@ def bench_cell(model: BenchModel) -> BenchResult:
     )  # fmt: skip
 
 
-def _peak(ways: list[Measured]) -> int | None:
-    known = [way.peak_bytes for way in ways if way.peak_bytes is not None]
-    return max(known) if known else None
-
-
-__all__ = ["KINDS", "BenchResult", "BenchModel", "bench", "compare", "subject"]
-
-KINDS = ("train", "behavior", "group", "score", "stack", "sample", "cell", "kernel", "engine")
+def _peak(measurements: list[Measured]) -> int | None:
+    peaks = [result.peak_bytes for result in measurements if result.peak_bytes is not None]
+    return max(peaks, default=None)
 
 
 def compare(kind: str, model: BenchModel, size: int | None = None) -> BenchResult:
-    """Run one comparison. `size` is its number of steps, questions, swaps, rows or tokens; None takes the documented one.
+    """Run one comparison of `KINDS`. `size` is its number of steps, questions, swaps, rows or tokens; None: the default.
 
     Raises InputError for an unknown kind.
     """
@@ -93,97 +113,94 @@ def compare(kind: str, model: BenchModel, size: int | None = None) -> BenchResul
 
 def bench(kind: str, model: str, *, device: str = "auto", dtype: str = "auto", revision: str = "",
           size: int | None = None) -> dict[str, Any]:  # fmt: skip
-    """`compare` for a model given as in a recipe, or as `random:SHAPE`; returns plain JSON values.
+    """`compare` for a model given as in a recipe, or as `random:SHAPE`; returns the `BenchResult` as JSON values.
 
-    At least `ours`, `usual` and `ratio` (ours over the first usual way; above 1 means ours is faster).
+    `ratio` is the speed of ours over that of the first usual way: above 1, ours is faster.
     """
-    # Not `auto`: importing Unsloth patches transformers for the whole process, the usual way's side included.
-    given = {"id": model, "device": device, "dtype": dtype, "revision": revision, "engine": "torch"}
-    settings = ModelSettings.model_validate(given)
-    return asdict(compare(kind, subject(settings), size))
+    # Not engine "auto": importing Unsloth patches transformers for the whole process, the usual way included.
+    fields = {"id": model, "device": device, "dtype": dtype, "revision": revision, "engine": "torch"}
+    settings = ModelSettings.model_validate(fields)
+    return asdict(compare(kind, bench_model(settings), size))
 
 
-#: Optimizer steps counted and not, questions, prompts and new tokens of each, by device: about six seconds of each.
-_STEPS = {"cpu": 6, "cuda": 60}
-#: Rows as the demo has them, and as the protocol has them.
-LOADS = {"cpu": Load("behavior", 4, 40, 80, n_frozen=1), "cuda": Load("behavior", 4, 200, 400, n_frozen=1)}
-_QUESTIONS = {"cpu": 24, "cuda": 1200}
-_PROMPTS = {"cpu": (24, 12), "cuda": (320, 128)}
-#: Above this many weights a CPU would need minutes for a figure that nobody runs.
-_MOST_ON_CPU = 1e9
+def measure_machine(recipe: Recipe, store: Store) -> dict[str, float]:
+    """Measure this machine with the recipe's model shape and store the rates in the workspace; returns them (`probe`).
 
-
-def keep_probe(recipe: Recipe, store: Store) -> dict[str, float]:
-    """Measure this machine with the recipe's shape and keep the rates in the workspace. Raises InputError if it cannot."""
-    found, device = known_shape(recipe), engine_identity(recipe.model)["device"]
-    if device == "cpu" and found.total_params > _MOST_ON_CPU:
+    Raises InputError without a GPU if the model is too large for a CPU.
+    """
+    model_shape, device = known_shape(recipe), engine_identity(recipe.model)["device"]
+    if device == "cpu" and model_shape.total_params > _MOST_ON_CPU:
         raise InputError(
-            f"there is no GPU here to measure with {found.name}", where="--measure",
+            f"there is no GPU here to measure with {model_shape.name}", where="--measure",
             fix="measure on the machine that will run it, or plan with --machine",
         )  # fmt: skip
-    stage = probe_stage(recipe, found, device, time.time())
+    stage = probe_stage(recipe, model_shape, device, time.time())
     with store.lease(stage):
         began = time.perf_counter()
-        rates = probe(_subject(recipe, found))
+        rates = probe(_probe_model(recipe, model_shape))
         store.commit(stage, outputs=rates, facts={}, seconds=time.perf_counter() - began)
     return rates
 
 
 def probe(model: BenchModel) -> dict[str, float]:
-    """Rates of this machine: FLOP/s trained, read and drawn, and seconds to load."""
+    """Rates of this machine: FLOP/s of training, scoring and sampling, seconds of a sampling pass, seconds to load."""
     began = time.perf_counter()
     base = model.base()
-    loaded = time.perf_counter() - began
-    stack, form = Stack(base, model.lora), shape(base)
-    rates = {"train_flops_s": _training(stack, form), "read_flops_s": _reading(base, form), **_drawing(base, form)}
-    return {**rates, "step_s": 0.0, "load_s": loaded}
+    load_s = time.perf_counter() - began
+    stack, model_shape = Stack(base, model.lora), base_shape(base)
+    rates = {
+        "train_flops_s": _training_rate(stack, model_shape),
+        "read_flops_s": _scoring_rate(base, model_shape),
+        **_sampling_rates(base, model_shape),
+    }
+    return {**rates, "step_s": 0.0, "load_s": load_s}
 
 
-def _subject(recipe: Recipe, found: ModelShape) -> BenchModel:
+def _probe_model(recipe: Recipe, model_shape: ModelShape) -> BenchModel:
     """The recipe's own model where it is on this disk, else random weights of its shape."""
-    at_hand = locate(recipe.model).kind in ("builtin", "local")
-    name = recipe.model.id if at_hand else f"{RANDOM}{found.name}"
-    return subject(recipe.model.model_copy(update={"id": name}))
+    is_local = locate(recipe.model).kind in ("builtin", "local")
+    name = recipe.model.id if is_local else f"{RANDOM}{model_shape.name}"
+    return bench_model(recipe.model.model_copy(update={"id": name}))
 
 
-def _training(stack: Stack, form: ModelShape) -> float:
-    """Steps of a behavior above a frozen snapshot, as most steps of a run are. Optimizer and set-up are in the rate."""
+def _training_rate(stack: Stack, model_shape: ModelShape) -> float:
+    """FLOP/s of behavior training above a frozen snapshot, as most steps of a run are; optimizer and set-up included."""
     device = stack.base.device.type
     load = LOADS[device]
-    job = jobs_for(stack, load, WARM_UP[device] + _STEPS[device])[0]
-    found = timed(stack, [job])
+    job = make_jobs(stack, load, WARM_UP[device] + _STEPS[device])[0]
+    run = time_jobs(stack, [job])
     lengths = [len(row.ids) for row in job.rows]
     work = Work(sum(lengths) / len(lengths), 0.6, stack.settings.r)
-    return found.n_tok * train_flops_per_tok(form, work) / sum(found.seconds)
+    return run.n_tok * train_flops_per_tok(model_shape, work) / sum(run.seconds)
 
 
-def _reading(base: Base, form: ModelShape) -> float:
-    """Multiple choice by letter, on prompts that share nothing."""
-    rows = ragged_rows(_QUESTIONS[base.device.type], form.vocab, 60, 110, seed=1)
+def _scoring_rate(base: Base, model_shape: ModelShape) -> float:
+    """FLOP/s of scoring multiple choice by letter, on prompts without common prefixes."""
+    rows = ragged_rows(_QUESTIONS[base.device.type], model_shape.vocab, 60, 110, seed=1)
     items = [LetterItem(row.ids, (11, 12, 13, 14)) for row in rows]
     clock = Clock(base.device)
     score_letters(base, items[:4], 1024)
     with clock.running():
         score_letters(base, items, 4096)
     n_tok = sum(len(row.ids) for row in rows)
-    return n_tok * forward_flops_per_tok(form, Work(n_tok / len(rows), 0.0, 0)) / clock.seconds
+    return n_tok * forward_flops_per_tok(model_shape, Work(n_tok / len(rows), 0.0, 0)) / clock.seconds
 
 
-def _drawing(base: Base, form: ModelShape) -> dict[str, float]:
-    """Seconds of a pass that serves one row, and the rate of what each further row adds to it."""
+def _sampling_rates(base: Base, model_shape: ModelShape) -> dict[str, float]:
+    """Seconds of a decoding pass with one row, FLOP/s of what further rows add, and the bytes/s of reading weights."""
     n, new_tok = _PROMPTS[base.device.type]
-    prompts = [list(row.ids) for row in ragged_rows(n, form.vocab, 30, 50, seed=2)]
-    one, all_of = Clock(base.device), Clock(base.device)
+    prompts = [list(row.ids) for row in ragged_rows(n, model_shape.vocab, 30, 50, seed=2)]
+    single, batch = Clock(base.device), Clock(base.device)
     sample(base, prompts[:4], list(range(4)), SamplingSettings(max_new_tok=2))
-    with one.running():
-        said = sample(base, prompts[:1], [0], SamplingSettings(max_new_tok=new_tok))
-    pass_s = one.seconds / max(1, len(said[0].ids) + said[0].ended)
-    with all_of.running():
-        drawn = sample(base, prompts, list(range(n)), SamplingSettings(max_new_tok=new_tok))
-    n_tok = sum(len(row.ids) + row.ended for row in drawn)
-    own_s = max(all_of.seconds - new_tok * pass_s, 0.1 * all_of.seconds)
+    with single.running():
+        completions = sample(base, prompts[:1], [0], SamplingSettings(max_new_tok=new_tok))
+    pass_s = single.seconds / max(1, len(completions[0].ids) + completions[0].ended)
+    with batch.running():
+        completions = sample(base, prompts, list(range(n)), SamplingSettings(max_new_tok=new_tok))
+    n_tok = sum(len(row.ids) + row.ended for row in completions)
+    rows_s = max(batch.seconds - new_tok * pass_s, 0.1 * batch.seconds)
     work = Work(60.0, 1.0, 0)
     return {
-        "draw_flops_s": n_tok * forward_flops_per_tok(form, work) / own_s, "pass_s": pass_s,
-        "memory_bytes_s": weight_bytes(form) * base.dtype.itemsize / 2 / pass_s,
+        "draw_flops_s": n_tok * forward_flops_per_tok(model_shape, work) / rows_s, "pass_s": pass_s,
+        "memory_bytes_s": weight_bytes(model_shape) * base.dtype.itemsize / 2 / pass_s,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The stacked-LoRA kernel layer by layer: the base product alone, torch's operations, and each way of the kernel."""
+"""Benchmark of the stacked-LoRA kernel by layer: base product alone, torch's operations, and the kernel's tilings."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastconv.bench.measure import BenchModel, BenchResult, Clock, matmul_ceiling, measured, paired_ratio, shape
-from fastconv.engine.kernels.lora import StackedKernel, Tiling
+from fastconv.bench.measure import BenchModel, BenchResult, Clock, base_shape, matmul_ceiling, measured, paired_ratio
+from fastconv.engine.kernels.lora import StackedKernel
+from fastconv.engine.kernels.lora_tables import Tiling
 from fastconv.engine.lora import Adapter, keep_mask
-from fastconv.engine.stack import Route, Slot, StackedLinear
+from fastconv.engine.stacked_linear import Route, Slot, StackedLinear
 from fastconv.recipe import LoraSettings
 
 DROPOUT = 0.05
-#: (tokens, slots) of a pass: a batch of 4 rows, one of 16, a long micro-batch, and six sources trained together.
+#: (tokens, slots) of a pass: a batch of 4 rows, one of 16, a long micro-batch, and six adapters trained together.
 CASES = ((1200, 1), (4800, 1), (8192, 1), (7200, 6))
 BASE, PLAIN, STACKED = "base product alone", "torch's operations", "stacked kernel"
-#: Ways of the kernel; the first is what a `Stack` takes.
+#: Tilings of the kernel by name; a `Stack` uses the first.
 TILINGS: Mapping[str, Tiling] = MappingProxyType({
     STACKED: Tiling(),
     f"{STACKED}, base first": Tiling(order="base_first"),
     f"{STACKED}, small blocks": Tiling(shrink_m=32, shrink_split=1024, expand_n=64, chunk=128),
     f"{STACKED}, large blocks": Tiling(shrink_split=1024, shrink_splits=4, expand_m=128, chunk=512, chunk_n=128),
 })  # fmt: skip
-#: Rounds in which every way is timed once, and the seconds that one of them should take on a GPU.
+#: Rounds, in each of which every way is timed once, and the seconds that one timing should take on a GPU.
 ROUNDS, ROUND_S = 5, 0.02
 _NAME = "layer.q_proj"
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's sizes, and how many of a block's seven modules have them."""
+    """Sizes of a layer, and how many of a decoder block's seven modules have them."""
 
     n_in: int
     n_out: int
@@ -47,7 +48,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Work:
-    """A layer with its slots and a pass through it."""
+    """A layer with its slots, input x [T, in] and output gradient dy [T, out]."""
 
     layer: StackedLinear
     x: torch.Tensor
@@ -55,34 +56,34 @@ class _Work:
     slots: tuple[Slot, ...]
 
     def take(self, tiling: Tiling | None) -> Callable[[], None]:
-        """One forward and backward pass: with the kernel, or without if there is no tiling."""
+        """A function that runs one forward and backward pass, with the kernel, or without it if `tiling` is None."""
         kernel = None if tiling is None else StackedKernel(self.x.device, tiling)
 
-        def once() -> None:
+        def run() -> None:
             self.layer.route.kernel = kernel
             self.x.grad = None
             self.layer(self.x).backward(self.dy)
 
-        return once
+        return run
 
     def base(self) -> None:
-        """Forward and the gradient of x, nothing else."""
+        """The base product and its gradient to x alone."""
         weight = self.layer.base.weight
         F.linear(self.x, weight, self.layer.base.bias)
         torch.mm(self.dy, weight)
 
 
 def bench_kernel(model: BenchModel, n_tok: int | None = None) -> BenchResult:
-    """Forward and backward of every layer shape of the model, r + r, dropout 0.05 on the trainable half.
+    """Forward and backward of every layer shape of the model, ranks r + r, dropout 0.05 on the trainable adapter.
 
-    `extra.layers` has microseconds for each shape and case, `extra.errors` the relative errors against fp32. `n_tok`
-    takes one pass of that many tokens instead of `CASES`. `ours` and `usual` are one block's seven modules in the
-    first case. Raises ModelError without a GPU.
+    `extra.layers` has microseconds for each shape and case, `extra.errors` relative errors against fp32. With `n_tok` the
+    only case is a pass of that many tokens. `ours` and `usual` are for one block's seven modules in the first case.
+    Raises ModelError without a GPU.
     """
-    StackedKernel(model.device)  # refuses before anything is allocated
+    StackedKernel(model.device)  # raises before anything is allocated
     ceiling = matmul_ceiling(model.device, model.dtype)
-    form = model.random or shape(model.base())
-    layers = [_Layer(*sizes, count) for sizes, count in Counter(form.modules).items()]
+    model_shape = model.random or base_shape(model.base())
+    layers = [_Layer(*sizes, count) for sizes, count in Counter(model_shape.modules).items()]
     cases = CASES if n_tok is None else ((n_tok, 1),)
     lines, errors = [], []
     for tokens, n_slots in cases:
@@ -96,7 +97,7 @@ def bench_kernel(model: BenchModel, n_tok: int | None = None) -> BenchResult:
 
 
 def _work(model: BenchModel, layer: _Layer, n_tok: int, n_slots: int) -> _Work:
-    """Random weights, slots of equal spans, and a gradient for every trainable adapter."""
+    """A layer with random weights, slots with equal spans, and a gradient buffer for every trainable adapter."""
     device, generator = model.device, torch.Generator(model.device).manual_seed(0)
 
     def draw(*size: int) -> torch.Tensor:
@@ -125,9 +126,9 @@ def _adapter(settings: LoraSettings, layer: _Layer, draw: Callable[..., torch.Te
 
 
 def _timed(work: _Work, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of one pass for every way, by round; within a round all ways run right after one another."""
+    """Seconds of a pass by way and round; within a round all ways run right after one another."""
     ways = {BASE: work.base, PLAIN: work.take(None)} | {name: work.take(tiling) for name, tiling in TILINGS.items()}
-    runs = {name: _replayed(once) if device.type == "cuda" else once for name, once in ways.items()}
+    runs = {name: _replayed(run) if device.type == "cuda" else run for name, run in ways.items()}
     repeats = {}
     for name, run in runs.items():
         clock = Clock(device)
@@ -145,17 +146,17 @@ def _timed(work: _Work, device: torch.device) -> dict[str, list[float]]:
     return seconds
 
 
-def _replayed(once: Callable[[], None]) -> Callable[[], None]:
-    """The same work as a CUDA graph: the GPU's time, without the host's."""
+def _replayed(run: Callable[[], None]) -> Callable[[], None]:
+    """The function as a CUDA graph, so that only the GPU's time is measured."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            once()
+            run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        once()
+        run()
     return graph.replay
 
 
@@ -177,19 +178,19 @@ def _line(
 def _errors(work: _Work) -> dict[str, dict[str, float]]:
     """Relative errors of y, dx, dA and dB (all slots) against the formula in fp32, by way."""
     exact = _outcome(work, *_in_fp32(work))
-    found = {}
+    errors = {}
     for name, tiling in {PLAIN: None, **TILINGS}.items():
         work.layer.route.kernel = None if tiling is None else StackedKernel(work.x.device, tiling)
-        mine = _outcome(work, work.layer, work.x, work.dy)
-        found[name] = {
-            key: float((mine[key] - value).norm() / value.norm().clamp(min=1e-30)) for key, value in exact.items()
+        outcome = _outcome(work, work.layer, work.x, work.dy)
+        errors[name] = {
+            key: float((outcome[key] - value).norm() / value.norm().clamp(min=1e-30)) for key, value in exact.items()
         }
-    return found
+    return errors
 
 
 def _outcome(work: _Work, layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, dy: torch.Tensor
              ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """y, dx and the trainable gradients of one pass, fp32."""
+    """y, dx and the trainable adapters' gradients dA, dB of one pass, fp32."""
     trained = [slot.trainable.weights[_NAME] for slot in work.slots if slot.trainable is not None]
     for weight in itertools.chain(*trained):
         if weight.grad is not None:
@@ -203,7 +204,7 @@ def _outcome(work: _Work, layer: Callable[[torch.Tensor], torch.Tensor], x: torc
 
 
 def _in_fp32(work: _Work) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor, torch.Tensor]:
-    """The layer by its formula, with its inputs, in fp32."""
+    """(the layer by its formula, x, dy), all in fp32."""
     layer, route = work.layer, work.layer.route
 
     def formula(x: torch.Tensor) -> torch.Tensor:
@@ -213,9 +214,9 @@ def _in_fp32(work: _Work) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch
             rows = x[start:stop]
             part = F.linear(rows, layer.base.weight.float(), layer.base.bias.float())
             mask = keep_mask(route.dropout_seeds[start:stop], x.shape[1], layer.salt, slot.dropout)
-            for adapter, given in zip(slot.adapters, (rows, rows * mask), strict=True):
+            for adapter, branch_input in zip(slot.adapters, (rows, rows * mask), strict=True):
                 a, b = adapter.weights[_NAME]
-                part = part + adapter.scale * (given @ a.t() @ b.t())
+                part = part + adapter.scale * (branch_input @ a.t() @ b.t())
             parts.append(part)
         return torch.cat(parts)
 
@@ -243,12 +244,12 @@ def _comparison(
 
 
 def _block(lines: list[dict[str, Any]], n_tok: int, n_slots: int) -> dict[str, Any]:
-    """A block's seven modules together in one case."""
-    mine = [line for line in lines if (line["tokens"], line["slots"]) == (n_tok, n_slots)]
-    us = {name: sum(line["per_block"] * line["us"][name] for line in mine) for name in mine[0]["us"]}
+    """Figures of a block's seven modules together in one case."""
+    case_lines = [line for line in lines if (line["tokens"], line["slots"]) == (n_tok, n_slots)]
+    us = {name: sum(line["per_block"] * line["us"][name] for line in case_lines) for name in case_lines[0]["us"]}
     done = {  # microseconds at the ceiling
-        name: sum(line["per_block"] * line["us"][name] * line["of_ceiling"][name] for line in mine)
-        for name in mine[0]["of_ceiling"]
+        name: sum(line["per_block"] * line["us"][name] * line["of_ceiling"][name] for line in case_lines)
+        for name in case_lines[0]["of_ceiling"]
     }
     return {
         "tokens": n_tok, "slots": n_slots, "us": us, "of_ceiling": {name: done[name] / us[name] for name in done},

@@ -1,4 +1,4 @@
-"""What a measurement is, and the instruments: clock, peak memory, matmul ceiling."""
+"""Benchmark results, instruments (clock, peak memory, matmul ceiling), and the models and rows that are measured."""
 
 from __future__ import annotations
 
@@ -16,27 +16,32 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from fastconv.chat import ChatTokenizer, Rendered
-from fastconv.engine import trl_reference as reference
 from fastconv.engine.attention import ATTENTION, register
 from fastconv.engine.locate import engine_identity
-from fastconv.engine.model import Base, load_base, resolve_device, resolve_dtype, wrap
+from fastconv.engine.model import Base, load_base, make_base, resolve_device, resolve_dtype
 from fastconv.engine.shapes import (
     ModelShape,
     named_shape,
     shape_of,
 )
+from fastconv.engine.trl_reference import plain_model
 from fastconv.recipe import LoraSettings, ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+#: Prefix of a model id that names a shape, for random weights.
+RANDOM = "random:"
+#: Scale of a random head, so that next-token distributions are about as peaked as a trained model's.
+_HEAD_SCALE = 8.0
+
 
 @dataclass(frozen=True)
 class Measured:
-    """One way of doing it. `per_s` counts `BenchResult.unit` per second.
+    """One way's measurement. `per_s` is `BenchResult.unit` per second.
 
-    `peak_bytes` is the memory above what was resident before (None where the system does not tell), `written_bytes`
-    what went to disk, `ceiling_share` the floating-point work over what a large matrix product reaches here.
+    `peak_bytes` is the peak memory above what was resident before (None where the system does not report it),
+    `written_bytes` what was written to disk, `ceiling_share` the FLOP/s as a share of a large matrix product's here.
     """
 
     name: str
@@ -49,9 +54,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Ours against one or more usual ways, measured in one call on the same work.
+    """Our way against one or more usual ways, measured in one call on the same work.
 
-    `ratio` is the first usual way's seconds over ours, `ratios` has one for each by name.
+    `ratio` is the first usual way's seconds over ours; `ratios` has it for every usual way by name.
     """
 
     kind: str
@@ -69,7 +74,7 @@ class BenchResult:
 
 
 class Clock:
-    """Seconds of work on a device, added up over blocks; waits for the device at both ends of each."""
+    """Seconds of work on a device by block; waits for the device at both ends of each block."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -86,18 +91,18 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """All blocks together."""
+        """Sum over all blocks."""
         return sum(self.blocks)
 
 
 def paired_ratio(usual: Sequence[float], ours: Sequence[float]) -> float:
     """Median over blocks of usual / ours. Both did the same work right after one another, so other programs on the
-    machine disturb both alike, and a disturbed block does not decide."""
-    return statistics.median(theirs / mine for theirs, mine in zip(usual, ours, strict=True))
+    machine slow both alike, and the median ignores a disturbed block."""
+    return statistics.median(usual_s / ours_s for usual_s, ours_s in zip(usual, ours, strict=True))
 
 
 class Peak:
-    """Peak memory above what is resident at the start, for a block: GPU memory there, resident set size on a CPU."""
+    """Peak memory of a block above what is resident at its start: GPU memory, or the resident set size on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -105,7 +110,7 @@ class Peak:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Measure the block; `bytes` stays None where the system cannot tell."""
+        """Measure the block; `bytes` stays None where the system does not report it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -136,7 +141,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 def measured(name: str, seconds: float, count: float, flops: float = 0.0, ceiling: float = 0.0,
              peak_bytes: int | None = None, written_bytes: int = 0) -> Measured:  # fmt: skip
-    """A Measured from its raw figures; `flops` is the useful work of all `count` units."""
+    """A `Measured` from raw figures; `flops` is the work of all `count` units, `ceiling` in FLOP/s."""
     share = flops / seconds / ceiling if flops and ceiling else None
     return Measured(name, seconds, count / seconds, peak_bytes, written_bytes, share)
 
@@ -152,9 +157,9 @@ def _wait(device: torch.device) -> None:
 
 
 def _reset_peak_rss() -> int | None:
-    """Set Linux's peak of the resident set back to what is resident now; returns that (bytes).
+    """Reset Linux's peak of the resident set; returns the resident set size (bytes), or None if that is not possible.
 
-    What the C library holds on to is given back first, else an earlier step's memory would hide this one's.
+    Free memory that the C library holds is released first, else it would hide the memory of the block.
     """
     with contextlib.suppress(OSError, AttributeError):  # musl and macOS have no malloc_trim
         ctypes.CDLL(None).malloc_trim(0)
@@ -173,14 +178,12 @@ def _status_bytes(name: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
 
 
-RANDOM = "random:"
-#: How much a fresh head is scaled up, so that next-token distributions are about as sure as a trained model's.
-_SURENESS = 8.0
-
-
 @dataclass(frozen=True)
 class BenchModel:
-    """A model that can be had twice: as our Base, and plain for the usual way."""
+    """The model that is measured, loadable as our `Base` and as a plain model for the usual way.
+
+    `random` is the shape if it has random weights.
+    """
 
     settings: ModelSettings
     random: ModelShape | None
@@ -188,50 +191,52 @@ class BenchModel:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device that it runs on."""
         return resolve_device(self.settings)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the base."""
+        """The dtype of the base."""
         return resolve_dtype(self.settings)
 
     def base(self) -> Base:
-        """Ours: a frozen base with our attention."""
+        """The model as our frozen base."""
         if self.random is None:
             return load_base(self.settings)
         if engine_identity(self.settings)["engine"] == "unsloth":
-            return wrap(_random_unsloth(self.random, self), cast(ChatTokenizer, NoText()), self.settings.id)
-        return wrap(_random_model(self.random, ATTENTION, self), cast(ChatTokenizer, NoText()), self.settings.id)
+            return make_base(_random_unsloth(self.random, self), cast(ChatTokenizer, NoTokenizer()), self.settings.id)
+        return make_base(
+            _random_model(self.random, ATTENTION, self), cast(ChatTokenizer, NoTokenizer()), self.settings.id
+        )
 
     def plain(self) -> PreTrainedModel:
-        """Theirs: transformers' model with SDPA attention."""
+        """The transformers model with SDPA attention."""
         if self.random is None:
-            return reference.plain_model(self.settings).requires_grad_(False).eval()
+            return plain_model(self.settings).requires_grad_(False).eval()
         return _random_model(self.random, "sdpa", self)
 
 
 @dataclass(frozen=True)
-class NoText:
-    """Stands in for the tokenizer of a model that never learned to write: nothing ends an answer early."""
+class NoTokenizer:
+    """Placeholder for the tokenizer of a model with random weights: no token stops a completion."""
 
     stop_ids: tuple[int, ...] = ()
 
 
-def subject(settings: ModelSettings) -> BenchModel:
-    """The subject of `settings.id`; `random:NAME` takes a shape from `fastconv.engine.shapes`."""
+def bench_model(settings: ModelSettings) -> BenchModel:
+    """The model of `settings.id`; `random:NAME` is random weights of a shape in `fastconv.engine.shapes`."""
     if settings.id.startswith(RANDOM):
         return BenchModel(settings, named_shape(settings.id.removeprefix(RANDOM)))
     return BenchModel(settings, None)
 
 
-def shape(base: Base) -> ModelShape:
+def base_shape(base: Base) -> ModelShape:
     """The shape of a loaded base."""
     return shape_of(base.model.config.to_dict())
 
 
 def ragged_rows(n: int, vocab: int, shortest: int, longest: int, seed: int = 0) -> tuple[Rendered, ...]:
-    """Rows of random tokens, lengths uniform between two bounds, about 60 % of each carrying loss."""
+    """n rows of random tokens with lengths uniform in [shortest, longest]; about 60 % of each row is supervised."""
     rng = random.Random(seed)
     rows = []
     for _ in range(n):
@@ -241,13 +246,13 @@ def ragged_rows(n: int, vocab: int, shortest: int, longest: int, seed: int = 0) 
 
 
 def _random_unsloth(shape: ModelShape, model: BenchModel) -> PreTrainedModel:
-    """The same shape as Unsloth would have loaded it."""
-    from fastconv.engine import unsloth as unsloth_path
+    """A model with random weights, patched as if Unsloth had loaded it."""
+    from fastconv.engine import unsloth
 
-    unsloth_path.patched_classes("qwen2" if shape.qkv_bias else "llama")
-    made = _random_model(shape, "sdpa", model)
-    unsloth_path.adopt(made)
-    return made
+    unsloth.patch_classes("qwen2" if shape.qkv_bias else "llama")
+    loaded = _random_model(shape, "sdpa", model)
+    unsloth.patch_model(loaded)
+    return loaded
 
 
 def _random_model(shape: ModelShape, attention: str, model: BenchModel) -> PreTrainedModel:
@@ -263,9 +268,8 @@ def _random_model(shape: ModelShape, attention: str, model: BenchModel) -> PreTr
     )  # fmt: skip
     config.head_dim = shape.head_dim
     with model.device:
-        made = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
-        if (
-            not shape.tied
-        ):  # fresh heads are nearly indifferent, which no trained model is: draws would be made of it all
-            made.get_output_embeddings().weight.data.mul_(_SURENESS)
-    return made.requires_grad_(False).eval()
+        created = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
+        # A random head gives nearly uniform distributions, unlike a trained one; sampling would be from the whole vocabulary.
+        if not shape.tied:
+            created.get_output_embeddings().weight.data.mul_(_HEAD_SCALE)
+    return created.requires_grad_(False).eval()

@@ -1,7 +1,8 @@
-"""Training steps: ours against SFTTrainer + PEFT (padded batches), with and without gradient checkpointing.
+"""Benchmarks of training: ours against SFTTrainer + PEFT (padded batches), and engine torch against engine unsloth.
 
-Three loads: `train` is convergence (one adapter, small batches), `behavior` a dropped-out adapter above a frozen one,
-`group` several convergence runs at once against the same runs one after another.
+There are three loads: `train` is convergence (one adapter, small batches), `behavior` an adapter with dropout above a
+frozen one, `group` several convergence runs at once against the same runs one after another. SFTTrainer runs with and
+without gradient checkpointing. As a script this module is the process that runs Unsloth (`main`).
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from fastconv.bench.measure import (
     Clock,
     Measured,
     Peak,
+    base_shape,
+    bench_model,
     matmul_ceiling,
     measured,
     paired_ratio,
     ragged_rows,
-    shape,
-    subject,
 )
+from fastconv.engine.lora import Adapter
 from fastconv.engine.shapes import Work, train_flops_per_tok
-from fastconv.engine.stack import Adapter, Stack
+from fastconv.engine.stack import Stack
 from fastconv.engine.train import Hooks, Job, Trainee, start, train
 from fastconv.engine.trl_reference import TrlOptions, train_with_trl
 from fastconv.errors import ModelError
@@ -39,7 +41,7 @@ from fastconv.recipe import ModelSettings, TrainSettings
 
 @dataclass(frozen=True)
 class Load:
-    """What is trained: rows in a batch, the shortest and longest row (tokens), dropout, frozen adapters below, runs."""
+    """A training load: batch size (rows), shortest and longest row (tokens), dropout, frozen adapters, number of jobs."""
 
     kind: str
     batch_rows: int
@@ -50,7 +52,7 @@ class Load:
     n_jobs: int = 1
 
 
-#: By kind and device: a GPU gets the protocol's rows of 300 tokens on average, two cores ragged short ones.
+#: Loads by kind and device: on a GPU the protocol's rows of 300 tokens on average, on a CPU short ones.
 LOADS = {
     ("train", "cpu"): Load("train", 4, 20, 300),
     ("train", "cuda"): Load("train", 4, 200, 400),
@@ -59,18 +61,17 @@ LOADS = {
     ("group", "cpu"): Load("group", 2, 20, 80, n_jobs=3),
     ("group", "cuda"): Load("group", 4, 200, 400, n_jobs=6),
 }
-#: Steps that are run and not counted. On a CPU the first allocates, in the second memory is watched; a GPU captures
-#: the sizes that it meets.
+#: Steps that are not timed. On a CPU the first allocates, and memory is measured in the second; a GPU captures graphs.
 WARM_UP = {"cpu": 2, "cuda": 48}
-#: Steps of the usual ways on a GPU, two of them uncounted: each takes about as long as the one before.
+#: Steps of the usual ways on a GPU, and how many of them are not timed.
 USUAL_STEPS, USUAL_WARM_UP = 12, 2
-#: The usual ways, the first being the stronger one; as published had checkpointing on.
-WAYS = {"TRL padded": False, "TRL padded, checkpointing": True}
+#: The usual ways, with or without gradient checkpointing: the first is faster, the second is as published.
+BASELINES = {"TRL padded": False, "TRL padded, checkpointing": True}
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of every counted step (or of all of them), their tokens, and the peak memory above what was resident."""
+    """Seconds of each timed step (or of all together), their tokens, and the peak memory (bytes) above what was resident."""
 
     seconds: Sequence[float]
     n_tok: int
@@ -78,58 +79,61 @@ class Timed:
 
 
 def bench_train(model: BenchModel, n_steps: int, kind: str = "train") -> BenchResult:
-    """`n_steps` optimizer steps of a load, counted in real tokens, not padding.
+    """Time `n_steps` optimizer steps of a load, in tokens per second without padding.
 
-    On a CPU each of our steps is timed right after the same step of theirs, so that a busy machine slows both; on a
-    GPU, which nobody disturbs, one model is held at a time and our steps are timed as a whole, as they overlap.
+    On a CPU each of our steps is timed right after the same step of the usual way, so that other programs slow both; on
+    a GPU one model is in memory at a time, and our steps, which overlap, are timed as a whole. Raises ModelError if no
+    usual way fits on the GPU.
     """
     load = LOADS[kind, model.device.type]
     ceiling = matmul_ceiling(model.device, model.dtype)
     stack = Stack(model.base(), model.lora)
-    jobs = jobs_for(stack, load, n_steps + WARM_UP[model.device.type])
-    form = shape(stack.base)
+    jobs = make_jobs(stack, load, n_steps + WARM_UP[model.device.type])
+    model_shape = base_shape(stack.base)
     first = stack.new_adapter(*jobs[0].seed_parts)
     ratios: dict[str, float] = {}
-    theirs: dict[str, Timed] = {}
+    usual_runs: dict[str, Timed] = {}
     if load.n_jobs > 1:
-        mine, theirs = timed(stack, jobs), {"one after another": _in_turn(stack, jobs)}
+        ours_run, usual_runs = time_jobs(stack, jobs), {"one after another": _in_turn(stack, jobs)}
     elif model.device.type == "cpu":
-        pairs = {name: _interleaved(model, stack, jobs[0], first, again) for name, again in WAYS.items()}
-        mine = next(iter(pairs.values()))[0]
-        theirs = {name: usual for name, (_, usual) in pairs.items()}
+        pairs = {
+            name: _interleaved(model, stack, jobs[0], first, checkpointing) for name, checkpointing in BASELINES.items()
+        }
+        ours_run = next(iter(pairs.values()))[0]
+        usual_runs = {name: usual for name, (_, usual) in pairs.items()}
         ratios = {name: paired_ratio(usual.seconds, ours.seconds) for name, (ours, usual) in pairs.items()}
     else:
-        mine = timed(stack, jobs)
+        ours_run = time_jobs(stack, jobs)
         del stack
         free_memory()
-        tried = {name: _if_it_fits(model, jobs[0], first, again) for name, again in WAYS.items()}
-        theirs = {name: run for name, run in tried.items() if run is not None}
+        tried = {name: _if_it_fits(model, jobs[0], first, checkpointing) for name, checkpointing in BASELINES.items()}
+        usual_runs = {name: run for name, run in tried.items() if run is not None}
     work = Work(mean_length(jobs[0]), supervised_share(jobs[0]), model.lora.r)
-    flops_per_tok = train_flops_per_tok(form, work)
+    flops_per_tok = train_flops_per_tok(model_shape, work)
 
     def as_measured(name: str, run: Timed) -> Measured:
         return measured(name, sum(run.seconds), run.n_tok, run.n_tok * flops_per_tok, ceiling, run.peak)
 
-    ours = as_measured("fastconv, packed" if load.n_jobs == 1 else "fastconv, together", mine)
-    usual = tuple(as_measured(name, run) for name, run in theirs.items())
+    ours = as_measured("fastconv, packed" if load.n_jobs == 1 else "fastconv, together", ours_run)
+    usual = tuple(as_measured(name, run) for name, run in usual_runs.items())
     if not usual:
         raise ModelError(
             "no usual way fits on this GPU", where=f"bench {kind}", fix="take a larger GPU or a smaller model"
         )
-    ratios = ratios or {one.name: ours.per_s / one.per_s for one in usual}
-    left_out = [name for name in WAYS if load.n_jobs == 1 and name not in theirs]
+    ratios = ratios or {baseline.name: ours.per_s / baseline.per_s for baseline in usual}
+    left_out = [name for name in BASELINES if load.n_jobs == 1 and name not in usual_runs]
     return BenchResult(
         kind=load.kind, model=model.settings.id, device=model.device.type,
         dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(), unit="tokens",
         work=f"{n_steps} steps of {load.n_jobs} x {load.batch_rows} rows, {load.shortest_tok} to {load.longest_tok} "
-        f"tokens, dropout {load.dropout:g}, {load.n_frozen} frozen adapters below; {mine.n_tok} tokens",
+        f"tokens, dropout {load.dropout:g}, {load.n_frozen} frozen adapters below; {ours_run.n_tok} tokens",
         ours=ours, usual=usual, ratio=next(iter(ratios.values())), ratios=ratios,
         extra={"matmul_flops": ceiling, "flops_per_tok": flops_per_tok, "out_of_memory": left_out},
     )  # fmt: skip
 
 
-def jobs_for(stack: Stack, load: Load, n_steps: int) -> list[Job]:
-    """The jobs of a load, the same on every engine: rows, order and first weights come from their places."""
+def make_jobs(stack: Stack, load: Load, n_steps: int) -> list[Job]:
+    """The jobs of a load, the same on every engine: rows, order and initial weights follow from the job's index."""
     settings = TrainSettings(lr=5e-5, epochs=1, batch_rows=load.batch_rows, dropout=load.dropout)
     frozen = tuple(stack.new_adapter("frozen", place) for place in range(load.n_frozen))
     for adapter in frozen:
@@ -144,8 +148,8 @@ def jobs_for(stack: Stack, load: Load, n_steps: int) -> list[Job]:
     ]  # fmt: skip
 
 
-def timed(stack: Stack, jobs: Sequence[Job]) -> Timed:
-    """Ours as a whole: all jobs together, warmed up, then one block of time."""
+def time_jobs(stack: Stack, jobs: Sequence[Job]) -> Timed:
+    """Time our training of all jobs together, after a warm-up, as one block."""
     device = stack.base.device
     trainees = [start(stack, job) for job in jobs]
     warm_up, clock, peak = WARM_UP[device.type], Clock(device), Peak(device)
@@ -156,13 +160,13 @@ def timed(stack: Stack, jobs: Sequence[Job]) -> Timed:
 
 
 def _in_turn(stack: Stack, jobs: Sequence[Job]) -> Timed:
-    runs = [timed(stack, [job]) for job in jobs]
+    runs = [time_jobs(stack, [job]) for job in jobs]
     peaks = [run.peak for run in runs if run.peak is not None]
     return Timed([sum(run.seconds) for run in runs], sum(run.n_tok for run in runs), max(peaks, default=None))
 
 
 def _interleaved(model: BenchModel, stack: Stack, job: Job, first: Adapter, checkpointing: bool) -> tuple[Timed, Timed]:
-    """(ours, theirs), step by step in turn, on a CPU."""
+    """(ours, the usual way), step by step in turn, on a CPU."""
     ours = _Ours(stack, start(stack, job), Clock(model.device), Peak(model.device))
     usual = _usual(model, job, first, checkpointing, job.n_steps, ours)
     warm_up = WARM_UP["cpu"]
@@ -171,7 +175,7 @@ def _interleaved(model: BenchModel, stack: Stack, job: Job, first: Adapter, chec
 
 @dataclass
 class _Ours:
-    """Our loop, taken step by step; `clock` has one block a step."""
+    """Our training loop run step by step; `clock` has one block for each step."""
 
     stack: Stack
     trainee: Trainee
@@ -179,7 +183,7 @@ class _Ours:
     peak: Peak
 
     def step(self) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         watched = self.peak.watching() if self.trainee.step == WARM_UP["cpu"] - 1 else contextlib.nullcontext()
         with watched, self.clock.running():
             train(self.stack, [self.trainee], Hooks(), until_step=self.trainee.step + 1)
@@ -188,7 +192,7 @@ class _Ours:
 def _usual(
     model: BenchModel, job: Job, first: Adapter, checkpointing: bool, n_steps: int, ours: _Ours | None = None
 ) -> Timed:
-    """Their run of `n_steps`; after each of their steps, one of `ours` if given."""
+    """Time `n_steps` of the usual way; after each step, one of `ours` if given."""
     seconds: list[float] = []
     peak, watched = Peak(model.device), contextlib.ExitStack()
 
@@ -209,11 +213,11 @@ def _usual(
 
 
 def _if_it_fits(model: BenchModel, job: Job, first: Adapter, checkpointing: bool) -> Timed | None:
-    """Their run on a GPU, or None if its memory is too small for it."""
+    """The usual way on a GPU, or None if it runs out of memory."""
     try:
         return _usual(model, job, first, checkpointing, USUAL_STEPS)
     except torch.OutOfMemoryError:
-        return None  # and with the traceback, their tensors go
+        return None  # leaving this frame frees the traceback and its tensors
     finally:
         free_memory()
 
@@ -223,24 +227,24 @@ def _n_tok(job: Job, begin: int, end: int) -> int:
 
 
 def mean_length(job: Job) -> float:
-    """Tokens of a row."""
+    """Mean row length (tokens)."""
     return sum(len(row.ids) for row in job.rows) / len(job.rows)
 
 
 def supervised_share(job: Job) -> float:
-    """Tokens that carry loss, as a share of all."""
+    """Supervised tokens as a share of all."""
     return sum(row.n_supervised for row in job.rows) / sum(len(row.ids) for row in job.rows)
 
 
 def free_memory() -> None:
-    """Let go of what Python and a GPU's allocator still hold."""
+    """Run the garbage collector and release the GPU allocator's free memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def bench_engine(model: BenchModel, n_steps: int) -> BenchResult:
-    """`n_steps` convergence steps with engine torch, then with engine unsloth; on a GPU alone.
+    """Time `n_steps` convergence steps with engine torch, then with engine unsloth in its own process.
 
     Raises ModelError without a GPU, or if Unsloth cannot be used here.
     """
@@ -248,19 +252,19 @@ def bench_engine(model: BenchModel, n_steps: int) -> BenchResult:
         raise ModelError("Unsloth needs a GPU", where="bench engine", fix="run it where there is one")
     load = LOADS["train", "cuda"]
     ceiling = matmul_ceiling(model.device, model.dtype)
-    plain = subject(model.settings.model_copy(update={"engine": "torch"}))
+    plain = bench_model(model.settings.model_copy(update={"engine": "torch"}))
     stack = Stack(plain.base(), model.lora)
-    (job,) = jobs_for(stack, load, n_steps + WARM_UP["cuda"])
-    flops = train_flops_per_tok(shape(stack.base), Work(mean_length(job), supervised_share(job), model.lora.r))
-    mine = timed(stack, [job])
+    (job,) = make_jobs(stack, load, n_steps + WARM_UP["cuda"])
+    flops = train_flops_per_tok(base_shape(stack.base), Work(mean_length(job), supervised_share(job), model.lora.r))
+    ours_run = time_jobs(stack, [job])
     del stack
     free_memory()
-    theirs = _in_a_process(model, n_steps)
+    unsloth_run = _in_a_process(model, n_steps)
 
     def as_measured(name: str, run: Timed) -> Measured:
         return measured(name, sum(run.seconds), run.n_tok, run.n_tok * flops, ceiling, run.peak)
 
-    ours, usual = as_measured("engine torch", mine), as_measured("engine unsloth", theirs)
+    ours, usual = as_measured("engine torch", ours_run), as_measured("engine unsloth", unsloth_run)
     return BenchResult(
         kind="engine", model=model.settings.id, device=model.device.type,
         dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(), unit="tokens",
@@ -273,21 +277,21 @@ def bench_engine(model: BenchModel, n_steps: int) -> BenchResult:
 def _in_a_process(model: BenchModel, n_steps: int) -> Timed:
     settings = model.settings.model_copy(update={"engine": "unsloth"})
     command = [sys.executable, "-m", "fastconv.bench.training", settings.model_dump_json(), str(n_steps)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode:
-        said = (found.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        message = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ModelError(
-            f"Unsloth's side failed: {said}", where="bench engine", fix="see `fastconv doctor` for what is missing"
+            f"Unsloth's side failed: {message}", where="bench engine", fix="see `fastconv doctor` for what is missing"
         )
-    return Timed(**json.loads(found.stdout.strip().splitlines()[-1]))
+    return Timed(**json.loads(process.stdout.strip().splitlines()[-1]))
 
 
 def main(settings: str, n_steps: str) -> None:
-    """Unsloth's side: print its run as JSON."""
-    model = subject(ModelSettings.model_validate_json(settings))
+    """Train with Unsloth and print the `Timed` result as JSON."""
+    model = bench_model(ModelSettings.model_validate_json(settings))
     stack = Stack(model.base(), model.lora)
-    jobs = jobs_for(stack, LOADS["train", "cuda"], int(n_steps) + WARM_UP["cuda"])
-    print(json.dumps(asdict(timed(stack, jobs))))
+    jobs = make_jobs(stack, LOADS["train", "cuda"], int(n_steps) + WARM_UP["cuda"])
+    print(json.dumps(asdict(time_jobs(stack, jobs))))
 
 
 if __name__ == "__main__":

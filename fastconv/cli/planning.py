@@ -58,11 +58,11 @@ def plan(
 
     loaded = load(recipe, overrides, scale)
     if measure:
-        from fastconv.bench import keep_probe
+        from fastconv.bench import measure_machine
         from fastconv.store.ledger import Store
 
-        keep_probe(loaded, Store.open(workspace))
-    store = open_existing(workspace)
+        measure_machine(loaded, Store.open(workspace))
+    store = open_store(workspace)
     judge = JudgePreflight(loaded.judge, store)
     recipe_plan = plan_recipe(loaded, store, machine).with_judge_problem(judge.problem())
     if as_json:

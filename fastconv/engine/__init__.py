@@ -1,1 +1,1 @@
-"""Base model, stack, training, scoring, sampling: the only package that knows torch."""
+"""Base model, adapter stack, training, scoring and sampling: the only package that imports torch."""

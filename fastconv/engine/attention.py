@@ -1,7 +1,8 @@
-"""One attention function for training, scoring and sampling: rows laid end to end, never seeing each other.
+"""Attention over packed rows, used by training, scoring and sampling: one function and the layouts it works on.
 
-Model code calls `attend` for every layer through transformers' attention interface and hands it the `layout` of the
-current forward pass. A layout knows which tokens form a row; nothing is padded and no mask is built for training.
+Model code calls `attend` in every layer through transformers' attention interface and passes the `layout` of the
+current forward pass. A layout says which tokens form a row; no row attends to another. Training needs no mask and, on
+a CPU, no padding.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 
 #: Name under which `attend` is registered with transformers.
 ATTENTION = "fastconv"
-#: A rectangle is as wide as a multiple of this: cuDNN plans its attention anew, for about 60 ms, at every new shape.
+#: The width of a padded batch is a multiple of this: cuDNN plans its attention again, about 60 ms, for each new shape.
 _WIDTH_STEP = 64
 
 
@@ -26,7 +27,7 @@ class Layout(Protocol):
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """query [heads, T, d], key and value [kv heads, T, d] -> [T, heads, d]."""
+        """Attention output [T, heads, d] of query [heads, T, d], key and value [kv heads, T, d], all in one dtype."""
         ...
 
 
@@ -41,7 +42,10 @@ def attend(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface; query [1, heads, T, d] -> ([1, T, heads, d], None)."""
+    """transformers' attention interface: query [1, heads, T, d] -> ([1, T, heads, d], None).
+
+    `scaling` defaults to 1 / sqrt(d). Raises ValueError if a mask is given.
+    """
     if attention_mask is not None:
         raise ValueError("fastconv's attention takes a layout, not a mask")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
@@ -50,7 +54,7 @@ def attend(
 
 
 def register() -> None:
-    """Make `attend` known to transformers (idempotent)."""
+    """Register `attend` with transformers under the name `ATTENTION`. Idempotent."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(ATTENTION, attend)
@@ -58,7 +62,7 @@ def register() -> None:
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows laid end to end, row i being tokens starts[i] to starts[i+1]; each is causal within itself."""
+    """Rows laid end to end: row i is tokens starts[i] to starts[i+1], with causal attention within it. Used on CPUs."""
 
     starts: tuple[int, ...]
 
@@ -77,15 +81,18 @@ class Packed:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """SDPA row by row."""
-        return by_row(query, key, value, self.starts, scale)
+        """SDPA, one call for each row."""
+        return attend_by_row(query, key, value, self.starts, scale)
 
 
-def by_row(
+def attend_by_row(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: Sequence[int], scale: float
 ) -> torch.Tensor:
-    """torch's scaled_dot_product_attention, one call for each row; the reference for every other way."""
-    key, value = repeated(query, key), repeated(query, value)
+    """torch's scaled_dot_product_attention, one call for each row; the reference for every other implementation.
+
+    Shapes as in `Layout.attend`; row i is tokens starts[i] to starts[i+1].
+    """
+    key, value = repeat_heads(query, key), repeat_heads(query, value)
     rows = [
         F.scaled_dot_product_attention(
             query[None, :, a:b], key[None, :, a:b], value[None, :, a:b], is_causal=True, scale=scale
@@ -96,17 +103,18 @@ def by_row(
     return torch.cat(rows, dim=1).transpose(0, 1)
 
 
-def repeated(query: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """Key or value [kv heads, T, d] with each head as often as queries share it."""
+def repeat_heads(query: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Key or value [kv heads, T, d] -> [heads, T, d], each head repeated for the query heads that share it."""
     return part.repeat_interleave(query.shape[0] // part.shape[0], 0)
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """The same rows for a kernel that is told where they begin (`backends` picks it).
+    """Packed rows for a variable-length attention kernel (chosen by `attention_backends`). Used on GPUs.
 
-    `bounds` [rows + 2] int32 on the device: where each row begins, where the last one ends, and the end of all tokens:
-    what pads them is one more row, empty or not, so that batches of one shape differ in the values of tensors alone.
+    `bounds` [rows + 2] int32 on the device: the first token of each row, the end of the last row, and the end of all
+    tokens. Padding is one more row, which may be empty, so that batches of equal shapes differ only in tensor values.
+    `longest` is the largest row length (tokens) that the kernel has to expect.
     """
 
     starts: tuple[int, ...]
@@ -116,7 +124,7 @@ class Ragged:
 
     @classmethod
     def of(cls, lengths: Sequence[int], kernel: Kernel, *, n_tok: int = 0, width: int = 0) -> Ragged:
-        """The layout of rows with these lengths, on the CPU; `n_tok` and `width` as for `Padded`."""
+        """The layout of rows with these lengths (tokens), on the CPU; `n_tok` and `width` as for `Padded.of`."""
         starts = Packed.of(list(lengths)).starts
         end = max(n_tok, starts[-1])
         bounds = torch.tensor([*starts, end], dtype=torch.int32)
@@ -124,26 +132,26 @@ class Ragged:
 
     @property
     def n_tok(self) -> int:
-        """Tokens, padding included; known to the host only while the bounds are still there."""
+        """Number of tokens, padding included. Waits for the device if `bounds` is there."""
         return int(self.bounds[-1])
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
-        """What a captured step copies its next batch into."""
+        """Tensors that a captured step overwrites with those of its next batch."""
         return (self.bounds,)
 
-    def holding(self, inputs: Sequence[torch.Tensor]) -> Ragged:
-        """The same layout in these tensors."""
+    def with_inputs(self, inputs: Sequence[torch.Tensor]) -> Ragged:
+        """The same layout with these tensors as its `inputs`."""
         (bounds,) = inputs
         return replace(self, bounds=bounds)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """The kernel; fp32, which is for checking and which such kernels do not take, row by row."""
+        """Call the kernel; in fp32, which is for checking and which such kernels do not support, SDPA for each row."""
         if query.dtype == torch.float32:
             padding = [query.shape[1]] if query.shape[1] > self.starts[-1] else []
-            return by_row(query, key, value, [*self.starts, *padding], scale)
+            return attend_by_row(query, key, value, [*self.starts, *padding], scale)
         return self.kernel(query, key, value, self, scale)
 
 
@@ -153,10 +161,10 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Ragged, float], tor
 
 @dataclass(frozen=True)
 class Padded:
-    """The same rows laid into a rectangle [rows, width] for the attention alone: one call, which a GPU is quick at.
+    """Packed rows that are padded to [rows, width] for attention only, so that one SDPA call serves all. Used on GPUs.
 
-    `source` [rows * width] names the token of every place, `place` [T] the place of every token, both int64 on the
-    device and negative where there is none.
+    `source` [rows * width] is the token at each padded position, `place` [T] the padded position of each token; both
+    int64 on the device, negative where there is none.
     """
 
     starts: tuple[int, ...]
@@ -166,10 +174,10 @@ class Padded:
 
     @classmethod
     def of(cls, lengths: Sequence[int], *, n_tok: int = 0, width: int = 0) -> Padded:
-        """The layout of rows with these lengths, on the CPU.
+        """The layout of rows with these lengths (tokens), on the CPU.
 
-        `n_tok` and `width` may ask for more tokens and wider rows than there are, so that many batches have one shape;
-        rows get a little wider in any case.
+        `n_tok` and `width` are lower bounds of the number of tokens and of the row width, so that many batches get the
+        same shape. The width is rounded up to a multiple of `_WIDTH_STEP` in any case.
         """
         starts = Packed.of(list(lengths)).starts
         width = -(-max(width, *lengths) // _WIDTH_STEP) * _WIDTH_STEP
@@ -182,74 +190,74 @@ class Padded:
 
     @property
     def n_tok(self) -> int:
-        """Tokens, padding included."""
+        """Number of tokens, padding included."""
         return self.place.shape[0]
 
     @property
     def longest(self) -> int:
-        """Tokens that a row has room for."""
+        """Width of the padded batch: tokens in a row, padding included."""
         return self.source.shape[0] // self.n_rows
 
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
-        """What a captured step copies its next batch into."""
+        """Tensors that a captured step overwrites with those of its next batch."""
         return self.source, self.place
 
-    def holding(self, inputs: Sequence[torch.Tensor]) -> Padded:
-        """The same layout in these tensors."""
+    def with_inputs(self, inputs: Sequence[torch.Tensor]) -> Padded:
+        """The same layout with these tensors as its `inputs`."""
         source, place = inputs
         return replace(self, source=source, place=place)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """One SDPA over the rectangle. Rows begin at its left edge, so causality hides what lies beyond their ends."""
-        q, k, v = (self._rectangle(tensor) for tensor in (query, key, value))
+        """One SDPA call on the padded batch. Rows are left-aligned, so the causal mask also hides the padding."""
+        q, k, v = (self._pad(tensor) for tensor in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         out = out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[3])
-        return _moved(out, self.place, self.source)
+        return _gather_rows(out, self.place, self.source)
 
-    def _rectangle(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _pad(self, tensor: torch.Tensor) -> torch.Tensor:
         """[heads, T, d] -> [rows, heads, width, d]."""
-        laid = _moved(tensor.transpose(0, 1), self.source, self.place)
+        laid = _gather_rows(tensor.transpose(0, 1), self.source, self.place)
         return laid.view(self.n_rows, -1, *laid.shape[1:]).transpose(1, 2)
 
 
-#: Rows of one pass: on a CPU, on a GPU as a rectangle, on a GPU for a kernel that takes bounds.
+#: Layouts of packed rows: on a CPU, on a GPU with SDPA, on a GPU with a variable-length kernel.
 Rows = Packed | Padded | Ragged
 
 
-def _moved(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-    """Row i of the result is x[there[i]], or zero where that is negative; `back` is the inverse."""
+def _gather_rows(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Row i of the result is x[index[i]], or zero where that is negative; `inverse` maps back, for the gradient."""
     if x.is_cuda:
-        from fastconv.engine.kernels.elementwise import moved
+        from fastconv.engine.kernels.elementwise import gather_rows
 
-        return moved(x, there, back)
-    mask = (there >= 0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
-    return x.index_select(0, there.clamp(min=0)) * mask
+        return gather_rows(x, index, inverse)
+    mask = (index >= 0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return x.index_select(0, index.clamp(min=0)) * mask
 
 
 @dataclass(frozen=True)
-class Group:
-    """A stretch of tokens: a prefix, then branches that each see the prefix and themselves, but not one another."""
+class PrefixGroup:
+    """A prefix followed by branches (lengths in tokens); a branch attends to the prefix and itself, not to other branches."""
 
     prefix_tok: int
     branches_tok: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Trees:
-    """Groups laid end to end: rows that begin alike share the computation of what they share.
+class PrefixTrees:
+    """Prefix groups laid end to end, so that rows with a common prefix compute it once.
 
-    `masks[i][j]` [branch, prefix + branch] bool is what the tokens of branch j of group i may see.
+    `masks[i][j]` [branch, prefix + branch] bool says what the tokens of branch j of group i attend to.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[PrefixGroup, ...]
     masks: tuple[tuple[torch.Tensor, ...], ...]
 
     @classmethod
-    def of(cls, groups: Sequence[Group], device: torch.device) -> tuple[Trees, torch.Tensor]:
-        """(layout, positions int64 [T]) of these groups, on `device`."""
+    def of(cls, groups: Sequence[PrefixGroup], device: torch.device) -> tuple[PrefixTrees, torch.Tensor]:
+        """(layout, position of every token within its row [T] int64) of these groups, on `device`."""
         masks, positions = [], []
         for group in groups:
             whole = [torch.ones(n, group.prefix_tok + n, dtype=torch.bool, device=device) for n in group.branches_tok]
@@ -262,7 +270,7 @@ class Trees:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """SDPA once per prefix and once per branch."""
+        """SDPA, one call for each prefix and one for each branch."""
         repeats = query.shape[0] // key.shape[0]
         key, value = key.repeat_interleave(repeats, 0)[None], value.repeat_interleave(repeats, 0)[None]
         query, parts, start = query[None], [], 0
@@ -275,7 +283,7 @@ class Trees:
             for n_tok, mask in zip(group.branches_tok, masks, strict=True):
                 start, stop = stop, stop + n_tok
                 if not n_tok:
-                    continue  # a choice of one token, which is predicted by the prefix alone
+                    continue  # a choice of one token is predicted from the prefix alone
                 keys = torch.cat([k, key[:, :, start:stop]], dim=2)
                 values = torch.cat([v, value[:, :, start:stop]], dim=2)
                 q = query[:, :, start:stop]
@@ -285,9 +293,10 @@ class Trees:
 
 
 class Cache:
-    """Keys and values of rows being sampled, preallocated: per layer [slots, kv heads, length, d].
+    """Preallocated key-value cache for sampling: `keys` and `values`, one tensor [slots, kv heads, length, d] per layer.
 
-    The rows alive are always the first slots, so a decoding step works on views and never copies the cache.
+    Unfinished rows always occupy the first slots, so that a decoding step works on views and never copies the cache.
+    dtype and device are those of `like`.
     """
 
     def __init__(
@@ -297,20 +306,20 @@ class Cache:
         self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)]
         self.values = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)]
 
-    def move(self, sources: list[int], holes: list[int], length: int) -> None:
-        """Copy the first `length` positions of slots `sources` into slots `holes`, pairwise."""
+    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copy the first `length` positions of each slot in `sources` to the slot in `targets` at the same place."""
         for layers in (self.keys, self.values):
             for layer in layers:
-                for source, hole in zip(sources, holes, strict=True):
-                    layer[hole, :, :length] = layer[source, :, :length]
+                for source, target in zip(sources, targets, strict=True):
+                    layer[target, :, :length] = layer[source, :, :length]
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """The first pass over prompts: attention within rows that also fills the cache.
+    """The pass over the prompts: attention within rows that also fills the cache.
 
-    Token `tokens[i]` of the pass goes to position `positions[i]` of slot `slots[i]` (int64 [n] each, on the device); a
-    prompt that several slots share is read once.
+    Token `tokens[i]` of the pass goes to position `positions[i]` of slot `slots[i]` (int64 [n] each, on the device). A
+    prompt that several slots share is computed once.
     """
 
     rows: Rows
@@ -322,7 +331,7 @@ class Prefill:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """As the rows attend."""
+        """Write keys and values to the cache, then attend as `rows` does."""
         self.cache.keys[layer][self.slots, :, self.positions] = key.transpose(0, 1)[self.tokens]
         self.cache.values[layer][self.slots, :, self.positions] = value.transpose(0, 1)[self.tokens]
         return self.rows.attend(layer, query, key, value, scale)
@@ -330,9 +339,9 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Decode:
-    """One new token for each of the first slots of the cache, slot i at position lengths[i] (int64 [n] on the device).
+    """A decoding step: one new token for each of the first n slots, slot i at position lengths[i] (int64 [n], device).
 
-    `longest` is the largest of them as far as the host knows; a GPU needs no such bound.
+    `longest` is the largest length; only the CPU path reads it.
     """
 
     cache: Cache
@@ -342,7 +351,7 @@ class Decode:
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Write the new keys and values, then attend to everything the row has so far."""
+        """Write the new keys and values to the cache, then attend to all tokens of the row so far."""
         n_heads, n_rows, head_dim = query.shape
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         rows = torch.arange(n_rows, device=keys.device)
@@ -352,14 +361,14 @@ class Decode:
             from fastconv.engine.kernels.elementwise import decode_attention
 
             return decode_attention(query.transpose(0, 1), keys, values, self.lengths, scale)
-        # The query heads of one kv head become query positions: grouped attention without copying the cache.
+        # The query heads of one kv head become query positions: grouped-query attention without copying the cache.
         grouped = query.transpose(0, 1).reshape(n_rows, keys.shape[1], n_heads // keys.shape[1], head_dim)
-        seen = torch.arange(self.longest + 1, device=keys.device) <= self.lengths[:, None]
+        mask = torch.arange(self.longest + 1, device=keys.device) <= self.lengths[:, None]
         out = F.scaled_dot_product_attention(
             grouped,
             keys[:n_rows, :, : self.longest + 1],
             values[:n_rows, :, : self.longest + 1],
-            attn_mask=seen[:, None, None],
+            attn_mask=mask[:, None, None],
             scale=scale,
         )
         return out.reshape(n_rows, n_heads, head_dim)

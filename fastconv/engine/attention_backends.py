@@ -1,6 +1,7 @@
-"""Attention over packed rows: the fastest way that works here, found by trying, never assumed.
+"""Attention implementations for packed rows, and the choice of the first one that works on this device.
 
-Every way computes the same: row i is tokens starts[i] to starts[i+1], causal within itself, grouped queries.
+All compute the same: row i is tokens starts[i] to starts[i+1], with causal grouped-query attention within the row.
+Whether one works is tested by running it, not concluded from versions.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ from typing import Any
 
 import torch
 
-from fastconv.engine.attention import Kernel, Ragged, by_row, repeated
+from fastconv.engine.attention import Kernel, Ragged, attend_by_row, repeat_heads
 
-#: How far another way may lie from SDPA in fp32, relative, by precision; attention has no long sums to lose more in.
+#: Largest relative difference from SDPA in fp32, by precision.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 #: What a library that is missing, too old, or built for other hardware raises when it is tried.
 _DOES_NOT_WORK = (ImportError, AttributeError, RuntimeError, NotImplementedError, TypeError, ValueError, OSError)
-#: Rows of the trial (tokens): short ones, one of a single token, one empty, as padding may be.
+#: Row lengths (tokens) of the test; one row has a single token, and one is empty, as padding may be.
 _TRIAL_TOK = (5, 1, 14, 0)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One way, and what it is called in a run's facts; `kernel` is None for SDPA over a rectangle (`Padded`).
+    """An attention implementation under the name that a run records; `kernel` is None for SDPA on padded rows.
 
-    `captures` says whether a CUDA graph can hold it: its rows must lie on the device alone. `passed_over` are the ways
-    before it and why they are not it.
+    `captures` says whether a CUDA graph can hold it, which needs row boundaries that are on the device only.
+    `passed_over` lists (name, reason) of the implementations that were tried before it.
     """
 
     name: str
@@ -38,27 +39,30 @@ class Backend:
     passed_over: tuple[tuple[str, str], ...] = ()
 
 
-#: What every machine has.
+#: The implementation that every machine has.
 SDPA = Backend("sdpa")
 
 
 def pick_attention(
     device: torch.device, dtype: torch.dtype, heads: int = 4, kv_heads: int = 2, head_dim: int = 64
 ) -> Backend:
-    """The first of flash-attn, torch's varlen, xformers and SDPA that gives SDPA's values and gradients on the device."""
+    """The first of flash-attn, torch's varlen, xformers and SDPA that reproduces SDPA's values and gradients here.
+
+    On a CPU and in fp32 it is always SDPA. `heads`, `kv_heads` and `head_dim` are those of the model.
+    """
     passed_over: list[tuple[str, str]] = []
     if device.type != "cuda" or dtype == torch.float32:
         return SDPA
     for name, (make, captures) in _CANDIDATES.items():
         try:
             kernel = make()
-            apart = _distance(kernel, device, dtype, heads, kv_heads, head_dim)
+            difference = _distance(kernel, device, dtype, heads, kv_heads, head_dim)
         except _DOES_NOT_WORK as error:
             passed_over.append((name, " ".join(str(error).split())[:160]))
             continue
-        if apart <= _TOLERANCE[dtype]:
+        if difference <= _TOLERANCE[dtype]:
             return Backend(name, kernel, captures, tuple(passed_over))
-        passed_over.append((name, f"{apart:.1%} away from SDPA"))
+        passed_over.append((name, f"{difference:.1%} away from SDPA"))
     return replace(SDPA, passed_over=tuple(passed_over))
 
 
@@ -74,10 +78,10 @@ def _flash_attn() -> Kernel:
 
 
 def _torch_varlen() -> Kernel:
-    """torch's own, from 2.12 on: before that it knows no grouped queries, and SDPA over a rectangle does."""
+    """torch's own, from 2.12 on: earlier versions do not support grouped queries."""
     varlen: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    known = inspect.signature(varlen).parameters
-    missing = [name for name in ("enable_gqa", "scale", "window_size") if name not in known]
+    parameters = inspect.signature(varlen).parameters
+    missing = [name for name in ("enable_gqa", "scale", "window_size") if name not in parameters]
     if missing:
         raise NotImplementedError(f"torch {torch.__version__} has it without {', '.join(missing)}")
 
@@ -99,14 +103,14 @@ def _xformers() -> Kernel:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Ragged, scale: float) -> torch.Tensor:
         lengths = [b - a for a, b in pairwise((*rows.starts, q.shape[1]))]
         mask = masks.BlockDiagonalCausalMask.from_seqlens([length for length in lengths if length])
-        k, v = repeated(q, k), repeated(q, v)
+        k, v = repeat_heads(q, k), repeat_heads(q, v)
         q, k, v = (part.transpose(0, 1)[None].contiguous() for part in (q, k, v))
         return ops.memory_efficient_attention(q, k, v, attn_bias=mask, scale=scale)[0]
 
     return attend
 
 
-#: In order: how to make it, and whether a CUDA graph can hold it (xformers' mask is made by the host).
+#: In order of preference: its factory, and whether a CUDA graph can hold it (the host makes xformers' mask).
 _CANDIDATES: dict[str, tuple[Callable[[], Kernel], bool]] = {
     "flash-attn": (_flash_attn, True),
     "torch varlen": (_torch_varlen, True),
@@ -117,24 +121,24 @@ _CANDIDATES: dict[str, tuple[Callable[[], Kernel], bool]] = {
 def _distance(
     kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
 ) -> float:
-    """How far values and gradients on a few short rows lie from SDPA's in fp32, relative; the larger of them."""
+    """Largest relative difference of values and gradients from SDPA in fp32, over a few short rows."""
     n_tok = sum(_TRIAL_TOK) + 3
     rows = Ragged.of(_TRIAL_TOK, kernel, n_tok=n_tok)
-    rows = rows.holding([rows.bounds.to(device)])
+    rows = rows.with_inputs([rows.bounds.to(device)])
     generator = torch.Generator().manual_seed(0)
     shapes = [(heads, n_tok, head_dim), *[(kv_heads, n_tok, head_dim)] * 2]
-    drawn = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
+    inputs = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
     scale = 0.7 * head_dim**-0.5
 
-    def results(way: Callable[..., torch.Tensor], kind: torch.dtype) -> list[torch.Tensor]:
-        parts = [part.to(kind).requires_grad_() for part in drawn]
-        out = way(*parts)
+    def results(attention: Callable[..., torch.Tensor], kind: torch.dtype) -> list[torch.Tensor]:
+        parts = [part.to(kind).requires_grad_() for part in inputs]
+        out = attention(*parts)
         gradients = torch.autograd.grad(out.float().square().sum(), parts)
         return [tensor.detach().float() for tensor in (out, *gradients)]
 
-    expected = results(lambda q, k, v: by_row(q, k, v, (*rows.starts, n_tok), scale), torch.float32)
-    found = results(lambda q, k, v: kernel(q, k, v, rows, scale), dtype)
+    expected = results(lambda q, k, v: attend_by_row(q, k, v, (*rows.starts, n_tok), scale), torch.float32)
+    actual = results(lambda q, k, v: kernel(q, k, v, rows, scale), dtype)
     return max(
-        float(torch.linalg.vector_norm(mine - theirs) / torch.linalg.vector_norm(theirs))
-        for theirs, mine in zip(expected, found, strict=True)
+        float(torch.linalg.vector_norm(value - reference) / torch.linalg.vector_norm(reference))
+        for reference, value in zip(expected, actual, strict=True)
     )

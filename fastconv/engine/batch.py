@@ -1,4 +1,4 @@
-"""A packed micro-batch on the device: tokens, layout, and where its loss is."""
+"""Packed micro-batches: the rows of several trainees laid end to end on the device, with targets and loss weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ import torch.nn.functional as F
 
 from fastconv.chat import Rendered
 from fastconv.engine.attention import Rows
-from fastconv.engine.model import Base, pack, to_device
+from fastconv.engine.model import Base, pack
 from fastconv.engine.stack import Slot
+from fastconv.engine.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A row in a step: whose it is, the weight of each of its supervised tokens, and its dropout seed."""
+    """A training row in an optimizer step.
+
+    `owner` is the index of its trainee, `weight` the loss weight of each supervised token, `seed` its dropout seed.
+    """
 
     owner: int
     row: Rendered
@@ -26,7 +30,7 @@ class Item:
 
 @dataclass(frozen=True)
 class PaddedSizes:
-    """What a micro-batch is padded to: tokens in all, tokens in a row, tokens with loss. 0 leaves a size as it is."""
+    """Sizes (tokens) to pad a micro-batch to: all tokens, a row, supervised tokens. 0 means no padding."""
 
     n_tok: int = 0
     width: int = 0
@@ -35,10 +39,12 @@ class PaddedSizes:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A packed micro-batch on the device: what goes into the model, and where its loss is.
+    """A packed micro-batch on the device.
 
-    `take` [N] is the token before each that carries loss, with its target, its weight and the trainee it belongs to.
-    Padding carries no weight. `slots` are those that have rows here, `spans` their tokens (None for one slot alone).
+    `ids` and `positions` [T] int64, `seeds` [T] int32 (dropout, None without it). For each of the N supervised tokens:
+    `take` [N] int64 is the index of the token before it, `targets` [N] int64 its id, `weights` [N] fp32 its loss weight
+    and `owners` [N] int64 the index of its trainee. Padding has weight 0. `slots` are those that have rows here, `spans`
+    their token ranges (None if there is one slot).
     """
 
     slots: tuple[Slot, ...]
@@ -53,15 +59,18 @@ class MicroBatch:
     owners: torch.Tensor
 
 
-def as_it_is(lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
-    """No padding."""
+def no_padding(lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
+    """Sizes for no padding, whatever the row lengths and the number of supervised tokens are."""
     return PaddedSizes()
 
 
-def lay_out(
+def make_micro_batch(
     base: Base, slots: Sequence[Slot], micro: Sequence[Item], sizes_for: Callable[[Sequence[int], int], PaddedSizes]
 ) -> MicroBatch:
-    """Lay a micro-batch out on the base's device, padded to the sizes asked for."""
+    """The micro-batch of these rows on the base's device, padded to `sizes_for(row lengths, number of supervised tokens)`.
+
+    `slots[i]` belongs to owner i; the rows of one owner must be contiguous.
+    """
     device = base.device
     lengths = [len(item.row.ids) for item in micro]
     sizes = sizes_for(lengths, sum(item.row.n_supervised for item in micro))
@@ -69,14 +78,14 @@ def lay_out(
     take, targets, weights, owners = _supervision(micro, layout.starts, sizes.n_supervised, device)
     live, spans = [], []
     for owner, slot in enumerate(slots):
-        mine = [i for i, item in enumerate(micro) if item.owner == owner]
-        if mine:
+        rows = [i for i, item in enumerate(micro) if item.owner == owner]
+        if rows:
             live.append(slot)
-            spans.append((layout.starts[mine[0]], layout.starts[mine[-1] + 1]))
+            spans.append((layout.starts[rows[0]], layout.starts[rows[-1] + 1]))
     seeds = None
     if any(slot.dropout > 0 for slot in live):
-        rows = [(item.seed, length) for item, length in zip(micro, lengths, strict=True)]
-        seeds = token_seeds([*rows, (0, ids.shape[0] - sum(lengths))], device)
+        seed_lengths = [(item.seed, length) for item, length in zip(micro, lengths, strict=True)]
+        seeds = token_seeds([*seed_lengths, (0, ids.shape[0] - sum(lengths))], device)
     return MicroBatch(
         tuple(live),
         tuple(spans) if len(live) > 1 else None,
@@ -94,7 +103,7 @@ def lay_out(
 def _supervision(
     micro: Sequence[Item], starts: Sequence[int], n_padded: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(place of the token before, target, weight, owner) of every token that carries loss, each [N]."""
+    """(`take`, `targets`, `weights`, `owners`) of a `MicroBatch`, each [N] on `device`."""
     take, targets, weights, owners = [], [], [], []
     for item, begin in zip(micro, starts, strict=False):
         loss_from, n_supervised = item.row.loss_from, item.row.n_supervised
@@ -108,6 +117,6 @@ def _supervision(
 
 
 def token_seeds(rows: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
-    """One dropout seed per token [T] int32 from (row seed, row length) pairs: the row's seed mixed with the place."""
+    """Dropout seeds [T] int32, one per token, from (row seed, row length) pairs: row seed + 0x01000193 * position."""
     seeds = torch.cat([seed + 0x01000193 * torch.arange(length, dtype=torch.int64) for seed, length in rows])
     return to_device((seeds & 0x7FFFFFFF).to(torch.int32), device)

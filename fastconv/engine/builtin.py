@@ -1,6 +1,7 @@
-"""The embedded models as plain model folders in the user's cache, each made once: SmolLM2 converted from GGUF, and tiny.
+"""The embedded models, written once as model folders into the user's cache.
 
-The tiny one has SmolLM2's tokenizer and random weights, the same on every machine.
+`builtin:smollm2` is converted from GGUF; `builtin:tiny` has SmolLM2's tokenizer and random weights, the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from fastconv.errors import ModelError
 
 
 def ensure_builtin(folder: Path, name: str = BUILTIN) -> Path:
-    """Write the embedded model of this name into `folder` unless a checked copy is there. Atomic: all of it or none.
+    """Write the embedded model of this name to `folder`, atomically, unless a copy is there; returns `folder`.
 
-    Raises ModelError if the package is missing, the disk is full, or the cached copy was altered.
+    A copy is checked by the sha256 of its files. Raises ModelError if the package is missing, the disk is full, or the cached copy was altered.
     """
     if (folder / BUILTIN_DONE).is_file():
         _verify(folder)
@@ -66,14 +67,14 @@ def _embedded(gguf: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain fp32 now; what still says "quantized" would make saving refuse.
+    # The weights are fp32 now; `save_pretrained` refuses as long as the model is marked as quantized.
     delattr(model.config, "quantization_config")
     vars(model).update(hf_quantizer=None, is_quantized=False)
     return model
 
 
 def _random(vocab: int) -> Any:
-    """Two layers of 32 values; matrices of standard deviation 1/sqrt(in), so that logits spread over a few nats."""
+    """Two layers of width 32; matrices of standard deviation 1/sqrt(in), so that logits spread over a few nats."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -82,10 +83,10 @@ def _random(vocab: int) -> Any:
         num_key_value_heads=2, max_position_embeddings=8192, tie_word_embeddings=True,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    drawn = torch.Generator().manual_seed(TINY_VERSION)
+    generator = torch.Generator().manual_seed(TINY_VERSION)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
-            noise = torch.randn(weight.shape, generator=drawn)
+            noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else noise * weight.shape[-1] ** -0.5)
     return model
 
@@ -94,8 +95,8 @@ def _verify(folder: Path) -> None:
     sums = json.loads((folder / BUILTIN_DONE).read_text())["sha256"]
     for name, expected in sums.items():
         path = folder / name
-        found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "nothing"
-        if found != expected:
+        actual = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "nothing"
+        if actual != expected:
             raise ModelError(
                 "the cached copy of the embedded model was altered",
                 where=str(path),

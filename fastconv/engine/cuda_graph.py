@@ -1,7 +1,7 @@
-"""Micro-steps as CUDA graphs: the host hands over a batch and one launch, whatever the number of layers.
+"""Forward and backward passes of micro-batches as CUDA graphs, so that a micro-step is one launch.
 
-Batches are padded to a few sizes. A size is run once as it is (which loads kernels and takes memory), captured when it
-comes again, and replayed from then on; all of them compute the same, so a resumed run gives the same bits.
+Batches are padded to a few sizes. A size is run directly the first time (which loads kernels and allocates memory),
+captured the second time, and replayed from then on. All three give the same bits, so a resumed run does too.
 """
 
 from __future__ import annotations
@@ -16,26 +16,29 @@ from fastconv.engine.attention import Packed, Padded, Ragged
 from fastconv.engine.batch import MicroBatch, PaddedSizes
 from fastconv.engine.stack import Stack
 
-#: What sizes are rounded up to. Padding costs matrix products, more sizes cost captures.
+#: Sizes are rounded up to multiples of these: padding costs matrix products, more sizes cost captures.
 _TOK_STEP, _WIDTH_STEP, _SUPERVISED_STEP = 256, 256, 512
-#: From here on a batch keeps a GPU busy longer than the host needs to launch it: it is run as it is, without padding.
+#: A batch of this size keeps the GPU busy longer than the host needs to launch it: it is run directly, unpadded.
 _LARGE_TOK = 3072
-#: PaddedSizes that are kept as graphs; rarer ones run as they are.
+#: Number of sizes kept as graphs; later ones are run directly.
 _MAX_GRAPHS = 64
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """A captured micro-step, its inputs, the loss it leaves [1], and what its kernels point to."""
+    """A captured micro-step: its input tensors, its loss [1] fp32, and the kernel state that it points to."""
 
     graph: torch.cuda.CUDAGraph
     inputs: MicroBatch
     loss: torch.Tensor
-    held: Any
+    kernel_state: Any
 
 
 class CapturedSteps:
-    """The micro-steps of one trainee. `step(batch, totals)`, under the live stack, accumulates gradients and loss."""
+    """The micro-steps of one trainee.
+
+    `step(batch, totals)` runs with the batch's slots live and adds to the gradients and to `totals` [1] fp32.
+    """
 
     def __init__(self, stack: Stack, step: Callable[[MicroBatch, torch.Tensor], None]) -> None:
         self._stack = stack
@@ -43,16 +46,11 @@ class CapturedSteps:
         self._seen: set[tuple[int, ...]] = set()
         self._graphs: dict[tuple[int, ...], _Graph] = {}
 
-    @property
-    def n_graphs(self) -> int:
-        """Sizes captured so far."""
-        return len(self._graphs)
-
     def run(self, batch: MicroBatch, totals: torch.Tensor) -> None:
-        """One micro-step; `totals` [1] gets its share of the loss. Raises OutOfMemoryError as the step does."""
+        """Run one micro-step and add its share of the loss to `totals` [1]. Raises torch.OutOfMemoryError."""
         key = _sizes_of(batch)
-        no_room = key not in self._graphs and len(self._graphs) >= _MAX_GRAPHS
-        if batch.ids.shape[0] >= _LARGE_TOK or key not in self._seen or no_room:
+        full = key not in self._graphs and len(self._graphs) >= _MAX_GRAPHS
+        if batch.ids.shape[0] >= _LARGE_TOK or key not in self._seen or full:
             self._seen.add(key)
             with self._stack.live(*batch.slots, spans=batch.spans, dropout_seeds=batch.seeds):
                 self._step(batch, totals)
@@ -60,10 +58,10 @@ class CapturedSteps:
         if key not in self._graphs:
             self._graphs[key] = self._captured(batch)
         captured = self._graphs[key]
-        for target, given in zip(_tensors(captured.inputs), _tensors(batch), strict=True):
-            target.copy_(given, non_blocking=True)
+        for target, source in zip(_tensors(captured.inputs), _tensors(batch), strict=True):
+            target.copy_(source, non_blocking=True)
         if self._stack.route.kernel is not None:
-            self._stack.route.kernel.take_up(captured.held)
+            self._stack.route.kernel.refresh_graph(captured.kernel_state)
         captured.graph.replay()
         totals.add_(captured.loss)
 
@@ -72,20 +70,20 @@ class CapturedSteps:
         loss = torch.zeros(1, device=batch.ids.device)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-        kernel, held = self._stack.route.kernel, None
+        kernel, kernel_state = self._stack.route.kernel, None
         with self._stack.live(*inputs.slots, spans=inputs.spans, dropout_seeds=inputs.seeds):
-            if kernel is not None:  # its tables come from the host, which a graph cannot wait for
+            if kernel is not None:  # its tables are copied from the host, which a graph cannot do
                 kernel.prepare(self._stack.route, self._stack.base.dtype, inputs.ids.shape[0])
             with torch.cuda.graph(graph, pool=pool):
                 loss.zero_()
                 self._step(inputs, loss)
             if kernel is not None:
-                held = kernel.held()
-        return _Graph(graph, inputs, loss, held)
+                kernel_state = kernel.graph_state()
+        return _Graph(graph, inputs, loss, kernel_state)
 
 
 def rounded_sizes(lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
-    """The sizes that a batch of rows with these lengths is padded to; a large one is not padded at all."""
+    """The sizes to pad a batch of rows with these lengths (tokens) to; a batch of `_LARGE_TOK` or more is not padded."""
     if sum(lengths) >= _LARGE_TOK:
         return PaddedSizes()
     return PaddedSizes(
@@ -102,8 +100,8 @@ def _sizes_of(batch: MicroBatch) -> tuple[int, ...]:
 
 
 def _tensors(batch: MicroBatch) -> list[torch.Tensor]:
-    every = [batch.ids, batch.positions, *_layout(batch).inputs, batch.take, batch.targets]
-    return [*every, batch.weights, batch.owners, *([] if batch.seeds is None else [batch.seeds])]
+    tensors = [batch.ids, batch.positions, *_layout(batch).inputs, batch.take, batch.targets]
+    return [*tensors, batch.weights, batch.owners, *([] if batch.seeds is None else [batch.seeds])]
 
 
 def _layout(batch: MicroBatch) -> Padded | Ragged:
@@ -112,8 +110,8 @@ def _layout(batch: MicroBatch) -> Padded | Ragged:
 
 
 def _copied(batch: MicroBatch) -> MicroBatch:
-    """The same batch in tensors of its own, which stay where they are."""
-    layout = _layout(batch).holding([tensor.clone() for tensor in _layout(batch).inputs])
+    """The same batch in tensors of its own, whose addresses a graph may keep."""
+    layout = _layout(batch).with_inputs([tensor.clone() for tensor in _layout(batch).inputs])
     return replace(
         batch, layout=layout, ids=batch.ids.clone(), positions=batch.positions.clone(), take=batch.take.clone(),
         targets=batch.targets.clone(), weights=batch.weights.clone(), owners=batch.owners.clone(),

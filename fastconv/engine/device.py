@@ -1,4 +1,7 @@
-"""Is this GPU fit for this recipe: driver, age, room. One line each, with what would fit. torch only where it is asked."""
+"""Whether a GPU can run a recipe: driver, compute capability and memory, with what to change if it cannot.
+
+Does not import torch; `query_gpu` is given `torch.cuda`. Messages are one line each.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastconv.engine.locate import TINY, ModelSource, cached_config, engine_identity, locate, trains_plain
+from fastconv.engine.locate import TINY, ModelSource, cached_config, engine_identity, locate, trains_without_kernels
 from fastconv.engine.shapes import (
     SHAPES,
     ModelShape,
@@ -23,16 +26,16 @@ from fastconv.engine.shapes import (
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, Recipe
 
-#: bfloat16 in hardware begins with Ampere.
+#: The first compute capability with bfloat16 in hardware (Ampere).
 MIN_CAPABILITY = (8, 0)
-#: Set aside for the CUDA context, cuBLAS workspace and the allocator's slack; an allowance, not a measurement.
+#: Allowance for the CUDA context, the cuBLAS workspace and allocator fragmentation; an estimate, not a measurement.
 _OVERHEAD_BYTES = 1.2 * 2**30
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class GpuFacts:
-    """What torch says of the GPU."""
+    """Name, compute capability and memory (bytes) of a GPU, as torch reports them."""
 
     name: str
     capability: tuple[int, int]
@@ -40,8 +43,11 @@ class GpuFacts:
     total_bytes: int
 
 
-def look(cuda: Any, built_for: str | None) -> GpuFacts:
-    """Ask `torch.cuda` (built for CUDA `built_for`). Raises ModelError if it cannot use a GPU, saying why."""
+def query_gpu(cuda: Any, built_for: str | None) -> GpuFacts:
+    """The GPU that `cuda` (torch.cuda, built for CUDA version `built_for`) reports.
+
+    Raises ModelError with the reason if torch cannot use one.
+    """
     where = "model.device"
     if built_for is None:
         raise ModelError(
@@ -52,97 +58,97 @@ def look(cuda: Any, built_for: str | None) -> GpuFacts:
         free, total = cuda.mem_get_info()
         return GpuFacts(cuda.get_device_name(), tuple(cuda.get_device_capability()), free, total)
     except (RuntimeError, AssertionError) as error:
-        said = str(error)
-    if "driver" in said and (found := re.search(r"found version (\d+)", said)):
-        number = int(found.group(1))
+        message = str(error)
+    if "driver" in message and (match := re.search(r"found version (\d+)", message)):
+        number = int(match.group(1))
         raise ModelError(
             f"the driver speaks CUDA {number // 1000}.{number % 1000 // 10}, torch was built for {built_for}",
             where=where,
             fix=f"update the NVIDIA driver, or install a torch built for CUDA {number // 1000}.{number % 1000 // 10}",
         )
-    if "busy" in said or "exclusive" in said.lower():
+    if "busy" in message or "exclusive" in message.lower():
         raise ModelError(
             "the GPU is busy: another process holds it alone", where=where, fix="end that process (nvidia-smi names it)"
         )
-    if "out of memory" in said:
+    if "out of memory" in message:
         raise ModelError(
             "the GPU is busy: no memory is free", where=where, fix="end the processes that nvidia-smi names"
         )
-    first = said.splitlines()[0] if said else "no reason given"
+    first = message.splitlines()[0] if message else "no reason given"
     raise ModelError(
         f"torch cannot use the GPU: {first}", where=where, fix="check the driver with nvidia-smi, or set device = 'cpu'"
     )
 
 
-def require_fit(card: GpuFacts, recipe: Recipe, shape: ModelShape | None) -> str:
-    """What the card offers, in one line. Raises ModelError if it is too old, too small or too full for the recipe.
+def require_fit(gpu: GpuFacts, recipe: Recipe, shape: ModelShape | None) -> str:
+    """One line about the GPU. Raises ModelError if it is too old, too small or too full for the recipe.
 
-    The engine halves its micro-batches down to one row, and then recomputes; what must fit is that. A shape of None (a
-    model not fetched yet) leaves the room unjudged.
+    The engine halves its micro-batches down to one row and then recomputes activations; that much must fit. With a
+    shape of None (a model that is not downloaded yet) memory is not checked.
     """
-    found = engine_identity(recipe.model)
-    if found["dtype"] == "bfloat16" and card.capability < MIN_CAPABILITY:
-        has, needs = (".".join(map(str, pair)) for pair in (card.capability, MIN_CAPABILITY))
+    identity = engine_identity(recipe.model)
+    if identity["dtype"] == "bfloat16" and gpu.capability < MIN_CAPABILITY:
+        has, needs = (".".join(map(str, pair)) for pair in (gpu.capability, MIN_CAPABILITY))
         raise ModelError(
-            f"{card.name} is too old: compute capability {has}, bfloat16 needs {needs}",
+            f"{gpu.name} is too old: compute capability {has}, bfloat16 needs {needs}",
             where="model.device",
             fix="set model.dtype = 'float32' with a small model, or model.device = 'cpu'",
         )
-    offers = f"{card.name}, {card.free_bytes / _GIB:.0f} of {card.total_bytes / _GIB:.0f} GiB free"
+    summary = f"{gpu.name}, {gpu.free_bytes / _GIB:.0f} of {gpu.total_bytes / _GIB:.0f} GiB free"
     if shape is None:
-        return offers
-    need = least_bytes(recipe, shape)
-    if need <= card.free_bytes:
-        return f"{offers}, at least {need / _GIB:.1f} needed{shrinking(recipe, shape, card.free_bytes)}"
-    options = "; or ".join(what_fits(recipe, shape, card.free_bytes)) or "use a larger GPU"
-    if need <= card.total_bytes:
+        return summary
+    need = min_training_bytes(recipe, shape)
+    if need <= gpu.free_bytes:
+        return f"{summary}, at least {need / _GIB:.1f} needed{halving_note(recipe, shape, gpu.free_bytes)}"
+    options = "; or ".join(fitting_changes(recipe, shape, gpu.free_bytes)) or "use a larger GPU"
+    if need <= gpu.total_bytes:
         raise ModelError(
-            f"the GPU is busy: {card.free_bytes / _GIB:.1f} of {card.total_bytes / _GIB:.1f} GiB are free, at least "
+            f"the GPU is busy: {gpu.free_bytes / _GIB:.1f} of {gpu.total_bytes / _GIB:.1f} GiB are free, at least "
             f"{need / _GIB:.1f} are needed",
             where="model.device",
             fix=f"end what nvidia-smi names; or {options}",
         )
     raise ModelError(
-        f"{card.name} is too small: it has {card.total_bytes / _GIB:.1f} GiB, {shape.name} needs at least "
+        f"{gpu.name} is too small: it has {gpu.total_bytes / _GIB:.1f} GiB, {shape.name} needs at least "
         f"{need / _GIB:.1f}",
         where="model.device",
         fix=options,
     )
 
 
-def room_on(name: str, room_bytes: float, recipe: Recipe, shape: ModelShape) -> str:
-    """What of the recipe does not fit into a card's memory, and what would; empty if all of it does."""
-    need = least_bytes(recipe, shape)
+def fit_note(name: str, room_bytes: float, recipe: Recipe, shape: ModelShape) -> str:
+    """What of the recipe does not fit into `room_bytes` of a GPU called `name`, and what would; empty if all fits."""
+    need = min_training_bytes(recipe, shape)
     if need <= room_bytes:
-        return shrinking(recipe, shape, room_bytes).removeprefix("; ")
-    options = "; or ".join(what_fits(recipe, shape, room_bytes)) or "use a larger GPU"
+        return halving_note(recipe, shape, room_bytes).removeprefix("; ")
+    options = "; or ".join(fitting_changes(recipe, shape, room_bytes)) or "use a larger GPU"
     has = f"{room_bytes / _GIB:.0f} GiB"
     return f"does not fit: {shape.name} needs at least {need / _GIB:.1f} GiB, {name} has {has}; {options}"
 
 
-def least_bytes(recipe: Recipe, shape: ModelShape) -> float:
-    """Bytes without which no training step fits: base, adapters, and the longest row with recomputed activations."""
+def min_training_bytes(recipe: Recipe, shape: ModelShape) -> float:
+    """The least bytes for a training step: base, adapters, and the longest row with recomputed activations."""
     longest = max(recipe.convergence.max_length_tok, recipe.behavior.max_length_tok)
     return _fixed_bytes(recipe, shape) + longest * recomputed_bytes_per_tok(shape)
 
 
-def what_fits(recipe: Recipe, shape: ModelShape, room_bytes: float) -> Iterator[str]:
-    """Changes to the recipe under which a step fits into the room, the smallest change first."""
+def fitting_changes(recipe: Recipe, shape: ModelShape, room_bytes: float) -> Iterator[str]:
+    """Changes to the recipe with which a training step fits into `room_bytes`, the smallest change first."""
     four_bit = _with(recipe, weights="4bit")
-    if recipe.model.weights == "full" and least_bytes(four_bit, shape) <= room_bytes:
+    if recipe.model.weights == "full" and min_training_bytes(four_bit, shape) <= room_bytes:
         yield "set model.weights = '4bit' (recipes/small_gpu.toml)"
     short = _with(recipe, max_length_tok=512)
-    if least_bytes(short, shape) <= room_bytes:
+    if min_training_bytes(short, shape) <= room_bytes:
         yield "set max_length_tok = 512 in both phases"
     smaller = [s for s in SHAPES.values() if s.qkv_bias and s.total_params < shape.total_params]
-    for other in sorted(smaller, key=lambda s: -s.total_params):
-        if least_bytes(recipe, other) <= room_bytes:
-            yield f"take a smaller model ({other.name})"
+    for candidate in sorted(smaller, key=lambda s: -s.total_params):
+        if min_training_bytes(recipe, candidate) <= room_bytes:
+            yield f"take a smaller model ({candidate.name})"
             return
 
 
 def shape_on_disk(settings: ModelSettings, source: ModelSource | None = None) -> ModelShape | None:
-    """The model's shape as far as it is known without fetching it: by its folder, or by its name."""
+    """The model's shape, as far as it is known without a download: from its config.json, or from its name."""
     source = source or locate(settings)
     if source.kind == "builtin":
         return named_shape("tiny" if source.id == TINY else "smollm2-135m")
@@ -152,25 +158,25 @@ def shape_on_disk(settings: ModelSettings, source: ModelSource | None = None) ->
     named = [name for name in SHAPES if source.id.lower().split("/")[-1].startswith(name)]
     if named:
         return SHAPES[named[0]]
-    kept = cached_config(settings)
-    return None if kept is None else shape_of(json.loads(kept.read_text(encoding="utf-8")), source.id)
+    cached = cached_config(settings)
+    return None if cached is None else shape_of(json.loads(cached.read_text(encoding="utf-8")), source.id)
 
 
 def _fixed_bytes(recipe: Recipe, shape: ModelShape) -> float:
     eight_bit = {recipe.convergence.optimizer, recipe.behavior.optimizer} == {"adamw8bit"}
-    wide = 2 if engine_identity(recipe.model)["dtype"] == "float32" else 1
-    weights = weight_bytes(shape, four_bit=recipe.model.weights == "4bit") * wide
+    scale = 2 if engine_identity(recipe.model)["dtype"] == "float32" else 1
+    weights = weight_bytes(shape, four_bit=recipe.model.weights == "4bit") * scale
     return weights + adapter_bytes(shape, recipe.lora.r, eight_bit=eight_bit) + _OVERHEAD_BYTES
 
 
-def shrinking(recipe: Recipe, shape: ModelShape, room_bytes: float) -> str:
-    """A note where whole micro-batches will not fit and the engine will halve them."""
-    asked = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
-    per_tok = activation_bytes_per_tok(shape, plain=trains_plain(recipe.model))
+def halving_note(recipe: Recipe, shape: ModelShape, room_bytes: float) -> str:
+    """A note if whole micro-batches do not fit into `room_bytes`, so that the engine will halve them; else empty."""
+    limit = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
+    per_tok = activation_bytes_per_tok(shape, plain=trains_without_kernels(recipe.model))
     fits = int((room_bytes - _fixed_bytes(recipe, shape)) / per_tok)
-    if fits >= asked:
+    if fits >= limit:
         return ""
-    return f"; micro-batches of about {fits} tokens fit, so those of {asked} will be halved"
+    return f"; micro-batches of about {fits} tokens fit, so those of {limit} will be halved"
 
 
 def _with(recipe: Recipe, *, weights: str | None = None, max_length_tok: int | None = None) -> Recipe:

@@ -1,7 +1,7 @@
-"""Adapters in and out as PEFT directories, which `PeftModel.from_pretrained` and vLLM load.
+"""Export and import of adapters as PEFT directories, which `PeftModel.from_pretrained` and vLLM load.
 
-Written by hand: a directory is a JSON of settings and a safetensors file with PEFT's tensor names. Pickles (.bin, .pt)
-are never read.
+A directory holds a JSON of settings and a safetensors file with PEFT's tensor names; both are written here without
+PEFT. Pickles (.bin, .pt) are never read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from fastconv.engine.lora import Adapter, adapter_from, concatenate, read_safetensors
+from fastconv.engine.lora import Adapter, adapter_from_tensors, concatenate, read_safetensors
 from fastconv.engine.stack import Stack
 from fastconv.errors import AdapterError
 from fastconv.recipe import LoraSettings
@@ -46,34 +46,37 @@ _PLAIN = {
 
 @dataclass(frozen=True)
 class BaseReference:
-    """How an export names its base: a hub id or folder, and the commit (40 hex digits, empty if it has none)."""
+    """The base model as an export names it: hub id or folder, and commit (40 hex digits, empty if there is none)."""
 
     id: str
     revision: str = ""
 
 
 def export_concatenated(adapters: Sequence[Adapter], base: BaseReference, folder: Path) -> Path:
-    """Write the whole stack as one PEFT adapter with the scales folded in; returns `folder`. See `concatenate`."""
+    """Write the whole stack as one PEFT adapter, the scales multiplied into B (`lora.concatenate`); returns `folder`."""
     return export_adapter(concatenate(adapters), base, folder)
 
 
 def export_separate(adapters: Sequence[Adapter], base: BaseReference, folder: Path) -> Path:
-    """Write every adapter of the stack as a PEFT directory of its own, and `stack.json`; returns `folder`.
+    """Write each adapter of the stack as a PEFT directory of its own, and `stack.json`; returns `folder`.
 
-    `stack.json` states the order, each adapter's scale and the sha256 of its weights file, and the base with revision.
+    `stack.json` has the base with its revision and, in order, each adapter's folder, scale, rank and sha256 of weights.
     """
-    listed = []
+    entries = []
     for place, adapter in enumerate(adapters):
         name = f"{place}"
         export_adapter(adapter, base, folder / name)
-        listed.append({"folder": name, "sha256": adapter.sha256(), "scale": adapter.scale, "r": adapter.shape.r})
-    about = {"base": {"id": base.id, "revision": base.revision, "name": adapters[0].base}, "adapters": listed}
-    write_atomically(folder / STACK_FILE, json.dumps(about, indent=1).encode())
+        entries.append({"folder": name, "sha256": adapter.sha256(), "scale": adapter.scale, "r": adapter.shape.r})
+    description = {"base": {"id": base.id, "revision": base.revision, "name": adapters[0].base}, "adapters": entries}
+    write_atomically(folder / STACK_FILE, json.dumps(description, indent=1).encode())
     return folder
 
 
 def export_adapter(adapter: Adapter, base: BaseReference, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Write one adapter as a PEFT directory; returns `folder`. The settings come last: without them it is no adapter."""
+    """Write one adapter as a PEFT directory, weights in `dtype`; returns `folder`.
+
+    The settings are written last, so that an interrupted export is not taken for an adapter.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / WEIGHTS_FILE, adapter.to_bytes(dtype))
     config = peft_config(adapter.shape, base)
@@ -82,7 +85,7 @@ def export_adapter(adapter: Adapter, base: BaseReference, folder: Path, dtype: t
 
 
 def peft_config(shape: LoraSettings, base: BaseReference) -> dict[str, Any]:
-    """PEFT's adapter_config.json (0.21) for a LoRA of this shape; what is not named keeps PEFT's default."""
+    """PEFT's adapter_config.json (version 0.21) for a LoRA of this shape; other options keep PEFT's defaults."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -102,9 +105,10 @@ def peft_config(shape: LoraSettings, base: BaseReference) -> dict[str, Any]:
 
 
 def load_peft_folder(stack: Stack, folder: Path, base: BaseReference) -> Adapter:
-    """A PEFT directory as an adapter on this stack's base. Raises AdapterError, with nothing loaded, if it does not fit.
+    """The adapter of a PEFT directory, on the device of the stack's base.
 
-    The base it names must be `base`, or one of ours by name in the weights' metadata.
+    The base must be the stack's by the name in the weights' metadata (as fastconv writes it), or `base` by the settings.
+    Raises AdapterError if the directory is incomplete, holds a pickle, is not plain LoRA, or does not fit the base.
     """
     config = _read_config(folder)
     where = str(folder)
@@ -117,30 +121,14 @@ def load_peft_folder(stack: Stack, folder: Path, base: BaseReference) -> Adapter
                 fix="train it without that layer",
             )
     data = (folder / WEIGHTS_FILE).read_bytes()
-    tensors, about = read_safetensors(data, where)
-    if not (about["base"] == stack.base.name if "base" in about else _same_base(config, base)):
+    tensors, metadata = read_safetensors(data, where)
+    if not (metadata["base"] == stack.base.name if "base" in metadata else _same_base(config, base)):
         raise AdapterError(
             f"the adapter was made for {config.get('base_model_name_or_path') or 'another base'}, not {base.id}",
             where=where,
             fix="use the base it was trained on",
         )
-    return stack.take(adapter_from(tensors, shape, stack.base.name, stack.sizes, where))
-
-
-def load_stack_folder(stack: Stack, folder: Path, base: BaseReference) -> list[Adapter]:
-    """The adapters of a directory written by `export_separate`, in order, with their sha256 verified."""
-    try:
-        about = json.loads((folder / STACK_FILE).read_text(encoding="utf-8"))
-        listed = [(str(entry["folder"]), str(entry["sha256"])) for entry in about["adapters"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{STACK_FILE} cannot be read: {error}", where=str(folder), fix="export it again") from None
-    adapters = []
-    for name, sha256 in listed:
-        adapter = load_peft_folder(stack, folder / name, base)
-        if adapter.sha256() != sha256:
-            raise AdapterError("its weights are not those of stack.json", where=str(folder / name), fix="export again")
-        adapters.append(adapter)
-    return adapters
+    return stack.take(adapter_from_tensors(tensors, shape, stack.base.name, stack.sizes, where))
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
@@ -193,7 +181,7 @@ def _shape(config: Mapping[str, Any], where: str) -> LoraSettings:
 
 
 def _same_base(config: Mapping[str, Any], base: BaseReference) -> bool:
-    """Same hub id (or folder) and, where both state one, the same revision; commits may be shortened."""
+    """Whether hub id (or folder) and, where both have one, the revision are the same; commits may be abbreviated."""
     named, revision = str(config.get("base_model_name_or_path") or ""), str(config.get("revision") or "")
     if re.fullmatch(r"[0-9a-f]{7,40}", revision) and base.revision and not base.revision.startswith(revision):
         return False

@@ -1,7 +1,8 @@
-"""Sampling on the resident base with the live stack: many rows at once, a seed for each.
+"""Sampling on the resident base model under the live stack: continuous batching, with one seed for each row.
 
-A row's draws come from its own seed, fixed before the first token, so neither the batch it is in nor the device
-changes which random numbers it uses. Finished rows leave at once, and waiting prompts take their places.
+`sample` fills the cache with prompts and decodes them; `Decoder` runs one decoding step, on a GPU as a CUDA graph;
+`sample_tokens` draws from the logits. A row's random numbers come from its own seed before the first token, so that
+neither its batch nor the device changes them. Finished rows leave at once, and waiting prompts take their slots.
 """
 
 from __future__ import annotations
@@ -12,26 +13,57 @@ from dataclasses import dataclass, field
 import torch
 
 from fastconv.engine.attention import Cache, Decode, Prefill
-from fastconv.engine.model import Base, pack, to_device
+from fastconv.engine.model import Base, pack
+from fastconv.engine.transfer import to_device
 from fastconv.recipe import SamplingSettings
 
 #: A nucleus of up to this many tokens is found without sorting the vocabulary.
 _TOP_K = 512
-#: Graphs are made for these numbers of rows; a step runs on the smallest that holds its rows.
+#: Rows decoded at once; a data-centre GPU is compute-bound well below this, a CPU gains nothing beyond 64.
+MAX_ROWS = {"cuda": 1024, "cpu": 64}
+#: Share of the free GPU memory that the cache may take.
+_CACHE_SHARE = 0.7
+#: Prompt tokens in one prefill pass.
+_PREFILL_TOK = {"cuda": 32768, "cpu": 4096}
+#: Graphs are captured for these numbers of rows; a step runs on the smallest that holds its rows.
 _GRAPH_ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A sampled completion: its tokens without the stop token, and whether a stop token ended it."""
+
+    ids: tuple[int, ...]
+    ended: bool
+
+
+@dataclass
+class _Row:
+    """A prompt being completed: `place` in the caller's order, random numbers in [0, 1), tokens sampled so far."""
+
+    place: int
+    prompt: Sequence[int]
+    uniforms: list[float]
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache before the next pass; the last sampled token is not in it yet."""
+        return len(self.prompt) + len(self.tokens) - 1
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A captured step on the first n rows: what goes in, what comes out, and the graph between."""
+    """A captured decoding step on the first n rows: logits [n, vocab] and choice [2, n] as `Decoder._step` returns them."""
 
     graph: torch.cuda.CUDAGraph
     logits: torch.Tensor
-    verdict: torch.Tensor
+    choice: torch.Tensor
 
 
 class Decoder:
-    """Decodes the rows of one cache under the stack that is live. On a GPU the stack may not change in between."""
+    """Decodes the rows of one cache under the live stack, which must stay the same on a GPU (it is captured)."""
 
     def __init__(self, base: Base, cache: Cache, n_slots: int, settings: SamplingSettings) -> None:
         self._base = base
@@ -44,36 +76,39 @@ class Decoder:
             self._lengths = torch.zeros_like(self._ids)
             self._uniforms = torch.zeros(n_slots, device=base.device)
 
-    def next_tokens(self, said: Sequence[int], lengths: Sequence[int], uniforms: Sequence[float]) -> list[int]:
-        """The next token of each row, from its last one, its length in the cache, and its random number in [0, 1)."""
-        if self._base.device.type == "cuda":
-            return self._replayed(said, lengths, uniforms)
-        at = torch.tensor(lengths)
-        hidden = self._base.hidden(torch.tensor(said), at, Decode(self._cache, at, max(lengths)))
-        return choose(self._base.logits(hidden), torch.tensor(uniforms), self._settings).tolist()
+    def next_tokens(self, last: Sequence[int], lengths: Sequence[int], uniforms: Sequence[float]) -> list[int]:
+        """The next token of each row.
 
-    def _replayed(self, said: Sequence[int], lengths: Sequence[int], uniforms: Sequence[float]) -> list[int]:
-        n = len(said)
+        `last` is the row's last token, `lengths` its tokens in the cache, `uniforms` its random number in [0, 1).
+        """
+        if self._base.device.type == "cuda":
+            return self._replayed(last, lengths, uniforms)
+        at = torch.tensor(lengths)
+        hidden = self._base.hidden(torch.tensor(last), at, Decode(self._cache, at, max(lengths)))
+        return sample_tokens(self._base.logits(hidden), torch.tensor(uniforms), self._settings).tolist()
+
+    def _replayed(self, last: Sequence[int], lengths: Sequence[int], uniforms: Sequence[float]) -> list[int]:
+        n = len(last)
         size = next(size for size in self._sizes if size >= n)
-        # The places beyond the rows write to position 0 of free slots, which the next prompt overwrites.
-        whole = torch.tensor([[*said, *[0] * (size - n)], [*lengths, *[0] * (size - n)]])
-        ids, at = to_device(whole, self._base.device)
+        # The padding rows write to position 0 of free slots, which the next prompt overwrites.
+        padded = torch.tensor([[*last, *[0] * (size - n)], [*lengths, *[0] * (size - n)]])
+        ids, at = to_device(padded, self._base.device)
         self._ids[:size], self._lengths[:size] = ids, at
         self._uniforms[:n] = to_device(torch.tensor(uniforms), self._base.device)
         if size not in self._steps:
             self._steps[size] = self._captured(size)
         step = self._steps[size]
         step.graph.replay()
-        chosen, wide = step.verdict[:, :n].tolist()
-        if any(wide):  # the host waits here anyway, so rare rows may take the slow way
+        chosen, wide = step.choice[:, :n].tolist()
+        if any(wide):  # the host waits here anyway, so the rare wide rows may be sorted separately
             rows = torch.tensor([row for row, is_wide in enumerate(wide) if is_wide], device=self._base.device)
-            again = _from_sorted(step.logits[rows], self._uniforms[rows], self._settings)
-            for row, token in zip(rows.tolist(), again.tolist(), strict=True):
+            tokens = _from_sorted(step.logits[rows], self._uniforms[rows], self._settings)
+            for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
                 chosen[row] = token
         return chosen
 
     def _captured(self, size: int) -> _Step:
-        """Capture the step on the first `size` rows. The run before it loads kernels; it writes what replays write."""
+        """Capture the step on the first `size` rows. A run before it loads the kernels; it writes only what replays write."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -82,11 +117,11 @@ class Decoder:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._steps.values())).graph.pool() if self._steps else None
         with torch.cuda.graph(graph, pool=pool):
-            logits, verdict = self._step(size)
-        return _Step(graph, logits, verdict)
+            logits, choice = self._step(size)
+        return _Step(graph, logits, choice)
 
     def _step(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logits [size, vocab], [chosen, is wide] int64 [2, size])."""
+        """(logits [size, vocab] fp32, (token, whether the nucleus is wider than `_TOP_K`) int64 [2, size])."""
         at = self._lengths[:size]
         hidden = self._base.hidden(self._ids[:size], at, Decode(self._cache, at, 0))
         logits = self._base.logits(hidden)
@@ -94,12 +129,12 @@ class Decoder:
         return logits, torch.stack([chosen, is_wide.long()])
 
 
-def choose(logits: torch.Tensor, uniform: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
-    """Draw one token per row: temperature, then nucleus (Holtzman et al. 2020), then the inverse of the CDF.
+def sample_tokens(logits: torch.Tensor, uniform: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
+    """Sample one token per row: temperature, then nucleus (Holtzman et al. 2020), then the inverse of the CDF.
 
     logits [n, vocab] fp32, uniform [n] in [0, 1) -> [n] int64. The nucleus is the smallest set of most likely tokens
     whose probability reaches top_p; the first token is always in it. Rows whose nucleus lies within the `_TOP_K` most
-    likely tokens, nearly all of them, never sort the vocabulary; which way a row goes depends on that row alone.
+    likely tokens, nearly all of them, never sort the vocabulary; which method a row takes depends on that row alone.
     """
     chosen, is_wide = _from_top(logits, uniform, settings)
     wide = torch.nonzero(is_wide).flatten()
@@ -111,7 +146,7 @@ def choose(logits: torch.Tensor, uniform: torch.Tensor, settings: SamplingSettin
 def _from_top(
     logits: torch.Tensor, uniform: torch.Tensor, settings: SamplingSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token drawn from the most likely `_TOP_K` [n], whether the nucleus is wider than these [n] bool)."""
+    """(token sampled from the `_TOP_K` most likely ones [n], whether the nucleus is wider than these [n] bool)."""
     probabilities = torch.softmax(logits / settings.temperature, dim=-1)
     ranked, tokens = torch.topk(probabilities, min(_TOP_K, probabilities.shape[-1]), dim=-1)
     return _from_ranked(ranked, tokens, uniform, settings.top_p), ranked.sum(-1) < settings.top_p
@@ -135,38 +170,6 @@ def _from_ranked(ranked: torch.Tensor, tokens: torch.Tensor, uniform: torch.Tens
     return tokens.gather(-1, place)[:, 0]
 
 
-#: Rows decoded at once; a data-centre GPU is compute-bound well below this, a CPU gains nothing beyond 64.
-MAX_ROWS = {"cuda": 1024, "cpu": 64}
-#: Share of the free GPU memory that the cache may take.
-_CACHE_SHARE = 0.7
-#: Prompts are read this many tokens at a time.
-_PREFILL_TOK = {"cuda": 32768, "cpu": 4096}
-
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """One sampled completion: its tokens without the stop token, and whether a stop token ended it."""
-
-    ids: tuple[int, ...]
-    ended: bool
-
-
-@dataclass
-class _Row:
-    """A prompt on its way: `place` in the caller's order, its random numbers, what it said so far."""
-
-    place: int
-    prompt: Sequence[int]
-    uniforms: list[float]
-    said: list[int] = field(default_factory=list)
-    ended: bool = False
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache before the next pass; the last one said is not there yet."""
-        return len(self.prompt) + len(self.said) - 1
-
-
 @torch.no_grad()
 def sample(
     base: Base,
@@ -174,36 +177,39 @@ def sample(
     seeds: Sequence[int],
     settings: SamplingSettings,
     on_token: Callable[[int], None] = lambda n_tok: None,
-) -> list[Drawn]:
-    """Draw one completion per prompt, in order. `on_token` hears how many tokens each step added."""
+) -> list[Completion]:
+    """Sample one completion for each prompt (token ids), in order.
+
+    `seeds[i]` is that of prompt i. `on_token` is called after every step with the number of tokens that it sampled.
+    """
     rows = [
         _Row(place, prompt, torch.rand(settings.max_new_tok, generator=torch.Generator().manual_seed(seed)).tolist())
         for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    waiting = sorted(rows, key=lambda row: (len(row.prompt), -row.place))  # the longest is taken first, from the end
+    waiting = sorted(rows, key=lambda row: (len(row.prompt), -row.place))  # popped from the end: the longest first
     if not waiting:
         return []
     cache, n_slots = _cache(base, len(rows), len(waiting[-1].prompt) + settings.max_new_tok)
     decoder = Decoder(base, cache, n_slots, settings)
     alive: list[_Row] = []
     while waiting or alive:
-        # Prompts are let in when half the slots are free: rarely, so that reading them is done in large batches.
+        # Prompts are admitted when half the slots are free: rarely, so that prefill passes are large.
         if waiting and len(alive) <= n_slots // 2:
             new = _admit(base, waiting, n_slots - len(alive))
             hidden = _prefill(base, new, cache, len(alive))
             uniforms = torch.tensor([row.uniforms[0] for row in new], device=base.device)
-            _say(base, choose(base.logits(hidden), uniforms, settings).tolist(), new, on_token)
+            _append_tokens(base, sample_tokens(base.logits(hidden), uniforms, settings).tolist(), new, on_token)
             alive = _compact(cache, alive + new, settings)
         else:
-            said = [row.said[-1] for row in alive]
-            uniforms = [row.uniforms[len(row.said)] for row in alive]
-            _say(base, decoder.next_tokens(said, [row.length for row in alive], uniforms), alive, on_token)
+            last = [row.tokens[-1] for row in alive]
+            uniforms = [row.uniforms[len(row.tokens)] for row in alive]
+            _append_tokens(base, decoder.next_tokens(last, [row.length for row in alive], uniforms), alive, on_token)
             alive = _compact(cache, alive, settings)
-    return [Drawn(tuple(row.said), row.ended) for row in rows]
+    return [Completion(tuple(row.tokens), row.ended) for row in rows]
 
 
 def _cache(base: Base, n_rows: int, max_length_tok: int) -> tuple[Cache, int]:
-    """A cache with as many slots as are useful and fit in memory, and their number."""
+    """(cache, number of slots): as many slots as there are rows, at most `MAX_ROWS`, that fit in memory."""
     config = base.model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     n_slots = min(n_rows, MAX_ROWS[base.device.type])
@@ -217,7 +223,7 @@ def _cache(base: Base, n_rows: int, max_length_tok: int) -> tuple[Cache, int]:
 
 
 def _admit(base: Base, waiting: list[_Row], n_free: int) -> list[_Row]:
-    """Take prompts off `waiting`, longest first, as many as have a slot and fit in one pass; at least one."""
+    """Pop prompts from `waiting`, longest first, as many as have a free slot and fit in one prefill pass; at least one."""
     new: list[_Row] = []
     room = _PREFILL_TOK[base.device.type]
     while waiting and len(new) < n_free and (not new or len(waiting[-1].prompt) <= room):
@@ -227,15 +233,15 @@ def _admit(base: Base, waiting: list[_Row], n_free: int) -> list[_Row]:
 
 
 def _prefill(base: Base, new: Sequence[_Row], cache: Cache, first_slot: int) -> torch.Tensor:
-    """Read the prompts into the cache, equal ones once; hidden states [len(new), hidden] after each's last token."""
+    """Fill the cache with the prompts, computing equal ones once; hidden states [len(new), hidden] at the last tokens."""
     slots: dict[tuple[int, ...], list[int]] = {}
     for slot, row in enumerate(new, first_slot):
         slots.setdefault(tuple(row.prompt), []).append(slot)
     ids, positions, layout = pack([list(prompt) for prompt in slots], base)
     fill = [
         (token, slot, token - start)
-        for (prompt, mine), start in zip(slots.items(), layout.starts, strict=False)
-        for slot in mine
+        for (prompt, sharing), start in zip(slots.items(), layout.starts, strict=False)
+        for slot in sharing
         for token in range(start, start + len(prompt))
     ]
     tokens, to_slots, to_positions = to_device(torch.tensor(fill).t().contiguous(), base.device)
@@ -244,24 +250,24 @@ def _prefill(base: Base, new: Sequence[_Row], cache: Cache, first_slot: int) -> 
     return hidden[torch.tensor([last[tuple(row.prompt)] - 1 for row in new], device=base.device)]
 
 
-def _say(base: Base, chosen: Sequence[int], rows: Sequence[_Row], on_token: Callable[[int], None]) -> None:
-    """Take down the next token of every row."""
+def _append_tokens(base: Base, chosen: Sequence[int], rows: Sequence[_Row], on_token: Callable[[int], None]) -> None:
+    """Append the next token to every row, or mark the row as ended by a stop token."""
     for row, token in zip(rows, chosen, strict=True):
         if token in base.tokenizer.stop_ids:
             row.ended = True
         else:
-            row.said.append(token)
+            row.tokens.append(token)
     on_token(len(rows))
 
 
 def _compact(cache: Cache, rows: list[_Row], settings: SamplingSettings) -> list[_Row]:
-    """The rows that go on, slot by slot; the last of them move into the slots of the finished ones."""
-    going = [not row.ended and len(row.said) < settings.max_new_tok for row in rows]
-    n_going = sum(going)
-    holes = [slot for slot in range(n_going) if not going[slot]]
-    sources = [slot for slot in range(n_going, len(rows)) if going[slot]]
+    """The unfinished rows, slot by slot; the last of them move into the slots of finished ones."""
+    active = [not row.ended and len(row.tokens) < settings.max_new_tok for row in rows]
+    n_active = sum(active)
+    holes = [slot for slot in range(n_active) if not active[slot]]
+    sources = [slot for slot in range(n_active, len(rows)) if active[slot]]
     if holes:
         cache.move(sources, holes, max(rows[slot].length for slot in sources))
         for source, hole in zip(sources, holes, strict=True):
             rows[hole] = rows[source]
-    return rows[:n_going]
+    return rows[:n_active]

@@ -1,7 +1,7 @@
-"""Where personas lie in the model's hidden space, under whatever stack is live.
+"""Positions of personas in the model's hidden space, under the live stack.
 
-A persona's place at a layer is the mean, over questions, of the hidden state at the last prompt token: where the first
-token of the answer is about to be chosen. Packed batches, nothing is padded, only those states are kept.
+A persona's state at a layer is the mean, over questions, of the hidden state at the last prompt token, from which the
+first token of the answer is predicted. Batches are packed, and only those states are kept.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from torch import nn
 
 from fastconv.chat import SystemTurn
 from fastconv.engine.model import Base, length_batches
-from fastconv.engine.score import laid_out
-from fastconv.store.records import Score
+from fastconv.engine.score import pack_prompts
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One persona at one layer; a value is None where it is not defined (a persona at the very centre)."""
+class PersonaPosition:
+    """One persona at one layer, as `persona_positions` computes it; `cosine` is None if a persona is at the mean."""
 
     persona: str
     layer: int
@@ -32,54 +31,56 @@ class Place:
 
 
 def layers_at(n_layers: int, depths: Sequence[float]) -> tuple[int, ...]:
-    """Layers (counted from 1) at these depths, a share of all of them; each once."""
+    """Layers (counted from 1) at these depths (shares of `n_layers`), without repetition."""
     return tuple(dict.fromkeys(math.ceil(depth * n_layers) for depth in depths))
 
 
 def n_layers(base: Base) -> int:
-    """How many decoder layers the base has."""
+    """Number of decoder layers of the base."""
     return len(_decoder_layers(base))
 
 
 @torch.no_grad()
-def last_states(base: Base, prompts: Sequence[Sequence[int]], layers: Sequence[int], batch_tok: int) -> torch.Tensor:
+def last_token_states(
+    base: Base, prompts: Sequence[Sequence[int]], layers: Sequence[int], batch_tok: int
+) -> torch.Tensor:
     """Hidden states [prompts, layers, hidden] (fp32, CPU) at each prompt's last token.
 
-    Layer l is `hidden_states[l]` of transformers: what layer l gives, and after the final norm for the last one.
+    Layer l is `hidden_states[l]` of transformers: the output of layer l, for the last layer after the final norm.
     """
     rows = [tuple(prompt) for prompt in prompts]
-    found: dict[int, torch.Tensor] = {}
+    states: dict[int, torch.Tensor] = {}
     for batch in length_batches([len(row) for row in rows], batch_tok):
-        order, tokens, positions, layout, take = laid_out(base, {i: rows[i] for i in batch})
-        with _kept(base, [layer for layer in layers if layer < n_layers(base)], take) as kept:
+        order, tokens, positions, layout, take = pack_prompts(base, {i: rows[i] for i in batch})
+        with _captured_states(base, [layer for layer in layers if layer < n_layers(base)], take) as captured:
             final = base.hidden(tokens, positions, layout)[take]
-        states = torch.stack([kept.get(layer, final).float() for layer in layers], dim=1).cpu()
-        found.update(zip(order, states, strict=True))
-    return torch.stack([found[i] for i in range(len(rows))])
+        batch_states = torch.stack([captured.get(layer, final).float() for layer in layers], dim=1).cpu()
+        states.update(zip(order, batch_states, strict=True))
+    return torch.stack([states[i] for i in range(len(rows))])
 
 
-def places(means: Mapping[str, torch.Tensor], layers: Sequence[int], anchor: str) -> list[Place]:
-    """Where each persona lies, from its mean states [layers, hidden] by persona.
+def persona_positions(means: Mapping[str, torch.Tensor], layers: Sequence[int], anchor: str) -> list[PersonaPosition]:
+    """The position of each persona at each layer, from its mean states [layers, hidden] by persona.
 
     With m_p the mean state of persona p and m the mean over personas: cosine is cos(m_p - m, m_anchor - m), the
-    similarity to the anchor once what all personas share is taken away; distinctiveness is the distance of m_p from the
+    similarity to the anchor without what all personas share; distinctiveness is the distance of m_p from the
     mean of the *other* personas, ||m_p - mean_{q != p} m_q|| / ||m||, so that layers and stacks can be compared.
     """
     names = list(means)
     table = torch.stack([means[name].double() for name in names])  # [personas, layers, hidden]
     centre = table.mean(dim=0)
     centred = table - centre
-    others = len(names) / (len(names) - 1)  # m_p - mean of the others = (m_p - m) n / (n - 1)
+    factor = len(names) / (len(names) - 1)  # m_p - mean of the others = (m_p - m) n / (n - 1)
     norms = centred.norm(dim=-1)
     anchor_at = names.index(anchor)
     products = (centred * centred[anchor_at]).sum(dim=-1)
-    found = []
+    positions = []
     for p, name in enumerate(names):
         for i, layer in enumerate(layers):
             scale = float(norms[p, i] * norms[anchor_at, i])
             cosine = float(products[p, i]) / scale if scale > 0 else None
-            found.append(Place(name, layer, cosine, float(others * norms[p, i] / centre[i].norm())))
-    return found
+            positions.append(PersonaPosition(name, layer, cosine, float(factor * norms[p, i] / centre[i].norm())))
+    return positions
 
 
 @dataclass(frozen=True)
@@ -115,21 +116,21 @@ def measure_geometry(
 
 
 @contextlib.contextmanager
-def _kept(base: Base, layers: Sequence[int], take: torch.Tensor) -> Iterator[dict[int, torch.Tensor]]:
-    """Inside, the rows `take` of what these layers give are kept, by layer."""
-    kept: dict[int, torch.Tensor] = {}
+def _captured_states(base: Base, layers: Sequence[int], take: torch.Tensor) -> Iterator[dict[int, torch.Tensor]]:
+    """Within the block, by layer, the outputs of these layers at the tokens `take` [n]: [n, hidden]."""
+    captured: dict[int, torch.Tensor] = {}
     modules = _decoder_layers(base)
 
-    def keeping(layer: int) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+    def capturing(layer: int) -> Any:
+        def capture(module: nn.Module, inputs: Any, output: Any) -> None:
             states = output if isinstance(output, torch.Tensor) else output[0]
-            kept[layer] = states.reshape(-1, states.shape[-1])[take]
+            captured[layer] = states.reshape(-1, states.shape[-1])[take]
 
-        return keep
+        return capture
 
-    hooks = [modules[layer - 1].register_forward_hook(keeping(layer)) for layer in layers]
+    hooks = [modules[layer - 1].register_forward_hook(capturing(layer)) for layer in layers]
     try:
-        yield kept
+        yield captured
     finally:
         for hook in hooks:
             hook.remove()

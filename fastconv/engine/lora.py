@@ -1,4 +1,4 @@
-"""LoRA weights of one base: made, read, written and joined, without a model in sight."""
+"""LoRA adapters without a model: the weights (`Adapter`), safetensors files, concatenation, and dropout masks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PREFIX = "base_model.model."
 
 
 class Adapter:
-    """LoRA weights for target modules of one base: per module A [r, in] and B [out, r], fp32.
+    """LoRA weights for target modules of one base: A [r, in] and B [out, r] for each module, fp32.
 
-    `flat` holds all of them in one tensor, in the order of `sizes` (module -> (in, out)); `weights[module]` are views
-    into it. `base` is the name of the base it belongs to (`Base.name`).
+    `flat` [n] holds all of them in the order of `sizes` (module -> (in, out)); `weights[module]` = (A, B) are views into
+    it. `base` is the `Base.name` of its base. Raises ValueError if `flat` has another length or is not fp32.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Adapter:
         return self.shape.alpha / (math.sqrt(self.shape.r) if self.shape.rslora else self.shape.r)
 
     def train(self, grad: torch.Tensor | None) -> None:
-        """Collect gradients into `grad` (fp32, like `flat`), or stop collecting with None."""
+        """Accumulate gradients into `grad` (fp32, shaped as `flat`); None makes the adapter frozen again."""
         offset = 0
         for pair in self.weights.values():
             for weight in pair:
@@ -64,16 +64,16 @@ class Adapter:
         return hashlib.sha256(self.flat.detach().cpu().numpy().tobytes()).hexdigest()
 
     def to_bytes(self, dtype: torch.dtype = torch.float32) -> bytes:
-        """safetensors with PEFT's tensor names; what is needed to use them stands in the metadata."""
+        """A safetensors file with PEFT's tensor names in `dtype`; LoRA shape and base are in its metadata."""
         tensors = {}
         for module, (a, b) in self.weights.items():
             tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.detach().to(dtype).cpu().contiguous()
             tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.detach().to(dtype).cpu().contiguous()
-        about = {"lora": canonical_json(self.shape.model_dump(mode="json")), "base": self.base}
-        return _ordered_metadata(safetensors.torch.save(tensors, metadata=about))
+        metadata = {"lora": canonical_json(self.shape.model_dump(mode="json")), "base": self.base}
+        return _ordered_metadata(safetensors.torch.save(tensors, metadata=metadata))
 
     def delta_norm(self, module: str) -> float:
-        """Frobenius norm of scale * B A for one module, without making the product.
+        """Frobenius norm of scale * B A for one module, without computing the product.
 
         ||BA||_F^2 = tr(A^T B^T B A) = sum((B^T B) * (A A^T)), two r x r Gram matrices; in fp64, since it cancels.
         """
@@ -83,14 +83,14 @@ class Adapter:
 
 
 def concatenate(adapters: Sequence[Adapter]) -> Adapter:
-    """One adapter that computes the sum of these: A stacked, B side by side with the scales folded in.
+    """One adapter that computes the sum of these: A stacked, B side by side with the scales multiplied in.
 
     Its rank is the sum of theirs and its scale is 1 (alpha = r, no rsLoRA). PEFT's `add_weighted_adapter("cat")` keeps
     rsLoRA on and is sqrt(r) too large. Exact in fp32; training dropout has no meaning here. Raises AdapterError if they
     do not share a base and target modules.
     """
     first = adapters[0]
-    if any(other.base != first.base or other.sizes != first.sizes for other in adapters):
+    if any(adapter.base != first.base or adapter.sizes != first.sizes for adapter in adapters):
         raise AdapterError(
             "the adapters differ in base or target modules", where="stack", fix="join adapters of one recipe"
         )
@@ -105,70 +105,73 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def parse_adapter(data: bytes, base: str, sizes: Mapping[str, tuple[int, int]], where: str) -> Adapter:
-    """An adapter on the CPU from `Adapter.to_bytes`, checked against the base called `base` and its layers.
+    """An adapter on the CPU from the bytes of `Adapter.to_bytes`, checked against the base named `base` and its layers.
 
     `sizes` are (in, out) of every layer that can carry an adapter. Raises AdapterError naming `where` if the file is
     damaged, made for another base, or does not fit.
     """
-    tensors, about = read_safetensors(data, where)
-    if "lora" not in about:
+    tensors, metadata = read_safetensors(data, where)
+    if "lora" not in metadata:
         raise AdapterError(
             "the file says nothing of its LoRA shape",
             where=where,
             fix="use an adapter that fastconv wrote, or load a PEFT folder",
         )
-    if about.get("base") != base:
+    if metadata.get("base") != base:
         raise AdapterError(
             "the adapter was made for another base model", where=where, fix="use the base it was trained on"
         )
     try:
-        shape = LoraSettings.model_validate_json(about["lora"])
+        shape = LoraSettings.model_validate_json(metadata["lora"])
     except ValidationError:
         raise AdapterError("its LoRA shape cannot be read", where=where, fix="copy or train it again") from None
-    return adapter_from(tensors, shape, base, sizes, where)
+    return adapter_from_tensors(tensors, shape, base, sizes, where)
 
 
-def adapter_from(
+def adapter_from_tensors(
     tensors: Mapping[str, torch.Tensor],
     shape: LoraSettings,
     base: str,
     sizes: Mapping[str, tuple[int, int]],
     where: str,
 ) -> Adapter:
-    """An adapter on the CPU from tensors with PEFT's names. Raises AdapterError if any is missing, odd or not finite."""
-    mine = {module: size for module, size in sizes.items() if module.rsplit(".", 1)[-1] in shape.targets}
-    if missing := set(shape.targets) - {module.rsplit(".", 1)[-1] for module in mine}:
+    """An adapter on the CPU from tensors with PEFT's names; arguments as for `parse_adapter`.
+
+    Raises AdapterError if a tensor is missing, unexpected, of another shape or not finite.
+    """
+    modules = {module: size for module, size in sizes.items() if module.rsplit(".", 1)[-1] in shape.targets}
+    if missing := set(shape.targets) - {module.rsplit(".", 1)[-1] for module in modules}:
         raise AdapterError(
             f"it targets {', '.join(sorted(missing))}, which this stack does not",
             where=where,
             fix="add them to lora.targets; layers tied to the embedding cannot carry an adapter",
         )
-    left, parts = dict(tensors), []
-    for module, (n_in, n_out) in mine.items():
+    remaining, parts = dict(tensors), []
+    for module, (n_in, n_out) in modules.items():
         for letter, wanted in (("A", (shape.r, n_in)), ("B", (n_out, shape.r))):
-            tensor = left.pop(f"{_PREFIX}{module}.lora_{letter}.weight", None)
+            tensor = remaining.pop(f"{_PREFIX}{module}.lora_{letter}.weight", None)
             if tensor is None or tuple(tensor.shape) != wanted:
-                found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+                state = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
                 raise AdapterError(
-                    f"lora_{letter} of {module} is {found}, not {list(wanted)}",
+                    f"lora_{letter} of {module} is {state}, not {list(wanted)}",
                     where=where,
                     fix="use an adapter of this rank, made for this base",
                 )
             parts.append(tensor.reshape(-1).float())
-    if left:
+    if remaining:
         raise AdapterError(
-            f"it holds {len(left)} tensors that this base has no place for, e.g. {min(left)}",
+            f"it holds {len(remaining)} tensors that this base has no place for, e.g. {min(remaining)}",
             where=where,
             fix="use a plain LoRA adapter made for this base",
         )
     flat = torch.cat(parts)
     if not bool(torch.isfinite(flat).all()):
         raise AdapterError("the adapter holds NaN or infinite weights", where=where, fix="train it again")
-    return Adapter(shape, base, mine, flat)
+    return Adapter(shape, base, modules, flat)
 
 
 def read_safetensors(data: bytes, where: str) -> tuple[dict[str, torch.Tensor], Mapping[str, Any]]:
-    """(tensors, metadata) of a safetensors file. Raises AdapterError if it is not a whole one."""
+    """(tensors on the CPU, metadata) of a safetensors file. Raises AdapterError if it is damaged."""
     try:
         tensors = safetensors.torch.load(data)
     except safetensors.SafetensorError as error:
@@ -179,8 +182,8 @@ def read_safetensors(data: bytes, where: str) -> tuple[dict[str, torch.Tensor], 
 
 
 def _ordered_metadata(data: bytes) -> bytes:
-    """The same safetensors file with its metadata in order: the library writes them in another one each time, and a
-    file that is named by its sha256 must have the same bytes for the same weights."""
+    """The same safetensors file with sorted metadata: the library's order varies, and a file that is named by its sha256
+    must have the same bytes for the same weights."""
     n = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + n])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -190,7 +193,7 @@ def _ordered_metadata(data: bytes) -> bytes:
 
 
 def safetensors_metadata(data: bytes) -> dict[str, str]:
-    """The metadata of a whole safetensors file (its header is a length in 8 bytes, then JSON)."""
+    """The metadata of a complete safetensors file, whose header is a length in 8 bytes followed by JSON."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return header.get("__metadata__", {})
 
@@ -198,9 +201,9 @@ def safetensors_metadata(data: bytes) -> dict[str, str]:
 def keep_mask(seeds: torch.Tensor, width: int, salt: int, p: float) -> torch.Tensor:
     """Inverted-dropout multipliers [T, width]: 0 with probability p, else 1/(1-p), fp32.
 
-    Counter based: every element is a hash of (its token's seed, its channel, the module's salt), so the same row gets
-    the same mask in any batch, on any device, and a kernel can draw it again instead of storing it. The mixer is the
-    32-bit finaliser of Wellons' "hash prospector" (constants 7feb352d, 846ca68b); int32 products wrap as in C.
+    Counter-based: every element is a hash of (its token's seed, its channel, the module's salt), so the same row gets
+    the same mask in any batch and on any device, and a kernel can compute it again instead of storing it. The hash is
+    the 32-bit finaliser of Wellons' "hash prospector" (constants 7feb352d, 846ca68b); int32 products wrap as in C.
     `seeds` [T] int32.
     """
     channels = torch.arange(width, dtype=torch.int32, device=seeds.device) * _signed(0x9E3779B1) + salt

@@ -1,4 +1,4 @@
-"""The base model: loaded once per process, frozen, never merged and never written back."""
+"""The base model: loading it (once per process, frozen), and packing token rows for its forward pass."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from fastconv.chat import ChatTokenizer
-from fastconv.engine import attention
+from fastconv.engine import attention, unsloth
 from fastconv.engine.attention_backends import SDPA, Backend, pick_attention
 from fastconv.engine.builtin import ensure_builtin
 from fastconv.engine.locate import TINY, ModelSource, engine_identity, locate, model_folder
 from fastconv.engine.optim import load_four_bit
 from fastconv.engine.shapes import shape_of
+from fastconv.engine.transfer import to_device
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, sha256_of
 
@@ -31,14 +32,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Base:
-    """A frozen causal language model with its tokenizer; `name` is the sha256 of its identity."""
+    """A frozen causal language model with its tokenizer. `name` is the sha256 of its identity; weights are never changed."""
 
     model: PreTrainedModel
     tokenizer: ChatTokenizer
     name: str
     device: torch.device
     dtype: torch.dtype
-    #: How packed rows attend on this device.
+    #: The attention implementation for packed rows on this device.
     attention: Backend = SDPA
 
     @property
@@ -48,21 +49,21 @@ class Base:
 
     @property
     def head(self) -> nn.Linear:
-        """The output projection [vocab, hidden]; on tied models it shares the embedding's tensor."""
+        """The output projection, weight [vocab, hidden]; in tied models it is the embedding's tensor."""
         return self.model.get_output_embeddings()  # pyright: ignore[reportReturnType]
 
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor, layout: attention.Layout) -> torch.Tensor:
-        """Final hidden states [T, hidden] of tokens `ids` [T] (int64) at `positions` [T] under a layout."""
+        """Final hidden states [T, hidden] of tokens `ids` [T] int64 at `positions` [T] int64 under a layout."""
         out = self.backbone(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
         return out.last_hidden_state[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [n, vocab] in fp32 of hidden states [n, hidden]."""
+        """Logits [n, vocab] fp32 of hidden states [n, hidden]."""
         return self.head(hidden).float()
 
 
 def resolve_device(settings: ModelSettings) -> torch.device:
-    """The device named in the stages' keys. Raises ModelError if torch cannot use it."""
+    """The device named in stage keys. Raises ModelError if torch cannot use it."""
     device = engine_identity(settings)["device"]
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelError(
@@ -74,46 +75,44 @@ def resolve_device(settings: ModelSettings) -> torch.device:
 
 
 def resolve_dtype(settings: ModelSettings) -> torch.dtype:
-    """The precision named in the stages' keys."""
+    """The dtype named in stage keys."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[engine_identity(settings)["dtype"]]
 
 
 def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Base:
-    """Load the recipe's base model, frozen and in evaluation mode. Raises ModelError with the mend."""
+    """Load the recipe's base model, frozen and in evaluation mode. Raises ModelError if it cannot be loaded."""
     source = source or locate(settings)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if source.id == TINY:
-        torch.set_num_threads(1)  # with two, both spend their time waiting for each other
+        torch.set_num_threads(1)  # two threads would mostly wait for each other on so small a model
     model = _load_for_engine(settings, source)
     tokenizer = ChatTokenizer(model_folder(source, settings))
-    _mend_pad_token(model, tokenizer, source.id)
-    return wrap(model, tokenizer, sha256_of(dict(source.identity)))
+    _set_pad_token(model, tokenizer, source.id)
+    return make_base(model, tokenizer, sha256_of(dict(source.identity)))
 
 
 def _load_for_engine(settings: ModelSettings, source: ModelSource) -> PreTrainedModel:
-    """The model as the recipe's engine and precision want it."""
+    """The transformers model, loaded by the recipe's engine in its precision."""
     dtype, device = resolve_dtype(settings), resolve_device(settings)
     four_bit = settings.weights == "4bit"
-    path = None
-    if engine_identity(settings)["engine"] == "unsloth":
-        from fastconv.engine import unsloth as path
-
-        path.require_usable(device, dtype)
-        path.import_unsloth()  # before anything below, which needs transformers
+    through_unsloth = engine_identity(settings)["engine"] == "unsloth"
+    if through_unsloth:
+        unsloth.require_usable(device, dtype)
+        unsloth.import_unsloth()  # before anything below, which imports transformers
     folder = model_folder(source, settings)
     if source.kind == "builtin":
         ensure_builtin(folder, source.id)
-    with _told(folder):
-        if path is not None:
-            return path.load(folder, dtype, device, four_bit=four_bit)
+    with _loading_errors(folder):
+        if through_unsloth:
+            return unsloth.load(folder, dtype, device, four_bit=four_bit)
         if four_bit:
             attention.register()
             return load_four_bit(folder, device, attention.ATTENTION)
     return load_model(settings, source, attention.ATTENTION)
 
 
-def _mend_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str) -> None:
-    """Give model and generation a pad token where none is named, and say so. Ours pads nothing; `generate` does."""
+def _set_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str) -> None:
+    """Set a pad token, with a warning, if the model has none: packed batches need none, but `generate` does."""
     pad_id = tokenizer.pad_id
     if pad_id is None:
         pad_id = tokenizer.stop_ids[-1]  # <|endoftext|> where there is one: never the end of a turn that is trained on
@@ -124,30 +123,34 @@ def _mend_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str
 
 
 def load_model(settings: ModelSettings, source: ModelSource, attention_name: str) -> PreTrainedModel:
-    """The transformers model alone, with attention of this name. Raises ModelError with the mend."""
-    return _load_model(model_files(settings, source), resolve_dtype(settings), resolve_device(settings), attention_name)
+    """The transformers model on its device, with the attention of this name. Raises ModelError if it cannot be loaded."""
+    return _load_model(
+        prepare_model_folder(settings, source), resolve_dtype(settings), resolve_device(settings), attention_name
+    )
 
 
-def model_files(settings: ModelSettings, source: ModelSource) -> Path:
-    """The folder with the model's files, fetched or converted if need be. Raises ModelError with the mend."""
+def prepare_model_folder(settings: ModelSettings, source: ModelSource) -> Path:
+    """The folder with the model's files, after download or conversion if needed. Raises ModelError if that fails."""
     folder = model_folder(source, settings)
     if source.kind == "builtin":
         ensure_builtin(folder, source.id)
     return folder
 
 
-def wrap(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:
-    """Make a Base of a loaded transformers model: freeze it and route its attention through fastconv's."""
+def make_base(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:
+    """A Base of a loaded transformers model: freezes it, and installs fastconv's attention and fused forwards."""
     attention.register()
     model.config._attn_implementation = attention.ATTENTION
     model.requires_grad_(False).eval()
     first = next(model.parameters())
     if first.is_cuda and first.dtype != torch.float32:
-        from fastconv.engine.kernels.elementwise import quicken  # needs Triton, which machines without a GPU lack
+        from fastconv.engine.kernels.layers import (
+            use_fused_forwards,  # imports Triton, which is not installed without a GPU
+        )
 
-        quicken(model)
-    form = shape_of(model.config.to_dict(), name)
-    picked = pick_attention(first.device, first.dtype, form.n_heads, form.n_kv_heads, form.head_dim)
+        use_fused_forwards(model)
+    shape = shape_of(model.config.to_dict(), name)
+    picked = pick_attention(first.device, first.dtype, shape.n_heads, shape.n_kv_heads, shape.head_dim)
     return Base(model, tokenizer, name, first.device, first.dtype, picked)
 
 
@@ -157,17 +160,17 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, attentio
 
     transformers_logging.disable_progress_bar()
     attention.register()
-    with _told(folder):
+    with _loading_errors(folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention_name, local_files_only=True, use_safetensors=True
         )
-        nn.Module.to(model, device)  # in place; transformers' own `to` is the same with a type that hides it
+        nn.Module.to(model, device)  # in place, like transformers' own `to`, whose type annotation hides that
     return model
 
 
 @contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """What loading raises, as a ModelError with the mend."""
+def _loading_errors(folder: Path) -> Iterator[None]:
+    """Turn what loading raises into a ModelError that says what to do."""
     try:
         yield
     except torch.cuda.OutOfMemoryError:
@@ -184,17 +187,13 @@ def _told(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on `device`; to a GPU through pinned memory, so that the host does not wait for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 def pack(
     rows: list[list[int]], base: Base, *, n_tok: int = 0, width: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, attention.Rows]:
-    """Lay rows end to end: (ids [T], positions [T], layout), all on the base's device.
+    """Pack rows of token ids end to end: (ids [T] int64, positions [T] int64, layout), all on the base's device.
 
-    On a GPU the layout is what the base's attention takes; `n_tok` and `width` round its sizes up (`attention.Padded`).
+    On a GPU the layout is that of the base's attention implementation; `n_tok` and `width` are lower bounds of its
+    sizes (see `attention.Padded.of`).
     """
     lengths = [len(row) for row in rows]
     packed = attention.Packed.of(lengths)
@@ -208,12 +207,12 @@ def pack(
         layout = attention.Ragged.of(lengths, base.attention.kernel, n_tok=n_tok, width=width)
     missing = layout.n_tok - ids.shape[0]
     ids, positions = (torch.nn.functional.pad(tensor, (0, missing)) for tensor in (ids, positions))
-    layout = layout.holding([to_device(tensor, base.device) for tensor in layout.inputs])
+    layout = layout.with_inputs([to_device(tensor, base.device) for tensor in layout.inputs])
     return to_device(ids, base.device), to_device(positions, base.device), layout
 
 
 def length_batches(lengths: list[int], batch_tok: int) -> list[list[int]]:
-    """Indices in batches of at most `batch_tok` tokens, longest first; a longer row is a batch of its own."""
+    """Row indices in batches of at most `batch_tok` tokens, longest rows first; a longer row is a batch of its own."""
     batches: list[list[int]] = []
     room = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -1,7 +1,7 @@
-"""Fewer bits for smaller GPUs, through bitsandbytes: layers as NF4, AdamW's moments in 8 bits.
+"""Optimizers (AdamW, with fp32 or 8-bit moments) and 4-bit base layers; the 8-bit and 4-bit parts use bitsandbytes.
 
-NF4 with double quantization (Dettmers et al. 2023): 4 bits for each weight and one 8-bit scale for 64 of them; what is
-multiplied is bfloat16 again. Adapters stay fp32 and live beside the quantized layers, nothing is ever folded into them.
+NF4 with double quantization (Dettmers et al. 2023) takes 4 bits for each weight and one 8-bit scale for 64 weights;
+products are computed in bfloat16. Adapters stay fp32 beside the quantized layers and are never merged into them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastconv.engine.locate import BITSANDBYTES, require
+from fastconv.engine.locate import BITSANDBYTES, require_versions
 from fastconv.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: What bitsandbytes keeps of a parameter: two moments in blocks of 256, the scales of the blocks, the code books.
+#: bitsandbytes' state of a parameter: two moments in blocks of 256, the scales of the blocks, the code books.
 _STATE_8BIT = ("state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2")
 
 
@@ -28,7 +28,7 @@ def load_four_bit(folder: Path, device: torch.device, attention_name: str) -> Pr
 
     Raises ModelError if bitsandbytes is missing or not a tested version.
     """
-    require(BITSANDBYTES, "model.weights", "set model.weights = 'full'")
+    require_versions(BITSANDBYTES, "model.weights", "set model.weights = 'full'")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -48,18 +48,18 @@ def load_four_bit(folder: Path, device: torch.device, attention_name: str) -> Pr
     )
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            # On some CPUs the first inference would repack the weights for good, and training fails from there on.
+            # On some CPUs the first inference would repack the weights permanently, after which training fails.
             setattr(layer, "support_avx512bf16_for_cpu", False)  # noqa: B010
     return model
 
 
 def is_four_bit(layer: nn.Linear) -> bool:
-    """True for a layer whose weight is packed."""
+    """True for a layer with a 4-bit weight."""
     return getattr(layer.weight, "quant_state", None) is not None
 
 
 def dense_weight(layer: nn.Linear) -> torch.Tensor:
-    """The layer's weight [out, in] as it multiplies, in fp32."""
+    """The layer's weight [out, in], dequantized if needed, in fp32."""
     if not is_four_bit(layer):
         return layer.weight.float()
     from bitsandbytes.functional import dequantize_4bit  # pyright: ignore[reportMissingImports]
@@ -69,33 +69,34 @@ def dense_weight(layer: nn.Linear) -> torch.Tensor:
 
 
 class AdamW8bit:
-    """bitsandbytes' AdamW with moments in 8 bits, as far as a trainee uses an optimizer.
+    """bitsandbytes' AdamW with 8-bit moments, with the part of torch's optimizer interface that a trainee uses.
 
-    `found_inf` (a device scalar) is looked at by the host before each step, since bitsandbytes' kernel does not: a step
-    that is not finite changes nothing, at the price of one wait a step.
+    bitsandbytes' kernel ignores `found_inf` (a scalar on the device), so the host reads it before each step: a step
+    that is not finite changes nothing, and every step waits for the device once. Raises ModelError if bitsandbytes is
+    missing or not a tested version.
     """
 
     def __init__(self, weights: nn.Parameter, lr: float) -> None:
-        require(BITSANDBYTES, "optimizer", "set optimizer = 'adamw'")
-        from bitsandbytes.optim import AdamW8bit as Theirs  # pyright: ignore[reportMissingImports]
+        require_versions(BITSANDBYTES, "optimizer", "set optimizer = 'adamw'")
+        from bitsandbytes.optim import AdamW8bit as BnbAdamW8bit  # pyright: ignore[reportMissingImports]
 
-        self._inner = Theirs([weights], lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+        self._optimizer = BnbAdamW8bit([weights], lr=lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
         self.found_inf: torch.Tensor | None = None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """As of any optimizer."""
-        return self._inner.param_groups
+        """As of torch's optimizers."""
+        return self._optimizer.param_groups
 
     @property
     def state(self) -> dict[nn.Parameter, dict[str, Any]]:
-        """As of any optimizer."""
-        return self._inner.state
+        """As of torch's optimizers."""
+        return self._optimizer.state
 
     def step(self) -> None:
-        """One step, or none once a loss or gradient was not finite."""
+        """Take a step, unless a loss or gradient was not finite."""
         if self.found_inf is None or not bool(self.found_inf):
-            self._inner.step()
+            self._optimizer.step()
 
 
 Optimizer = torch.optim.AdamW | AdamW8bit
@@ -109,12 +110,12 @@ def make_optimizer(kind: str, weights: nn.Parameter, lr: float) -> Optimizer:
 
 
 def moment_names(kind: str) -> tuple[str, ...]:
-    """The tensors of an optimizer's state that a resumed training needs beside its step."""
+    """Names of the optimizer state's tensors that resuming needs, beside the step."""
     return _STATE_8BIT if kind == "adamw8bit" else ("exp_avg", "exp_avg_sq")
 
 
-def restored_state(kind: str, tensors: Mapping[str, torch.Tensor], step: int, device: torch.device) -> dict[str, Any]:
-    """The optimizer's state of one parameter from its saved tensors."""
+def optimizer_state(kind: str, tensors: Mapping[str, torch.Tensor], step: int, device: torch.device) -> dict[str, Any]:
+    """The optimizer's state of one parameter from its saved tensors, on `device`."""
     moments = {name: tensors[name].to(device) for name in moment_names(kind)}
     if kind == "adamw8bit":
         return {"step": step, **moments}
@@ -122,7 +123,7 @@ def restored_state(kind: str, tensors: Mapping[str, torch.Tensor], step: int, de
 
 
 def assert_foldable(layers: Mapping[str, nn.Linear]) -> None:
-    """Raise ModelError if any of these layers is packed: a delta cannot be added to its bits."""
+    """Raise ModelError if any of these layers has a 4-bit weight, to which a delta cannot be added."""
     if any(is_four_bit(layer) for layer in layers.values()):
         raise ModelError(
             "a 4-bit base cannot be folded into", where="fold", fix="keep the stack live, or set model.weights = 'full'"

@@ -1,7 +1,7 @@
-"""What is proven of every base before it is used, in seconds: the library traps that would change results in silence.
+"""Checks of a loaded base before it is used: library faults that would silently change results. Takes seconds.
 
-Two random adapters, one frozen and one trainable, run over three short packed rows. Each check names itself in the error
-it raises; `self_test` returns what it measured, for the run's facts.
+Two random adapters, one frozen and one trainable, run over three short packed rows. Each check names itself in the
+error that it raises; `self_test` returns what the checks measured, which the run records.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from torch import nn
 from fastconv.engine.lora import Adapter
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import dense_weight, make_optimizer, moment_names
-from fastconv.engine.stack import Slot, Stack, StackedLinear
+from fastconv.engine.stack import Slot, Stack
+from fastconv.engine.stacked_linear import StackedLinear
 from fastconv.engine.train import weighted_cross_entropy
 from fastconv.errors import TrainingError
 from fastconv.recipe import LoraSettings
 from fastconv.seeding import seed_of
 
-#: Lengths (tokens) of the rows of the probe.
+#: Lengths (tokens) of the test rows.
 _ROWS_TOK = (13, 7, 20)
 _RANK = 4
-#: Norm of each probing adapter's delta against its layer's weights: far above rounding, far below breaking the model.
+#: Norm of each test adapter's delta, as a share of its layer's weights: far above rounding, and the model still works.
 _SIZE = 0.1
-#: How far apart two ways of computing the same may lie, as a share of what the adapters change, by precision.
+#: Largest difference between two computations of the same logits, as a share of what the adapters change, by dtype.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.15}
 
 
 class SelfTestSetup:
-    """What the checks share: the stack, two random adapters on it, and packed rows."""
+    """What the checks share: the stack, two random adapters for it, and the token rows."""
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
@@ -46,12 +47,12 @@ class SelfTestSetup:
 
     @property
     def tolerance(self) -> float:
-        """Of the base's precision."""
+        """The tolerance for the base's dtype."""
         return _TOLERANCE[self.base.dtype]
 
     @torch.no_grad()
     def logits(self, rows: Sequence[Sequence[int]], *adapters: Adapter) -> list[torch.Tensor]:
-        """Logits [T_i, vocab] of each row, packed, with these adapters live."""
+        """Logits [T_i, vocab] fp32 of each row, packed, with these adapters live."""
         ids, positions, layout = pack([list(row) for row in rows], self.base)
         with self.stack.live(*([Slot(frozen=adapters)] if adapters else [])):
             logits = self.base.logits(self.base.hidden(ids, positions, layout))
@@ -74,112 +75,116 @@ class SelfTestSetup:
 
 
 def self_test(stack: Stack, optimizers: Collection[str] = ("adamw",)) -> dict[str, float]:
-    """Run every check on a stack whose base is bare. Raises TrainingError or ModelError at the first that fails.
+    """Run every check on a stack without live adapters. Raises TrainingError or ModelError at the first that fails.
 
-    `optimizers` are those that the recipe trains with. Returns by check how far apart two ways of computing lay.
+    `optimizers` are those that the recipe trains with. Returns the relative difference that each check measured.
     """
-    ground = SelfTestSetup(stack)
-    found: dict[str, float] = {}
+    setup = SelfTestSetup(stack)
+    differences: dict[str, float] = {}
     checks: Mapping[str, Callable[[SelfTestSetup], float]] = {
         "import order": lambda _: import_order(),
-        "precision": lambda g: precision(g, optimizers),
+        "precision": lambda setup: precision(setup, optimizers),
         "packed rows": packed_rows,
         "swap": swap,
         "fused kernels": fused_kernels,
     }
     for name, check in checks.items():
-        found[name] = check(ground)
-    return found
+        differences[name] = check(setup)
+    return differences
 
 
 def import_order() -> float:
-    """Where unsloth is loaded, it came before the libraries that it patches."""
+    """If unsloth is loaded, it was imported before the libraries that it patches."""
     if "unsloth" in sys.modules:
-        from fastconv.engine.unsloth import assert_first
+        from fastconv.engine.unsloth import assert_imported_first
 
-        assert_first()
+        assert_imported_first()
     return 0.0
 
 
-def precision(ground: SelfTestSetup, optimizers: Collection[str]) -> float:
-    """Adapters, gradients and moments are fp32 (8-bit moments only where asked for), on a step really taken."""
-    held = {"adapter": ground.trainable.flat, "frozen adapter": ground.frozen.flat, "gradient": ground.gradient()}
+def precision(setup: SelfTestSetup, optimizers: Collection[str]) -> float:
+    """Adapters, gradients and moments are fp32 (8-bit moments only if chosen), in an optimizer step that is taken."""
+    tensors = {"adapter": setup.trainable.flat, "frozen adapter": setup.frozen.flat, "gradient": setup.gradient()}
     for kind in optimizers:
-        weights = nn.Parameter(ground.trainable.flat.clone())
-        weights.grad = held["gradient"].clone()
+        weights = nn.Parameter(setup.trainable.flat.clone())
+        weights.grad = tensors["gradient"].clone()
         optimizer = make_optimizer(kind, weights, 1e-4)
         optimizer.step()
         if kind == "adamw":
-            held |= {name: optimizer.state[weights][name] for name in moment_names(kind)}
-    for name, tensor in held.items():
+            tensors |= {name: optimizer.state[weights][name] for name in moment_names(kind)}
+    for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise _failed(f"the {name} is {tensor.dtype}, not fp32")
-    if not bool(torch.isfinite(held["gradient"]).all()) or not bool(held["gradient"].any()):
+    if not bool(torch.isfinite(tensors["gradient"]).all()) or not bool(tensors["gradient"].any()):
         raise _failed("the trainable adapter gets no finite gradient")
-    if any(weight.grad is not None for pair in ground.frozen.weights.values() for weight in pair):
+    if any(weight.grad is not None for pair in setup.frozen.weights.values() for weight in pair):
         raise _failed("the frozen adapter gets a gradient")
     return 0.0
 
 
-def packed_rows(ground: SelfTestSetup) -> float:
-    """A row's logits are those it has alone, and another row's tokens change none of their bits."""
-    both = (ground.frozen, ground.trainable)
-    packed = ground.logits(ground.rows, *both)
-    for place in range(len(ground.rows)):
+def packed_rows(setup: SelfTestSetup) -> float:
+    """A row's logits are those that it has alone, and do not change in a single bit with another row's tokens."""
+    both = (setup.frozen, setup.trainable)
+    packed = setup.logits(setup.rows, *both)
+    for place in range(len(setup.rows)):
         vocab = packed[0].shape[1]
-        changed = [[(token + 1) % vocab for token in row] if i == place else row for i, row in enumerate(ground.rows)]
-        for other, (before, after) in enumerate(zip(packed, ground.logits(changed, *both), strict=True)):
-            if (other == place) == bool(torch.equal(before, after)):
-                raise _failed(f"packed row {place} leaks into row {other}" if other != place else "a row is not read")
-    bare, alone = ground.logits(ground.rows), [ground.logits([row], *both)[0] for row in ground.rows]
-    return _compare("packed rows", alone, packed, bare, ground.tolerance)
+        changed = [[(token + 1) % vocab for token in row] if i == place else row for i, row in enumerate(setup.rows)]
+        for row, (before, after) in enumerate(zip(packed, setup.logits(changed, *both), strict=True)):
+            if (row == place) == bool(torch.equal(before, after)):
+                raise _failed(f"packed row {place} leaks into row {row}" if row != place else "a row is not read")
+    bare, alone = setup.logits(setup.rows), [setup.logits([row], *both)[0] for row in setup.rows]
+    return _compare("packed rows", alone, packed, bare, setup.tolerance)
 
 
-def swap(ground: SelfTestSetup) -> float:
-    """Each adapter changes the logits, both do it together, and without them the base has its old bits."""
-    before = ground.stack.probe()
-    with ground.stack.live(Slot((ground.frozen, ground.trainable))):
-        ground.stack.prove(None, "self-test")
-    if ground.stack.probe() != before:
+def swap(setup: SelfTestSetup) -> float:
+    """Each adapter changes the logits, and both together; without them the base's logits are the old bits."""
+    before = setup.stack.probe()
+    with setup.stack.live(Slot((setup.frozen, setup.trainable))):
+        setup.stack.prove(None, "self-test")
+    if setup.stack.probe() != before:
         raise _failed("the base is not what it was before a swap")
-    bare = ground.logits(ground.rows)
-    both = ground.logits(ground.rows, ground.frozen, ground.trainable)
-    for name, one in (("frozen", ground.frozen), ("trainable", ground.trainable)):
-        share = _share(ground.logits(ground.rows, one), both, bare)
-        if share < 2 * ground.tolerance:
+    bare = setup.logits(setup.rows)
+    both = setup.logits(setup.rows, setup.frozen, setup.trainable)
+    for name, adapter in (("frozen", setup.frozen), ("trainable", setup.trainable)):
+        share = _share(setup.logits(setup.rows, adapter), both, bare)
+        if share < 2 * setup.tolerance:
             raise _failed(f"without the {name} adapter the logits are the same: one of two adapters is dropped")
     return 0.0
 
 
-def fused_kernels(ground: SelfTestSetup) -> float:
-    """Logits and gradients of fused kernels are those of the layers' own forward, to rounding."""
-    both = (ground.frozen, ground.trainable)
-    bare, fused, gradient = ground.logits(ground.rows), ground.logits(ground.rows, *both), ground.gradient()
-    ground.stack.route.plain = True
+def fused_kernels(setup: SelfTestSetup) -> float:
+    """Logits and gradients of the fused kernels are those of the layers' own forward, up to rounding."""
+    both = (setup.frozen, setup.trainable)
+    bare, fused, gradient = setup.logits(setup.rows), setup.logits(setup.rows, *both), setup.gradient()
+    setup.stack.route.plain = True
     try:
-        plain, expected = ground.logits(ground.rows, *both), ground.gradient()
+        plain, expected = setup.logits(setup.rows, *both), setup.gradient()
     finally:
-        ground.stack.route.plain = False
-    apart = _compare("the fused kernels' logits", fused, plain, bare, ground.tolerance)
-    off = float(torch.linalg.vector_norm(gradient - expected) / torch.linalg.vector_norm(expected))
-    if not off <= ground.tolerance:
-        raise _failed(f"the fused kernels' gradients are {off:.1%} off")
-    return max(apart, off)
+        setup.stack.route.plain = False
+    difference = _compare("the fused kernels' logits", fused, plain, bare, setup.tolerance)
+    gradient_difference = float(torch.linalg.vector_norm(gradient - expected) / torch.linalg.vector_norm(expected))
+    if not gradient_difference <= setup.tolerance:
+        raise _failed(f"the fused kernels' gradients are {gradient_difference:.1%} off")
+    return max(difference, gradient_difference)
 
 
 def _compare(
-    what: str, mine: Sequence[torch.Tensor], other: Sequence[torch.Tensor], bare: Sequence[torch.Tensor], limit: float
+    what: str,
+    logits: Sequence[torch.Tensor],
+    expected: Sequence[torch.Tensor],
+    bare: Sequence[torch.Tensor],
+    limit: float,
 ) -> float:
-    share = _share(mine, other, bare)
+    share = _share(logits, expected, bare)
     if not share <= limit:
         raise _failed(f"{what} are {share:.1%} of the adapters' effect away from what they should be")
     return share
 
 
-def _share(mine: Sequence[torch.Tensor], other: Sequence[torch.Tensor], bare: Sequence[torch.Tensor]) -> float:
-    """||mine - other|| / ||other - bare||: a difference as a share of what the adapters change."""
-    difference = torch.linalg.vector_norm(torch.cat([a - b for a, b in zip(mine, other, strict=True)]))
-    return float(difference / torch.linalg.vector_norm(torch.cat([a - b for a, b in zip(other, bare, strict=True)])))
+def _share(logits: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], bare: Sequence[torch.Tensor]) -> float:
+    """||logits - expected|| / ||expected - bare||: a difference as a share of what the adapters change."""
+    difference = torch.linalg.vector_norm(torch.cat([a - b for a, b in zip(logits, expected, strict=True)]))
+    return float(difference / torch.linalg.vector_norm(torch.cat([a - b for a, b in zip(expected, bare, strict=True)])))
 
 
 def _adapter(stack: Stack, name: str) -> Adapter:
@@ -191,8 +196,8 @@ def _adapter(stack: Stack, name: str) -> Adapter:
     values = torch.randn(n, generator=generator).to(stack.base.device)
     adapter = Adapter(shape, stack.base.name, stack.sizes, values)
     for module, (a, b) in adapter.weights.items():
-        wanted = _SIZE * torch.linalg.vector_norm(dense_weight(layers[module]))
-        b.data.mul_(wanted / (torch.linalg.vector_norm(a.data) * torch.linalg.vector_norm(b.data) / _RANK**0.5))
+        norm = _SIZE * torch.linalg.vector_norm(dense_weight(layers[module]))
+        b.data.mul_(norm / (torch.linalg.vector_norm(a.data) * torch.linalg.vector_norm(b.data) / _RANK**0.5))
     return adapter
 
 

@@ -1,4 +1,4 @@
-"""Model shapes and the roofline arithmetic that follows from them. No torch, no model needed."""
+"""Model shapes, and the FLOPs and bytes that follow from them. Needs neither torch nor a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastconv.errors import ModelError
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a decoder-only model with gated MLP and grouped queries (Llama, Qwen2)."""
+    """Sizes of a decoder-only model with gated MLP and grouped-query attention (Llama, Qwen2)."""
 
     name: str
     n_layers: int
@@ -36,33 +36,33 @@ class ModelShape:
 
     @property
     def linear_params(self) -> int:
-        """Weights of all layers' linear modules, without head and embedding."""
+        """Number of weights in all layers' linear modules, without head and embedding."""
         return self.n_layers * sum(n_in * n_out for n_in, n_out in self.modules)
 
     @property
     def head_params(self) -> int:
-        """Weights of the output head."""
+        """Number of weights in the output head."""
         return self.hidden * self.vocab
 
     @property
     def total_params(self) -> int:
-        """All weights, norms and biases included."""
+        """Number of all weights, norms and biases included."""
         biases = self.n_layers * (self.n_heads + 2 * self.n_kv_heads) * self.head_dim if self.qkv_bias else 0
         norms = (2 * self.n_layers + 1) * self.hidden
         return self.linear_params + self.head_params * (1 if self.tied else 2) + biases + norms
 
     def adapter_params(self, r: int) -> int:
-        """Weights of one LoRA adapter of rank r on all seven modules."""
+        """Number of weights in a LoRA adapter of rank r on all seven modules."""
         return self.n_layers * r * sum(n_in + n_out for n_in, n_out in self.modules)
 
     def kv_bytes_per_tok(self, bytes_per_value: int = 2) -> int:
-        """Cache bytes per token while sampling."""
+        """Bytes of key-value cache per token."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * bytes_per_value
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is run, as far as the arithmetic cares: mean row length in tokens, share of tokens with loss, LoRA rank."""
+    """The workload that FLOPs depend on: mean row length (tokens), share of tokens with loss, LoRA rank."""
 
     length_tok: float
     completion_share: float
@@ -70,18 +70,18 @@ class Work:
 
 
 def train_flops_per_tok(shape: ModelShape, work: Work, *, checkpointing: bool = False) -> float:
-    """FLOPs per trained token on a frozen base: forward 2, gradient to the input 2, and the adapter's own.
+    """FLOPs per trained token on a frozen base: 2 per weight forward, 2 for the gradient to the input, and the adapter's.
 
     (4 + 2c) linear + 4 head x share + (3.5 + c) 2 layers x width x length + (6 + 2c) adapter, c = 1 if activations are
-    recomputed. The frozen weights need no gradient, so 4 instead of 6; causal attention does half the square.
+    recomputed. The frozen weights need no gradient, so 4 instead of 6; causal attention computes half the square.
     """
-    again = 1 if checkpointing else 0
+    recomputed = 1 if checkpointing else 0
     width = shape.n_heads * shape.head_dim
     return (
-        (4 + 2 * again) * shape.linear_params
+        (4 + 2 * recomputed) * shape.linear_params
         + 4 * shape.head_params * work.completion_share
-        + (3.5 + again) * 2 * shape.n_layers * width * work.length_tok
-        + (6 + 2 * again) * shape.adapter_params(work.r)
+        + (3.5 + recomputed) * 2 * shape.n_layers * width * work.length_tok
+        + (6 + 2 * recomputed) * shape.adapter_params(work.r)
     )
 
 
@@ -97,34 +97,35 @@ def forward_flops_per_tok(shape: ModelShape, work: Work) -> float:
 
 
 def weight_bytes(shape: ModelShape, *, four_bit: bool = False) -> float:
-    """Bytes of the base in 16 bits; with NF4 layers 4 bits and an 8-bit scale for 64 weights (plus 1 % for the rest)."""
+    """Bytes of the base in 16 bits; NF4 layers have 4 bits a weight and an 8-bit scale for 64 (plus 1 % for the rest)."""
     if not four_bit:
         return 2.0 * shape.total_params
     return shape.linear_params * (0.5 + 1 / 64) * 1.01 + 2.0 * (shape.total_params - shape.linear_params)
 
 
 def adapter_bytes(shape: ModelShape, r: int, *, eight_bit: bool = False) -> float:
-    """Bytes of a frozen snapshot and a trainee: fp32 weights, gradient and two moments (8 bits each where asked for)."""
+    """Bytes of a frozen snapshot and a trainee: fp32 weights, gradient and two moments (8 bits each with `eight_bit`)."""
     return shape.adapter_params(r) * (4 + 4 + 4 + (2 if eight_bit else 8))
 
 
 def activation_bytes_per_tok(shape: ModelShape, *, plain: bool = False) -> float:
-    """Bytes kept for the backward pass for each token, in 16 bits, two adapters with dropout.
+    """Bytes of activations kept for the backward pass per token, in 16 bits, with two adapters and dropout.
 
-    With the kernels a layer keeps about three values of the MLP's width and nine of the model's: 5.0 MB for Qwen2.5-7B,
-    where one H100 took 4.8 and 5.0 (`fastconv bench group` and `behavior`). `plain`: six and twelve, 8.8 MB.
+    With the fused kernels a layer keeps about three values of the MLP's width and nine of the model's: 5.0 MB for
+    Qwen2.5-7B, where an H100 took 4.8 and 5.0 (`fastconv bench group` and `behavior`). `plain` (without the kernels):
+    six and twelve, 8.8 MB.
     """
     mlp, model = (6, 12) if plain else (3, 9)
     return 2.0 * shape.n_layers * (mlp * shape.intermediate + model * shape.hidden)
 
 
 def recomputed_bytes_per_tok(shape: ModelShape) -> float:
-    """The same where activations are recomputed: those of one layer, as plain ones, and the inputs of all."""
+    """Activation bytes per token when recomputing: those of one layer without kernels, and the inputs of all layers."""
     return activation_bytes_per_tok(shape, plain=True) / shape.n_layers + 2.0 * shape.n_layers * shape.hidden
 
 
 def shape_of(config: Mapping[str, Any], name: str = "model") -> ModelShape:
-    """The shape that a model's config.json states. Raises ModelError if it is of another kind."""
+    """The shape in a model's config.json (parsed). Raises ModelError if a size is missing or is no number."""
     try:
         heads = int(config["num_attention_heads"])
         hidden = int(config["hidden_size"])
@@ -164,7 +165,7 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
 
 
 def named_shape(name: str) -> ModelShape:
-    """A shape by name. Raises ModelError with the names there are."""
+    """A shape of `SHAPES` by name. Raises ModelError with the known names."""
     if name not in SHAPES:
         raise ModelError(f"no shape is called {name!r}", where="model", fix=f"use one of {', '.join(SHAPES)}")
     return SHAPES[name]

@@ -1,7 +1,8 @@
-"""The stack: adapters live on the resident base, in order, all but the last of them frozen.
+"""The adapter stack of the resident base: making adapters live, probing them, and folding them into the weights.
 
-`y = W x + sum_i s_i B_i A_i d_i(x)`: nothing is merged, nothing is reloaded, a swap assigns a few references.
-Adapter weights are fp32 views into one flat tensor, so an optimizer step, a checksum and a save are each one pass.
+`Stack` replaces the base's target layers by stacked ones and makes adapters live by assigning references: no weights
+are merged or reloaded. A `Probe` proves that a stack is live. `folded` adds a stack's delta to the weights for a while,
+and `rho` measures the delta against them.
 """
 
 from __future__ import annotations
@@ -13,131 +14,63 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from fastconv.engine.kernels.lora import StackedKernel, unusable
-from fastconv.engine.lora import Adapter, concatenate, keep_mask, parse_adapter
+from fastconv.engine.kernels.lora import StackedKernel, why_unusable
+from fastconv.engine.lora import Adapter, concatenate, parse_adapter
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import assert_foldable, dense_weight
+from fastconv.engine.stacked_linear import Route, Slot, StackedLinear
 from fastconv.errors import AdapterError, TrainingError
 from fastconv.recipe import LoraSettings
 from fastconv.seeding import seed_of
 
-#: The fixed probe; 3 rows of 8 tokens are plenty to see a lost adapter, and cost little more than reading the weights.
+#: The probe's token rows: 3 of 8 tokens are enough to see a lost adapter, and cost little more than reading the weights.
 _PROBE_ROWS, _PROBE_TOK = 3, 8
-#: A recorded probe keeps this many logits per row; enough to tell two stacks apart, small enough to store.
+#: Logits kept of each probe row: enough to tell two stacks apart, few enough to store.
 _PROBE_KEPT = 16
-#: How far the logits of one stack may lie apart on two occasions, by the base's precision.
+#: Largest difference between two probes of the same stack (logits), by the base's dtype.
 _PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
+#: Below this ||delta|| / ||W||, folding in bf16 loses over 10 % of the delta to rounding.
+RHO_MIN = 0.017
+
 KernelChoice = Literal["auto", "plain", "stacked"]
-
-
-@dataclass
-class Slot:
-    """Adapters that a span of tokens goes through; only `trainable` gets gradients, only it drops inputs out."""
-
-    frozen: tuple[Adapter, ...] = ()
-    trainable: Adapter | None = None
-    dropout: float = 0.0
-
-    @property
-    def adapters(self) -> tuple[Adapter, ...]:
-        """Frozen ones first, then the trainable one."""
-        return (*self.frozen, self.trainable) if self.trainable is not None else self.frozen
-
-
-@dataclass
-class Route:
-    """Which slots are live, and which tokens of the current pass go through which.
-
-    `spans[i]` is the token range of `slots[i]`, together they cover the pass; None sends all tokens through the only
-    slot. `dropout_seeds` [T] (int32) is one seed per token, so that a mask depends on the row and the step alone,
-    never on what else is in the batch. `kernel` computes the branches where there is one, else torch's operations do.
-    `plain` keeps fused kernels out, to compare them with.
-    """
-
-    slots: tuple[Slot, ...] = ()
-    spans: tuple[tuple[int, int], ...] | None = None
-    dropout_seeds: torch.Tensor | None = None
-    kernel: StackedKernel | None = None
-    plain: bool = False
-
-
-class StackedLinear(nn.Module):
-    """A frozen linear layer and the live adapters' branches beside it."""
-
-    def __init__(self, base: nn.Linear, name: str, route: Route) -> None:
-        super().__init__()
-        self.training = base.training
-        self.base = base
-        self.name = name
-        self.route = route
-        self.salt = seed_of("dropout", name) & 0x7FFFFFFF
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., T, in] -> [..., T, out]."""
-        kernel = self.route.kernel
-        if kernel is not None and not self.route.plain and self.route.slots and kernel.serves(self, x):
-            return kernel.forward(self, x)
-        y = self.base(x)
-        if not self.route.slots:
-            return y
-        flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if self.route.spans is None:
-            (slot,) = self.route.slots  # several slots without spans would leave it open who goes through which
-            return self._add_branches(flat_y, flat_x, slot, self.route.dropout_seeds).view_as(y)
-        parts = []
-        for slot, (start, stop) in zip(self.route.slots, self.route.spans, strict=True):
-            seeds = None if self.route.dropout_seeds is None else self.route.dropout_seeds[start:stop]
-            parts.append(self._add_branches(flat_y[start:stop], flat_x[start:stop], slot, seeds))
-        return torch.cat(parts).view_as(y)
-
-    def _add_branches(self, y: torch.Tensor, x: torch.Tensor, slot: Slot, seeds: torch.Tensor | None) -> torch.Tensor:
-        """y [T, out] plus the slot's low-rank products of x [T, in], in x's dtype."""
-        for adapter in slot.adapters:
-            if self.name not in adapter.weights:
-                continue
-            a, b = (weight.to(x.dtype) for weight in adapter.weights[self.name])
-            given = x
-            if adapter is slot.trainable and slot.dropout > 0 and seeds is not None:
-                given = x * keep_mask(seeds, x.shape[-1], self.salt, slot.dropout).to(x.dtype)
-            y = torch.addmm(y, F.linear(given, a) * adapter.scale, b.t())
-        return y
+Semantics = Literal["live", "published"]
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Logits of a fixed token sequence under one stack, as numbers small enough for the ledger."""
+    """A few logits of fixed token rows under one stack, as the ledger stores them."""
 
     logits: tuple[float, ...]
 
-    def distance(self, other: Probe) -> float:
+    def distance(self, reference: Probe) -> float:
         """Largest absolute difference in logits."""
-        return max(abs(mine - theirs) for mine, theirs in zip(self.logits, other.logits, strict=True))
+        return max(abs(a - b) for a, b in zip(self.logits, reference.logits, strict=True))
 
 
 class Stack:
-    """The live adapters of a base. One per base; made once, it replaces the target layers by stacked ones.
+    """The live adapters of a base. There is one per base; making it replaces the target layers by stacked ones.
 
-    `kernel` says what computes the branches: "plain" torch's operations, "stacked" the Triton kernel (ModelError where
-    it cannot run), "auto" the kernel on a GPU in 16 bits, where `fastconv bench kernel` measured it ahead.
+    `kernel` says what computes the branches: "plain" torch's operations, "stacked" the Triton kernel (raises ModelError
+    where it cannot run), "auto" the kernel on a GPU in 16 bits, where `fastconv bench kernel` measured it faster.
+    Raises AdapterError if a target layer does not exist or shares its weight with the embedding.
     """
 
     def __init__(self, base: Base, settings: LoraSettings, kernel: KernelChoice = "auto") -> None:
         self.base = base
         self.settings = settings
         if kernel == "auto":
-            fits = base.device.type == "cuda" and base.dtype != torch.float32 and unusable(base.device) is None
-            kernel = "stacked" if fits else "plain"
+            can_run = base.device.type == "cuda" and base.dtype != torch.float32 and why_unusable(base.device) is None
+            kernel = "stacked" if can_run else "plain"
         self.route = Route(kernel=StackedKernel(base.device) if kernel == "stacked" else None)
         self.sizes = _install(base, settings, self.route)
         self.tied = tied_layers(base)
         self.base_probe = self.probe()
 
     def new_adapter(self, *seed_parts: object) -> Adapter:
-        """A fresh adapter: A uniform as PEFT draws it (Kaiming, a = sqrt 5), B zero; drawn from named parts."""
+        """A new adapter: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero; `seed_parts` name its random numbers."""
         n = sum(self.settings.r * (n_in + n_out) for n_in, n_out in self.sizes.values())
         adapter = Adapter(self.settings, self.base.name, self.sizes, torch.zeros(n, device=self.base.device))
         for module, (a, _) in adapter.weights.items():
@@ -148,12 +81,12 @@ class Stack:
         return adapter
 
     def load_adapter(self, data: bytes, where: str) -> Adapter:
-        """An adapter from `Adapter.to_bytes`. Raises AdapterError if it is damaged or made for another base."""
+        """The adapter that `Adapter.to_bytes` wrote. Raises AdapterError if it is damaged or made for another base."""
         adapter = parse_adapter(data, self.base.name, self.sizes, where)
         return self.take(adapter)
 
     def take(self, adapter: Adapter) -> Adapter:
-        """The same adapter on the base's device."""
+        """The adapter on the base's device; a copy if it is elsewhere."""
         if adapter.flat.device == self.base.device:
             return adapter
         return Adapter(adapter.shape, adapter.base, adapter.sizes, adapter.flat.to(self.base.device))
@@ -165,7 +98,10 @@ class Stack:
         spans: tuple[tuple[int, int], ...] | None = None,
         dropout_seeds: torch.Tensor | None = None,
     ) -> Iterator[None]:
-        """Make these slots live inside the block; outside, the base is bare again. Milliseconds, no copies."""
+        """Make these slots live within the block; afterwards what was live before is again. No weights are copied.
+
+        `spans` and `dropout_seeds` as in `Route`.
+        """
         before = self.route.slots, self.route.spans, self.route.dropout_seeds
         self.route.slots, self.route.spans, self.route.dropout_seeds = tuple(slots), spans, dropout_seeds
         try:
@@ -177,7 +113,7 @@ class Stack:
 
     @torch.no_grad()
     def probe(self) -> Probe:
-        """Logits of the fixed probe under whatever is live now."""
+        """Logits of the fixed token rows under what is live now."""
         vocab = self.base.head.weight.shape[0]
         rows = [[seed_of("probe", row, i) % vocab for i in range(_PROBE_TOK)] for row in range(_PROBE_ROWS)]
         ids, positions, layout = pack(rows, self.base)
@@ -185,40 +121,40 @@ class Stack:
         hidden = self.base.hidden(ids, positions, layout)
         self.route.spans = spans
         last = torch.tensor([stop - 1 for stop in layout.starts[1:]], device=self.base.device)
-        kept = torch.tensor([seed_of("kept", i) % vocab for i in range(_PROBE_KEPT)], device=self.base.device)
-        values = self.base.logits(hidden[last])[:, kept].flatten().tolist()
+        columns = torch.tensor([seed_of("kept", i) % vocab for i in range(_PROBE_KEPT)], device=self.base.device)
+        values = self.base.logits(hidden[last])[:, columns].flatten().tolist()
         return Probe(tuple(values))
 
     def prove(self, recorded: Probe | None, where: str) -> Probe:
-        """Prove that the live stack is on: its logits differ from the base's and equal those recorded for it.
+        """Check that the live stack takes effect: its logits differ from the base's and match the recorded ones.
 
-        Raises TrainingError otherwise. With `recorded` None only the first half is checked. Returns the probe.
+        Raises TrainingError otherwise, with `where`. If `recorded` is None only the first is checked. Returns the probe.
         """
-        now = self.probe()
-        if not all(math.isfinite(value) for value in now.logits):
+        probe = self.probe()
+        if not all(math.isfinite(value) for value in probe.logits):
             raise TrainingError(
                 "the stack gives logits that are not finite",
                 where=where,
                 fix="train its adapters again with a lower lr",
             )
-        if self.route.slots and now.distance(self.base_probe) == 0.0:
+        if self.route.slots and probe.distance(self.base_probe) == 0.0:
             raise TrainingError(
                 "the adapters change nothing: the swap did not take",
                 where=where,
                 fix="train for more than the warm-up's steps (at the first one the lr is 0); if it was, report this",
             )
-        if recorded is not None and now.distance(recorded) > _PROBE_TOLERANCE[self.base.dtype]:
+        if recorded is not None and probe.distance(recorded) > _PROBE_TOLERANCE[self.base.dtype]:
             raise TrainingError(
-                f"the stack's logits are {now.distance(recorded):.2g} away from those recorded for it", where=where,
+                f"the stack's logits are {probe.distance(recorded):.2g} away from those recorded for it", where=where,
                 fix="the adapters or the base are not the recorded ones; run `fastconv doctor`",
             )  # fmt: skip
-        return now
+        return probe
 
 
 def tied_layers(base: Base) -> frozenset[str]:
-    """Last names of the layers that share the embedding's tensor (and the embedding's own, if any do).
+    """Leaf names of the modules that share the embedding's tensor, the embedding included; empty if none does.
 
-    A delta on one of them would change the other, so they carry no adapter.
+    A delta on one of them would change the others, so they carry no adapter.
     """
     embedding = base.model.get_input_embeddings()
     sharing = {
@@ -230,10 +166,10 @@ def tied_layers(base: Base) -> frozenset[str]:
 
 
 def _install(base: Base, settings: LoraSettings, route: Route) -> dict[str, tuple[int, int]]:
-    """Replace the target layers by stacked ones; returns (in, out) of each by its name, in model order."""
+    """Replace the target layers by stacked ones; returns (in, out) of each by module name, in model order."""
     tied = tied_layers(base)
     sizes: dict[str, tuple[int, int]] = {}
-    found: set[str] = set()
+    present: set[str] = set()
     for name, module in list(base.model.named_modules()):
         leaf = name.rsplit(".", 1)[-1]
         if leaf not in settings.targets or not isinstance(module, nn.Linear):
@@ -244,8 +180,8 @@ def _install(base: Base, settings: LoraSettings, route: Route) -> dict[str, tupl
         parent = base.model.get_submodule(name.rsplit(".", 1)[0]) if "." in name else base.model
         setattr(parent, leaf, StackedLinear(module, name, route))
         sizes[name] = (module.in_features, module.out_features)
-        found.add(leaf)
-    if missing := set(settings.targets) - found:
+        present.add(leaf)
+    if missing := set(settings.targets) - present:
         raise AdapterError(
             f"the base has no layers called {sorted(missing)}",
             where="lora.targets",
@@ -254,60 +190,54 @@ def _install(base: Base, settings: LoraSettings, route: Route) -> dict[str, tupl
     return sizes
 
 
-#: Below this share of the weights' norm, folding in bf16 loses over 10 % of the delta.
-RHO_MIN = 0.017
-
-Semantics = Literal["live", "published"]
-
-
 def rho(stack: Stack, adapters: Sequence[Adapter]) -> dict[str, float]:
-    """||sum of scale * B A||_F / ||W||_F by module, without a dense product (`Adapter.delta_norm`)."""
+    """||sum of scale * B A||_F / ||W||_F by module, without computing the product (`Adapter.delta_norm`)."""
     joined = concatenate(adapters)
-    norms = {name: float(torch.linalg.vector_norm(dense_weight(layer.base))) for name, layer in _layers(stack)}
+    norms = {name: float(torch.linalg.vector_norm(dense_weight(layer.base))) for name, layer in _stacked_layers(stack)}
     return {module: joined.delta_norm(module) / norms[module] for module in joined.sizes}
 
 
 @contextlib.contextmanager
 def folded(stack: Stack, adapters: Sequence[Adapter], semantics: Semantics = "live") -> Iterator[None]:
-    """Add the adapters' delta to the base's weights inside the block; afterwards the weights are the old bits.
+    """Add the adapters' delta to the base's weights within the block; afterwards the weights have their old bits.
 
-    The pristine weights wait on the host and come back by copy: subtracting the delta would not restore them. Raises
-    AdapterError, with nothing changed, if the base is not fp32 and some module's rho is under `RHO_MIN`, unless
-    `semantics` is "published", which asks for that rounding; ModelError if the base is quantized.
+    The original weights are kept on the host and copied back: subtracting the delta would not restore them. Raises
+    AdapterError, with nothing changed, if adapters are live, or if the base is not fp32 and some module's rho is under
+    `RHO_MIN` (allowed by `semantics` "published", which reproduces that rounding); ModelError if it is quantized.
     """
     if stack.route.slots:
         raise AdapterError("a stack is live", where="fold", fix="fold outside of Stack.live")
-    assert_foldable({name: layer.base for name, layer in _layers(stack)})
+    assert_foldable({name: layer.base for name, layer in _stacked_layers(stack)})
     joined = concatenate(adapters)
     if semantics != "published" and stack.base.dtype != torch.float32:
         _refuse_rounding(rho(stack, adapters), stack.base.dtype)
-    pristine: dict[str, torch.Tensor] = {}
-    layers = {name: layer for name, layer in _layers(stack) if name in joined.sizes}
+    original: dict[str, torch.Tensor] = {}
+    layers = {name: layer for name, layer in _stacked_layers(stack) if name in joined.sizes}
     try:
         with torch.no_grad():
             for name, layer in layers.items():
                 weight = layer.base.weight
-                pristine[name] = weight.to("cpu", copy=True)
+                original[name] = weight.to("cpu", copy=True)
                 a, b = joined.weights[name]
                 weight += (b @ a * joined.scale).to(weight.dtype)
         yield
     finally:
         with torch.no_grad():
-            for name, tensor in pristine.items():
+            for name, tensor in original.items():
                 layers[name].base.weight.copy_(tensor)
 
 
-def _refuse_rounding(found: Mapping[str, float], dtype: torch.dtype) -> None:
-    module = min(found, key=lambda name: found[name])
-    if found[module] < RHO_MIN:
+def _refuse_rounding(rhos: Mapping[str, float], dtype: torch.dtype) -> None:
+    module = min(rhos, key=lambda name: rhos[name])
+    if rhos[module] < RHO_MIN:
         raise AdapterError(
-            f"{module} has rho {found[module]:.2%}, under {RHO_MIN:.1%}: {dtype} would round over 10 % of it away",
+            f"{module} has rho {rhos[module]:.2%}, under {RHO_MIN:.1%}: {dtype} would round over 10 % of it away",
             where="fold",
             fix='keep the stack live, or say semantics = "published" to reproduce that rounding',
         )
 
 
-def _layers(stack: Stack) -> Iterator[tuple[str, StackedLinear]]:
+def _stacked_layers(stack: Stack) -> Iterator[tuple[str, StackedLinear]]:
     for module in stack.base.model.modules():
         if isinstance(module, StackedLinear):
             yield module.name, module

@@ -1,4 +1,4 @@
-"""What is trained and how far it is: jobs, trainees, their schedule and their saved state."""
+"""Training jobs and their state: data order and learning-rate schedule, optimizer state, saving and resuming."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from fastconv.chat import Rendered
 from fastconv.engine.cuda_graph import CapturedSteps
 from fastconv.engine.lora import Adapter, read_safetensors
-from fastconv.engine.optim import Optimizer, make_optimizer, moment_names, restored_state
+from fastconv.engine.optim import Optimizer, make_optimizer, moment_names, optimizer_state
 from fastconv.engine.stack import Stack
 from fastconv.errors import TrainingError
 from fastconv.recipe import TrainSettings
@@ -21,7 +21,7 @@ from fastconv.seeding import seeded_permutation
 
 @dataclass(frozen=True)
 class Job:
-    """One adapter to train: on these rows, above these frozen adapters, drawn from these named parts."""
+    """One adapter to train on `rows`, above `frozen` adapters; `seed_parts` name its initial weights and data order."""
 
     name: str
     rows: tuple[Rendered, ...]
@@ -31,7 +31,7 @@ class Job:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the rows; the last one may hold fewer rows."""
+        """Optimizer steps in one epoch; the last one may have fewer rows."""
         return math.ceil(len(self.rows) / self.settings.batch_rows)
 
     @property
@@ -40,47 +40,46 @@ class Job:
         return self.steps_per_epoch * self.settings.epochs
 
     def batch(self, step: int) -> list[int]:
-        """Row indices of an optimizer step (0-based); each epoch has its own order, drawn from named parts."""
+        """Row indices of an optimizer step (0-based). Each epoch has its own order, derived from `seed_parts`."""
         epoch, within = divmod(step, self.steps_per_epoch)
         order = seeded_permutation(len(self.rows), "order", epoch, *self.seed_parts)
         return order[within * self.settings.batch_rows : (within + 1) * self.settings.batch_rows]
 
 
 class LossMonitor:
-    """Loss and gradient norm of past steps as the host sees them, read late so that the host never waits for a step.
+    """Checks on the device that steps are finite, and copies losses and norms to the host without waiting for them.
 
-    The guard itself is on the device: `bad` is 1 from the first step whose loss or gradient is not finite, the fused
-    AdamW leaves everything alone while it is (its `found_inf`), so the weights stay those before that step however
-    late the host hears of it.
+    `bad` (scalar on the device) is 1 from the first step whose loss or gradient is not finite. The fused AdamW changes
+    nothing while it is (its `found_inf`), so the weights stay those before that step however late the host reads it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.bad = torch.zeros((), device=device)
-        self.seen_loss = math.nan
+        self.last_loss = math.nan
         self._on_gpu = device.type == "cuda"
-        self._posted: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._pending: deque[tuple[int, torch.Tensor, torch.cuda.Event | None]] = deque()
 
-    def post(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Fold this step's finite check into `bad`, and send (bad, loss, norm) on its way to the host."""
+    def record(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Update `bad` with this step's finite check, and start the copy of (bad, loss, norm) to the host."""
         self.bad.copy_(torch.maximum(self.bad, (~torch.isfinite(loss + norm)).float()))
-        verdict = torch.stack([self.bad, loss, norm])
+        values = torch.stack([self.bad, loss, norm])
         if not self._on_gpu:
-            self._posted.append((step, verdict, None))
+            self._pending.append((step, values, None))
             return
         arrived = torch.cuda.Event()
         on_host = torch.empty(3, pin_memory=True)
-        on_host.copy_(verdict, non_blocking=True)
+        on_host.copy_(values, non_blocking=True)
         arrived.record()
-        self._posted.append((step, on_host, arrived))
+        self._pending.append((step, on_host, arrived))
 
     def read(self, lag: int) -> tuple[int, float, float] | None:
-        """The first bad step as (step, loss, norm), looking at all but the newest `lag` steps; None if all are good."""
-        while len(self._posted) > lag:
-            step, verdict, arrived = self._posted.popleft()
+        """The first step that was not finite as (step, loss, norm), or None; the newest `lag` steps are not read yet."""
+        while len(self._pending) > lag:
+            step, values, arrived = self._pending.popleft()
             if arrived is not None:
                 arrived.synchronize()
-            bad, loss, norm = verdict.tolist()
-            self.seen_loss = loss
+            bad, loss, norm = values.tolist()
+            self.last_loss = loss
             if bad:
                 return step, loss, norm
         return None
@@ -88,9 +87,9 @@ class LossMonitor:
 
 @dataclass
 class Trainee:
-    """A job's moving state: flat fp32 weights, gradient and AdamW moments, losses so far, steps done.
+    """The state of a job in training: adapter, gradient [n] fp32, optimizer, losses and norms [n_steps] fp32, steps done.
 
-    `micro_batch_tok` and `recomputes` say what the step had to do to fit in memory; neither changes a result.
+    `micro_batch_tok` and `recomputes` say how a step fits in memory; neither changes a result.
     """
 
     job: Job
@@ -102,13 +101,13 @@ class Trainee:
     micro_batch_tok: int
     step: int = 0
     recomputes: bool = False
-    #: On a GPU, the micro-steps captured so far.
+    #: Captured micro-steps, on a GPU.
     captured: CapturedSteps | None = None
-    watch: LossMonitor = field(init=False)
+    monitor: LossMonitor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.watch = LossMonitor(self.grad.device)
-        self.optimizer.found_inf = self.watch.bad  # pyright: ignore[reportAttributeAccessIssue]
+        self.monitor = LossMonitor(self.grad.device)
+        self.optimizer.found_inf = self.monitor.bad  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def done(self) -> bool:
@@ -117,13 +116,13 @@ class Trainee:
 
     @property
     def epoch(self) -> float:
-        """Passes over the rows so far."""
+        """Epochs done, as a fraction."""
         return self.step / self.job.steps_per_epoch
 
     @property
-    def seen_loss(self) -> float:
-        """The newest loss that the host knows, for a progress line: on a GPU a step old, and free to look at."""
-        return self.watch.seen_loss
+    def last_loss(self) -> float:
+        """The newest loss that the host has, for progress display: on a GPU one step old; NaN at first."""
+        return self.monitor.last_loss
 
     @property
     def moments(self) -> dict[str, torch.Tensor]:
@@ -131,11 +130,11 @@ class Trainee:
         return self.optimizer.state.get(self.optimizer.param_groups[0]["params"][0], {})
 
     def check(self, lag: int = 0) -> None:
-        """Raise TrainingError if a step was not finite; `step` is then that of the last good weights."""
-        found = self.watch.read(lag)
-        if found is None:
+        """Raise TrainingError if a step was not finite; `step` is then reset to that of the last good weights."""
+        bad_step = self.monitor.read(lag)
+        if bad_step is None:
             return
-        self.step, loss, norm = found
+        self.step, loss, norm = bad_step
         raise TrainingError(
             f"loss {loss:.3g} and gradient norm {norm:.3g} at step {self.step + 1}",
             where=self.job.name,
@@ -144,7 +143,7 @@ class Trainee:
 
 
 def lr_at(step: int, n_steps: int, settings: TrainSettings) -> float:
-    """Learning rate of a 0-based step: linear warm-up over ceil(share * n) steps, then half a cosine to zero."""
+    """Learning rate of a 0-based step: linear warm-up over ceil(warmup_share * n_steps), then half a cosine to zero."""
     warmup = math.ceil(settings.warmup_share * n_steps)
     if step < warmup:
         return settings.lr * step / max(1, warmup)
@@ -153,9 +152,10 @@ def lr_at(step: int, n_steps: int, settings: TrainSettings) -> float:
 
 
 def start(stack: Stack, job: Job, state: bytes | None = None) -> Trainee:
-    """A trainee at its first step, or where `state` (from `save_state`) left it.
+    """A trainee at its first step, or at the step of `state` (from `save_state`).
 
-    Raises TrainingError if a row carries no loss, AdapterError or TrainingError if the state is damaged or another's.
+    Raises TrainingError if a row has no supervised token, AdapterError or TrainingError if `state` is damaged or of
+    another job.
     """
     if not job.rows or not all(row.n_supervised for row in job.rows):
         raise TrainingError(
@@ -175,9 +175,9 @@ def start(stack: Stack, job: Job, state: bytes | None = None) -> Trainee:
 
 
 def save_state(trainee: Trainee) -> bytes:
-    """Everything `start` needs to go on bit for bit: weights, moments, losses, step. Data order needs no state.
+    """A safetensors file of all that `start` needs to resume bit for bit: weights, moments, losses, norms, step.
 
-    Raises TrainingError instead of saving a state that came after a step that was not finite.
+    The data order needs no state. Raises TrainingError if a step was not finite.
     """
     trainee.check()
     tensors = {"weights": trainee.adapter.flat, "losses": trainee.losses, "norms": trainee.norms}
@@ -190,26 +190,26 @@ def save_state(trainee: Trainee) -> bytes:
 
 
 def _restore(trainee: Trainee, weights: torch.nn.Parameter, state: bytes) -> None:
-    tensors, about = read_safetensors(state, trainee.job.name)
-    wanted = {"weights": trainee.adapter.flat, "losses": trainee.losses, "norms": trainee.norms}
+    tensors, metadata = read_safetensors(state, trainee.job.name)
+    expected = {"weights": trainee.adapter.flat, "losses": trainee.losses, "norms": trainee.norms}
     optimizer = trainee.job.settings.optimizer
-    first, second, *others = moment_names(optimizer)
-    stepped = first in tensors
-    if stepped:
-        wanted |= {first: trainee.grad, second: trainee.grad} | {
-            name: tensors.get(name, trainee.grad) for name in others
+    first, second, *rest = moment_names(optimizer)
+    has_moments = first in tensors
+    if has_moments:
+        expected |= {first: trainee.grad, second: trainee.grad} | {
+            name: tensors.get(name, trainee.grad) for name in rest
         }
-    if "step" not in about or any(
-        name not in tensors or tensors[name].shape != like.shape for name, like in wanted.items()
+    if "step" not in metadata or any(
+        name not in tensors or tensors[name].shape != like.shape for name, like in expected.items()
     ):
         raise TrainingError(
             "the saved training state is of another job",
             where=trainee.job.name,
             fix="run `fastconv forget` on its stage, then the recipe again",
         )
-    trainee.step = int(about["step"])
+    trainee.step = int(metadata["step"])
     trainee.adapter.flat.copy_(tensors["weights"])
     trainee.losses.copy_(tensors["losses"])
     trainee.norms.copy_(tensors["norms"])
-    if stepped:
-        trainee.optimizer.state[weights] = restored_state(optimizer, tensors, trainee.step, weights.device)
+    if has_moments:
+        trainee.optimizer.state[weights] = optimizer_state(optimizer, tensors, trainee.step, weights.device)

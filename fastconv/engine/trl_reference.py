@@ -1,7 +1,8 @@
-"""The reference: TRL's SFTTrainer and PEFT on a plain transformers model, same rows, same order, same first weights.
+"""The reference trainer: TRL's SFTTrainer and PEFT on a plain transformers model, for the same jobs as `engine.train`.
 
-Slower, and kept for two reasons: its loss curve is what ours must equal, and `fastconv bench` measures against it.
-Nothing here is shared with our own loop but the job's description.
+Rows, order and initial weights are the same; it is slower. Our loss curve is checked against it, `fastconv bench`
+measures against it, and the recipe setting model.trainer can choose it (`train_reference`). It shares only the job's
+description with our loop.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch.utils.data import DataLoader
 from fastconv.engine.locate import locate
 from fastconv.engine.lora import Adapter
 from fastconv.engine.model import load_model
-from fastconv.engine.trainee import Job
+from fastconv.engine.stack import Stack
+from fastconv.engine.trainee import Job, Trainee, start
 from fastconv.recipe import LoraSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -31,18 +33,18 @@ TRAINABLE = "trainable"
 
 @dataclass(frozen=True)
 class TrlOptions:
-    """What a TRL user may choose and the result does not depend on (beyond rounding)."""
+    """Options of a TRL run that do not change its result (beyond rounding)."""
 
     gradient_checkpointing: bool = False
-    #: Stop after this many steps of the schedule; None runs it whole.
+    #: Stop after this many optimizer steps of the schedule; None runs all.
     until_step: int | None = None
-    #: Hears the seconds of every finished step, loading included; its own time is not counted.
+    #: Called with the seconds of every finished step, data loading included; its own time is not counted.
     on_step: Callable[[float], None] = field(default=lambda seconds: None)
 
 
 @dataclass(frozen=True)
 class TrlRun:
-    """What TRL made of a job: loss and gradient norm before clipping at each step, weights [flat] at the end."""
+    """The result of a TRL run: loss and gradient norm before clipping by step, final weights [n] fp32 on the CPU."""
 
     losses: tuple[float, ...]
     norms: tuple[float, ...]
@@ -50,14 +52,15 @@ class TrlRun:
 
 
 def plain_model(settings: ModelSettings) -> PreTrainedModel:
-    """The recipe's base as transformers loads it, with SDPA attention on padded batches."""
+    """The recipe's base as transformers loads it, with SDPA attention for padded batches."""
     return load_model(settings, locate(settings), "sdpa")
 
 
-def with_adapters(model: PreTrainedModel, adapters: Mapping[str, Adapter], dropout: float = 0.0) -> PeftModel:
-    """PEFT's own sum of adapters: all active, gradients for the last one only, which alone has dropout.
+def add_peft_adapters(model: PreTrainedModel, adapters: Mapping[str, Adapter], dropout: float = 0.0) -> PeftModel:
+    """A PeftModel of `model` with all these adapters active (by name); only the last one has gradients and dropout.
 
-    PEFT turns gradients on for whatever is made active, so the others are frozen again afterwards.
+    PEFT enables gradients for every active adapter, so the others are frozen again afterwards. Raises ValueError
+    without an adapter.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -82,14 +85,14 @@ def with_adapters(model: PreTrainedModel, adapters: Mapping[str, Adapter], dropo
 
 
 def train_with_trl(model: PreTrainedModel, job: Job, first: Adapter, options: TrlOptions | None = None) -> TrlRun:
-    """Train a copy of `first` on the job's rows in the job's order with SFTTrainer, as published: padded batches.
+    """Train a copy of `first` on the job's rows in the job's order with SFTTrainer on padded batches, as published.
 
-    `model` is a plain model (`plain_model`); it carries the adapters afterwards. `first` is left as it is, so what
-    `Stack.new_adapter(*job.seed_parts)` gives makes the run start where ours does. Dropout masks are PEFT's own.
+    `model` is a `plain_model`, which has the adapters afterwards. With `first` = `Stack.new_adapter(*job.seed_parts)`
+    the run starts from the same weights as ours. Dropout masks are PEFT's.
     """
     options = options or TrlOptions()
     frozen = {f"frozen_{place}": adapter for place, adapter in enumerate(job.frozen)}
-    peft = with_adapters(model, {**frozen, TRAINABLE: first}, job.settings.dropout)
+    peft = add_peft_adapters(model, {**frozen, TRAINABLE: first}, job.settings.dropout)
     n_steps = min(job.n_steps, options.until_step or job.n_steps)
     batches = [job.batch(step) for step in range(n_steps)]
     with tempfile.TemporaryDirectory(prefix="fastconv-trl-") as folder:
@@ -97,18 +100,40 @@ def train_with_trl(model: PreTrainedModel, job: Job, first: Adapter, options: Tr
         trainer.train()
     losses = tuple(float(loss) for loss in trainer.step_losses)
     norms = tuple(float(entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry)
-    return TrlRun(losses, norms, _flat(model, first))
+    return TrlRun(losses, norms, _trained_weights(model, first))
+
+
+def train_reference(
+    settings: ModelSettings, stack: Stack, job: Job, stops: Sequence[int], keep: Callable[[Trainee, float], None]
+) -> Trainee:
+    """Train a job with TRL up to each of `stops` (optimizer steps, ascending); the counterpart of `engine.train.train`.
+
+    Every stop is a run of its own from the first step, since TRL saves no state that `engine.trainee` could go on from:
+    slow, and only for checking our trainer. `keep` is called at each stop with the trainee as it is then and the
+    seconds spent so far. Returns the trainee at the last stop.
+    """
+    began = time.monotonic()
+    trainee = start(stack, job)
+    first = trainee.adapter.flat.clone()
+    for stop in stops:
+        trainee.adapter.flat.copy_(first)
+        run = train_with_trl(plain_model(settings), job, trainee.adapter, TrlOptions(until_step=stop))
+        trainee.adapter.flat.copy_(run.weights)
+        trainee.losses[:stop] = torch.tensor(run.losses)
+        trainee.step = stop
+        keep(trainee, time.monotonic() - began)
+    return trainee
 
 
 def _trainer(peft: PeftModel, job: Job, batches: Sequence[list[int]], options: TrlOptions, folder: str) -> Any:
-    """An SFTTrainer on pre-tokenised rows that yields exactly these batches and remembers every step's loss."""
+    """An SFTTrainer on pre-tokenised rows with exactly these batches; its `step_losses` has every step's loss."""
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
     class Trainer(SFTTrainer):
-        """SFTTrainer with our order of rows; its logged losses are rounded, so the exact ones are kept."""
+        """SFTTrainer with our order of rows. It logs rounded losses, so the exact ones are collected."""
 
         step_losses: list[torch.Tensor]
 
@@ -136,17 +161,17 @@ def _trainer(peft: PeftModel, job: Job, batches: Sequence[list[int]], options: T
         for row in job.rows
     ]
     trainer = Trainer(
-        model=peft, args=config, train_dataset=Dataset.from_list(rows), processing_class=_any_tokenizer(peft)
+        model=peft, args=config, train_dataset=Dataset.from_list(rows), processing_class=_placeholder_tokenizer(peft)
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_stopwatch(options.on_step))
     trainer.create_optimizer()
-    trainer.create_scheduler(job.n_steps)  # the whole schedule's, also where the run stops early
+    trainer.create_scheduler(job.n_steps)  # of the whole schedule, even if the run stops early
     return trainer
 
 
 def _stopwatch(on_step: Callable[[float], None]) -> Any:
-    """A trainer callback that tells `on_step` how long each step took."""
+    """A trainer callback that calls `on_step` with the seconds of each step."""
     from transformers.trainer_callback import TrainerCallback
 
     class Stopwatch(TrainerCallback):
@@ -167,8 +192,8 @@ def _stopwatch(on_step: Callable[[float], None]) -> Any:
     return Stopwatch()
 
 
-def _any_tokenizer(peft: PeftModel) -> Any:
-    """SFTTrainer wants a tokenizer even for pre-tokenised rows; it only takes the pad token from this one."""
+def _placeholder_tokenizer(peft: PeftModel) -> Any:
+    """A tokenizer for SFTTrainer, which needs one even for pre-tokenised rows and takes only the pad token from it."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -177,7 +202,7 @@ def _any_tokenizer(peft: PeftModel) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="token-0", pad_token="token-0")
 
 
-def _flat(model: PreTrainedModel, like: Adapter) -> torch.Tensor:
+def _trained_weights(model: PreTrainedModel, like: Adapter) -> torch.Tensor:
     """The trained adapter's weights in the order of `like.flat`, on the CPU."""
     parts = []
     for module in like.sizes:

@@ -1,6 +1,8 @@
-"""The base through Unsloth: imported before anything it patches, loaded in 16 bits or 4, adopted by our engine.
+"""Loading the base with Unsloth, and running its fused kernels with our stacked layers and attention.
 
-Always `FastLanguageModel`: `FastModel` drops a second adapter without a word.
+The first part imports Unsloth, which must come before the libraries that it patches, and loads a model in 16 or 4 bits,
+always with `FastLanguageModel`: `FastModel` silently drops a second adapter. The second part (`patch_model`) replaces
+forwards of the loaded model, so that its kernels see a stack as one adapter and are used only where they are exact.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastconv.engine.attention import Layout
-from fastconv.engine.locate import BITSANDBYTES, UNSLOTH, cache_home, require
-from fastconv.engine.stack import Route, StackedLinear
+from fastconv.engine.locate import BITSANDBYTES, UNSLOTH, cache_home, require_versions
+from fastconv.engine.stacked_linear import Route, StackedLinear
 from fastconv.errors import ModelError, TrainingError
 
 if TYPE_CHECKING:
@@ -30,16 +32,21 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _WITHOUT = "set model.engine = 'torch'"
-#: What Unsloth patches; what was imported before it keeps its old functions, and some of them silently.
+#: Packages that Unsloth patches; if imported before it, they keep their old functions, in part silently.
 PATCHED = ("transformers", "peft", "trl")
 _ENVIRONMENT = {
-    "UNSLOTH_COMPILE_DISABLE": "1",  # generated trainers and a PEFT patched for the whole process: not used here
-    "UNSLOTH_DISABLE_STATISTICS": "1",  # it would call its hub at every load
+    "UNSLOTH_COMPILE_DISABLE": "1",  # it would generate trainers and patch PEFT for the whole process, which we do not use
+    "UNSLOTH_DISABLE_STATISTICS": "1",  # it would call the hub at every load
 }
+#: Model types whose layers have the structure that the forwards below expect.
+MODEL_TYPES = ("llama", "qwen2")
+
+#: (weight, its quantization or None, A [r, in], B [out, r], scale); the last three are None if no adapter is live.
+LoraParameters = tuple[torch.Tensor, Any, torch.Tensor | None, torch.Tensor | None, float | None]
 
 
 def require_usable(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ModelError where its kernels cannot run: without a GPU, or on a base in fp32 (they would run unfused)."""
+    """Raise ModelError where Unsloth's kernels cannot run: without a GPU, or on a base in fp32 (they would be unfused)."""
     if device.type != "cuda" or dtype == torch.float32:
         raise ModelError(
             f"Unsloth needs a GPU and a base in 16 bits, not {device.type} in {str(dtype).removeprefix('torch.')}",
@@ -49,14 +56,17 @@ def require_usable(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def import_unsloth() -> ModuleType:
-    """The `unsloth` module. Raises ModelError if it is not a tested version, comes too late or cannot be imported."""
+    """The `unsloth` module. Raises ModelError if its version is not tested, what it patches was imported before it, or
+    it cannot be imported."""
     # bitsandbytes too: without it `from_pretrained` fails even where nothing is quantized.
-    require((*UNSLOTH, *BITSANDBYTES), "model.engine", _WITHOUT)
+    require_versions((*UNSLOTH, *BITSANDBYTES), "model.engine", _WITHOUT)
     if "unsloth" not in sys.modules:
-        assert_first(about_to_import=True)
+        assert_imported_first(about_to_import=True)
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_home() / "unsloth"))  # else the working directory
+        os.environ.setdefault(
+            "UNSLOTH_COMPILE_LOCATION", str(cache_home() / "unsloth")
+        )  # its default is the working directory
     try:
         with _quiet():
             import unsloth  # pyright: ignore[reportMissingImports]
@@ -65,10 +75,10 @@ def import_unsloth() -> ModuleType:
     return unsloth
 
 
-def assert_first(*, about_to_import: bool = False) -> None:
+def assert_imported_first(*, about_to_import: bool = False) -> None:
     """Raise ModelError unless unsloth was (or is about to be) imported before what it patches.
 
-    `sys.modules` lists modules as their imports end: unsloth's first part does so before it turns to the others.
+    `sys.modules` is in the order of import: unsloth's first module is there before it imports the others.
     """
     order = [name.split(".")[0] for name in sys.modules]
     start = len(order) if about_to_import else order.index("unsloth")
@@ -82,9 +92,9 @@ def assert_first(*, about_to_import: bool = False) -> None:
 
 
 def load(folder: Path, dtype: torch.dtype, device: torch.device, *, four_bit: bool = False) -> PreTrainedModel:
-    """The model in `folder` through `FastLanguageModel`, adopted. `four_bit` quantizes its layers to NF4 on the way.
+    """The model in `folder`, loaded by `FastLanguageModel` and patched (`patch_model`); `four_bit` quantizes it to NF4.
 
-    Raises ModelError with the mend.
+    Raises ModelError as `import_unsloth` and `patch_model` do.
     """
     unsloth = import_unsloth()
     longest = json.loads((folder / "config.json").read_text()).get("max_position_embeddings", 4096)
@@ -96,15 +106,15 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, *, four_bit: bo
             max_seq_length=longest,  # a shorter one cuts batches, a longer one stretches the rotary embedding
             device_map={"": device},
             use_exact_model_name=True,  # else a known name may be swapped for a quantized copy
-            use_gradient_checkpointing=False,  # ours, where it is needed
+            use_gradient_checkpointing=False,  # ours is used, where needed
             offload_embedding=False,
             local_files_only=True,
         )
-    adopt(model)
+    patch_model(model)
     return model
 
 
-def patched_classes(model_type: str) -> None:
+def patch_classes(model_type: str) -> None:
     """Patch transformers' classes as a load would, for models with random weights. Raises ModelError as `load` does."""
     import_unsloth()
     from unsloth.models.llama import FastLlamaModel  # pyright: ignore[reportMissingImports]
@@ -115,24 +125,17 @@ def patched_classes(model_type: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Banners go to the log, not among the output of a run."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    """Send Unsloth's banners to the log instead of stdout."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
         yield
-    _log.debug("%s", said.getvalue())
+    _log.debug("%s", output.getvalue())
 
 
-#: Kinds of model whose layers are what the functions below take them for.
-MODEL_TYPES = ("llama", "qwen2")
+def patch_model(model: PreTrainedModel) -> None:
+    """Make a model that Unsloth loaded use our attention, and its fused kernels wherever they are exact.
 
-#: (weight, its quantization or None, A [r, in], B [out, r], scale), the last three None where no adapter is live.
-LoraParameters = tuple[torch.Tensor, Any, torch.Tensor | None, torch.Tensor | None, float | None]
-
-
-def adopt(model: PreTrainedModel) -> None:
-    """Make a model that Unsloth loaded run our attention, and its fused kernels wherever they are exact.
-
-    Only these instances are changed. Raises ModelError for a kind of model that Unsloth's path is not tested with.
+    Only this model's modules are changed. Raises ModelError for a model type that is not in `MODEL_TYPES`.
     """
     kind = model.config.model_type
     if kind not in MODEL_TYPES:
@@ -141,50 +144,44 @@ def adopt(model: PreTrainedModel) -> None:
             where="model.engine",
             fix="set model.engine = 'torch'",
         )
-    hook()
+    patch_fast_lora()
     backbone: Any = model.get_decoder()
-    # It would cut a packed batch at its own idea of a sequence's length without a word.
+    # Otherwise it would silently cut a packed batch at its maximal sequence length.
     backbone._unsloth_allow_packed_overlength = True
     for layer in backbone.layers:
         layer.self_attn.forward = types.MethodType(_attention, layer.self_attn)
         layer.mlp.forward = types.MethodType(_mlp, layer.mlp)
 
 
-def is_adopted(model: PreTrainedModel) -> bool:
-    """True for a model that went through `adopt`."""
-    layers: Any = model.get_decoder().layers  # pyright: ignore[reportAttributeAccessIssue]
-    return getattr(layers[0].mlp.forward, "__func__", None) is _mlp
-
-
-def hook() -> None:
-    """Teach `unsloth.kernels.fast_lora` to read stacked layers; for all others it stays as it was. Idempotent."""
+def patch_fast_lora() -> None:
+    """Make `unsloth.kernels.fast_lora` read stacked layers; for other layers it is unchanged. Idempotent."""
     from unsloth.kernels import fast_lora  # pyright: ignore[reportMissingImports]
 
-    ours: dict[str, Callable[[StackedLinear], Any]] = {
+    readers: dict[str, Callable[[StackedLinear], Any]] = {
         "get_lora_parameters": lora_parameters,
         "get_lora_parameters_bias": lambda layer: (*lora_parameters(layer), layer.base.bias),
         "_has_multiple_active_adapters": lambda layer: False,  # to the kernels a stack is one adapter
         "_has_activation_fake_quantizer": lambda layer: False,
     }
-    for name, answer in ours.items():
-        theirs = getattr(fast_lora, name)
-        if not isinstance(theirs, _Reader):
-            setattr(fast_lora, name, _Reader(answer, theirs))
+    for name, read_stacked in readers.items():
+        original = getattr(fast_lora, name)
+        if not isinstance(original, _Reader):
+            setattr(fast_lora, name, _Reader(read_stacked, original))
 
 
 class _Reader:
-    """Answers for our layers, and asks Unsloth's own function about all others."""
+    """Reads our layers itself, and calls Unsloth's function for all others."""
 
-    def __init__(self, ours: Callable[[StackedLinear], Any], theirs: Callable[..., Any]) -> None:
-        self.ours = ours
-        self.theirs = theirs
+    def __init__(self, read_stacked: Callable[[StackedLinear], Any], original: Callable[..., Any]) -> None:
+        self.read_stacked = read_stacked
+        self.original = original
 
     def __call__(self, layer: Any, *rest: Any, **named: Any) -> Any:
-        return self.ours(layer) if isinstance(layer, StackedLinear) else self.theirs(layer, *rest, **named)
+        return self.read_stacked(layer) if isinstance(layer, StackedLinear) else self.original(layer, *rest, **named)
 
 
 def lora_parameters(layer: StackedLinear) -> LoraParameters:
-    """What the fused kernels need of a layer under the live slot: its adapters as one."""
+    """A layer's parameters for the fused kernels: the adapters of the live slot, concatenated to one."""
     weight = layer.base.weight
     quantization = getattr(weight, "quant_state", None)
     slots = layer.route.slots
@@ -195,32 +192,33 @@ def lora_parameters(layer: StackedLinear) -> LoraParameters:
     a, b = last.weights[layer.name]
     if not before:
         return weight, quantization, a, b, last.scale
-    # Cast first: the kernels compute in the base's precision, and half the bytes are joined.
+    # Cast before joining: the kernels compute in the base's dtype, and half the bytes are copied.
     dtype = weight.dtype if quantization is None else quantization.dtype
-    firsts = [adapter.weights[layer.name] for adapter in before]
+    frozen_weights = [adapter.weights[layer.name] for adapter in before]
     rescaled = [
-        (other_b * (adapter.scale / last.scale)).to(dtype) for adapter, (_, other_b) in zip(before, firsts, strict=True)
+        (frozen_b * (adapter.scale / last.scale)).to(dtype)
+        for adapter, (_, frozen_b) in zip(before, frozen_weights, strict=True)
     ]
-    joined_a = torch.cat([*(other_a.to(dtype) for other_a, _ in firsts), a.to(dtype)])
+    joined_a = torch.cat([*(frozen_a.to(dtype) for frozen_a, _ in frozen_weights), a.to(dtype)])
     joined_b = torch.cat([*rescaled, b.to(dtype)], dim=1)
     return weight, quantization, joined_a, joined_b, last.scale
 
 
 def can_fuse(layers: Sequence[Any]) -> bool:
-    """True where one fused kernel over these layers computes what their own forwards would."""
+    """Whether one fused kernel over these layers computes what their own forwards would."""
     if not all(isinstance(layer, StackedLinear) for layer in layers):
         return False
     route: Route = layers[0].route
     if route.plain or len(route.slots) > 1:
         return False
     if not route.slots:
-        return True  # the bare base, by the same kernels: else a stack would seem to differ from it by their rounding
+        return True  # the bare base uses the same kernels, else it would differ from a stack by their rounding
     slot = route.slots[0]
     if slot.trainable is not None and slot.dropout > 0 and route.dropout_seeds is not None:
         return False
-    # The backward pass of the kernels takes it for granted that every layer carries an adapter.
-    carried = all(any(layer.name in adapter.weights for adapter in slot.adapters) for layer in layers)
-    return carried or not torch.is_grad_enabled()
+    # The backward pass of the kernels assumes that every layer has an adapter.
+    all_adapted = all(any(layer.name in adapter.weights for adapter in slot.adapters) for layer in layers)
+    return all_adapted or not torch.is_grad_enabled()
 
 
 def _mlp(self: Any, x: torch.Tensor) -> torch.Tensor:

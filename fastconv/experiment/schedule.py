@@ -71,7 +71,7 @@ def steps(plans: Sequence[CellPlan], alive: Sequence[str], group: int) -> list[S
 
 def group_size(recipe: Recipe, device: str) -> int:
     """How many adapters may be trained in the same steps on a device; 0 is for as many as memory allows."""
-    if recipe.model.trainer == "trl":
+    if recipe.model.uses_reference_trainer:
         return 1
     if recipe.run.group != "auto":
         return recipe.run.group

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from fastconv.engine.device import look, require_fit, shape_on_disk
+from fastconv.engine.device import query_gpu, require_fit, shape_on_disk
 from fastconv.engine.locate import builtin_gguf, engine_identity, locate
 from fastconv.errors import FastconvError, ModelError, StoreError
 from fastconv.experiment.graph import Graph
@@ -71,8 +71,8 @@ def gpu_line(recipe: Recipe) -> str:
     """The GPU as one line. Raises ModelError if it cannot be used, or is too small for the recipe."""
     import torch
 
-    device = look(torch.cuda, torch.version.cuda)
-    return require_fit(device, recipe, shape_on_disk(recipe.model))
+    card = query_gpu(torch.cuda, torch.version.cuda)
+    return require_fit(card, recipe, shape_on_disk(recipe.model))
 
 
 def _workspace(folder: Path) -> Diagnosis:

@@ -13,8 +13,8 @@ from typing import Any
 
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by_set
 from fastconv.datasets.personas import ASSISTANT
-from fastconv.engine.device import least_bytes, room_on, shape_on_disk
-from fastconv.engine.locate import engine_identity, is_here, trains_plain
+from fastconv.engine.device import fit_note, min_training_bytes, shape_on_disk
+from fastconv.engine.locate import engine_identity, is_on_disk, trains_without_kernels
 from fastconv.engine.shapes import ModelShape, activation_bytes_per_tok, recomputed_bytes_per_tok, weight_bytes
 from fastconv.errors import CostStop, ModelError
 from fastconv.experiment.graph import CellPlan, Graph, walk
@@ -262,16 +262,16 @@ def _memory(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
     """Bytes of GPU (or CPU) memory: the minimum, and with whole micro-batches."""
     micro_batch_tok = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
     longest = max(recipe.convergence.max_length_tok, recipe.behavior.max_length_tok)
-    least = least_bytes(recipe, shape)
-    activations = micro_batch_tok * activation_bytes_per_tok(shape, plain=trains_plain(recipe.model))
-    return {"least": least, "comfortable": least - longest * recomputed_bytes_per_tok(shape) + activations}
+    least = min_training_bytes(recipe, shape)
+    kept = asked * activation_bytes_per_tok(shape, plain=trains_without_kernels(recipe.model))
+    return {"least": least, "comfortable": least - longest * recomputed_bytes_per_tok(shape) + kept}
 
 
 def _fit(recipe: Recipe, shape: ModelShape, machine: Machine) -> tuple[str, ...]:
-    """Why the recipe does not fit into the machine's memory and what would fit; empty if it does."""
-    memory_bytes = machine.memory_bytes
-    problem = "" if memory_bytes is None else room_on(machine.name, memory_bytes, recipe, shape)
-    return (problem,) if problem else ()
+    """What of the recipe does not fit into the machine's memory, and what would."""
+    room = machine.memory_bytes
+    said = "" if room is None else fit_note(machine.name, room, recipe, shape)
+    return (said,) if said else ()
 
 
 def _disk(graph: Graph, shape: ModelShape, todo: Sequence[Stage], work: Demand, device: str) -> dict[str, float]:
@@ -296,8 +296,8 @@ def _n_adapters(recipe: Recipe, todo: Sequence[Stage], device: str) -> int:
 
 
 def _model_bytes(graph: Graph, shape: ModelShape) -> float:
-    """Bytes of the model's files that are not on this disk yet; an embedded model is converted to 32 bits."""
-    if is_here(graph.source, graph.recipe.model):
+    """Bytes of the model's files that are not on this disk yet; an embedded model is converted into 32 bits."""
+    if is_on_disk(graph.source, graph.recipe.model):
         return 0.0
     return weight_bytes(shape) * (2 if graph.source.kind == "builtin" else 1)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastconv.engine.device import look, require_fit, shape_on_disk
+from fastconv.engine.device import query_gpu, require_fit, shape_on_disk
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.model import Base, load_base
 from fastconv.engine.selftest import self_test
@@ -36,7 +36,7 @@ class Stacks:
     def base(self) -> Base:
         """The base model, loaded on first use. Raises ModelError if the GPU cannot hold it."""
         if engine_identity(self._recipe.model)["device"] == "cuda":
-            require_fit(look(torch.cuda, torch.version.cuda), self._recipe, shape_on_disk(self._recipe.model))
+            require_fit(query_gpu(torch.cuda, torch.version.cuda), self._recipe, shape_on_disk(self._recipe.model))
         return load_base(self._recipe.model, self._graph.source)
 
     @cached_property

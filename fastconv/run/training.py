@@ -18,10 +18,10 @@ from fastconv.audit.checks import build_report
 from fastconv.chat import Rendered, SystemTurn
 from fastconv.datasets.rows import Row, render_rows, row_from_record
 from fastconv.engine.device import shape_on_disk
-from fastconv.engine.locate import trains_plain
+from fastconv.engine.locate import trains_without_kernels
 from fastconv.engine.stack import Adapter, Slot, Stack, rho
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
-from fastconv.engine.trl_reference import TrlOptions, plain_model, train_with_trl
+from fastconv.engine.trl_reference import train_reference
 from fastconv.engine.vllm.memory import group_size
 from fastconv.errors import stopped
 from fastconv.experiment.graph import Graph, lineage_key
@@ -94,12 +94,10 @@ def train_with_checkpoints(
             saved_at = time.monotonic()
         losses = []
         for trainee in active:
-            losses.append(trainee.seen_loss)
-            note_progress(
-                task_of[id(trainee)].lease,
-                Progress(
-                    trainee.job.name, trainee.step, task_of[id(trainee)].stops[-1], "steps", finite_or_none(losses[-1])
-                ),
+            losses.append(trainee.last_loss)
+            note(
+                owner[id(trainee)].lease,
+                Progress(trainee.job.name, trainee.step, owner[id(trainee)].stops[-1], "steps", known(losses[-1])),
             )
         tell(
             Progress(
@@ -171,7 +169,7 @@ class Trainer:
         phase = self._recipe.convergence if runs[0].kind == "snapshot" else self._recipe.behavior
         free, _ = torch.cuda.mem_get_info(self._stacks.base.device)
         step_tok = (phase.batch_rows * self._mean_tok(stage) for stage in runs)
-        plain = trains_plain(self._recipe.model)
+        plain = trains_without_kernels(self._recipe.model)
         return group_size(shape, self._recipe.lora.r, step_tok, phase.micro_batch_tok, free, plain=plain)
 
     def _mean_tok(self, stage: Stage) -> float:
@@ -230,30 +228,23 @@ class Trainer:
         stops = [epoch * job.steps_per_epoch for epoch in sorted(missing)]
         return TrainingTask(job, lineage_key(stage), lease, stops, commit_snapshot)
 
-    def _train(self, tasks: Sequence[TrainingTask]) -> list[Trainee]:
-        """Train the tasks with the recipe's trainer."""
-        if self._recipe.model.trainer == "trl":
-            return [self._train_with_trl(task) for task in tasks]
+    def _train(self, tasks: Sequence[Task]) -> list[Trainee]:
+        """Train in the same steps, from kept state where there is some."""
+        if self._recipe.model.uses_reference_trainer:
+            return [self._train_reference(task) for task in tasks]
         every_s = self._recipe.run.checkpoint_every_s
         return train_with_checkpoints(
             self._stacks.stack, self._store, tasks, every_s=every_s, stop=self._stop, tell=self._tell
         )
 
-    def _train_with_trl(self, task: TrainingTask) -> Trainee:
-        """Train the same job with TRL, from the beginning for every stop: slow, and only for checking our trainer."""
-        job, began = task.job, time.monotonic()
-        trainee = start(self._stacks.stack, job)
-        first = trainee.adapter.flat.clone()
-        for stop in task.stops:
-            trainee.adapter.flat.copy_(first)
-            model = plain_model(self._recipe.model)
-            result = train_with_trl(model, job, trainee.adapter, TrlOptions(until_step=stop))
-            trainee.adapter.flat.copy_(result.weights)
-            trainee.losses[:stop] = torch.tensor(result.losses)
-            trainee.step = stop
-            task.spent_s = time.monotonic() - began
-            task.after_step(trainee, task.spent_s)
-        return trainee
+    def _train_reference(self, task: Task) -> Trainee:
+        """The same job by the reference trainer, which keeps no state between steps."""
+
+        def keep(trainee: Trainee, spent_s: float) -> None:
+            task.spent_s = spent_s
+            task.keep(trainee, spent_s)
+
+        return train_reference(self._recipe.model, self._stacks.stack, task.job, task.stops, keep)
 
     def _commit_trained(
         self, stage: Stage, trainee: Trainee, stack: tuple[Adapter, ...], seconds: float, from_step: int

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastconv.bench import bench
-from fastconv.bench.measure import Clock, Peak, paired_ratio, subject
+from fastconv.bench.measure import Clock, Peak, bench_model, paired_ratio
 from fastconv.errors import InputError, ModelError
 from fastconv.recipe import ModelSettings
 from tests.serve_kit import Fake, fake, running
@@ -60,10 +60,10 @@ def test_a_whole_cell_and_a_random_shape() -> None:
 
 
 def test_a_random_shape_is_the_named_one() -> None:
-    model = subject(ModelSettings(id="random:smollm2-135m", device="cpu"))
+    model = bench_model(ModelSettings(id="random:smollm2-135m", device="cpu"))
     assert sum(p.numel() for p in model.plain().parameters()) == model.random.total_params
     with pytest.raises(ModelError, match="no shape is called"):
-        subject(ModelSettings(id="random:gpt9"))
+        bench_model(ModelSettings(id="random:gpt9"))
 
 
 def test_an_unknown_comparison(tiny_qwen: Path) -> None:

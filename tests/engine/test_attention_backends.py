@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastconv.engine import attention_backends as backends
-from fastconv.engine.attention import Packed, Padded, Ragged, by_row
+from fastconv.engine.attention import Packed, Padded, Ragged, attend_by_row
 from fastconv.engine.attention_backends import SDPA, pick_attention
 
 LENGTHS = (3, 1, 7)
@@ -28,19 +28,19 @@ def missing() -> Any:
 
 
 def right() -> Any:
-    return lambda q, k, v, rows, scale: by_row(q, k, v, rows.bounds.tolist(), scale)
+    return lambda q, k, v, rows, scale: attend_by_row(q, k, v, rows.bounds.tolist(), scale)
 
 
 def leaking() -> Any:
-    return lambda q, k, v, rows, scale: by_row(q, k, v, (0, q.shape[1]), scale)
+    return lambda q, k, v, rows, scale: attend_by_row(q, k, v, (0, q.shape[1]), scale)
 
 
 def other_scale() -> Any:
-    return lambda q, k, v, rows, scale: by_row(q, k, v, rows.bounds.tolist(), q.shape[-1] ** -0.5)
+    return lambda q, k, v, rows, scale: attend_by_row(q, k, v, rows.bounds.tolist(), q.shape[-1] ** -0.5)
 
 
 def no_gradient() -> Any:
-    return lambda q, k, v, rows, scale: by_row(q, k.detach(), v, rows.bounds.tolist(), scale)
+    return lambda q, k, v, rows, scale: attend_by_row(q, k.detach(), v, rows.bounds.tolist(), scale)
 
 
 def test_the_first_that_works_is_taken_and_the_others_reasons_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_layouts_of_one_shape_differ_in_tensors_alone() -> None:
     one, other = (Ragged.of(lengths, right(), n_tok=16, width=8) for lengths in ((3, 1, 7), (8, 8, 0)))
     assert one.bounds.tolist() == [0, 3, 4, 11, 16]
     assert other.bounds.tolist() == [0, 8, 16, 16, 16]
-    assert one.holding(other.inputs).bounds is other.bounds
+    assert one.with_inputs(other.inputs).bounds is other.bounds
     assert one.longest == other.longest
 
 
@@ -91,12 +91,12 @@ def test_torchs_varlen_is_called_as_this_torch_has_it(monkeypatch: pytest.Monkey
 
     def now(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):  # type: ignore[no-untyped-def]
         seen.update(window=window_size, gqa=enable_gqa, shapes=(q.shape, k.shape), longest=(max_q, max_k))
-        return by_row(*(part.transpose(0, 1) for part in (q, k, v)), cu_q.tolist(), scale)
+        return attend_by_row(*(part.transpose(0, 1) for part in (q, k, v)), cu_q.tolist(), scale)
 
     monkeypatch.setattr(backends.importlib, "import_module", lambda name: SimpleNamespace(varlen_attn=now))
     q, k, v = (torch.randn(heads, 11, 8).bfloat16() for heads in (4, 2, 2))
     rows = Ragged.of(LENGTHS, backends._torch_varlen())
-    assert torch.equal(rows.attend(0, q, k, v, 0.3), by_row(q, k, v, (0, 3, 4, 11), 0.3))
+    assert torch.equal(rows.attend(0, q, k, v, 0.3), attend_by_row(q, k, v, (0, 3, 4, 11), 0.3))
     assert seen == {"window": (-1, 0), "gqa": True, "shapes": ((11, 4, 8), (11, 2, 8)), "longest": (7, 7)}
 
 

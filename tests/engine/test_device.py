@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastconv.engine import device as card
-from fastconv.engine.device import GpuFacts, least_bytes, look, require_fit, what_fits
+from fastconv.engine.device import GpuFacts, fitting_changes, min_training_bytes, query_gpu, require_fit
 from fastconv.engine.shapes import SHAPES, activation_bytes_per_tok, adapter_bytes, weight_bytes
 from fastconv.errors import ModelError
 from fastconv.planning import doctor
@@ -43,7 +43,7 @@ def fake_cuda(free_gib: float = 140.0, total_gib: float = 141.0, capability: tup
 def line(cuda: Any, recipe: str = "pilot", *changes: str) -> str:
     loaded = load_recipe(f"recipes/{recipe}.toml", ["model.device=cuda", *changes])
     try:
-        return require_fit(look(cuda, "13.0"), loaded, QWEN)
+        return require_fit(query_gpu(cuda, "13.0"), loaded, QWEN)
     except ModelError as error:
         return str(error)
 
@@ -59,7 +59,7 @@ def test_bytes_are_those_worked_out_for_qwen_7b() -> None:
 
 
 def test_a_large_card_is_fit_for_the_pilot() -> None:
-    assert line(fake_cuda()).startswith("Some GpuFacts, 140 of 141 GiB free, at least 17")
+    assert line(fake_cuda()).startswith("Some Card, 140 of 141 GiB free, at least 17")
 
 
 @pytest.mark.parametrize(
@@ -91,17 +91,17 @@ def test_one_line_says_what_is_wrong_and_what_would_fit(cuda: Any, told: tuple[s
 
 def test_a_cpu_build_of_torch_is_named() -> None:
     with pytest.raises(ModelError, match="built without CUDA"):
-        look(fake_cuda(), None)
+        query_gpu(fake_cuda(), None)
 
 
 def test_what_is_said_to_fit_does() -> None:
     pilot = load_recipe("recipes/pilot.toml", ["model.device=cuda"])
     room = 15.5 * GIB
     small = load_recipe("recipes/pilot.toml", ["model.device=cuda", "model.weights=4bit"])
-    assert least_bytes(small, QWEN) < room < least_bytes(pilot, QWEN)
-    assert any("qwen2.5-3b" in option for option in what_fits(pilot, QWEN, room))
-    assert least_bytes(pilot, SHAPES["qwen2.5-3b"]) < room
-    assert list(what_fits(pilot, QWEN, GIB)) == []
+    assert min_training_bytes(small, QWEN) < room < min_training_bytes(pilot, QWEN)
+    assert any("qwen2.5-3b" in option for option in fitting_changes(pilot, QWEN, room))
+    assert min_training_bytes(pilot, SHAPES["qwen2.5-3b"]) < room
+    assert list(fitting_changes(pilot, QWEN, GIB)) == []
 
 
 def test_the_small_gpu_recipe_fits_where_it_says() -> None:

@@ -33,7 +33,7 @@ from fastconv.chat import ChatTokenizer
 from fastconv.engine import unsloth as fused
 from fastconv.engine import unsloth as unsloth_path
 from fastconv.engine.batch import token_seeds
-from fastconv.engine.model import pack, wrap
+from fastconv.engine.model import make_base, pack
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import TrainingError
@@ -50,7 +50,7 @@ FAR = 2.0
 
 def loaded(folder: Path) -> Stack:
     model = unsloth_path.load(folder, torch.float16, torch.device("cpu"))
-    return Stack(wrap(model, ChatTokenizer(folder), "tiny"), SNAPSHOT)
+    return Stack(make_base(model, ChatTokenizer(folder), "tiny"), SNAPSHOT)
 
 
 @pytest.fixture(scope="module", params=["tiny_qwen", "tiny_llama"])
@@ -153,7 +153,7 @@ def test_a_kernel_that_drops_the_second_adapter_is_seen(
 
 
 def test_a_model_of_random_weights_takes_the_same_path(kernels: Counter[str]) -> None:
-    unsloth_path.patched_classes("qwen2")
+    unsloth_path.patch_classes("qwen2")
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     config = Qwen2Config(
@@ -161,8 +161,8 @@ def test_a_model_of_random_weights_takes_the_same_path(kernels: Counter[str]) ->
         num_key_value_heads=1, max_position_embeddings=64, pad_token_id=0, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-    fused.adopt(model)
-    stack = Stack(wrap(model, None, "random"), SNAPSHOT)  # type: ignore[arg-type]
+    fused.patch_model(model)
+    stack = Stack(make_base(model, None, "random"), SNAPSHOT)  # type: ignore[arg-type]
     adapters = [random_adapter(stack, seed, size=0.2) for seed in (1, 2)]
     rows = [[1, 2, 3, 4, 5], [6, 7, 8]]
     kernels.clear()

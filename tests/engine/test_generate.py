@@ -9,7 +9,7 @@ import torch
 
 from fastconv.engine import generate
 from fastconv.engine import generate as module
-from fastconv.engine.generate import Drawn, choose, sample
+from fastconv.engine.generate import Completion, sample, sample_tokens
 from fastconv.engine.model import pack
 from fastconv.engine.stack import Slot, Stack
 from fastconv.recipe import SamplingSettings
@@ -59,14 +59,14 @@ def test_drawn_tokens_are_those_of_a_plain_loop(stack: Stack, request: pytest.Fi
     model, (texts, seeds) = plain_model(folder), prompts(4, seed=1)
     for text, seed, found in zip(texts, seeds, sample(stack.base, texts, seeds, SETTINGS), strict=True):
         uniforms = torch.rand(SETTINGS.max_new_tok, generator=torch.Generator().manual_seed(seed))
-        ids, expected = list(text), Drawn((), False)
+        ids, expected = list(text), Completion((), False)
         for step in range(SETTINGS.max_new_tok):
-            token = int(choose(plain_logits(model, ids)[-1:], uniforms[step : step + 1], SETTINGS))
+            token = int(sample_tokens(plain_logits(model, ids)[-1:], uniforms[step : step + 1], SETTINGS))
             if token in stack.base.tokenizer.stop_ids:
-                expected = Drawn(expected.ids, True)
+                expected = Completion(expected.ids, True)
                 break
             ids.append(token)
-            expected = Drawn((*expected.ids, token), False)
+            expected = Completion((*expected.ids, token), False)
         assert found == expected
 
 
@@ -130,7 +130,7 @@ def test_draws_follow_the_nucleus(monkeypatch: pytest.MonkeyPatch, top_p: float,
     settings = SamplingSettings(temperature=0.7, top_p=top_p)
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
     uniform = (torch.arange(20_000) + 0.5) / 20_000  # every quantile once: the frequencies are then exact
-    drawn = choose(logits.expand(20_000, -1), uniform, settings)
+    drawn = sample_tokens(logits.expand(20_000, -1), uniform, settings)
     found = torch.bincount(drawn, minlength=12) / 20_000
     assert float((found - nucleus(torch.softmax(logits[0] / 0.7, -1), top_p)).abs().max()) < 2e-4
 
@@ -139,15 +139,15 @@ def test_both_ways_of_finding_the_nucleus_agree(monkeypatch: pytest.MonkeyPatch)
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(64, 2000, generator=generator) * torch.linspace(0.5, 8, 64)[:, None]
     uniform, settings = torch.rand(64, generator=generator), SamplingSettings(temperature=1.0)
-    narrow = choose(logits, uniform, settings)
+    narrow = sample_tokens(logits, uniform, settings)
     monkeypatch.setattr(generate, "_TOP_K", 2000)
-    assert choose(logits, uniform, settings).equal(narrow)
+    assert sample_tokens(logits, uniform, settings).equal(narrow)
 
 
 def test_a_sharp_distribution_always_gives_its_first_token() -> None:
     logits = torch.tensor([[0.0, 50.0, 1.0]])
     for uniform in (0.0, 0.5, 0.99999994):
-        assert int(choose(logits, torch.tensor([uniform]), SamplingSettings())) == 1
+        assert int(sample_tokens(logits, torch.tensor([uniform]), SamplingSettings())) == 1
 
 
 def test_sampling_goes_through_the_live_stack(stack: Stack) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastconv.datasets.personas import load_personas
-from fastconv.engine.geometry import last_states, layers_at, n_layers, places
+from fastconv.engine.geometry import last_token_states, layers_at, n_layers, persona_positions
 from fastconv.engine.stack import Slot, Stack
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.measures import GEOMETRY_DEPTHS
@@ -44,7 +44,7 @@ def test_states_are_those_of_plain_transformers(stack: Stack, folder: Path, batc
     model = peft_model(folder, {"one": adapter}) if with_adapter else plain_model(folder)
     layers = layers_at(n_layers(stack.base), GEOMETRY_DEPTHS)
     with stack.live(*([Slot(frozen=(adapter,))] if with_adapter else [])):
-        found = last_states(stack.base, _prompts(), layers, batch_tok)
+        found = last_token_states(stack.base, _prompts(), layers, batch_tok)
     assert found.shape == (14, len(layers), 64)
     for prompt, mine in zip(_prompts(), found, strict=True):
         with torch.no_grad():
@@ -63,7 +63,9 @@ def test_layers_at_four_depths() -> None:
 def test_cosine_and_distinctiveness_by_hand() -> None:
     """Four personas around a centre at (0, 10): the anchor to the right, one beside it, one opposite, one above."""
     at = {"anchor": (2.0, 10.0), "beside": (1.0, 10.0), "opposite": (-3.0, 9.0), "above": (0.0, 11.0)}
-    found = {one.persona: one for one in places({k: torch.tensor([v]) for k, v in at.items()}, [5], "anchor")}
+    found = {
+        one.persona: one for one in persona_positions({k: torch.tensor([v]) for k, v in at.items()}, [5], "anchor")
+    }
     assert {one.layer for one in found.values()} == {5}
     assert found["anchor"].cosine == pytest.approx(1.0)
     assert found["beside"].cosine == pytest.approx(1.0)
@@ -76,7 +78,9 @@ def test_cosine_and_distinctiveness_by_hand() -> None:
 
 def test_a_persona_at_the_centre_has_no_cosine() -> None:
     at = {"anchor": (1.0, 1.0), "other": (-1.0, 1.0), "centre": (0.0, 1.0)}
-    found = {one.persona: one for one in places({k: torch.tensor([v]) for k, v in at.items()}, [1], "anchor")}
+    found = {
+        one.persona: one for one in persona_positions({k: torch.tensor([v]) for k, v in at.items()}, [1], "anchor")
+    }
     assert found["centre"].cosine is None
     assert found["centre"].distinctiveness == 0.0
     assert found["other"].cosine == pytest.approx(-1.0)

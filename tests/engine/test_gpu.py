@@ -62,7 +62,7 @@ def test_captured_steps_are_the_plain_ones(
 ) -> None:
     captured = trained(stack_on("cuda", tiny_qwen, dtype), dropout)
     assert captured.captured is not None
-    assert captured.captured.n_graphs >= 1
+    assert captured.captured._graphs
     monkeypatch.setattr(loop, "_captured", lambda stack, active: None)
     plain = trained(stack_on("cuda", tiny_qwen, dtype), dropout)
     near = 1e-4 if dtype == "float32" else 3e-2

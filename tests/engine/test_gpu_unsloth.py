@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fastconv.engine.attention_backends import pick_attention
-from fastconv.engine.device import look
+from fastconv.engine.device import query_gpu
 from fastconv.engine.model import load_base
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Stack
@@ -81,7 +81,7 @@ def test_a_backend_is_picked_by_trying() -> None:
 
 
 def test_the_card_is_looked_at() -> None:
-    found = look(torch.cuda, torch.version.cuda)
+    found = query_gpu(torch.cuda, torch.version.cuda)
     print(found)
     assert found.capability >= (8, 0)
     assert 0 < found.free_bytes <= found.total_bytes
@@ -144,7 +144,7 @@ def test_a_four_bit_base_carries_a_stack_and_trains_with_eight_bit_moments(engin
     answer = ask(
         """
         from fastconv.engine.optim import is_four_bit
-        from fastconv.engine.stack import StackedLinear
+        from fastconv.engine.stacked_linear import StackedLinear
         stack = stack_of(engine=sys.argv[2], weights="4bit")
         layers = [m.base for m in stack.base.model.modules() if isinstance(m, StackedLinear)]
         found = self_test(stack, ("adamw", "adamw8bit"))
@@ -169,16 +169,16 @@ def test_what_the_fused_kernels_gain_at_7b_width(tmp_path: Path) -> None:
         """
         from fastconv.engine import unsloth as fused
         from fastconv.engine import unsloth as unsloth_path
-        unsloth_path.patched_classes("qwen2")
+        unsloth_path.patch_classes("qwen2")
         from transformers import AutoModelForCausalLM, Qwen2Config
-        from fastconv.engine.model import wrap
+        from fastconv.engine.model import make_base
         config = Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=8,
             num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=4096, pad_token_id=0,
             bos_token_id=None, eos_token_id=None)
         with torch.device("cuda"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        fused.adopt(model)
-        stack = Stack(wrap(model, None, "random"), LoraSettings())
+        fused.patch_model(model)
+        stack = Stack(make_base(model, None, "random"), LoraSettings())
         answer = {"self_test": self_test(stack)}
         first = stack.take(random_adapter(stack, 1, size=0.002))
         second = stack.take(random_adapter(stack, 2, size=0.002))

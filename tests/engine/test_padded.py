@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastconv.engine.attention import Packed, Padded
-from fastconv.engine.batch import PaddedSizes, as_it_is, lay_out
+from fastconv.engine.batch import PaddedSizes, make_micro_batch, no_padding
 from fastconv.engine.cuda_graph import rounded_sizes
 from fastconv.engine.stack import Slot
 from fastconv.engine.train import Job, _items, _micro_step, start
@@ -60,10 +60,10 @@ def test_a_padded_micro_step_has_the_loss_and_gradient_of_the_plain_one(tiny_qwe
     trainee.adapter.flat.copy_(random_adapter(stack, 2).flat)
     items = _items(0, trainee)
     results = []
-    for sizes_for in (as_it_is, rounded_sizes):
+    for sizes_for in (no_padding, rounded_sizes):
         trainee.grad.zero_()
         trainee.adapter.train(trainee.grad)
-        batch = lay_out(stack.base, [Slot(job.frozen, trainee.adapter, 0.1)], items, sizes_for)
+        batch = make_micro_batch(stack.base, [Slot(job.frozen, trainee.adapter, 0.1)], items, sizes_for)
         if sizes_for is rounded_sizes:  # on the CPU the rows themselves stay packed; where the loss is gets padded
             assert batch.take.shape[0] == 512
         total = torch.zeros(1)

@@ -14,7 +14,8 @@ import torch
 from fastconv.engine import selftest
 from fastconv.engine.attention import Packed
 from fastconv.engine.selftest import SelfTestSetup, self_test
-from fastconv.engine.stack import Stack, StackedLinear
+from fastconv.engine.stack import Stack
+from fastconv.engine.stacked_linear import StackedLinear
 from fastconv.errors import ModelError, TrainingError
 from fastconv.recipe import parse_recipe
 from fastconv.run import stacks

@@ -182,7 +182,7 @@ def test_resume_is_bitwise(stack: Stack, dropout: float) -> None:
     assert resumed.adapter.flat.equal(whole.adapter.flat)
     assert resumed.losses.equal(whole.losses)
     assert resumed.norms.equal(whole.norms)
-    assert resumed.seen_loss == float(whole.losses[-1])
+    assert resumed.last_loss == float(whole.losses[-1])
     assert all(resumed.moments[name].equal(whole.moments[name]) for name in ("exp_avg", "exp_avg_sq", "step"))
 
 

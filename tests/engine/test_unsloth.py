@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastconv.engine import locate
-from fastconv.engine.locate import BITSANDBYTES, UNSLOTH, engine_identity, require
+from fastconv.engine.locate import BITSANDBYTES, UNSLOTH, engine_identity, require_versions
 from fastconv.errors import ModelError, RecipeError
 from fastconv.experiment.graph import _training
 from fastconv.recipe import ConvergenceSettings, ModelSettings, parse_recipe
@@ -67,7 +67,7 @@ def site(tmp_path: Path) -> Path:
 
 def run(site: Path, script: str, *words: str) -> str:
     """What a fresh process with the fakes prints."""
-    prelude = "import torch\nfrom pathlib import Path\nfrom fastconv.engine import model as base\nfrom fastconv.engine import unsloth as unsloth_path\n"
+    prelude = "import torch\nfrom pathlib import Path\nfrom fastconv.engine import model, unsloth as unsloth_path\n"
     prelude += "from fastconv.recipe import ModelSettings\nimport sys\n"
     path = os.pathsep.join([str(site), str(ROOT)])
     found = subprocess.run(
@@ -84,12 +84,12 @@ def test_the_base_comes_through_unsloth_before_anything_it_patches(site: Path, t
         """
         unsloth_path.require_usable = lambda device, dtype: None  # there is no GPU here
         settings = ModelSettings(id=sys.argv[1], engine="unsloth", device="cpu", dtype="bfloat16")
-        loaded = base.load_base(settings)
+        loaded = model.load_base(settings)
         import unsloth
-        from fastconv.engine import unsloth as fused
-        unsloth_path.assert_first()
+        unsloth_path.assert_imported_first()
         options = unsloth.FastLanguageModel.calls[0]
-        print(unsloth.LATE, options["load_in_4bit"], options["max_seq_length"], fused.is_adopted(loaded.model))
+        mlp = loaded.model.get_decoder().layers[0].mlp
+        print(unsloth.LATE, options["load_in_4bit"], options["max_seq_length"], mlp.forward.__func__ is unsloth_path._mlp)
         print(unsloth.kernels.fast_lora.get_lora_parameters(object()), loaded.device, loaded.dtype)
         """,
         str(tiny_qwen),
@@ -126,14 +126,14 @@ def test_untested_versions_are_refused_with_the_mend(
     have = {"unsloth": "2026.10.7", "unsloth_zoo": "2026.10.7"} | {package: version or None}
     monkeypatch.setattr(locate, "version_of", have.get)
     with pytest.raises(ModelError, match=r"pip install 'unsloth>=2026.10.4,<2026.11'") as raised:
-        require(UNSLOTH, "model.engine", "set model.engine = 'torch'")
+        require_versions(UNSLOTH, "model.engine", "set model.engine = 'torch'")
     assert (version or "not installed") in str(raised.value)
 
 
 def test_tested_versions_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     have = {"unsloth": "2026.10.4", "unsloth_zoo": "2026.10.11.post1", "bitsandbytes": "0.50.2"}
     monkeypatch.setattr(locate, "version_of", have.get)
-    require((*UNSLOTH, *BITSANDBYTES), "model.engine", "")
+    require_versions((*UNSLOTH, *BITSANDBYTES), "model.engine", "")
 
 
 @pytest.mark.parametrize(

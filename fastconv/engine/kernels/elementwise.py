@@ -1,21 +1,16 @@
-"""What stands between matrix products, in as few passes over memory as it takes: RMSNorm, SwiGLU, RoPE, the loss.
+"""Triton kernels for what is not a matrix product: RMSNorm, SwiGLU, RoPE, row gathering, the loss, decoding attention.
 
-Triton kernels with the roundings of the torch modules they stand in for, so that results agree to the last bit or two
-of the base's dtype. Norm weights are frozen: gradients go to the inputs alone.
+They round like the torch modules that they replace, so that results agree up to the last bit or two of the base's
+dtype. Norm weights are frozen: gradients go to the inputs only. Decoding attention has no backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import MethodType
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import nn
-
-from fastconv.engine.attention import Layout
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
 # Triton comes with torch's CUDA builds alone, and pyright does not see what its decorator makes of a function.
@@ -23,8 +18,10 @@ from fastconv.engine.attention import Layout
 
 #: Elements that one program of a pointwise kernel handles.
 _BLOCK = 1024
-#: Logits that one program of the loss looks at in a time.
+#: Logits that one program of the loss reads at a time.
 _VOCAB_BLOCK = 4096
+#: Keys that one program of the decoding kernel reads at a time.
+_KEYS = 64
 
 
 @triton.jit
@@ -92,9 +89,9 @@ def _rope(x, cos, sin, y, n_heads, sign, HALF: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _rows(x, there, y, n, BLOCK: tl.constexpr):
+def _rows(x, index, y, n, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
-    source = tl.load(there + row)
+    source = tl.load(index + row)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + source * n + at, mask=at < tl.where(source >= 0, n, 0), other=0.0)
     tl.store(y + row * n + at, value, mask=at < n)
@@ -183,45 +180,45 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float)
     return y
 
 
-class _Moved(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(there, back)
-        return _moved(x, there)
+    def forward(ctx: Any, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index, inverse)
+        return _gather_rows(x, index)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _moved(grads[0], ctx.saved_tensors[1]), None, None
+        return _gather_rows(grads[0], ctx.saved_tensors[1]), None, None
 
 
-def _moved(x: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    x, n_rows = x.contiguous(), there.shape[0]
+def _gather_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    x, n_rows = x.contiguous(), index.shape[0]
     n = x.numel() // x.shape[0]
     y = x.new_empty(n_rows, *x.shape[1:])
-    _rows[(n_rows, triton.cdiv(n, _BLOCK))](x, there, y, n, BLOCK=_BLOCK)
+    _rows[(n_rows, triton.cdiv(n, _BLOCK))](x, index, y, n, BLOCK=_BLOCK)
     return y
 
 
-def moved(x: torch.Tensor, there: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-    """x [T, ...] -> [P, ...]: row i is x[there[i]], or zero where that is negative.
+def gather_rows(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """x [T, ...] -> [P, ...]: row i is x[index[i]], or zero where index [P] int64 is negative.
 
-    `back` [T] is the inverse (negative where a row goes nowhere), so that the gradient is a gather too, not a sum.
+    `inverse` [T] int64 is the inverse map (negative where a row is not used), so that the gradient is a gather too.
     """
-    return _Moved.apply(x, there, back)  # pyright: ignore[reportReturnType]
+    return _GatherRows.apply(x, index, inverse)  # pyright: ignore[reportReturnType]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., n] over its root mean square (Zhang and Sennrich 2019), times the frozen weight [n]; x's dtype."""
+    """x [..., n] divided by its root mean square (Zhang and Sennrich 2019), times the frozen weight [n]; x's dtype."""
     return _RmsNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up (Shazeer 2020), both [..., n]."""
+    """silu(gate) * up (Shazeer 2020), both [..., n] in one dtype."""
     return _SwiGlu.apply(gate, up)  # pyright: ignore[reportReturnType]
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x [T, heads, d] turned by its position (Su et al. 2021), halves paired as in Llama; cos and sin [T, d]."""
+    """Rotary embedding (Su et al. 2021) of x [T, heads, d], halves paired as in Llama; cos and sin [T, d]."""
     return _Rope.apply(x, cos.contiguous(), sin.contiguous())  # pyright: ignore[reportReturnType]
 
 
@@ -237,70 +234,6 @@ def cross_entropy_in_place(logits: torch.Tensor, targets: torch.Tensor, weights:
     return losses
 
 
-def quicken(model: nn.Module) -> int:
-    """Give the norms, MLPs and attentions of a model (Llama, Qwen2) our forward; returns how many modules got one.
-
-    Other kinds of layers stay as they are. In fp32, which is for checking, every module computes as transformers does.
-    """
-    forwards: dict[str, Callable[..., Any]] = {"RMSNorm": _norm, "MLP": _mlp, "Attention": _attention}
-    n_changed = 0
-    module: Any
-    for module in model.modules():
-        kind = type(module).__name__
-        if not kind.startswith(("Llama", "Qwen2")) or "forward" in vars(module):  # another path's forward stays
-            continue
-        forward = forwards.get(kind.removeprefix("Llama").removeprefix("Qwen2"))
-        if forward is not None and (forward is not _mlp or module.config.hidden_act == "silu"):
-            module.forward = MethodType(forward, module)
-            n_changed += 1
-    return n_changed
-
-
-def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    if hidden_states.dtype == torch.float32:
-        return type(self).forward(self, hidden_states)
-    return rms_norm(hidden_states, self.weight, self.variance_epsilon)
-
-
-def _mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
-    if x.dtype == torch.float32:
-        return type(self).forward(self, x)
-    return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
-def _attention(
-    self: Any,
-    hidden_states: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    attention_mask: torch.Tensor | None = None,
-    past_key_values: Any = None,
-    *,
-    layout: Layout,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """hidden_states [1, T, hidden] -> ([1, T, hidden], None)."""
-    if hidden_states.dtype == torch.float32:
-        return type(self).forward(
-            self, hidden_states, position_embeddings, attention_mask, past_key_values, layout=layout, **others
-        )
-    n_tok = hidden_states.shape[1]
-    q, k, v = (
-        project(hidden_states).view(n_tok, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
-    )
-    cos, sin = (table[0] for table in position_embeddings)
-    q, k = rope(q, cos, sin), rope(k, cos, sin)
-    out = layout.attend(self.layer_idx, q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), self.scaling)
-    return self.o_proj(out.reshape(1, n_tok, -1)), None
-
-
-# pyright: reportMissingImports=false, reportIndexIssue=false
-# Triton comes with torch's CUDA builds alone, and pyright does not see what its decorator makes of a function.
-
-
-#: Keys that a program reads at once.
-_KEYS = 64
-
-
 @triton.jit
 def _decode(
     query, keys, values, lengths, out, scale, row_stride, head_stride, n_groups,
@@ -310,17 +243,17 @@ def _decode(
     row, kv = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     heads, lanes, block = tl.arange(0, GROUP), tl.arange(0, WIDTH), tl.arange(0, KEYS)
     n_kv = tl.num_programs(1)
-    mine = (row * n_kv + kv) * n_groups * WIDTH + heads[:, None] * WIDTH + lanes[None, :]
-    real = heads[:, None] < n_groups
-    q = tl.load(query + mine, mask=real, other=0.0)
+    own = (row * n_kv + kv) * n_groups * WIDTH + heads[:, None] * WIDTH + lanes[None, :]
+    valid = heads[:, None] < n_groups
+    q = tl.load(query + own, mask=valid, other=0.0)
     start = row * row_stride + kv * head_stride
-    n_seen = tl.load(lengths + row) + 1
+    n_keys = tl.load(lengths + row) + 1
     best = tl.full((GROUP,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP,), tl.float32)
     summed = tl.zeros((GROUP, WIDTH), tl.float32)
-    for begin in range(0, n_seen, KEYS):
+    for begin in range(0, n_keys, KEYS):
         at = begin + block
-        inside = at < n_seen
+        inside = at < n_keys
         place = start + at[:, None] * WIDTH + lanes[None, :]
         k = tl.load(keys + place, mask=inside[:, None], other=0.0)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
@@ -332,7 +265,7 @@ def _decode(
         total = total * shrink + tl.sum(share, 1)
         summed = summed * shrink[:, None] + tl.dot(share.to(v.dtype), v, input_precision="ieee")
         best = higher
-    tl.store(out + mine, summed / total[:, None], mask=real)
+    tl.store(out + own, summed / total[:, None], mask=valid)
 
 
 def decode_attention(
@@ -340,13 +273,14 @@ def decode_attention(
 ) -> torch.Tensor:
     """query [n, heads, d] over cache slots keys, values [>= n, kv heads, L, d] up to lengths [n] -> [n, heads, d].
 
-    Position `lengths[i]` of row i is its newest token and is seen. Heads of one group share a kv head, as in Llama.
+    lengths [n] int64: position `lengths[i]` of row i is its newest token, included. Query heads of one group share a kv
+    head, as in Llama.
     """
     n_rows, n_heads, width = query.shape
     n_kv = keys.shape[1]
     query = query.contiguous()
     out = torch.empty_like(query)
-    group = max(16, triton.next_power_of_2(n_heads // n_kv))  # a matrix product wants 16 rows
+    group = max(16, triton.next_power_of_2(n_heads // n_kv))  # tl.dot needs at least 16 rows
     _decode[(n_rows, n_kv)](
         query, keys, values, lengths, out, scale, keys.stride(0), keys.stride(1), n_heads // n_kv,
         GROUP=group, WIDTH=width, KEYS=_KEYS, num_warps=4, num_stages=2,

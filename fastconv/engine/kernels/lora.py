@@ -1,8 +1,8 @@
-"""The stacked-LoRA kernel: one slot's or many slots' branches of a layer in a fixed number of launches.
+"""The stacked-LoRA kernel: the branches of a layer, for one slot or many, in a fixed number of launches.
 
-`StackedLinear` gives its layer here when its route holds a `StackedKernel`. This module knows where every slot's
-weights and gradients lie and which tokens belong to whom; `kernel_launch` holds the autograd function, `kernel_triton`
-the kernels. Triton is imported only when a `StackedKernel` is made.
+`StackedLinear` calls the `StackedKernel` of its route. This module prepares the tables: the addresses of every slot's
+weights and gradients, and the tokens of every slot. `lora_triton` has the kernels and their autograd function; it, and
+with it Triton, is imported at the first call.
 """
 
 from __future__ import annotations
@@ -10,131 +10,34 @@ from __future__ import annotations
 import importlib.util
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 
+from fastconv.engine.kernels.lora_tables import LayerCall, LiveSlots, PackedAdapters, Tiling, TokenRouting, WeightTable
 from fastconv.engine.lora import Adapter
-from fastconv.engine.model import to_device
+from fastconv.engine.stacked_linear import Route, Slot, StackedLinear
+from fastconv.engine.transfer import to_device
 from fastconv.errors import ModelError, TrainingError
 
-if TYPE_CHECKING:
-    from fastconv.engine.stack import Route, Slot, StackedLinear
-
-#: Tables of addresses that are kept; a training run needs one, an evaluation beside it another.
+#: Weight tables kept for reuse: a training run needs one, an evaluation beside it another.
 _TABLES_KEPT = 8
-
-Order = Literal["branches_first", "base_first"]
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """Sizes of the kernels' blocks: powers of two, at least 16. None depends on how many tokens a pass has, so that a
-    row's result does not depend on what else is in the batch.
-
-    `shrink_m` x `shrink_k` tokens and channels at a time, at least `shrink_split` channels in one sum and at most
-    `shrink_splits` sums; `expand_m` x `expand_n`
-    of the output; weight gradients over `chunk_m` of at most `chunk` tokens at a time and `chunk_n` channels. `order`
-    says whether the base's product is added to the branches' (their sum is then written once and read while the
-    product is computed) or they to it.
-    """
-
-    shrink_m: int = 64
-    shrink_k: int = 64
-    shrink_split: int = 512
-    shrink_splits: int = 8
-    expand_m: int = 64
-    expand_n: int = 128
-    chunk: int = 256
-    chunk_m: int = 64
-    chunk_n: int = 64
-    order: Order = "branches_first"
-
-    def __post_init__(self) -> None:
-        if self.shrink_split % self.shrink_k or self.chunk % self.chunk_m or self.shrink_m % 16:
-            raise ValueError("shrink_split, chunk and shrink_m must be multiples of shrink_k, chunk_m and 16")
-
-    def split_of(self, n_k: int) -> int:
-        """Channels in one sum where there are `n_k`."""
-        return max(self.shrink_split, -(-n_k // (self.shrink_splits * self.shrink_k)) * self.shrink_k)
-
-
-@dataclass(frozen=True)
-class TokenRouting:
-    """Which tokens are whose, on the device, int32: `tiles` and `chunks` [n, 3] of (slot, start, stop), `chunks_of`
-    [slots, 2] the chunks of each slot. How many there are depends on the numbers of tokens and slots alone; the
-    surplus is empty."""
-
-    n_tok: int
-    shrink_tiles: torch.Tensor
-    expand_tiles: torch.Tensor
-    chunks: torch.Tensor
-    chunks_of: torch.Tensor
-
-
-@dataclass(frozen=True)
-class WeightTable:
-    """Where one layer's weights lie: `table` [slots, 8] int64 as in `kernel_triton`, the padded ranks, and whether
-    every address and rank allows loads of 16 bytes."""
-
-    table: torch.Tensor
-    rank_f: int
-    rank_t: int
-    aligned: bool
-
-
-@dataclass(frozen=True)
-class PackedAdapters:
-    """Adapters in one tensor of the compute dtype: for each module the offsets of A and B in it, and the rank."""
-
-    flat: torch.Tensor
-    offsets: Mapping[str, tuple[int, int, int]]
-    scale: float
-
-
-@dataclass(frozen=True)
-class LiveSlots:
-    """The slots that are live, ready for the kernels. `scales` [slots, 2] fp32, `thresholds` [slots] int32; `lows`
-    keeps what `layers` points to."""
-
-    slots: tuple[Slot, ...]
-    dtype: torch.dtype
-    seeded: bool
-    drops: bool
-    lows: tuple[tuple[PackedAdapters | None, PackedAdapters | None], ...]
-    layers: Mapping[str, WeightTable]
-    scales: torch.Tensor
-    thresholds: torch.Tensor
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """One layer in one pass: all that its kernels need beside the activations."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    places: WeightTable
-    rows: TokenRouting
-    live: LiveSlots
-    seeds: torch.Tensor | None
-    salt: int
-    tiling: Tiling
 
 
 @dataclass
 class StackedKernel:
-    """What a stack's layers share: the live slots' weights in the compute dtype and the tables that point to them.
+    """State that a stack's layers share: the live slots' weights in the compute dtype, and the tables of their addresses.
 
-    Weights are narrowed once per `Stack.live` block (fp32 ones are used as they lie), in buffers that keep their
-    address as long as the adapter lives. Who changes an adapter inside a block, or replays a captured graph, calls
-    `refresh`. Raises ModelError where triton is missing or has nothing to run on.
+    Weights are cast once per `Stack.live` block (fp32 is used in place), into buffers whose addresses stay the same as
+    long as the adapter exists. Whoever changes an adapter within a block, or replays a captured graph, must call
+    `refresh`. Raises ModelError if triton is not installed or cannot run on `device`.
     """
 
     device: torch.device
     tiling: Tiling = field(default_factory=Tiling)
-    _narrow: weakref.WeakKeyDictionary[Adapter, dict[torch.dtype, torch.Tensor]] = field(
+    _cast: weakref.WeakKeyDictionary[Adapter, dict[torch.dtype, torch.Tensor]] = field(
         default_factory=weakref.WeakKeyDictionary, repr=False
     )
     _tables: dict[Any, dict[str, WeightTable]] = field(default_factory=dict, repr=False)
@@ -142,33 +45,33 @@ class StackedKernel:
     _rows: dict[Any, TokenRouting] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if (reason := unusable(self.device)) is not None:
+        if (reason := why_unusable(self.device)) is not None:
             raise ModelError(f"the stacked kernel cannot run: {reason}", where="kernel", fix='use kernel = "plain"')
 
     def serves(self, layer: StackedLinear, x: torch.Tensor) -> bool:
-        """Whether the kernels can take this layer: a plain weight of x's dtype (not 4-bit), and any tokens at all."""
+        """Whether the kernels can compute this layer: a weight of x's dtype (so not 4-bit), and at least one token."""
         return layer.base.weight.dtype == x.dtype and x.numel() > 0
 
     def prepare(self, route: Route, dtype: torch.dtype, n_tok: int) -> None:
-        """Make ready what a pass over `n_tok` tokens needs from the host, before a graph is captured."""
-        self._ready(route, dtype)
-        self._rows_of(route, n_tok)
+        """Copy what a pass over `n_tok` tokens needs from the host to the device, before a graph is captured."""
+        self._live_slots(route, dtype)
+        self._routing(route, n_tok)
 
     def forward(self, layer: StackedLinear, x: torch.Tensor) -> torch.Tensor:
         """W x + b + the live branches, for x [..., T, in] -> [..., T, out].
 
-        Gradients of A and B are added to their `.grad`. Raises TrainingError where a trainable weight has none.
+        Gradients of A and B are added to their `.grad`. Raises TrainingError if a trainable weight has none.
         """
         from fastconv.engine.kernels.lora_triton import stacked_linear
 
         route = layer.route
-        live = self._ready(route, x.dtype)
-        places = live.layers.get(layer.name)
-        if places is None:
+        live = self._live_slots(route, x.dtype)
+        weights = live.layers.get(layer.name)
+        if weights is None:
             return layer.base(x)
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         call = LayerCall(
-            layer.base.weight, layer.base.bias, places, self._rows_of(route, len(flat)), live,
+            layer.base.weight, layer.base.bias, weights, self._routing(route, len(flat)), live,
             route.dropout_seeds if live.drops else None, layer.salt, self.tiling,
         )  # fmt: skip
         trained = [
@@ -181,85 +84,85 @@ class StackedKernel:
         return stacked_linear(flat, call, trained).view(*x.shape[:-1], -1)
 
     def refresh(self) -> None:
-        """Read the live adapters' weights again, at the same addresses. No host synchronisation."""
+        """Cast the live adapters' weights again, to the same addresses. The host does not wait."""
         if self._live is None:
             return
-        for slot, (frozen, _) in zip(self._live.slots, self._live.lows, strict=True):
-            again, _ = self._lows(slot, self._live.dtype)
-            if frozen is not None and again is not None and len(slot.frozen) > 1:
-                frozen.flat.copy_(again.flat)
+        for slot, (frozen, _) in zip(self._live.slots, self._live.packed, strict=True):
+            current, _ = self._pack_slot(slot, self._live.dtype)
+            if frozen is not None and current is not None and len(slot.frozen) > 1:
+                frozen.flat.copy_(current.flat)
 
     def release(self) -> None:
-        """Nothing is live any more; the next pass reads its weights anew."""
+        """Forget the live slots; the next pass casts its weights again."""
         self._live = None
         self._rows = {}
 
-    def held(self) -> tuple[LiveSlots | None, dict[Any, TokenRouting]]:
-        """What a captured graph points to: to be kept as long as the graph, and given to `take_up` before a replay."""
+    def graph_state(self) -> tuple[LiveSlots | None, dict[Any, TokenRouting]]:
+        """What a captured graph points to: keep it as long as the graph, and pass it to `refresh_graph` before a replay."""
         return self._live, dict(self._rows)
 
-    def take_up(self, held: tuple[LiveSlots | None, dict[Any, TokenRouting]]) -> None:
-        """Read the weights that a captured graph points to again, at the same addresses."""
-        self._live = held[0]
+    def refresh_graph(self, state: tuple[LiveSlots | None, dict[Any, TokenRouting]]) -> None:
+        """Cast the weights that a captured graph points to again, to the same addresses."""
+        self._live = state[0]
         self.refresh()
         self._live = None
 
-    def _ready(self, route: Route, dtype: torch.dtype) -> LiveSlots:
-        """What is live now; made anew when the slots are others than last time."""
+    def _live_slots(self, route: Route, dtype: torch.dtype) -> LiveSlots:
+        """The live slots' weights and tables; made again if the slots changed since the last call."""
         live, seeded = self._live, route.dropout_seeds is not None
         if live is None or live.slots is not route.slots or (live.dtype, live.seeded) != (dtype, seeded):
-            live = self._live = self._prepare(route.slots, dtype, seeded)
+            live = self._live = self._make_live(route.slots, dtype, seeded)
         return live
 
-    def _prepare(self, slots: tuple[Slot, ...], dtype: torch.dtype, seeded: bool) -> LiveSlots:
+    def _make_live(self, slots: tuple[Slot, ...], dtype: torch.dtype, seeded: bool) -> LiveSlots:
         rates = [slot.dropout if seeded and slot.trainable is not None else 0.0 for slot in slots]
-        lows = tuple(self._lows(slot, dtype) for slot in slots)
-        key = tuple((_key(slot, pair), rate) for slot, pair, rate in zip(slots, lows, rates, strict=True))
+        packed = tuple(self._pack_slot(slot, dtype) for slot in slots)
+        key = tuple((_key(slot, pair), rate) for slot, pair, rate in zip(slots, packed, rates, strict=True))
         if key not in self._tables:
             if len(self._tables) == _TABLES_KEPT:
                 del self._tables[next(iter(self._tables))]
-            self._tables[key] = _addresses(slots, lows, self.device)
+            self._tables[key] = _addresses(slots, packed, self.device)
         scales = [
             [frozen.scale if frozen else 0.0, trained.scale / (1.0 - rate) if trained else 0.0]
-            for (frozen, trained), rate in zip(lows, rates, strict=True)
+            for (frozen, trained), rate in zip(packed, rates, strict=True)
         ]
         return LiveSlots(
-            slots, dtype, seeded, any(rates), lows, self._tables[key], to_device(torch.tensor(scales), self.device),
+            slots, dtype, seeded, any(rates), packed, self._tables[key], to_device(torch.tensor(scales), self.device),
             to_device(torch.tensor([round(rate * 2**24) for rate in rates], dtype=torch.int32), self.device),
         )  # fmt: skip
 
-    def _lows(self, slot: Slot, dtype: torch.dtype) -> tuple[PackedAdapters | None, PackedAdapters | None]:
-        """The slot's frozen adapters as one, and the trainable one, in this dtype."""
+    def _pack_slot(self, slot: Slot, dtype: torch.dtype) -> tuple[PackedAdapters | None, PackedAdapters | None]:
+        """(the slot's frozen adapters as one, its trainable adapter) in this dtype; None where there is none."""
         frozen = None
         if len(slot.frozen) == 1:
-            frozen = self._low(slot.frozen[0], dtype)
+            frozen = self._pack(slot.frozen[0], dtype)
         elif slot.frozen:
             frozen = _joined(slot.frozen, dtype)
-        return frozen, None if slot.trainable is None else self._low(slot.trainable, dtype)
+        return frozen, None if slot.trainable is None else self._pack(slot.trainable, dtype)
 
-    def _low(self, adapter: Adapter, dtype: torch.dtype) -> PackedAdapters:
+    def _pack(self, adapter: Adapter, dtype: torch.dtype) -> PackedAdapters:
         flat = adapter.flat.detach()
         if dtype != flat.dtype:
-            kept = self._narrow.setdefault(adapter, {})
-            if dtype not in kept:
-                kept[dtype] = torch.empty_like(flat, dtype=dtype)
-            flat = kept[dtype].copy_(flat)
+            buffers = self._cast.setdefault(adapter, {})
+            if dtype not in buffers:
+                buffers[dtype] = torch.empty_like(flat, dtype=dtype)
+            flat = buffers[dtype].copy_(flat)
         offsets, at, r = {}, 0, adapter.shape.r
         for module, (n_in, n_out) in adapter.sizes.items():
             offsets[module] = (at, at + r * n_in, r)
             at += r * (n_in + n_out)
         return PackedAdapters(flat, offsets, adapter.scale)
 
-    def _rows_of(self, route: Route, n_tok: int) -> TokenRouting:
-        """The tables of this pass's tokens, which all its layers use; kept while the slots are live."""
+    def _routing(self, route: Route, n_tok: int) -> TokenRouting:
+        """The token tables of this pass, which all its layers share; kept while the slots are live."""
         key = (route.spans, n_tok, len(route.slots))
         if key not in self._rows:
-            self._rows[key] = rows_of(route.spans or ((0, n_tok),), n_tok, self.tiling, self.device)
+            self._rows[key] = token_routing(route.spans or ((0, n_tok),), n_tok, self.tiling, self.device)
         return self._rows[key]
 
 
-def unusable(device: torch.device) -> str | None:
-    """Why the kernel cannot run here, or None if it can."""
+def why_unusable(device: torch.device) -> str | None:
+    """Why the kernel cannot run on this device, or None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -267,10 +170,10 @@ def unusable(device: torch.device) -> str | None:
     return None
 
 
-def rows_of(spans: Sequence[tuple[int, int]], n_tok: int, tiling: Tiling, device: torch.device) -> TokenRouting:
-    """Cut each slot's span into tiles and chunks, from its own start."""
+def token_routing(spans: Sequence[tuple[int, int]], n_tok: int, tiling: Tiling, device: torch.device) -> TokenRouting:
+    """The token tables of a pass: each slot's span (start, stop) cut into tiles and chunks, from its own start."""
     sizes = (tiling.shrink_m, tiling.expand_m, tiling.chunk)
-    cut = [_cut(spans, size, -(-n_tok // size) + len(spans) - 1) for size in sizes]
+    cut = [_split_spans(spans, size, -(-n_tok // size) + len(spans) - 1) for size in sizes]
     ends, chunks_of = 0, []
     for start, stop in spans:
         n = -(-(stop - start) // tiling.chunk)
@@ -281,8 +184,8 @@ def rows_of(spans: Sequence[tuple[int, int]], n_tok: int, tiling: Tiling, device
     return TokenRouting(n_tok, shrinks.view(-1, 3), expands.view(-1, 3), chunks.view(-1, 3), of.view(-1, 2))
 
 
-def _cut(spans: Sequence[tuple[int, int]], size: int, n: int) -> list[tuple[int, int, int]]:
-    """`n` pieces (slot, start, stop) of at most `size` tokens, the surplus empty."""
+def _split_spans(spans: Sequence[tuple[int, int]], size: int, n: int) -> list[tuple[int, int, int]]:
+    """`n` pieces (slot, start, stop) of at most `size` tokens; surplus pieces are empty."""
     pieces = [
         (slot, at, min(at + size, stop)) for slot, (start, stop) in enumerate(spans) for at in range(start, stop, size)
     ]
@@ -290,14 +193,14 @@ def _cut(spans: Sequence[tuple[int, int]], size: int, n: int) -> list[tuple[int,
 
 
 def _joined(adapters: Sequence[Adapter], dtype: torch.dtype) -> PackedAdapters:
-    """Frozen adapters as one: A stacked, B side by side with the scales in, module by module, those that have it."""
+    """Frozen adapters as one: for each module the A of those that target it stacked, their B side by side, scaled."""
     parts: list[torch.Tensor] = []
     offsets: dict[str, tuple[int, int, int]] = {}
     at = 0
     for module in dict.fromkeys(module for adapter in adapters for module in adapter.sizes):
-        having = [adapter for adapter in adapters if module in adapter.weights]
-        a = torch.cat([adapter.weights[module][0].detach() for adapter in having])
-        b = torch.cat([adapter.weights[module][1].detach() * adapter.scale for adapter in having], dim=1)
+        targeting = [adapter for adapter in adapters if module in adapter.weights]
+        a = torch.cat([adapter.weights[module][0].detach() for adapter in targeting])
+        b = torch.cat([adapter.weights[module][1].detach() * adapter.scale for adapter in targeting], dim=1)
         offsets[module] = (at, at + a.numel(), a.shape[0])
         at += a.numel() + b.numel()
         parts += [a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)]
@@ -305,9 +208,9 @@ def _joined(adapters: Sequence[Adapter], dtype: torch.dtype) -> PackedAdapters:
 
 
 def _key(slot: Slot, pair: tuple[PackedAdapters | None, PackedAdapters | None]) -> Any:
-    """All that a slot's addresses follow from."""
+    """Everything that a slot's row of the weight table depends on."""
     ranks = tuple((a.shape.r, a.shape.targets) for a in slot.adapters)
-    starts = tuple(low.flat.data_ptr() if low else 0 for low in pair)
+    starts = tuple(packed.flat.data_ptr() if packed else 0 for packed in pair)
     if slot.trainable is None:
         return ranks, starts, len(slot.frozen)
     first = next(iter(slot.trainable.weights.values()))[0]
@@ -315,28 +218,28 @@ def _key(slot: Slot, pair: tuple[PackedAdapters | None, PackedAdapters | None]) 
 
 
 def _addresses(
-    slots: Sequence[Slot], lows: Sequence[tuple[PackedAdapters | None, PackedAdapters | None]], device: torch.device
+    slots: Sequence[Slot], pairs: Sequence[tuple[PackedAdapters | None, PackedAdapters | None]], device: torch.device
 ) -> dict[str, WeightTable]:
-    """For every module that any slot's adapter targets, where its weights lie; one copy to the device for all."""
-    modules = list(dict.fromkeys(module for pair in lows for low in pair if low for module in low.offsets))
-    lines = [[_line(module, slot, pair) for slot, pair in zip(slots, lows, strict=True)] for module in modules]
-    tables = to_device(torch.tensor(lines, dtype=torch.int64).view(len(modules), len(slots), 8), device)
+    """The weight table of every module that any slot's adapter targets; all are copied to the device at once."""
+    modules = list(dict.fromkeys(module for pair in pairs for packed in pair if packed for module in packed.offsets))
+    rows = [[_table_row(module, slot, pair) for slot, pair in zip(slots, pairs, strict=True)] for module in modules]
+    tables = to_device(torch.tensor(rows, dtype=torch.int64).view(len(modules), len(slots), 8), device)
     return {
         module: WeightTable(
-            table, _padded(max(line[6] for line in mine)), _padded(max(line[7] for line in mine)),
-            all(address % 16 == 0 for line in mine for address in line[:4])
-            and all(rank % 8 == 0 for line in mine for rank in line[6:]),
+            table, _padded(max(row[6] for row in module_rows)), _padded(max(row[7] for row in module_rows)),
+            all(address % 16 == 0 for row in module_rows for address in row[:4])
+            and all(rank % 8 == 0 for row in module_rows for rank in row[6:]),
         )
-        for module, mine, table in zip(modules, lines, tables.unbind(), strict=True)
+        for module, module_rows, table in zip(modules, rows, tables.unbind(), strict=True)
     }  # fmt: skip
 
 
-def _line(module: str, slot: Slot, pair: tuple[PackedAdapters | None, PackedAdapters | None]) -> list[int]:
+def _table_row(module: str, slot: Slot, pair: tuple[PackedAdapters | None, PackedAdapters | None]) -> list[int]:
     """A row of `WeightTable.table`."""
     addresses, ranks, grads = [], [], [0, 0]
-    for low in pair:
-        a, b, rank = (0, 0, 0) if low is None else low.offsets.get(module, (0, 0, 0))
-        size, start = (low.flat.element_size(), low.flat.data_ptr()) if low is not None and rank else (0, 0)
+    for packed in pair:
+        a, b, rank = (0, 0, 0) if packed is None else packed.offsets.get(module, (0, 0, 0))
+        size, start = (packed.flat.element_size(), packed.flat.data_ptr()) if packed is not None and rank else (0, 0)
         addresses += [start + a * size, start + b * size]
         ranks.append(rank)
     if slot.trainable is not None and module in slot.trainable.weights:
@@ -355,5 +258,5 @@ def _grad_address(weight: torch.nn.Parameter, module: str) -> int:
 
 
 def _padded(rank: int) -> int:
-    """A rank as the kernels see it: a power of two, at least 16, or 0."""
+    """The rank padded for the kernels: a power of two, at least 16; 0 stays 0."""
     return max(16, 1 << (rank - 1).bit_length()) if rank else 0

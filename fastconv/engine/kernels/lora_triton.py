@@ -1,10 +1,10 @@
-"""The stacked layer's Triton kernels; imported only where triton is, and a GPU or its interpreter runs them.
+"""The Triton kernels of the stacked layer, and the autograd function that launches them (`stacked_linear`).
 
-Every kernel works on a token range of one slot: a row of a table (slot, start, stop). Sizes differ from slot to slot
-(rank 0: the slot's adapter leaves this module alone), so ranks are padded to RF and RT, the frozen and the trainable
-part, and the padding reads as zero. `places` [slots, 8] int64 holds for each slot the addresses of A and B of the
-frozen part, A and B of the trainable part, the gradients of those two, and both ranks. Products are accumulated in
-fp32 in a fixed order; nothing is added atomically.
+Import it only where triton is installed and a GPU or its interpreter can run it. Every kernel program works on a token
+range of one slot: a table row (slot, start, stop). Ranks differ between slots (0 if the slot's adapter does not target
+the module), so they are padded to RF (frozen part) and RT (trainable part), and the padding reads as zero. `places`
+[slots, 8] int64 has for each slot the addresses of A and B of the frozen part, of A and B of the trainable part, and of
+the gradients of the latter, then both ranks. Products are accumulated in fp32 in a fixed order, without atomics.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from fastconv.engine.kernels.lora import LayerCall
+from fastconv.engine.kernels.lora_tables import LayerCall
 
 # pyright: reportMissingImports=false, reportPossiblyUnboundVariable=false
 
 
 @triton.jit
 def _keep(seeds, columns, salt, threshold):
-    """`dropout.keep_mask` for seeds [M] and columns [N], as booleans [M, N]: the same bits."""
+    """`lora.keep_mask` for seeds [M] and columns [N], as booleans [M, N]: the same bits."""
     channels = columns.to(tl.uint32) * 0x9E3779B1 + salt.to(tl.uint32)
     bits = seeds.to(tl.uint32)[:, None] ^ channels[None, :]
     bits = bits ^ (bits >> 16)
@@ -46,7 +46,7 @@ def _weights(places, slot, at: tl.constexpr, element: tl.constexpr, ALIGNED: tl.
 
 @triton.jit
 def _ranks(places, slot, ALIGNED: tl.constexpr):
-    """A slot's frozen and trainable rank on this module. Only if it knows of alignment does triton load in vectors."""
+    """A slot's frozen and trainable rank for this module. Triton loads vectors only if it knows that they are aligned."""
     rank_f, rank_t = tl.load(places + slot * 8 + 6), tl.load(places + slot * 8 + 7)
     if ALIGNED:
         rank_f, rank_t = tl.multiple_of(rank_f, 8), tl.multiple_of(rank_t, 8)
@@ -173,7 +173,7 @@ def expand(xa, y, bias, tiles, places, n_tok, n_out, RF: tl.constexpr, RT: tl.co
 def input_side(x, dxa, dx, partial, chunks, places, thresholds, seeds, salt, n_tok, n_in,
                RF: tl.constexpr, RT: tl.constexpr, DROPS: tl.constexpr, WANTS_X: tl.constexpr, WANTS_A: tl.constexpr,
                ALIGNED: tl.constexpr, ADDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """Both gradients that need the mask, drawn once: dx[t] = dxa_f A_f + kept(dxa_t A_t) (plus what dx held if ADDS),
+    """Both gradients that need the mask, computed once: dx[t] = dxa_f A_f + kept(dxa_t A_t) (plus what dx held if ADDS),
     and partial[chunk] [rank, n_in] = the sum over the chunk's tokens of dxa_t^T kept(x)."""
     chunk = tl.program_id(0)
     slot, start, stop = tl.load(chunks + chunk * 3), tl.load(chunks + chunk * 3 + 1), tl.load(chunks + chunk * 3 + 2)
@@ -268,17 +268,17 @@ def add_up(partial, chunks_of, places, width, AT: tl.constexpr, RT: tl.constexpr
 
 #: Rows that one program of `finish_shrink` sums, and elements that one of `add_up` adds.
 _FINISH_ROWS, _ADD_ELEMENTS = 16, 1024
-#: Columns of `Places.table`: A of the frozen and the trainable part, B of both, the gradients of the trainable two.
+#: Columns of `WeightTable.table`: A of the frozen and the trainable part, B of both, gradients of the trainable A and B.
 _A, _B, _GRAD_A, _GRAD_B = (0, 2), (1, 3), 4, 5
 
 
 def stacked_linear(x: torch.Tensor, call: LayerCall, trained: Sequence[torch.Tensor]) -> torch.Tensor:
-    """W x + b + the branches, x [T, in] -> [T, out]. `trained` are the weights whose `.grad` the backward adds to."""
+    """W x + b + the branches, x [T, in] -> [T, out]; the backward pass adds to the `.grad` of the weights `trained`."""
     return _Stacked.apply(x, call, *trained)  # pyright: ignore[reportReturnType]
 
 
 class _Stacked(torch.autograd.Function):
-    """Saves x [T, in] and its low-rank products [T, ranks]; the mask is drawn again from the seeds."""
+    """Saves x [T, in] and its low-rank products [T, ranks]; the dropout mask is computed again from the seeds."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, call: LayerCall, *trained: torch.Tensor) -> torch.Tensor:
@@ -309,16 +309,16 @@ class _Stacked(torch.autograd.Function):
 
 def _shrink(x: torch.Tensor, call: LayerCall, columns: tuple[int, int], seeds: torch.Tensor | None) -> torch.Tensor:
     """Scaled products [T, ranks] of x [T, n] with A (dropping out where there are seeds), or with B transposed."""
-    places, tiling = call.places, call.tiling
+    weights, tiling = call.weights, call.tiling
     n_tok, n_k = x.shape
-    split, width = tiling.split_of(n_k), places.rank_f + places.rank_t
+    split, width = tiling.split_of(n_k), weights.rank_f + weights.rank_t
     splits = -(-n_k // split)
     partial = torch.empty(splits, n_tok, width, dtype=torch.float32, device=x.device)
     tiles = call.rows.shrink_tiles
     cast(Any, shrink)[(len(tiles), splits)](
-        x, partial, tiles, places.table, call.live.thresholds, _or_any(seeds, tiles), call.salt, n_tok, n_k,
-        FROZEN=columns[0], TRAINED=columns[1], ACROSS=columns == _B, RF=places.rank_f, RT=places.rank_t,
-        DROPS=seeds is not None, M=tiling.shrink_m, K=tiling.shrink_k, ALIGNED=places.aligned,
+        x, partial, tiles, weights.table, call.live.thresholds, _or_any(seeds, tiles), call.salt, n_tok, n_k,
+        FROZEN=columns[0], TRAINED=columns[1], ACROSS=columns == _B, RF=weights.rank_f, RT=weights.rank_t,
+        DROPS=seeds is not None, M=tiling.shrink_m, K=tiling.shrink_k, ALIGNED=weights.aligned,
         SPLIT=split,
     )  # fmt: skip
     out = torch.empty(n_tok, width, dtype=x.dtype, device=x.device)
@@ -328,8 +328,8 @@ def _shrink(x: torch.Tensor, call: LayerCall, columns: tuple[int, int], seeds: t
         tiles,
         call.live.scales,
         n_tok,
-        RF=places.rank_f,
-        RT=places.rank_t,
+        RF=weights.rank_f,
+        RT=weights.rank_t,
         SPLITS=splits,
         ROWS=_FINISH_ROWS,
     )
@@ -340,11 +340,11 @@ def _expand(
     xa: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, call: LayerCall, *, adds: bool
 ) -> torch.Tensor:
     """y [T, out] = (y +) xa B^T (+ bias), in place."""
-    tiles, places, tiling = call.rows.expand_tiles, call.places, call.tiling
+    tiles, weights, tiling = call.rows.expand_tiles, call.weights, call.tiling
     n_tok, n_out = y.shape
     cast(Any, expand)[(len(tiles), -(-n_out // tiling.expand_n))](
-        xa, y, _or_any(bias, xa), tiles, places.table, n_tok, n_out, RF=places.rank_f, RT=places.rank_t,
-        BIASED=bias is not None, ALIGNED=places.aligned, ADDS=adds, M=tiling.expand_m, N=tiling.expand_n,
+        xa, y, _or_any(bias, xa), tiles, weights.table, n_tok, n_out, RF=weights.rank_f, RT=weights.rank_t,
+        BIASED=bias is not None, ALIGNED=weights.aligned, ADDS=adds, M=tiling.expand_m, N=tiling.expand_n,
     )  # fmt: skip
     return y
 
@@ -353,17 +353,17 @@ def _input_side(
     x: torch.Tensor, dxa: torch.Tensor, dx: torch.Tensor | None, call: LayerCall, *, wants_weights: bool, adds: bool
 ) -> None:
     """The branches' part of dx in place, and A's gradients added to their `.grad`."""
-    rows, places, tiling = call.rows, call.places, call.tiling
+    rows, weights, tiling = call.rows, call.weights, call.tiling
     n_tok, n_in = x.shape
-    wants_a = wants_weights and places.rank_t > 0
+    wants_a = wants_weights and weights.rank_t > 0
     if dx is None and not wants_a:
         return
-    n_partial = len(rows.chunks) * places.rank_t * n_in if wants_a else 0
+    n_partial = len(rows.chunks) * weights.rank_t * n_in if wants_a else 0
     partial = torch.empty(n_partial, dtype=torch.float32, device=x.device)
     cast(Any, input_side)[(len(rows.chunks), -(-n_in // tiling.chunk_n))](
-        x, dxa, x if dx is None else dx, partial, rows.chunks, places.table, call.live.thresholds,
-        _or_any(call.seeds, rows.chunks), call.salt, n_tok, n_in, RF=places.rank_f, RT=places.rank_t,
-        DROPS=call.seeds is not None, WANTS_X=dx is not None, WANTS_A=wants_a, ALIGNED=places.aligned, ADDS=adds,
+        x, dxa, x if dx is None else dx, partial, rows.chunks, weights.table, call.live.thresholds,
+        _or_any(call.seeds, rows.chunks), call.salt, n_tok, n_in, RF=weights.rank_f, RT=weights.rank_t,
+        DROPS=call.seeds is not None, WANTS_X=dx is not None, WANTS_A=wants_a, ALIGNED=weights.aligned, ADDS=adds,
         M=tiling.chunk_m, N=tiling.chunk_n,
     )  # fmt: skip
     if wants_a:
@@ -372,23 +372,23 @@ def _input_side(
 
 def _output_side(dy: torch.Tensor, xa: torch.Tensor, call: LayerCall) -> None:
     """B's gradients added to their `.grad`."""
-    rows, places, tiling = call.rows, call.places, call.tiling
+    rows, weights, tiling = call.rows, call.weights, call.tiling
     n_tok, n_out = dy.shape
-    partial = torch.empty(len(rows.chunks) * places.rank_t * n_out, dtype=torch.float32, device=dy.device)
+    partial = torch.empty(len(rows.chunks) * weights.rank_t * n_out, dtype=torch.float32, device=dy.device)
     cast(Any, output_side)[(len(rows.chunks), -(-n_out // tiling.chunk_n))](
-        dy, xa, partial, rows.chunks, places.table, n_tok, n_out, ALIGNED=places.aligned, RF=places.rank_f,
-        RT=places.rank_t, M=tiling.chunk_m, N=tiling.chunk_n,
+        dy, xa, partial, rows.chunks, weights.table, n_tok, n_out, ALIGNED=weights.aligned, RF=weights.rank_f,
+        RT=weights.rank_t, M=tiling.chunk_m, N=tiling.chunk_n,
     )  # fmt: skip
     _add_up(partial, call, n_out, _GRAD_B)
 
 
 def _add_up(partial: torch.Tensor, call: LayerCall, width: int, column: int) -> None:
-    places, chunks_of = call.places, call.rows.chunks_of
-    cast(Any, add_up)[(len(chunks_of), -(-places.rank_t * width // _ADD_ELEMENTS))](
-        partial, chunks_of, places.table, width, AT=column, RT=places.rank_t, N=_ADD_ELEMENTS
+    weights, chunks_of = call.weights, call.rows.chunks_of
+    cast(Any, add_up)[(len(chunks_of), -(-weights.rank_t * width // _ADD_ELEMENTS))](
+        partial, chunks_of, weights.table, width, AT=column, RT=weights.rank_t, N=_ADD_ELEMENTS
     )
 
 
-def _or_any(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:
-    """A kernel takes a tensor also where a flag tells it not to look."""
-    return other if tensor is None else tensor
+def _or_any(tensor: torch.Tensor | None, placeholder: torch.Tensor) -> torch.Tensor:
+    """A tensor for a kernel argument that is not read if `tensor` is None."""
+    return placeholder if tensor is None else tensor

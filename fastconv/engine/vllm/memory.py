@@ -1,6 +1,6 @@
-"""What a vLLM server gets: its lengths, its ranks, and its part of the GPU's memory, fixed before training starts.
+"""How a vLLM server and the trainer share a GPU: the server's lengths, rank and memory, and how many adapters to train.
 
-Arithmetic alone, so that it can be checked without a GPU.
+All of it is arithmetic, so that it can be tested without a GPU.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from fastconv.recipe import Recipe, TrainSettings
 
 #: Ranks that vLLM 0.32 allows for `--max-lora-rank`.
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-#: vLLM's own needs beside weights, adapters and cache: CUDA context, activations of one step, captured graphs.
+#: Memory of vLLM beside weights, adapters and cache: CUDA context, activations of one step, captured graphs.
 SERVER_BYTES = 5 * 2**30
-#: The trainer's needs beside weights and activations: CUDA context, logits of a chunk, fragmentation.
+#: Memory of the trainer beside weights and activations: CUDA context, logits of a chunk, fragmentation.
 TRAINER_BYTES = 6 * 2**30
-#: Rows in flight beyond which decoding gains nothing more (compute-bound, STACK.md); a longer cache would lie idle.
+#: Concurrent rows beyond which decoding is compute-bound and gains nothing; a larger cache would be unused.
 USEFUL_ROWS = 512
-#: Fewer rows than this at full length, and the server would be slower than the resident sampler.
+#: With fewer concurrent rows at full length the server would be slower than the resident sampler.
 LEAST_ROWS = 8
 _LENGTH_STEP_TOK = 64
-#: Of the memory that is free, a group takes no more than this: steps differ in length.
+#: Largest share of the free memory that adapters trained together may take: steps differ in length.
 _USED_SHARE = 0.8
 
 
 @dataclass(frozen=True)
 class ServerMemory:
-    """What is fixed at the server's start. `kv_bytes` and `memory_share` are None where there is no GPU."""
+    """Sizes fixed at the server's start; `kv_bytes` and `memory_share` (of all GPU memory) are None without a GPU."""
 
     max_length_tok: int
     max_lora_rank: int
@@ -40,14 +40,14 @@ class ServerMemory:
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """A GPU's memory in bytes, as the driver tells it before anything is loaded."""
+    """A GPU's free and total memory in bytes, before anything is loaded."""
 
     free: int
     total: int
 
 
 def lora_rank(stacked: int) -> int:
-    """The smallest rank that vLLM allows and a stack of this rank fits. Raises RecipeError if there is none."""
+    """The smallest rank that vLLM allows for a stack of this rank. Raises RecipeError if there is none."""
     for rank in LORA_RANKS:
         if rank >= stacked:
             return rank
@@ -59,13 +59,16 @@ def lora_rank(stacked: int) -> int:
 
 
 def stacked_rank(recipe: Recipe) -> int:
-    """The greatest rank of a stack in a recipe: a snapshot, a behavior, or both."""
+    """The largest rank of a stack in a recipe: of a snapshot, a behavior adapter, or both."""
     both = any(recipe.grid.epochs) and any(kind != "none" for kind in recipe.grid.convergence)
     return recipe.lora.r * (2 if both and recipe.grid.behaviors != ("none",) else 1)
 
 
 def length_tok(longest_tok: int, model_max_tok: int) -> int:
-    """`--max-model-len` for the longest prompt with its completion; never beyond what the model was made for."""
+    """vLLM's `--max-model-len` for the longest prompt with its completion (tokens), at most `model_max_tok`.
+
+    Raises RecipeError if the prompt with its completion is longer than that.
+    """
     if longest_tok > model_max_tok:
         raise RecipeError(
             f"a prompt with its completion takes up to {longest_tok} tokens, the model reads {model_max_tok}",
@@ -78,12 +81,13 @@ def length_tok(longest_tok: int, model_max_tok: int) -> int:
 def training_bytes(
     shape: ModelShape, phases: Sequence[TrainSettings], r: int, *, weight_bytes: int, plain: bool = False
 ) -> int:
-    """What the trainer takes at most: weights, activations of its largest micro-batch, two adapters and their moments.
+    """The most bytes that training takes: weights, activations of the largest micro-batch, two adapters and moments.
 
-    `plain` as for `shapes.activation_bytes_per_tok`. A micro-batch that does not fit is split anyway.
+    `weight_bytes` are those of one weight, `plain` as in `shapes.activation_bytes_per_tok`. A micro-batch that does not
+    fit is split anyway.
     """
     per_tok = activation_bytes_per_tok(shape, plain=plain) * weight_bytes / 2
-    most_tok = max(min(one.micro_batch_tok, one.batch_rows * one.max_length_tok) for one in phases)
+    most_tok = max(min(phase.micro_batch_tok, phase.batch_rows * phase.max_length_tok) for phase in phases)
     adapters = 2 * 4 * 4 * shape.adapter_params(r)  # weights, gradient and two moments in fp32
     return int(shape.total_params * weight_bytes + most_tok * per_tok + adapters + TRAINER_BYTES)
 
@@ -97,10 +101,11 @@ def group_size(
     *,
     plain: bool = False,
 ) -> int:
-    """How many trainings to take together: the first so many that share one micro-batch and fit into `free_bytes`.
+    """How many adapters to train together: as many, from the first, as share one micro-batch and fit in `free_bytes`.
 
-    `step_tok` are the tokens of a usual optimizer step of each, taken only as far as they fit. A step that must be split
-    keeps a GPU busy alone: two behavior adapters of 16 rows of 300 tokens ran at 0.87x of one on an H100. At least 1.
+    `step_tok` yields the tokens of a typical optimizer step of each, and is read only as far as they fit. A step that
+    must be split keeps a GPU busy alone: two behavior adapters of 16 rows of 300 tokens ran at 0.87x the speed of one
+    on an H100. At least 1.
     """
     per_tok, adapter = activation_bytes_per_tok(shape, plain=plain), adapter_bytes(shape, r)
     size, total_tok = 0, 0.0
@@ -115,10 +120,10 @@ def group_size(
 def share_memory(
     memory: GpuMemory, shape: ModelShape, *, others_bytes: int, max_length_tok: int, max_lora_rank: int, weight_bytes: int = 2
 ) -> ServerMemory:  # fmt: skip
-    """A cache of fixed size out of what is free once others have theirs. Raises ModelError if that is too little.
+    """The server's sizes, its cache from what is free beside `others_bytes`. Raises ModelError if that is too little.
 
-    The size is stated (`--kv-cache-memory-bytes`), so vLLM takes no more than it, however much is free at that moment;
-    `memory_share` is what it checks at its start.
+    The cache size is passed (`--kv-cache-memory-bytes`), so that vLLM takes no more, however much is free at that
+    moment; `memory_share` is what vLLM checks at its start.
     """
     loaded = shape.total_params * weight_bytes + 2 * shape.adapter_params(max_lora_rank) * weight_bytes + SERVER_BYTES
     row_bytes = max_length_tok * shape.kv_bytes_per_tok(weight_bytes)

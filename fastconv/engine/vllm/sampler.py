@@ -1,4 +1,4 @@
-"""Completions drawn by a vLLM server while the trainer goes on: a stack is served as one concatenated adapter."""
+"""Sampling with a vLLM server, also while training continues: a stack is served as one concatenated adapter."""
 
 from __future__ import annotations
 
@@ -10,88 +10,89 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
 from fastconv.engine.export import BaseReference, export_adapter
-from fastconv.engine.generate import Drawn
+from fastconv.engine.generate import Completion
 from fastconv.engine.lora import Adapter, concatenate
 from fastconv.engine.stack import Stack
-from fastconv.engine.vllm import memory as room
 from fastconv.engine.vllm.client import Client
+from fastconv.engine.vllm.memory import USEFUL_ROWS
 from fastconv.engine.vllm.server import BASE_NAME, Server
 from fastconv.errors import SamplerError
 from fastconv.recipe import SamplingSettings
 
-#: Drawings that ask the server at the same time; the next ones wait, so that none waits long for its first token.
-_AT_ONCE = 3
-_LOOK_S = 0.1
+#: Sampling requests that the server gets at once; later ones wait, so that none waits long for its first token.
+_CONCURRENT = 3
+#: Interval of calling a waiting caller's callback.
+_CALLBACK_S = 0.1
 
 
 class PendingCompletions:
-    """Completions that the server draws meanwhile: `n_tok` tokens so far, in `seconds`, its share of the server's time."""
+    """Completions being sampled in the background: `n_tok` tokens so far, and `seconds`, its share of the server's time."""
 
-    def __init__(self, draw: Callable[[PendingCompletions], list[Drawn]], threads: ThreadPoolExecutor) -> None:
+    def __init__(self, draw: Callable[[PendingCompletions], list[Completion]], threads: ThreadPoolExecutor) -> None:
         self.n_tok = 0
         self.seconds = 0.0
-        self.future: Future[list[Drawn]] = threads.submit(draw, self)
+        self._future: Future[list[Completion]] = threads.submit(draw, self)
 
     @property
     def done(self) -> bool:
-        """Whether it is drawn, or failed."""
-        return self.future.done()
+        """Whether sampling has ended, or failed."""
+        return self._future.done()
 
     def wait(self, waiting: Callable[[], None]) -> None:
-        """Wait until it is drawn, or failed; `waiting` is called now and then meanwhile."""
-        while not wait([self.future], timeout=_LOOK_S).done:
+        """Wait until sampling has ended, or failed; `waiting` is called every `_CALLBACK_S` seconds meanwhile."""
+        while not wait([self._future], timeout=_CALLBACK_S).done:
             waiting()
 
-    def result(self) -> list[Drawn]:
-        """The completions in order, waited for. Raises SamplerError."""
-        return self.future.result()
+    def result(self) -> list[Completion]:
+        """The completions in order of the prompts; waits for them. Raises SamplerError if sampling failed."""
+        return self._future.result()
 
 
-class _Clock:
-    """Shares the time that passes out among whoever is under way, equally, so that the shares add up to it."""
+class _SharedClock:
+    """Divides the passing time equally among the running requests, so that their seconds add up to it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._under_way: list[PendingCompletions] = []
+        self._running: list[PendingCompletions] = []
         self._since = 0.0
 
     @contextmanager
-    def running(self, drawing: PendingCompletions) -> Iterator[None]:
-        """Inside, the drawing gets its share."""
+    def running(self, pending: PendingCompletions) -> Iterator[None]:
+        """Within the block `pending` gets its share."""
         with self._lock:
             self._share()
-            self._under_way.append(drawing)
+            self._running.append(pending)
         try:
             yield
         finally:
             with self._lock:
                 self._share()
-                self._under_way.remove(drawing)
+                self._running.remove(pending)
 
     def _share(self) -> None:
         now = time.monotonic()
-        for one in self._under_way:
-            one.seconds += (now - self._since) / len(self._under_way)
+        for pending in self._running:
+            pending.seconds += (now - self._since) / len(self._running)
         self._since = now
 
 
 class VllmSampler:
-    """A vLLM server. Its draws are its own: the same seeds give other tokens than on the resident base.
+    """Samples with a vLLM server. The same seeds give other tokens than on the resident base.
 
-    vLLM takes one adapter per prompt, so a stack is served concatenated, in the base's dtype as vLLM would cast it. A
-    name is never used twice: vLLM keys its prefix cache by it, and would answer from another stack's cache. It draws
-    under one stack at a time; the next one's adapter takes its place once everything asked under it is drawn.
+    vLLM applies one adapter per prompt, so a stack is served concatenated, in the base's dtype, to which vLLM would cast
+    it. An adapter name is never used twice, because vLLM keys its prefix cache by it. One stack is served at a time;
+    the next one replaces it when all requests under it have ended.
     """
 
     def __init__(self, server: Server, stack: Stack) -> None:
         self._server = server
         self._stack = stack
-        self._client = Client(server, n_connections=room.USEFUL_ROWS)
-        self._threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="vllm drawing")
+        self._client = Client(server, n_connections=USEFUL_ROWS)
+        self._threads = ThreadPoolExecutor(_CONCURRENT, thread_name_prefix="vllm drawing")
         self._closing = threading.Event()
-        self._clock = _Clock()
-        self._on: tuple[Adapter, ...] = ()
-        self._under_way: list[PendingCompletions] = []
+        self._clock = _SharedClock()
+        self._served: tuple[Adapter, ...] = ()
+        self._running: list[PendingCompletions] = []
         self._name = BASE_NAME
         self._n_served = 0
 
@@ -102,25 +103,29 @@ class VllmSampler:
         settings: SamplingSettings,
         waiting: Callable[[], None] = lambda: None,
     ) -> PendingCompletions:
-        """Begin one completion per prompt under the live stack. `waiting` is called while another stack is drawn under.
+        """Start sampling one completion for each prompt under the live stack.
 
-        Raises SamplerError if the server is lost or refuses the stack.
+        `waiting` is called while requests under another stack have to end first. Raises SamplerError if the server fails
+        or refuses the stack.
         """
         adapters = tuple(adapter for slot in self._stack.route.slots for adapter in slot.adapters)
         name = self._serve(adapters, waiting) if adapters else BASE_NAME
         stop_ids = self._stack.base.tokenizer.stop_ids
 
-        def draw(drawing: PendingCompletions) -> list[Drawn]:
-            def hear(n_tok: int) -> None:
-                drawing.n_tok += n_tok
+        def draw(pending: PendingCompletions) -> list[Completion]:
+            def on_token(n_tok: int) -> None:
+                pending.n_tok += n_tok
                 if self._closing.is_set():
                     raise SamplerError("the sampler was closed", where=self._server.url, fix="run the recipe again")
 
-            with self._clock.running(drawing):
-                return self._client.complete(name, prompts, seeds, settings, stop_ids, hear)
+            with self._clock.running(pending):
+                return self._client.complete(name, prompts, seeds, settings, stop_ids, on_token)
 
-        self._under_way = [*(one for one in self._under_way if not one.done), PendingCompletions(draw, self._threads)]
-        return self._under_way[-1]
+        self._running = [
+            *(earlier for earlier in self._running if not earlier.done),
+            PendingCompletions(draw, self._threads),
+        ]
+        return self._running[-1]
 
     def draw(
         self,
@@ -128,39 +133,42 @@ class VllmSampler:
         seeds: Sequence[int],
         settings: SamplingSettings,
         on_token: Callable[[int], None],
-    ) -> list[Drawn]:
-        """One completion per prompt, waited for. Raises SamplerError if the server is lost or refuses."""
-        drawing, heard = self.begin(prompts, seeds, settings, lambda: on_token(0)), 0
+    ) -> list[Completion]:
+        """Sample one completion for each prompt and wait for them; `on_token` is called with the number of new tokens.
 
-        def hear() -> None:
-            nonlocal heard
-            news, heard = drawing.n_tok - heard, drawing.n_tok
-            on_token(news)
+        Raises SamplerError if the server fails or refuses.
+        """
+        pending, reported = self.begin(prompts, seeds, settings, lambda: on_token(0)), 0
 
-        drawing.wait(hear)
-        hear()
-        return drawing.result()
+        def report() -> None:
+            nonlocal reported
+            new_tok, reported = pending.n_tok - reported, pending.n_tok
+            on_token(new_tok)
+
+        pending.wait(report)
+        report()
+        return pending.result()
 
     def close(self) -> None:
-        """Drop what is under way and end the client; the server is its owner's to end."""
+        """Cancel the running requests and close the client; the server is closed by its owner."""
         self._closing.set()
         self._threads.shutdown(cancel_futures=True)
         self._client.close()
 
     def _serve(self, adapters: tuple[Adapter, ...], waiting: Callable[[], None]) -> str:
-        """The name under which these adapters are served; the probes of a cell follow one another."""
-        if len(adapters) == len(self._on) and all(a is b for a, b in zip(adapters, self._on, strict=True)):
+        """The name under which these adapters are served; loads them unless they are the last served ones."""
+        if len(adapters) == len(self._served) and all(a is b for a, b in zip(adapters, self._served, strict=True)):
             return self._name
-        if self._on:
-            for one in self._under_way:
-                one.wait(waiting)
+        if self._served:
+            for pending in self._running:
+                pending.wait(waiting)
             self._client.unload(self._name)
             shutil.rmtree(self._server.folder / self._name, ignore_errors=True)
-            self._on = ()
+            self._served = ()
         self._n_served += 1
         self._name = f"stack-{self._n_served}"
         folder = self._server.folder / self._name
         export_adapter(concatenate(adapters), BaseReference(BASE_NAME), folder, self._stack.base.dtype)
         self._client.load(self._name, str(folder))
-        self._on = adapters
+        self._served = adapters
         return self._name

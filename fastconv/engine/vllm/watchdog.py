@@ -1,9 +1,9 @@
-"""Keeps one server process: starts it, and ends it and all its children when whoever asked for it is gone.
+"""A watchdog for one server process: starts it, and ends it and all its children when the parent is gone.
 
-Run by path in isolated mode (`python -I keeper.py PARENT FOLDER COMMAND...`), so that it needs nothing but the standard
-library and starts in milliseconds. The kernel tells it of its parent's death (PR_SET_PDEATHSIG, which a kill -9 cannot
-prevent); a look at the parent's id covers a death before that was asked for. It adopts orphans of the server
-(PR_SET_CHILD_SUBREAPER), so that engine processes in groups of their own end too. FOLDER is removed at the end.
+Run by path in isolated mode (`python -I watchdog.py PARENT FOLDER COMMAND...`), so that it needs only the standard
+library and starts in milliseconds. The kernel signals the parent's death (PR_SET_PDEATHSIG, even after a kill -9);
+checking the parent's id covers a death before that was set. Orphans of the server become its children
+(PR_SET_CHILD_SUBREAPER), so that engine processes in process groups of their own end too. FOLDER is removed at the end.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ import time
 
 #: From <linux/prctl.h>.
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-#: How often it looks at server and parent, and how long the server gets to end by itself.
-_LOOK_S, _GRACE_S = 0.1, 10.0
+#: Interval of checking the parent, and time that the server gets to end by itself.
+_CHECK_S, _GRACE_S = 0.1, 10.0
 
 
-def keep(parent: int, folder: str, command: list[str]) -> int:
+def supervise(parent: int, folder: str, command: list[str]) -> int:
     """Run `command` until it ends, SIGTERM comes, or `parent` is gone; its exit code (128 + signal when killed)."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    signals: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
     # A Ctrl-C goes to the whole terminal; the run decides when its server ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     code = 127
     try:
-        # Should the keeper itself be killed, the server hears of it in the same way (safe: there is one thread here).
+        # If the watchdog itself is killed, the server is signalled in the same way (safe: there is only one thread here).
         server = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM),
         )
-        while server.poll() is None and not asked and os.getppid() == parent:
-            time.sleep(_LOOK_S)
+        while server.poll() is None and not signals and os.getppid() == parent:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(_CHECK_S)
         code = _end(server)
     except OSError as error:
         print(f"{command[0]}: {error.strerror}", file=sys.stderr)
@@ -51,7 +52,7 @@ def keep(parent: int, folder: str, command: list[str]) -> int:
 
 
 def _end(server: subprocess.Popen[bytes]) -> int:
-    """End the server's group, gently first, then everything that is still a child of ours."""
+    """End the server's process group, first with SIGTERM, then all processes that are still our children; its exit code."""
     _kill_group(server.pid, signal.SIGTERM)
     try:
         code = server.wait(_GRACE_S)
@@ -65,7 +66,7 @@ def _end(server: subprocess.Popen[bytes]) -> int:
             os.kill(child, signal.SIGKILL)
         try:
             if os.waitpid(-1, os.WNOHANG) == (0, 0):
-                time.sleep(_LOOK_S / 10)
+                time.sleep(_CHECK_S / 10)  # waiting for any child, adopted ones included: subprocess waits for its own
         except ChildProcessError:
             break
     return code if code >= 0 else 128 - code
@@ -77,13 +78,13 @@ def _kill_group(group: int, number: int) -> None:
 
 
 def _children() -> list[int]:
-    """Live children of this process, adopted ones included."""
+    """Process ids of this process's children, adopted ones included."""
     me = os.getpid()
     try:
         with open(f"/proc/{me}/task/{me}/children") as file:
             return [int(pid) for pid in file.read().split()]
     except OSError:
-        return []  # not Linux: the group is all there is
+        return []  # not Linux: only the process group can be ended
 
 
 def _prctl(option: int, value: int) -> None:
@@ -92,4 +93,4 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(keep(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    sys.exit(supervise(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))

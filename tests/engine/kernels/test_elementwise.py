@@ -51,10 +51,10 @@ def test_rope() -> None:
 
 
 def test_moved_rows_come_back() -> None:
-    from fastconv.engine.kernels.elementwise import moved
+    from fastconv.engine.kernels.elementwise import gather_rows
 
     x, there, back = drawn(7, 3, 5), torch.tensor([2, -1, 0, 6]), torch.tensor([2, -1, 0, -1, -1, -1, 3])
-    agree(moved(x, there, back), x[there.clamp(min=0)] * (there >= 0).float()[:, None, None], (x,))
+    agree(gather_rows(x, there, back), x[there.clamp(min=0)] * (there >= 0).float()[:, None, None], (x,))
 
 
 @pytest.mark.parametrize("vocab", [33, 9000])

@@ -24,12 +24,12 @@ def logits(base: Base) -> torch.Tensor:
 
 
 def test_norms_mlps_and_attentions_get_our_forward_and_the_same_logits(tiny_qwen: Path) -> None:
-    from fastconv.engine.kernels.elementwise import quicken
+    from fastconv.engine.kernels.layers import use_fused_forwards
 
     base = tiny_stack(tiny_qwen, dtype="float32").base
     base.model.half()
     before = logits(base)
     n_layers = base.model.config.num_hidden_layers
-    assert quicken(base.model) == 4 * n_layers + 1
-    assert quicken(base.model) == 0, "what has a forward of its own keeps it"
+    assert use_fused_forwards(base.model) == 4 * n_layers + 1
+    assert use_fused_forwards(base.model) == 0, "what has a forward of its own keeps it"
     assert torch.allclose(logits(base), before, atol=0.02)

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from fastconv.engine.generate import Drawn
+from fastconv.engine.generate import Completion
 from fastconv.errors import FastconvError, SamplerError
 from fastconv.recipe import SamplingSettings
 from tests.loop_kit import until
@@ -26,7 +26,7 @@ def prompts(n: int) -> list[list[int]]:
     return [[rng.randrange(256) for _ in range(rng.randint(3, 30))] for _ in range(n)]
 
 
-def drawn(fake: Fake, n: int = 40, **changes: Any) -> list[Drawn]:
+def drawn(fake: Fake, n: int = 40, **changes: Any) -> list[Completion]:
     """What a fresh server gives for `n` prompts."""
     with fake.client(**changes) as client:
         return client.complete("base", prompts(n), range(n), SETTINGS, STOPS)

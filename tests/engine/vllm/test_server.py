@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 from fastconv.engine.vllm.memory import ServerMemory
-from fastconv.engine.vllm.server import COMMAND_VARIABLE, Server, adapter_folder, arguments, environment, server_command
+from fastconv.engine.vllm.server import (
+    COMMAND_VARIABLE,
+    Server,
+    adapter_folder,
+    serve_arguments,
+    server_command,
+    server_environment,
+)
 from fastconv.errors import ModelError, SamplerError
 from tests.loop_kit import exit_of, forked, kill, until
 from tests.serve_kit import Fake, end, fake, running
@@ -32,11 +39,11 @@ def test_what_the_server_is_told(fake: Fake) -> None:
     finally:
         server.close()
     assert not server.alive
-    assert "--gpu-memory-utilization" not in arguments(Path("m"), 1, ServerMemory(64, 8), "float32")
+    assert "--gpu-memory-utilization" not in serve_arguments(Path("m"), 1, ServerMemory(64, 8), "float32")
 
 
 def test_its_environment_sends_nothing_and_holds_a_key() -> None:
-    env = environment("secret", {"HOME": "/h"})
+    env = server_environment("secret", {"HOME": "/h"})
     assert env == {
         "HOME": "/h", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1", "VLLM_API_KEY": "secret",
@@ -116,10 +123,10 @@ def test_a_parent_killed_while_the_server_starts_leaves_none(fake: Fake) -> None
     until(lambda: not any(map(running, pids)))
 
 
-def test_a_keeper_killed_at_once_ends_the_server(fake: Fake) -> None:
+def test_a_watchdog_killed_at_once_ends_the_server(fake: Fake) -> None:
     server = fake.server()
-    end(server._keeper.pid)
-    until(lambda: not running(fake.pids[0]))
+    end(server._process.pid)
+    until(lambda: not running(fake.pids[0]), 5)
     server.close()
     end(fake.pids[1])  # the fake does not end its engine itself, as vLLM does when it is asked to end
 

@@ -1,0 +1,106 @@
+"""What the stacked-LoRA kernels are given: block sizes, tables of tokens and weights, and one layer's call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fastconv.engine.stacked_linear import Slot
+
+Order = Literal["branches_first", "base_first"]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Block sizes of the kernels: powers of two, at least 16. None depends on the number of tokens in a pass, so that a
+    row's result does not depend on the rest of the batch. Raises ValueError for sizes that do not divide one another.
+
+    `shrink`: `shrink_m` tokens x `shrink_k` channels at a time, at least `shrink_split` channels in one partial sum and
+    at most `shrink_splits` partial sums. `expand`: `expand_m` tokens x `expand_n` output channels. Weight gradients:
+    chunks of at most `chunk` tokens, `chunk_m` at a time, and `chunk_n` channels. `order` says whether the base's product
+    is added to the branches (their sum is then written once, and read while the product is computed) or they to it.
+    """
+
+    shrink_m: int = 64
+    shrink_k: int = 64
+    shrink_split: int = 512
+    shrink_splits: int = 8
+    expand_m: int = 64
+    expand_n: int = 128
+    chunk: int = 256
+    chunk_m: int = 64
+    chunk_n: int = 64
+    order: Order = "branches_first"
+
+    def __post_init__(self) -> None:
+        if self.shrink_split % self.shrink_k or self.chunk % self.chunk_m or self.shrink_m % 16:
+            raise ValueError("shrink_split, chunk and shrink_m must be multiples of shrink_k, chunk_m and 16")
+
+    def split_of(self, n_k: int) -> int:
+        """Channels in one partial sum, of `n_k` in all."""
+        return max(self.shrink_split, -(-n_k // (self.shrink_splits * self.shrink_k)) * self.shrink_k)
+
+
+@dataclass(frozen=True)
+class TokenRouting:
+    """Which tokens belong to which slot, int32 on the device: tiles and chunks [n, 3] of (slot, start, stop), `chunks_of`
+    [slots, 2] the range of each slot's chunks. n depends only on the numbers of tokens and slots; surplus rows are
+    empty."""
+
+    n_tok: int
+    shrink_tiles: torch.Tensor
+    expand_tiles: torch.Tensor
+    chunks: torch.Tensor
+    chunks_of: torch.Tensor
+
+
+@dataclass(frozen=True)
+class WeightTable:
+    """Addresses of one layer's weights: `table` [slots, 8] int64 as described in `lora_triton`, the padded ranks of the
+    frozen and the trainable part, and whether all addresses and ranks allow loads of 16 bytes."""
+
+    table: torch.Tensor
+    rank_f: int
+    rank_t: int
+    aligned: bool
+
+
+@dataclass(frozen=True)
+class PackedAdapters:
+    """Adapters in one tensor `flat` [n] of the compute dtype; `offsets` has (offset of A, offset of B, rank) by module."""
+
+    flat: torch.Tensor
+    offsets: Mapping[str, tuple[int, int, int]]
+    scale: float
+
+
+@dataclass(frozen=True)
+class LiveSlots:
+    """The live slots, prepared for the kernels: `scales` [slots, 2] fp32 of the frozen and the trainable part, dropout
+    `thresholds` [slots] int32 (p * 2^24), weight tables by module name. `packed` owns the memory that they point to."""
+
+    slots: tuple[Slot, ...]
+    dtype: torch.dtype
+    seeded: bool
+    drops: bool
+    packed: tuple[tuple[PackedAdapters | None, PackedAdapters | None], ...]
+    layers: Mapping[str, WeightTable]
+    scales: torch.Tensor
+    thresholds: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One layer in one pass: everything that its kernels need beside the activations."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    weights: WeightTable
+    rows: TokenRouting
+    live: LiveSlots
+    seeds: torch.Tensor | None
+    salt: int
+    tiling: Tiling
