@@ -62,7 +62,7 @@ def plan(
         from fastconv.store.ledger import Store
 
         measure_machine(loaded, Store.open(workspace))
-    store = open_store(workspace)
+    store = open_existing(workspace)
     judge = JudgePreflight(loaded.judge, store)
     recipe_plan = plan_recipe(loaded, store, machine).with_judge_problem(judge.problem())
     if as_json:

@@ -18,6 +18,7 @@ from torch import nn
 from fastconv.chat import SystemTurn
 from fastconv.engine.model import Base, length_batches
 from fastconv.engine.score import pack_prompts
+from fastconv.store.records import Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +104,12 @@ def measure_geometry(
     prompts = [base.tokenizer.prompt_ids(SystemTurn(*system), user) for _, *system in personas for user in questions]
     begin(len(prompts))
     layers = layers_at(n_layers(base), inputs["depths"])
-    states = last_states(base, prompts, layers, batch_tok)
+    states = last_token_states(base, prompts, layers, batch_tok)
     means = states.double().view(len(personas), len(questions), *states.shape[1:]).mean(dim=1)
     scores = []
-    for place in places(dict(zip([name for name, *_ in personas], means, strict=True)), layers, inputs["anchor"]):
+    for place in persona_positions(
+        dict(zip([name for name, *_ in personas], means, strict=True)), layers, inputs["anchor"]
+    ):
         cosine = None if place.cosine is None else round(place.cosine, 6)
         reason = None if cosine is not None else "the persona lies at the centre of all"
         scores.append(Score(place.persona, place.layer, "cosine", cosine, reason))

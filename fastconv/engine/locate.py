@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastconv.errors import ModelError
-from fastconv.hub import cached_file, is_unreachable
+from fastconv.hub import is_unreachable
 from fastconv.recipe import ModelSettings
 
 BUILTIN = "builtin:smollm2"

@@ -71,8 +71,8 @@ def gpu_line(recipe: Recipe) -> str:
     """The GPU as one line. Raises ModelError if it cannot be used, or is too small for the recipe."""
     import torch
 
-    card = query_gpu(torch.cuda, torch.version.cuda)
-    return require_fit(card, recipe, shape_on_disk(recipe.model))
+    device = query_gpu(torch.cuda, torch.version.cuda)
+    return require_fit(device, recipe, shape_on_disk(recipe.model))
 
 
 def _workspace(folder: Path) -> Diagnosis:

@@ -263,15 +263,15 @@ def _memory(recipe: Recipe, shape: ModelShape) -> dict[str, float]:
     micro_batch_tok = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
     longest = max(recipe.convergence.max_length_tok, recipe.behavior.max_length_tok)
     least = min_training_bytes(recipe, shape)
-    kept = asked * activation_bytes_per_tok(shape, plain=trains_without_kernels(recipe.model))
-    return {"least": least, "comfortable": least - longest * recomputed_bytes_per_tok(shape) + kept}
+    activations = micro_batch_tok * activation_bytes_per_tok(shape, plain=trains_without_kernels(recipe.model))
+    return {"least": least, "comfortable": least - longest * recomputed_bytes_per_tok(shape) + activations}
 
 
 def _fit(recipe: Recipe, shape: ModelShape, machine: Machine) -> tuple[str, ...]:
-    """What of the recipe does not fit into the machine's memory, and what would."""
-    room = machine.memory_bytes
-    said = "" if room is None else fit_note(machine.name, room, recipe, shape)
-    return (said,) if said else ()
+    """Why the recipe does not fit into the machine's memory and what would fit; empty if it does."""
+    memory_bytes = machine.memory_bytes
+    problem = "" if memory_bytes is None else fit_note(machine.name, memory_bytes, recipe, shape)
+    return (problem,) if problem else ()
 
 
 def _disk(graph: Graph, shape: ModelShape, todo: Sequence[Stage], work: Demand, device: str) -> dict[str, float]:
@@ -296,7 +296,7 @@ def _n_adapters(recipe: Recipe, todo: Sequence[Stage], device: str) -> int:
 
 
 def _model_bytes(graph: Graph, shape: ModelShape) -> float:
-    """Bytes of the model's files that are not on this disk yet; an embedded model is converted into 32 bits."""
+    """Bytes of the model's files that are not on this disk yet; an embedded model is converted to 32 bits."""
     if is_on_disk(graph.source, graph.recipe.model):
         return 0.0
     return weight_bytes(shape) * (2 if graph.source.kind == "builtin" else 1)

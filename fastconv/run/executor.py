@@ -16,7 +16,7 @@ import torch
 
 from fastconv.chat import ChatTokenizer, SystemTurn
 from fastconv.engine.generate import Completion, sample
-from fastconv.engine.geometry import last_token_states, layers_at, n_layers, persona_positions
+from fastconv.engine.geometry import measure_geometry
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.model import prepare_model_folder
 from fastconv.engine.score import letter_item, score_letters
@@ -182,9 +182,11 @@ class Executor:
             with self.stacks.live_stack(stage) as proof:
                 yield proof
 
-    def _drawn(self, asked: SamplingRequests, drawn: Sequence[Completion], proof: Mapping[str, Any]) -> Outcome:
-        samples = asked.samples(drawn, self.stacks.base.tokenizer)
-        facts = {"sampled_tok": sum(one.n_tok for one in samples), "prompt_tok": asked.prompt_tok}
+    def _sampled_outcome(
+        self, requests: SamplingRequests, completions: Sequence[Completion], proof: Mapping[str, Any]
+    ) -> Outcome:
+        samples = requests.samples(completions, self.stacks.base.tokenizer)
+        facts = {"sampled_tok": sum(row.n_tok for row in samples), "prompt_tok": requests.prompt_tok}
         return Outcome({"n": len(samples), **proof}, facts, samples)
 
     # --- letters and phrases ---------------------------------------------------------------------------
@@ -222,20 +224,14 @@ class Executor:
     def _measure(self, stage: Stage, lease: Lease) -> Outcome:
         """A measure of the snapshot that is live, or of the base."""
         with self.stacks.live_stack(stage) as proof:
-            states = last_token_states(self.stacks.base, prompts, layers, self._recipe.eval.batch_tok)
-        means = states.double().view(len(personas), len(asked), *states.shape[1:]).mean(dim=1)
-        found = persona_positions(
-            dict(zip([name for name, *_ in personas], means, strict=True)), layers, stage.inputs["anchor"]
-        )
-        scores = []
-        for one in found:
-            cosine = None if one.cosine is None else round(one.cosine, 6)
-            why = None if cosine is not None else "the persona lies at the centre of all"
-            scores.append(Score(one.persona, one.layer, "cosine", cosine, why))
-            scores.append(Score(one.persona, one.layer, "distinctiveness", round(one.distinctiveness, 6)))
-        return Outcome(
-            {"n": len(scores), "layers": list(layers), **proof}, {"scored_tok": sum(map(len, prompts))}, scores=scores
-        )
+            measured = SNAPSHOT_COMPUTE[stage.kind](
+                self.stacks.base,
+                stage.inputs,
+                [user for _, user in stage.work["items"]],
+                self._recipe.eval.batch_tok,
+                lambda n_prompts: self._tick(lease, Progress(stage.slot, 0, n_prompts, "prompts")),
+            )
+        return Outcome({**measured.outputs, **proof}, measured.facts, scores=measured.scores)
 
     def judge(self, prompts: Sequence[Prompt]) -> list[LocalReply]:
         """Judge with the bare base: log-probabilities (nats) of each prompt's characters, normalized over these alone.

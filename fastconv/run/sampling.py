@@ -43,8 +43,8 @@ class SamplingRequests:
         """Upper bound of the sampled tokens."""
         return len(self.items) * self.settings.max_new_tok
 
-    def samples(self, drawn: Sequence[Completion], tokenizer: ChatTokenizer) -> list[Sample]:
-        """The completions, one for each item in order, as the ledger keeps them."""
+    def samples(self, completions: Sequence[Completion], tokenizer: ChatTokenizer) -> list[Sample]:
+        """Samples for the ledger from one completion per item, in order."""
         return [
             Sample(row, i, self.persona, user, tokenizer.decode(drawn.ids), len(drawn.ids) + drawn.ended, drawn.ended)
             for (row, user, i), drawn in zip(self.items, completions, strict=True)

@@ -95,9 +95,11 @@ def train_with_checkpoints(
         losses = []
         for trainee in active:
             losses.append(trainee.last_loss)
-            note(
-                owner[id(trainee)].lease,
-                Progress(trainee.job.name, trainee.step, owner[id(trainee)].stops[-1], "steps", known(losses[-1])),
+            note_progress(
+                task_of[id(trainee)].lease,
+                Progress(
+                    trainee.job.name, trainee.step, task_of[id(trainee)].stops[-1], "steps", finite_or_none(losses[-1])
+                ),
             )
         tell(
             Progress(
@@ -228,8 +230,8 @@ class Trainer:
         stops = [epoch * job.steps_per_epoch for epoch in sorted(missing)]
         return TrainingTask(job, lineage_key(stage), lease, stops, commit_snapshot)
 
-    def _train(self, tasks: Sequence[Task]) -> list[Trainee]:
-        """Train in the same steps, from kept state where there is some."""
+    def _train(self, tasks: Sequence[TrainingTask]) -> list[Trainee]:
+        """Train the tasks with the recipe's trainer."""
         if self._recipe.model.uses_reference_trainer:
             return [self._train_reference(task) for task in tasks]
         every_s = self._recipe.run.checkpoint_every_s
@@ -237,12 +239,12 @@ class Trainer:
             self._stacks.stack, self._store, tasks, every_s=every_s, stop=self._stop, tell=self._tell
         )
 
-    def _train_reference(self, task: Task) -> Trainee:
-        """The same job by the reference trainer, which keeps no state between steps."""
+    def _train_reference(self, task: TrainingTask) -> Trainee:
+        """Train the same job by the reference trainer, which keeps no state between steps."""
 
         def keep(trainee: Trainee, spent_s: float) -> None:
             task.spent_s = spent_s
-            task.keep(trainee, spent_s)
+            task.after_step(trainee, spent_s)
 
         return train_reference(self._recipe.model, self._stacks.stack, task.job, task.stops, keep)
 

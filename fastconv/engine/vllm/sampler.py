@@ -31,21 +31,22 @@ class PendingCompletions:
     def __init__(self, draw: Callable[[PendingCompletions], list[Completion]], threads: ThreadPoolExecutor) -> None:
         self.n_tok = 0
         self.seconds = 0.0
-        self._future: Future[list[Completion]] = threads.submit(draw, self)
+        #: Done when sampling has ended, or failed.
+        self.future: Future[list[Completion]] = threads.submit(draw, self)
 
     @property
     def done(self) -> bool:
         """Whether sampling has ended, or failed."""
-        return self._future.done()
+        return self.future.done()
 
     def wait(self, waiting: Callable[[], None]) -> None:
         """Wait until sampling has ended, or failed; `waiting` is called every `_CALLBACK_S` seconds meanwhile."""
-        while not wait([self._future], timeout=_CALLBACK_S).done:
+        while not wait([self.future], timeout=_CALLBACK_S).done:
             waiting()
 
     def result(self) -> list[Completion]:
         """The completions in order of the prompts; waits for them. Raises SamplerError if sampling failed."""
-        return self._future.result()
+        return self.future.result()
 
 
 class _SharedClock:
