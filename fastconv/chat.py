@@ -302,7 +302,7 @@ def _token_text(entry: object) -> str:
 
 
 def _compile(text: str, where: str) -> jinja2.Template:
-    """The template with the Jinja settings and functions of transformers' apply_chat_template. Raises TemplateError."""
+    """The template with the Jinja settings and functions that transformers gives to chat templates. Raises TemplateError."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
