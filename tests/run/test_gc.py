@@ -263,7 +263,7 @@ def test_after_kill_9_in_the_middle_no_row_names_a_file_that_is_gone(done_run: D
 
     def work() -> None:
         if at == "rows":
-            real_rows, seen = store_gc._drop_rows, []
+            real_rows, seen = store_gc._delete_rows, []
 
             def drop_rows(*args: Any) -> None:
                 seen.append(1)
@@ -271,7 +271,7 @@ def test_after_kill_9_in_the_middle_no_row_names_a_file_that_is_gone(done_run: D
                     os.kill(os.getpid(), signal.SIGKILL)
                 real_rows(*args)
 
-            store_gc._drop_rows = drop_rows  # pyright: ignore[reportPrivateUsage]
+            store_gc._delete_rows = drop_rows  # pyright: ignore[reportPrivateUsage]
         else:
             real_unlink, gone = Path.unlink, []
 
