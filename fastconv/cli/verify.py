@@ -14,12 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, load_recipe_or_run, with_exit_codes
-from fastconv.report.compare import Paired, RunComparison
 from fastconv.show import console_of_output
 from fastconv.stats.units import change, interval_text, level
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # slow to import, and every verb would wait for it
     from fastconv.analysis.analysis import Analysis
+    from fastconv.report.compare import Paired, RunComparison
 
 #: Column widths: each holds any of its values on one line, and together they fit 80 characters.
 COLUMNS = {"probe": 9, "first": 11, "second": 11, "difference": 27, "p corrected": 9, "asked": 5}
