@@ -23,12 +23,12 @@ from fastconv.cli.common import (
     open_existing,
     with_exit_codes,
 )
-from fastconv.stats.power import DetectableContrast, remedy_text
 from fastconv.stats.units import size_text
 
 if TYPE_CHECKING:
     from fastconv.experiment.graph import CellPlan, Graph
     from fastconv.planning.plan import KindPlan, Plan
+    from fastconv.stats.power import DetectableContrast
 
 Approve = Annotated[bool, typer.Option("--approve", help="Run although the estimate is beyond the recipe's limits")]
 
@@ -210,6 +210,8 @@ def _power(recipe_plan: Plan) -> Iterator[str]:
 
 def _reach(contrast: DetectableContrast, unit: str, family: str = "") -> str:
     """A detectable effect; where it exceeds the threshold, also a warning with sample sizes that would suffice."""
+    from fastconv.stats.power import remedy_text  # imports scipy, which is slow
+
     advice = (
         f"; a null result would say little: {remedy_text((contrast.questions, contrast.samples))}"
         if contrast.too_large

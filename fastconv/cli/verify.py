@@ -14,7 +14,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, load_recipe_or_run, with_exit_codes
-from fastconv.report.compare import Paired, RunComparison
 from fastconv.show import console_of_output
 from fastconv.stats.units import change, interval_text, level
 
