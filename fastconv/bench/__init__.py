@@ -90,7 +90,8 @@ def _peak(measurements: list[Measured]) -> int | None:
 
 
 def compare(kind: str, model: BenchModel, size: int | None = None) -> BenchResult:
-    """Run one comparison of `KINDS`. `size` is its number of steps, questions, swaps, rows or tokens; None: the default.
+    """Run one comparison of `KINDS`. `size` is its number of steps, questions, swaps, rows or tokens; None: the
+    default.
 
     Raises InputError for an unknown kind.
     """
@@ -164,7 +165,8 @@ def _probe_model(recipe: Recipe, model_shape: ModelShape) -> BenchModel:
 
 
 def _training_rate(stack: Stack, model_shape: ModelShape) -> float:
-    """FLOP/s of behavior training above a frozen snapshot, as most steps of a run are; optimizer and set-up included."""
+    """FLOP/s of behavior training above a frozen snapshot, as most steps of a run are; optimizer and set-up
+    included."""
     device = stack.base.device.type
     load = LOADS[device]
     job = make_jobs(stack, load, WARM_UP[device] + _STEPS[device])[0]

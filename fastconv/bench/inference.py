@@ -135,7 +135,8 @@ def bench_sample(model: BenchModel, n_rows: int) -> BenchResult:
 def _vllm_result(
     model: BenchModel, stack: Stack, prompts: list[list[int]], settings: SamplingSettings
 ) -> tuple[float, int, float] | str:
-    """(seconds, kept tokens, seconds of start-up) of vLLM for the same prompts, or the reason why it was not measured."""
+    """(seconds, kept tokens, seconds of start-up) of vLLM for the same prompts, or the reason why it was not
+    measured."""
     if model.random is not None:
         return "a random shape has no tokenizer for it"
     try:
@@ -267,7 +268,8 @@ def _merge_save_load(model: BenchModel, adapter: Adapter, n_swaps: int) -> tuple
 
 
 def bench_score(model: BenchModel, n_questions: int) -> BenchResult:
-    """Score `n_questions` of 50 to 170 tokens in packed batches, against one by one with the last and with all logits."""
+    """Score `n_questions` of 50 to 170 tokens in packed batches, against one by one with the last and with all
+    logits."""
     stack, plain = Stack(model.base(), model.lora), model.plain()
     device = model.device
     items = [LetterItem(prompt, (11, 12, 13, 14)) for prompt in _score_prompts(stack.base, model, n_questions)]

@@ -76,9 +76,9 @@ class _Work:
 def bench_kernel(model: BenchModel, n_tok: int | None = None) -> BenchResult:
     """Forward and backward of every layer shape of the model, ranks r + r, dropout 0.05 on the trainable adapter.
 
-    `extra.layers` has microseconds for each shape and case, `extra.errors` relative errors against fp32. With `n_tok` the
-    only case is a pass of that many tokens. `ours` and `usual` are for one block's seven modules in the first case.
-    Raises ModelError without a GPU.
+    `extra.layers` has microseconds for each shape and case, `extra.errors` relative errors against fp32. With
+    `n_tok` the only case is a pass of that many tokens. `ours` and `usual` are for one block's seven modules in the
+    first case. Raises ModelError without a GPU.
     """
     StackedKernel(model.device)  # raises before anything is allocated
     ceiling = matmul_ceiling(model.device, model.dtype)

@@ -269,7 +269,8 @@ def _random_model(shape: ModelShape, attention: str, model: BenchModel) -> PreTr
     config.head_dim = shape.head_dim
     with model.device:
         created = AutoModelForCausalLM.from_config(config, dtype=model.dtype, attn_implementation=attention)
-        # A random head gives nearly uniform distributions, unlike a trained one; sampling would be from the whole vocabulary.
+        # A random head gives nearly uniform distributions, unlike a trained one; sampling would be from the whole
+        # vocabulary.
         if not shape.tied:
             created.get_output_embeddings().weight.data.mul_(_HEAD_SCALE)
     return created.requires_grad_(False).eval()

@@ -41,7 +41,8 @@ from fastconv.recipe import ModelSettings, TrainSettings
 
 @dataclass(frozen=True)
 class Load:
-    """A training load: batch size (rows), shortest and longest row (tokens), dropout, frozen adapters, number of jobs."""
+    """A training load: batch size (rows), shortest and longest row (tokens), dropout, frozen adapters, number of
+    jobs."""
 
     kind: str
     batch_rows: int
@@ -71,7 +72,8 @@ BASELINES = {"TRL padded": False, "TRL padded, checkpointing": True}
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of each timed step (or of all together), their tokens, and the peak memory (bytes) above what was resident."""
+    """Seconds of each timed step (or of all together), their tokens, and the peak memory (bytes) above what was
+    resident."""
 
     seconds: Sequence[float]
     n_tok: int

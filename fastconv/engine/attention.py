@@ -239,7 +239,8 @@ def _gather_rows(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) ->
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """A prefix followed by branches (lengths in tokens); a branch attends to the prefix and itself, not to other branches."""
+    """A prefix followed by branches (lengths in tokens); a branch attends to the prefix and itself, not to other
+    branches."""
 
     prefix_tok: int
     branches_tok: tuple[int, ...]
@@ -293,7 +294,8 @@ class PrefixTrees:
 
 
 class Cache:
-    """Preallocated key-value cache for sampling: `keys` and `values`, one tensor [slots, kv heads, length, d] per layer.
+    """Preallocated key-value cache for sampling: `keys` and `values`, one tensor [slots, kv heads, length, d] per
+    layer.
 
     Unfinished rows always occupy the first slots, so that a decoding step works on views and never copies the cache.
     dtype and device are those of `like`.

@@ -41,10 +41,10 @@ class PaddedSizes:
 class MicroBatch:
     """A packed micro-batch on the device.
 
-    `ids` and `positions` [T] int64, `seeds` [T] int32 (dropout, None without it). For each of the N supervised tokens:
-    `take` [N] int64 is the index of the token before it, `targets` [N] int64 its id, `weights` [N] fp32 its loss weight
-    and `owners` [N] int64 the index of its trainee. Padding has weight 0. `slots` are those that have rows here, `spans`
-    their token ranges (None if there is one slot).
+    `ids` and `positions` [T] int64, `seeds` [T] int32 (dropout, None without it). For each of the N supervised
+    tokens: `take` [N] int64 is the index of the token before it, `targets` [N] int64 its id, `weights` [N] fp32 its
+    loss weight and `owners` [N] int64 the index of its trainee. Padding has weight 0. `slots` are those that have
+    rows here, `spans` their token ranges (None if there is one slot).
     """
 
     slots: tuple[Slot, ...]
@@ -67,7 +67,8 @@ def no_padding(lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
 def make_micro_batch(
     base: Base, slots: Sequence[Slot], micro: Sequence[Item], sizes_for: Callable[[Sequence[int], int], PaddedSizes]
 ) -> MicroBatch:
-    """The micro-batch of these rows on the base's device, padded to `sizes_for(row lengths, number of supervised tokens)`.
+    """The micro-batch of these rows on the base's device, padded to `sizes_for(row lengths, number of supervised
+    tokens)`.
 
     `slots[i]` belongs to owner i; the rows of one owner must be contiguous.
     """

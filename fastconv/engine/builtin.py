@@ -20,7 +20,8 @@ from fastconv.errors import ModelError
 def ensure_builtin(folder: Path, name: str = BUILTIN) -> Path:
     """Write the embedded model of this name to `folder`, atomically, unless a copy is there; returns `folder`.
 
-    A copy is checked by the sha256 of its files. Raises ModelError if the package is missing, the disk is full, or the cached copy was altered.
+    A copy is checked by the sha256 of its files. Raises ModelError if the package is missing, the disk is full, or
+    the cached copy was altered.
     """
     if (folder / BUILTIN_DONE).is_file():
         _verify(folder)

@@ -83,7 +83,8 @@ class CapturedSteps:
 
 
 def rounded_sizes(lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
-    """The sizes to pad a batch of rows with these lengths (tokens) to; a batch of `_LARGE_TOK` or more is not padded."""
+    """The sizes to pad a batch of rows with these lengths (tokens) to; a batch of `_LARGE_TOK` or more is not
+    padded."""
     if sum(lengths) >= _LARGE_TOK:
         return PaddedSizes()
     return PaddedSizes(

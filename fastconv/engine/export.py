@@ -53,7 +53,8 @@ class BaseReference:
 
 
 def export_concatenated(adapters: Sequence[Adapter], base: BaseReference, folder: Path) -> Path:
-    """Write the whole stack as one PEFT adapter, the scales multiplied into B (`lora.concatenate`); returns `folder`."""
+    """Write the whole stack as one PEFT adapter, the scales multiplied into B (`lora.concatenate`); returns
+    `folder`."""
     return export_adapter(concatenate(adapters), base, folder)
 
 
@@ -107,8 +108,9 @@ def peft_config(shape: LoraSettings, base: BaseReference) -> dict[str, Any]:
 def load_peft_folder(stack: Stack, folder: Path, base: BaseReference) -> Adapter:
     """The adapter of a PEFT directory, on the device of the stack's base.
 
-    The base must be the stack's by the name in the weights' metadata (as fastconv writes it), or `base` by the settings.
-    Raises AdapterError if the directory is incomplete, holds a pickle, is not plain LoRA, or does not fit the base.
+    The base must be the stack's by the name in the weights' metadata (as fastconv writes it), or `base` by the
+    settings. Raises AdapterError if the directory is incomplete, holds a pickle, is not plain LoRA, or does not fit
+    the base.
     """
     config = _read_config(folder)
     where = str(folder)

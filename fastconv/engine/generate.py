@@ -55,7 +55,8 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Step:
-    """A captured decoding step on the first n rows: logits [n, vocab] and choice [2, n] as `Decoder._step` returns them."""
+    """A captured decoding step on the first n rows: logits [n, vocab] and choice [2, n] as `Decoder._step` returns
+    them."""
 
     graph: torch.cuda.CUDAGraph
     logits: torch.Tensor
@@ -108,7 +109,8 @@ class Decoder:
         return chosen
 
     def _captured(self, size: int) -> _Step:
-        """Capture the step on the first `size` rows. A run before it loads the kernels; it writes only what replays write."""
+        """Capture the step on the first `size` rows. A run before it loads the kernels; it writes only what replays
+        write."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -223,7 +225,8 @@ def _cache(base: Base, n_rows: int, max_length_tok: int) -> tuple[Cache, int]:
 
 
 def _admit(base: Base, waiting: list[_Row], n_free: int) -> list[_Row]:
-    """Pop prompts from `waiting`, longest first, as many as have a free slot and fit in one prefill pass; at least one."""
+    """Pop prompts from `waiting`, longest first, as many as have a free slot and fit in one prefill pass; at least
+    one."""
     new: list[_Row] = []
     room = _PREFILL_TOK[base.device.type]
     while waiting and len(new) < n_free and (not new or len(waiting[-1].prompt) <= room):
@@ -233,7 +236,8 @@ def _admit(base: Base, waiting: list[_Row], n_free: int) -> list[_Row]:
 
 
 def _prefill(base: Base, new: Sequence[_Row], cache: Cache, first_slot: int) -> torch.Tensor:
-    """Fill the cache with the prompts, computing equal ones once; hidden states [len(new), hidden] at the last tokens."""
+    """Fill the cache with the prompts, computing equal ones once; hidden states [len(new), hidden] at the last
+    tokens."""
     slots: dict[tuple[int, ...], list[int]] = {}
     for slot, row in enumerate(new, first_slot):
         slots.setdefault(tuple(row.prompt), []).append(slot)

@@ -23,8 +23,8 @@ _PREFIX = "base_model.model."
 class Adapter:
     """LoRA weights for target modules of one base: A [r, in] and B [out, r] for each module, fp32.
 
-    `flat` [n] holds all of them in the order of `sizes` (module -> (in, out)); `weights[module]` = (A, B) are views into
-    it. `base` is the `Base.name` of its base. Raises ValueError if `flat` has another length or is not fp32.
+    `flat` [n] holds all of them in the order of `sizes` (module -> (in, out)); `weights[module]` = (A, B) are views
+    into it. `base` is the `Base.name` of its base. Raises ValueError if `flat` has another length or is not fp32.
     """
 
     def __init__(
@@ -182,8 +182,8 @@ def read_safetensors(data: bytes, where: str) -> tuple[dict[str, torch.Tensor], 
 
 
 def _ordered_metadata(data: bytes) -> bytes:
-    """The same safetensors file with sorted metadata: the library's order varies, and a file that is named by its sha256
-    must have the same bytes for the same weights."""
+    """The same safetensors file with sorted metadata: the library's order varies, and a file that is named by its
+    sha256 must have the same bytes for the same weights."""
     n = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + n])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))

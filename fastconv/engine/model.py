@@ -32,7 +32,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Base:
-    """A frozen causal language model with its tokenizer. `name` is the sha256 of its identity; weights are never changed."""
+    """A frozen causal language model with its tokenizer. `name` is the sha256 of its identity; weights are never
+    changed."""
 
     model: PreTrainedModel
     tokenizer: ChatTokenizer
@@ -123,7 +124,8 @@ def _set_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str)
 
 
 def load_model(settings: ModelSettings, source: ModelSource, attention_name: str) -> PreTrainedModel:
-    """The transformers model on its device, with the attention of this name. Raises ModelError if it cannot be loaded."""
+    """The transformers model on its device, with the attention of this name. Raises ModelError if it cannot be
+    loaded."""
     return _load_model(
         prepare_model_folder(settings, source), resolve_dtype(settings), resolve_device(settings), attention_name
     )

@@ -253,7 +253,8 @@ def _texts(base: Base, items: Sequence[TextItem]) -> list[TextScore]:
 
 
 def _chosen_logprobs(base: Base, hidden: torch.Tensor, targets: torch.Tensor, chunk_rows: int = 512) -> torch.Tensor:
-    """Log-probability [n] fp32 of each target [n] after hidden states [n, hidden], at most `chunk_rows` rows at a time."""
+    """Log-probability [n] fp32 of each target [n] after hidden states [n, hidden], at most `chunk_rows` rows at a
+    time."""
     parts = []
     for rows, chunk_targets in zip(hidden.split(chunk_rows), targets.split(chunk_rows), strict=True):
         logprobs = torch.log_softmax(base.logits(rows), dim=-1)
@@ -277,7 +278,8 @@ def logprobs_fp32(base: Base, hidden: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _layers_in_fp32(base: Base) -> Iterator[None]:
-    """Within the block each layer is fp32 while it runs. That conversion is exact, so converting back gives the old bits."""
+    """Within the block each layer is fp32 while it runs. That conversion is exact, so converting back gives the old
+    bits."""
     embedding = base.model.get_input_embeddings()
     layers: list[nn.Module] = []
     for child in base.backbone.children():

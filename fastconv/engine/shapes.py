@@ -70,7 +70,8 @@ class Work:
 
 
 def train_flops_per_tok(shape: ModelShape, work: Work, *, checkpointing: bool = False) -> float:
-    """FLOPs per trained token on a frozen base: 2 per weight forward, 2 for the gradient to the input, and the adapter's.
+    """FLOPs per trained token on a frozen base: 2 per weight forward, 2 for the gradient to the input, and the
+    adapter's.
 
     (4 + 2c) linear + 4 head x share + (3.5 + c) 2 layers x width x length + (6 + 2c) adapter, c = 1 if activations are
     recomputed. The frozen weights need no gradient, so 4 instead of 6; causal attention computes half the square.
@@ -97,14 +98,16 @@ def forward_flops_per_tok(shape: ModelShape, work: Work) -> float:
 
 
 def weight_bytes(shape: ModelShape, *, four_bit: bool = False) -> float:
-    """Bytes of the base in 16 bits; NF4 layers have 4 bits a weight and an 8-bit scale for 64 (plus 1 % for the rest)."""
+    """Bytes of the base in 16 bits; NF4 layers have 4 bits a weight and an 8-bit scale for 64 (plus 1 % for the
+    rest)."""
     if not four_bit:
         return 2.0 * shape.total_params
     return shape.linear_params * (0.5 + 1 / 64) * 1.01 + 2.0 * (shape.total_params - shape.linear_params)
 
 
 def adapter_bytes(shape: ModelShape, r: int, *, eight_bit: bool = False) -> float:
-    """Bytes of a frozen snapshot and a trainee: fp32 weights, gradient and two moments (8 bits each with `eight_bit`)."""
+    """Bytes of a frozen snapshot and a trainee: fp32 weights, gradient and two moments (8 bits each with
+    `eight_bit`)."""
     return shape.adapter_params(r) * (4 + 4 + 4 + (2 if eight_bit else 8))
 
 

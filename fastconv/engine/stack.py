@@ -25,7 +25,8 @@ from fastconv.errors import AdapterError, TrainingError
 from fastconv.recipe import LoraSettings
 from fastconv.seeding import seed_of
 
-#: The probe's token rows: 3 of 8 tokens are enough to see a lost adapter, and cost little more than reading the weights.
+#: The probe's token rows: 3 of 8 tokens are enough to see a lost adapter, and cost little more than reading the
+#: weights.
 _PROBE_ROWS, _PROBE_TOK = 3, 8
 #: Logits kept of each probe row: enough to tell two stacks apart, few enough to store.
 _PROBE_KEPT = 16
@@ -128,7 +129,8 @@ class Stack:
     def prove(self, recorded: Probe | None, where: str) -> Probe:
         """Check that the live stack takes effect: its logits differ from the base's and match the recorded ones.
 
-        Raises TrainingError otherwise, with `where`. If `recorded` is None only the first is checked. Returns the probe.
+        Raises TrainingError otherwise, with `where`. If `recorded` is None only the first is checked. Returns the
+        probe.
         """
         probe = self.probe()
         if not all(math.isfinite(value) for value in probe.logits):

@@ -1,4 +1,5 @@
-"""The linear layer that carries adapters: which adapters are live (`Slot`, `Route`) and the forward pass (`StackedLinear`).
+"""The linear layer that carries adapters: which adapters are live (`Slot`, `Route`) and the forward pass
+(`StackedLinear`).
 
 `y = W x + sum_i s_i B_i A_i d_i(x)`, with d_i the dropout of the trainable adapter and the identity for frozen ones.
 """
@@ -62,10 +63,10 @@ class Slot:
 class Route:
     """Which slots are live, and which tokens of the current pass belong to which slot.
 
-    `spans[i]` is the token range (start, stop) of `slots[i]`; together they cover the pass. None stands for one slot with
-    all tokens. `dropout_seeds` [T] int32 has one seed per token, so that a mask depends only on the row and the step,
-    not on the rest of the batch. `kernel` computes the branches if there is one, else torch's operations do. `plain`
-    switches fused kernels off, for comparison.
+    `spans[i]` is the token range (start, stop) of `slots[i]`; together they cover the pass. None stands for one slot
+    with all tokens. `dropout_seeds` [T] int32 has one seed per token, so that a mask depends only on the row and the
+    step, not on the rest of the batch. `kernel` computes the branches if there is one, else torch's operations do.
+    `plain` switches fused kernels off, for comparison.
     """
 
     slots: tuple[Slot, ...] = ()

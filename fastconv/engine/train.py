@@ -60,7 +60,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def _loss_and_gradient(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(losses [n] fp32, gradient of sum(weights * loss) to the logits [n, vocab] in their dtype); may overwrite them."""
+    """(losses [n] fp32, gradient of sum(weights * loss) to the logits [n, vocab] in their dtype); may overwrite
+    them."""
     if logits.is_cuda and logits.dtype != torch.float32:  # fp32 is for checking: torch's own operations
         from fastconv.engine.kernels.elementwise import cross_entropy_in_place
 
@@ -85,7 +86,8 @@ def weighted_cross_entropy(
 
 @dataclass(frozen=True)
 class Hooks:
-    """Callbacks of `train`. `after_step` gets the trainees of the step and may raise to stop, which it does between steps."""
+    """Callbacks of `train`. `after_step` gets the trainees of the step and may raise to stop, which it does between
+    steps."""
 
     after_step: Callable[[Sequence[Trainee]], None] = field(default=lambda trainees: None)
 
@@ -95,8 +97,8 @@ def train(
 ) -> None:
     """Train all trainees to the end of their schedules, one optimizer step of each per round.
 
-    `until_step` ends them earlier, all at one step or each at its own. Raises TrainingError if a loss or gradient is not
-    finite (that optimizer step is not taken), if a frozen adapter changed, or if one row does not fit in memory.
+    `until_step` ends them earlier, all at one step or each at its own. Raises TrainingError if a loss or gradient is
+    not finite (that optimizer step is not taken), if a frozen adapter changed, or if one row does not fit in memory.
     """
     _assert_fp32(trainees)
     ends = [t.job.n_steps for t in trainees]
@@ -128,7 +130,8 @@ def _round(stack: Stack, active: Sequence[Trainee]) -> None:
 
 
 def _items(owner: int, trainee: Trainee) -> list[Item]:
-    """The rows of a trainee's next step; with weight 1/N on each of its N supervised tokens they make the token mean."""
+    """The rows of a trainee's next step; with weight 1/N on each of its N supervised tokens they make the token
+    mean."""
     job = trainee.job
     indices = job.batch(trainee.step)
     n_supervised = sum(job.rows[index].n_supervised for index in indices)
@@ -213,7 +216,8 @@ def recomputing(base: Base) -> Iterator[None]:
 
 
 def _captured(stack: Stack, active: Sequence[Trainee]) -> CapturedSteps | None:
-    """The captured steps of a single trainee on a GPU, else None: the spans of several trainees differ at every step."""
+    """The captured steps of a single trainee on a GPU, else None: the spans of several trainees differ at every
+    step."""
     if stack.base.device.type != "cuda" or not stack.base.attention.captures or len(active) != 1:
         return None
     (trainee,) = active

@@ -73,7 +73,8 @@ class LossMonitor:
         self._pending.append((step, on_host, arrived))
 
     def read(self, lag: int) -> tuple[int, float, float] | None:
-        """The first step that was not finite as (step, loss, norm), or None; the newest `lag` steps are not read yet."""
+        """The first step that was not finite as (step, loss, norm), or None; the newest `lag` steps are not read
+        yet."""
         while len(self._pending) > lag:
             step, values, arrived = self._pending.popleft()
             if arrived is not None:
@@ -87,7 +88,8 @@ class LossMonitor:
 
 @dataclass
 class Trainee:
-    """The state of a job in training: adapter, gradient [n] fp32, optimizer, losses and norms [n_steps] fp32, steps done.
+    """The state of a job in training: adapter, gradient [n] fp32, optimizer, losses and norms [n_steps] fp32, steps
+    done.
 
     `micro_batch_tok` and `recomputes` say how a step fits in memory; neither changes a result.
     """

@@ -46,7 +46,8 @@ LoraParameters = tuple[torch.Tensor, Any, torch.Tensor | None, torch.Tensor | No
 
 
 def require_usable(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ModelError where Unsloth's kernels cannot run: without a GPU, or on a base in fp32 (they would be unfused)."""
+    """Raise ModelError where Unsloth's kernels cannot run: without a GPU, or on a base in fp32 (they would be
+    unfused)."""
     if device.type != "cuda" or dtype == torch.float32:
         raise ModelError(
             f"Unsloth needs a GPU and a base in 16 bits, not {device.type} in {str(dtype).removeprefix('torch.')}",

@@ -67,7 +67,7 @@ def test_a_large_card_is_fit_for_the_pilot() -> None:
     [
         (
             fake_cuda(15.5, 15.9),
-            ("Some GpuFacts is too small: it has 15.9 GiB", "model.weights = '4bit'", "qwen2.5-3b"),
+            ("Some Card is too small: it has 15.9 GiB", "model.weights = '4bit'", "qwen2.5-3b"),
         ),
         (fake_cuda(15.0, 80.0), ("the GPU is busy: 15.0 of 80.0 GiB are free", "nvidia-smi", "4bit", "qwen2.5-3b")),
         (fake_cuda(15.0, 24.0, (7, 5)), ("too old: compute capability 7.5, bfloat16 needs 8.0", "float32")),
@@ -129,4 +129,4 @@ def test_a_model_that_is_not_known_yet_is_not_judged_by_its_size() -> None:
     recipe = Recipe.model_validate({"name": "own", "model": {"id": "someone/else", "revision": "0" * 40}})
     assert card.shape_on_disk(recipe.model) is None
     small = GpuFacts("Some Card", (9, 0), GIB, GIB)
-    assert require_fit(small, recipe, None) == "Some GpuFacts, 1 of 1 GiB free"
+    assert require_fit(small, recipe, None) == "Some Card, 1 of 1 GiB free"

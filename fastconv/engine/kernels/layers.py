@@ -17,7 +17,8 @@ from fastconv.engine.kernels.elementwise import rms_norm, rope, swiglu
 
 
 def use_fused_forwards(model: nn.Module) -> int:
-    """Replace the forward of a model's norms, MLPs and attentions (Llama, Qwen2); returns the number of changed modules.
+    """Replace the forward of a model's norms, MLPs and attentions (Llama, Qwen2); returns the number of changed
+    modules.
 
     Other modules stay as they are. In fp32, which is for checking, every module computes as in transformers.
     """

@@ -28,7 +28,8 @@ _TABLES_KEPT = 8
 
 @dataclass
 class StackedKernel:
-    """State that a stack's layers share: the live slots' weights in the compute dtype, and the tables of their addresses.
+    """State that a stack's layers share: the live slots' weights in the compute dtype, and the tables of their
+    addresses.
 
     Weights are cast once per `Stack.live` block (fp32 is used in place), into buffers whose addresses stay the same as
     long as the adapter exists. Whoever changes an adapter within a block, or replays a captured graph, must call
@@ -98,7 +99,8 @@ class StackedKernel:
         self._rows = {}
 
     def graph_state(self) -> tuple[LiveSlots | None, dict[Any, TokenRouting]]:
-        """What a captured graph points to: keep it as long as the graph, and pass it to `refresh_graph` before a replay."""
+        """What a captured graph points to: keep it as long as the graph, and pass it to `refresh_graph` before a
+        replay."""
         return self._live, dict(self._rows)
 
     def refresh_graph(self, state: tuple[LiveSlots | None, dict[Any, TokenRouting]]) -> None:

@@ -18,10 +18,11 @@ class Tiling:
     """Block sizes of the kernels: powers of two, at least 16. None depends on the number of tokens in a pass, so that a
     row's result does not depend on the rest of the batch. Raises ValueError for sizes that do not divide one another.
 
-    `shrink`: `shrink_m` tokens x `shrink_k` channels at a time, at least `shrink_split` channels in one partial sum and
-    at most `shrink_splits` partial sums. `expand`: `expand_m` tokens x `expand_n` output channels. Weight gradients:
-    chunks of at most `chunk` tokens, `chunk_m` at a time, and `chunk_n` channels. `order` says whether the base's product
-    is added to the branches (their sum is then written once, and read while the product is computed) or they to it.
+    `shrink`: `shrink_m` tokens x `shrink_k` channels at a time, at least `shrink_split` channels in one partial sum
+    and at most `shrink_splits` partial sums. `expand`: `expand_m` tokens x `expand_n` output channels. Weight
+    gradients: chunks of at most `chunk` tokens, `chunk_m` at a time, and `chunk_n` channels. `order` says whether
+    the base's product is added to the branches (their sum is then written once, and read while the product is
+    computed) or they to it.
     """
 
     shrink_m: int = 64
@@ -46,9 +47,9 @@ class Tiling:
 
 @dataclass(frozen=True)
 class TokenRouting:
-    """Which tokens belong to which slot, int32 on the device: tiles and chunks [n, 3] of (slot, start, stop), `chunks_of`
-    [slots, 2] the range of each slot's chunks. n depends only on the numbers of tokens and slots; surplus rows are
-    empty."""
+    """Which tokens belong to which slot, int32 on the device: tiles and chunks [n, 3] of (slot, start, stop),
+    `chunks_of` [slots, 2] the range of each slot's chunks. n depends only on the numbers of tokens and slots;
+    surplus rows are empty."""
 
     n_tok: int
     shrink_tiles: torch.Tensor
@@ -70,7 +71,8 @@ class WeightTable:
 
 @dataclass(frozen=True)
 class PackedAdapters:
-    """Adapters in one tensor `flat` [n] of the compute dtype; `offsets` has (offset of A, offset of B, rank) by module."""
+    """Adapters in one tensor `flat` [n] of the compute dtype; `offsets` has (offset of A, offset of B, rank) by
+    module."""
 
     flat: torch.Tensor
     offsets: Mapping[str, tuple[int, int, int]]

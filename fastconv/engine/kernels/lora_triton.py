@@ -46,7 +46,8 @@ def _weights(places, slot, at: tl.constexpr, element: tl.constexpr, ALIGNED: tl.
 
 @triton.jit
 def _ranks(places, slot, ALIGNED: tl.constexpr):
-    """A slot's frozen and trainable rank for this module. Triton loads vectors only if it knows that they are aligned."""
+    """A slot's frozen and trainable rank for this module. Triton loads vectors only if it knows that they are
+    aligned."""
     rank_f, rank_t = tl.load(places + slot * 8 + 6), tl.load(places + slot * 8 + 7)
     if ALIGNED:
         rank_f, rank_t = tl.multiple_of(rank_f, 8), tl.multiple_of(rank_t, 8)
@@ -173,8 +174,8 @@ def expand(xa, y, bias, tiles, places, n_tok, n_out, RF: tl.constexpr, RT: tl.co
 def input_side(x, dxa, dx, partial, chunks, places, thresholds, seeds, salt, n_tok, n_in,
                RF: tl.constexpr, RT: tl.constexpr, DROPS: tl.constexpr, WANTS_X: tl.constexpr, WANTS_A: tl.constexpr,
                ALIGNED: tl.constexpr, ADDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """Both gradients that need the mask, computed once: dx[t] = dxa_f A_f + kept(dxa_t A_t) (plus what dx held if ADDS),
-    and partial[chunk] [rank, n_in] = the sum over the chunk's tokens of dxa_t^T kept(x)."""
+    """Both gradients that need the mask, computed once: dx[t] = dxa_f A_f + kept(dxa_t A_t) (plus what dx held if
+    ADDS), and partial[chunk] [rank, n_in] = the sum over the chunk's tokens of dxa_t^T kept(x)."""
     chunk = tl.program_id(0)
     slot, start, stop = tl.load(chunks + chunk * 3), tl.load(chunks + chunk * 3 + 1), tl.load(chunks + chunk * 3 + 2)
     if start < stop:
@@ -268,7 +269,8 @@ def add_up(partial, chunks_of, places, width, AT: tl.constexpr, RT: tl.constexpr
 
 #: Rows that one program of `finish_shrink` sums, and elements that one of `add_up` adds.
 _FINISH_ROWS, _ADD_ELEMENTS = 16, 1024
-#: Columns of `WeightTable.table`: A of the frozen and the trainable part, B of both, gradients of the trainable A and B.
+#: Columns of `WeightTable.table`: A of the frozen and the trainable part, B of both, gradients of the trainable A and
+#: B.
 _A, _B, _GRAD_A, _GRAD_B = (0, 2), (1, 3), 4, 5
 
 

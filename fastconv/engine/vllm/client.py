@@ -72,7 +72,8 @@ class Client:
         self._loop.close()
 
     def load(self, name: str, folder: str) -> None:
-        """Load the PEFT directory `folder` on the server under a name not used before. Raises SamplerError if it refuses."""
+        """Load the PEFT directory `folder` on the server under a name not used before. Raises SamplerError if it
+        refuses."""
         self._adapter("/v1/load_lora_adapter", {"lora_name": name, "lora_path": folder})
 
     def unload(self, name: str) -> None:
@@ -111,7 +112,8 @@ class Client:
     def _replies(
         self, bodies: Iterator[dict[str, Any]], n: int, waiting: Callable[[], None]
     ) -> Iterator[tuple[int, Any]]:
-        """(place, reply) of every request body, as replies come. Closing the iterator early cancels the other requests."""
+        """(place, reply) of every request body, as replies come. Closing the iterator early cancels the other
+        requests."""
         done: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         sending = self._in_loop(self._begin(enumerate(bodies), min(n, self._n), done))
         self._last_reply_at = time.monotonic()

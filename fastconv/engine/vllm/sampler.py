@@ -26,7 +26,8 @@ _CALLBACK_S = 0.1
 
 
 class PendingCompletions:
-    """Completions being sampled in the background: `n_tok` tokens so far, and `seconds`, its share of the server's time."""
+    """Completions being sampled in the background: `n_tok` tokens so far, and `seconds`, its share of the server's
+    time."""
 
     def __init__(self, draw: Callable[[PendingCompletions], list[Completion]], threads: ThreadPoolExecutor) -> None:
         self.n_tok = 0
@@ -80,9 +81,9 @@ class _SharedClock:
 class VllmSampler:
     """Samples with a vLLM server. The same seeds give other tokens than on the resident base.
 
-    vLLM applies one adapter per prompt, so a stack is served concatenated, in the base's dtype, to which vLLM would cast
-    it. An adapter name is never used twice, because vLLM keys its prefix cache by it. One stack is served at a time;
-    the next one replaces it when all requests under it have ended.
+    vLLM applies one adapter per prompt, so a stack is served concatenated, in the base's dtype, to which vLLM would
+    cast it. An adapter name is never used twice, because vLLM keys its prefix cache by it. One stack is served at a
+    time; the next one replaces it when all requests under it have ended.
     """
 
     def __init__(self, server: Server, stack: Stack) -> None:
@@ -106,8 +107,8 @@ class VllmSampler:
     ) -> PendingCompletions:
         """Start sampling one completion for each prompt under the live stack.
 
-        `waiting` is called while requests under another stack have to end first. Raises SamplerError if the server fails
-        or refuses the stack.
+        `waiting` is called while requests under another stack have to end first. Raises SamplerError if the server
+        fails or refuses the stack.
         """
         adapters = tuple(adapter for slot in self._stack.route.slots for adapter in slot.adapters)
         name = self._serve(adapters, waiting) if adapters else BASE_NAME

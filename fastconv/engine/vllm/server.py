@@ -120,8 +120,8 @@ def adapter_folder(needed_bytes: int, workspace: Path, shared: Path = _SHARED_ME
 class Server:
     """A `vllm serve` process under a watchdog.
 
-    `url` is its address, `key` its API key, `folder` the folder for adapters, `start_s` the seconds of its start. Raises
-    SamplerError if it does not start within `start_s`.
+    `url` is its address, `key` its API key, `folder` the folder for adapters, `start_s` the seconds of its start.
+    Raises SamplerError if it does not start within `start_s`.
     """
 
     def __init__(

@@ -33,7 +33,8 @@ def supervise(parent: int, folder: str, command: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     code = 127
     try:
-        # If the watchdog itself is killed, the server is signalled in the same way (safe: there is only one thread here).
+        # If the watchdog itself is killed, the server is signalled in the same way (safe: there is only one thread
+        # here).
         server = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -52,7 +53,8 @@ def supervise(parent: int, folder: str, command: list[str]) -> int:
 
 
 def _end(server: subprocess.Popen[bytes]) -> int:
-    """End the server's process group, first with SIGTERM, then all processes that are still our children; its exit code."""
+    """End the server's process group, first with SIGTERM, then all processes that are still our children; its exit
+    code."""
     _kill_group(server.pid, signal.SIGTERM)
     try:
         code = server.wait(_GRACE_S)
