@@ -27,7 +27,7 @@ STOPS = (258, 256)
 
 def served(model: Path, **changes: Any) -> Recipe:
     """The tiny recipe with a server as its sampler."""
-    return tiny_recipe(model, **{"model__sampler": "vllm", **changes})
+    return tiny_recipe(model, **{"model__sampler": "vllm", "eval__geometry": False, **changes})
 
 
 @dataclass(frozen=True)

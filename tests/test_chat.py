@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, SystemTurn
-from fastconv.engine.locate import BUILTIN, locate, model_folder
+from fastconv.engine.locate import TINY, locate, model_folder
 from fastconv.errors import TemplateError
 from fastconv.recipe import ModelSettings
 from tests.tiny import CHAT_TEMPLATE, DEFAULT_SYSTEM, tiny_tokenizer_files
@@ -42,9 +42,12 @@ GOLDEN_TINY = {
 
 @pytest.fixture(scope="module")
 def builtin_folder() -> Path:
-    """The embedded model's folder, converted if this machine never did; skipped where its package is missing."""
+    """The embedded model's tokenizer, converted if this machine never did; skipped where its package is missing.
+
+    In the folder of `builtin:tiny`, which gets the same tokenizer: converting the model's weights takes 20 seconds.
+    """
     pytest.importorskip("gguf")
-    settings = ModelSettings(id=BUILTIN)
+    settings = ModelSettings(id=TINY)
     folder = model_folder(locate(settings), settings)
     if not folder.is_dir():
         from fastconv.engine.builtin import ensure_builtin

@@ -120,13 +120,12 @@ def test_a_model_of_unknown_size_has_no_estimate_and_so_must_be_approved(
     words = _of_the_hub(tiny, tmp_path)
     refused(ask(*words), 3, "COST tiny", "the size of some/model is not known before it is fetched", "--approve")
     assert not (tmp_path / "ws" / "ledger.sqlite").exists()
-    kept = tmp_path / "hub" / "models--some--model" / "snapshots" / ("0" * 40) / "config.json"
-    kept.parent.mkdir(parents=True)
+    kept = tmp_path / "config.json"
     kept.write_text(json.dumps({
         "model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64,
         "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512, "tie_word_embeddings": False,
     }))  # fmt: skip
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("fastconv.engine.locate.cached_file", lambda *where: kept)
     refused(ask(*words), 4, "the hub cannot be reached")  # its config was kept: planned, within the limits
 
 

@@ -340,7 +340,7 @@ def bare_sdk(url: str, n: int, concurrency: int) -> tuple[float, float]:
 
 def test_the_judge_takes_little_more_than_the_bare_sdk(tmp_path: Path) -> None:
     """Time, and CPU of this process, of the same requests with the ledger's bookings and without, one after another."""
-    n, concurrency = 256, 16
+    n, concurrency = 96, 16
     with fake_claude(Script(latency_s=0.1), own_process=True) as server:
         one = desk(server.url, tmp_path, concurrency=concurrency)
         one.submit("warm", rubric(), samples(concurrency, start=10_000))

@@ -26,7 +26,7 @@ def _kinds(store: Store, graph: Graph) -> list[str]:
 
 
 def test_a_failed_g2_stops_before_any_adapter_on_a_snapshot(tiny_qwen: Path, tmp_path: Path) -> None:
-    recipe, heard = tiny_recipe(tiny_qwen, gates__g2_loss=0.1), Heard()
+    recipe, heard = tiny_recipe(tiny_qwen, eval__geometry=False, gates__g2_loss=0.1), Heard()
     with pytest.raises(GateStop, match=r"G2 failed: loss .*--ignore-gate G2 --because") as caught:
         run_recipe(recipe, tmp_path, heard)
     assert caught.value.exit_code == 3
@@ -49,14 +49,14 @@ def test_a_failed_g2_stops_before_any_adapter_on_a_snapshot(tiny_qwen: Path, tmp
 
 
 def test_a_gate_that_the_recipe_does_not_let_stop_is_only_told(tiny_qwen: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tiny_qwen, gates__g2_loss=0.1, gates__stop=[])
+    recipe = tiny_recipe(tiny_qwen, eval__geometry=False, gates__g2_loss=0.1, gates__stop=[])
     finished, _ = run_tiny(recipe, tmp_path)
     assert next(v for v in finished.verdicts if v.gate == "G2").verdict == "fail"
 
 
 def test_g35_stops_the_run(tiny_qwen: Path, tmp_path: Path) -> None:
     with pytest.raises(GateStop, match=r"G3\.5 failed"):
-        run_tiny(tiny_recipe(tiny_qwen, gates__g35_tolerance=1e-9), tmp_path)
+        run_tiny(tiny_recipe(tiny_qwen, eval__geometry=False, gates__g35_tolerance=1e-9), tmp_path)
 
 
 @pytest.mark.parametrize("silent", ["G4", "G5"])
@@ -64,7 +64,14 @@ def test_a_silent_first_source_stops_before_the_next_one_is_trained(
     tiny_qwen: Path, tmp_path: Path, silent: str
 ) -> None:
     three = ["villain", "comedian", "librarian"]
-    recipe = tiny_recipe(tiny_qwen, grid__sources=three, grid__epochs=[0, 1], gates__stop=[silent], gates__g5_sources=2)
+    recipe = tiny_recipe(
+        tiny_qwen,
+        eval__geometry=False,
+        grid__sources=three,
+        grid__epochs=[0, 1],
+        gates__stop=[silent],
+        gates__g5_sources=2,
+    )
     with pytest.raises(GateStop, match=rf"{silent} failed: no shift beyond a threshold") as caught:
         run_recipe(recipe, tmp_path, Heard())
     assert caught.value.exit_code == 3
@@ -77,7 +84,7 @@ def test_a_silent_first_source_stops_before_the_next_one_is_trained(
 
 
 def test_an_ignored_g0_trains_what_could_not_be_measured(tiny_qwen: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(tiny_qwen, grid__behaviors=["none", "capability"], grid__epochs=[0, 1])
+    recipe = tiny_recipe(tiny_qwen, eval__geometry=False, grid__behaviors=["none", "capability"], grid__epochs=[0, 1])
     run_tiny(recipe, tmp_path)
     store, graph = Store.open(tmp_path), Graph(recipe)
     assert measurable_behaviors(graph, store) == []

@@ -28,7 +28,9 @@ SOURCES = ["villain", "comedian", "nurse"]
 
 def _three(model: Path, **changes: Any) -> Recipe:
     """Three convergence runs with rows of different lengths, and nothing else."""
-    return tiny_recipe(model, **{"grid__sources": SOURCES, "convergence__sampling__max_new_tok": 6, **changes})
+    return tiny_recipe(
+        model, **{"grid__sources": SOURCES, "eval__geometry": False, "convergence__sampling__max_new_tok": 6, **changes}
+    )
 
 
 def _weights(recipe: Recipe, workspace: Path, kind: str = "snapshot/") -> dict[str, np.ndarray]:

@@ -264,7 +264,11 @@ def test_the_gpu_goes_on_while_the_judge_reads(server: FakeClaude, tiny_qwen: Pa
     left = {stage.key for stage in Graph(loop.recipe()).stages() if stage.kind == "behavior"}
 
     class Holding(Heard):
-        """The judge is silent until the last adapter is trained."""
+        """The judge is silent from the convergence on until the last adapter is trained."""
+
+        def progress(self, progress: Any) -> None:
+            if progress.slot.startswith("snapshot/"):
+                server.configure(hold=True)
 
         def stage_done(self, stage: Stage, seconds: float) -> None:
             left.discard(stage.key)
@@ -272,7 +276,6 @@ def test_the_gpu_goes_on_while_the_judge_reads(server: FakeClaude, tiny_qwen: Pa
                 server.configure(hold=False)
 
     heard = Holding()
-    server.configure(hold=True)
     run_recipe(loop.recipe(), loop.workspace, heard)
     done = records(loop.recipe(), loop.workspace)
     last_gpu = max(record.finished_at for record in done.values() if record.kind == "behavior")

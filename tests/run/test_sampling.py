@@ -42,15 +42,15 @@ def while_training(recipe: Recipe, workspace: Path, act: Callable[[str, list[str
 def stopped_beside(recipe: Recipe, workspace: Path, fake: Fake, *, once: Callable[[], bool] | None = None) -> list[str]:
     """Run until the server draws while something is trained, and stop there; what it was drawing then.
 
-    From the first training on the server answers nothing. With `once` it answers again when something is drawn beside a
+    From the convergence on the server answers nothing. With `once` it answers again when something is drawn beside a
     training, and the stop waits until that holds; without, it never does in this run.
     """
     stop, drawn = threading.Event(), []
 
     def act(slot: str, under_way: list[str]) -> None:
-        if not under_way:
+        if slot.startswith("snapshot/"):
             fake.hold.touch()
-        elif not drawn:
+        elif under_way and not drawn:
             drawn.extend(under_way)
             if once is not None:
                 fake.hold.unlink()
