@@ -29,7 +29,6 @@ from fastconv.cli.common import (
 from fastconv.cli.judging import judge_app
 from fastconv.cli.planning import Approve, cost_gate
 from fastconv.cli.planning import register as register_plan
-from fastconv.cli.verify import register as register_verify
 from fastconv.cli.workspace import register as register_workspace
 from fastconv.errors import EXIT_CODES, FastconvError
 
@@ -362,7 +361,6 @@ def forget(
         typer.echo(f"forgot {slot}")
 
 
-register_verify(app)
 register_plan(app)
 register_workspace(app)
 

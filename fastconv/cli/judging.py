@@ -54,8 +54,7 @@ def finish(
 ) -> None:
     """Judge what a run's judge still owes, without a GPU: completions are kept, judgements are never paid twice."""
     from fastconv.run.rejudge import finish_judging, with_rubric
-    from fastconv.show.judging import agreement_json, judged_lines
-    from fastconv.show.progress import watching
+    from fastconv.show.progress import agreement_json, judged_lines, watching
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
@@ -101,7 +100,7 @@ def calibrate(
     from fastconv.judge.identity import judge_identity
     from fastconv.recipe import parse_recipe
     from fastconv.run.rejudge import calibrate_judge
-    from fastconv.show.judging import agreement_json, calibrated_lines
+    from fastconv.show.progress import agreement_json, calibrated_lines
 
     graph = Graph(load(recipe, overrides)) if recipe else None
     if graph is not None:

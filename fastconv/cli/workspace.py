@@ -1,23 +1,32 @@
-"""Commands on workspaces: `merge` and `gc`."""
+"""The verbs over what is there already: `verify`, `compare`, `merge` and `gc`. The command line registers them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, with_exit_codes
+from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, load_recipe_or_run, with_exit_codes
+from fastconv.show import console_of_output
+from fastconv.stats.units import change, interval_text, level
 
 if TYPE_CHECKING:
+    from fastconv.analysis.analysis import Analysis
+    from fastconv.report.compare import Paired, RunComparison
     from fastconv.run.gc import GcPlan
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for verb in (merge, gc):
+    for verb in (verify, compare, published, merge, gc):
         app.command()(with_exit_codes(verb))
 
 
@@ -88,3 +97,145 @@ def _show(plan: GcPlan, freed: int | None) -> None:
         typer.echo(f"{bytes_text(plan.n_bytes)} can be freed: the same command with --yes")
     else:
         typer.echo(f"{bytes_text(freed)} freed")
+
+
+#: Column widths: each holds any of its values on one line, and together they fit 80 characters.
+COLUMNS = {"probe": 9, "first": 11, "second": 11, "difference": 27, "p corrected": 9, "asked": 5}
+
+
+def verify(
+    report: Annotated[Path, typer.Argument(help="A report, as HTML page or Markdown")],
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the ledger again for every claim of a report, and compare every line. Exit code 9 if anything differs.
+
+    A page of published figures needs no workspace: it is compared with the shipped table.
+    """
+    from fastconv.errors import VerifyError
+    from fastconv.report.verify import verify as verify_report
+    from fastconv.report.verify import verify_published
+    from fastconv.store.ledger import Store
+
+    result = verify_published(report) or verify_report(report, Store.open(workspace, create=False))
+    if as_json:
+        print(json.dumps(result.to_json(), indent=1))
+    else:
+        for difference in result.differences:
+            typer.echo(
+                f"{difference.what} {difference.where}\n    report: {difference.report}\n    {result.made_of}: {difference.ledger}"
+            )
+        typer.echo(f"{result.run}: {result.n_claims} claims asked again, {result.n_lines} lines compared")
+    if not result.holds:
+        if as_json:
+            raise typer.Exit(VerifyError.exit_code)
+        again = "report" if result.made_of == "ledger" else "published --reports FOLDER"
+        raise VerifyError(
+            f"{len(result.differences)} differences from the {result.made_of}",
+            where=str(report),
+            fix=f"the report was edited or the {result.made_of} has moved on; `fastconv {again}` writes it again",
+        )
+
+
+def compare(
+    first: Annotated[str, typer.Argument(help="A run's id, or a recipe's path or name")],
+    second: Annotated[str, typer.Argument(help="The run to set beside it")],
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    other: Annotated[
+        Path | None, typer.Option("--other-workspace", help="Where the second run lies, if elsewhere")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set two runs side by side: what their recipes differ in, and paired differences of every cell both have."""
+    from fastconv.report.compare import compare as compare_runs
+
+    result = compare_runs(_analysis_of(first, workspace), _analysis_of(second, other or workspace))
+    if as_json:
+        print(json.dumps(result.to_json(), indent=1))
+        return
+
+    comparison(result)
+
+
+def published(
+    reports: Annotated[Path | None, typer.Option("--reports", help="Also write them there as a report")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The published tables under these rules: what the thresholds say of them, and why no evidence verdict is possible."""
+    from fastconv.report.published import (
+        judge_published,
+        published_names,
+        read_published,
+        summary_claim,
+        write_published,
+    )
+    from fastconv.show import gates
+
+    judged = [judge_published(read_published(name)) for name in published_names()]
+    pages = [str(write_published(verdicts, reports)) for verdicts in judged] if reports is not None else []
+    if as_json:
+        tables = [verdicts.to_json() for verdicts in judged]
+        print(json.dumps({"tables": tables, **({"html": pages} if pages else {})}, indent=1))
+        return
+    for verdicts in judged:
+        typer.echo(f"{verdicts.table.about}\n{summary_claim(verdicts).text}")
+        gates(verdicts.gates, as_json=False)
+        for why in dict.fromkeys((one.behavior, one.kind, one.reason) for one in verdicts.verdicts):
+            cell_verdicts = [one for one in verdicts.verdicts if (one.behavior, one.kind, one.reason) == why]
+            typer.echo(f"{why[0]}: {len(cell_verdicts)} contrasts {why[1]} ({why[2]})")
+        for one in verdicts.refused:
+            typer.echo(f"refused: {one}")
+        typer.echo("")
+    for page in pages:
+        typer.echo(f"report: {page}")
+
+
+def _analysis_of(name: str, workspace: Path) -> Analysis:
+    from fastconv.analysis.analysis import Analysis
+    from fastconv.experiment.graph import Graph
+    from fastconv.store.ledger import Store
+
+    store = Store.open(workspace, create=False)
+    return Analysis(Graph(load_recipe_or_run(name, [], store)), store)
+
+
+def comparison(result: RunComparison) -> None:
+    """Print two runs side by side: differences of recipes and conditions, then each measure of each cell."""
+    console = console_of_output()
+    console.print(f"{result.first} and {result.second}")
+    _differences(console, "recipe", result.changes)
+    _differences(console, "made under", result.conditions)
+    if result.apart:
+        console.print(f"matched without {', '.join(result.apart)}, on which each run has one value of its own")
+    for n, ((cell, measure), pairs) in enumerate(groupby(result.pairs, key=lambda pair: (pair.cell, pair.measure))):
+        # Cell and measure go on a line above their rows; as columns they would leave no space for the numbers.
+        console.print(escape(f"{cell}: {measure}"), style="bold")
+        console.print(_table(list(pairs), header=not n))
+    console.print(f"{len(result.pairs)} pairs; {result.n_unmatched} cells stand in one run only")
+
+
+def _differences(console: Console, what: str, differences: Sequence[str]) -> None:
+    console.print(f"{what}: {'' if differences else 'no difference'}".rstrip())
+    for text in differences:
+        console.print(f"  {escape(text)}", style="dim")
+
+
+def _table(pairs: Sequence[Paired], *, header: bool) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), show_header=header)
+    for name, width in COLUMNS.items():
+        table.add_column(name, justify="left" if name == "probe" else "right", overflow="fold", width=width)
+    for pair in pairs:
+        table.add_row(*_row(pair))
+    return table
+
+
+def _row(pair: Paired) -> tuple[str, ...]:
+    if pair.same_rows:
+        difference = "the same rows"
+    elif pair.difference is None:
+        difference = "cannot be given"
+    else:
+        difference = f"{change(pair.difference, pair.unit)} {interval_text(pair.low, pair.high, pair.unit)}".rstrip()
+    p = "" if pair.p_corrected is None else f"{pair.p_corrected:.3g}"
+    levels = (level(pair.first, pair.unit), level(pair.second, pair.unit))
+    return (pair.role, *levels, escape(difference), p, str(pair.n_questions))

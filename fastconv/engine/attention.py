@@ -374,3 +374,8 @@ class Decode:
             scale=scale,
         )
         return out.reshape(n_rows, n_heads, head_dim)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on `device`; to a GPU through pinned memory, so that the host does not wait for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

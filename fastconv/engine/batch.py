@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from fastconv.chat import Rendered
-from fastconv.engine.attention import Rows
+from fastconv.engine.attention import Rows, to_device
 from fastconv.engine.model import Base, pack
 from fastconv.engine.stack import Slot
-from fastconv.engine.transfer import to_device
 
 
 @dataclass(frozen=True, slots=True)

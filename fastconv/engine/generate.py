@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastconv.engine.attention import Cache, Decode, Prefill
+from fastconv.engine.attention import Cache, Decode, Prefill, to_device
 from fastconv.engine.model import Base, pack
-from fastconv.engine.transfer import to_device
 from fastconv.recipe import SamplingSettings
 
 #: A nucleus of up to this many tokens is found without sorting the vocabulary.

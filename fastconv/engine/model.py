@@ -15,12 +15,12 @@ from torch import nn
 
 from fastconv.chat import ChatTokenizer
 from fastconv.engine import attention, unsloth
+from fastconv.engine.attention import to_device
 from fastconv.engine.attention_backends import SDPA, Backend, pick_attention
 from fastconv.engine.builtin import ensure_builtin
 from fastconv.engine.locate import TINY, ModelSource, engine_identity, locate, model_folder
 from fastconv.engine.optim import load_four_bit
 from fastconv.engine.shapes import shape_of
-from fastconv.engine.transfer import to_device
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, sha256_of
 

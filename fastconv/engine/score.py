@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastconv.chat import ChatTokenizer
-from fastconv.engine.attention import Layout, PrefixGroup, PrefixTrees
+from fastconv.engine.attention import Layout, PrefixGroup, PrefixTrees, to_device
 from fastconv.engine.model import Base, length_batches, pack
-from fastconv.engine.transfer import to_device
 
 #: Rows of the head that are converted to fp32 at once; 16,384 x 3,584 are 0.23 GB.
 _HEAD_ROWS = 16384

@@ -132,7 +132,7 @@ def _trainer(peft: PeftModel, job: Job, batches: Sequence[list[int]], options: T
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    class Trainer(SFTTrainer):
+    class ReferenceTrainer(SFTTrainer):
         """SFTTrainer with our order of rows. It logs rounded losses, so the exact ones are collected."""
 
         step_losses: list[torch.Tensor]
@@ -145,7 +145,7 @@ def _trainer(peft: PeftModel, job: Job, batches: Sequence[list[int]], options: T
             self.step_losses.append(loss.detach())
             return loss
 
-    Trainer.step_losses = []
+    ReferenceTrainer.step_losses = []
     settings = job.settings
     config = SFTConfig(
         output_dir=folder, max_steps=len(batches), per_device_train_batch_size=settings.batch_rows,
@@ -160,7 +160,7 @@ def _trainer(peft: PeftModel, job: Job, batches: Sequence[list[int]], options: T
         {"input_ids": list(row.ids), "labels": [-100] * row.loss_from + list(row.ids[row.loss_from :])}
         for row in job.rows
     ]
-    trainer = Trainer(
+    trainer = ReferenceTrainer(
         model=peft, args=config, train_dataset=Dataset.from_list(rows), processing_class=_placeholder_tokenizer(peft)
     )
     trainer.remove_callback(PrinterCallback)

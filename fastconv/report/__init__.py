@@ -12,13 +12,12 @@ from pathlib import Path
 from fastconv.analysis.analysis import Analysis
 from fastconv.experiment.graph import Graph
 from fastconv.report.behaviors import beside, gates, markers, mimicry, power
-from fastconv.report.blocks import Note, ReportData, Section
+from fastconv.report.blocks import Note, ReportData, Section, render_html, render_markdown
 from fastconv.report.export import frames_of, parquet_bytes
 from fastconv.report.geometry import geometry, on_the_base
 from fastconv.report.measures import answers, judge_against_phrases, measurements, over_epochs
 from fastconv.report.overview import findings, headline
 from fastconv.report.record import card, cost, curves_and_rho, failures, limits, planned, superseded, warnings
-from fastconv.report.render import render_html, render_markdown
 from fastconv.store.io import storage_errors, write_atomically
 from fastconv.store.ledger import Store, write_text
 

@@ -1,11 +1,21 @@
-"""Blocks of a report: sections of claims, tables, figures, replies and notes. Rendered by `report.render`."""
+"""What a report is made of (sections of claims, tables, figures, answers: plain data), and how it becomes one
+self-contained HTML page and its Markdown twin.
+
+No script, nothing from outside, every text escaped. The templates print what the blocks hold and nothing else.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import ClassVar
+
+import jinja2
 
 from fastconv.stats.series import NoRowsError, Number
 
@@ -175,3 +185,62 @@ class ReportData:
 def plain_row(values: Sequence[object]) -> tuple[TableCell, ...]:
     """A table row from values; a `TableCell` is kept, anything else becomes its text."""
     return tuple(value if isinstance(value, TableCell) else TableCell(str(value)) for value in values)
+
+
+#: Control and bidirectional formatting characters: shown as escape codes, so that they have no effect.
+_UNSEEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+
+
+def render_html(data: ReportData) -> str:
+    """The report as an HTML page."""
+    return _environment(autoescape=True).get_template("report.html.j2").render(data=data)
+
+
+def render_markdown(data: ReportData) -> str:
+    """The report as Markdown, without figures."""
+    text = _environment(autoescape=False).get_template("report.md.j2").render(data=data)
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def visible(text: object) -> str:
+    """The text with invisible and direction-changing characters replaced by their escape codes."""
+    return _UNSEEN.sub(lambda match: f"\\u{ord(match[0]):04x}", str(text))
+
+
+def svg_data_uri(figure: Figure) -> str:
+    """The figure's SVG as a data URI."""
+    return "data:image/svg+xml;base64," + base64.b64encode(figure.svg).decode()
+
+
+def claim_attributes(claim: Claim) -> dict[str, str]:
+    """The attributes of a claim in the page that `verify` reads: query, arguments, number of rows, and their sha256."""
+    return {
+        "query": claim.query,
+        "arguments": json.dumps(dict(claim.arguments), sort_keys=True),
+        "rows": str(len(claim.rows)),
+        "sha": claim.rows_sha256[:16],
+    }
+
+
+def _quoted(text: object) -> str:
+    """Model text as an indented Markdown code block, which it cannot leave."""
+    return "\n".join(f"    {line}" for line in visible(text).splitlines() or [""])
+
+
+def _in_cell(text: object) -> str:
+    """Text for a Markdown table cell: without line breaks, bars or HTML."""
+    escaped = visible(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return " ".join(escaped.split())
+
+
+def _environment(*, autoescape: bool) -> jinja2.Environment:
+    loader = jinja2.FunctionLoader(
+        lambda name: (resources.files("fastconv.report") / "templates" / name).read_text(encoding="utf-8")
+    )
+    environment = jinja2.Environment(
+        loader=loader, autoescape=autoescape, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "cell": _in_cell, "seen": visible, "quoted": _quoted, "address": svg_data_uri, "marks": claim_attributes,
+    }  # fmt: skip
+    return environment

@@ -10,15 +10,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastconv.analysis.agreement import corrected_assistant_rate, measure_agreement
 from fastconv.analysis.analysis import Analysis
-from fastconv.analysis.correlates import MARKER, MARKER_RATE, in_words, levels, transfer_by_source
+from fastconv.analysis.correlates import (
+    MARKER,
+    MARKER_RATE,
+    corrected_assistant_rate,
+    in_words,
+    levels,
+    measure_agreement,
+    transfer_by_source,
+)
 from fastconv.report.blocks import Claim
 from fastconv.seeding import seed_of
-from fastconv.stats.bounds import spearman_attainable
+from fastconv.stats.bounds import exact_spearman, spearman_attainable
 from fastconv.stats.gates import GateVerdict
 from fastconv.stats.inference import Interval
-from fastconv.stats.permutation import exact_spearman
 from fastconv.stats.power import remedy_text
 from fastconv.stats.units import Unit, change, counted, first_few, interval_text, level, signed, size_text
 from fastconv.stats.verdicts import CellVerdict, count_by_kind

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastconv.analysis.agreement import judge_phrase_pair, judged_measures, judging_costs
 from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.contrasts import ContrastSubject, Part
+from fastconv.analysis.correlates import judge_phrase_pair, judged_measures, judging_costs
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.experiment.graph import CellPlan
 from fastconv.report.blocks import Answer, Block, Figure, Figures, Note, Section, Table, TableCell, folded_if_long

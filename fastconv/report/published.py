@@ -19,9 +19,18 @@ from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import load_personas
 from fastconv.datasets.rows import Row
 from fastconv.recipe import GateSettings, parse_recipe
-from fastconv.report.blocks import Block, Claim, Note, ReportData, Section, Table, TableCell
+from fastconv.report.blocks import (
+    Block,
+    Claim,
+    Note,
+    ReportData,
+    Section,
+    Table,
+    TableCell,
+    render_html,
+    render_markdown,
+)
 from fastconv.report.claims import rank_correlation
-from fastconv.report.render import render_html, render_markdown
 from fastconv.stats import study_gates
 from fastconv.stats.bounds import spearman_attainable
 from fastconv.stats.gates import GateVerdict

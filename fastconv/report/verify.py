@@ -21,10 +21,9 @@ from fastconv.errors import InputError, RecipeError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, parse_recipe, run_id
 from fastconv.report import build
-from fastconv.report.blocks import Claim, ReportData
+from fastconv.report.blocks import Claim, ReportData, render_html, render_markdown, visible
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.published import TABLES_FILE, judge_published, published_names, published_report, read_published
-from fastconv.report.render import render_html, render_markdown, visible
 from fastconv.store.ledger import Store
 
 _DRAWING = re.compile(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]*)")

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from fastconv.seeding import seed_of
-from fastconv.stats.bounds import RateBound, clustered_rate_bound, effective_sample_size, sign_flip_warning
+from fastconv.stats.bounds import RateBound, clustered_rate_bound, effective_sample_size, sign_flip_p, sign_flip_warning
 from fastconv.stats.inference import (
     FEWEST_SEEDS,
     ROUNDING,
@@ -35,7 +35,6 @@ from fastconv.stats.inference import (
     tost,
     transfer_contrast,
 )
-from fastconv.stats.permutation import sign_flip_p
 from fastconv.stats.power import (
     SampleSizeNeeded,
     clusters_needed,

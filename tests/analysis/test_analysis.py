@@ -12,10 +12,9 @@ from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.planning.plan import make_plan
 from fastconv.recipe import Recipe, parse_recipe
 from fastconv.report import build
-from fastconv.report.blocks import Table
+from fastconv.report.blocks import Table, render_html, render_markdown
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.export import frames_of
-from fastconv.report.render import render_html, render_markdown
 from fastconv.report.verify import verify
 from fastconv.store.ledger import Store
 from tests.loop_kit import copy_ledger

@@ -18,8 +18,7 @@ from pathlib import Path
 import pytest
 
 from fastconv.report import collect
-from fastconv.report.blocks import Answer, ReportData, Section, Table, TableCell
-from fastconv.report.render import render_html
+from fastconv.report.blocks import Answer, ReportData, Section, Table, TableCell, render_html
 from tests.loop_kit import DoneRun
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -15,9 +15,8 @@ from fastconv.judge.rubric import load_rubric
 from fastconv.judge.scores import compare_scores
 from fastconv.recipe import Recipe, parse_recipe
 from fastconv.report import build
-from fastconv.report.blocks import Claim, Note, ReportData, Section, Table
+from fastconv.report.blocks import Claim, Note, ReportData, Section, Table, render_html
 from fastconv.report.claims import NoSuchClaimError, ask
-from fastconv.report.render import render_html
 from fastconv.report.verify import verify
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store

@@ -16,9 +16,18 @@ from fastconv.analysis.gates import stage_series
 from fastconv.errors import StoreError
 from fastconv.experiment.graph import Graph
 from fastconv.report import SECTIONS, build, collect, write_report
-from fastconv.report.blocks import Answer, Claim, Note, ReportData, Section, Table, TableCell
+from fastconv.report.blocks import (
+    Answer,
+    Claim,
+    Note,
+    ReportData,
+    Section,
+    Table,
+    TableCell,
+    render_html,
+    render_markdown,
+)
 from fastconv.report.claims import CLAIMS, NoSuchClaimError, ask
-from fastconv.report.render import render_html, render_markdown
 from fastconv.stats.series import NoRowsError
 from fastconv.store.ledger import Store
 from tests.loop_kit import DoneRun, records, run_tiny, tiny_recipe

@@ -16,8 +16,7 @@ from fastconv.analysis.correlates import marker_rates, transfer_by_source
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import canonical_json, parse_recipe, recipe_sha256, run_id
 from fastconv.report import build
-from fastconv.report.blocks import Claim, Figure, ReportData
-from fastconv.report.render import render_html
+from fastconv.report.blocks import Claim, Figure, ReportData, render_html
 from fastconv.store.ledger import Stage, Store
 from fastconv.store.records import Record
 from tests.loop_kit import DoneRun, copy_ledger

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from fastconv.analysis.analysis import Analysis
 from fastconv.cli import app
-from fastconv.cli.verify import comparison
+from fastconv.cli.workspace import comparison
 from fastconv.errors import InputError, VerifyError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, canonical_json, parse_recipe, recipe_sha256, run_id

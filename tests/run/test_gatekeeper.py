@@ -13,7 +13,7 @@ from fastconv.errors import GateStop, InputError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import run_id
 from fastconv.report import collect
-from fastconv.report.render import render_html
+from fastconv.report.blocks import render_html
 from fastconv.run.run import parse_ignored_gates, run_recipe
 from fastconv.store.ledger import Store
 from tests.loop_kit import Heard, run_tiny, tiny_recipe, write_tiny_recipe

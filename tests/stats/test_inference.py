@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 
-from fastconv.stats import bounds, permutation, power
+from fastconv.stats import bounds, power
 from fastconv.stats import inference as stats
 from fastconv.stats import verdicts as rule
 from tests.stats.test_verdicts import evidence
@@ -296,13 +296,13 @@ def test_seeds_are_the_outer_cluster():
         lambda: stats.holm([]),
         lambda: stats.holm([1.2]),
         lambda: stats.benjamini_hochberg([-0.1]),
-        lambda: permutation.sign_flip_p([1.0], 10, rng()),
-        lambda: permutation.sign_flip_p(np.ones(20), 0, rng()),
+        lambda: bounds.sign_flip_p([1.0], 10, rng()),
+        lambda: bounds.sign_flip_p(np.ones(20), 0, rng()),
         lambda: stats.tost([1.0, 2.0], 0.0),
         lambda: stats.trend_over_epochs([[1.0, 2.0], [1.0, 2.0]], [3, 3]),
         lambda: stats.trend_over_epochs([[1.0, 2.0], [1.0, 2.0]], [0, 2, 8]),
         lambda: stats.pool_seeds([]),
-        lambda: permutation.exact_spearman([1, 2, 3], [1, 2, 3, 4]),
+        lambda: bounds.exact_spearman([1, 2, 3], [1, 2, 3, 4]),
         lambda: rule.verdict(evidence(-10, direction=0)),
         lambda: rule.verdict(evidence(0, equivalence=stats.tost([1.0, 2.0, 4.0], 5.0))),
         lambda: rule.verdict(evidence(0, spread=50, p_corrected=0.001)),  # smaller than the raw p

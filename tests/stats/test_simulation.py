@@ -13,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
+from fastconv.stats import bounds, power
 from fastconv.stats import inference as stats
-from fastconv.stats import permutation, power
 
 Floats = NDArray[np.float64]
 SAMPLES = 10
@@ -151,5 +151,5 @@ def test_sign_flips_keep_their_level(draws):
     rejected = 0
     for n, rng in blocks(draws, 7):
         rows = rng.standard_t(3, size=(n, 10))
-        rejected += sum((permutation.sign_flip_p(row, 1, rng).p or 0.0) <= 0.05 for row in rows)
+        rejected += sum((bounds.sign_flip_p(row, 1, rng).p or 0.0) <= 0.05 for row in rows)
     assert 0.03 <= rejected / draws <= 0.07

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from fastconv.cli import app
 from fastconv.recipe import GateSettings
+from fastconv.report.blocks import render_html, render_markdown
 from fastconv.report.published import (
     SummaryTable,
     judge_published,
@@ -20,7 +21,6 @@ from fastconv.report.published import (
     read_published,
     summary_claim,
 )
-from fastconv.report.render import render_html, render_markdown
 from fastconv.report.verify import verify_published
 from fastconv.stats import gates
 from fastconv.stats import study_gates as study_gates

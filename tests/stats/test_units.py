@@ -11,9 +11,9 @@ import pytest
 from fastconv.analysis.analysis import Analysis
 from fastconv.report import build
 from fastconv.report.behaviors import _aside_row
+from fastconv.report.blocks import render_html, render_markdown
 from fastconv.report.figures import Point, lines, scatter
 from fastconv.report.overview import _row
-from fastconv.report.render import render_html, render_markdown
 from fastconv.stats.units import change, interval_text, level, rounded, signed
 from tests.scale_kit import fill, matrix_recipe
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from fastconv.engine.attention import to_device
 from fastconv.engine.kernels.lora_tables import LayerCall, LiveSlots, PackedAdapters, Tiling, TokenRouting, WeightTable
 from fastconv.engine.lora import Adapter
 from fastconv.engine.stacked_linear import Route, Slot, StackedLinear
-from fastconv.engine.transfer import to_device
 from fastconv.errors import ModelError, TrainingError
 
 #: Weight tables kept for reuse: a training run needs one, an evaluation beside it another.
