@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
@@ -341,8 +342,10 @@ def bare_sdk(url: str, n: int, concurrency: int) -> tuple[float, float]:
 def test_the_judge_takes_little_more_than_the_bare_sdk(tmp_path: Path) -> None:
     """Time, and CPU of this process, of the same requests with the ledger's bookings and without, one after another."""
     n, concurrency = 96, 16
-    with fake_claude(Script(latency_s=0.1), own_process=True) as server:
+    with contextlib.ExitStack() as ends:
+        server = ends.enter_context(fake_claude(Script(latency_s=0.1), own_process=True))
         one = desk(server.url, tmp_path, concurrency=concurrency)
+        ends.callback(one.close, wait=False)  # whatever fails here, its thread must not outlive the test
         one.submit("warm", rubric(), samples(concurrency, start=10_000))
         until(lambda: "warm" in one.poll().finished)
         wall, cpu = [], []
@@ -355,7 +358,6 @@ def test_the_judge_takes_little_more_than_the_bare_sdk(tmp_path: Path) -> None:
             bare = bare_sdk(server.url, n, concurrency)
             wall.append(ours[0] / bare[0])
             cpu.append(ours[1] / bare[1])
-        one.close()
     assert statistics.median(wall) < 2, wall
     assert statistics.median(cpu) < 3, cpu
 
