@@ -251,7 +251,7 @@ def _random_unsloth(shape: ModelShape, model: BenchModel) -> PreTrainedModel:
 
     unsloth.patch_classes("qwen2" if shape.qkv_bias else "llama")
     loaded = _random_model(shape, "sdpa", model)
-    unsloth.patch_model(loaded)
+    unsloth.adopt(loaded)
     return loaded
 
 

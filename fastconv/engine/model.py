@@ -146,11 +146,9 @@ def make_base(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Ba
     model.requires_grad_(False).eval()
     first = next(model.parameters())
     if first.is_cuda and first.dtype != torch.float32:
-        from fastconv.engine.kernels.layers import (
-            use_fused_forwards,  # imports Triton, which is not installed without a GPU
-        )
+        from fastconv.engine.kernels import layers  # imports Triton, which is not installed without a GPU
 
-        use_fused_forwards(model)
+        (layers.use_fused_forwards if layers.why_not_whole(model.config) else layers.use_fused_decoder)(model)
     shape = shape_of(model.config.to_dict(), name)
     picked = pick_attention(first.device, first.dtype, shape.n_heads, shape.n_kv_heads, shape.head_dim)
     return Base(model, tokenizer, name, first.device, first.dtype, picked)

@@ -1,8 +1,10 @@
-"""Loading the base with Unsloth, and running its fused kernels with our stacked layers and attention.
+"""The base through Unsloth: imported before anything it patches, loaded in 16 bits or 4, its layers run by our forwards.
 
-The first part imports Unsloth, which must come before the libraries that it patches, and loads a model in 16 or 4 bits,
-always with `FastLanguageModel`: `FastModel` silently drops a second adapter. The second part (`patch_model`) replaces
-forwards of the loaded model, so that its kernels see a stack as one adapter and are used only where they are exact.
+Unsloth loads the base and de-quantizes 4-bit weights with its own kernel. Everything between (norms, RoPE, SwiGLU, the
+stack, attention, the loss) runs by the forwards of `kernels.layers`, which a base of engine `torch` gets too: Unsloth's
+kernels for these know one adapter, no dropout beside a frozen one and no biased projection, and measured no faster.
+
+Always `FastLanguageModel`: `FastModel` drops a second adapter without a word.
 """
 
 from __future__ import annotations
@@ -14,17 +16,17 @@ import logging
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from fastconv.engine.attention import Layout
 from fastconv.engine.locate import BITSANDBYTES, UNSLOTH, cache_home, require_versions
-from fastconv.engine.stacked_linear import Route, StackedLinear
-from fastconv.errors import ModelError, TrainingError
+from fastconv.engine.optim import is_four_bit
+from fastconv.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,11 +40,6 @@ _ENVIRONMENT = {
     "UNSLOTH_COMPILE_DISABLE": "1",  # it would generate trainers and patch PEFT for the whole process, which we do not use
     "UNSLOTH_DISABLE_STATISTICS": "1",  # it would call the hub at every load
 }
-#: Model types whose layers have the structure that the forwards below expect.
-MODEL_TYPES = ("llama", "qwen2")
-
-#: (weight, its quantization or None, A [r, in], B [out, r], scale); the last three are None if no adapter is live.
-LoraParameters = tuple[torch.Tensor, Any, torch.Tensor | None, torch.Tensor | None, float | None]
 
 
 def require_usable(device: torch.device, dtype: torch.dtype) -> None:
@@ -93,9 +90,9 @@ def assert_imported_first(*, about_to_import: bool = False) -> None:
 
 
 def load(folder: Path, dtype: torch.dtype, device: torch.device, *, four_bit: bool = False) -> PreTrainedModel:
-    """The model in `folder`, loaded by `FastLanguageModel` and patched (`patch_model`); `four_bit` quantizes it to NF4.
+    """The model in `folder`, loaded by `FastLanguageModel` run by our forwards (`adopt`); `four_bit` quantizes it to NF4.
 
-    Raises ModelError as `import_unsloth` and `patch_model` do.
+    Raises ModelError as `import_unsloth` and `adopt` do.
     """
     unsloth = import_unsloth()
     longest = json.loads((folder / "config.json").read_text()).get("max_position_embeddings", 4096)
@@ -111,7 +108,7 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device, *, four_bit: bo
             offload_embedding=False,
             local_files_only=True,
         )
-    patch_model(model)
+    adopt(model)
     return model
 
 
@@ -133,131 +130,48 @@ def _quiet() -> Iterator[None]:
     _log.debug("%s", output.getvalue())
 
 
-def patch_model(model: PreTrainedModel) -> None:
-    """Make a model that Unsloth loaded use our attention, and its fused kernels wherever they are exact.
+def adopt(model: PreTrainedModel) -> None:
+    """Run a model that Unsloth loaded by our forwards. Only this instance is changed.
 
-    Only this model's modules are changed. Raises ModelError for a model type that is not in `MODEL_TYPES`.
+    Unsloth patches the classes of transformers: its decoder casts to the config's dtype, cuts batches at its own idea of
+    a sequence's length, and its rotary embedding rounds early. None of that is left in the way here.
+    Raises ModelError for a kind of model whose whole decoder is not ours.
     """
-    kind = model.config.model_type
-    if kind not in MODEL_TYPES:
-        raise ModelError(
-            f"Unsloth's kernels are tested with {' and '.join(MODEL_TYPES)} models, not {kind}",
-            where="model.engine",
-            fix="set model.engine = 'torch'",
-        )
-    patch_fast_lora()
-    backbone: Any = model.get_decoder()
-    # Otherwise it would silently cut a packed batch at its maximal sequence length.
-    backbone._unsloth_allow_packed_overlength = True
-    for layer in backbone.layers:
-        layer.self_attn.forward = types.MethodType(_attention, layer.self_attn)
-        layer.mlp.forward = types.MethodType(_mlp, layer.mlp)
+    from fastconv.engine.kernels import layers  # needs Triton, which machines without a GPU lack
+
+    if reason := layers.why_not_whole(model.config):
+        raise ModelError(f"Unsloth's path cannot run this model: {reason}", where="model.engine", fix=_WITHOUT)
+    layers.use_fused_decoder(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_four_bit(module):
+            module.forward = types.MethodType(_four_bit_forward, module)
 
 
-def patch_fast_lora() -> None:
-    """Make `unsloth.kernels.fast_lora` read stacked layers; for other layers it is unchanged. Idempotent."""
-    from unsloth.kernels import fast_lora  # pyright: ignore[reportMissingImports]
-
-    readers: dict[str, Callable[[StackedLinear], Any]] = {
-        "get_lora_parameters": lora_parameters,
-        "get_lora_parameters_bias": lambda layer: (*lora_parameters(layer), layer.base.bias),
-        "_has_multiple_active_adapters": lambda layer: False,  # to the kernels a stack is one adapter
-        "_has_activation_fake_quantizer": lambda layer: False,
-    }
-    for name, read_stacked in readers.items():
-        original = getattr(fast_lora, name)
-        if not isinstance(original, _Reader):
-            setattr(fast_lora, name, _Reader(read_stacked, original))
+def is_adopted(model: PreTrainedModel) -> bool:
+    """True for a model that went through `adopt`."""
+    return "forward" in vars(model.get_decoder())  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class _Reader:
-    """Reads our layers itself, and calls Unsloth's function for all others."""
+class _FourBitLinear(torch.autograd.Function):
+    """x W^T for a frozen packed W, unpacked by Unsloth's kernel both ways; nothing dense is kept."""
 
-    def __init__(self, read_stacked: Callable[[StackedLinear], Any], original: Callable[..., Any]) -> None:
-        self.read_stacked = read_stacked
-        self.original = original
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, state: Any) -> torch.Tensor:
+        ctx.packed = weight, state
+        return x @ _unpacked(weight, state, x.dtype).t()
 
-    def __call__(self, layer: Any, *rest: Any, **named: Any) -> Any:
-        return self.read_stacked(layer) if isinstance(layer, StackedLinear) else self.original(layer, *rest, **named)
-
-
-def lora_parameters(layer: StackedLinear) -> LoraParameters:
-    """A layer's parameters for the fused kernels: the adapters of the live slot, concatenated to one."""
-    weight = layer.base.weight
-    quantization = getattr(weight, "quant_state", None)
-    slots = layer.route.slots
-    adapters = [adapter for adapter in (slots[0].adapters if slots else ()) if layer.name in adapter.weights]
-    if not adapters:
-        return weight, quantization, None, None, None
-    *before, last = adapters
-    a, b = last.weights[layer.name]
-    if not before:
-        return weight, quantization, a, b, last.scale
-    # Cast before joining: the kernels compute in the base's dtype, and half the bytes are copied.
-    dtype = weight.dtype if quantization is None else quantization.dtype
-    frozen_weights = [adapter.weights[layer.name] for adapter in before]
-    rescaled = [
-        (frozen_b * (adapter.scale / last.scale)).to(dtype)
-        for adapter, (_, frozen_b) in zip(before, frozen_weights, strict=True)
-    ]
-    joined_a = torch.cat([*(frozen_a.to(dtype) for frozen_a, _ in frozen_weights), a.to(dtype)])
-    joined_b = torch.cat([*rescaled, b.to(dtype)], dim=1)
-    return weight, quantization, joined_a, joined_b, last.scale
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grads[0] @ _unpacked(*ctx.packed, grads[0].dtype), None, None  # pyright: ignore[reportCallIssue]
 
 
-def can_fuse(layers: Sequence[Any]) -> bool:
-    """Whether one fused kernel over these layers computes what their own forwards would."""
-    if not all(isinstance(layer, StackedLinear) for layer in layers):
-        return False
-    route: Route = layers[0].route
-    if route.plain or len(route.slots) > 1:
-        return False
-    if not route.slots:
-        return True  # the bare base uses the same kernels, else it would differ from a stack by their rounding
-    slot = route.slots[0]
-    if slot.trainable is not None and slot.dropout > 0 and route.dropout_seeds is not None:
-        return False
-    # The backward pass of the kernels assumes that every layer has an adapter.
-    all_adapted = all(any(layer.name in adapter.weights for adapter in slot.adapters) for layer in layers)
-    return all_adapted or not torch.is_grad_enabled()
+def _unpacked(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    from unsloth.kernels.utils import fast_dequantize  # pyright: ignore[reportMissingImports]
+
+    return fast_dequantize(weight, state).to(dtype)
 
 
-def _mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
-    """down(silu(gate x) * up x) for x [1, T, hidden]."""
-    from unsloth.kernels import fast_lora  # pyright: ignore[reportMissingImports]
-
-    if can_fuse((self.gate_proj, self.up_proj, self.down_proj)):
-        return fast_lora.apply_lora_mlp_swiglu(self, x)
-    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-def _attention(
-    self: Any,
-    hidden_states: torch.Tensor,
-    *,
-    layout: Layout,
-    position_ids: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    **_: Any,
-) -> tuple[torch.Tensor, None, None]:
-    """hidden_states [1, T, hidden] -> the same shape, with Unsloth's rotary and output kernels and our layout."""
-    from unsloth.kernels import fast_lora  # pyright: ignore[reportMissingImports]
-    from unsloth.kernels.rope_embedding import fast_rope_embedding  # pyright: ignore[reportMissingImports]
-
-    n_tok = hidden_states.shape[1]
-    if position_ids.shape[-1] != n_tok:
-        raise TrainingError(
-            f"Unsloth cut a batch of {position_ids.shape[-1]} tokens to {n_tok}",
-            where="model.engine",
-            fix="set model.engine = 'torch'",
-        )
-    inputs = (self.q_proj, self.k_proj, self.v_proj)
-    if can_fuse(inputs) and all(layer.base.bias is None for layer in inputs):
-        query, key, value = fast_lora.apply_lora_qkv(self, hidden_states)
-    else:  # a bias (as Qwen2 has) is not part of the fused kernel
-        query, key, value = (layer(hidden_states) for layer in inputs)
-    query, key, value = (part.view(1, n_tok, -1, self.head_dim).transpose(1, 2) for part in (query, key, value))
-    query, key = fast_rope_embedding(query, key, *position_embeddings, position_ids)
-    out = layout.attend(int(self.layer_idx), query[0], key[0], value[0], self.head_dim**-0.5)
-    out = out.reshape(1, n_tok, -1)
-    return (fast_lora.apply_lora_o(self, out) if can_fuse((self.o_proj,)) else self.o_proj(out)), None, None
+def _four_bit_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """x [..., in] -> [..., out]."""
+    y = _FourBitLinear.apply(x, self.weight, self.weight.quant_state)
+    return y if self.bias is None else y + self.bias  # pyright: ignore[reportOperatorIssue, reportReturnType]

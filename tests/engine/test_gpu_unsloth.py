@@ -167,9 +167,8 @@ def test_what_the_fused_kernels_gain_at_7b_width(tmp_path: Path) -> None:
     """Eight layers of Qwen2.5-7B's width with random weights: seconds and memory of a step, fused against plain."""
     answer = ask(
         """
-        from fastconv.engine import unsloth as fused
-        from fastconv.engine import unsloth as unsloth_path
-        unsloth_path.patch_classes("qwen2")
+        from fastconv.engine import unsloth as through_unsloth
+        through_unsloth.patch_classes("qwen2")
         from transformers import AutoModelForCausalLM, Qwen2Config
         from fastconv.engine.model import make_base
         config = Qwen2Config(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=8,
@@ -177,7 +176,7 @@ def test_what_the_fused_kernels_gain_at_7b_width(tmp_path: Path) -> None:
             bos_token_id=None, eos_token_id=None)
         with torch.device("cuda"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        fused.patch_model(model)
+        through_unsloth.adopt(model)
         stack = Stack(make_base(model, None, "random"), LoraSettings())
         answer = {"self_test": self_test(stack)}
         first = stack.take(random_adapter(stack, 1, size=0.002))
@@ -208,3 +207,23 @@ def test_what_the_fused_kernels_gain_at_7b_width(tmp_path: Path) -> None:
     )
     assert answer["self_test"]["fused kernels"] < 0.15
     assert min(t for t, _ in answer["2 adapters, fused"]) < 1.1 * min(t for t, _ in answer["2 adapters, plain"])
+
+
+@needs_unsloth
+@needs_bitsandbytes
+def test_four_bit_layers_are_unpacked_by_unsloth_to_the_bits_of_bitsandbytes(tiny_qwen: Path) -> None:
+    logits = [
+        ask(
+            """
+            stack = stack_of(engine=sys.argv[2], weights="4bit")
+            ids, positions, layout = pack([[i % 60 for i in range(20)]], stack.base)
+            with torch.no_grad():
+                found = stack.base.logits(stack.base.hidden(ids, positions, layout))[:20]
+            print(json.dumps({"logits": found.tolist()}))
+            """,
+            str(tiny_qwen),
+            engine,
+        )["logits"]
+        for engine in ("torch", "unsloth")
+    ]
+    assert torch.tensor(logits[0]) == pytest.approx(torch.tensor(logits[1]), abs=0.05)

@@ -83,18 +83,19 @@ def test_the_base_comes_through_unsloth_before_anything_it_patches(site: Path, t
         site,
         """
         unsloth_path.require_usable = lambda device, dtype: None  # there is no GPU here
+        adopted = []
+        unsloth_path.adopt = adopted.append  # needs Triton: tests/engine/test_fused.py
         settings = ModelSettings(id=sys.argv[1], engine="unsloth", device="cpu", dtype="bfloat16")
         loaded = model.load_base(settings)
         import unsloth
         unsloth_path.assert_imported_first()
         options = unsloth.FastLanguageModel.calls[0]
-        mlp = loaded.model.get_decoder().layers[0].mlp
-        print(unsloth.LATE, options["load_in_4bit"], options["max_seq_length"], mlp.forward.__func__ is unsloth_path._mlp)
-        print(unsloth.kernels.fast_lora.get_lora_parameters(object()), loaded.device, loaded.dtype)
+        print(unsloth.LATE, options["load_in_4bit"], options["max_seq_length"], adopted == [loaded.model])
+        print(loaded.device, loaded.dtype)
         """,
         str(tiny_qwen),
     )
-    assert said == "[] False 4096 True\ntheirs cpu torch.bfloat16\n"  # and the banner did not come through
+    assert said == "[] False 4096 True\ncpu torch.bfloat16\n"  # and the banner did not come through
 
 
 @pytest.mark.parametrize("early", ["transformers", "peft"])

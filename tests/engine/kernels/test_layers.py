@@ -31,5 +31,26 @@ def test_norms_mlps_and_attentions_get_our_forward_and_the_same_logits(tiny_qwen
     before = logits(base)
     n_layers = base.model.config.num_hidden_layers
     assert use_fused_forwards(base.model) == 4 * n_layers + 1
-    assert use_fused_forwards(base.model) == 0, "what has a forward of its own keeps it"
     assert torch.allclose(logits(base), before, atol=0.02)
+
+
+@pytest.mark.parametrize("folder", ["tiny_qwen", "tiny_llama"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_whole_decoder_gives_the_logits_of_transformers(
+    folder: str, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from fastconv.engine.kernels.layers import use_fused_decoder, why_not_whole
+
+    path = request.getfixturevalue(folder)
+    base = tiny_stack(path, dtype="float32").base
+    base.model.to(dtype)
+    assert why_not_whole(base.model.config) == ""
+    use_fused_decoder(base.model)
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    rows = [list(row.ids) for row in ragged_rows(3)]
+    with torch.no_grad():
+        right = [plain(input_ids=torch.tensor([row])).logits[0] for row in rows]
+    close = 1e-4 if dtype == torch.float32 else 0.02
+    assert all(torch.allclose(a, b, atol=close) for a, b in zip(packed_logits(base, rows), right, strict=True))
