@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastconv.errors import ModelError
-from fastconv.hub import is_unreachable
+from fastconv.hub import cached_file, is_unreachable
 from fastconv.recipe import ModelSettings
 
 BUILTIN = "builtin:smollm2"
@@ -183,10 +183,7 @@ def model_folder(source: ModelSource, settings: ModelSettings) -> Path:
 
 def cached_config(settings: ModelSettings) -> Path | None:
     """The config.json of a hub model in the hub's cache, or None if it was not downloaded yet."""
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(settings.id, "config.json", revision=settings.revision)
-    return Path(cached) if isinstance(cached, str) else None
+    return cached_file(settings.id, "config.json", settings.revision)
 
 
 def is_on_disk(source: ModelSource, settings: ModelSettings) -> bool:

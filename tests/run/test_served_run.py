@@ -15,7 +15,7 @@ from fastconv.engine.vllm.sampler import VllmSampler
 from fastconv.engine.vllm.server import LOG_FILE
 from fastconv.errors import ModelError, RecipeError, SamplerError
 from fastconv.experiment.graph import Graph
-from fastconv.planning.doctor import examine
+from fastconv.planning.doctor import diagnose
 from fastconv.recipe import Recipe, SamplingSettings, parse_recipe
 from fastconv.run.run import run_recipe
 from fastconv.store.ledger import Store
@@ -183,13 +183,13 @@ def test_without_a_gpu_it_is_refused_in_one_line(tiny_qwen: Path, tmp_path: Path
     with pytest.raises(ModelError, match=r"model.sampler: the vLLM sampler needs a GPU. Fix: set .*'resident'"):
         run_tiny(served(tiny_qwen), tmp_path / "work")
     assert not list((tmp_path / "work").rglob("*.safetensors"))  # nothing was trained first
-    (line,) = [one for one in examine(served(tiny_qwen), tmp_path) if one.exit_code]
+    (line,) = [one for one in diagnose(served(tiny_qwen), tmp_path) if one.exit_code]
     assert line.exit_code == 4
     assert "needs a GPU" in line.text
 
 
 def test_doctor_names_the_server(tiny_qwen: Path, tmp_path: Path, fake: Fake) -> None:
-    (line,) = [check for check in examine(served(tiny_qwen), tmp_path) if check.subject == "sampler"]
+    (line,) = [check for check in diagnose(served(tiny_qwen), tmp_path) if check.subject == "sampler"]
     assert "fake_vllm.py, stacks of rank 8" in line.text
 
 
