@@ -293,7 +293,7 @@ def _group_gates(
         and first.cell.negatives == "included"
         and contrasts.graph.recipe.eval.multiple_choice == "arc"
     ):
-        verdicts.append(gates.reference(rules, source, measured.get(0)))
+        verdicts.append(gates.reference(rules, source, measured.get(0), contrasts.graph.recipe.model.base_name))
     verdicts.append(gates.same_loss(rules, subject, losses))
     if base is not None and own:
         verdicts.append(gates.source_shows(rules, subject, direction, base, own[min(own)]))
@@ -341,12 +341,13 @@ def _first_sources(contrasts: ContrastBuilder, plan: CellPlan) -> list[GateVerdi
     }
     sources = [source for source in by_source if source not in (ASSISTANT, rules.negative_control)]
     subject, verdicts = f"negatives {kind}", []
-    for gate, first in (("G4", [rules.g4_source]), ("G5", sources[: rules.g5_sources])):
+    asked = [rules.g4_source] if rules.g4_source else sources[:1]
+    for gate, first in (("G4", asked), ("G5", sources[: rules.g5_sources])):
         if not is_open or not is_open.isdisjoint(first) or not set(first) <= set(sources):
             continue
         shifts = contrasts.shifts([cell_plan for source in first for cell_plan in by_source[source]], kind)
         if gate == "G4":
-            verdicts.append(study_gates.signal(rules, subject, shifts))
+            verdicts.append(study_gates.signal(rules, subject, shifts, sources))
         else:
             verdicts.append(study_gates.first_sources(rules, subject, shifts, sources))
     return verdicts
