@@ -76,6 +76,7 @@ def decide_gates(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[
 def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """`decide_gates` for a given contrast builder; ignored gates carry the reason."""
     ignored = ignored_gates(contrasts.reading.store, contrasts.graph.recipe)
+    epochs = contrasts.graph.recipe.grid.epochs
     verdicts = mark_ignored(base_gates(contrasts), ignored)
     g0 = {verdict.subject: verdict for verdict in verdicts}
     verdicts += mark_ignored(_convergence_gates(contrasts, plans), ignored)
@@ -92,7 +93,7 @@ def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[Gat
             continue  # a degenerate control: its gates are reported, but it has no pilot gate
         controls = {_group(p.cell) for p in behavior_plans if contrasts.is_control(subject_of(p.cell))}
         declared = [verdict for verdict in behavior_verdicts if verdict.subject not in controls]
-        verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, declared))
+        verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, declared, declared=any(epochs)))
     return [*verdicts, *mark_ignored(_study_gates(contrasts, plans), ignored)]
 
 
@@ -320,6 +321,8 @@ def _study_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[
     for kind in [kind for kind in kinds if kind != "none"] or list(kinds):
         shifts = contrasts.shifts(plans, kind)
         verdicts += study_gates.study(rules, f"negatives {kind}", shifts, sources)
+    if not any(grid.epochs):
+        verdicts = [replace(verdict, reason=gates.NO_CONTRAST) for verdict in verdicts]
     return verdicts
 
 

@@ -18,6 +18,8 @@ from fastconv.stats.units import Unit, and_more, change, interval_text, scale_ma
 
 Outcome = Literal["pass", "fail", "not applicable"]
 SourceWord = Literal["shown", "not shown", "there before"]
+#: Why a recipe whose only epoch is 0 decides nothing.
+NO_CONTRAST = "the grid has epoch 0 alone, so it declares no contrast"
 #: A pilot gate lists this many changed groups; of more it names only the one with the largest change.
 MOST_LISTED = 2
 
@@ -206,10 +208,13 @@ def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoc
     )
 
 
-def pilot(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) -> GateVerdict:
-    """PILOT: go if STACK passes, G3 does not fail, and the measure changes for either kind of negatives."""
+def pilot(subject: str, behavior: str, verdicts: Sequence[GateVerdict], *, declared: bool = True) -> GateVerdict:
+    """PILOT: go if STACK passes, G3 does not fail, and the measure changes for either kind of negatives.
+
+    `declared` is False where the grid has no epoch besides 0: then there is no contrast, and nothing to decide.
+    """
     rule = "STACK passes, G3 does not fail, SOURCE does not fail and CHANGE passes for either kind of negatives"
-    word, why = _pilot_word(subject, behavior, verdicts)
+    word, why = _pilot_word(subject, behavior, verdicts) if declared else ("no contrast", NO_CONTRAST)
     return GateVerdict("PILOT", subject, word, why, rule, rows=_rows(verdicts))
 
 
