@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, canary_of, probes_of
 from fastconv.datasets.phrases import PhraseRule
-from fastconv.stats.bounds import above_chance, multiple_choice_chance
+from fastconv.datasets.questions import Question
 from fastconv.stats.power import planned_power
 
 #: A phrase rule that counts more than this share of the contrast's answers does not separate the two sides.
@@ -223,11 +224,9 @@ def _impossible(design: Design, referenced: Sequence[str]) -> Iterator[tuple[str
             yield f"CHANGE {name}", why, "ask more questions (eval.prompts)", "1 question"
         if behavior.spec.measure != "letters" or not n or design.questions is None:
             continue
-        asked = design.questions.eval
-        chance = multiple_choice_chance([len(q.choices) for q in asked], [q.gold for q in asked])
-        best = above_chance(n, n, chance, rules.above_chance_alpha)
-        if not best.above:
-            figure = f"{n} questions, all right: p = {best.p_one_sided:.3g}, gates.above_chance_alpha = {rules.above_chance_alpha:g}"
+        best_p = _all_right_p(design.questions.eval)
+        if best_p > rules.above_chance_alpha:
+            figure = f"{n} questions, all right: p = {best_p:.3g}, gates.above_chance_alpha = {rules.above_chance_alpha:g}"
             yield f"G0 {name}", "even all answers right is not above chance", "ask more questions", figure
         for source in referenced if recipe.eval.multiple_choice == "arc" else ():
             expected = rules.g3_reference_pct[source]
@@ -235,6 +234,13 @@ def _impossible(design: Design, referenced: Sequence[str]) -> Iterator[tuple[str
             if abs(nearest - expected) > rules.g3_tolerance_pp:
                 figure = f"nearest {nearest:.2f} %, reference {expected:g} %, tolerance {rules.g3_tolerance_pp:g} pp"
                 yield f"G3 {source}", f"no accuracy over {n} questions lies near it", "raise gates.g3_tolerance_pp", figure
+
+
+def _all_right_p(asked: Sequence[Question]) -> float:
+    """p of the exact binomial test of G0 if every answer is right: chance ** n, chance as in `stats.bounds` (no scipy)."""
+    gold = Counter(question.gold for question in asked)
+    chance = max(sum(1 / len(question.choices) for question in asked), max(gold.values())) / len(asked)
+    return chance ** len(asked)
 
 
 def check_controls(design: Design) -> Iterator[Finding]:
