@@ -188,7 +188,12 @@ def shape_on_disk(settings: ModelSettings, source: ModelSource | None = None) ->
     if source.kind == "builtin":
         return named_shape("tiny" if source.id == TINY else "smollm2-135m")
     if source.folder is not None:
-        config = json.loads((Path(source.folder) / "config.json").read_text(encoding="utf-8"))
+        try:
+            config = json.loads((Path(source.folder) / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"its config.json cannot be read ({error})", where=str(source.folder), fix="fetch the model again"
+            ) from None
         return shape_of(config, source.folder.name)
     named = [name for name in SHAPES if source.id.lower().split("/")[-1].startswith(name)]
     if named:
