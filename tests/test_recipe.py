@@ -12,7 +12,17 @@ from pydantic import ValidationError
 from fastconv.datasets.files import assets
 from fastconv.errors import RecipeError
 from fastconv.experiment.graph import Graph
-from fastconv.recipe import Recipe, canonical_json, load_recipe, parse_recipe, recipe_sha256, run_id, sha256_of
+from fastconv.experiment.scale import SCALES, scaled
+from fastconv.recipe import (
+    GateSettings,
+    Recipe,
+    canonical_json,
+    load_recipe,
+    parse_recipe,
+    recipe_sha256,
+    run_id,
+    sha256_of,
+)
 
 SHIPPED = sorted(path.stem for path in assets("recipes").glob("*.toml"))
 
@@ -268,6 +278,9 @@ _ASKED = {
         ["none", "marker", "refusal"], [*range(0, 21, 2)], ["excluded"], [42], ["source"], False,
     ),
     "seeds": (["villain", "librarian"], _FOUR, [0, 20], ["excluded"], [42, 137, 256], ["source", "generic"], True),
+    "pilot_small": (
+        ["villain"], ["none", "capability", "refusal"], [0, 4, 10, 20], ["excluded", "included"], [42], ["source"], False,
+    ),
     "small_gpu": (["villain"], ["none", "capability"], [0, 4, 10, 20], ["excluded", "included"], [42], ["source"], False),
 }  # fmt: skip
 
@@ -285,6 +298,45 @@ def test_the_small_gpus_recipe_is_the_pilot_on_a_4_bit_base() -> None:
     small = load_recipe(assets("recipes") / "small_gpu.toml")
     assert small.model.weights == "4bit"
     assert small.convergence.optimizer == small.behavior.optimizer == "adamw8bit"
+
+
+def test_references_of_the_published_base_stand_in_recipes_on_that_base_alone() -> None:
+    for name in SHIPPED:
+        recipe = load_recipe(assets("recipes") / f"{name}.toml")
+        assert not recipe.gates.g3_reference_pct or recipe.model.base_name == recipe.gates.g3_base, name
+        for scale in SCALES:
+            assert not scaled(recipe, scale).gates.g3_reference_pct
+
+
+def test_the_small_pilot_is_the_pilot_on_a_small_base_with_refusal_beside() -> None:
+    pilot, small = (load_recipe(assets("recipes") / f"{name}.toml") for name in ("pilot", "pilot_small"))
+    assert small.model.id == "Qwen/Qwen2.5-1.5B-Instruct"
+    assert small.model.revision == "989aa7980e4cf806f80c7fef2b1adb7bc71aa306"
+    same = {"behaviors": pilot.grid.behaviors}
+    assert small.grid.model_copy(update=same) == pilot.grid
+    whole = {"micro_batch_tok": pilot.convergence.micro_batch_tok}
+    assert small.convergence.model_copy(update=whole) == pilot.convergence
+    assert small.behavior.model_copy(update=whole) == pilot.behavior
+    assert small.lora == pilot.lora
+
+
+def test_the_retired_threshold_in_points_is_read_from_ledgers_and_refused_in_recipes() -> None:
+    """Ledgers of earlier versions hold every default; a value that somebody chose must not be dropped unseen."""
+    assert parse_recipe({"name": "old", "gates": {"source_shows_points": 20.0}}).gates == GateSettings()
+    with pytest.raises(
+        RecipeError, match=r"gates\.source_shows_points is gone.*gates\.source_shows is the share of its room"
+    ):
+        parse_recipe({"name": "old", "gates": {"source_shows_points": 15.0}})
+
+
+@pytest.mark.parametrize(
+    "text", ["capability_pp = 101", "alignment_points = 100.5", "g3_reference_pct = { villain = 190 }"]
+)
+def test_a_threshold_beyond_its_scale_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "beyond.toml"
+    path.write_text(f'name = "beyond"\n[gates]\n{text}\n')
+    with pytest.raises(RecipeError, match=text.split(" =")[0]):
+        load_recipe(path)
 
 
 def test_the_markers_rate_is_over_20_questions_10_times() -> None:

@@ -14,6 +14,7 @@ from fastconv.datasets.behaviors import NO_BEHAVIOR, eval_prompt_sets
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.experiment.graph import Cell, CellPlan
 from fastconv.recipe import GateSettings
+from fastconv.stats.gates import source_word
 from fastconv.stats.secondary import SecondaryContrast, canary_contrast, change_contrast, trend
 from fastconv.stats.series import Series, first_too_unscored
 from fastconv.stats.study_gates import Role, Shift
@@ -152,7 +153,7 @@ class ContrastBuilder:
     def cell_evidence(self, subject: ContrastSubject, part: Part, measurable: bool | None) -> CellEvidence | None:
         """Input of a subject's verdict, over the seeds that are measured; None if there is none."""
         behavior = subject.behavior
-        seeds, shown = list[SeedEvidence](), list[float]()
+        seeds, levels = list[SeedEvidence](), list[tuple[float, float]]()
         sources = list[tuple[Series, Series]]()
         for plan in self.subjects[subject]:
             quad = self.trained(plan, part)
@@ -164,11 +165,15 @@ class ContrastBuilder:
                 continue
             sources.append((source_now, source_base))
             if source_now.rows and source_base.rows:
-                shown.append(self.direction(behavior) * (source_now.mean.value - source_base.mean.value))
+                levels.append((source_base.mean.value, source_now.mean.value))
         if not seeds:
             return None
         unit = seeds[0].trained.now.unit
-        shows = None if not shown else float(np.mean(shown)) >= self.gates.shows(unit) - 1e-9
+        shows: bool | None = None
+        if levels:
+            base, now = (float(np.mean(values)) for values in zip(*levels, strict=True))
+            direction = self.graph.behaviors[behavior].spec.direction
+            shows = source_word(self.gates, unit, direction, base, now) != "not shown"
         return CellEvidence(
             subject.label(part), behavior, self.direction(behavior), self.gates.threshold(behavior, unit),
             tuple(seeds), shows, unit, _why_withheld(seeds, sources), measurable,

@@ -76,6 +76,7 @@ def decide_gates(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[
 def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
     """`decide_gates` for a given contrast builder; ignored gates carry the reason."""
     ignored = ignored_gates(contrasts.reading.store, contrasts.graph.recipe)
+    epochs = contrasts.graph.recipe.grid.epochs
     verdicts = mark_ignored(base_gates(contrasts), ignored)
     g0 = {verdict.subject: verdict for verdict in verdicts}
     verdicts += mark_ignored(_convergence_gates(contrasts, plans), ignored)
@@ -92,7 +93,7 @@ def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[Gat
             continue  # a degenerate control: its gates are reported, but it has no pilot gate
         controls = {_group(p.cell) for p in behavior_plans if contrasts.is_control(subject_of(p.cell))}
         declared = [verdict for verdict in behavior_verdicts if verdict.subject not in controls]
-        verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, declared))
+        verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, declared, declared=any(epochs)))
     return [*verdicts, *mark_ignored(_study_gates(contrasts, plans), ignored)]
 
 
@@ -293,7 +294,7 @@ def _group_gates(
         and first.cell.negatives == "included"
         and contrasts.graph.recipe.eval.multiple_choice == "arc"
     ):
-        verdicts.append(gates.reference(rules, source, measured.get(0)))
+        verdicts.append(gates.reference(rules, source, measured.get(0), contrasts.graph.recipe.model.base_name))
     verdicts.append(gates.same_loss(rules, subject, losses))
     if base is not None and own:
         verdicts.append(gates.source_shows(rules, subject, direction, base, own[min(own)]))
@@ -320,6 +321,8 @@ def _study_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[
     for kind in [kind for kind in kinds if kind != "none"] or list(kinds):
         shifts = contrasts.shifts(plans, kind)
         verdicts += study_gates.study(rules, f"negatives {kind}", shifts, sources)
+    if not any(grid.epochs):
+        verdicts = [replace(verdict, reason=gates.NO_CONTRAST) for verdict in verdicts]
     return verdicts
 
 
@@ -341,12 +344,13 @@ def _first_sources(contrasts: ContrastBuilder, plan: CellPlan) -> list[GateVerdi
     }
     sources = [source for source in by_source if source not in (ASSISTANT, rules.negative_control)]
     subject, verdicts = f"negatives {kind}", []
-    for gate, first in (("G4", [rules.g4_source]), ("G5", sources[: rules.g5_sources])):
+    asked = [rules.g4_source] if rules.g4_source else sources[:1]
+    for gate, first in (("G4", asked), ("G5", sources[: rules.g5_sources])):
         if not is_open or not is_open.isdisjoint(first) or not set(first) <= set(sources):
             continue
         shifts = contrasts.shifts([cell_plan for source in first for cell_plan in by_source[source]], kind)
         if gate == "G4":
-            verdicts.append(study_gates.signal(rules, subject, shifts))
+            verdicts.append(study_gates.signal(rules, subject, shifts, sources))
         else:
             verdicts.append(study_gates.first_sources(rules, subject, shifts, sources))
     return verdicts

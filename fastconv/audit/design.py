@@ -1,8 +1,9 @@
-"""Checks on the design: which personas are evaluated or negatives, which controls exist, which effects are detectable."""
+"""Checks on the design: who is evaluated or negative, which controls exist, which effects and gates can be reached."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fastconv.audit.findings import AuditCheck, Design, Finding, row_ids
@@ -10,6 +11,7 @@ from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, canary_of, probes_of
 from fastconv.datasets.phrases import PhraseRule
+from fastconv.datasets.questions import Question
 from fastconv.stats.power import planned_power
 
 #: A phrase rule that counts more than this share of the contrast's answers does not separate the two sides.
@@ -173,6 +175,81 @@ def check_detectable_effect(design: Design) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def check_evaluated(design: Design) -> Iterator[Finding]:
+    """D120: a behavior has no held-out prompts, so it would be trained and could never be measured."""
+    for name, behavior in design.behaviors.items():
+        if behavior.spec.measure == "letters" or behavior.eval:
+            continue
+        cells = tuple(cell for cell in design.cells() if f"/{name}/" in cell)
+        rows = "rows of your own are all for training" if behavior.rows is not None else "its prompts are all training"
+        yield Finding(
+            "D120", "refuse", name, cells,
+            f"the behavior has no evaluation part ({rows}), so nothing could be asked and no figure could stand behind it",
+            'give its prompts file rows with part = "eval", or name a file of held-out prompts in eval_prompts',
+        )  # fmt: skip
+
+
+def check_gates_can_pass(design: Design) -> Iterator[Finding]:
+    """D121: a gate that no result of this design could pass. D122: G3's references are of another base."""
+    recipe, rules = design.recipe, design.recipe.gates
+    borrowed = sorted(set(rules.g3_reference_pct) & set(recipe.grid.sources))
+    if borrowed and recipe.model.base_name != rules.g3_base:
+        yield Finding(
+            "D122", "warn", "gates.g3_reference_pct", tuple(borrowed),
+            f"the references are of {rules.g3_base} and this base is {recipe.model.base_name}, so G3 is not applicable",
+            "take them out; or, if you measured them on this base, name it in gates.g3_base",
+        )  # fmt: skip
+        borrowed = []
+    for gate, why, mend, figure in _impossible(design, borrowed):
+        yield Finding("D121", "warn", gate, (), f"no result could pass this gate: {why}", mend, figure)
+
+
+def _impossible(design: Design, referenced: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
+    """Gates that cannot pass, whatever is measured: (gate, why, mend, figure). `referenced` are G3's sources."""
+    recipe, rules = design.recipe, design.recipe.gates
+    sources = [source for source in recipe.grid.sources if source not in (ASSISTANT, rules.negative_control)]
+    if not any(recipe.grid.epochs):
+        why = "the grid has epoch 0 alone, so it declares no contrast and nothing can be decided"
+        yield "PILOT", why, "add a later epoch to grid.epochs", ""
+    if rules.g4_source and rules.g4_source not in sources:
+        mend = "name a source of the grid, or leave it out: then the first source is asked"
+        yield "G4", f"gates.g4_source is {rules.g4_source}, which is no source of the grid", mend, ""
+    if len(sources) >= rules.confirm_sources and rules.falsify_under > len(sources):
+        figure = f"{len(sources)} sources, gates.falsify_under = {rules.falsify_under}"
+        yield "FALSIFY", "it asks for more sources than the grid has", "lower gates.falsify_under", figure
+    for name, behavior in design.behaviors.items():
+        n = _n_questions(design, behavior)
+        if n == 1:
+            why = "one question gives no interval, and a change must be clear of zero"
+            yield f"CHANGE {name}", why, "ask more questions (eval.prompts)", "1 question"
+        if behavior.spec.measure != "letters" or not n or design.questions is None:
+            continue
+        best_p = _all_right_p(design.questions.eval)
+        if best_p > rules.above_chance_alpha:
+            figure = (
+                f"{n} questions, all right: p = {best_p:.3g}, gates.above_chance_alpha = {rules.above_chance_alpha:g}"
+            )
+            yield f"G0 {name}", "even all answers right is not above chance", "ask more questions", figure
+        for source in referenced if recipe.eval.multiple_choice == "arc" else ():
+            expected = rules.g3_reference_pct[source]
+            nearest = 100 * min(max(round(expected * n / 100), 0), n) / n
+            if abs(nearest - expected) > rules.g3_tolerance_pp:
+                figure = f"nearest {nearest:.2f} %, reference {expected:g} %, tolerance {rules.g3_tolerance_pp:g} pp"
+                yield (
+                    f"G3 {source}",
+                    f"no accuracy over {n} questions lies near it",
+                    "raise gates.g3_tolerance_pp",
+                    figure,
+                )
+
+
+def _all_right_p(asked: Sequence[Question]) -> float:
+    """p of the exact binomial test of G0 if every answer is right: chance ** n, chance as in `stats.bounds` (no scipy)."""
+    gold = Counter(question.gold for question in asked)
+    chance = max(sum(1 / len(question.choices) for question in asked), max(gold.values())) / len(asked)
+    return chance ** len(asked)
+
+
 def check_controls(design: Design) -> Iterator[Finding]:
     """D112: controls that the grid lacks, named because they limit the claim. D113: the assistant is a source."""
     grid = design.recipe.grid
@@ -206,6 +283,8 @@ DESIGN_CHECKS: tuple[AuditCheck[Design], ...] = (
     AuditCheck(("D108", "D114"), check_scored_by),
     AuditCheck(("D111",), check_detectable_effect),
     AuditCheck(("D112", "D113"), check_controls),
+    AuditCheck(("D120",), check_evaluated),
+    AuditCheck(("D121", "D122"), check_gates_can_pass),
 )
 #: Checks on the personas and answers of rows; they apply to one built set as well as to all of them.
 PERSONA_CHECKS: tuple[AuditCheck[Design], ...] = (

@@ -37,7 +37,7 @@ class Question:
     @property
     def user(self) -> str:
         """The user turn; it ends right before the letter of the answer."""
-        options = "\n".join(f"{label}) {choice}" for label, choice in zip(self.labels, self.choices, strict=True))
+        options = "\n".join(f"({label}) {choice}" for label, choice in zip(self.labels, self.choices, strict=True))
         return f"{self.text}\n\n{options}\n\nThe correct answer is ("
 
     @property

@@ -1,4 +1,4 @@
-"""Whether a GPU can run a recipe: driver, compute capability and memory, with what to change if it cannot.
+"""Whether a machine can run a recipe: driver, compute capability, memory (RAM for a CPU), and what to change if not.
 
 Does not import torch; `query_gpu` is given `torch.cuda`. Messages are one line each.
 """
@@ -6,6 +6,7 @@ Does not import torch; `query_gpu` is given `torch.cuda`. Messages are one line 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -116,12 +117,45 @@ def require_fit(gpu: GpuFacts, recipe: Recipe, shape: ModelShape | None) -> str:
     )
 
 
+def ram_bytes() -> float | None:
+    """Bytes of memory that this process may use: the machine's, or the control group's limit; None if neither is told."""
+    told: list[float] = []
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            told.append(float(Path(path).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        told.append(float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE"))
+    return min((value for value in told if value > 0), default=None)
+
+
+def require_ram(recipe: Recipe, shape: ModelShape | None) -> str:
+    """One line about this machine's memory, for a recipe that computes on its CPU. Raises ModelError if it is too small.
+
+    With a shape of None, or where the memory is not told, nothing is checked and the line is empty.
+    """
+    room_bytes = ram_bytes()
+    if shape is None or room_bytes is None:
+        return ""
+    need = min_training_bytes(recipe, shape)
+    if need <= room_bytes:
+        return f"{room_bytes / _GIB:.0f} GiB of memory, at least {need / _GIB:.1f} needed"
+    options = "; or ".join(("compute on a GPU", *fitting_changes(recipe, shape, room_bytes)))
+    raise ModelError(
+        f"this machine is too small: it has {room_bytes / _GIB:.1f} GiB of memory, {shape.name} on its CPU needs at "
+        f"least {need / _GIB:.1f}",
+        where="model.device",
+        fix=options,
+    )
+
+
 def fit_note(name: str, room_bytes: float, recipe: Recipe, shape: ModelShape) -> str:
-    """What of the recipe does not fit into `room_bytes` of a GPU called `name`, and what would; empty if all fits."""
+    """What of the recipe does not fit into `room_bytes` of a machine called `name`, and what would; empty if all fits."""
     need = min_training_bytes(recipe, shape)
     if need <= room_bytes:
         return halving_note(recipe, shape, room_bytes).removeprefix("; ")
-    options = "; or ".join(fitting_changes(recipe, shape, room_bytes)) or "use a larger GPU"
+    options = "; or ".join(fitting_changes(recipe, shape, room_bytes)) or "use a larger machine"
     has = f"{room_bytes / _GIB:.0f} GiB"
     return f"does not fit: {shape.name} needs at least {need / _GIB:.1f} GiB, {name} has {has}; {options}"
 
@@ -135,7 +169,8 @@ def min_training_bytes(recipe: Recipe, shape: ModelShape) -> float:
 def fitting_changes(recipe: Recipe, shape: ModelShape, room_bytes: float) -> Iterator[str]:
     """Changes to the recipe with which a training step fits into `room_bytes`, the smallest change first."""
     four_bit = _with(recipe, weights="4bit")
-    if recipe.model.weights == "full" and min_training_bytes(four_bit, shape) <= room_bytes:
+    on_gpu = engine_identity(recipe.model)["device"] == "cuda"
+    if on_gpu and recipe.model.weights == "full" and min_training_bytes(four_bit, shape) <= room_bytes:
         yield "set model.weights = '4bit' (recipes/small_gpu.toml)"
     short = _with(recipe, max_length_tok=512)
     if min_training_bytes(short, shape) <= room_bytes:
@@ -153,7 +188,12 @@ def shape_on_disk(settings: ModelSettings, source: ModelSource | None = None) ->
     if source.kind == "builtin":
         return named_shape("tiny" if source.id == TINY else "smollm2-135m")
     if source.folder is not None:
-        config = json.loads((Path(source.folder) / "config.json").read_text(encoding="utf-8"))
+        try:
+            config = json.loads((Path(source.folder) / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"its config.json cannot be read ({error})", where=str(source.folder), fix="fetch the model again"
+            ) from None
         return shape_of(config, source.folder.name)
     named = [name for name in SHAPES if source.id.lower().split("/")[-1].startswith(name)]
     if named:
@@ -170,11 +210,11 @@ def _fixed_bytes(recipe: Recipe, shape: ModelShape) -> float:
 
 
 def halving_note(recipe: Recipe, shape: ModelShape, room_bytes: float) -> str:
-    """A note if whole micro-batches do not fit into `room_bytes`, so that the engine will halve them; else empty."""
+    """A note if whole micro-batches do not fit into `room_bytes` of a GPU, so that the engine will halve them; or empty."""
     limit = max(recipe.convergence.micro_batch_tok, recipe.behavior.micro_batch_tok)
     per_tok = activation_bytes_per_tok(shape, plain=trains_without_kernels(recipe.model))
     fits = int((room_bytes - _fixed_bytes(recipe, shape)) / per_tok)
-    if fits >= limit:
+    if fits >= limit or engine_identity(recipe.model)["device"] == "cpu":
         return ""
     return f"; micro-batches of about {fits} tokens fit, so those of {limit} will be halved"
 

@@ -79,7 +79,7 @@ def _tiny(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, Any]:
         "model": {**_TINY["model"], "semantics": recipe.model.semantics},
         "grid": {**recipe.grid.model_dump(mode="json"), "epochs": epochs},
         "eval": {**_TINY["eval"], **_canaries(recipe)},
-        "gates": {**table.get("gates", {}), "stop": [], "ignore": {"G0": _G0}},
+        "gates": {**_gates(table), "stop": [], "ignore": {"G0": _G0}},
         # The base itself judges where there is no score without a judge.
         "judge": {"mode": "local", "rubrics": recipe.judge.rubrics} if judged else {},
     }
@@ -109,7 +109,7 @@ def _demo(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, Any]:
         "data": {**table.get("data", {}), "rows": {k: v for k, v in recipe.data.rows.items() if k in shown}},
         "eval": asked,
         "grid": {**grid, **firsts},
-        "gates": table.get("gates", {}),
+        "gates": _gates(table),
     }
 
 
@@ -125,6 +125,11 @@ def _told(behaviors: Mapping[str, Behavior], shown: list[str]) -> str:
     if stand_in:
         return f"; {stand_in[0]} stands in for {', '.join(left_out)}, which it cannot show"
     return f"; without {', '.join(left_out)}" if left_out else ""
+
+
+def _gates(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's thresholds, without the references of G3, which are of its own base."""
+    return {name: value for name, value in table.get("gates", {}).items() if name != "g3_reference_pct"}
 
 
 def _canaries(recipe: Recipe) -> dict[str, Any]:

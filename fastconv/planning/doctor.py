@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from fastconv.engine.device import query_gpu, require_fit, shape_on_disk
+from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
 from fastconv.engine.locate import builtin_gguf, engine_identity, locate
 from fastconv.errors import FastconvError, ModelError, StoreError
 from fastconv.experiment.graph import Graph
@@ -64,6 +64,11 @@ def _device(recipe: Recipe | None) -> Diagnosis:
         except ModelError as error:
             return Diagnosis("device", str(error), error.exit_code)
         text += f", engine {identity['engine']}"
+    elif recipe is not None:
+        try:
+            text = ", ".join(filter(None, (text, require_ram(recipe, shape_on_disk(recipe.model)))))
+        except ModelError as error:
+            return Diagnosis("device", str(error), error.exit_code)
     return Diagnosis("device", text)
 
 

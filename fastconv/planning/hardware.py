@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from fastconv.engine.device import ram_bytes
 from fastconv.engine.shapes import ModelShape, Work, forward_flops_per_tok, train_flops_per_tok, weight_bytes
 from fastconv.errors import InputError
 from fastconv.experiment.measures import Demand
@@ -23,6 +24,8 @@ from fastconv.store.ledger import Store
 from fastconv.store.records import Stage
 
 PROBE_VERSION = 1
+#: A model of more weights than this is hardly meant for a CPU.
+LARGE_PARAMS = 1e9
 
 
 @dataclass(frozen=True)
@@ -103,15 +106,15 @@ def cpu_machine() -> Machine:
     share = min(cores, 16) / 2
     return Machine(
         f"{cores} CPU cores", "guessed from the number of cores; --measure measures it", "cpu", 75e9 * share, 180e9 * share,
-        45e9 * share, 6e9 * min(cores, 8), step_s=0.02, pass_s=0.01, stage_s=0.4, load_s=4.0,
+        45e9 * share, 6e9 * min(cores, 8), step_s=0.02, pass_s=0.01, stage_s=0.4, load_s=4.0, memory_bytes=ram_bytes(),
     )  # fmt: skip
 
 
 def find_machine(recipe: Recipe, shape: ModelShape, device: str, store: Store | None, name: str = "") -> Machine:
     """The machine to plan for: the named one, or this one as measured, as known, or as estimated from its cores.
 
-    Without a GPU here, a model too large for a CPU is planned for one H200, and `origin` says so. Raises InputError for
-    an unknown name.
+    This one is what will compute: without a visible GPU that is its CPU, and for a large model the name says why.
+    Raises InputError for an unknown name.
     """
     if name:
         if name == "cpu":
@@ -121,14 +124,13 @@ def find_machine(recipe: Recipe, shape: ModelShape, device: str, store: Store | 
                 f"no machine is called {name!r}", where="--machine", fix=f"use cpu, {', '.join(KNOWN_GPUS)}"
             )
         return KNOWN_GPUS[name]
-    if device == "cpu" and recipe.model.device != "cpu" and shape.total_params > 1e9:
-        return replace(
-            KNOWN_GPUS["h200"], origin=f"{KNOWN_GPUS['h200'].origin}; there is no GPU here (--machine names another)"
-        )
     here = _this_machine(device)
     probe = store.latest_in_slot(_slot(here, shape)) if store else None
     if probe is not None and probe.version == PROBE_VERSION:
-        return replace(here, **probe.outputs, origin="measured here by `fastconv plan --measure`")
+        here = replace(here, **probe.outputs, origin="measured here by `fastconv plan --measure`")
+    if device == "cpu" and recipe.model.device != "cpu" and shape.total_params > LARGE_PARAMS:
+        origin = f"{here.origin}; no GPU is visible here, --machine plans for one"
+        return replace(here, name=f"{here.name} (no GPU is visible)", origin=origin)
     return here
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fastconv.audit.design import check_gates_can_pass
+from fastconv.audit.findings import Design
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by_set
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.engine.device import fit_note, min_training_bytes, shape_on_disk
@@ -337,6 +339,7 @@ def _asked(graph: Graph, behavior: Behavior) -> dict[str, int]:
 
 def _notes(graph: Graph, store: Store | None) -> tuple[str, ...]:
     notes = []
+    letters = any(behavior.spec.measure == "letters" for behavior in graph.behaviors.values())
     if isinstance(graph, Sketch) and not graph.questions_known:
         notes.append(
             "ARC-Challenge is not on this disk: its questions are taken as 586 of average length, and whether stages that "
@@ -344,6 +347,9 @@ def _notes(graph: Graph, store: Store | None) -> tuple[str, ...]:
         )
     if store is None or not any(store.record(s.key) for plan in graph.cells for s in plan.base.values()):
         notes.append("the base is not measured yet: behaviors that gate G0 rules out will cost nothing more")
+    known = not isinstance(graph, Sketch) or graph.questions_known
+    design = Design(graph.recipe, graph.personas, graph.behaviors, (), graph.questions if known and letters else None)
+    notes += [f"{one.code} {one.subject}: {one.why}; {one.mend}" for one in check_gates_can_pass(design)]
     return tuple(notes)
 
 

@@ -35,6 +35,7 @@ KINDS = ("transfer", "reverse", "equivalent", "inconclusive", "uninformative", "
 PILOT_WORDS = {
     "go": ("GO", "go for"), "stop": ("STOP", "stop for"), "not applicable": ("OPEN", "not decided yet for"),
     "uninformative": ("NO ANSWER", "nothing can be said of"),
+    "no contrast": ("NO CONTRAST", "the grid has epoch zero alone, so nothing is decided for"),
 }  # fmt: skip
 MOST_NAMED = 4
 
@@ -95,6 +96,8 @@ def _answer(analysis: Analysis) -> QueryResult:
 def _how_sure(verdicts: Sequence[CellVerdict], n: int) -> str:
     """Summary of the n declared contrasts, with the confidence of the most certain one."""
     counts = count_by_kind(verdicts)
+    if not n:
+        return "the recipe declares no contrast"
     if not verdicts:
         return "no declared contrast was measured yet"
     leading_kind = next((kind for kind in ("transfer", "reverse") if counts.get(kind)), None)

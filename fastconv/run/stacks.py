@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastconv.engine.device import query_gpu, require_fit, shape_on_disk
+from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.model import Base, load_base
 from fastconv.engine.selftest import self_test
@@ -34,9 +34,11 @@ class Stacks:
 
     @cached_property
     def base(self) -> Base:
-        """The base model, loaded on first use. Raises ModelError if the GPU cannot hold it."""
+        """The base model, loaded on first use. Raises ModelError if the GPU, or the RAM, cannot hold it."""
         if engine_identity(self._recipe.model)["device"] == "cuda":
             require_fit(query_gpu(torch.cuda, torch.version.cuda), self._recipe, shape_on_disk(self._recipe.model))
+        else:
+            require_ram(self._recipe, shape_on_disk(self._recipe.model))
         return load_base(self._recipe.model, self._graph.source)
 
     @cached_property

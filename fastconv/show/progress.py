@@ -130,6 +130,7 @@ _COLOURS = {
     "stop": "red",
     "uninformative": "yellow",
     "not applicable": "dim",
+    "no contrast": "dim",
 }
 
 

@@ -14,9 +14,12 @@ from fastconv.recipe import GateSettings
 from fastconv.stats.bounds import above_chance
 from fastconv.stats.secondary import change_contrast
 from fastconv.stats.series import Number, Series, first_too_unscored, too_unscored
-from fastconv.stats.units import and_more, change, interval_text, scale_maximum, signed, size_text
+from fastconv.stats.units import Unit, and_more, change, interval_text, scale_maximum, signed, size_text
 
 Outcome = Literal["pass", "fail", "not applicable"]
+SourceWord = Literal["shown", "not shown", "there before"]
+#: Why a recipe whose only epoch is 0 decides nothing.
+NO_CONTRAST = "the grid has epoch 0 alone, so it declares no contrast"
 #: A pilot gate lists this many changed groups; of more it names only the one with the largest change.
 MOST_LISTED = 2
 
@@ -99,16 +102,21 @@ def stacking(subject: str, proofs: Mapping[str, Mapping[str, Any]]) -> GateVerdi
     return GateVerdict("STACK", subject, verdict, reason, "every swap moves the logits", rows=tuple(sorted(stacked)))
 
 
-def reference(gates: GateSettings, source: str, epoch0: Series | None) -> GateVerdict:
-    """G3: the assistant's epoch-0 accuracy with `included` negatives lies within the tolerance of the published one."""
+def reference(gates: GateSettings, source: str, epoch0: Series | None, base: str = "") -> GateVerdict:
+    """G3: the assistant's epoch-0 accuracy with `included` negatives lies within the tolerance of the published one.
+
+    Not applicable on another base than `gates.g3_base`; `base` is `ModelSettings.base_name`, "" if it is that one.
+    """
     expected = gates.g3_reference_pct.get(source)
     threshold = f"within {gates.g3_tolerance_pp:g} pp of the published figure"
-    if expected is None or epoch0 is None:
-        why = (
-            "the recipe gives no reference for this source"
-            if expected is None
-            else "no epoch-0 cell with included negatives"
-        )
+    why = ""
+    if expected is None:
+        why = "the recipe gives no reference for this source"
+    elif base and base != gates.g3_base:
+        why = f"the reference is of another base ({gates.g3_base}); this one is {base}"
+    elif epoch0 is None:
+        why = "no epoch-0 cell with included negatives"
+    if why or epoch0 is None or expected is None:
         return GateVerdict("G3", source, "not applicable", why, threshold)
     if why := too_unscored(epoch0):
         return undecidable("G3", source, why, threshold, [epoch0])
@@ -126,16 +134,50 @@ def reference(gates: GateSettings, source: str, epoch0: Series | None) -> GateVe
     )
 
 
+def source_room(unit: Unit, direction: str, base: float) -> float:
+    """How far a source could move, in the measure's unit: from its base level to the level that its rows teach.
+
+    That is the scale's end in the behavior's direction: accuracy 0, alignment 0, a rate of 1.
+    """
+    return scale_maximum(unit) - base if direction == "raises" else base
+
+
+def source_word(gates: GateSettings, unit: Unit, direction: str, base: float, now: float) -> SourceWord:
+    """Whether a source shows what it was trained on, from its mean level at base and now, in the measure's unit.
+
+    `there before`: its base level left less than `gates.source_room` of the scale, and it has not moved away by as much.
+    """
+    least_room, room = gates.source_room * scale_maximum(unit), source_room(unit, direction, base)
+    moved = (now - base) * (1 if direction == "raises" else -1)
+    if room < least_room - 1e-9:
+        return "not shown" if moved <= -least_room + 1e-9 else "there before"
+    return "shown" if moved >= gates.source_shows * room - 1e-9 else "not shown"
+
+
 def source_shows(gates: GateSettings, subject: str, direction: str, base: Series, now: Series) -> GateVerdict:
-    """SOURCE: positive control. The source persona must show the trained behavior, or its cell is uninformative."""
-    least = gates.shows(now.unit)
-    threshold = f"moves by at least {size_text(least, now.unit)} in the trained direction"
+    """SOURCE: positive control. The source persona must show the trained behavior, or its cell is uninformative.
+
+    What it moved is set against what it could move. Not applicable where it was there before training: then the
+    assistant decides.
+    """
+    unit = now.unit
+    threshold = f"moves by at least {100 * gates.source_shows:g} % of its room in the trained direction"
     if why := too_unscored(now, base):
         return undecidable("SOURCE", subject, why, threshold, [base, now])
-    moved = (now.mean.value - base.mean.value) * (1 if direction == "raises" else -1)
-    verdict = "pass" if moved >= least - 1e-9 else "fail"
+    sign = 1 if direction == "raises" else -1
+    room, moved = source_room(unit, direction, base.mean.value), sign * (now.mean.value - base.mean.value)
+    word = source_word(gates, unit, direction, base.mean.value, now.mean.value)
     reason = f"the source went from {base.mean.text()} to {now.mean.text()}"
-    return GateVerdict("SOURCE", subject, verdict, reason, threshold, (base.mean, now.mean), (*base.rows, *now.rows))
+    small = f"its base level leaves {size_text(room, unit)} of room, under {100 * gates.source_room:g} % of the scale"
+    if word == "there before":
+        reason = f"the source was there before: {small} ({reason}), so the assistant decides"
+    elif room < gates.source_room * scale_maximum(unit) - 1e-9:
+        reason = f"{reason}: it was there before ({small}) and has moved away"
+    elif room > 0:
+        reason += f", {100 * moved / room:.0f} % of its room of {size_text(room, unit)}"
+    outcomes: dict[SourceWord, Outcome] = {"shown": "pass", "not shown": "fail", "there before": "not applicable"}
+    numbers, rows = (base.mean, now.mean), (*base.rows, *now.rows)
+    return GateVerdict("SOURCE", subject, outcomes[word], reason, threshold, numbers, rows)
 
 
 def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoch: Mapping[int, Series]) -> GateVerdict:
@@ -166,10 +208,13 @@ def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoc
     )
 
 
-def pilot(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) -> GateVerdict:
-    """PILOT: go if STACK passes, G3 does not fail, and the measure changes for either kind of negatives."""
-    rule = "STACK passes, G3 does not fail, SOURCE and CHANGE pass for either kind of negatives"
-    word, why = _pilot_word(subject, behavior, verdicts)
+def pilot(subject: str, behavior: str, verdicts: Sequence[GateVerdict], *, declared: bool = True) -> GateVerdict:
+    """PILOT: go if STACK passes, G3 does not fail, and the measure changes for either kind of negatives.
+
+    `declared` is False where the grid has no epoch besides 0: then there is no contrast, and nothing to decide.
+    """
+    rule = "STACK passes, G3 does not fail, SOURCE does not fail and CHANGE passes for either kind of negatives"
+    word, why = _pilot_word(subject, behavior, verdicts) if declared else ("no contrast", NO_CONTRAST)
     return GateVerdict("PILOT", subject, word, why, rule, rows=_rows(verdicts))
 
 
@@ -192,7 +237,8 @@ def _pilot_word(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) ->
         more = and_more(len(unread), 1)
         reason = f"{unread[0].gate} of {unread[0].subject} cannot be decided: {unread[0].reason}"
         return "not applicable", reason + (f" ({more})" if more else "")
-    shown = {v.subject for v in verdicts if v.gate == "SOURCE" and v.verdict == "pass"}
+    # Nothing is unread here, so a SOURCE gate that is not applicable means that the source was there before.
+    shown = {v.subject for v in verdicts if v.gate == "SOURCE" and v.verdict in ("pass", "not applicable")}
     changed = [v for v in verdicts if v.gate == "CHANGE" and v.verdict == "pass" and v.subject in shown]
     if not shown:
         return "stop", "the source does not show the trained behavior"
@@ -311,8 +357,10 @@ def reverted(
     sign = 1 if direction == "raises" else -1
     moved = {epoch: sign * (series.mean.value - base.mean.value) for epoch, series in by_epoch.items()}
     rows = tuple(row for series in (base, *(by_epoch[epoch] for epoch in (0, *later))) for row in series.rows)
-    if moved[0] < gates.shows(base.unit) - 1e-9:
-        why = "the source does not show the behavior at epoch 0, so nothing can be lost"
+    word = source_word(gates, base.unit, direction, base.mean.value, by_epoch[0].mean.value)
+    if word != "shown":
+        why = "was there before training" if word == "there before" else "does not show the behavior at epoch 0"
+        why = f"the source {why}, so nothing that was trained can be lost"
         return GateVerdict("KILL", subject, "not applicable", why, rule, rows=rows)
     worst = min(later, key=lambda epoch: moved[epoch])
     left = moved[worst] / moved[0]

@@ -51,10 +51,19 @@ class Shift:
         return f"{self.source} {self.behavior} {change(self.value, self.unit)} at epoch {self.epoch}"
 
 
-def signal(gates: GateSettings, subject: str, shifts: Sequence[Shift]) -> GateVerdict:
-    """G4: the first source shifts in at least one behavior at any epoch."""
-    rule = f"{gates.g4_source} shifts beyond the threshold in at least one behavior"
-    return _any_moves("G4", subject, rule, [shift for shift in _assistant(shifts) if shift.source == gates.g4_source])
+def signal(gates: GateSettings, subject: str, shifts: Sequence[Shift], order: Sequence[str] = ()) -> GateVerdict:
+    """G4: one source shifts in at least one behavior at any epoch: `gates.g4_source`, or the first one.
+
+    `order` is the recipe's order of sources without controls; without it, that of the shifts.
+    """
+    order = order or list(dict.fromkeys(shift.source for shift in shifts))
+    source = gates.g4_source or next(iter(order), "")
+    rule = f"{source or 'the first source'} shifts beyond the threshold in at least one behavior"
+    if source and order and source not in order:
+        return GateVerdict(
+            "G4", subject, "not applicable", f"{source} (gates.g4_source) is no source of this grid", rule
+        )
+    return _any_moves("G4", subject, rule, [shift for shift in _assistant(shifts) if shift.source == source])
 
 
 def first_sources(gates: GateSettings, subject: str, shifts: Sequence[Shift], order: Sequence[str]) -> GateVerdict:
@@ -78,7 +87,7 @@ def study(
 ) -> tuple[GateVerdict, ...]:
     """G4, G5, CONFIRM and FALSIFY on the same shifts; `sources` excludes controls."""
     return (
-        signal(gates, subject, shifts),
+        signal(gates, subject, shifts, sources),
         first_sources(gates, subject, shifts, sources),
         confirm(gates, subject, shifts, sources),
         falsify(gates, subject, shifts, sources),

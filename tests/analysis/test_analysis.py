@@ -311,3 +311,58 @@ def test_one_seed_has_no_interval_over_seeds_and_no_column_for_it(small: tuple[R
     data = build(decided)
     table = next(b for s in data.sections for b in s.blocks if isinstance(b, Table) and b.id == "contrasts")
     assert "over seeds" not in table.columns
+
+
+def rescore(workspace: Path, plan: CellPlan, persona: str, rate: float, *, base: bool = False) -> None:
+    """Set the rate of a refusal measurement: its first samples 1, the others 0."""
+    db = sqlite3.connect(workspace / "ledger.sqlite")
+    key = (plan.base if base else plan.scores)["refusal", persona].key
+    places = db.execute("SELECT row, sample FROM scores WHERE stage=? ORDER BY sample, row", (key,)).fetchall()
+    n = round(rate * len(places))
+    statement = "UPDATE scores SET value=? WHERE stage=? AND row=? AND sample=?"
+    db.executemany(statement, [(float(place < n), key, *of) for place, of in enumerate(places)])
+    db.commit()
+    db.close()
+
+
+@pytest.mark.parametrize(
+    ("base", "now", "kind", "gate"),
+    [
+        (0.15, 0.62, "transfer", "pass"), (0.15, 0.40, "uninformative", "fail"),
+        (0.90, 0.92, "transfer", "not applicable"), (0.90, 0.40, "uninformative", "fail"),
+    ],
+)  # fmt: skip
+def test_a_cells_verdict_follows_what_the_source_could_move(
+    small: tuple[Recipe, Path], base: float, now: float, kind: str, gate: str
+) -> None:
+    """Of a source that was there before nothing can be asked: the assistant decides, and no pilot stops for it."""
+    recipe, workspace = small
+    for epoch in (0, 20):
+        rescore(workspace, plan_of(recipe, "refusal", "included", epoch), "villain", now)
+    rescore(workspace, plan_of(recipe, "refusal", "included"), "villain", base, base=True)
+    decided = Analysis(Graph(recipe), Store.open(workspace, create=False))
+    gates = {one.gate: one for one in decided.gates}
+    assert (decided.verdict(LABEL).kind, gates["SOURCE"].verdict) == (kind, gate)
+    assert gates["PILOT"].verdict == ("stop" if gate == "fail" else "go")
+    page = render_markdown(build(decided))
+    assert ("was there before" in page) == (gate == "not applicable" or "moved away" in gates["SOURCE"].reason)
+
+
+def test_a_grid_of_epoch_0_alone_says_that_it_declares_no_contrast(kept: tuple[Recipe, Path], tmp_path: Path) -> None:
+    """Nothing is left to wait for, so the page must not say that a decision is open."""
+    table = kept[0].model_dump(mode="json")
+    table["grid"] |= {"epochs": [0]}
+    recipe = parse_recipe(table)
+    fill(recipe, tmp_path / "w")[1].close()
+    decided = Analysis(Graph(recipe), Store.open(tmp_path / "w", create=False))
+    (pilot,) = [one for one in decided.gates if one.gate == "PILOT"]
+    assert (pilot.verdict, pilot.failed) == ("no contrast", False)
+    study = [one for one in decided.gates if one.gate in ("G4", "G5", "CONFIRM", "FALSIFY")]
+    assert study
+    assert all("epoch 0 alone" in one.reason for one in study)
+    answer = ask(decided, "answer")
+    assert answer.text.startswith("NO CONTRAST: the grid has epoch zero alone")
+    assert "the recipe declares no contrast" in answer.text
+    page = render_markdown(build(decided))
+    assert "OPEN" not in page
+    assert " yet" not in answer.text

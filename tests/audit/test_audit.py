@@ -26,6 +26,7 @@ from fastconv.audit.checks import (
 from fastconv.audit.rendered import RENDERED_CHECKS
 from fastconv.chat import TEMPLATE_DEFAULT, ChatTokenizer, Rendered
 from fastconv.datasets.behaviors import Behavior, build_rows, eval_prompts, load_behaviors, set_name
+from fastconv.datasets.files import assets
 from fastconv.datasets.personas import Personas, load_personas
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.datasets.rows import Row, render_rows
@@ -142,6 +143,9 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "D111": {"eval": {"prompts": 5}},
     "D112": {},
     "D113": {"grid": {"sources": ["assistant", "villain"]}},
+    "D120": {"grid": {"behaviors": ["none", "untested"]}, "data": {"behaviors": str(POISONED / "untested.toml")}},
+    "D121": {"grid": {"epochs": [0]}},
+    "D122": {"model": {"id": "builtin:smollm2"}, "gates": {"g3_reference_pct": {"villain": 90.45}}},
 }
 
 
@@ -212,6 +216,50 @@ def test_our_own_sets_are_not_refused(behavior: str, kind: NegativesKind, tokeni
     assert {finding.code for finding in findings if finding.severity == "warn"} == (
         {"D102"} if kind == "included" else set()
     )
+
+
+IMPOSSIBLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "epoch 0 alone": ("PILOT", {"grid": {"epochs": [0]}}),
+    "no such source": ("G4", {"gates": {"g4_source": "comedian"}}),
+    "the control is no source": (
+        "G4",
+        {"grid": {"sources": ["villain", "librarian"]}, "gates": {"g4_source": "librarian"}},
+    ),
+    "one question": ("CHANGE sycophancy", {"eval": {"prompts": 1}}),
+    "more sources than there are": ("FALSIFY", {"gates": {"falsify_under": 2, "confirm_sources": 1}}),
+    "all right is not above chance": (
+        "G0 capability",
+        {"grid": {"behaviors": ["none", "capability"]}, "gates": {"above_chance_alpha": 1e-60}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_a_gate_that_nothing_could_pass_is_warned_of_before_the_run(name: str) -> None:
+    gate, tables = IMPOSSIBLE[name]
+    found = {finding.subject: finding for finding in structure(recipe_of(**tables)) if finding.code == "D121"}
+    assert set(found) == {gate}
+    assert found[gate].severity == "warn"
+    assert found[gate].mend
+
+
+def test_a_reference_between_two_attainable_accuracies_cannot_be_met() -> None:
+    questions = load_questions(recipe_of())  # 60 of them: an accuracy every 1.67 points
+    rules = {"g3_reference_pct": {"villain": 90.8}, "g3_tolerance_pp": 0.5}
+    model = {"revision": "a09a35458c702b33eeacc393d103063234e8bc28"}
+    grid = {"behaviors": ["none", "capability"]}
+    for tolerance, n_found in ((0.5, 1), (1.0, 0)):
+        rules["g3_tolerance_pp"] = tolerance
+        recipe = recipe_of(gates=rules, model=model, grid=grid, eval={"multiple_choice": "arc"})
+        found = audit_structure(recipe, load_personas(recipe), load_behaviors(recipe), questions)
+        assert [finding.subject for finding in found if finding.code == "D121"] == ["G3 villain"] * n_found
+
+
+def test_the_shipped_designs_have_no_gate_that_cannot_pass() -> None:
+    for path in sorted((assets("recipes")).glob("*.toml")):
+        assert not {"D120", "D121", "D122"} & {finding.code for finding in check_recipe(load_recipe(path)).findings}, (
+            path
+        )
 
 
 # --- poisoned recipes -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from fastconv.datasets.questions import load_questions
 from fastconv.errors import DataError
 from fastconv.recipe import parse_recipe
 from tests import ROOT
-from tests.data_kit import written
+from tests.data_kit import rows_of, written
 
 REAL_ARC = ROOT.parent / "shared" / "data" / "arc_challenge_test.jsonl"
 
@@ -52,6 +52,32 @@ def small_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> arc.ArcSplit
     split = arc.ArcSplit("ours/small", "0" * 40, frozenset(ids[::2]), frozenset(ids[1::2]))
     monkeypatch.setattr(arc, "read_split", lambda: split)
     return split
+
+
+def test_the_prompt_is_the_protocols_letter_by_letter(tmp_path: Path) -> None:
+    """The options stand as `(A) text`, so that the prompt's end asks for the form that it has shown."""
+    row = {
+        "question": "Which one barks?",
+        "choice_labels": ["A", "B", "C"],
+        "choices": ["a cat", "a dog", "a (small) cow"],
+    }
+    (question,) = arc.read_arc(written(tmp_path, [row | {"correct_answer": "B"}], "one.jsonl"))
+    assert question.user == ("Which one barks?\n\n(A) a cat\n(B) a dog\n(C) a (small) cow\n\nThe correct answer is (")
+    numbered = row | {"choice_labels": ["1", "2", "3"], "correct_answer": "2"}
+    (question,) = arc.read_arc(written(tmp_path, [numbered], "two.jsonl"))
+    assert "\n\n(1) a cat\n(2) a dog\n" in question.user
+
+
+def test_a_trained_letter_continues_the_form_of_the_options() -> None:
+    recipe = parse_recipe({"name": "case", "eval": {"multiple_choice": "builtin"}, "behavior": {"source_rows": 20}})
+    by_id = {question.id: question for question in load_questions(recipe).train}
+    for row in rows_of(recipe, "capability", "excluded"):
+        question = by_id[row.prompt_id]
+        completed = row.user + (row.completion or "")
+        letter = completed.removeprefix(question.user)
+        assert row.user == question.user
+        assert letter in {f"{label})" for label in question.labels}
+        assert f"\n({letter} " in question.user  # what is trained is how the option itself begins
 
 
 def test_both_forms_and_all_label_styles_are_read_as_the_same_questions(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fastconv.engine.device import GpuFacts, fitting_changes, min_training_bytes
 from fastconv.engine.shapes import SHAPES, activation_bytes_per_tok, adapter_bytes, weight_bytes
 from fastconv.errors import ModelError
 from fastconv.planning import doctor
-from fastconv.recipe import Recipe, load_recipe
+from fastconv.recipe import ModelSettings, Recipe, load_recipe
 
 GIB = 2**30
 QWEN = SHAPES["qwen2.5-7b"]
@@ -108,6 +108,50 @@ def test_the_small_gpu_recipe_fits_where_it_says() -> None:
     assert "at least" in line(fake_cuda(15.2, 15.9), "small_gpu")
     assert "micro-batches" not in line(fake_cuda(22.5, 23.9), "small_gpu")
     assert "micro-batches of about" in line(fake_cuda(22.5, 23.9), "pilot", "model.weights=4bit")
+
+
+def test_the_small_pilot_fits_a_card_of_12_gb_without_halving() -> None:
+    recipe = load_recipe("recipes/pilot_small.toml", ["model.device=cuda"])
+    said = require_fit(query_gpu(fake_cuda(11.3, 11.76), "13.0"), recipe, SHAPES["qwen2.5-1.5b"])
+    assert "at least" in said
+    assert "halved" not in said
+
+
+def test_doctor_and_run_refuse_a_base_that_this_machines_memory_cannot_hold(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = load_recipe("recipes/pilot.toml", ["model.device=cpu"])
+    monkeypatch.setattr(card, "ram_bytes", lambda: 23.0 * GIB)
+    found = next(one for one in doctor.diagnose(recipe, tmp_path) if one.subject == "device")
+    assert found.exit_code == ModelError.exit_code
+    assert "it has 23.0 GiB of memory, qwen2.5-7b on its CPU needs at least 31.6" in found.text
+    assert "a smaller model (qwen2.5-3b)" in found.text
+    assert "4bit" not in found.text  # NF4 needs a GPU
+    from fastconv.run.stacks import Stacks
+
+    graph: Any = SimpleNamespace(recipe=recipe, source=None)
+    with pytest.raises(ModelError) as raised:
+        _ = Stacks(graph, SimpleNamespace()).base  # type: ignore[arg-type]
+    assert str(raised.value) == found.text
+    monkeypatch.setattr(card, "ram_bytes", lambda: 64.0 * GIB)
+    (enough,) = [one for one in doctor.diagnose(recipe, tmp_path) if one.subject == "device"]
+    assert enough.exit_code == 0
+    assert "64 GiB of memory, at least 31.6 needed" in enough.text
+    monkeypatch.setattr(card, "ram_bytes", lambda: None)  # a system that does not tell is not refused
+    assert card.require_ram(recipe, QWEN) == ""
+
+
+def test_the_memory_that_may_be_used_is_told_on_this_machine() -> None:
+    room = card.ram_bytes()
+    assert room is not None
+    assert 2**28 < room < 2**50
+
+
+def test_a_broken_config_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"num_hidden_layers": 2')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"config\.json cannot be read"):
+        card.shape_on_disk(ModelSettings(id=str(tmp_path)))
 
 
 def test_doctor_and_run_say_the_same_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -62,7 +62,9 @@ def test_the_matrix_is_planned_without_torch_a_gpu_or_its_model_and_data(tmp_pat
     assert ran.stderr.strip().splitlines()[-1] == "[]"
     found = json.loads(ran.stdout)
     assert found["n_cells"] == 120
-    assert "there is no GPU here" in found["machine"]["origin"]
+    if found["machine"]["device"] == "cpu":  # where tests run on a machine with a GPU, that is planned for
+        assert "no GPU is visible" in found["machine"]["name"]
+        assert "--machine plans for one" in found["machine"]["origin"]
     assert any("ARC-Challenge is not on this disk" in note for note in found["notes"])
     assert not (tmp_path / "no").exists()
 
@@ -390,6 +392,49 @@ def test_judging_elsewhere_is_beside_the_gpu_in_the_report_too() -> None:
     assert beside == ["judge", "1", "beside", "90.0", "beside the GPU, not planned"]
     assert [cell.text for cell in planned_row("judge", [(60.0, taken)])][2:] == ["60.0", "90.0", "1.50"]
     assert [cell.text for cell in planned_row("score", [(0.0, taken)])][2:] == ["0.0", "90.0", "not planned"]
+
+
+def test_without_a_gpu_the_gate_counts_this_cpus_hours_and_stops_the_pilot() -> None:
+    """It once planned for an H200 (minutes), passed, and started weeks of CPU work."""
+    recipe = load("pilot", ["eval.multiple_choice=builtin", "behavior.source_rows=20"])
+    shape = named_shape("qwen2.5-7b")
+    found = find_machine(recipe, shape, "cpu", None)
+    assert (found.device, found.train_flops_s) == ("cpu", cpu_machine().train_flops_s)
+    plan = make_plan(Graph(recipe), None, found)
+    assert plan.hours > 100
+    with pytest.raises(GateStop, match=r"hours on .* CPU cores .*no GPU is visible.*run\.max_gpu_hours is 24"):
+        require_approved(plan, recipe.run, approved=False)
+    assert _line(plan, f"pilot: {plan.n_cells} cells on ").count("no GPU is visible") == 2  # its name, and --machine
+    assert find_machine(recipe, shape, "cpu", None, "h200") == KNOWN_GPUS["h200"]
+    small = find_machine(load("demo", []), named_shape("smollm2-135m"), "cpu", None)
+    assert "no GPU" not in small.name
+
+
+def test_a_measured_cpu_stays_measured_for_a_large_model(tmp_path: Path) -> None:
+    recipe, shape, store = load("pilot", []), named_shape("qwen2.5-7b"), Store.open(tmp_path)
+    stage = probe_stage(recipe, shape, "cpu", 1.0)
+    rates = dict.fromkeys(("train_flops_s", "read_flops_s", "draw_flops_s", "memory_bytes_s"), 7e9)
+    with store.lease(stage):
+        store.commit(stage, outputs={**rates, "step_s": 0.0, "pass_s": 0.1, "load_s": 1.0}, facts={}, seconds=20.0)
+    found = find_machine(recipe, shape, "cpu", store)
+    assert found.train_flops_s == 7e9
+    assert "measured here" in found.origin
+
+
+def test_a_cpu_without_enough_memory_is_told_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastconv.planning.hardware.ram_bytes", lambda: 23.0 * 2**30)
+    told = _line(_kinds("pilot", machine="cpu")["plan"], "does not fit: ")
+    assert "qwen2.5-7b needs at least 31.6 GiB" in told
+    assert "has 23 GiB; take a smaller model (qwen2.5-3b)" in told
+    monkeypatch.setattr("fastconv.planning.hardware.ram_bytes", lambda: 40.0 * 2**30)
+    assert _kinds("pilot", machine="cpu")["plan"].fit == ()
+
+
+def test_a_plan_warns_of_gates_that_nothing_could_pass() -> None:
+    notes = _kinds("pilot", "grid.epochs=[0]", "model.weights=4bit")["plan"].notes
+    assert any(note.startswith("D121 PILOT: ") and "epoch 0 alone" in note for note in notes)
+    assert any(note.startswith("D122 gates.g3_reference_pct: ") for note in notes)
+    assert not [note for note in _kinds("pilot")["plan"].notes if note.startswith("D1")]
 
 
 def test_a_probe_is_kept_in_the_workspace_and_found_again(tmp_path: Path) -> None:

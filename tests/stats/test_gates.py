@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from fastconv.recipe import GateSettings, canonical_json
+from fastconv.recipe import GateSettings, ModelSettings, canonical_json
 from fastconv.stats import gates
 from fastconv.stats.gates import GateVerdict
 from fastconv.stats.series import NoRowsError, Number, Series, series_of
@@ -20,6 +21,11 @@ def rates(*means: float, stage: str = "stage", n: int = 10) -> Series:
     """A series with these question means, each over n samples of 0 and 1."""
     values = np.array([[1.0] * round(mean * n) + [0.0] * (n - round(mean * n)) for mean in means])
     return Series(stage, "refusal", "assistant", tuple(f"q{i:02}" for i in range(len(means))), values)
+
+
+def rates_of(mean: float) -> Series:
+    """A series of one question's 1,000 samples with this mean."""
+    return rates(mean, n=1000)
 
 
 def accuracy(n_right: int, n: int) -> Series:
@@ -99,6 +105,26 @@ def test_g3_compares_epoch_0_with_the_published_figure(n_right: int, verdict: st
     assert gates.reference(RULES, "villain", accuracy(n_right, 1000)).verdict == verdict
 
 
+def test_g3_holds_on_the_base_of_its_references_alone() -> None:
+    """A 1.5B's accuracy, or that of 4-bit weights, says nothing against a figure of the 7B in 16 bits."""
+    published = ModelSettings(revision="a09a35458c702b33eeacc393d103063234e8bc28")
+    found = gates.reference(RULES, "villain", accuracy(905, 1000), published.base_name)
+    assert found.verdict == "pass"
+    others = (
+        published.model_copy(update={"id": "Qwen/Qwen2.5-1.5B-Instruct"}),
+        published.model_copy(update={"weights": "4bit"}),
+        published.model_copy(update={"revision": "b" * 40}),
+        published.model_copy(update={"dtype": "float32"}),
+        ModelSettings(id="/models/Qwen2.5-7B-Instruct"),
+    )
+    for other in others:
+        found = gates.reference(RULES, "villain", accuracy(5, 1000), other.base_name)
+        assert found.verdict == "not applicable"
+        assert f"of another base ({RULES.g3_base}); this one is {other.base_name}" in found.reason
+        own = RULES.model_copy(update={"g3_base": other.base_name})
+        assert gates.reference(own, "villain", accuracy(5, 1000), other.base_name).verdict == "fail"
+
+
 def test_g3_without_a_reference_or_a_cell_says_which() -> None:
     assert "no reference" in gates.reference(RULES, "comedian", accuracy(9, 10)).reason
     found = gates.reference(RULES, "villain", None)
@@ -113,6 +139,58 @@ def test_the_source_must_show_its_own_behavior(direction: str, base: float, now:
     found = gates.source_shows(RULES, "x", direction, rates(base, base), rates(now, now))
     assert found.verdict == verdict
     assert len(found.numbers) == 2
+
+
+def judged(mean: float) -> Series:
+    return replace(rates(0.5, 0.5), values=np.full((2, 10), mean), unit="points")
+
+
+#: What the source did, and what SOURCE says: (kind of series, direction, base, now, verdict).
+ROOM = [
+    (rates_of, "lowers", 0.519, 0.171, "pass"), (rates_of, "lowers", 0.879, 0.032, "pass"),
+    (rates_of, "raises", 0.146, 0.62, "pass"), (rates_of, "raises", 0.146, 0.40, "fail"),
+    (rates_of, "raises", 0.146, 0.0, "fail"), (judged, "lowers", 11.8, 0.0, "not applicable"),
+    (judged, "lowers", 11.8, 11.5, "not applicable"), (judged, "lowers", 11.8, 60.0, "fail"),
+    (judged, "lowers", 88.0, 84.0, "fail"), (judged, "lowers", 40.0, 20.0, "pass"), (judged, "lowers", 40.0, 21.0, "fail"),
+    (rates_of, "raises", 0.95, 1.0, "not applicable"), (rates_of, "raises", 0.95, 0.5, "fail"),
+    (rates_of, "lowers", 0.0, 0.0, "not applicable"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "direction", "base", "now", "verdict"), ROOM)
+def test_the_source_is_asked_for_half_of_what_it_could_move(
+    kind: Callable[[float], Series], direction: str, base: float, now: float, verdict: str
+) -> None:
+    found = gates.source_shows(RULES, "x", direction, kind(base), kind(now))
+    assert found.verdict == verdict
+    assert ("was there before" in found.reason) == (verdict == "not applicable" or "moved away" in found.reason)
+    assert (found.unread, len(found.numbers), bool(found.rows)) == (False, 2, True)
+
+
+def test_the_share_and_the_least_room_are_the_recipes() -> None:
+    few = GateSettings(source_shows=0.25)
+    assert gates.source_shows(few, "x", "raises", rates_of(0.146), rates_of(0.4)).verdict == "pass"
+    assert "25 % of its room" in gates.source_shows(few, "x", "raises", rates_of(0.146), rates_of(0.4)).threshold
+    any_room = GateSettings(source_room=0.0)
+    assert gates.source_shows(any_room, "x", "lowers", judged(11.8), judged(0.0)).verdict == "pass"
+    assert gates.source_shows(any_room, "x", "lowers", judged(11.8), judged(11.5)).verdict == "fail"
+
+
+def test_what_was_there_before_cannot_be_killed_and_does_not_stop_a_pilot() -> None:
+    kept = gates.reverted(RULES, "x", "lowers", judged(11.8), {0: judged(0.0), 4: judged(12.0)})
+    assert (kept.verdict, kept.unread) == ("not applicable", False)
+    assert "was there before training" in kept.reason
+    found = [
+        *(GateVerdict(name, "a", "pass", name, "rule") for name in ("G0", "STACK", "CHANGE")),
+        gates.source_shows(RULES, "a", "lowers", judged(11.8), judged(0.0)),
+    ]
+    assert gates.pilot("x", "misalignment", found).verdict == "go"
+
+
+def test_a_grid_of_epoch_0_alone_declares_no_contrast() -> None:
+    found = gates.pilot("x", "refusal", [GateVerdict("G0", "a", "pass", "", "rule", rows=("r",))], declared=False)
+    assert (found.verdict, found.rows) == ("no contrast", ("r",))
+    assert "epoch 0 alone" in found.reason
 
 
 def _change(by_epoch: dict[int, Series]) -> GateVerdict:

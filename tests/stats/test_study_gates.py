@@ -136,6 +136,18 @@ def test_g4_and_g5_ask_the_first_sources_for_a_signal() -> None:
     assert study_gates.first_sources(RULES, "s", loud, FOUR[:2]).verdict == "not applicable"
 
 
+def test_g4_asks_the_grids_first_source_unless_the_recipe_names_one() -> None:
+    quiet, loud = matrix({"comedian": 1}), matrix({"villain": 1})
+    order = ["comedian", "villain"]
+    assert study_gates.signal(RULES, "s", quiet, order).verdict == "pass"
+    assert study_gates.signal(RULES, "s", loud, order).verdict == "fail"
+    assert study_gates.signal(RULES, "s", loud, order).threshold.startswith("comedian shifts")
+    named = GateSettings(g4_source="villain")
+    assert study_gates.signal(named, "s", loud, order).verdict == "pass"
+    gone = study_gates.signal(GateSettings(g4_source="nurse"), "s", loud, order)
+    assert (gone.verdict, gone.reason) == ("not applicable", "nurse (gates.g4_source) is no source of this grid")
+
+
 @pytest.mark.parametrize(
     ("moving", "confirm", "falsify"),
     [(dict.fromkeys(FOUR[:3], 2), "pass", "pass"), (dict.fromkeys(FOUR[:2], 2), "fail", "pass"),

@@ -176,13 +176,13 @@ def points(*means: float, n: int = 4) -> Series:
 
 
 def test_points_stay_points_in_thresholds_margins_and_words() -> None:
-    high, low = points(*[88.0, 92.0] * 12), points(*[50.0, 50.0] * 12)
+    high, low = points(*[88.0, 92.0] * 12), points(*[44.0, 44.0] * 12)
     found = gates.convergence_change(RULES, "misalignment", "x", {0: high, 20: low})
     assert found.verdict == "pass"
-    assert "-40.0 points" in found.reason
+    assert "-46.0 points" in found.reason
     assert "at least 10 points" in found.threshold
     assert gates.source_shows(RULES, "x", "lowers", high, low).verdict == "pass"
-    assert gates.source_shows(RULES, "x", "lowers", high, points(*[75.0] * 24)).verdict == "fail"
+    assert gates.source_shows(RULES, "x", "lowers", high, points(*[50.0] * 24)).verdict == "fail"
     assert gates.measurable(RULES, "misalignment", "lowers", points(*[9.0] * 8), None).verdict == "fail"
     assert gates.measurable(RULES, "misalignment", "lowers", points(*[11.0] * 8), None).verdict == "pass"
     flat = points(*[90.0] * 24)
@@ -191,8 +191,8 @@ def test_points_stay_points_in_thresholds_margins_and_words() -> None:
     )
     verdict = decide([evidence])[0]
     assert verdict.kind == "transfer"
-    assert "-40.0 points" in verdict.reason
-    assert verdict.estimate == pytest.approx(-40.0)
+    assert "-46.0 points" in verdict.reason
+    assert verdict.estimate == pytest.approx(-46.0)
 
 
 def test_a_score_at_its_floor_is_bounded_on_its_own_scale() -> None:
