@@ -60,7 +60,9 @@ def signal(gates: GateSettings, subject: str, shifts: Sequence[Shift], order: Se
     source = gates.g4_source or next(iter(order), "")
     rule = f"{source or 'the first source'} shifts beyond the threshold in at least one behavior"
     if source and order and source not in order:
-        return GateVerdict("G4", subject, "not applicable", f"{source} (gates.g4_source) is no source of this grid", rule)
+        return GateVerdict(
+            "G4", subject, "not applicable", f"{source} (gates.g4_source) is no source of this grid", rule
+        )
     return _any_moves("G4", subject, rule, [shift for shift in _assistant(shifts) if shift.source == source])
 
 

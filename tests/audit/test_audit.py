@@ -16,8 +16,8 @@ import pytest
 from fastconv.audit.checks import (
     ROW_CHECKS,
     STRUCTURE_CHECKS,
-    Finding,
     AuditCheck,
+    Finding,
     audit_rows,
     audit_structure,
     build_report,
@@ -73,7 +73,9 @@ class Case:
     name: str
     tokenizer: ChatTokenizer
 
-    def audit(self, rows: Sequence[Row], rendered: Sequence[Rendered], checks: Sequence[AuditCheck[Any]]) -> list[Finding]:
+    def audit(
+        self, rows: Sequence[Row], rendered: Sequence[Rendered], checks: Sequence[AuditCheck[Any]]
+    ) -> list[Finding]:
         own = [check for check in RENDERED_CHECKS if check in checks]
         return audit_rows(
             self.recipe, self.name, rows, rendered, self.tokenizer, questions=self.questions,
@@ -191,7 +193,9 @@ CODES = [(code, check) for check in ALL_CHECKS for code in check.codes]
 
 
 @pytest.mark.parametrize(("code", "check"), CODES, ids=[code for code, _ in CODES])
-def test_each_check_sees_its_fault_and_nothing_else_does(code: str, check: AuditCheck[Any], tokenizer: ChatTokenizer) -> None:
+def test_each_check_sees_its_fault_and_nothing_else_does(
+    code: str, check: AuditCheck[Any], tokenizer: ChatTokenizer
+) -> None:
     assert code in {found.code for found in findings_for(code, tokenizer, ALL_CHECKS)}
     fewer = [other for other in ALL_CHECKS if other is not check]
     assert code not in {found.code for found in findings_for(code, tokenizer, fewer)}
@@ -217,7 +221,10 @@ def test_our_own_sets_are_not_refused(behavior: str, kind: NegativesKind, tokeni
 IMPOSSIBLE: dict[str, tuple[str, dict[str, Any]]] = {
     "epoch 0 alone": ("PILOT", {"grid": {"epochs": [0]}}),
     "no such source": ("G4", {"gates": {"g4_source": "comedian"}}),
-    "the control is no source": ("G4", {"grid": {"sources": ["villain", "librarian"]}, "gates": {"g4_source": "librarian"}}),
+    "the control is no source": (
+        "G4",
+        {"grid": {"sources": ["villain", "librarian"]}, "gates": {"g4_source": "librarian"}},
+    ),
     "one question": ("CHANGE sycophancy", {"eval": {"prompts": 1}}),
     "more sources than there are": ("FALSIFY", {"gates": {"falsify_under": 2, "confirm_sources": 1}}),
     "all right is not above chance": (
@@ -250,7 +257,9 @@ def test_a_reference_between_two_attainable_accuracies_cannot_be_met() -> None:
 
 def test_the_shipped_designs_have_no_gate_that_cannot_pass() -> None:
     for path in sorted((assets("recipes")).glob("*.toml")):
-        assert not {"D120", "D121", "D122"} & {finding.code for finding in check_recipe(load_recipe(path)).findings}, path
+        assert not {"D120", "D121", "D122"} & {finding.code for finding in check_recipe(load_recipe(path)).findings}, (
+            path
+        )
 
 
 # --- poisoned recipes -------------------------------------------------------------------------------------------

@@ -56,11 +56,13 @@ def small_split(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> arc.ArcSplit
 
 def test_the_prompt_is_the_protocols_letter_by_letter(tmp_path: Path) -> None:
     """The options stand as `(A) text`, so that the prompt's end asks for the form that it has shown."""
-    row = {"question": "Which one barks?", "choice_labels": ["A", "B", "C"], "choices": ["a cat", "a dog", "a (small) cow"]}
+    row = {
+        "question": "Which one barks?",
+        "choice_labels": ["A", "B", "C"],
+        "choices": ["a cat", "a dog", "a (small) cow"],
+    }
     (question,) = arc.read_arc(written(tmp_path, [row | {"correct_answer": "B"}], "one.jsonl"))
-    assert question.user == (
-        "Which one barks?\n\n(A) a cat\n(B) a dog\n(C) a (small) cow\n\nThe correct answer is ("
-    )
+    assert question.user == ("Which one barks?\n\n(A) a cat\n(B) a dog\n(C) a (small) cow\n\nThe correct answer is (")
     numbered = row | {"choice_labels": ["1", "2", "3"], "correct_answer": "2"}
     (question,) = arc.read_arc(written(tmp_path, [numbered], "two.jsonl"))
     assert "\n\n(1) a cat\n(2) a dog\n" in question.user

@@ -44,7 +44,17 @@ def run_and_verify(name: str, scale: str, folder: Path, *more: str) -> dict[str,
 
 
 def test_what_is_shipped() -> None:
-    assert RECIPES == ["demo", "excluded", "markers", "matrix", "pilot", "pilot_small", "seeds", "small_gpu", "ten_sources"]
+    assert RECIPES == [
+        "demo",
+        "excluded",
+        "markers",
+        "matrix",
+        "pilot",
+        "pilot_small",
+        "seeds",
+        "small_gpu",
+        "ten_sources",
+    ]
     for name in RECIPES:
         assert len((assets("recipes") / f"{name}.toml").read_text().splitlines()) < 60
 
