@@ -60,12 +60,6 @@ class ModelSettings(RecipeTable):
         """True where the reference trains, which knows neither fused kernels nor several adapters in one step."""
         return self.trainer != "fastconv"
 
-    @property
-    def base_name(self) -> str:
-        """Which weights these are: id, revision and the width that the layers are held in."""
-        bits = 4 if self.weights == "4bit" else 32 if self.dtype == "float32" else 16
-        return f"{self.id}{'@' if self.revision else ''}{self.revision}, {bits} bits"
-
     @model_validator(mode="after")
     def _settings_agree(self) -> ModelSettings:
         if self.weights == "4bit" and self.semantics == "published":
@@ -254,11 +248,11 @@ class GateSettings(RecipeTable):
     refusal: Rate = 0.05
     sycophancy: Rate = 0.05
     default_rate: Rate = 0.05
-    #: Limit of the mean loss in nats over the last convergence epoch (G2); None: as registered, see `loss_limit`.
+    #: Limit of the mean loss in nats over the last convergence epoch (G2); None: as registered (`stats.gates`).
     g2_loss: Positive | None = None
     g3_tolerance_pp: Positive = 3.0
-    #: Assistant ARC-C at epoch 0 after capability training, per source, in percent (published, #99), and the base that
-    #: these figures are of, as `base_name` writes it: on another base G3 is not applicable.
+    #: Assistant ARC-C at epoch 0 after capability training, per source, in percent (published, #99), and of which base
+    #: (as `engine.locate.base_name` writes it): on another one G3 is not applicable.
     g3_reference_pct: dict[Name, Annotated[float, Field(ge=0, le=100)]] = {}
     g3_base: str = "Qwen/Qwen2.5-7B-Instruct@a09a35458c702b33eeacc393d103063234e8bc28, 16 bits"
     #: Largest relative difference between behavior training loss on a snapshot and on the base (G3.5).
@@ -292,14 +286,8 @@ class GateSettings(RecipeTable):
     def _retired_default(cls, table: Any) -> Any:
         """Ledgers of earlier versions hold a retired key at its default; any other value is refused as unknown."""
         if isinstance(table, dict) and table.get("source_shows_points") == 20.0:
-            return {name: value for name, value in table.items() if name != "source_shows_points"}
+            return {key: value for key, value in table.items() if key != "source_shows_points"}
         return table
-
-    def loss_limit(self, model: str) -> float | None:
-        """The limit of G2 in nats on this base: `g2_loss`, or 1.0 on Qwen2.5-7B-Instruct; None where none is registered."""
-        if self.g2_loss is not None:
-            return self.g2_loss
-        return 1.0 if "qwen2.5-7b-instruct" in model.lower() else None
 
 
 class RunSettings(RecipeTable):
@@ -378,14 +366,12 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error_at("no such recipe", fix="give the path of a TOML recipe, e.g. recipes/demo.toml") from None
-    except IsADirectoryError:
-        raise error_at("is a directory", fix="give the path of a TOML recipe") from None
     except UnicodeDecodeError as error:
         raise error_at(f"not UTF-8 at byte {error.start}", fix="save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise error_at(f"not valid TOML: {error}", fix="mend the syntax there") from None
     except OSError as error:
-        raise error_at(f"cannot be read: {error.strerror}", fix="check its permissions") from None
+        raise error_at(f"cannot be read: {str(error.strerror).lower()}", fix="give a TOML recipe that you may read") from None
     map_paths(table, lambda name: str((path.parent / name).resolve()))
     return _overridden(table, overrides, where=str(path))
 
@@ -456,11 +442,6 @@ def _recipe_error(error: ValidationError, where: str) -> RecipeError:
         for step in location[:-1]:
             table = table.model_fields[step].annotation
         valid = list(table.model_fields)
-        if key == "gates.source_shows_points":
-            hint = (
-                "gates.source_shows is the share of its room that a source moves, in points and rates alike: set that"
-            )
-            return RecipeError(f"{key} is gone", where=where, fix=hint)
         nearest = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.6)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid here: {', '.join(sorted(valid))}"
         return RecipeError(f"unknown key {key!r}", where=where, fix=hint)

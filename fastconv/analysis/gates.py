@@ -13,6 +13,7 @@ from fastconv.analysis.contrasts import ContrastBuilder, ContrastSubject, subjec
 from fastconv.analysis.scores import ScoreReader
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.datasets.personas import ASSISTANT
+from fastconv.engine.locate import base_name
 from fastconv.experiment.graph import Cell, CellPlan, Graph
 from fastconv.experiment.schedule import wanted
 from fastconv.recipe import GateSettings, Recipe, StoppingGate, run_id
@@ -294,7 +295,7 @@ def _group_gates(
         and first.cell.negatives == "included"
         and contrasts.graph.recipe.eval.multiple_choice == "arc"
     ):
-        verdicts.append(gates.reference(rules, source, measured.get(0), contrasts.graph.recipe.model.base_name))
+        verdicts.append(gates.reference(rules, source, measured.get(0), base_name(contrasts.graph.recipe.model)))
     verdicts.append(gates.same_loss(rules, subject, losses))
     if base is not None and own:
         verdicts.append(gates.source_shows(rules, subject, direction, base, own[min(own)]))

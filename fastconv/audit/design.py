@@ -12,6 +12,7 @@ from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, canary_of, probes_of
 from fastconv.datasets.phrases import PhraseRule
 from fastconv.datasets.questions import Question
+from fastconv.engine.locate import base_name
 from fastconv.stats.power import planned_power
 
 #: A phrase rule that counts more than this share of the contrast's answers does not separate the two sides.
@@ -193,10 +194,10 @@ def check_gates_can_pass(design: Design) -> Iterator[Finding]:
     """D121: a gate that no result of this design could pass. D122: G3's references are of another base."""
     recipe, rules = design.recipe, design.recipe.gates
     borrowed = sorted(set(rules.g3_reference_pct) & set(recipe.grid.sources))
-    if borrowed and recipe.model.base_name != rules.g3_base:
+    if borrowed and base_name(recipe.model) != rules.g3_base:
         yield Finding(
             "D122", "warn", "gates.g3_reference_pct", tuple(borrowed),
-            f"the references are of {rules.g3_base} and this base is {recipe.model.base_name}, so G3 is not applicable",
+            f"the references are of {rules.g3_base} and this base is {base_name(recipe.model)}, so G3 is not applicable",
             "take them out; or, if you measured them on this base, name it in gates.g3_base",
         )  # fmt: skip
         borrowed = []

@@ -106,6 +106,12 @@ class ModelSource:
     folder: Path | None = None
 
 
+def base_name(settings: ModelSettings) -> str:
+    """Which weights a figure is of: id, revision and the bits that a layer's weights are asked to be held in."""
+    bits = 4 if settings.weights == "4bit" else 32 if settings.dtype == "float32" else 16
+    return f"{settings.id}{'@' if settings.revision else ''}{settings.revision}, {bits} bits"
+
+
 def locate(settings: ModelSettings) -> ModelSource:
     """The recipe's model, located without loading it. Raises ModelError if it does not exist or has no revision."""
     if settings.id.startswith("builtin:"):

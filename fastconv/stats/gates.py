@@ -105,7 +105,7 @@ def stacking(subject: str, proofs: Mapping[str, Mapping[str, Any]]) -> GateVerdi
 def reference(gates: GateSettings, source: str, epoch0: Series | None, base: str = "") -> GateVerdict:
     """G3: the assistant's epoch-0 accuracy with `included` negatives lies within the tolerance of the published one.
 
-    Not applicable on another base than `gates.g3_base`; `base` is `ModelSettings.base_name`, "" if it is that one.
+    Not applicable on another base than `gates.g3_base`; `base` is as `engine.locate.base_name` writes it, "" if it is that one.
     """
     expected = gates.g3_reference_pct.get(source)
     threshold = f"within {gates.g3_tolerance_pp:g} pp of the published figure"
@@ -302,7 +302,7 @@ def converged(
 
     `missing` are the slots of snapshots that are not in the ledger; `last` is the loss of the last epoch.
     """
-    limit = gates.loss_limit(model)
+    limit = _loss_limit(gates, model)
     rule = "all snapshots saved" + (f", loss under {limit:g}" if limit is not None else "")
     if missing or last is None:
         why = f"not saved yet: {', '.join(missing) or 'the last snapshot'}"
@@ -313,6 +313,13 @@ def converged(
         return GateVerdict("G2", subject, "not applicable", why, rule, (number,), number.rows)
     verdict = "pass" if last.value < limit else "fail"
     return GateVerdict("G2", subject, verdict, f"loss {last.value:.3g}", rule, (number,), number.rows)
+
+
+def _loss_limit(gates: GateSettings, model: str) -> float | None:
+    """The limit of G2 in nats on this base: `g2_loss`, or 1.0 on Qwen2.5-7B-Instruct; None where none is registered."""
+    if gates.g2_loss is not None:
+        return gates.g2_loss
+    return 1.0 if "qwen2.5-7b-instruct" in model.lower() else None
 
 
 def same_loss(gates: GateSettings, subject: str, by_epoch: Mapping[int, Loss]) -> GateVerdict:

@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fastconv.cli import app
+from tests import TESTS
+from tests.data_kit import pair, written
 from tests.loop_kit import SNAPSHOT_SLOT, write_tiny_recipe
 
 pytest.importorskip("fastconv.run.executor")
@@ -28,6 +30,37 @@ def broken(tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(train, "weighted_cross_entropy", nan)
     recipe = write_tiny_recipe(tmp_path / "tiny.toml", tiny_qwen)
     return [str(recipe), "-w", str(tmp_path / "ws")]
+
+
+@pytest.mark.parametrize("own_rows", [False, True])
+@pytest.mark.parametrize("verb", ["check", "run"])
+def test_rows_without_an_evaluation_part_are_refused_before_anything_runs(
+    own_rows: bool, verb: str, tiny_qwen: Path, tmp_path: Path
+) -> None:
+    """They passed the check, were trained, and ended in a traceback of the report."""
+    recipe = write_tiny_recipe(tmp_path / "tiny.toml", tiny_qwen)
+    words = [
+        verb,
+        str(recipe),
+        "-w",
+        str(tmp_path / "ws"),
+        "--set",
+        f"data.behaviors={TESTS / 'poisoned' / 'untested.toml'}",
+    ]
+    words += ["--set", 'grid.behaviors=["none", "untested"]']
+    if own_rows:
+        rows = written(tmp_path, [pair(f"Question {i}?", "Take a lantern.") for i in range(4)], "own.jsonl")
+        words += ["--set", f"data.rows.untested={rows}"]
+    words += ["--reports", str(tmp_path / "reports")] if verb == "run" else []
+    said = CliRunner().invoke(app, words)
+    assert said.exit_code == 2, said.output
+    assert "D120" in said.output
+    assert "no evaluation part" in " ".join(said.output.split())
+    assert "eval_prompts" in said.output
+    assert "Traceback" not in said.output
+    if verb == "run":
+        assert said.stderr.count("D120") == 1
+        assert not (tmp_path / "reports").exists()
 
 
 def test_a_run_with_a_failed_cell_ends_with_its_exit_code_and_one_line(broken: list[str], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fastconv.engine.locate import base_name
 from fastconv.recipe import GateSettings, ModelSettings, canonical_json
 from fastconv.stats import gates
 from fastconv.stats.gates import GateVerdict
@@ -108,7 +109,7 @@ def test_g3_compares_epoch_0_with_the_published_figure(n_right: int, verdict: st
 def test_g3_holds_on_the_base_of_its_references_alone() -> None:
     """A 1.5B's accuracy, or that of 4-bit weights, says nothing against a figure of the 7B in 16 bits."""
     published = ModelSettings(revision="a09a35458c702b33eeacc393d103063234e8bc28")
-    found = gates.reference(RULES, "villain", accuracy(905, 1000), published.base_name)
+    found = gates.reference(RULES, "villain", accuracy(905, 1000), base_name(published))
     assert found.verdict == "pass"
     others = (
         published.model_copy(update={"id": "Qwen/Qwen2.5-1.5B-Instruct"}),
@@ -118,11 +119,11 @@ def test_g3_holds_on_the_base_of_its_references_alone() -> None:
         ModelSettings(id="/models/Qwen2.5-7B-Instruct"),
     )
     for other in others:
-        found = gates.reference(RULES, "villain", accuracy(5, 1000), other.base_name)
+        found = gates.reference(RULES, "villain", accuracy(5, 1000), base_name(other))
         assert found.verdict == "not applicable"
-        assert f"of another base ({RULES.g3_base}); this one is {other.base_name}" in found.reason
-        own = RULES.model_copy(update={"g3_base": other.base_name})
-        assert gates.reference(own, "villain", accuracy(5, 1000), other.base_name).verdict == "fail"
+        assert f"of another base ({RULES.g3_base}); this one is {base_name(other)}" in found.reason
+        own = RULES.model_copy(update={"g3_base": base_name(other)})
+        assert gates.reference(own, "villain", accuracy(5, 1000), base_name(other)).verdict == "fail"
 
 
 def test_g3_without_a_reference_or_a_cell_says_which() -> None:
