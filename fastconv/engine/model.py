@@ -87,7 +87,8 @@ def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Bas
     if source.id == TINY:
         torch.set_num_threads(1)  # two threads would mostly wait for each other on so small a model
     model = _load_for_engine(settings, source)
-    tokenizer = ChatTokenizer(model_folder(source, settings))
+    tokenizer = ChatTokenizer(model_folder(source, settings), settings)
+    require_rows_for_tokens(tokenizer, next(model.get_input_embeddings().parameters()).shape[0], source.id)
     _set_pad_token(model, tokenizer, source.id)
     return make_base(model, tokenizer, sha256_of(dict(source.identity)))
 
@@ -110,6 +111,16 @@ def _load_for_engine(settings: ModelSettings, source: ModelSource) -> PreTrained
             attention.register()
             return load_four_bit(folder, device, attention.ATTENTION)
     return load_model(settings, source, attention.ATTENTION)
+
+
+def require_rows_for_tokens(tokenizer: ChatTokenizer, n_rows: int, where: str) -> None:
+    """Raise ModelError if the tokenizer has ids beyond the `n_rows` of the embedding (on a GPU: a device assert)."""
+    if tokenizer.vocab_size > n_rows:
+        raise ModelError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the embedding {n_rows} rows",
+            where=where,
+            fix="use the tokenizer that the model was saved with, or resize the model's embedding and save it",
+        )
 
 
 def _set_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str) -> None:

@@ -86,7 +86,7 @@ class Executor:
         stages = [stage for stage in self._graph.stages() if stage.key in self._wanted and is_sampled(stage)]
         missing = [stage for stage in stages if self._store.record(stage.key) is None]
         if self._recipe.model.sampler == "vllm" and missing:
-            tokenizer = ChatTokenizer(prepare_model_folder(self._recipe.model, self._graph.source))
+            tokenizer = ChatTokenizer(prepare_model_folder(self._recipe.model, self._graph.source), self._recipe.model)
             self._server = start_server(
                 self._recipe, self._graph.source, max_sequence_tok(missing, tokenizer), self._store.root
             )
@@ -132,7 +132,7 @@ class Executor:
             engine["self_tests"] = (
                 f"{len(self.stacks.proven)} passed, at most {max(self.stacks.proven.values()):.1%} apart"
             )
-        return {"engine": engine, "template": {"sha256": self.stacks.base.tokenizer.template_sha256}}
+        return {"engine": engine, "template": self.stacks.base.tokenizer.template.facts}
 
     def compute(self, stage: Stage, lease: Lease) -> Outcome:
         """Compute a stage of any kind except `snapshot` and `behavior`, which `trainer` trains."""
