@@ -1,4 +1,4 @@
-"""A model's chat template, rendered as transformers' `apply_chat_template` renders it. Needs no transformers.
+"""A model's chat template, rendered as transformers renders it. Needs no transformers.
 
 The one difference: `strftime_now` gives a pinned date, so that a prompt is the same text tomorrow.
 """

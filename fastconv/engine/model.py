@@ -18,7 +18,14 @@ from fastconv.engine import attention, unsloth
 from fastconv.engine.attention import to_device
 from fastconv.engine.attention_backends import SDPA, Backend, pick_attention
 from fastconv.engine.builtin import ensure_builtin
-from fastconv.engine.locate import TINY, ModelSource, engine_identity, locate, model_folder
+from fastconv.engine.locate import (
+    TINY,
+    ModelSource,
+    engine_identity,
+    locate,
+    model_folder,
+    require_rows_for_tokens,
+)
 from fastconv.engine.optim import load_four_bit
 from fastconv.engine.shapes import shape_of
 from fastconv.errors import ModelError
@@ -88,7 +95,7 @@ def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Bas
         torch.set_num_threads(1)  # two threads would mostly wait for each other on so small a model
     model = _load_for_engine(settings, source)
     tokenizer = ChatTokenizer(model_folder(source, settings), settings)
-    require_rows_for_tokens(tokenizer, next(model.get_input_embeddings().parameters()).shape[0], source.id)
+    require_rows_for_tokens(tokenizer.vocab_size, next(model.get_input_embeddings().parameters()).shape[0], source.id)
     _set_pad_token(model, tokenizer, source.id)
     return make_base(model, tokenizer, sha256_of(dict(source.identity)))
 
@@ -111,16 +118,6 @@ def _load_for_engine(settings: ModelSettings, source: ModelSource) -> PreTrained
             attention.register()
             return load_four_bit(folder, device, attention.ATTENTION)
     return load_model(settings, source, attention.ATTENTION)
-
-
-def require_rows_for_tokens(tokenizer: ChatTokenizer, n_rows: int, where: str) -> None:
-    """Raise ModelError if the tokenizer has ids beyond the `n_rows` of the embedding (on a GPU: a device assert)."""
-    if tokenizer.vocab_size > n_rows:
-        raise ModelError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the embedding {n_rows} rows",
-            where=where,
-            fix="use the tokenizer that the model was saved with, or resize the model's embedding and save it",
-        )
 
 
 def _set_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str) -> None:

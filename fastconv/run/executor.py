@@ -26,6 +26,7 @@ from fastconv.errors import SamplerError, TrainingError, stopped
 from fastconv.experiment.graph import Graph
 from fastconv.judge.local import LocalReply
 from fastconv.judge.request import Prompt
+from fastconv.run.audit import require_conditions
 from fastconv.run.sampling import SamplingRequests, is_sampled, max_sequence_tok, sampling_requests
 from fastconv.run.stacks import Stacks
 from fastconv.run.training import Progress, Trainer, note_progress
@@ -92,7 +93,9 @@ class Executor:
             )
 
     def prove(self) -> None:
-        """Load the base and run its self-tests. Raises ModelError or TrainingError if they fail."""
+        """Load the base, try its template and run its self-tests. Raises what `require_conditions` raises, ModelError or
+        TrainingError if they fail."""
+        require_conditions(self._recipe, self.stacks.base.tokenizer)
         if not all(map(math.isfinite, self.stacks.stack.base_probe.logits)):
             raise TrainingError(
                 "the base gives logits that are not finite",

@@ -17,7 +17,7 @@ from fastconv.audit.checks import (
     ROW_CHECKS,
     STRUCTURE_CHECKS,
     Finding,
-    Rule,
+    AuditCheck as Rule,
     audit_rows,
     audit_structure,
     build_report,
