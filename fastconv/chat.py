@@ -149,18 +149,19 @@ class ChatTokenizer:
         generation = self.render(asked, add_generation_prompt=True)
         row = self.render([*asked, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
         prompt, found, _ = row.rpartition(_ANSWER)
+        begins = prompt if found else row
+        if not begins.startswith(generation):
+            raise TemplateError(
+                f"the prompt is not how the row begins: a row with an answer goes on with {_differs(begins, generation)} "
+                f"where the template's generation prompt has {_differs(generation, begins)}",
+                fix="set the template's own switch in model.template_kwargs (for example enable_thinking = false), or "
+                "use a template that renders turns independently",
+            )
         if not found:
             raise TemplateError("the chat template does not write an answer as it is given", fix=OTHER_TEMPLATE)
         for turn, text in (("system", system.text), ("user", user)):
             if text.strip() not in prompt:
                 raise TemplateError(f"the chat template leaves out or rewrites the {turn} turn", fix=OTHER_TEMPLATE)
-        if not prompt.startswith(generation):
-            raise TemplateError(
-                f"the prompt is not how the row begins: a row with an answer goes on with {_differs(prompt, generation)} "
-                f"where the template's generation prompt has {_differs(generation, prompt)}",
-                fix="set the template's own switch in model.template_kwargs (for example enable_thinking = false), or "
-                "use a template that renders turns independently",
-            )
         return prompt
 
     def prompt_ids(self, system: SystemTurn, user: str) -> list[int]:

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from fastconv.audit.checks import CheckReport, Finding, audit_rows, build_report, structure_findings
 from fastconv.audit.rendered import peek_lines, with_placeholders
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
+from fastconv.datasets.behaviors import load_behaviors
 from fastconv.datasets.personas import load_personas
 from fastconv.datasets.rows import Row, read_user_rows, render_row, require_no_control_tokens, row_from_record
 from fastconv.engine.locate import embedding_rows, locate, model_folder, require_rows_for_tokens, tokenizer_folder
@@ -65,15 +66,20 @@ def require_template(recipe: Recipe) -> ChatTokenizer | None:
 def require_conditions(recipe: Recipe, tokenizer: ChatTokenizer) -> None:
     """Raise TemplateError unless every persona's prompt reaches the model as a condition of its own.
 
-    Raises DataError for a persona or a user's row whose text spells a control token.
+    Raises DataError for a persona, a behavior's prompt or a user's row whose text spells a control token.
     """
     personas = load_personas(recipe)
     turns = {name: SystemTurn("text", text) for name, text in personas.prompts.items()}
-    for name, turn in turns.items():
-        if token := tokenizer.control_token_in(turn.text):
+    texts = [(recipe.data.personas or "personas.toml", name, turn.text) for name, turn in turns.items()]
+    for behavior in load_behaviors(recipe).values():
+        where = str(behavior.folder / behavior.spec.prompts)
+        rows = (*behavior.train, *behavior.eval)
+        texts += [(where, str(row["id"]), text) for row in rows for text in row.values() if isinstance(text, str)]
+    for where, name, text in texts:
+        if token := tokenizer.control_token_in(text):
             raise DataError(
-                f"the prompt of persona {name!r} holds the control token {token}, which would end or begin a turn",
-                where=recipe.data.personas or "personas.toml",
+                f"the text of {name!r} holds the control token {token}, which would end or begin a turn",
+                where=where,
                 fix="take it out of the text",
             )
     own = set()

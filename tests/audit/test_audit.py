@@ -17,11 +17,13 @@ from fastconv.audit.checks import (
     ROW_CHECKS,
     STRUCTURE_CHECKS,
     Finding,
-    AuditCheck as Rule,
     audit_rows,
     audit_structure,
     build_report,
     check_recipe,
+)
+from fastconv.audit.checks import (
+    AuditCheck as Rule,
 )
 from fastconv.audit.rendered import RENDERED_CHECKS
 from fastconv.chat import TEMPLATE_DEFAULT, ChatTokenizer, Rendered
