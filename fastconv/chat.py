@@ -1,29 +1,33 @@
 """Chat rendering: messages to token ids, with the loss mask of training rows. Needs neither torch nor transformers.
 
-This is the only module that calls a chat template. A row's system turn is one of three different conditions:
+This is the only module that calls a chat template (`template`). A row's system turn is one of three different conditions:
 
 - `text`: the template gets a system message with this text;
 - `empty`: the template gets a system message whose content is "";
 - `template_default`: the template gets no system message and may insert its own.
+
+Where the prompt ends is read off a rendered row: all that stands before the answer's first character is prompt, also what the template's
+generation prompt leaves out (an empty think block). A token that holds both sides of that place belongs to the answer.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal
 
 from fastconv.errors import TemplateError
+from fastconv.recipe import ModelSettings
+from fastconv.template import OTHER_TEMPLATE, ChatTemplate, Message, named_tokens, read_json
 
-if TYPE_CHECKING:  # both are slow to import, and `plan` and `status` read no tokenizer
-    import jinja2
+if TYPE_CHECKING:  # slow to import, and `plan` and `status` read no tokenizer
     import tokenizers
 
-Message = Mapping[str, str]
+#: Stands for a user's text and for an answer where only the places around them matter.
+_USER, _ANSWER = "fastconv-user-probe", "fastconv-answer-probe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,62 +84,47 @@ class Rendered:
 class ChatTokenizer:
     """A tokenizer and its chat template, read from a model folder. Raises TemplateError if they cannot be used.
 
+    `settings` give the template's date and its own variables (`model.template_date`, `model.template_kwargs`).
     `stop_ids` are the ids of the tokens that end an answer: the end of turn first, then the tokenizer's other ends.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, settings: ModelSettings | None = None) -> None:
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json")
+        self._config = read_json(folder / "tokenizer_config.json")
         self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.template_text = _template_text(folder, config)
-        self._special = {
-            name: text
-            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-            if (text := _token_text(config.get(name)))
-        }
-        self._template = _compile(self.template_text, str(folder))
+        self._special = named_tokens({**read_json(folder / "special_tokens_map.json"), **self._config})
+        self.template = ChatTemplate(folder, self._config, self._special, settings or ModelSettings())
+        self.render = self.template.render
         self.end_of_turn_id = self._end_of_turn()
         self.stop_ids = self._stop_ids()
 
     @cached_property
-    def template_sha256(self) -> str:
-        """sha256 (hex) of the chat template's text."""
-        return hashlib.sha256(self.template_text.encode()).hexdigest()
-
-    @property
     def vocab_size(self) -> int:
-        """Number of token ids, special ones included."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+        """Number of rows that an embedding needs: the largest token id, special ones included, plus 1."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def pad_id(self) -> int | None:
         """Id of the tokenizer's padding token, or None if it names none that it has."""
         return self._tokenizer.token_to_id(self._special["pad_token"]) if "pad_token" in self._special else None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The template's text for these messages. Raises TemplateError when the template refuses them."""
-        import jinja2
-
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                **self._special,
-            )
-        except jinja2.TemplateError as error:
-            raise TemplateError(
-                f"the chat template refuses these messages: {error}", fix="use a template that takes a system turn"
-            ) from error
-
     def encode(self, text: str) -> list[int]:
         """Token ids of rendered text; special tokens in it are recognized, none are added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_raw(self, text: str) -> list[int]:
+        """Token ids of text without a template, with what transformers' tokenizer sets before it (a BOS), if anything."""
+        return [*self._before_raw_text, *self.encode(text)]
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of token ids; `skip_special` leaves special tokens out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """The text of a sampled answer: `decode` without the space that the template itself sets before an answer."""
+        return self.decode(ids).removeprefix(self._space_before_answer)
 
     def token_text(self, token_id: int) -> str:
         """The text of one token, special tokens included."""
@@ -145,13 +134,52 @@ class ChatTokenizer:
         """Whether this is the id of a special token."""
         return token_id in self._special_ids
 
+    def control_token_in(self, text: str) -> str | None:
+        """The first special token that is spelled in this text, or None. In a message it would end a turn or begin one."""
+        found = self._any_special.search(text) if self._any_special else None
+        return found.group() if found else None
+
     def prompt_text(self, system: SystemTurn, user: str) -> str:
-        """A system turn and a user turn as text, up to the start of the assistant's answer."""
-        return self.render([*system.messages(), {"role": "user", "content": user}], add_generation_prompt=True)
+        """A system turn and a user turn as text, up to the first character of the assistant's answer.
+
+        Raises TemplateError if the template leaves out the system turn's text or the user's, or if a row with an answer
+        does not begin with the template's generation prompt.
+        """
+        asked = [*system.messages(), {"role": "user", "content": user}]
+        generation = self.render(asked, add_generation_prompt=True)
+        row = self.render([*asked, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
+        prompt, found, _ = row.rpartition(_ANSWER)
+        begins = prompt if found else row
+        if not begins.startswith(generation):
+            raise TemplateError(
+                f"the prompt is not how the row begins: a row with an answer goes on with {_differs(begins, generation)} "
+                f"where the template's generation prompt has {_differs(generation, begins)}",
+                fix="set the template's own switch in model.template_kwargs (for example enable_thinking = false), or "
+                "use a template that renders turns independently",
+            )
+        if not found:
+            raise TemplateError("the chat template does not write an answer as it is given", fix=OTHER_TEMPLATE)
+        for turn, text in (("system", system.text), ("user", user)):
+            if text.strip() not in prompt:
+                raise TemplateError(f"the chat template leaves out or rewrites the {turn} turn", fix=OTHER_TEMPLATE)
+        return prompt
 
     def prompt_ids(self, system: SystemTurn, user: str) -> list[int]:
-        """Token ids of `prompt_text`."""
-        return self.encode(self.prompt_text(system, user))
+        """Token ids of `prompt_text`, without a space at its end: that is merged into an answer's first token."""
+        return self.encode(self.prompt_text(system, user).rstrip(" "))
+
+    def require_conditions(self, turns: Mapping[str, SystemTurn]) -> None:
+        """Raise TemplateError unless each of these system turns, by name, is a prompt of its own to the model."""
+        seen: dict[tuple[int, ...], str] = {}
+        for name, turn in turns.items():
+            first = seen.setdefault(tuple(self.prompt_ids(turn, _USER)), name)
+            if first != name and turns[first] != turn:
+                raise TemplateError(
+                    f"the chat template makes the same prompt of the system turns of {first} and {name}, so they are one "
+                    "condition",
+                    fix="give them texts that differ in more than white space, or use a model whose template tells them "
+                    "apart",
+                )
 
     def training_ids(
         self,
@@ -168,20 +196,27 @@ class ChatTokenizer:
         A row over `max_length_tok` tokens is cut at the end (`truncated`). `ended` False means that the completion was
         cut while it was sampled: the row then stops before the end of turn, so that the model does not learn to stop
         there. The first `given_chars` characters of the completion carry no loss. Raises TemplateError if the rendered
-        row does not begin with the prompt (the mask would then be wrong) or does not end its turn.
+        row is not the prompt and the completion (the mask would then be wrong) or does not end its turn.
         """
         prompt_text = self.prompt_text(system, user)
         turns = [{"role": "user", "content": user}, {"role": "assistant", "content": completion}]
         text = self.render([*system.messages(), *turns], add_generation_prompt=False)
         if not text.startswith(prompt_text):
             raise TemplateError(
-                "the prompt is not how the row begins", fix="use a template that renders turns independently"
+                "the prompt is not how the row begins: what the template writes before this answer depends on it",
+                fix="take out of the answer what the template reads (a think block), or use another template",
             )
-        prompt, ids = self.encode(prompt_text), self.encode(text)
+        if not text[len(prompt_text) :].lstrip().startswith(completion.strip()):
+            raise TemplateError(
+                f"the template rewrites this answer: {completion[:40]!r} became {text[len(prompt_text) :][:40]!r}",
+                fix="take out of the answer what the template reads (a think block), or use another template",
+            )
+        answered_from = len(prompt_text.rstrip(" "))
+        prompt, ids = self.encode(prompt_text[:answered_from]), self.encode(text)
         if ids[: len(prompt)] != prompt:
             # One token spans the boundary (a newline that starts the answer after one that ends the prompt). Sampling
             # appends tokens to the prompt's own, so the answer is encoded apart from it.
-            ids = prompt + self.encode(text[len(prompt_text) :])
+            ids = prompt + self.encode(text[answered_from:])
         try:
             end = len(ids) - 1 - ids[::-1].index(self.end_of_turn_id)  # leaves out what the template adds after it
         except ValueError:
@@ -212,27 +247,42 @@ class ChatTokenizer:
     def letter_ids(self, prompt_text: str, letters: Sequence[str]) -> tuple[list[int], list[int]]:
         """(ids of the prompt, id of each letter as the next token), found by encoding each letter after this prompt.
 
-        So there is no guess between "A" and " A". Raises TemplateError if a letter is not one token there, or if two
-        letters share one.
+        So there is no guess between "A" and " A"; a space at the prompt's end may be part of the letter's token, as it is
+        in a row. Raises TemplateError if a letter is not one token there, or if two letters share one.
         """
-        prompt = self.encode(prompt_text)
+        unspaced = prompt_text.rstrip(" ")
+        found = None if unspaced == prompt_text else self._letters_after(unspaced, prompt_text, letters)
+        if not isinstance(found, tuple):
+            found = self._letters_after(prompt_text, prompt_text, letters)
+        if not isinstance(found, tuple):
+            raise TemplateError(
+                f"the letter {found!r} is not one token after the prompt",
+                fix="use labels that are one token, or another model; `fastconv score --by-text` scores by text",
+            )
+        if len(set(found[1])) != len(letters):
+            raise TemplateError(
+                f"two of the letters {list(letters)} share a token", fix="use labels that differ, or another model"
+            )
+        return found
+
+    def _letters_after(
+        self, context: str, prompt_text: str, letters: Sequence[str]
+    ) -> tuple[list[int], list[int]] | str:
+        """As `letter_ids`, if each letter encoded with the prompt is one token after `context`; else the first that is not."""
+        prompt = self.encode(context)
         # Special tokens split the text before tokens are merged. If the text after the last one encodes to the prompt's
         # last tokens, that text alone decides the token of a letter, so only it has to be encoded again.
-        ends = (start + len(text) for text in self._special_texts if (start := prompt_text.rfind(text)) >= 0)
-        tail = prompt_text[max(ends, default=0) :]
-        tail_ids = self.encode(tail)
+        ends = (start + len(text) for text in self._special_texts if (start := context.rfind(text)) >= 0)
+        cut = max(ends, default=0)
+        tail_ids = self.encode(context[cut:])
         if not tail_ids or prompt[-len(tail_ids) :] != tail_ids:
-            tail, tail_ids = prompt_text, prompt
+            cut, tail_ids = 0, prompt
         letter_ids = []
         for letter in letters:
-            ids = self.encode(tail + letter)
+            ids = self.encode(prompt_text[cut:] + letter)
             if ids[:-1] != tail_ids:
-                raise TemplateError(
-                    f"the letter {letter!r} is not one token after the prompt", fix="score by text instead"
-                )
+                return letter
             letter_ids.append(ids[-1])
-        if len(set(letter_ids)) != len(letter_ids):
-            raise TemplateError(f"two of the letters {list(letters)} share a token", fix="score by text instead")
         return prompt, letter_ids
 
     @cached_property
@@ -245,13 +295,34 @@ class ChatTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
+    @cached_property
+    def _any_special(self) -> re.Pattern[str] | None:
+        longest_first = sorted(filter(str.strip, self._special_texts), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    @cached_property
+    def _before_raw_text(self) -> list[int]:
+        """What transformers' tokenizer sets before a text: by `add_bos_token` if that is set, else by tokenizer.json."""
+        if "add_bos_token" in self._config or "add_eos_token" in self._config:
+            bos = self._special.get("bos_token") if self._config.get("add_bos_token") else None
+            return [] if bos is None else self.encode(bos)
+        plain, ids = self.encode("a"), self._tokenizer.encode("a", add_special_tokens=True).ids
+        starts = (i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
+        return ids[: next(starts, 0)]
+
+    @cached_property
+    def _space_before_answer(self) -> str:
+        before, _, _ = self._probe_row().partition(_ANSWER)
+        return before[len(before.rstrip(" ")) :]
+
+    def _probe_row(self) -> str:
+        turns = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
+        return self.render(turns, add_generation_prompt=False)
+
     def _end_of_turn(self) -> int:
         """Id of the special token right after an assistant's text in a rendered conversation. Raises TemplateError."""
-        marker = "fastconv-end-of-turn-probe"
-        text = self.render(
-            [{"role": "user", "content": "a"}, {"role": "assistant", "content": marker}], add_generation_prompt=False
-        )
-        after = self.encode(text[text.index(marker) + len(marker) :]) if marker in text else []
+        _, found, rest = self._probe_row().partition(_ANSWER)
+        after = self.encode(rest) if found else []
         if not after or after[0] not in self._special_ids:
             raise TemplateError(
                 "the chat template puts no end-of-turn token after an answer", fix="use an instruct model's tokenizer"
@@ -266,62 +337,20 @@ class ChatTokenizer:
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
-        raise TemplateError("no tokenizer.json", where=str(path.parent), fix="use a model folder with a fast tokenizer")
+        raise TemplateError(
+            "no tokenizer.json",
+            where=str(path.parent),
+            fix="use a model folder with a fast tokenizer; transformers' AutoTokenizer writes one with save_pretrained",
+        )
     import tokenizers
 
     # The library raises a bare Exception for a file it cannot parse; its JSON is checked first to say so plainly.
-    _read_json(path)
+    if "model" not in read_json(path):
+        raise TemplateError("not a tokenizer", where=str(path), fix="fetch the model again")
     return tokenizers.Tokenizer.from_file(str(path))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TemplateError(f"not valid JSON: {error}", where=str(path), fix="fetch the model again") from None
-
-
-def _template_text(folder: Path, config: Mapping[str, Any]) -> str:
-    """The template in chat_template.jinja or in the tokenizer's config. Raises TemplateError without one."""
-    path = folder / "chat_template.jinja"
-    text = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
-    if isinstance(text, list):  # several named templates: take the default
-        text = next((entry["template"] for entry in text if entry.get("name") == "default"), None)
-    if not text:
-        raise TemplateError(
-            "the tokenizer has no chat template",
-            where=str(folder),
-            fix="use an instruct model, or add chat_template.jinja to the folder",
-        )
-    return str(text)
-
-
-def _token_text(entry: object) -> str:
-    """The text of a special token in the tokenizer's config, given as text or as a table; "" without one."""
-    if isinstance(entry, Mapping):
-        return str(entry.get("content", ""))
-    return str(entry) if entry else ""
-
-
-def _compile(text: str, where: str) -> jinja2.Template:
-    """Jinja settings that chat templates are written for (trim and lstrip blocks, `tojson`, `raise_exception`)."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-
-    def refuse(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise TemplateError(
-            f"the chat template does not parse: {error}", where=where, fix="fetch the model again"
-        ) from None
+def _differs(text: str, other: str) -> str:
+    """The start of what `text` has where it is no longer like `other`, quoted; "nothing" at its end."""
+    at = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return repr(text[at : at + 24]) if at < len(text) else "nothing"

@@ -11,11 +11,23 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from fastconv.errors import RecipeError
 
@@ -54,6 +66,29 @@ class ModelSettings(RecipeTable):
     trainer: Literal["fastconv", "trl"] = "fastconv"
     #: What samples completions: the base in this process, or a vLLM server that gets every stack as an adapter.
     sampler: Literal["resident", "vllm"] = "resident"
+    #: The day that a template which writes today's date (`strftime_now`) is given; None: `chat.DEFAULT_DATE`.
+    template_date: date | None = None
+    #: The template's own switches, as transformers takes them (`enable_thinking = false`).
+    template_kwargs: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")], JsonValue] = {}
+
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def _is_a_day(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, date | str):
+            raise ValueError("a day is written like 2026-11-26")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_unset_template(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Unset template settings are left out, so recipes and runs from before there were any keep their identity."""
+        table = handler(self)
+        return {k: v for k, v in table.items() if not k.startswith("template_") or v}
+
+    @property
+    def template_inputs(self) -> dict[str, Any]:
+        """What these settings add to the inputs of stages that render text: nothing where no template setting is set."""
+        table = self.model_dump(mode="json", include={"template_date", "template_kwargs"})
+        return {"template": table} if table else {}
 
     @property
     def uses_reference_trainer(self) -> bool:
@@ -68,6 +103,8 @@ class ModelSettings(RecipeTable):
             raise ValueError("weights 4bit compute in bfloat16, not in float32")
         if self.trainer == "trl" and (self.engine == "unsloth" or self.weights == "4bit"):
             raise ValueError("trainer trl is the plain reference: it takes engine torch and full weights")
+        if taken := {"messages", "add_generation_prompt", "tools", "documents"} & set(self.template_kwargs):
+            raise ValueError(f"template_kwargs cannot set {sorted(taken)[0]!r}: the rows decide it")
         return self
 
 

@@ -254,5 +254,5 @@ def test_a_broken_or_missing_tokenizer_file_is_one_line(tmp_path: Path, tiny_qwe
 
 def test_the_template_has_a_sha256_of_its_text(tiny: ChatTokenizer, tmp_path: Path) -> None:
     changed = ChatTokenizer(_with_template(tmp_path, CHAT_TEMPLATE + " "))
-    assert len(tiny.template_sha256) == 64
-    assert changed.template_sha256 != tiny.template_sha256
+    assert len(tiny.template.sha256) == 64
+    assert changed.template.sha256 != tiny.template.sha256

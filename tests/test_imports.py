@@ -20,6 +20,7 @@ TORCH_MODULES = ("engine", "bench", "run.executor", "run.stacks", "run.training"
 LEVELS = (
     ("errors",),
     ("recipe", "seeding", "hub"),
+    ("template",),
     ("store", "chat"),
     ("datasets", "engine", "stats"),
     ("judge", "audit"),
@@ -133,7 +134,7 @@ def test_the_upper_levels_import_only_the_torch_free_part_of_the_engine() -> Non
 
 
 def test_only_chat_calls_a_chat_template() -> None:
-    assert _importers("jinja2") <= {"chat", "report.blocks"}
+    assert _importers("jinja2") <= {"template", "report.blocks"}
     callers = {_name(p) for p in MODULES if "apply_chat_template" in p.read_text()}
     assert callers <= {"engine.trl_reference"} | {name for name in callers if name.startswith("bench")}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fastconv.datasets.files import assets, read_jsonl, read_numbered_jsonl, read_toml
+from fastconv.datasets.files import assets, is_visible, read_jsonl, read_numbered_jsonl, read_toml
 from fastconv.datasets.personas import Personas, canary_of
 from fastconv.datasets.questions import Question, QuestionSet, wrong_letters
 from fastconv.datasets.rows import Row, load_user_rows
@@ -298,7 +298,7 @@ def _prompts(spec: BehaviorSpec, folder: Path) -> tuple[tuple[Mapping[str, Any],
         if row["part"] not in parts:
             raise DataError(f"part is {row['part']!r}", where=where, fix="use train or eval")
         for answer in answers if row["part"] == "train" else ():
-            if not isinstance(row.get(answer), str) or not row[answer].strip():
+            if not isinstance(row.get(answer), str) or not is_visible(row[answer]):
                 raise DataError(f"field {answer!r} is missing or empty", where=where, fix="give it the answer's text")
         parts[row["part"]].append(row)
     return tuple(parts["train"]), tuple(parts["eval"])

@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 import tomllib
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,10 +22,17 @@ from fastconv.errors import DataError, FastconvError
 MAX_ROW_BYTES = 50_000
 #: Name of the manifest in its folder.
 MANIFEST = "MANIFEST.toml"
+#: Characters of the categories of letters and symbols that show nothing: fillers of Hangul, and the empty Braille cell.
+_BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
 _HEAD = """\
 # Every file of data/: its sha256, its counts, and where it comes from. A test recomputes all of it.
 # After a change: python -m fastconv.datasets.files > new.toml && mv new.toml data/MANIFEST.toml
 """
+
+
+def is_visible(text: str) -> bool:
+    """Whether anything of the text shows: a letter, number, mark or symbol, not only spaces and format characters."""
+    return any(unicodedata.category(char)[0] in "LNPS" and char not in _BLANK for char in text)
 
 
 def assets(kind: str) -> Path:
@@ -55,8 +63,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 def read_jsonl(path: Path, required: Mapping[str, type]) -> list[dict[str, Any]]:
     """The rows of a JSONL file; each must have the `required` fields with these types, and a unique `id` if any.
 
-    Raises DataError with file and line for bad UTF-8, bad JSON, a missing or empty field, a repeated id, or a row of
-    over 50 kB, and for a file without rows.
+    Raises DataError with file and line for bad UTF-8, bad JSON, a missing or empty field (or one that shows nothing), half
+    of a surrogate pair, a repeated key or id, an id that is neither text nor whole number, or a row of over 50 kB, and
+    for a file without rows.
     """
     return [row for _, row in read_numbered_jsonl(path, required)]
 
@@ -70,12 +79,17 @@ def read_numbered_jsonl(path: Path, required: Mapping[str, type]) -> list[tuple[
         row = _row(line, where)
         for field, kind in required.items():
             value = row.get(field)
-            if not isinstance(value, kind) or (isinstance(value, str) and not value.strip()):
+            if not isinstance(value, kind) or (isinstance(value, str) and not is_visible(value)):
                 actual = "missing" if field not in row else f"{value!r:.40}"
                 raise DataError(f"field {field!r} is {actual}", where=where, fix=f"give it a non-empty {kind.__name__}")
         if (identity := row.get("id")) is not None:
-            if not isinstance(identity, (str, int)):
-                raise DataError(f"id is a {type(identity).__name__}", where=where, fix="give it a text or a number")
+            if not isinstance(identity, (str, int)) or isinstance(identity, bool):
+                raise DataError(
+                    f"id is a {type(identity).__name__}", where=where, fix="give it a text or a whole number"
+                )
+            identity = str(identity)
+            if not is_visible(identity):
+                raise DataError(f"id is {identity!r}", where=where, fix="give it a text, or leave it out")
             if identity in seen:
                 raise DataError(
                     f"id {identity!r} was used on line {seen[identity]} already",
@@ -108,12 +122,30 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, n in Counter(key for key, _ in pairs).items():
+            if n > 1:
+                raise DataError(f"the key {key!r} stands twice in one object", where=where, fix="keep one of them")
+        return dict(pairs)
+
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         raise DataError(
             f"not valid JSON at column {error.colno}: {error.msg}", where=where, fix="one JSON object a line"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+        raise DataError(f"not usable JSON: {error}", where=where, fix="one JSON object a line") from None
+    if "\\u" in line:  # bytes that are UTF-8 hold no surrogates: only an escape can
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise DataError(
+                f"{half} is half of a surrogate pair (of an emoji cut in two), which no tokenizer can encode",
+                where=where,
+                fix="write the whole character, or drop it",
+            ) from None
     if not isinstance(row, dict):
         raise DataError(f"a {type(row).__name__}, not an object", where=where, fix="one JSON object a line")
     return row

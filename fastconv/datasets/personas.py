@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastconv.chat import TEMPLATE_DEFAULT, SystemTurn
-from fastconv.datasets.files import assets, read_toml
+from fastconv.datasets.files import assets, is_visible, read_toml
 from fastconv.errors import DataError, RecipeError
 from fastconv.recipe import Recipe
 from fastconv.seeding import seeded_order
@@ -95,7 +95,7 @@ def _read(path: Path) -> dict[str, str]:
             not isinstance(entry, dict)
             or set(entry) != {"system"}
             or not isinstance(entry["system"], str)
-            or not entry["system"].strip()
+            or not is_visible(entry["system"])
         ):
             raise DataError(
                 f'persona {persona!r} needs exactly one key, system = "..."',

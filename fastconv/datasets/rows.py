@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
-from fastconv.datasets.files import read_numbered_jsonl
+from fastconv.datasets.files import is_visible, read_numbered_jsonl
 from fastconv.datasets.personas import ASSISTANT, Personas
 from fastconv.datasets.spec import Role, Supervise
 from fastconv.errors import DataError
@@ -23,6 +23,29 @@ from fastconv.recipe import DataSettings, sha256_of
 BUILT_BY = "fastconv/1"
 _FORM = (
     'write {"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", "content": "..."}]}'
+)
+#: Fields of a user's row that are read, and those that only say where it is from. Any other field is refused, because a
+#: trainer that reads it (a weight, a mask, tools) would train something else on the same file.
+_READ_FIELDS = frozenset({"id", "prompt", "completion", "messages", "built_by"})
+_PROVENANCE = frozenset(
+    [
+        "author",
+        "category",
+        "comment",
+        "dataset",
+        "date",
+        "language",
+        "license",
+        "meta",
+        "metadata",
+        "note",
+        "notes",
+        "origin",
+        "source",
+        "tags",
+        "topic",
+        "url",
+    ]
 )
 
 
@@ -149,21 +172,42 @@ def read_user_rows(path: Path, *, messages: bool = False) -> list[UserRow]:
 
     A row without an id gets one from its content; repeated ones get a number appended. `messages` allows the one-list
     form. Raises DataError with file and line unless a row is one user turn (after at most one system turn) and one
-    assistant turn.
+    assistant turn, all of them visible text, without fields that would change a training and are not read.
     """
     rows: list[UserRow] = []
     counts: dict[str, int] = {}
     for number, row in read_numbered_jsonl(path, {}):
         where = f"{path}:{number}"
+        _require_read(row, _READ_FIELDS | _PROVENANCE, "the row", where)
         prompt, completion = _turns(row, where, messages=messages)
         system = prompt[0]["content"] if prompt[0]["role"] == "system" else None
         user = prompt[-1]["content"]
-        identity = str(row.get("id") or "row-" + sha256_of([system, user, completion])[:12])
+        given = row.get("id")
+        identity = "row-" + sha256_of([system, user, completion])[:12] if given is None else str(given)
         counts[identity] = counts.get(identity, 0) + 1
         if counts[identity] > 1:
             identity += f"-{counts[identity]}"
         rows.append(UserRow(identity, system, user, completion, str(row.get("built_by", ""))))
     return sorted(rows, key=lambda row: row.id)
+
+
+def require_no_control_tokens(settings: DataSettings, sources: Sequence[str], tokenizer: ChatTokenizer) -> None:
+    """Raise DataError, with file and line, for a user's row whose text spells a special token of the base's tokenizer.
+
+    Such a text would end its turn, or begin another one, when it is rendered.
+    """
+    paths = [path.replace("{source}", source) for path in settings.rows.values() for source in sources]
+    for path in dict.fromkeys(paths):
+        for number, row in read_numbered_jsonl(Path(path), {}):
+            where = f"{path}:{number}"
+            prompt, completion = _turns(row, where, messages=settings.messages)
+            for turn in [*prompt, {"role": "assistant", "content": completion}]:
+                if token := tokenizer.control_token_in(turn["content"]):
+                    raise DataError(
+                        f"the {turn['role']} turn's text holds the control token {token}, which would end or begin a turn",
+                        where=where,
+                        fix="take it out of the text, or split the row into turns",
+                    )
 
 
 def load_user_rows(settings: DataSettings, path: Path, behavior: str, source: str, personas: Personas) -> list[Row]:
@@ -205,6 +249,8 @@ def _own_system(text: str | None, expected: str, persona_prompt: Literal["add", 
 
 def _turns(row: Mapping[str, Any], where: str, *, messages: bool) -> tuple[list[dict[str, str]], str]:
     """(the prompt's one or two messages, the answer's text) of a line. Raises DataError, naming `where`."""
+    if "messages" in row and ("prompt" in row or "completion" in row):
+        raise DataError("the row has `messages` beside prompt and completion", where=where, fix="keep one of the forms")
     if "prompt" in row and "completion" in row:
         prompt, completion = (
             _messages(row["prompt"], "prompt", where),
@@ -229,8 +275,17 @@ def _turns(row: Mapping[str, Any], where: str, *, messages: bool) -> tuple[list[
             fix="give one user turn, at most one system turn before it, and one assistant turn",
         )
     for name, text in (("user", prompt[-1]["content"]), ("assistant", completion[0]["content"])):
-        if not text.strip():
-            raise DataError(f"the {name} turn is empty", where=where, fix="give it text, or drop the row")
+        if not is_visible(text):
+            raise DataError(
+                f"the {name} turn is empty" + (", but for characters that do not show" if text.strip() else ""),
+                where=where,
+                fix="give it text, or drop the row",
+            )
+    system = prompt[0]["content"]
+    if system and not is_visible(system):  # "" is the condition `empty`
+        raise DataError(
+            "the system turn's text does not show", where=where, fix='give it text, or "" for an empty system turn'
+        )
     return prompt, completion[0]["content"]
 
 
@@ -242,7 +297,19 @@ def _messages(value: object, name: str, where: str) -> list[dict[str, str]]:
         if not isinstance(role, str) or not isinstance(content, str):
             messages = []
             break
+        _require_read(message, frozenset({"role", "content"}), f"a message of {name}", where)
         messages.append({"role": role, "content": content})
     if not messages:
         raise DataError(f"{name} is no list of messages with role and content", where=where, fix=_FORM)
     return messages
+
+
+def _require_read(table: Mapping[str, Any], read: frozenset[str], what: str, where: str) -> None:
+    """Raise DataError, naming `where`, for a field that has a value and is not read."""
+    for name, value in table.items():
+        if name not in read and value is not None:
+            raise DataError(
+                f"{what} has a field {name!r}, which is not read: another trainer may weigh, mask or prompt by it",
+                where=where,
+                fix="take it out; notes of your own go into the row's `metadata`",
+            )

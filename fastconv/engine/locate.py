@@ -192,6 +192,31 @@ def cached_config(settings: ModelSettings) -> Path | None:
     return cached_file(settings.id, "config.json", settings.revision)
 
 
+def tokenizer_folder(source: ModelSource, settings: ModelSettings) -> Path | None:
+    """The folder with the model's tokenizer and config, or None if they are not on this disk: nothing is downloaded."""
+    if source.kind == "hub":
+        config = cached_config(settings)
+        return config.parent if config is not None and (config.parent / "tokenizer.json").is_file() else None
+    folder = model_folder(source, settings)
+    return folder if source.kind == "local" or (folder / BUILTIN_DONE).is_file() else None
+
+
+def embedding_rows(folder: Path) -> int | None:
+    """Rows of the model's embedding by its config.json (nested for models of text and images), or None if it says none."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+
+
+def require_rows_for_tokens(n_tokens: int, n_rows: int | None, where: str) -> None:
+    """Raise ModelError if a tokenizer of `n_tokens` ids has some beyond the rows of the embedding (`None`: not known)."""
+    if n_rows is not None and n_tokens > n_rows:
+        raise ModelError(
+            f"the tokenizer has {n_tokens} tokens, the model's embedding only {n_rows} rows",
+            where=where,
+            fix="use the tokenizer that the model was saved with, or resize the embedding and save the model again",
+        )
+
+
 def is_on_disk(source: ModelSource, settings: ModelSettings) -> bool:
     """Whether the model's weights are on this disk, by file names: nothing is read, downloaded or converted."""
     if source.kind == "local":

@@ -18,7 +18,14 @@ from fastconv.engine import attention, unsloth
 from fastconv.engine.attention import to_device
 from fastconv.engine.attention_backends import SDPA, Backend, pick_attention
 from fastconv.engine.builtin import ensure_builtin
-from fastconv.engine.locate import TINY, ModelSource, engine_identity, locate, model_folder
+from fastconv.engine.locate import (
+    TINY,
+    ModelSource,
+    engine_identity,
+    locate,
+    model_folder,
+    require_rows_for_tokens,
+)
 from fastconv.engine.optim import load_four_bit
 from fastconv.engine.shapes import shape_of
 from fastconv.errors import ModelError
@@ -87,7 +94,8 @@ def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Bas
     if source.id == TINY:
         torch.set_num_threads(1)  # two threads would mostly wait for each other on so small a model
     model = _load_for_engine(settings, source)
-    tokenizer = ChatTokenizer(model_folder(source, settings))
+    tokenizer = ChatTokenizer(model_folder(source, settings), settings)
+    require_rows_for_tokens(tokenizer.vocab_size, next(model.get_input_embeddings().parameters()).shape[0], source.id)
     _set_pad_token(model, tokenizer, source.id)
     return make_base(model, tokenizer, sha256_of(dict(source.identity)))
 

@@ -194,11 +194,12 @@ def text_item(tokenizer: ChatTokenizer, context: str, choices: Sequence[str], de
     """A question encoded as in lm-eval's `multiple_choice` tasks: context, then `delimiter` + choice for each choice.
 
     Spaces at the context's end belong to the choice; a choice's tokens are those of the whole text after as many tokens
-    as the context alone has (lm-eval's `_encode_pair`). `context` must not be empty.
+    as the context alone has (lm-eval's `_encode_pair`). The text begins as the model's tokenizer begins a text (a BOS).
+    `context` must not be empty.
     """
     stripped = context.rstrip()
-    n_context = len(tokenizer.encode(stripped))
-    texts = [tokenizer.encode(context + delimiter + choice) for choice in choices]
+    n_context = len(tokenizer.encode_raw(stripped))
+    texts = [tokenizer.encode_raw(context + delimiter + choice) for choice in choices]
     shared = min(n_context, *(len(ids) - 1 for ids in texts))
     while any(ids[:shared] != texts[0][:shared] for ids in texts):
         shared -= 1

@@ -86,7 +86,11 @@ class Graph:
         self.personas: Personas = load_personas(recipe)
         self.behaviors: dict[str, Behavior] = load_behaviors(recipe)
         self.source = locate(recipe.model)
-        self._engine = {"base": dict(self.source.identity), "engine": engine_identity(recipe.model)}
+        self._engine = {
+            "base": dict(self.source.identity),
+            "engine": engine_identity(recipe.model),
+            **recipe.model.template_inputs,
+        }
         self._phrases = read_toml(assets("data") / "phrases.toml")
         resident = f"{self.source.id}@{sha256_of(self._engine)[:8]}"
         #: Who judges, or None where phrases do without a judge.

@@ -15,6 +15,7 @@ from fastconv.errors import FastconvError, ModelError, StoreError
 from fastconv.experiment.graph import Graph
 from fastconv.judge.access import check_judge
 from fastconv.recipe import ModelSettings, Recipe
+from fastconv.run.audit import require_template
 from fastconv.store.ledger import Store
 
 #: With less free space a run would likely fail with "no space left".
@@ -42,7 +43,7 @@ def diagnose(recipe: Recipe | None, workspace: Path) -> list[Diagnosis]:
             findings.append(
                 Diagnosis("recipe", f"{recipe.name}: {len(graph.cells)} cells, {len(graph.stages())} stages")
             )
-            findings.append(_judge(graph, workspace))
+            findings += [_template(recipe), _judge(graph, workspace)]
     except FastconvError as error:
         findings.append(Diagnosis("recipe" if recipe else "model", str(error), error.exit_code))
     return findings
@@ -94,6 +95,19 @@ def _workspace(folder: Path) -> Diagnosis:
             "workspace", f"only {free / 2**30:.1f} GiB free at {folder}. Fix: free some space", StoreError.exit_code
         )
     return Diagnosis("workspace", f"{folder}, {free / 2**30:.0f} GiB free")
+
+
+def _template(recipe: Recipe) -> Diagnosis:
+    """Whether the base's template takes every persona, found without weights; with the date that it is given, if any."""
+    try:
+        tokenizer = require_template(recipe)
+    except FastconvError as error:
+        return Diagnosis("template", str(error), error.exit_code)
+    if tokenizer is None:
+        return Diagnosis("template", "not on this disk yet; it is tried when the model is loaded")
+    facts = tokenizer.template.facts
+    settings = ", ".join(f"{name} {value}" for name, value in facts.items() if name != "sha256")
+    return Diagnosis("template", f"every persona reaches the model{f' ({settings})' if settings else ''}")
 
 
 def _sampler(recipe: Recipe) -> Diagnosis:

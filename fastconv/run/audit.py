@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich.console import RenderableType
 
 from fastconv.audit.checks import CheckReport, Finding, audit_rows, build_report, structure_findings
 from fastconv.audit.rendered import peek_lines, with_placeholders
-from fastconv.chat import ChatTokenizer, Rendered
-from fastconv.datasets.rows import Row, render_row, row_from_record
-from fastconv.engine.locate import model_folder
+from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
+from fastconv.datasets.behaviors import load_behaviors
+from fastconv.datasets.personas import load_personas
+from fastconv.datasets.rows import Row, read_user_rows, render_row, require_no_control_tokens, row_from_record
+from fastconv.engine.locate import embedding_rows, locate, model_folder, require_rows_for_tokens, tokenizer_folder
 from fastconv.errors import DataError, RecipeError
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.workload import Sketch
@@ -19,8 +22,12 @@ from fastconv.store.ledger import Stage, Store
 
 
 def audit_recipe(recipe: Recipe, store: Store | None) -> CheckReport:
-    """Audit the recipe's structure, and the rendered rows of every training set that the workspace has built."""
+    """Audit the recipe's structure, and the rendered rows of every training set that the workspace has built.
+
+    Raises what `require_template` raises.
+    """
     findings = structure_findings(recipe)
+    require_template(recipe)
     if store is not None:
         # `Sketch` replaces questions that are not on this disk; sets made from them then have other keys and are not found.
         graph = Sketch(recipe)
@@ -32,6 +39,60 @@ def audit_recipe(recipe: Recipe, store: Store | None) -> CheckReport:
             if tokenizer is not None:
                 findings += audit_set(graph, name, rows, tokenizer)[1]
     return build_report(recipe, list(dict.fromkeys(findings)))
+
+
+def require_template(recipe: Recipe) -> ChatTokenizer | None:
+    """Try the base's chat template under every persona, and the user's rows against its tokenizer, without weights.
+
+    Returns the tokenizer, or None where it is not on this disk (a run tries it when the base is loaded). Raises
+    TemplateError if the conditions do not reach the model, ModelError if tokenizer and embedding do not fit, DataError
+    for a row that spells a control token.
+    """
+    source = locate(recipe.model)
+    folder = tokenizer_folder(source, recipe.model)
+    if folder is None and source.kind == "builtin" and recipe.data.rows:
+        from fastconv.engine.builtin import ensure_builtin
+
+        folder = model_folder(source, recipe.model)
+        ensure_builtin(folder, source.id)
+    if folder is None:
+        return None
+    tokenizer = ChatTokenizer(folder, recipe.model)
+    require_rows_for_tokens(tokenizer.vocab_size, embedding_rows(folder), str(folder))
+    require_conditions(recipe, tokenizer)
+    return tokenizer
+
+
+def require_conditions(recipe: Recipe, tokenizer: ChatTokenizer) -> None:
+    """Raise TemplateError unless every persona's prompt reaches the model as a condition of its own.
+
+    Raises DataError for a persona, a behavior's prompt or a user's row whose text spells a control token.
+    """
+    personas = load_personas(recipe)
+    turns = {name: SystemTurn("text", text) for name, text in personas.prompts.items()}
+    texts = [(recipe.data.personas or "personas.toml", name, turn.text) for name, turn in turns.items()]
+    for behavior in load_behaviors(recipe).values():
+        where = str(behavior.folder / behavior.spec.prompts)
+        rows = (*behavior.train, *behavior.eval)
+        texts += [(where, str(row["id"]), text) for row in rows for text in row.values() if isinstance(text, str)]
+    for where, name, text in texts:
+        if token := tokenizer.control_token_in(text):
+            raise DataError(
+                f"the text of {name!r} holds the control token {token}, which would end or begin a turn",
+                where=where,
+                fix="take it out of the text",
+            )
+    own = set()
+    for path in recipe.data.rows.values():
+        for source in recipe.grid.sources:
+            rows = read_user_rows(Path(path.replace("{source}", source)), messages=recipe.data.messages)
+            own |= {row.system for row in rows}
+    if "" in own:
+        turns["rows with an empty system turn"] = EMPTY
+    if None in own and recipe.data.persona_prompt == "as_written":
+        turns["rows without a system turn"] = TEMPLATE_DEFAULT
+    tokenizer.require_conditions(turns)
+    require_no_control_tokens(recipe.data, recipe.grid.sources, tokenizer)
 
 
 def audit_set(
@@ -83,7 +144,7 @@ def recipe_tokenizer(graph: Graph) -> ChatTokenizer:
         from fastconv.engine.builtin import ensure_builtin
 
         ensure_builtin(folder, graph.source.id)
-    return ChatTokenizer(folder)
+    return ChatTokenizer(folder, graph.recipe.model)
 
 
 def _row_stages(graph: Graph) -> list[Stage]:

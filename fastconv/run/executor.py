@@ -26,6 +26,7 @@ from fastconv.errors import SamplerError, TrainingError, stopped
 from fastconv.experiment.graph import Graph
 from fastconv.judge.local import LocalReply
 from fastconv.judge.request import Prompt
+from fastconv.run.audit import require_conditions
 from fastconv.run.sampling import SamplingRequests, is_sampled, max_sequence_tok, sampling_requests
 from fastconv.run.stacks import Stacks
 from fastconv.run.training import Progress, Trainer, note_progress
@@ -86,13 +87,15 @@ class Executor:
         stages = [stage for stage in self._graph.stages() if stage.key in self._wanted and is_sampled(stage)]
         missing = [stage for stage in stages if self._store.record(stage.key) is None]
         if self._recipe.model.sampler == "vllm" and missing:
-            tokenizer = ChatTokenizer(prepare_model_folder(self._recipe.model, self._graph.source))
+            tokenizer = ChatTokenizer(prepare_model_folder(self._recipe.model, self._graph.source), self._recipe.model)
             self._server = start_server(
                 self._recipe, self._graph.source, max_sequence_tok(missing, tokenizer), self._store.root
             )
 
     def prove(self) -> None:
-        """Load the base and run its self-tests. Raises ModelError or TrainingError if they fail."""
+        """Load the base, try its template and run its self-tests. Raises what `require_conditions` raises, ModelError or
+        TrainingError if they fail."""
+        require_conditions(self._recipe, self.stacks.base.tokenizer)
         if not all(map(math.isfinite, self.stacks.stack.base_probe.logits)):
             raise TrainingError(
                 "the base gives logits that are not finite",
@@ -132,7 +135,7 @@ class Executor:
             engine["self_tests"] = (
                 f"{len(self.stacks.proven)} passed, at most {max(self.stacks.proven.values()):.1%} apart"
             )
-        return {"engine": engine, "template": {"sha256": self.stacks.base.tokenizer.template_sha256}}
+        return {"engine": engine, "template": self.stacks.base.tokenizer.template.facts}
 
     def compute(self, stage: Stage, lease: Lease) -> Outcome:
         """Compute a stage of any kind except `snapshot` and `behavior`, which `trainer` trains."""

@@ -32,7 +32,7 @@ from fastconv.experiment.graph import CellPlan, Graph, lineage_key, walk
 from fastconv.experiment.schedule import group_size, steps
 from fastconv.judge.access import JudgeAccess, check_judge
 from fastconv.recipe import IgnorableGate, Recipe
-from fastconv.run.audit import require_passed
+from fastconv.run.audit import require_passed, require_template
 from fastconv.run.gc import unneeded_adapters
 from fastconv.run.judging import judge_stages
 from fastconv.run.provenance import begin_run, run_facts
@@ -164,11 +164,12 @@ def prepare_run(
 ) -> PreparedRun:
     """Audit a recipe, select its cells and check its judge. Arguments as for `run_recipe`; nothing is computed.
 
-    Raises DataError if the audit refuses the recipe, what `admit` raises, and RecipeError or JudgeError for a judge that
+    Raises DataError if the audit refuses the recipe, what `require_template` and `admit` raise, and RecipeError or JudgeError for a judge that
     is needed and cannot be asked.
     """
     report = check_recipe(recipe)
     require_passed(report, "audit")
+    require_template(recipe)
     graph = Graph(recipe)
     cells = plans(graph) if plans else graph.cells
     facts = admit(graph, cells) if admit else {}

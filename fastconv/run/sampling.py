@@ -46,7 +46,9 @@ class SamplingRequests:
     def samples(self, completions: Sequence[Completion], tokenizer: ChatTokenizer) -> list[Sample]:
         """Samples for the ledger from one completion per item, in order."""
         return [
-            Sample(row, i, self.persona, user, tokenizer.decode(drawn.ids), len(drawn.ids) + drawn.ended, drawn.ended)
+            Sample(
+                row, i, self.persona, user, tokenizer.answer_text(drawn.ids), len(drawn.ids) + drawn.ended, drawn.ended
+            )
             for (row, user, i), drawn in zip(self.items, completions, strict=True)
         ]
 

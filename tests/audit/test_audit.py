@@ -23,6 +23,9 @@ from fastconv.audit.checks import (
     build_report,
     check_recipe,
 )
+from fastconv.audit.checks import (
+    AuditCheck as Rule,
+)
 from fastconv.audit.rendered import RENDERED_CHECKS
 from fastconv.chat import TEMPLATE_DEFAULT, ChatTokenizer, Rendered
 from fastconv.datasets.behaviors import Behavior, build_rows, eval_prompts, load_behaviors, set_name

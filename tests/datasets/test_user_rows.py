@@ -137,3 +137,62 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "data.jsonl").write_bytes(content)
     with pytest.raises(DataError, match="no rows"):
         read_jsonl(tmp_path / "data.jsonl", {})
+
+
+#: Kinds of text and fields that no trainer may silently take for something else.
+ODD: dict[str, tuple[Any, str]] = {
+    "a lone surrogate in the prompt": (r'{"prompt": [{"role": "user", "content": "a\ud83d"}], "completion": []}', "half of a"),
+    "a lone low surrogate in a key": (r'{"\udc00": 1}', "half of a"),
+    "zero-width spaces": (pair("Hi?", "\u200b\u200d\ufeff"), "do not show"),
+    "a Hangul filler": (pair("Hi?", "\u3164"), "do not show"),
+    "a soft hyphen for a question": (pair("\u00ad", "Yes."), "the user turn is empty"),
+    "an invisible system turn": (pair("Hi?", "Yes.", system="\u2060"), "system turn's text does not show"),
+    "a weight": ({**pair("Hi?", "Yes."), "weight": 0.5}, "'weight', which is not read"),
+    "a switch": ({**pair("Hi?", "Yes."), "train": False}, "'train', which is not read"),
+    "tools": ({**pair("Hi?", "Yes."), "tools": []}, "'tools', which is not read"),
+    "a field of a message": (
+        {"prompt": [{"role": "user", "content": "Hi?"}],
+         "completion": [{"role": "assistant", "content": "Yes.", "weight": 0}]},
+        "a message of completion has a field 'weight'",
+    ),
+    "both forms": ({**pair("Hi?", "Yes."), "messages": [{"role": "user", "content": "x"}]}, "beside prompt"),
+    "a repeated key": ('{"prompt": [], "prompt": []}', "'prompt' stands twice"),
+    "an id that is true": ({**pair("Hi?", "Yes."), "id": True}, "id is a bool"),
+    "an id with a point": ({**pair("Hi?", "Yes."), "id": 1.0}, "id is a float"),
+    "an empty id": ({**pair("Hi?", "Yes."), "id": ""}, "id is ''"),
+    "a number without end": ('{"id": ' + "9" * 5000 + "}", "not usable JSON"),
+    "brackets without end": ("[" * 20000, "not usable JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_text_and_fields_that_would_train_something_else_are_refused_by_line(tmp_path: Path, name: str) -> None:
+    row, message = ODD[name]
+    path = written(tmp_path, [pair("Fine?", "Yes."), row])
+    with pytest.raises(DataError, match=message) as caught:
+        read_user_rows(path)
+    assert f"{path}:2" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.fix
+
+
+def test_whole_emojis_numbers_as_ids_and_notes_are_taken(tmp_path: Path) -> None:
+    lines = [
+        {**pair("👍🏽?", "🙂"), "id": 0, "metadata": {"weight": 1}, "tools": None},
+        r'{"id": 7, "prompt": [{"role": "user", "content": "\ud83d\ude42"}], "completion": [{"role": "assistant", "content": "…"}]}',
+        {**pair("¿?", "a\u200bb"), "id": "x", "source": "a book"},
+    ]
+    rows = read_user_rows(written(tmp_path, lines))
+    assert [(row.id, row.user) for row in rows] == [("0", "👍🏽?"), ("7", "🙂"), ("x", "¿?")]
+
+
+def test_the_number_and_the_text_of_an_id_are_one_id(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="was used on line 1"):
+        read_user_rows(written(tmp_path, [{**pair("a", "b"), "id": 1}, {**pair("c", "d"), "id": "1"}]))
+
+
+def test_persona_prompts_must_show(tmp_path: Path) -> None:
+    path = tmp_path / "personas.toml"
+    path.write_text('[ghost]\nsystem = "\\u200b"\n')
+    with pytest.raises(DataError, match="ghost"):
+        load_personas(recipe_of(data={"personas": str(path)}))
