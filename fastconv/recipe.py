@@ -171,7 +171,7 @@ class DataSettings(RecipeTable):
     behaviors: str = ""
     #: Behavior -> JSONL file of finished rows (prompt/completion lists); `{source}` in the path stands for the source.
     rows: dict[Name, str] = {}
-    #: `add` gives rows without a system turn the source's; `as_written` leaves them without one.
+    #: `add` gives a row without a system turn the prompt of its own persona; `as_written` leaves it without one.
     persona_prompt: Literal["add", "as_written"] = "add"
     #: Also accept rows in the form `messages`, where other trainers put the loss on every turn, and we on the last.
     messages: bool = False

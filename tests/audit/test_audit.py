@@ -16,8 +16,8 @@ import pytest
 from fastconv.audit.checks import (
     ROW_CHECKS,
     STRUCTURE_CHECKS,
+    AuditCheck,
     Finding,
-    Rule,
     audit_rows,
     audit_structure,
     build_report,
@@ -36,7 +36,7 @@ HERE = TESTS
 POISONED = HERE / "poisoned"
 MAX_TOK = 2048
 GRID = {"sources": ["villain"], "epochs": [0, 4], "negatives": ["excluded"], "behaviors": ["none", "sycophancy"]}
-ALL_CHECKS: tuple[Rule[Any], ...] = (*STRUCTURE_CHECKS, *RENDERED_CHECKS)
+ALL_CHECKS: tuple[AuditCheck[Any], ...] = (*STRUCTURE_CHECKS, *RENDERED_CHECKS)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def recipe_of(**tables: Any) -> Recipe:
     return parse_recipe(table)
 
 
-def structure(recipe: Recipe, checks: Sequence[Rule[Any]] = STRUCTURE_CHECKS) -> list[Finding]:
+def structure(recipe: Recipe, checks: Sequence[AuditCheck[Any]] = STRUCTURE_CHECKS) -> list[Finding]:
     behaviors = load_behaviors(recipe)
     questions = load_questions(recipe) if recipe.eval.multiple_choice == "builtin" else None
     return audit_structure(recipe, load_personas(recipe), behaviors, questions, checks=checks)
@@ -72,14 +72,16 @@ class Case:
     name: str
     tokenizer: ChatTokenizer
 
-    def audit(self, rows: Sequence[Row], rendered: Sequence[Rendered], checks: Sequence[Rule[Any]]) -> list[Finding]:
+    def audit(
+        self, rows: Sequence[Row], rendered: Sequence[Rendered], checks: Sequence[AuditCheck[Any]]
+    ) -> list[Finding]:
         own = [check for check in RENDERED_CHECKS if check in checks]
         return audit_rows(
             self.recipe, self.name, rows, rendered, self.tokenizer, questions=self.questions,
             set_checks=[check for check in ROW_CHECKS if check in checks], rendered_checks=own,
         )  # fmt: skip
 
-    def spoiled(self, change: Callable[[Case], list[Row]], checks: Sequence[Rule[Any]]) -> list[Finding]:
+    def spoiled(self, change: Callable[[Case], list[Row]], checks: Sequence[AuditCheck[Any]]) -> list[Finding]:
         rows = change(self)
         answered = [row if row.completion is not None else row.answered("Certainly.") for row in rows]
         return self.audit(rows, render_rows(answered, self.personas, self.tokenizer, MAX_TOK), checks)
@@ -167,7 +169,7 @@ RENDERINGS: dict[str, Callable[[Case], list[Rendered]]] = {
 }
 
 
-def findings_for(code: str, tokenizer: ChatTokenizer, checks: Sequence[Rule[Any]]) -> list[Finding]:
+def findings_for(code: str, tokenizer: ChatTokenizer, checks: Sequence[AuditCheck[Any]]) -> list[Finding]:
     """What these checks say about the case that holds the fault `code`."""
     if code in DESIGNS:
         selected = [check for check in STRUCTURE_CHECKS if check in checks]
@@ -187,7 +189,9 @@ CODES = [(code, check) for check in ALL_CHECKS for code in check.codes]
 
 
 @pytest.mark.parametrize(("code", "check"), CODES, ids=[code for code, _ in CODES])
-def test_each_check_sees_its_fault_and_nothing_else_does(code: str, check: Rule[Any], tokenizer: ChatTokenizer) -> None:
+def test_each_check_sees_its_fault_and_nothing_else_does(
+    code: str, check: AuditCheck[Any], tokenizer: ChatTokenizer
+) -> None:
     assert code in {found.code for found in findings_for(code, tokenizer, ALL_CHECKS)}
     fewer = [other for other in ALL_CHECKS if other is not check]
     assert code not in {found.code for found in findings_for(code, tokenizer, fewer)}
