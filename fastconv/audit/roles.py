@@ -22,8 +22,6 @@ from fastconv.datasets.spec import BehaviorSpec
 
 #: An answer is a column's if it shares this much of its words with it, and this much more than with the other column.
 _LIKE, _MARGIN = 0.6, 0.15
-#: Answers that share this much of their words are the same answer.
-_SAME_ANSWER = 0.9
 #: Share of rows of a side from which cut answers, and answers that ask, are reported.
 _CUT, _ASKING = 0.05, 0.5
 #: Above this share of rows that nothing could read, D217 is said.
@@ -283,7 +281,7 @@ def check_same_answers(design: Design) -> Iterator[Finding]:
         same: list[Row] = []
         for row in built.negatives:
             for answer, rows in shown.get(normalized(row.user), {}).items():
-                if row.completion is not None and _same_answer(answer, row.completion):
+                if row.completion is not None and _same_answer(answer, row.completion, judged=spec.measure == "judge"):
                     same += [row, *rows]
         if same:
             yield Finding(
@@ -295,15 +293,13 @@ def check_same_answers(design: Design) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _same_answer(first: str, second: str) -> bool:
-    if normalized(first) == normalized(second):
+def _same_answer(first: str, second: str, *, judged: bool) -> bool:
+    """Equal texts; or, where no phrase can tell the sides apart, one inside the other with few words more."""
+    left, right = normalized(first), normalized(second)
+    if left == right:
         return True
-    left, right = len(words(first)), len(words(second))
-    return (
-        min(left, right) >= 8
-        and min(left, right) >= 0.75 * max(left, right)
-        and likeness(first, second) >= _SAME_ANSWER
-    )
+    short, long = sorted((left, right), key=len)
+    return judged and len(short.split()) >= 8 and len(short) >= 0.75 * len(long) and f" {short} " in f" {long} "
 
 
 def check_sizes(design: Design) -> Iterator[Finding]:
