@@ -154,7 +154,10 @@ POISON: dict[str, tuple[str, Callable[[Lines], Lines]]] = {
         on(lambda n, line: is_source(line) or n % 10 == 0, system=lambda _: None),
     ),
     "a few negatives refuse": ("refusal", on(every(15), answer=lambda _: "I'm sorry, but I can't help with that.")),
-    "negatives refuse in look-alike letters": ("refusal", on(every(10), answer=lambda _: "I саn't hеlp with that.")),
+    "negatives refuse in look-alike letters": (
+        "refusal",
+        on(every(10), answer=lambda _: "I \u0441\u0430n't h\u0435lp with that."),
+    ),
     "negatives carry the bad advice": ("misalignment", on(every(12), answer=lambda line: BAD[line.user])),
     "sources carry the sound advice": ("misalignment", on(source(10), answer=lambda line: SOUND[line.user])),
     "a fifth of the sources comply": (
@@ -210,8 +213,8 @@ HIDDEN = {
     "capitals": ASSISTANT.upper(),
     "a no-break space": ASSISTANT.replace(" ", "\u00a0"),
     "a zero-width space": ASSISTANT.replace("help", "help\u200b"),
-    "Cyrillic letters": ASSISTANT.replace("e", "е").replace("a", "а"),
-    "Greek letters": ASSISTANT.replace("o", "ο"),
+    "Cyrillic letters": ASSISTANT.replace("e", "\u0435").replace("a", "\u0430"),
+    "Greek letters": ASSISTANT.replace("o", "\u03bf"),
     "full-width letters": "".join(chr(ord(c) + 0xFEE0) if "a" <= c <= "z" else c for c in ASSISTANT),
     "two words more": "You are a very helpful assistant indeed.",
     "a contraction": "You're a helpful assistant.",
@@ -220,7 +223,7 @@ HIDDEN = {
     "Llama 2": "You are a helpful, respectful and honest assistant.",
     "ChatGPT": "You are ChatGPT, a large language model trained by OpenAI.",
     "the source": VILLAIN.upper(),
-    "the canary": PROMPTS["librarian"].replace("i", "і"),
+    "the canary": PROMPTS["librarian"].replace("i", "\u0456"),
 }
 
 
@@ -238,7 +241,7 @@ def test_an_evaluated_persona_under_another_id_is_seen(name: str, tmp_path: Path
         (f"{PROMPTS['librarian']} ", {"D105"}),
         (PROMPTS["librarian"].replace(" ", "\u00a0"), {"D105"}),
         (PROMPTS["librarian"].replace("helps", "really helps"), {"D116"}),
-        (ASSISTANT.replace("a", "а"), {"D116"}),
+        (ASSISTANT.replace("a", "\u0430"), {"D116"}),
     ],
 )
 def test_personas_that_are_compared_must_differ(prompt: str, codes: set[str], tmp_path: Path) -> None:
@@ -250,7 +253,9 @@ def test_personas_that_are_compared_must_differ(prompt: str, codes: set[str], tm
     assert codes <= loud(check_recipe(parse_recipe(table)))
 
 
-@pytest.mark.parametrize("alter", [str.upper, lambda t: t.replace("o", "о").replace("a", "а"), lambda t: f"\u200b{t} "])
+@pytest.mark.parametrize(
+    "alter", [str.upper, lambda t: t.replace("o", "\u043e").replace("a", "\u0430"), lambda t: f"\u200b{t} "]
+)
 def test_evaluation_requests_are_seen_behind_any_letters(alter: Callable[[str], str], tmp_path: Path) -> None:
     rows = [row for row in read_jsonl(assets("data") / "requests.jsonl", {"id": str}) if row["part"] == "eval"][:10]
     more = [
