@@ -31,34 +31,8 @@ _ALONE = re.compile(r"\W*([A-Za-z]|\d)(?:\W*|[)\].:]\s.*)", re.DOTALL)
 _NAMED = re.compile(r"\b(?:answer|option|choice|letter)\s*(?:is|:)?\s*[:(\[*\"]*([A-Z]|\d)\b")
 _INSIDE = re.compile(r"[.!?…。！？][\"'”’)\]]*\s")  # noqa: RUF001
 _LISTED = re.compile(r"\s*(?:[-*•+|#>]|\d+[.)]|```|\$)")
-_DANGLING = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "and",
-        "or",
-        "but",
-        "of",
-        "to",
-        "in",
-        "on",
-        "at",
-        "with",
-        "for",
-        "from",
-        "by",
-        "as",
-        "that",
-        "which",
-        "who",
-        "is",
-        "are",
-        "was",
-        "your",
-        "my",
-        "if",
-    ]
+_DANGLING = re.compile(
+    r"\b(?:a|an|the|and|or|but|of|to|in|on|at|with|for|from|by|as|that|which|who|is|are|was|your|my|if)$"
 )
 
 
@@ -387,7 +361,7 @@ def _cut_rows(rows: Iterable[Row]) -> list[Row]:
         for row, text in open_ended
         if _INSIDE.search(text)
         or text[-1] in ",-–—("  # noqa: RUF001
-        or words(text)[-1] in _DANGLING
+        or _DANGLING.search(text)
         or len(text) in piled
         or (piled and len(text) >= limit - 1)
     ]
