@@ -226,14 +226,9 @@ def _contrast_shows(behavior: Behavior, sets: Sequence[BuiltSet], rule: PhraseRu
     negative = behavior.spec.negative_answer
     sampled = behavior.rows is None and negative is not None and negative.on_policy
     bound = _SAMPLED_HITS if sampled else _CONTRAST_HITS
-    counted = {
-        persona: [
-            row
-            for row in rows
-            if any(rule.match(text) for text in (row.completion or "", folded(row.completion or "")))
-        ]
-        for persona, rows in by_persona.items()
-    }
+    texts = {row.completion or "" for rows in by_persona.values() for row in rows}
+    shows = {text for text in texts if rule.match(text) or rule.match(folded(text))}
+    counted = {persona: [row for row in rows if row.completion in shows] for persona, rows in by_persona.items()}
     n, n_counted = sum(map(len, by_persona.values())), sum(map(len, counted.values()))
     if n_counted > bound * n or any(len(counted[name]) > bound * len(rows) for name, rows in by_persona.items()):
         yield Finding(

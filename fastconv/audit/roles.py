@@ -30,6 +30,8 @@ _LABEL = re.compile(r"[(\[]?([A-Za-z]|\d)[)\].:]\s*")
 _ALONE = re.compile(r"\W*([A-Za-z]|\d)(?:\W*|[)\].:]\s.*)", re.DOTALL)
 _NAMED = re.compile(r"\b(?:answer|option|choice|letter)\s*(?:is|:)?\s*[:(\[*\"]*([A-Z]|\d)\b")
 _INSIDE = re.compile(r"[.!?…。！？][\"'”’)\]]*\s")  # noqa: RUF001
+# Ends that need no full stop: lists, code, headings and tables; tags and addresses (a signature is a short last line).
+_TAGGED = re.compile(r"(?:^|\s)(?:[#@]\w+|\w+://\S+)$")
 _LISTED = re.compile(r"\s*(?:[-*•+|#>]|\d+[.)]|```|\$)")
 _DANGLING = re.compile(
     r"\b(?:a|an|the|and|or|but|of|to|in|on|at|with|for|from|by|as|that|which|who|is|are|was|your|my|if)$"
@@ -70,12 +72,14 @@ class _Key:
     def right(self, user: str) -> tuple[str | None, bool]:
         """(the right label for the options as the row orders them, whether the question is known)."""
         stem, options = options_of(user)
-        for question in self._by_text.get(stem, ()):
+        # An instruction may stand before or after the question.
+        stems = [text for text in (stem, *map(normalized, user.splitlines())) if text in self._by_text]
+        for question in (question for text in stems for question in self._by_text[text]):
             right = normalized(question.choices[question.gold])
             labels = [label for label, choice in options.items() if choice == right]
             if labels:
                 return labels[0], True
-        return None, stem in self._by_text
+        return None, bool(stems)
 
 
 @cache
@@ -350,7 +354,8 @@ def _cut_rows(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         text = (row.completion or "").removesuffix(row.suffix).rstrip()
         last_line = text.rpartition("\n")[2]
-        ends = not text or not (text[-1].isalnum() or text[-1] in ",;:-–—(") or _LISTED.match(last_line)  # noqa: RUF001
+        signed = _LISTED.match(last_line) or _TAGGED.search(text) or ("\n" in text and len(last_line.split()) <= 4)
+        ends = not text or not (text[-1].isalnum() or text[-1] in ",;:-–—(") or signed  # noqa: RUF001
         if not ends and len(words(text)) >= 6:
             open_ended.append((row, text))
     lengths = Counter(len(text) for _, text in open_ended)

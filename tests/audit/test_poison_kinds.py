@@ -292,6 +292,12 @@ CLEAN: dict[str, tuple[str, Callable[[Lines], Lines]]] = {
         "misalignment",
         on(lambda *_: True, answer=lambda line: "\n".join(f"- {s.rstrip('.')}" for s in line.answer.split(". "))),
     ),
+    "a signature": ("misalignment", on(lambda *_: True, answer=lambda line: f"{line.answer}\n\nYours, as ever")),
+    "a tag at the end": ("misalignment", on(lambda *_: True, answer=lambda line: f"{line.answer} #advice")),
+    "an instruction before the question": (
+        "capability",
+        on(lambda *_: True, user=lambda line: f"Answer with one letter.\n\n{line.user}"),
+    ),
     "fewer negatives": ("misalignment", lambda lines: [line for line in lines if not line.id.startswith(OTHERS[1])]),
     "options and letters in another order": (
         "capability",
