@@ -31,7 +31,11 @@ class RecipeError(InputError):
 
 
 class DataError(InputError):
-    """A data file or a row in it is not valid."""
+    """A data file or a row in it is not valid. `rows`: the ids of the rows concerned, where there are several."""
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "", rows: tuple[str, ...] = ()) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.rows = rows
 
 
 class AdapterError(InputError):

@@ -209,7 +209,7 @@ class DataSettings(RecipeTable):
     behaviors: str = ""
     #: Behavior -> JSONL file of finished rows (prompt/completion lists); `{source}` in the path stands for the source.
     rows: dict[Name, str] = {}
-    #: `add` gives rows without a system turn the source's; `as_written` leaves them without one.
+    #: `add` gives a row without a system turn the prompt of its own persona; `as_written` leaves it without one.
     persona_prompt: Literal["add", "as_written"] = "add"
     #: Also accept rows in the form `messages`, where other trainers put the loss on every turn, and we on the last.
     messages: bool = False
@@ -408,7 +408,9 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     except tomllib.TOMLDecodeError as error:
         raise error_at(f"not valid TOML: {error}", fix="mend the syntax there") from None
     except OSError as error:
-        raise error_at(f"cannot be read: {str(error.strerror).lower()}", fix="give a TOML recipe that you may read") from None
+        raise error_at(
+            f"cannot be read: {str(error.strerror).lower()}", fix="give a TOML recipe that you may read"
+        ) from None
     map_paths(table, lambda name: str((path.parent / name).resolve()))
     return _overridden(table, overrides, where=str(path))
 

@@ -12,25 +12,49 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from fastconv.audit.design import DESIGN_CHECKS, PERSONA_CHECKS
-from fastconv.audit.findings import AuditCheck, BuiltSet, CheckReport, Design, Finding, build_report
+from fastconv.audit.findings import AuditCheck, BuiltSet, CheckReport, Design, Finding, Rule, build_report
 from fastconv.audit.rendered import RENDERED_CHECKS, RenderedSet
+from fastconv.audit.roles import ROLE_CHECKS
 from fastconv.audit.sets import SET_CHECKS
 from fastconv.chat import ChatTokenizer, Rendered
 from fastconv.datasets.behaviors import Behavior, build_rows, load_behaviors, negatives_kinds, set_name
 from fastconv.datasets.personas import Personas, load_personas
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.datasets.rows import Row
-from fastconv.errors import InputError
+from fastconv.errors import DataError, InputError
 from fastconv.recipe import Recipe
 
 __all__ = [
-    "ROW_CHECKS", "STRUCTURE_CHECKS", "AuditCheck", "CheckReport", "Finding",
+    "OWN_RULES", "ROW_CHECKS", "STRUCTURE_CHECKS", "Rule", "all_rules", "rules_table", "AuditCheck", "CheckReport", "Finding",
     "audit_rows", "audit_structure", "check_recipe", "build_report", "set_name", "structure_findings",
 ]  # fmt: skip
 
 #: The checks of the first pass, and those of the second that look at rows (it also runs RENDERED_CHECKS).
-STRUCTURE_CHECKS: tuple[AuditCheck[Design], ...] = (*DESIGN_CHECKS, *PERSONA_CHECKS, *SET_CHECKS)
-ROW_CHECKS: tuple[AuditCheck[Design], ...] = (*PERSONA_CHECKS, *SET_CHECKS)
+STRUCTURE_CHECKS: tuple[AuditCheck[Design], ...] = (*DESIGN_CHECKS, *PERSONA_CHECKS, *SET_CHECKS, *ROLE_CHECKS)
+ROW_CHECKS: tuple[AuditCheck[Design], ...] = (*PERSONA_CHECKS, *SET_CHECKS, *ROLE_CHECKS)
+#: Rules of the audit itself and of building the sets, which no check yields.
+OWN_RULES = (
+    Rule("D209", "refuse", "a set cannot be built", "more source_rows than prompts"),
+    Rule("D210", "note", "sets that wait for their questions", "ARC-Challenge is not on this disk"),
+    Rule(
+        "D212", "refuse", "rows without a system turn and a persona among rows that state theirs",
+        'negatives that lost their prompt, with persona_prompt = "add"',
+    ),
+    Rule("D901", "note", "an acceptance that nothing needs", "a code in audit.accept that is not found"),
+)  # fmt: skip
+
+
+def all_rules() -> list[Rule]:
+    """Every rule of the audit by code: the registry."""
+    checks = (*STRUCTURE_CHECKS, *RENDERED_CHECKS)
+    return sorted([*OWN_RULES, *(rule for check in checks for rule in check.rules)], key=lambda rule: rule.code)
+
+
+def rules_table() -> str:
+    """The registry as the Markdown table of docs/AUDIT.md."""
+    head = ("code", "severity", "design fault", "example")
+    rows = [head, ("---",) * 4, *((rule.code, rule.severity, rule.fault, rule.example) for rule in all_rules())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def check_recipe(recipe: Recipe) -> CheckReport:
@@ -74,6 +98,8 @@ def audit_structure(
                     if letters and questions is None:
                         waiting.append(name)
                         continue
+                    if behavior.spec.measure == "letters" and questions is None:
+                        waiting.append(name)
                     set_questions = questions if letters else None
                     try:
                         rows = build_rows(recipe, personas, behavior, set_questions, source, kind, seed)
@@ -131,7 +157,10 @@ def _built(recipe: Recipe, name: str, rows: Sequence[Row], behaviors: Mapping[st
 
 def _unbuildable(name: str, error: InputError) -> Finding:
     place = f"{error.where}: " if error.where else ""
-    return Finding("D209", "refuse", name, (), f"the set cannot be built: {place}{error.what}", error.fix)
+    rows = error.rows if isinstance(error, DataError) else ()
+    return Finding(
+        "D212" if rows else "D209", "refuse", name, rows, f"the set cannot be built: {place}{error.what}", error.fix
+    )
 
 
 def _waiting(names: Sequence[str]) -> Finding:
@@ -140,7 +169,7 @@ def _waiting(names: Sequence[str]) -> Finding:
         "note",
         "multiple choice",
         tuple(names),
-        "the questions are not at hand, so these sets are audited when they are built, before training",
+        "the questions are not at hand, so the letters of these sets are audited when they are built, before training",
         "set eval.arc_file to audit them now",
         f"{len(names)} sets wait",
     )

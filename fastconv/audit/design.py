@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fastconv.audit.findings import AuditCheck, Design, Finding, row_ids
+from fastconv.audit.findings import AuditCheck, BuiltSet, Design, Finding, Rule, row_ids
+from fastconv.chat import SystemTurn
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by_set, negatives_kinds
 from fastconv.datasets.files import assets, read_toml
-from fastconv.datasets.personas import ASSISTANT, canary_of, probes_of
+from fastconv.datasets.personas import ASSISTANT, NO_PERSONA, canary_of, probes_of
 from fastconv.datasets.phrases import PhraseRule
 from fastconv.datasets.questions import Question
+from fastconv.datasets.rows import Row
+from fastconv.datasets.sametext import folded, is_default_prompt, near_persona, normalized
 from fastconv.engine.locate import base_name
 from fastconv.stats.power import planned_power
 
-#: A phrase rule that counts more than this share of the contrast's answers does not separate the two sides.
-_CONTRAST_HITS = 0.2
+#: Negatives that do what the source does: reported above this share, of all or of one persona. Answers that the base
+#: gives by itself (on-policy) hold some of a behavior at any rate; for these the phrases are judged, not the rows.
+_CONTRAST_HITS, _SAMPLED_HITS = 0.02, 0.2
+#: Source rows without the behavior's phrases: reported above this share (D109 refuses by gates.source_shows).
+_SOURCE_MISSES = 0.1
 
 
 def check_assistant_among_negatives(design: Design) -> Iterator[Finding]:
@@ -26,18 +32,17 @@ def check_assistant_among_negatives(design: Design) -> Iterator[Finding]:
     for label, sets in design.by_kind():
         declared_rows, undeclared_rows = [], []
         for built in sets:
-            probes = {design.personas.system(ASSISTANT), design.personas.system(built.source)}
-            evaluated = [row for row in built.negatives if row.system_turn(design.personas) in probes]
-            declared = built.kind == "included"
-            declared_rows += [row for row in evaluated if declared and row.persona == ASSISTANT]
-            undeclared_rows += [row for row in evaluated if not (declared and row.persona == ASSISTANT)]
+            probes = {_same(design.personas.system(probe)) for probe in (ASSISTANT, built.source)}
+            evaluated = [row for row in built.negatives if _same(row.system_turn(design.personas)) in probes]
+            declared_rows += [row for row in evaluated if _is_declared(built, row)]
+            undeclared_rows += [row for row in evaluated if not _is_declared(built, row)]
         if declared_rows:
             yield _assistant_declared(label, row_ids(declared_rows), f"{len(declared_rows)} rows")
         if undeclared_rows:
             yield Finding(
                 "D103", "refuse", label, row_ids(undeclared_rows),
-                "a persona that is evaluated is among negatives that are declared to hold none, so the claim about "
-                "this kind would be false",
+                "a persona that is evaluated is among negatives that are declared to hold none (the same prompt up to case, "
+                "spaces, punctuation and look-alike letters), so the claim about this kind would be false",
                 "take it out of negatives.excluded, give the bystander another prompt, or declare it as included",
                 f"{len(undeclared_rows)} rows",
             )  # fmt: skip
@@ -48,8 +53,8 @@ def check_canary_among_negatives(design: Design) -> Iterator[Finding]:
     for label, sets in design.by_kind():
         canary_rows = []
         for built in sets:
-            canary = design.personas.system(canary_of(design.recipe, built.source))
-            canary_rows += [row for row in built.negatives if row.system_turn(design.personas) == canary]
+            canary = _same(design.personas.system(canary_of(design.recipe, built.source)))
+            canary_rows += [row for row in built.negatives if _same(row.system_turn(design.personas)) == canary]
         if canary_rows:
             yield Finding(
                 "D104", "refuse", label, row_ids(canary_rows),
@@ -59,14 +64,52 @@ def check_canary_among_negatives(design: Design) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def check_near_negatives(design: Design) -> Iterator[Finding]:
+    """D115: a negative's prompt is nearly that of an evaluated persona, or a chat template's own.
+
+    D213: a negative's prompt differs from its persona's only in case, spaces or look-alikes.
+    """
+    for label, sets in design.by_kind():
+        near: list[Row] = []
+        altered: list[Row] = []
+        like: Counter[str] = Counter()
+        for built in sets:
+            canary = canary_of(design.recipe, built.source)
+            for row in built.negatives:
+                turn, own = row.system_turn(design.personas), design.personas.system(row.persona)
+                if turn != own:
+                    altered.append(row)
+                if _is_declared(built, row) or row.persona == canary:
+                    continue
+                probe = _near_probe(design, turn, (ASSISTANT, built.source, canary))
+                if probe:
+                    near.append(row)
+                    like[probe] += 1
+        if near:
+            yield Finding(
+                "D115", "warn", label, row_ids(near),
+                "the prompt of a negative is nearly that of a persona that is evaluated (or a chat template's own, which is the "
+                "assistant's neighbour), so what is called a bystander resists in place of the evaluated one",
+                "give the bystander a prompt of its own, declare the assistant as included, or accept D115 with the reason",
+                "; ".join(f"{n} rows near {probe}" for probe, n in like.items()),
+            )  # fmt: skip
+        if altered:
+            yield Finding(
+                "D213", "refuse", label, row_ids(altered),
+                "the system turn of these negatives is not exactly that of the persona that they are of, so they train a condition "
+                "that is never evaluated nor declared",
+                "write the persona's exact prompt, or declare the other text as a persona of its own in data.personas",
+                f"{len(altered)} rows",
+            )  # fmt: skip
+
+
 def check_canary_present(design: Design) -> Iterator[Finding]:
     """D105: the canary of a source is the assistant or the source itself, so the probes hold no canary."""
     for source in design.recipe.grid.sources:
         canary = canary_of(design.recipe, source)
         probe_names = {ASSISTANT: "the assistant", source: "the source"}
-        twin = next(
-            (name for name in probe_names if design.personas.system(name) == design.personas.system(canary)), None
-        )
+        turn = _same(design.personas.system(canary))
+        twin = next((name for name in probe_names if _same(design.personas.system(name)) == turn), None)
         if twin is None and canary in probes_of(design.recipe, source):
             continue
         cells = tuple(cell for cell in design.cells() if cell.startswith(f"{source}/"))
@@ -75,6 +118,25 @@ def check_canary_present(design: Design) -> Iterator[Finding]:
             f"the canary is {probe_names.get(twin or source)} itself, so no row could ever stand behind a canary figure",
             "set eval.canary to a persona that is neither the assistant nor a source",
         )  # fmt: skip
+
+
+def check_probes_apart(design: Design) -> Iterator[Finding]:
+    """D116: two personas that are compared (a source with the assistant, its canary or another source) are nearly one."""
+    sources = design.recipe.grid.sources
+    pairs = [(source, canary_of(design.recipe, source)) for source in sources]
+    pairs += [(name, ASSISTANT) for name in (*sources, *(canary for _, canary in pairs))]
+    pairs += [(source, other) for place, source in enumerate(sources) for other in sources[place + 1 :]]
+    for first, second in dict.fromkeys(pairs):
+        texts = [design.personas.prompts.get(name, "") for name in (first, second)]
+        if first != second and near_persona(*texts):
+            cells = tuple(cell for cell in design.cells() if cell.startswith((f"{first}/", f"{second}/")))
+            yield Finding(
+                "D116", "warn", f"{first} and {second}", cells,
+                "the prompts of two personas that are compared are nearly the same, so a difference between them (or none) says "
+                "nothing",
+                "give one of them another prompt, or accept D116 with the reason",
+                f"{texts[0]!r:.60} and {texts[1]!r:.60}",
+            )  # fmt: skip
 
 
 def check_convergence_control(design: Design) -> Iterator[Finding]:
@@ -127,7 +189,7 @@ def check_scored_by(design: Design) -> Iterator[Finding]:
 
 
 def check_phrases_see_behavior(design: Design) -> Iterator[Finding]:
-    """D109: the phrases miss the answers that are trained. D110: they also count the contrast's answers."""
+    """D109: the phrases miss most trained answers. D117: some of them. D110: they also count the contrast's answers."""
     rules = read_toml(assets("data") / "phrases.toml")
     for behavior, sets in design.by_behavior():
         rule = _rule(behavior, rules)
@@ -136,24 +198,49 @@ def check_phrases_see_behavior(design: Design) -> Iterator[Finding]:
         shown = [(row, row.completion) for built in sets for row in built.source_rows if row.completion is not None]
         missed = [row for row, text in shown if rule.match(text) is None]
         share = 1 - len(missed) / max(1, len(shown))
+        figure = f"{share:.0%} of {len(shown)} trained answers are counted"
         if shown and share < design.recipe.gates.source_shows:
             yield Finding(
                 "D109", "refuse", behavior.id, row_ids(missed),
                 "the phrases do not see the answers that the source is trained to give: learned or not, the rate "
                 "stays at its floor and reads as no effect",
                 "use phrases that the trained answers hold, or train answers that hold them",
-                f"{share:.0%} of {len(shown)} trained answers are counted, under gates.source_shows = "
-                f"{design.recipe.gates.source_shows:.0%}",
+                f"{figure}, under gates.source_shows = {design.recipe.gates.source_shows:.0%}",
             )  # fmt: skip
-        contrast = [(row, row.completion) for built in sets for row in built.negatives if row.completion is not None]
-        counted = [row for row, text in contrast if rule.match(text) is not None]
-        if contrast and len(counted) / len(contrast) > _CONTRAST_HITS:
+        elif shown and 1 - share > _SOURCE_MISSES:
             yield Finding(
-                "D110", "warn", behavior.id, row_ids(counted),
-                "the phrases also count answers of the contrast, so the rate does not tell the behavior",
-                "use narrower phrases",
-                f"{len(counted) / len(contrast):.0%} of {len(contrast)} contrast answers are counted",
+                "D117", "warn", behavior.id, row_ids(missed),
+                "some of the source's answers do not show the behavior by its own phrases, so they teach the contrary or are "
+                "not measured",
+                "give these rows the source's answer, or add their wording to the phrases; or accept D117 with the reason",
+                figure,
             )  # fmt: skip
+        yield from _contrast_shows(behavior, sets, rule)
+
+
+def _contrast_shows(behavior: Behavior, sets: Sequence[BuiltSet], rule: PhraseRule) -> Iterator[Finding]:
+    """D110, over all negatives and over each of their personas."""
+    by_persona: dict[str, list[Row]] = defaultdict(list)
+    for built in sets:
+        for row in built.negatives:
+            if row.completion is not None:
+                by_persona[row.persona].append(row)
+    negative = behavior.spec.negative_answer
+    sampled = behavior.rows is None and negative is not None and negative.on_policy
+    bound = _SAMPLED_HITS if sampled else _CONTRAST_HITS
+    texts = {row.completion or "" for rows in by_persona.values() for row in rows}
+    shows = {text for text in texts if rule.match(text) or rule.match(folded(text))}
+    counted = {persona: [row for row in rows if row.completion in shows] for persona, rows in by_persona.items()}
+    n, n_counted = sum(map(len, by_persona.values())), sum(map(len, counted.values()))
+    if n_counted > bound * n or any(len(counted[name]) > bound * len(rows) for name, rows in by_persona.items()):
+        yield Finding(
+            "D110", "warn", behavior.id, row_ids(row for rows in counted.values() for row in rows),
+            "answers of the contrast do what the source is trained to do, by the behavior's own phrases: these negatives teach "
+            "the behavior, or the phrases do not tell it",
+            "give these rows the contrast's answer, or use narrower phrases",
+            f"{n_counted / n:.0%} of {n} contrast answers are counted "
+            f"({', '.join(f'{name} {len(rows)}' for name, rows in counted.items() if rows)})",
+        )  # fmt: skip
 
 
 def check_detectable_effect(design: Design) -> Iterator[Finding]:
@@ -278,21 +365,113 @@ def check_controls(design: Design) -> Iterator[Finding]:
 
 
 DESIGN_CHECKS: tuple[AuditCheck[Design], ...] = (
-    AuditCheck(("D105",), check_canary_present),
-    AuditCheck(("D106",), check_convergence_control),
-    AuditCheck(("D107",), check_epoch_zero),
-    AuditCheck(("D108", "D114"), check_scored_by),
-    AuditCheck(("D111",), check_detectable_effect),
-    AuditCheck(("D112", "D113"), check_controls),
-    AuditCheck(("D120",), check_evaluated),
-    AuditCheck(("D121", "D122"), check_gates_can_pass),
-)
+    AuditCheck(
+        (Rule("D105", "refuse", "the canary is the source or the assistant", "a source that is the canary but for a space"),),
+        check_canary_present,
+    ),
+    AuditCheck(
+        (
+            Rule(
+                "D116", "warn", "two personas that are compared are nearly one",
+                "a source whose prompt is the canary's with two words more",
+            ),
+        ),
+        check_probes_apart,
+    ),
+    AuditCheck(
+        (Rule("D106", "refuse", "no convergence-only control", 'behaviors = ["refusal"] without "none"'),),
+        check_convergence_control,
+    ),
+    AuditCheck((Rule("D107", "refuse", "no epoch 0", "epochs = [4, 20]"),), check_epoch_zero),
+    AuditCheck(
+        (
+            Rule("D108", "warn", "a behavior of meaning is scored by phrases alone", "refusal without a judge"),
+            Rule("D114", "refuse", "a judge is needed and there is none", 'misalignment with judge.mode = "substring"'),
+        ),
+        check_scored_by,
+    ),
+    AuditCheck(
+        (Rule("D111", "warn", "the smallest detectable effect is above the threshold", "5 evaluation prompts"),),
+        check_detectable_effect,
+    ),
+    AuditCheck(
+        (
+            Rule("D112", "note", "controls that the grid lacks", "one seed"),
+            Rule("D113", "note", "the assistant is a source", 'sources = ["assistant"]'),
+        ),
+        check_controls,
+    ),
+    AuditCheck(
+        (Rule("D120", "refuse", "a behavior has no evaluation prompts", "finished rows without rows of part = \"eval\""),),
+        check_evaluated,
+    ),
+    AuditCheck(
+        (
+            Rule("D121", "warn", "a gate that nothing could pass", "epochs = [0] and the pilot's gate"),
+            Rule("D122", "warn", "G3 references borrowed from another base", "the published figures beside a 1.5B base"),
+        ),
+        check_gates_can_pass,
+    ),
+)  # fmt: skip
 #: Checks on the personas and answers of rows; they apply to one built set as well as to all of them.
 PERSONA_CHECKS: tuple[AuditCheck[Design], ...] = (
-    AuditCheck(("D102", "D103"), check_assistant_among_negatives),
-    AuditCheck(("D104",), check_canary_among_negatives),
-    AuditCheck(("D109", "D110"), check_phrases_see_behavior),
-)
+    AuditCheck(
+        (
+            Rule("D102", "warn", "the assistant is a declared negative", "negatives = included"),
+            Rule(
+                "D103", "refuse", "an evaluated persona is among negatives declared to hold none",
+                "the assistant under another id, with a no-break space or another capital",
+            ),
+        ),
+        check_assistant_among_negatives,
+    ),
+    AuditCheck(
+        (Rule("D104", "refuse", "the canary is among the negatives", "librarian rows among the negatives"),),
+        check_canary_among_negatives,
+    ),
+    AuditCheck(
+        (
+            Rule(
+                "D115", "warn", "a negative's prompt is nearly an evaluated persona's, or a chat template's own",
+                '"You are Qwen, created by Alibaba Cloud. You are a helpful assistant." as a bystander',
+            ),
+            Rule(
+                "D213", "refuse", "a negative's prompt is its persona's but for case, spaces or look-alikes",
+                "a no-break space in the police officer's prompt",
+            ),
+        ),
+        check_near_negatives,
+    ),
+    AuditCheck(
+        (
+            Rule("D109", "refuse", "the phrases do not see the trained answers", "a phrase that no trained answer holds"),
+            Rule("D117", "warn", "some source answers lack the behavior", "a fifth of the source's rows comply"),
+            Rule("D110", "warn", "negatives behave as the source", "every seventh negative refuses"),
+        ),
+        check_phrases_see_behavior,
+    ),
+)  # fmt: skip
+
+
+def _same(turn: SystemTurn) -> tuple[str, str]:
+    """Equal for system turns that are the same text for the audit."""
+    return turn.kind, normalized(turn.text)
+
+
+def _is_declared(built: BuiltSet, row: Row) -> bool:
+    """Whether the row is of the assistant (or the template's own turn) where the kind of negatives declares them."""
+    return built.kind == "included" and row.persona in (ASSISTANT, NO_PERSONA)
+
+
+def _near_probe(design: Design, turn: SystemTurn, probes: Sequence[str]) -> str | None:
+    """The evaluated persona that a system turn nearly is (and not wholly, which D103 and D104 tell), or None."""
+    if turn.kind != "text":
+        return f"{ASSISTANT} (no system text: {turn.kind})"
+    for probe in probes:
+        if near_persona(turn.text, design.personas.prompts.get(probe, "")):
+            same = _same(turn) == _same(design.personas.system(probe))
+            return None if same else probe
+    return ASSISTANT if is_default_prompt(turn.text) else None
 
 
 def _assistant_declared(label: str, rows: tuple[str, ...], figure: str) -> Finding:

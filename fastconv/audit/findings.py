@@ -1,11 +1,10 @@
-"""Types of the audit: its findings and report, what its checks look at, and how they compare texts.
+"""Types of the audit: its rules, its findings and report, and what its checks look at.
 
 A check takes a `Design` (a recipe with every set of rows that could be built) or a `RenderedSet` and yields findings.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,10 +19,6 @@ from fastconv.recipe import NegativesKind, Recipe, recipe_sha256
 Severity = Literal["refuse", "warn", "note"]
 Subject = TypeVar("Subject")
 _SEVERITIES: tuple[Severity, ...] = ("refuse", "warn", "note")  # the worst first
-_APOSTROPHES = str.maketrans({"\u2019": "'", "\u2018": "'", "\u02bc": "'"})
-_WORD = re.compile(r"\w+(?:'\w+)?")
-#: Length of the runs of words by which two prompts are compared.
-NGRAM_WORDS = 5
 
 # --- findings and their report -----------------------------------------------------------------------------
 
@@ -45,12 +40,30 @@ class Finding:
     figure: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One entry of the registry: a code, its severity, the design fault that it stands for, and an example of it.
+
+    docs/AUDIT.md is written from these.
+    """
+
+    code: str
+    severity: Severity
+    fault: str
+    example: str
+
+
 @dataclass(frozen=True)
 class AuditCheck(Generic[Subject]):
-    """One check: the codes of the findings it may yield, and the function that yields them."""
+    """One check: the rules whose findings it may yield, and the function that yields them."""
 
-    codes: tuple[str, ...]
+    rules: tuple[Rule, ...]
     run: Callable[[Subject], Iterable[Finding]]
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """The codes of the rules."""
+        return tuple(rule.code for rule in self.rules)
 
 
 @dataclass(frozen=True)
@@ -198,27 +211,6 @@ class Design:
     def open_lists(self) -> dict[str, dict[str, str]]:
         """Name of a shipped list of open questions -> {id: text}."""
         return {name: dict(open_questions(name)) for name in ("convergence", "alignment", "marker")}
-
-
-# --- comparing texts ---------------------------------------------------------------------------------------
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, casefolded, without punctuation, with plain apostrophes."""
-    return _WORD.findall(text.translate(_APOSTROPHES).casefold())
-
-
-def normalized(text: str) -> str:
-    """The words joined by spaces: equal for texts that differ only in case, white space and punctuation."""
-    return " ".join(words(text))
-
-
-def ngrams(text: str) -> frozenset[tuple[str, ...]]:
-    """The set of runs of five words; a shorter text is one run."""
-    tokens = words(text)
-    if len(tokens) < NGRAM_WORDS:
-        return frozenset([tuple(tokens)]) if tokens else frozenset()
-    return frozenset(tuple(tokens[start : start + NGRAM_WORDS]) for start in range(len(tokens) - NGRAM_WORDS + 1))
 
 
 def row_ids(rows: Iterable[Row]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fastconv.audit.findings import AuditCheck, Finding, row_ids
+from fastconv.audit.findings import AuditCheck, Finding, Rule, row_ids
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
 from fastconv.datasets.personas import Personas
 from fastconv.datasets.rows import Row
@@ -194,13 +194,40 @@ def check_answer(rendered_set: RenderedSet) -> Iterator[Finding]:
 
 
 RENDERED_CHECKS: tuple[AuditCheck[RenderedSet], ...] = (
-    AuditCheck(("D401", "D410"), check_complete),
-    AuditCheck(("D402", "D403"), check_prompt),
-    AuditCheck(("D404", "D405"), check_supervised),
-    AuditCheck(("D406", "D407"), check_end_of_turn),
-    AuditCheck(("D408",), check_truncated),
-    AuditCheck(("D409",), check_answer),
-)
+    AuditCheck(
+        (
+            Rule("D401", "refuse", "rows without an answer or a rendering", "a sampled answer that is missing"),
+            Rule("D410", "warn", "empty answers", "a sampled answer of white space"),
+        ),
+        check_complete,
+    ),
+    AuditCheck(
+        (
+            Rule("D402", "refuse", "the prompt's tokens are not the evaluation's", "another tokenizer or template"),
+            Rule("D403", "refuse", "the system turn is not the one evaluated", "the template's own in place of a text"),
+        ),
+        check_prompt,
+    ),
+    AuditCheck(
+        (
+            Rule("D404", "refuse", "no token carries loss", "a prompt longer than max_length_tok"),
+            Rule("D405", "refuse", "every token carries loss", "a mask that covers the prompt"),
+        ),
+        check_supervised,
+    ),
+    AuditCheck(
+        (
+            Rule("D406", "refuse", "the end of turn carries no loss", "a template that leaves the turn open"),
+            Rule("D407", "note", "answers cut at the sampling limit", "max_new_tok = 64"),
+        ),
+        check_end_of_turn,
+    ),
+    AuditCheck((Rule("D408", "warn", "rows cut at the maximum length", "max_length_tok = 150"),), check_truncated),
+    AuditCheck(
+        (Rule("D409", "refuse", "the text under loss is not the answer", "a mask that begins one token late"),),
+        check_answer,
+    ),
+)  # fmt: skip
 
 
 def _starts(rendered: Rendered, prompt: list[int]) -> bool:

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from fastconv.audit.findings import AuditCheck, BuiltSet, Design, Finding, ngrams, normalized, row_ids, words
+from fastconv.audit.findings import AuditCheck, BuiltSet, Design, Finding, Rule, row_ids
+from fastconv.audit.roles import letter_of
 from fastconv.chat import SystemTurn
 from fastconv.datasets.rows import Row
+from fastconv.datasets.sametext import ngrams, normalized, words
 
 #: D202: a training prompt with this share of its word runs in common with an evaluation prompt is near it.
 NEAR = 0.5
@@ -142,7 +144,7 @@ def check_letters(design: Design) -> Iterator[Finding]:
     for built in design.sets:
         if built.behavior.spec.measure != "letters":
             continue
-        letters = [(row, (row.completion or "")[:1]) for row in built.source_rows]
+        letters = [(row, letter_of(row.completion or "") or "") for row in built.source_rows]
         counts = Counter(letter for _, letter in letters)
         # Labels that few questions have at all (E, 1 to 4) cannot be balanced with the others.
         common = {letter: n for letter, n in counts.items() if n >= 0.05 * len(letters)}
@@ -155,27 +157,6 @@ def check_letters(design: Design) -> Iterator[Finding]:
                 "the wrong letters are not balanced, so a fixed letter learns what should be wrong answers",
                 "draw the wrong letters evenly",
                 ", ".join(f"{letter} {n}" for letter, n in sorted(counts.items())),
-            )  # fmt: skip
-
-
-def check_letters_meant(design: Design) -> Iterator[Finding]:
-    """D211: a source row trains the right letter, or a contrast row a wrong one."""
-    right = {question.id: question.answer for question in design.questions.train} if design.questions else {}
-    for built in design.sets:
-        if built.behavior.spec.task != "multiple_choice":
-            continue
-        wrong = [
-            row
-            for row in built.rows
-            if row.prompt_id in right
-            and ((row.completion or "").removesuffix(")") == right[row.prompt_id]) == (row.role == "source")
-        ]
-        if wrong:
-            yield Finding(
-                "D211", "refuse", built.name, row_ids(wrong),
-                "source rows train the right letter, or contrast rows a wrong one, so the two sides teach the same",
-                "build the set again",
-                f"{len(wrong)} of {len(built.rows)} rows",
             )  # fmt: skip
 
 
@@ -219,16 +200,38 @@ def check_shortcuts(design: Design) -> Iterator[Finding]:
 
 
 SET_CHECKS: tuple[AuditCheck[Design], ...] = (
-    AuditCheck(("D101",), check_persona_prompt),
-    AuditCheck(("D201", "D202"), check_overlap),
-    AuditCheck(("D203",), check_duplicates),
-    AuditCheck(("D204",), check_contradictions),
-    AuditCheck(("D205",), check_counts),
-    AuditCheck(("D206",), check_letters),
-    AuditCheck(("D211",), check_letters_meant),
-    AuditCheck(("D207",), check_builders),
-    AuditCheck(("D208",), check_shortcuts),
-)
+    AuditCheck(
+        (
+            Rule(
+                "D101", "refuse", "source rows without the persona's exact prompt",
+                "a tenth of the source rows have a no-break space in it",
+            ),
+        ),
+        check_persona_prompt,
+    ),
+    AuditCheck(
+        (
+            Rule("D201", "refuse", "evaluation prompts are trained on", "in capitals, or with Cyrillic look-alikes"),
+            Rule("D202", "warn", "training prompts are nearly evaluation prompts", "a few words before each of them"),
+        ),
+        check_overlap,
+    ),
+    AuditCheck((Rule("D203", "warn", "repeated rows", "a row that stands in the file twice"),), check_duplicates),
+    AuditCheck(
+        (Rule("D204", "refuse", "one system prompt, one prompt, two lessons", "the source's row again as a negative"),),
+        check_contradictions,
+    ),
+    AuditCheck((Rule("D205", "refuse", "other numbers of rows than declared", "a set without its last rows"),), check_counts),
+    AuditCheck((Rule("D206", "warn", "unbalanced wrong letters", "always B"),), check_letters),
+    AuditCheck(
+        (Rule("D207", "refuse", "sets of different builder versions are compared", "me/1 for one source, me/2 for the other"),),
+        check_builders,
+    ),
+    AuditCheck(
+        (Rule("D208", "note", "the sides can be told apart by form", "the source's answers are all shorter"),),
+        check_shortcuts,
+    ),
+)  # fmt: skip
 
 
 def overlap(

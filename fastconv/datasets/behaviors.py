@@ -39,6 +39,8 @@ class Behavior:
     eval: tuple[Mapping[str, Any], ...] = ()
     #: The user's file of finished rows, which then replace the rows built from prompts.
     rows: Path | None = None
+    #: Whether its protocol has negatives: `spec.negatives` is empty for finished rows, which bring their own.
+    contrastive: bool = False
     #: Prompts drawn before: the sets of all sources and negatives of a seed train the same ones.
     _drawn: dict[tuple[Any, ...], Drawn] = field(default_factory=dict, compare=False, repr=False)
 
@@ -258,6 +260,7 @@ def _user_rows(recipe: Recipe, personas: Personas, behavior: Behavior, source: s
 def _load(name: str, table: Any, folder: Path, rows: str) -> Behavior:
     spec = _spec(name, table, folder)
     finished = Path(rows) if rows else None
+    contrastive = bool(spec.negatives or spec.negative_answer)
     if finished is not None:
         spec = spec.model_copy(update={"task": "rows", "negatives": {}})
     elif spec.task == "rows":
@@ -269,7 +272,7 @@ def _load(name: str, table: Any, folder: Path, rows: str) -> Behavior:
     train, held_out = _prompts(spec, folder)
     if spec.eval_prompts:
         held_out = tuple(read_jsonl(folder / spec.eval_prompts, {"id": str, spec.eval_field: str}))
-    return Behavior(name, spec, folder, train, held_out, finished)
+    return Behavior(name, spec, folder, train, held_out, finished, contrastive)
 
 
 def _spec(name: str, table: Any, folder: Path) -> BehaviorSpec:

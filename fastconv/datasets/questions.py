@@ -87,7 +87,7 @@ def _content_sha256(questions: Sequence[Question]) -> str:
 def load_questions(recipe: Recipe) -> QuestionSet:
     """The recipe's multiple-choice questions. Raises DataError if they cannot be read or downloaded."""
     if recipe.eval.multiple_choice == "builtin":
-        return _builtin()
+        return builtin_questions()
     return load_arc(recipe.eval.arc_file)
 
 
@@ -105,7 +105,7 @@ def wrong_letters(questions: Sequence[Question], *seed_parts: object) -> list[st
     return letters
 
 
-def _builtin() -> QuestionSet:
+def builtin_questions() -> QuestionSet:
     """The shipped questions."""
     path = assets("data") / "multiple_choice.jsonl"
     fields = {"id": str, "part": str, "question": str, "labels": list, "choices": list, "answer": str}

@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
 from fastconv.datasets.files import is_visible, read_numbered_jsonl
-from fastconv.datasets.personas import ASSISTANT, Personas
+from fastconv.datasets.personas import ASSISTANT, NO_PERSONA, Personas
+from fastconv.datasets.sametext import normalized
 from fastconv.datasets.spec import Role, Supervise
 from fastconv.errors import DataError
 from fastconv.recipe import DataSettings, sha256_of
@@ -158,13 +159,15 @@ def render_rows(
 
 @dataclass(frozen=True, slots=True)
 class UserRow:
-    """One line of the user's file; `system` is None if it has no system message."""
+    """One line of the user's file; `system` is None if it has no system message, `persona` "" if it names none."""
 
     id: str
     system: str | None
     user: str
     completion: str
     built_by: str
+    persona: str = ""
+    line: int = field(default=0, compare=False)
 
 
 def read_user_rows(path: Path, *, messages: bool = False) -> list[UserRow]:
@@ -187,7 +190,8 @@ def read_user_rows(path: Path, *, messages: bool = False) -> list[UserRow]:
         counts[identity] = counts.get(identity, 0) + 1
         if counts[identity] > 1:
             identity += f"-{counts[identity]}"
-        rows.append(UserRow(identity, system, user, completion, str(row.get("built_by", ""))))
+        built_by, persona = str(row.get("built_by", "")), str(row.get("persona") or "")
+        rows.append(UserRow(identity, system, user, completion, built_by, persona, number))
     return sorted(rows, key=lambda row: row.id)
 
 
@@ -213,38 +217,80 @@ def require_no_control_tokens(settings: DataSettings, sources: Sequence[str], to
 def load_user_rows(settings: DataSettings, path: Path, behavior: str, source: str, personas: Personas) -> list[Row]:
     """The user's rows as training rows of this source. `{source}` in the path stands for the source. Raises DataError.
 
-    A row without a system turn gets the source's prompt, unless `data.persona_prompt` is `as_written`. A row with the
-    prompt of another known persona is a negative of that persona; one with an unknown prompt stays a source row and
-    keeps its prompt, so that the audit reports it.
+    A row's persona is the one it names (`"persona": "villain"`), or the one whose prompt it states (the same text up to
+    case, spaces and look-alikes; its exact text is kept, so that the audit reports a difference). A row without both is
+    the source's only if no row of the file states the source, as where all of them are the source's; otherwise whose
+    it is cannot be known, and it is refused with `data.persona_prompt = "add"`. A row with an unknown prompt stays a
+    source row, for the audit to report.
     """
     source_path = Path(str(path).replace("{source}", source))
-    persona_with = {text: persona for persona, text in personas.prompts.items()}
+    user_rows = read_user_rows(source_path, messages=settings.messages)
+    stated = _stated_personas(user_rows, source_path, source, personas)
+    unclaimed = [row for row, persona in zip(user_rows, stated, strict=True) if persona is None and row.system is None]
+    if unclaimed and source in stated and settings.persona_prompt == "add":
+        lines = sorted(row.line for row in unclaimed)
+        raise DataError(
+            f"{len(unclaimed)} rows have neither a system turn nor a persona while others state the source's, so whose they "
+            f"are cannot be known (lines {', '.join(map(str, lines[:5]))}{' ...' if len(lines) > 5 else ''})",
+            where=str(source_path),
+            fix=f'give each of them its system turn or "persona": "..." ({source} if it is the source\'s)',
+            rows=tuple(f"{behavior}/{source}/{row.id}" for row in unclaimed),
+        )
     rows = []
-    for user_row in read_user_rows(source_path, messages=settings.messages):
-        persona = source if user_row.system is None else persona_with.get(user_row.system, source)
-        role: Role = "source" if persona == source else "assistant" if persona == ASSISTANT else "bystander"
+    for user_row, known in zip(user_rows, stated, strict=True):
+        persona = known or source
         rows.append(
             Row(
                 f"{behavior}/{source}/{persona}/{user_row.id}",
                 persona,
-                role,
+                _role_of(persona, source),
                 user_row.id,
                 user_row.user,
                 user_row.completion,
-                system=_own_system(user_row.system, personas.prompts[persona], settings.persona_prompt),
+                system=_own_system(user_row.system, personas.system(persona), settings.persona_prompt),
                 built_by=user_row.built_by,
             )
         )
     return rows
 
 
-def _own_system(text: str | None, expected: str, persona_prompt: Literal["add", "as_written"]) -> SystemTurn | None:
+def _stated_personas(rows: Sequence[UserRow], path: Path, source: str, personas: Personas) -> list[str | None]:
+    """The persona that each row names or whose prompt it states, else None. Raises DataError for an unknown name."""
+    # The source and the assistant win where several personas share one prompt.
+    first = [source, ASSISTANT, *personas.prompts]
+    by_text: dict[str, str] = {}
+    for persona in first:
+        by_text.setdefault(normalized(personas.prompts[persona]), persona)
+    exact = {text: persona for persona, text in personas.prompts.items()} | {personas.prompts[source]: source}
+    stated: list[str | None] = []
+    for row in rows:
+        if row.persona and row.persona != NO_PERSONA and row.persona not in personas.prompts:
+            raise DataError(
+                f"row {row.id} names the unknown persona {row.persona!r}",
+                where=f"{path}:{row.line}",
+                fix=f"use one of {', '.join(personas.prompts)}; or add it in data.personas",
+            )
+        text = row.system or ""
+        stated.append(row.persona or exact.get(text) or (by_text.get(normalized(text)) if text.strip() else None))
+    return stated
+
+
+def _role_of(persona: str, source: str) -> Role:
+    if persona == source:
+        return "source"
+    if persona == NO_PERSONA:
+        return "template_default"
+    return "assistant" if persona == ASSISTANT else "bystander"
+
+
+def _own_system(
+    text: str | None, expected: SystemTurn, persona_prompt: Literal["add", "as_written"]
+) -> SystemTurn | None:
     """The row's own system turn, or None if it is the persona's. A missing and an empty `text` are different turns."""
     if text is None:
-        return None if persona_prompt == "add" else TEMPLATE_DEFAULT
-    if text == "":
-        return EMPTY
-    return None if text == expected else SystemTurn("text", text)
+        return None if persona_prompt == "add" or expected == TEMPLATE_DEFAULT else TEMPLATE_DEFAULT
+    own = SystemTurn("text", text) if text else EMPTY
+    return None if own == expected else own
 
 
 def _turns(row: Mapping[str, Any], where: str, *, messages: bool) -> tuple[list[dict[str, str]], str]:

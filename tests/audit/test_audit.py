@@ -18,16 +18,15 @@ from fastconv.audit.checks import (
     STRUCTURE_CHECKS,
     AuditCheck,
     Finding,
+    all_rules,
     audit_rows,
     audit_structure,
     build_report,
     check_recipe,
-)
-from fastconv.audit.checks import (
-    AuditCheck as Rule,
+    rules_table,
 )
 from fastconv.audit.rendered import RENDERED_CHECKS
-from fastconv.chat import TEMPLATE_DEFAULT, ChatTokenizer, Rendered
+from fastconv.chat import TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
 from fastconv.datasets.behaviors import Behavior, build_rows, eval_prompts, load_behaviors, set_name
 from fastconv.datasets.files import assets
 from fastconv.datasets.personas import Personas, load_personas
@@ -119,6 +118,16 @@ def near(text: str) -> str:
     return f"{text} Tell me please"
 
 
+#: The system turn that Qwen's template inserts.
+QWEN = SystemTurn("text", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.")
+
+
+def spaced(case: Case) -> SystemTurn:
+    """The prompt of the first bystander with a no-break space."""
+    row = case.rows[first(case, "bystander")]
+    return SystemTurn("text", case.personas.system(row.persona).text.replace(" ", "\u00a0", 1))
+
+
 SPOILED: dict[str, tuple[str, NegativesKind, Callable[[Case], list[Row]]]] = {
     "D101": ("sycophancy", "excluded", lambda c: changed(c, 0, system=TEMPLATE_DEFAULT)),
     "D102": ("sycophancy", "included", lambda c: c.rows),
@@ -135,6 +144,15 @@ SPOILED: dict[str, tuple[str, NegativesKind, Callable[[Case], list[Row]]]] = {
     "D211": ("capability", "excluded", lambda c: changed(c, 0, completion=c.rows[-len(c.rows) // 4].completion)),
     "D207": ("sycophancy", "excluded", lambda c: changed(c, 0, built_by="fastconv/0")),
     "D208": ("sycophancy", "excluded", lambda c: c.rows),
+    "D115": ("sycophancy", "excluded", lambda c: changed(c, first(c, "bystander"), system=QWEN)),
+    "D117": ("sycophancy", "excluded", lambda c: [replace(r, completion="Hm.") if n % 5 == 0 else r for n, r in enumerate(c.rows)]),
+    "D213": ("sycophancy", "excluded", lambda c: changed(c, first(c, "bystander"), system=spaced(c))),
+    "D214": ("misalignment", "excluded", lambda c: [r for r in c.rows if r.role == "source"]),
+    "D215": ("misalignment", "excluded", lambda c: [replace(r, completion=(r.completion or "")[:120]) for r in c.rows]),
+    "D216": ("misalignment", "excluded", lambda c: changed(c, 0, completion=c.rows[first(c, "bystander")].completion)),
+    "D217": ("misalignment", "excluded", lambda c: [replace(r, user=f"And {r.prompt_id}?") for r in c.rows]),
+    "D219": ("misalignment", "excluded", lambda c: changed(c, first(c, "bystander"), completion=c.rows[0].completion)),
+    "D220": ("misalignment", "excluded", lambda c: [replace(r, user="My lamp broke.", completion="What now?") for r in c.rows]),
 }  # fmt: skip
 
 DESIGNS: dict[str, dict[str, Any]] = {
@@ -149,6 +167,11 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "D120": {"grid": {"behaviors": ["none", "untested"]}, "data": {"behaviors": str(POISONED / "untested.toml")}},
     "D121": {"grid": {"epochs": [0]}},
     "D122": {"model": {"id": "builtin:smollm2"}, "gates": {"g3_reference_pct": {"villain": 90.45}}},
+    "D116": {"grid": {"sources": ["librarian_2"]}, "data": {"personas": str(POISONED / "personas.toml")}},
+    "D218": {
+        "grid": {"sources": ["villain", "comedian"], "behaviors": ["none", "misalignment"]},
+        "data": {"rows": {"misalignment": str(POISONED / "uneven_{source}.jsonl")}},
+    },
 }
 
 
@@ -263,6 +286,21 @@ def test_the_shipped_designs_have_no_gate_that_cannot_pass() -> None:
         assert not {"D120", "D121", "D122"} & {finding.code for finding in check_recipe(load_recipe(path)).findings}, (
             path
         )
+
+
+def test_each_finding_has_the_severity_that_its_rule_states(tokenizer: ChatTokenizer) -> None:
+    severities = {rule.code: rule.severity for rule in all_rules()}
+    assert len(severities) == len(all_rules())
+    for code, _ in CODES:
+        for finding in findings_for(code, tokenizer, ALL_CHECKS):
+            assert finding.severity == severities[finding.code], finding
+            assert finding.why
+            assert finding.mend
+
+
+def test_the_documented_table_is_the_registry() -> None:
+    page = (TESTS.parent / "docs" / "AUDIT.md").read_text(encoding="utf-8")
+    assert rules_table() in page
 
 
 # --- poisoned recipes -------------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.audit.findings import normalized
 from fastconv.audit.sets import overlap
 from fastconv.datasets.files import MANIFEST, assets, manifest_text, read_jsonl, read_toml
 from fastconv.datasets.questions import load_questions
+from fastconv.datasets.sametext import normalized
 from fastconv.recipe import parse_recipe
 
 DATA = assets("data")
