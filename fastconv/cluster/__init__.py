@@ -100,7 +100,7 @@ def _ray(address: str, graph: Graph) -> Iterator[Any]:
     try:
         import ray
     except ImportError:
-        raise ClusterError("Ray is not installed", where="--ray", fix="pip install 'fastconv[cluster]'") from None
+        raise ClusterError("Ray is not installed", where="--ray", fix="pip install 'ray>=2.40,<3'") from None
     connect = not ray.is_initialized()
     try:
         if connect:

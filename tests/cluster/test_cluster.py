@@ -349,7 +349,7 @@ def test_without_ray_one_line_says_how_to_get_it(
         answer = CliRunner().invoke(app, ["run", str(path), "-w", str(tmp_path / "ws"), *words])
         assert answer.exit_code == 10
         assert answer.output.strip().splitlines()[-1] == (
-            "fastconv: --ray: Ray is not installed. Fix: pip install 'fastconv[cluster]'"
+            "fastconv: --ray: Ray is not installed. Fix: pip install 'ray>=2.40,<3'"
         )
 
 

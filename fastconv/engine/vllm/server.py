@@ -61,8 +61,7 @@ def server_command(device: str, environ: Mapping[str, str] = os.environ) -> list
         raise ModelError(
             "vLLM is not installed",
             where="model.sampler",
-            fix=f"pip install 'fastconv[vllm]', name another environment's vllm in {COMMAND_VARIABLE}, or set it to "
-            "'resident'",
+            fix=f"install vllm in an environment of its own and name its vllm in {COMMAND_VARIABLE}, or set it to 'resident'",
         )
     return [program]
 
