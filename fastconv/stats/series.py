@@ -101,8 +101,9 @@ class Series:
     @cached_property
     def within_scale(self) -> frozenset[str]:
         """Questions whose scored samples do not all lie at one end of the scale."""
-        low, high = (np.all(np.isnan(self.rates) | (self.rates == end), axis=1) for end in (0.0, 1.0))
-        return frozenset(q for q, at_end in zip(self.questions, (low | high).tolist(), strict=True) if not at_end)
+        missing = np.isnan(self.rates)
+        at_end = np.all(missing | (self.rates == 0), axis=1) | np.all(missing | (self.rates == 1), axis=1)
+        return frozenset(np.array(self.questions)[~at_end].tolist())
 
     def part(self, belongs: Callable[[str], bool]) -> Series:
         """The series restricted to the questions for which `belongs` is true. Raises NoRowsError if there are none."""
