@@ -383,3 +383,49 @@ def _check_open_unit(**named: float) -> None:
     for name, value in named.items():
         if not 0 < value < 1:
             raise ValueError(f"{name} must lie between 0 and 1, not {value}")
+
+
+def _with_seeds(spread: float, n_questions: int, n_seeds: int, runs: tuple[float, float], alpha: float) -> float:
+    """The smallest effect that both tests find: over questions and runs, and from three seeds on over seeds alone."""
+    effect = minimum_detectable_effect(spread, n_questions, alpha, runs=runs).effect or 0.0
+    if n_seeds < 3:
+        return effect
+    return max(effect, _noncentrality(n_seeds - 1, alpha, 0.8) * math.sqrt(runs[0]))
+
+
+def power_tables() -> str:
+    """docs/POWER.md: what seeds and questions can find, from the declared spreads (`python -m fastconv.stats.power`)."""
+    lines = [
+        "# What a design can find", "",
+        "Smallest change of a contrast (assistant less canary less mimicry, 8 terms) that is found four times out of five, with",
+        "the declared noise from run to run and the planning assumptions of `stats/power.py`; alone, and at the first step of Holm",
+        "over 24 and over 72 declared contrasts. With 1 or 2 seeds the declared spread counts, from 3 on the seeds' own.",
+        "Generated: `python -m fastconv.stats.power > docs/POWER.md`.", "",
+        "Published effects to hold against it: refusal or agreement .364 -> .462 is 9.8 pp; alignment 89.5 -> 50.6 is 38.9 points.",
+    ]  # fmt: skip
+    shown: tuple[tuple[Measure, str, tuple[int, ...], int, float], ...] = (
+        ("letters", "Accuracy (586 questions), pp", (586,), 1, 100.0),
+        ("phrases", "Rates (refusal, agreement; 10 samples), pp", (50, 220, 1000), 10, 100.0),
+        ("judge", "Alignment, points", (24, 80), 10, 1.0),
+    )
+    for measure, title, questions, n_samples, scale in shown:
+        lines += ["", f"## {title}", "", "| questions | seeds | alone | of 24 | of 72 |", "|---|---|---|---|---|"]
+        for n_questions in questions:
+            for n_seeds in (1, 3, 5, 10, 20):
+                variance, df = planned_runs(measure, n_seeds)
+                runs = variance, df if n_seeds < 3 else n_seeds - 1
+                spread = planned_spread(measure, n_samples, 8)
+                cells = (
+                    minimum_detectable_effect(spread, n_questions, 0.05 / m, runs=runs).effect for m in (1, 24, 72)
+                )
+                told = " | ".join(f"{scale * (effect or 0.0):.1f}" for effect in cells)
+                lines.append(f"| {n_questions} | {n_seeds} | {told} |")
+    lines += [
+        "", "More questions help until the noise from run to run remains; then only seeds do. With three seeds the test over them",
+        "alone has 2 degrees of freedom, so among many contrasts it finds large changes only: five or more are worth their price.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(power_tables(), end="")
