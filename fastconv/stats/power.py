@@ -415,10 +415,9 @@ def power_tables() -> str:
                 variance, df = planned_runs(measure, n_seeds)
                 runs = variance, df if n_seeds < 3 else n_seeds - 1
                 spread = planned_spread(measure, n_samples, 8)
-                cells = (
-                    minimum_detectable_effect(spread, n_questions, 0.05 / m, runs=runs).effect for m in (1, 24, 72)
+                told = " | ".join(
+                    f"{scale * _with_seeds(spread, n_questions, n_seeds, runs, 0.05 / m):.1f}" for m in (1, 24, 72)
                 )
-                told = " | ".join(f"{scale * (effect or 0.0):.1f}" for effect in cells)
                 lines.append(f"| {n_questions} | {n_seeds} | {told} |")
     lines += [
         "", "More questions help until the noise from run to run remains; then only seeds do. With three seeds the test over them",

@@ -116,8 +116,8 @@ def _figures(interval: Interval, unit: Unit) -> str:
 def _why_generic(evidence: Evidence, *, significant: bool) -> str | None:
     """Why the change is generic: the canary moves with leakage too, as much as the assistant (within the margin) or more.
 
-    The canary's change is clear of zero and no smaller than the margin, the assistant's goes the same way, and the
-    difference is no transfer. Either the assistant's change is clear as well, or the canary's is clearly the larger.
+    The canary's change is clear of zero and no smaller than the margin, and the difference is no transfer. Either the assistant's change is clear as well, or the canary's is clearly the larger and the
+    assistant's not clearly the other way.
     """
     own, canary, toward = evidence.assistant, evidence.canary, evidence.direction
     estimates = [None if moved is None else moved.estimate for moved in (own, canary, evidence.contrast)]
@@ -127,9 +127,9 @@ def _why_generic(evidence: Evidence, *, significant: bool) -> str | None:
     margin = evidence.equivalence.margin
     both = _moves(own, toward) and ours >= margin
     clear = significant and difference < 0
-    if not (_moves(canary, toward) and its >= margin and 0 < ours <= its + margin):
+    if not (_moves(canary, toward) and its >= margin) or (significant and difference > 0):
         return None
-    if not (both or clear) or (significant and difference > 0):
+    if not (both and ours <= its + margin) and not (clear and not _moves(own, -toward)):
         return None
     return (
         f"the canary moved with leakage as much or more: {_figures(canary, evidence.unit)} against the assistant's "
