@@ -184,7 +184,9 @@ class ContrastBuilder:
         return subject.convergence != "source" or subject.source == ASSISTANT
 
     def shifts(self, plans: Sequence[CellPlan], negatives: str) -> list[Shift]:
-        """Changes against epoch 0 under assistant and canary, averaged over seeds, for one kind of negatives."""
+        """Changes against epoch 0, averaged over seeds, for one kind of negatives: the assistant's less the canary's, as in
+        the contrasts, and the canary's own.
+        """
         chosen = {subject_of(plan.cell) for plan in plans}
         result = []
         for subject, subject_plans in self.subjects.items():
@@ -195,15 +197,18 @@ class ContrastBuilder:
             quads = [quad for plan in subject_plans if (quad := self.trained(plan, part)) is not None]
             roles: tuple[Role, ...] = ("assistant", "canary")
             for role in roles:
-                pairs = [(q.now, q.base) if role == "assistant" else (q.canary_now, q.canary_base) for q in quads]
+                canaries = [(q.canary_now, q.canary_base) for q in quads]
+                pairs = [*((q.now, q.base) for q in quads), *canaries] if role == "assistant" else canaries
                 if not pairs:
                     continue
                 why = first_too_unscored(pairs) or ""
-                value = np.nan if why else float(np.mean([now.mean.value - base.mean.value for now, base in pairs]))
+                moved = [] if why else [now.mean.value - base.mean.value for now, base in pairs]
+                n, less = len(quads), role == "assistant"
+                value = np.nan if why else float(np.mean(moved[:n]) - (np.mean(moved[n:]) if less else 0.0))
                 unit = pairs[0][0].unit
                 rows = tuple(row for pair in pairs for series in pair for row in series.evidence_rows)
                 about = (subject.source, subject.behavior, subject.epoch, role)
-                result.append(Shift(*about, value, unit, self.gates.threshold(subject.behavior, unit), rows, why))
+                result.append(Shift(*about, value, unit, self.gates.threshold(subject.behavior, unit), rows, why, less))
         return result
 
     def secondary_contrasts(self) -> list[SecondaryContrast]:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from fastconv.analysis.contrasts import ContrastBuilder, ContrastSubject, subject_of
 from fastconv.analysis.scores import ScoreReader
-from fastconv.datasets.behaviors import NO_BEHAVIOR
+from fastconv.datasets.behaviors import NO_BEHAVIOR, declared_rows
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.engine.locate import base_name
 from fastconv.experiment.graph import Cell, CellPlan, Graph
@@ -81,6 +81,8 @@ def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[Gat
     verdicts = mark_ignored(base_gates(contrasts), ignored)
     g0 = {verdict.subject: verdict for verdict in verdicts}
     verdicts += mark_ignored(_convergence_gates(contrasts, plans), ignored)
+    words = primary_verdicts(contrasts)
+    subjects = {subject.label(contrasts.main(subject.behavior)): subject for subject in declared_contrasts(contrasts)}
     for source, behavior in dict.fromkeys(
         (p.cell.source, p.cell.behavior) for p in plans if p.cell.behavior != NO_BEHAVIOR
     ):
@@ -94,7 +96,10 @@ def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[Gat
             continue  # a degenerate control: its gates are reported, but it has no pilot gate
         controls = {_group(p.cell) for p in behavior_plans if contrasts.is_control(subject_of(p.cell))}
         declared = [verdict for verdict in behavior_verdicts if verdict.subject not in controls]
-        verdicts.append(gates.pilot(f"{source} x {behavior}", behavior, declared, declared=any(epochs)))
+        subject = f"{source} x {behavior}"
+        own = {v.label: v.kind for v in words if v.behavior == behavior and subjects[v.label].source == source}
+        verdicts.append(gates.pilot(subject, behavior, declared, own, declared=any(epochs)))
+    verdicts += mark_ignored(_killed(contrasts, plans), ignored)
     return [*verdicts, *mark_ignored(_study_gates(contrasts, plans), ignored)]
 
 
@@ -105,6 +110,7 @@ def gates_after(contrasts: ContrastBuilder, plan: CellPlan) -> list[GateVerdict]
         zero = contrasts.sibling(plan, epoch=0)
         pair = [cell_plan for cell_plan in (zero, plan) if cell_plan is not None]
         verdicts += _behavior_gates(contrasts, plan.cell.source, plan.cell.behavior, pair)
+        verdicts += _killed(contrasts, [plan])
         verdicts += _first_sources(contrasts, plan)
     return [verdict for verdict in verdicts if verdict.gate in get_args(StoppingGate)]
 
@@ -253,7 +259,7 @@ def _convergence_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) ->
 def _behavior_gates(
     contrasts: ContrastBuilder, source: str, behavior: str, plans: Sequence[CellPlan]
 ) -> list[GateVerdict]:
-    """STACK, G1, G3, G3.5, SOURCE, KILL and CHANGE of one source and behavior, for each group of cells of one kind."""
+    """STACK, G1, G3, G3.5, SOURCE, KEPT and CHANGE of one source and behavior, for each group of cells of one kind."""
     proofs: dict[str, Any] = {}
     for end in (stage for plan in plans for stage in plan.scores.values()):
         drawn = end.needs.get("eval", end)
@@ -300,7 +306,12 @@ def _group_gates(
     if base is not None and own:
         verdicts.append(gates.source_shows(rules, subject, direction, base, own[min(own)]))
         verdicts.append(gates.reverted(rules, subject, direction, base, own))
-    verdicts.append(gates.convergence_change(rules, behavior, subject, measured))
+    canaries = {
+        epoch: series
+        for epoch, plan in by_epoch.items()
+        if (series := contrasts.now(plan, part, contrasts.canary(plan.cell))) is not None
+    }
+    verdicts.append(gates.convergence_change(rules, behavior, subject, measured, canaries))
     return verdicts
 
 
@@ -310,7 +321,45 @@ def _rows_gate(contrasts: ContrastBuilder, subject: str, plan: CellPlan) -> Gate
     record = contrasts.reading.record(stage) if stage is not None else None
     if stage is None or record is None:
         return gates.data_ready(subject, 0, None, "", ())
-    return gates.data_ready(subject, len(stage.work["rows"]), int(record.outputs["n"]), stage.key, ())
+    recipe, n = contrasts.graph.recipe, int(record.outputs["n"])
+    declared = declared_rows(recipe, contrasts.graph.behaviors[plan.cell.behavior], plan.cell.negatives)
+    return gates.data_ready(subject, n if declared is None else declared, n, stage.key, ())
+
+
+def _killed(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:
+    """KILL of every source among these cells, over all behaviors that are trained into it on its snapshots.
+
+    A behavior that G0 rules out is never trained, so it is not waited for.
+    """
+    ruled_out = {gate.subject for gate in base_gates(contrasts) if gate.failed}
+    groups: dict[str, dict[str, dict[int, CellPlan]]] = {}
+    wanted_subjects = {_killed_subject(plan.cell) for plan in plans if plan.cell.behavior != NO_BEHAVIOR}
+    for plan in contrasts.graph.cells:
+        cell = plan.cell
+        if cell.behavior in (NO_BEHAVIOR, *ruled_out) or (subject := _killed_subject(cell)) not in wanted_subjects:
+            continue
+        groups.setdefault(subject, {}).setdefault(cell.behavior, {})[cell.epoch] = plan
+    return [
+        gates.killed(subject, {behavior: _kept(contrasts, by_epoch) for behavior, by_epoch in behaviors.items()})
+        for subject, behaviors in groups.items()
+    ]
+
+
+def _killed_subject(cell: Cell) -> str:
+    """What KILL is decided for: all behaviors trained into one source on one convergence."""
+    return f"{cell.source}, {cell.negatives}, converged on {cell.convergence}, seed {cell.seed}"
+
+
+def _kept(contrasts: ContrastBuilder, by_epoch: Mapping[int, CellPlan]) -> GateVerdict | None:
+    """KEPT of one behavior of a source over its cells; None while it is not measured at epoch 0 and one more."""
+    first = by_epoch[min(by_epoch)]
+    part, source = contrasts.main(first.cell.behavior), first.cell.source
+    base = contrasts.base(first, part, source)
+    own = {e: series for e, plan in by_epoch.items() if (series := contrasts.now(plan, part, source)) is not None}
+    if base is None or 0 not in own or len(own) < 2:
+        return None
+    direction = contrasts.graph.behaviors[part.measure].spec.direction
+    return gates.reverted(contrasts.gates, _group(first.cell), direction, base, own)
 
 
 def _study_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:

@@ -249,14 +249,14 @@ def check_detectable_effect(design: Design) -> Iterator[Finding]:
         questions = _n_questions(design, behavior)
         threshold = design.recipe.gates.threshold(name, behavior.spec.unit)
         samples = 1 if behavior.spec.measure == "letters" else design.recipe.eval.samples_per_prompt
-        planned = planned_power(behavior.spec.measure, threshold, questions or 0, samples)
+        planned = planned_power(behavior.spec.measure, threshold, questions or 0, samples, over_runs=False)
         if planned is not None and planned.change.too_large:
             unit = " points" if behavior.spec.unit == "points" else ""
             enough = planned.change.questions.number
             yield Finding(
                 "D111", "warn", name, (),
-                "the smallest change that this design would probably find is above the threshold that decides, so a "
-                "null result would say little",
+                "the smallest change that this design would probably find, even without noise from run to run, is above "
+                "the threshold that decides, so a null result would say little",
                 f"ask more questions ({'no number is' if enough is None else enough} enough; eval.prompts), raise the "
                 "threshold, or accept D111 with the reason",
                 f"about {planned.change.alone:.3g}{unit} with {questions} questions, threshold {threshold:.3g}{unit}",

@@ -204,8 +204,9 @@ def _power(recipe_plan: Plan) -> Iterator[str]:
         )
     if recipe_plan.power:
         yield "a contrast's terms are taken as independent, which is an assumption: what they share would shrink it"
+        yield "the noise from run to run is counted as declared for one seed (docs/POWER.md: what more seeds would find)"
     if any(power.change.too_large or power.declared.too_large for power in recipe_plan.power.values()):
-        yield "how many seeds would mend it is told after a run: the spread between seeds is not known before one"
+        yield "where no number of questions would do, seeds would: their number is told after a run, from the spread seen"
 
 
 def _reach(contrast: DetectableContrast, unit: str, family: str = "") -> str:

@@ -135,6 +135,14 @@ def build_rows(
     return rows
 
 
+def declared_rows(recipe: Recipe, behavior: Behavior, kind: str) -> int | None:
+    """Number of training rows that recipe and behavior declare; None for the user's finished rows, which declare none."""
+    if behavior.rows is not None:
+        return None
+    n_copies = {name: len(copies) for name, copies in behavior.spec.negatives.items()}
+    return recipe.behavior.source_rows * (1 + dict[str, int](n_copies).get(kind, 0))
+
+
 def eval_prompts(recipe: Recipe, behavior: Behavior, seed: int) -> list[tuple[str, str]]:
     """(id, user turn) of the held-out prompts that every probe is asked, drawn by `seeding` and sorted by id."""
     field = behavior.eval_field

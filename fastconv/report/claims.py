@@ -30,7 +30,7 @@ from fastconv.stats.units import Unit, change, counted, first_few, interval_text
 from fastconv.stats.verdicts import CellVerdict, count_by_kind
 
 #: Kinds of verdicts of declared contrasts, in the order in which sentences list them.
-KINDS = ("transfer", "reverse", "equivalent", "inconclusive", "uninformative", "withheld")
+KINDS = ("transfer", "reverse", "generic", "equivalent", "inconclusive", "uninformative", "withheld")
 #: Verdicts of pilot gates by precedence, each with the opening of the answer and the words for its subjects.
 PILOT_WORDS = {
     "go": ("GO", "go for"), "stop": ("STOP", "stop for"), "not applicable": ("OPEN", "not decided yet for"),
@@ -230,6 +230,13 @@ def _power(analysis: Analysis, behavior: str) -> QueryResult:
     return QueryResult(values, _together(verdicts), "" if detectable <= margin else "withheld")
 
 
+def _runs(analysis: Analysis, behavior: str) -> QueryResult:
+    """What stands for the noise from run to run in a behavior's intervals: the figure of its fewest seeds."""
+    verdicts = [verdict for verdict in analysis.verdicts if verdict.behavior == behavior and verdict.run_spread]
+    texts = list(dict.fromkeys(verdict.runs_text for verdict in verdicts))
+    return QueryResult({"behavior": behavior, "runs": first_few(texts, 2, "; ")}, _together(verdicts))
+
+
 def _sign_flips(analysis: Analysis, behavior: str) -> QueryResult:
     """The warning for a behavior whose fewest questions cannot reach the corrected level by sign flips."""
     verdicts = [verdict for verdict in analysis.verdicts if verdict.behavior == behavior and verdict.sign_flip_warning]
@@ -341,10 +348,11 @@ CLAIMS: Mapping[str, ClaimTemplate] = {
     "edited": ClaimTemplate("{gate}, {subject}: {now} under the edited thresholds, {before} under the first ones.", _edited),
     "edited_finding": ClaimTemplate("{label}: {now} under the edited thresholds, {before} under the first ones.", _edited_finding),
     "power": ClaimTemplate(
-        "{behavior}: the threshold is {margin}; with {n} questions and the spread seen, a change of {seen} would be found "
+        "{behavior}: the threshold is {margin}; with {n} questions, the spread seen and the noise from run to run, a change of {seen} would be found "
         "four times out of five ({family} at the first step of the correction over {m} contrasts), {mend}.",
         _power,
     ),
+    "runs": ClaimTemplate("Noise from run to run in the intervals of {behavior}: {runs}.", _runs),
     "sign_flips": ClaimTemplate("The sign-flip check is weak for {behavior}: {why}.", _sign_flips),
     "correlation": ClaimTemplate(
         "Over {n} sources, the rank correlation of {behavior} transfer with {correlate} is {figures}.",

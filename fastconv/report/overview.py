@@ -13,11 +13,12 @@ from fastconv.stats.verdicts import CellVerdict
 #: More pilot gates than this are shown in a table.
 OPEN_PILOTS = 4
 _COLUMNS = (
-    "contrast", "verdict", "change", "interval", "over seeds", "p", "p by sign flips", "threshold", "confidence", "why",
+    "contrast", "verdict", "change", "assistant", "canary", "mimicry", "interval", "over questions, this run", "over seeds", "p", "p by sign flips", "threshold", "confidence", "why",
 )  # fmt: skip
 _LETTERS = {
     "transfer": "T",
     "reverse": "R",
+    "generic": "G",
     "equivalent": "=",
     "inconclusive": "?",
     "uninformative": "u",
@@ -78,19 +79,27 @@ def findings(analysis: Analysis) -> Section | None:
         blocks.append(
             Note(
                 "Colour and sign: the change in the direction of leakage, in thresholds (orange) or against it (purple). "
-                "T transfer, R reverse, = equivalent, ? inconclusive, u uninformative, w withheld; a dash was not measured."
+                "T transfer, R reverse, G generic (the canary moves as much), = equivalent, ? inconclusive, u uninformative, w withheld; a dash was not measured."
             )
         )
     # Not in a caption: without findings the only table is folded away, and its caption with it.
     weak_sign_flips = dict.fromkeys(verdict.behavior for verdict in analysis.verdicts if verdict.sign_flip_warning)
     blocks += [ask(analysis, "sign_flips", behavior=behavior) for behavior in weak_sign_flips]
+    blocks += _run_noise(analysis)
     blocks += _tables(analysis, verdicts)
     return Section(
         "findings", "Findings", tuple(blocks),
         "Each contrast is the assistant's change against epoch zero, paired by question, minus the canary's, minus the same "
-        "without a behavior adapter where that control was run. Intervals are t intervals over questions at the usual level; "
+        "without a behavior adapter where that control was run; what each of them did by itself stands beside it. Intervals hold "
+        "the noise from run to run beside that over questions: the spread of the seeds from three on, else a declared one. "
         "p-values are corrected over all declared contrasts (Holm).",
     )  # fmt: skip
+
+
+def _run_noise(analysis: Analysis) -> list[Block]:
+    """What stands for the noise from run to run, one line for each behavior."""
+    behaviors = dict.fromkeys(verdict.behavior for verdict in analysis.verdicts if verdict.run_spread is not None)
+    return [ask(analysis, "runs", behavior=behavior) for behavior in behaviors]
 
 
 def _matrix(analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | None]) -> Figure:
@@ -162,14 +171,22 @@ def _row(
 ) -> tuple[TableCell, ...]:
     label = subject.label(analysis.found.main(subject.behavior))
     if verdict is None:
-        return (TableCell(label), TableCell("not run", word="absent"), *[TableCell("")] * (8 if seeded else 7))
+        return (TableCell(label), TableCell("not run", word="absent"), *[TableCell("")] * (12 if seeded else 11))
     has_estimate = verdict.estimate is not None
     rows = verdict.rows if has_estimate else ()
     estimate = signed(scale(verdict.unit) * (verdict.estimate or 0.0)) if has_estimate else ""
     over = verdict.over_seeds
     over_seeds = _range(over.low, over.high, verdict.unit) if over is not None else ""
+    own = verdict.over_questions
+    moved = tuple(
+        TableCell(signed(scale(verdict.unit) * one.estimate), rows)
+        if one is not None and one.estimate is not None
+        else TableCell("")
+        for one in (verdict.assistant, verdict.canary, verdict.mimicry)
+    )
     return (
-        TableCell(label), TableCell(verdict.kind, word=verdict.kind), TableCell(estimate, rows), TableCell(_range(verdict.low, verdict.high, verdict.unit), rows),
+        TableCell(label), TableCell(verdict.kind, word=verdict.kind), TableCell(estimate, rows), *moved,
+        TableCell(_range(verdict.low, verdict.high, verdict.unit), rows), TableCell(_range(own.low, own.high, verdict.unit) if own else "", rows if own else ()),
         *((TableCell(over_seeds, rows),) if seeded else ()),
         TableCell(p_value(verdict.p_corrected), rows), TableCell(p_value(verdict.p_sign_flip), rows),
         TableCell(size_text(verdict.margin, verdict.unit) if verdict.margin else ""), TableCell(verdict.confidence.level),

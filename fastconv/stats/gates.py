@@ -1,4 +1,4 @@
-"""Pre-registered go/no-go gates G0 to G3.5, STACK, SOURCE, CHANGE, KILL and PILOT, and the loss rules of training.
+"""Pre-registered go/no-go gates G0 to G3.5, STACK, SOURCE, CHANGE, KEPT, KILL and PILOT, and the loss rules of training.
 
 Each verdict names its threshold, its numbers and the ids of the rows behind them. A gate decides whether the run goes
 on to spend more compute; what counts as a finding is decided in `stats.verdicts`.
@@ -6,15 +6,27 @@ on to spend more compute; what counts as a finding is decided in `stats.verdicts
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fastconv.recipe import GateSettings
 from fastconv.stats.bounds import above_chance
-from fastconv.stats.secondary import change_contrast
-from fastconv.stats.series import Number, Series, first_too_unscored, too_unscored
-from fastconv.stats.units import Unit, and_more, change, interval_text, scale_maximum, signed, size_text
+from fastconv.stats.inference import over_runs
+from fastconv.stats.power import declared_spread, run_variance
+from fastconv.stats.secondary import canary_contrast, change_contrast
+from fastconv.stats.series import Number, Quad, Series, first_too_unscored, too_unscored
+from fastconv.stats.units import (
+    Unit,
+    and_more,
+    change,
+    first_few,
+    interval_text,
+    scale_maximum,
+    signed,
+    size_text,
+)  # fmt: skip
 
 Outcome = Literal["pass", "fail", "not applicable"]
 SourceWord = Literal["shown", "not shown", "there before"]
@@ -180,26 +192,46 @@ def source_shows(gates: GateSettings, subject: str, direction: str, base: Series
     return GateVerdict("SOURCE", subject, outcomes[word], reason, threshold, numbers, rows)
 
 
-def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoch: Mapping[int, Series]) -> GateVerdict:
-    """CHANGE: whether the assistant's measure differs from epoch 0 by the threshold, clear of zero at 95 %."""
+def convergence_change(
+    gates: GateSettings,
+    behavior: str,
+    subject: str,
+    by_epoch: Mapping[int, Series],
+    canary: Mapping[int, Series] | None = None,
+) -> GateVerdict:
+    """CHANGE: whether the assistant's change against epoch 0, less the canary's, reaches the threshold, clear of zero.
+
+    The 95 % interval holds the declared noise from run to run. `canary` is the canary's series by epoch; where epochs
+    lack it the canary is not taken off, and rule and reason say so.
+    """
     unit = next((series.unit for series in by_epoch.values()), "share")
     margin = gates.threshold(behavior, unit)
-    threshold = f"at least {size_text(margin, unit)} against epoch 0, 95 % interval clear of zero"
     epochs = sorted(epoch for epoch in by_epoch if epoch)
+    canary = canary if canary is not None and {0, *epochs} <= set(canary) else None
+    less = "the canary's change taken off" if canary is not None else "the canary's change not taken off: not measured"
+    threshold = f"at least {size_text(margin, unit)} against epoch 0 ({less}), 95 % interval clear of zero"
     if 0 not in by_epoch or not epochs:
         return GateVerdict("CHANGE", subject, "not applicable", "needs epoch 0 and one more", threshold)
-    if why := first_too_unscored((by_epoch[epoch], by_epoch[0]) for epoch in epochs):
-        return undecidable("CHANGE", subject, why, threshold, [by_epoch[epoch] for epoch in (0, *epochs)])
+    read = [by_epoch, canary] if canary is not None else [by_epoch]
+    if why := first_too_unscored((probe[epoch], probe[0]) for probe in read for epoch in epochs):
+        return undecidable(
+            "CHANGE", subject, why, threshold, [probe[epoch] for probe in read for epoch in (0, *epochs)]
+        )
+    spread = declared_spread(behavior, unit)
     best: tuple[bool, float, str] | None = None
     for epoch in epochs:
         interval = change_contrast(subject, "change", by_epoch[epoch], by_epoch[0]).interval
+        if canary is not None:
+            quad = Quad(by_epoch[epoch], by_epoch[0], canary[epoch], canary[0])
+            interval = canary_contrast(subject, "change", quad).interval
+        interval = over_runs(interval, (run_variance(spread), spread.df))
         if interval.estimate is None:
             continue
         clear = interval.low is not None and interval.high is not None and (interval.low > 0 or interval.high < 0)
         text = f"epoch {epoch}: {change(interval.estimate, unit)} {interval_text(interval.low, interval.high, unit)}".rstrip()
         candidate = (clear and abs(interval.estimate) >= margin - 1e-12, abs(interval.estimate), text)
         best = candidate if best is None else max(best, candidate)
-    rows = tuple(row for epoch in (0, *epochs) for row in by_epoch[epoch].rows)
+    rows = tuple(row for probe in read for epoch in (0, *epochs) for row in probe[epoch].rows)
     if best is None:
         return GateVerdict("CHANGE", subject, "fail", "no epoch can be compared", threshold, rows=rows)
     numbers = tuple(by_epoch[epoch].mean for epoch in (0, *epochs))
@@ -208,13 +240,24 @@ def convergence_change(gates: GateSettings, behavior: str, subject: str, by_epoc
     )
 
 
-def pilot(subject: str, behavior: str, verdicts: Sequence[GateVerdict], *, declared: bool = True) -> GateVerdict:
+def pilot(
+    subject: str,
+    behavior: str,
+    verdicts: Sequence[GateVerdict],
+    words: Mapping[str, str] | None = None,
+    *,
+    declared: bool = True,
+) -> GateVerdict:
     """PILOT: go if STACK passes, G3 does not fail, and the measure changes for either kind of negatives.
 
-    `declared` is False where the grid has no epoch besides 0: then there is no contrast, and nothing to decide.
+    A change is not yet leakage, so a go says whether any contrast beyond canary and mimicry is behind it: `words` holds
+    the words of the subject's declared contrasts by label; None where they are not known. `declared` is False where the
+    grid has no epoch besides 0: then there is no contrast, and nothing to decide.
     """
     rule = "STACK passes, G3 does not fail, SOURCE does not fail and CHANGE passes for either kind of negatives"
     word, why = _pilot_word(subject, behavior, verdicts) if declared else ("no contrast", NO_CONTRAST)
+    if word == "go" and words is not None:
+        why += f"; {_behind(words)}"
     return GateVerdict("PILOT", subject, word, why, rule, rows=_rows(verdicts))
 
 
@@ -223,7 +266,7 @@ def _pilot_word(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) ->
     if any(v.gate == "G0" and v.verdict == "fail" for v in verdicts):
         return "uninformative", f"{behavior} is not measurable on this base"
     # KILL counts too: a decided one would have ended the run before its pilot gate.
-    unread = [v for v in verdicts if v.unread and v.gate in ("G0", "G3", "SOURCE", "CHANGE", "KILL")]
+    unread = [v for v in verdicts if v.unread and v.gate in ("G0", "G3", "SOURCE", "CHANGE", "KEPT", "KILL")]
     if not unread and not any(v.gate == "CHANGE" and v.verdict != "not applicable" for v in verdicts):
         # "Not measured" must not become "no effect": a change needs two epochs of one cell.
         return "not applicable", f"{behavior} was not measured at epoch 0 and one more epoch yet"
@@ -249,6 +292,15 @@ def _pilot_word(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) ->
         strongest = max(changed, key=_furthest)
         reason = f"{len(changed)} of {len(shown)} groups change; {_short(strongest.subject, subject)} most: {strongest.reason}"
     return "go", reason
+
+
+def _behind(words: Mapping[str, str]) -> str:
+    """Which contrasts beyond canary and mimicry stand behind a go."""
+    behind = [label for label, word in words.items() if word == "transfer"]
+    if behind:
+        return f"behind it, beyond canary and mimicry: {first_few(behind, MOST_LISTED)}"
+    told = ", ".join(f"{many} {word}" for word, many in Counter(words.values()).items())
+    return f"no contrast beyond canary and mimicry is behind it ({told or 'none measured'})"
 
 
 def _furthest(change: GateVerdict) -> float:
@@ -280,11 +332,12 @@ class Loss:
 
 
 def data_ready(subject: str, n_expected: int, n_rows: int | None, stage: str, refusals: tuple[str, ...]) -> GateVerdict:
-    """G1: the training set has the number of rows that the protocol requires, and the audit refuses nothing.
+    """G1: the training set has the number of rows that the recipe declares, and the audit refuses nothing.
 
-    `n_rows` is None while the set is not built; `refusals` are audit codes.
+    `n_expected` is `datasets.behaviors.declared_rows`, `n_rows` what was trained on, None while the set is not built;
+    `refusals` are audit codes.
     """
-    rule = "the protocol's number of rows, and no refusal of the audit"
+    rule = "the number of rows that the recipe declares, and no refusal of the audit"
     if refusals:
         return GateVerdict("G1", subject, "fail", f"the audit refuses it: {', '.join(refusals)}", rule)
     if n_rows is None:
@@ -323,26 +376,25 @@ def _loss_limit(gates: GateSettings, model: str) -> float | None:
 
 
 def same_loss(gates: GateSettings, subject: str, by_epoch: Mapping[int, Loss]) -> GateVerdict:
-    """G3.5: the behavior's training loss on every snapshot lies near that of the epoch-0 cell."""
-    rule = (
-        f"training loss within {100 * gates.g35_tolerance:g} % of the epoch-0 cell's, or both under "
-        f"{gates.g35_floor_nats:g} nats"
-    )
+    """G3.5: the behavior's training loss on no snapshot lies clearly above that of the epoch-0 cell.
+
+    A lower loss is no sign that the behavior was learned less, so it stops nothing.
+    """
+    rule = f"training loss at most {100 * gates.g35_tolerance:g} % or {gates.g35_floor_nats:g} nats above the epoch-0 cell's"
     later = sorted(epoch for epoch in by_epoch if epoch)
     if 0 not in by_epoch or not later:
         return GateVerdict("G3.5", subject, "not applicable", "needs epoch 0 and one more", rule)
     zero = by_epoch[0].value
 
     def off(epoch: int) -> float:
-        return abs(by_epoch[epoch].value - zero) / zero if zero else float("inf")
+        return by_epoch[epoch].value - zero
 
-    def alike(epoch: int) -> bool:
-        return off(epoch) <= gates.g35_tolerance + 1e-12 or max(by_epoch[epoch].value, zero) < gates.g35_floor_nats
-
-    worst = max(later, key=lambda epoch: (not alike(epoch), off(epoch)))
-    verdict = "pass" if alike(worst) else "fail"
+    worst = max(later, key=off)
+    verdict = "pass" if off(worst) <= max(gates.g35_tolerance * zero, gates.g35_floor_nats) + 1e-12 else "fail"
     numbers = tuple(by_epoch[epoch].number for epoch in (0, *later))
-    reason = f"{zero:.3g} at epoch 0; furthest {by_epoch[worst].value:.3g} at epoch {worst} ({100 * off(worst):.0f} %)"
+    reason = (
+        f"{zero:.3g} at epoch 0; highest later {by_epoch[worst].value:.3g} at epoch {worst} ({off(worst):+.3g} nats)"
+    )
     rows = tuple(row for number in numbers for row in number.rows)
     return GateVerdict("G3.5", subject, verdict, reason, rule, numbers, rows)
 
@@ -350,17 +402,17 @@ def same_loss(gates: GateSettings, subject: str, by_epoch: Mapping[int, Loss]) -
 def reverted(
     gates: GateSettings, subject: str, direction: str, base: Series, by_epoch: Mapping[int, Series]
 ) -> GateVerdict:
-    """KILL: whether the source's own behavior falls back to the base level when trained on a later snapshot.
+    """KEPT: whether the source's own behavior falls back to the base level when trained on a later snapshot.
 
     `by_epoch` is the source's measure after training the behavior. Not applicable where epoch 0 does not show it.
     """
     rule = f"at least {100 * gates.kill_remaining:g} % of the source's epoch-0 change is left on every snapshot"
     later = sorted(epoch for epoch in by_epoch if epoch)
     if 0 not in by_epoch or not later:
-        return GateVerdict("KILL", subject, "not applicable", "needs the source at epoch 0 and one more", rule)
+        return GateVerdict("KEPT", subject, "not applicable", "needs the source at epoch 0 and one more", rule)
     pairs = [(by_epoch[epoch], reference) for epoch in (0, *later) for reference in (base, by_epoch[0])]
     if why := first_too_unscored(pairs):
-        return undecidable("KILL", subject, why, rule, [base, *(by_epoch[epoch] for epoch in (0, *later))])
+        return undecidable("KEPT", subject, why, rule, [base, *(by_epoch[epoch] for epoch in (0, *later))])
     sign = 1 if direction == "raises" else -1
     moved = {epoch: sign * (series.mean.value - base.mean.value) for epoch, series in by_epoch.items()}
     rows = tuple(row for series in (base, *(by_epoch[epoch] for epoch in (0, *later))) for row in series.rows)
@@ -368,7 +420,7 @@ def reverted(
     if word != "shown":
         why = "was there before training" if word == "there before" else "does not show the behavior at epoch 0"
         why = f"the source {why}, so nothing that was trained can be lost"
-        return GateVerdict("KILL", subject, "not applicable", why, rule, rows=rows)
+        return GateVerdict("KEPT", subject, "not applicable", why, rule, rows=rows)
     worst = min(later, key=lambda epoch: moved[epoch])
     left = moved[worst] / moved[0]
     verdict = "pass" if left >= gates.kill_remaining else "fail"
@@ -377,4 +429,29 @@ def reverted(
         f"{change(sign * moved[worst], base.unit)} at epoch {worst}: {100 * left:.0f} % is left"
     )
     numbers = (base.mean, by_epoch[0].mean, by_epoch[worst].mean)
-    return GateVerdict("KILL", subject, verdict, reason, rule, numbers, rows)
+    return GateVerdict("KEPT", subject, verdict, reason, rule, numbers, rows)
+
+
+def killed(subject: str, kept: Mapping[str, GateVerdict | None]) -> GateVerdict:
+    """KILL: all behaviors that were trained into a source revert on its snapshots, so stacking itself is at fault.
+
+    `kept` holds the KEPT verdict of each trained behavior of the source, None where it is not measured yet. One behavior
+    that reverts is a result; nothing is decided before all are measured, unless one was kept.
+    """
+    rule = "at least one of the source's trained behaviors is kept on every snapshot"
+    known = {behavior: verdict for behavior, verdict in kept.items() if verdict is not None}
+    rows = _rows(tuple(known.values()))
+    told = "; ".join(f"{behavior}: {verdict.reason}" for behavior, verdict in known.items())
+    held = [behavior for behavior, verdict in known.items() if verdict.verdict == "pass"]
+    if held:
+        lost = [behavior for behavior, verdict in known.items() if verdict.failed]
+        reason = f"{', '.join(held)} kept" + (f", {', '.join(lost)} reverted" if lost else "")
+        return GateVerdict("KILL", subject, "pass", reason, rule, rows=rows)
+    waiting = [behavior for behavior, verdict in kept.items() if verdict is None]
+    unread = next((verdict for verdict in known.values() if verdict.unread), None)
+    if waiting or unread is not None or not any(verdict.failed for verdict in known.values()):
+        why = f"not measured yet: {', '.join(waiting)}" if waiting else unread.reason if unread else told
+        return GateVerdict(
+            "KILL", subject, "not applicable", why, rule, rows=rows, unread=unread is not None and not waiting
+        )
+    return GateVerdict("KILL", subject, "fail", f"every trained behavior reverts: {told}", rule, rows=rows)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+from fastconv.stats.power import satterthwaite
 from fastconv.stats.units import counted
 
 Floats = NDArray[np.float64]
@@ -33,7 +34,7 @@ class Interval:
     low: float | None
     high: float | None
     se: float | None
-    df: int | None
+    df: float | None
     n_clusters: int
     p_two_sided: float | None
     level: float
@@ -200,6 +201,47 @@ def tost(x: ArrayLike, margin: float, alpha: float = 0.05) -> Equivalence:
         return Equivalence(None, None, None, None, margin, alpha, interval, interval.reason)
     p_lower = float(special.stdtr(interval.df, -(interval.estimate + margin) / interval.se))
     p_upper = float(special.stdtr(interval.df, (interval.estimate - margin) / interval.se))
+    p = max(p_lower, p_upper)
+    return Equivalence(p < alpha, p, p_lower, p_upper, margin, alpha, interval)
+
+
+def over_runs(interval: Interval, runs: tuple[float, float]) -> Interval:
+    """The interval with the variance from run to run (variance of the estimate, its df) beside that over questions.
+
+    se^2 = se_questions^2 + variance, Student's t with the degrees of freedom of the sum (`power.satterthwaite`). What has
+    no interval over questions gets none: a spread of zero over questions is not known to be zero.
+    """
+    if interval.estimate is None or interval.df is None or not interval.se:
+        return interval
+    se, df = satterthwaite((interval.se**2, interval.df), runs)
+    half = float(special.stdtrit(df, 0.5 + interval.level / 2)) * se
+    p = 2.0 * float(special.stdtr(df, -abs(interval.estimate) / se))
+    return replace(interval, low=interval.estimate - half, high=interval.estimate + half, se=se, df=df, p_two_sided=p)
+
+
+def equivalence(
+    x: ArrayLike, margin: float, n_silent: int, maximum: float, runs: tuple[float, float] = (0.0, math.inf), alpha: float = 0.05
+) -> Equivalence:  # fmt: skip
+    """Two one-sided tests that the mean of float[C] lies within +-margin, which hold near the ends of the scale too.
+
+    A question whose samples all lie at one end (`n_silent` of them) shows no spread, whatever its true rate: near a floor
+    the t test therefore calls most rates small. As a score test does, each such question is given the variance that it
+    would have if the margin were true: m (1 - m) with m = margin / `maximum` of the scale, the largest that a mean of
+    values in 0..1 can have (Wilson 1927, JASA 22:209; for non-inferiority Farrington and Manning 1990, Statistics in
+    Medicine 9:1447). `runs` is the variance from run to run and its degrees of freedom.
+    """
+    over_questions = tost(x, margin, alpha).interval
+    estimate, df = over_questions.estimate, over_questions.df
+    if estimate is None or df is None or over_questions.se is None:
+        return Equivalence(None, None, None, None, margin, alpha, over_questions, over_questions.reason)
+    m, n = min(1.0, margin / maximum), over_questions.n_clusters
+    at_margin = n_silent / n * m * (1 - m) / n * maximum**2
+    se, df = satterthwaite((over_questions.se**2 + at_margin, df), runs)
+    if se == 0:
+        return Equivalence(None, None, None, None, margin, alpha, over_questions, over_questions.reason)
+    p_lower, p_upper = (float(special.stdtr(df, side / se)) for side in (-(estimate + margin), estimate - margin))
+    half = float(special.stdtrit(df, 1 - alpha)) * se
+    interval = replace(over_questions, low=estimate - half, high=estimate + half, se=se, df=df)
     p = max(p_lower, p_upper)
     return Equivalence(p < alpha, p, p_lower, p_upper, margin, alpha, interval)
 

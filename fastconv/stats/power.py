@@ -13,9 +13,72 @@ from dataclasses import dataclass
 from typing import Literal
 
 Measure = Literal["letters", "phrases", "judge"]
+#: More samples of a question than this are no plan.
+MOST_SAMPLES = 1_000_000
+#: No variance from run to run.
+NO_RUNS = (0.0, math.inf)
 #: Assumed spread between questions of a paired change, before there are data: accuracy where 15 % of the questions
 #: flip; a rate near 0.1 with half of its variance between questions, half of that removed by pairing; judge points.
 FLIP_SHARE, PLANNED_RATE, PLANNED_ICC, PLANNED_PAIRING, POINTS_SD = 0.15, 0.10, 0.5, 0.5, 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpread:
+    """How far the mean of one trained cell lies from run to run: a standard deviation in the measure's unit.
+
+    `df`: degrees of freedom that the figure carries. `origin` says where it is from; `assumed` that nobody measured it.
+    """
+
+    sd: float
+    df: float
+    origin: str
+    assumed: bool = False
+
+
+#: Share of a cell's run-to-run variance that its canary shares (assumed), so that the difference is free of it.
+SHARED_WITH_CANARY = 0.5
+#: Two trained cells stand in a change against epoch 0: the behavior adapter on the snapshot and the one at epoch 0.
+TRAINED_CELLS = 2
+#: Before there are replicates. Five cells that were trained again spread by 3.1 points of alignment (published, #112):
+#: 4 degrees of freedom. For accuracy and rates nobody repeated a cell. A figure believed to a quarter of itself counts
+#: as (1/4)^-2 / 2 = 8 degrees of freedom (JCGM 100:2008, Guide to the Expression of Uncertainty in Measurement, G.4.2).
+_PUBLISHED = RunSpread(3.1, 4.0, "published, five replicate cells")
+_LETTERS, _RATES = (RunSpread(sd, 8.0, "assumed, no replicates", assumed=True) for sd in (0.01, 0.02))
+
+
+def declared_spread(behavior: str, unit: str) -> RunSpread:
+    """The run-to-run spread that holds for a measure until seeds or replicates give one."""
+    return _PUBLISHED if unit == "points" else _LETTERS if behavior == "capability" else _RATES
+
+
+def run_variance(spread: RunSpread, n_seeds: int = 1) -> float:
+    """Run-to-run variance of the assistant's change less the canary's, averaged over seeds, in the squared unit.
+
+    2 sd^2 x 2 (1 - rho) / n: each of the two trained cells (`TRAINED_CELLS`) brings the variance of a difference of two
+    means of equal variance with correlation rho = `SHARED_WITH_CANARY`. Mimicry adds none: its snapshot is the one under
+    the behavior adapter, so what is particular to that training cancels, and the base is not trained. A change of one
+    persona alone has 2 sd^2 / n, which is the same at rho = 1/2.
+    """
+    return TRAINED_CELLS * spread.sd**2 * 2 * (1 - SHARED_WITH_CANARY) / n_seeds
+
+
+def unshared_variance(spread: RunSpread, n_seeds: int = 1) -> float:
+    """`run_variance` without the canary's own part, 2 sd^2 (1 - rho) / n: what equivalence is tested against.
+
+    With the canary's part 5 pp could be shown of no rate with one seed (1.645 x 2.83 pp is nearly that), so the word
+    would not exist. It therefore assumes that what the canary does not share with the assistant does not move the canary.
+    """
+    return TRAINED_CELLS * spread.sd**2 * (1 - SHARED_WITH_CANARY) / n_seeds
+
+
+def satterthwaite(*parts: tuple[float, float]) -> tuple[float, float]:
+    """Standard error and degrees of freedom of a sum of independent variances, each with its own degrees of freedom.
+
+    Source: Satterthwaite 1946, Biometrics Bulletin 2:110. A part without variance counts nothing.
+    """
+    total = sum(variance for variance, _ in parts)
+    weight = sum(variance**2 / df for variance, df in parts if variance)
+    return math.sqrt(total), total**2 / weight if weight else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,40 +155,49 @@ def planned_spread(measure: Measure, n_samples: int, n_terms: int = 2) -> float:
     return rate_contrast_sd(PLANNED_RATE, n_samples, PLANNED_ICC, n_terms, PLANNED_PAIRING)
 
 
+def planned_runs(measure: Measure, n_seeds: int = 1) -> tuple[float, float]:
+    """Variance from run to run and its degrees of freedom that a design counts on: as declared for the measure."""
+    spread = declared_spread("capability" if measure == "letters" else "", "points" if measure == "judge" else "share")
+    return run_variance(spread, n_seeds), spread.df
+
+
 def planned_power(
     measure: Measure, threshold: float, n_questions: int, n_samples: int, n_contrasts: int = 1, n_terms: int = 2,
-    *, primary: bool = True,
+    *, primary: bool = True, over_runs: bool = True,
 ) -> DesignPower | None:  # fmt: skip
     """The minimum detectable effects of a design beside its threshold; None for fewer than two questions.
+
+    With one seed and the declared noise from run to run; without `over_runs` over questions alone, for this run.
 
     `n_terms` of the declared contrast: 2 for a paired change, 4 against the canary, 8 when mimicry is subtracted too.
     """
     if n_questions < 2:
         return None
-    change, declared = (_reach(measure, threshold, n_questions, n_samples, terms) for terms in (2, n_terms))
+    runs = planned_runs(measure) if over_runs else NO_RUNS
+    change, declared = (_reach(measure, threshold, n_questions, n_samples, terms, runs) for terms in (2, n_terms))
     spread = planned_spread(measure, n_samples, n_terms)
-    family = minimum_detectable_effect(spread, n_questions, 0.05 / max(1, n_contrasts)).effect
+    family = minimum_detectable_effect(spread, n_questions, 0.05 / max(1, n_contrasts), runs=runs).effect
     if change is None or declared is None or family is None:
         return None
     return DesignPower(threshold, n_questions, n_samples, n_contrasts, change, declared, family, primary)
 
 
 def _reach(
-    measure: Measure, threshold: float, n_questions: int, n_samples: int, n_terms: int
+    measure: Measure, threshold: float, n_questions: int, n_samples: int, n_terms: int, runs: tuple[float, float]
 ) -> DetectableContrast | None:
     spread = planned_spread(measure, n_samples, n_terms)
-    alone = minimum_detectable_effect(spread, n_questions).effect
+    alone = minimum_detectable_effect(spread, n_questions, runs=runs).effect
     if alone is None:
         return None
     if measure == "phrases":
         variance = n_terms * PLANNED_RATE * (1 - PLANNED_RATE)
         own, drawn = variance * PLANNED_ICC * (1 - PLANNED_PAIRING), variance * (1 - PLANNED_ICC)
-        samples = samples_needed(threshold, math.sqrt(own), math.sqrt(drawn), n_questions)
+        samples = samples_needed(threshold, math.sqrt(own), math.sqrt(drawn), n_questions, runs=runs)
     else:
         samples = SampleSizeNeeded(
             None, "samples", threshold, "the spread is between questions; samples do not shrink it"
         )
-    return DetectableContrast(n_terms, threshold, alone, clusters_needed(threshold, spread), samples)
+    return DetectableContrast(n_terms, threshold, alone, clusters_needed(threshold, spread, runs=runs), samples)
 
 
 def remedy_text(needed: Sequence[SampleSizeNeeded]) -> str:
@@ -137,21 +209,26 @@ def remedy_text(needed: Sequence[SampleSizeNeeded]) -> str:
 
 
 def minimum_detectable_effect(
-    sd_between: float | None, n_clusters: int, alpha: float = 0.05, power: float = 0.8
+    sd_between: float | None,
+    n_clusters: int,
+    alpha: float = 0.05,
+    power: float = 0.8,
+    runs: tuple[float, float] = NO_RUNS,
 ) -> Detectable:
     """Smallest change that a two-sided paired t test over `n_clusters` questions detects with the given power.
 
     delta(alpha, power, C - 1) * sd / sqrt(C), where delta is the noncentrality of Student's t (Cohen, Statistical Power
     Analysis, 1988, chapter 2). `sd_between`: standard deviation between questions of the contrast itself, in its unit.
-    For the first step of Holm over m contrasts pass alpha / m.
+    For the first step of Holm over m contrasts pass alpha / m. `runs`: variance from run to run and its degrees of
+    freedom, which joins that of the mean over questions (`satterthwaite`).
     """
     _check_open_unit(alpha=alpha, power=power)
     _check_clusters(n_clusters)
     reason = _unusable_spread(sd_between)
     if reason is not None or sd_between is None:
         return Detectable(None, sd_between, n_clusters, alpha, power, reason)
-    effect = _noncentrality(n_clusters - 1, alpha, power) * sd_between / math.sqrt(n_clusters)
-    return Detectable(effect, sd_between, n_clusters, alpha, power)
+    se, df = satterthwaite((sd_between**2 / n_clusters, n_clusters - 1), runs)
+    return Detectable(_noncentrality(df, alpha, power) * se, sd_between, n_clusters, alpha, power)
 
 
 def rate_contrast_sd(rate: float, n_samples: int, icc: float, n_terms: int = 2, pairing: float = 0.0) -> float:
@@ -168,10 +245,14 @@ def rate_contrast_sd(rate: float, n_samples: int, icc: float, n_terms: int = 2, 
 
 
 def clusters_needed(
-    effect: float, sd_between: float | None, alpha: float = 0.05, power: float = 0.8, limit: int = 1_000_000
-) -> SampleSizeNeeded:
-    """Fewest questions whose minimum detectable effect is at most `effect`; None above `limit`."""
-    return _fewest(effect, sd_between, alpha, power, limit, "questions")
+    effect: float, sd_between: float | None, alpha: float = 0.05, power: float = 0.8, limit: int = 1_000_000,
+    runs: tuple[float, float] = NO_RUNS,
+) -> SampleSizeNeeded:  # fmt: skip
+    """Fewest questions whose minimum detectable effect is at most `effect`; None above `limit`.
+
+    With a variance from run to run (`runs`) no number of questions may do, and the reason says so.
+    """
+    return _fewest(effect, sd_between, alpha, power, limit, "questions", runs)
 
 
 def seeds_needed(
@@ -188,6 +269,7 @@ def samples_needed(
     n_clusters: int,
     alpha: float = 0.05,
     power: float = 0.8,
+    runs: tuple[float, float] = NO_RUNS,
 ) -> SampleSizeNeeded:
     """Fewest samples per question that bring the minimum detectable effect down to `effect`.
 
@@ -202,14 +284,19 @@ def samples_needed(
         return SampleSizeNeeded(None, "samples", effect, "the spread is not known, so no number can be given")
     if sd_question < 0 or sd_sample < 0:
         raise ValueError(f"a spread cannot be negative, not {sd_question} and {sd_sample}")
-    tolerated = effect * math.sqrt(n_clusters) / _noncentrality(n_clusters - 1, alpha, power)
-    spare = tolerated**2 - sd_question**2
-    if sd_sample == 0 and spare >= 0:
+
+    def shows(n: int) -> bool:
+        spread = math.sqrt(sd_question**2 + (0.0 if n == 0 else sd_sample**2 / n))
+        se, df = satterthwaite((spread**2 / n_clusters, n_clusters - 1), runs)
+        return se == 0 or _noncentrality(df, alpha, power) * se <= effect
+
+    if sd_sample == 0 and shows(0):
         return SampleSizeNeeded(1, "samples", effect, "one sample per question is enough")
-    if spare <= 0:
-        reason = f"the spread between {n_clusters} questions alone hides {effect:.4g}; add questions"
+    if not shows(MOST_SAMPLES):
+        what = "runs and " if runs[0] else ""
+        reason = f"the spread between {what}{n_clusters} questions alone hides {effect:.4g}; add {'seeds' if runs[0] else 'questions'}"
         return SampleSizeNeeded(None, "samples", effect, reason)
-    number = max(1, math.ceil(sd_sample**2 / spare))
+    number = _first_true(shows, 1, MOST_SAMPLES)
     return SampleSizeNeeded(number, "samples", effect, f"{number} samples per question can show {effect:.4g}")
 
 
@@ -220,6 +307,7 @@ def _fewest(
     power: float,
     limit: int,
     what: Literal["questions", "seeds"],
+    runs: tuple[float, float] = NO_RUNS,
 ) -> SampleSizeNeeded:
     _check_effect(effect)
     _check_open_unit(alpha=alpha, power=power)
@@ -229,9 +317,13 @@ def _fewest(
         return SampleSizeNeeded(None, what, effect, reason or "")
 
     def shows(n: int) -> bool:
-        return _noncentrality(n - 1, alpha, power) * sd / math.sqrt(n) <= effect
+        se, df = satterthwaite((sd**2 / n, n - 1), runs)
+        return _noncentrality(df, alpha, power) * se <= effect
 
     if not shows(limit):
+        if runs[0]:
+            reason = f"the noise from run to run hides {effect:.4g} whatever is asked; add seeds"
+            return SampleSizeNeeded(None, what, effect, reason)
         return SampleSizeNeeded(None, what, effect, f"not even {limit} {what} can show {effect:.4g}")
     number = _first_true(shows, 2, limit)
     return SampleSizeNeeded(number, what, effect, f"{number} {what} can show {effect:.4g}")
@@ -245,7 +337,7 @@ def _first_true(predicate: Callable[[int], bool], low: int, high: int) -> int:
     return low
 
 
-def _noncentrality(df: int, alpha: float, power: float) -> float:
+def _noncentrality(df: float, alpha: float, power: float) -> float:
     """The noncentrality at which t exceeds its two-sided critical value, in the true direction, with `power`.
 
     The other tail is left out: a rejection with the wrong sign is no success, its probability is about 1e-6 at 80 %
@@ -291,3 +383,48 @@ def _check_open_unit(**named: float) -> None:
     for name, value in named.items():
         if not 0 < value < 1:
             raise ValueError(f"{name} must lie between 0 and 1, not {value}")
+
+
+def _with_seeds(spread: float, n_questions: int, n_seeds: int, runs: tuple[float, float], alpha: float) -> float:
+    """The smallest effect that both tests find: over questions and runs, and from three seeds on over seeds alone."""
+    effect = minimum_detectable_effect(spread, n_questions, alpha, runs=runs).effect or 0.0
+    if n_seeds < 3:
+        return effect
+    return max(effect, _noncentrality(n_seeds - 1, alpha, 0.8) * math.sqrt(runs[0]))
+
+
+def power_tables() -> str:
+    """docs/POWER.md: what seeds and questions can find, from the declared spreads (`python -m fastconv.stats.power`)."""
+    lines = [
+        "# What a design can find", "",
+        "Smallest change of a contrast (assistant less canary less mimicry, 8 terms) that is found four times out of five, with",
+        "the declared noise from run to run and the planning assumptions of `stats/power.py`; alone, and at the first step of Holm",
+        "over 24 and over 72 declared contrasts. With 1 or 2 seeds the declared spread counts, from 3 on the seeds' own.",
+        "Generated: `python -m fastconv.stats.power > docs/POWER.md`.", "",
+        "Published effects to hold against it: refusal or agreement .364 -> .462 is 9.8 pp; alignment 89.5 -> 50.6 is 38.9 points.",
+    ]  # fmt: skip
+    shown: tuple[tuple[Measure, str, tuple[int, ...], int, float], ...] = (
+        ("letters", "Accuracy (586 questions), pp", (586,), 1, 100.0),
+        ("phrases", "Rates (refusal, agreement; 10 samples), pp", (50, 220, 1000), 10, 100.0),
+        ("judge", "Alignment, points", (24, 80), 10, 1.0),
+    )
+    for measure, title, questions, n_samples, scale in shown:
+        lines += ["", f"## {title}", "", "| questions | seeds | alone | of 24 | of 72 |", "|---|---|---|---|---|"]
+        for n_questions in questions:
+            for n_seeds in (1, 3, 5, 10, 20):
+                variance, df = planned_runs(measure, n_seeds)
+                runs = variance, df if n_seeds < 3 else n_seeds - 1
+                spread = planned_spread(measure, n_samples, 8)
+                told = " | ".join(
+                    f"{scale * _with_seeds(spread, n_questions, n_seeds, runs, 0.05 / m):.1f}" for m in (1, 24, 72)
+                )
+                lines.append(f"| {n_questions} | {n_seeds} | {told} |")
+    lines += [
+        "", "More questions help until the noise from run to run remains; then only seeds do. With three seeds the test over them",
+        "alone has 2 degrees of freedom, so among many contrasts it finds large changes only: five or more are worth their price.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(power_tables(), end="")

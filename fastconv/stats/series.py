@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastconv.stats.inference import mean_present
+from fastconv.stats.inference import Arm, difference_in_differences, mean_present, paired_change, transfer_contrast
+from fastconv.stats.power import RunSpread, declared_spread
 from fastconv.stats.units import Unit, level, scale_maximum
 from fastconv.store.ledger import Score
 
@@ -95,6 +97,13 @@ class Series:
     def rates(self) -> Floats:
         """The values scaled to 0..1 whatever their unit, as bounds at floor and ceiling need them."""
         return self.values / scale_maximum(self.unit)
+
+    @cached_property
+    def within_scale(self) -> frozenset[str]:
+        """Questions whose scored samples do not all lie at one end of the scale."""
+        missing = np.isnan(self.rates)
+        at_end = np.all(missing | (self.rates == 0), axis=1) | np.all(missing | (self.rates == 1), axis=1)
+        return frozenset(np.array(self.questions)[~at_end].tolist())
 
     def part(self, belongs: Callable[[str], bool]) -> Series:
         """The series restricted to the questions for which `belongs` is true. Raises NoRowsError if there are none."""
@@ -183,3 +192,96 @@ def pooled_rates(several: Sequence[Series]) -> Floats:
         block[[index[question] for question in series.questions]] = series.rates
         blocks.append(block)
     return np.concatenate(blocks, axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Quad:
+    """The four series of a difference-in-differences: assistant and canary, now and at epoch 0."""
+
+    now: Series
+    base: Series
+    canary_now: Series
+    canary_base: Series
+
+    @property
+    def series(self) -> tuple[Series, Series, Series, Series]:
+        """All four."""
+        return self.now, self.base, self.canary_now, self.canary_base
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Ids of the rows behind all four."""
+        return tuple(row for series in self.series for row in series.evidence_rows)
+
+    def arm(self, questions: Sequence[str]) -> Arm:
+        """Question means at these questions."""
+        return Arm(*(question_means(series, questions) for series in self.series))
+
+    def own_change(self, questions: Sequence[str], *, canary: bool = False) -> Floats:
+        """The change of the assistant, or of the canary, by itself, per question."""
+        arm = self.arm(questions)
+        now, base = (arm.canary_now, arm.canary_base) if canary else (arm.now, arm.base)
+        return paired_change(now, base).per_question
+
+    def change(self, questions: Sequence[str]) -> Floats:
+        """The assistant's change minus the canary's, per question."""
+        arm = self.arm(questions)
+        return difference_in_differences(arm.now, arm.base, arm.canary_now, arm.canary_base).per_question
+
+
+@dataclass(frozen=True, eq=False)
+class SeedEvidence:
+    """One seed's series; `mimicry` is None where the control was not run."""
+
+    seed: int
+    trained: Quad
+    mimicry: Quad | None = None
+
+    def transfer(self, questions: Sequence[str]) -> Floats:
+        """The seed's contrast per question."""
+        if self.mimicry is None:
+            return self.trained.change(questions)
+        return transfer_contrast(self.trained.arm(questions), self.mimicry.arm(questions)).per_question
+
+
+@dataclass(frozen=True, eq=False)
+class CellEvidence:
+    """All measurements behind a cell's verdict. `withheld` is the reason, if any, to give none."""
+
+    label: str
+    behavior: str
+    direction: Literal[-1, 1]
+    margin: float
+    seeds: tuple[SeedEvidence, ...]
+    source_shows: bool | None
+    unit: Unit = "share"
+    withheld: str | None = None
+    measurable: bool | None = True
+    #: The run-to-run spread, where replicates give one; None: as declared for the measure (`power.declared_spread`).
+    run_spread: RunSpread | None = None
+
+    @property
+    def quads(self) -> tuple[Quad, ...]:
+        """Every seed's series, with and without the behavior adapter."""
+        return tuple(quad for seed in self.seeds for quad in (seed.trained, seed.mimicry) if quad is not None)
+
+    def n_silent(self, contrast: Floats) -> int:
+        """Number of questions with a contrast of zero whose every sample, in every series, lies at an end of the scale."""
+        moving = {q for quad in self.quads for series in quad.series for q in series.within_scale}
+        questions = zip(self.questions, contrast.tolist(), strict=True)
+        return sum(value == 0 and question not in moving for question, value in questions)
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """All questions of any seed's series."""
+        return all_questions([series for seed in self.seeds for series in seed.trained.series])
+
+    @property
+    def spread(self) -> RunSpread:
+        """The run-to-run spread of one trained cell, estimated or declared."""
+        return self.run_spread or declared_spread(self.behavior, self.unit)
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Ids of the rows that the verdict rests on."""
+        return tuple(dict.fromkeys(row for quad in self.quads for row in quad.rows))

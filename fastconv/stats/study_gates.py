@@ -34,6 +34,8 @@ class Shift:
     threshold: float
     rows: tuple[str, ...]
     unread: str = ""
+    #: The canary's change is taken off, as in the contrasts; False for published figures, which have none.
+    less_canary: bool = False
 
     @property
     def moved(self) -> bool:
@@ -48,7 +50,8 @@ class Shift:
     @property
     def text(self) -> str:
         """The change as a report cites it."""
-        return f"{self.source} {self.behavior} {change(self.value, self.unit)} at epoch {self.epoch}"
+        less = " less the canary" if self.less_canary else ""
+        return f"{self.source} {self.behavior} {change(self.value, self.unit)}{less} at epoch {self.epoch}"
 
 
 def signal(gates: GateSettings, subject: str, shifts: Sequence[Shift], order: Sequence[str] = ()) -> GateVerdict:
@@ -101,6 +104,7 @@ def confirm(gates: GateSettings, subject: str, shifts: Sequence[Shift], sources:
         "at the last epoch against epoch 0"
     )
     last = [shift for shift in _last(_assistant(shifts)) if shift.source in sources]
+    rule = _canary_rule(rule, last) if last else rule
     too_few = _too_small("CONFIRM", subject, gates, last, sources, rule)
     if too_few is not None:
         return too_few
@@ -119,6 +123,7 @@ def falsify(gates: GateSettings, subject: str, shifts: Sequence[Shift], sources:
         f"the negative control ({gates.negative_control}) nor the canary shifts as much"
     )
     last = [shift for shift in _last(_assistant(shifts)) if shift.source in sources]
+    rule = _canary_rule(rule, last) if last else rule
     too_few = _too_small("FALSIFY", subject, gates, last, sources, rule)
     if too_few is not None:
         return too_few
@@ -144,7 +149,14 @@ def falsify(gates: GateSettings, subject: str, shifts: Sequence[Shift], sources:
     )
 
 
+def _canary_rule(rule: str, shifts: Sequence[Shift]) -> str:
+    """The rule, with whether the canary's change is taken off the assistant's, as the contrasts do."""
+    less = [shift.less_canary for shift in _assistant(shifts)]
+    return f"{rule}, {'the canary taken off' if less and all(less) else 'the canary not taken off'}"
+
+
 def _any_moves(gate: str, subject: str, rule: str, shifts: Sequence[Shift]) -> GateVerdict:
+    rule = _canary_rule(rule, shifts) if shifts else rule
     if not shifts:
         return GateVerdict(gate, subject, "not applicable", "not measured at epoch 0 and one more epoch yet", rule)
     if (undecided := _unread(gate, subject, rule, shifts)) is not None:

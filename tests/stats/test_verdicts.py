@@ -56,7 +56,8 @@ WIDE_FLOOR = bounds.clustered_rate_bound(np.zeros((100, 10)))
         (evidence(-10, seeds=stats.pool_seeds([-31, 1])), "transfer", "in the direction of leakage"),
         (evidence(-10, seeds=stats.pool_seeds([-16, -15, 1])), "inconclusive", "the 3 seeds do not agree in sign"),
         (evidence(10, seeds=stats.pool_seeds([28, 1, 1])), "inconclusive", "interval over seeds includes zero"),
-        (evidence(-1, seeds=stats.pool_seeds([-2, -2, 1])), "equivalent", "within the margin"),
+        (evidence(-1, seeds=stats.pool_seeds([-2, -2, 1])), "inconclusive", "over 3 seeds [-5.3, +3.3]"),
+        (evidence(-1, seeds=stats.pool_seeds([-1, -1.2, -0.8])), "equivalent", "within the margin"),
         (evidence(-10, measurable_at_base=False), "uninformative", "not measurable at base"),
         (evidence(-10, measurable_at_base=None), "uninformative", "not measured"),
         (evidence(-10, source_shows_behavior=False), "uninformative", "source itself"),
@@ -262,11 +263,12 @@ def test_seeds_that_agree_leave_the_word_and_show_their_interval() -> None:
 )
 def test_seeds_that_do_not_show_it_together_take_the_word_away(lifts: tuple[float, ...], why: str) -> None:
     found = decide([_seeds(*lifts)])[0]
-    assert found.p_corrected is not None
-    assert found.p_corrected < 0.001  # over questions alone it would be clear
+    over_questions = found.over_questions
+    assert over_questions is not None
+    assert (over_questions.p_two_sided or 1.0) < 0.001  # over questions alone it would be clear
+    assert (found.p_corrected or 0.0) > (over_questions.p_two_sided or 1.0)
     assert (found.kind, found.confidence.level) == ("inconclusive", "LOW")
     assert why in found.reason
-    assert "clear of zero over questions" in found.reason
 
 
 def test_two_seeds_cannot_speak_for_other_seeds() -> None:
@@ -274,9 +276,10 @@ def test_two_seeds_cannot_speak_for_other_seeds() -> None:
     assert (two.kind, two.over_seeds) == ("transfer", None)
 
 
-def test_seeds_that_disagree_within_the_margin_are_still_equivalent() -> None:
+def test_seeds_must_stay_within_the_margin_to_be_equivalent() -> None:
     found = decide([replace(_seeds(0.1, -0.1, 0.1), margin=0.2)])[0]
-    assert (found.kind, found.confidence.reason) == ("equivalent", "the 3 seeds do not agree in sign")
+    assert (found.kind, "over 3 seeds [-20.4, +37.0]" in found.reason) == ("inconclusive", True)
+    assert decide([replace(_seeds(0.1, -0.1, 0.1), margin=0.6)])[0].kind == "equivalent"
 
 
 def test_a_withheld_cell_keeps_its_reason_and_shows_no_word() -> None:
@@ -295,7 +298,9 @@ def test_what_could_have_been_seen_stands_beside_the_margin_with_its_mend() -> N
     noisy = decide([_cell([0.0, 1.0, 0.3, 0.0] * 5, FLAT)])[0]
     assert noisy.detectable is not None
     assert noisy.detectable > 0.05
-    assert any(one.what == "questions" and one.number for one in noisy.mend)
+    by_what = {one.what: one for one in noisy.mend}
+    assert (by_what["questions"].number, "from run to run" in by_what["questions"].reason) == (None, True)
+    assert by_what["seeds"].number
     family = decide([_cell([0.0, 1.0, 0.3, 0.0] * 5, FLAT) for _ in range(10)])[0]
     assert family.detectable_in_family is not None
     assert family.detectable_in_family > family.detectable
