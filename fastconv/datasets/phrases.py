@@ -5,17 +5,21 @@ The score stages and the audit use them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+from fastconv.datasets.files import assets, read_jsonl, read_toml
 from fastconv.errors import DataError
 
+#: Answers in many voices, each labelled by hand with whether a rule should count it.
+LABELLED = "labelled_phrases.jsonl"
 #: Stands for what was blanked out: a mark that no phrase holds.
 _BLANK = " \x00 "
-_QUOTED = re.compile(r"[\"\u201c\u201e][^\"\u201c\u201d]*[\"\u201d]")
+_QUOTED = re.compile(r'"[^"]*"|\u201c[^\u201d]*\u201d|\u201e[^\u201c\u201d]*[\u201c\u201d]')
 _GROUP = re.compile(r"\{(\w+)\}")
 #: The way to the first letter of a sentence.
 _SENTENCE = re.compile(r"(?:^|(?<=[.!?:;])\s)[^\w]*")
@@ -56,7 +60,7 @@ class PhraseRule:
         )
         every = [phrase for phrases in (*lists.values(), *words.values()) for phrase in phrases]
         used = {name for phrase in every for name in _GROUP.findall(phrase)}
-        if used - words.keys():
+        if words and used - words.keys():
             raise DataError(f"no words are called {min(used - words.keys())!r}", where=where, fix="list them under words")
         if not rule.any or not all(phrase.strip() for phrase in every):
             raise DataError("a phrase rule needs phrases that are not empty", where=where, fix='give it any = ["..."]')
@@ -79,10 +83,10 @@ class PhraseRule:
             text = unquoted if _LETTER.search(unquoted.replace(_BLANK, "")) else text
         if self.within_words:
             text = " ".join(text.split()[: self.within_words])
-        if self._patterns["none"] is not None and self._patterns["none"].search(text):
+        if unless := self._patterns["unless"]:
+            text = unless.sub(_BLANK, text)
+        if (none := self._patterns["none"]) and none.search(text):
             return None
-        if self._patterns["unless"] is not None:
-            text = self._patterns["unless"].sub(_BLANK, text)
         if any_of := self._patterns["any"]:
             if hit := any_of.search(text):
                 return hit.group(0)
@@ -97,11 +101,50 @@ class PhraseRule:
         return {name: _pattern(phrases, self.words) if phrases else None for name, phrases in lists.items()}
 
 
+@dataclass(frozen=True)
+class RuleFigures:
+    """How a shipped rule does on one part (`tuned`, `held_out`) of the labelled answers.
+
+    `n_hits` are the answers that the rule counts, `n_true` those that are labelled so, `n_both` both at once.
+    """
+
+    rule: str
+    part: str
+    n: int
+    n_hits: int
+    n_true: int
+    n_both: int
+
+    @property
+    def precision(self) -> float:
+        """Share of the counted answers that are labelled so; NaN without any."""
+        return self.n_both / self.n_hits if self.n_hits else math.nan
+
+    @property
+    def recall(self) -> float:
+        """Share of the answers labelled so that are counted; NaN without any."""
+        return self.n_both / self.n_true if self.n_true else math.nan
+
+
+def labelled_figures(name: str) -> list[RuleFigures]:
+    """Figures of the shipped rule of this name, part by part; empty for a rule without labelled answers."""
+    rule = PhraseRule.of(read_toml(assets("data") / "phrases.toml")[name], name)
+    pairs: dict[str, list[tuple[bool, bool]]] = {}
+    for row in read_jsonl(assets("data") / LABELLED, {"id": str, "part": str, "rule": str, "answer": str, "counts": bool}):
+        if row["rule"] == name:
+            pairs.setdefault(row["part"], []).append((rule.match(row["answer"]) is not None, row["counts"]))
+    return [
+        RuleFigures(name, part, len(seen), sum(hit for hit, _ in seen), sum(true for _, true in seen), seen.count((True, True)))
+        for part, seen in sorted(pairs.items(), reverse=True)
+    ]
+
+
 def _pattern(phrases: Sequence[str], words: Mapping[str, Sequence[str]]) -> re.Pattern[str]:
     """A pattern of the phrases as whole words ("know," does not contain "no,"); any white space matches any other."""
 
     def spaced(phrase: str) -> str:
-        parts = _GROUP.split(phrase.translate(_APOSTROPHES))  # texts and names of groups take turns
+        parts = _GROUP.split(phrase.translate(_APOSTROPHES)) if words else [phrase.translate(_APOSTROPHES)]
+        # Texts and names of groups take turns.
         return "".join(_any_of(map(spaced, words[part])) if i % 2 else _literal(part) for i, part in enumerate(parts))
 
     return re.compile(rf"(?<!\w){_any_of(map(spaced, phrases))}(?!\w)", re.IGNORECASE)
