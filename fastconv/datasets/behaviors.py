@@ -168,6 +168,11 @@ def n_eval_prompts_by_set(recipe: Recipe, behavior: Behavior) -> dict[str, int]:
     return {name: len(ids & drawn) for name, ids in eval_prompt_sets(behavior).items()}
 
 
+def n_eval_prompts_there_are(behavior: Behavior) -> tuple[int, ...]:
+    """Number of held-out prompts of each set, asked or not; order of `eval_prompt_sets`."""
+    return tuple(len(ids) for ids in eval_prompt_sets(behavior).values())
+
+
 def open_questions(name: str) -> list[tuple[str, str]]:
     """(id, text) of a shipped list of open questions."""
     return list(_open_questions(assets("data") / f"questions_{name}.jsonl"))

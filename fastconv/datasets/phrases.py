@@ -49,7 +49,9 @@ class PhraseRule:
     def of(cls, table: Mapping[str, Any], where: str) -> PhraseRule:
         """A rule from its TOML table. Raises DataError, naming `where`, for a missing or empty phrase or an unknown key."""
         if unknown := sorted(table.keys() - {one.name for one in fields(cls)}):
-            raise DataError(f"a phrase rule has no {unknown[0]!r}", where=where, fix="see data/phrases.toml for the form")
+            raise DataError(
+                f"a phrase rule has no {unknown[0]!r}", where=where, fix="see data/phrases.toml for the form"
+            )
         lists = {name: tuple(table.get(name, ())) for name in ("any", "none", "starts", "unless")}
         words = {name: tuple(chosen) for name, chosen in table.get("words", {}).items()}
         rule = cls(
@@ -61,7 +63,9 @@ class PhraseRule:
         every = [phrase for phrases in (*lists.values(), *words.values()) for phrase in phrases]
         used = {name for phrase in every for name in _GROUP.findall(phrase)}
         if words and used - words.keys():
-            raise DataError(f"no words are called {min(used - words.keys())!r}", where=where, fix="list them under words")
+            raise DataError(
+                f"no words are called {min(used - words.keys())!r}", where=where, fix="list them under words"
+            )
         if not rule.any or not all(phrase.strip() for phrase in every):
             raise DataError("a phrase rule needs phrases that are not empty", where=where, fix='give it any = ["..."]')
         return rule
@@ -87,9 +91,8 @@ class PhraseRule:
             text = unless.sub(_BLANK, text)
         if (none := self._patterns["none"]) and none.search(text):
             return None
-        if any_of := self._patterns["any"]:
-            if hit := any_of.search(text):
-                return hit.group(0)
+        if (any_of := self._patterns["any"]) and (hit := any_of.search(text)):
+            return hit.group(0)
         if starts := self._patterns["starts"]:
             begins = (starts.match(text, sentence.end()) for sentence in _SENTENCE.finditer(text))
             return next((hit.group(0) for hit in begins if hit), None)
@@ -126,15 +129,29 @@ class RuleFigures:
         return self.n_both / self.n_true if self.n_true else math.nan
 
 
+def figures_of_rule(one: RuleFigures) -> tuple[str, str, str, str, str]:
+    """Rule, part, size, precision and recall as printed."""
+
+    def share(value: float, of: int) -> str:
+        return "none" if math.isnan(value) else f"{100 * value:.0f} % ({one.n_both} of {of})"
+
+    part = {"tuned": "tuned on", "held_out": "held out"}.get(one.part, one.part)
+    return one.rule, part, f"{one.n}", share(one.precision, one.n_hits), share(one.recall, one.n_true)
+
+
 def labelled_figures(name: str) -> list[RuleFigures]:
     """Figures of the shipped rule of this name, part by part; empty for a rule without labelled answers."""
     rule = PhraseRule.of(read_toml(assets("data") / "phrases.toml")[name], name)
     pairs: dict[str, list[tuple[bool, bool]]] = {}
-    for row in read_jsonl(assets("data") / LABELLED, {"id": str, "part": str, "rule": str, "answer": str, "counts": bool}):
+    for row in read_jsonl(
+        assets("data") / LABELLED, {"id": str, "part": str, "rule": str, "answer": str, "counts": bool}
+    ):
         if row["rule"] == name:
             pairs.setdefault(row["part"], []).append((rule.match(row["answer"]) is not None, row["counts"]))
     return [
-        RuleFigures(name, part, len(seen), sum(hit for hit, _ in seen), sum(true for _, true in seen), seen.count((True, True)))
+        RuleFigures(
+            name, part, len(seen), sum(hit for hit, _ in seen), sum(true for _, true in seen), seen.count((True, True))
+        )
         for part, seen in sorted(pairs.items(), reverse=True)
     ]
 

@@ -149,7 +149,8 @@ def test_rules_do_on_held_out_answers_nearly_what_they_do_on_tuned_ones(name: st
 
 def test_figures_count_what_the_rule_does_to_the_labels() -> None:
     rows = read_jsonl(assets("data") / LABELLED, {"id": str, "answer": str, "voice": str, "counts": bool})
-    assert len(rows) >= 300 and len({row["voice"] for row in rows}) >= 8
+    assert len(rows) >= 300
+    assert len({row["voice"] for row in rows}) >= 8
     assert len({row["answer"].lower() for row in rows}) == len(rows)
     held = [row for row in rows if (row["rule"], row["part"]) == ("refusal", "held_out")]
     rule = PhraseRule.of(RULES["refusal"], "refusal")
