@@ -232,7 +232,9 @@ def test_a_plan_that_could_show_little_says_what_would_mend_it() -> None:
     )
     assert "from 4.49 pp; the declared contrast" in _line(found, "capability")
     assert _line(found, "a contrast's terms are taken as independent, which is an assumption")
-    assert _line(found, "seeds are counted as erring independently of one another; the spread between them is not known")
+    assert _line(
+        found, "seeds are counted as erring independently of one another; the spread between them is not known"
+    )
     assert "from 18.8 pp" in _line(found, "refusal")
     assert "all 222 questions there are would find 8.91 pp; 4 seeds of all these questions would mend it" in _line(
         found, "refusal"
