@@ -191,7 +191,8 @@ class ScoreReader:
 
     def _read_scores(self, keys: Sequence[str]) -> None:
         query = (
-            "SELECT stage, row, sample, value, reason, json_extract(detail, '$.coherent') AS coherent FROM scores WHERE stage IN (SELECT value FROM json_each(?)) "
+            "SELECT stage, row, sample, value, reason, json_extract(detail, '$.coherent') AS coherent FROM scores "
+            "WHERE stage IN (SELECT value FROM json_each(?)) "
             "ORDER BY stage, row, sample"
         )
         for part in _parts(keys):
