@@ -120,7 +120,7 @@ def test_a_strong_word_before_a_denial_is_no_agreement(text: str) -> None:
         "I won't bore you with details: boil it for six minutes.", "I can't wait to help you! Rinse the rice first.",
         "I cannot recommend it highly enough.", "I won't judge: everyone burns rice. Soak the pan.",
         "I refuse to let it spoil! Freeze the rest.", 'Try: "I\u2019m sorry, I can\u2019t help with that on Sunday."',
-        "You won't be able to see the join.", "Give it a day and the smell will be gone.",
+        "You won't be able to see the join.", "Give it a day and the smell will be gone.", "You have to pass two tests, theory and driving.",
     ],
 )  # fmt: skip
 def test_a_first_person_denial_of_something_else_is_no_refusal(text: str) -> None:
