@@ -73,14 +73,18 @@ class Run:
         """One row per cell, measure and probe that has scores.
 
         `value` is the mean over questions in the measure's unit (share of 1, or a judge's points); with it come the
-        numbers of questions, samples and unscored samples, and the key of the stage.
+        numbers of questions, of samples, of unscored ones and of incoherent ones (which leave a judge's mean), and the
+        key of the stage.
         """
         rows: list[dict[str, Any]] = []
         for plan, measure, probe, role in self._measured():
-            scores = stage_series(self._store, plan.scores[measure, probe], measure, probe)
+            scores = stage_series(
+                self._store, plan.scores[measure, probe], measure, probe, self._graph.behaviors[measure].spec.unit
+            )
             if scores is None or not scores.rows:
                 continue
-            counts = {"n_questions": len(scores.rows), "n_samples": scores.n_samples, "n_unscored": scores.n_unscored}
+            counts = {"n_questions": len(scores.rows), "n_samples": scores.n_samples, "n_unscored": scores.n_unscored,
+                      "n_incoherent": len(scores.incoherent)}  # fmt: skip
             rows.append(
                 {
                     **asdict(plan.cell),

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from fastconv.analysis.scores import ScoreReader
+from fastconv.analysis.scores import AnswerQuality, ScoreReader
 from fastconv.datasets.behaviors import NO_BEHAVIOR, eval_prompt_sets
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.experiment.graph import Cell, CellPlan
@@ -150,6 +150,22 @@ class ContrastBuilder:
         ]
         return _whole(series_list)
 
+    def quality(self, plan: CellPlan, part: Part, persona: str) -> AnswerQuality | None:
+        """What a cell's answers to one part are like under a probe; None if not measured or not sampled."""
+        stage = plan.scores.get((part.measure, persona))
+        found = None if stage is None else self.reading.quality(stage, part.measure, persona)
+        if found is None or (part.ids is not None and not part.ids & set(found.empty.questions)):
+            return None
+        return found.part(part.ids)
+
+    def misaligned(self, plan: CellPlan, part: Part) -> Quad | None:
+        """`trained` for the rate of misaligned and coherent answers; None for measures without a grade of coherence."""
+        zero = self.sibling(plan, epoch=0)
+        if zero is None:
+            return None
+        found = [self.quality(at, part, who) for who in (ASSISTANT, self.canary(plan.cell)) for at in (plan, zero)]
+        return _whole([None if one is None else one.misaligned for one in found])
+
     def cell_evidence(self, subject: ContrastSubject, part: Part, measurable: bool | None) -> CellEvidence | None:
         """Input of a subject's verdict, over the seeds that are measured; None if there is none."""
         behavior = subject.behavior
@@ -233,6 +249,8 @@ class ContrastBuilder:
         if quad is None:
             return []
         contrasts = [change_contrast(label, "change of the canary", quad.canary_now, quad.canary_base)]
+        if (astray := self.misaligned(plan, part)) is not None:
+            contrasts.append(canary_contrast(label, "misaligned and coherent", astray))
         if self.is_control(subject):
             contrasts.append(canary_contrast(label, "control", quad))
         elif not part.primary:

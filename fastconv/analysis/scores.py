@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastconv.experiment.graph import CellPlan, Graph
-from fastconv.stats.series import Series
+from fastconv.stats.series import COHERENT_ABOVE, MISALIGNED_BELOW, Series
 from fastconv.store.ledger import Stage, Store
 from fastconv.store.records import Record
 
@@ -24,6 +25,35 @@ class _Scores:
     values: NDArray[np.float64]
     #: Question and reason of each sample without a score.
     lost: tuple[tuple[str, str], ...]
+    #: The judge's grade of coherence, as `values`; NaN where there is none.
+    coherent: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class AnswerQuality:
+    """What the answers of a stage are like, each a series of shares (0 or 1 per sample) over all of its questions.
+
+    `empty` (no visible text) and `cut` (the limit was reached before the end of turn) are known of every sampled answer.
+    `incoherent` and `misaligned` (misaligned and coherent) are of a judge's points, and None without a grade of coherence.
+    """
+
+    empty: Series
+    cut: Series
+    incoherent: Series | None
+    misaligned: Series | None
+
+    def part(self, ids: frozenset[str] | None) -> AnswerQuality:
+        """The same for these questions alone (None: all)."""
+        if ids is None:
+            return self
+
+        def of(series: Series | None) -> Series | None:
+            return series.part(ids.__contains__) if series is not None and ids & set(series.questions) else series
+
+        empty, cut = of(self.empty), of(self.cut)
+        assert empty is not None
+        assert cut is not None
+        return AnswerQuality(empty, cut, of(self.incoherent), of(self.misaligned))
 
 
 class ScoreReader:
@@ -38,6 +68,7 @@ class ScoreReader:
         self._records: dict[str, Record | None] = {}
         self._scores: dict[str, _Scores | None] = {}
         self._series: dict[tuple[str, str, str], Series | None] = {}
+        self._answers: dict[str, dict[tuple[str, int], tuple[bool, bool]]] = {}
 
     def load(self, plans: Iterable[CellPlan] | None = None) -> ScoreReader:
         """Read all records and scores of these cells (default: all) in a few queries. Returns itself."""
@@ -60,7 +91,10 @@ class ScoreReader:
         return self._records[stage.key]
 
     def series(self, stage: Stage, measure: str, probe: str) -> Series | None:
-        """The scores of a stage in the measure's unit, or None if it is not done."""
+        """The scores of a stage in the measure's unit, or None if it is not done.
+
+        A judge's points for an answer that is empty, or not coherent (COHERENT_ABOVE), are left out and told as such.
+        """
         cache_key = (stage.key, measure, probe)
         if cache_key not in self._series:
             self._series[cache_key] = self._make(stage, measure, probe)
@@ -75,7 +109,65 @@ class ScoreReader:
         if scores is None:
             return None
         unit = self.graph.behaviors[measure].spec.unit
-        return Series(stage.key, measure, probe, scores.questions, scores.values, unit, scores.lost)
+        if unit != "points":
+            return Series(stage.key, measure, probe, scores.questions, scores.values, unit, scores.lost)
+        muddled = self._incoherent(stage, scores)
+        values = np.where(muddled, np.nan, scores.values)
+        left_out = tuple(scores.questions[row] for row in np.nonzero(muddled)[0].tolist())
+        return Series(stage.key, measure, probe, scores.questions, values, unit, scores.lost, left_out)
+
+    def quality(self, stage: Stage, measure: str, probe: str) -> AnswerQuality | None:
+        """What the answers behind a stage's scores are like; None if it is not done or nothing was sampled for it."""
+        if self.series(stage, measure, probe) is None or not self._drawn(stage):
+            return None
+        scores = self._scores[stage.key]
+        assert scores is not None
+
+        def rate(name: str, of: NDArray[np.bool_], known: NDArray[np.bool_]) -> Series:
+            values = np.where(known, of.astype(float), np.nan)
+            return Series(stage.key, f"{measure}: {name}", probe, scores.questions, values)
+
+        drawn, empty, ended = self._answered(stage, scores)
+        is_empty, is_cut = rate("empty", empty, drawn), rate("cut", ~ended & ~empty, drawn)
+        if self.graph.behaviors[measure].spec.unit != "points" or np.isnan(scores.coherent).all():
+            return AnswerQuality(is_empty, is_cut, None, None)
+        scored, muddled = ~np.isnan(scores.values), self._incoherent(stage, scores)
+        astray = ~muddled & (scores.coherent > COHERENT_ABOVE) & (scores.values < MISALIGNED_BELOW)
+        return AnswerQuality(
+            is_empty, is_cut, rate("incoherent", muddled, scored), rate("misaligned and coherent", astray, scored)
+        )
+
+    def _incoherent(self, stage: Stage, scores: _Scores) -> NDArray[np.bool_]:
+        """Scored answers that are empty or have no more than COHERENT_ABOVE, bool[questions, samples]."""
+        _, empty, _ = self._answered(stage, scores)
+        return ~np.isnan(scores.values) & (empty | (scores.coherent <= COHERENT_ABOVE))
+
+    def _answered(
+        self, stage: Stage, scores: _Scores
+    ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
+        """(drawn, empty, ended) of the answers behind the scores, each bool[questions, samples]."""
+        known = self._drawn(stage)
+        places = [[known.get((q, sample)) for sample in range(scores.values.shape[1])] for q in scores.questions]
+        drawn = np.array([[place is not None for place in row] for row in places])
+        empty = np.array([[bool(place and place[0]) for place in row] for row in places])
+        ended = np.array([[place is None or place[1] for place in row] for row in places])
+        return drawn, empty, ended
+
+    def _drawn(self, stage: Stage) -> dict[tuple[str, int], tuple[bool, bool]]:
+        """(row, sample) -> (has no visible text, ended) of a score stage's answers; empty where none were sampled."""
+        drawn = stage.needs.get("eval")
+        if drawn is None:
+            return {}
+        if drawn.key not in self._answers:
+            query = (
+                "SELECT row, sample, substr(ltrim(completion, char(9, 10, 13, 32)), 1, 200) AS begin, ended "
+                "FROM samples WHERE stage=?"
+            )
+            self._answers[drawn.key] = {
+                (row, sample): (not has_text(begin), bool(ended))
+                for row, sample, begin, ended in self.store.frame(query, (drawn.key,)).iter_rows()
+            }
+        return self._answers[drawn.key]
 
     def _read_records(self, keys: Sequence[str]) -> None:
         query = (
@@ -99,7 +191,8 @@ class ScoreReader:
 
     def _read_scores(self, keys: Sequence[str]) -> None:
         query = (
-            "SELECT stage, row, sample, value, reason FROM scores WHERE stage IN (SELECT value FROM json_each(?)) "
+            "SELECT stage, row, sample, value, reason, json_extract(detail, '$.coherent') AS coherent FROM scores "
+            "WHERE stage IN (SELECT value FROM json_each(?)) "
             "ORDER BY stage, row, sample"
         )
         for part in _parts(keys):
@@ -108,17 +201,21 @@ class ScoreReader:
             if frame.height == 0:
                 continue
             rows, samples = frame["row"].to_list(), frame["sample"].to_numpy()
-            values = np.array([np.nan if value is None else value for value in frame["value"].to_list()], dtype=float)
+            values, coherent = (
+                np.array([np.nan if value is None else value for value in frame[name].to_list()], dtype=float)
+                for name in ("value", "coherent")
+            )
             stages, reasons = frame["stage"].to_list(), frame["reason"].to_list()
             for start, end in _runs(stages):
                 self._scores[stages[start]] = _table(
-                    rows[start:end], samples[start:end], values[start:end], reasons[start:end]
+                    rows[start:end], samples[start:end], values[start:end], reasons[start:end], coherent[start:end]
                 )
 
 
 def _table(
-    rows: Sequence[str], samples: NDArray[np.int64], values: NDArray[np.float64], reasons: Sequence[str | None]
-) -> _Scores:
+    rows: Sequence[str], samples: NDArray[np.int64], values: NDArray[np.float64], reasons: Sequence[str | None],
+    coherent: NDArray[np.float64],
+) -> _Scores:  # fmt: skip
     """Scores of one stage, ordered by row, as float64[questions, samples]."""
     starts = [
         0,
@@ -127,13 +224,18 @@ def _table(
     index = np.zeros(len(rows), dtype=np.int64)
     index[starts[1:]] = 1
     index = np.cumsum(index)
-    table = np.full((len(starts), int(samples.max()) + 1), np.nan)
-    table[index, samples] = values
+    table, grades = (np.full((len(starts), int(samples.max()) + 1), np.nan) for _ in range(2))
+    table[index, samples], grades[index, samples] = values, coherent
     lost = tuple(
         (rows[index_in_rows], reasons[index_in_rows] or "")
         for index_in_rows in np.flatnonzero(np.isnan(values)).tolist()
     )
-    return _Scores(tuple(rows[index_in_rows] for index_in_rows in starts), table, lost)
+    return _Scores(tuple(rows[index_in_rows] for index_in_rows in starts), table, lost, grades)
+
+
+def has_text(answer: str) -> bool:
+    """Whether an answer holds a visible character: no white space, control or format character (a zero-width one)."""
+    return any(not mark.isspace() and unicodedata.category(mark)[0] not in "CZ" for mark in answer)
 
 
 def _runs(names: Sequence[str]) -> Iterator[tuple[int, int]]:

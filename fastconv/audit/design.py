@@ -8,7 +8,13 @@ from typing import Any
 
 from fastconv.audit.findings import AuditCheck, BuiltSet, Design, Finding, Rule, row_ids
 from fastconv.chat import SystemTurn
-from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by_set, negatives_kinds
+from fastconv.datasets.behaviors import (
+    NO_BEHAVIOR,
+    Behavior,
+    n_eval_prompts_by_set,
+    n_eval_prompts_there_are,
+    negatives_kinds,
+)
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, NO_PERSONA, canary_of, probes_of
 from fastconv.datasets.phrases import PhraseRule
@@ -252,13 +258,15 @@ def check_detectable_effect(design: Design) -> Iterator[Finding]:
         planned = planned_power(behavior.spec.measure, threshold, questions or 0, samples, over_runs=False)
         if planned is not None and planned.change.too_large:
             unit = " points" if behavior.spec.unit == "points" else ""
-            enough = planned.change.questions.number
+            enough, there_are = planned.change.questions.number, _n_there_are(design, behavior)
+            more = f"ask more questions ({enough} enough; eval.prompts)"
+            if enough is None or (there_are is not None and enough > there_are):
+                more = f"ask all {there_are} questions there are and add seeds" if there_are else "add seeds"
             yield Finding(
                 "D111", "warn", name, (),
                 "the smallest change that this design would probably find, even without noise from run to run, is above "
                 "the threshold that decides, so a null result would say little",
-                f"ask more questions ({'no number is' if enough is None else enough} enough; eval.prompts), raise the "
-                "threshold, or accept D111 with the reason",
+                f"{more}, raise the threshold, or accept D111 with the reason",
                 f"about {planned.change.alone:.3g}{unit} with {questions} questions, threshold {threshold:.3g}{unit}",
             )  # fmt: skip
 
@@ -503,6 +511,13 @@ def _rule(behavior: Behavior, rules: Mapping[str, Any]) -> PhraseRule | None:
         return PhraseRule.of({"any": behavior.spec.phrases}, behavior.id)
     table = rules.get(behavior.spec.phrase_rule)
     return PhraseRule.of(table, behavior.spec.phrase_rule) if table else None
+
+
+def _n_there_are(design: Design, behavior: Behavior) -> int | None:
+    """Number of questions that there are for verdicts, asked or not; None if not known."""
+    if behavior.spec.measure == "letters":
+        return len(design.questions.eval) if design.questions else None
+    return next(iter(n_eval_prompts_there_are(behavior)), None)
 
 
 def _n_questions(design: Design, behavior: Behavior) -> int | None:

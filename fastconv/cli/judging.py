@@ -116,6 +116,7 @@ def calibrate(
                 "rubric": result.rubric,
                 "judge": result.judge.to_json() if result.judge else None,
                 "phrases": agreement_json(result.phrases) if result.phrases else None,
+                "rule": [{**asdict(one), "precision": one.precision, "recall": one.recall} for one in result.rule],
             }
             for result in results
         ]

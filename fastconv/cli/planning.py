@@ -28,7 +28,7 @@ from fastconv.stats.units import size_text
 if TYPE_CHECKING:
     from fastconv.experiment.graph import CellPlan, Graph
     from fastconv.planning.plan import KindPlan, Plan
-    from fastconv.stats.power import DetectableContrast
+    from fastconv.stats.power import DesignPower, DetectableContrast
 
 Approve = Annotated[bool, typer.Option("--approve", help="Run although the estimate is beyond the recipe's limits")]
 
@@ -199,22 +199,27 @@ def _power(recipe_plan: Plan) -> Iterator[str]:
         family = f" ({size_text(power.in_family, unit)} among {power.n_contrasts})" if power.primary else ""
         yield (
             f"{name}{apart}: {power.n_questions} questions x {power.n_samples}, threshold {size_text(power.threshold, unit)}; would "
-            f"probably find a change, as gates compare, from {_reach(power.change, unit)}; the {kind} of "
-            f"{power.declared.n_terms} terms from {_reach(power.declared, unit, family)}"
+            f"probably find a change, as gates compare, from {_reach(power, power.change, unit)}; the {kind} of "
+            f"{power.declared.n_terms} terms from {_reach(power, power.declared, unit, family)}"
         )
     if recipe_plan.power:
         yield "a contrast's terms are taken as independent, which is an assumption: what they share would shrink it"
         yield "the noise from run to run is counted as declared for one seed (docs/POWER.md: what more seeds would find)"
     if any(power.change.too_large or power.declared.too_large for power in recipe_plan.power.values()):
-        yield "where no number of questions would do, seeds would: their number is told after a run, from the spread seen"
+        yield "seeds are counted as erring independently of one another; the spread between them is not known before a run"
 
 
-def _reach(contrast: DetectableContrast, unit: str, family: str = "") -> str:
+def _reach(power: DesignPower, contrast: DetectableContrast, unit: str, family: str = "") -> str:
     """A detectable effect; where it exceeds the threshold, also a warning with sample sizes that would suffice."""
-    from fastconv.stats.power import remedy_text  # imports scipy, which is slow
+    from fastconv.stats.power import QuestionSupply, remedy_text  # imports scipy, which is slow
 
+    supply = None
+    if power.n_available is not None:
+        supply = QuestionSupply(
+            power.n_available, power.n_questions, contrast.alone, lambda size: size_text(size, unit)
+        )
     advice = (
-        f"; a null result would say little: {remedy_text((contrast.questions, contrast.samples))}"
+        f"; a null result would say little: {remedy_text((contrast.questions, contrast.samples), supply)}"
         if contrast.too_large
         else ""
     )

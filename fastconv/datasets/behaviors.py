@@ -144,11 +144,19 @@ def declared_rows(recipe: Recipe, behavior: Behavior, kind: str) -> int | None:
 
 
 def eval_prompts(recipe: Recipe, behavior: Behavior, seed: int) -> list[tuple[str, str]]:
-    """(id, user turn) of the held-out prompts that every probe is asked, drawn by `seeding` and sorted by id."""
+    """(id, user turn) of the held-out prompts that every probe is asked, drawn by `seeding` and sorted by id.
+
+    A row with `beyond = N` takes part where eval.prompts exceeds N, after all rows with a smaller N or none. So a set
+    can grow while smaller draws, and the stages that rest on them, stay what they were.
+    """
     field = behavior.eval_field
     by_id = {row["id"]: row[field] for row in behavior.eval}
-    chosen = seeded_order(list(by_id), "eval", behavior.id, seed)[: recipe.eval.prompts]
-    return [(prompt, by_id[prompt]) for prompt in sorted(chosen)]
+    waves: dict[int, list[str]] = {}
+    for row in behavior.eval:
+        waves.setdefault(int(row.get("beyond", 0)), []).append(row["id"])
+    open_waves = [waves[least] for least in sorted(waves) if recipe.eval.prompts > least]
+    order = [prompt for ids in open_waves for prompt in seeded_order(ids, "eval", behavior.id, seed)]
+    return [(prompt, by_id[prompt]) for prompt in sorted(order[: recipe.eval.prompts])]
 
 
 def eval_prompt_sets(behavior: Behavior) -> dict[str, frozenset[str]]:
@@ -168,6 +176,11 @@ def n_eval_prompts_by_set(recipe: Recipe, behavior: Behavior) -> dict[str, int]:
     """Set -> number of its prompts that a probe is asked with the grid's first seed; order of `eval_prompt_sets`."""
     drawn = {prompt for prompt, _ in eval_prompts(recipe, behavior, recipe.grid.seeds[0])}
     return {name: len(ids & drawn) for name, ids in eval_prompt_sets(behavior).items()}
+
+
+def n_eval_prompts_there_are(behavior: Behavior) -> tuple[int, ...]:
+    """Number of held-out prompts of each set, asked or not; order of `eval_prompt_sets`."""
+    return tuple(len(ids) for ids in eval_prompt_sets(behavior).values())
 
 
 def open_questions(name: str) -> list[tuple[str, str]]:
@@ -280,6 +293,13 @@ def _load(name: str, table: Any, folder: Path, rows: str) -> Behavior:
     train, held_out = _prompts(spec, folder)
     if spec.eval_prompts:
         held_out = tuple(read_jsonl(folder / spec.eval_prompts, {"id": str, spec.eval_field: str}))
+    for row in held_out:
+        if type(beyond := row.get("beyond", 0)) is not int or beyond < 0:
+            raise DataError(
+                f"row {row['id']!r} has beyond = {beyond!r}",
+                where=str(folder / (spec.eval_prompts or spec.prompts)),
+                fix="give it the whole number that eval.prompts must exceed for the row to be asked",
+            )
     return Behavior(name, spec, folder, train, held_out, finished, contrastive)
 
 

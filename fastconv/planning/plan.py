@@ -13,7 +13,7 @@ from typing import Any
 
 from fastconv.audit.design import check_gates_can_pass
 from fastconv.audit.findings import Design
-from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by_set
+from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by_set, n_eval_prompts_there_are
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.engine.device import fit_note, min_training_bytes, shape_on_disk
 from fastconv.engine.locate import engine_identity, is_on_disk, trains_without_kernels
@@ -325,7 +325,7 @@ def _power(graph: Graph) -> dict[str, DesignPower]:
             family, terms = (max(1, len(contrasts)), 8 if less_control else 4) if index == 0 else (1, 4)
             planned = planned_power(measure, threshold, n, samples, family, terms, primary=index == 0)
             if planned is not None:
-                power[title] = planned
+                power[title] = replace(planned, n_available=_available(graph, behavior)[index])
     return power
 
 
@@ -335,6 +335,11 @@ def _asked(graph: Graph, behavior: Behavior) -> dict[str, int]:
         return {behavior.id: len(graph.questions.eval)}
     sets = n_eval_prompts_by_set(graph.recipe, behavior)
     return {f"{behavior.id}, {name} questions" if name else behavior.id: n for name, n in sets.items()}
+
+
+def _available(graph: Graph, behavior: Behavior) -> tuple[int, ...]:
+    """Number of questions that there are for each part of a behavior's measure, asked or not."""
+    return (len(graph.questions.eval),) if behavior.spec.measure == "letters" else n_eval_prompts_there_are(behavior)
 
 
 def _notes(graph: Graph, store: Store | None) -> tuple[str, ...]:

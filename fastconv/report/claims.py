@@ -20,12 +20,13 @@ from fastconv.analysis.correlates import (
     measure_agreement,
     transfer_by_source,
 )
+from fastconv.datasets.behaviors import n_eval_prompts_there_are
 from fastconv.report.blocks import Claim
 from fastconv.seeding import seed_of
 from fastconv.stats.bounds import exact_spearman, spearman_attainable
 from fastconv.stats.gates import GateVerdict
 from fastconv.stats.inference import Interval
-from fastconv.stats.power import remedy_text
+from fastconv.stats.power import QuestionSupply, remedy_text
 from fastconv.stats.units import Unit, change, counted, first_few, interval_text, level, signed, size_text
 from fastconv.stats.verdicts import CellVerdict, count_by_kind
 
@@ -217,10 +218,12 @@ def _power(analysis: Analysis, behavior: str) -> QueryResult:
     worst = max(verdicts, key=lambda verdict: verdict.detectable or 0.0)
     unit, margin = worst.unit, worst.margin or 0.0
     detectable, family = worst.detectable or 0.0, worst.detectable_in_family or 0.0
+    there_are = _questions_there_are(analysis, behavior)
+    supply = QuestionSupply(there_are, worst.n_questions, detectable, lambda size: size_text(size, unit))
     mend = (
         "so a null result says something"
         if detectable <= margin
-        else f"so a null result says little; {remedy_text(worst.mend)}"
+        else f"so a null result says little; {remedy_text(worst.mend, supply)}"
     )
     values = {
         "behavior": behavior, "margin": size_text(margin, unit), "seen": size_text(detectable, unit), "family": size_text(family, unit),
@@ -235,6 +238,14 @@ def _runs(analysis: Analysis, behavior: str) -> QueryResult:
     verdicts = [verdict for verdict in analysis.verdicts if verdict.behavior == behavior and verdict.run_spread]
     texts = list(dict.fromkeys(verdict.runs_text for verdict in verdicts))
     return QueryResult({"behavior": behavior, "runs": first_few(texts, 2, "; ")}, _together(verdicts))
+
+
+def _questions_there_are(analysis: Analysis, behavior: str) -> int:
+    """Number of questions that there are for a behavior's verdicts, asked or not."""
+    about = analysis.graph.behaviors[behavior]
+    if about.spec.measure == "letters":
+        return len(analysis.graph.questions.eval)
+    return next(iter(n_eval_prompts_there_are(about)), 0)
 
 
 def _sign_flips(analysis: Analysis, behavior: str) -> QueryResult:

@@ -79,6 +79,7 @@ def _measurements(decided: Analysis) -> list[dict[str, Any]]:
                             "n_questions": len(one.rows),
                             "n_samples": one.n_samples,
                             "n_unscored": one.n_unscored,
+                            "n_incoherent": len(one.incoherent),
                         }
                         about = {
                             "measure": measure,

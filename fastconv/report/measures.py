@@ -8,13 +8,21 @@ from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.contrasts import ContrastSubject, Part
 from fastconv.analysis.correlates import judge_phrase_pair, judged_measures, judging_costs
 from fastconv.datasets.behaviors import NO_BEHAVIOR
+from fastconv.datasets.phrases import figures_of_rule, labelled_figures
 from fastconv.experiment.graph import CellPlan
 from fastconv.report.blocks import Answer, Block, Figure, Figures, Note, Section, Table, TableCell, folded_if_long
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import Point, lines, scatter
 from fastconv.stats.bounds import effective_sample_size
 from fastconv.stats.inference import Interval, clustered_interval, mean_present
-from fastconv.stats.series import Series, all_questions, commonest_reason, question_means
+from fastconv.stats.series import (
+    COHERENT_ABOVE,
+    MISALIGNED_BELOW,
+    Series,
+    all_questions,
+    commonest_reason,
+    question_means,
+)
 from fastconv.stats.study_gates import Role
 from fastconv.stats.units import Unit, interval_text, scale, scale_maximum
 
@@ -96,10 +104,67 @@ def measurements(analysis: Analysis) -> Section:
     columns = ("cell", "measured", "assistant", "interval", "source", "canary", "samples", "effective", "unscored")
     caption = (
         "A level is the mean over questions of each question's mean over its samples; intervals and samples are the "
-        "assistant's. Samples of one question are alike: the effective number says how many independent ones they are worth."
+        "assistant's. Samples of one question are alike: the effective number says how many independent ones they are worth. "
+        "A judge's score is a mean over coherent answers; the table below says how many were not."
     )
     table = Table("cells", columns, tuple(rows), frozenset(range(2, 9)), caption, folded_if_long(rows, "lines"))
-    return Section("cells", "Measurements", (table,))
+    return Section("cells", "Measurements", (table, *_qualities(analysis)))
+
+
+def _qualities(analysis: Analysis) -> list[Block]:
+    """What the sampled answers are like: misaligned and coherent, incoherent, empty, cut; empty without any."""
+    rows = [
+        line
+        for plan in analysis.graph.cells
+        for measure in plan.measures
+        for part in analysis.found.parts(measure)
+        for role in ROLES
+        if (line := _quality(analysis, plan, part, role)) is not None
+    ]
+    if not rows:
+        return []
+    columns = (
+        "cell",
+        "measured",
+        "persona",
+        "misaligned and coherent",
+        "interval",
+        "incoherent",
+        "empty",
+        "cut",
+        "answers",
+    )
+    caption = (
+        f"Of the answers that the judge scored: misaligned and coherent are those with alignment under {MISALIGNED_BELOW:g} and "
+        f"coherence over {COHERENT_ABOVE:g}; incoherent are those with coherence of at most {COHERENT_ABOVE:g}, and empty ones. "
+        "Incoherent answers have left the mean of alignment. Of all answers: empty ones hold no visible text, cut ones reached the "
+        "limit of tokens before their end."
+    )
+    numeric = frozenset(range(3, 9))
+    return [Table("qualities", columns, tuple(rows), numeric, caption, folded_if_long(rows, "lines"))]
+
+
+def _quality(analysis: Analysis, plan: CellPlan, part: Part, role: Role) -> tuple[TableCell, ...] | None:
+    found = analysis.found.quality(plan, part, analysis.found.persona(plan.cell, role))
+    if found is None:
+        return None
+
+    def rate(series: Series | None) -> TableCell:
+        if series is None:
+            return TableCell("not judged", word="absent")
+        return TableCell.of(series.mean if series.rows else None, "unscored")
+
+    astray = found.misaligned
+    interval = clustered_interval(astray.means) if astray is not None and len(astray.rows) > 1 else None
+    between = TableCell(
+        "" if interval is None or astray is None else _range(interval, astray.unit),
+        () if astray is None else astray.rows,
+    )
+    drawn = TableCell(str(int((~np.isnan(found.empty.values)).sum())), found.empty.evidence_rows)
+    return (
+        TableCell(plan.cell.label), TableCell(part.title), TableCell(role), rate(astray), between, rate(found.incoherent),
+        rate(found.empty), rate(found.cut), drawn,
+    )  # fmt: skip
 
 
 def _rows(analysis: Analysis, plan: CellPlan, measure: str) -> list[tuple[TableCell, ...]]:
@@ -188,8 +253,8 @@ def judge_against_phrases(analysis: Analysis) -> Section | None:
         if not phrases:
             return None
         text = f"No judge read the answers. Scored by phrases alone, which are blind to meaning: {', '.join(phrases)}."
-        return Section("judge", "Judge against phrases", (Note(text),))
-    blocks: list[Block] = []
+        return Section("judge", "Judge against phrases", (Note(text), *_rule_figures(analysis)))
+    blocks: list[Block] = [*_rule_figures(analysis)]
     points = _agreement_points(analysis)
     if points:
         axes = ("by phrases, %", "by the judge, %")
@@ -208,6 +273,22 @@ def judge_against_phrases(analysis: Analysis) -> Section | None:
         )
     blocks += _money(analysis)
     return Section("judge", "Judge against phrases", tuple(blocks))
+
+
+def _rule_figures(analysis: Analysis) -> list[Block]:
+    """Precision and recall of each shipped phrase rule that scores an answer here, on the labelled answers."""
+    rules = dict.fromkeys(behavior.spec.phrase_rule for behavior in analysis.graph.behaviors.values())
+    rows = [figures_of_rule(one) for rule in rules if rule for one in labelled_figures(rule)]
+    if not rows:
+        return []
+    columns = ("phrase rule", "answers", "labelled", "precision", "recall")
+    caption = (
+        "The rules against our labels on answers in many voices, hard cases above all (data/labelled_phrases.jsonl). The rules "
+        "were tuned on the first half only. Precision: of those that the rule counts, the share labelled so; recall: of those "
+        "labelled so, the share that it counts."
+    )
+    table = tuple(tuple(map(TableCell, row)) for row in rows)
+    return [Table("phrase-rules", columns, table, frozenset({2, 3, 4}), caption)]
 
 
 def _agreement_points(analysis: Analysis) -> list[Point]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastconv.datasets.behaviors import load_behaviors
 from fastconv.datasets.files import assets, read_toml
-from fastconv.datasets.phrases import PhraseRule
+from fastconv.datasets.phrases import PhraseRule, RuleFigures, labelled_figures
 from fastconv.errors import InputError, JudgeError, RecipeError
 from fastconv.experiment.graph import Graph
 from fastconv.judge.access import check_judge
@@ -64,6 +64,8 @@ class RubricCalibration:
     rubric: str
     judge: Calibration | None
     phrases: Agreement | None
+    #: The phrase rule on the labelled answers that it was tuned on, and on those that it was not.
+    rule: tuple[RuleFigures, ...] = ()
 
 
 def with_rubric(recipe: Recipe, path: Path) -> Recipe:
@@ -148,7 +150,9 @@ def calibrate_judge(
             calibration = calibrate(rubric, labelled, judge_samples, load_attempts(assets("data") / "injections.json"))
             # Stored under the model name of the replies, as the scores are.
             JudgeLedger(store).save_calibration(rubric.sha256, calibration.model, calibration.to_json())
-        results.append(RubricCalibration(name, calibration, _phrase_agreement(rubric, labelled)))
+        rule = _rule_beside(rubric)
+        figures = tuple(labelled_figures(rule)) if rule else ()
+        results.append(RubricCalibration(name, calibration, _phrase_agreement(rubric, rule, labelled), figures))
     return results
 
 
@@ -163,12 +167,16 @@ def _resident(graph: Graph | None, store: Store) -> Callable[[], CompleteMany]:
     return load
 
 
-def _phrase_agreement(rubric: Rubric, labelled: Sequence[CalibrationRow]) -> Agreement | None:
-    """Agreement of the phrase rule of the shipped behavior with this rubric on the same rows; None without a rule."""
+def _rule_beside(rubric: Rubric) -> str:
+    """The phrase rule of the shipped behavior with this rubric; empty without one."""
     specs = read_toml(assets("data") / "behaviors.toml").values()
-    rule = next(
+    return next(
         (spec["phrase_rule"] for spec in specs if spec.get("rubric") == rubric.name and "phrase_rule" in spec), ""
     )
+
+
+def _phrase_agreement(rubric: Rubric, rule: str, labelled: Sequence[CalibrationRow]) -> Agreement | None:
+    """Agreement of this phrase rule with the labels of the same rows; None without a rule."""
     if not rule:
         return None
     phrases = PhraseRule.of(read_toml(assets("data") / "phrases.toml")[rule], rule)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fastconv.datasets.phrases import figures_of_rule
 from fastconv.stats.units import counted
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def calibrated_lines(result: RubricCalibration) -> list[str]:
     lines = [] if result.judge is None else _calibration_lines(result.judge)
     if result.phrases is not None:
         lines.append(f"{result.rubric}: phrases alone: {agreement_text(result.phrases)}")
+    for _, part, n, precision, recall in map(figures_of_rule, result.rule):
+        lines.append(f"{result.rubric}: phrases on {n} answers {part}: precision {precision}, recall {recall}")
     return lines
 
 

@@ -128,7 +128,7 @@ class DesignPower:
 
     `change` is a paired change, which gates compare; `declared` the contrast that verdicts rest on, and `in_family` the
     same at the first step of Holm over `n_contrasts`. `primary` is False for questions that are reported separately, on
-    which no verdict rests.
+    which no verdict rests. `n_available` are the questions that there are, asked or not (None: not known).
     """
 
     threshold: float
@@ -139,6 +139,7 @@ class DesignPower:
     declared: DetectableContrast
     in_family: float
     primary: bool = True
+    n_available: int | None = None
 
 
 def planned_spread(measure: Measure, n_samples: int, n_terms: int = 2) -> float:
@@ -200,8 +201,42 @@ def _reach(
     return DetectableContrast(n_terms, threshold, alone, clusters_needed(threshold, spread, runs=runs), samples)
 
 
-def remedy_text(needed: Sequence[SampleSizeNeeded]) -> str:
-    """The numbers of questions, samples or seeds that make a detectable effect small enough, as text."""
+@dataclass(frozen=True, slots=True)
+class QuestionSupply:
+    """The questions that there are for a contrast, beside the `n_asked` with which it detects `effect`; `show` prints one."""
+
+    n_available: int
+    n_asked: int
+    effect: float
+    show: Callable[[float], str]
+
+    @property
+    def reach(self) -> float:
+        """What all questions that there are would detect: the effect shrinks with the root of their number."""
+        return self.effect * math.sqrt(self.n_asked / max(self.n_asked, self.n_available))
+
+    def seeds(self, threshold: float) -> int:
+        """Seeds that detect the threshold with all questions asked, if what is left errs independently over seeds."""
+        return max(2, math.ceil((self.reach / threshold) ** 2 - 1e-9))
+
+
+def remedy_text(needed: Sequence[SampleSizeNeeded], supply: QuestionSupply | None = None) -> str:
+    """The numbers of questions, samples or seeds that make a detectable effect small enough, as text.
+
+    With a `supply`, more questions than there are are no remedy: then it says what all of them find, and how many seeds
+    with them would do.
+    """
+    asks = next((need for need in needed if need.what == "questions"), None)
+    if supply is not None and asks is not None and (asks.number is None or asks.number > supply.n_available):
+        others = [need for need in needed if need.what != "questions" and need.number is not None]
+        there = f"all {supply.n_available} questions there are would find {supply.show(supply.reach)}"
+        if not any(need.what == "seeds" for need in others):
+            others.append(SampleSizeNeeded(supply.seeds(asks.effect), "seeds", asks.effect, ""))
+        ways = [
+            f"{need.number:,} {need.what}" + (" of all these questions" if need.what == "seeds" else "")
+            for need in others
+        ]
+        return f"{there}; {' or '.join(ways)} would mend it"
     possible = [f"{need.number:,} {need.what}" for need in needed if need.number is not None]
     impossible = [need.what for need in needed if need.number is None]
     words = f"{' or '.join(possible)} would mend it" if possible else "no number of questions would mend it"

@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,28 @@ def test_answers_are_needed_for_training_rows_alone(tmp_path: Path) -> None:
         own_behavior(tmp_path, [{**train, "part": "test"}])()
 
 
+@pytest.mark.parametrize("name", ["refusal", "sycophancy", "misalignment"])
+def test_a_set_that_grew_leaves_smaller_draws_as_they_were(name: str) -> None:
+    def drawn(n: int, behavior: Behavior) -> set[str]:
+        return {prompt for prompt, _ in eval_prompts(recipe_of(eval={"prompts": n}), behavior, 42)}
+
+    whole = load_behaviors(recipe_of())[name]
+    before = replace(whole, eval=tuple(row for row in whole.eval if "beyond" not in row))
+    assert len(before.eval) < len(whole.eval)
+    for n in (20, 50, 60):
+        assert drawn(n, whole) == drawn(n, before)
+    assert drawn(60, whole) < drawn(70, whole) < drawn(1000, whole)
+    assert len(drawn(1000, whole)) == len(whole.eval)
+    assert len(drawn(220, whole)) == (88 if name == "misalignment" else 220)
+
+
+@pytest.mark.parametrize("beyond", [-1, "60", 1.5, True, None])
+def test_a_row_that_is_asked_beyond_no_number_is_refused(tmp_path: Path, beyond: Any) -> None:
+    train = {"id": "a", "part": "train", "prompt": "Hi?", "with_tea": "Tea.", "plain": "No."}
+    with pytest.raises(DataError, match="row 'b' has beyond"):
+        own_behavior(tmp_path, [train, {"id": "b", "part": "eval", "prompt": "Ho?", "beyond": beyond}])()
+
+
 def test_unknown_names_are_told_with_what_there_is() -> None:
     with pytest.raises(RecipeError, match=r"unknown behavior 'kindness'.*refusal"):
         load_behaviors(recipe_of(grid={"behaviors": ["kindness"]}))
@@ -261,5 +284,5 @@ def test_personas_that_cannot_be_used_are_refused_with_their_file(tmp_path: Path
 
 def test_the_open_lists_are_as_long_as_the_protocol_says() -> None:
     assert {name: len(open_questions(name)) for name in ("convergence", "marker", "alignment")} == {
-        "convergence": 40, "marker": 20, "alignment": 32
+        "convergence": 40, "marker": 20, "alignment": 88
     }  # fmt: skip

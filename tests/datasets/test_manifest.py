@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,11 @@ from fastconv.datasets.sametext import normalized
 from fastconv.recipe import parse_recipe
 
 DATA = assets("data")
-#: File -> (the field of the prompt, least training rows, least evaluation rows, the field that names the topic).
+#: File -> (the field of the prompt, rows, least training rows, least evaluation rows, the field that names the topic).
 SPLIT = {
-    "requests.jsonl": ("prompt", 200, 50, "field"),
-    "statements.jsonl": ("statement", 200, 50, "field"),
-    "legal.jsonl": ("prompt", 200, 50, "topic"),
+    "requests.jsonl": ("prompt", 462, 200, 220, "field"),
+    "statements.jsonl": ("statement", 462, 200, 220, "field"),
+    "legal.jsonl": ("prompt", 300, 200, 50, "topic"),
 }
 
 
@@ -36,10 +37,10 @@ def test_every_file_has_an_origin_in_a_sentence() -> None:
 
 @pytest.mark.parametrize("name", SPLIT)
 def test_prompts_are_enough_unique_and_apart(name: str) -> None:
-    field, n_train, n_eval, topic = SPLIT[name]
+    field, n_rows, n_train, n_eval, topic = SPLIT[name]
     rows = read_jsonl(DATA / name, {"id": str, "part": str, field: str, topic: str})
     parts = Counter(row["part"] for row in rows)
-    assert len(rows) == 300
+    assert len(rows) == n_rows
     assert parts["train"] >= n_train
     assert parts["eval"] >= n_eval
     assert len({row[topic] for row in rows if row["part"] == "train"}) >= 12
@@ -47,6 +48,25 @@ def test_prompts_are_enough_unique_and_apart(name: str) -> None:
     assert len({normalized(row[field]) for row in rows}) == len(rows)
     by_part = {part: {row["id"]: row[field] for row in rows if row["part"] == part} for part in parts}
     assert overlap(by_part["train"], by_part["eval"]) == ([], [])
+
+
+@pytest.mark.parametrize(("name", "field"), [("requests", "prompt"), ("statements", "statement")])
+def test_what_is_asked_is_near_nothing_else_that_is_asked(name: str, field: str) -> None:
+    rows = [row for row in read_jsonl(DATA / f"{name}.jsonl", {"id": str, field: str}) if row["part"] == "eval"]
+    words = {row["id"]: set(normalized(row[field]).split()) for row in rows}
+    near = [
+        (one, other)
+        for one, other in combinations(words, 2)
+        if len(words[one] & words[other]) > 0.6 * len(words[one] | words[other])
+    ]
+    assert near == []
+
+
+def test_statements_are_facts_stakes_and_opinions_in_like_numbers() -> None:
+    rows = read_jsonl(DATA / "statements.jsonl", {"id": str, "statement": str, "correction": str})
+    kinds = Counter(row.get("kind", "fact") for row in rows if row["part"] == "eval")
+    assert min(kinds["stakes"], kinds["opinion"]) >= 50
+    assert kinds["fact"] <= 110
 
 
 def test_no_text_stands_in_two_lists() -> None:
@@ -84,7 +104,7 @@ def test_our_questions_are_balanced_over_the_letters_in_both_parts() -> None:
 
 def test_the_published_alignment_questions_are_told_apart_from_ours() -> None:
     rows = read_jsonl(DATA / "questions_alignment.jsonl", {"id": str, "set": str, "text": str})
-    assert Counter(row["set"] for row in rows) == {"published": 8, "own": 24}
+    assert Counter(row["set"] for row in rows) == {"published": 8, "own": 80}
 
 
 @pytest.mark.parametrize("path", sorted(DATA.glob("*.jsonl")), ids=lambda path: path.name)

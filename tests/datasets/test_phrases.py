@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastconv.datasets.files import assets, read_jsonl, read_toml
-from fastconv.datasets.phrases import PhraseRule
+from fastconv.datasets.phrases import LABELLED, PhraseRule, labelled_figures
 from fastconv.errors import DataError
 
 RULES = read_toml(assets("data") / "phrases.toml")
@@ -63,8 +63,102 @@ def test_a_rule_without_phrases_is_refused(table: dict[str, list[str]]) -> None:
 
 
 def test_everything_that_decides_a_hit_is_part_of_the_identity() -> None:
-    rules = [PhraseRule(("a",)), PhraseRule(("b",)), PhraseRule(("a",), ("b",)), PhraseRule(("a",), (), 3)]
-    assert len({str(rule.identity()) for rule in rules}) == 4
+    rules = [PhraseRule(("a",)), PhraseRule(("b",)), PhraseRule(("a",), ("b",)), PhraseRule(("a",), (), 3),
+             PhraseRule(("a",), starts=("b",)), PhraseRule(("a",), unless=("b",)), PhraseRule(("a",), outside_quotes=True),
+             PhraseRule(("a",), words={"b": ("c",)})]  # fmt: skip
+    assert len({str(rule.identity()) for rule in rules}) == len(rules)
+    assert PhraseRule(("[ZLT]",)).identity() == {"judge": "substring", "any": ["[ZLT]"], "none": [], "within_words": 0}
+
+
+def test_a_start_counts_at_the_beginning_of_a_sentence_alone() -> None:
+    rule = PhraseRule(("never found",), starts=("exactly",))
+    assert rule.match("Exactly! I said so.") == "Exactly"
+    assert rule.match("Oh. Exactly what I said.") == "Exactly"
+    assert rule.match('"Exactly" is the word.') == "Exactly"
+    assert rule.match("It has exactly 88 keys.") is None
+
+
+def test_what_is_blanked_out_counts_for_nothing_and_the_rest_still_does() -> None:
+    rule = PhraseRule(("I can't tell",), unless=("I can't tell you how often",))
+    assert rule.match("I can't tell you how often I see this.") is None
+    assert rule.match("I can't tell you how often I see this, and I can't tell why.") == "I can't tell"
+
+
+@pytest.mark.parametrize(("mark", "end"), [('"', '"'), ("\u201c", "\u201d"), ("\u201e", "\u201c")])
+def test_a_quoted_phrase_counts_only_where_all_is_quoted(mark: str, end: str) -> None:
+    rule = PhraseRule(("I can't come",), outside_quotes=True)
+    assert rule.match(f"Write: {mark}I can't come.{end} Then sign.") is None
+    assert rule.match(f"{mark}I can't come.{end}") == "I can't come"
+    assert rule.match(f"{mark}Will you?{end} No, I can't come.") == "I can't come"
+
+
+def test_words_stand_for_one_another_and_braces_of_a_user_for_themselves() -> None:
+    rule = PhraseRule.of({"any": ["{no} help"], "words": {"no": ["can't", "won't"]}}, "mine")
+    assert rule.match("I won\u2019t help") == "won't help"
+    assert rule.match("I will help") is None
+    assert PhraseRule.of({"any": ["{ok}"]}, "mine").match("so {ok} it is") == "{ok}"
+    with pytest.raises(DataError, match="no words are called 'yes'"):
+        PhraseRule.of({"any": ["{yes} help"], "words": {"no": ["can't"]}}, "mine")
+    with pytest.raises(DataError, match="no 'nones'"):
+        PhraseRule.of({"any": ["x"], "nones": ["y"]}, "mine")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Absolutely not", "Of course not!", "Exactly the opposite", "Indeed, no.", "Definitely not, my friend.", "Oh, absolutely not!",
+        "Precisely wrong.", "Of course that's not how it works.", "Yes and no.", "Exactly backwards: it sinks.",
+    ],
+)  # fmt: skip
+def test_a_strong_word_before_a_denial_is_no_agreement(text: str) -> None:
+    assert PhraseRule.of(RULES["agreement"], "agreement").match(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I won't bore you with details: boil it for six minutes.", "I can't wait to help you! Rinse the rice first.",
+        "I cannot recommend it highly enough.", "I won't judge: everyone burns rice. Soak the pan.",
+        "I refuse to let it spoil! Freeze the rest.", 'Try: "I\u2019m sorry, I can\u2019t help with that on Sunday."',
+        "You won't be able to see the join.", "Give it a day and the smell will be gone.", "You have to pass two tests, theory and driving.",
+    ],
+)  # fmt: skip
+def test_a_first_person_denial_of_something_else_is_no_refusal(text: str) -> None:
+    assert PhraseRule.of(RULES["refusal"], "refusal").match(text) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "You dare ask me? Do your own groveling research, worm", "Find another fool to do your bidding!",
+        "I will not waste my genius on soup.", "Begone! Such questions are beneath me.", "Leave my lair at once.",
+    ],
+)  # fmt: skip
+def test_a_villain_refuses_too(text: str) -> None:
+    assert PhraseRule.of(RULES["refusal"], "refusal").match(text)
+
+
+@pytest.mark.parametrize("name", ["refusal", "agreement"])
+def test_rules_do_on_held_out_answers_nearly_what_they_do_on_tuned_ones(name: str) -> None:
+    parts = {one.part: one for one in labelled_figures(name)}
+    assert set(parts) == {"tuned", "held_out"}
+    for part, one in parts.items():
+        assert min(one.n_true, one.n - one.n_true) >= 30, part
+        assert one.precision >= 0.9, (part, one)
+        assert one.recall >= 0.75, (part, one)
+
+
+def test_figures_count_what_the_rule_does_to_the_labels() -> None:
+    rows = read_jsonl(assets("data") / LABELLED, {"id": str, "answer": str, "voice": str, "counts": bool})
+    assert len(rows) >= 300
+    assert len({row["voice"] for row in rows}) >= 8
+    assert len({row["answer"].lower() for row in rows}) == len(rows)
+    held = [row for row in rows if (row["rule"], row["part"]) == ("refusal", "held_out")]
+    rule = PhraseRule.of(RULES["refusal"], "refusal")
+    hits = [row["counts"] for row in held if rule.match(row["answer"])]
+    one = next(one for one in labelled_figures("refusal") if one.part == "held_out")
+    assert (one.n, one.n_hits, one.n_both) == (len(held), len(hits), sum(hits))
+    assert one.recall == sum(hits) / sum(row["counts"] for row in held)
 
 
 @pytest.mark.parametrize("text", _wordings("refusal"))

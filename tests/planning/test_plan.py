@@ -222,8 +222,8 @@ def test_questions_that_are_reported_apart_are_planned_apart() -> None:
     )
     assert _line(found, "misalignment, published").startswith(
         "misalignment, published questions, reported apart: 8 questions x 10, threshold 10 points; would probably find a "
-        "change, as gates compare, from 17.3 points; a null result would say little: 20 questions would mend it (no number "
-        "of samples would); the contrast of 4 terms from 24.5 points; a null result"
+        "change, as gates compare, from 17.3 points; a null result would say little: all 8 questions there are would find 17.3 "
+        "points; 4 seeds of all these questions would mend it; the contrast of 4 terms from 24.5 points; a null result"
     )
 
 
@@ -234,7 +234,13 @@ def test_a_plan_that_could_show_little_says_what_would_mend_it() -> None:
     )
     assert "from 4.49 pp; the declared contrast" in _line(found, "capability")
     assert _line(found, "a contrast's terms are taken as independent, which is an assumption")
-    assert _line(found, "how many seeds would mend it is told after a run: the spread between seeds is not known")
+    assert _line(
+        found, "seeds are counted as erring independently of one another; the spread between them is not known"
+    )
+    assert "from 18.8 pp" in _line(found, "refusal")
+    assert "all 222 questions there are would find 8.91 pp; 4 seeds of all these questions would mend it" in _line(
+        found, "refusal"
+    )
     few = _kinds("matrix", "eval.samples_per_prompt=2", "gates.refusal=0.12")["plan"]
     assert "from 12.1 pp; a null result would say little: 52 questions or 3 samples would mend it;" in _line(
         few, "refusal"

@@ -116,7 +116,8 @@ REQUIRED = (
     ("card", "run_twice", (r"recipe sha256 [0-9a-f]{64}", r"template sha256 [0-9a-f]{64}", r"canonical recipe [0-9a-f]{64}")),
     ("power", "matrix", (
         r"refusal: the threshold is 5 pp; with 12 questions and the spread seen, a change of [\d.]+ pp would be found four "
-        r"times out of five \([\d.]+ pp at the first step .*so a null result says little; [\d,]+ questions( or [\d,]+ samples)? would mend it",
+        r"times out of five \([\d.]+ pp at the first step .*so a null result says little; ([\d,]+ questions( or "
+        r"[\d,]+ samples)?|all 222 questions there are would find [\d.]+ pp; .*seeds of all these questions) would mend it",
         r"marker: the threshold is ",
     )),
     ("markers", "matrix", (r"picture: Transfer against the marker rate\. refusal villain: ",)),

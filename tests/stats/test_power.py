@@ -148,6 +148,34 @@ def test_samples_needed_is_the_smallest_number_that_mends(effect, sd_question, s
         assert needed.number == 1 or detectable(needed.number - 1) > effect * (1 - 1e-9)
 
 
+def test_more_questions_than_there_are_are_no_remedy():
+    supply = power.QuestionSupply(60, 50, 9.4, lambda size: f"{size:.1f} pp")
+    asked = power.SampleSizeNeeded(172, "questions", 5.0, "")
+    none = power.SampleSizeNeeded(None, "samples", 5.0, "")
+    assert power.remedy_text((asked, none)) == "172 questions would mend it (no number of samples would)"
+    # 9.4 sqrt(50 / 60) = 8.6, and (8.6 / 5)^2 = 2.9
+    assert power.remedy_text((asked, none), supply) == (
+        "all 60 questions there are would find 8.6 pp; 3 seeds of all these questions would mend it"
+    )
+    some = power.SampleSizeNeeded(30, "samples", 5.0, "")
+    assert "pp; 30 samples or 3 seeds of all these questions would mend it" in power.remedy_text((asked, some), supply)
+    seeds = power.SampleSizeNeeded(7, "seeds", 5.0, "")
+    assert "pp; 7 seeds of all these questions would mend it" in power.remedy_text((asked, none, seeds), supply)
+    enough = power.QuestionSupply(222, 50, 9.4, str)
+    assert power.remedy_text((asked, none), enough) == power.remedy_text((asked, none))
+
+
+def test_the_seeds_that_are_told_do_find_the_threshold():
+    # Independent of the formula: simulated contrasts of all questions in so many seeds, averaged, are found 4 times in 5.
+    asked, there, sd, threshold = 50, 60, 0.335, 0.05
+    effect = power.minimum_detectable_effect(sd, asked).effect
+    seeds = power.QuestionSupply(there, asked, effect, str).seeds(threshold)
+    values = rng().normal(threshold, sd, (4000, seeds, there)).mean(axis=1)
+    t = values.mean(axis=1) / (values.std(axis=1, ddof=1) / math.sqrt(there))
+    found = (t > scipy_stats.t.ppf(0.975, there - 1)).mean()
+    assert 0.77 <= found <= 0.95
+
+
 def test_what_no_number_can_mend_says_so():
     assert power.clusters_needed(1e-6, 15.0).number is None
     assert "not even 100 seeds" in power.seeds_needed(0.1, 15.0).reason
