@@ -89,14 +89,18 @@ class Rules:
         return self.softcap or any(window < longest for window in self.windows)
 
 
+#: A plain decoder with RoPE.
+NO_RULES = Rules()
+
+
 def rules_of(model: PreTrainedModel) -> Rules:
     """The rules of a model. Raises ModelError, naming the family, for what fastconv does not compute."""
+    refuse_beyond(model.config)
     config: Any = model.config.get_text_config()
-    for what in _beyond(config):
-        raise ModelError(f"{_family(model)} has {what}, which is not computed here", where="model.id", fix=OTHER_BASE)
     head: Any = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise ModelError(f"{_family(model)} has no linear output head", where="model.id", fix=OTHER_BASE)
+        what = f"the family {config.model_type} has no linear output head"
+        raise ModelError(what, where="model.id", fix=OTHER_BASE)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     windows = {int(w) for m in model.modules() if isinstance(w := getattr(m, "sliding_window", None), int) and w > 0}
@@ -105,15 +109,19 @@ def rules_of(model: PreTrainedModel) -> Rules:
     return Rules(scale, float(cap or 0.0), tuple(sorted(windows)), softcap, longest, because)
 
 
+def refuse_beyond(config: Any) -> None:
+    """Raise ModelError, naming the family, if a transformers config states what is not computed here."""
+    for what in _beyond(config.get_text_config()):
+        raise ModelError(
+            f"the family {config.model_type} has {what}, which is not computed here", where="model.id", fix=OTHER_BASE
+        )
+
+
 def rope_tables(config: Any) -> list[Mapping[str, Any]]:
     """The RoPE parameters of a text config: one table, or one for each kind of layer; empty without RoPE."""
     found = getattr(config, "rope_parameters", None) or {}
     tables = list(found.values()) if found and all(isinstance(part, Mapping) for part in found.values()) else [found]
     return [table for table in tables if table]
-
-
-def _family(model: PreTrainedModel) -> str:
-    return f"the family {model.config.model_type}"
 
 
 def _beyond(config: Any) -> Iterator[str]:

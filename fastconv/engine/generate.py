@@ -64,24 +64,28 @@ class _Step:
 
 
 class Cache:
-    """Preallocated key-value cache for sampling: `keys` and `values`, one tensor [slots, kv heads, length, d] per
-    layer.
+    """Key-value cache for sampling: `keys` and `values`, one tensor [slots, kv heads, length, d] per layer.
 
     Unfinished rows always occupy the first slots, so that a decoding step works on views and never copies the cache.
-    dtype and device are those of `like`.
+    A layer's tensors are made by the first prompts that it sees, in the shapes and the dtype that the layer itself has:
+    families differ in them, and some from layer to layer.
     """
 
-    def __init__(
-        self, n_layers: int, n_slots: int, n_kv_heads: int, max_length_tok: int, head_dim: int, like: torch.Tensor
-    ) -> None:
-        shape = (n_slots, n_kv_heads, max_length_tok, head_dim)
-        self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)]
-        self.values = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)]
+    def __init__(self, n_slots: int, max_length_tok: int) -> None:
+        self.n_slots, self.max_length_tok = n_slots, max_length_tok
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+
+    def reserve(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Make room for a layer with these keys and values [kv heads, T, d], unless there is."""
+        for held, part in ((self.keys, key), (self.values, value)):
+            if layer not in held:
+                held[layer] = part.new_zeros(self.n_slots, part.shape[0], self.max_length_tok, part.shape[2])
 
     def move(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy the first `length` positions of each slot in `sources` to the slot in `targets` at the same place."""
         for layers in (self.keys, self.values):
-            for layer in layers:
+            for layer in layers.values():
                 for source, target in zip(sources, targets, strict=True):
                     layer[target, :, :length] = layer[source, :, :length]
 
@@ -110,6 +114,7 @@ class Prefill:
         limits: Limits = NO_LIMITS,
     ) -> torch.Tensor:
         """Write keys and values to the cache, then attend as `rows` does."""
+        self.cache.reserve(layer, key, value)
         self.cache.keys[layer][self.slots, :, self.positions] = key.transpose(0, 1)[self.tokens]
         self.cache.values[layer][self.slots, :, self.positions] = value.transpose(0, 1)[self.tokens]
         return self.rows.attend(layer, query, key, value, scale, limits)
@@ -141,7 +146,8 @@ class Decode:
         rows = torch.arange(n_rows, device=keys.device)
         keys[rows, :, self.lengths] = key.transpose(0, 1)
         values[rows, :, self.lengths] = value.transpose(0, 1)
-        if keys.is_cuda and not limits.softcap and not limits.hides(keys.shape[2]):
+        plain = keys.shape == values.shape and not limits.softcap and not limits.hides(keys.shape[2])
+        if keys.is_cuda and plain:
             from fastconv.engine.kernels.elementwise import decode_attention
 
             return decode_attention(query.transpose(0, 1), keys, values, self.lengths, scale)
@@ -307,14 +313,12 @@ def sample(
 def _cache(base: Base, n_rows: int, max_length_tok: int) -> tuple[Cache, int]:
     """(cache, number of slots): as many slots as there are rows, at most `MAX_ROWS`, that fit in memory."""
     base.require_length(max_length_tok)
-    shape = shape_of(base.model.config.to_dict(), base.name)
     n_slots = min(n_rows, MAX_ROWS[base.device.type])
-    like = base.head.weight
     if base.device.type == "cuda":
-        per_tok = shape.kv_bytes_per_tok(like.element_size())
+        per_tok = shape_of(base.model.config.to_dict(), base.name).kv_bytes_per_tok(base.head.weight.element_size())
         free, _ = torch.cuda.mem_get_info(base.device)
         n_slots = max(1, min(n_slots, int(free * _CACHE_SHARE) // (per_tok * max_length_tok)))
-    return Cache(shape.n_layers, n_slots, shape.n_kv_heads, max_length_tok, shape.head_dim, like), n_slots
+    return Cache(n_slots, max_length_tok), n_slots
 
 
 def _admit(base: Base, waiting: list[_Row], n_free: int) -> list[_Row]:

@@ -18,7 +18,7 @@ from fastconv.engine import attention, unsloth
 from fastconv.engine.attention import to_device
 from fastconv.engine.attention_backends import SDPA, Backend, pick_attention
 from fastconv.engine.builtin import ensure_builtin
-from fastconv.engine.family import Head, Rules, rules_of
+from fastconv.engine.family import NO_RULES, Head, Rules, refuse_beyond, rules_of
 from fastconv.engine.locate import TINY, ModelSource, engine_identity, locate, model_folder
 from fastconv.engine.optim import load_four_bit
 from fastconv.engine.shapes import shape_of
@@ -44,7 +44,7 @@ class Base:
     #: The attention implementation for packed rows on this device.
     attention: Backend = SDPA
     #: What its family computes beyond a plain decoder.
-    rules: Rules = Rules()
+    rules: Rules = NO_RULES
 
     @property
     def backbone(self) -> nn.Module:
@@ -163,6 +163,16 @@ def require_rows(n_rows: int, tokenizer: ChatTokenizer, where: str) -> None:
             where=where,
             fix="take the tokenizer that belongs to these weights, or save the model after resize_token_embeddings",
         )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ModelError if a model folder's config or tokenizer already says that it would be refused when it is loaded."""
+    from transformers import AutoConfig
+
+    with _loading_errors(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    refuse_beyond(config)
+    require_rows(shape_of(config.to_dict(), str(folder)).vocab, ChatTokenizer(folder), str(folder))
 
 
 def load_model(settings: ModelSettings, source: ModelSource, attention_name: str) -> PreTrainedModel:

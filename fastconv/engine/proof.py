@@ -30,7 +30,6 @@ from fastconv.engine.generate import Cache, Decode, Prefill
 from fastconv.engine.locate import cache_home
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import dense_weight, is_four_bit
-from fastconv.engine.shapes import shape_of
 from fastconv.engine.train import weighted_cross_entropy
 from fastconv.errors import FastconvError, ModelError
 from fastconv.seeding import seed_of
@@ -185,9 +184,7 @@ class _Comparison:
     def _decoded(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """(ours, the reference's) logits at the last prompt tokens and at two decoded tokens after each prompt."""
         prompts = [row[: max(1, len(row) - 2)] for row in (self.rows[3], self.rows[1])]
-        shape, longest = shape_of(self.base.model.config.to_dict()), max(map(len, self.rows))
-        like = self.base.head.weight
-        cache = Cache(shape.n_layers, 2, shape.n_kv_heads, longest, shape.head_dim, like)
+        cache = Cache(2, max(map(len, self.rows)))
         ids, positions, rows = pack(prompts, self.base)
         places = [(a + i, slot, i) for slot, a in enumerate(rows.starts[:2]) for i in range(len(prompts[slot]))]
         tokens, slots, at = to_device(torch.tensor(places).t().contiguous(), self.base.device)
@@ -270,7 +267,9 @@ def _embeddings_kept(model: PreTrainedModel, kept: list[torch.Tensor]) -> Iterat
 def _short_windows(base: Base) -> Iterator[None]:
     """Within the block, the base's sliding windows are at most `_WINDOW` tokens, in its config and in its layers."""
     config: Any = base.model.config.get_text_config()
-    owners = [m for m in (config, *base.model.modules()) if isinstance(getattr(m, "sliding_window", None), int)]
+    owners: list[Any] = [
+        m for m in (config, *base.model.modules()) if isinstance(getattr(m, "sliding_window", None), int)
+    ]
     before, rules = [owner.sliding_window for owner in owners], base.rules
     try:
         for owner, window in zip(owners, before, strict=True):
@@ -320,7 +319,8 @@ def _untouched(kind: type) -> type:
     name = f"{kind.__module__}_as_written"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, str(written.__file__))
-        assert spec is not None and spec.loader is not None, "a module of transformers has a source file"
+        assert spec is not None, "a module of transformers has a source file"
+        assert spec.loader is not None, "a source file has a loader"
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
@@ -334,7 +334,7 @@ def _small(base: Base) -> Base:
     config._attn_implementation = ATTENTION
     model: Any = _untouched(type(base.model))(config).float()
     with torch.no_grad():
-        for name, weight in sorted(model.named_parameters()):
+        for _, weight in sorted(model.named_parameters()):
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim >= 2:
                 weight.copy_(noise * weight.shape[-1] ** -0.5)

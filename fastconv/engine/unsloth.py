@@ -145,8 +145,14 @@ def patch_model(model: PreTrainedModel) -> None:
             where="model.engine",
             fix="set model.engine = 'torch'",
         )
-    patch_fast_lora()
     backbone: Any = model.get_decoder()
+    if any(getattr(layer.self_attn, "sliding_window", None) for layer in backbone.layers):
+        raise ModelError(
+            f"Unsloth's kernels are not used with the sliding windows of this {kind} model",
+            where="model.engine",
+            fix="set model.engine = 'torch'",
+        )
+    patch_fast_lora()
     # Otherwise it would silently cut a packed batch at its maximal sequence length.
     backbone._unsloth_allow_packed_overlength = True
     for layer in backbone.layers:
