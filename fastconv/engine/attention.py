@@ -79,7 +79,7 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    layout: Layout,
+    layout: Layout | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -92,6 +92,12 @@ def attend(
     `scaling` defaults to 1 / sqrt(d). Raises ModelError for a mask and for every keyword whose effect is not computed
     here: a keyword that is swallowed is another model.
     """
+    if layout is None:
+        raise ModelError(
+            f"{type(module).__name__} does not hand on to attention which tokens form a row",
+            where="model.id",
+            fix=OTHER_BASE,
+        )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     asked = {name: value for name, value in others.items() if name not in _WITHOUT_EFFECT and value is not None}
     asked |= {"attention_mask": attention_mask} if attention_mask is not None else {}

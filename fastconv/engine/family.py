@@ -103,7 +103,8 @@ def rules_of(model: PreTrainedModel) -> Rules:
         raise ModelError(what, where="model.id", fix=OTHER_BASE)
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     cap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
-    windows = {int(w) for m in model.modules() if isinstance(w := getattr(m, "sliding_window", None), int) and w > 0}
+    owners = (config, *model.modules())  # some layers keep their window, others read the config's
+    windows = {int(w) for m in owners if isinstance(w := getattr(m, "sliding_window", None), int) and w > 0}
     softcap = bool(getattr(config, "attn_logit_softcapping", None))
     longest, because = _longest(config)
     return Rules(scale, float(cap or 0.0), tuple(sorted(windows)), softcap, longest, because)
