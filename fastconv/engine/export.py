@@ -41,8 +41,6 @@ _FREE = frozenset(
 #: Starts that leave the base's weights as they are. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take something out of
 #: them, and PEFT does so again when it loads the adapter.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
-#: Values of an option that is off.
-_OFF = (None, False, [], {}, "")
 #: Tensors, and the bytes of each, that are compared to prove that two folders hold the same weights.
 _COMPARED, _COMPARED_BYTES = 8, 1 << 20
 
@@ -123,7 +121,7 @@ def load_peft_folder(stack: Stack, folder: Path, base: BaseReference) -> Adapter
     where = str(folder)
     data = (folder / WEIGHTS_FILE).read_bytes()
     tensors, metadata = read_safetensors(data, where)
-    shape = _shape(config, tensors, where)
+    shape = _shape(config, where)
     for target in shape.targets:
         if target in stack.tied:
             raise AdapterError(
@@ -144,9 +142,7 @@ def load_peft_folder(stack: Stack, folder: Path, base: BaseReference) -> Adapter
 
 def targets_of(folder: Path) -> tuple[str, ...]:
     """Names of the layers that a PEFT directory's adapter is for. Raises AdapterError as `load_peft_folder` does."""
-    config, where = _read_config(folder), str(folder)
-    tensors, _ = read_safetensors((folder / WEIGHTS_FILE).read_bytes(), where)
-    return _shape(config, tensors, where).targets
+    return _shape(_read_config(folder), str(folder)).targets
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
@@ -173,14 +169,12 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     return config
 
 
-def _shape(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], where: str) -> LoraSettings:
+def _shape(config: Mapping[str, Any], where: str) -> LoraSettings:
     """The LoRA shape that a PEFT config states. Raises AdapterError for anything but plain LoRA."""
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"it is a {config.get('peft_type')} adapter", where=where, fix="use a plain LoRA adapter")
     _refuse_options(config, where)
     targets = config.get("target_modules")
-    if isinstance(targets, str) and targets:  # a pattern: the tensors say what it matched
-        targets = [name.rsplit(".lora_", 1)[0] for name in tensors]
     if not isinstance(targets, list) or not targets:
         raise AdapterError(
             "target_modules is not a list of layer names", where=where, fix="save it with the layers' names"
@@ -209,7 +203,7 @@ def _refuse_options(config: Mapping[str, Any], where: str) -> None:
         )
     defaults = LoraConfig().to_dict()
     for option, value in config.items():
-        if option in _FREE or (value in _OFF and defaults.get(option) in _OFF):
+        if option in _FREE or (_is_off(value) and _is_off(defaults.get(option))):
             continue
         if option not in defaults:
             raise AdapterError(
@@ -219,6 +213,11 @@ def _refuse_options(config: Mapping[str, Any], where: str) -> None:
             )
         if value != defaults[option]:
             raise AdapterError(f"{option} = {value!r} is not plain LoRA", where=where, fix=f"train without {option}")
+
+
+def _is_off(value: Any) -> bool:
+    """Whether an option says nothing; 0 is a number, for example of a layer."""
+    return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
 
 
 def _same_base(config: Mapping[str, Any], base: BaseReference) -> bool:
