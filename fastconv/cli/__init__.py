@@ -282,6 +282,10 @@ def score(
     by_text: Annotated[
         bool, typer.Option("--text", help="Score the choices' texts, as lm-eval's arc_challenge does")
     ] = False,
+    same_weights: Annotated[
+        list[str],
+        typer.Option("--same-weights", help="Another name of this base that an adapter may state; repeatable"),
+    ] = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
     """Score a multiple-choice file under any base and adapters."""
@@ -291,7 +295,12 @@ def score(
     from fastconv.run.standalone import score_file
 
     result = score_file(
-        model_settings(model, revision), adapters, questions, parse_system_turn(system), by_text=by_text
+        model_settings(model, revision),
+        adapters,
+        questions,
+        parse_system_turn(system),
+        by_text=by_text,
+        same_weights=same_weights,
     )
     show.scored(result, as_json=as_json)
 

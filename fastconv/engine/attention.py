@@ -15,20 +15,61 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from fastconv.errors import ModelError
+
 #: Name under which `attend` is registered with transformers.
 ATTENTION = "fastconv"
 #: The width of a padded batch is a multiple of this: cuDNN plans its attention again, about 60 ms, for each new shape.
 _WIDTH_STEP = 64
+#: What helps where a family computes something that fastconv does not.
+OTHER_BASE = "use a base of a family that docs/FAMILIES.md lists as equal, for example Qwen2.5, Qwen3 or Llama 3"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a layer's attention has beyond causal softmax attention.
+
+    `window` tokens are seen by each token, itself included (0: all before it). `softcap` c turns scores s into
+    c tanh(s / c) before the mask (Gemma Team 2024, section 2; 0: none).
+    """
+
+    window: int = 0
+    softcap: float = 0.0
+
+    def hides(self, n_tok: int) -> bool:
+        """Whether the window hides anything in a row of `n_tok` tokens."""
+        return 0 < self.window < n_tok
+
+
+#: Plain causal attention.
+NO_LIMITS = Limits()
 
 
 class Layout(Protocol):
     """How the tokens of one forward pass form rows."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        limits: Limits = NO_LIMITS,
     ) -> torch.Tensor:
         """Attention output [T, heads, d] of query [heads, T, d], key and value [kv heads, T, d], all in one dtype."""
         ...
+
+
+#: Keywords of transformers' attention interface that change nothing here: what they say is in the layout, or is not
+#: used in evaluation mode. Every other keyword that is set is refused.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
+        "num_items_in_batch", "target_dtype", "logits_to_keep", "output_router_logits", "num_logits_to_keep",
+        "position_embeddings",
+    }
+)  # fmt: skip
 
 
 def attend(
@@ -38,19 +79,72 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    layout: Layout,
+    layout: Layout | None = None,
     scaling: float | None = None,
-    **_: Any,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: query [1, heads, T, d] -> ([1, T, heads, d], None).
 
-    `scaling` defaults to 1 / sqrt(d). Raises ValueError if a mask is given.
+    `scaling` defaults to 1 / sqrt(d). Raises ModelError for a mask and for every keyword whose effect is not computed
+    here: a keyword that is swallowed is another model.
     """
-    if attention_mask is not None:
-        raise ValueError("fastconv's attention takes a layout, not a mask")
+    if layout is None:
+        raise ModelError(
+            f"{type(module).__name__} does not hand on to attention which tokens form a row",
+            where="model.id",
+            fix=OTHER_BASE,
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    asked = {name: value for name, value in others.items() if name not in _WITHOUT_EFFECT and value is not None}
+    asked |= {"attention_mask": attention_mask} if attention_mask is not None else {}
+    asked |= {"dropout": dropout} if dropout else {}
+    asked |= {"is_causal": False} if not causal else {}
+    if asked:
+        raise ModelError(
+            f"the attention of {type(module).__name__} asks for {', '.join(sorted(asked))}, which is not computed here",
+            where="model.id",
+            fix=OTHER_BASE,
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = layout.attend(int(module.layer_idx), query[0], key[0], value[0], scale)  # pyright: ignore[reportArgumentType]
-    return out[None], None
+    limits = Limits(int(sliding_window or 0), float(softcap or 0.0))
+    given = (limits,) if limits != NO_LIMITS else ()
+    layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
+    return layout.attend(layer, query[0], key[0], value[0], scale, *given)[None], None
+
+
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    *,
+    softcap: float = 0.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of query [..., heads, n, d] to key and value [..., heads, m, d] where `mask` [.., n, m] bool allows it.
+
+    SDPA, or with a soft cap, which SDPA does not have, the products themselves and a softmax in fp32. A mask of None is
+    causal with n = m. A row that sees nothing gives zeros with SDPA's rule for it.
+    """
+    if not softcap:
+        causal = mask is None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+    if mask is None:
+        mask = visible(query.shape[-2], key.shape[-2], 0, query.device)
+    scores = query @ key.transpose(-1, -2) * scale
+    scores = torch.tanh(scores / softcap) * softcap
+    shares = torch.softmax(scores.float().masked_fill(~mask, torch.finfo(torch.float32).min), dim=-1)
+    return shares.to(query.dtype) @ value
+
+
+def visible(n: int, m: int, window: int, device: torch.device) -> torch.Tensor:
+    """[n, m] bool: the last n of m tokens of a row see those up to themselves, at most `window` of them (0: all)."""
+    mask = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
+    return mask.triu(m - n - window + 1) if window else mask
 
 
 def register() -> None:
@@ -79,27 +173,37 @@ class Packed:
         return torch.cat([torch.arange(stop - start) for start, stop in pairwise(self.starts)])
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        limits: Limits = NO_LIMITS,
     ) -> torch.Tensor:
         """SDPA, one call for each row."""
-        return attend_by_row(query, key, value, self.starts, scale)
+        return attend_by_row(query, key, value, self.starts, scale, limits)
 
 
 def attend_by_row(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: Sequence[int], scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: Sequence[int],
+    scale: float,
+    limits: Limits = NO_LIMITS,
 ) -> torch.Tensor:
     """torch's scaled_dot_product_attention, one call for each row; the reference for every other implementation.
 
     Shapes as in `Layout.attend`; row i is tokens starts[i] to starts[i+1].
     """
     key, value = repeat_heads(query, key), repeat_heads(query, value)
-    rows = [
-        F.scaled_dot_product_attention(
-            query[None, :, a:b], key[None, :, a:b], value[None, :, a:b], is_causal=True, scale=scale
-        )[0]
-        for a, b in pairwise(starts)
-        if a < b
-    ]
+    rows = []
+    for a, b in pairwise(starts):
+        if a < b:
+            mask = visible(b - a, b - a, limits.window, query.device) if limits.hides(b - a) else None
+            q, k, v = query[None, :, a:b], key[None, :, a:b], value[None, :, a:b]
+            rows.append(masked_attention(q, k, v, scale, softcap=limits.softcap, mask=mask)[0])
     return torch.cat(rows, dim=1).transpose(0, 1)
 
 
@@ -146,12 +250,24 @@ class Ragged:
         return replace(self, bounds=bounds)
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        limits: Limits = NO_LIMITS,
     ) -> torch.Tensor:
         """Call the kernel; in fp32, which is for checking and which such kernels do not support, SDPA for each row."""
         if query.dtype == torch.float32:
             padding = [query.shape[1]] if query.shape[1] > self.starts[-1] else []
-            return attend_by_row(query, key, value, [*self.starts, *padding], scale)
+            return attend_by_row(query, key, value, [*self.starts, *padding], scale, limits)
+        if limits.softcap or limits.hides(self.longest):
+            raise ModelError(
+                "a variable-length kernel was given rows longer than the layer's window, or a soft cap",
+                where="model.id",
+                fix="report this defect: `model.pack` pads such rows",
+            )
         return self.kernel(query, key, value, self, scale)
 
 
@@ -209,11 +325,23 @@ class Padded:
         return replace(self, source=source, place=place)
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        limits: Limits = NO_LIMITS,
     ) -> torch.Tensor:
         """One SDPA call on the padded batch. Rows are left-aligned, so the causal mask also hides the padding."""
         q, k, v = (self._pad(tensor) for tensor in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        if limits.softcap or limits.hides(self.longest):
+            k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
+            mask = visible(self.longest, self.longest, limits.window, q.device)
+            out = masked_attention(q, k, v, scale, softcap=limits.softcap, mask=mask)
+        else:
+            gqa = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
         out = out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[3])
         return _gather_rows(out, self.place, self.source)
 
@@ -269,7 +397,13 @@ class PrefixTrees:
         return cls(tuple(groups), tuple(masks)), torch.tensor(positions, device=device)
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        limits: Limits = NO_LIMITS,
     ) -> torch.Tensor:
         """SDPA, one call for each prefix and one for each branch."""
         repeats = query.shape[0] // key.shape[0]
@@ -280,7 +414,8 @@ class PrefixTrees:
             k, v = key[:, :, start:stop], value[:, :, start:stop]
             if group.prefix_tok:
                 q = query[:, :, start:stop]
-                parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale))
+                mask = visible(stop - start, stop - start, limits.window, q.device) if limits.window else None
+                parts.append(masked_attention(q, k, v, scale, softcap=limits.softcap, mask=mask))
             for n_tok, mask in zip(group.branches_tok, masks, strict=True):
                 start, stop = stop, stop + n_tok
                 if not n_tok:
@@ -288,92 +423,12 @@ class PrefixTrees:
                 keys = torch.cat([k, key[:, :, start:stop]], dim=2)
                 values = torch.cat([v, value[:, :, start:stop]], dim=2)
                 q = query[:, :, start:stop]
-                parts.append(F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale))
+                seen = mask
+                if limits.hides(keys.shape[2]):
+                    seen = mask & visible(n_tok, keys.shape[2], limits.window, q.device)
+                parts.append(masked_attention(q, keys, values, scale, softcap=limits.softcap, mask=seen))
             start = stop
         return torch.cat(parts, dim=2)[0].transpose(0, 1)
-
-
-class Cache:
-    """Preallocated key-value cache for sampling: `keys` and `values`, one tensor [slots, kv heads, length, d] per
-    layer.
-
-    Unfinished rows always occupy the first slots, so that a decoding step works on views and never copies the cache.
-    dtype and device are those of `like`.
-    """
-
-    def __init__(
-        self, n_layers: int, n_slots: int, n_kv_heads: int, max_length_tok: int, head_dim: int, like: torch.Tensor
-    ) -> None:
-        shape = (n_slots, n_kv_heads, max_length_tok, head_dim)
-        self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)]
-        self.values = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(n_layers)]
-
-    def move(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Copy the first `length` positions of each slot in `sources` to the slot in `targets` at the same place."""
-        for layers in (self.keys, self.values):
-            for layer in layers:
-                for source, target in zip(sources, targets, strict=True):
-                    layer[target, :, :length] = layer[source, :, :length]
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """The pass over the prompts: attention within rows that also fills the cache.
-
-    Token `tokens[i]` of the pass goes to position `positions[i]` of slot `slots[i]` (int64 [n] each, on the device). A
-    prompt that several slots share is computed once.
-    """
-
-    rows: Rows
-    cache: Cache
-    tokens: torch.Tensor
-    slots: torch.Tensor
-    positions: torch.Tensor
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Write keys and values to the cache, then attend as `rows` does."""
-        self.cache.keys[layer][self.slots, :, self.positions] = key.transpose(0, 1)[self.tokens]
-        self.cache.values[layer][self.slots, :, self.positions] = value.transpose(0, 1)[self.tokens]
-        return self.rows.attend(layer, query, key, value, scale)
-
-
-@dataclass(frozen=True)
-class Decode:
-    """A decoding step: one new token for each of the first n slots, slot i at position lengths[i] (int64 [n], device).
-
-    `longest` is the largest length; only the CPU path reads it.
-    """
-
-    cache: Cache
-    lengths: torch.Tensor
-    longest: int
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-    ) -> torch.Tensor:
-        """Write the new keys and values to the cache, then attend to all tokens of the row so far."""
-        n_heads, n_rows, head_dim = query.shape
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        rows = torch.arange(n_rows, device=keys.device)
-        keys[rows, :, self.lengths] = key.transpose(0, 1)
-        values[rows, :, self.lengths] = value.transpose(0, 1)
-        if keys.is_cuda:
-            from fastconv.engine.kernels.elementwise import decode_attention
-
-            return decode_attention(query.transpose(0, 1), keys, values, self.lengths, scale)
-        # The query heads of one kv head become query positions: grouped-query attention without copying the cache.
-        grouped = query.transpose(0, 1).reshape(n_rows, keys.shape[1], n_heads // keys.shape[1], head_dim)
-        mask = torch.arange(self.longest + 1, device=keys.device) <= self.lengths[:, None]
-        out = F.scaled_dot_product_attention(
-            grouped,
-            keys[:n_rows, :, : self.longest + 1],
-            values[:n_rows, :, : self.longest + 1],
-            attn_mask=mask[:, None, None],
-            scale=scale,
-        )
-        return out.reshape(n_rows, n_heads, head_dim)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

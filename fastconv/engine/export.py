@@ -6,13 +6,16 @@ PEFT. Pickles (.bin, .pt) are never read.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from pydantic import ValidationError
 
@@ -26,30 +29,32 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 STACK_FILE = "stack.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-#: PEFT options that change what an adapter computes, with the values under which it is plain LoRA.
-_PLAIN = {
-    "bias": ("none",),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "layers_to_transform": (None, []),
-    "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "use_qalora": (False, None),
-    "alora_invocation_tokens": (None, []),
-}
+#: Options of PEFT that say nothing of what a saved adapter computes: names, versions, how it was trained, and sizes that
+#: are read here. Every other option must have PEFT's own default value, and every option that PEFT lacks must be off.
+_FREE = frozenset(
+    {
+        "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+        "inference_mode", "lora_dropout", "r", "lora_alpha", "use_rslora", "target_modules", "megatron_core",
+        "qalora_group_size", "init_lora_weights",
+    }
+)  # fmt: skip
+#: Starts that leave the base's weights as they are. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take something out of
+#: them, and PEFT does so again when it loads the adapter.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+#: Tensors, and the bytes of each, that are compared to prove that two folders hold the same weights.
+_COMPARED, _COMPARED_BYTES = 8, 1 << 20
 
 
 @dataclass(frozen=True)
 class BaseReference:
-    """The base model as an export names it: hub id or folder, and commit (40 hex digits, empty if there is none)."""
+    """The base model as an export names it: hub id or folder, and commit (40 hex digits, empty if there is none).
+
+    `same_weights` are other names that the user vouches for, such as a copy of it that Unsloth keeps.
+    """
 
     id: str
     revision: str = ""
+    same_weights: tuple[str, ...] = ()
 
 
 def export_concatenated(adapters: Sequence[Adapter], base: BaseReference, folder: Path) -> Path:
@@ -114,6 +119,8 @@ def load_peft_folder(stack: Stack, folder: Path, base: BaseReference) -> Adapter
     """
     config = _read_config(folder)
     where = str(folder)
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    tensors, metadata = read_safetensors(data, where)
     shape = _shape(config, where)
     for target in shape.targets:
         if target in stack.tied:
@@ -122,15 +129,20 @@ def load_peft_folder(stack: Stack, folder: Path, base: BaseReference) -> Adapter
                 where=where,
                 fix="train it without that layer",
             )
-    data = (folder / WEIGHTS_FILE).read_bytes()
-    tensors, metadata = read_safetensors(data, where)
     if not (metadata["base"] == stack.base.name if "base" in metadata else _same_base(config, base)):
+        named = config.get("base_model_name_or_path")
+        option = f", or say `--same-weights {named}` if it is a copy of it" if named and "base" not in metadata else ""
         raise AdapterError(
-            f"the adapter was made for {config.get('base_model_name_or_path') or 'another base'}, not {base.id}",
+            f"the adapter was made for {named or 'another base'}, not {base.id}",
             where=where,
-            fix="use the base it was trained on",
+            fix=f"use the base it was trained on{option}",
         )
     return stack.take(adapter_from_tensors(tensors, shape, stack.base.name, stack.sizes, where))
+
+
+def targets_of(folder: Path) -> tuple[str, ...]:
+    """Names of the layers that a PEFT directory's adapter is for. Raises AdapterError as `load_peft_folder` does."""
+    return _shape(_read_config(folder), str(folder)).targets
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
@@ -161,11 +173,7 @@ def _shape(config: Mapping[str, Any], where: str) -> LoraSettings:
     """The LoRA shape that a PEFT config states. Raises AdapterError for anything but plain LoRA."""
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"it is a {config.get('peft_type')} adapter", where=where, fix="use a plain LoRA adapter")
-    for option, plain in _PLAIN.items():
-        if option in config and config[option] not in plain:
-            raise AdapterError(
-                f"{option} = {config[option]!r} is not plain LoRA", where=where, fix=f"train without {option}"
-            )
+    _refuse_options(config, where)
     targets = config.get("target_modules")
     if not isinstance(targets, list) or not targets:
         raise AdapterError(
@@ -182,11 +190,84 @@ def _shape(config: Mapping[str, Any], where: str) -> LoraSettings:
         raise AdapterError("r, lora_alpha or target_modules are not valid", where=where, fix="train it again") from None
 
 
+def _refuse_options(config: Mapping[str, Any], where: str) -> None:
+    """Raise AdapterError for every option under which an adapter is not plain LoRA, or that is not known."""
+    from peft import LoraConfig
+
+    start = config.get("init_lora_weights", True)
+    if not any(start is plain or (isinstance(plain, str) and start == plain) for plain in _PLAIN_STARTS):
+        raise AdapterError(
+            f"init_lora_weights = {start!r}: its start may have rewritten the base's own weights",
+            where=where,
+            fix="save it with path_initial_model_for_weight_conversion, which makes it plain LoRA",
+        )
+    defaults = LoraConfig().to_dict()
+    for option, value in config.items():
+        if option in _FREE or (_is_off(value) and _is_off(defaults.get(option))):
+            continue
+        if option not in defaults:
+            raise AdapterError(
+                f"{option} = {value!r} is not an option that is known here",
+                where=where,
+                fix="save it with the PEFT version that fastconv is tested with, or train it without that option",
+            )
+        if value != defaults[option]:
+            raise AdapterError(f"{option} = {value!r} is not plain LoRA", where=where, fix=f"train without {option}")
+
+
+def _is_off(value: Any) -> bool:
+    """Whether an option says nothing; 0 is a number, for example of a layer."""
+    return value is None or value is False or (isinstance(value, (str, list, dict)) and not value)
+
+
 def _same_base(config: Mapping[str, Any], base: BaseReference) -> bool:
-    """Whether hub id (or folder) and, where both have one, the revision are the same; commits may be abbreviated."""
+    """Whether an adapter's base is this one: by hub id (or folder) and, where both have one, the revision (commits may
+    be abbreviated); by a name the user vouches for; or by the weights themselves, if both are on this disk."""
     named, revision = str(config.get("base_model_name_or_path") or ""), str(config.get("revision") or "")
-    if re.fullmatch(r"[0-9a-f]{7,40}", revision) and base.revision and not base.revision.startswith(revision):
-        return False
     if not named:
         return False
-    return named == base.id or Path(named).expanduser().resolve() == Path(base.id).expanduser().resolve()
+    if named in base.same_weights:
+        return True
+    if named == base.id or Path(named).expanduser().resolve() == Path(base.id).expanduser().resolve():
+        pinned = re.fullmatch(r"[0-9a-f]{7,40}", revision) and base.revision
+        return not pinned or base.revision.startswith(revision)
+    theirs, ours = _weights_sha256(named, revision), _weights_sha256(base.id, base.revision)
+    return theirs is not None and theirs == ours
+
+
+def _weights_sha256(name: str, revision: str) -> str | None:
+    """sha256 (hex) over names, dtypes and shapes of all weights of a model, and over the first bytes of a few of them; None if it is
+    not on this disk. A copy under another name has the same; a fine-tune or a quantized copy has not."""
+    folder = _local_folder(name, revision)
+    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    tensors: dict[str, tuple[Any, Any]] = {}
+    for file in files:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            for key in sorted(opened.keys()):
+                part = opened.get_slice(key)
+                tensors[key] = (file, (part.get_dtype(), part.get_shape()))
+    if not tensors:
+        return None
+    digest = hashlib.sha256(repr(sorted((key, shape) for key, (_, shape) in tensors.items())).encode())
+    keys = sorted(tensors)
+    for key in keys[:: max(1, len(keys) // _COMPARED)]:
+        with safetensors.safe_open(tensors[key][0], framework="pt") as opened:
+            part = opened.get_slice(key)
+            few = part[: max(1, _COMPARED_BYTES // (4 * max(1, math.prod(part.get_shape()[1:]))))]
+            digest.update(few.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _local_folder(name: str, revision: str) -> Path | None:
+    """The folder of a model on this disk: the name itself, or the hub's cache. Nothing is downloaded."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    except HFValidationError:  # a path that is not here, or a name of another kind
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None

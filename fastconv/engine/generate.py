@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastconv.engine.attention import Cache, Decode, Prefill, to_device
+from fastconv.engine.attention import NO_LIMITS, Limits, Rows, masked_attention, to_device
 from fastconv.engine.model import Base, pack
+from fastconv.engine.shapes import shape_of
 from fastconv.recipe import SamplingSettings
 
 #: A nucleus of up to this many tokens is found without sorting the vocabulary.
@@ -60,6 +61,106 @@ class _Step:
     graph: torch.cuda.CUDAGraph
     logits: torch.Tensor
     choice: torch.Tensor
+
+
+class Cache:
+    """Key-value cache for sampling: `keys` and `values`, one tensor [slots, kv heads, length, d] per layer.
+
+    Unfinished rows always occupy the first slots, so that a decoding step works on views and never copies the cache.
+    A layer's tensors are made by the first prompts that it sees, in the shapes and the dtype that the layer itself has:
+    families differ in them, and some from layer to layer.
+    """
+
+    def __init__(self, n_slots: int, max_length_tok: int) -> None:
+        self.n_slots, self.max_length_tok = n_slots, max_length_tok
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+
+    def reserve(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Make room for a layer with these keys and values [kv heads, T, d], unless there is."""
+        for held, part in ((self.keys, key), (self.values, value)):
+            if layer not in held:
+                held[layer] = part.new_zeros(self.n_slots, part.shape[0], self.max_length_tok, part.shape[2])
+
+    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copy the first `length` positions of each slot in `sources` to the slot in `targets` at the same place."""
+        for layers in (self.keys, self.values):
+            for layer in layers.values():
+                for source, target in zip(sources, targets, strict=True):
+                    layer[target, :, :length] = layer[source, :, :length]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """The pass over the prompts: attention within rows that also fills the cache.
+
+    Token `tokens[i]` of the pass goes to position `positions[i]` of slot `slots[i]` (int64 [n] each, on the device). A
+    prompt that several slots share is computed once.
+    """
+
+    rows: Rows
+    cache: Cache
+    tokens: torch.Tensor
+    slots: torch.Tensor
+    positions: torch.Tensor
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        limits: Limits = NO_LIMITS,
+    ) -> torch.Tensor:
+        """Write keys and values to the cache, then attend as `rows` does."""
+        self.cache.reserve(layer, key, value)
+        self.cache.keys[layer][self.slots, :, self.positions] = key.transpose(0, 1)[self.tokens]
+        self.cache.values[layer][self.slots, :, self.positions] = value.transpose(0, 1)[self.tokens]
+        return self.rows.attend(layer, query, key, value, scale, limits)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A decoding step: one new token for each of the first n slots, slot i at position lengths[i] (int64 [n], device).
+
+    `longest` is the largest length; only the CPU path reads it.
+    """
+
+    cache: Cache
+    lengths: torch.Tensor
+    longest: int
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        limits: Limits = NO_LIMITS,
+    ) -> torch.Tensor:
+        """Write the new keys and values to the cache, then attend to all tokens of the row so far."""
+        n_heads, n_rows, head_dim = query.shape
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        rows = torch.arange(n_rows, device=keys.device)
+        keys[rows, :, self.lengths] = key.transpose(0, 1)
+        values[rows, :, self.lengths] = value.transpose(0, 1)
+        plain = keys.shape == values.shape and not limits.softcap and not limits.hides(keys.shape[2])
+        if keys.is_cuda and plain:
+            from fastconv.engine.kernels.elementwise import decode_attention
+
+            return decode_attention(query.transpose(0, 1), keys, values, self.lengths, scale)
+        # The query heads of one kv head become query positions: grouped-query attention without copying the cache.
+        grouped = query.transpose(0, 1).reshape(n_rows, keys.shape[1], n_heads // keys.shape[1], head_dim)
+        n_keys = keys.shape[2] if keys.is_cuda else self.longest + 1  # a captured step reads the whole cache
+        at = torch.arange(n_keys, device=keys.device)
+        mask = at <= self.lengths[:, None]
+        if limits.window:
+            mask &= at > self.lengths[:, None] - limits.window
+        keys, values = keys[:n_rows, :, :n_keys], values[:n_rows, :, :n_keys]
+        out = masked_attention(grouped, keys, values, scale, softcap=limits.softcap, mask=mask[:, None, None])
+        return out.reshape(n_rows, n_heads, values.shape[-1])
 
 
 class Decoder:
@@ -211,16 +312,13 @@ def sample(
 
 def _cache(base: Base, n_rows: int, max_length_tok: int) -> tuple[Cache, int]:
     """(cache, number of slots): as many slots as there are rows, at most `MAX_ROWS`, that fit in memory."""
-    config = base.model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    base.require_length(max_length_tok)
     n_slots = min(n_rows, MAX_ROWS[base.device.type])
-    like = base.head.weight
     if base.device.type == "cuda":
-        per_tok = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * like.element_size()
+        per_tok = shape_of(base.model.config.to_dict(), base.name).kv_bytes_per_tok(base.head.weight.element_size())
         free, _ = torch.cuda.mem_get_info(base.device)
         n_slots = max(1, min(n_slots, int(free * _CACHE_SHARE) // (per_tok * max_length_tok)))
-    kv_heads = config.num_key_value_heads
-    return Cache(config.num_hidden_layers, n_slots, kv_heads, max_length_tok, head_dim, like), n_slots
+    return Cache(n_slots, max_length_tok), n_slots
 
 
 def _admit(base: Base, waiting: list[_Row], n_free: int) -> list[_Row]:

@@ -18,6 +18,7 @@ from fastconv.engine import attention, unsloth
 from fastconv.engine.attention import to_device
 from fastconv.engine.attention_backends import SDPA, Backend, pick_attention
 from fastconv.engine.builtin import ensure_builtin
+from fastconv.engine.family import NO_RULES, Head, Rules, refuse_beyond, rules_of
 from fastconv.engine.locate import (
     TINY,
     ModelSource,
@@ -49,6 +50,8 @@ class Base:
     dtype: torch.dtype
     #: The attention implementation for packed rows on this device.
     attention: Backend = SDPA
+    #: What its family computes beyond a plain decoder.
+    rules: Rules = NO_RULES
 
     @property
     def backbone(self) -> nn.Module:
@@ -67,7 +70,22 @@ class Base:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [n, vocab] fp32 of hidden states [n, hidden]."""
-        return self.head(hidden).float()
+        return self.readout.logits(hidden).float()
+
+    @property
+    def readout(self) -> Head:
+        """The head with its bias, scale and cap, as logits and losses need it."""
+        return Head(self.head.weight, self.head.bias, self.rules.scale, self.rules.cap)
+
+    def require_length(self, n_tok: int) -> None:
+        """Raise ModelError if a row of `n_tok` tokens cannot be packed on this base without changing its numbers."""
+        if 0 < self.rules.longest_tok < n_tok:
+            raise ModelError(
+                f"a row of {n_tok} tokens is longer than {self.rules.longest_tok}, where {self.rules.longest_because}",
+                where="model.id",
+                fix=f"lower max_length_tok and max_new_tok until no row has over {self.rules.longest_tok} tokens, or use "
+                "another base",
+            )
 
 
 def resolve_device(settings: ModelSettings) -> torch.device:
@@ -88,7 +106,12 @@ def resolve_dtype(settings: ModelSettings) -> torch.dtype:
 
 
 def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Base:
-    """Load the recipe's base model, frozen and in evaluation mode. Raises ModelError if it cannot be loaded."""
+    """Load the recipe's base model, frozen and in evaluation mode, proven against transformers (`engine.proof`).
+
+    Raises ModelError if it cannot be loaded, or if what fastconv computes with it is not what transformers computes.
+    """
+    from fastconv.engine.proof import require_proof
+
     source = source or locate(settings)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if source.id == TINY:
@@ -97,7 +120,10 @@ def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Bas
     tokenizer = ChatTokenizer(model_folder(source, settings), settings)
     require_rows_for_tokens(tokenizer.vocab_size, next(model.get_input_embeddings().parameters()).shape[0], source.id)
     _set_pad_token(model, tokenizer, source.id)
-    return make_base(model, tokenizer, sha256_of(dict(source.identity)))
+    _require_rows(model, tokenizer, source.id)
+    base = make_base(model, tokenizer, sha256_of(dict(source.identity)))
+    require_proof(base, engine_identity(settings))
+    return base
 
 
 def _load_for_engine(settings: ModelSettings, source: ModelSource) -> PreTrainedModel:
@@ -131,6 +157,32 @@ def _set_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str)
         model.generation_config.pad_token_id = pad_id
 
 
+def _require_rows(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str) -> None:
+    """Raise ModelError unless the embedding has a row for every token: a larger id would be another token, or fault."""
+    n_rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
+    require_rows(int(n_rows), tokenizer, where)
+
+
+def require_rows(n_rows: int, tokenizer: ChatTokenizer, where: str) -> None:
+    """Raise ModelError unless an embedding of `n_rows` rows has one for every token id."""
+    if tokenizer.largest_id >= n_rows:
+        raise ModelError(
+            f"its tokenizer has ids up to {tokenizer.largest_id}, its embedding {n_rows} rows",
+            where=where,
+            fix="take the tokenizer that belongs to these weights, or save the model after resize_token_embeddings",
+        )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ModelError if a model folder's config or tokenizer already says that it would be refused when it is loaded."""
+    from transformers import AutoConfig
+
+    with _loading_errors(folder):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    refuse_beyond(config)
+    require_rows(shape_of(config.to_dict(), str(folder)).vocab, ChatTokenizer(folder), str(folder))
+
+
 def load_model(settings: ModelSettings, source: ModelSource, attention_name: str) -> PreTrainedModel:
     """The transformers model on its device, with the attention of this name. Raises ModelError if it cannot be
     loaded."""
@@ -148,9 +200,13 @@ def prepare_model_folder(settings: ModelSettings, source: ModelSource) -> Path:
 
 
 def make_base(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:
-    """A Base of a loaded transformers model: freezes it, and installs fastconv's attention and fused forwards."""
+    """A Base of a loaded transformers model: freezes it, and installs fastconv's attention and fused forwards.
+
+    Raises ModelError for a family with something that fastconv does not compute.
+    """
     attention.register()
     model.config._attn_implementation = attention.ATTENTION
+    rules = rules_of(model)
     model.requires_grad_(False).eval()
     first = next(model.parameters())
     if first.is_cuda and first.dtype != torch.float32:
@@ -159,7 +215,7 @@ def make_base(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Ba
         (layers.use_fused_forwards if layers.why_not_whole(model.config) else layers.use_fused_decoder)(model)
     shape = shape_of(model.config.to_dict(), name)
     picked = pick_attention(first.device, first.dtype, shape.n_heads, shape.n_kv_heads, shape.head_dim)
-    return Base(model, tokenizer, name, first.device, first.dtype, picked)
+    return Base(model, tokenizer, name, first.device, first.dtype, picked, rules)
 
 
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, attention_name: str) -> PreTrainedModel:
@@ -204,12 +260,13 @@ def pack(
     sizes (see `attention.Padded.of`).
     """
     lengths = [len(row) for row in rows]
+    base.require_length(max(lengths, default=0))
     packed = attention.Packed.of(lengths)
     ids = torch.tensor([token for row in rows for token in row], dtype=torch.int64)
     positions = packed.positions()
     if base.device.type != "cuda":
         return ids, positions, packed
-    if base.attention.kernel is None:
+    if base.attention.kernel is None or base.rules.pads(max(n_tok - sum(lengths), width, *lengths)):
         layout = attention.Padded.of(lengths, n_tok=n_tok, width=width)
     else:
         layout = attention.Ragged.of(lengths, base.attention.kernel, n_tok=n_tok, width=width)

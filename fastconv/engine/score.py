@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fastconv.chat import ChatTokenizer
@@ -143,6 +142,7 @@ def pack_prompts(
         order = list(prompts)
         ids, positions, layout = pack([list(prompts[i]) for i in order], base)
         return order, ids, positions, layout, to_device(torch.tensor(layout.starts[1:]) - 1, base.device)
+    base.require_length(max(map(len, prompts.values()), default=0))
     order, groups, tokens = shared_prefixes(prompts)
     layout, positions = PrefixTrees.of(groups, base.device)
     last, place = [], 0
@@ -227,6 +227,7 @@ def score_texts(base: Base, items: Sequence[TextItem], batch_tok: int) -> list[T
 
 def _texts(base: Base, items: Sequence[TextItem]) -> list[TextScore]:
     groups = [PrefixGroup(len(item.prompt), tuple(len(choice) - 1 for choice in item.choices)) for item in items]
+    base.require_length(max((g.prefix_tok + n for g in groups for n in g.branches_tok), default=0))
     layout, positions = PrefixTrees.of(groups, base.device)
     ids: list[int] = []
     take, targets, owners, choice_index = [], [], [], 0  # counted over the whole batch
@@ -272,8 +273,7 @@ def hidden_fp32(base: Base, ids: torch.Tensor, positions: torch.Tensor, layout: 
 @torch.no_grad()
 def logprobs_fp32(base: Base, hidden: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [n, vocab] fp32 of hidden states [n, hidden] fp32; the head is converted piece by piece."""
-    pieces = [F.linear(hidden, piece.float()) for piece in base.head.weight.split(_HEAD_ROWS)]
-    return torch.log_softmax(torch.cat(pieces, dim=-1), dim=-1)
+    return torch.log_softmax(base.readout.logits_fp32(hidden, _HEAD_ROWS), dim=-1)
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ class SelfTestSetup:
             with self.stack.live(Slot((self.frozen,), self.trainable)):
                 hidden = self.base.hidden(ids, positions, layout)
                 weights = torch.full((len(ids) - 1,), 1.0 / len(ids), device=ids.device)
-                loss, _ = weighted_cross_entropy(hidden[:-1], self.base.head.weight, ids[1:], weights)
+                loss, _ = weighted_cross_entropy(hidden[:-1], self.base.readout, ids[1:], weights)
                 loss.backward()
         finally:
             self.trainable.train(None)

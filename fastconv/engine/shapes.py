@@ -127,22 +127,49 @@ def recomputed_bytes_per_tok(shape: ModelShape) -> float:
     return activation_bytes_per_tok(shape, plain=True) / shape.n_layers + 2.0 * shape.n_layers * shape.hidden
 
 
+#: What the families call a size in config.json, the usual name first.
+_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "n_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+        "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
+        "intermediate": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
+        "n_heads": ("num_attention_heads", "n_head", "n_heads"),
+        "n_kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
+        "vocab": ("vocab_size",),
+    }
+)
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a model's config.json (parsed) about its language model: nested where it has other parts too."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else config
+
+
 def shape_of(config: Mapping[str, Any], name: str = "model") -> ModelShape:
-    """The shape in a model's config.json (parsed). Raises ModelError if a size is missing or is no number."""
+    """The shape in a model's config.json (parsed), by whatever names its family uses. Raises ModelError if a size is
+    missing or is no number."""
+    text = text_config(config)
+
+    def size(of: str, otherwise: int | None = None) -> int:
+        value = next((text[key] for key in _NAMES[of] if text.get(key) is not None), otherwise)
+        if value is None:
+            raise KeyError(_NAMES[of][0])
+        return int(value)
+
     try:
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
+        heads, hidden = size("n_heads"), size("hidden")
         return ModelShape(
             name=name,
-            n_layers=int(config["num_hidden_layers"]),
+            n_layers=size("n_layers"),
             hidden=hidden,
-            intermediate=int(config["intermediate_size"]),
+            intermediate=size("intermediate", 4 * hidden),
             n_heads=heads,
-            n_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or hidden // heads),
-            vocab=int(config["vocab_size"]),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=config.get("model_type") == "qwen2",
+            n_kv_heads=1 if text.get("multi_query") else size("n_kv_heads", heads),
+            head_dim=int(text.get("head_dim") or hidden // heads),
+            vocab=size("vocab"),
+            tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+            qkv_bias=text.get("model_type") == "qwen2",
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(

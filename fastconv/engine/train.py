@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastconv.engine.batch import Item, MicroBatch, make_micro_batch, no_padding
 from fastconv.engine.cuda_graph import CapturedSteps, rounded_sizes
+from fastconv.engine.family import Head
 from fastconv.engine.model import Base
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.trainee import Job, Trainee, lr_at, save_state, start
@@ -39,14 +40,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, head: Head, targets: torch.Tensor, weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         losses = torch.empty(targets.shape[0], dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden)
         for first in range(0, targets.shape[0], CHUNK_ROWS):
             span = slice(first, first + CHUNK_ROWS)
-            losses[span], logit_grad = _loss_and_gradient(hidden[span] @ head.t(), targets[span], weights[span])
-            grad[span] = logit_grad @ head
+            logits = head.logits(hidden[span])
+            slope = head.slope(logits)  # before the loss, which may overwrite the logits
+            losses[span], logit_grad = _loss_and_gradient(logits, targets[span], weights[span])
+            if not isinstance(slope, float) or slope != 1.0:
+                logit_grad = logit_grad * slope
+            grad[span] = logit_grad @ head.weight
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(losses)
         return (losses * weights).sum(), losses
@@ -73,13 +78,15 @@ def _loss_and_gradient(
 
 
 def weighted_cross_entropy(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
+    hidden: torch.Tensor, head: Head | torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of weights * loss, with gradient to `hidden`; losses [n] fp32, without one).
 
-    hidden [n, d], head [vocab, d] (frozen), targets [n] int64, weights [n] fp32. With weights 1/N over all N supervised
-    tokens of an optimizer step, the sums over its micro-batches add up to the token mean, however it is split.
+    hidden [n, d]; head with weight [vocab, d] (frozen), or that weight alone; targets [n] int64, weights [n] fp32. With
+    weights 1/N over all N supervised tokens of an optimizer step, the sums over its micro-batches add up to the token
+    mean, however it is split.
     """
+    head = Head(head) if isinstance(head, torch.Tensor) else head
     total, losses = _ChunkedCrossEntropy.apply(hidden, head, targets, weights)  # pyright: ignore[reportGeneralTypeIssues]
     return total, losses
 
@@ -236,7 +243,7 @@ def _forward_backward(stack: Stack, batch: MicroBatch, totals: torch.Tensor) -> 
     """Forward and backward of a micro-batch under the live stack."""
     hidden = stack.base.hidden(batch.ids, batch.positions, batch.layout)
     loss, losses = weighted_cross_entropy(
-        hidden.index_select(0, batch.take), stack.base.head.weight, batch.targets, batch.weights
+        hidden.index_select(0, batch.take), stack.base.readout, batch.targets, batch.weights
     )
     loss.backward()
     totals.index_add_(0, batch.owners, losses * batch.weights)

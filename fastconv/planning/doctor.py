@@ -142,6 +142,9 @@ def _model(settings: ModelSettings) -> Diagnosis:
     if source.kind == "builtin":
         builtin_gguf()
         return Diagnosis("model", f"{source.id} is installed")
-    if source.kind == "local":
+    if source.folder is not None:
+        from fastconv.engine.model import check_folder
+
+        check_folder(source.folder)
         return Diagnosis("model", f"{source.folder}, sha256 {source.identity['sha256'][:12]}")
     return Diagnosis("model", f"{source.id}@{settings.revision[:12]} from the hub (downloaded on first use)")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastconv.chat import SystemTurn
 from fastconv.datasets.questions import Question, read_arc
-from fastconv.engine.export import BaseReference, export_concatenated, export_separate, load_peft_folder
-from fastconv.engine.model import load_base
+from fastconv.engine.export import (
+    BaseReference,
+    export_concatenated,
+    export_separate,
+    load_peft_folder,
+    targets_of,
+)
+from fastconv.engine.model import Base, load_base
 from fastconv.engine.score import letter_item, score_letters, score_texts, text_item
 from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import InputError
@@ -47,24 +54,41 @@ class ScoreReport:
 
 
 def score_file(
-    model: ModelSettings, adapters: Sequence[Path], questions_file: Path, system: SystemTurn, *, by_text: bool
+    model: ModelSettings,
+    adapters: Sequence[Path],
+    questions_file: Path,
+    system: SystemTurn,
+    *,
+    by_text: bool,
+    same_weights: Sequence[str] = (),
 ) -> ScoreReport:
     """Score a question file (in ARC's formats) under a base with these adapters (PEFT folders) stacked in order.
 
     Questions are scored by letter, as in the protocol, or with `by_text` by the choices' texts, as in lm-eval's
-    arc_challenge. Raises ModelError, AdapterError or DataError.
+    arc_challenge. `same_weights` are other names of this base that adapters may state. Raises ModelError, AdapterError
+    or DataError.
     """
     questions = read_arc(questions_file)
     base = load_base(model)
-    stack = Stack(base, LoraSettings())
-    reference = BaseReference(model.id, model.revision)
-    loaded = tuple(load_peft_folder(stack, path, reference) for path in adapters)
-    with stack.live(*([Slot(frozen=loaded)] if loaded else [])):
-        if loaded:
-            stack.prove(None, ", ".join(map(str, adapters)))
+    with _adapted(base, model, adapters, same_weights):
         scored = _by_text(base, questions) if by_text else _by_letter(base, questions, system)
     chance = multiple_choice_chance([len(q.choices) for q in questions], [q.gold for q in questions])
     return ScoreReport(sum(question.correct for question in scored) / len(scored), chance, tuple(scored))
+
+
+@contextlib.contextmanager
+def _adapted(base: Base, model: ModelSettings, adapters: Sequence[Path], same_weights: Sequence[str]) -> Iterator[None]:
+    """Within the block these adapters are live on the base; a bare base needs no layers that could carry one."""
+    if not adapters:
+        yield
+        return
+    targets = sorted({name for path in adapters for name in targets_of(path)})
+    stack = Stack(base, LoraSettings(targets=tuple(targets)))
+    reference = BaseReference(model.id, model.revision, tuple(same_weights))
+    loaded = tuple(load_peft_folder(stack, path, reference) for path in adapters)
+    with stack.live(Slot(frozen=loaded)):
+        stack.prove(None, ", ".join(map(str, adapters)))
+        yield
 
 
 def export_cell(

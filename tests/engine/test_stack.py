@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from fastconv.chat import ChatTokenizer
@@ -251,7 +252,13 @@ def test_pickles_are_never_read(stack: Stack, tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("change", [{"use_dora": True}, {"bias": "all"}, {"rank_pattern": {"q_proj": 2}},
                                     {"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}, {"r": 0},
-                                    {"target_modules": "all-linear"}], ids=str)  # fmt: skip
+                                    {"target_modules": "all-linear"},
+                                    {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_4"},
+                                    {"init_lora_weights": "olora"}, {"init_lora_weights": "corda"},
+                                    {"init_lora_weights": "eva"}, {"init_lora_weights": "a later one"},
+                                    {"alpha_pattern": {"q_proj": 2}}, {"layers_to_transform": [0]},
+                                    {"layers_to_transform": 0}, {"lora_bias": True}, {"eva_config": {"rho": 2.0}},
+                                    {"an_option_of_tomorrow": 1}], ids=str)  # fmt: skip
 def test_anything_but_plain_lora_is_refused(stack: Stack, folder: Path, tmp_path: Path, change: dict) -> None:
     export_adapter(random_adapter(stack, 1), BaseReference(str(folder)), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -320,3 +327,28 @@ def test_the_base_is_frozen(stack: Stack) -> None:
     base: Base = stack.base
     assert not any(p.requires_grad for p in base.model.parameters())
     assert not base.model.training
+
+
+def test_a_copy_of_the_base_is_known_by_its_weights_or_by_the_users_word(
+    stack: Stack, folder: Path, tmp_path: Path
+) -> None:
+    """Unsloth writes the name of its own copy of a base; another model of the same shapes is not one."""
+    import shutil
+
+    copied, other = tmp_path / "copied", tmp_path / "other"
+    for place in (copied, other):
+        shutil.copytree(folder, place)
+    weights = safetensors.torch.load_file(other / "model.safetensors")
+    safetensors.torch.save_file({k: v * 1.001 for k, v in weights.items()}, other / "model.safetensors")
+    here = BaseReference(str(folder))
+    for name, taken in ((str(copied), True), (str(other), False), ("unsloth/a-copy", False)):
+        export_adapter(random_adapter(stack, 1), BaseReference(name), tmp_path / "adapter")
+        file = tmp_path / "adapter" / "adapter_model.safetensors"
+        safetensors.torch.save_file(safetensors.torch.load_file(file), file)  # as PEFT writes it: no name of a base
+        if taken:
+            load_peft_folder(stack, tmp_path / "adapter", here)
+            continue
+        with pytest.raises(AdapterError, match="was made for") as error:
+            load_peft_folder(stack, tmp_path / "adapter", here)
+        assert f"--same-weights {name}" in error.value.fix
+        load_peft_folder(stack, tmp_path / "adapter", BaseReference(str(folder), "", (name,)))

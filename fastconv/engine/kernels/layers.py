@@ -33,7 +33,8 @@ def use_fused_forwards(model: nn.Module) -> int:
         if not kind.startswith(("Llama", "Qwen2")):
             continue
         forward = forwards.get(kind.removeprefix("Llama").removeprefix("Qwen2"))
-        if forward is not None and (forward is not _mlp or module.config.hidden_act == "silu"):
+        windowed = forward is _attention and getattr(module, "sliding_window", None)
+        if forward is not None and not windowed and (forward is not _mlp or module.config.hidden_act == "silu"):
             module.forward = MethodType(forward, module)
             n_changed += 1
     return n_changed
