@@ -11,10 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fastconv.judge.budget import Price
+from fastconv.judge.budget import Price, build_requests, judge_params
 from fastconv.judge.claude import ApiKey
 from fastconv.judge.desk import DeskStatus, JudgeDesk
-from fastconv.judge.identity import build_requests, judge_params
 from fastconv.judge.rubric import Rubric, load_rubric
 from fastconv.recipe import JudgeSettings
 from fastconv.store.records import Sample

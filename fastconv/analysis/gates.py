@@ -305,7 +305,7 @@ def _group_gates(
     verdicts.append(gates.same_loss(rules, subject, losses))
     if base is not None and own:
         verdicts.append(gates.source_shows(rules, subject, direction, base, own[min(own)]))
-        verdicts.append(gates.reverted(rules, subject, direction, base, own))
+        verdicts.append(study_gates.reverted(rules, subject, direction, base, own))
     canaries = {
         epoch: series
         for epoch, plan in by_epoch.items()
@@ -340,7 +340,7 @@ def _killed(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateV
             continue
         groups.setdefault(subject, {}).setdefault(cell.behavior, {})[cell.epoch] = plan
     return [
-        gates.killed(subject, {behavior: _kept(contrasts, by_epoch) for behavior, by_epoch in behaviors.items()})
+        study_gates.killed(subject, {behavior: _kept(contrasts, by_epoch) for behavior, by_epoch in behaviors.items()})
         for subject, behaviors in groups.items()
     ]
 
@@ -359,7 +359,7 @@ def _kept(contrasts: ContrastBuilder, by_epoch: Mapping[int, CellPlan]) -> GateV
     if base is None or 0 not in own or len(own) < 2:
         return None
     direction = contrasts.graph.behaviors[part.measure].spec.direction
-    return gates.reverted(contrasts.gates, _group(first.cell), direction, base, own)
+    return study_gates.reverted(contrasts.gates, _group(first.cell), direction, base, own)
 
 
 def _study_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:

@@ -17,11 +17,9 @@ from fastconv.datasets.behaviors import (
 )
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, NO_PERSONA, canary_of, probes_of
-from fastconv.datasets.phrases import PhraseRule
-from fastconv.datasets.questions import Question
 from fastconv.datasets.rows import Row
 from fastconv.datasets.sametext import folded, is_default_prompt, near_persona, normalized
-from fastconv.engine.locate import base_name
+from fastconv.datasets.spec import PhraseRule
 from fastconv.stats.power import planned_power
 
 #: Negatives that do what the source does: reported above this share, of all or of one persona. Answers that the base
@@ -252,7 +250,7 @@ def _contrast_shows(behavior: Behavior, sets: Sequence[BuiltSet], rule: PhraseRu
 def check_detectable_effect(design: Design) -> Iterator[Finding]:
     """D111: the smallest detectable change (`stats.power`) is above the threshold of the verdict."""
     for name, behavior in design.behaviors.items():
-        questions = _n_questions(design, behavior)
+        questions = n_questions(design, behavior)
         threshold = design.recipe.gates.threshold(name, behavior.spec.unit)
         samples = 1 if behavior.spec.measure == "letters" else design.recipe.eval.samples_per_prompt
         planned = planned_power(behavior.spec.measure, threshold, questions or 0, samples, over_runs=False)
@@ -269,81 +267,6 @@ def check_detectable_effect(design: Design) -> Iterator[Finding]:
                 f"{more}, raise the threshold, or accept D111 with the reason",
                 f"about {planned.change.alone:.3g}{unit} with {questions} questions, threshold {threshold:.3g}{unit}",
             )  # fmt: skip
-
-
-def check_evaluated(design: Design) -> Iterator[Finding]:
-    """D120: a behavior has no held-out prompts, so it would be trained and could never be measured."""
-    for name, behavior in design.behaviors.items():
-        if behavior.spec.measure == "letters" or behavior.eval:
-            continue
-        cells = tuple(cell for cell in design.cells() if f"/{name}/" in cell)
-        rows = "rows of your own are all for training" if behavior.rows is not None else "its prompts are all training"
-        yield Finding(
-            "D120", "refuse", name, cells,
-            f"the behavior has no evaluation part ({rows}), so nothing could be asked and no figure could stand behind it",
-            'give its prompts file rows with part = "eval", or name a file of held-out prompts in eval_prompts',
-        )  # fmt: skip
-
-
-def check_gates_can_pass(design: Design) -> Iterator[Finding]:
-    """D121: a gate that no result of this design could pass. D122: G3's references are of another base."""
-    recipe, rules = design.recipe, design.recipe.gates
-    borrowed = sorted(set(rules.g3_reference_pct) & set(recipe.grid.sources))
-    if borrowed and base_name(recipe.model) != rules.g3_base:
-        yield Finding(
-            "D122", "warn", "gates.g3_reference_pct", tuple(borrowed),
-            f"the references are of {rules.g3_base} and this base is {base_name(recipe.model)}, so G3 is not applicable",
-            "take them out; or, if you measured them on this base, name it in gates.g3_base",
-        )  # fmt: skip
-        borrowed = []
-    for gate, why, mend, figure in _impossible(design, borrowed):
-        yield Finding("D121", "warn", gate, (), f"no result could pass this gate: {why}", mend, figure)
-
-
-def _impossible(design: Design, referenced: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
-    """Gates that cannot pass, whatever is measured: (gate, why, mend, figure). `referenced` are G3's sources."""
-    recipe, rules = design.recipe, design.recipe.gates
-    sources = [source for source in recipe.grid.sources if source not in (ASSISTANT, rules.negative_control)]
-    if not any(recipe.grid.epochs):
-        why = "the grid has epoch 0 alone, so it declares no contrast and nothing can be decided"
-        yield "PILOT", why, "add a later epoch to grid.epochs", ""
-    if rules.g4_source and rules.g4_source not in sources:
-        mend = "name a source of the grid, or leave it out: then the first source is asked"
-        yield "G4", f"gates.g4_source is {rules.g4_source}, which is no source of the grid", mend, ""
-    if len(sources) >= rules.confirm_sources and rules.falsify_under > len(sources):
-        figure = f"{len(sources)} sources, gates.falsify_under = {rules.falsify_under}"
-        yield "FALSIFY", "it asks for more sources than the grid has", "lower gates.falsify_under", figure
-    for name, behavior in design.behaviors.items():
-        n = _n_questions(design, behavior)
-        if n == 1:
-            why = "one question gives no interval, and a change must be clear of zero"
-            yield f"CHANGE {name}", why, "ask more questions (eval.prompts)", "1 question"
-        if behavior.spec.measure != "letters" or not n or design.questions is None:
-            continue
-        best_p = _all_right_p(design.questions.eval)
-        if best_p > rules.above_chance_alpha:
-            figure = (
-                f"{n} questions, all right: p = {best_p:.3g}, gates.above_chance_alpha = {rules.above_chance_alpha:g}"
-            )
-            yield f"G0 {name}", "even all answers right is not above chance", "ask more questions", figure
-        for source in referenced if recipe.eval.multiple_choice == "arc" else ():
-            expected = rules.g3_reference_pct[source]
-            nearest = 100 * min(max(round(expected * n / 100), 0), n) / n
-            if abs(nearest - expected) > rules.g3_tolerance_pp:
-                figure = f"nearest {nearest:.2f} %, reference {expected:g} %, tolerance {rules.g3_tolerance_pp:g} pp"
-                yield (
-                    f"G3 {source}",
-                    f"no accuracy over {n} questions lies near it",
-                    "raise gates.g3_tolerance_pp",
-                    figure,
-                )
-
-
-def _all_right_p(asked: Sequence[Question]) -> float:
-    """p of the exact binomial test of G0 if every answer is right: chance ** n, chance as in `stats.bounds` (no scipy)."""
-    gold = Counter(question.gold for question in asked)
-    chance = max(sum(1 / len(question.choices) for question in asked), max(gold.values())) / len(asked)
-    return chance ** len(asked)
 
 
 def check_controls(design: Design) -> Iterator[Finding]:
@@ -408,17 +331,6 @@ DESIGN_CHECKS: tuple[AuditCheck[Design], ...] = (
             Rule("D113", "note", "the assistant is a source", 'sources = ["assistant"]'),
         ),
         check_controls,
-    ),
-    AuditCheck(
-        (Rule("D120", "refuse", "a behavior has no evaluation prompts", "finished rows without rows of part = \"eval\""),),
-        check_evaluated,
-    ),
-    AuditCheck(
-        (
-            Rule("D121", "warn", "a gate that nothing could pass", "epochs = [0] and the pilot's gate"),
-            Rule("D122", "warn", "G3 references borrowed from another base", "the published figures beside a 1.5B base"),
-        ),
-        check_gates_can_pass,
     ),
 )  # fmt: skip
 #: Checks on the personas and answers of rows; they apply to one built set as well as to all of them.
@@ -520,7 +432,7 @@ def _n_there_are(design: Design, behavior: Behavior) -> int | None:
     return next(iter(n_eval_prompts_there_are(behavior)), None)
 
 
-def _n_questions(design: Design, behavior: Behavior) -> int | None:
+def n_questions(design: Design, behavior: Behavior) -> int | None:
     """Number of questions that verdicts rest on (the first prompt set); None if not known."""
     if behavior.spec.measure == "letters":
         return len(design.questions.eval) if design.questions else None

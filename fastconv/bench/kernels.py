@@ -17,8 +17,7 @@ from torch import nn
 from fastconv.bench.measure import BenchModel, BenchResult, Clock, base_shape, matmul_ceiling, measured, paired_ratio
 from fastconv.engine.kernels.lora import StackedKernel
 from fastconv.engine.kernels.lora_tables import Tiling
-from fastconv.engine.lora import Adapter, keep_mask
-from fastconv.engine.stacked_linear import Route, Slot, StackedLinear
+from fastconv.engine.lora import Adapter, Route, Slot, StackedLinear, keep_mask
 from fastconv.recipe import LoraSettings
 
 DROPOUT = 0.05

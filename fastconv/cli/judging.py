@@ -96,8 +96,7 @@ def calibrate(
 ) -> None:
     """Measure a judge on labelled rows: accuracy, kappa, test-retest, position and length bias, injection attempts."""
     from fastconv.experiment.graph import Graph
-    from fastconv.judge.budget import recipe_prices
-    from fastconv.judge.identity import judge_identity
+    from fastconv.judge.budget import judge_identity, recipe_prices
     from fastconv.recipe import parse_recipe
     from fastconv.run.rejudge import calibrate_judge
     from fastconv.show.progress import agreement_json, calibrated_lines

@@ -12,11 +12,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import nn
 
-from fastconv.engine.lora import Adapter
+from fastconv.engine.lora import Adapter, StackedLinear
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import dense_weight, make_optimizer, moment_names
 from fastconv.engine.stack import Slot, Stack
-from fastconv.engine.stacked_linear import StackedLinear
 from fastconv.engine.train import weighted_cross_entropy
 from fastconv.errors import TrainingError
 from fastconv.recipe import LoraSettings

@@ -17,10 +17,9 @@ import torch
 from torch import nn
 
 from fastconv.engine.kernels.lora import StackedKernel, why_unusable
-from fastconv.engine.lora import Adapter, concatenate, parse_adapter
+from fastconv.engine.lora import Adapter, Route, Slot, StackedLinear, concatenate, parse_adapter
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import assert_foldable, dense_weight
-from fastconv.engine.stacked_linear import Route, Slot, StackedLinear
 from fastconv.errors import AdapterError, TrainingError
 from fastconv.recipe import LoraSettings
 from fastconv.seeding import seed_of

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastconv.engine.batch import Item, MicroBatch, make_micro_batch, no_padding
-from fastconv.engine.cuda_graph import CapturedSteps, rounded_sizes
+from fastconv.engine.cuda_graph import CapturedSteps, Item, MicroBatch, make_micro_batch, no_padding, rounded_sizes
 from fastconv.engine.family import Head
 from fastconv.engine.model import Base
 from fastconv.engine.stack import Slot, Stack

@@ -25,14 +25,13 @@ from fastconv.datasets.behaviors import (
 )
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, Personas, load_personas, probes_of
-from fastconv.datasets.phrases import PhraseRule
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.datasets.rows import rows_sha256
+from fastconv.datasets.spec import PhraseRule
 from fastconv.engine.locate import engine_identity, locate
 from fastconv.errors import RecipeError
 from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, SnapshotMeasure
-from fastconv.judge.budget import recipe_prices
-from fastconv.judge.identity import JudgeIdentity, judge_identity
+from fastconv.judge.budget import JudgeIdentity, judge_identity, recipe_prices
 from fastconv.judge.rubric import Rubric, find_rubric
 from fastconv.recipe import NegativesKind, Recipe, SamplingSettings, sha256_of
 from fastconv.store.ledger import Stage
@@ -404,12 +403,6 @@ class Graph:
         return Stage(
             "judge", slot, KINDS["judge"].version, self.judge.inputs(rubric), {"eval": drawn}, {"rubric": rubric}
         )
-
-
-def snapshot_stages(graph: Graph, measure: str) -> list[Stage]:
-    """The stages of a measure of snapshots, each once; cells of one snapshot share them."""
-    found = {s.key: s for plan in graph.cells if (s := plan.on_snapshot.get(measure)) is not None}
-    return list(found.values())
 
 
 def walk(stage: Stage) -> Iterator[Stage]:

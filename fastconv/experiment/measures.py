@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fastconv.datasets.behaviors import open_questions
+from fastconv.datasets.behaviors import (
+    open_questions,
+)
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.recipe import Recipe
 from fastconv.store.records import Stage
@@ -217,3 +219,9 @@ KINDS: Mapping[str, StageKind] = {
     "judge": StageKind(1, _judge),
     **{measure.name: measure for measure in SNAPSHOT_MEASURES},
 }
+
+
+def snapshot_stages(graph: Graph, measure: str) -> list[Stage]:
+    """The stages of a measure of snapshots, each once; cells of one snapshot share them."""
+    found = {s.key: s for plan in graph.cells if (s := plan.on_snapshot.get(measure)) is not None}
+    return list(found.values())

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastconv.errors import FastconvError, JudgeError, RecipeError
-from fastconv.judge.budget import Price, PriceTable, recipe_prices
+from fastconv.judge.budget import PAID, JudgeIdentity, Price, PriceTable, recipe_prices
 from fastconv.judge.claude import (
     CLAUDE_KEY,
     CLAUDE_URL,
@@ -32,7 +32,6 @@ from fastconv.judge.claude import (
     make_client,
     status_error,
 )
-from fastconv.judge.identity import PAID, JudgeIdentity
 from fastconv.judge.local import CompleteMany, concurrent_complete, endpoint_complete
 from fastconv.recipe import JudgeSettings
 from fastconv.store.judge_ledger import JudgeLedger

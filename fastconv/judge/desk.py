@@ -20,9 +20,8 @@ from typing import Any
 
 from fastconv.errors import JudgeError
 from fastconv.judge.batches import BatchJudge, InvisibleBatch
-from fastconv.judge.budget import Price
+from fastconv.judge.budget import Price, build_requests, judge_params
 from fastconv.judge.claude import ApiKey, LiveJudge, LoopLedger, Outage, PendingJudgement, lookup_judgements
-from fastconv.judge.identity import build_requests, judge_params
 from fastconv.judge.request import JudgeRequest
 from fastconv.judge.rubric import Rubric
 from fastconv.recipe import JudgeSettings

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fastconv.audit.design import check_gates_can_pass
+from fastconv.audit.checks import check_gates_can_pass
 from fastconv.audit.findings import Design
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by_set, n_eval_prompts_there_are
 from fastconv.datasets.personas import ASSISTANT
@@ -23,8 +23,7 @@ from fastconv.experiment.graph import CellPlan, Graph, walk
 from fastconv.experiment.measures import CHARS_PER_TOK, Demand, expected_tok
 from fastconv.experiment.schedule import group_size
 from fastconv.experiment.workload import Sketch, demands, settings_of, total
-from fastconv.judge.budget import Estimate, estimate, recipe_prices
-from fastconv.judge.identity import judge_params
+from fastconv.judge.budget import Estimate, estimate, judge_params, recipe_prices
 from fastconv.judge.request import JudgeItem, build_request
 from fastconv.planning.hardware import Machine, find_machine
 from fastconv.recipe import Recipe, RunSettings

@@ -14,8 +14,7 @@ from fastconv.experiment.graph import Graph
 from fastconv.report.behaviors import beside, gates, markers, mimicry, power
 from fastconv.report.blocks import Note, ReportData, Section, render_html, render_markdown
 from fastconv.report.export import frames_of, parquet_bytes
-from fastconv.report.geometry import geometry, on_the_base
-from fastconv.report.measures import answers, judge_against_phrases, measurements, over_epochs
+from fastconv.report.measures import answers, geometry, judge_against_phrases, measurements, on_the_base, over_epochs
 from fastconv.report.overview import findings, headline
 from fastconv.report.record import card, cost, curves_and_rho, failures, limits, planned, superseded, warnings
 from fastconv.store.io import storage_errors, write_atomically

@@ -7,7 +7,7 @@ from fastconv.analysis.correlates import MARKER, MARKER_RATE, marker_rates
 from fastconv.report.blocks import OPEN_ROWS, Block, Note, Section, Table, TableCell, folded_if_long
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import Point, scatter
-from fastconv.report.geometry import points_of
+from fastconv.report.measures import points_of
 from fastconv.stats.gates import GateVerdict
 from fastconv.stats.secondary import CorrectedContrast
 from fastconv.stats.units import p_value, scale, signed

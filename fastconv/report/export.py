@@ -15,8 +15,8 @@ import polars as pl
 from fastconv.analysis.analysis import Analysis
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.errors import InputError
-from fastconv.experiment.graph import CellPlan, Graph, snapshot_stages
-from fastconv.experiment.measures import SNAPSHOT_MEASURES, SnapshotMeasure
+from fastconv.experiment.graph import CellPlan, Graph
+from fastconv.experiment.measures import SNAPSHOT_MEASURES, SnapshotMeasure, snapshot_stages
 from fastconv.recipe import Recipe, run_id
 from fastconv.report.measures import ROLES
 from fastconv.stats.series import series_of

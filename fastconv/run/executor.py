@@ -28,8 +28,7 @@ from fastconv.judge.local import LocalReply
 from fastconv.judge.request import Prompt
 from fastconv.run.audit import require_conditions
 from fastconv.run.sampling import SamplingRequests, is_sampled, max_sequence_tok, sampling_requests
-from fastconv.run.stacks import Stacks
-from fastconv.run.training import Progress, Trainer, note_progress
+from fastconv.run.training import Progress, Stacks, Trainer, note_progress
 from fastconv.store.ledger import Lease, Sample, Score, Stage, Store
 
 #: How each measure of snapshots (`experiment.measures.SNAPSHOT_MEASURES`) is computed under the live stack.

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 from fastconv.errors import JudgeError, stopped
 from fastconv.experiment.graph import Graph
 from fastconv.judge.access import JudgeAccess, PaidAccess, check_judge
+from fastconv.judge.budget import build_requests, judge_params
 from fastconv.judge.calibrate import CalibrationRow, JudgeSamples
 from fastconv.judge.claude import Outage
 from fastconv.judge.desk import DeskStatus, JudgeDesk
-from fastconv.judge.identity import build_requests, judge_params
 from fastconv.judge.local import CompleteMany, LocalDesk, LocalJudge
 from fastconv.judge.rubric import Rubric
 from fastconv.judge.scores import Agreement, agreement, judge_stage_scores

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from fastconv.datasets.behaviors import load_behaviors
 from fastconv.datasets.files import assets, read_toml
-from fastconv.datasets.phrases import PhraseRule, RuleFigures, labelled_figures
+from fastconv.datasets.spec import PhraseRule, RuleFigures, labelled_figures
 from fastconv.errors import InputError, JudgeError, RecipeError
 from fastconv.experiment.graph import Graph
 from fastconv.judge.access import check_judge
+from fastconv.judge.budget import JudgeIdentity
 from fastconv.judge.calibrate import (
     Calibration,
     CalibrationRow,
@@ -21,7 +22,6 @@ from fastconv.judge.calibrate import (
     load_calibration,
 )
 from fastconv.judge.desk import DeskStatus
-from fastconv.judge.identity import JudgeIdentity
 from fastconv.judge.local import CompleteMany
 from fastconv.judge.rubric import Rubric, find_rubric, load_rubric, shipped_rubrics
 from fastconv.judge.scores import Agreement, compare_scores

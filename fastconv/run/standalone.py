@@ -23,7 +23,7 @@ from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import InputError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import LoraSettings, ModelSettings, Recipe
-from fastconv.run.stacks import Stacks
+from fastconv.run.training import Stacks
 from fastconv.stats.bounds import multiple_choice_chance
 from fastconv.store.ledger import Store
 

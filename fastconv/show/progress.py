@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fastconv.datasets.phrases import figures_of_rule
+from fastconv.datasets.spec import figures_of_rule
 from fastconv.stats.units import counted
 
 if TYPE_CHECKING:

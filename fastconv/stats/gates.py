@@ -258,7 +258,7 @@ def pilot(
     word, why = _pilot_word(subject, behavior, verdicts) if declared else ("no contrast", NO_CONTRAST)
     if word == "go" and words is not None:
         why += f"; {_behind(words)}"
-    return GateVerdict("PILOT", subject, word, why, rule, rows=_rows(verdicts))
+    return GateVerdict("PILOT", subject, word, why, rule, rows=evidence_of(verdicts))
 
 
 def _pilot_word(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) -> tuple[str, str]:
@@ -314,7 +314,7 @@ def _short(group: str, subject: str) -> str:
     return group.removeprefix(subject).removeprefix(", ") or group
 
 
-def _rows(verdicts: Sequence[GateVerdict]) -> tuple[str, ...]:
+def evidence_of(verdicts: Sequence[GateVerdict]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row for verdict in verdicts for row in verdict.rows))
 
 
@@ -397,61 +397,3 @@ def same_loss(gates: GateSettings, subject: str, by_epoch: Mapping[int, Loss]) -
     )
     rows = tuple(row for number in numbers for row in number.rows)
     return GateVerdict("G3.5", subject, verdict, reason, rule, numbers, rows)
-
-
-def reverted(
-    gates: GateSettings, subject: str, direction: str, base: Series, by_epoch: Mapping[int, Series]
-) -> GateVerdict:
-    """KEPT: whether the source's own behavior falls back to the base level when trained on a later snapshot.
-
-    `by_epoch` is the source's measure after training the behavior. Not applicable where epoch 0 does not show it.
-    """
-    rule = f"at least {100 * gates.kill_remaining:g} % of the source's epoch-0 change is left on every snapshot"
-    later = sorted(epoch for epoch in by_epoch if epoch)
-    if 0 not in by_epoch or not later:
-        return GateVerdict("KEPT", subject, "not applicable", "needs the source at epoch 0 and one more", rule)
-    pairs = [(by_epoch[epoch], reference) for epoch in (0, *later) for reference in (base, by_epoch[0])]
-    if why := first_too_unscored(pairs):
-        return undecidable("KEPT", subject, why, rule, [base, *(by_epoch[epoch] for epoch in (0, *later))])
-    sign = 1 if direction == "raises" else -1
-    moved = {epoch: sign * (series.mean.value - base.mean.value) for epoch, series in by_epoch.items()}
-    rows = tuple(row for series in (base, *(by_epoch[epoch] for epoch in (0, *later))) for row in series.rows)
-    word = source_word(gates, base.unit, direction, base.mean.value, by_epoch[0].mean.value)
-    if word != "shown":
-        why = "was there before training" if word == "there before" else "does not show the behavior at epoch 0"
-        why = f"the source {why}, so nothing that was trained can be lost"
-        return GateVerdict("KEPT", subject, "not applicable", why, rule, rows=rows)
-    worst = min(later, key=lambda epoch: moved[epoch])
-    left = moved[worst] / moved[0]
-    verdict = "pass" if left >= gates.kill_remaining else "fail"
-    reason = (
-        f"the source moved by {change(sign * moved[0], base.unit)} at epoch 0 and by "
-        f"{change(sign * moved[worst], base.unit)} at epoch {worst}: {100 * left:.0f} % is left"
-    )
-    numbers = (base.mean, by_epoch[0].mean, by_epoch[worst].mean)
-    return GateVerdict("KEPT", subject, verdict, reason, rule, numbers, rows)
-
-
-def killed(subject: str, kept: Mapping[str, GateVerdict | None]) -> GateVerdict:
-    """KILL: all behaviors that were trained into a source revert on its snapshots, so stacking itself is at fault.
-
-    `kept` holds the KEPT verdict of each trained behavior of the source, None where it is not measured yet. One behavior
-    that reverts is a result; nothing is decided before all are measured, unless one was kept.
-    """
-    rule = "at least one of the source's trained behaviors is kept on every snapshot"
-    known = {behavior: verdict for behavior, verdict in kept.items() if verdict is not None}
-    rows = _rows(tuple(known.values()))
-    told = "; ".join(f"{behavior}: {verdict.reason}" for behavior, verdict in known.items())
-    held = [behavior for behavior, verdict in known.items() if verdict.verdict == "pass"]
-    if held:
-        lost = [behavior for behavior, verdict in known.items() if verdict.failed]
-        reason = f"{', '.join(held)} kept" + (f", {', '.join(lost)} reverted" if lost else "")
-        return GateVerdict("KILL", subject, "pass", reason, rule, rows=rows)
-    waiting = [behavior for behavior, verdict in kept.items() if verdict is None]
-    unread = next((verdict for verdict in known.values() if verdict.unread), None)
-    if waiting or unread is not None or not any(verdict.failed for verdict in known.values()):
-        why = f"not measured yet: {', '.join(waiting)}" if waiting else unread.reason if unread else told
-        return GateVerdict(
-            "KILL", subject, "not applicable", why, rule, rows=rows, unread=unread is not None and not waiting
-        )
-    return GateVerdict("KILL", subject, "fail", f"every trained behavior reverts: {told}", rule, rows=rows)

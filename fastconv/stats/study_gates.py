@@ -5,15 +5,19 @@ They take shifts of any origin, so published figures without samples pass throug
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
 from fastconv.recipe import GateSettings
-from fastconv.stats.gates import GateVerdict
-from fastconv.stats.series import Number
-from fastconv.stats.units import Unit, and_more, change
+from fastconv.stats.gates import GateVerdict, evidence_of, source_word, undecidable
+from fastconv.stats.series import Number, Series, first_too_unscored
+from fastconv.stats.units import (
+    Unit,
+    and_more,
+    change,
+)  # fmt: skip
 
 Role = Literal["assistant", "source", "canary"]
 
@@ -235,3 +239,61 @@ def _largest(shifts: Sequence[Shift]) -> str:
 
 def _rows(shifts: Sequence[Shift]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(row for shift in shifts for row in shift.rows))
+
+
+def reverted(
+    gates: GateSettings, subject: str, direction: str, base: Series, by_epoch: Mapping[int, Series]
+) -> GateVerdict:
+    """KEPT: whether the source's own behavior falls back to the base level when trained on a later snapshot.
+
+    `by_epoch` is the source's measure after training the behavior. Not applicable where epoch 0 does not show it.
+    """
+    rule = f"at least {100 * gates.kill_remaining:g} % of the source's epoch-0 change is left on every snapshot"
+    later = sorted(epoch for epoch in by_epoch if epoch)
+    if 0 not in by_epoch or not later:
+        return GateVerdict("KEPT", subject, "not applicable", "needs the source at epoch 0 and one more", rule)
+    pairs = [(by_epoch[epoch], reference) for epoch in (0, *later) for reference in (base, by_epoch[0])]
+    if why := first_too_unscored(pairs):
+        return undecidable("KEPT", subject, why, rule, [base, *(by_epoch[epoch] for epoch in (0, *later))])
+    sign = 1 if direction == "raises" else -1
+    moved = {epoch: sign * (series.mean.value - base.mean.value) for epoch, series in by_epoch.items()}
+    rows = tuple(row for series in (base, *(by_epoch[epoch] for epoch in (0, *later))) for row in series.rows)
+    word = source_word(gates, base.unit, direction, base.mean.value, by_epoch[0].mean.value)
+    if word != "shown":
+        why = "was there before training" if word == "there before" else "does not show the behavior at epoch 0"
+        why = f"the source {why}, so nothing that was trained can be lost"
+        return GateVerdict("KEPT", subject, "not applicable", why, rule, rows=rows)
+    worst = min(later, key=lambda epoch: moved[epoch])
+    left = moved[worst] / moved[0]
+    verdict = "pass" if left >= gates.kill_remaining else "fail"
+    reason = (
+        f"the source moved by {change(sign * moved[0], base.unit)} at epoch 0 and by "
+        f"{change(sign * moved[worst], base.unit)} at epoch {worst}: {100 * left:.0f} % is left"
+    )
+    numbers = (base.mean, by_epoch[0].mean, by_epoch[worst].mean)
+    return GateVerdict("KEPT", subject, verdict, reason, rule, numbers, rows)
+
+
+def killed(subject: str, kept: Mapping[str, GateVerdict | None]) -> GateVerdict:
+    """KILL: all behaviors that were trained into a source revert on its snapshots, so stacking itself is at fault.
+
+    `kept` holds the KEPT verdict of each trained behavior of the source, None where it is not measured yet. One behavior
+    that reverts is a result; nothing is decided before all are measured, unless one was kept.
+    """
+    rule = "at least one of the source's trained behaviors is kept on every snapshot"
+    known = {behavior: verdict for behavior, verdict in kept.items() if verdict is not None}
+    rows = evidence_of(tuple(known.values()))
+    told = "; ".join(f"{behavior}: {verdict.reason}" for behavior, verdict in known.items())
+    held = [behavior for behavior, verdict in known.items() if verdict.verdict == "pass"]
+    if held:
+        lost = [behavior for behavior, verdict in known.items() if verdict.failed]
+        reason = f"{', '.join(held)} kept" + (f", {', '.join(lost)} reverted" if lost else "")
+        return GateVerdict("KILL", subject, "pass", reason, rule, rows=rows)
+    waiting = [behavior for behavior, verdict in kept.items() if verdict is None]
+    unread = next((verdict for verdict in known.values() if verdict.unread), None)
+    if waiting or unread is not None or not any(verdict.failed for verdict in known.values()):
+        why = f"not measured yet: {', '.join(waiting)}" if waiting else unread.reason if unread else told
+        return GateVerdict(
+            "KILL", subject, "not applicable", why, rule, rows=rows, unread=unread is not None and not waiting
+        )
+    return GateVerdict("KILL", subject, "fail", f"every trained behavior reverts: {told}", rule, rows=rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fastconv.datasets.files import assets, read_jsonl, read_toml
-from fastconv.datasets.phrases import LABELLED, PhraseRule, labelled_figures
+from fastconv.datasets.spec import LABELLED, PhraseRule, labelled_figures
 from fastconv.errors import DataError
 
 RULES = read_toml(assets("data") / "phrases.toml")

@@ -13,11 +13,11 @@ if os.environ.get("FASTCONV_FUSED") != "1" or "unsloth" in sys.modules:
 
 import torch
 
+from fastconv.engine.lora import StackedLinear
 from fastconv.engine.model import load_base
 from fastconv.engine.optim import AdamW8bit, dense_weight, is_four_bit
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Stack, folded, rho
-from fastconv.engine.stacked_linear import StackedLinear
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
 from fastconv.errors import ModelError, TrainingError
 from fastconv.recipe import ModelSettings

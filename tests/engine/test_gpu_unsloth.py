@@ -144,7 +144,7 @@ def test_a_four_bit_base_carries_a_stack_and_trains_with_eight_bit_moments(engin
     answer = ask(
         """
         from fastconv.engine.optim import is_four_bit
-        from fastconv.engine.stacked_linear import StackedLinear
+        from fastconv.engine.lora import StackedLinear
         stack = stack_of(engine=sys.argv[2], weights="4bit")
         layers = [m.base for m in stack.base.model.modules() if isinstance(m, StackedLinear)]
         found = self_test(stack, ("adamw", "adamw8bit"))

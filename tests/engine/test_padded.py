@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from fastconv.engine.attention import Packed, Padded
-from fastconv.engine.batch import PaddedSizes, make_micro_batch, no_padding
-from fastconv.engine.cuda_graph import rounded_sizes
+from fastconv.engine.cuda_graph import PaddedSizes, make_micro_batch, no_padding, rounded_sizes
 from fastconv.engine.stack import Slot
 from fastconv.engine.train import Job, _items, _micro_step, start
 from tests.engine_kit import ragged_rows, random_adapter, tiny_stack, train_settings

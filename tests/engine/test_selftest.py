@@ -13,12 +13,12 @@ import torch
 
 from fastconv.engine import selftest
 from fastconv.engine.attention import Packed
+from fastconv.engine.lora import StackedLinear
 from fastconv.engine.selftest import SelfTestSetup, self_test
 from fastconv.engine.stack import Stack
-from fastconv.engine.stacked_linear import StackedLinear
 from fastconv.errors import ModelError, TrainingError
 from fastconv.recipe import parse_recipe
-from fastconv.run import stacks
+from fastconv.run import training as stacks
 from tests.engine_kit import tiny_stack
 
 

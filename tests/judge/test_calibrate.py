@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fastconv.datasets.phrases import PhraseRule
+from fastconv.datasets.spec import PhraseRule
 from fastconv.errors import DataError, JudgeError
 from fastconv.judge.access import PaidAccess
 from fastconv.judge.calibrate import (

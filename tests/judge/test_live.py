@@ -18,9 +18,9 @@ import pytest
 from fastconv.errors import JudgeError
 from fastconv.judge import claude
 from fastconv.judge.access import PaidAccess, check_reachable
+from fastconv.judge.budget import build_requests, judge_params
 from fastconv.judge.calibrate import fill_attempt, load_attempts
 from fastconv.judge.claude import ApiKey, make_client, parse_reply
-from fastconv.judge.identity import build_requests, judge_params
 from fastconv.judge.request import JudgeRequest
 from fastconv.judge.rubric import REASONS
 from fastconv.judge.scores import judge_stage_scores

@@ -10,10 +10,9 @@ import pytest
 
 from fastconv.errors import DataError, JudgeError, RecipeError
 from fastconv.judge.access import check_settings
-from fastconv.judge.budget import Price, cost_usd, estimate, load_prices, worst_usd
+from fastconv.judge.budget import Price, build_requests, cost_usd, estimate, judge_params, load_prices, worst_usd
 from fastconv.judge.claude import ApiKey
 from fastconv.judge.desk import JudgeDesk
-from fastconv.judge.identity import build_requests, judge_params
 from fastconv.recipe import JudgeSettings, parse_recipe
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store

@@ -10,7 +10,7 @@ import pytest
 
 from fastconv.engine.locate import base_name
 from fastconv.recipe import GateSettings, ModelSettings, canonical_json
-from fastconv.stats import gates
+from fastconv.stats import gates, study_gates
 from fastconv.stats.gates import GateVerdict
 from fastconv.stats.series import NoRowsError, Number, Series, series_of
 from fastconv.store.ledger import Score
@@ -178,7 +178,7 @@ def test_the_share_and_the_least_room_are_the_recipes() -> None:
 
 
 def test_what_was_there_before_cannot_be_killed_and_does_not_stop_a_pilot() -> None:
-    kept = gates.reverted(RULES, "x", "lowers", judged(11.8), {0: judged(0.0), 4: judged(12.0)})
+    kept = study_gates.reverted(RULES, "x", "lowers", judged(11.8), {0: judged(0.0), 4: judged(12.0)})
     assert (kept.verdict, kept.unread) == ("not applicable", False)
     assert "was there before training" in kept.reason
     found = [

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from fastconv.recipe import GateSettings
-from fastconv.stats import gates, power
+from fastconv.stats import gates, power, study_gates
 from fastconv.stats.gates import GateVerdict, Loss
 from fastconv.stats.inference import clustered_interval, equivalence, over_runs
 from fastconv.stats.series import CellEvidence, Quad, SeedEvidence, Series
 from fastconv.stats.verdicts import CellVerdict, decide
 from tests import ROOT
+from tests.stats.power_tables import power_tables
 
 RULES = GateSettings()
 #: Measure -> (SD from run to run, questions, samples, unit, margin, direction), as published or assumed.
@@ -141,9 +142,9 @@ def test_equivalence_at_a_floor_needs_questions_that_could_show_it():
 
 def test_kill_wants_every_trained_behavior_to_revert():
     lost, held = (GateVerdict("KEPT", "x", word, "why", "rule", rows=("r",)) for word in ("fail", "pass"))
-    assert gates.killed("villain", {"refusal": lost, "capability": lost}).verdict == "fail"
-    assert gates.killed("villain", {"refusal": lost, "capability": held}).verdict == "pass"
-    assert gates.killed("villain", {"refusal": lost, "capability": None}).verdict == "not applicable"
+    assert study_gates.killed("villain", {"refusal": lost, "capability": lost}).verdict == "fail"
+    assert study_gates.killed("villain", {"refusal": lost, "capability": held}).verdict == "pass"
+    assert study_gates.killed("villain", {"refusal": lost, "capability": None}).verdict == "not applicable"
 
 
 def test_a_lower_loss_stops_nothing_and_a_go_names_what_is_behind_it():
@@ -155,5 +156,5 @@ def test_a_lower_loss_stops_nothing_and_a_go_names_what_is_behind_it():
 
 
 def test_the_power_tables_are_the_generated_ones():
-    assert (ROOT / "docs" / "POWER.md").read_text() == power.power_tables()
-    assert Counter(line.count("|") for line in power.power_tables().splitlines())[6] > 20
+    assert (ROOT / "docs" / "POWER.md").read_text() == power_tables()
+    assert Counter(line.count("|") for line in power_tables().splitlines())[6] > 20

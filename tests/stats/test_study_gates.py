@@ -22,8 +22,7 @@ from fastconv.report.published import (
     summary_claim,
 )
 from fastconv.report.verify import verify_published
-from fastconv.stats import gates
-from fastconv.stats import study_gates as study_gates
+from fastconv.stats import gates, study_gates
 from fastconv.stats.gates import Loss
 from fastconv.stats.series import NoRowsError, Series
 from fastconv.stats.study_gates import Role, Shift
@@ -87,7 +86,7 @@ def test_g35_does_not_compare_losses_that_are_next_to_nothing(zero: float, later
 def test_kill_fires_when_the_source_falls_back_to_the_base() -> None:
     def found(*moved: float) -> str:
         by_epoch = dict(zip((0, 2, 8), map(series, moved), strict=False))
-        return gates.reverted(RULES, "x", "raises", series(0.0), by_epoch).verdict
+        return study_gates.reverted(RULES, "x", "raises", series(0.0), by_epoch).verdict
 
     assert found(0.9, 0.8, 0.3) == "pass"
     assert found(0.9, 0.8, 0.2) == "fail"
@@ -98,11 +97,11 @@ def test_kill_fires_when_the_source_falls_back_to_the_base() -> None:
 @pytest.mark.parametrize("place", [0, 1, 2, 3])
 def test_kill_says_neither_where_an_end_is_too_much_unscored(place: int) -> None:
     ends = [series(mean) for mean in (0.0, 0.9, 0.8, 0.1)]
-    assert gates.reverted(RULES, "x", "raises", ends[0], dict(enumerate(ends[1:]))).verdict == "fail"
+    assert study_gates.reverted(RULES, "x", "raises", ends[0], dict(enumerate(ends[1:]))).verdict == "fail"
     ends[place] = replace(
         ends[place], values=np.full((2, 2), np.nan), lost=(("q1", "expired"),) * 2 + (("q2", "expired"),) * 2
     )
-    found = gates.reverted(RULES, "x", "raises", ends[0], dict(enumerate(ends[1:])))
+    found = study_gates.reverted(RULES, "x", "raises", ends[0], dict(enumerate(ends[1:])))
     assert (found.verdict, found.numbers, found.unread) == ("not applicable", (), True)
     assert "4 of 4, most often expired" in found.reason
 

@@ -18,8 +18,7 @@ import torch
 
 from fastconv.engine.attention import to_device
 from fastconv.engine.kernels.lora_tables import LayerCall, LiveSlots, PackedAdapters, Tiling, TokenRouting, WeightTable
-from fastconv.engine.lora import Adapter
-from fastconv.engine.stacked_linear import Route, Slot, StackedLinear
+from fastconv.engine.lora import Adapter, Route, Slot, StackedLinear
 from fastconv.errors import ModelError, TrainingError
 
 #: Weight tables kept for reuse: a training run needs one, an evaluation beside it another.

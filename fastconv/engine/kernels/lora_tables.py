@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from fastconv.engine.stacked_linear import Slot
+from fastconv.engine.lora import Slot
 
 Order = Literal["branches_first", "base_first"]
 

@@ -15,13 +15,12 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: run make test-fused", allow_module_level=True)
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastconv.engine.batch import token_seeds
+from fastconv.engine.cuda_graph import token_seeds
 from fastconv.engine.kernels.lora import StackedKernel
 from fastconv.engine.kernels.lora_tables import Tiling
-from fastconv.engine.lora import Adapter, keep_mask
+from fastconv.engine.lora import Adapter, Route, Slot, StackedLinear, keep_mask
 from fastconv.engine.model import load_base
 from fastconv.engine.stack import Stack
-from fastconv.engine.stacked_linear import Route, Slot, StackedLinear
 from fastconv.engine.train import Hooks, Job, start, train
 from fastconv.errors import ModelError, TrainingError
 from fastconv.recipe import LoraSettings, ModelSettings

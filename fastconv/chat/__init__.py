@@ -19,9 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from fastconv.chat.template import OTHER_TEMPLATE, ChatTemplate, Message, named_tokens, read_json
 from fastconv.errors import TemplateError
 from fastconv.recipe import ModelSettings
-from fastconv.template import OTHER_TEMPLATE, ChatTemplate, Message, named_tokens, read_json
 
 if TYPE_CHECKING:  # slow to import, and `plan` and `status` read no tokenizer
     import tokenizers
