@@ -212,7 +212,7 @@ def test_raw_text_begins_as_transformers_tokenizer_begins_it(tmp_path: Path, con
 def test_a_pinned_date_decides_the_text_and_the_keys_and_an_unset_one_neither(tmp_path: Path) -> None:
     folder = model_of(tmp_path / "m", GRANITE)
     unset, pinned, later = (
-        recipe_on(folder, model={"id": str(folder), "device": "cpu", **extra})
+        recipe_on(folder, grid={"behaviors": ["refusal"]}, model={"id": str(folder), "device": "cpu", **extra})
         for extra in ({}, {"template_date": "2026-02-03"}, {"template_date": "2026-02-04"})
     )
     texts = [ChatTokenizer(folder, r.model).prompt_text(TEMPLATE_DEFAULT, "Hi") for r in (unset, pinned, later)]

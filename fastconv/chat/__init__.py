@@ -90,12 +90,12 @@ class ChatTokenizer:
 
     def __init__(self, folder: Path | str, settings: ModelSettings | None = None) -> None:
         folder = Path(folder)
-        self._config = read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._special = named_tokens({**read_json(folder / "special_tokens_map.json"), **self._config})
-        self.template = ChatTemplate(folder, self._config, self._special, settings or ModelSettings())
+        self._special = named_tokens({**read_json(folder / "special_tokens_map.json"), **config})
+        self.template = ChatTemplate(folder, config, self._special, settings or ModelSettings())
         self.render = self.template.render
         self.end_of_turn_id = self._end_of_turn()
         self.stop_ids = self._stop_ids()
@@ -262,7 +262,7 @@ class ChatTokenizer:
         if not isinstance(found, tuple):
             raise TemplateError(
                 f"the letter {found!r} is not one token after the prompt",
-                fix="use labels that are one token, or another model; `fastconv score --by-text` scores by text",
+                fix="use labels that are one token, or another model; `fastconv score --text` scores by text",
             )
         if len(set(found[1])) != len(letters):
             raise TemplateError(
@@ -307,10 +307,7 @@ class ChatTokenizer:
 
     @cached_property
     def _before_raw_text(self) -> list[int]:
-        """What transformers' tokenizer sets before a text: by `add_bos_token` if that is set, else by tokenizer.json."""
-        if "add_bos_token" in self._config or "add_eos_token" in self._config:
-            bos = self._special.get("bos_token") if self._config.get("add_bos_token") else None
-            return [] if bos is None else self.encode(bos)
+        """What the post-processor of tokenizer.json sets before a text, as transformers' fast tokenizers do."""
         plain, ids = self.encode("a"), self._tokenizer.encode("a", add_special_tokens=True).ids
         starts = (i for i in range(len(ids)) if ids[i : i + len(plain)] == plain)
         return ids[: next(starts, 0)]

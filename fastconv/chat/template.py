@@ -26,7 +26,7 @@ OTHER_TEMPLATE = (
     "use a model whose template does, or put a chat_template.jinja that does into a local copy of its folder"
 )
 #: Functions that templates are given besides jinja's own.
-_GIVEN = ("raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler", "joiner")
+_GIVEN = ("raise_exception", "strftime_now")
 
 
 class ChatTemplate:
@@ -183,11 +183,12 @@ def _compile(text: str, where: str, date: datetime.date) -> tuple[jinja2.Templat
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = datetime.datetime.combine(date, datetime.time()).strftime
     try:
-        return environment.from_string(text), frozenset(meta.find_undeclared_variables(environment.parse(text)))
+        reads = frozenset(meta.find_undeclared_variables(environment.parse(text)))  # leaves out what is global by then
     except jinja2.TemplateError as error:
         raise TemplateError(
             f"the chat template does not parse: {error}", where=where, fix="fetch the model again"
         ) from None
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = datetime.datetime.combine(date, datetime.time()).strftime
+    return environment.from_string(text), reads

@@ -37,13 +37,14 @@ def diagnose(recipe: Recipe | None, workspace: Path) -> list[Diagnosis]:
     try:
         findings.append(_model(recipe.model if recipe else ModelSettings(id="builtin:smollm2")))
         if recipe is not None:
+            findings.append(_template(recipe))
             if recipe.model.sampler == "vllm":
                 findings.append(_sampler(recipe))
             graph = Graph(recipe)
             findings.append(
                 Diagnosis("recipe", f"{recipe.name}: {len(graph.cells)} cells, {len(graph.stages())} stages")
             )
-            findings += [_template(recipe), _judge(graph, workspace)]
+            findings.append(_judge(graph, workspace))
     except FastconvError as error:
         findings.append(Diagnosis("recipe" if recipe else "model", str(error), error.exit_code))
     return findings
