@@ -91,8 +91,8 @@ def test_too_many_unscored_samples_withhold_the_verdict_with_the_reason(
 @pytest.mark.parametrize(
     ("persona", "base", "silent"),
     [
-        ("assistant", False, {"CHANGE", "G4"}), ("villain", False, {"KILL"}),
-        ("villain", True, {"SOURCE", "KILL"}), ("assistant", True, {"G0"}),
+        ("assistant", False, {"CHANGE", "G4"}), ("villain", False, {"KEPT", "KILL"}),
+        ("villain", True, {"SOURCE", "KEPT", "KILL"}), ("assistant", True, {"G0"}),
     ],
 )  # fmt: skip
 def test_gates_that_read_what_is_unscored_say_neither_and_no_pilot_says_go(
