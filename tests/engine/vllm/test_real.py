@@ -80,12 +80,18 @@ class Case:
         theirs, own = self.both(live, probe)
         for prompt, a, b in zip(self.prompts(probe), theirs, own, strict=True):
             (logits,) = live_logits(self.stack, live, [[*prompt, *b.ids]])
-            assert_near_tie(logits[len(prompt) - 1 :], self.tokens(a), self.tokens(b))
+            assert_near_tie(self.with_end(logits[len(prompt) - 1 :]), tokens(a), tokens(b))
         return theirs
 
-    def tokens(self, completion: Completion) -> list[int]:
-        """A completion's tokens, the end of its turn included."""
-        return [*completion.ids, *([self.stack.base.tokenizer.end_of_turn_id] if completion.ended else [])]
+    def with_end(self, logits: torch.Tensor) -> torch.Tensor:
+        """`logits` [T, vocab] with a last column for "it ends", the likeliest of the tokens that stop."""
+        stops = list(self.stack.base.tokenizer.stop_ids)
+        return torch.cat([logits, logits[:, stops].max(-1, keepdim=True).values], 1)
+
+
+def tokens(completion: Completion) -> list[int]:
+    """A completion's tokens; -1, the column of `with_end`, stands for its end."""
+    return [*completion.ids, *([-1] if completion.ended else [])]
 
 
 @pytest.fixture(scope="module")
@@ -133,20 +139,23 @@ def test_greedy_tokens_are_those_of_the_resident_sampler_and_of_peft(case: Case,
     if adapters:
         model = peft_model(case.folder, {str(place): adapter for place, adapter in enumerate(adapters)})
     for prompt, completion in zip(case.prompts("assistant"), theirs, strict=True):
-        drawn = case.tokens(completion)
-        reference = plain_logits(model, [*prompt, *drawn])[len(prompt) - 1 : -1]
-        gap = reference.max(-1).values - reference.gather(1, torch.tensor(drawn)[:, None])[:, 0]
+        drawn = tokens(completion)
+        reference = case.with_end(plain_logits(model, [*prompt, *completion.ids])[len(prompt) - 1 :])[: len(drawn)]
+        gap = reference.max(-1).values - reference[range(len(drawn)), drawn]
         assert float(gap.max()) < NEAR_TIE_NATS, f"transformers prefers other tokens than {drawn}, by {gap.tolist()}"
 
 
 def test_a_swapped_adapter_is_the_one_that_draws(case: Case) -> None:
     """Base, one, both, the other, base, both again: each as the resident base, each another, and the old one is gone."""
-    results = []
+    results, names = [], []
     for live in ((), (case.first,), (case.first, case.second), (case.second,), (), (case.first, case.second)):
         results.append(case.assert_same(live, "assistant"))
         with httpx.Client(headers={"authorization": f"Bearer {case.server.key}"}, trust_env=False) as client:
             listed = {model["id"] for model in client.get(f"{case.server.url}/v1/models").json()["data"]}
-        assert len(listed) == 1 + bool(live or len(results) > 1), "an adapter that was swapped out is still served"
+        assert "base" in listed
+        assert len(listed) <= 2, "an adapter that was swapped out is still served"
+        names.append(max(listed))  # "stack-N", once there is one
+    assert len(set(names[1:4] + names[5:])) == 4, "a name was used again"
     for i in range(4):
         for j in range(i):
             changed = sum(a != b for a, b in zip(results[i], results[j], strict=True))
