@@ -106,11 +106,6 @@ class ChatTokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
-    def largest_id(self) -> int:
-        """The largest token id, special ones included; ids need not be contiguous."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-
-    @property
     def pad_id(self) -> int | None:
         """Id of the tokenizer's padding token, or None if it names none that it has."""
         return self._tokenizer.token_to_id(self._special["pad_token"]) if "pad_token" in self._special else None

@@ -120,7 +120,6 @@ def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Bas
     tokenizer = ChatTokenizer(model_folder(source, settings), settings)
     require_rows_for_tokens(tokenizer.vocab_size, next(model.get_input_embeddings().parameters()).shape[0], source.id)
     _set_pad_token(model, tokenizer, source.id)
-    _require_rows(model, tokenizer, source.id)
     base = make_base(model, tokenizer, sha256_of(dict(source.identity)))
     require_proof(base, engine_identity(settings))
     return base
@@ -157,30 +156,13 @@ def _set_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str)
         model.generation_config.pad_token_id = pad_id
 
 
-def _require_rows(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str) -> None:
-    """Raise ModelError unless the embedding has a row for every token: a larger id would be another token, or fault."""
-    n_rows = model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]
-    require_rows(int(n_rows), tokenizer, where)
-
-
-def require_rows(n_rows: int, tokenizer: ChatTokenizer, where: str) -> None:
-    """Raise ModelError unless an embedding of `n_rows` rows has one for every token id."""
-    if tokenizer.largest_id >= n_rows:
-        raise ModelError(
-            f"its tokenizer has ids up to {tokenizer.largest_id}, its embedding {n_rows} rows",
-            where=where,
-            fix="take the tokenizer that belongs to these weights, or save the model after resize_token_embeddings",
-        )
-
-
 def check_folder(folder: Path) -> None:
-    """Raise ModelError if a model folder's config or tokenizer already says that it would be refused when it is loaded."""
+    """Raise ModelError if a model folder's config already says that it would be refused when it is loaded."""
     from transformers import AutoConfig
 
     with _loading_errors(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     refuse_beyond(config)
-    require_rows(shape_of(config.to_dict(), str(folder)).vocab, ChatTokenizer(folder), str(folder))
 
 
 def load_model(settings: ModelSettings, source: ModelSource, attention_name: str) -> PreTrainedModel:
