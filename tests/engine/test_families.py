@@ -220,7 +220,8 @@ def test_sizes_are_read_by_the_names_of_each_family() -> None:
 def test_a_tokenizer_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
     folder = build(tmp_path / "model", "qwen2")
     held = json.loads((folder / "tokenizer.json").read_text())
-    held["added_tokens"] += [{**held["added_tokens"][-1], "id": 300, "content": "<|far|>"}]
+    last = held["added_tokens"][-1]
+    held["added_tokens"] += [{**last, "id": last["id"] + 1 + i, "content": f"<|far{i}|>"} for i in range(12)]
     (folder / "tokenizer.json").write_text(json.dumps(held))
     with pytest.raises(ModelError, match="embedding only"):
         loaded(folder)
