@@ -20,10 +20,9 @@ from fastconv.cluster.orders import base_order, is_cell_computed, shared_order, 
 from fastconv.errors import ClusterError, RecipeError
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.recipe import Recipe
-from fastconv.run.provenance import begin_run
 from fastconv.run.run import RunResult, prepare_run, run_recipe
 from fastconv.run.runner import Watcher, stop_on_sigint
-from fastconv.run.status import failed_stages
+from fastconv.run.status import begin_run, failed_stages
 from fastconv.store.ledger import Store
 
 #: The address that starts a local Ray and shuts it down at the end.

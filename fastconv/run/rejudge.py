@@ -27,9 +27,8 @@ from fastconv.judge.rubric import Rubric, find_rubric, load_rubric, shipped_rubr
 from fastconv.judge.scores import Agreement, compare_scores
 from fastconv.recipe import JudgeSettings, Recipe, run_id
 from fastconv.run.judging import JudgeQueue, calibrate_phrases, judge_stages, judge_with_desk, judge_with_local
-from fastconv.run.provenance import begin_run, run_facts
 from fastconv.run.runner import Watcher, stop_on_sigint
-from fastconv.run.status import needed_ends
+from fastconv.run.status import begin_run, needed_ends, run_facts
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Score, Stage, Store
 

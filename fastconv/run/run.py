@@ -35,9 +35,8 @@ from fastconv.recipe import IgnorableGate, Recipe
 from fastconv.run.audit import require_passed, require_template
 from fastconv.run.gc import unneeded_adapters
 from fastconv.run.judging import judge_stages
-from fastconv.run.provenance import begin_run, run_facts
 from fastconv.run.runner import Runner, Tally, Watcher, stop_on_sigint
-from fastconv.run.status import FailedStage, needed_ends, raise_failed
+from fastconv.run.status import FailedStage, begin_run, needed_ends, raise_failed, run_facts
 from fastconv.stats.gates import GateVerdict
 from fastconv.store.gc import free, sweep
 from fastconv.store.ledger import Store
