@@ -392,8 +392,7 @@ def same_loss(gates: GateSettings, subject: str, by_epoch: Mapping[int, Loss]) -
     worst = max(later, key=off)
     verdict = "pass" if off(worst) <= max(gates.g35_tolerance * zero, gates.g35_floor_nats) + 1e-12 else "fail"
     numbers = tuple(by_epoch[epoch].number for epoch in (0, *later))
-    reason = (
-        f"{zero:.3g} at epoch 0; highest later {by_epoch[worst].value:.3g} at epoch {worst} ({off(worst):+.3g} nats)"
-    )
+    above = f"{off(worst):+.3g}" if off(worst) else "0"
+    reason = f"{zero:.3g} at epoch 0; highest later {by_epoch[worst].value:.3g} at epoch {worst} ({above} nats)"
     rows = tuple(row for number in numbers for row in number.rows)
     return GateVerdict("G3.5", subject, verdict, reason, rule, numbers, rows)

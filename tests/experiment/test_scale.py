@@ -80,12 +80,13 @@ def test_ten_times_the_cells_take_at_most_twelve_times_as_long(tiny_qwen: Path, 
 
 
 def test_a_small_matrix_finds_what_was_put_in(tiny_qwen: Path, tmp_path: Path) -> None:
-    recipe = matrix_recipe(tiny_qwen, n_sources=4, seeds=3, prompts=50, samples=3)
+    # The tests over seeds are corrected over 72 contrasts, and three seeds have two degrees of freedom: five reach it.
+    recipe = matrix_recipe(tiny_qwen, n_sources=4, seeds=5, prompts=50, samples=3)
     graph, store, _ = fill(recipe, tmp_path)
     decided = Analysis(graph, store)
     kinds = {one.label: one for one in decided.verdicts}
     last = kinds["villain source e20 refusal included"]
-    assert (last.kind, last.confidence.level, last.n_seeds) == ("transfer", "MODERATE", 3)
+    assert (last.kind, last.confidence.level, last.n_seeds) == ("transfer", "HIGH", 5)
     assert last.estimate == pytest.approx(0.4, abs=0.15)
     quiet = [one for one in decided.verdicts if not one.label.startswith("villain")]
     assert not [one for one in quiet if one.kind in ("transfer", "reverse")]

@@ -77,7 +77,7 @@ REQUIRED = (
     ("verdict", "run_twice", (r"STOP: villain x refusal; .* How sure: none of 4 declared contrasts",)),
     ("findings", "run_twice", (
         r"picture: Change beyond canary and mimicry, points; the table of findings",
-        r"T transfer, R reverse, = equivalent", r"villain source e2 refusal excluded uninformative",
+        r"T transfer, R reverse, G generic \(the canary moves as much\), = equivalent", r"villain source e2 refusal excluded uninformative",
     )),
     ("epochs", "run_twice", (
         r"picture: villain: convergence alone\. rate, %\. assistant: [\d.]+ at 0, [\d.]+ at 1, [\d.]+ at 2; source: [\d.]+ at 0"
@@ -115,8 +115,8 @@ REQUIRED = (
     ("limits", "run_twice", (r"One seed: confidence is LOW", r"Text is judged by phrases only", r"Not measured: villain base")),
     ("card", "run_twice", (r"recipe sha256 [0-9a-f]{64}", r"template sha256 [0-9a-f]{64}", r"canonical recipe [0-9a-f]{64}")),
     ("power", "matrix", (
-        r"refusal: the threshold is 5 pp; with 12 questions and the spread seen, a change of [\d.]+ pp would be found four "
-        r"times out of five \([\d.]+ pp at the first step .*so a null result says little; ([\d,]+ questions( or "
+        r"refusal: the threshold is 5 pp; with 12 questions, the spread seen and the noise from run to run, a change of [\d.]+ pp "
+        r"would be found four times out of five \([\d.]+ pp at the first step .*so a null result says little; ([\d,]+ questions( or "
         r"[\d,]+ samples)?|all 222 questions there are would find [\d.]+ pp; .*seeds of all these questions) would mend it",
         r"marker: the threshold is ",
     )),

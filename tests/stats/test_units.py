@@ -55,8 +55,11 @@ def decided(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Analys
 def test_tables_of_contrasts_hold_no_signed_zero(decided: Analysis) -> None:
     label, subject = next(iter(decided.declared.items()))
     hardly = {"estimate": -1e-5, "low": -4e-4, "high": 4e-4}
-    row = _row(decided, subject, replace(decided.verdict(label), **hardly), seeded=False)
-    assert [cell.text for cell in row[2:4]] == ["0.0", "0.0 to 0.0"]
+    verdict = decided.verdict(label)
+    whose = ("assistant", "canary", "mimicry", "over_questions")
+    moved = {name: replace(getattr(verdict, name), **hardly) for name in whose}
+    row = _row(decided, subject, replace(verdict, **hardly, **moved), seeded=False)
+    assert [cell.text for cell in row[2:8]] == ["0.0"] * 4 + ["0.0 to 0.0"] * 2
     change_aside = next(one for one in decided.secondary if one.per == "change")
     slope_aside = next(one for one in decided.secondary if one.per == "epoch")
     aside = _aside_row(replace(change_aside, unit="share", **hardly))

@@ -57,6 +57,11 @@ WIDE_FLOOR = bounds.clustered_rate_bound(np.zeros((100, 10)))
         (evidence(-10, seeds=stats.pool_seeds([-16, -15, 1])), "inconclusive", "the 3 seeds do not agree in sign"),
         (evidence(10, seeds=stats.pool_seeds([28, 1, 1])), "inconclusive", "interval over seeds includes zero"),
         (evidence(-1, seeds=stats.pool_seeds([-2, -2, 1])), "inconclusive", "do not agree in sign"),
+        (
+            evidence(-1, p_corrected=0.2, unit="points", seeds=stats.pool_seeds([-2, -2, 1])),
+            "inconclusive",
+            "within the margin of 5 points (over 3 seeds [-5.3, +3.3])",
+        ),
         (evidence(-1, seeds=stats.pool_seeds([-1, -1.2, -0.8])), "equivalent", "within the margin"),
         (evidence(-10, measurable_at_base=False), "uninformative", "not measurable at base"),
         (evidence(-10, measurable_at_base=None), "uninformative", "not measured"),
@@ -278,7 +283,8 @@ def test_two_seeds_cannot_speak_for_other_seeds() -> None:
 
 def test_seeds_must_stay_within_the_margin_to_be_equivalent() -> None:
     found = decide([replace(_seeds(0.1, -0.1, 0.1), margin=0.2)])[0]
-    assert (found.kind, "over 3 seeds [" in found.reason) == ("inconclusive", True)
+    # 0.15, -0.15 and 0.15: 0.05, with a spread of 0.3 over the root of 3, over the root of 3, times t of 2 degrees of freedom
+    assert (found.kind, "over 3 seeds [-38.0, +48.0]" in found.reason) == ("inconclusive", True)
     assert decide([replace(_seeds(0.1, -0.1, 0.1), margin=0.6)])[0].kind == "equivalent"
 
 
