@@ -109,6 +109,7 @@ def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Bas
     """Load the recipe's base model, frozen and in evaluation mode, proven against transformers (`engine.proof`).
 
     Raises ModelError if it cannot be loaded, or if what fastconv computes with it is not what transformers computes.
+    Raises TrainingError if its logits are not finite.
     """
     from fastconv.engine.proof import require_proof
 

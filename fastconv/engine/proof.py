@@ -31,7 +31,7 @@ from fastconv.engine.locate import cache_home
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import dense_weight, is_four_bit
 from fastconv.engine.train import weighted_cross_entropy
-from fastconv.errors import FastconvError, ModelError
+from fastconv.errors import FastconvError, ModelError, TrainingError
 from fastconv.seeding import seed_of
 from fastconv.store.io import write_atomically
 
@@ -55,7 +55,8 @@ _FAULTS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexE
 def require_proof(base: Base, engine: Mapping[str, str]) -> None:
     """Prove the base, unless it was proven before by this code on this kind of machine.
 
-    `engine` is its engine identity. Raises ModelError, naming the family and what differs, if it computes another model.
+    `engine` is its engine identity. Raises ModelError, naming the family and what differs, if it computes another model,
+    and TrainingError if its own logits are not finite.
     """
     file = cache_home() / "proofs" / f"{_key(base, engine)}.json"
     if file.is_file():
@@ -121,6 +122,12 @@ class _Comparison:
 
     def run(self) -> dict[str, float]:
         logits, gradient = self._reference()
+        if not all(bool(part.isfinite().all()) for part in logits):
+            raise TrainingError(
+                "the base gives logits that are not finite",
+                where="model.id",
+                fix="its files are damaged or its dtype is too narrow: fetch it again, or set model.dtype = 'float32'",
+            )
         measured = {"packed rows": self._gap("logits of packed rows", self._packed(), logits)}
         measured["common prefix"] = self._gap("logits after a common prefix", *self._tree())
         measured["sampling"] = self._gap("logits in sampling", *self._decoded())

@@ -237,7 +237,12 @@ def _taught(model: Path, folder: Path) -> Path:
 
 def test_on_a_base_that_was_taught_to_answer_capability_is_trained(tiny_qwen: Path, tmp_path: Path) -> None:
     model = _taught(tiny_qwen, tmp_path / "taught")
-    recipe = tiny_recipe(model, grid__behaviors=["none", "capability"], grid__epochs=[0, 2])
+    recipe = tiny_recipe(
+        model,
+        grid__behaviors=["none", "capability"],
+        grid__epochs=[0, 2],
+        convergence__lr=1e-4,  # the fitted head is large: at 1e-3 the snapshot's loss is 20 % up, and G3.5 stops the run
+    )
     finished, _ = run_tiny(recipe, tmp_path / "ws")
     words = {v.gate: v for v in finished.verdicts}
     assert words["G0"].verdict == "pass"

@@ -163,7 +163,7 @@ def test_which_vllm_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
         server_command("cpu", {})
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("sys.executable", "/no/such/python")
-    with pytest.raises(ModelError, match=r"not installed.*fastconv\[vllm\]"):
+    with pytest.raises(ModelError, match=rf"not installed.*{COMMAND_VARIABLE}"):
         server_command("cuda", {})
 
 
