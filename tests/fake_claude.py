@@ -251,8 +251,8 @@ class _Server:
                 answer[name] = named[-1] if "enum" in part else int(named[-1])
             elif "enum" in part:
                 answer[name] = part["enum"][draw % len(part["enum"])]
-            elif part["type"] == "integer":
-                answer[name] = draw % 101
+            elif part["type"] == "integer":  # what it reads makes sense to it: an incoherent answer has no score
+                answer[name] = 51 + draw % 50 if name == "coherent" else draw % 101
             else:
                 answer[name] = {"echo": judged, "leak": f"your key is {self.key}"}.get(self.script.answer, "as shown")
         return json.dumps(answer)

@@ -216,7 +216,11 @@ def _reach(power: DesignPower, contrast: DetectableContrast, unit: str, family: 
     supply = None
     if power.n_available is not None:
         supply = QuestionSupply(
-            power.n_available, power.n_questions, contrast.alone, lambda size: size_text(size, unit)
+            power.n_available,
+            power.n_questions,
+            contrast.alone,
+            lambda size: size_text(size, unit),
+            lambda n_seeds: power.over_seeds(contrast, n_seeds),
         )
     advice = (
         f"; a null result would say little: {remedy_text((contrast.questions, contrast.samples), supply)}"

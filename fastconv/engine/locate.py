@@ -119,19 +119,29 @@ def locate(settings: ModelSettings) -> ModelSource:
     folder = Path(settings.id).expanduser()
     if folder.is_dir():
         return ModelSource("local", settings.id, {"id": "local", "sha256": _folder_sha256(folder)}, folder)
-    if settings.id.startswith((".", "/", "~")) or settings.id.count("/") > 1:
+    if _names_folder(settings):
         raise ModelError(
             "no such model folder",
             where=settings.id,
             fix="give a folder with config.json and *.safetensors, or a hub id",
         )
-    if not settings.revision:
+    if is_unpinned(settings):
         raise ModelError(
             "a hub model needs a pinned revision",
             where=settings.id,
             fix="set model.revision to the 40-digit commit sha of the model",
         )
     return ModelSource("hub", settings.id, {"id": settings.id, "revision": settings.revision})
+
+
+def is_unpinned(settings: ModelSettings) -> bool:
+    """Whether the model is a hub id without a revision: its design can be checked, and no run takes it."""
+    local = settings.id.startswith("builtin:") or Path(settings.id).expanduser().is_dir() or _names_folder(settings)
+    return not (local or settings.revision)
+
+
+def _names_folder(settings: ModelSettings) -> bool:
+    return settings.id.startswith((".", "/", "~")) or settings.id.count("/") > 1
 
 
 def _builtin(name: str) -> ModelSource:

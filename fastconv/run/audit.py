@@ -13,7 +13,14 @@ from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, Syst
 from fastconv.datasets.behaviors import load_behaviors
 from fastconv.datasets.personas import load_personas
 from fastconv.datasets.rows import Row, read_user_rows, render_row, require_no_control_tokens, row_from_record
-from fastconv.engine.locate import embedding_rows, locate, model_folder, require_rows_for_tokens, tokenizer_folder
+from fastconv.engine.locate import (
+    embedding_rows,
+    is_unpinned,
+    locate,
+    model_folder,
+    require_rows_for_tokens,
+    tokenizer_folder,
+)
 from fastconv.errors import DataError, RecipeError
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.workload import Sketch
@@ -44,10 +51,13 @@ def audit_recipe(recipe: Recipe, store: Store | None) -> CheckReport:
 def require_template(recipe: Recipe) -> ChatTokenizer | None:
     """Try the base's chat template under every persona, and the user's rows against its tokenizer, without weights.
 
-    Returns the tokenizer, or None where it is not on this disk (a run tries it when the base is loaded). Raises
+    Returns the tokenizer, or None where it is not on this disk (a run tries it when the base is loaded), which without a
+    revision cannot be told (a run refuses that). Raises
     TemplateError if the conditions do not reach the model, ModelError if tokenizer and embedding do not fit, DataError
     for a row that spells a control token.
     """
+    if is_unpinned(recipe.model):
+        return None
     source = locate(recipe.model)
     folder = tokenizer_folder(source, recipe.model)
     if folder is None and source.kind == "builtin" and recipe.data.rows:

@@ -15,6 +15,8 @@ from typing import Literal
 Measure = Literal["letters", "phrases", "judge"]
 #: More samples of a question than this are no plan.
 MOST_SAMPLES = 1_000_000
+#: More seeds of a cell than this are no plan.
+MOST_SEEDS = 100
 #: No variance from run to run.
 NO_RUNS = (0.0, math.inf)
 #: Assumed spread between questions of a paired change, before there are data: accuracy where 15 % of the questions
@@ -131,6 +133,7 @@ class DesignPower:
     which no verdict rests. `n_available` are the questions that there are, asked or not (None: not known).
     """
 
+    measure: Measure
     threshold: float
     n_questions: int
     n_samples: int
@@ -140,6 +143,13 @@ class DesignPower:
     in_family: float
     primary: bool = True
     n_available: int | None = None
+
+    def over_seeds(self, contrast: DetectableContrast, n_seeds: int) -> float:
+        """What all questions that there are would find of one of its contrasts over so many seeds, as docs/POWER.md counts."""
+        variance, df = planned_runs(self.measure, n_seeds)
+        runs = variance, df if n_seeds < 3 else n_seeds - 1
+        spread = planned_spread(self.measure, self.n_samples, contrast.n_terms)
+        return _with_seeds(spread, max(self.n_questions, self.n_available or 0), n_seeds, runs, 0.05)
 
 
 def planned_spread(measure: Measure, n_samples: int, n_terms: int = 2) -> float:
@@ -180,7 +190,7 @@ def planned_power(
     family = minimum_detectable_effect(spread, n_questions, 0.05 / max(1, n_contrasts), runs=runs).effect
     if change is None or declared is None or family is None:
         return None
-    return DesignPower(threshold, n_questions, n_samples, n_contrasts, change, declared, family, primary)
+    return DesignPower(measure, threshold, n_questions, n_samples, n_contrasts, change, declared, family, primary)
 
 
 def _reach(
@@ -203,20 +213,29 @@ def _reach(
 
 @dataclass(frozen=True, slots=True)
 class QuestionSupply:
-    """The questions that there are for a contrast, beside the `n_asked` with which it detects `effect`; `show` prints one."""
+    """The questions that there are for a contrast, beside the `n_asked` with which it detects `effect`; `show` prints one.
+
+    `over_seeds` gives what all of them detect over so many seeds. Without it the effect shrinks with the root of their
+    number, which is right where no run adds noise of its own.
+    """
 
     n_available: int
     n_asked: int
     effect: float
     show: Callable[[float], str]
+    over_seeds: Callable[[int], float] | None = None
 
     @property
     def reach(self) -> float:
-        """What all questions that there are would detect: the effect shrinks with the root of their number."""
+        """What all questions that there are would detect with one seed."""
+        if self.over_seeds is not None:
+            return self.over_seeds(1)
         return self.effect * math.sqrt(self.n_asked / max(self.n_asked, self.n_available))
 
-    def seeds(self, threshold: float) -> int:
-        """Seeds that detect the threshold with all questions asked, if what is left errs independently over seeds."""
+    def seeds(self, threshold: float) -> int | None:
+        """Seeds that detect the threshold with all questions asked, if they err independently; None above `MOST_SEEDS`."""
+        if self.over_seeds is not None:
+            return next((n for n in range(2, MOST_SEEDS + 1) if self.over_seeds(n) <= threshold), None)
         return max(2, math.ceil((self.reach / threshold) ** 2 - 1e-9))
 
 
@@ -231,12 +250,13 @@ def remedy_text(needed: Sequence[SampleSizeNeeded], supply: QuestionSupply | Non
         others = [need for need in needed if need.what != "questions" and need.number is not None]
         there = f"all {supply.n_available} questions there are would find {supply.show(supply.reach)}"
         if not any(need.what == "seeds" for need in others):
-            others.append(SampleSizeNeeded(supply.seeds(asks.effect), "seeds", asks.effect, ""))
+            seeds = SampleSizeNeeded(supply.seeds(asks.effect), "seeds", asks.effect, "")
+            others += [seeds] if seeds.number is not None else []
         ways = [
             f"{need.number:,} {need.what}" + (" of all these questions" if need.what == "seeds" else "")
             for need in others
         ]
-        return f"{there}; {' or '.join(ways)} would mend it"
+        return f"{there}; {' or '.join(ways) or f'not even {MOST_SEEDS} seeds of them'} would mend it"
     possible = [f"{need.number:,} {need.what}" for need in needed if need.number is not None]
     impossible = [need.what for need in needed if need.number is None]
     words = f"{' or '.join(possible)} would mend it" if possible else "no number of questions would mend it"

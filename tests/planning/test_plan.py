@@ -28,6 +28,7 @@ from fastconv.planning.plan import Plan, make_plan, plan_recipe, require_approve
 from fastconv.recipe import ModelSettings, RunSettings, run_id, sha256_of
 from fastconv.report import collect
 from fastconv.report.record import planned_row as planned_row
+from fastconv.stats.power import planned_power
 from fastconv.store.ledger import Record, Store
 from tests import ROOT
 from tests.loop_kit import DoneRun, run_tiny, tiny_recipe, write_tiny_recipe
@@ -189,9 +190,11 @@ def test_dollars_have_an_expectation_and_a_worst_case() -> None:
 
 def test_minimum_detectable_effects_stand_beside_the_thresholds() -> None:
     power = _kinds("matrix")["plan"].power
-    assert power["capability"].change.alone == pytest.approx(0.0449, abs=0.001)
-    assert not power["capability"].change.too_large
+    # sqrt(0.15 / 586 + 2 x 0.01^2), over questions and over runs, times 2.87 for about 41 degrees of freedom
+    assert power["capability"].change.alone == pytest.approx(0.0613, abs=0.001)
+    assert power["capability"].change.too_large
     assert power["refusal"].change.too_large
+    assert not _kinds("matrix", "gates.capability_pp=6.5")["plan"].power["capability"].change.too_large
     assert power["capability"].n_contrasts == 72
 
 
@@ -200,12 +203,16 @@ def test_the_declared_contrast_has_more_terms_than_the_change_that_gates_compare
     change = _kinds("matrix")["plan"].power["refusal"].change
     # Assistant and canary, now and at epoch 0; the same again without a behavior adapter, where the grid has it.
     assert (change.n_terms, less_control.n_terms) == (2, 8)
-    assert less_control.alone == pytest.approx(2 * change.alone)
-    assert less_control.questions.number > 3.9 * change.questions.number
+    # Over questions each pair of terms adds its variance; the noise from run to run is counted once for either.
+    assert 1.5 * change.alone < less_control.alone < 1.9 * change.alone
+    this_run = planned_power("phrases", 0.05, 50, 10, 72, 8, over_runs=False)
+    assert this_run is not None
+    assert this_run.declared.alone == pytest.approx(2 * this_run.change.alone)
+    assert this_run.declared.questions.number > 3.9 * this_run.change.questions.number
     alone = _kinds("matrix", 'grid.behaviors=["capability", "refusal"]')["plan"].power
     assert {one.declared.n_terms for one in alone.values()} == {4}
     for one in alone.values():
-        assert one.declared.alone == pytest.approx(2**0.5 * one.change.alone)
+        assert 1.1 * one.change.alone < one.declared.alone < 2**0.5 * one.change.alone
 
 
 def test_questions_that_are_reported_apart_are_planned_apart() -> None:
@@ -217,34 +224,41 @@ def test_questions_that_are_reported_apart_are_planned_apart() -> None:
     assert published.declared.n_terms == 4
     assert _line(found, "misalignment, own") == (
         "misalignment, own questions: 24 questions x 10, threshold 10 points; would probably find a change, as gates "
-        "compare, from 8.96 points; the declared contrast of 8 terms from 17.9 points (29.7 points among 72); a null result "
-        "would say little: 73 questions would mend it (no number of samples would)"
+        "compare, from 17 points; a null result would say little: all 80 questions there are would find 16.3 points; 4 seeds of "
+        "all these questions would mend it; the declared contrast of 8 terms from 22.1 points (37 points among 72); a null "
+        "result would say little: all 80 questions there are would find 17.2 points; 16 seeds of all these questions would mend it"
     )
     assert _line(found, "misalignment, published").startswith(
         "misalignment, published questions, reported apart: 8 questions x 10, threshold 10 points; would probably find a "
-        "change, as gates compare, from 17.3 points; a null result would say little: all 8 questions there are would find 17.3 "
-        "points; 4 seeds of all these questions would mend it; the contrast of 4 terms from 24.5 points; a null result"
+        "change, as gates compare, from 21.2 points; a null result would say little: all 8 questions there are would find 21.2 "
+        "points; not even 100 seeds of them would mend it; the contrast of 4 terms from 26.9 points; a null result"
     )
 
 
 def test_a_plan_that_could_show_little_says_what_would_mend_it() -> None:
     found = _kinds("matrix")["plan"]
-    assert "from 9.39 pp; a null result would say little: 172 questions would mend it (no number of samples" in _line(
-        found, "refusal"
-    )
-    assert "from 4.49 pp; the declared contrast" in _line(found, "capability")
+    assert (
+        "from 12.5 pp; a null result would say little: all 222 questions there are would find 9.76 pp; 12 seeds of all these "
+        "questions would mend it; the declared contrast"
+    ) in _line(found, "refusal")
+    enough = _kinds("matrix", "gates.capability_pp=6.5")["plan"]
+    assert "from 6.13 pp; the declared contrast" in _line(enough, "capability")
     assert _line(found, "a contrast's terms are taken as independent, which is an assumption")
     assert _line(
         found, "seeds are counted as erring independently of one another; the spread between them is not known"
     )
-    assert "from 18.8 pp" in _line(found, "refusal")
-    assert "all 222 questions there are would find 8.91 pp; 4 seeds of all these questions would mend it" in _line(
+    assert "from 20.4 pp" in _line(found, "refusal")
+    assert "all 222 questions there are would find 12.1 pp; not even 100 seeds of them would mend it" in _line(
         found, "refusal"
     )
     few = _kinds("matrix", "eval.samples_per_prompt=2", "gates.refusal=0.12")["plan"]
-    assert "from 12.1 pp; a null result would say little: 52 questions or 3 samples would mend it;" in _line(
+    assert "from 14.6 pp; a null result would say little: 97 questions or 94 samples would mend it;" in _line(
         few, "refusal"
     )
+    by_questions = _kinds("matrix", "gates.refusal=0.15")["plan"]
+    assert "questions would mend it (no number of samples would)" in _line(by_questions, "refusal")
+    asked = found.power["refusal"]
+    assert asked.over_seeds(asked.change, 12) <= asked.change.threshold < asked.over_seeds(asked.change, 11)
     wide = ("gates.capability_pp=50", 'grid.behaviors=["none", "capability"]')
     assert not [line for line in _shown(_kinds("matrix", *wide)["plan"]) if "mend" in line or "say little" in line]
 
