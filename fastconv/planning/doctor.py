@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from fastconv import __version__
 from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
 from fastconv.engine.locate import builtin_gguf, engine_identity, locate
 from fastconv.errors import FastconvError, ModelError, StoreError
@@ -51,8 +52,9 @@ def diagnose(recipe: Recipe | None, workspace: Path) -> list[Diagnosis]:
 
 
 def _versions() -> Diagnosis:
-    names = ("fastconv", "torch", "transformers", "tokenizers", "polars")
-    versions = [f"{name} {metadata.version(name)}" for name in names if importlib.util.find_spec(name)]
+    names = ("torch", "transformers", "tokenizers", "polars")
+    versions = [f"fastconv {__version__}"]  # its own: a checkout on PYTHONPATH has no metadata
+    versions += [f"{name} {metadata.version(name)}" for name in names if importlib.util.find_spec(name)]
     return Diagnosis("versions", ", ".join(versions))
 
 
