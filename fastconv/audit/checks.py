@@ -113,7 +113,6 @@ def _all_right_p(asked: Sequence[Question]) -> float:
     return chance ** len(asked)
 
 
-#: The checks of the first pass, and those of the second that look at rows (it also runs RENDERED_CHECKS).
 #: Checks on what a recipe's gates and evaluation could say at all.
 GATE_CHECKS: tuple[AuditCheck[Design], ...] = (
     AuditCheck(
@@ -129,6 +128,7 @@ GATE_CHECKS: tuple[AuditCheck[Design], ...] = (
     ),
 )  # fmt: skip
 
+#: The checks of the first pass, and those of the second that look at rows (it also runs RENDERED_CHECKS).
 STRUCTURE_CHECKS: tuple[AuditCheck[Design], ...] = (
     *GATE_CHECKS,
     *DESIGN_CHECKS,
