@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-
-import numpy as np
 
 from fastconv.audit.findings import AuditCheck, BuiltSet, Design, Finding, Rule, row_ids
 from fastconv.audit.roles import letter_of
@@ -266,11 +265,9 @@ def overlap(
 
 def auc(first: Sequence[float], second: Sequence[float]) -> float:
     """Area under the ROC curve: share of pairs in which `first` is larger, ties count half (0.5: no difference)."""
-    left, right = np.sort(np.asarray(first, dtype=float)), np.asarray(second, dtype=float)
-    n_smaller = np.searchsorted(left, right, side="left")
-    n_up_to = np.searchsorted(left, right, side="right")
-    wins = (left.size - n_up_to).sum() + 0.5 * (n_up_to - n_smaller).sum()
-    return float(wins / (left.size * right.size))
+    right = sorted(second)
+    wins = sum(bisect_left(right, value) + bisect_right(right, value) for value in first) / 2
+    return wins / (len(first) * len(right))
 
 
 def opening_share(first: Sequence[str], second: Sequence[str]) -> float:

@@ -23,6 +23,7 @@ from fastconv.cli.common import (
     open_existing,
     with_exit_codes,
 )
+from fastconv.stats.power import QuestionSupply, remedy_text
 from fastconv.stats.units import size_text
 
 if TYPE_CHECKING:
@@ -211,8 +212,6 @@ def _power(recipe_plan: Plan) -> Iterator[str]:
 
 def _reach(power: DesignPower, contrast: DetectableContrast, unit: str, family: str = "") -> str:
     """A detectable effect; where it exceeds the threshold, also a warning with sample sizes that would suffice."""
-    from fastconv.stats.power import QuestionSupply, remedy_text  # imports scipy, which is slow
-
     supply = None
     if power.n_available is not None:
         supply = QuestionSupply(
