@@ -11,11 +11,11 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from fastconv.engine.device import ram_bytes
+from fastconv.engine.locate import gpu_is_visible
 from fastconv.engine.shapes import ModelShape, Work, forward_flops_per_tok, train_flops_per_tok, weight_bytes
 from fastconv.errors import InputError
 from fastconv.experiment.measures import Demand
@@ -175,7 +175,7 @@ def _this_machine(device: str) -> Machine:
 
 
 def _gpu_name() -> str:
-    if not Path("/dev/nvidia0").exists():
+    if not gpu_is_visible():
         return ""
     ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
