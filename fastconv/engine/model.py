@@ -57,8 +57,9 @@ class Base:
 
     @property
     def backbone(self) -> nn.Module:
-        """The model without its head."""
-        return self.model.get_decoder()
+        """The model without its head; in some families `get_decoder` is the head itself."""
+        decoder = self.model.get_decoder()
+        return self.model.base_model if isinstance(decoder, nn.Linear) else decoder
 
     @property
     def head(self) -> nn.Linear:
