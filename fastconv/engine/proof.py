@@ -128,7 +128,10 @@ class _Comparison:
                 where="model.id",
                 fix="its files are damaged or its dtype is too narrow: fetch it again, or set model.dtype = 'float32'",
             )
-        measured = {"packed rows": self._gap("logits of packed rows", self._packed(), logits)}
+        try:
+            measured = {"packed rows": self._gap("logits of packed rows", self._packed(self.rows), logits)}
+        except ModelError as error:
+            raise self._explained(error, logits[1]) from None
         measured["common prefix"] = self._gap("logits after a common prefix", *self._tree())
         measured["sampling"] = self._gap("logits in sampling", *self._decoded())
         measured["far position"] = self._gap("logits of a row beside a far position", *self._beside_far(logits[1]))
@@ -156,10 +159,20 @@ class _Comparison:
         gradient = torch.autograd.grad(_mean_loss(logits, self.rows), kept)
         return [part.detach() for part in logits], torch.cat([part[0] for part in gradient]).float()
 
+    def _explained(self, error: ModelError, alone: torch.Tensor) -> ModelError:
+        """The error with the kind of the difference: a row alone is right where packed rows feel one another."""
+        try:
+            self._gap("", self._packed(self.rows[1:2]), [alone])
+        except ModelError:
+            return error
+        what = f"{error.what}, those of a row alone are right: it does not tell packed rows apart"
+        return ModelError(what, where=error.where, fix=error.fix)
+
     @torch.no_grad()
-    def _packed(self) -> list[torch.Tensor]:
-        lengths = [len(row) for row in self.rows]
-        ids, positions, layout = pack(self.rows, self.base)
+    def _packed(self, rows: list[list[int]]) -> list[torch.Tensor]:
+        """Our logits [T_i, vocab] of these rows, packed in one pass."""
+        lengths = [len(row) for row in rows]
+        ids, positions, layout = pack(rows, self.base)
         hidden = self.base.hidden(ids, positions, layout)
         return list(self.base.logits(hidden)[: sum(lengths)].split(lengths))
 

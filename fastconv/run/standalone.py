@@ -20,7 +20,7 @@ from fastconv.engine.export import (
 from fastconv.engine.model import Base, load_base
 from fastconv.engine.score import letter_item, score_letters, score_texts, text_item
 from fastconv.engine.stack import Slot, Stack
-from fastconv.errors import InputError
+from fastconv.errors import AdapterError, InputError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import LoraSettings, ModelSettings, Recipe
 from fastconv.run.training import Stacks
@@ -82,12 +82,16 @@ def _adapted(base: Base, model: ModelSettings, adapters: Sequence[Path], same_we
     if not adapters:
         yield
         return
+    named = ", ".join(map(str, adapters))
     targets = sorted({name for path in adapters for name in targets_of(path)})
-    stack = Stack(base, LoraSettings(targets=tuple(targets)))
+    try:
+        stack = Stack(base, LoraSettings(targets=tuple(targets)))
+    except AdapterError as error:
+        raise AdapterError(f"it targets what carries no adapter here: {error.what}", where=named, fix="train it without that layer") from None
     reference = BaseReference(model.id, model.revision, tuple(same_weights))
     loaded = tuple(load_peft_folder(stack, path, reference) for path in adapters)
     with stack.live(Slot(frozen=loaded)):
-        stack.prove(None, ", ".join(map(str, adapters)))
+        stack.prove(None, named)
         yield
 
 

@@ -276,7 +276,7 @@ class _Case:
         self._adapted()
         prompts = [row[: max(2, len(row) - 14)] for row in self.rows]
         with self.live():
-            settings = SamplingSettings(temperature=1e-4, top_p=1.0, max_new_tok=10)
+            settings = SamplingSettings(temperature=1e-6, top_p=1.0, max_new_tok=10)
             drawn = sample(self.base, prompts, [1, 2, 3, 4], settings)
         n_wrong = 0
         for prompt, draw in zip(prompts, drawn, strict=True):
