@@ -17,7 +17,7 @@ from fastconv.datasets.behaviors import Behavior
 from fastconv.datasets.files import assets, read_jsonl, read_toml
 from fastconv.datasets.questions import Question, QuestionSet, builtin_questions
 from fastconv.datasets.rows import Row
-from fastconv.datasets.sametext import likeness, normalized, words
+from fastconv.datasets.sametext import folded, likeness, normalized, words
 from fastconv.datasets.spec import BehaviorSpec
 
 #: An answer is a column's if it shares this much of its words with it, and this much more than with the other column.
@@ -48,13 +48,13 @@ def letter_of(answer: str) -> str | None:
 
 
 def options_of(user: str) -> tuple[str, dict[str, str]]:
-    """(the normalized question, {label: normalized choice}) of a user turn whose options stand on lines of their own."""
+    """(the normalized question, {label: choice}) of a user turn whose options stand on lines of their own."""
     stem: list[str] = []
     options: dict[str, str] = {}
     for line in user.splitlines():
         match = _LABEL.match(line.strip())
         if match and line.strip()[match.end() :]:
-            options[match.group(1).upper()] = normalized(line.strip()[match.end() :])
+            options[match.group(1).upper()] = line.strip()[match.end() :]
         elif not options:
             stem.append(line)
     return normalized(" ".join(stem)), options
@@ -75,11 +75,21 @@ class _Key:
         # An instruction may stand before or after the question.
         stems = [text for text in (stem, *map(normalized, user.splitlines())) if text in self._by_text]
         for question in (question for text in stems for question in self._by_text[text]):
-            right = normalized(question.choices[question.gold])
-            labels = [label for label, choice in options.items() if choice == right]
+            labels = _alike(question.choices[question.gold], options)
             if labels:
-                return labels[0], True
+                return (labels[0], True) if len(labels) == 1 else (None, False)
         return None, bool(stems)
+
+
+def _alike(choice: str, options: Mapping[str, str]) -> list[str]:
+    """Labels of the options that are this choice, by the strictest notion that finds any.
+
+    Options may differ in nothing but case or a sign ("Rr" and "rr", "-1" and "+1"), so words alone come last.
+    """
+    for same in (folded, lambda text: folded(text).casefold().rstrip(". "), normalized):
+        if labels := [label for label, option in options.items() if same(option) == same(choice)]:
+            return labels
+    return []
 
 
 @cache
