@@ -117,6 +117,11 @@ def test_only_the_cluster_knows_ray() -> None:
     assert not _importers("ray", lazy=False)
 
 
+def test_the_classifier_of_the_audit_is_imported_where_it_is_used() -> None:
+    assert _importers("sklearn") == {"audit.shortcuts"}
+    assert not _importers("sklearn", lazy=False)  # `check` without answers, `plan` and `status` start without it
+
+
 def test_peft_and_trl_are_touched_by_the_engine_and_the_bench_only() -> None:
     assert all(name.startswith(("engine", "bench")) for name in _importers("peft", "trl"))
 

@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fastconv.audit.findings import AuditCheck, Finding, Rule, row_ids
+from fastconv.audit import AuditCheck, Finding, Rule, row_ids
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
 from fastconv.datasets.personas import Personas
 from fastconv.datasets.rows import Row

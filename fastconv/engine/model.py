@@ -293,7 +293,10 @@ def _loading_errors(folder: Path) -> Iterator[None]:
     except KeyError as error:
         named = error.args[0] if error.args else ""
         if named == attention.ATTENTION:
-            what, fix = "its family chooses attention from a list of its own, where packed rows have no place", OTHER_BASE
+            what, fix = (
+                "its family chooses attention from a list of its own, where packed rows have no place",
+                OTHER_BASE,
+            )
             raise ModelError(what, where=where, fix=fix) from None
         raise ModelError(f"its config names {named!r}, which transformers lacks", where=where, fix=fix) from error
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fastconv.audit import Design
 from fastconv.audit.checks import check_gates_can_pass
-from fastconv.audit.findings import Design
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by_set, n_eval_prompts_there_are
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.engine.device import fit_note, min_training_bytes, shape_on_disk
