@@ -27,7 +27,7 @@ from fastconv.cli.common import (
     with_exit_codes,
 )
 from fastconv.cli.judging import judge_app
-from fastconv.cli.planning import Approve, cost_gate
+from fastconv.cli.planning import Approve, cost_gate, recipe_app
 from fastconv.cli.planning import register as register_plan
 from fastconv.cli.workspace import register as register_workspace
 from fastconv.errors import EXIT_CODES, FastconvError
@@ -41,7 +41,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(judge_app, name="judge")
 
@@ -372,25 +371,6 @@ def forget(
 
 register_plan(app)
 register_workspace(app)
-
-
-@recipe_app.command("schema")
-@with_exit_codes
-def recipe_schema() -> None:
-    """Print the JSON schema of recipes."""
-    from fastconv.recipe import Recipe
-
-    print(json.dumps(Recipe.model_json_schema(), indent=1))
-
-
-@recipe_app.command("show")
-@with_exit_codes
-def recipe_show(recipe: RecipePath, overrides: Overrides = [], scale: Scale = "") -> None:  # noqa: B006
-    """Print a recipe complete, with every default and override, as JSON, and its sha256."""
-    from fastconv.recipe import recipe_sha256
-
-    loaded = load(recipe, overrides, scale)
-    print(json.dumps({**loaded.model_dump(mode="json"), "sha256": recipe_sha256(loaded)}, indent=1))
 
 
 def main() -> None:

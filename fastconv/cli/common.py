@@ -53,7 +53,7 @@ def with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
 
 def load(name: str, overrides: list[str], scale: str = "") -> Any:
     """A recipe by path or shipped name with overrides, scaled down if requested; overrides apply last."""
-    from fastconv.experiment.graph import find_recipe
+    from fastconv.datasets.files import find_recipe
     from fastconv.recipe import load_recipe, with_overrides
 
     recipe = load_recipe(find_recipe(name), overrides)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 from fastconv.datasets.behaviors import (
@@ -435,10 +434,3 @@ def _training(settings: Any) -> dict[str, Any]:
 
 def _stack_label(cell: Cell) -> str:
     return f"{cell.source}/{cell.convergence}/e{cell.epoch}" if cell.epoch else f"{cell.source}/e0"
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe by path, or a shipped one by name (`demo`). The path need not exist; loading says so."""
-    path = Path(name)
-    shipped = assets("recipes") / f"{name}.toml"
-    return shipped if not path.exists() and shipped.is_file() else path

@@ -386,6 +386,14 @@ def test_recipe_show_is_complete_and_recipe_schema_is_a_schema(tiny: Path) -> No
     assert schema["additionalProperties"] is False
 
 
+def test_recipe_explain_and_list_answer(tmp_path: Path) -> None:
+    assert "default 1e-05; for example --set 'behavior.lr=0.0001'" in ask("recipe", "explain", "lr").out
+    assert len(ask("recipe", "explain", "--json").json) == len(ask("recipe", "explain").out.splitlines()) > 90
+    refused(ask("recipe", "explain", "convergance"), 2, "did you mean 'convergence'?")
+    assert ask("recipe", "list", "--json").json["demo"] in ask("recipe", "list").out
+    assert Path(ask("recipe", "schema", "--path").out.strip()).is_file()
+
+
 def test_shipped_recipes_are_found_by_name_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert ask("recipe", "show", "demo").json["name"] == "demo"
