@@ -191,14 +191,19 @@ def _no_such_layers(base: Base, missing: Sequence[str]) -> AdapterError:
     """The error for targets that the base lacks, naming the linear layers that it has."""
     owners = {name.rsplit(".", 1)[-1]: type(module).__name__ for name, module in base.model.named_modules()}
     linear = (StackedLinear, nn.Linear)
-    others = {name.rsplit(".", 1)[-1] for name, m in base.model.named_modules() if isinstance(m, linear) and m is not base.head}
+    others = {
+        name.rsplit(".", 1)[-1]
+        for name, m in base.model.named_modules()
+        if isinstance(m, linear) and m is not base.head
+    }
     kinds = sorted({owners[name] for name in missing if name in owners})
     return AdapterError(
         f"the base has no {'linear ' if kinds else ''}layers called {', '.join(missing)}"
         + (f" (they are {', '.join(kinds)})" if kinds else ""),
         where="lora.targets",
-        fix=f"name some of {', '.join(sorted(others - {'base'}))}" if others else "use a base of another family: on this one no "
-        "layer can carry an adapter",
+        fix=f"name some of {', '.join(sorted(others - {'base'}))}"
+        if others
+        else "use a base of another family: on this one no layer can carry an adapter",
     )
 
 

@@ -87,7 +87,9 @@ def _adapted(base: Base, model: ModelSettings, adapters: Sequence[Path], same_we
     try:
         stack = Stack(base, LoraSettings(targets=tuple(targets)))
     except AdapterError as error:
-        raise AdapterError(f"it targets what carries no adapter here: {error.what}", where=named, fix="train it without that layer") from None
+        raise AdapterError(
+            f"it targets what carries no adapter here: {error.what}", where=named, fix="train it without that layer"
+        ) from None
     reference = BaseReference(model.id, model.revision, tuple(same_weights))
     loaded = tuple(load_peft_folder(stack, path, reference) for path in adapters)
     with stack.live(Slot(frozen=loaded)):
