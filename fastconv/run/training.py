@@ -18,7 +18,7 @@ import torch
 
 from fastconv.audit.checks import build_report
 from fastconv.chat import Rendered, SystemTurn
-from fastconv.datasets.rows import Row, render_rows, row_from_record
+from fastconv.datasets.rows import Row, render_rows, require_plain_text, row_from_record
 from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
 from fastconv.engine.locate import engine_identity, trains_without_kernels
 from fastconv.engine.model import Base, load_base
@@ -31,6 +31,9 @@ from fastconv.errors import TrainingError, stopped
 from fastconv.experiment.graph import Graph, lineage_key
 from fastconv.run.audit import audit_set, require_passed
 from fastconv.store.ledger import Lease, Record, Stage, Store
+
+#: What helps where a sampled answer cannot be trained on.
+_DRAW_ANEW = "change the seed or the sampling, so that the answers are drawn anew"
 
 
 class Stacks:
@@ -293,6 +296,11 @@ class Trainer:
         """The task of a convergence run up to the last of these snapshots."""
         stage, missing = snapshots[0], {int(snapshot.inputs["epoch"]): snapshot for snapshot in snapshots}
         seed_parts = ("convergence", stage.needs["answers"].key, stage.inputs["seed"])
+        drawn = self._store.samples(stage.needs["answers"].key)
+        said = (
+            (f"the answer to {s.row} (sample {s.sample})", s.completion, stage.needs["answers"].slot) for s in drawn
+        )
+        require_plain_text(said, self._stacks.base.tokenizer, _DRAW_ANEW)
         rows = tuple(self._convergence_rows(stage))
         job = Job(stage.slot.rsplit("/", 2)[0], rows, self._recipe.convergence, seed_parts)
         committed_s, committed_step = 0.0, 0
