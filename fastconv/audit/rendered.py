@@ -81,6 +81,22 @@ def check_complete(rendered_set: RenderedSet) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def check_control_tokens(rendered_set: RenderedSet) -> Iterator[Finding]:
+    """D411: a text spells a special token, which the tokenizer takes for one: a sampled answer may."""
+    held = {
+        row.id: token
+        for row in rendered_set.rows
+        if (token := rendered_set.tokenizer.control_token_in(f"{row.user}\n{row.completion or ''}"))
+    }
+    if held:
+        yield Finding(
+            "D411", "refuse", rendered_set.name, tuple(held),
+            f"texts hold control tokens ({', '.join(sorted(set(held.values())))}), which end a turn or begin one within the row",
+            "take them out of rows of your own; where answers are sampled, change the seed, so that they are drawn anew",
+            f"{len(held)} of {len(rendered_set.rows)} rows",
+        )  # fmt: skip
+
+
 def check_prompt(rendered_set: RenderedSet) -> Iterator[Finding]:
     """D402: the prompt's tokens differ from those of the evaluation under this persona. D403: its system turn differs."""
     wrong_prompt, wrong_turn = [], []
@@ -200,6 +216,10 @@ RENDERED_CHECKS: tuple[AuditCheck[RenderedSet], ...] = (
             Rule("D410", "warn", "empty answers", "a sampled answer of white space"),
         ),
         check_complete,
+    ),
+    AuditCheck(
+        (Rule("D411", "refuse", "a control token within a text", "a sampled answer that spells an end of turn"),),
+        check_control_tokens,
     ),
     AuditCheck(
         (

@@ -217,13 +217,11 @@ def make_base(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Ba
 
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, attention_name: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
     attention.register()
     check_folder(folder)
-    with _loading_errors(folder):
-        model, found = AutoModelForCausalLM.from_pretrained(
+    with _loading_errors(folder), _without_reports():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention_name,
@@ -232,6 +230,7 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, attentio
             trust_remote_code=False,
             output_loading_info=True,
         )
+        model, found = loaded
         _require_whole(folder, found)
         nn.Module.to(model, device)  # in place, like transformers' own `to`, whose type annotation hides that
     return model
@@ -243,11 +242,11 @@ def _require_every_weight(folder: Path, *, four_bit: bool) -> None:
 
     if getattr(check_folder(folder, four_bit=four_bit), "quantization_config", None) is not None:
         return  # names of quantized weights are the quantizer's, which checks them
-    with _loading_errors(folder):
-        _, found = AutoModelForCausalLM.from_pretrained(
+    with _loading_errors(folder), _without_reports():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, device_map="meta", local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
-    _require_whole(folder, found)
+    _require_whole(folder, loaded[1])
 
 
 def _require_whole(folder: Path, found: Mapping[str, Any]) -> None:
@@ -306,6 +305,20 @@ def _loading_errors(folder: Path) -> Iterator[None]:
         elif "ignore_mismatched_sizes" in what:
             what = "the shapes of its weights are not those that its config.json states"
         raise ModelError(f"it cannot be loaded: {what}", where=where, fix=fix) from error
+
+
+@contextlib.contextmanager
+def _without_reports() -> Iterator[None]:
+    """Within the block transformers prints no report of many lines: what it found is said by `_require_whole`."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastconv.chat import SystemTurn
 from fastconv.datasets.questions import Question, read_arc
+from fastconv.datasets.rows import require_plain_text
 from fastconv.engine.export import (
     BaseReference,
     export_concatenated,
@@ -70,6 +71,8 @@ def score_file(
     """
     questions = read_arc(questions_file)
     base = load_base(model)
+    said = ((f"the question {q.id}", q.user, str(questions_file)) for q in questions)
+    require_plain_text([("the system turn", system.text, "--system"), *said], base.tokenizer)
     with _adapted(base, model, adapters, same_weights):
         scored = _by_text(base, questions) if by_text else _by_letter(base, questions, system)
     chance = multiple_choice_chance([len(q.choices) for q in questions], [q.gold for q in questions])

@@ -18,7 +18,7 @@ import torch
 
 from fastconv.audit.checks import build_report
 from fastconv.chat import Rendered, SystemTurn
-from fastconv.datasets.rows import Row, render_rows, row_from_record
+from fastconv.datasets.rows import Row, render_rows, require_plain_text, row_from_record
 from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
 from fastconv.engine.locate import engine_identity, trains_without_kernels
 from fastconv.engine.model import Base, load_base
@@ -32,6 +32,9 @@ from fastconv.experiment.graph import Graph, lineage_key
 from fastconv.recipe import sha256_of
 from fastconv.run.audit import audit_set, require_passed
 from fastconv.store.ledger import Lease, Record, Stage, Store
+
+#: What helps where a sampled answer cannot be trained on.
+_DRAW_ANEW = "change the seed or the sampling, so that the answers are drawn anew"
 
 
 class Stacks:
@@ -305,6 +308,11 @@ class Trainer:
     def _convergence(self, snapshots: Sequence[Stage], lease: Lease) -> TrainingTask:
         """The task of a convergence run up to the last of these snapshots."""
         stage, missing = snapshots[0], {int(snapshot.inputs["epoch"]): snapshot for snapshot in snapshots}
+        drawn = self._store.samples(stage.needs["answers"].key)
+        said = (
+            (f"the answer to {s.row} (sample {s.sample})", s.completion, stage.needs["answers"].slot) for s in drawn
+        )
+        require_plain_text(said, self._stacks.base.tokenizer, _DRAW_ANEW)
         rows = tuple(self._convergence_rows(stage))
         job = Job(stage.slot.rsplit("/", 2)[0], rows, self._recipe.convergence, seed_parts(stage))
         committed_s, committed_step = 0.0, 0
