@@ -59,11 +59,12 @@ def recipe_show(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006 (typer reads the default)
     scale: Scale = "",
+    workspace: Workspace = DEFAULT_WORKSPACE,
 ) -> None:
     """Print a recipe complete, with every default and override, as JSON, and its sha256."""
     from fastconv.recipe import recipe_sha256
 
-    loaded = load(recipe, overrides, scale)
+    loaded = load(recipe, overrides, scale, workspace)
     print(json.dumps({**loaded.model_dump(mode="json"), "sha256": recipe_sha256(loaded)}, indent=1))
 
 
@@ -130,7 +131,7 @@ def plan(
     from fastconv.judge.access import JudgePreflight
     from fastconv.planning.plan import plan_recipe
 
-    loaded = load(recipe, overrides, scale)
+    loaded = load(recipe, overrides, scale, workspace)
     if measure:
         from fastconv.bench import measure_machine
         from fastconv.store.ledger import Store

@@ -28,7 +28,7 @@ from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.datasets.rows import rows_sha256
 from fastconv.datasets.spec import PhraseRule
 from fastconv.engine.locate import engine_identity, locate
-from fastconv.errors import RecipeError
+from fastconv.errors import RecipeError, did_you_mean
 from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, SnapshotMeasure
 from fastconv.judge.budget import JudgeIdentity, judge_identity, recipe_prices
 from fastconv.judge.rubric import Rubric, find_rubric
@@ -139,7 +139,7 @@ class Graph:
                     raise RecipeError(
                         f"no cell has {name} {value!r}",
                         where=self.recipe.name,
-                        fix=f"use one of {', '.join(map(str, have))}",
+                        fix=did_you_mean(str(value), map(str, have), f"use one of {', '.join(map(str, have))}"),
                     )
             raise RecipeError(
                 "no cell has this combination", where=self.recipe.name, fix="see `fastconv status` for the cells"
@@ -166,7 +166,7 @@ class Graph:
             raise RecipeError(
                 f"no phrase rule is called {behavior.spec.phrase_rule!r}",
                 where=behavior.id,
-                fix=f"use one of {', '.join(self._phrases)}",
+                fix=did_you_mean(behavior.spec.phrase_rule, self._phrases, f"use one of {', '.join(self._phrases)}"),
             )
         return PhraseRule.of(self._phrases[behavior.spec.phrase_rule], behavior.spec.phrase_rule)
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fastconv.errors import RecipeError, did_you_mean
 from fastconv.recipe.settings import (
@@ -49,7 +49,7 @@ from fastconv.recipe.settings import (
 )
 
 __all__ = [
-    "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "Rate", "Recipe", "RecipeKey", "RecipeTable", "RunSettings", "SamplingSettings", "Share", "StoppingGate", "TrainSettings", "canonical_json", "find_keys", "keys_page", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_keys", "recipe_schema", "recipe_sha256", "run_id", "sha256_of", "toml_value", "with_overrides",
+    "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "Rate", "Recipe", "RecipeKey", "RecipeTable", "RunSettings", "SamplingSettings", "Share", "StoppingGate", "TrainSettings", "canonical_json", "find_keys", "first_fault", "keys_page", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_keys", "recipe_schema", "recipe_sha256", "run_id", "sha256_of", "toml_value", "with_overrides",
 ]  # fmt: skip
 
 
@@ -114,7 +114,9 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise error_at("no such recipe", fix="give the path of a TOML recipe, e.g. recipes/demo.toml") from None
+        beside = [one.name for one in path.parent.glob("*.toml")]
+        fix = did_you_mean(path.name, beside, "give the path of a TOML recipe, e.g. recipes/demo.toml")
+        raise error_at("no such recipe", fix=fix) from None
     except UnicodeDecodeError as error:
         raise error_at(f"not UTF-8 at byte {error.start}", fix="save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
@@ -184,28 +186,40 @@ def map_paths(table: dict[str, Any], replace: Callable[[str], str]) -> None:
 
 
 def _recipe_error(error: ValidationError, where: str) -> RecipeError:
-    """The first fault of a validation as a RecipeError; for an unknown key its fix names the nearest valid one."""
+    what, fix = first_fault(error, Recipe)
+    return RecipeError(
+        what, where=where, fix=re.sub("allowed value for (.+)", r"allowed value (`fastconv recipe explain \1`)", fix)
+    )
+
+
+def first_fault(error: ValidationError, model: type[BaseModel]) -> tuple[str, str]:
+    """The first fault of a validation: what is wrong with which key, and how to mend it, with the nearest valid word."""
     first = error.errors()[0]
     location = [str(step) for step in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        table: Any = Recipe
-        for step in location[:-1]:
-            table = table.model_fields[step].annotation
-        valid = list(table.model_fields)
-        return RecipeError(f"unknown key {key!r}", where=where, fix=did_you_mean(location[-1], valid))
+        return f"unknown key {key!r}", did_you_mean(location[-1], _fields_at(model, location[:-1]))
     if first["type"] == "missing":
-        return RecipeError(f"key {key!r} is missing", where=where, fix=f"add {key} to the recipe")
+        return f"key {key!r} is missing", f"add {key}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if not key:  # the message of a rule over several keys names them
-        return RecipeError(message, where=where, fix="make these keys agree")
-    allowed = (
-        re.findall("'([^']+)'", first.get("ctx", {}).get("expected", "")) if first["type"] == "literal_error" else []
-    )
-    fix = f"give {key} an allowed value (`fastconv recipe explain {key}`)"
-    return RecipeError(
-        f"{key} = {first['input']!r}: {message}", where=where, fix=did_you_mean(str(first["input"]), allowed, fix)
-    )
+    if first["type"] == "value_error" and not isinstance(first["input"], str | int | float | list | tuple):
+        return f"{key}: {message}" if key else message, "make these keys agree"  # a rule over several keys names them
+    expected = str(first.get("ctx", {}).get("expected", "")) if first["type"] == "literal_error" else ""
+    fix = did_you_mean(str(first["input"]), re.findall("'([^']+)'", expected), f"give an allowed value for {key}")
+    return f"{key} = {first['input']!r}: {message}", fix
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """The fields of the table at this place in a model's tables."""
+    table: Any = model
+    for step in location:
+        inner = (
+            table.model_fields[step].annotation
+            if hasattr(table, "model_fields") and step in table.model_fields
+            else None
+        )
+        table = next((one for one in (inner, *get_args(inner)) if hasattr(one, "model_fields")), None)
+    return list(table.model_fields) if table is not None else []
 
 
 # --- what each key is ----------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from fastconv.engine.locate import (
     require_rows_for_tokens,
     tokenizer_folder,
 )
-from fastconv.errors import DataError, RecipeError
+from fastconv.errors import DataError, RecipeError, did_you_mean
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.workload import Sketch
 from fastconv.recipe import Recipe
@@ -145,7 +145,8 @@ def peek_recipe(
     sets = {stage.work["set"]: stage for stage in _row_stages(graph)}
     for name in names:
         if name not in sets:
-            raise RecipeError(f"no training set is called {name!r}", where="--set", fix=f"use one of {', '.join(sets)}")
+            fix = did_you_mean(name, sets, f"use one of {', '.join(sets)}")
+            raise RecipeError(f"no training set is called {name!r}", where="--of", fix=fix)
     tokenizer = recipe_tokenizer(graph)
     for name, stage in sets.items():
         if not names or name in names:
