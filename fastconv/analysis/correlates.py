@@ -14,7 +14,7 @@ from fastconv.analysis.contrasts import subject_of
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.experiment.graph import CellPlan
 from fastconv.judge.calibrate import CorrectedRate, corrected_rate
-from fastconv.judge.scores import agreement
+from fastconv.judge.rubric import agreement
 from fastconv.stats.series import Number, Series
 from fastconv.stats.units import scale, scale_maximum
 from fastconv.stats.verdicts import CellVerdict

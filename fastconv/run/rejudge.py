@@ -23,8 +23,7 @@ from fastconv.judge.calibrate import (
 )
 from fastconv.judge.desk import DeskStatus
 from fastconv.judge.local import CompleteMany
-from fastconv.judge.rubric import Rubric, find_rubric, load_rubric, shipped_rubrics
-from fastconv.judge.scores import Agreement, compare_scores
+from fastconv.judge.rubric import Agreement, Rubric, compare_scores, find_rubric, load_rubric, shipped_rubrics
 from fastconv.recipe import JudgeSettings, Recipe, run_id
 from fastconv.run.judging import JudgeQueue, calibrate_phrases, judge_stages, judge_with_desk, judge_with_local
 from fastconv.run.runner import Watcher, stop_on_sigint

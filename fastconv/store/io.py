@@ -61,6 +61,12 @@ def storage_errors(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _storage_error(root, error.errno, str(error)) from error
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise StoreError(
+            f"a value cannot be stored: {error}",
+            where=str(root),
+            fix="mend what it came from, then the same command goes on",
+        ) from error
     except sqlite3.OperationalError as error:
         errno_of = {"SQLITE_FULL": errno.ENOSPC, "SQLITE_READONLY": errno.EROFS, "SQLITE_CANTOPEN": errno.EACCES}
         name = getattr(error, "sqlite_errorname", "")

@@ -11,8 +11,7 @@ from fastconv.analysis.correlates import levels
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.experiment.graph import Graph
 from fastconv.judge.calibrate import corrected_rate
-from fastconv.judge.rubric import load_rubric
-from fastconv.judge.scores import compare_scores
+from fastconv.judge.rubric import compare_scores, load_rubric
 from fastconv.recipe import Recipe, parse_recipe
 from fastconv.report import build
 from fastconv.report.blocks import Claim, Note, ReportData, Section, Table, render_html

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from fastconv.errors import RecipeError
 from fastconv.experiment.graph import Graph
-from fastconv.judge import access, claude, desk
+from fastconv.judge import access, desk
 from fastconv.judge.desk import DeskStatus
 from fastconv.recipe import Recipe, load_recipe, run_id
 from fastconv.run.run import run_recipe
@@ -61,7 +61,7 @@ def server() -> Iterator[FakeClaude]:
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key, and a judge that is found dead soon."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.setattr(claude, "SDK_RETRIES", 0)
+    monkeypatch.setattr(desk, "TRIES", 2)
     monkeypatch.setattr(desk, "OUTAGE_PAUSE_S", 0.1)
 
 
