@@ -18,7 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from fastconv.errors import ModelError
+from fastconv.chat.template import ChatTemplate, named_tokens, read_json
+from fastconv.errors import ModelError, TemplateError
 from fastconv.hub import cached_file, is_unreachable
 from fastconv.recipe import ModelSettings
 
@@ -34,6 +35,8 @@ BUILTIN_CONVERSION = 1
 TINY = "builtin:tiny"
 #: Increased when the construction of the tiny model changes.
 TINY_VERSION = 1
+#: Beginnings of hub names whose bases are plain decoders, with templates in which an answer begins at once.
+_AS_EVER = ("Qwen/Qwen2.5-", "HuggingFaceTB/SmolLM2-", "meta-llama/Llama-3", "meta-llama/Meta-Llama-3")
 WEIGHT_FILES = ("*.safetensors",)
 #: Files of a hub model that are downloaded; none of them can hold code or pickles.
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
@@ -132,6 +135,47 @@ def locate(settings: ModelSettings) -> ModelSource:
             fix="set model.revision to the 40-digit commit sha of the model",
         )
     return ModelSource("hub", settings.id, {"id": settings.id, "revision": settings.revision})
+
+
+def numbers_inputs(source: ModelSource, settings: ModelSettings) -> dict[str, str]:
+    """What stage keys say of a base whose numbers became transformers' own after stages of it had been computed.
+
+    Windows, caps, scales and biases were left out once, and answers began before what a template writes first. Bases that
+    this cannot have changed keep the keys that they had: the embedded ones, plain decoders of the hub by their names, and
+    folders whose config and template show it.
+    """
+    if source.kind == "builtin" or (source.kind == "hub" and source.id.startswith(_AS_EVER)):
+        return {}
+    plain = source.folder is not None and _is_plain_decoder(source.folder) and _answers_at_once(source.folder, settings)
+    return {} if plain else {"computed_as": "transformers"}
+
+
+def _is_plain_decoder(folder: Path) -> bool:
+    """Whether a folder's config is of a family that was always computed whole."""
+    config = read_json(folder / "config.json")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    windows = config.get("use_sliding_window")
+    return (
+        config.get("model_type") in ("llama", "qwen2")
+        and not windows
+        and kind in ("default", "linear", "llama3", "yarn")
+    )
+
+
+def _answers_at_once(folder: Path, settings: ModelSettings) -> bool:
+    """Whether an answer begins where the template's generation prompt ends, whichever file names the special tokens."""
+    config, beside = (read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    special = named_tokens({**config, **beside})
+    asked = {"role": "user", "content": "asked"}
+    try:
+        template = ChatTemplate(folder, config, special, settings)
+        generation = template.render([asked], add_generation_prompt=True)
+        row = template.render([asked, {"role": "assistant", "content": "answered"}], add_generation_prompt=False)
+    except TemplateError:
+        return False
+    at_once = row.startswith(f"{generation}answered") and not generation.endswith(" ")
+    return at_once and special == named_tokens({**beside, **config})
 
 
 def is_unpinned(settings: ModelSettings) -> bool:

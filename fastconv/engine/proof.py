@@ -128,7 +128,7 @@ def _other_tokens(what: str, folder: Path) -> TemplateError:
     return TemplateError(
         f"transformers' tokenizer of this folder {what} than its tokenizer.json does",
         where=str(folder),
-        fix="write all of it into tokenizer.json: load it with transformers' AutoTokenizer and save_pretrained it elsewhere",
+        fix="let it write all of that into tokenizer.json: load it with AutoTokenizer, then save_pretrained into another folder",
     )
 
 

@@ -27,7 +27,7 @@ from fastconv.datasets.personas import ASSISTANT, Personas, load_personas, probe
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.datasets.rows import rows_sha256
 from fastconv.datasets.spec import PhraseRule
-from fastconv.engine.locate import engine_identity, locate
+from fastconv.engine.locate import engine_identity, locate, numbers_inputs
 from fastconv.errors import RecipeError, did_you_mean
 from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, SnapshotMeasure
 from fastconv.judge.budget import JudgeIdentity, judge_identity, recipe_prices
@@ -88,6 +88,7 @@ class Graph:
             "base": dict(self.source.identity),
             "engine": engine_identity(recipe.model),
             **recipe.model.template_inputs,
+            **numbers_inputs(self.source, recipe.model),
         }
         self._phrases = read_toml(assets("data") / "phrases.toml")
         resident = f"{self.source.id}@{sha256_of(self._engine)[:8]}"
