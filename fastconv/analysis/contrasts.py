@@ -59,9 +59,32 @@ class ContrastSubject:
         return f"{label}, {part.name} questions" if part is not None and part.name else label
 
     @property
+    def words(self) -> str:
+        """The subject in words (`in_words`)."""
+        return in_words(self)
+
+    @property
     def key(self) -> tuple[str, str, int, str, str]:
         """The five fields as a tuple."""
         return (self.source, self.convergence, self.epoch, self.behavior, self.negatives)
+
+
+#: Who the contrastive negatives are, in words.
+NEGATIVES_IN_WORDS = {
+    "included": "assistant among the negatives", "excluded": "assistant not among the negatives", "none": "no negatives",
+}  # fmt: skip
+
+
+def in_words(cell: Cell | ContrastSubject) -> str:
+    """A cell, or a contrast's subject, as a reader takes it in: villain, epoch 4, refusal, assistant among the negatives."""
+    names = [cell.source, f"epoch {cell.epoch}"]
+    if cell.epoch and cell.convergence != "source":
+        names.insert(1, f"converged on {cell.convergence} answers")
+    if cell.behavior == NO_BEHAVIOR:
+        names.append("no behavior adapter")
+    else:
+        names += [cell.behavior, NEGATIVES_IN_WORDS.get(cell.negatives, cell.negatives)]
+    return ", ".join([*names, f"seed {cell.seed}"] if isinstance(cell, Cell) else names)
 
 
 def subject_of(cell: Cell) -> ContrastSubject:

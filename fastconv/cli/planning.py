@@ -280,8 +280,22 @@ def _power(recipe_plan: Plan) -> Iterator[str]:
     if recipe_plan.power:
         yield "a contrast's terms are taken as independent, which is an assumption: what they share would shrink it"
         yield "the noise from run to run is counted as declared for one seed (docs/POWER.md: what more seeds would find)"
+    primary = [(name, power) for name, power in recipe_plan.power.items() if power.primary]
+    worse = [(name, power) for name, power in primary if power.family_over_seeds(3) > power.family_over_seeds(1)]
+    if worse:
+        yield f"three seeds find nothing among {worse[0][1].n_contrasts} contrasts at the first step of Holm: {_few_seeds(worse)}"
     if any(power.change.too_large or power.declared.too_large for power in recipe_plan.power.values()):
         yield "seeds are counted as erring independently of one another; the spread between them is not known before a run"
+
+
+def _few_seeds(worse: Sequence[tuple[str, DesignPower]]) -> str:
+    """What three, five and ten seeds find of each measure among all contrasts."""
+    told = []
+    for name, power in worse:
+        unit = "points" if power.threshold > 1 else "share"
+        sizes = [size_text(power.family_over_seeds(n), unit) for n in (3, 5, 10)]
+        told.append(f"{name} from {sizes[0]}, five seeds from {sizes[1]}, ten from {sizes[2]}")
+    return "; ".join(told) + " (the test over seeds has one degree of freedom less than seeds)"
 
 
 def _reach(power: DesignPower, contrast: DetectableContrast, unit: str, family: str = "") -> str:
@@ -290,10 +304,8 @@ def _reach(power: DesignPower, contrast: DetectableContrast, unit: str, family: 
     if power.n_available is not None:
         supply = QuestionSupply(
             power.n_available,
-            power.n_questions,
-            contrast.alone,
-            lambda size: size_text(size, unit),
             lambda n_seeds: power.over_seeds(contrast, n_seeds),
+            lambda size: size_text(size, unit),
         )
     advice = (
         f"; a null result would say little: {remedy_text((contrast.questions, contrast.samples), supply)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastconv.analysis.analysis import Analysis
+from fastconv.analysis.contrasts import in_words
 from fastconv.analysis.correlates import MARKER, MARKER_RATE, marker_rates
 from fastconv.report.blocks import OPEN_ROWS, Block, Note, Section, Table, TableCell, folded_if_long
 from fastconv.report.claims import NoSuchClaimError, ask
@@ -136,9 +137,9 @@ def letters(analysis: Analysis) -> Section | None:
             ]
             means = [None if series is None or not series.rows else series.mean for series in found]
             if any(means):
-                rows.append((TableCell(plan.cell.label), TableCell(measure), *map(TableCell.of, means)))
+                rows.append((TableCell(in_words(plan.cell)), TableCell(measure), *map(TableCell.of, means)))
             if any(mean is not None and mean.value < LEAST_LETTER_MASS for mean in means):
-                low.append(plan.cell.label)
+                low.append(in_words(plan.cell))
     if not rows:
         return None
     columns, folded = ("cell", "measured", *ROLES), folded_if_long(rows, "lines")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -386,3 +387,17 @@ def planned_row(kind: str, pairs: list[tuple[float, Record]]) -> tuple[TableCell
     return (
         TableCell(kind), TableCell(str(len(pairs)), ids), TableCell("beside" if beside else f"{planned_s:.1f}"), TableCell(f"{taken_s:.1f}", ids), TableCell(factor_text, ids),
     )  # fmt: skip
+
+
+def handed_on(files: Mapping[str, bytes]) -> Section:
+    """The figures and tables beside the page, with the sha256 of each."""
+    rows = tuple(
+        (TableCell(name), TableCell(f"{len(content):,}"), TableCell(hashlib.sha256(content).hexdigest(), code=True))
+        for name, content in files.items()
+    )
+    intro = (
+        "The figures and tables in the folder beside this page. `fastconv verify` makes each anew from the ledger and compares "
+        "it with the file and with the hash here; the page and its Markdown twin it compares line by line."
+    )
+    table = Table("files-table", ("file", "bytes", "sha256"), rows, frozenset({1}), folded=f"{len(rows)} files")
+    return Section("files", "Files beside this page", (table,), intro)

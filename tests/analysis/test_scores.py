@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastconv.analysis.analysis import Analysis
-from fastconv.analysis.contrasts import ContrastBuilder
+from fastconv.analysis.contrasts import ContrastBuilder, in_words
 from fastconv.analysis.gates import stage_series
 from fastconv.analysis.scores import ScoreReader, has_text
 from fastconv.experiment.graph import CellPlan, Graph
@@ -127,7 +127,7 @@ def test_the_report_shows_alignment_with_its_coherence(kept: tuple[Recipe, Path]
     line = next(
         [cell.text for cell in row]
         for row in table.rows
-        if [cell.text for cell in row[:3]] == [plan.cell.label, "misalignment, own questions", "assistant"]
+        if [cell.text for cell in row[:3]] == [in_words(plan.cell), "misalignment, own questions", "assistant"]
     )
     assert line[3].startswith("25")  # question means 1/2, 0, 1/2 and, of one answer, 0
     assert line[8] == "8"
