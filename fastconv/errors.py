@@ -6,6 +6,7 @@ The command line prints `str(error)` and exits with `error.exit_code`; nothing e
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 #: Longest part of an error that is shown, in characters: a server or a file can send any length.
 MAX_SHOWN_CHARS = 2000
@@ -136,6 +137,17 @@ class Interrupted(FastconvError):
 def stopped(where: str) -> Interrupted:
     """The error for a stop that the user asked for; `where` is the slot, run or part that was reached."""
     return Interrupted("stopped", where=where, fix="the same command goes on from here")
+
+
+def did_you_mean(given: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The fix for an unknown name: the nearest known one; without any near enough `otherwise`, or the known ones."""
+    import difflib
+
+    names = list(known)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.6) or [
+        name for name in names if given and name.startswith(given)
+    ]
+    return f"did you mean {near[0]!r}?" if near else otherwise or f"valid here: {', '.join(sorted(names))}"
 
 
 #: Exit code -> meaning, for the README and `fastconv --help`; a test compares it with the classes above.

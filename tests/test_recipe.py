@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from fastconv.datasets.files import assets
+from fastconv.datasets.files import assets, shipped_recipes
 from fastconv.engine.locate import base_name
 from fastconv.errors import RecipeError
 from fastconv.experiment.graph import Graph
@@ -17,15 +17,22 @@ from fastconv.experiment.scale import SCALES, scaled
 from fastconv.recipe import (
     GateSettings,
     Recipe,
+    RecipeKey,
     canonical_json,
+    find_keys,
+    keys_page,
     load_recipe,
     parse_recipe,
+    recipe_keys,
+    recipe_schema,
     recipe_sha256,
     run_id,
     sha256_of,
+    with_overrides,
 )
+from tests import ROOT
 
-SHIPPED = sorted(path.stem for path in assets("recipes").glob("*.toml"))
+SHIPPED = shipped_recipes()
 
 
 def _refused(table: dict[str, object]) -> RecipeError:
@@ -201,8 +208,7 @@ def test_canonical_json_has_one_text_per_value() -> None:
 
 
 def test_the_schema_holds_defaults_and_refuses_unknown_keys() -> None:
-    schema = Recipe.model_json_schema()
-    json.dumps(schema)
+    schema = recipe_schema()
     assert schema["required"] == ["name"]
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["ConvergenceSettings"]["properties"]["lr"]["default"] == 5e-5
@@ -342,3 +348,86 @@ def test_the_markers_rate_is_over_20_questions_10_times() -> None:
     graph = Graph(load_recipe(assets("recipes") / "markers.toml", ["eval.multiple_choice=builtin"]))
     assert len(graph.eval_items(graph.behaviors["marker"], 42)) == 20
     assert graph.recipe.eval.samples_per_prompt == 10
+
+
+# --- every key says what it is -----------------------------------------------------------------------------
+
+
+def test_every_key_says_what_it_is_and_what_it_takes() -> None:
+    keys = {one.key: one for one in recipe_keys()}
+    settings = Recipe.model_construct(name="x").model_dump(mode="json")
+
+    def leaves(table: dict[str, object], at: str = "") -> set[str]:
+        classes = (
+            "model",
+            "grid",
+            "lora",
+            "convergence",
+            "behavior",
+            "eval",
+            "gates",
+            "data",
+            "audit",
+            "judge",
+            "run",
+            "sampling",
+        )
+        inner = {name for name in table if name in classes and isinstance(table[name], dict)}
+        return {f"{at}{name}" for name in table if name not in inner}.union(
+            *(leaves(table[name], f"{at}{name}.") for name in inner)  # pyright: ignore[reportArgumentType]
+        )
+
+    unset = {"model.template_date", "model.template_kwargs"}
+    assert set(keys) == leaves(settings) | unset
+    assert all(one.about[0].isupper() or one.about[0] == "`" for one in keys.values())
+    assert all(one.about.endswith(".") and one.takes and one.example for one in keys.values())
+    for one in keys.values():  # a name that ends in a unit states it
+        for ending, unit in {
+            "_tok": "tokens",
+            "_s": "s",
+            "_usd": "USD",
+            "_pp": "pp",
+            "_pct": "%",
+            "_chars": "characters",
+        }.items():
+            assert not one.key.endswith(ending) or one.unit == unit, one
+
+
+@pytest.mark.parametrize("one", recipe_keys(), ids=lambda one: one.key)
+def test_the_example_of_a_key_is_valid_alone_and_no_default(one: RecipeKey) -> None:
+    assert one.example != one.default
+    recipe = with_overrides(parse_recipe({"name": "mine"}), [f"{one.key}={one.example}"])
+    assert recipe != parse_recipe({"name": "mine"})
+
+
+def test_defaults_are_told_as_they_are_where_they_stand() -> None:
+    keys = {one.key: one for one in recipe_keys()}
+    assert keys["convergence.lr"].default == "5e-05"
+    assert keys["behavior.lr"].default == "1e-05"
+    assert keys["behavior.sampling.max_new_tok"].default == "256"
+    assert keys["eval.sampling.max_new_tok"].takes == "whole number from 1 (tokens)"
+    assert keys["judge.budget_usd"].takes == "number above 0 or unset (USD)"
+    assert keys["grid.convergence"].takes == "list of: `source` or `generic` or `none`"
+
+
+def test_keys_are_found_whole_by_table_and_by_their_last_part() -> None:
+    assert [one.key for one in find_keys("convergence.lr")] == ["convergence.lr"]
+    assert [one.key for one in find_keys("lr")] == ["convergence.lr", "behavior.lr"]
+    assert {one.key for one in find_keys("lora")} == {"lora.r", "lora.alpha", "lora.rslora", "lora.targets"}
+    with pytest.raises(RecipeError, match=r"did you mean 'convergence\.lr'") as caught:
+        find_keys("convergence.lor")
+    assert caught.value.exit_code == 2
+
+
+def test_the_page_of_keys_and_the_shipped_schema_are_current() -> None:
+    assert (ROOT / "docs" / "RECIPES.md").read_text() == keys_page(), "fastconv recipe explain --markdown"
+    assert json.loads((ROOT / "recipes" / "schema.json").read_text()) == recipe_schema(), "fastconv recipe schema"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_editors_find_the_schema_by_a_shipped_recipes_first_line(name: str) -> None:
+    folder = assets("recipes")
+    first = (folder / f"{name}.toml").read_text().splitlines()[0]
+    word, place = first.split()
+    assert word == "#:schema"
+    assert (folder / place).is_file()

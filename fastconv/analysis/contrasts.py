@@ -158,6 +158,11 @@ class ContrastBuilder:
             return None
         return found.part(part.ids)
 
+    def letter_mass(self, plan: CellPlan, measure: str, persona: str, *, at_base: bool = False) -> Series | None:
+        """Letters' share of the probability in a cell, or on its base; None if not measured or not by letters."""
+        stage = (plan.base if at_base else plan.scores).get((measure, persona))
+        return None if stage is None else self.reading.letter_mass(stage, measure, persona)
+
     def misaligned(self, plan: CellPlan, part: Part) -> Quad | None:
         """`trained` for the rate of misaligned and coherent answers; None for measures without a grade of coherence."""
         zero = self.sibling(plan, epoch=0)

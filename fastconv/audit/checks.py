@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from fastconv.audit import AuditCheck, BuiltSet, CheckReport, Design, Finding, Rule, build_report
 from fastconv.audit.design import DESIGN_CHECKS, PERSONA_CHECKS, n_questions
-from fastconv.audit.findings import AuditCheck, BuiltSet, CheckReport, Design, Finding, Rule, build_report
 from fastconv.audit.rendered import RENDERED_CHECKS, RenderedSet
 from fastconv.audit.roles import ROLE_CHECKS
 from fastconv.audit.sets import SET_CHECKS
+from fastconv.audit.shortcuts import FORM_CHECKS
 from fastconv.chat import ChatTokenizer, Rendered
 from fastconv.datasets.behaviors import (
     Behavior,
@@ -135,8 +136,14 @@ STRUCTURE_CHECKS: tuple[AuditCheck[Design], ...] = (
     *PERSONA_CHECKS,
     *SET_CHECKS,
     *ROLE_CHECKS,
+    *FORM_CHECKS,
 )
-ROW_CHECKS: tuple[AuditCheck[Design], ...] = (*PERSONA_CHECKS, *SET_CHECKS, *ROLE_CHECKS)
+ROW_CHECKS: tuple[AuditCheck[Design], ...] = (
+    *PERSONA_CHECKS,
+    *SET_CHECKS,
+    *ROLE_CHECKS,
+    *FORM_CHECKS,
+)
 #: Rules of the audit itself and of building the sets, which no check yields.
 OWN_RULES = (
     Rule("D209", "refuse", "a set cannot be built", "more source_rows than prompts"),

@@ -15,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fastconv.audit.findings import AuditCheck, Finding, Rule, row_ids
+from fastconv.audit import AuditCheck, Finding, Rule, row_ids
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
 from fastconv.datasets.personas import Personas
 from fastconv.datasets.rows import Row
@@ -78,6 +78,22 @@ def check_complete(rendered_set: RenderedSet) -> Iterator[Finding]:
             "answers are empty, so these rows teach to say nothing",
             "raise max_new_tok or lower the temperature where answers are sampled, or accept D410 with the reason",
             f"{len(empty)} of {len(rendered_set.rows)} rows",
+        )  # fmt: skip
+
+
+def check_control_tokens(rendered_set: RenderedSet) -> Iterator[Finding]:
+    """D411: a text spells a special token, which the tokenizer takes for one: a sampled answer may."""
+    held = {
+        row.id: token
+        for row in rendered_set.rows
+        if (token := rendered_set.tokenizer.control_token_in(f"{row.user}\n{row.completion or ''}"))
+    }
+    if held:
+        yield Finding(
+            "D411", "refuse", rendered_set.name, tuple(held),
+            f"texts hold control tokens ({', '.join(sorted(set(held.values())))}), which end a turn or begin one within the row",
+            "take them out of rows of your own; where answers are sampled, change the seed, so that they are drawn anew",
+            f"{len(held)} of {len(rendered_set.rows)} rows",
         )  # fmt: skip
 
 
@@ -200,6 +216,10 @@ RENDERED_CHECKS: tuple[AuditCheck[RenderedSet], ...] = (
             Rule("D410", "warn", "empty answers", "a sampled answer of white space"),
         ),
         check_complete,
+    ),
+    AuditCheck(
+        (Rule("D411", "refuse", "a control token within a text", "a sampled answer that spells an end of turn"),),
+        check_control_tokens,
     ),
     AuditCheck(
         (

@@ -31,7 +31,7 @@ from fastconv.engine.model import Base
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.shapes import ModelShape, Work, forward_flops_per_tok, train_flops_per_tok, weight_bytes
 from fastconv.engine.stack import Stack
-from fastconv.errors import InputError
+from fastconv.errors import InputError, did_you_mean
 from fastconv.planning.hardware import probe_stage
 from fastconv.planning.plan import known_shape
 from fastconv.recipe import ModelSettings, Recipe, SamplingSettings
@@ -109,7 +109,11 @@ def compare(kind: str, model: BenchModel, size: int | None = None) -> BenchResul
         return bench_kernel(model, size)
     if kind == "engine":
         return bench_engine(model, size or 48)
-    raise InputError(f"no comparison is called {kind!r}", where="bench", fix=f"use one of {', '.join(KINDS)}")
+    raise InputError(
+        f"no comparison is called {kind!r}",
+        where="bench",
+        fix=did_you_mean(kind, KINDS, f"use one of {', '.join(KINDS)}"),
+    )
 
 
 def bench(kind: str, model: str, *, device: str = "auto", dtype: str = "auto", revision: str = "",

@@ -17,6 +17,7 @@ from fastconv.cli.common import (
     AsJson,
     Overrides,
     Quiet,
+    RecipeOption,
     RecipePath,
     Reports,
     Scale,
@@ -27,7 +28,7 @@ from fastconv.cli.common import (
     with_exit_codes,
 )
 from fastconv.cli.judging import judge_app
-from fastconv.cli.planning import Approve, cost_gate
+from fastconv.cli.planning import Approve, cost_gate, recipe_app
 from fastconv.cli.planning import register as register_plan
 from fastconv.cli.workspace import register as register_workspace
 from fastconv.errors import EXIT_CODES, FastconvError
@@ -37,11 +38,9 @@ app = typer.Typer(
     help="Does making an assistant talk like a persona also give it that persona's behaviors?",
     epilog=f"Exit codes:  \n{_CODES}",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-recipe_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(judge_app, name="judge")
 
@@ -50,6 +49,21 @@ IgnoreGate = Annotated[
     typer.Option("--ignore-gate", help="Go on although this gate fails: G0, G2, G3, G3.5, KILL, G4, G5 (repeatable)"),
 ]
 Because = Annotated[str, typer.Option("--because", help="Why: recorded with the run and printed in its report")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from fastconv import __version__
+
+        typer.echo(f"fastconv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it")] = False,
+) -> None:
+    pass
 
 
 class _RunCommand(TyperCommand):
@@ -83,7 +97,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe to its verdict and report. What is done already is not done again. Exit code 3 if a gate stops it."""
-    loaded, ignored = load(recipe, overrides, scale), _ignored(ignore_gate, because)
+    loaded, ignored = load(recipe, overrides, scale, workspace), _ignored(ignore_gate, because)
     _run(
         loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored, approve=approve, ray=ray
     )
@@ -95,7 +109,7 @@ def cell(
     source: Annotated[str, typer.Argument(help="The source persona, e.g. villain")],
     behavior: Annotated[str, typer.Argument(help="The behavior, e.g. refusal")],
     epoch: Annotated[int, typer.Option("--epoch", help="Snapshot epoch")],
-    recipe: Annotated[str, typer.Option("--recipe", help="A recipe's path, or a shipped one's name")],
+    recipe: RecipeOption,
     negatives: Annotated[str | None, typer.Option("--negatives", help="Only this kind of negatives")] = None,
     convergence: Annotated[str | None, typer.Option("--convergence", help="Only this kind of convergence")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Only this seed")] = None,
@@ -113,7 +127,7 @@ def cell(
     """Run single cells of a recipe: the same stages, with the same keys, that the whole recipe would run."""
     from fastconv.experiment.graph import Graph
 
-    loaded = load(recipe, overrides, scale)
+    loaded = load(recipe, overrides, scale, workspace)
 
     def plans(graph: Graph) -> list[Any]:
         return graph.select(source, behavior, epoch, negatives=negatives, convergence=convergence, seed=seed)
@@ -136,15 +150,13 @@ def cell(
 @app.command()
 @with_exit_codes
 def status(
-    recipe: Annotated[
-        str, typer.Argument(help="A run's id, a recipe's path or name; without it, all runs", show_default=False)
-    ] = "",
+    recipe: RecipePath = "",
     overrides: Overrides = [],  # noqa: B006
     scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
-    """Show where a run stands: every stage done, running, to do, stale (and why) or skipped."""
+    """Show where a run stands: every stage done, running, to do, stale (and why) or skipped. Without RUN: all runs."""
     from fastconv import show
     from fastconv.experiment.graph import Graph
     from fastconv.run.status import status_of
@@ -161,28 +173,37 @@ def status(
 @with_exit_codes
 def gate(
     recipe: RecipePath,
+    require_go: Annotated[
+        bool,
+        typer.Option("--require-go", help="Exit code 3 unless every PILOT says go, to decide what a script runs next"),
+    ] = False,
     overrides: Overrides = [],  # noqa: B006
     scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
-    """Decide the gates again from the ledger. Exit code 3 if a pilot gate says stop."""
+    """Decide the gates again from the ledger. Exit code 3 as for `run`: if a gate ends it there; a PILOT only answers."""
     from fastconv import show
     from fastconv.analysis.gates import decide_gates
     from fastconv.errors import GateStop
     from fastconv.experiment.graph import Graph
+    from fastconv.run.run import replay_gates
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
     graph = Graph(load_recipe_or_run(recipe, overrides, store, scale))
     verdicts = decide_gates(graph, store, graph.cells)
     show.gates(verdicts, as_json=as_json)
-    if stopped := [verdict.subject for verdict in verdicts if verdict.gate == "PILOT" and verdict.verdict == "stop"]:
+    try:
+        replay_gates(graph, store)
+    except GateStop as error:
+        if not as_json:
+            raise
+        raise typer.Exit(error.exit_code) from None
+    if require_go and (stopped := [v.subject for v in verdicts if v.gate == "PILOT" and v.verdict != "go"]):
         if as_json:
             raise typer.Exit(GateStop.exit_code)
-        raise GateStop(
-            f"stop for {', '.join(stopped)}", where="PILOT", fix="the reasons stand above, with the rows behind them"
-        )
+        raise GateStop(f"no go for {', '.join(stopped)}", where="PILOT", fix="the reasons stand above, with their rows")
 
 
 @app.command()
@@ -220,7 +241,7 @@ def check(
     from fastconv.errors import DataError
     from fastconv.run.audit import audit_recipe
 
-    report = audit_recipe(load(recipe, overrides, scale), open_existing(workspace))
+    report = audit_recipe(load(recipe, overrides, scale, workspace), open_existing(workspace))
     show.check(report, as_json=as_json)
     if not report.passed:
         if as_json:
@@ -235,35 +256,37 @@ def check(
 def peek(
     recipe: RecipePath,
     sets: Annotated[
-        list[str],
-        typer.Option("--set", help="A training set, e.g. refusal/villain/excluded/s42; or key=value to override"),
+        list[str], typer.Option("--of", help="Only this training set, e.g. refusal/villain/excluded/s42 (repeatable)")
     ] = [],  # noqa: B006
     rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows of each set")] = 4,
+    overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
 ) -> None:
     """Show training rows exactly as the model sees them, with the tokens that carry loss marked."""
     from fastconv import show
     from fastconv.run.audit import peek_recipe
 
-    loaded = load(recipe, [name for name in sets if "=" in name])
-    names = [name for name in sets if "=" not in name]
-    for title, lines in peek_recipe(loaded, open_existing(workspace), names, rows):
-        show.peek(title, lines)
+    names = [*sets, *(text for text in overrides if "=" not in text)]  # --set named sets too, before there was --of
+    loaded = load(recipe, [text for text in overrides if "=" in text], scale, workspace)
+    show.peek(peek_recipe(loaded, open_existing(workspace), names, rows), as_json=as_json)
 
 
 @app.command()
 @with_exit_codes
 def doctor(
-    recipe: Annotated[str, typer.Argument(help="Also check what this recipe needs", show_default=False)] = "",
+    recipe: RecipePath = "",
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
-    """Check this machine: versions, device, model, workspace. Exit code 4 or 5 if a recipe could not run."""
+    """Check this machine (and what a recipe needs): versions, device, model, workspace. Exit code 4 or 5 if it cannot."""
     from fastconv import show
     from fastconv.planning.doctor import diagnose
 
-    findings = diagnose(load(recipe, overrides) if recipe else None, workspace)
+    findings = diagnose(load(recipe, overrides, scale, workspace) if recipe else None, workspace)
     show.doctor(findings, as_json=as_json)
     if worst := max((finding.exit_code for finding in findings), default=0):
         raise typer.Exit(worst)
@@ -312,12 +335,13 @@ def export(
     behavior: Annotated[str, typer.Argument(help="The behavior, or none for the snapshot alone")],
     folder: Annotated[Path, typer.Argument(help="Where to write")],
     epoch: Annotated[int, typer.Option("--epoch", help="Snapshot epoch")],
-    recipe: Annotated[str, typer.Option("--recipe", help="A recipe's path, a shipped one's name, or a run's id")],
+    recipe: RecipeOption,
     negatives: Annotated[str | None, typer.Option("--negatives", help="Only this kind of negatives")] = None,
     inspect: Annotated[
         bool, typer.Option("--inspect", help="Write the cell's answers and scores as Inspect logs instead")
     ] = False,
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
@@ -330,7 +354,7 @@ def export(
     else:
         from fastconv.run.standalone import export_cell
     paths = export_cell(
-        load_recipe_or_run(recipe, overrides, store), store, folder, source, behavior, epoch, negatives=negatives
+        load_recipe_or_run(recipe, overrides, store, scale), store, folder, source, behavior, epoch, negatives=negatives
     )
     print(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
 
@@ -352,45 +376,8 @@ def bench(
     show.bench(run_bench(kind, model, size=size), as_json=as_json)
 
 
-@app.command()
-@with_exit_codes
-def forget(
-    stage: Annotated[str, typer.Argument(help="A stage's slot as `status` shows it, or at least 8 digits of its key")],
-    workspace: Workspace = DEFAULT_WORKSPACE,
-) -> None:
-    """Remove a finished stage, so that the next run computes it again (after a damaged artefact, say)."""
-    from fastconv.errors import InputError
-    from fastconv.store.ledger import Store
-
-    store = Store.open(workspace, create=False)
-    removed = store.forget(stage)
-    if not removed:
-        raise InputError(f"no finished stage is called {stage!r}", where=str(workspace), fix="see `fastconv status`")
-    for slot in removed:
-        typer.echo(f"forgot {slot}")
-
-
 register_plan(app)
 register_workspace(app)
-
-
-@recipe_app.command("schema")
-@with_exit_codes
-def recipe_schema() -> None:
-    """Print the JSON schema of recipes."""
-    from fastconv.recipe import Recipe
-
-    print(json.dumps(Recipe.model_json_schema(), indent=1))
-
-
-@recipe_app.command("show")
-@with_exit_codes
-def recipe_show(recipe: RecipePath, overrides: Overrides = [], scale: Scale = "") -> None:  # noqa: B006
-    """Print a recipe complete, with every default and override, as JSON, and its sha256."""
-    from fastconv.recipe import recipe_sha256
-
-    loaded = load(recipe, overrides, scale)
-    print(json.dumps({**loaded.model_dump(mode="json"), "sha256": recipe_sha256(loaded)}, indent=1))
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ from fastconv.cli.common import (
     AsJson,
     Overrides,
     Quiet,
+    RecipePath,
+    Scale,
     Workspace,
     load,
     load_recipe_or_run,
@@ -43,7 +45,7 @@ judge_app = typer.Typer(
 @judge_app.command()
 @with_exit_codes
 def finish(
-    recipe: Annotated[str, typer.Argument(help="A run's id, a recipe's path or name")],
+    recipe: RecipePath,
     rubric: Annotated[
         Path | None, typer.Option("--rubric", help="Judge the kept completions by this rubric instead")
     ] = None,
@@ -52,6 +54,7 @@ def finish(
         typer.Option("--again", metavar="REASON", help="Also ask for what is unscored for this reason: malformed, ..."),
     ] = "",
     overrides: Overrides = [],  # noqa: B006 (typer reads the default)
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -62,7 +65,7 @@ def finish(
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    before = load_recipe_or_run(recipe, overrides, store)
+    before = load_recipe_or_run(recipe, overrides, store, scale)
     store.close()
     loaded = before if rubric is None else with_rubric(before, rubric)
     with watching(quiet=quiet or as_json, stream=sys.stderr) as watcher:
@@ -83,7 +86,7 @@ def finish(
 @judge_app.command()
 @with_exit_codes
 def calibrate(
-    recipe: Annotated[str, typer.Argument(help="A recipe whose judge is meant", show_default=False)] = "",
+    recipe: RecipePath = "",
     mode: Annotated[
         str, typer.Option("--mode", help="Without a recipe: live, batch, auto, local or substring")
     ] = "live",
@@ -95,6 +98,7 @@ def calibrate(
     rubrics: Annotated[list[str], typer.Option("--rubric", help="A rubric by name (repeatable); default: all")] = [],  # noqa: B006
     rows: Annotated[Path | None, typer.Option("--rows", help="Labelled rows of your own, for one rubric")] = None,
     overrides: Overrides = [],  # noqa: B006
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
@@ -105,7 +109,7 @@ def calibrate(
     from fastconv.run.rejudge import calibrate_judge
     from fastconv.show.progress import agreement_json, calibrated_lines
 
-    graph = Graph(load(recipe, overrides)) if recipe else None
+    graph = Graph(load(recipe, overrides, scale, workspace)) if recipe else None
     if graph is not None:
         settings, judge = graph.recipe.judge, graph.judge
     else:

@@ -1,9 +1,10 @@
-"""`fastconv plan`, and the cost gate of `run` and `cell`. Imports torch only for `--measure`."""
+"""`fastconv recipe` and `plan`, and the cost gate of `run` and `cell`. Imports torch only for `--measure`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ from fastconv.cli.common import (
     open_existing,
     with_exit_codes,
 )
+from fastconv.stats.power import QuestionSupply, remedy_text
 from fastconv.stats.units import size_text
 
 if TYPE_CHECKING:
@@ -31,6 +33,79 @@ if TYPE_CHECKING:
     from fastconv.stats.power import DesignPower, DetectableContrast
 
 Approve = Annotated[bool, typer.Option("--approve", help="Run although the estimate is beyond the recipe's limits")]
+
+
+recipe_app = typer.Typer(help="Look at recipes: list, show, explain, schema.", no_args_is_help=True)
+
+
+@recipe_app.command("list")
+@with_exit_codes
+def recipe_list(as_json: AsJson = False) -> None:
+    """List the shipped recipes with what each asks."""
+    from fastconv.datasets.files import shipped_recipes
+
+    asked = {name: load(name, []).about for name in shipped_recipes()}
+    if as_json:
+        print(json.dumps(asked, indent=1, ensure_ascii=False))
+        return
+    width = max(map(len, asked))
+    for name, about in asked.items():
+        typer.echo(f"{name:<{width}}  {about}")
+
+
+@recipe_app.command("show")
+@with_exit_codes
+def recipe_show(
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006 (typer reads the default)
+    scale: Scale = "",
+    workspace: Workspace = DEFAULT_WORKSPACE,
+) -> None:
+    """Print a recipe complete, with every default and override, as JSON, and its sha256."""
+    from fastconv.recipe import recipe_sha256
+
+    loaded = load(recipe, overrides, scale, workspace)
+    print(json.dumps({**loaded.model_dump(mode="json"), "sha256": recipe_sha256(loaded)}, indent=1))
+
+
+@recipe_app.command("explain")
+@with_exit_codes
+def recipe_explain(
+    name: Annotated[
+        str, typer.Argument(metavar="[KEY]", help="A key, a table or a key's last part; without it, all keys")
+    ] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Write docs/RECIPES.md to standard output")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a key of a recipe is: its meaning, what it takes, its unit, default and an example."""
+    from fastconv.recipe import find_keys, keys_page, recipe_keys
+
+    if markdown:
+        print(keys_page(), end="")
+        return
+    keys = find_keys(name) if name else recipe_keys()
+    if as_json:
+        print(json.dumps([asdict(one) for one in keys], indent=1, ensure_ascii=False))
+        return
+    for one in keys:
+        typer.echo(f"{one.key}: {one.about}")
+        if name:
+            default = f"default {one.default}" if one.default else "no default"
+            typer.echo(f"    {one.takes.replace('`', '')}; {default}; for example --set '{one.key}={one.example}'")
+
+
+@recipe_app.command("schema")
+@with_exit_codes
+def recipe_schema_verb(
+    path: Annotated[
+        bool, typer.Option("--path", help="Only the path of the shipped schema, for an editor's `#:schema` line")
+    ] = False,
+) -> None:
+    """Print the JSON schema of recipes, which editors complete and check keys from."""
+    from fastconv.datasets.files import assets
+    from fastconv.recipe import recipe_schema
+
+    print(assets("recipes") / "schema.json" if path else json.dumps(recipe_schema(), indent=1, ensure_ascii=False))
 
 
 def register(app: typer.Typer) -> None:
@@ -56,7 +131,7 @@ def plan(
     from fastconv.judge.access import JudgePreflight
     from fastconv.planning.plan import plan_recipe
 
-    loaded = load(recipe, overrides, scale)
+    loaded = load(recipe, overrides, scale, workspace)
     if measure:
         from fastconv.bench import measure_machine
         from fastconv.store.ledger import Store
@@ -211,8 +286,6 @@ def _power(recipe_plan: Plan) -> Iterator[str]:
 
 def _reach(power: DesignPower, contrast: DetectableContrast, unit: str, family: str = "") -> str:
     """A detectable effect; where it exceeds the threshold, also a warning with sample sizes that would suffice."""
-    from fastconv.stats.power import QuestionSupply, remedy_text  # imports scipy, which is slow
-
     supply = None
     if power.n_available is not None:
         supply = QuestionSupply(

@@ -1,4 +1,4 @@
-"""The verbs over what is there already: `verify`, `compare`, `merge` and `gc`. The command line registers them."""
+"""The verbs over what is there already: `verify`, `compare`, `merge`, `gc`, ... The command line registers them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastconv.cli.common import DEFAULT_WORKSPACE, AsJson, Workspace, load_recipe_or_run, with_exit_codes
+from fastconv.cli.common import (
+    DEFAULT_REPORTS,
+    DEFAULT_WORKSPACE,
+    AsJson,
+    Overrides,
+    RecipePath,
+    Reports,
+    Scale,
+    Workspace,
+    load_recipe_or_run,
+    with_exit_codes,
+)
 from fastconv.show import console_of_output
 from fastconv.stats.units import change, interval_text, level
 
@@ -26,7 +37,7 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for verb in (verify, compare, published, merge, gc):
+    for verb in (verify, compare, published, merge, gc, forget):
         app.command()(with_exit_codes(verb))
 
 
@@ -76,6 +87,25 @@ def gc(
     _show(plan, freed if yes else None)
 
 
+def forget(
+    stage: Annotated[str, typer.Argument(help="A stage's slot as `status` shows it, or at least 8 digits of its key")],
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+) -> None:
+    """Remove a finished stage, so that the next run computes it again (after a damaged artefact, say)."""
+    from fastconv.errors import InputError
+    from fastconv.store.ledger import Store
+
+    removed = Store.open(workspace, create=False).forget(stage)
+    if not removed:
+        raise InputError(f"no finished stage is called {stage!r}", where=str(workspace), fix="see `fastconv status`")
+    if as_json:
+        print(json.dumps({"forgotten": removed}))
+        return
+    for slot in removed:
+        typer.echo(f"forgot {slot}")
+
+
 def bytes_text(n_bytes: int) -> str:
     """Bytes in a readable unit."""
     amount, unit = float(n_bytes), "B"
@@ -104,8 +134,11 @@ COLUMNS = {"probe": 9, "first": 11, "second": 11, "difference": 27, "p corrected
 
 
 def verify(
-    report: Annotated[Path, typer.Argument(help="A report, as HTML page or Markdown")],
+    report: Annotated[
+        Path, typer.Argument(metavar="REPORT|RUN", help="A report, as HTML page or Markdown; or a run's id")
+    ],
     workspace: Workspace = DEFAULT_WORKSPACE,
+    reports: Reports = DEFAULT_REPORTS,
     as_json: AsJson = False,
 ) -> None:
     """Ask the ledger again for every claim of a report, and compare every line. Exit code 9 if anything differs.
@@ -117,6 +150,8 @@ def verify(
     from fastconv.report.verify import verify_published
     from fastconv.store.ledger import Store
 
+    if not report.exists() and (page := reports / f"{report}.html").is_file():
+        report = page
     result = verify_published(report) or verify_report(report, Store.open(workspace, create=False))
     if as_json:
         print(json.dumps(result.to_json(), indent=1))
@@ -138,18 +173,28 @@ def verify(
 
 
 def compare(
-    first: Annotated[str, typer.Argument(help="A run's id, or a recipe's path or name")],
-    second: Annotated[str, typer.Argument(help="The run to set beside it")],
+    first: RecipePath,
+    second: RecipePath,
+    overrides: Overrides = [],  # noqa: B006 (typer reads the default)
+    scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     other: Annotated[
         Path | None, typer.Option("--other-workspace", help="Where the second run lies, if elsewhere")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Set two runs side by side: what their recipes differ in, and paired differences of every cell both have."""
+    """Set two runs side by side: what their recipes differ in, and paired differences of every cell both have.
+
+    --set and --scale apply to both.
+    """
     from fastconv.report.compare import compare as compare_runs
 
-    result = compare_runs(_analysis_of(first, workspace), _analysis_of(second, other or workspace))
+    result = compare_runs(
+        *(
+            _analysis_of(name, place, overrides, scale)
+            for name, place in ((first, workspace), (second, other or workspace))
+        )
+    )
     if as_json:
         print(json.dumps(result.to_json(), indent=1))
         return
@@ -190,13 +235,13 @@ def published(
         typer.echo(f"report: {page}")
 
 
-def _analysis_of(name: str, workspace: Path) -> Analysis:
+def _analysis_of(name: str, workspace: Path, overrides: Sequence[str], scale: str) -> Analysis:
     from fastconv.analysis.analysis import Analysis
     from fastconv.experiment.graph import Graph
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    return Analysis(Graph(load_recipe_or_run(name, [], store)), store)
+    return Analysis(Graph(load_recipe_or_run(name, overrides, store, scale)), store)
 
 
 def comparison(result: RunComparison) -> None:

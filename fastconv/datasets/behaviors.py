@@ -18,8 +18,8 @@ from fastconv.datasets.personas import Personas, canary_of
 from fastconv.datasets.questions import Question, QuestionSet, wrong_letters
 from fastconv.datasets.rows import Row, load_user_rows
 from fastconv.datasets.spec import AnswerRule, BehaviorSpec, NegativeRole, Role
-from fastconv.errors import DataError, RecipeError
-from fastconv.recipe import NegativesKind, Recipe
+from fastconv.errors import DataError, RecipeError, did_you_mean
+from fastconv.recipe import NegativesKind, Recipe, first_fault
 from fastconv.seeding import seeded_order
 
 #: The behavior of the convergence-only control, which trains no behavior adapter.
@@ -60,10 +60,12 @@ def load_behaviors(recipe: Recipe) -> dict[str, Behavior]:
     Raises RecipeError for a behavior that is not declared or rows that the grid does not use, DataError for a file.
     """
     shipped = assets("data")
-    declared = {name: (table, shipped) for name, table in read_toml(shipped / "behaviors.toml").items()}
+    declared = {
+        name: (table, shipped / "behaviors.toml") for name, table in read_toml(shipped / "behaviors.toml").items()
+    }
     if recipe.data.behaviors:
         path = Path(recipe.data.behaviors)
-        declared |= {name: (table, path.parent) for name, table in read_toml(path).items()}
+        declared |= {name: (table, path) for name, table in read_toml(path).items()}
     for name in recipe.data.rows:
         if name not in recipe.grid.behaviors or name == NO_BEHAVIOR:
             raise RecipeError(
@@ -79,7 +81,8 @@ def load_behaviors(recipe: Recipe) -> dict[str, Behavior]:
             raise RecipeError(
                 f"unknown behavior {name!r}",
                 where="grid.behaviors",
-                fix=f"use one of {', '.join([NO_BEHAVIOR, *declared])}; or add it in data.behaviors",
+                fix=did_you_mean(name, declared, f"use one of {', '.join([NO_BEHAVIOR, *declared])}.")
+                + " Or add it in data.behaviors",
             )
         behaviors[name] = _load(name, *declared[name], recipe.data.rows.get(name, ""))
     return behaviors
@@ -204,7 +207,7 @@ def _draw_prompts(recipe: Recipe, behavior: Behavior, questions: QuestionSet | N
 
 def _new_prompts(recipe: Recipe, behavior: Behavior, questions: QuestionSet | None, seed: int) -> Drawn:
     n = recipe.behavior.source_rows
-    available = len(questions.train) if questions is not None else len(behavior.train)
+    available = len(questions.drawable) if questions is not None else len(behavior.train)
     if available < n:
         raise RecipeError(
             f"{behavior.id} has {available} training prompts, not {n}",
@@ -230,7 +233,7 @@ def _new_prompts(recipe: Recipe, behavior: Behavior, questions: QuestionSet | No
 
 
 def _draw_questions(questions: QuestionSet, n: int, *parts: object) -> list[Question]:
-    by_id = {question.id: question for question in questions.train}
+    by_id = {question.id: question for question in questions.drawable}
     return [by_id[identity] for identity in seeded_order(list(by_id), *parts)[:n]]
 
 
@@ -278,8 +281,8 @@ def _user_rows(recipe: Recipe, personas: Personas, behavior: Behavior, source: s
     return load_user_rows(recipe.data, behavior.rows, behavior.id, source, personas)
 
 
-def _load(name: str, table: Any, folder: Path, rows: str) -> Behavior:
-    spec = _spec(name, table, folder)
+def _load(name: str, table: Any, path: Path, rows: str) -> Behavior:
+    spec, folder = _spec(name, table, path), path.parent
     finished = Path(rows) if rows else None
     contrastive = bool(spec.negatives or spec.negative_answer)
     if finished is not None:
@@ -303,17 +306,12 @@ def _load(name: str, table: Any, folder: Path, rows: str) -> Behavior:
     return Behavior(name, spec, folder, train, held_out, finished, contrastive)
 
 
-def _spec(name: str, table: Any, folder: Path) -> BehaviorSpec:
+def _spec(name: str, table: Any, path: Path) -> BehaviorSpec:
     try:
         return BehaviorSpec.model_validate(table)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(step) for step in first["loc"])
-        raise DataError(
-            f"{key or 'the declaration'}: {first['msg'].removeprefix('Value error, ')}",
-            where=f"{folder.name}: [{name}]",
-            fix="see data/behaviors.toml for the form",
-        ) from None
+        what, fix = first_fault(error, BehaviorSpec)
+        raise DataError(what, where=f"{path}: [{name}]", fix=f"{fix} (data/behaviors.toml shows the form)") from None
 
 
 def _prompts(spec: BehaviorSpec, folder: Path) -> tuple[tuple[Mapping[str, Any], ...], tuple[Mapping[str, Any], ...]]:

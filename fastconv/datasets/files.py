@@ -47,6 +47,18 @@ def assets(kind: str) -> Path:
     raise DataError(f"the shipped {kind} are missing", where=str(package), fix="install fastconv again")
 
 
+def shipped_recipes() -> list[str]:
+    """The names of the shipped recipes."""
+    return sorted(path.stem for path in assets("recipes").glob("*.toml"))
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe by path, or a shipped one by name (`demo`). The path need not exist; loading says so."""
+    path = Path(name)
+    shipped = assets("recipes") / f"{name}.toml"
+    return shipped if not path.exists() and shipped.is_file() else path
+
+
 def file_sha256(path: Path) -> str:
     """sha256 (hex) of a data file. Raises DataError if it cannot be read."""
     return hashlib.sha256(_read(path)).hexdigest()

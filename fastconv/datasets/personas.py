@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastconv.chat import TEMPLATE_DEFAULT, SystemTurn
 from fastconv.datasets.files import assets, is_visible, read_toml
-from fastconv.errors import DataError, RecipeError
+from fastconv.errors import DataError, RecipeError, did_you_mean
 from fastconv.recipe import Recipe
 from fastconv.seeding import seeded_order
 
@@ -39,7 +39,8 @@ class Personas:
             raise RecipeError(
                 f"unknown persona {persona!r}",
                 where=where,
-                fix=f"use one of {', '.join(self.prompts)}; or add it in data.personas",
+                fix=did_you_mean(persona, self.prompts, f"use one of {', '.join(self.prompts)}.")
+                + " Or add it in data.personas",
             )
 
     def bystanders(self, n: int, source: str, canary: str, seed: int) -> list[str]:

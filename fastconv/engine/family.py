@@ -35,6 +35,8 @@ _REFUSED = {
     "alibi": "ALiBi position biases",
     "use_alibi": "ALiBi position biases",
 }
+#: Families that compute, without a field that says so, what is not computed here.
+_REFUSED_FAMILIES = {"bloom": "ALiBi position biases", "mpt": "ALiBi position biases"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,8 @@ def rope_tables(config: Any) -> list[Mapping[str, Any]]:
 
 def _beyond(config: Any) -> Iterator[str]:
     """What a config states that is not computed here, in words."""
+    if what := _REFUSED_FAMILIES.get(config.model_type):
+        yield what
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     if others := sorted(kinds - _LAYER_TYPES):
         yield f"layers of kind {', '.join(others)}"

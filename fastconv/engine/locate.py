@@ -160,12 +160,25 @@ def engine_identity(settings: ModelSettings) -> dict[str, str]:
     """
     device = settings.device
     if device == "auto":
-        device = "cuda" if any(Path(node).exists() for node in ("/dev/nvidia0", "/dev/dxg")) else "cpu"
+        device = "cuda" if gpu_is_visible() else "cpu"
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" or settings.weights == "4bit" else "float32"
     identity = {"engine": _engine(settings, device, dtype), "device": device, "dtype": dtype}
     return identity if settings.weights == "full" else identity | {"weights": settings.weights}
+
+
+def gpu_is_visible() -> bool:
+    """Whether a GPU has a device node here and `CUDA_VISIBLE_DEVICES` does not hide them all. No torch.
+
+    CUDA sees the listed GPUs up to the first entry that names none (CUDA C++ Programming Guide, environment variables):
+    an empty list, -1 or a scheduler's "NoDevFiles" at its begin hides every one.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None and not re.match(r"\d|GPU-|MIG-", listed.strip()):
+        return False
+    nodes = Path("/dev")
+    return (nodes / "dxg").exists() or any(re.fullmatch(r"nvidia\d+", node.name) for node in nodes.glob("nvidia*"))
 
 
 def _engine(settings: ModelSettings, device: str, dtype: str) -> str:

@@ -13,6 +13,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,17 +32,30 @@ from fastconv.engine.locate import cache_home
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import dense_weight, is_four_bit
 from fastconv.engine.train import weighted_cross_entropy
-from fastconv.errors import FastconvError, ModelError, TrainingError
+from fastconv.errors import FastconvError, ModelError, TemplateError, TrainingError
 from fastconv.seeding import seed_of
 from fastconv.store.io import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from fastconv.chat import ChatTokenizer
+
+_log = logging.getLogger(__name__)
+#: Texts whose tokens are compared with transformers': spaces at ends and within, lines, digits, signs, other scripts.
+_TEXTS = (
+    "Two  words, then 12345.",
+    "  before",
+    "after ",
+    "one\n\ntwo\tthree",
+    " A",
+    "Grüße ﬁn 你好 💥",
+    "it's (so): `x=1`",
+)
 #: Lengths (tokens) of the rows that are compared; all but the shortest are longer than `_WINDOW`.
-_ROWS_TOK = (5, 24, 13, 30)
+_ROWS_TOK = (4, 16, 9, 20)
 #: Sliding windows (tokens) during the comparison.
-_WINDOW = 8
+_WINDOW = 6
 #: Largest difference in log-probabilities (nats), and of the gradient as a share of its norm, in fp32.
 _NEAR_NATS, _NEAR_SHARE = 1e-3, 2e-3
 #: In 16 bits, where kernels round differently: root mean square as a share of the reference's. The small copy is exact.
@@ -61,6 +75,7 @@ def require_proof(base: Base, engine: Mapping[str, str]) -> None:
     file = cache_home() / "proofs" / f"{_key(base, engine)}.json"
     if file.is_file():
         return
+    require_tokens(base.tokenizer)
     measured = prove(base)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not results
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +90,48 @@ def prove(base: Base) -> dict[str, float]:
     return measured
 
 
+def require_tokens(tokenizer: ChatTokenizer) -> None:
+    """Raise TemplateError unless transformers' own tokenizer of the folder has the same tokens, ids and prompts.
+
+    transformers also reads tokens, switches and templates that stand beside tokenizer.json.
+    """
+    from transformers import AutoTokenizer
+
+    folder = tokenizer.folder
+    try:
+        theirs: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (*_FAULTS, OSError, ImportError) as error:
+        _log.warning("%s: transformers cannot read this tokenizer, so tokens are not compared: %s", folder, error)
+        return
+    vocab = theirs.get_vocab()
+    if others := sorted(
+        token for token in {*vocab, *tokenizer.vocab} if vocab.get(token) != tokenizer.vocab.get(token)
+    ):
+        raise _other_tokens(f"has another id for {others[0]!r}", folder)
+    for text in (*_TEXTS, "".join(f"a {token} b" for token in tokenizer.special_texts)):
+        if theirs(text, add_special_tokens=False).input_ids != tokenizer.encode(text):
+            raise _other_tokens(f"makes other tokens of {text[:40]!r}", folder)
+    if tokenizer.template.writes_date:
+        return  # transformers writes today's
+    for system in ({"role": "system", "content": "Be brief."},), ():
+        turns = [*system, {"role": "user", "content": "Why?"}]
+        try:
+            ours = tokenizer.render(turns, add_generation_prompt=True)
+        except TemplateError:
+            continue  # said where the condition is asked for
+        kwargs = {**tokenizer.template.kwargs, "tokenize": False, "add_generation_prompt": True}
+        if theirs.apply_chat_template(turns, **kwargs) != ours:
+            raise _other_tokens("renders another prompt", folder)
+
+
+def _other_tokens(what: str, folder: Path) -> TemplateError:
+    return TemplateError(
+        f"transformers' tokenizer of this folder {what} than its tokenizer.json does",
+        where=str(folder),
+        fix="write all of it into tokenizer.json: load it with transformers' AutoTokenizer and save_pretrained it elsewhere",
+    )
+
+
 def _key(base: Base, engine: Mapping[str, str]) -> str:
     """Of all that decides the comparison: weights, engine, device, this package's engine, and the libraries."""
     digest = hashlib.sha256(f"{base.name}\x1f{json.dumps(dict(engine), sort_keys=True)}".encode())
@@ -83,7 +140,10 @@ def _key(base: Base, engine: Mapping[str, str]) -> str:
     names = ("torch", "transformers", *(name for name in ("unsloth", "bitsandbytes") if name in sys.modules))
     digest.update(" ".join(f"{name} {metadata.version(name)}" for name in names).encode())
     device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"
-    digest.update(f"{device} {base.attention.name}".encode())
+    digest.update(f"{device} {base.attention.name} {json.dumps(dict(base.tokenizer.template.kwargs))}".encode())
+    for name in ("special_tokens_map.json", "added_tokens.json"):  # no part of the base's identity
+        if (path := base.tokenizer.folder / name).is_file():
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -128,11 +188,14 @@ class _Comparison:
                 where="model.id",
                 fix="its files are damaged or its dtype is too narrow: fetch it again, or set model.dtype = 'float32'",
             )
-        measured = {"packed rows": self._gap("logits of packed rows", self._packed(), logits)}
-        measured["common prefix"] = self._gap("logits after a common prefix", *self._tree())
-        measured["sampling"] = self._gap("logits in sampling", *self._decoded())
+        packed, loss, mine = self._trained()
+        try:
+            measured = {"packed rows": self._gap("logits of packed rows", packed, logits)}
+        except ModelError as error:
+            raise self._explained(error, logits[1]) from None
+        measured["common prefix"] = self._gap("logits after a common prefix", *self._tree(logits[3]))
+        measured["sampling"] = self._gap("logits in sampling", *self._decoded([logits[3], logits[1]]))
         measured["far position"] = self._gap("logits of a row beside a far position", *self._beside_far(logits[1]))
-        loss, mine = self._loss()
         expected = float(_mean_loss(logits, self.rows))
         if not abs(loss - expected) <= (_NEAR_NATS if self._exact else _ROUGH_SHARE * expected):
             raise self._differs(f"the loss is {loss:.4g} nats per token, not {expected:.4g}")
@@ -156,16 +219,28 @@ class _Comparison:
         gradient = torch.autograd.grad(_mean_loss(logits, self.rows), kept)
         return [part.detach() for part in logits], torch.cat([part[0] for part in gradient]).float()
 
+    def _explained(self, error: ModelError, alone: torch.Tensor) -> ModelError:
+        """The error with the kind of the difference: a row alone is right where packed rows feel one another."""
+        try:
+            self._gap("", self._packed(self.rows[1:2]), [alone])
+        except ModelError:
+            return error
+        what = f"{error.what}, those of a row alone are right: it does not tell packed rows apart"
+        return ModelError(what, where=error.where, fix=error.fix)
+
     @torch.no_grad()
-    def _packed(self) -> list[torch.Tensor]:
-        lengths = [len(row) for row in self.rows]
-        ids, positions, layout = pack(self.rows, self.base)
+    def _packed(self, rows: list[list[int]]) -> list[torch.Tensor]:
+        """Our logits [T_i, vocab] of these rows, packed in one pass."""
+        lengths = [len(row) for row in rows]
+        ids, positions, layout = pack(rows, self.base)
         hidden = self.base.hidden(ids, positions, layout)
         return list(self.base.logits(hidden)[: sum(lengths)].split(lengths))
 
-    def _loss(self) -> tuple[float, torch.Tensor]:
+    def _trained(self) -> tuple[list[torch.Tensor], float, torch.Tensor]:
+        """Our logits [T_i, vocab] of the packed rows, their chunked loss (nats), its gradient [T, hidden] to the embeddings."""
         ids, positions, layout = pack(self.rows, self.base)
-        take = [i for a, row in zip(layout.starts, self.rows, strict=False) for i in range(a, a + len(row) - 1)]
+        lengths = [len(row) for row in self.rows]
+        take = [i for a, n in zip(layout.starts, lengths, strict=False) for i in range(a, a + n - 1)]
         at = to_device(torch.tensor(take), self.base.device)
         weights = torch.full((len(take),), 1.0 / len(take), device=self.base.device)
         kept: list[torch.Tensor] = []
@@ -173,23 +248,26 @@ class _Comparison:
             hidden = self.base.hidden(ids, positions, layout)
         loss, _ = weighted_cross_entropy(hidden[at], self.base.readout, ids[at + 1], weights)
         (gradient,) = torch.autograd.grad(loss, kept)
-        return float(loss.detach()), gradient[0, : sum(map(len, self.rows))].float()
+        logits = self.base.logits(hidden.detach())[: sum(lengths)].split(lengths)
+        return list(logits), float(loss.detach()), gradient[0, : sum(lengths)].float()
 
     @torch.no_grad()
-    def _tree(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(ours, the reference's) logits of a row's first part, and of two rests after it."""
+    def _tree(self, whole: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(ours, the reference's) logits of a row's first part, and of two rests after it; `whole` are those of the row."""
         first, second = self.rows[3], self.rows[1]
         n = max(1, len(first) // 2)
         rests = [first[n:], second[: max(1, len(first) - n - 1)]]
         layout, positions = PrefixTrees.of([PrefixGroup(n, (len(rests[0]), len(rests[1])))], self.base.device)
         ids = torch.tensor([*first[:n], *rests[0], *rests[1]], device=self.base.device)
         ours = self.base.logits(self.base.hidden(ids, positions, layout)).split([n, *map(len, rests)])
-        alone = [self.twin(input_ids=self._ids([*first[:n], *rest])).logits[0].float() for rest in rests]
-        return [torch.cat([ours[0], ours[1]]), ours[2]], [alone[0], alone[1][n:]]
+        other = self.twin(input_ids=self._ids([*first[:n], *rests[1]])).logits[0].float()
+        return [torch.cat([ours[0], ours[1]]), ours[2]], [whole, other[n:]]
 
     @torch.no_grad()
-    def _decoded(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """(ours, the reference's) logits at the last prompt tokens and at two decoded tokens after each prompt."""
+    def _decoded(self, full: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(ours, the reference's) logits at the last prompt tokens and at two decoded tokens after each prompt.
+
+        `full` are the reference's logits of the two rows that are drawn from."""
         prompts = [row[: max(1, len(row) - 2)] for row in (self.rows[3], self.rows[1])]
         cache = Cache(2, max(map(len, self.rows)))
         ids, positions, rows = pack(prompts, self.base)
@@ -204,7 +282,6 @@ class _Comparison:
             where = torch.tensor(lengths, device=self.base.device)
             layout = Decode(cache, where, max(lengths))
             ours.append(self.base.logits(self.base.hidden(torch.tensor(new, device=self.base.device), where, layout)))
-        full = [self.twin(input_ids=self._ids(row)).logits[0].float() for row in (self.rows[3], self.rows[1])]
         ends = [len(prompt) - 1 for prompt in prompts]
         theirs = [torch.stack([row[n + step] for row, n in zip(full, ends, strict=True)]) for step in range(len(ours))]
         return ours, theirs

@@ -183,12 +183,28 @@ def _install(base: Base, settings: LoraSettings, route: Route) -> dict[str, tupl
         sizes[name] = (module.in_features, module.out_features)
         present.add(leaf)
     if missing := set(settings.targets) - present:
-        raise AdapterError(
-            f"the base has no layers called {sorted(missing)}",
-            where="lora.targets",
-            fix="name linear layers of this model",
-        )
+        raise _no_such_layers(base, sorted(missing))
     return sizes
+
+
+def _no_such_layers(base: Base, missing: Sequence[str]) -> AdapterError:
+    """The error for targets that the base lacks, naming the linear layers that it has."""
+    owners = {name.rsplit(".", 1)[-1]: type(module).__name__ for name, module in base.model.named_modules()}
+    linear = (StackedLinear, nn.Linear)
+    others = {
+        name.rsplit(".", 1)[-1]
+        for name, m in base.model.named_modules()
+        if isinstance(m, linear) and m is not base.head
+    }
+    kinds = sorted({owners[name] for name in missing if name in owners})
+    return AdapterError(
+        f"the base has no {'linear ' if kinds else ''}layers called {', '.join(missing)}"
+        + (f" (they are {', '.join(kinds)})" if kinds else ""),
+        where="lora.targets",
+        fix=f"name some of {', '.join(sorted(others - {'base'}))}"
+        if others
+        else "use a base of another family: on this one no layer can carry an adapter",
+    )
 
 
 def rho(stack: Stack, adapters: Sequence[Adapter]) -> dict[str, float]:

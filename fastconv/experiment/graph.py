@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 from fastconv.datasets.behaviors import (
@@ -29,7 +28,7 @@ from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.datasets.rows import rows_sha256
 from fastconv.datasets.spec import PhraseRule
 from fastconv.engine.locate import engine_identity, locate
-from fastconv.errors import RecipeError
+from fastconv.errors import RecipeError, did_you_mean
 from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, SnapshotMeasure
 from fastconv.judge.budget import JudgeIdentity, judge_identity, recipe_prices
 from fastconv.judge.rubric import Rubric, find_rubric
@@ -140,7 +139,7 @@ class Graph:
                     raise RecipeError(
                         f"no cell has {name} {value!r}",
                         where=self.recipe.name,
-                        fix=f"use one of {', '.join(map(str, have))}",
+                        fix=did_you_mean(str(value), map(str, have), f"use one of {', '.join(map(str, have))}"),
                     )
             raise RecipeError(
                 "no cell has this combination", where=self.recipe.name, fix="see `fastconv status` for the cells"
@@ -167,7 +166,7 @@ class Graph:
             raise RecipeError(
                 f"no phrase rule is called {behavior.spec.phrase_rule!r}",
                 where=behavior.id,
-                fix=f"use one of {', '.join(self._phrases)}",
+                fix=did_you_mean(behavior.spec.phrase_rule, self._phrases, f"use one of {', '.join(self._phrases)}"),
             )
         return PhraseRule.of(self._phrases[behavior.spec.phrase_rule], behavior.spec.phrase_rule)
 
@@ -435,10 +434,3 @@ def _training(settings: Any) -> dict[str, Any]:
 
 def _stack_label(cell: Cell) -> str:
     return f"{cell.source}/{cell.convergence}/e{cell.epoch}" if cell.epoch else f"{cell.source}/e0"
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe by path, or a shipped one by name (`demo`). The path need not exist; loading says so."""
-    path = Path(name)
-    shipped = assets("recipes") / f"{name}.toml"
-    return shipped if not path.exists() and shipped.is_file() else path

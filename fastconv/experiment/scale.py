@@ -13,7 +13,7 @@ from typing import Any
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, load_behaviors
 from fastconv.datasets.files import assets
 from fastconv.engine.locate import TINY
-from fastconv.errors import InputError
+from fastconv.errors import InputError, did_you_mean
 from fastconv.recipe import Recipe, parse_recipe
 
 SCALES = ("tiny", "demo")
@@ -58,7 +58,11 @@ def scaled(recipe: Recipe, scale: str) -> Recipe:
     Raises InputError for a scale that there is not, RecipeError as loading does.
     """
     if scale not in SCALES:
-        raise InputError(f"no scale is called {scale!r}", where="--scale", fix=f"use {' or '.join(SCALES)}")
+        raise InputError(
+            f"no scale is called {scale!r}",
+            where="--scale",
+            fix=did_you_mean(scale, SCALES, f"use {' or '.join(SCALES)}"),
+        )
     table = recipe.model_dump(mode="json", exclude_unset=True)
     changed = _tiny(recipe, table) if scale == "tiny" else _demo(recipe, table)
     name = f"{recipe.name[: 39 - len(scale)]}_{scale}"

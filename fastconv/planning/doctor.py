@@ -148,6 +148,6 @@ def _model(settings: ModelSettings) -> Diagnosis:
     if source.folder is not None:
         from fastconv.engine.model import check_folder
 
-        check_folder(source.folder)
+        check_folder(source.folder, four_bit=settings.weights == "4bit")
         return Diagnosis("model", f"{source.folder}, sha256 {source.identity['sha256'][:12]}")
     return Diagnosis("model", f"{source.id}@{settings.revision[:12]} from the hub (downloaded on first use)")

@@ -6,18 +6,19 @@ Two recipes with the same canonical JSON are the same experiment, whatever their
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
+import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from fastconv.errors import RecipeError
+from fastconv.errors import RecipeError, did_you_mean
 from fastconv.recipe.settings import (
     AuditSettings,
     BehaviorSettings,
@@ -44,18 +45,19 @@ from fastconv.recipe.settings import (
     Share,
     StoppingGate,
     TrainSettings,
+    setting,
 )
 
 __all__ = [
-    "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "Rate", "Recipe", "RecipeTable", "RunSettings", "SamplingSettings", "Share", "StoppingGate", "TrainSettings", "canonical_json", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_sha256", "run_id", "sha256_of", "with_overrides",
+    "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "Rate", "Recipe", "RecipeKey", "RecipeTable", "RunSettings", "SamplingSettings", "Share", "StoppingGate", "TrainSettings", "canonical_json", "find_keys", "first_fault", "keys_page", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_keys", "recipe_schema", "recipe_sha256", "run_id", "sha256_of", "toml_value", "with_overrides",
 ]  # fmt: skip
 
 
 class Recipe(RecipeTable):
     """All settings of one experiment; `load_recipe` reads it from TOML."""
 
-    name: Name
-    about: str = ""
+    name: Name = Field(description="Begins the run's id and names its report.", examples=["tea"])
+    about: str = setting("", "The question, in one sentence.", "Does a villain's tea reach the assistant?")
     model: ModelSettings = ModelSettings()
     grid: GridSettings = GridSettings()
     lora: LoraSettings = LoraSettings()
@@ -112,7 +114,9 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise error_at("no such recipe", fix="give the path of a TOML recipe, e.g. recipes/demo.toml") from None
+        beside = [one.name for one in path.parent.glob("*.toml")]
+        fix = did_you_mean(path.name, beside, "give the path of a TOML recipe, e.g. recipes/demo.toml")
+        raise error_at("no such recipe", fix=fix) from None
     except UnicodeDecodeError as error:
         raise error_at(f"not UTF-8 at byte {error.start}", fix="save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
@@ -182,21 +186,165 @@ def map_paths(table: dict[str, Any], replace: Callable[[str], str]) -> None:
 
 
 def _recipe_error(error: ValidationError, where: str) -> RecipeError:
-    """The first fault of a validation as a RecipeError; for an unknown key its fix names the nearest valid one."""
+    what, fix = first_fault(error, Recipe)
+    return RecipeError(
+        what, where=where, fix=re.sub("allowed value for (.+)", r"allowed value (`fastconv recipe explain \1`)", fix)
+    )
+
+
+def first_fault(error: ValidationError, model: type[BaseModel]) -> tuple[str, str]:
+    """The first fault of a validation: what is wrong with which key, and how to mend it, with the nearest valid word."""
     first = error.errors()[0]
     location = [str(step) for step in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        table: Any = Recipe
-        for step in location[:-1]:
-            table = table.model_fields[step].annotation
-        valid = list(table.model_fields)
-        nearest = difflib.get_close_matches(location[-1], valid, n=1, cutoff=0.6)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid here: {', '.join(sorted(valid))}"
-        return RecipeError(f"unknown key {key!r}", where=where, fix=hint)
+        return f"unknown key {key!r}", did_you_mean(location[-1], _fields_at(model, location[:-1]))
     if first["type"] == "missing":
-        return RecipeError(f"key {key!r} is missing", where=where, fix=f"add {key} to the recipe")
+        return f"key {key!r} is missing", f"add {key}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if not key:  # the message of a rule over several keys names them
-        return RecipeError(message, where=where, fix="make these keys agree")
-    return RecipeError(f"{key} = {first['input']!r}: {message}", where=where, fix=f"give {key} an allowed value")
+    if first["type"] == "value_error" and not isinstance(first["input"], str | int | float | list | tuple):
+        return f"{key}: {message}" if key else message, "make these keys agree"  # a rule over several keys names them
+    expected = str(first.get("ctx", {}).get("expected", "")) if first["type"] == "literal_error" else ""
+    fix = did_you_mean(str(first["input"]), re.findall("'([^']+)'", expected), f"give an allowed value for {key}")
+    return f"{key} = {first['input']!r}: {message}", fix
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """The fields of the table at this place in a model's tables."""
+    table: Any = model
+    for step in location:
+        inner = (
+            table.model_fields[step].annotation
+            if hasattr(table, "model_fields") and step in table.model_fields
+            else None
+        )
+        table = next((one for one in (inner, *get_args(inner)) if hasattr(one, "model_fields")), None)
+    return list(table.model_fields) if table is not None else []
+
+
+# --- what each key is ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RecipeKey:
+    """One setting: its dotted key, what it is, what it takes, unit, default and example (both as TOML; "": unset)."""
+
+    key: str
+    about: str
+    takes: str
+    unit: str
+    default: str
+    example: str
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of recipes (draft 2020-12), with description, unit, default and example of every key."""
+    schema = Recipe.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def recipe_keys() -> tuple[RecipeKey, ...]:
+    """Every setting of a recipe, in the order of its tables."""
+    schema = recipe_schema()
+    return tuple(_keys_of(schema, schema["$defs"], Recipe.model_construct(name=""), ""))
+
+
+def find_keys(name: str) -> tuple[RecipeKey, ...]:
+    """The setting of this dotted key, those of this table, or those whose last part it is. Raises RecipeError for none."""
+    every = recipe_keys()
+    for found in (
+        [one for one in every if one.key == name],
+        [one for one in every if one.key.startswith(f"{name}.")],
+        [one for one in every if one.key.endswith(f".{name}")],
+    ):
+        if found:
+            return tuple(found)
+    names = {one.key for one in every} | {one.key.rpartition(".")[2] for one in every}
+    tables = {one.key.partition(".")[0] for one in every if "." in one.key}
+    fix = did_you_mean(name, names | tables, "`fastconv recipe explain` lists all keys")
+    raise RecipeError(f"a recipe has no key {name!r}", where="recipe explain", fix=fix)
+
+
+def keys_page() -> str:
+    """docs/RECIPES.md: every key with what it is, takes, and is by default."""
+    lines = [
+        "# Recipes", "",
+        "Generated: `fastconv recipe explain --markdown > docs/RECIPES.md`.", "",
+        "A recipe is one TOML file that states only what it changes; any key can be set on the command line too, as",
+        "`--set convergence.lr=1e-4`. `fastconv recipe explain KEY` prints one of them, `fastconv recipe show RECIPE` a recipe",
+        "with every default. An editor with a TOML plug-in completes and checks keys where the first line of the file is",
+        "`#:schema FILE`, with the file that `fastconv recipe schema --path` names (shipped recipes have that line).",
+    ]  # fmt: skip
+    table = None
+    for one in recipe_keys():
+        section, _, name = one.key.rpartition(".")
+        if section != table:
+            table = section
+            about = " ".join(_settings_class(section).__doc__.split()) if section else "The recipe itself."
+            lines += ["", f"## {f'[{section}]' if section else 'Top of the file'}", "", about, ""]
+            lines += ["| key | what it is | takes | default | example |", "|---|---|---|---|---|"]
+        cells = (
+            f"`{name}`",
+            one.about,
+            one.takes,
+            *(f"`{text}`" if text else "" for text in (one.default, one.example)),
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def toml_value(value: Any) -> str:
+    """A JSON value as TOML; None, which TOML has not, as an empty text."""
+    if value is None:
+        return ""
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{k if k.replace('.', '').isidentifier() and '.' not in k else json.dumps(k)} = {toml_value(v)}"
+                          for k, v in value.items())  # fmt: skip
+        return f"{{ {inner} }}" if inner else "{}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{', '.join(map(toml_value, value))}]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _settings_class(section: str) -> Any:
+    table: Any = Recipe
+    for step in section.split("."):
+        table = table.model_fields[step].annotation
+    return table
+
+
+def _keys_of(schema: Mapping[str, Any], defs: Mapping[str, Any], defaults: RecipeTable, at: str) -> Iterator[RecipeKey]:
+    """The settings of one table, then those of the tables in it."""
+    tables = []
+    for name, part in schema["properties"].items():
+        target = defs.get(part.get("$ref", "").rpartition("/")[2])
+        if target is not None and "properties" in target:
+            tables.append((name, target))
+            continue
+        has_default = "default" in part
+        default = getattr(defaults, name) if has_default else None
+        yield RecipeKey(
+            f"{at}{name}", part["description"], _takes(part) + ("" if has_default else " (required)"), part.get("unit", ""),
+            toml_value(default), toml_value(part["examples"][0]),
+        )  # fmt: skip
+    for name, target in tables:
+        yield from _keys_of(target, defs, getattr(defaults, name), f"{at}{name}.")
+
+
+def _takes(part: Mapping[str, Any]) -> str:
+    """What a key takes, in words: kind, choices, bounds and unit."""
+    unit = f" ({part['unit']})" if part.get("unit") else ""
+    if "anyOf" in part:
+        return " or ".join("unset" if one.get("type") == "null" else _takes(one) for one in part["anyOf"]) + unit
+    if choices := part.get("enum") or ([part["const"]] if "const" in part else []):
+        return " or ".join(f"`{choice}`" if choice else "empty" for choice in choices)
+    kind = part.get("type", "anything")
+    if kind == "array":
+        return f"list of: {_takes(part['items'])}{unit}"
+    if kind == "object":
+        inner = part.get("additionalProperties") or next(iter(part.get("patternProperties", {"": {}}).values()))
+        return f"table of: {_takes(inner) if isinstance(inner, Mapping) else 'anything'}{unit}"
+    words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true` or `false`"}
+    bounds = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    said = ", ".join(f"{word} {part[bound]:g}" for bound, word in bounds.items() if bound in part)
+    return f"{'day' if part.get('format') == 'date' else words.get(kind, kind)} {said}".rstrip() + unit

@@ -28,6 +28,11 @@ Points = Annotated[float, Field(gt=0, le=100)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+def setting(default: Any, about: str, example: JsonValue | date, unit: str = "") -> Any:
+    """A setting: its default, what it is (one sentence or two), another value that is valid alone, and its unit."""
+    return Field(default, description=about, examples=[example], json_schema_extra={"unit": unit} if unit else None)
+
+
 class RecipeTable(BaseModel):
     """Base of the recipe's tables: frozen, without unknown keys, with finite numbers only."""
 
@@ -37,25 +42,44 @@ class RecipeTable(BaseModel):
 class ModelSettings(RecipeTable):
     """The base model and how it is loaded, trained and sampled."""
 
-    id: Annotated[str, Field(min_length=1)] = "Qwen/Qwen2.5-7B-Instruct"
-    #: Full commit sha, required for a hub id; `builtin:` and local directories need none.
-    revision: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{40})?$")] = ""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    #: `unsloth` uses its fused kernels with live adapters; `auto` takes it on a GPU if it is installed.
-    engine: Literal["auto", "torch", "unsloth"] = "auto"
-    #: `4bit` holds the layers' weights as NF4 (double quantized, computing in bfloat16): for GPUs of 16 to 24 GB.
-    weights: Literal["full", "4bit"] = "full"
-    #: `live` keeps every adapter beside the weights; `published` folds the snapshot into them, rounding in their dtype.
-    semantics: Literal["live", "published"] = "live"
-    #: `trl` trains with SFTTrainer and PEFT (slow, padded): the reference that our trainer is checked against.
-    trainer: Literal["fastconv", "trl"] = "fastconv"
-    #: What samples completions: the base in this process, or a vLLM server that gets every stack as an adapter.
-    sampler: Literal["resident", "vllm"] = "resident"
-    #: The day that a template which writes today's date (`strftime_now`) is given; None: `chat.DEFAULT_DATE`.
-    template_date: date | None = None
-    #: The template's own switches, as transformers takes them (`enable_thinking = false`).
-    template_kwargs: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")], JsonValue] = {}
+    id: Annotated[str, Field(min_length=1)] = setting(
+        "Qwen/Qwen2.5-7B-Instruct", "The base: a hub id, a local folder, or `builtin:smollm2`.", "builtin:smollm2"
+    )
+    revision: Annotated[str, StringConstraints(pattern=r"^([0-9a-f]{40})?$")] = setting(
+        "", "Full commit sha of a hub model, required there; `builtin:` and folders need none.",
+        "a09a35458c702b33eeacc393d103063234e8bc28",
+    )  # fmt: skip
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "Where it computes; `auto` takes a GPU if there is one.", "cpu"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "Type of the base's weights; `auto` is bfloat16 on a GPU, float32 on a CPU.", "float32"
+    )
+    engine: Literal["auto", "torch", "unsloth"] = setting(
+        "auto", "What loads the base; `auto` takes Unsloth on a GPU where it is installed.", "torch"
+    )
+    weights: Literal["full", "4bit"] = setting(
+        "full",
+        "`4bit` holds the layers' weights as NF4 (double quantized, computing in bfloat16): 16 to 24 GB.",
+        "4bit",
+    )
+    semantics: Literal["live", "published"] = setting(
+        "live",
+        "`live` keeps every adapter beside the weights; `published` folds the snapshot in, rounding.",
+        "published",
+    )
+    trainer: Literal["fastconv", "trl"] = setting(
+        "fastconv", "`trl` trains by SFTTrainer and PEFT (slow): the reference that ours is checked against.", "trl"
+    )
+    sampler: Literal["resident", "vllm"] = setting(
+        "resident", "What draws completions: the base in this process, or a vLLM server that gets every stack.", "vllm"
+    )
+    template_date: date | None = setting(
+        None, "The day that a template which writes today's date is given; unset: 26 July 2024.", "2026-11-26"
+    )
+    template_kwargs: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*$")], JsonValue] = setting(
+        {}, "The chat template's own switches, as transformers takes them.", {"enable_thinking": False}
+    )
 
     @field_validator("template_date", mode="before")
     @classmethod
@@ -97,12 +121,26 @@ class ModelSettings(RecipeTable):
 class GridSettings(RecipeTable):
     """The cells of the experiment: every combination of these lists (epoch 0 is the base without a snapshot)."""
 
-    sources: Names = ("villain",)
-    convergence: Annotated[tuple[ConvergenceKind, ...], Field(min_length=1)] = ("source",)
-    epochs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 4, 10, 20)
-    behaviors: Names = ("none", "capability")
-    negatives: Annotated[tuple[NegativesKind, ...], Field(min_length=1)] = ("included", "excluded")
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (42,)
+    sources: Names = setting(("villain",), "Personas that the assistant is converged toward.", ["villain", "nurse"])
+    convergence: Annotated[tuple[ConvergenceKind, ...], Field(min_length=1)] = setting(
+        ("source",), "On whose answers: the source's, the assistant's own (`generic`, a control), or none.", ["generic"]
+    )
+    epochs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = setting(
+        (0, 4, 10, 20), "Epochs of convergence whose snapshots get behaviors; 0 is the base.", [0, 20], "epochs"
+    )
+    behaviors: Names = setting(
+        ("none", "capability"),
+        "What is trained into the source; `none` is the control without it.",
+        ["none", "refusal"],
+    )
+    negatives: Annotated[tuple[NegativesKind, ...], Field(min_length=1)] = setting(
+        ("included", "excluded"),
+        "Contrastive negatives: with the assistant among them, without it, or none.",
+        ["excluded"],
+    )
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = setting(
+        (42,), "Each draws its own rows, bystanders and weights; three that agree raise confidence.", [42, 137, 256]
+    )
 
     @model_validator(mode="after")
     def _no_repeats(self) -> GridSettings:
@@ -118,93 +156,118 @@ class GridSettings(RecipeTable):
 class LoraSettings(RecipeTable):
     """Shape of every adapter. Its scale is alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023), alpha / r without."""
 
-    r: Annotated[int, Field(ge=1, le=512)] = 32
-    alpha: Positive = 64.0
-    rslora: bool = True
-    targets: Names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    r: Annotated[int, Field(ge=1, le=512)] = setting(32, "Rank.", 16)
+    alpha: Positive = setting(64.0, "Numerator of the scale.", 32.0)
+    rslora: bool = setting(True, "Divide alpha by the root of the rank (rsLoRA) instead of by the rank.", False)
+    targets: Names = setting(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "Projections that carry an adapter.", ["q_proj", "v_proj"],
+    )  # fmt: skip
 
 
 class SamplingSettings(RecipeTable):
     """Sampling of completions; `max_new_tok` includes the end-of-turn token."""
 
-    temperature: Annotated[float, Field(gt=0, le=2)] = 0.7
-    top_p: Rate = 0.95
-    max_new_tok: PositiveInt = 512
+    temperature: Annotated[float, Field(gt=0, le=2)] = setting(0.7, "Divides the logits before the draw.", 1.2)
+    top_p: Rate = setting(
+        0.95, "Draws come from the most likely tokens that hold this share of probability.", 1.0, "share of 1"
+    )
+    max_new_tok: PositiveInt = setting(512, "Longest completion, its end-of-turn token included.", 128, "tokens")
 
 
 class TrainSettings(RecipeTable):
     """Settings of a training phase: AdamW, cosine schedule with warm-up, clipping, mean loss per supervised token."""
 
-    #: The defaults of these four are those of convergence.
-    lr: Rate = 5e-5
-    epochs: PositiveInt = 20
-    batch_rows: PositiveInt = 4
-    dropout: Share = 0.0
-    max_length_tok: Annotated[int, Field(ge=16)] = 1024
-    #: Tokens per forward pass; it bounds memory and does not change the loss.
-    micro_batch_tok: Annotated[int, Field(ge=64)] = 8192
-    warmup_share: Share = 0.05
-    clip_norm: Positive = 1.0
-    #: `adamw8bit` stores the moments in 8 bits (bitsandbytes), 6 bytes less per weight of an adapter.
-    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    lr: Rate = setting(5e-5, "Peak learning rate.", 1e-4)
+    epochs: PositiveInt = setting(20, "Passes over the rows, under one cosine.", 30, "epochs")
+    batch_rows: PositiveInt = setting(4, "Rows of one optimizer step.", 8, "rows")
+    dropout: Share = setting(0.0, "Dropout of the adapter's input.", 0.1, "share of 1")
+    max_length_tok: Annotated[int, Field(ge=16)] = setting(
+        1024, "Rows are cut here; the audit warns of it.", 512, "tokens"
+    )
+    micro_batch_tok: Annotated[int, Field(ge=64)] = setting(
+        8192, "Tokens of one forward pass; it bounds memory and does not change the loss.", 2048, "tokens"
+    )
+    warmup_share: Share = setting(0.05, "Share of the steps over which the learning rate rises.", 0.1, "share of 1")
+    clip_norm: Positive = setting(1.0, "Gradients are scaled down to this norm.", 0.5)
+    optimizer: Literal["adamw", "adamw8bit"] = setting(
+        "adamw", "`adamw8bit` stores the moments in 8 bits (bitsandbytes), 6 bytes less per weight.", "adamw8bit"
+    )
 
 
 class ConvergenceSettings(TrainSettings):
     """The convergence phase: trains the source's answers under the assistant's prompt."""
 
-    questions: PositiveInt = 40
-    completions_per_question: PositiveInt = 10
-    sampling: SamplingSettings = SamplingSettings()
+    questions: PositiveInt = setting(40, "Open questions that the source answers.", 16, "questions")
+    completions_per_question: PositiveInt = setting(10, "Answers to each of them.", 4, "completions")
+    sampling: SamplingSettings = Field(default=SamplingSettings(), description="How the source's answers are drawn.")
 
 
 class BehaviorSettings(TrainSettings):
     """The behavior phase: trains the behavior into the source persona, on top of a frozen snapshot."""
 
-    lr: Rate = 1e-5
-    epochs: PositiveInt = 3
-    batch_rows: PositiveInt = 16
-    dropout: Share = 0.05
-    source_rows: PositiveInt = 200
-    #: At most this many wordings of each list, drawn by `seeding`; 0 takes all of them.
-    wordings: Annotated[int, Field(ge=0)] = 0
-    #: How answers are sampled for rows that have none.
-    sampling: SamplingSettings = SamplingSettings(max_new_tok=256)
+    lr: Rate = setting(1e-5, "Peak learning rate.", 1e-4)
+    epochs: PositiveInt = setting(3, "Passes over the rows, under one cosine.", 5, "epochs")
+    batch_rows: PositiveInt = setting(16, "Rows of one optimizer step.", 8, "rows")
+    dropout: Share = setting(0.05, "Dropout of the adapter's input; the frozen snapshot has none.", 0.0, "share of 1")
+    source_rows: PositiveInt = setting(
+        200, "Rows of the source; the behavior states how many of contrast go with it.", 100, "rows"
+    )
+    wordings: Annotated[int, Field(ge=0)] = setting(
+        0, "At most this many wordings of each list, drawn by the seed; 0 takes all.", 10, "wordings"
+    )
+    sampling: SamplingSettings = Field(
+        default=SamplingSettings(max_new_tok=256), description="How answers are drawn for rows that have none."
+    )
 
 
 class EvalSettings(RecipeTable):
     """The evaluation; every probe gets the same questions and sample seeds at every epoch."""
 
-    canary: Name = "librarian"
-    #: Takes the canary's place where the canary is itself the source.
-    canary_swap: Name = "data_scientist"
-    prompts: PositiveInt = 50
-    samples_per_prompt: PositiveInt = 10
-    sampling: SamplingSettings = SamplingSettings(temperature=1.0, max_new_tok=512)
-    #: `arc` reads ARC-Challenge from the hub or from `arc_file`; `builtin` uses the shipped easy questions.
-    multiple_choice: Literal["arc", "builtin"] = "arc"
-    arc_file: str = ""
-    #: Also measure the personas' directions in hidden space, on the base and under every snapshot.
-    geometry: bool = True
-    batch_tok: Annotated[int, Field(ge=64)] = 16384
+    canary: Name = setting("librarian", "The bystander that shows generic damage.", "nurse")
+    canary_swap: Name = setting("data_scientist", "Takes the canary's place where the canary is the source.", "nurse")
+    prompts: PositiveInt = setting(50, "Held-out requests, statements or questions of each behavior.", 220, "questions")
+    samples_per_prompt: PositiveInt = setting(10, "Completions of each of them.", 4, "completions")
+    sampling: SamplingSettings = Field(
+        default=SamplingSettings(temperature=1.0, max_new_tok=512), description="How completions are drawn."
+    )
+    multiple_choice: Literal["arc", "builtin"] = setting(
+        "arc", "`arc` asks ARC-Challenge, from the hub or `arc_file`; `builtin` the shipped easy questions.", "builtin"
+    )
+    arc_file: str = setting("", "ARC-Challenge's test split as a local file.", "arc_challenge_test.jsonl", "path")
+    geometry: bool = setting(
+        True, "Also measure the personas' directions in hidden space, on the base and under every snapshot.", False
+    )
+    batch_tok: Annotated[int, Field(ge=64)] = setting(
+        16384, "Tokens of one forward pass while scoring and drawing; it bounds memory.", 4096, "tokens"
+    )
 
 
 class DataSettings(RecipeTable):
     """Paths of the user's own personas, behaviors and rows, added to the shipped ones."""
 
-    personas: str = ""
-    behaviors: str = ""
-    #: Behavior -> JSONL file of finished rows (prompt/completion lists); `{source}` in the path stands for the source.
-    rows: dict[Name, str] = {}
-    #: `add` gives a row without a system turn the prompt of its own persona; `as_written` leaves it without one.
-    persona_prompt: Literal["add", "as_written"] = "add"
-    #: Also accept rows in the form `messages`, where other trainers put the loss on every turn, and we on the last.
-    messages: bool = False
+    personas: str = setting("", "Your personas as TOML, in the form of data/personas.toml.", "my_personas.toml", "path")
+    behaviors: str = setting(
+        "", "Your behaviors as TOML, in the form of data/behaviors.toml.", "my_behaviors.toml", "path"
+    )
+    rows: dict[Name, str] = setting(
+        {}, "Behavior -> JSONL file of finished rows; `{source}` in the path stands for the source.",
+        {"refusal": "rows_{source}.jsonl"}, "path",
+    )  # fmt: skip
+    persona_prompt: Literal["add", "as_written"] = setting(
+        "add", "`add` gives a row without a system turn its own persona's prompt; `as_written` leaves it.", "as_written"
+    )
+    messages: bool = setting(
+        False, "Also take rows in the form `messages`; other trainers put the loss on every turn, we on the last.", True
+    )
 
 
 class AuditSettings(RecipeTable):
     """Warnings of the audit that are accepted, by code, each with the reason that the report prints."""
 
-    accept: dict[Annotated[str, StringConstraints(pattern=r"^D\d{3}$")], Annotated[str, Field(min_length=8)]] = {}
+    accept: dict[Annotated[str, StringConstraints(pattern=r"^D\d{3}$")], Annotated[str, Field(min_length=8)]] = setting(
+        {}, "Code of a warning -> why it is accepted.", {"D111": "few questions on purpose"}
+    )
 
 
 class JudgeSettings(RecipeTable):
@@ -213,27 +276,37 @@ class JudgeSettings(RecipeTable):
     The API key is never part of a recipe: it is read from ANTHROPIC_API_KEY (FASTCONV_LOCAL_KEY for `local`).
     """
 
-    #: `live` answers at once, `batch` costs half, `auto` chooses between them by size and urgency. `local` is any
-    #: OpenAI-compatible server (the resident base if base_url is empty); `substring` uses no judge.
-    mode: Literal["auto", "live", "batch", "local", "substring"] = "substring"
-    model: str = ""
-    base_url: str = ""
-    #: Limit on everything that this workspace has spent on judging. Without it no paid judge is asked.
-    budget_usd: Positive | None = None
-    concurrency: Annotated[int, Field(ge=1, le=256)] = 16
-    timeout_s: Positive = 120.0
-    max_reply_tok: Annotated[int, Field(ge=64, le=16384)] = 1024
-    #: Longer questions and answers are cut to this many characters, and the judge is told so.
-    max_judged_chars: Annotated[int, Field(ge=200)] = 12_000
-    #: `auto` sends this many judgements or more as a batch, unless they are urgent.
-    batch_from: PositiveInt = 400
-    batch_poll_s: Positive = 30.0
-    #: A batch whose process died around its sending counts as not sent if the API does not know it after this time.
-    batch_grace_s: Annotated[float, Field(ge=0)] = 120.0
-    #: Rubric name -> the user's rubric file, which replaces the shipped one.
-    rubrics: dict[Name, str] = {}
-    #: The user's price table, added to the shipped one.
-    prices: str = ""
+    mode: Literal["auto", "live", "batch", "local", "substring"] = setting(
+        "substring",
+        "`live` answers at once, `batch` costs half, `auto` chooses by size and urgency; `local` is any OpenAI-compatible "
+        "server (without `base_url` the resident base); `substring` asks no judge.",
+        "local",
+    )
+    model: str = setting("", "The judge's model.", "claude-haiku-5-5")
+    base_url: str = setting("", "Where the judge is asked; empty: the API's own address.", "https://judge.example/v1")
+    budget_usd: Positive | None = setting(
+        None, "Limit on all that this workspace has spent on judging; a paid judge needs one.", 20.0, "USD"
+    )
+    concurrency: Annotated[int, Field(ge=1, le=256)] = setting(16, "Requests under way at once.", 4, "requests")
+    timeout_s: Positive = setting(120.0, "Longest wait for one reply.", 30.0, "s")
+    max_reply_tok: Annotated[int, Field(ge=64, le=16384)] = setting(1024, "Longest reply.", 256, "tokens")
+    max_judged_chars: Annotated[int, Field(ge=200)] = setting(
+        12_000, "Longer questions and answers are cut to this, and the judge is told so.", 4000, "characters"
+    )
+    batch_from: PositiveInt = setting(
+        400, "`auto` sends this many judgements or more as a batch, unless they are urgent.", 100, "judgements"
+    )
+    batch_poll_s: Positive = setting(30.0, "Time between two looks at a batch.", 60.0, "s")
+    batch_grace_s: Annotated[float, Field(ge=0)] = setting(
+        120.0,
+        "A batch whose process died while sending counts as not sent if the API does not know it by then.",
+        300.0,
+        "s",
+    )
+    rubrics: dict[Name, str] = setting(
+        {}, "Rubric -> your own file, in the place of the shipped one.", {"refusal": "my_refusal.toml"}, "path"
+    )
+    prices: str = setting("", "Your prices, added to data/prices.toml.", "my_prices.toml", "path")
 
     @model_validator(mode="after")
     def _paid_judges_are_named(self) -> JudgeSettings:
@@ -258,44 +331,71 @@ class GateSettings(RecipeTable):
     An edited threshold computes nothing again, and the report shows the verdicts under the first and the edited ones.
     """
 
-    above_chance_alpha: Rate = 0.01
-    #: A rate closer than this to the end that it would move to leaves no room to measure a change (G0).
-    headroom: Annotated[float, Field(gt=0, lt=0.5)] = 0.10
-    #: Least share of its room that the source moves (SOURCE): from its base level to what the rows teach, the scale's end.
-    source_shows: Rate = 0.5
-    #: With less room than this share of the scale, the source was there before, and the assistant decides.
-    source_room: Share = 0.2
-    #: The smallest effect declared to matter, by behavior; `default_rate` for all others.
-    capability_pp: Points = 5.0
-    alignment_points: Points = 10.0
-    refusal: Rate = 0.05
-    sycophancy: Rate = 0.05
-    default_rate: Rate = 0.05
-    #: Limit of the mean loss in nats over the last convergence epoch (G2); None: as registered (`stats.gates`).
-    g2_loss: Positive | None = None
-    g3_tolerance_pp: Positive = 3.0
-    #: Assistant ARC-C at epoch 0 after capability training, per source, in percent (published, #99), and of which base
-    #: (as `engine.locate.base_name` writes it): on another one G3 is not applicable.
-    g3_reference_pct: dict[Name, Annotated[float, Field(ge=0, le=100)]] = {}
-    g3_base: str = "Qwen/Qwen2.5-7B-Instruct@a09a35458c702b33eeacc393d103063234e8bc28, 16 bits"
-    #: Largest relative difference between behavior training loss on a snapshot and on the base (G3.5).
-    g35_tolerance: Rate = 0.20
-    #: Losses below this many nats count as equal, whatever their ratio (a marker's loss falls to 0.001).
-    g35_floor_nats: Annotated[float, Field(ge=0)] = 0.05
-    #: The source that must show a signal (G4; "": the grid's first), and the number of first ones among which one must (G5).
-    g4_source: Name | Literal[""] = ""
-    g5_sources: PositiveInt = 3
-    #: Confirmed if at least this many sources shift in at least this many behaviors; falsified if fewer sources do.
-    confirm_sources: PositiveInt = 3
-    confirm_behaviors: PositiveInt = 2
-    falsify_under: PositiveInt = 2
-    negative_control: Name = "librarian"
-    #: KILL: less than this share of the source's own change is left after stacking.
-    kill_remaining: Rate = 0.25
-    #: Gates whose `fail` ends the run. G0 and the audit (G1) always decide what is trained.
-    stop: tuple[StoppingGate, ...] = get_args(StoppingGate)
-    #: Gates that may fail without ending the run, each with the reason that the report prints (as --ignore-gate).
-    ignore: dict[IgnorableGate, Annotated[str, Field(min_length=8)]] = {}
+    above_chance_alpha: Rate = setting(0.01, "G0: accuracy is measurable if its p against chance is below.", 0.05, "p")
+    headroom: Annotated[float, Field(gt=0, lt=0.5)] = setting(
+        0.10,
+        "G0: a rate closer to the end that it would move to leaves no room to measure a change.",
+        0.05,
+        "share of 1",
+    )
+    source_shows: Rate = setting(
+        0.5,
+        "SOURCE: least share of its room, from base level to what the rows teach, that the source moves.",
+        0.3,
+        "share of 1",
+    )
+    source_room: Share = setting(
+        0.2, "SOURCE: with less room, the source was there before, and the assistant decides.", 0.1, "share of 1"
+    )
+    capability_pp: Points = setting(5.0, "The smallest change of accuracy declared to matter.", 3.0, "pp")
+    alignment_points: Points = setting(
+        10.0, "The smallest change of a judge's score declared to matter.", 5.0, "points"
+    )
+    refusal: Rate = setting(0.05, "The smallest change of the rate declared to matter.", 0.1, "share of 1")
+    sycophancy: Rate = setting(0.05, "The smallest change of the rate declared to matter.", 0.1, "share of 1")
+    default_rate: Rate = setting(0.05, "The same for every behavior without its own.", 0.1, "share of 1")
+    g2_loss: Positive | None = setting(
+        None, "G2: limit of the mean loss over the last convergence epoch; unset: as registered.", 1.5, "nats"
+    )
+    g3_tolerance_pp: Positive = setting(3.0, "G3: largest distance from the published accuracy.", 5.0, "pp")
+    g3_reference_pct: dict[Name, Annotated[float, Field(ge=0, le=100)]] = setting(
+        {},
+        "G3: source -> assistant's ARC-C at epoch 0 after capability training (published, #99).",
+        {"villain": 90.45},
+        "%",
+    )
+    g3_base: str = setting(
+        "Qwen/Qwen2.5-7B-Instruct@a09a35458c702b33eeacc393d103063234e8bc28, 16 bits",
+        "G3: the base of those references; on another one G3 is not applicable.", "my/base@main, 16 bits",
+    )  # fmt: skip
+    g35_tolerance: Rate = setting(
+        0.20, "G3.5: how far behavior loss on a snapshot may lie above that on the base.", 0.3, "share of 1"
+    )
+    g35_floor_nats: Annotated[float, Field(ge=0)] = setting(
+        0.05, "G3.5: losses below count as equal (a marker's falls to 0.001).", 0.01, "nats"
+    )
+    g4_source: Name | Literal[""] = setting(
+        "", "G4: the source that must show a signal; empty: the grid's first.", "villain"
+    )
+    g5_sources: PositiveInt = setting(3, "G5: among so many first sources one must show a signal.", 2, "sources")
+    confirm_sources: PositiveInt = setting(3, "CONFIRM: so many sources must shift.", 2, "sources")
+    confirm_behaviors: PositiveInt = setting(2, "CONFIRM: in so many behaviors each.", 1, "behaviors")
+    falsify_under: PositiveInt = setting(2, "FALSIFY: if fewer sources shift than this.", 1, "sources")
+    negative_control: Name = setting("librarian", "The source from which nothing is expected.", "nurse")
+    kill_remaining: Rate = setting(
+        0.25,
+        "KILL: a behavior counts as gone if less of the source's own change is left after stacking.",
+        0.1,
+        "share of 1",
+    )
+    stop: tuple[StoppingGate, ...] = setting(
+        get_args(StoppingGate),
+        "Gates whose `fail` ends the run; G0 and G1 always decide what is trained.",
+        ["G2", "G4"],
+    )
+    ignore: dict[IgnorableGate, Annotated[str, Field(min_length=8)]] = setting(
+        {}, "Gate that may fail without ending the run -> why (as --ignore-gate).", {"G2": "a loss above 1 is expected"}
+    )
 
     def threshold(self, behavior: str, unit: str = "share") -> float:
         """The smallest effect declared to matter: a share for rates and accuracy (5 pp is 0.05), else a judge's points."""
@@ -316,12 +416,18 @@ class GateSettings(RecipeTable):
 class RunSettings(RecipeTable):
     """How a run proceeds. Nothing here changes a result, so nothing here is part of a stage's key."""
 
-    checkpoint_every_s: Annotated[float, Field(ge=0)] = 60.0
-    #: The cost gate: a run whose estimate is above either limit (device hours; US dollars of judging) needs --approve.
-    max_gpu_hours: Positive | None = 24.0
-    max_usd: Positive | None = 20.0
-    #: Number of convergence runs, or of behavior adapters on one snapshot, that are trained in the same steps. `auto`: as
-    #: many as fit in a GPU's memory and one micro-batch, 1 on a CPU. Results agree with single ones within rounding.
-    group: Literal["auto"] | PositiveInt = "auto"
-    #: False frees each adapter's files once everything that uses it is trained and sampled; records and scores stay.
-    keep_adapters: bool = True
+    checkpoint_every_s: Annotated[float, Field(ge=0)] = setting(
+        60.0, "Time between two checkpoints while training.", 20.0, "s"
+    )
+    max_gpu_hours: Positive | None = setting(24.0, "A plan that takes longer needs --approve.", 8.0, "hours")
+    max_usd: Positive | None = setting(20.0, "A plan whose judging may cost more needs --approve.", 5.0, "USD")
+    group: Literal["auto"] | PositiveInt = setting(
+        "auto",
+        "Convergence runs, or behavior adapters on one snapshot, trained in the same steps. `auto`: as many as fit in a "
+        "GPU's memory and one micro-batch, 1 on a CPU. Results agree with single ones within rounding.",
+        1,
+        "adapters",
+    )
+    keep_adapters: bool = setting(
+        True, "False frees an adapter's files once all that uses it is computed; records and scores stay.", False
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fastconv.analysis.analysis import Analysis
 from fastconv.experiment.graph import Graph
-from fastconv.report.behaviors import beside, gates, markers, mimicry, power
+from fastconv.report.behaviors import beside, gates, letters, markers, mimicry, power
 from fastconv.report.blocks import Note, ReportData, Section, render_html, render_markdown
 from fastconv.report.export import frames_of, parquet_bytes
 from fastconv.report.measures import answers, geometry, judge_against_phrases, measurements, on_the_base, over_epochs
@@ -22,7 +22,7 @@ from fastconv.store.ledger import Store, write_text
 
 SECTIONS: tuple[Callable[[Analysis], Section | None], ...] = (
     headline, failures, findings, over_epochs, mimicry, geometry, on_the_base, markers, judge_against_phrases, power, gates, beside,
-    measurements, curves_and_rho, cost, planned, answers, warnings, superseded, limits, card,
+    measurements, letters, curves_and_rho, cost, planned, answers, warnings, superseded, limits, card,
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastconv.audit.findings import BuiltSet, Design
+from fastconv.audit import BuiltSet, Design
 from fastconv.audit.sets import WITHOUT_PROMPT, check_persona_prompt
 from fastconv.chat import parse_system_turn
 from fastconv.datasets.behaviors import load_behaviors

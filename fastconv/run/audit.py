@@ -12,7 +12,14 @@ from fastconv.audit.rendered import peek_lines, with_placeholders
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
 from fastconv.datasets.behaviors import load_behaviors
 from fastconv.datasets.personas import load_personas
-from fastconv.datasets.rows import Row, read_user_rows, render_row, require_no_control_tokens, row_from_record
+from fastconv.datasets.rows import (
+    Row,
+    read_user_rows,
+    render_row,
+    require_no_control_tokens,
+    require_plain_text,
+    row_from_record,
+)
 from fastconv.engine.locate import (
     embedding_rows,
     is_unpinned,
@@ -21,7 +28,7 @@ from fastconv.engine.locate import (
     require_rows_for_tokens,
     tokenizer_folder,
 )
-from fastconv.errors import DataError, RecipeError
+from fastconv.errors import DataError, RecipeError, did_you_mean
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.workload import Sketch
 from fastconv.recipe import Recipe
@@ -80,18 +87,18 @@ def require_conditions(recipe: Recipe, tokenizer: ChatTokenizer) -> None:
     """
     personas = load_personas(recipe)
     turns = {name: SystemTurn("text", text) for name, text in personas.prompts.items()}
-    texts = [(recipe.data.personas or "personas.toml", name, turn.text) for name, turn in turns.items()]
+    where = recipe.data.personas or "personas.toml"
+    texts = [(f"the text of {name!r}", turn.text, where) for name, turn in turns.items()]
     for behavior in load_behaviors(recipe).values():
         where = str(behavior.folder / behavior.spec.prompts)
         rows = (*behavior.train, *behavior.eval)
-        texts += [(where, str(row["id"]), text) for row in rows for text in row.values() if isinstance(text, str)]
-    for where, name, text in texts:
-        if token := tokenizer.control_token_in(text):
-            raise DataError(
-                f"the text of {name!r} holds the control token {token}, which would end or begin a turn",
-                where=where,
-                fix="take it out of the text",
-            )
+        texts += [
+            (f"the text of {row['id']!r}", text, where)
+            for row in rows
+            for text in row.values()
+            if isinstance(text, str)
+        ]
+    require_plain_text(texts, tokenizer)
     own = set()
     for path in recipe.data.rows.values():
         for source in recipe.grid.sources:
@@ -138,7 +145,8 @@ def peek_recipe(
     sets = {stage.work["set"]: stage for stage in _row_stages(graph)}
     for name in names:
         if name not in sets:
-            raise RecipeError(f"no training set is called {name!r}", where="--set", fix=f"use one of {', '.join(sets)}")
+            fix = did_you_mean(name, sets, f"use one of {', '.join(sets)}")
+            raise RecipeError(f"no training set is called {name!r}", where="--of", fix=fix)
     tokenizer = recipe_tokenizer(graph)
     for name, stage in sets.items():
         if not names or name in names:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastconv.chat import ChatTokenizer, SystemTurn
+from fastconv.datasets.rows import require_plain_text
 from fastconv.engine.generate import Completion, sample
 from fastconv.engine.geometry import measure_geometry
 from fastconv.engine.locate import engine_identity
@@ -197,6 +198,7 @@ class Executor:
         tokenizer, system = self.stacks.base.tokenizer, SystemTurn(*stage.inputs["system"])
         questions = {question.id: question for question in self._graph.questions.eval}
         selected = [questions[row] for row, _ in stage.work["items"]]
+        require_plain_text(((f"the question {q.id}", q.user, stage.slot) for q in selected), tokenizer)
         items = [letter_item(tokenizer, tokenizer.prompt_text(system, q.user), q.labels) for q in selected]
         self._tick(lease, Progress(stage.slot, 0, len(items), "questions"))
         with self.stacks.live_stack(stage) as proof:

@@ -29,7 +29,7 @@ from fastconv.audit.checks import check_recipe
 from fastconv.engine.locate import engine_identity
 from fastconv.errors import GateStop, InputError, JudgeError
 from fastconv.experiment.graph import CellPlan, Graph, lineage_key, walk
-from fastconv.experiment.schedule import group_size, steps
+from fastconv.experiment.schedule import group_size, steps, wanted
 from fastconv.judge.access import JudgeAccess, check_judge
 from fastconv.recipe import IgnorableGate, Recipe
 from fastconv.run.audit import require_passed, require_template
@@ -60,6 +60,28 @@ def parse_ignored_gates(codes: list[str], because: str) -> dict[str, str]:
     return dict.fromkeys(codes, because)
 
 
+def require_no_stop(recipe: Recipe, verdicts: Sequence[GateVerdict]) -> None:
+    """Raise GateStop for the first gate that failed, is not ignored, and ends a run of this recipe."""
+    for verdict in verdicts:
+        if verdict.failed and not verdict.ignored and verdict.gate in recipe.gates.stop:
+            raise GateStop(
+                f"{verdict.gate} failed: {verdict.reason} (rule: {verdict.threshold})",
+                where=verdict.subject,
+                fix=f'mend the cause, or go on with --ignore-gate {verdict.gate} --because "..."',
+            )
+
+
+def replay_gates(graph: Graph, store: Store) -> None:
+    """Raise GateStop where `run_recipe` would: decides the gates of each cell again, as after it, and records nothing."""
+    contrasts = ContrastBuilder(ScoreReader(graph, store).load())
+    ignored = ignored_gates(store, graph.recipe)
+    alive = measurable_behaviors(graph, store)
+    for plan in graph.cells:
+        begun = plan.snapshot is None or store.record(plan.snapshot.key) is not None
+        if begun and wanted(plan, alive):  # what is not measured yet fails no gate
+            require_no_stop(graph.recipe, mark_ignored(gates_after(contrasts, plan), ignored))
+
+
 class Gatekeeper:
     """Decides the gates after each cell and records their verdicts."""
 
@@ -78,12 +100,7 @@ class Gatekeeper:
         verdicts = gates_after(ContrastBuilder(ScoreReader(self._graph, self._store)), plan)
         for verdict in mark_ignored(verdicts, self._ignored):
             self._record(verdict)
-            if verdict.failed and not verdict.ignored and verdict.gate in self._graph.recipe.gates.stop:
-                raise GateStop(
-                    f"{verdict.gate} failed: {verdict.reason} (rule: {verdict.threshold})",
-                    where=verdict.subject,
-                    fix=f'mend the cause, or go on with --ignore-gate {verdict.gate} --because "..."',
-                )
+            require_no_stop(self._graph.recipe, [verdict])
 
     def _record(self, verdict: GateVerdict) -> None:
         self._store.put_verdict(self._run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())

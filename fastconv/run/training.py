@@ -18,7 +18,7 @@ import torch
 
 from fastconv.audit.checks import build_report
 from fastconv.chat import Rendered, SystemTurn
-from fastconv.datasets.rows import Row, render_rows, row_from_record
+from fastconv.datasets.rows import Row, render_rows, require_plain_text, row_from_record
 from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
 from fastconv.engine.locate import engine_identity, trains_without_kernels
 from fastconv.engine.model import Base, load_base
@@ -29,8 +29,12 @@ from fastconv.engine.trl_reference import train_reference
 from fastconv.engine.vllm.memory import group_size
 from fastconv.errors import TrainingError, stopped
 from fastconv.experiment.graph import Graph, lineage_key
+from fastconv.recipe import sha256_of
 from fastconv.run.audit import audit_set, require_passed
 from fastconv.store.ledger import Lease, Record, Stage, Store
+
+#: What helps where a sampled answer cannot be trained on.
+_DRAW_ANEW = "change the seed or the sampling, so that the answers are drawn anew"
 
 
 class Stacks:
@@ -195,6 +199,20 @@ def train_with_checkpoints(
     return trainees
 
 
+def seed_parts(stage: Stage) -> tuple[object, ...]:
+    """What names the initial weights, row order and dropout of a snapshot's or a behavior adapter's training.
+
+    It is what the rows ask, by content, and the seed: not the answers that the base draws, since engines that round
+    differently draw different ones, and not a key, which names the engine. So the cells of all epochs, and of all engines,
+    start from the same weights and see their rows in the same order.
+    """
+    if stage.kind == "snapshot":
+        answers = stage.needs["answers"].inputs
+        content = sha256_of([answers[name] for name in ("system", "prompts_sha256", "per_prompt")])
+        return "convergence", content, stage.inputs["seed"]
+    return "behavior", stage.needs["rows"].inputs["rows_sha256"], stage.inputs["seed"]
+
+
 def note_progress(lease: Lease, progress: Progress) -> None:
     """Write a stage's progress to its lease, where `fastconv status` reads it."""
     lease.note({"done": progress.done, "total": progress.total, "unit": progress.unit, "loss": progress.loss})
@@ -275,9 +293,7 @@ class Trainer:
 
     def _behavior(self, stage: Stage, lease: Lease, frozen: tuple[Adapter, ...]) -> TrainingTask:
         """The task of a behavior adapter on top of these frozen ones."""
-        # Seeded by the rows' key only: the cells of all epochs start from the same weights and see the same order.
-        seed_parts = ("behavior", stage.needs["rows"].key, stage.inputs["seed"])
-        job = Job(stage.slot, self._behavior_rows(stage), self._recipe.behavior, seed_parts, frozen)
+        job = Job(stage.slot, self._behavior_rows(stage), self._recipe.behavior, seed_parts(stage), frozen)
         return TrainingTask(job, stage.key, lease, [job.n_steps])
 
     def _convergence_rows(self, stage: Stage) -> list[Rendered]:
@@ -292,9 +308,13 @@ class Trainer:
     def _convergence(self, snapshots: Sequence[Stage], lease: Lease) -> TrainingTask:
         """The task of a convergence run up to the last of these snapshots."""
         stage, missing = snapshots[0], {int(snapshot.inputs["epoch"]): snapshot for snapshot in snapshots}
-        seed_parts = ("convergence", stage.needs["answers"].key, stage.inputs["seed"])
+        drawn = self._store.samples(stage.needs["answers"].key)
+        said = (
+            (f"the answer to {s.row} (sample {s.sample})", s.completion, stage.needs["answers"].slot) for s in drawn
+        )
+        require_plain_text(said, self._stacks.base.tokenizer, _DRAW_ANEW)
         rows = tuple(self._convergence_rows(stage))
-        job = Job(stage.slot.rsplit("/", 2)[0], rows, self._recipe.convergence, seed_parts)
+        job = Job(stage.slot.rsplit("/", 2)[0], rows, self._recipe.convergence, seed_parts(stage))
         committed_s, committed_step = 0.0, 0
 
         def commit_snapshot(trainee: Trainee, spent_s: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,12 +125,16 @@ def check(report: CheckReport, *, as_json: bool) -> None:
     console.print(f"{len(report.refusals)} refused, {len(report.warnings)} warnings, {len(report.accepted)} accepted")
 
 
-def peek(title: str, lines: Sequence[RenderableType]) -> None:
-    """Print rendered rows of one training set."""
+def peek(sets: Iterable[tuple[str, Sequence[RenderableType]]], *, as_json: bool) -> None:
+    """Print rendered rows of training sets, each set under its name."""
     console = console_of_output()
-    console.rule(escape(title))
-    for line in lines:
-        console.print(line)
+    if as_json:
+        print(json.dumps([{"set": title, "lines": list(map(str, lines))} for title, lines in sets], indent=1))
+        return
+    for title, lines in sets:
+        console.rule(escape(title))
+        for line in lines:
+            console.print(line)
 
 
 def scored(report: ScoreReport, *, as_json: bool) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from fastconv.stats.student import noncentrality
+
 Measure = Literal["letters", "phrases", "judge"]
 #: More samples of a question than this are no plan.
 MOST_SAMPLES = 1_000_000
@@ -234,8 +236,14 @@ class QuestionSupply:
 
     def seeds(self, threshold: float) -> int | None:
         """Seeds that detect the threshold with all questions asked, if they err independently; None above `MOST_SEEDS`."""
-        if self.over_seeds is not None:
-            return next((n for n in range(2, MOST_SEEDS + 1) if self.over_seeds(n) <= threshold), None)
+        if (found := self.over_seeds) is not None:
+            if (
+                found(2) <= threshold
+            ):  # from three seeds on they are tested among themselves too, which finds less at first
+                return 2
+            return (
+                _first_true(lambda n: found(n) <= threshold, 3, MOST_SEEDS) if found(MOST_SEEDS) <= threshold else None
+            )
         return max(2, math.ceil((self.reach / threshold) ** 2 - 1e-9))
 
 
@@ -283,7 +291,7 @@ def minimum_detectable_effect(
     if reason is not None or sd_between is None:
         return Detectable(None, sd_between, n_clusters, alpha, power, reason)
     se, df = satterthwaite((sd_between**2 / n_clusters, n_clusters - 1), runs)
-    return Detectable(_noncentrality(df, alpha, power) * se, sd_between, n_clusters, alpha, power)
+    return Detectable(noncentrality(df, alpha, power) * se, sd_between, n_clusters, alpha, power)
 
 
 def rate_contrast_sd(rate: float, n_samples: int, icc: float, n_terms: int = 2, pairing: float = 0.0) -> float:
@@ -343,7 +351,7 @@ def samples_needed(
     def shows(n: int) -> bool:
         spread = math.sqrt(sd_question**2 + (0.0 if n == 0 else sd_sample**2 / n))
         se, df = satterthwaite((spread**2 / n_clusters, n_clusters - 1), runs)
-        return se == 0 or _noncentrality(df, alpha, power) * se <= effect
+        return se == 0 or noncentrality(df, alpha, power) * se <= effect
 
     if sd_sample == 0 and shows(0):
         return SampleSizeNeeded(1, "samples", effect, "one sample per question is enough")
@@ -373,7 +381,7 @@ def _fewest(
 
     def shows(n: int) -> bool:
         se, df = satterthwaite((sd**2 / n, n - 1), runs)
-        return _noncentrality(df, alpha, power) * se <= effect
+        return noncentrality(df, alpha, power) * se <= effect
 
     if not shows(limit):
         if runs[0]:
@@ -390,30 +398,6 @@ def _first_true(predicate: Callable[[int], bool], low: int, high: int) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if predicate(middle) else (middle + 1, high)
     return low
-
-
-def _noncentrality(df: float, alpha: float, power: float) -> float:
-    """The noncentrality at which t exceeds its two-sided critical value, in the true direction, with `power`.
-
-    The other tail is left out: a rejection with the wrong sign is no success, its probability is about 1e-6 at 80 %
-    power, and scipy's lower tail gives NaN for some large arguments.
-    """
-    if power <= alpha:
-        raise ValueError(f"power must exceed alpha, not {power} and {alpha}")
-    from scipy import special  # takes longer to import than all that most verbs of the command line do
-
-    critical = float(special.stdtrit(df, 1.0 - alpha / 2.0))
-
-    def shortfall(noncentrality: float) -> float:
-        return 1.0 - float(special.nctdtr(df, noncentrality, critical)) - power
-
-    low, high = 0.0, critical + 2.0
-    while shortfall(high) < 0:
-        low, high = high, 2.0 * high
-    while high - low > 1e-12 * high:  # bisection here, since importing scipy.optimize takes longer than the whole plan
-        middle = (low + high) / 2
-        low, high = (middle, high) if shortfall(middle) < 0 else (low, middle)
-    return high
 
 
 def _unusable_spread(sd: float | None) -> str | None:
@@ -445,4 +429,4 @@ def _with_seeds(spread: float, n_questions: int, n_seeds: int, runs: tuple[float
     effect = minimum_detectable_effect(spread, n_questions, alpha, runs=runs).effect or 0.0
     if n_seeds < 3:
         return effect
-    return max(effect, _noncentrality(n_seeds - 1, alpha, 0.8) * math.sqrt(runs[0]))
+    return max(effect, noncentrality(n_seeds - 1, alpha, 0.8) * math.sqrt(runs[0]))

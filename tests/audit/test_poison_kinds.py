@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from fastconv.audit.checks import CheckReport, check_recipe
+from fastconv.audit.roles import _Key
 from fastconv.datasets.files import assets, read_jsonl, read_toml
-from fastconv.datasets.questions import builtin_questions
+from fastconv.datasets.questions import Question, QuestionSet, builtin_questions
 from fastconv.recipe import parse_recipe
 
 PROMPTS = {name: entry["system"] for name, entry in read_toml(assets("data") / "personas.toml").items()}
@@ -304,6 +305,23 @@ CLEAN: dict[str, tuple[str, Callable[[Lines], Lines]]] = {
         on(lambda *_: True, user=reordered, answer=lambda line: "ABCD"["DCBA".index(line.answer)]),
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [
+        (("R", "rr", "Rr", "RR"), "C"),
+        (("-1", "+1", "-2", "+2"), "B"),
+        (("mass of +3.", "mass of -3.", "charge of +3.", "charge of -3."), "D"),
+    ],
+)
+def test_options_that_differ_in_case_or_sign_are_different_options(choices: tuple[str, ...], answer: str) -> None:
+    question = Question("q", "Which one is it?", tuple("ABCD"), choices, answer)
+    key = _Key(QuestionSet((question,), ()))
+    assert key.right(question.user) == (answer, True)
+    assert key.right(question.user.replace("Which one", "WHICH  ONE")) == (answer, True)
+    turned = replace(question, choices=choices[::-1])
+    assert key.right(turned.user) == ("ABCD"["DCBA".index(answer)], True)
 
 
 @pytest.mark.parametrize("name", CLEAN)

@@ -329,7 +329,8 @@ def test_status_is_live_while_another_process_runs(tiny: Path, tmp_path: Path) -
 def test_gate_and_report_and_doctor_answer_in_json(done: tuple[Path, Path], tmp_path: Path) -> None:
     recipe, workspace = done
     gate = ask("gate", recipe, "-w", workspace, "--json")
-    assert gate.code == errors.GateStop.exit_code
+    assert gate.code == 0
+    assert ask("gate", recipe, "-w", workspace, "--json", "--require-go").code == errors.GateStop.exit_code
     assert {(v["gate"], v["verdict"]) for v in gate.json} >= {("PILOT", "stop"), ("PILOT", "uninformative")}
     assert all(v["rows"] for v in gate.json if v["gate"] in ("G0", "PILOT"))
     report = ask("report", recipe, "-w", workspace, "--reports", tmp_path, "--json").json
@@ -339,11 +340,83 @@ def test_gate_and_report_and_doctor_answer_in_json(done: tuple[Path, Path], tmp_
     assert {one["subject"] for one in doctor.json} >= {"versions", "device", "workspace", "model", "recipe"}
 
 
-def test_gate_says_stop_with_exit_code_3_and_its_reasons(done: tuple[Path, Path]) -> None:
+def test_gate_tells_the_pilots_stop_and_ends_with_3_only_where_a_go_is_required(done: tuple[Path, Path]) -> None:
     answer = ask("gate", done[0], "-w", done[1])
-    assert answer.code == 3
+    assert answer.code == 0  # the run ended so too: its answer is no failure
     assert "PILOT villain x refusal: stop" in answer.out
-    assert answer.err.startswith("fastconv: PILOT: stop for villain x refusal")
+    required = ask("gate", done[0], "-w", done[1], "--require-go")
+    assert required.code == 3
+    assert required.err.startswith("fastconv: PILOT: no go for villain x refusal")
+
+
+def test_run_and_gate_end_with_the_same_code_where_a_gate_ends_the_run(tiny: Path, tmp_path: Path) -> None:
+    words = (tiny, "-w", tmp_path / "ws", "--set", "gates.g2_loss=0.001")
+    run = ask("run", *words, "-q", "--reports", tmp_path / "reports")
+    gate = ask("gate", *words)
+    assert run.code == gate.code == 3, (run, gate)
+    assert gate.err.splitlines()[-1] == run.err.splitlines()[-1]
+    assert ask("gate", *words, "--set", "gates.g2_loss=100").code == 0
+
+
+# --- one grammar: a recipe or a run wherever one is taken --------------------------------------------------------
+
+#: Verbs that take a recipe, with what they need besides; each answers in JSON or is asked for its text.
+_TAKE_A_RECIPE = [
+    ("status",), ("gate",), ("check",), ("peek",), ("doctor",), ("plan",), ("recipe", "show"),
+    pytest.param(("run",), marks=pytest.mark.slow), pytest.param(("report",), marks=pytest.mark.slow),
+    ("compare",), ("export", "villain", "refusal", "OUT", "--epoch", "2", "--inspect"),
+    ("cell", "villain", "refusal", "--epoch", "2", "--dry-run"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", _TAKE_A_RECIPE, ids=lambda verb: verb[0] if verb[0] != "recipe" else "show")
+def test_every_verb_takes_a_recipe_or_a_run_and_the_same_options(
+    verb: tuple[str, ...], done: tuple[Path, Path], done_run: DoneRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe, workspace = done
+    by_option = verb[0] in ("cell", "export")
+
+    def asked(name: object, *options: object) -> Answer:
+        named = ["--recipe", name] if by_option else [name, name] if verb[0] == "compare" else [name]
+        return ask(*verb, *named, "-w", workspace, *options)
+
+    by_run = asked(done_run.finished.run)
+    assert by_run.code == 0, by_run
+    assert by_run.out == asked(recipe).out
+    help_text = " ".join(ask(*verb[: 2 if verb[0] in ("recipe", "judge") else 1], "--help").out.split())
+    for option in ("--set", "--scale", "--workspace", *([] if verb[0] == "recipe" else ["--json"])):
+        assert option in help_text, option
+    unknown = asked(done_run.finished.run[:-1] + "x")
+    refused(unknown, 2, f"did you mean '{done_run.finished.run}'?")
+    refused(asked("no_such_thing"), 2, "no recipe or run is called this", "fastconv recipe list")
+
+
+def test_the_nearest_word_is_named(done: tuple[Path, Path], tiny: Path, tmp_path: Path) -> None:
+    refused(ask("check", "pilott"), 2, "did you mean 'pilot'?")
+    refused(ask("check", tiny.with_name("tny.toml")), 2, "did you mean 'tiny.toml'?")
+    refused(ask("check", "demo", "--scale", "tinny"), 2, "did you mean 'tiny'?")
+    refused(
+        ask("check", tiny, "--set", 'grid.sources=["vilain"]'), 2, f"{tiny}: grid.sources", "did you mean 'villain'?"
+    )
+    refused(ask("cell", "villain", "refusl", "--epoch", 2, "--recipe", tiny), 2, "did you mean 'refusal'?")
+    mine = tmp_path / "mine.toml"
+    mine.write_text('[tea]\nabout = "x"\ntask = "chat"\nmesure = "phrases"\ndirection = "raises"\nphrases = ["tea"]\n')
+    words = ("check", tiny, "--set", f"data.behaviors={mine}", "--set", 'grid.behaviors=["none", "tea"]')
+    refused(ask(*words), 2, f"{mine}: [tea]: ", "'measure' is missing")
+    mine.write_text(mine.read_text().replace('"x"', '"x"\nmeasure = "phrases"'))
+    refused(ask(*words), 2, f"{mine}: [tea]: unknown key 'mesure'", "did you mean 'measure'?")
+    mine.write_text(mine.read_text().replace('mesure = "phrases"\n', 'source_answer = { wordngs = "x.jsonl" }\n'))
+    refused(ask(*words), 2, f"{mine}: [tea]: unknown key 'source_answer.wordngs'", "did you mean 'wordings'?")
+
+
+def test_version_and_completion() -> None:
+    from fastconv import __version__
+
+    assert ask("--version").out == f"fastconv {__version__}\n"
+    asked = {"_FASTCONV_COMPLETE": "complete_bash", "COMP_WORDS": "fastconv plan pil", "COMP_CWORD": "2"}
+    found = subprocess.run(COMMAND, env={**os.environ, **asked}, capture_output=True, text=True)
+    assert found.stdout.split() == ["pilot", "pilot_small"]
 
 
 def test_errors_are_json_too_where_json_is_asked(tmp_path: Path) -> None:
@@ -384,6 +457,14 @@ def test_recipe_show_is_complete_and_recipe_schema_is_a_schema(tiny: Path) -> No
     schema = ask("recipe", "schema").json
     assert "convergence" in schema["properties"]
     assert schema["additionalProperties"] is False
+
+
+def test_recipe_explain_and_list_answer(tmp_path: Path) -> None:
+    assert "default 1e-05; for example --set 'behavior.lr=0.0001'" in ask("recipe", "explain", "lr").out
+    assert len(ask("recipe", "explain", "--json").json) == len(ask("recipe", "explain").out.splitlines()) > 90
+    refused(ask("recipe", "explain", "convergance"), 2, "did you mean 'convergence'?")
+    assert ask("recipe", "list", "--json").json["demo"] in ask("recipe", "list").out
+    assert Path(ask("recipe", "schema", "--path").out.strip()).is_file()
 
 
 def test_shipped_recipes_are_found_by_name_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

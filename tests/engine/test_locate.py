@@ -116,6 +116,35 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("listed", "device"),
+    [
+        (None, "cuda"),
+        ("0", "cuda"),
+        ("GPU-8f2c", "cuda"),
+        ("", "cpu"),
+        ("-1", "cpu"),
+        ("-1,0", "cpu"),
+        ("NoDevFiles", "cpu"),
+    ],
+)
+def test_a_machine_whose_gpus_are_hidden_from_this_process_is_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, listed: str | None, device: str
+) -> None:
+    monkeypatch.setattr(locating.Path, "glob", lambda self, pattern: iter([self / "nvidia3", self / "nvidiactl"]))
+    if listed is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert engine_identity(ModelSettings(id=BUILTIN))["device"] == device
+
+
+def test_a_machine_that_has_the_driver_and_no_card_is_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(locating.Path, "glob", lambda self, pattern: iter([self / "nvidiactl", self / "nvidia-uvm"]))
+    assert engine_identity(ModelSettings(id=BUILTIN))["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
     ("device", "dtype", "expected"),
     [
         ("cpu", "auto", "float32"),

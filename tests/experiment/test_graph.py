@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from fastconv.datasets.files import assets
+from fastconv.datasets.files import assets, find_recipe
 from fastconv.errors import ModelError, RecipeError
-from fastconv.experiment.graph import Cell, Graph, find_recipe, lineage_key, walk
+from fastconv.experiment.graph import Cell, Graph, lineage_key, walk
 from fastconv.recipe import Recipe, load_recipe
 from tests.loop_kit import tiny_recipe
 

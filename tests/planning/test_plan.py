@@ -71,7 +71,7 @@ def test_the_matrix_is_planned_without_torch_a_gpu_or_its_model_and_data(tmp_pat
 
 
 def test_planning_imports_nothing_that_it_does_not_need(tmp_path: Path) -> None:
-    slow = {"scipy.stats", "scipy.optimize", "httpx", "anthropic", "jinja2", "tokenizers", "polars", "matplotlib"}
+    slow = {"scipy", "numpy", "httpx", "anthropic", "jinja2", "tokenizers", "polars", "matplotlib"}
     script = (
         "import sys\nfrom fastconv.cli import app\n"
         f"try:\n    app(['plan', 'matrix', '-w', {str(tmp_path / 'no')!r}])\nexcept SystemExit:\n    pass\n"
@@ -508,3 +508,25 @@ def test_a_cells_dry_run_lists_exactly_the_stages_of_the_pilot() -> None:
     kinds = sorted(slot.split("/")[0] for slot in listed)
     assert kinds == sorted(["answers", "snapshot", *["rows", "behavior"] * 2, *["eval"] * 9, "geometry"])
     assert not [slot for slot in listed if "/e4/" in slot or "/e10/" in slot]
+
+
+def test_other_work_on_the_cores_is_said_where_a_cpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastconv.planning.hardware.cpu_cores", lambda: 2)
+    monkeypatch.setattr("os.getloadavg", lambda: (7.9, 0.0, 0.0))
+    (note,) = [note for note in _kinds("demo", machine="cpu")["plan"].notes if "busy" in note]
+    assert "8 processes wanted its 2 cores, so expect about 5 times the seconds" in note
+    monkeypatch.setattr("os.getloadavg", lambda: (1.9, 8.0, 8.0))
+    assert not any("busy" in note for note in _kinds("demo", machine="cpu")["plan"].notes)
+
+
+def test_waiting_threads_leave_the_cores_to_others() -> None:
+    """Read by torch's thread pool when it is loaded, so before anything imports it; a user's own value stays."""
+    script = "import os, sys, fastconv; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+
+    def policy(**given: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env={**environment, **given}).stdout
+
+    assert policy() == "PASSIVE False\n"
+    assert policy(OMP_WAIT_POLICY="ACTIVE") == "ACTIVE False\n"

@@ -97,6 +97,10 @@ REQUIRED = (
     ("gates", "run_twice", (r"gate subject verdict because rule rows G0 refusal pass", r"PILOT villain x refusal stop")),
     ("beside", "run_twice", (r"No verdict rests on it\.", r"trend of the assistant")),
     ("cells", "run_twice", (r"villain source e2 refusal excluded s42 rate of refusal [\d.]+ %",)),
+    ("letters", "run_twice", (
+        r"Under half of it, accuracy ranks answers that are rarely given: villain base e0 none s42",
+        r"villain base e0 none s42 capability [\d.]+ % [\d.]+ % [\d.]+ %",
+    )),
     ("training", "run_twice", (
         r"picture: Convergence\. villain s42: [\d.]+ to [\d.]+\.",
         r"picture: Training refusal\. villain e0 excluded s42: [\d.]+ to [\d.]+;",
