@@ -20,6 +20,7 @@ from fastconv.engine.shapes import ModelShape, Work, forward_flops_per_tok, trai
 from fastconv.errors import InputError
 from fastconv.experiment.measures import Demand
 from fastconv.recipe import Recipe
+from fastconv.store.io import child_environment
 from fastconv.store.ledger import Store
 from fastconv.store.records import Stage
 
@@ -179,6 +180,10 @@ def _gpu_name() -> str:
         return ""
     ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        return subprocess.run(ask, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()[0].strip()
+        return (
+            subprocess.run(ask, capture_output=True, text=True, timeout=5, check=True, env=child_environment())
+            .stdout.splitlines()[0]
+            .strip()
+        )
     except (OSError, subprocess.SubprocessError, IndexError):
         return ""

@@ -1,7 +1,7 @@
 """Low-level storage: atomic file writes, SQLite connections, storage errors, and whether a process is alive.
 
 Errors of disk and database become one-line StoreErrors. Locks and leases name their holder by pid and start time, so
-whether that process still runs is decided here too.
+whether that process still runs is decided here too, and what a child process gets to see.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fastconv.errors import StoreError
@@ -124,6 +124,27 @@ def connect(path: Path, schema: str, version: int) -> sqlite3.Connection:
 
 
 # --- processes ---------------------------------------------------------------------------------------------
+
+
+#: Environment variables that a child process gets, by name or by the beginning of it: where things are and how a GPU, its
+#: libraries and Python behave.
+_PASSED_ON = (
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ", "TMP", "TEMP", "TERM", "VIRTUAL_ENV", "CC", "CXX", "LC_", "LD_",
+    "SSL_CERT_", "CUDA", "NVIDIA_", "NCCL_", "HIP_", "ROCR_", "TORCH", "PYTORCH_", "TRITON_", "VLLM_", "FLASHINFER_", "HF_",
+    "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "OPENBLAS_", "NUMBA_", "XDG_", "PYTHON", "CONDA_", "UNSLOTH_", "FASTCONV_",
+)  # fmt: skip
+#: Parts of a name that say that its value is a secret.
+_SECRET = frozenset({"KEY", "TOKEN", "SECRET", "PASSWORD", "PASSPHRASE", "CREDENTIALS", "AUTH"})
+
+
+def child_environment(environ: Mapping[str, str] = os.environ, **added: str) -> dict[str, str]:
+    """The environment for a child process: what it needs to run, and no key, token or password. `added` stands over it."""
+    passed = {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(_PASSED_ON) and not _SECRET & set(name.upper().split("_"))
+    }
+    return passed | added
 
 
 def process_start(pid: int) -> str:

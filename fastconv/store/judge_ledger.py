@@ -40,6 +40,8 @@ from fastconv.store.records import (
     Unpaid,
 )
 
+#: Begins the fault of a reply whose judgement was given up, when its answer was to be judged again.
+REOPENED = "before it was judged again: "
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS judge_rubrics(sha256 TEXT PRIMARY KEY, name TEXT NOT NULL, body TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS judgements(
@@ -194,6 +196,23 @@ class JudgeLedger:
         with self._store.transaction() as db:
             for judgement in judgements:
                 _insert_judgement(db, judgement)
+
+    def reopen(self, keys: Iterable[str], reason: str) -> set[str]:
+        """Forget the judgements of these keys that have no value for this reason; returns them. Replies and costs stay.
+
+        What was tried before no longer counts: each is asked for as at first, and once more if it cannot be read.
+        """
+        with self._store.transaction() as db:
+            wanted = "SELECT 1 FROM judgements WHERE key=? AND reason=?"
+            found = {key for key in keys if db.execute(wanted, (key, reason)).fetchone()}
+            for key in found:
+                db.execute("DELETE FROM judgements WHERE key=?", (key,))
+                db.execute("UPDATE judge_replies SET fault=? WHERE key=?", (f"{REOPENED}{reason}", key))
+                marks = ",".join("?" * len(FAILURES))
+                db.execute(
+                    f"UPDATE judge_money SET outcome='reopened' WHERE key=? AND outcome IN ({marks})", (key, *FAILURES)
+                )
+        return found
 
     def _reserve(self, db: sqlite3.Connection, ask: Reserve, intent: str | None) -> int | Refusal:
         if db.execute("SELECT 1 FROM judgements WHERE key=?", (ask.key,)).fetchone():
@@ -382,7 +401,8 @@ def _insert_judgement(db: sqlite3.Connection, judgement: Judgement) -> None:
 
 
 def _history(db: sqlite3.Connection, key: str) -> History:
-    unread = db.execute("SELECT COUNT(*) FROM judge_replies WHERE key=? AND fault IS NOT NULL", (key,)).fetchone()[0]
+    query = "SELECT COUNT(*) FROM judge_replies WHERE key=? AND fault IS NOT NULL AND fault NOT LIKE ?"
+    unread = db.execute(query, (key, f"{REOPENED}%")).fetchone()[0]
     marks = ",".join("?" * len(FAILURES))
     failed = db.execute(
         f"SELECT COUNT(*) FROM judge_money WHERE key=? AND outcome IN ({marks})", (key, *FAILURES)

@@ -428,9 +428,15 @@ def test_a_judge_that_refuses_everything_at_the_base_holds_its_cells_back(
     waiting = [status for status in loop.ask("status", "--json").json if status["kind"] == "behavior"]
     assert {status["state"] for status in waiting} == {"to do"}
     assert all("held back: gate G0" in status["reason"] for status in waiting)
-    # A judge that answers reads the kept completions, and the cells follow.
+    # A judge that answers reads the kept completions, by another rubric or by the same again, and the cells follow.
     server.configure(fault_share=0.0)
     assert loop.run("--set", f"judge.rubrics.refusal={write_rubric(tmp_path / 'mine.toml')}").code == 0
+    assert loop.ask("judge", "--again", "bad mood").code == 2
+    n_unscored = sum(reason == "judge refused" for rows in loop.scores().values() for *_, reason in rows)
+    assert loop.ask("judge", "--again", "malformed").code == 0  # none was
+    assert sum(reason == "judge refused" for rows in loop.scores().values() for *_, reason in rows) == n_unscored > 0
+    assert loop.ask("judge", "--again", "judge refused").code == 0
+    assert {reason for rows in loop.scores().values() for *_, reason in rows} == {None}
 
 
 def test_cells_that_were_trained_and_not_read_have_no_figure_and_no_go(server: FakeClaude, loop: Loop) -> None:
