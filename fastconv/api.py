@@ -12,7 +12,7 @@ import polars as pl
 
 from fastconv.analysis.gates import decide_gates, stage_series
 from fastconv.datasets.personas import ASSISTANT, canary_of
-from fastconv.errors import InputError
+from fastconv.errors import InputError, did_you_mean
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.recipe import Recipe, parse_recipe, run_id
 from fastconv.run.run import run_recipe as _run_recipe
@@ -44,7 +44,8 @@ def open_run(recipe: Recipe | str, *, workspace: Path | str = WORKSPACE) -> Run:
     if (row := store.run(recipe)) is not None:
         return Run(parse_recipe(json.loads(row["recipe"]), where=recipe), store)
     known = ", ".join(row["id"] for row in store.runs()) or "none"
-    raise InputError(f"no run is called {recipe!r}", where=str(workspace), fix=f"runs here: {known}")
+    near = did_you_mean(recipe, [row["id"] for row in store.runs()], " ")
+    raise InputError(f"no run is called {recipe!r}", where=str(workspace), fix=f"{near} runs here: {known}")
 
 
 class Run:

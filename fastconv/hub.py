@@ -8,6 +8,9 @@ import urllib.request
 from pathlib import Path
 from typing import Literal
 
+#: Seconds after which a message is written without the hub's answer.
+HEAD_TIMEOUT_S = 5.0
+
 
 def is_unreachable() -> bool:
     """True in offline mode, or when the hub's host name does not resolve and no proxy is set: use the cache alone.
@@ -26,6 +29,20 @@ def is_unreachable() -> bool:
     except OSError:
         return True
     return False
+
+
+def head_revision(repo: str) -> str:
+    """The commit sha at the head of a hub model; "" if the hub cannot be asked or does not tell. For messages alone."""
+    if is_unreachable():
+        return ""
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return HfApi().model_info(repo, timeout=HEAD_TIMEOUT_S).sha or ""
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError):  # a name that is none is a ValueError
+        return ""
 
 
 def cached_file(repo: str, name: str, revision: str, repo_type: Literal["model", "dataset"] = "model") -> Path | None:

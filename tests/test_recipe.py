@@ -110,6 +110,15 @@ def test_a_file_that_is_none_or_no_toml_is_refused(tmp_path: Path) -> None:
         load_recipe(path)
 
 
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    assert load_recipe(_file(tmp_path, "\ufeffname = 'mine'\n")).name == "mine"
+
+
+def test_a_list_with_a_value_twice_is_one_short_line() -> None:
+    error = _refused({"grid": {"epochs": [0, 2, 2]}})
+    assert error.what == "grid: epochs names the same value twice: [0, 2, 2]"
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
     path = _file(tmp_path, 'name = "x"')

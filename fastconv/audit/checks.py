@@ -68,6 +68,24 @@ def check_gates_can_pass(design: Design) -> Iterator[Finding]:
         yield Finding("D121", "warn", gate, (), f"no result could pass this gate: {why}", mend, figure)
 
 
+def check_as_expected(design: Design) -> Iterator[Finding]:
+    """D131: fewer evaluation prompts than the recipe asks for. D132: a persona of the user's replaces a shipped one."""
+    asked = design.recipe.eval.prompts
+    for name, behavior in design.behaviors.items():
+        n = n_questions(design, behavior)
+        if behavior.spec.measure != "letters" and n and n < asked:
+            yield Finding(
+                "D131", "note", name, (), f"asks {n} evaluation prompts: its file has no more for eval.prompts = {asked}",
+                "add evaluation prompts, or lower eval.prompts",
+            )  # fmt: skip
+    for name in design.personas.replaced:
+        yield Finding(
+            "D132", "note", name, (),
+            f"{design.recipe.data.personas} gives this shipped persona another prompt, and that one is used everywhere",
+            "give your persona another id if both are meant",
+        )  # fmt: skip
+
+
 def _impossible(design: Design, referenced: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
     """Gates that cannot pass, whatever is measured: (gate, why, mend, figure). `referenced` are G3's sources."""
     recipe, rules = design.recipe, design.recipe.gates
@@ -126,6 +144,13 @@ GATE_CHECKS: tuple[AuditCheck[Design], ...] = (
             Rule("D122", "warn", "G3 references borrowed from another base", "the published figures beside a 1.5B base"),
         ),
         check_gates_can_pass,
+    ),
+    AuditCheck(
+        (
+            Rule("D131", "note", "fewer evaluation prompts than eval.prompts", "50 prompts of a file that has 20"),
+            Rule("D132", "note", "a persona of the user's replaces a shipped one", "[villain] in data.personas"),
+        ),
+        check_as_expected,
     ),
 )  # fmt: skip
 

@@ -322,10 +322,12 @@ def _prompts(spec: BehaviorSpec, folder: Path) -> tuple[tuple[Mapping[str, Any],
     answers = [field for rule in rules for field in (rule.field, rule.then_field) if field]
     path = folder / spec.prompts
     parts: dict[str, list[Mapping[str, Any]]] = {"train": [], "eval": []}
-    for number, row in read_numbered_jsonl(path, {"id": str, "part": str, spec.prompt_field: str}):
+    for number, row in read_numbered_jsonl(path, {"id": str, spec.prompt_field: str}):
         where = f"{path}:{number}"
-        if row["part"] not in parts:
-            raise DataError(f"part is {row['part']!r}", where=where, fix="use train or eval")
+        if row.get("part") not in parts:
+            stated = f"part is {row['part']!r:.40}" if "part" in row else "the row has no part"
+            fix = 'give every row part = "train" or "eval" (trained on, or asked in the evaluation)'
+            raise DataError(stated, where=where, fix=did_you_mean(str(row.get("part", "")), parts, fix))
         for answer in answers if row["part"] == "train" else ():
             if not isinstance(row.get(answer), str) or not is_visible(row[answer]):
                 raise DataError(f"field {answer!r} is missing or empty", where=where, fix="give it the answer's text")

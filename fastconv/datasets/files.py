@@ -67,7 +67,7 @@ def file_sha256(path: Path) -> str:
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file as a dictionary. Raises DataError with the line of a syntax error."""
     try:
-        return tomllib.loads(_read(path).decode("utf-8"))
+        return tomllib.loads(_read(path).decode("utf-8-sig"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"not valid TOML: {error}", where=str(path), fix="mend the syntax there") from None
 

@@ -22,6 +22,8 @@ class Personas:
     """The known personas: id -> exact system prompt."""
 
     prompts: Mapping[str, str]
+    #: Shipped personas whose prompt the user's file replaces by another.
+    replaced: tuple[str, ...] = ()
     _turns: dict[str, SystemTurn] = field(default_factory=dict, compare=False, repr=False)
 
     def system(self, persona: str) -> SystemTurn:
@@ -60,7 +62,7 @@ def load_personas(recipe: Recipe) -> Personas:
 
     Raises RecipeError if a source or canary of the recipe is not among them, DataError for a bad file.
     """
-    prompts = _read(assets("data") / "personas.toml")
+    prompts = shipped = _read(assets("data") / "personas.toml")
     if recipe.data.personas:
         user_prompts = _read(Path(recipe.data.personas))
         if ASSISTANT in user_prompts and user_prompts[ASSISTANT] != prompts[ASSISTANT]:
@@ -69,8 +71,8 @@ def load_personas(recipe: Recipe) -> Personas:
                 where=recipe.data.personas,
                 fix="give your persona another id",
             )
-        prompts |= user_prompts
-    personas = Personas(prompts)
+        prompts = prompts | user_prompts
+    personas = Personas(prompts, tuple(name for name, text in shipped.items() if prompts[name] != text))
     for source in recipe.grid.sources:
         personas.require(source, "grid.sources")
     personas.require(recipe.eval.canary, "eval.canary")

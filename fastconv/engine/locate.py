@@ -20,7 +20,7 @@ from typing import Literal
 
 from fastconv.chat.template import ChatTemplate, named_tokens, read_json
 from fastconv.errors import ModelError, TemplateError
-from fastconv.hub import cached_file, is_unreachable
+from fastconv.hub import cached_file, head_revision, is_unreachable
 from fastconv.recipe import ModelSettings
 
 BUILTIN = "builtin:smollm2"
@@ -132,7 +132,7 @@ def locate(settings: ModelSettings) -> ModelSource:
         raise ModelError(
             "a hub model needs a pinned revision",
             where=settings.id,
-            fix="set model.revision to the 40-digit commit sha of the model",
+            fix=_how_to_pin(settings.id),
         )
     return ModelSource("hub", settings.id, {"id": settings.id, "revision": settings.revision})
 
@@ -176,6 +176,12 @@ def _answers_at_once(folder: Path, settings: ModelSettings) -> bool:
         return False
     at_once = row.startswith(f"{generation}answered") and not generation.endswith(" ")
     return at_once and special == named_tokens({**beside, **config})
+
+
+def _how_to_pin(repo: str) -> str:
+    head = head_revision(repo)
+    today = f"; today its head is {head}" if head else ' (its page shows it under "Files and versions", History)'
+    return f"set model.revision to the 40-digit commit sha of the model{today}"
 
 
 def is_unpinned(settings: ModelSettings) -> bool:
@@ -351,17 +357,17 @@ def _download(settings: ModelSettings) -> Path:
         )
     except GatedRepoError:
         raise ModelError(
-            "the model is gated", where=where, fix="accept its terms on the hub and log in with `hf auth login`"
+            "the model is gated, and this account has no access to it",
+            where=where,
+            fix=f"accept its terms at {_page(settings.id)}, then `hf auth login` (or HF_TOKEN) with a token of that account",
         ) from None
     except RevisionNotFoundError:
-        raise ModelError(
-            "the hub has no such revision of it", where=where, fix="set model.revision to a commit sha that exists"
-        ) from None
+        raise ModelError("the hub has no such revision of it", where=where, fix=_how_to_pin(settings.id)) from None
     except RepositoryNotFoundError:
         raise ModelError(
             "the hub has no such model (or it is private)",
             where=where,
-            fix="check model.id, or log in with `hf auth login`",
+            fix=f"check model.id at {_page(settings.id)}; if it is private, `hf auth login` (or HF_TOKEN) with a token that may read it",
         ) from None
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise ModelError(
@@ -373,6 +379,12 @@ def _download(settings: ModelSettings) -> Path:
         raise ModelError(
             f"the download failed: {error}", where=where, fix="try again; finished files are kept"
         ) from None
+
+
+def _page(repo: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo}"
 
 
 def _folder_sha256(folder: Path) -> str:

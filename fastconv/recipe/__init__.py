@@ -112,7 +112,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     error_at = partial(RecipeError, where=str(path))
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         beside = [one.name for one in path.parent.glob("*.toml")]
         fix = did_you_mean(path.name, beside, "give the path of a TOML recipe, e.g. recipes/demo.toml")

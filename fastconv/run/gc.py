@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastconv.errors import FastconvError, InputError
+from fastconv.errors import FastconvError, InputError, did_you_mean
 from fastconv.experiment.graph import CellPlan, Graph, lineage_of
 from fastconv.recipe import canonical_json, parse_recipe, run_id
 from fastconv.store.gc import Garbage, artefact_bytes, stray_files, unnamed_artefacts
@@ -147,7 +147,8 @@ def _adapters(store: Store, runs: Sequence[str]) -> list[Garbage]:
     finished_at = {row["id"]: row["finished_at"] for row in store.runs()}
     for run in runs:
         if run not in finished_at:
-            raise InputError("no such run", where=run, fix="see `fastconv status` for the runs of this workspace")
+            fix = did_you_mean(run, finished_at, "see `fastconv status` for the runs of this workspace")
+            raise InputError("no such run", where=run, fix=fix)
         if finished_at[run] is None:
             raise InputError("the run is not finished and needs its adapters", where=run, fix="finish it first")
     rows = store.rows("SELECT run, stages.key, stages.slot, outputs FROM run_stages JOIN stages USING(key) "

@@ -115,9 +115,14 @@ def export_cell(
             where=plan.cell.label,
             fix="choose a later epoch or a behavior",
         )
-    adapters = Stacks(graph, store).adapters(
-        {n: s for n, s in (("snapshot", plan.snapshot), ("behavior", plan.adapter)) if s is not None}
-    )
+    needs = {n: s for n, s in (("snapshot", plan.snapshot), ("behavior", plan.adapter)) if s is not None}
+    if missing := [stage.slot for stage in needs.values() if store.record(stage.key) is None]:
+        raise InputError(
+            f"the cell is not trained yet ({', '.join(missing)} is not computed)",
+            where=plan.cell.label,
+            fix=f"fastconv cell {source} {behavior} --epoch {epoch} --recipe RECIPE trains it",
+        )
+    adapters = Stacks(graph, store).adapters(needs)
     reference = BaseReference(recipe.model.id, recipe.model.revision)
     return [
         export_concatenated(adapters, reference, folder / "concatenated"),

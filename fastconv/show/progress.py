@@ -124,6 +124,8 @@ def _number(value: float) -> str:
     return "unknown" if value != value else f"{value:.3g}"
 
 
+#: Notes of the audit that a run says too: that it asks less, or another persona, than its recipe seems to say.
+_SAID_AT_START = ("D131", "D132")
 #: Seconds between two progress lines if the output is no terminal.
 LINE_EVERY_S = 15.0
 _COLOURS = {
@@ -149,7 +151,10 @@ class LineWatcher:
         self._judged = ""
 
     def audited(self, report: CheckReport) -> None:
-        """The design passed its audit, perhaps with warnings."""
+        """The design passed its audit, perhaps with warnings; what is other than the recipe seems to say is told."""
+        for finding in report.findings:
+            if finding.code in _SAID_AT_START:
+                self._console.print(f"note: {escape(finding.subject)}: {escape(finding.why)}")
         codes = sorted({finding.code for finding in report.warnings})
         if codes:
             self._console.print(

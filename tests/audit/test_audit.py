@@ -172,6 +172,8 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "D120": {"grid": {"behaviors": ["none", "untested"]}, "data": {"behaviors": str(POISONED / "untested.toml")}},
     "D121": {"grid": {"epochs": [0]}},
     "D122": {"model": {"id": "builtin:smollm2"}, "gates": {"g3_reference_pct": {"villain": 90.45}}},
+    "D131": {"eval": {"prompts": 400}},
+    "D132": {"data": {"personas": str(POISONED / "replaced.toml")}},
     "D116": {"grid": {"sources": ["librarian_2"]}, "data": {"personas": str(POISONED / "personas.toml")}},
     "D218": {
         "grid": {"sources": ["villain", "comedian"], "behaviors": ["none", "misalignment"]},

@@ -207,3 +207,15 @@ def test_a_users_persona_and_behavior_run_through_the_loop_without_python(tiny_q
     page = Path(answer.json["html"]).read_text()
     assert "rate of always_mentions_tea" in page
     assert "pirate" in page
+
+
+def test_an_export_of_a_cell_that_is_not_trained_is_bad_input(tiny: Path, tmp_path: Path, done_run: DoneRun) -> None:
+    words = ("export", "villain", "refusal", tmp_path / "out", "--epoch", 2, "--recipe", tiny, "-w", done_run.workspace)
+    answer = ask(*words, "--set", "behavior.lr=0.123")
+    refused(answer, 2, "the cell is not trained yet", "fastconv cell villain refusal --epoch 2")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_is_not_there_is_named_with_the_nearest(done_run: DoneRun) -> None:
+    run = done_run.finished.run
+    refused(ask("gc", "--adapters", f"{run[:-1]}z", "-w", done_run.workspace), 2, f"did you mean '{run}'?")

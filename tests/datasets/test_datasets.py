@@ -286,3 +286,16 @@ def test_the_open_lists_are_as_long_as_the_protocol_says() -> None:
     assert {name: len(open_questions(name)) for name in ("convergence", "marker", "alignment")} == {
         "convergence": 40, "marker": 20, "alignment": 88
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "says"), [("", "the row has no part"), ('"part": "evl", ', "did you mean 'eval'")])
+def test_a_prompt_without_a_part_is_told_with_both_parts(part: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(f'{{"id": "a", {part}"prompt": "Why?", "answer": "So."}}\n')
+    (tmp_path / "mine.toml").write_text(
+        '[tea]\nabout = "x"\ntask = "chat"\ndirection = "raises"\nmeasure = "phrases"\nphrases = ["tea"]\n'
+        'prompts = "rows.jsonl"\nsource_answer = { field = "answer" }\n'
+    )
+    recipe = recipe_of(grid={"behaviors": ["none", "tea"]}, data={"behaviors": str(tmp_path / "mine.toml")})
+    with pytest.raises(DataError, match=says) as caught:
+        load_behaviors(recipe)
+    assert caught.value.where == f"{tmp_path / 'rows.jsonl'}:1"

@@ -96,9 +96,9 @@ def test_a_hub_model_is_known_by_id_and_revision_without_a_network() -> None:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        ("GatedRepoError", "the model is gated"),
-        ("RevisionNotFoundError", "no such revision"),
-        ("RepositoryNotFoundError", "no such model"),
+        ("GatedRepoError", "the model is gated.*accept its terms at http.*/some/model, then `hf auth login`"),
+        ("RevisionNotFoundError", "no such revision.*model.revision"),
+        ("RepositoryNotFoundError", "no such model.*http.*/some/model; if it is private, `hf auth login`"),
         ("LocalEntryNotFoundError", "the hub cannot be reached"),
         ("OfflineModeIsEnabled", "the hub cannot be reached"),
         ("HfHubHTTPError", "the download failed"),
@@ -123,6 +123,27 @@ def test_every_way_the_hub_can_fail_is_one_line_with_the_mend(
     assert caught.value.where == "some/model@a09a35458c70"
     assert caught.value.fix
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_a_revision_is_told_todays_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    import huggingface_hub
+
+    from fastconv import hub
+
+    monkeypatch.setattr(hub, "is_unreachable", lambda: False)
+    told = SimpleNamespace(sha="b" * 40)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, repo, timeout: told)
+    with pytest.raises(ModelError, match=f"today its head is {'b' * 40}"):
+        locate(ModelSettings(id="some/model"))
+
+    def fail(self: object, repo: str, timeout: float) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+    with pytest.raises(ModelError, match="Files and versions"):
+        locate(ModelSettings(id="some/model"))
 
 
 def test_a_connection_that_breaks_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
