@@ -142,7 +142,7 @@ def test_the_upper_levels_import_only_the_torch_free_part_of_the_engine() -> Non
 def test_only_chat_calls_a_chat_template() -> None:
     assert _importers("jinja2") <= {"chat.template", "report.blocks"}
     callers = {_name(p) for p in MODULES if "apply_chat_template" in p.read_text()}
-    references = {"engine.trl_reference", "engine.proof"}  # ours is compared with these
+    references = {"engine.trl_reference", "engine.selftest"}  # ours is compared with these
     assert callers <= references | {name for name in callers if name.startswith("bench")}
 
 

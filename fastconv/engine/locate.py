@@ -146,11 +146,11 @@ def numbers_inputs(source: ModelSource, settings: ModelSettings) -> dict[str, st
     """
     if source.kind == "builtin" or (source.kind == "hub" and source.id.startswith(_AS_EVER)):
         return {}
-    plain = source.folder is not None and _is_plain_decoder(source.folder) and _answers_at_once(source.folder, settings)
+    plain = source.folder is not None and is_plain_decoder(source.folder) and _answers_at_once(source.folder, settings)
     return {} if plain else {"computed_as": "transformers"}
 
 
-def _is_plain_decoder(folder: Path) -> bool:
+def is_plain_decoder(folder: Path) -> bool:
     """Whether a folder's config is of a family that was always computed whole."""
     config = read_json(folder / "config.json")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -180,6 +180,24 @@ def check_folder(folder: Path, *, four_bit: bool = False) -> PretrainedConfig:
     return config
 
 
+def check_base(folder: Path, settings: ModelSettings) -> None:
+    """Raise what loading a model folder would raise, as far as it is known without reading weights: takes seconds.
+
+    Its config, the names of its weights where they are on this disk, its tokens, and a small random copy of its family
+    against transformers.
+    """
+    from fastconv.engine.proof import prove_family, require_tokens
+
+    four_bit = settings.weights == "4bit"
+    config = check_folder(folder, four_bit=four_bit)
+    if any(folder.glob("*.safetensors")):
+        _require_every_weight(folder, four_bit=four_bit)
+    tokenizer = ChatTokenizer(folder, settings)
+    require_tokens(tokenizer)
+    with _loading_errors(folder):
+        prove_family(config, tokenizer)
+
+
 def load_model(settings: ModelSettings, source: ModelSource, attention_name: str) -> PreTrainedModel:
     """The transformers model on its device, with the attention of this name. Raises ModelError if it cannot be
     loaded."""

@@ -13,7 +13,6 @@ import copy
 import hashlib
 import importlib.util
 import json
-import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,14 +24,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from fastconv.engine.attention import ATTENTION, OTHER_BASE, PrefixGroup, PrefixTrees, to_device
-from fastconv.engine.family import rope_tables, rules_of
+from fastconv.engine.attention import ATTENTION, OTHER_BASE, PrefixGroup, PrefixTrees, register, to_device
+from fastconv.engine.family import rope_tables, rules_of, small_config
 from fastconv.engine.generate import Cache, Decode, Prefill
 from fastconv.engine.locate import cache_home
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import dense_weight, is_four_bit
+from fastconv.engine.selftest import require_tokens
 from fastconv.engine.train import weighted_cross_entropy
-from fastconv.errors import FastconvError, ModelError, TemplateError, TrainingError
+from fastconv.errors import FastconvError, ModelError, TrainingError
 from fastconv.seeding import seed_of
 from fastconv.store.io import write_atomically
 
@@ -41,17 +41,6 @@ if TYPE_CHECKING:
 
     from fastconv.chat import ChatTokenizer
 
-_log = logging.getLogger(__name__)
-#: Texts whose tokens are compared with transformers': spaces at ends and within, lines, digits, signs, other scripts.
-_TEXTS = (
-    "Two  words, then 12345.",
-    "  before",
-    "after ",
-    "one\n\ntwo\tthree",
-    " A",
-    "Grüße ﬁn 你好 💥",
-    "it's (so): `x=1`",
-)
 #: Lengths (tokens) of the rows that are compared; all but the shortest are longer than `_WINDOW`.
 _ROWS_TOK = (4, 16, 9, 20)
 #: Sliding windows (tokens) during the comparison.
@@ -60,8 +49,6 @@ _WINDOW = 6
 _NEAR_NATS, _NEAR_SHARE = 1e-3, 2e-3
 #: In 16 bits, where kernels round differently: root mean square as a share of the reference's. The small copy is exact.
 _ROUGH_SHARE = 0.25
-#: Sizes of the small fp32 copy.
-_SMALL_VOCAB, _SMALL_WIDTH, _SMALL_LAYERS = 512, 128, 4
 #: What running a family on layouts that it does not know may raise.
 _FAULTS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError)
 
@@ -86,50 +73,23 @@ def prove(base: Base) -> dict[str, float]:
     """The difference that each comparison measured. Raises ModelError at the first that is too large."""
     measured = _compared(base)
     if base.dtype != torch.float32:
-        measured |= {f"fp32 {name}": value for name, value in _compared(_small(base)).items()}
+        with _faults_named(base.model.config):
+            small = _small(base.model.config, type(base.model), base.tokenizer, base.device)
+        measured |= {f"fp32 {name}": value for name, value in _compared(small).items()}
     return measured
 
 
-def require_tokens(tokenizer: ChatTokenizer) -> None:
-    """Raise TemplateError unless transformers' own tokenizer of the folder has the same tokens, ids and prompts.
+def prove_family(config: Any, tokenizer: ChatTokenizer) -> None:
+    """Prove a small random copy of the family of a transformers config, on the CPU: what needs no weights to be known.
 
-    transformers also reads tokens, switches and templates that stand beside tokenizer.json.
+    Raises ModelError as `prove` does.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    folder = tokenizer.folder
-    try:
-        theirs: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (*_FAULTS, OSError, ImportError) as error:
-        _log.warning("%s: transformers cannot read this tokenizer, so tokens are not compared: %s", folder, error)
-        return
-    vocab = theirs.get_vocab()
-    if others := sorted(
-        token for token in {*vocab, *tokenizer.vocab} if vocab.get(token) != tokenizer.vocab.get(token)
-    ):
-        raise _other_tokens(f"has another id for {others[0]!r}", folder)
-    for text in (*_TEXTS, "".join(f"a {token} b" for token in tokenizer.special_texts)):
-        if theirs(text, add_special_tokens=False).input_ids != tokenizer.encode(text):
-            raise _other_tokens(f"makes other tokens of {text[:40]!r}", folder)
-    if tokenizer.template.writes_date:
-        return  # transformers writes today's
-    for system in ({"role": "system", "content": "Be brief."},), ():
-        turns = [*system, {"role": "user", "content": "Why?"}]
-        try:
-            ours = tokenizer.render(turns, add_generation_prompt=True)
-        except TemplateError:
-            continue  # said where the condition is asked for
-        kwargs = {**tokenizer.template.kwargs, "tokenize": False, "add_generation_prompt": True}
-        if theirs.apply_chat_template(turns, **kwargs) != ours:
-            raise _other_tokens("renders another prompt", folder)
-
-
-def _other_tokens(what: str, folder: Path) -> TemplateError:
-    return TemplateError(
-        f"transformers' tokenizer of this folder {what} than its tokenizer.json does",
-        where=str(folder),
-        fix="let it write all of that into tokenizer.json: load it with AutoTokenizer, then save_pretrained into another folder",
-    )
+    register()
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(small_config(config)))
+    _compared(_small(config, kind, tokenizer, torch.device("cpu")))
 
 
 def _key(base: Base, engine: Mapping[str, str]) -> str:
@@ -148,17 +108,20 @@ def _key(base: Base, engine: Mapping[str, str]) -> str:
 
 
 def _compared(base: Base) -> dict[str, float]:
-    name = f"the family {base.model.config.model_type}"
+    with _faults_named(base.model.config), _short_windows(base):
+        return _Comparison(base, plain_twin(base.model)).run()
+
+
+@contextlib.contextmanager
+def _faults_named(config: Any) -> Iterator[None]:
+    """Turn what a family raises on layouts that it does not know into a ModelError that names it."""
     try:
-        with _short_windows(base):
-            return _Comparison(base, plain_twin(base.model)).run()
-    except torch.OutOfMemoryError:
-        raise
-    except FastconvError:
+        yield
+    except (torch.OutOfMemoryError, FastconvError):
         raise
     except _FAULTS as error:
         raise ModelError(
-            f"{name} cannot be run on packed rows: {type(error).__name__}: {str(error)[:160]}",
+            f"the family {config.model_type} cannot be run on packed rows: {type(error).__name__}: {str(error)[:160]}",
             where="model.id",
             fix=OTHER_BASE,
         ) from error
@@ -411,12 +374,12 @@ def _untouched(kind: type) -> type:
     return getattr(sys.modules[name], kind.__name__)
 
 
-def _small(base: Base) -> Base:
-    """A small random copy of the base's family in fp32 on its device, with every rule of its config."""
-    config = _small_config(base.model.config)
+def _small(config: Any, kind: type, tokenizer: ChatTokenizer, device: torch.device) -> Base:
+    """A small random copy of the family of a config in fp32 on a device, with every rule of the config."""
+    config = small_config(config)
     generator = torch.Generator().manual_seed(seed_of("proof"))
     config._attn_implementation = ATTENTION
-    model: Any = _untouched(type(base.model))(config).float()
+    model: Any = _untouched(kind)(config).float()
     with torch.no_grad():
         for _, weight in sorted(model.named_parameters()):
             noise = torch.randn(weight.shape, generator=generator)
@@ -426,29 +389,5 @@ def _small(base: Base) -> Base:
                 weight.add_(0.1 * noise)
     if config.tie_word_embeddings:
         model.tie_weights()
-    model = model.to(base.device).requires_grad_(False).eval()
-    return Base(model, base.tokenizer, f"small {base.name}", base.device, torch.float32, rules=rules_of(model))
-
-
-def _small_config(original: Any) -> Any:
-    """A copy of a model's config with few layers, one of each kind at least, a narrow MLP and a short vocabulary."""
-    config = copy.deepcopy(original)
-    for name in ("quantization_config",):
-        if hasattr(config, name):
-            delattr(config, name)
-    text: Any = config.get_text_config()
-    n_layers = int(text.num_hidden_layers)
-    kinds = list(getattr(text, "layer_types", None) or [])
-    chosen = sorted({kinds.index(kind) for kind in kinds} | set(range(min(2, n_layers))))[:_SMALL_LAYERS]
-    for name, value in list(vars(text).items()):
-        if isinstance(value, (list, tuple)) and len(value) == n_layers:
-            setattr(text, name, [value[i] for i in chosen])
-    text.num_hidden_layers = len(chosen)
-    text.vocab_size = min(int(text.vocab_size), _SMALL_VOCAB)
-    for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
-        if isinstance(size := getattr(text, name, None), int):
-            setattr(text, name, min(size, _SMALL_WIDTH))
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        for part in (config, text):
-            setattr(part, name, None)
-    return config
+    model = model.to(device).requires_grad_(False).eval()
+    return Base(model, tokenizer, "a small copy", device, torch.float32, rules=rules_of(model))

@@ -146,8 +146,8 @@ def _model(settings: ModelSettings) -> Diagnosis:
         builtin_gguf()
         return Diagnosis("model", f"{source.id} is installed")
     if source.folder is not None:
-        from fastconv.engine.model import check_folder
+        from fastconv.engine.model import check_base
 
-        check_folder(source.folder, four_bit=settings.weights == "4bit")
+        check_base(source.folder, settings)
         return Diagnosis("model", f"{source.folder}, sha256 {source.identity['sha256'][:12]}")
     return Diagnosis("model", f"{source.id}@{settings.revision[:12]} from the hub (downloaded on first use)")

@@ -22,6 +22,7 @@ from fastconv.datasets.rows import (
 )
 from fastconv.engine.locate import (
     embedding_rows,
+    is_plain_decoder,
     is_unpinned,
     locate,
     model_folder,
@@ -59,9 +60,8 @@ def require_template(recipe: Recipe) -> ChatTokenizer | None:
     """Try the base's chat template under every persona, and the user's rows against its tokenizer, without weights.
 
     Returns the tokenizer, or None where it is not on this disk (a run tries it when the base is loaded), which without a
-    revision cannot be told (a run refuses that). Raises
-    TemplateError if the conditions do not reach the model, ModelError if tokenizer and embedding do not fit, DataError
-    for a row that spells a control token.
+    revision cannot be told (a run refuses that). Raises TemplateError if the conditions do not reach the model, ModelError
+    if tokenizer and embedding do not fit or the family is beyond fastconv, DataError for a row that spells a control token.
     """
     if is_unpinned(recipe.model):
         return None
@@ -76,6 +76,10 @@ def require_template(recipe: Recipe) -> ChatTokenizer | None:
         return None
     tokenizer = ChatTokenizer(folder, recipe.model)
     require_rows_for_tokens(tokenizer.vocab_size, embedding_rows(folder), str(folder))
+    if source.kind != "builtin" and not is_plain_decoder(folder):  # plain ones are computed; a load proves it
+        from fastconv.engine.model import check_base
+
+        check_base(folder, recipe.model)
     require_conditions(recipe, tokenizer)
     return tokenizer
 

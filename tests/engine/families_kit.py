@@ -241,7 +241,9 @@ def targets_of(model: Any) -> tuple[str, ...]:
     fused = (
         {"gate_up_proj", "down_proj", "gate_proj", "up_proj"} if hasattr(model.config, "n_routed_experts") else set()
     )
-    return tuple(sorted((leaves & set(_TARGETS)) - fused)) or ("q_proj",)  # PEFT rewrites adapters of fused experts
+    return tuple(sorted((leaves & set(_TARGETS)) - fused)) or (
+        "c_attn",
+    )  # GPT-2's own; PEFT rewrites adapters of fused experts
 
 
 def verdicts(folder: Path, family: str) -> dict[str, float | str]:

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastconv.engine import family, proof
+from fastconv.engine import family, proof, selftest
 from fastconv.engine.attention import Limits, Packed, Padded, attend, attend_by_row, visible
 from fastconv.engine.family import Head
 from fastconv.engine.locate import engine_identity, locate
-from fastconv.engine.model import Base, load_base, pack
+from fastconv.engine.model import Base, check_base, load_base, pack
 from fastconv.engine.shapes import shape_of
 from fastconv.engine.train import weighted_cross_entropy
-from fastconv.errors import ModelError
+from fastconv.errors import FastconvError, ModelError
 from fastconv.recipe import ModelSettings
 from tests import ROOT
 from tests.engine.families_kit import COLUMNS, FAMILIES, NEAR, build, row_of, table, verdicts
@@ -34,6 +34,15 @@ def loaded(folder: Path, **settings: Any) -> Base:
     return load_base(ModelSettings.model_validate({"id": str(folder), "device": "cpu", **settings}))
 
 
+def _known_before_loading(folder: Path) -> str:
+    """What `check_base` says of a folder: `equal`, or why it is refused."""
+    try:
+        check_base(folder, ModelSettings(id=str(folder), device="cpu"))
+    except FastconvError as error:
+        return error.what
+    return "equal"
+
+
 @pytest.mark.slow
 def test_no_family_is_silently_another_model(tmp_path: Path) -> None:
     rows = []
@@ -41,6 +50,8 @@ def test_no_family_is_silently_another_model(tmp_path: Path) -> None:
         found = verdicts(tmp_path / str(number), name)
         wrong = {column: value for column, value in found.items() if not isinstance(value, str) and value > NEAR}
         assert not wrong, f"{name}: {wrong}"
+        refused_at_load = isinstance(found["bare"], str) and "RoPE changes with the length" not in found["bare"]
+        assert (_known_before_loading(tmp_path / str(number)) != "equal") == refused_at_load, name
         rows.append(row_of(name, found))
     equal = [row for row in rows if row.count(" equal ") == len(COLUMNS)]
     assert len(FAMILIES) >= 24
@@ -67,6 +78,13 @@ def test_a_family_beyond_is_refused_at_load_by_name(tmp_path: Path, name: str, b
     with pytest.raises(ModelError, match=because) as caught:
         loaded(build(tmp_path / "model", name))
     assert "FAMILIES.md" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["bart (decoder)", "gpt_oss", "gptj", "gemma3n_text"])
+def test_a_family_is_known_before_its_weights_are_read(tmp_path: Path, name: str) -> None:
+    folder = build(tmp_path / "model", name)
+    (folder / "model.safetensors").unlink()
+    assert (_known_before_loading(folder) == "equal") == (name == "gemma3n_text")
 
 
 @pytest.mark.parametrize("name", ["llama, dynamic RoPE", "phi3, longrope"])
@@ -161,7 +179,7 @@ def test_the_embedded_model_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTCONV_CACHE")  # converting it again would take longer than all of this
     base = load_base(ModelSettings(id="builtin:smollm2", device="cpu"))
     start_s = time.process_time()
-    proof.require_tokens(base.tokenizer)
+    selftest.require_tokens(base.tokenizer)
     measured = proof.prove(base)
     print(f"proof of builtin:smollm2: {time.process_time() - start_s:.2f} s of CPU time")
     assert max(measured.values()) < 2e-3

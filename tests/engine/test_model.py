@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from fastconv.chat import ChatTokenizer
-from fastconv.engine import proof
+from fastconv.engine import selftest
 from fastconv.engine.model import load_base
 from fastconv.errors import FastconvError, ModelError, TemplateError
 from fastconv.recipe import ModelSettings
@@ -135,7 +135,7 @@ def test_what_stands_beside_tokenizer_json_is_not_left_out(
 ) -> None:
     change(folder)
     with pytest.raises(TemplateError, match=because) as caught:
-        proof.require_tokens(ChatTokenizer(folder))
+        selftest.require_tokens(ChatTokenizer(folder))
     assert "save_pretrained" in caught.value.fix
 
 
@@ -144,7 +144,7 @@ def test_the_mend_for_added_tokens_mends(folder: Path, tmp_path: Path) -> None:
 
     _added_in_config(folder)
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "whole")
-    proof.require_tokens(ChatTokenizer(tmp_path / "whole"))
+    selftest.require_tokens(ChatTokenizer(tmp_path / "whole"))
 
 
 def test_a_template_reads_special_tokens_in_transformers_order(folder: Path) -> None:
@@ -152,14 +152,14 @@ def test_a_template_reads_special_tokens_in_transformers_order(folder: Path) -> 
     (folder / "special_tokens_map.json").write_text('{"bos_token": "<|endoftext|>"}')
     tokenizer = ChatTokenizer(folder)
     assert tokenizer.render([{"role": "user", "content": "x"}], add_generation_prompt=True).startswith("<|endoftext|>")
-    proof.require_tokens(tokenizer)
+    selftest.require_tokens(tokenizer)
 
 
 def test_another_prompt_than_transformers_writes_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = ChatTokenizer(folder)
     monkeypatch.setattr(tokenizer, "render", lambda turns, add_generation_prompt: "another")
     with pytest.raises(TemplateError, match="renders another prompt"):
-        proof.require_tokens(tokenizer)
+        selftest.require_tokens(tokenizer)
 
 
 def test_tokens_are_compared_at_every_load_that_is_not_proven_yet(folder: Path) -> None:
