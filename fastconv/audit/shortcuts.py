@@ -277,7 +277,7 @@ def check_cut_answers(design: Design) -> Iterator[Finding]:
             continue
         for side in ("source", "contrast"):
             rows = [row for built in sets for row in built.rows if (row.role == "source") == (side == "source")]
-            rows = [row for row in rows if row.completion is not None and not _sampled(row, sets[0].behavior)]
+            rows = [row for row in rows if row.completion is not None and not is_sampled(row, sets[0].behavior)]
             cut = _cut_rows(rows)
             if len(cut) >= 2 and len(cut) > _CUT * len(rows):
                 yield Finding(
@@ -297,7 +297,7 @@ def check_cut_answers(design: Design) -> Iterator[Finding]:
                 )  # fmt: skip
 
 
-def _sampled(row: Row, behavior: Behavior) -> bool:
+def is_sampled(row: Row, behavior: Behavior) -> bool:
     """Whether the row's answer is drawn from the base, which knows by itself if it was cut."""
     rule = behavior.spec.source_answer if row.role == "source" else behavior.spec.negative_answer
     return behavior.rows is None and rule is not None and rule.on_policy

@@ -21,6 +21,7 @@ from fastconv.cli.common import (
     RecipePath,
     Reports,
     Scale,
+    WithModel,
     Workspace,
     load,
     load_recipe_or_run,
@@ -235,13 +236,14 @@ def check(
     scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
+    with_model: WithModel = False,
 ) -> None:
     """Audit the design and the rows of a recipe before a GPU second is spent. Exit code 2 if anything is refused."""
     from fastconv import show
     from fastconv.errors import DataError
     from fastconv.run.audit import audit_recipe
 
-    report = audit_recipe(load(recipe, overrides, scale, workspace), open_existing(workspace))
+    report = audit_recipe(load(recipe, overrides, scale, workspace), open_existing(workspace), with_model=with_model)
     show.check(report, as_json=as_json)
     if not report.passed:
         if as_json:

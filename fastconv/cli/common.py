@@ -54,6 +54,7 @@ Scale = Annotated[
 ]
 Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of the ledger and the adapters")]
 Reports = Annotated[Path, typer.Option("--reports", help="Folder for the reports")]
+WithModel = Annotated[bool, typer.Option("--with-model", help="Let the base read the rows too (a run does)")]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer as JSON on standard output")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only the end")]
 

@@ -102,6 +102,11 @@ class Graph:
         self.cells = [self._plan(cell) for cell in self._grid()]
 
     @property
+    def engine_inputs(self) -> Mapping[str, Any]:
+        """What identifies base, engine and template in the inputs of every stage that uses them."""
+        return self._engine
+
+    @property
     def judges_outside(self) -> bool:
         """Whether a judge is asked that is not the resident base itself."""
         return self.judge is not None and self.judge.family != "resident"

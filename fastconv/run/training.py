@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 
-from fastconv.audit.checks import build_report
+from fastconv.audit.checks import Finding, build_report
+from fastconv.audit.rendered import Pair, pairs_to_read, reading_findings
 from fastconv.chat import Rendered, SystemTurn
+from fastconv.datasets.personas import ASSISTANT
 from fastconv.datasets.rows import Row, render_rows, require_plain_text, row_from_record
 from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
 from fastconv.engine.locate import engine_identity, trains_without_kernels
 from fastconv.engine.model import Base, load_base
+from fastconv.engine.score import TextItem, score_texts
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack, folded, rho
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
@@ -30,7 +33,7 @@ from fastconv.engine.vllm.memory import group_size
 from fastconv.errors import TrainingError, stopped
 from fastconv.experiment.graph import Graph, lineage_key
 from fastconv.recipe import sha256_of
-from fastconv.run.audit import audit_set, require_passed
+from fastconv.run.audit import READ_BEFORE_TRAINING, audit_set, reading_stage, require_passed
 from fastconv.store.ledger import Lease, Record, Stage, Store
 
 #: What helps where a sampled answer cannot be trained on.
@@ -213,6 +216,42 @@ def seed_parts(stage: Stage) -> tuple[object, ...]:
     return "behavior", stage.needs["rows"].inputs["rows_sha256"], stage.inputs["seed"]
 
 
+def read_set(
+    graph: Graph, store: Store | None, base: Base, stage: Stage, rows: Sequence[Row], most: int
+) -> list[Finding]:
+    """What the bare base, as a reader, finds in the rows of a set, given by its `rows` stage: at most `most` prompts.
+
+    What was read is kept in the ledger under its own key, so that a set is read once.
+    """
+    name, system = stage.work["set"], graph.personas.system(ASSISTANT)
+    behavior, longest_tok = graph.behaviors[name.split("/")[0]], graph.recipe.behavior.max_length_tok
+    pairs = pairs_to_read(behavior, rows, base.tokenizer, system, most, longest_tok)
+    if not pairs:
+        return []
+    reading = reading_stage(graph, stage, most)
+    record = store.record(reading.key) if store is not None else None
+    if record is not None:
+        means = record.facts["means"]
+    else:
+        began = time.monotonic()
+        means = _read(base, pairs, graph.recipe.eval.batch_tok)
+        facts = {"means": means, "read_tok": sum(len(pair.prefix) + sum(map(len, pair.texts)) for pair in pairs)}
+        if store is not None:
+            store.commit(reading, outputs={"n": len(pairs)}, facts=facts, seconds=time.monotonic() - began)
+    pairs_of_means = [(first, second) for first, second in means]
+    return reading_findings(name, pairs, pairs_of_means, base.tokenizer.vocab_size, graph.recipe.audit.accept)
+
+
+def _read(base: Base, pairs: Sequence[Pair], batch_tok: int) -> list[list[float]]:
+    """Log-probability per token (nats) of both texts of each pair."""
+    items = [TextItem(pair.prefix, pair.texts, (0, 0), (1, 1)) for pair in pairs]
+    scores = score_texts(base, items, batch_tok)
+    return [
+        [round(total / len(text), 5) for total, text in zip(score.logprobs, pair.texts, strict=True)]
+        for pair, score in zip(pairs, scores, strict=True)
+    ]
+
+
 def note_progress(lease: Lease, progress: Progress) -> None:
     """Write a stage's progress to its lease, where `fastconv status` reads it."""
     lease.note({"done": progress.done, "total": progress.total, "unit": progress.unit, "loss": progress.loss})
@@ -244,6 +283,8 @@ class Trainer:
         trained, DataError if the audit refuses its rows.
         """
         first = runs[0][0][0]
+        if first.kind == "behavior":
+            self._require_read([stage.needs["rows"] for (stage,), _ in runs])
         with self._stacks.in_place(first.needs) as frozen:
             if first.kind == "snapshot":
                 tasks = [self._convergence(snapshots, lease) for snapshots, lease in runs]
@@ -290,6 +331,16 @@ class Trainer:
         rendered, findings = audit_set(self._graph, set_name, self._built_rows(stage), self._stacks.base.tokenizer)
         require_passed(build_report(self._recipe, findings), f"G1 {set_name}")
         return rendered
+
+    def _require_read(self, sets: Sequence[Stage]) -> None:
+        """Let the bare base read these sets of rows. Raises DataError if what it finds refuses one (gate G1)."""
+        with self._stacks.stack.live():
+            for rows in sets:
+                built = [
+                    row_from_record(row) for row in self._store.get_json(self._stacks.record(rows).outputs["rows"])
+                ]
+                findings = read_set(self._graph, self._store, self._stacks.base, rows, built, READ_BEFORE_TRAINING)
+                require_passed(build_report(self._recipe, findings), f"G1 {rows.work['set']}")
 
     def _behavior(self, stage: Stage, lease: Lease, frozen: tuple[Adapter, ...]) -> TrainingTask:
         """The task of a behavior adapter on top of these frozen ones."""
