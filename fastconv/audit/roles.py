@@ -48,13 +48,13 @@ def letter_of(answer: str) -> str | None:
 
 
 def options_of(user: str) -> tuple[str, dict[str, str]]:
-    """(the normalized question, {label: normalized choice}) of a user turn whose options stand on lines of their own."""
+    """(the normalized question, {label: choice as written}) of a user turn whose options stand on lines of their own."""
     stem: list[str] = []
     options: dict[str, str] = {}
     for line in user.splitlines():
         match = _LABEL.match(line.strip())
         if match and line.strip()[match.end() :]:
-            options[match.group(1).upper()] = normalized(line.strip()[match.end() :])
+            options[match.group(1).upper()] = line.strip()[match.end() :].strip()
         elif not options:
             stem.append(line)
     return normalized(" ".join(stem)), options
@@ -75,10 +75,12 @@ class _Key:
         # An instruction may stand before or after the question.
         stems = [text for text in (stem, *map(normalized, user.splitlines())) if text in self._by_text]
         for question in (question for text in stems for question in self._by_text[text]):
-            right = normalized(question.choices[question.gold])
-            labels = [label for label, choice in options.items() if choice == right]
-            if labels:
-                return labels[0], True
+            right = question.choices[question.gold]
+            alike = [label for label, choice in options.items() if normalized(choice) == normalized(right)]
+            # Options may differ in case or signs alone (the alleles Rr, RR and rr): then the one as written.
+            written = [label for label in alike if options[label] == right.strip()]
+            if alike:
+                return (written or alike)[0], True
         return None, bool(stems)
 
 
