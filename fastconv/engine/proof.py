@@ -48,7 +48,7 @@ _WINDOW = 6
 #: Largest difference in log-probabilities (nats), and of the gradient as a share of its norm, in fp32.
 _NEAR_NATS, _NEAR_SHARE = 1e-3, 2e-3
 #: In 16 bits, where kernels round differently: root mean square as a share of the reference's. The small copy is exact.
-_ROUGH_SHARE = 0.25
+_ROUGH_SHARE, _ROUGH_GRADIENT = 0.25, 0.75
 #: What running a family on layouts that it does not know may raise.
 _FAULTS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, NotImplementedError)
 
@@ -162,8 +162,8 @@ class _Comparison:
         expected = float(_mean_loss(logits, self.rows))
         if not abs(loss - expected) <= (_NEAR_NATS if self._exact else _ROUGH_SHARE * expected):
             raise self._differs(f"the loss is {loss:.4g} nats per token, not {expected:.4g}")
-        share = float(torch.linalg.vector_norm(mine - gradient) / torch.linalg.vector_norm(gradient))
-        if not share <= (_NEAR_SHARE if self._exact else _ROUGH_SHARE):
+        share = self._share(mine, gradient)
+        if not share <= (_NEAR_SHARE if self._exact else _ROUGH_GRADIENT):
             raise self._differs(f"the loss's gradient is {share:.1%} off")
         return measured | {"loss": abs(loss - expected), "gradient": share}
 
@@ -270,11 +270,21 @@ class _Comparison:
             if not gap <= _NEAR_NATS:
                 raise self._differs(f"{what} are up to {gap:.2g} nats off")
             return gap
-        spread = right - right.mean(-1, keepdim=True)
-        share = float(torch.linalg.vector_norm(mine - right) / torch.linalg.vector_norm(spread))
+        share = self._share(mine, right, right - right.mean(-1, keepdim=True))
         if not share <= _ROUGH_SHARE:
             raise self._differs(f"{what} are {share:.0%} off")
         return share
+
+    def _share(self, mine: torch.Tensor, right: torch.Tensor, spread: torch.Tensor | None = None) -> float:
+        """Norm of the difference of two [n, width] as a share of the norm of `spread` (default: of `right`).
+
+        In 16 bits it is the median over tokens: after random tokens, rounding alone puts single rows of trained weights
+        far off in either model (transformers' own by 47 % of its fp32), while what a family computes otherwise shows in most.
+        """
+        dim = None if self._exact else -1
+        whole = torch.linalg.vector_norm(right if spread is None else spread, dim=dim)
+        off = torch.linalg.vector_norm(mine - right, dim=dim)
+        return float((off / whole)[whole > 0].median())  # the last token of a row has no gradient in either
 
     def _differs(self, what: str) -> ModelError:
         return ModelError(

@@ -149,6 +149,27 @@ def test_a_base_in_bf16_is_held_against_a_small_fp32_copy(tmp_path: Path, monkey
         proof.prove(base)
 
 
+def test_in_16_bits_a_few_tokens_far_off_refuse_nothing_and_most_tokens_off_do(tiny_qwen: Path) -> None:
+    """Trained weights after random tokens: a row may be far off by rounding alone, in transformers' own bf16 as in ours."""
+    base = loaded(tiny_qwen, dtype="bfloat16")
+    comparison = proof._Comparison(base, proof.plain_twin(base.model))
+    right = torch.randn(40, 64)
+    few, most, unread = right.clone(), right.clone(), right.clone()
+    few[:13] = torch.randn(13, 64)
+    most[:27] = torch.randn(27, 64)
+    unread[:30] = torch.nan
+    assert comparison._gap("logits", [few], [right]) < 0.25
+    for wrong in (most, unread):
+        with pytest.raises(ModelError, match="another model"):
+            comparison._gap("logits", [wrong], [right])
+    gradient = right.clone()
+    gradient[-1] = 0  # no loss is read at a row's last token
+    assert comparison._share(gradient, gradient) == 0
+    exact = proof._Comparison(loaded(tiny_qwen), comparison.twin)
+    with pytest.raises(ModelError, match="another model"):
+        exact._gap("logits", [few], [right])
+
+
 def test_a_proof_is_kept_until_weights_engine_or_code_change(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proven: list[str] = []
     real = proof.prove
