@@ -39,10 +39,11 @@ from fastconv.store.ledger import Stage, Store
 def audit_recipe(recipe: Recipe, store: Store | None) -> CheckReport:
     """Audit the recipe's structure, and the rendered rows of every training set that the workspace has built.
 
-    Raises what `require_template` raises.
+    Raises what `require_template` and `require_family` raise.
     """
     findings = structure_findings(recipe)
     require_template(recipe)
+    require_family(recipe)
     if store is not None:
         # `Sketch` replaces questions that are not on this disk; sets made from them then have other keys and are not found.
         graph = Sketch(recipe)
@@ -61,7 +62,7 @@ def require_template(recipe: Recipe) -> ChatTokenizer | None:
 
     Returns the tokenizer, or None where it is not on this disk (a run tries it when the base is loaded), which without a
     revision cannot be told (a run refuses that). Raises TemplateError if the conditions do not reach the model, ModelError
-    if tokenizer and embedding do not fit or the family is beyond fastconv, DataError for a row that spells a control token.
+    if tokenizer and embedding do not fit, DataError for a row that spells a control token.
     """
     if is_unpinned(recipe.model):
         return None
@@ -76,12 +77,21 @@ def require_template(recipe: Recipe) -> ChatTokenizer | None:
         return None
     tokenizer = ChatTokenizer(folder, recipe.model)
     require_rows_for_tokens(tokenizer.vocab_size, embedding_rows(folder), str(folder))
-    if source.kind != "builtin" and not is_plain_decoder(folder):  # plain ones are computed; a load proves it
+    require_conditions(recipe, tokenizer)
+    return tokenizer
+
+
+def require_family(recipe: Recipe) -> None:
+    """Raise what loading the base would raise, as far as a small copy of its family shows it. Plain decoders are computed,
+    and a model that is not on this disk is tried when it is loaded."""
+    if is_unpinned(recipe.model):
+        return
+    source = locate(recipe.model)
+    folder = None if source.kind == "builtin" else tokenizer_folder(source, recipe.model)
+    if folder is not None and not is_plain_decoder(folder):
         from fastconv.engine.model import check_base
 
         check_base(folder, recipe.model)
-    require_conditions(recipe, tokenizer)
-    return tokenizer
 
 
 def require_conditions(recipe: Recipe, tokenizer: ChatTokenizer) -> None:
