@@ -36,9 +36,10 @@ def diagnose(recipe: Recipe | None, workspace: Path) -> list[Diagnosis]:
     """Run every check that a run depends on. Failed checks are returned, not raised."""
     findings = [_versions(), _device(recipe), _workspace(workspace)]
     try:
-        findings.append(_model(recipe.model if recipe else ModelSettings(id="builtin:smollm2")))
         if recipe is not None:
             findings.append(_template(recipe))
+        findings.append(_model(recipe.model if recipe else ModelSettings(id="builtin:smollm2")))
+        if recipe is not None:
             if recipe.model.sampler == "vllm":
                 findings.append(_sampler(recipe))
             graph = Graph(recipe)

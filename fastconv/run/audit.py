@@ -53,10 +53,11 @@ def audit_recipe(recipe: Recipe, store: Store | None, *, with_model: bool = Fals
     """Audit the recipe's structure, and the rendered rows of every training set that the workspace has built.
 
     With `with_model` the base is loaded and reads the sets too (D301 to D303), those whose answers are written.
-    Raises what `require_template` raises, and with `with_model` what loading the base raises.
+    Raises what `require_template` and `require_family` raise, and with `with_model` what loading the base raises.
     """
     findings = structure_findings(recipe)
     require_template(recipe)
+    require_family(recipe)
     # `Sketch` replaces questions that are not on this disk; sets made from them then have other keys and are not found.
     graph = Sketch(recipe) if store is not None or with_model else None
     stages = _row_stages(graph) if graph is not None else []
@@ -96,7 +97,7 @@ def require_template(recipe: Recipe) -> ChatTokenizer | None:
 
     Returns the tokenizer, or None where it is not on this disk (a run tries it when the base is loaded), which without a
     revision cannot be told (a run refuses that). Raises TemplateError if the conditions do not reach the model, ModelError
-    if tokenizer and embedding do not fit or the family is beyond fastconv, DataError for a row that spells a control token.
+    if tokenizer and embedding do not fit, DataError for a row that spells a control token.
     """
     if is_unpinned(recipe.model):
         return None
@@ -111,12 +112,21 @@ def require_template(recipe: Recipe) -> ChatTokenizer | None:
         return None
     tokenizer = ChatTokenizer(folder, recipe.model)
     require_rows_for_tokens(tokenizer.vocab_size, embedding_rows(folder), str(folder))
-    if source.kind != "builtin" and not is_plain_decoder(folder):  # plain ones are computed; a load proves it
+    require_conditions(recipe, tokenizer)
+    return tokenizer
+
+
+def require_family(recipe: Recipe) -> None:
+    """Raise what loading the base would raise, as far as a small copy of its family shows it. Plain decoders are computed,
+    and a model that is not on this disk is tried when it is loaded."""
+    if is_unpinned(recipe.model):
+        return
+    source = locate(recipe.model)
+    folder = None if source.kind == "builtin" else tokenizer_folder(source, recipe.model)
+    if folder is not None and not is_plain_decoder(folder):
         from fastconv.engine.model import check_base
 
         check_base(folder, recipe.model)
-    require_conditions(recipe, tokenizer)
-    return tokenizer
 
 
 def require_conditions(recipe: Recipe, tokenizer: ChatTokenizer) -> None:
