@@ -325,3 +325,19 @@ class RunSettings(RecipeTable):
     group: Literal["auto"] | PositiveInt = "auto"
     #: False frees each adapter's files once everything that uses it is trained and sampled; records and scores stay.
     keep_adapters: bool = True
+    #: Trainings of one epoch-0 cell of each behavior with further seeds, from which the noise from run to run is estimated
+    #: (0: the declared one is used; 1 would know no spread).
+    replicates: Annotated[int, Field(ge=0, le=100)] = 0
+
+    @field_validator("replicates")
+    @classmethod
+    def _enough(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("must be 0, or 2 and more: one replicate knows no spread")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the setting where it is not used, so that a recipe's run keeps its name."""
+        table = handler(self)
+        return table if self.replicates else {name: value for name, value in table.items() if name != "replicates"}
