@@ -15,6 +15,7 @@ from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.experiment.graph import Cell, CellPlan
 from fastconv.recipe import GateSettings
 from fastconv.stats.gates import source_word
+from fastconv.stats.power import RunSpread
 from fastconv.stats.secondary import SecondaryContrast, canary_contrast, change_contrast, trend
 from fastconv.stats.series import Series, first_too_unscored
 from fastconv.stats.study_gates import Role, Shift
@@ -220,8 +221,35 @@ class ContrastBuilder:
             shows = source_word(self.gates, unit, direction, base, now) != "not shown"
         return CellEvidence(
             subject.label(part), behavior, self.direction(behavior), self.gates.threshold(behavior, unit),
-            tuple(seeds), shows, unit, _why_withheld(seeds, sources), measurable,
+            tuple(seeds), shows, unit, _why_withheld(seeds, sources), measurable, self.run_spread(part),
         )  # fmt: skip
+
+    def run_spread(self, part: Part) -> RunSpread | None:
+        """The noise from run to run as replicates of an epoch-0 cell show it (`run.replicates`), of one trained cell.
+
+        The larger SD over the trained cells of the assistant's mean and of its distance from the canary's: what a cell shares
+        with its canary leaves the distance, not the assistant's own change. Answers are drawn anew, so it holds the noise of
+        sampling too. None without replicates that are all measured, or where they are all alike, which is no certainty.
+        """
+        for plan in self.graph.cells:
+            if plan.cell.behavior != part.measure or not plan.replicates:
+                continue
+            canary = self.canary(plan.cell)
+            runs = [(self.now(plan, part, ASSISTANT), self.now(plan, part, canary))]
+            for seed in dict.fromkeys(seed for seed, *_ in plan.replicates):
+                stages = ((who, plan.replicates[seed, part.measure, who]) for who in (ASSISTANT, canary))
+                ours, its = (part.of(self.reading.series(stage, part.measure, who)) for who, stage in stages)
+                runs.append((ours, its))
+            levels = [
+                (ours.mean.value, ours.mean.value - its.mean.value)
+                for ours, its in runs
+                if ours is not None and its is not None and ours.rows and its.rows
+            ]
+            if len(levels) < len(runs):
+                return None
+            sd = float(np.std(np.array(levels), axis=0, ddof=1).max())
+            return RunSpread(sd, len(runs) - 1, f"measured on {len(runs)} trainings of one cell") if sd else None
+        return None
 
     def is_control(self, subject: ContrastSubject) -> bool:
         """Whether a subject is a control: generic convergence, or the assistant as its own source."""

@@ -81,7 +81,8 @@ class ScoreReader:
         ends = {
             stage.key: None
             for plan in chosen
-            for stage in (*plan.scores.values(), *plan.base.values(), *plan.beside.values())
+            for side in (plan.scores, plan.base, plan.beside, plan.replicates)
+            for stage in side.values()
         }
         self._read_scores([key for key in ends if self._records.get(key) is not None])
         return self

@@ -431,3 +431,23 @@ class RunSettings(RecipeTable):
     keep_adapters: bool = setting(
         True, "False frees an adapter's files once all that uses it is computed; records and scores stay.", False
     )
+    replicates: Annotated[int, Field(ge=0, le=100)] = setting(
+        0,
+        "Trainings of one epoch-0 cell of each behavior with further seeds, from which the noise from run to run is "
+        "estimated. 0: the declared one is used; 1 is refused, as it would know no spread.",
+        5,
+        "runs",
+    )
+
+    @field_validator("replicates")
+    @classmethod
+    def _enough(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("must be 0, or 2 and more: one replicate knows no spread")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the setting where it is not used, so that a recipe's run keeps its name."""
+        table = handler(self)
+        return table if self.replicates else {name: value for name, value in table.items() if name != "replicates"}

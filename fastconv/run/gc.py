@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastconv.errors import FastconvError, InputError, did_you_mean
-from fastconv.experiment.graph import CellPlan, Graph, lineage_of
+from fastconv.experiment.graph import CellPlan, Graph, lineage_of, walk
 from fastconv.recipe import canonical_json, parse_recipe, run_id
 from fastconv.store.gc import Garbage, artefact_bytes, stray_files, unnamed_artefacts
 from fastconv.store.ledger import Store
@@ -51,6 +51,8 @@ def unneeded_adapters(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> 
     """Adapters of these cells that no missing stage of the graph and no other run needs."""
     run = run_id(graph.recipe)
     trained = [stage for plan in plans for stage in (plan.snapshot, plan.adapter) if stage is not None]
+    again = [part for plan in plans for end in plan.replicates.values() for part in walk(end)]
+    trained += [part for part in again if part.kind == "behavior"]
     slots = {stage.key: stage.slot for stage in trained}
     needed = {
         stage.needs[name].key

@@ -174,7 +174,7 @@ class FailureLog:
 
 def cell_stages(plan: CellPlan) -> list[Stage]:
     """Every stage that a cell's measures need; a stage may occur more than once."""
-    ends = (*plan.base.values(), *plan.scores.values(), *plan.beside.values())
+    ends = (*plan.base.values(), *plan.scores.values(), *plan.beside.values(), *plan.replicates.values())
     return [part for end in ends for part in walk(end)]
 
 
