@@ -22,6 +22,7 @@ from fastconv.datasets.rows import Row, render_rows, require_plain_text, row_fro
 from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
 from fastconv.engine.locate import engine_identity, trains_without_kernels
 from fastconv.engine.model import Base, load_base
+from fastconv.engine.score import memory_errors
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack, folded, rho
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
@@ -244,7 +245,7 @@ class Trainer:
         trained, DataError if the audit refuses its rows.
         """
         first = runs[0][0][0]
-        with self._stacks.in_place(first.needs) as frozen:
+        with memory_errors(first.slot), self._stacks.in_place(first.needs) as frozen:
             if first.kind == "snapshot":
                 tasks = [self._convergence(snapshots, lease) for snapshots, lease in runs]
             else:
