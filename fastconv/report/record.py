@@ -315,6 +315,8 @@ def cost(analysis: Analysis) -> Section | None:
         tokens = ", ".join(
             f"{n:,} {name.removesuffix('_tok')}" for name, n in record.facts.items() if name.endswith("_tok")
         )
+        if n_halved := record.facts.get("halved"):
+            tokens += f" (memory ran out: batches halved {counted(n_halved, 'time')})"
         row = (f"{stage.key[:12]}/seconds",)
         rows.append((
             TableCell(stage.slot), TableCell(stage.key[:12], code=True), TableCell(f"{record.seconds:.1f}", row), TableCell(tokens, row),

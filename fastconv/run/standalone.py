@@ -19,7 +19,7 @@ from fastconv.engine.export import (
     targets_of,
 )
 from fastconv.engine.model import Base, load_base
-from fastconv.engine.score import letter_item, score_letters, score_texts, text_item
+from fastconv.engine.score import letter_item, memory_errors, score_letters, score_texts, text_item
 from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import AdapterError, InputError
 from fastconv.experiment.graph import Graph
@@ -70,10 +70,11 @@ def score_file(
     or DataError.
     """
     questions = read_arc(questions_file)
-    base = load_base(model)
+    with memory_errors(model.id):
+        base = load_base(model)
     said = ((f"the question {q.id}", q.user, str(questions_file)) for q in questions)
     require_plain_text([("the system turn", system.text, "--system"), *said], base.tokenizer)
-    with _adapted(base, model, adapters, same_weights):
+    with memory_errors(str(questions_file)), _adapted(base, model, adapters, same_weights):
         scored = _by_text(base, questions) if by_text else _by_letter(base, questions, system)
     chance = multiple_choice_chance([len(q.choices) for q in questions], [q.gold for q in questions])
     return ScoreReport(sum(question.correct for question in scored) / len(scored), chance, tuple(scored))

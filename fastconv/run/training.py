@@ -24,7 +24,7 @@ from fastconv.datasets.rows import Row, render_rows, require_plain_text, row_fro
 from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
 from fastconv.engine.locate import engine_identity, trains_without_kernels
 from fastconv.engine.model import Base, load_base
-from fastconv.engine.score import TextItem, score_texts
+from fastconv.engine.score import TextItem, memory_errors, score_texts
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack, folded, rho
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
@@ -285,7 +285,7 @@ class Trainer:
         first = runs[0][0][0]
         if first.kind == "behavior":
             self._require_read([stage.needs["rows"] for (stage,), _ in runs])
-        with self._stacks.in_place(first.needs) as frozen:
+        with memory_errors(first.slot), self._stacks.in_place(first.needs) as frozen:
             if first.kind == "snapshot":
                 tasks = [self._convergence(snapshots, lease) for snapshots, lease in runs]
             else:
