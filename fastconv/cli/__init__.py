@@ -405,9 +405,9 @@ def _run(
     from fastconv.show.progress import watching
     from fastconv.store.ledger import Store
 
-    admit = cost_gate(workspace, approved=approve)
     try:
         with watching(quiet=quiet or as_json, stream=sys.stderr) as watcher:
+            admit = cost_gate(workspace, approved=approve, watcher=watcher)
             if ray:
                 from fastconv.cluster import run_on_ray
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,11 +26,12 @@ from fastconv.cli.common import (
     with_exit_codes,
 )
 from fastconv.stats.power import QuestionSupply, remedy_text
-from fastconv.stats.units import size_text
+from fastconv.stats.units import duration_text, size_text
 
 if TYPE_CHECKING:
     from fastconv.experiment.graph import CellPlan, Graph
     from fastconv.planning.plan import KindPlan, Plan
+    from fastconv.show.progress import LineWatcher
     from fastconv.stats.power import DesignPower, DetectableContrast
 
 Approve = Annotated[bool, typer.Option("--approve", help="Run although the estimate is beyond the recipe's limits")]
@@ -148,16 +150,25 @@ def plan(
     show_plan(recipe_plan, console_of_output())
 
 
-def cost_gate(workspace: Path, *, approved: bool) -> Callable[[Graph, Sequence[CellPlan]], dict[str, Any]]:
+def cost_gate(
+    workspace: Path, *, approved: bool, watcher: LineWatcher | None = None
+) -> Callable[[Graph, Sequence[CellPlan]], dict[str, Any]]:
     """Make the check that `run_recipe` calls before a run: facts with its plan, or CostStop beyond the limits.
 
     A resumed run keeps the plan that it started with. A model whose size is not known before it is downloaded cannot be
-    planned; where the recipe has limits, such a run needs --approve.
+    planned; where the recipe has limits, such a run needs --approve. `watcher` is told what the plan expects.
     """
 
     def admit(graph: Graph, cells: Sequence[CellPlan]) -> dict[str, Any]:
         from fastconv.engine.device import shape_on_disk
-        from fastconv.planning.plan import make_plan, plan_facts, require_approved, require_known
+        from fastconv.planning.plan import (
+            make_plan,
+            plan_facts,
+            require_approved,
+            require_known,
+            time_left,
+            wanted_keys,
+        )
         from fastconv.recipe import run_id
 
         recipe = graph.recipe
@@ -166,18 +177,14 @@ def cost_gate(workspace: Path, *, approved: bool) -> Callable[[Graph, Sequence[C
         store = open_existing(workspace)
         recipe_plan = make_plan(graph, store, plans=cells)
         facts = plan_facts(recipe_plan, require_approved(recipe_plan, recipe.run, approved=approved))
+        if watcher is not None:
+            left = time_left(recipe_plan, graph, cells, time.monotonic())
+            watcher.expect(left, lambda: wanted_keys(graph, open_existing(workspace), cells))
         if store is not None and "plan" in store.run_facts(run_id(recipe)):
             del facts["plan"]
         return facts
 
     return admit
-
-
-def duration(seconds: float) -> str:
-    """Seconds in a readable unit: 12 s, 4.5 min, 2.3 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s" if seconds >= 10 or seconds == 0 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def show_plan(recipe_plan: Plan, console: Console) -> None:
@@ -187,12 +194,12 @@ def show_plan(recipe_plan: Plan, console: Console) -> None:
         f"{recipe_plan.recipe}: {recipe_plan.n_cells} cells on {escape(machine.name)} ({escape(machine.origin)})"
     )
     table = Table(box=None, pad_edge=False)
-    for name in ("stages", "to do", "done", "seconds", "work"):
+    for name in ("stages", "to do", "done", "time", "work"):
         table.add_column(name, justify="left" if name in ("stages", "work") else "right", overflow="fold")
     for kind in recipe_plan.kinds:
         table.add_row(kind.kind, str(kind.n), str(kind.n_done), _seconds(kind), work(kind))
     console.print(table)
-    console.print(f"in all {duration(3600 * recipe_plan.hours)}; {_money(recipe_plan)}")
+    console.print(f"in all {duration_text(3600 * recipe_plan.hours)}; {_money(recipe_plan)}")
     if recipe_plan.judging is not None and recipe_plan.judging.problem:
         console.print(f"[red]the judge cannot be asked:[/] {escape(recipe_plan.judging.problem)}")
     for line in (
@@ -208,7 +215,7 @@ def show_plan(recipe_plan: Plan, console: Console) -> None:
 
 def _seconds(kind: KindPlan) -> str:
     """Time of a kind's stages; judgements made by another machine take none of this one."""
-    return "beside" if _is_beside(kind) else duration(kind.seconds)
+    return "beside" if _is_beside(kind) else duration_text(kind.seconds)
 
 
 def _is_beside(kind: KindPlan) -> bool:

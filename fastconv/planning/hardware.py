@@ -1,4 +1,5 @@
-"""Throughput of a machine: known GPUs, an estimate from CPU cores, or a measured probe. Does not import torch.
+"""Throughput of a machine: known GPUs, an estimate from CPU cores, or a measured probe; and the time that a run has left, a
+plan at these rates corrected by what the run measures. Does not import torch.
 
 Seconds = work / rate + fixed costs (see `Machine.seconds`), with the formulas of `engine.shapes`. A rate is what the
 engine achieves, not the data sheet's figure.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -27,6 +28,95 @@ from fastconv.store.records import Stage
 PROBE_VERSION = 1
 #: A model of more weights than this is hardly meant for a CPU.
 LARGE_PARAMS = 1e9
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage still to do: its kind, what identifies the training that reaches it, and its seconds by the plan."""
+
+    kind: str
+    training: str
+    seconds: float
+
+
+class TimeLeft:
+    """Seconds that a run still needs: the plan's seconds of what is to do, times what finished stages took of theirs.
+
+    Times are seconds of one clock (`time.monotonic`). Each kind of stage has a ratio of its own, drawn to that of all
+    kinds as long as little of it is measured. Loading is counted apart and corrects nothing.
+    """
+
+    def __init__(self, todo: Mapping[str, PlannedStage], load_s: float, now: float) -> None:
+        """`todo` by stage key; `load_s` is the plan's time to load the model and test it (0: nothing is to load)."""
+        self._todo = dict(todo)
+        self._load_s, self._since = load_s, now
+        self._running: set[str] = set()
+        self._share, self._exact = 0.0, False
+        self._measured: dict[str, float] = {}
+        self._planned: dict[str, float] = {}
+        total_s = sum(stage.seconds for stage in todo.values())
+        self._all_weight_s, self._kind_weight_s = max(0.05 * total_s, 1.0), max(0.02 * total_s, 0.5)
+
+    @property
+    def n_todo(self) -> int:
+        """Number of stages still to do."""
+        return len(self._todo)
+
+    @property
+    def loads(self) -> bool:
+        """Whether the model is still to be loaded."""
+        return self._load_s > 0
+
+    def loaded(self, now: float) -> None:
+        """The model is loaded and tested."""
+        self._load_s, self._since = 0.0, now
+
+    def begin(self, key: str, now: float) -> None:
+        """A stage starts, and with it those that the same training reaches."""
+        if not self._running:
+            self._since, self._share = now, 0.0
+        if key in self._todo:
+            training = self._todo[key].training
+            self._running |= {other for other, stage in self._todo.items() if stage.training == training}
+
+    def progress(self, share: float, *, exact: bool) -> None:
+        """The running stages are done to this share; one that is not exact is a lower bound."""
+        self._share, self._exact = share, exact
+
+    def done(self, key: str, now: float) -> None:
+        """A stage is finished (or has failed)."""
+        stage = self._todo.pop(key, None)
+        self._running.discard(key)
+        if stage is not None and stage.seconds:
+            self._measured[stage.kind] = self._measured.get(stage.kind, 0.0) + now - self._since
+            self._planned[stage.kind] = self._planned.get(stage.kind, 0.0) + stage.seconds
+            self._since = now
+
+    def keep(self, wanted: Collection[str]) -> None:
+        """Drop the stages that are no longer wanted, of a behavior that G0 ruled out, say."""
+        self._todo = {key: stage for key, stage in self._todo.items() if key in wanted}
+        self._running &= self._todo.keys()
+
+    def seconds(self, now: float) -> float:
+        """Seconds left at this time."""
+        waiting = (stage for key, stage in self._todo.items() if key not in self._running)
+        running_s = sum(self._todo[key].seconds * self._ratio(self._todo[key].kind) for key in self._running)
+        elapsed_s = max(now - self._since, 0.0)
+        left_s = max(running_s - elapsed_s, 0.0)
+        if self._share > 0:
+            by_share_s = elapsed_s * (1 - self._share) / self._share
+            near = (
+                min(self._share / 0.2, 1.0) if self._exact else 0.0
+            )  # the first steps are slow: trust grows with them
+            left_s = near * by_share_s + (1 - near) * left_s if self._exact else min(left_s, by_share_s)
+        load_s = max(self._load_s - elapsed_s, 0.0) if self._load_s else 0.0
+        return load_s + left_s + sum(stage.seconds * self._ratio(stage.kind) for stage in waiting)
+
+    def _ratio(self, kind: str) -> float:
+        """What a second of the plan takes, for this kind of stage."""
+        every = (sum(self._measured.values()) + self._all_weight_s) / (sum(self._planned.values()) + self._all_weight_s)
+        measured, planned = self._measured.get(kind, 0.0), self._planned.get(kind, 0.0)
+        return (measured + self._kind_weight_s * every) / (planned + self._kind_weight_s)
 
 
 @dataclass(frozen=True)

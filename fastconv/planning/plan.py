@@ -19,13 +19,13 @@ from fastconv.engine.device import fit_note, min_training_bytes, shape_on_disk
 from fastconv.engine.locate import engine_identity, is_on_disk, trains_without_kernels
 from fastconv.engine.shapes import ModelShape, activation_bytes_per_tok, recomputed_bytes_per_tok, weight_bytes
 from fastconv.errors import CostStop, ModelError
-from fastconv.experiment.graph import CellPlan, Graph, walk
+from fastconv.experiment.graph import CellPlan, Graph, lineage_key, walk
 from fastconv.experiment.measures import CHARS_PER_TOK, Demand, expected_tok
 from fastconv.experiment.schedule import group_size
 from fastconv.experiment.workload import Sketch, demands, settings_of, total
 from fastconv.judge.budget import Estimate, estimate, judge_params, recipe_prices
 from fastconv.judge.request import JudgeItem, build_request
-from fastconv.planning.hardware import Machine, busy_note, find_machine
+from fastconv.planning.hardware import Machine, PlannedStage, TimeLeft, busy_note, find_machine
 from fastconv.recipe import Recipe, RunSettings
 from fastconv.stats.power import DesignPower, planned_power
 from fastconv.store.ledger import Store
@@ -146,6 +146,28 @@ def make_plan(
         _disk(graph, shape, todo, total(work.values()), machine.device), _fit(on_machine, shape, machine), _power(graph),
         _notes(graph, store, machine), by_stage,
     )  # fmt: skip
+
+
+def time_left(plan: Plan, graph: Graph, cells: Sequence[CellPlan], now: float) -> TimeLeft:
+    """The clock of a run of these cells that begins now (`time.monotonic`) with this plan."""
+    planned, load_s = dict(plan.by_stage), 0.0
+    if first := next((key for key, seconds in planned.items() if seconds), None):
+        load_s = plan.machine.load_s
+        planned[first] -= load_s
+
+    def training(stage: Stage) -> str:
+        return lineage_key(stage) if stage.kind == "snapshot" else stage.key
+
+    stages = {stage.key: stage for stage in graph.stages(cells)}
+    todo = {
+        key: PlannedStage(stage.kind, training(stage), planned[key]) for key, stage in stages.items() if key in planned
+    }
+    return TimeLeft(todo, load_s, now)
+
+
+def wanted_keys(graph: Graph, store: Store | None, cells: Sequence[CellPlan]) -> set[str]:
+    """Keys of every stage that the cells need; without those of behaviors that G0 has ruled out."""
+    return {stage.key for stage in _wanted(graph, store, cells)}
 
 
 def plan_recipe(recipe: Recipe, store: Store | None, machine_name: str = "") -> Plan:

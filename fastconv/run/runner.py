@@ -146,9 +146,9 @@ class Runner:
 
     def _compute(self, stage: Stage) -> None:
         """Compute a stage, or submit it to the server that samples its completions."""
-        self._watcher.stage(stage, reason_to_run(stage, self._store))
         began = time.monotonic()
-        engine = self._engine()
+        engine = self._engine()  # loaded before the stage is shown, so that no stage is shown as slow for it
+        self._watcher.stage(stage, reason_to_run(stage, self._store))
         try:
             if self._graph.recipe.model.sampler == "vllm" and is_sampled(stage):
                 self._sampling.submit(stage, engine)
@@ -195,10 +195,10 @@ class Runner:
         """Train runs in the same steps. If one of them fails, each is trained alone to find out which."""
         if self._stop.is_set():
             raise stopped(runs[0][0].slot)
-        for run in runs:
-            self._watcher.stage(run[0], reason_to_run(run[0], self._store))
         began = time.monotonic()
         engine, failed = self._engine(), False
+        for run in runs:
+            self._watcher.stage(run[0], reason_to_run(run[0], self._store))
         try:
             with ExitStack() as leases:
                 engine.trainer.train([(run, leases.enter_context(self._store.lease(run[0]))) for run in runs])

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastconv.show.progress import gate_line
-from fastconv.stats.units import first_few
+from fastconv.stats.units import duration_text, first_few
 
 if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
@@ -47,7 +47,9 @@ def finished(end: RunResult, report: Path) -> None:
         if name in tokens
     )
     if end.tally.n_stages:
-        console.print(f"computed {end.tally.n_stages} stages in {end.tally.seconds:.0f} s; tokens: {spent or 'none'}")
+        console.print(
+            f"computed {end.tally.n_stages} stages in {duration_text(end.tally.seconds)}; tokens: {spent or 'none'}"
+        )
     else:
         console.print("nothing to compute: every stage was done already")
     for verdict in end.verdicts:
@@ -63,10 +65,10 @@ def status(statuses: Sequence[StageStatus], *, as_json: bool) -> None:
         return
     console = console_of_output()
     table = Table(box=None, pad_edge=False)
-    for name in ("stage", "state", "seconds", "why"):
-        table.add_column(name, justify="right" if name == "seconds" else "left", overflow="fold")
+    for name in ("stage", "state", "took", "why"):
+        table.add_column(name, justify="right" if name == "took" else "left", overflow="fold")
     for stage in statuses:
-        seconds = "" if stage.seconds is None else f"{stage.seconds:.1f}"
+        seconds = "" if stage.seconds is None else duration_text(stage.seconds)
         table.add_row(escape(stage.slot), f"[{_COLOURS[stage.state]}]{stage.state}[/]", seconds, escape(stage.reason))
     console.print(table)
     counts = {state: sum(stage.state == state for stage in statuses) for state in _COLOURS}

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from fastconv.datasets.spec import figures_of_rule
-from fastconv.stats.units import counted
+from fastconv.stats.units import counted, duration_text, rate_text, shortened
 
 if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
     from fastconv.judge.calibrate import Calibration, InjectionCounts
     from fastconv.judge.desk import DeskStatus
     from fastconv.judge.rubric import Agreement
+    from fastconv.planning.hardware import TimeLeft
     from fastconv.run.executor import Progress as StageProgress
     from fastconv.run.rejudge import JudgingResult, RubricCalibration
     from fastconv.run.sampling import SamplingStatus
@@ -128,6 +130,8 @@ def _number(value: float) -> str:
 _SAID_AT_START = ("D131", "D132")
 #: Seconds between two progress lines if the output is no terminal.
 LINE_EVERY_S = 15.0
+#: Characters of a stage's name that stay beside its figures on a narrow terminal.
+LEAST_NAME = 14
 _COLOURS = {
     "pass": "green",
     "go": "green",
@@ -139,16 +143,84 @@ _COLOURS = {
 }
 
 
+class StageClock:
+    """How fast a stage goes on: its progress so far, the rate since its first sign of life, and the time left at it."""
+
+    def __init__(self, now: float) -> None:
+        self.began_s = now
+        self.done, self.total, self.unit, self.loss = 0, 0, "", None
+        self._first: tuple[float, int] | None = None
+
+    def note(self, progress: StageProgress, now: float) -> None:
+        """Progress was made. What a checkpoint brought, and a first step that warms up, count for no rate."""
+        self.done, self.total, self.unit, self.loss = progress.done, progress.total, progress.unit, progress.loss
+        if self._first is None:
+            self._first = now, progress.done
+
+    def rate(self, now: float) -> float | None:
+        """Units per second; None before two signs of life."""
+        if self._first is None or self.done <= self._first[1] or now <= self._first[0]:
+            return None
+        return (self.done - self._first[1]) / (now - self._first[0])
+
+    @property
+    def share(self) -> float:
+        """Share that is done."""
+        return self.done / self.total if self.total else 0.0
+
+    def figures(self, now: float) -> list[str]:
+        """Count, time left, rate and loss, the most telling first."""
+        if not self.total:
+            return [f"{duration_text(now - self.began_s)} so far"]
+        found, rate = [f"{self.done:,}/{self.total:,} {self.unit}"], self.rate(now)
+        if rate is not None:
+            # Answers end by themselves: their number of tokens is a bound.
+            most = "at most " if self.unit == "tok" else ""
+            found += [f"{most}{duration_text((self.total - self.done) / rate)} left", rate_text(rate, self.unit)]
+        else:
+            found.append(f"{duration_text(now - self.began_s)} so far")
+        return found if self.loss is None else [*found, f"loss {self.loss:.3f}"]
+
+
+def bar_line(width: int, name: str, figures: Sequence[str], share: float | None, *, plain: bool = False) -> Text:
+    """One line of at most `width` characters: name, bar (without `share`: none), figures.
+
+    The figures stand whole, except that the last ones are left out where not even a short name fits beside them; then the
+    bar goes, then the middle of the name. `plain` draws the bar in ASCII.
+    """
+    shown = list(figures)
+    while len(shown) > 1 and len("  ".join(shown)) + 2 + min(len(name), LEAST_NAME) > width:
+        shown.pop()
+    right = "  ".join(shown)
+    room = max(width - len(right) - 2, 4)
+    line = Text(shortened(name, room))
+    bar_width = min(room - len(name) - 2, 30)
+    if share is not None and bar_width >= 6:
+        full = round(min(max(share, 0.0), 1.0) * bar_width)
+        line.append("  ")
+        line.append(("#" if plain else "\u2501") * full, style="cyan")
+        line.append(("-" if plain else "\u2501") * (bar_width - full), style="dim")
+    line.append(" " * max(room - len(line), 0) + "  " + right)
+    line.truncate(width)
+    return line
+
+
 class LineWatcher:
     """Prints one line per event; used in logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._next_line_s = 0.0
-        self._began_s = 0.0
+        self._clock = StageClock(time.monotonic())
+        self._left: TimeLeft | None = None
+        self._still_wanted: Callable[[], Collection[str]] = tuple
         self._next_drawing_s = 0.0
         self._next_judging_s = 0.0
         self._judged = ""
+
+    def expect(self, left: TimeLeft, still_wanted: Callable[[], Collection[str]]) -> None:
+        """The run has a plan. `still_wanted` gives the keys of the stages that it needs once G0 has ruled some out."""
+        self._left, self._still_wanted = left, still_wanted
 
     def audited(self, report: CheckReport) -> None:
         """The design passed its audit, perhaps with warnings; what is other than the recipe seems to say is told."""
@@ -163,10 +235,15 @@ class LineWatcher:
 
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
         """The run starts, with this many stages."""
-        self._console.print(f"run {run}: {n_stages} stages, {n_stages - n_todo} done already")
+        plan = f"; {self._all_left()} by the plan" if self._left is not None and n_todo else ""
+        self._console.print(f"run {run}: {n_stages} stages, {n_stages - n_todo} done already{plan}")
+        if n_todo and self._left is not None and self._left.loads:
+            self._console.print("  loading the model and testing it")
 
     def engine(self, facts: Mapping[str, Any]) -> None:
         """The base model is loaded; prints device, dtype, attention backend and sampler."""
+        if self._left is not None:
+            self._left.loaded(time.monotonic())
         base = f"{facts['name']} on {facts['device']}, {facts['dtype']}, attention {facts['attention']}"
         self._console.print(f"engine: {escape(base)}, sampler {escape(facts['sampler'])}")
         if "attention_passed_over" in facts:
@@ -174,27 +251,31 @@ class LineWatcher:
 
     def stage(self, stage: Stage, reason: str) -> None:
         """A stage starts."""
-        self._began_s = time.monotonic()
-        self._next_line_s = self._began_s + LINE_EVERY_S
+        now = time.monotonic()
+        self._clock = StageClock(now)
+        self._next_line_s = now + LINE_EVERY_S
+        if self._left is not None:
+            self._left.begin(stage.key, now)
         self._console.print(f"  {escape(stage.slot)}{'' if reason == 'new' else f' (again: {escape(reason)})'}")
 
     def progress(self, progress: StageProgress) -> None:
         """A stage made progress."""
         now = time.monotonic()
+        self._note(self._clock, progress, now)
         if now >= self._next_line_s:
             self._next_line_s = now + LINE_EVERY_S
-            loss = "" if progress.loss is None else f", loss {progress.loss:.3f}"
-            rate = progress.done / max(now - self._began_s, 1e-3)
-            left = (progress.total - progress.done) / rate if rate else 0.0
-            self._console.print(
-                f"    {progress.done} of {progress.total} {progress.unit}{loss} ({rate:.1f}/s, at most {left:.0f} s left)"
-            )
+            in_all = f"; {self._all_left()} in all" if self._left is not None else ""
+            self._console.print(f"    {escape(', '.join(self._clock.figures(now)))}{in_all}")
 
     def stage_done(self, stage: Stage, seconds: float) -> None:
         """A stage was committed."""
+        if self._left is not None:
+            self._left.done(stage.key, time.monotonic())
 
     def stage_failed(self, stage: Stage, reason: str) -> None:
         """A stage gave no usable numbers; the run continues without it."""
+        if self._left is not None:
+            self._left.done(stage.key, time.monotonic())
         self._console.print(f"    [red]failed[/]: {escape(reason)}")
 
     def judging(self, status: DeskStatus) -> None:
@@ -216,121 +297,124 @@ class LineWatcher:
 
     def gate(self, verdict: GateVerdict) -> None:
         """A gate was decided."""
+        if verdict.gate == "G0" and verdict.failed and self._left is not None:
+            self._left.keep(self._still_wanted())
         self._console.print(gate_line(verdict))
+
+    def _note(self, clock: StageClock, progress: StageProgress, now: float) -> None:
+        clock.note(progress, now)
+        if self._left is not None:
+            self._left.progress(clock.share, exact=progress.unit == "steps")
+
+    def _all_left(self) -> str:
+        assert self._left is not None
+        return f"about {duration_text(self._left.seconds(time.monotonic()))} left"
 
 
 class BarWatcher(LineWatcher):
-    """A live bar for the run and one per running stage, with the time left."""
+    """A live line for the run and one per running stage, with the time left."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"),
-            TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True,
-        )  # fmt: skip
-        self._whole: Any = None
-        #: Bars by slot. `_current` is the newest; progress of a slot without a bar moves it.
-        self._of_stage: dict[str, Any] = {}
-        self._current: Any = None
-        self._judge: Any = None
-        self._sampler: Any = None
+        self._plain = not console.encoding.lower().startswith("utf")
+        self._n_stages, self._n_done = 0, 0
+        self._loading_since: float | None = None
+        #: Clocks by slot. `_current` is the newest slot; progress of a slot without a line moves it.
+        self._clocks: dict[str, StageClock] = {}
+        self._current = ""
+        self._judge: DeskStatus | None = None
+        self._sampler: SamplingStatus | None = None
+        self._live = Live(console=console, get_renderable=self._lines, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> BarWatcher:
-        self._bars.start()
+        self._live.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bars.stop()
+        self._live.stop()
 
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
         """The run starts, with this many stages."""
         super().begin(run, n_stages, n_todo)
-        self._whole = self._bars.add_task("run", total=n_stages, completed=n_stages - n_todo, unit="stages")
+        self._n_stages, self._n_done = n_stages, n_stages - n_todo
+        self._loading_since = time.monotonic() if n_todo and self._left is not None and self._left.loads else None
+
+    def engine(self, facts: Mapping[str, Any]) -> None:
+        """The base model is loaded."""
+        super().engine(facts)
+        self._loading_since = None
 
     def stage(self, stage: Stage, reason: str) -> None:
         """A stage starts."""
         super().stage(stage, reason)
-        self._current = self._bars.add_task(escape(stage.slot), total=None, unit="")
-        self._of_stage[stage.slot] = self._current
+        self._loading_since = None
+        self._clocks[stage.slot], self._current = self._clock, stage.slot
 
     def progress(self, progress: StageProgress) -> None:
         """A stage made progress."""
-        bar = self._of_stage.get(progress.slot, self._current)
-        if bar is not None:
-            loss = "" if progress.loss is None else f" loss {progress.loss:.3f}"
-            self._bars.update(bar, completed=progress.done, total=progress.total, unit=progress.unit + loss)
+        clock = self._clocks.get(progress.slot) or self._clocks.get(self._current)
+        if clock is not None:
+            self._note(clock, progress, time.monotonic())
 
     def stage_done(self, stage: Stage, seconds: float) -> None:
         """A stage was committed."""
-        self._end_bar(stage.slot)
-        self._bars.advance(self._whole)
+        super().stage_done(stage, seconds)
+        self._clocks.pop(stage.slot, None)
+        self._n_done += 1
 
     def stage_failed(self, stage: Stage, reason: str) -> None:
         """A stage gave no usable numbers."""
         super().stage_failed(stage, reason)
-        self._end_bar(stage.slot)
+        self._clocks.pop(stage.slot, None)
+
+    def gate(self, verdict: GateVerdict) -> None:
+        """A gate was decided; stages that G0 rules out are no part of the run any more."""
+        super().gate(verdict)
+        if verdict.gate == "G0" and verdict.failed and self._left is not None:
+            self._n_stages = self._n_done + self._left.n_todo
 
     def drawing(self, status: SamplingStatus) -> None:
-        """Progress of the sampling server, on one bar for all of its stages."""
+        """Progress of the sampling server, on one line for all of its stages."""
         for slot in status.slots:
-            self._end_bar(slot)
-        if not status.slots and self._sampler is not None:
-            self._bars.remove_task(self._sampler)
-            self._sampler = None
-        elif status.slots and self._sampler is None:
-            self._sampler = self._bars.add_task("sampler", total=None, unit="")
-        if self._sampler is not None:
-            unit = f"tok for {counted(len(status.slots), 'stage')}"
-            self._bars.update(self._sampler, completed=status.n_tok, total=status.max_tok, unit=unit)
+            self._clocks.pop(slot, None)
+        self._sampler = status if status.slots else None
 
     def judging(self, status: DeskStatus) -> None:
-        """Progress of judging, on a bar of its own."""
-        if not status.n_asked:
-            return
-        if self._judge is None:
-            self._judge = self._bars.add_task("judge", total=status.n_asked, unit="judged")
-        money = money_text(status)
-        unit = " ".join(("judged", *([money] if money else []), *([status.problem] if status.problem else [])))
-        self._bars.update(
-            self._judge, completed=status.n_asked - status.n_pending, total=status.n_asked, unit=escape(unit)
-        )
+        """Progress of judging, on a line of its own."""
+        self._judge = status if status.n_asked else self._judge
 
-    def _end_bar(self, slot: str) -> None:
-        bar = self._of_stage.pop(slot, None)
-        if bar is not None:
-            self._bars.remove_task(bar)
-            self._current = None if bar == self._current else self._current
+    def _lines(self) -> Group:
+        """The lines as they are now, the run's last."""
+        now, width = time.monotonic(), self._console.width
+        lines = [
+            (slot, clock.figures(now), clock.share if clock.total else None) for slot, clock in self._clocks.items()
+        ]
+        if self._loading_since is not None:
+            lines.append(
+                ("loading the model, self-tests", [f"{duration_text(now - self._loading_since)} so far"], None)
+            )
+        if self._sampler is not None:
+            n, of = self._sampler.n_tok, self._sampler.max_tok
+            figures = [f"{n:,}/{of:,} tok", counted(len(self._sampler.slots), "stage")]
+            lines.append(("sampler", figures, n / of if of else None))
+        if self._judge is not None:
+            asked, judged = self._judge.n_asked, self._judge.n_asked - self._judge.n_pending
+            texts = [text for text in (money_text(self._judge), self._judge.problem) if text]
+            lines.append(("judge", [f"{judged:,}/{asked:,} judged", *texts], judged / asked))
+        if self._n_stages:
+            figures = [
+                f"{self._n_done}/{self._n_stages} stages",
+                *([self._all_left()] if self._left is not None else []),
+            ]
+            lines.append(("run", figures, self._n_done / self._n_stages))
+        return Group(*(bar_line(width, *line, plain=self._plain) for line in lines))
 
 
 class SilentWatcher(LineWatcher):
     """Prints nothing."""
 
-    def audited(self, report: CheckReport) -> None:
-        """Nothing."""
-
-    def begin(self, run: str, n_stages: int, n_todo: int) -> None:
-        """Nothing."""
-
-    def engine(self, facts: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def stage(self, stage: Stage, reason: str) -> None:
-        """Nothing."""
-
-    def progress(self, progress: StageProgress) -> None:
-        """Nothing."""
-
-    def judging(self, status: DeskStatus) -> None:
-        """Nothing."""
-
-    def drawing(self, status: SamplingStatus) -> None:
-        """Nothing."""
-
-    def stage_failed(self, stage: Stage, reason: str) -> None:
-        """Nothing."""
-
-    def gate(self, verdict: GateVerdict) -> None:
-        """Nothing."""
+    def __init__(self, console: Console) -> None:
+        super().__init__(Console(quiet=True))
 
 
 @contextmanager

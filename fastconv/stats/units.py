@@ -13,6 +13,36 @@ def scale(unit: str) -> float:
     return 100.0 if unit == "share" else 1.0
 
 
+def duration_text(seconds: float) -> str:
+    """A time in one style: 4.2s, 45s, 12m 30s, 2h 05m, 3d 04h."""
+    if seconds < 9.95:
+        return f"{max(seconds, 0.0):.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    minutes = round(seconds / 60)
+    return (
+        f"{minutes // 60}h {minutes % 60:02d}m" if minutes < 2880 else f"{minutes // 1440}d {minutes % 1440 // 60:02d}h"
+    )
+
+
+def rate_text(per_s: float, unit: str) -> str:
+    """A rate by whichever of its two ways is above one: 3.1 steps/s, 2.4 s/step."""
+    if per_s >= 1:
+        return f"{per_s:,.1f} {unit}/s" if per_s < 100 else f"{per_s:,.0f} {unit}/s"
+    return f"{1 / per_s:.1f} s/{unit.removesuffix('s')}"
+
+
+def shortened(name: str, width: int) -> str:
+    """A name in at most `width` characters, its middle left out where it is longer."""
+    if len(name) <= width:
+        return name
+    kept = max(width - 2, 1)
+    return f"{name[: (kept + 1) // 2]}..{name[len(name) - kept // 2 :]}"[:width]
+
+
 def counted(n: int, what: str) -> str:
     """A count with its noun: 1 stage, 2 stages."""
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
