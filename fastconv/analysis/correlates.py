@@ -3,7 +3,6 @@ set against phrases on the same answers, with rates corrected for its known mist
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from fastconv.judge.rubric import agreement
 from fastconv.stats.series import Number, Series
 from fastconv.stats.units import scale, scale_maximum
 from fastconv.stats.verdicts import CellVerdict
+from fastconv.store.io import stored_json
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Stage
 
@@ -198,7 +198,7 @@ def calibration_of(analysis: Analysis, stage: Stage) -> dict[str, Any] | None:
     if not _has_judging(analysis):
         return None
     rows = analysis.store.frame("SELECT detail FROM scores WHERE stage=? LIMIT 1", (stage.key,))
-    detail = json.loads(rows["detail"][0]) if rows.height else {}
+    detail = stored_json(rows["detail"][0]) if rows.height else {}
     if "rubric" not in detail or "model" not in detail:
         return None
     return JudgeLedger(analysis.store).calibration(detail["rubric"], detail["model"])
