@@ -3,7 +3,6 @@ set against phrases on the same answers, with rates corrected for its known mist
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from fastconv.stats.bounds import exact_spearman, spearman_attainable
 from fastconv.stats.series import Number, Series
 from fastconv.stats.units import counted, scale, scale_maximum, signed
 from fastconv.stats.verdicts import CellVerdict
+from fastconv.store.io import stored_json
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Stage
 
@@ -201,7 +201,7 @@ def calibration_of(analysis: Analysis, stage: Stage) -> dict[str, Any] | None:
     if not _has_judging(analysis):
         return None
     rows = analysis.store.frame("SELECT detail FROM scores WHERE stage=? LIMIT 1", (stage.key,))
-    detail = json.loads(rows["detail"][0]) if rows.height else {}
+    detail = stored_json(rows["detail"][0]) if rows.height else {}
     if "rubric" not in detail or "model" not in detail:
         return None
     return JudgeLedger(analysis.store).calibration(detail["rubric"], detail["model"])

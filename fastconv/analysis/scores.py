@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.stats.series import COHERENT_ABOVE, MISALIGNED_BELOW, Series
+from fastconv.store.io import stored_json
 from fastconv.store.ledger import Stage, Store
 from fastconv.store.records import Record
 
@@ -196,9 +197,9 @@ class ScoreReader:
                     kind,
                     slot,
                     version,
-                    json.loads(inputs),
-                    json.loads(outputs),
-                    json.loads(facts),
+                    stored_json(inputs),
+                    stored_json(outputs),
+                    stored_json(facts),
                     seconds,
                     finished_at,
                 )

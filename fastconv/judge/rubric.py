@@ -19,7 +19,7 @@ from typing import Any, Literal
 from fastconv.datasets.files import assets
 from fastconv.errors import DataError, JudgeError, RecipeError
 from fastconv.judge.http import safe_value
-from fastconv.recipe import JudgeSettings
+from fastconv.recipe import JudgeSettings, toml_table
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Sample, Score
 
@@ -163,7 +163,7 @@ class Rubric:
 def load_rubric(path: Path) -> Rubric:
     """Read a rubric file (TOML). Raises DataError with the file and the fault."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = toml_table(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
             f"cannot be read: {error.strerror}", where=str(path), fix="check judge.rubrics in the recipe"

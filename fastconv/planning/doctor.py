@@ -12,11 +12,14 @@ from pathlib import Path
 from fastconv import __version__
 from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
 from fastconv.engine.locate import builtin_gguf, engine_identity, locate
-from fastconv.errors import FastconvError, ModelError, StoreError
+from fastconv.errors import FastconvError, ModelError, StoreError, shown
 from fastconv.experiment.graph import Graph
 from fastconv.judge.access import check_judge
 from fastconv.recipe import ModelSettings, Recipe
 from fastconv.run.audit import require_template
+from fastconv.stats.units import counted, first_few
+from fastconv.store.gc import drop_dead_leases, find_damage, stray_files, sweep
+from fastconv.store.io import storage_errors
 from fastconv.store.ledger import Store
 
 #: With less free space a run would likely fail with "no space left".
@@ -32,9 +35,12 @@ class Diagnosis:
     exit_code: int = 0
 
 
-def diagnose(recipe: Recipe | None, workspace: Path) -> list[Diagnosis]:
-    """Run every check that a run depends on. Failed checks are returned, not raised."""
-    findings = [_versions(), _device(recipe), _workspace(workspace)]
+def diagnose(recipe: Recipe | None, workspace: Path, *, deep: bool = False, fix: bool = False) -> list[Diagnosis]:
+    """Run every check that a run depends on. Failed checks are returned, not raised.
+
+    `deep` reads every artefact and page of the ledger; `fix` mends what is safe before it looks.
+    """
+    findings = [_versions(), _device(recipe), _workspace(workspace), *_ledger(workspace, deep=deep, fix=fix)]
     try:
         if recipe is not None:
             findings.append(_template(recipe))
@@ -99,6 +105,37 @@ def _workspace(folder: Path) -> Diagnosis:
             "workspace", f"only {free / 2**30:.1f} GiB free at {folder}. Fix: free some space", StoreError.exit_code
         )
     return Diagnosis("workspace", f"{folder}, {free / 2**30:.0f} GiB free")
+
+
+def _ledger(folder: Path, *, deep: bool, fix: bool) -> list[Diagnosis]:
+    """Whether the ledger is whole, its artefacts are there, and what lies about; nothing where there is no ledger."""
+    if not (folder / "ledger.sqlite").exists():
+        return []
+    try:
+        with storage_errors(folder):
+            store = Store.open(folder, create=False)
+            try:
+                return [_ledger_line(store, deep=deep, fix=fix)]
+            finally:
+                store.close()
+    except StoreError as error:
+        return [Diagnosis("ledger", str(error), error.exit_code)]
+
+
+def _ledger_line(store: Store, *, deep: bool, fix: bool) -> Diagnosis:
+    mended = ""
+    if fix and not find_damage(store):
+        mended = f"; {counted(drop_dead_leases(store), 'dead lease')} and {sweep(store):,} bytes of stray files removed"
+    if damage := find_damage(store, deep=deep):
+        text = f"{first_few(damage, 3)}. Fix: `fastconv forget` the stages concerned, or restore it from a backup"
+        return Diagnosis("ledger", shown(text), StoreError.exit_code)
+    n_stages, n_dead = store.rows("SELECT COUNT(*) FROM stages")[0][0], store.rows("SELECT COUNT(*) FROM leases")[0][0]
+    n_dead -= len(store.live_leases())
+    stray = stray_files(store)
+    text = f"{counted(n_stages, 'stage')}, whole" + (" to the last byte" if deep else "")
+    if n_dead or stray:
+        text += f"; {counted(n_dead, 'dead lease')}, {counted(len(stray), 'stray file')} (--fix removes them)"
+    return Diagnosis("ledger", text + mended)
 
 
 def _template(recipe: Recipe) -> Diagnosis:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from fastconv.report.claims import ask
 from fastconv.report.figures import curves
 from fastconv.run.status import failed_stages
 from fastconv.stats.units import counted, first_few
+from fastconv.store.io import stored_json
 from fastconv.store.ledger import Stage, changed_inputs
 from fastconv.store.records import Record
 
@@ -118,7 +118,7 @@ def superseded(analysis: Analysis) -> Section | None:
     for row in analysis.store.runs():
         if row["source"] != analysis.graph.recipe.name or row["id"] == analysis.run:
             continue
-        changes = changed_inputs(json.loads(row["recipe"]), this_recipe)
+        changes = changed_inputs(stored_json(row["recipe"]), this_recipe)
         ended = "finished" if row["finished_at"] else "not finished"
         rows.append(plain_row((row["id"], _when(row["started_at"]), ended, first_few(changes, 4, "; "))))
     if not rows:

@@ -25,6 +25,7 @@ from fastconv.report import build, strangers
 from fastconv.report.blocks import Claim, ReportData, render_html, render_markdown, visible
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.published import TABLES_FILE, judge_published, published_names, published_report, read_published
+from fastconv.store.io import stored_json
 from fastconv.store.ledger import Store
 
 _DRAWING = re.compile(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]*)")
@@ -183,7 +184,7 @@ def _recipe_of(run: str, text: str, report: Path, store: Store) -> Recipe:
     """The run's recipe from the ledger, or from the page itself if it was reported but never run in this workspace."""
     row = store.run(run)
     if row is not None:
-        return parse_recipe(json.loads(row["recipe"]), where=run)
+        return parse_recipe(stored_json(row["recipe"]), where=run)
     for card_text in re.findall(r"<code>(\{[^<]*\})</code>", text):
         try:
             recipe = parse_recipe(json.loads(html.unescape(card_text)), where=str(report))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fastconv.errors import StoreError
 
@@ -37,11 +39,37 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that a power cut keeps them: each new one's parent is synced. Raises OSError."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Make a folder and try to write in it; `option` is how the user named it. Raises StoreError."""
+    trial = folder / f".tmp-{os.getpid()}-{time.time_ns()}"
+    try:
+        make_folder(folder)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise StoreError(
+            f"nothing can be written there: {error.strerror}", where=str(folder), fix=f"give another {option}"
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,11 +101,7 @@ def storage_errors(root: Path) -> Iterator[None]:
         code = next((number for prefix, number in errno_of.items() if name.startswith(prefix)), None)
         raise _storage_error(root, code, str(error)) from error
     except sqlite3.DatabaseError as error:
-        raise StoreError(
-            f"the ledger is damaged: {error}",
-            where=str(root),
-            fix="restore it from a backup or start another --workspace",
-        ) from error
+        raise damaged(str(error), str(root)) from error
 
 
 def _storage_error(root: Path, code: int | None, text: str) -> StoreError:
@@ -91,6 +115,20 @@ def _storage_error(root: Path, code: int | None, text: str) -> StoreError:
             "the folder cannot be written", where=where, fix="make it writable or give another --workspace"
         )
     return StoreError(f"storage fault: {text}", where=where, fix="mend it, then the same command goes on")
+
+
+def stored_json(text: str | bytes) -> Any:
+    """A JSON value of the ledger. Raises StoreError if the text is none: the row is damaged."""
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        raise damaged("a row holds no JSON where it must") from None
+
+
+def damaged(what: str, where: str = "ledger.sqlite") -> StoreError:
+    """The error for a ledger that cannot be trusted."""
+    fix = "`fastconv doctor -w WORKSPACE` says more; restore it from a backup or start another --workspace"
+    return StoreError(f"the ledger is damaged: {what}", where=where, fix=fix)
 
 
 # --- SQLite ------------------------------------------------------------------------------------------------

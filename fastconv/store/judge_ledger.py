@@ -11,7 +11,6 @@ The rules that keep the budget, each enforced in one transaction:
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -22,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastconv.recipe import canonical_json
-from fastconv.store.io import process_is_alive, process_start
+from fastconv.store.io import process_is_alive, process_start, stored_json
 from fastconv.store.ledger import Store
 from fastconv.store.records import (
     FAILURES,
@@ -108,7 +107,7 @@ class JudgeLedger:
         with self._store.transaction() as db:
             rows = db.execute("SELECT * FROM judge_replies WHERE key=? ORDER BY ticket", (key,)).fetchall()
         return [
-            RawReply(row["transport"], row["model"], row["text"], row["stop_reason"], json.loads(row["usage"]),
+            RawReply(row["transport"], row["model"], row["text"], row["stop_reason"], stored_json(row["usage"]),
                      row["cost_nusd"] / NUSD, row["latency_s"], row["fault"])
             for row in rows
         ]  # fmt: skip
@@ -154,7 +153,7 @@ class JudgeLedger:
             row = db.execute(
                 "SELECT body FROM judge_calibrations WHERE rubric_sha256=? AND model=?", (rubric_sha256, model)
             ).fetchone()
-        return json.loads(row["body"]) if row else None
+        return stored_json(row["body"]) if row else None
 
     def merge_from(self, other: Store) -> int:
         """Add another ledger's judgements, replies, rubrics, calibrations and costs; returns the judgements added.
@@ -411,9 +410,9 @@ def _history(db: sqlite3.Connection, key: str) -> History:
 
 
 def _judgement(row: sqlite3.Row) -> Judgement:
-    values = None if row["values"] is None else json.loads(row["values"])
+    values = None if row["values"] is None else stored_json(row["values"])
     return Judgement(
-        row["key"], row["rubric_sha256"], row["model"], row["sample"], values, json.loads(row["answer"]), row["reason"]
+        row["key"], row["rubric_sha256"], row["model"], row["sample"], values, stored_json(row["answer"]), row["reason"]
     )
 
 

@@ -6,13 +6,13 @@ so that it can come from another machine as well as from a folder on this one.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from fastconv.errors import InputError, StoreError
 from fastconv.recipe import canonical_json
+from fastconv.store.io import stored_json
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
 
@@ -121,7 +121,7 @@ def unpack_stage(store: Store, bundle: StageBundle) -> bool:
 
 def artefacts_of(store: Store, outputs: str) -> Iterator[tuple[str, str]]:
     """(sha256, suffix) of the artefacts that a stage's outputs (JSON) name."""
-    for text in strings_in(json.loads(outputs)):
+    for text in strings_in(stored_json(outputs)):
         yield from store.rows("SELECT sha256, suffix FROM artefacts WHERE sha256=?", (text,))
 
 
@@ -162,7 +162,7 @@ def _merge_runs(store: Store, other: Store) -> None:
     with store.transaction() as db:
         for run, recipe, recipe_sha256, source, started_at, finished_at, facts in other.rows("SELECT * FROM runs"):
             known = db.execute("SELECT facts FROM runs WHERE id=?", (run,)).fetchone()
-            merged = {**json.loads(facts), **(json.loads(known["facts"]) if known else {})}
+            merged = {**stored_json(facts), **(stored_json(known["facts"]) if known else {})}
             db.execute(
                 "INSERT INTO runs VALUES(?,?,?,?,?,?,?) ON CONFLICT(id) DO UPDATE SET facts=excluded.facts, "
                 "started_at=MIN(started_at, excluded.started_at), finished_at=COALESCE(finished_at, excluded.finished_at)",
