@@ -123,7 +123,7 @@ REQUIRED = (
     ("power", "matrix", (
         r"refusal: the threshold is 5 pp; with 12 questions, the spread seen and the noise from run to run, a change of [\d.]+ pp "
         r"would be found four times out of five \([\d.]+ pp at the first step .*so a null result says little; ([\d,]+ questions( or "
-        r"[\d,]+ samples)?|all 222 questions there are would find [\d.]+ pp; .*seeds of all these questions) would mend it",
+        r"[\d,]+ samples)?|all 222 questions there are would find [\d.]+ pp; .*(seeds of all these questions|not even 100 seeds of them)) would mend it",
         r"marker: the threshold is ",
     )),
     ("markers", "matrix", (r"picture: Transfer against the marker rate\. refusal villain: ",)),
