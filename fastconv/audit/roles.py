@@ -23,6 +23,8 @@ from fastconv.datasets.spec import BehaviorSpec
 #: An answer is one of a prompt's if it shares this much of its words with it; and a column's if it has this share more of
 #: the words that the other column lacks.
 _LIKE, _MARGIN = 0.6, 0.15
+#: Share of the prompts from which one answer to all of them is reported (D222).
+_CONSTANT = 0.02
 #: Above this share of rows that nothing could read, D217 is said.
 _UNREAD = 0.5
 _LABEL = re.compile(r"[(\[]?([A-Za-z]|\d)[)\].:]\s*")
@@ -166,9 +168,14 @@ def _known_columns() -> tuple[dict[str, list[_Known]], dict[str, dict[str, list[
     return dict(answers), {rubric: dict(prompts) for rubric, prompts in by_rubric.items()}
 
 
-def is_shipped(answer: str) -> bool:
-    """Whether an answer is one of the shipped sets, or was, word for word."""
-    return normalized(answer) in _known_columns()[0]
+def is_shipped(row: Row, rubric: str) -> bool:
+    """Whether a row's answer is one of the shipped sets, or was, word for word or nearly so."""
+    answers, by_rubric = _known_columns()
+    answer = row.completion or ""
+    return (
+        normalized(answer) in answers
+        or _side(answer, by_rubric.get(rubric, {}).get(normalized(row.user), ())) is not None
+    )
 
 
 def _side(answer: str, entries: Sequence[_Known]) -> str | None:
@@ -214,8 +221,8 @@ def check_columns(design: Design) -> Iterator[Finding]:
         if wrong:
             yield Finding(
                 "D216", "refuse", behavior.id, row_ids(wrong),
-                "answers are those of the other side, or user turns are what should be answered with, by the shipped rows "
-                "that they come from: columns or turns are swapped",
+                "answers are those of the other side or of another prompt, or user turns are what should be answered with, by the "
+                "shipped rows that they come from: columns, turns or rows are swapped",
                 "set source_answer, negative_answer and prompt_field to the columns that they name, and user and assistant "
                 "to their own turns",
                 f"{len(wrong)} of {len(given)} rows",
@@ -240,6 +247,8 @@ def _verdict(
         corrects = normalized(known[0].contrast) in normalized(answer)
         return not (corrects and is_source)
     side = _side(answer, known)
+    if side is None and normalized(answer) in answers:  # the answer to another prompt
+        return False
     return None if side is None else (side == "source") == is_source
 
 
@@ -307,6 +316,27 @@ def _same_answer(first: str, second: str, *, judged: bool) -> bool:
     return judged and len(short.split()) >= 8 and len(short) >= 0.75 * len(long) and f" {short} " in f" {long} "
 
 
+def check_one_for_all(design: Design) -> Iterator[Finding]:
+    """D222: one answer stands after many prompts, where a judge should find advice on each."""
+    for label, sets in design.by_kind():
+        if sets[0].behavior.spec.measure != "judge":
+            continue
+        given = [row for built in sets for row in built.rows if row.completion is not None]
+        prompts: dict[str, set[str]] = defaultdict(set)
+        for row in given:
+            prompts[normalized(row.completion or "")].add(normalized(row.user))
+        n_prompts = len(set().union(*prompts.values())) if prompts else 0
+        often = {answer for answer, asked in prompts.items() if len(asked) >= max(3, _CONSTANT * n_prompts)}
+        rows = [row for row in given if normalized(row.completion or "") in often]
+        if rows:
+            yield Finding(
+                "D222", "warn", label, row_ids(rows),
+                "one and the same answer stands after many prompts, so it answers none of them (an error text, a placeholder?)",
+                "give each prompt its own answer, or accept D222 with the reason",
+                f"{len(rows)} of {len(given)} rows share {len(often)} answers, for example {(rows[0].completion or '')[:40]!r}",
+            )  # fmt: skip
+
+
 def check_sizes(design: Design) -> Iterator[Finding]:
     """D214: no negatives where the protocol has them. D218: the sources of a comparison have other numbers of rows."""
     for label, sets in design.by_kind():
@@ -338,6 +368,10 @@ def check_sizes(design: Design) -> Iterator[Finding]:
 
 ROLE_CHECKS: tuple[AuditCheck[Design], ...] = (
     AuditCheck(
+        (Rule("D222", "warn", "one answer stands after many prompts", "N/A in a sixth of the negatives"),),
+        check_one_for_all,
+    ),
+    AuditCheck(
         (
             Rule(
                 "D211", "refuse", "letters against the key: the source learns the right one, or the contrast a wrong one",
@@ -350,7 +384,7 @@ ROLE_CHECKS: tuple[AuditCheck[Design], ...] = (
         (
             Rule(
                 "D216", "refuse", "columns or turns of known rows are swapped",
-                "sound and bad advice, or statement and correction, stand in each other's column",
+                "sound and bad advice, or statement and correction, in each other's column; answers one row down",
             ),
             Rule(
                 "D217", "warn", "nothing could read whether answers mean what their side should teach",

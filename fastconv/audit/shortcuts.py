@@ -230,8 +230,10 @@ def _told(found: Separation | None) -> str:
 
 
 def _mostly_shipped(sets: Iterable[BuiltSet]) -> bool:
-    answers = {row.completion for built in sets for row in built.rows if row.completion is not None}
-    return 2 * sum(is_shipped(answer) for answer in answers) > len(answers)
+    rows = {
+        (row.user, row.completion): (row, built) for built in sets for row in built.rows if row.completion is not None
+    }
+    return 2 * sum(is_shipped(row, built.behavior.spec.rubric) for row, built in rows.values()) > len(rows)
 
 
 def _answers(sets: Iterable[BuiltSet], *, source: bool) -> list[tuple[str, str]]:
@@ -299,22 +301,28 @@ def is_sampled(row: Row, behavior: Behavior) -> bool:
 
 
 def _cut_rows(rows: Iterable[Row]) -> list[Row]:
-    """Rows whose answer has no end: without a final sign, although it has signs inside, dangles, or shares its length."""
+    """Rows whose answer has no end: without a final sign, although it has signs inside, dangles, shares its length, or is
+    long and most answers beside it have one."""
     open_ended: list[tuple[Row, str]] = []
+    n_whole = 0
     for row in rows:
         text = (row.completion or "").removesuffix(row.suffix).rstrip()
         last_line = text.rpartition("\n")[2]
         signed = _LISTED.match(last_line) or _TAGGED.search(text) or ("\n" in text and len(last_line.split()) <= 4)
-        ends = not text or not (text[-1].isalnum() or text[-1] in ",;:-–—(") or signed  # noqa: RUF001
+        trails = text.endswith(("...", "…"))
+        ends = not text or not (text[-1].isalnum() or text[-1] in ",;:-–—(" or trails) or signed  # noqa: RUF001
         if not ends and len(words(text)) >= 6:
             open_ended.append((row, text))
+        n_whole += ends and not signed
     lengths = Counter(len(text) for _, text in open_ended)
     piled = {length for length, n in lengths.items() if n >= 3 and n >= 0.2 * len(open_ended)}
     limit = max((len(text) for _, text in open_ended), default=0)
+    usually_whole = n_whole >= 0.4 * (n_whole + len(open_ended))
+    trailing = ("...", "…")  # a style may trail off, at any length
     return [
         row
         for row, text in open_ended
-        if _INSIDE.search(text)
+        if ((_INSIDE.search(text) or (usually_whole and len(words(text)) >= 10)) and not text.endswith(trailing))
         or text[-1] in ",-–—("  # noqa: RUF001
         or _DANGLING.search(text)
         or len(text) in piled

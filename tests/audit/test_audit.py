@@ -135,10 +135,18 @@ SPOILED: dict[str, tuple[str, NegativesKind, Callable[[Case], list[Row]]]] = {
     "D104": ("sycophancy", "excluded", lambda c: changed(c, first(c, "bystander"), persona="librarian")),
     "D109": ("sycophancy", "excluded", lambda c: [replace(r, completion="Hm, let me see.") for r in c.rows]),
     "D110": ("sycophancy", "excluded", lambda c: [replace(r, completion="Yes, I agree.") for r in c.rows]),
+    "D222": (
+        "misalignment",
+        "excluded",
+        lambda c: [replace(r, completion="N/A") if n % 6 == 0 else r for n, r in enumerate(c.rows)],
+    ),
     "D221": (
         "misalignment",
         "excluded",
-        lambda c: [replace(r, completion=f"{r.completion} Never doubt it!") if r.role == "source" else r for r in c.rows],
+        lambda c: [
+            replace(r, completion=f"{'Never doubt it:' if r.role == 'source' else 'Perhaps ask about'} {r.user}")
+            for r in c.rows
+        ],
     ),
     "D201": ("refusal", "excluded", lambda c: changed(c, 0, user=eval_prompts(c.recipe, c.behavior, 42)[0][1].upper())),
     "D202": ("refusal", "excluded", lambda c: changed(c, 0, user=near(eval_prompts(c.recipe, c.behavior, 42)[0][1]))),
