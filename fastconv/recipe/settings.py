@@ -416,9 +416,7 @@ class GateSettings(RecipeTable):
 class RunSettings(RecipeTable):
     """How a run proceeds. Nothing here changes a result, so nothing here is part of a stage's key."""
 
-    checkpoint_every_s: Annotated[float, Field(ge=0)] = setting(
-        60.0, "Time between two checkpoints while training.", 20.0, "s"
-    )
+    checkpoint_every_s: Annotated[float, Field(ge=0)] = setting(60.0, "Time between two checkpoints.", 20.0, "s")
     max_gpu_hours: Positive | None = setting(24.0, "A plan that takes longer needs --approve.", 8.0, "hours")
     max_usd: Positive | None = setting(20.0, "A plan whose judging may cost more needs --approve.", 5.0, "USD")
     group: Literal["auto"] | PositiveInt = setting(
@@ -433,8 +431,7 @@ class RunSettings(RecipeTable):
     )
     replicates: Annotated[int, Field(ge=0, le=100)] = setting(
         0,
-        "Trainings of one epoch-0 cell of each behavior with further seeds, from which the noise from run to run is "
-        "estimated. 0: the declared one is used; 1 is refused, as it would know no spread.",
+        "Further seeds for one epoch-0 cell of each behavior, whose spread is the noise from run to run; 0: as declared.",
         5,
         "runs",
     )
