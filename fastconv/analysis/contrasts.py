@@ -14,7 +14,7 @@ from fastconv.datasets.behaviors import NO_BEHAVIOR, eval_prompt_sets
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.experiment.graph import Cell, CellPlan
 from fastconv.recipe import GateSettings
-from fastconv.stats.gates import source_word
+from fastconv.stats.gates import source_moved, source_word
 from fastconv.stats.power import RunSpread
 from fastconv.stats.secondary import SecondaryContrast, canary_contrast, change_contrast, trend
 from fastconv.stats.series import Series, first_too_unscored
@@ -214,14 +214,16 @@ class ContrastBuilder:
         if not seeds:
             return None
         unit = seeds[0].trained.now.unit
-        shows: bool | None = None
+        shows, moved = None, ""
         if levels:
             base, now = (float(np.mean(values)) for values in zip(*levels, strict=True))
             direction = self.graph.behaviors[behavior].spec.direction
             shows = source_word(self.gates, unit, direction, base, now) != "not shown"
+            moved = source_moved(self.gates, unit, direction, base, now)
         return CellEvidence(
             subject.label(part), behavior, self.direction(behavior), self.gates.threshold(behavior, unit),
             tuple(seeds), shows, unit, _why_withheld(seeds, sources), measurable, self.run_spread(part),
+            source_moved=moved,
         )  # fmt: skip
 
     def run_spread(self, part: Part) -> RunSpread | None:

@@ -23,6 +23,7 @@ from fastconv.stats.units import (
     change,
     first_few,
     interval_text,
+    level,
     scale_maximum,
     signed,
     size_text,
@@ -179,6 +180,17 @@ def source_word(gates: GateSettings, unit: Unit, direction: str, base: float, no
     if room < least_room - 1e-9:
         return "not shown" if moved <= -least_room + 1e-9 else "there before"
     return "shown" if moved >= gates.source_shows * room - 1e-9 else "not shown"
+
+
+def source_moved(gates: GateSettings, unit: Unit, direction: str, base: float, now: float) -> str:
+    """What `source_word` rests on: the levels, and the share of its room that the source moved beside the share asked."""
+    room, moved = source_room(unit, direction, base), (now - base) * (1 if direction == "raises" else -1)
+    levels = f"from {level(base, unit)} to {level(now, unit)}"
+    return (
+        f"{levels}: {100 * moved / room:.0f} % of its room, {100 * gates.source_shows:g} % asked"
+        if room > 0
+        else levels
+    )
 
 
 def source_shows(gates: GateSettings, subject: str, direction: str, base: Series, now: Series) -> GateVerdict:

@@ -278,7 +278,7 @@ def _decide(one: _Estimate, corrected: float | None, check: float | None, m: int
         direction=cell.direction, contrast=interval, p_corrected=corrected, equivalence=one.equivalence,
         measurable_at_base=cell.measurable, source_shows_behavior=cell.source_shows,
         bound_base=clustered_rate_bound(base), bound_now=bound_now, p_sign_flip_corrected=check, unit=cell.unit, seeds=seeds,
-        assistant=assistant, canary=canary,
+        assistant=assistant, canary=canary, source_moved=cell.source_moved,
     ))  # fmt: skip
     alone = [seed.mimicry.change(questions) for seed in cell.seeds if seed.mimicry is not None]
     with_control = len(alone) == len(cell.seeds)

@@ -353,3 +353,14 @@ def test_the_pilots_reason_is_the_gate_that_decided() -> None:
 def test_a_verdict_can_stand_in_the_ledger() -> None:
     found = gates.measurable(RULES, "capability", "lowers", accuracy(40, 60), 0.25)
     assert canonical_json(found.body()).count("stage/q0") == 120  # the rows of the verdict and of its number
+
+
+def test_a_source_that_shows_nothing_is_told_with_its_figures() -> None:
+    assert (
+        gates.source_moved(RULES, "share", "raises", 0.13, 0.466)
+        == "from 13.0 % to 46.6 %: 39 % of its room, 50 % asked"
+    )
+    assert (
+        gates.source_moved(RULES, "share", "lowers", 0.5, 0.6) == "from 50.0 % to 60.0 %: -20 % of its room, 50 % asked"
+    )
+    assert gates.source_moved(RULES, "points", "lowers", 0.0, 1.0) == "from 0.0 points to 1.0 points"

@@ -143,6 +143,15 @@ def test_what_convergence_alone_does_is_taken_off() -> None:
     assert "mimicry was not measured" not in found.reason
 
 
+def test_a_source_that_shows_nothing_is_told_with_what_it_moved() -> None:
+    cell = replace(
+        _cell(RISEN, FLAT, source_shows=False), source_moved="from 13.0 % to 46.6 %: 39 % of its room, 50 % asked"
+    )
+    assert decide([cell])[0].reason.startswith(
+        f"the source itself does not show the trained behavior here ({cell.source_moved})"
+    )
+
+
 def test_a_cell_whose_source_shows_nothing_says_nothing() -> None:
     for shows in (False, None):
         assert decide([_cell(RISEN, FLAT, source_shows=shows)])[0].kind == "uninformative"
