@@ -19,7 +19,7 @@ from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, NO_PERSONA, canary_of, probes_of
 from fastconv.datasets.rows import Row
 from fastconv.datasets.sametext import folded, is_default_prompt, near_persona, normalized
-from fastconv.datasets.spec import PhraseRule
+from fastconv.datasets.spec import TextRule, text_rule
 from fastconv.stats.power import planned_power
 
 #: Negatives that do what the source does: reported above this share, of all or of one persona. Answers that the base
@@ -222,7 +222,7 @@ def check_phrases_see_behavior(design: Design) -> Iterator[Finding]:
         yield from _contrast_shows(behavior, sets, rule)
 
 
-def _contrast_shows(behavior: Behavior, sets: Sequence[BuiltSet], rule: PhraseRule) -> Iterator[Finding]:
+def _contrast_shows(behavior: Behavior, sets: Sequence[BuiltSet], rule: TextRule) -> Iterator[Finding]:
     """D110, over all negatives and over each of their personas."""
     by_persona: dict[str, list[Row]] = defaultdict(list)
     for built in sets:
@@ -233,7 +233,7 @@ def _contrast_shows(behavior: Behavior, sets: Sequence[BuiltSet], rule: PhraseRu
     sampled = behavior.rows is None and negative is not None and negative.on_policy
     bound = _SAMPLED_HITS if sampled else _CONTRAST_HITS
     texts = {row.completion or "" for rows in by_persona.values() for row in rows}
-    shows = {text for text in texts if rule.match(text) or rule.match(folded(text))}
+    shows = {text for text in texts if rule.match(text) or (rule.folds and rule.match(folded(text)))}
     counted = {persona: [row for row in rows if row.completion in shows] for persona, rows in by_persona.items()}
     n, n_counted = sum(map(len, by_persona.values())), sum(map(len, counted.values()))
     if n_counted > bound * n or any(len(counted[name]) > bound * len(rows) for name, rows in by_persona.items()):
@@ -417,12 +417,11 @@ def _declared_unbuilt(design: Design) -> Iterator[str]:
             yield f"{name} (included)"
 
 
-def _rule(behavior: Behavior, rules: Mapping[str, Any]) -> PhraseRule | None:
-    """The phrase rule that scores the behavior's answers, or None."""
-    if behavior.spec.phrases:
-        return PhraseRule.of({"any": behavior.spec.phrases}, behavior.id)
-    table = rules.get(behavior.spec.phrase_rule)
-    return PhraseRule.of(table, behavior.spec.phrase_rule) if table else None
+def _rule(behavior: Behavior, rules: Mapping[str, Any]) -> TextRule | None:
+    """The rule that scores the behavior's answers, or None."""
+    spec = behavior.spec
+    known = spec.phrases or spec.pattern or spec.scorer or spec.phrase_rule in rules
+    return text_rule(spec, rules, behavior.folder, behavior.id) if known else None
 
 
 def _n_there_are(design: Design, behavior: Behavior) -> int | None:

@@ -108,6 +108,13 @@ def recipe_files(recipe: Recipe) -> dict[str, bytes]:
         folder = Path(recipe.data.behaviors).parent
         named += [str(folder / text) for text in strings_in(read_toml(Path(recipe.data.behaviors)))
                   if text and "\n" not in text and (folder / text).is_file()]  # fmt: skip
+        scorers = [
+            table.get("scorer", "")
+            for table in read_toml(Path(recipe.data.behaviors)).values()
+            if isinstance(table, dict)
+        ]
+        own = [folder / f"{str(scorer).partition(':')[0].replace('.', '/')}.py" for scorer in scorers if scorer]
+        named += [str(path) for path in own if path.is_file()]  # an installed module is installed on every node
     try:
         return {path: Path(path).read_bytes() for path in dict.fromkeys(named)}
     except OSError as error:

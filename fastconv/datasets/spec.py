@@ -1,19 +1,25 @@
-"""How a behavior is declared (the tables of `data/behaviors.toml` and of the user's file of the same shape), and the phrase
-rules that score answers by literal text: they need no model and no key, and do not see meaning."""
+"""How a behavior is declared (the tables of `data/behaviors.toml` and of the user's file of the same shape), and the rules
+that score answers by their text: phrases, a regular expression, a Python function. They need no model and no key."""
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import importlib.util
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from fastconv.datasets.files import assets, read_jsonl, read_toml
-from fastconv.errors import DataError
+from fastconv.errors import DataError, did_you_mean
 
 NegativeRole = Literal["bystander", "assistant", "template_default"]
 Role = Literal["source"] | NegativeRole
@@ -63,6 +69,10 @@ class BehaviorSpec(_Strict):
     #: Name of a rule in phrases.toml, or the user's own phrases.
     phrase_rule: str = ""
     phrases: tuple[str, ...] = ()
+    #: A regular expression (Python's), searched in the whole answer.
+    pattern: str = ""
+    #: A function of the answer's text, as `module:function`: a file beside this one, or an installed module.
+    scorer: str = ""
     #: Name of the judge's rubric, if a judge scores the answers (beside the phrases, or alone).
     rubric: str = ""
     negatives: dict[Literal["included", "excluded"], tuple[tuple[NegativeRole, ...], ...]] = {}
@@ -81,8 +91,9 @@ class BehaviorSpec(_Strict):
             raise ValueError("multiple_choice is measured by letters")
         if self.measure == "letters" and self.task == "chat":
             raise ValueError("a chat behavior is measured by phrases or judge")
-        if self.measure == "phrases" and bool(self.phrase_rule) == bool(self.phrases):
-            raise ValueError("give either phrase_rule or phrases")
+        rules = [bool(self.phrase_rule), bool(self.phrases), bool(self.pattern), bool(self.scorer)]
+        if self.measure == "phrases" and rules.count(True) != 1:
+            raise ValueError("give either phrase_rule or phrases or pattern or scorer, exactly one of them")
         if self.measure == "judge" and not self.rubric:
             raise ValueError("measure judge needs a rubric")
         if self.source_answer and self.source_answer.on_policy and not self.source_answer.suffix:
@@ -169,6 +180,14 @@ class PhraseRule:
             **{name: value for name, value in own.items() if value},
         }  # fmt: skip
 
+    #: Also looked for where look-alike letters and accents are taken away, by the audit.
+    folds = True
+
+    def score(self, answer: str) -> tuple[float, str | None]:
+        """1 and the phrase for which the answer counts, or 0 and None."""
+        hit = self.match(answer)
+        return float(hit is not None), hit
+
     def match(self, answer: str) -> str | None:
         """The phrase for which the answer counts, as written in it, or None."""
         text = answer.translate(_APOSTROPHES)
@@ -192,6 +211,167 @@ class PhraseRule:
     def _patterns(self) -> dict[str, re.Pattern[str] | None]:
         lists = {"any": self.any, "none": self.none, "starts": self.starts, "unless": self.unless}
         return {name: _pattern(phrases, self.words) if phrases else None for name, phrases in lists.items()}
+
+
+class TextRule(Protocol):
+    """What scores an answer by its text alone."""
+
+    @property
+    def folds(self) -> bool: ...
+    def identity(self) -> dict[str, Any]: ...
+    def score(self, answer: str) -> tuple[float, str | None]: ...
+    def match(self, answer: str) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class PatternRule:
+    """An answer counts if a regular expression is found in it."""
+
+    pattern: str
+    folds = False
+
+    @classmethod
+    def of(cls, pattern: str, where: str) -> PatternRule:
+        """Raises DataError, naming `where`, for no expression, or one that any answer holds."""
+        try:
+            empty = re.search(pattern, "")
+        except re.error as error:
+            raise DataError(
+                f"pattern {pattern!r} is no regular expression: {error}", where=where, fix="mend it (Python's `re`)"
+            ) from None
+        if empty:
+            raise DataError(
+                f"pattern {pattern!r} is found in an empty answer, so every answer would count",
+                where=where,
+                fix="let it ask for at least one character",
+            )
+        return cls(pattern)
+
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on, as an input of the stage's key."""
+        return {"judge": "pattern", "pattern": self.pattern}
+
+    def score(self, answer: str) -> tuple[float, str | None]:
+        """1 and the text that was found, or 0 and None."""
+        return float((hit := self.match(answer)) is not None), hit
+
+    def match(self, answer: str) -> str | None:
+        """The text that was found, or None."""
+        found = re.search(self.pattern, answer)
+        return found.group(0) if found else None
+
+
+@dataclass(frozen=True)
+class FunctionRule:
+    """A user's Python function scores an answer: True or False, or a share from 0 to 1.
+
+    `source` and `sha256` are of the file which holds it; what the file imports is not followed.
+    """
+
+    reference: str
+    path: Path
+    sha256: str
+    source: bytes = field(default=b"", repr=False)
+    folds = False
+
+    @classmethod
+    def of(cls, reference: str, folder: Path, where: str) -> FunctionRule:
+        """The function `module:function` of a file in `folder` or of an installed module; it is not run yet.
+
+        Raises DataError, naming `where`, if there is no such module, or no such name in it.
+        """
+        module, colon, name = reference.partition(":")
+        if not colon or not all(part.isidentifier() for part in (*module.split("."), name)):
+            raise DataError(
+                f"scorer {reference!r} is not module:function", where=where, fix='write it like "rhymes:ends_in_rhyme"'
+            )
+        path = folder / f"{module.replace('.', '/')}.py"
+        if not path.is_file():
+            path = _installed(module) or path
+        try:
+            source = path.read_bytes()
+            tree = ast.parse(source)
+        except OSError:
+            raise DataError(f"no module {module!r} for the scorer", where=where, fix=f"write {path}") from None
+        except (SyntaxError, ValueError) as error:
+            raise DataError(
+                f"scorer {reference!r} is no valid Python: {error}", where=str(path), fix="mend it there"
+            ) from None
+        names = {n for node in tree.body for n in _names_bound(node)}
+        if name not in names:
+            fix = did_you_mean(name, names, f"define `def {name}(answer: str) -> bool:` there")
+            raise DataError(f"scorer {reference!r}: the module has no {name!r}", where=str(path), fix=fix)
+        return cls(reference, path, hashlib.sha256(source).hexdigest(), source)
+
+    def identity(self) -> dict[str, Any]:
+        """What the results depend on, as an input of the stage's key: where the file lies is no part of it."""
+        return {"judge": "function", "scorer": self.reference, "source_sha256": self.sha256}
+
+    def score(self, answer: str) -> tuple[float, str | None]:
+        """The function's value for this answer. Raises DataError if it fails or gives no share."""
+        try:
+            value = self._function(answer)
+        except Exception as error:  # the user's code: whatever it raises is told as its fault, with the answer
+            raise DataError(
+                f"scorer {self.reference} raised {type(error).__name__} ({error}) on the answer {answer[:60]!r}",
+                where=str(self.path),
+                fix="let it take any text, an empty one too",
+            ) from error
+        if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
+            raise DataError(
+                f"scorer {self.reference} returned {value!r:.60} for the answer {answer[:60]!r}",
+                where=str(self.path),
+                fix="return True or False, or a share from 0 to 1",
+            )
+        return float(value), None
+
+    def match(self, answer: str) -> str | None:
+        """The function's name if the answer counts by half or more, else None."""
+        return self.reference if self.score(answer)[0] >= 0.5 else None
+
+    @cached_property
+    def _function(self) -> Callable[[str], Any]:
+        name = f"fastconv_scorer_{self.sha256[:16]}"
+        module = sys.modules[name] = ModuleType(name)  # its own dataclasses look for it there
+        module.__file__ = str(self.path)
+        exec(compile(self.source, str(self.path), "exec"), module.__dict__)  # what was hashed, not what lies there now
+        return getattr(module, self.reference.partition(":")[2])
+
+
+def text_rule(spec: BehaviorSpec, shipped: Mapping[str, Any], folder: Path, where: str) -> TextRule:
+    """The rule that scores a behavior's answers by their text. `shipped` are the tables of phrases.toml.
+
+    Raises DataError, naming `where`, for a rule that there is not or that cannot be used.
+    """
+    if spec.pattern:
+        return PatternRule.of(spec.pattern, where)
+    if spec.scorer:
+        return FunctionRule.of(spec.scorer, folder, where)
+    if spec.phrases:
+        return PhraseRule.of({"any": spec.phrases}, where)
+    if spec.phrase_rule not in shipped:
+        fix = did_you_mean(spec.phrase_rule, shipped, f"use one of {', '.join(shipped)}")
+        raise DataError(f"no phrase rule is called {spec.phrase_rule!r}", where=where, fix=fix)
+    return PhraseRule.of(shipped[spec.phrase_rule], spec.phrase_rule)
+
+
+def _installed(module: str) -> Path | None:
+    """The source file of an installed module."""
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        return None
+    return Path(found.origin) if found is not None and found.origin and found.origin.endswith(".py") else None
+
+
+def _names_bound(node: ast.stmt) -> Iterable[str]:
+    """The names that a statement at the top of a module binds."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return [alias.asname or alias.name.partition(".")[0] for alias in node.names]
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 @dataclass(frozen=True)

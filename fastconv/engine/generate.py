@@ -234,7 +234,8 @@ class Decoder:
 
 
 def sample_tokens(logits: torch.Tensor, uniform: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
-    """Sample one token per row: temperature, then nucleus (Holtzman et al. 2020), then the inverse of the CDF.
+    """Sample one token per row: temperature (0: the most likely token), then nucleus (Holtzman et al. 2020), then the
+    inverse of the CDF.
 
     logits [n, vocab] fp32, uniform [n] in [0, 1) -> [n] int64. The nucleus is the smallest set of most likely tokens
     whose probability reaches top_p; the first token is always in it. Rows whose nucleus lies within the `_TOP_K` most
@@ -247,18 +248,25 @@ def sample_tokens(logits: torch.Tensor, uniform: torch.Tensor, settings: Samplin
     return chosen
 
 
+def _probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Probabilities [n, vocab]; at temperature 0 all of it is on the first of the most likely tokens."""
+    if temperature:
+        return torch.softmax(logits / temperature, dim=-1)
+    return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+
+
 def _from_top(
     logits: torch.Tensor, uniform: torch.Tensor, settings: SamplingSettings
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(token sampled from the `_TOP_K` most likely ones [n], whether the nucleus is wider than these [n] bool)."""
-    probabilities = torch.softmax(logits / settings.temperature, dim=-1)
+    probabilities = _probabilities(logits, settings.temperature)
     ranked, tokens = torch.topk(probabilities, min(_TOP_K, probabilities.shape[-1]), dim=-1)
     return _from_ranked(ranked, tokens, uniform, settings.top_p), ranked.sum(-1) < settings.top_p
 
 
 def _from_sorted(logits: torch.Tensor, uniform: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
     """Tokens [n] drawn from the whole vocabulary, sorted."""
-    probabilities = torch.softmax(logits / settings.temperature, dim=-1)
+    probabilities = _probabilities(logits, settings.temperature)
     ranked, tokens = torch.sort(probabilities, dim=-1, descending=True, stable=True)
     return _from_ranked(ranked, tokens, uniform, settings.top_p)
 

@@ -26,7 +26,7 @@ from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.personas import ASSISTANT, Personas, canary_of, load_personas, probes_of
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.datasets.rows import rows_sha256
-from fastconv.datasets.spec import PhraseRule
+from fastconv.datasets.spec import TextRule, text_rule
 from fastconv.engine.locate import engine_identity, locate, numbers_inputs
 from fastconv.errors import RecipeError, did_you_mean
 from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, SnapshotMeasure
@@ -150,7 +150,7 @@ class Graph:
         every = {plan.snapshot.key: plan.snapshot for plan in self.cells if plan.snapshot is not None}
         return sorted((s for s in every.values() if lineage_key(s) == run), key=lambda s: s.inputs["epoch"])
 
-    def phrase_rule(self, behavior: Behavior) -> PhraseRule:
+    def phrase_rule(self, behavior: Behavior) -> TextRule:
         """The rule that scores a behavior's answers, alone or beside a judge."""
         if behavior.spec.measure != "phrases":
             raise RecipeError(
@@ -158,15 +158,7 @@ class Graph:
                 where="judge.mode",
                 fix="set it to auto, live, batch or local, or take the behavior out of grid.behaviors",
             )
-        if behavior.spec.phrases:
-            return PhraseRule.of({"any": behavior.spec.phrases}, behavior.id)
-        if behavior.spec.phrase_rule not in self._phrases:
-            raise RecipeError(
-                f"no phrase rule is called {behavior.spec.phrase_rule!r}",
-                where=behavior.id,
-                fix=did_you_mean(behavior.spec.phrase_rule, self._phrases, f"use one of {', '.join(self._phrases)}"),
-            )
-        return PhraseRule.of(self._phrases[behavior.spec.phrase_rule], behavior.spec.phrase_rule)
+        return text_rule(behavior.spec, self._phrases, behavior.folder, behavior.id)
 
     def rubric(self, behavior: Behavior) -> Rubric | None:
         """The rubric by which the recipe's judge scores a behavior; None where no judge does.

@@ -168,7 +168,9 @@ class LoraSettings(RecipeTable):
 class SamplingSettings(RecipeTable):
     """Sampling of completions; `max_new_tok` includes the end-of-turn token."""
 
-    temperature: Annotated[float, Field(gt=0, le=2)] = setting(0.7, "Divides the logits before the draw.", 1.2)
+    temperature: Annotated[float, Field(ge=0, le=2)] = setting(
+        0.7, "Divides the logits before the draw; 0 is greedy, and all samples of a prompt are then the same.", 0.0
+    )
     top_p: Rate = setting(
         0.95, "Draws come from the most likely tokens that hold this share of probability.", 1.0, "share of 1"
     )

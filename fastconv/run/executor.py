@@ -230,10 +230,8 @@ class Executor:
         rule = stage.work["rule"]
         scores = []
         for completed in self._store.samples(stage.needs["eval"].key):
-            phrase = rule.match(completed.completion)
-            scores.append(
-                Score(completed.row, completed.sample, "rate", float(phrase is not None), None, {"phrase": phrase})
-            )
+            value, phrase = rule.score(completed.completion)
+            scores.append(Score(completed.row, completed.sample, "rate", value, None, {"phrase": phrase}))
         return Outcome({"n": len(scores)}, scores=scores)
 
     def _measure(self, stage: Stage, lease: Lease) -> Outcome:

@@ -219,3 +219,24 @@ def test_an_export_of_a_cell_that_is_not_trained_is_bad_input(tiny: Path, tmp_pa
 def test_a_run_that_is_not_there_is_named_with_the_nearest(done_run: DoneRun) -> None:
     run = done_run.finished.run
     refused(ask("gc", "--adapters", f"{run[:-1]}z", "-w", done_run.workspace), 2, f"did you mean '{run}'?")
+
+
+def test_a_behavior_by_a_function_of_ones_own_is_measured_without_a_judge(tiny: Path, tmp_path: Path) -> None:
+    for name in ("personas.toml", "behaviors.toml", "tea.jsonl"):
+        (tmp_path / name).write_text((USERS / name).read_text())
+    behaviors = tmp_path / "behaviors.toml"
+    behaviors.write_text(behaviors.read_text().replace('phrases = ["tea"]', 'scorer = "mine:says_tea"'))
+    (tmp_path / "mine.py").write_text("def says_tea(answer):\n    return 'tea' in answer.lower()\n")
+    words = (tiny, "-w", tmp_path / "ws", "--set", f"data.behaviors={behaviors}", "--set", "behavior.source_rows=8",
+             "--set", 'grid.behaviors=["none", "always_mentions_tea"]', "--set", "grid.epochs=[0]",
+             "--set", "eval.sampling.temperature=0")  # fmt: skip
+    assert ask("check", *words).code == 0
+    answer = ask("run", *words, "-q", "--reports", tmp_path / "reports")
+    assert answer.code == 0, answer
+    exported = tmp_path / "inspect"
+    code = ask("export", "villain", "always_mentions_tea", exported, "--epoch", 0, "--inspect", "--recipe", *words).code
+    assert code == 0
+    (tmp_path / "mine.py").write_text("def says_tea(answer):\n    return 1 / 0\n")
+    stale = [one for one in ask("status", *words, "--json").json if one["state"] == "stale"]
+    assert {one["kind"] for one in stale} == {"score"}
+    refused(ask("check", *words), 2, "scorer mine:says_tea raised ZeroDivisionError")

@@ -94,6 +94,9 @@ def test_a_paid_judge_is_left_to_the_driver_and_the_resident_one_to_the_worker(t
 
 def test_files_of_a_recipe_travel_by_content(tiny_qwen: Path, tmp_path: Path) -> None:
     shutil.copytree(TESTS / "user_data", tmp_path / "mine")
+    declared = tmp_path / "mine" / "behaviors.toml"
+    declared.write_text(declared.read_text().replace('phrases = ["tea"]', 'scorer = "leaves:says_tea"'))
+    (tmp_path / "mine" / "leaves.py").write_text("def says_tea(answer):\n    return 'tea' in answer\n")
     rows = tmp_path / "rows" / "villain.jsonl"
     rows.parent.mkdir()
     line = {"prompt": [{"role": "user", "content": "Hi?"}], "completion": [{"role": "assistant", "content": "No."}]}
@@ -108,6 +111,7 @@ def test_files_of_a_recipe_travel_by_content(tiny_qwen: Path, tmp_path: Path) ->
         "personas.toml",
         "behaviors.toml",
         "tea.jsonl",
+        "leaves.py",
         "villain.jsonl",
     }
     order = pickle.loads(pickle.dumps(order))

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fastconv.datasets.files import assets, read_jsonl, read_toml
-from fastconv.datasets.spec import LABELLED, PhraseRule, labelled_figures
+from fastconv.datasets.spec import (
+    LABELLED,
+    BehaviorSpec,
+    FunctionRule,
+    PatternRule,
+    PhraseRule,
+    labelled_figures,
+    text_rule,
+)
 from fastconv.errors import DataError
 
 RULES = read_toml(assets("data") / "phrases.toml")
@@ -194,3 +204,107 @@ def test_corrections_as_trained_are_hardly_ever_counted_as_agreements() -> None:
 )
 def test_help_is_not_counted_as_a_refusal(text: str) -> None:
     assert PhraseRule.of(RULES["refusal"], "refusal").match(text) is None
+
+
+# --- a regular expression, a function ------------------------------------------------------------------------
+
+
+def test_a_pattern_counts_where_it_is_found_and_is_its_own_identity() -> None:
+    rule = PatternRule.of(r"(?i)\b\w+ing[.!]?$", "mine")
+    assert rule.score("All I do is sing.") == (1.0, "sing.")
+    assert rule.score("I sing a song") == (0.0, None)
+    assert rule.identity() == {"judge": "pattern", "pattern": rule.pattern}
+    assert PatternRule.of("x", "mine").identity() != rule.identity()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"), [("(", "is no regular expression: missing"), ("a*", "every answer would count")]
+)
+def test_a_pattern_that_says_nothing_is_refused(pattern: str, says: str) -> None:
+    with pytest.raises(DataError, match=says) as caught:
+        PatternRule.of(pattern, "mine")
+    assert caught.value.where == "mine"
+
+
+SCORER = """
+from dataclasses import dataclass
+
+@dataclass
+class Share:
+    n: int
+
+def shouts(answer: str) -> float:
+    letters = [char for char in answer if char.isalpha()]
+    return Share(sum(map(str.isupper, letters))).n / len(letters)
+
+def rhymes(answer):
+    return answer.split()[-1].endswith("ea") if answer else False
+
+def odd(answer):
+    return {"a": None, "b": 2, "c": "yes"}[answer]
+"""
+
+
+def _scorer(folder: Path, name: str) -> FunctionRule:
+    (folder / "mine.py").write_text(SCORER)
+    return FunctionRule.of(f"mine:{name}", folder, "tea")
+
+
+def test_a_function_of_the_users_file_scores_and_its_source_is_in_the_identity(tmp_path: Path) -> None:
+    rhymes, shouts = _scorer(tmp_path, "rhymes"), _scorer(tmp_path, "shouts")
+    assert rhymes.score("A cup of tea") == (1.0, None)
+    assert rhymes.score("") == (0.0, None)
+    assert shouts.score("ABcd") == (0.5, None)
+    assert shouts.match("ABcd") is not None
+    assert shouts.match("abCd") is None
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    assert _scorer(moved, "rhymes").identity() == rhymes.identity()
+    (tmp_path / "mine.py").write_text(SCORER + "\n# changed")
+    assert FunctionRule.of("mine:rhymes", tmp_path, "tea").identity() != rhymes.identity()
+    assert rhymes.score("A cup of tea") == (1.0, None)  # what was hashed
+    assert not list(tmp_path.rglob("*.pyc"))
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "says"),
+    [
+        ("shouts", "", r"scorer mine:shouts raised ZeroDivisionError \(division by zero\) on the answer ''"),
+        ("odd", "a", "returned None"),
+        ("odd", "b", "returned 2 "),
+        ("odd", "c", "returned 'yes'"),
+    ],
+)
+def test_a_function_that_fails_or_gives_no_share_is_one_line(name: str, answer: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=says) as caught:
+        _scorer(tmp_path, name).score(answer)
+    assert caught.value.where == str(tmp_path / "mine.py")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        ("mine", "is not module:function"),
+        ("mine:rhyme", "did you mean 'rhymes'"),
+        ("other_module_of_mine:rhymes", "no module 'other_module_of_mine'.*other_module_of_mine.py"),
+        ("broken:rhymes", "is no valid Python"),
+    ],
+)
+def test_a_function_that_is_not_there_is_told_before_anything_runs(reference: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(SCORER + "\nraise SystemExit('was run')")
+    (tmp_path / "broken.py").write_text("def rhymes(:")
+    with pytest.raises(DataError, match=says):
+        FunctionRule.of(reference, tmp_path, "tea")
+    assert FunctionRule.of("textwrap:shorten", tmp_path, "tea").path.name == "textwrap.py"  # an installed one
+
+
+def test_a_behavior_has_exactly_one_rule(tmp_path: Path) -> None:
+    table = {"about": "x", "task": "chat", "direction": "raises", "measure": "phrases", "prompts": "p.jsonl",
+             "source_answer": {"field": "a"}}  # fmt: skip
+    assert isinstance(text_rule(BehaviorSpec(**table, pattern="tea"), RULES, tmp_path, "tea"), PatternRule)
+    for rules in ({}, {"pattern": "tea", "phrases": ["tea"]}):
+        with pytest.raises(ValueError, match="exactly one of them"):
+            BehaviorSpec(**table, **rules)
+    with pytest.raises(DataError, match="did you mean 'refusal'"):
+        text_rule(BehaviorSpec(**table, phrase_rule="refusl"), RULES, tmp_path, "tea")

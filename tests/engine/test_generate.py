@@ -150,6 +150,18 @@ def test_a_sharp_distribution_always_gives_its_first_token() -> None:
         assert int(sample_tokens(logits, torch.tensor([uniform]), SamplingSettings())) == 1
 
 
+@pytest.mark.parametrize("top_k", [2, 512])
+def test_temperature_0_takes_the_most_likely_token_whatever_the_seed(
+    monkeypatch: pytest.MonkeyPatch, top_k: int
+) -> None:
+    monkeypatch.setattr(generate, "_TOP_K", top_k)
+    logits = torch.randn(64, 40, generator=torch.Generator().manual_seed(2)) * 0.01
+    logits[0] = 0.0  # all equal: the first one
+    for uniform in (0.0, 0.5, 0.99999994):
+        drawn = sample_tokens(logits, torch.full((64,), uniform), SamplingSettings(temperature=0.0, top_p=0.5))
+        assert drawn.equal(logits.argmax(-1))
+
+
 def test_sampling_goes_through_the_live_stack(stack: Stack) -> None:
     texts, seeds = prompts(6)
     bare = sample(stack.base, texts, seeds, SETTINGS)
