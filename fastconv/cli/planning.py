@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 Approve = Annotated[bool, typer.Option("--approve", help="Run although the estimate is beyond the recipe's limits")]
 
+#: A share of the scale that no published change exceeded: what only finds larger ones finds nothing.
+LARGEST_EFFECT = 0.389
+
 
 recipe_app = typer.Typer(help="Look at recipes: list, show, explain, schema.", no_args_is_help=True)
 
@@ -290,7 +293,9 @@ def _power(recipe_plan: Plan) -> Iterator[str]:
     primary = [(name, power) for name, power in recipe_plan.power.items() if power.primary]
     worse = [(name, power) for name, power in primary if power.family_over_seeds(3) > power.family_over_seeds(1)]
     if worse:
-        yield f"three seeds find nothing among {worse[0][1].n_contrasts} contrasts at the first step of Holm: {_few_seeds(worse)}"
+        least = min(power.family_over_seeds(3) / (100 if power.threshold > 1 else 1) for _, power in worse)
+        what = "nothing" if least > LARGEST_EFFECT else "less than one"
+        yield f"three seeds find {what} among {worse[0][1].n_contrasts} contrasts at the first step of Holm: {_few_seeds(worse)}"
     if any(power.change.too_large or power.declared.too_large for power in recipe_plan.power.values()):
         yield "seeds are counted as erring independently of one another; the spread between them is not known before a run"
 

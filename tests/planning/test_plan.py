@@ -235,6 +235,21 @@ def test_questions_that_are_reported_apart_are_planned_apart() -> None:
     )
 
 
+def test_a_plan_says_where_three_seeds_find_nothing_or_less_than_one() -> None:
+    many, few = (
+        _kinds("seeds", *more)["plan"] for more in (('grid.sources=["villain", "comedian", "librarian"]',), ())
+    )
+    line = _line(_kinds("matrix")["plan"], "three seeds find nothing among 72 contrasts at the first step of Holm: ")
+    assert "capability from 39.3 pp, five seeds from 13.9 pp, ten from 13.7 pp" in line
+    assert "refusal from 78.6 pp" in line
+    assert "capability from 13.1 pp" in _line(few, "three seeds find less than one among 8 contrasts")
+    assert _line(many, "three seeds find less than one among 12 contrasts")
+    alone = _kinds("matrix", 'grid.sources=["villain"]', "grid.epochs=[0, 20]", 'grid.behaviors=["none", "refusal"]')[
+        "plan"
+    ]
+    assert not [line for line in _shown(alone) if line.startswith("three seeds")]
+
+
 def test_a_plan_that_could_show_little_says_what_would_mend_it() -> None:
     found = _kinds("matrix")["plan"]
     assert (
