@@ -193,7 +193,7 @@ def test_a_real_base_finds_exchanged_columns_and_nothing_in_the_shipped_sets(tmp
     found = {}
     for behavior in ("swapped", "sycophancy"):
         recipe = recipe_of(behavior, data={"behaviors": str(path)} if behavior == "swapped" else {})
-        _, pairs = read_of(recipe, base.tokenizer, most=40)
+        _, pairs = read_of(recipe, base.tokenizer, most=32)
         means = [(first, second) for first, second in training._read(base, pairs, 4096)]
         found[behavior] = set(codes(pairs, means, base.tokenizer.vocab_size))
     assert found == {"swapped": {"D303"}, "sycophancy": set()} or found == {"swapped": {"D302"}, "sycophancy": set()}
