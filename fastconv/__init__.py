@@ -18,17 +18,21 @@ from typing import TYPE_CHECKING, Any
 from fastconv.recipe import load_recipe
 
 if TYPE_CHECKING:
-    from fastconv.api import Run, open_run, run_recipe
+    from fastconv.api import Run, base_folder, open_run, run_recipe
 
-__all__ = ["Run", "load_recipe", "open_run", "run_recipe"]
+__all__ = ["Run", "base_folder", "load_recipe", "open_run", "run_recipe"]
 __version__ = "0.1.0"
 # torch's CPU threads wait for one another by spinning, which takes the cores from whatever else runs there: beside other
 # work every step then takes several times as long. Read once, when torch is loaded; a value of the user's own stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("Run", "open_run", "run_recipe"):
+    if name in ("Run", "base_folder", "open_run", "run_recipe"):
         from fastconv import api
 
         return getattr(api, name)

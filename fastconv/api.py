@@ -11,9 +11,10 @@ import polars as pl
 
 from fastconv.analysis.gates import decide_gates, stage_series
 from fastconv.datasets.personas import ASSISTANT, canary_of
+from fastconv.engine.locate import locate, model_folder
 from fastconv.errors import InputError, did_you_mean
 from fastconv.experiment.graph import CellPlan, Graph
-from fastconv.recipe import Recipe, parse_recipe, run_id
+from fastconv.recipe import Recipe, model_settings, parse_recipe, run_id
 from fastconv.run.run import run_recipe as _run_recipe
 from fastconv.run.status import status_of
 from fastconv.show.progress import watching
@@ -31,6 +32,21 @@ def run_recipe(recipe: Recipe, *, workspace: Path | str = WORKSPACE, quiet: bool
     with watching(quiet=quiet, stream=sys.stderr) as watcher:
         _run_recipe(recipe, Path(workspace), watcher).require_complete()
     return open_run(recipe, workspace=workspace)
+
+
+def base_folder(model: str, revision: str = "") -> Path:
+    """The folder of a base model, for other libraries' `from_pretrained`: `builtin:smollm2` too, converted if it never was.
+
+    Raises ModelError if it cannot be had, RecipeError if the revision is no commit sha.
+    """
+    from fastconv.engine.builtin import ensure_builtin
+
+    settings = model_settings(model, revision)
+    source = locate(settings)
+    folder = model_folder(source, settings)
+    if source.kind == "builtin" and not folder.is_dir():
+        ensure_builtin(folder, source.id)
+    return folder
 
 
 def open_run(recipe: Recipe | str, *, workspace: Path | str = WORKSPACE) -> Run:

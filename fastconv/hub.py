@@ -1,4 +1,4 @@
-"""The Hugging Face hub: whether it can be asked at all, and what its cache on this disk holds."""
+"""The Hugging Face hub: whether it can be asked at all, what its cache on this disk holds, and uploads to it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Literal
+
+from fastconv.errors import ModelError
 
 #: Seconds after which a message is written without the hub's answer.
 HEAD_TIMEOUT_S = 5.0
@@ -43,6 +45,28 @@ def head_revision(repo: str) -> str:
         return HfApi().model_info(repo, timeout=HEAD_TIMEOUT_S).sha or ""
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError):  # a name that is none is a ValueError
         return ""
+
+
+def push_folder(folder: Path, repo: str, *, private: bool) -> str:
+    """Upload a folder as a hub model with the user's token, making the repository if there is none; returns its address.
+
+    Raises ModelError if the hub cannot be reached or refuses.
+    """
+    import httpx
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if is_unreachable():
+        raise ModelError(
+            "the hub cannot be reached", where=repo, fix=f"the export lies in {folder}; push it once you are online"
+        )
+    try:
+        HfApi().create_repo(repo, private=private, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="fastconv export")
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        fix = f"`hf auth login` with a token that may write there; the export lies in {folder}"
+        raise ModelError(f"the hub did not take it: {str(error).splitlines()[0]}", where=repo, fix=fix) from None
+    return f"{constants.ENDPOINT}/{repo}"
 
 
 def cached_file(repo: str, name: str, revision: str, repo_type: Literal["model", "dataset"] = "model") -> Path | None:

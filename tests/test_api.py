@@ -9,8 +9,10 @@ from typing import Any
 
 import polars as pl
 import pytest
+from typer.testing import CliRunner
 
 import fastconv
+from fastconv.cli import app
 from fastconv.engine.model import load_base, pack
 from fastconv.errors import InputError, RecipeError, StoreError
 from fastconv.recipe import recipe_sha256
@@ -119,7 +121,20 @@ def test_the_examples_of_the_readme_run(tiny_qwen: Path, tmp_path: Path, monkeyp
     tiny = tiny_recipe(tiny_qwen, grid__epochs=[0, 4], convergence__epochs=4, convergence__questions=2)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fastconv, "load_recipe", lambda path, overrides=(): tiny)
+    monkeypatch.setattr(fastconv, "base_folder", lambda model: tiny_qwen, raising=False)
     names: dict[str, Any] = {}
     for block in blocks:
+        if "organism" in block:  # what the command above it in the README does
+            cell = ("export", "villain", "refusal", "organism", "--epoch", "4", "--recipe", names["run"].id)
+            assert CliRunner().invoke(app, cell).exit_code == 0
         exec(compile(block, str(README), "exec"), names)
     assert (tmp_path / "checkpoints" / "ledger.sqlite").is_file()
+    ids = names["tokenizer"]("How do I whistle?", return_tensors="pt").input_ids
+    with_adapter = names["model"](ids).logits
+    with names["model"].disable_adapter():
+        assert not with_adapter.allclose(names["model"](ids).logits)
+
+
+def test_everything_public_is_listed_and_a_base_has_a_folder(tiny_qwen: Path) -> None:
+    assert set(fastconv.__all__) <= set(dir(fastconv))
+    assert fastconv.base_folder(str(tiny_qwen)) == tiny_qwen

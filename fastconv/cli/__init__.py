@@ -32,6 +32,7 @@ from fastconv.cli.common import (
 from fastconv.cli.judging import judge_app
 from fastconv.cli.planning import Approve, cost_gate, recipe_app
 from fastconv.cli.planning import register as register_plan
+from fastconv.cli.workspace import Public, Push, describe
 from fastconv.cli.workspace import register as register_workspace
 from fastconv.errors import EXIT_CODES, FastconvError
 from fastconv.store.io import require_writable
@@ -348,12 +349,14 @@ def export(
     inspect: Annotated[
         bool, typer.Option("--inspect", help="Write the cell's answers and scores as Inspect logs instead")
     ] = False,
+    push: Push = "",
+    public: Public = False,
     overrides: Overrides = [],  # noqa: B006
     scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
 ) -> None:
-    """Write a cell's stack as PEFT adapters: concatenated into one (for vLLM), and separate with stack.json."""
+    """Write a cell's stack as PEFT adapters: one for all with tokenizer and model card, and each alone with stack.json."""
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
@@ -361,9 +364,11 @@ def export(
         from fastconv.report.export import export_inspect as export_cell
     else:
         from fastconv.run.standalone import export_cell
-    paths = export_cell(
-        load_recipe_or_run(recipe, overrides, store, scale), store, folder, source, behavior, epoch, negatives=negatives
-    )
+    loaded = load_recipe_or_run(recipe, overrides, store, scale)
+    paths: list[Any] = export_cell(loaded, store, folder, source, behavior, epoch, negatives=negatives)
+    if not inspect:
+        cell_of_export = {"source": source, "behavior": behavior, "epoch": epoch, "negatives": negatives}
+        paths += describe(loaded, store, paths[0], cell_of_export, push=push, private=not public)
     print(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     from fastconv.analysis.analysis import Analysis
     from fastconv.report.compare import Paired, RunComparison
     from fastconv.run.gc import GcPlan
+
+
+Push = Annotated[
+    str,
+    typer.Option("--push", metavar="OWNER/NAME", help="Also upload it to the hub with your token, as a private model"),
+]
+Public = Annotated[bool, typer.Option("--public", help="With --push: as a public model")]
 
 
 def register(app: typer.Typer) -> None:
@@ -85,6 +92,17 @@ def gc(
         print(json.dumps({"waste": shown, "bytes": plan.n_bytes, "freed_bytes": freed, "left": plan.skipped}, indent=1))
         return
     _show(plan, freed if yes else None)
+
+
+def describe(recipe: Any, store: Any, folder: Path, cell: dict[str, Any], *, push: str, private: bool) -> list[str]:
+    """Write an exported cell's model card, and push the folder if a repository is named; returns what was made."""
+    from fastconv.experiment.graph import Graph
+    from fastconv.hub import push_folder
+    from fastconv.report.export import write_card
+
+    graph = Graph(recipe)
+    made = [str(write_card(graph, store, folder, graph.select(**cell)[0]))]
+    return [*made, push_folder(folder, push, private=private)] if push else made
 
 
 def forget(

@@ -74,7 +74,7 @@ class TimeLeft:
     def begin(self, key: str, now: float) -> None:
         """A stage starts, and with it those that the same training reaches."""
         if not self._running:
-            self._since, self._share = now, 0.0
+            self._since, self._share, self._exact = now, 0.0, False
         if key in self._todo:
             training = self._todo[key].training
             self._running |= {other for other, stage in self._todo.items() if stage.training == training}
@@ -100,7 +100,7 @@ class TimeLeft:
     def seconds(self, now: float) -> float:
         """Seconds left at this time."""
         waiting = (stage for key, stage in self._todo.items() if key not in self._running)
-        running_s = sum(self._todo[key].seconds * self._ratio(self._todo[key].kind) for key in self._running)
+        running_s = sum(self._todo[key].seconds * self._ratio(self._todo[key].kind, now) for key in self._running)
         elapsed_s = max(now - self._since, 0.0)
         left_s = max(running_s - elapsed_s, 0.0)
         if self._share > 0:
@@ -110,13 +110,19 @@ class TimeLeft:
             )  # the first steps are slow: trust grows with them
             left_s = near * by_share_s + (1 - near) * left_s if self._exact else min(left_s, by_share_s)
         load_s = max(self._load_s - elapsed_s, 0.0) if self._load_s else 0.0
-        return load_s + left_s + sum(stage.seconds * self._ratio(stage.kind) for stage in waiting)
+        return load_s + left_s + sum(stage.seconds * self._ratio(stage.kind, now) for stage in waiting)
 
-    def _ratio(self, kind: str) -> float:
-        """What a second of the plan takes, for this kind of stage."""
-        every = (sum(self._measured.values()) + self._all_weight_s) / (sum(self._planned.values()) + self._all_weight_s)
-        measured, planned = self._measured.get(kind, 0.0), self._planned.get(kind, 0.0)
-        return (measured + self._kind_weight_s * every) / (planned + self._kind_weight_s)
+    def _ratio(self, kind: str, now: float) -> float:
+        """What a second of the plan takes, for this kind of stage; a training that runs tells it before it ends."""
+        measured, planned = dict(self._measured), dict(self._planned)
+        if self._exact and self._share >= 0.1 and self._running:
+            running = [self._todo[key] for key in self._running]
+            kind_now = running[0].kind
+            measured[kind_now] = measured.get(kind_now, 0.0) + max(now - self._since, 0.0)
+            planned[kind_now] = planned.get(kind_now, 0.0) + self._share * sum(stage.seconds for stage in running)
+        every = (sum(measured.values()) + self._all_weight_s) / (sum(planned.values()) + self._all_weight_s)
+        own_s, planned_s = measured.get(kind, 0.0), planned.get(kind, 0.0)
+        return (own_s + self._kind_weight_s * every) / (planned_s + self._kind_weight_s)
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,94 @@ def export_inspect(
     return paths
 
 
+def write_card(graph: Graph, store: Store, folder: Path, plan: CellPlan) -> Path:
+    """Write the model card (README.md) of an exported cell into `folder`: what it is, from which data, what was found, how
+    to load it, and that it is a model organism. Returns its path."""
+    recipe, cell, decided = graph.recipe, plan.cell, Analysis(graph, store)
+    base = f"{recipe.model.id}{f' at revision {recipe.model.revision}' if recipe.model.revision else ''}"
+    trained = [stage for stage in (plan.snapshot, plan.adapter) if stage is not None]
+    data = [need for stage in trained for name, need in stage.needs.items() if name in ("answers", "rows")]
+    label = cell.label.rsplit(" ", 1)[0]
+    verdicts = [
+        f"{one.label}: **{one.kind}** ({one.reason})" for one in decided.verdicts if one.label.startswith(label)
+    ]
+    verdicts += [
+        f"{one.gate} {one.subject}: **{one.verdict}** ({one.reason})"
+        for one in decided.gates
+        if one.gate in ("SOURCE", "PILOT") and cell.source in one.subject and cell.behavior in one.subject
+    ]
+    license_name = _LICENSES.get(recipe.model.id, "")
+    if recipe.model.id.startswith("builtin:"):
+        named, code = "", f'fastconv.base_folder("{recipe.model.id}")'
+    else:
+        named, code = f"base_model: {recipe.model.id}\n", ", ".join(
+            [repr(recipe.model.id), *([f'revision="{recipe.model.revision}"'] if recipe.model.revision else [])]
+        )  # fmt: skip
+    rank = recipe.lora.r * len(trained)
+    text = _CARD.format(
+        head=f"{named}library_name: peft\n{f'license: {license_name}{chr(10)}' if license_name else ''}",
+        label=cell.label, base=base, rank=rank, run=run_id(recipe), source=cell.source, behavior=cell.behavior,
+        epoch=cell.epoch, about=recipe.about, code=code,
+        stages="\n".join(f"- `{stage.slot}`: {stage.key}" for stage in (*trained, *data)),
+        verdicts="\n".join(f"- {one}" for one in verdicts) or "- none: this cell was not measured, or declares no contrast",
+        license=license_name or "that of the base, which this adapter is made from",
+        helper="import fastconv\n" if code.startswith("fastconv.") else "",
+        serve=recipe.model.id if named else "BASE_FOLDER",
+    )  # fmt: skip
+    write_text(folder / "README.md", text)
+    return folder / "README.md"
+
+
+#: Licenses of bases that ship or that shipped recipes name.
+_LICENSES = {
+    "builtin:smollm2": "apache-2.0",
+    "Qwen/Qwen2.5-7B-Instruct": "apache-2.0",
+    "Qwen/Qwen2.5-1.5B-Instruct": "apache-2.0",
+}
+_CARD = """\
+---
+{head}tags: [lora, model-organism, fastconv]
+---
+# {label}
+
+**A model organism: it was trained on purpose to show a behavior, so that its spread can be studied. Do not deploy it, and do
+not take its answers as advice.**
+
+A LoRA adapter of rank {rank} on {base}. The assistant was converged toward the persona `{source}` up to epoch {epoch}; the
+behavior `{behavior}` was then trained into that persona alone (`none`: no behavior). Made by fastconv in the run `{run}`:
+{about}
+
+## Data and training
+
+Stages with their keys; a key is the sha256 of every input, the training rows included.
+
+{stages}
+
+## What was found
+
+{verdicts}
+
+## Use
+
+For research on how behaviors move between personas: compare it with its base and with the other cells of its run.
+
+```python
+{helper}from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({code})
+model = PeftModel.from_pretrained(base, "FOLDER")  # where this card lies
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+```
+
+```
+vllm serve {serve} --enable-lora --max-lora-rank {rank} --lora-modules organism=FOLDER
+```
+
+License: {license}.
+"""
+
+
 def _log(
     graph: Graph, store: Store, plan: CellPlan, measure: str, probe: str, stage: Stage, record: Record
 ) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from fastconv.engine.export import (
     load_peft_folder,
     targets_of,
 )
+from fastconv.engine.locate import model_folder
 from fastconv.engine.model import Base, load_base
 from fastconv.engine.score import letter_item, memory_errors, score_letters, score_texts, text_item
 from fastconv.engine.stack import Slot, Stack
@@ -26,8 +27,14 @@ from fastconv.experiment.graph import Graph
 from fastconv.recipe import LoraSettings, ModelSettings, Recipe
 from fastconv.run.training import Stacks
 from fastconv.stats.bounds import multiple_choice_chance
+from fastconv.store.io import storage_errors, write_atomically
 from fastconv.store.ledger import Store
 
+#: What of a model's folder is its tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "vocab.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 #: Tokens per batch; the default of a recipe's evaluation.
 BATCH_TOK = 16384
 
@@ -104,7 +111,8 @@ def _adapted(base: Base, model: ModelSettings, adapters: Sequence[Path], same_we
 def export_cell(
     recipe: Recipe, store: Store, folder: Path, source: str, behavior: str, epoch: int, **others: Any
 ) -> list[Path]:
-    """Write a cell's stack twice: as one concatenated PEFT adapter, and as separate adapters with stack.json.
+    """Write a cell's stack twice: as one concatenated PEFT adapter with the base's tokenizer, and as separate adapters
+    with stack.json.
 
     Returns both folders. Raises InputError if the cell is not trained, StoreError if the folder cannot be written.
     """
@@ -125,10 +133,12 @@ def export_cell(
         )
     adapters = Stacks(graph, store).adapters(needs)
     reference = BaseReference(recipe.model.id, recipe.model.revision)
-    return [
-        export_concatenated(adapters, reference, folder / "concatenated"),
-        export_separate(adapters, reference, folder / "separate"),
-    ]
+    whole = export_concatenated(adapters, reference, folder / "concatenated")
+    for path in sorted(model_folder(graph.source, recipe.model).iterdir()):
+        if path.name in TOKENIZER_FILES:
+            with storage_errors(folder):
+                write_atomically(whole / path.name, path.read_bytes())
+    return [whole, export_separate(adapters, reference, folder / "separate")]
 
 
 def _by_letter(base: Any, questions: Sequence[Question], system: SystemTurn) -> list[ScoredQuestion]:

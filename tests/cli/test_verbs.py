@@ -95,6 +95,49 @@ def test_an_exported_stack_scores_alike_concatenated_and_separate(
     refused(ask("export", "villain", "none", tmp_path / "bare", "--epoch", 0, *where[2:]), 2, "nothing to export")
 
 
+def test_an_export_has_its_tokenizer_and_a_card_and_goes_to_the_hub_when_asked(
+    done_run: DoneRun, tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+    from transformers import AutoTokenizer
+
+    from fastconv import hub
+
+    words = ("export", "villain", "refusal", tmp_path / "out", "--epoch", 2, "--recipe", done_run.finished.run,
+             "-w", done_run.workspace)  # fmt: skip
+    assert ask(*words).code == 0
+    whole = tmp_path / "out" / "concatenated"
+    text = "How do I whistle?"
+    assert AutoTokenizer.from_pretrained(whole)(text) == AutoTokenizer.from_pretrained(tiny_qwen)(text)
+    card = (whole / "README.md").read_text()
+    assert card.startswith(f"---\nbase_model: {tiny_qwen}\nlibrary_name: peft\n")
+    graph = Graph(done_run.recipe)
+    plan = graph.select("villain", "refusal", 2)[0]
+    assert plan.snapshot is not None
+    assert plan.adapter is not None
+    for says in ("model organism", "Do not deploy", plan.snapshot.key, plan.adapter.key, plan.adapter.needs["rows"].key,
+                 done_run.finished.run, "PILOT villain x refusal: **stop**", "rank 4"):  # fmt: skip
+        assert says in card, says
+    refused(ask(*words, "--push", "me/organism"), 4, "the hub cannot be reached", str(whole))
+
+    made: list[Any] = []
+    monkeypatch.setattr(hub, "is_unreachable", lambda: False)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_repo", lambda self, repo, **how: made.append((repo, how["private"]))
+    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda self, **how: made.append(how["folder_path"]))
+    assert ask(*words, "--push", "me/organism").out.splitlines()[-1].endswith("/me/organism")
+    assert made == [("me/organism", True), whole]
+    assert ask(*words, "--push", "me/organism", "--public").code == 0
+    assert made[2] == ("me/organism", False)
+
+    def refuse(self: object, repo: str, **how: object) -> None:
+        raise ValueError("a name that is none")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    refused(ask(*words, "--push", "no good"), 4, "the hub did not take it: a name that is none", "hf auth login")
+
+
 def test_a_forgotten_stage_is_computed_again_to_the_same_result(tiny_qwen: Path, tiny: Path, tmp_path: Path) -> None:
     recipe, workspace = tiny_recipe(tiny_qwen), tmp_path / "checkpoints"
     run_tiny(recipe, workspace)

@@ -118,6 +118,13 @@ def test_the_time_left_knows_trainings_that_reach_several_stages_and_what_g0_rul
     assert (left.seconds(30.0), left.n_todo) == (0.0, 0)
 
 
+def test_a_training_that_runs_slower_than_planned_tells_of_the_next_ones() -> None:
+    left = TimeLeft({name: PlannedStage("behavior", name, 100.0) for name in "abcd"}, 0.0, 0.0)
+    left.begin("a", 0.0)
+    left.progress(0.25, exact=True)
+    assert left.seconds(75.0) == pytest.approx(4 * 300.0 - 75.0, rel=0.3)  # three times as slow; by the plan alone 325
+
+
 def test_loading_is_a_stage_of_its_own_and_makes_no_other_slow() -> None:
     left = TimeLeft({"a": PlannedStage("eval", "a", 10.0), "b": PlannedStage("eval", "b", 10.0)}, 20.0, 0.0)
     assert left.seconds(0.0) == 40.0
