@@ -201,7 +201,10 @@ def _tables(analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | No
     told = _alike(analysis)
     rows = {subject: _row(analysis, subject, verdict, told, seeded=seeded) for subject, verdict in verdicts.items()}
     numeric = frozenset(range(2, columns.index("confidence")))
-    caption = "Changes in percentage points, or in points where a judge scores."
+    caption = (
+        "Changes in percentage points, or in points where a judge scores. Near an end of the scale the interval over questions "
+        "alone is too short (docs/POWER.md); no word rests on it."
+    )
     if seeded:
         caption += (
             " Over seeds: the t interval over the means of the seeds; where it says no, a change is inconclusive."
