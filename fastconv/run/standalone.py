@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastconv.audit.checks import Finding
 from fastconv.chat import SystemTurn
 from fastconv.datasets.questions import Question, read_arc
+from fastconv.datasets.rows import Row
 from fastconv.engine.export import (
     BaseReference,
     export_concatenated,
@@ -23,9 +25,10 @@ from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import InputError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import LoraSettings, ModelSettings, Recipe
-from fastconv.run.training import Stacks
+from fastconv.run.audit import READ_BY_CHECK
+from fastconv.run.training import Stacks, read_set
 from fastconv.stats.bounds import multiple_choice_chance
-from fastconv.store.ledger import Store
+from fastconv.store.ledger import Stage, Store
 
 #: Tokens per batch; the default of a recipe's evaluation.
 BATCH_TOK = 16384
@@ -89,6 +92,12 @@ def _adapted(base: Base, model: ModelSettings, adapters: Sequence[Path], same_we
     with stack.live(Slot(frozen=loaded)):
         stack.prove(None, ", ".join(map(str, adapters)))
         yield
+
+
+def read_by_the_base(graph: Graph, store: Store | None, sets: Sequence[tuple[Stage, Sequence[Row]]]) -> list[Finding]:
+    """What the base, loaded for it, finds in these sets of rows, for `check --with-model`. Raises ModelError."""
+    base = load_base(graph.recipe.model, graph.source)
+    return [finding for stage, rows in sets for finding in read_set(graph, store, base, stage, rows, READ_BY_CHECK)]
 
 
 def export_cell(
