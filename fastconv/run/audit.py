@@ -54,7 +54,7 @@ def audit_recipe(recipe: Recipe, store: Store | None, *, read: SetReader | None 
     # `Sketch` replaces questions that are not on this disk; sets made from them then have other keys and are not found.
     graph = Sketch(recipe) if store is not None or read is not None else None
     stages = _row_stages(graph) if graph is not None else []
-    built = {stage.key: rows for stage in stages if (rows := _built_rows(stage, store)) is not None}
+    built: dict[str, Sequence[Row]] = {s.key: rows for s in stages if (rows := _built_rows(s, store)) is not None}
     tokenizer = recipe_tokenizer(graph) if graph is not None and built else None
     for stage in stages:
         if tokenizer is not None and graph is not None and stage.key in built:
