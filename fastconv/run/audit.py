@@ -60,7 +60,9 @@ def audit_recipe(recipe: Recipe, store: Store | None, *, read: SetReader | None 
         if tokenizer is not None and graph is not None and stage.key in built:
             findings += audit_set(graph, stage.work["set"], built[stage.key], tokenizer)[1]
     if read is not None and graph is not None:
-        findings += read(graph, store, [(stage, built.get(stage.key, stage.work["rows"])) for stage in stages])
+        findings += read(
+            graph, store, [(stage, built[stage.key] if stage.key in built else stage.work["rows"]) for stage in stages]
+        )
     return build_report(recipe, list(dict.fromkeys(findings)))
 
 
