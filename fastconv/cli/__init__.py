@@ -246,14 +246,14 @@ def check(
     from fastconv.errors import DataError
     from fastconv.run.audit import audit_recipe
 
-    report = audit_recipe(load(recipe, overrides, scale, workspace), open_existing(workspace), with_model=with_model)
+    read = None
+    if with_model:
+        from fastconv.run.standalone import read_by_the_base as read
+    report = audit_recipe(load(recipe, overrides, scale, workspace), open_existing(workspace), read=read)
     show.check(report, as_json=as_json)
     if not report.passed:
-        if as_json:
-            raise typer.Exit(DataError.exit_code)
-        raise DataError(
-            f"{len(report.refusals)} findings refuse this recipe", where=recipe, fix="mend them as said above"
-        )
+        error = DataError(f"{len(report.refusals)} findings refuse it", where=recipe, fix="mend them as said above")
+        raise typer.Exit(DataError.exit_code) if as_json else error
 
 
 @app.command()

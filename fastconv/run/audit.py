@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,8 @@ from fastconv.recipe import Recipe
 from fastconv.seeding import seeded_order
 from fastconv.store.ledger import Stage, Store
 
+#: Reads sets, each a `rows` stage with its rows, and says what it finds.
+SetReader = Callable[[Graph, Store | None, Sequence[tuple[Stage, Sequence[Row]]]], list[Finding]]
 #: Stand around each run of tokens that carry loss, so that it is visible without colour too.
 OPEN, CLOSE = "⟦", "⟧"
 #: Stands in place of an answer that a run has not sampled yet.
@@ -49,41 +51,28 @@ READ_BEFORE_TRAINING, READ_BY_CHECK = 64, 200
 _READING_VERSION = 1
 
 
-def audit_recipe(recipe: Recipe, store: Store | None, *, with_model: bool = False) -> CheckReport:
+def audit_recipe(recipe: Recipe, store: Store | None, *, read: SetReader | None = None) -> CheckReport:
     """Audit the recipe's structure, and the rendered rows of every training set that the workspace has built.
 
-    With `with_model` the base is loaded and reads the sets too (D301 to D303), those whose answers are written.
-    Raises what `require_template` and `require_family` raise, and with `with_model` what loading the base raises.
+    `read` (`run.standalone.read_by_the_base`) lets the base read the sets too (D301 to D303), those whose answers are
+    written. Raises what `require_template` and `require_family` raise, and what `read` raises.
     """
     findings = structure_findings(recipe)
     require_template(recipe)
     require_family(recipe)
     # `Sketch` replaces questions that are not on this disk; sets made from them then have other keys and are not found.
-    graph = Sketch(recipe) if store is not None or with_model else None
+    graph = Sketch(recipe) if store is not None or read is not None else None
     stages = _row_stages(graph) if graph is not None else []
-    built = {stage.key: rows for stage in stages if (rows := _built_rows(stage, store)) is not None}
+    built: dict[str, Sequence[Row]] = {s.key: rows for s in stages if (rows := _built_rows(s, store)) is not None}
     tokenizer = recipe_tokenizer(graph) if graph is not None and built else None
     for stage in stages:
         if tokenizer is not None and graph is not None and stage.key in built:
             findings += audit_set(graph, stage.work["set"], built[stage.key], tokenizer)[1]
-    if with_model and graph is not None:
-        findings += _read_by_the_base(graph, store, [(stage, built.get(stage.key)) for stage in stages])
+    if read is not None and graph is not None:
+        findings += read(
+            graph, store, [(stage, built[stage.key] if stage.key in built else stage.work["rows"]) for stage in stages]
+        )
     return build_report(recipe, list(dict.fromkeys(findings)))
-
-
-def _read_by_the_base(
-    graph: Graph, store: Store | None, sets: Sequence[tuple[Stage, Sequence[Row] | None]]
-) -> list[Finding]:
-    """What the base finds in these sets, each a `rows` stage with its rows if they are built."""
-    from fastconv.engine.model import load_base  # torch, so only when it is asked for
-    from fastconv.run.training import read_set
-
-    base = load_base(graph.recipe.model, graph.source)
-    return [
-        finding
-        for stage, rows in sets
-        for finding in read_set(graph, store, base, stage, rows or stage.work["rows"], READ_BY_CHECK)
-    ]
 
 
 def reading_stage(graph: Graph, rows: Stage, most: int) -> Stage:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastconv.audit.checks import Finding
 from fastconv.chat import SystemTurn
 from fastconv.datasets.questions import Question, read_arc
-from fastconv.datasets.rows import require_plain_text
+from fastconv.datasets.rows import Row, require_plain_text
 from fastconv.engine.export import (
     BaseReference,
     export_concatenated,
@@ -25,10 +26,11 @@ from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import AdapterError, InputError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import LoraSettings, ModelSettings, Recipe
-from fastconv.run.training import Stacks
+from fastconv.run.audit import READ_BY_CHECK
+from fastconv.run.training import Stacks, read_set
 from fastconv.stats.bounds import multiple_choice_chance
 from fastconv.store.io import storage_errors, write_atomically
-from fastconv.store.ledger import Store
+from fastconv.store.ledger import Stage, Store
 
 #: What of a model's folder is its tokenizer.
 TOKENIZER_FILES = (
@@ -106,6 +108,12 @@ def _adapted(base: Base, model: ModelSettings, adapters: Sequence[Path], same_we
     with stack.live(Slot(frozen=loaded)):
         stack.prove(None, named)
         yield
+
+
+def read_by_the_base(graph: Graph, store: Store | None, sets: Sequence[tuple[Stage, Sequence[Row]]]) -> list[Finding]:
+    """What the base, loaded for it, finds in these sets of rows, for `check --with-model`. Raises ModelError."""
+    base = load_base(graph.recipe.model, graph.source)
+    return [finding for stage, rows in sets for finding in read_set(graph, store, base, stage, rows, READ_BY_CHECK)]
 
 
 def export_cell(

@@ -18,6 +18,7 @@ from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, parse_recipe
 from fastconv.run import training
 from fastconv.run.audit import audit_recipe, reading_stage
+from fastconv.run.standalone import read_by_the_base
 from fastconv.store.ledger import Store
 from tests.loop_kit import run_tiny, tiny_recipe
 
@@ -174,7 +175,7 @@ def test_a_run_asks_the_base_once_for_each_set_and_refuses_before_training(
 
 def test_random_weights_refuse_nothing_with_check_with_model(tiny_qwen: Path) -> None:
     recipe = recipe_of("misalignment", model={"id": str(tiny_qwen), "device": "cpu"})
-    assert not {"D301", "D302", "D303"} & {f.code for f in audit_recipe(recipe, None, with_model=True).findings}
+    assert not {"D301", "D302", "D303"} & {f.code for f in audit_recipe(recipe, None, read=read_by_the_base).findings}
 
 
 @pytest.mark.slow

@@ -150,8 +150,12 @@ def test_samples_needed_is_the_smallest_number_that_mends(effect, sd_question, s
 
 
 def test_more_questions_than_there_are_are_no_remedy():
-    over = [0.0, 8.6, 7.0, 4.9, 4.2]
-    supply = power.QuestionSupply(60, over.__getitem__, lambda size: f"{size:.1f} pp")
+    found = [0.0, 8.6, 7.0, 4.9, 4.2]
+
+    def over(n_seeds: int) -> float:
+        return found[min(n_seeds, 4)]
+
+    supply = power.QuestionSupply(60, over, lambda size: f"{size:.1f} pp")
     asked = power.SampleSizeNeeded(172, "questions", 5.0, "")
     none = power.SampleSizeNeeded(None, "samples", 5.0, "")
     assert power.remedy_text((asked, none)) == "172 questions would mend it (no number of samples would)"
@@ -160,11 +164,11 @@ def test_more_questions_than_there_are_are_no_remedy():
     )
     some = power.SampleSizeNeeded(30, "samples", 5.0, "")
     assert "pp; 30 samples or 3 seeds of all these questions would mend it" in power.remedy_text((asked, some), supply)
-    three = power.QuestionSupply(60, over.__getitem__, lambda size: f"{size:.1f} pp", n_seeds=3)
+    three = power.QuestionSupply(60, over, lambda size: f"{size:.1f} pp", n_seeds=3)
     assert power.remedy_text((asked, none), three) == (
         "all 60 questions there are would find 4.9 pp; 4 seeds of all these questions would mend it"
     )
-    enough = power.QuestionSupply(222, over.__getitem__, str)
+    enough = power.QuestionSupply(222, over, str)
     assert power.remedy_text((asked, none), enough) == power.remedy_text((asked, none))
 
 

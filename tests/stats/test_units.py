@@ -58,7 +58,7 @@ def test_tables_of_contrasts_hold_no_signed_zero(decided: Analysis) -> None:
     verdict = decided.verdict(label)
     whose = ("assistant", "canary", "mimicry", "over_questions")
     moved = {name: replace(getattr(verdict, name), **hardly) for name in whose}
-    row = _row(decided, subject, replace(verdict, **hardly, **moved), seeded=False)
+    row = _row(decided, subject, replace(verdict, **hardly, **moved), {}, seeded=False)
     assert [cell.text for cell in row[2:8]] == ["0.0"] * 4 + ["0.0 to 0.0"] * 2
     change_aside = next(one for one in decided.secondary if one.per == "change")
     slope_aside = next(one for one in decided.secondary if one.per == "epoch")
