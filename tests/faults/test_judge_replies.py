@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fastconv.errors import JudgeError, StoreError
 from fastconv.judge import desk as desk_module
+from fastconv.judge.access import PaidAccess, check_endpoint, check_reachable
 from fastconv.judge.claude import LoopLedger, parse_reply
 from fastconv.judge.desk import DeskStatus
 from fastconv.judge.http import ApiKey, Outage, json_object, judge_url
@@ -108,7 +109,8 @@ def test_text_that_cannot_be_stored_is_read_or_is_unscored(tmp_path: Path, text:
     "usage",
     [{"input_tokens": -(10**7), "output_tokens": -(10**6)}, {"input_tokens": 10**30, "output_tokens": 10**30}, None,
      {"input_tokens": 10**8, "output_tokens": 10**8}, {"input_tokens": "many"}, {"input_tokens": 0, "output_tokens": 0},
-     {"input_tokens": 100, "output_tokens": 20, "cache_read_input_tokens": -(10**9)}, [1], {"output_tokens": 1e308}],
+     {"input_tokens": 100, "output_tokens": 20, "cache_read_input_tokens": -(10**9)}, [1], {"output_tokens": 1e308},
+     {"input_tokens": 100, "output_tokens": -(10**6)}],
 )  # fmt: skip
 def test_what_is_booked_lies_between_nothing_and_the_worst_case(tmp_path: Path, usage: Any) -> None:
     status = judged(tmp_path, message(verdict(), usage=usage))
@@ -177,6 +179,14 @@ def test_what_sqlite_cannot_hold_is_a_storage_error(tmp_path: Path) -> None:
             db.execute("INSERT INTO progress VALUES('k', ?, 'x')", (value,))
 
 
+def test_a_login_page_is_no_answer_to_whether_the_judge_can_be_asked() -> None:
+    with server(lambda path, request: (200, b"<html>log in</html>", {"content-type": "text/html"})) as (url, _):
+        with pytest.raises(JudgeError, match="no answer"):
+            check_reachable(judge_settings(url), PaidAccess(PRICE, 0.5, ApiKey(KEY)))
+        with pytest.raises(JudgeError, match="no answer"):
+            check_endpoint(judge_settings(f"{url}/v1", "local"), None)
+
+
 # --- where a key goes --------------------------------------------------------------------------------------
 
 
@@ -218,6 +228,15 @@ def test_no_redirect_is_followed(tmp_path: Path, mode: str, status: int) -> None
             judge_all(url, tmp_path, samples(2), mode)
     assert seen
     assert not at_other
+
+
+def test_no_redirect_is_followed_within_the_host_either(tmp_path: Path) -> None:
+    def answer(path: str, request: dict[str, Any]) -> Reply:
+        return (200, message(verdict()), {}) if path == "/elsewhere" else (307, b"", {"location": "/elsewhere"})
+
+    with server(answer) as (url, seen):
+        assert judge_all(url, tmp_path, samples(1)).n_pending == 1
+    assert {one["path"] for one in seen} == {"/v1/messages"}
 
 
 def test_results_of_a_batch_are_fetched_from_the_judge_alone(tmp_path: Path) -> None:
