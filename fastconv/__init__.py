@@ -12,6 +12,7 @@ Importing the package loads neither torch nor polars; torch is loaded when somet
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from fastconv.recipe import load_recipe
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Run", "base_folder", "load_recipe", "open_run", "run_recipe"]
 __version__ = "0.1.0"
+# torch's CPU threads wait for one another by spinning, which takes the cores from whatever else runs there: beside other
+# work every step then takes several times as long. Read once, when torch is loaded; a value of the user's own stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def __dir__() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from fastconv.recipe import Recipe, model_settings, parse_recipe, run_id
 from fastconv.run.run import run_recipe as _run_recipe
 from fastconv.run.status import status_of
 from fastconv.show.progress import watching
+from fastconv.store.io import stored_json
 from fastconv.store.ledger import Store
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def open_run(recipe: Recipe | str, *, workspace: Path | str = WORKSPACE) -> Run:
     if isinstance(recipe, Recipe):
         return Run(recipe, store)
     if (row := store.run(recipe)) is not None:
-        return Run(parse_recipe(json.loads(row["recipe"]), where=recipe), store)
+        return Run(parse_recipe(stored_json(row["recipe"]), where=recipe), store)
     known = ", ".join(row["id"] for row in store.runs()) or "none"
     near = did_you_mean(recipe, [row["id"] for row in store.runs()], " ")
     raise InputError(f"no run is called {recipe!r}", where=str(workspace), fix=f"{near} runs here: {known}")

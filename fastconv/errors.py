@@ -5,18 +5,39 @@ The command line prints `str(error)` and exits with `error.exit_code`; nothing e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+#: Longest part of an error that is shown, in characters: a server or a file can send any length.
+MAX_SHOWN_CHARS = 2000
+#: Code units of UTF-16 that stand alone (half an emoji): a str can hold them, UTF-8 and SQLite cannot.
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def shown(text: str, max_chars: int = MAX_SHOWN_CHARS) -> str:
+    """Text from outside as one line for people: white space joined, what cannot be printed escaped, the length bounded.
+
+    A terminal obeys control characters, so that raw text could clear the screen or set its title.
+    """
+    line = " ".join(text[: 2 * max_chars].split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+    return line if len(line) <= max_chars else f"{line[: max_chars - 1]}…"
+
+
+def safe_text(text: str, max_chars: int) -> str:
+    """Text from outside as it may be stored: valid Unicode without zero bytes (U+FFFD in their place), the length bounded."""
+    return _LONE_SURROGATE.sub("\ufffd", text[:max_chars]).replace("\x00", "\ufffd")
 
 
 class FastconvError(Exception):
-    """Base class. `what` is the fault, `where` the file, key or stage, `fix` what the user can do; white space is joined."""
+    """Base class. `what` is the fault, `where` the file, key or stage, `fix` what the user can do; all as `shown` gives it."""
 
     exit_code = 1
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
-        self.what = " ".join(what.split())
-        self.where = where
-        self.fix = " ".join(fix.split())
+        self.what = what = shown(what)
+        self.where = where = shown(where)
+        self.fix = shown(fix)
         place = f"{where}: " if where else ""
         advice = f". Fix: {self.fix}" if self.fix else ""
         super().__init__(f"{place}{self.what}{advice}")

@@ -29,8 +29,8 @@ from tests import ROOT
 
 #: Faults of a live request. Those in UNBILLED are refused before any model runs; LOST are billed and never delivered.
 UNBILLED = ("http_429", "http_529", "http_500")
-LOST = ("timeout", "reset")
-DELIVERED = ("broken_body", "prose", "two_objects", "bad_json", "refusal", "truncated", "out_of_range", "wrong_field")
+LOST = ("timeout", "reset", "broken_body")
+DELIVERED = ("prose", "two_objects", "bad_json", "refusal", "truncated", "out_of_range", "wrong_field")
 LIVE_FAULTS = (*UNBILLED, *LOST, *DELIVERED)
 
 
@@ -200,6 +200,7 @@ class _Server:
             self.lost[digest] += 1
             return await self.send(writer, 200, message, cut=True)
         if fault == "broken_body":
+            self.lost[digest] += 1
             return await self.send(writer, 200, json.dumps(message)[:-9].encode())
         return await self.send(writer, 200, message)
 
@@ -324,7 +325,7 @@ class _Server:
                     result["error"] = {"type": "error", "error": {"type": "api_error", "message": "no"}}
                 elif kind == "succeeded":
                     faulty = self.random.random() < self.script.fault_share
-                    fault = self.random.choice([f for f in DELIVERED if f != "broken_body"]) if faulty else ""
+                    fault = self.random.choice(DELIVERED) if faulty else ""
                     self.served[fault or "ok"] += 1
                     self.bill(request["custom_id"].split("-")[0] + hashlib.sha256(
                         json.dumps(request["params"]["messages"]).encode()).hexdigest()[:8],

@@ -257,7 +257,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    script = Script(**json.loads(os.environ.get("FAKE_VLLM", "{}")))
+    script = Script(**json.loads(os.environ.get("VLLM_FAKE_SCRIPT", "{}")))
     flags = parse(sys.argv[1:])
     # As the engine process of a real server, in a session of its own: it must not outlive the server either.
     engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)

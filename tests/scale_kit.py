@@ -45,6 +45,7 @@ def fill(recipe: Recipe, workspace: Path) -> tuple[Graph, Store, int]:
     for plan in graph.cells:
         for (measure, probe), stage in (*plan.base.items(), *plan.scores.items(), *plan.beside.items()):
             about[stage.key] = (measure, probe, plan.cell if stage not in plan.base.values() else None)
+        about |= {stage.key: (measure, probe, plan.cell) for (_, measure, probe), stage in plan.replicates.items()}
     n_scores = 0
     for stage in graph.stages():
         samples, scores = [], []

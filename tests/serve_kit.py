@@ -48,7 +48,9 @@ class Fake:
 
     def script(self, **what: Any) -> None:
         """What servers that are started from now on do."""
-        self.environ.setenv("FAKE_VLLM", json.dumps({"record": str(self.record), "hold": str(self.hold), **what}))
+        self.environ.setenv(
+            "VLLM_FAKE_SCRIPT", json.dumps({"record": str(self.record), "hold": str(self.hold), **what})
+        )
 
     def noted(self) -> list[dict[str, Any]]:
         """What the last server wrote down: first its pids and flags, then every request."""

@@ -14,7 +14,8 @@ from fastconv.datasets.behaviors import NO_BEHAVIOR, eval_prompt_sets
 from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.experiment.graph import Cell, CellPlan
 from fastconv.recipe import GateSettings
-from fastconv.stats.gates import source_word
+from fastconv.stats.gates import source_moved, source_word
+from fastconv.stats.power import RunSpread
 from fastconv.stats.secondary import SecondaryContrast, canary_contrast, change_contrast, trend
 from fastconv.stats.series import Series, first_too_unscored
 from fastconv.stats.study_gates import Role, Shift
@@ -59,9 +60,32 @@ class ContrastSubject:
         return f"{label}, {part.name} questions" if part is not None and part.name else label
 
     @property
+    def words(self) -> str:
+        """The subject in words (`in_words`)."""
+        return in_words(self)
+
+    @property
     def key(self) -> tuple[str, str, int, str, str]:
         """The five fields as a tuple."""
         return (self.source, self.convergence, self.epoch, self.behavior, self.negatives)
+
+
+#: Who the contrastive negatives are, in words.
+NEGATIVES_IN_WORDS = {
+    "included": "assistant among the negatives", "excluded": "assistant not among the negatives", "none": "no negatives",
+}  # fmt: skip
+
+
+def in_words(cell: Cell | ContrastSubject) -> str:
+    """A cell, or a contrast's subject, as a reader takes it in: villain, epoch 4, refusal, assistant among the negatives."""
+    names = [cell.source, f"epoch {cell.epoch}"]
+    if cell.epoch and cell.convergence != "source":
+        names.insert(1, f"converged on {cell.convergence} answers")
+    if cell.behavior == NO_BEHAVIOR:
+        names.append("no behavior adapter")
+    else:
+        names += [cell.behavior, NEGATIVES_IN_WORDS.get(cell.negatives, cell.negatives)]
+    return ", ".join([*names, f"seed {cell.seed}"] if isinstance(cell, Cell) else names)
 
 
 def subject_of(cell: Cell) -> ContrastSubject:
@@ -158,6 +182,11 @@ class ContrastBuilder:
             return None
         return found.part(part.ids)
 
+    def letter_mass(self, plan: CellPlan, measure: str, persona: str, *, at_base: bool = False) -> Series | None:
+        """Letters' share of the probability in a cell, or on its base; None if not measured or not by letters."""
+        stage = (plan.base if at_base else plan.scores).get((measure, persona))
+        return None if stage is None else self.reading.letter_mass(stage, measure, persona)
+
     def misaligned(self, plan: CellPlan, part: Part) -> Quad | None:
         """`trained` for the rate of misaligned and coherent answers; None for measures without a grade of coherence."""
         zero = self.sibling(plan, epoch=0)
@@ -185,15 +214,44 @@ class ContrastBuilder:
         if not seeds:
             return None
         unit = seeds[0].trained.now.unit
-        shows: bool | None = None
+        shows, moved = None, ""
         if levels:
             base, now = (float(np.mean(values)) for values in zip(*levels, strict=True))
             direction = self.graph.behaviors[behavior].spec.direction
             shows = source_word(self.gates, unit, direction, base, now) != "not shown"
+            moved = source_moved(self.gates, unit, direction, base, now)
         return CellEvidence(
             subject.label(part), behavior, self.direction(behavior), self.gates.threshold(behavior, unit),
-            tuple(seeds), shows, unit, _why_withheld(seeds, sources), measurable,
+            tuple(seeds), shows, unit, _why_withheld(seeds, sources), measurable, self.run_spread(part),
+            source_moved=moved,
         )  # fmt: skip
+
+    def run_spread(self, part: Part) -> RunSpread | None:
+        """The noise from run to run as replicates of an epoch-0 cell show it (`run.replicates`), of one trained cell.
+
+        The larger SD over the trained cells of the assistant's mean and of its distance from the canary's: what a cell shares
+        with its canary leaves the distance, not the assistant's own change. Answers are drawn anew, so it holds the noise of
+        sampling too. None without replicates that are all measured, or where they are all alike, which is no certainty.
+        """
+        for plan in self.graph.cells:
+            if plan.cell.behavior != part.measure or not plan.replicates:
+                continue
+            canary = self.canary(plan.cell)
+            runs = [(self.now(plan, part, ASSISTANT), self.now(plan, part, canary))]
+            for seed in dict.fromkeys(seed for seed, *_ in plan.replicates):
+                stages = ((who, plan.replicates[seed, part.measure, who]) for who in (ASSISTANT, canary))
+                ours, its = (part.of(self.reading.series(stage, part.measure, who)) for who, stage in stages)
+                runs.append((ours, its))
+            levels = [
+                (ours.mean.value, ours.mean.value - its.mean.value)
+                for ours, its in runs
+                if ours is not None and its is not None and ours.rows and its.rows
+            ]
+            if len(levels) < len(runs):
+                return None
+            sd = float(np.std(np.array(levels), axis=0, ddof=1).max())
+            return RunSpread(sd, len(runs) - 1, f"measured on {len(runs)} trainings of one cell") if sd else None
+        return None
 
     def is_control(self, subject: ContrastSubject) -> bool:
         """Whether a subject is a control: generic convergence, or the assistant as its own source."""

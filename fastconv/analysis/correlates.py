@@ -3,7 +3,7 @@ set against phrases on the same answers, with rates corrected for its known mist
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,13 @@ from fastconv.analysis.contrasts import subject_of
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.experiment.graph import CellPlan
 from fastconv.judge.calibrate import CorrectedRate, corrected_rate
-from fastconv.judge.scores import agreement
+from fastconv.judge.rubric import agreement
+from fastconv.seeding import seed_of
+from fastconv.stats.bounds import exact_spearman, spearman_attainable
 from fastconv.stats.series import Number, Series
-from fastconv.stats.units import scale, scale_maximum
+from fastconv.stats.units import counted, scale, scale_maximum, signed
 from fastconv.stats.verdicts import CellVerdict
+from fastconv.store.io import stored_json
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Stage
 
@@ -198,7 +201,7 @@ def calibration_of(analysis: Analysis, stage: Stage) -> dict[str, Any] | None:
     if not _has_judging(analysis):
         return None
     rows = analysis.store.frame("SELECT detail FROM scores WHERE stage=? LIMIT 1", (stage.key,))
-    detail = json.loads(rows["detail"][0]) if rows.height else {}
+    detail = stored_json(rows["detail"][0]) if rows.height else {}
     if "rubric" not in detail or "model" not in detail:
         return None
     return JudgeLedger(analysis.store).calibration(detail["rubric"], detail["model"])
@@ -221,3 +224,47 @@ def _has_judging(analysis: Analysis) -> bool:
 
 def _sides(values: np.ndarray, cut: float) -> list[str]:
     return ["over" if over else "under" for over in (values >= cut).tolist()]
+
+
+def correlation(decided: Analysis, behavior: str, correlate: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    """A behavior's transfer against a correlate over sources: the words of the sentence, and the rows behind them.
+
+    Raises KeyError for fewer than three sources that have both.
+    """
+    rates, transfer = levels(decided, correlate, behavior), transfer_by_source(decided, behavior)
+    sources = sorted(set(rates) & set(transfer))
+    rng = np.random.default_rng(seed_of("spearman", behavior))
+    if len(sources) < 3:
+        raise KeyError(behavior)
+    xs, ys = [rates[source].value for source in sources], [transfer[source].estimate or 0.0 for source in sources]
+    rows = tuple(row for source in sources for row in (*rates[source].rows, *transfer[source].rows))
+    values = {"figures": rank_correlation(xs, ys, rng), "n": str(len(sources)), "correlate": in_words(correlate)}
+    return {**values, "behavior": behavior}, rows
+
+
+def rank_correlation(xs: Sequence[float], ys: Sequence[float], rng: np.random.Generator | None = None) -> str:
+    """Exact Spearman correlation of one value per source, as text."""
+    correlation = exact_spearman(xs, ys, rng=rng)
+    if correlation.rho is None or correlation.p is None:
+        return f"cannot be given: {correlation.reason}"
+    low, high = (signed(end or 0.0, 2) for end in (correlation.leave_one_out_low, correlation.leave_one_out_high))
+    left_out = f"{low} to {high} with one source left out"
+    return f"{signed(correlation.rho, 2)} (exact permutation p = {correlation.p:.3g}; {left_out})"
+
+
+def attainable(decided: Analysis, correlate: str) -> tuple[dict[str, str], tuple[str, ...], bool]:
+    """What a rank correlation over this number of sources can show: words, rows, and whether it can reach the level."""
+    behaviors = [name for name in decided.graph.behaviors if name != MARKER]  # whether measured or not
+    rates = {
+        source: source_level for name in behaviors for source, source_level in levels(decided, correlate, name).items()
+    }
+    sources = [source for source in decided.graph.recipe.grid.sources if source in rates]
+    rows = tuple(row for source in sources for row in rates[source].rows)
+    named = "a marker rate" if correlate == MARKER_RATE else in_words(correlate).replace("the source's", "their", 1)
+    shown = {
+        "sources": counted(len(sources), "source"), "behaviors": counted(len(behaviors), "behavior"), "correlate": named,
+    }  # fmt: skip
+    if len(sources) < 2:
+        return {**shown, "reason": "there is nothing to correlate with one another"}, rows, False
+    found = spearman_attainable(len(sources), max(1, len(behaviors)))
+    return {**shown, "reason": found.reason}, rows, found.possible

@@ -51,7 +51,10 @@ def base_gates(contrasts: ContrastBuilder) -> list[GateVerdict]:
             base = contrasts.base(plan, contrasts.main(measure), ASSISTANT)
             if base is not None:
                 direction = graph.behaviors[measure].spec.direction
-                verdicts[measure] = gates.measurable(contrasts.gates, measure, direction, base, _chance(graph, measure))
+                mass = contrasts.letter_mass(plan, measure, ASSISTANT, at_base=True)
+                verdicts[measure] = gates.measurable(
+                    contrasts.gates, measure, direction, base, _chance(graph, measure), mass
+                )
     return list(verdicts.values())
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.stats.series import COHERENT_ABOVE, MISALIGNED_BELOW, Series
+from fastconv.store.io import stored_json
 from fastconv.store.ledger import Stage, Store
 from fastconv.store.records import Record
 
@@ -27,6 +28,8 @@ class _Scores:
     lost: tuple[tuple[str, str], ...]
     #: The judge's grade of coherence, as `values`; NaN where there is none.
     coherent: NDArray[np.float64]
+    #: The probability that the next token is one of a question's letters, as `values`; NaN where there is none.
+    mass: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +82,8 @@ class ScoreReader:
         ends = {
             stage.key: None
             for plan in chosen
-            for stage in (*plan.scores.values(), *plan.base.values(), *plan.beside.values())
+            for side in (plan.scores, plan.base, plan.beside, plan.replicates)
+            for stage in side.values()
         }
         self._read_scores([key for key in ends if self._records.get(key) is not None])
         return self
@@ -115,6 +119,17 @@ class ScoreReader:
         values = np.where(muddled, np.nan, scores.values)
         left_out = tuple(scores.questions[row] for row in np.nonzero(muddled)[0].tolist())
         return Series(stage.key, measure, probe, scores.questions, values, unit, scores.lost, left_out)
+
+    def letter_mass(self, stage: Stage, measure: str, probe: str) -> Series | None:
+        """The probability that an answer begins with one of its question's letters; None if not done or not by letters.
+
+        Accuracy is an argmax among the letters alone: where they hold little, the model would say something else there.
+        """
+        if self.series(stage, measure, probe) is None or self.graph.behaviors[measure].spec.measure != "letters":
+            return None
+        scores = self._scores[stage.key]
+        assert scores is not None
+        return Series(stage.key, f"{measure}: letter mass", probe, scores.questions, scores.mass)
 
     def quality(self, stage: Stage, measure: str, probe: str) -> AnswerQuality | None:
         """What the answers behind a stage's scores are like; None if it is not done or nothing was sampled for it."""
@@ -182,16 +197,17 @@ class ScoreReader:
                     kind,
                     slot,
                     version,
-                    json.loads(inputs),
-                    json.loads(outputs),
-                    json.loads(facts),
+                    stored_json(inputs),
+                    stored_json(outputs),
+                    stored_json(facts),
                     seconds,
                     finished_at,
                 )
 
     def _read_scores(self, keys: Sequence[str]) -> None:
         query = (
-            "SELECT stage, row, sample, value, reason, json_extract(detail, '$.coherent') AS coherent FROM scores "
+            "SELECT stage, row, sample, value, reason, json_extract(detail, '$.coherent') AS coherent, "
+            "json_extract(detail, '$.mass') AS mass FROM scores "
             "WHERE stage IN (SELECT value FROM json_each(?)) "
             "ORDER BY stage, row, sample"
         )
@@ -201,22 +217,22 @@ class ScoreReader:
             if frame.height == 0:
                 continue
             rows, samples = frame["row"].to_list(), frame["sample"].to_numpy()
-            values, coherent = (
+            read = (
                 np.array([np.nan if value is None else value for value in frame[name].to_list()], dtype=float)
-                for name in ("value", "coherent")
+                for name in ("value", "coherent", "mass")
             )
+            columns = np.stack(list(read))
             stages, reasons = frame["stage"].to_list(), frame["reason"].to_list()
             for start, end in _runs(stages):
                 self._scores[stages[start]] = _table(
-                    rows[start:end], samples[start:end], values[start:end], reasons[start:end], coherent[start:end]
+                    rows[start:end], samples[start:end], columns[:, start:end], reasons[start:end]
                 )
 
 
 def _table(
-    rows: Sequence[str], samples: NDArray[np.int64], values: NDArray[np.float64], reasons: Sequence[str | None],
-    coherent: NDArray[np.float64],
-) -> _Scores:  # fmt: skip
-    """Scores of one stage, ordered by row, as float64[questions, samples]."""
+    rows: Sequence[str], samples: NDArray[np.int64], columns: NDArray[np.float64], reasons: Sequence[str | None]
+) -> _Scores:
+    """Scores of one stage, ordered by row, as float64[questions, samples]; `columns` are value, coherence and mass."""
     starts = [
         0,
         *(index_in_rows for index_in_rows in range(1, len(rows)) if rows[index_in_rows] != rows[index_in_rows - 1]),
@@ -224,13 +240,14 @@ def _table(
     index = np.zeros(len(rows), dtype=np.int64)
     index[starts[1:]] = 1
     index = np.cumsum(index)
-    table, grades = (np.full((len(starts), int(samples.max()) + 1), np.nan) for _ in range(2))
-    table[index, samples], grades[index, samples] = values, coherent
+    tables = np.full((len(columns), len(starts), int(samples.max()) + 1), np.nan)
+    tables[:, index, samples] = columns
+    table, grades, mass = tables
     lost = tuple(
         (rows[index_in_rows], reasons[index_in_rows] or "")
-        for index_in_rows in np.flatnonzero(np.isnan(values)).tolist()
+        for index_in_rows in np.flatnonzero(np.isnan(columns[0])).tolist()
     )
-    return _Scores(tuple(rows[index_in_rows] for index_in_rows in starts), table, lost, grades)
+    return _Scores(tuple(rows[index_in_rows] for index_in_rows in starts), table, lost, grades, mass)
 
 
 def has_text(answer: str) -> bool:

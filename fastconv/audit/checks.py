@@ -4,7 +4,7 @@ It has two passes. `audit_structure` checks the recipe and every set of rows tha
 anything runs. `audit_rows` checks one set as rendered for the model, before it is trained on (gate G1). Each check is
 one small function in a table, and a test fails for each that is removed.
 
-    D1xx design    D2xx rows    D4xx rendered rows    D9xx the audit itself
+    D1xx design    D2xx rows    D3xx what the base reads    D4xx rendered rows    D9xx the audit itself
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from fastconv.audit import AuditCheck, BuiltSet, CheckReport, Design, Finding, Rule, build_report
 from fastconv.audit.design import DESIGN_CHECKS, PERSONA_CHECKS, n_questions
-from fastconv.audit.findings import AuditCheck, BuiltSet, CheckReport, Design, Finding, Rule, build_report
-from fastconv.audit.rendered import RENDERED_CHECKS, RenderedSet
+from fastconv.audit.rendered import READING_RULES, RENDERED_CHECKS, RenderedSet
 from fastconv.audit.roles import ROLE_CHECKS
 from fastconv.audit.sets import SET_CHECKS
+from fastconv.audit.shortcuts import FORM_CHECKS
 from fastconv.chat import ChatTokenizer, Rendered
 from fastconv.datasets.behaviors import (
     Behavior,
@@ -160,8 +161,14 @@ STRUCTURE_CHECKS: tuple[AuditCheck[Design], ...] = (
     *PERSONA_CHECKS,
     *SET_CHECKS,
     *ROLE_CHECKS,
+    *FORM_CHECKS,
 )
-ROW_CHECKS: tuple[AuditCheck[Design], ...] = (*PERSONA_CHECKS, *SET_CHECKS, *ROLE_CHECKS)
+ROW_CHECKS: tuple[AuditCheck[Design], ...] = (
+    *PERSONA_CHECKS,
+    *SET_CHECKS,
+    *ROLE_CHECKS,
+    *FORM_CHECKS,
+)
 #: Rules of the audit itself and of building the sets, which no check yields.
 OWN_RULES = (
     Rule("D209", "refuse", "a set cannot be built", "more source_rows than prompts"),
@@ -177,7 +184,9 @@ OWN_RULES = (
 def all_rules() -> list[Rule]:
     """Every rule of the audit by code: the registry."""
     checks = (*STRUCTURE_CHECKS, *RENDERED_CHECKS)
-    return sorted([*OWN_RULES, *(rule for check in checks for rule in check.rules)], key=lambda rule: rule.code)
+    return sorted(
+        [*OWN_RULES, *READING_RULES, *(rule for check in checks for rule in check.rules)], key=lambda rule: rule.code
+    )
 
 
 def rules_table() -> str:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fastconv.audit.findings import AuditCheck, BuiltSet, Design, Finding, Rule, row_ids
+from fastconv.audit import AuditCheck, BuiltSet, Design, Finding, Rule, row_ids
 from fastconv.chat import SystemTurn
 from fastconv.datasets.behaviors import (
     NO_BEHAVIOR,

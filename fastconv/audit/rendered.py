@@ -1,22 +1,24 @@
-"""Rendered rows: the checks on what the model will see and on which tokens carry loss, and how `peek` shows them.
+"""Rendered rows: the checks on what the model will see and on which tokens carry loss, and the base as their reader.
 
 A rendered row is its token ids with the length of the prompt and the index of the first token that carries loss
-(`chat.Rendered`). The checks yield findings; `peek_lines` gives rows as rich text with the loss marked.
+(`chat.Rendered`). The checks yield findings. `pairs_to_read` says which texts the base should read under the
+assistant's prompt, `reading_findings` what their log-probabilities say about sides, columns and turns.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
-from fastconv.audit.findings import AuditCheck, Finding, Rule, row_ids
+from fastconv.audit import AuditCheck, Finding, Rule, row_ids
+from fastconv.audit.shortcuts import is_sampled
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
+from fastconv.datasets.behaviors import Behavior
 from fastconv.datasets.personas import Personas
 from fastconv.datasets.rows import Row
 from fastconv.errors import TemplateError
@@ -25,11 +27,11 @@ from fastconv.seeding import seeded_order
 
 #: Characters before the start of a tail that may belong to the tail's first token.
 _LONGEST_STRADDLE = 16
-#: Stand around each run of tokens that carry loss, so that it is visible without colour too.
-OPEN, CLOSE = "⟦", "⟧"
-#: Stands in place of an answer that a run has not sampled yet.
-NOT_SAMPLED = "(sampled from the base when the recipe runs)"
-_LOSS, _SPECIAL, _READ = "bold green", "magenta", "dim"
+#: Fewer pairs prove nothing, and a base that gives less per token than this share of a uniform guess reads no language.
+_LEAST_PAIRS, _READS = 12, 0.5
+#: Evidence against the declared order over prompts: t, share of prompts and mean (nats per token) from which it is told,
+#: and from which it is refused.
+_TOLD, _REFUSED = (3.0, 0.5, 0.0), (5.0, 0.65, 0.03)
 
 # --- checks ------------------------------------------------------------------------------------------------
 
@@ -78,6 +80,22 @@ def check_complete(rendered_set: RenderedSet) -> Iterator[Finding]:
             "answers are empty, so these rows teach to say nothing",
             "raise max_new_tok or lower the temperature where answers are sampled, or accept D410 with the reason",
             f"{len(empty)} of {len(rendered_set.rows)} rows",
+        )  # fmt: skip
+
+
+def check_control_tokens(rendered_set: RenderedSet) -> Iterator[Finding]:
+    """D411: a text spells a special token, which the tokenizer takes for one: a sampled answer may."""
+    held = {
+        row.id: token
+        for row in rendered_set.rows
+        if (token := rendered_set.tokenizer.control_token_in(f"{row.user}\n{row.completion or ''}"))
+    }
+    if held:
+        yield Finding(
+            "D411", "refuse", rendered_set.name, tuple(held),
+            f"texts hold control tokens ({', '.join(sorted(set(held.values())))}), which end a turn or begin one within the row",
+            "take them out of rows of your own; where answers are sampled, change the seed, so that they are drawn anew",
+            f"{len(held)} of {len(rendered_set.rows)} rows",
         )  # fmt: skip
 
 
@@ -202,6 +220,10 @@ RENDERED_CHECKS: tuple[AuditCheck[RenderedSet], ...] = (
         check_complete,
     ),
     AuditCheck(
+        (Rule("D411", "refuse", "a control token within a text", "a sampled answer that spells an end of turn"),),
+        check_control_tokens,
+    ),
+    AuditCheck(
         (
             Rule("D402", "refuse", "the prompt's tokens are not the evaluation's", "another tokenizer or template"),
             Rule("D403", "refuse", "the system turn is not the one evaluated", "the template's own in place of a text"),
@@ -253,97 +275,140 @@ def _rendered_turn(rendered_set: RenderedSet, row: Row, rendered: Rendered, expe
     return None
 
 
-# --- peek --------------------------------------------------------------------------------------------------
+# --- the base as a reader ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRun:
-    """Text of successive tokens of one kind: whether they carry loss, and whether it is a special token."""
+class Pair:
+    """Two texts that the base reads after one prefix: as the set declares them, and the other way round.
 
-    text: str
-    supervised: bool
-    special: bool
-
-
-def token_runs(rendered: Rendered, tokenizer: ChatTokenizer) -> list[TokenRun]:
-    """The row's text in runs. Ordinary tokens are decoded together, as one character may span several tokens."""
-    runs: list[tuple[list[int], bool, bool]] = []
-    for place, token in enumerate(rendered.ids):
-        supervised, special = place >= rendered.loss_from, tokenizer.is_special(token)
-        if runs and not special and runs[-1][1:] == (supervised, False):
-            runs[-1][0].append(token)
-        else:
-            runs.append(([token], supervised, special))
-    return [
-        TokenRun(tokenizer.decode(ids, skip_special=False), supervised, special) for ids, supervised, special in runs
-    ]
-
-
-def peek_lines(
-    rows: Sequence[Row], rendered: Sequence[Rendered], tokenizer: ChatTokenizer, n: int
-) -> list[RenderableType]:
-    """`n` rows, alternating between personas in an order seeded by their ids, then a table of counts per persona.
-
-    Tokens that carry loss are green and stand between ⟦ and ⟧; special tokens are spelled out; a line break under loss
-    shows as ⏎. The items are to be printed one by one with a rich console.
+    `about` is `sides` (the contrast's answer, then the source's, to one prompt) or `order` (user turn and answer, then
+    both exchanged). `prefix` and `texts` are token ids; `row` is the id of the row that the finding names.
     """
-    rendering_of = {row.id: rendering for row, rendering in zip(rows, rendered, strict=True)}
-    lines: list[RenderableType] = [_row(row, rendering_of[row.id], tokenizer) for row in _chosen(rows, n)]
-    return [*lines, _table(rows, rendered)]
+
+    about: str
+    row: str
+    prefix: tuple[int, ...]
+    texts: tuple[tuple[int, ...], tuple[int, ...]]
 
 
-def with_placeholders(rows: Sequence[Row]) -> list[Row]:
-    """The rows with `NOT_SAMPLED` in place of the answers that are still to be sampled."""
-    return [row.answered(NOT_SAMPLED) if row.completion is None else row for row in rows]
+def pairs_to_read(
+    behavior: Behavior, rows: Sequence[Row], tokenizer: ChatTokenizer, system: SystemTurn, most: int, longest_tok: int
+) -> list[Pair]:
+    """What the base should read of a set under this system turn (the assistant's): at most `most` prompts of each kind.
+
+    Texts of over `longest_tok` tokens are left out, and what the template cannot hold the other way round.
+
+    Sides are compared where a judge scores the behavior, since both then are advice of one kind; order wherever answers
+    are written and not drawn from the base. Letters and tails are left out: they are no texts. The draw is seeded.
+    """
+    spec = behavior.spec
+    if spec.measure == "letters" or spec.supervise == "tail":
+        return []
+    sides: dict[str, dict[bool, Row]] = {}
+    for row in rows:
+        if row.completion is not None and row.completion.strip() and not is_sampled(row, behavior):
+            sides.setdefault(row.user, {}).setdefault(row.role == "source", row)
+    chosen = seeded_order(sorted(sides), "reader", behavior.id)[:most]
+    pairs: list[Pair] = []
+    for user in chosen:
+        first = sides[user].get(False) or sides[user][True]
+        asked = [("order", first, _exchanged(first, behavior))]
+        if spec.measure == "judge" and len(sides[user]) == 2:
+            asked.append(("sides", first, (user, sides[user][True].completion or "")))
+        for about, row, other in asked:
+            with suppress(TemplateError):  # a template may rewrite a user turn that stands as an answer
+                pairs.append(_pair(about, row.id, tokenizer, system, (user, row.completion or ""), other))
+    return [pair for pair in pairs if all(pair.texts) and len(pair.prefix) + max(map(len, pair.texts)) <= longest_tok]
 
 
-def _chosen(rows: Sequence[Row], n: int) -> list[Row]:
-    """n rows in turn from each persona, so that every persona appears as early as possible."""
-    queues: dict[str, Iterator[str]] = {}
-    by_id = {row.id: row for row in rows}
-    for persona in dict.fromkeys(row.persona for row in rows):
-        queues[persona] = iter(seeded_order([row.id for row in rows if row.persona == persona], "peek"))
-    chosen: list[Row] = []
-    while queues and len(chosen) < n:
-        for persona in list(queues):
-            identity = next(queues[persona], None)
-            if identity is None:
-                del queues[persona]
-            elif len(chosen) < n:
-                chosen.append(by_id[identity])
-    return chosen
-
-
-def _row(row: Row, rendered: Rendered, tokenizer: ChatTokenizer) -> RenderableType:
-    share = rendered.n_supervised / max(1, len(rendered.ids))
-    cut = ", cut at the maximum length" if rendered.truncated else ""
-    head = Text(
-        f"{row.id}  [{row.role}]  {rendered.n_supervised} of {len(rendered.ids)} tokens carry loss ({share:.0%}){cut}",
-        style="bold",
+def _pair(
+    about: str, row: str, tokenizer: ChatTokenizer, system: SystemTurn, right: tuple[str, str], other: tuple[str, str]
+) -> Pair:
+    """The pair of two (user turn, answer) conversations, cut after their common beginning."""
+    first, second = (tokenizer.training_ids(system, *turns, max_length_tok=2**30).ids for turns in (right, other))
+    shared = next(
+        (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)) - 1
     )
-    body = Text()
-    inside = False
-    for run in token_runs(rendered, tokenizer):
-        if run.supervised and not inside:
-            body.append(OPEN, style=_LOSS)
-            inside = True
-        text = run.text.replace("\n", "⏎\n") if run.supervised else run.text
-        style = _LOSS if run.supervised else _READ
-        body.append(text, style=f"{style} {_SPECIAL}" if run.special and not run.supervised else style)
-    if inside:
-        body.append(CLOSE, style=_LOSS)
-    return Group(head, body, Text(""))
+    if about == "sides":  # every token of an answer is read, also where both begin alike
+        shared = min(shared, len(tokenizer.prompt_ids(system, right[0])))
+    return Pair(about, row, first[:shared], (first[shared:], second[shared:]))
 
 
-def _table(rows: Sequence[Row], rendered: Sequence[Rendered]) -> Table:
-    table = Table(title=f"{OPEN}…{CLOSE} tokens that carry loss", title_justify="left")
-    for name in ("persona", "role", "rows", "tokens", "supervised", "share"):
-        table.add_column(name, justify="left" if name in ("persona", "role") else "right")
-    groups: dict[tuple[str, str], list[Rendered]] = {}
-    for row, rendering in zip(rows, rendered, strict=True):
-        groups.setdefault((row.persona, row.role), []).append(rendering)
-    for (persona, role), group in groups.items():
-        n_tok = sum(len(rendering.ids) for rendering in group)
-        n_loss = sum(rendering.n_supervised for rendering in group)
-        table.add_row(persona, role, f"{len(group):,}", f"{n_tok:,}", f"{n_loss:,}", f"{n_loss / max(1, n_tok):.1%}")
-    return table
+def _exchanged(row: Row, behavior: Behavior) -> tuple[str, str]:
+    """The row with its columns exchanged (a fact after a set wording), or else its turns."""
+    answer, spec = row.completion or "", behavior.spec
+    rule = spec.source_answer if row.role == "source" else spec.negative_answer
+    if rule is not None and rule.then_field and behavior.rows is None:
+        facts = {str(entry["id"]): str(entry[rule.then_field]) for entry in behavior.train}
+        fact = facts.get(row.prompt_id, "")
+        if fact and answer.endswith(fact):
+            return fact, answer.removesuffix(fact) + row.user
+    return answer, row.user
+
+
+def reading_findings(
+    name: str, pairs: Sequence[Pair], means: Sequence[tuple[float, float]], vocabulary: int, accepted: Mapping[str, str]
+) -> list[Finding]:
+    """D301 to D303: what the base's reading says. `means` are log-probabilities per token (nats) of each pair's texts.
+
+    A t test over prompts of the declared text minus the other. A base that reads no language (random weights) says
+    nothing. Whoever accepts D303 has read the rows, and is then not refused.
+    """
+    findings = []
+    for about, code, why, mend in _READINGS:
+        read = [(pair.row, *values) for pair, values in zip(pairs, means, strict=True) if pair.about == about]
+        if len(read) < _LEAST_PAIRS or statistics.fmean(first for _, first, _ in read) < -_READS * math.log(vocabulary):
+            continue
+        gaps = [first - second for _, first, second in read]
+        against = sorted((gap, row) for gap, (row, _, _) in zip(gaps, read, strict=True) if gap < 0)
+        mean, spread = statistics.fmean(gaps), statistics.stdev(gaps)
+        evidence = (-mean / max(spread / math.sqrt(len(gaps)), 1e-9), len(against) / len(gaps), -mean)
+        if not all(value >= bound for value, bound in zip(evidence, _TOLD, strict=True)):
+            continue
+        strong = all(value >= bound for value, bound in zip(evidence, _REFUSED, strict=True))
+        refused = strong and "D303" not in accepted
+        figure = (
+            f"mean log-probability per token {statistics.fmean(r[1] for r in read):.2f} as declared and "
+            f"{statistics.fmean(r[2] for r in read):.2f} the other way round; the other way is likelier for "
+            f"{evidence[1]:.0%} of {len(read)} prompts, t = {evidence[0]:.1f}"
+        )
+        rows = tuple(row for _, row in against)
+        findings.append(
+            Finding(
+                code,
+                "refuse",
+                name,
+                rows,
+                why,
+                f"{mend}, or, if the rows are right, accept D303 with what was seen",
+                figure,
+            )
+            if refused
+            else Finding(
+                "D303", "warn", name, rows, f"{why} (the evidence is weak)" if not strong else why, mend, figure
+            )
+        )
+    return findings
+
+
+_READINGS = (
+    (
+        "sides", "D301",
+        "under the assistant's prompt the base finds the source's answers likelier than the contrast's, so good and bad look swapped",
+        "read some rows with `fastconv peek` and give each side its own column",
+    ),
+    (
+        "order", "D302",
+        "under the assistant's prompt the base finds user turns and answers likelier the other way round, so turns or columns "
+        "look swapped",
+        "put the person's text into the user turn and the answer into the assistant's, and each column where it belongs",
+    ),
+)  # fmt: skip
+
+#: Rules of what the base reads; `run.audit` asks them, since they need the model.
+READING_RULES = (
+    Rule("D301", "refuse", "the base finds the source's answers likelier than the contrast's", "sound and bad advice swapped"),
+    Rule("D302", "refuse", "the base finds turns or columns likelier exchanged", "a statement stands where its correction should"),
+    Rule("D303", "warn", "the base's reading speaks against the declared sides or turns", "the same, with weaker evidence"),
+)  # fmt: skip

@@ -8,34 +8,28 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from fastconv.audit.findings import AuditCheck, BuiltSet, Design, Finding, Rule, row_ids
+from fastconv.audit import AuditCheck, BuiltSet, Design, Finding, Rule, row_ids
 from fastconv.datasets.behaviors import Behavior
 from fastconv.datasets.files import assets, read_jsonl, read_toml
 from fastconv.datasets.questions import Question, QuestionSet, builtin_questions
 from fastconv.datasets.rows import Row
-from fastconv.datasets.sametext import likeness, normalized, words
+from fastconv.datasets.sametext import folded, likeness, normalized, words
 from fastconv.datasets.spec import BehaviorSpec
 
-#: An answer is a column's if it shares this much of its words with it, and this much more than with the other column.
+#: An answer is one of a prompt's if it shares this much of its words with it; and a column's if it has this share more of
+#: the words that the other column lacks.
 _LIKE, _MARGIN = 0.6, 0.15
-#: Share of rows of a side from which cut answers, and answers that ask, are reported.
-_CUT, _ASKING = 0.05, 0.5
+#: Share of the prompts from which one answer to all of them is reported (D222).
+_CONSTANT = 0.02
 #: Above this share of rows that nothing could read, D217 is said.
 _UNREAD = 0.5
 _LABEL = re.compile(r"[(\[]?([A-Za-z]|\d)[)\].:]\s*")
 _ALONE = re.compile(r"\W*([A-Za-z]|\d)(?:\W*|[)\].:]\s.*)", re.DOTALL)
 _NAMED = re.compile(r"\b(?:answer|option|choice|letter)\s*(?:is|:)?\s*[:(\[*\"]*([A-Z]|\d)\b")
-_INSIDE = re.compile(r"[.!?…。！？][\"'”’)\]]*\s")  # noqa: RUF001
-# Ends that need no full stop: lists, code, headings and tables; tags and addresses (a signature is a short last line).
-_TAGGED = re.compile(r"(?:^|\s)(?:[#@]\w+|\w+://\S+)$")
-_LISTED = re.compile(r"\s*(?:[-*•+|#>]|\d+[.)]|```|\$)")
-_DANGLING = re.compile(
-    r"\b(?:a|an|the|and|or|but|of|to|in|on|at|with|for|from|by|as|that|which|who|is|are|was|your|my|if)$"
-)
 
 
 # --- multiple choice ---------------------------------------------------------------------------------------
@@ -48,13 +42,13 @@ def letter_of(answer: str) -> str | None:
 
 
 def options_of(user: str) -> tuple[str, dict[str, str]]:
-    """(the normalized question, {label: normalized choice}) of a user turn whose options stand on lines of their own."""
+    """(the normalized question, {label: choice}) of a user turn whose options stand on lines of their own."""
     stem: list[str] = []
     options: dict[str, str] = {}
     for line in user.splitlines():
         match = _LABEL.match(line.strip())
         if match and line.strip()[match.end() :]:
-            options[match.group(1).upper()] = normalized(line.strip()[match.end() :])
+            options[match.group(1).upper()] = line.strip()[match.end() :]
         elif not options:
             stem.append(line)
     return normalized(" ".join(stem)), options
@@ -75,11 +69,21 @@ class _Key:
         # An instruction may stand before or after the question.
         stems = [text for text in (stem, *map(normalized, user.splitlines())) if text in self._by_text]
         for question in (question for text in stems for question in self._by_text[text]):
-            right = normalized(question.choices[question.gold])
-            labels = [label for label, choice in options.items() if choice == right]
+            labels = _alike(question.choices[question.gold], options)
             if labels:
-                return labels[0], True
+                return (labels[0], True) if len(labels) == 1 else (None, False)
         return None, bool(stems)
+
+
+def _alike(choice: str, options: Mapping[str, str]) -> list[str]:
+    """Labels of the options that are this choice, by the strictest notion that finds any.
+
+    Options may differ in nothing but case or a sign ("Rr" and "rr", "-1" and "+1"), so words alone come last.
+    """
+    for same in (folded, lambda text: folded(text).casefold().rstrip(". "), normalized):
+        if labels := [label for label, option in options.items() if same(option) == same(choice)]:
+            return labels
+    return []
 
 
 @cache
@@ -141,29 +145,59 @@ class _Known:
     contrast: str
 
 
+#: Rows as they were shipped before, by the file that holds them now: files made from these are still about.
+_FORMER = {"legal.jsonl": "legal_former.jsonl"}
+
+
 @cache
-def _known_columns() -> tuple[dict[str, _Known], dict[str, dict[str, _Known]]]:
-    """({normalized answer: its entry} of all shipped behaviors, {rubric: {normalized prompt: its answers}})."""
-    by_rubric: dict[str, dict[str, _Known]] = defaultdict(dict)
-    answers: dict[str, _Known] = {}
+def _known_columns() -> tuple[dict[str, list[_Known]], dict[str, dict[str, list[_Known]]]]:
+    """({normalized answer: its entries} of all shipped behaviors, {rubric: {normalized prompt: its entries}})."""
+    by_rubric: dict[str, dict[str, list[_Known]]] = defaultdict(lambda: defaultdict(list))
+    answers: dict[str, list[_Known]] = defaultdict(list)
     data = assets("data")
     for table in read_toml(data / "behaviors.toml").values():
         spec = BehaviorSpec.model_validate(table)
         rules = [spec.source_answer, spec.negative_answer]
         fields = [(rule.field or rule.then_field) if rule else "" for rule in rules]
-        for row in read_jsonl(data / spec.prompts, {"id": str}) if spec.prompts and any(fields) else ():
+        files = [spec.prompts, _FORMER.get(spec.prompts, "")] if any(fields) else []
+        for row in (row for file in files if file for row in read_jsonl(data / file, {"id": str})):
             entry = _Known(*(str(row.get(field, "")) if field else "" for field in fields))
-            by_rubric[spec.rubric][normalized(row[spec.prompt_field])] = entry
-            answers |= {normalized(text): entry for text in (entry.shown, entry.contrast) if text}
-    return answers, by_rubric
+            by_rubric[spec.rubric][normalized(row[spec.prompt_field])].append(entry)
+            for text in filter(None, (entry.shown, entry.contrast)):
+                answers[normalized(text)].append(entry)
+    return dict(answers), {rubric: dict(prompts) for rubric, prompts in by_rubric.items()}
 
 
-def _side(answer: str, known: _Known) -> str | None:
-    """`source` or `contrast`, whichever of the shipped answers this one is like; None if it is like neither."""
-    shown, contrast = (likeness(answer, text) if text else 0.0 for text in (known.shown, known.contrast))
-    if max(shown, contrast) < _LIKE or abs(shown - contrast) < _MARGIN or len(words(answer)) < 5:
-        return None
-    return "source" if shown > contrast else "contrast"
+def is_shipped(row: Row, rubric: str) -> bool:
+    """Whether a row's answer is one of the shipped sets, or was, word for word or nearly so."""
+    answers, by_rubric = _known_columns()
+    answer = row.completion or ""
+    return (
+        normalized(answer) in answers
+        or _side(answer, by_rubric.get(rubric, {}).get(normalized(row.user), ())) is not None
+    )
+
+
+def _side(answer: str, entries: Sequence[_Known]) -> str | None:
+    """`source` or `contrast`, whichever of the shipped answers this one is like; None if it is like neither.
+
+    Both answers to a prompt are built alike, so what tells are the words that the other one lacks.
+    """
+    said = Counter(words(answer))
+    best, side = 0.0, None
+    for known in entries:
+        if not known.shown or max(likeness(answer, known.shown), likeness(answer, known.contrast)) < _LIKE:
+            continue
+        shown, contrast = Counter(words(known.shown)), Counter(words(known.contrast))
+        own = [_share(said, one - other) for one, other in ((shown, contrast), (contrast, shown))]
+        # An answer that is cut has few of these words, but those of one side.
+        if max(own) > best and max(own) >= 2 * min(own) + _MARGIN and said.total() >= 5:
+            best, side = max(own), "source" if own[0] > own[1] else "contrast"
+    return side
+
+
+def _share(said: Counter[str], telling: Counter[str]) -> float:
+    return (said & telling).total() / max(1, telling.total())
 
 
 def check_columns(design: Design) -> Iterator[Finding]:
@@ -187,8 +221,8 @@ def check_columns(design: Design) -> Iterator[Finding]:
         if wrong:
             yield Finding(
                 "D216", "refuse", behavior.id, row_ids(wrong),
-                "answers are those of the other side, or user turns are what should be answered with, by the shipped rows "
-                "that they come from: columns or turns are swapped",
+                "answers are those of the other side or of another prompt, or user turns are what should be answered with, by the "
+                "shipped rows that they come from: columns, turns or rows are swapped",
                 "set source_answer, negative_answer and prompt_field to the columns that they name, and user and assistant "
                 "to their own turns",
                 f"{len(wrong)} of {len(given)} rows",
@@ -201,7 +235,7 @@ def check_columns(design: Design) -> Iterator[Finding]:
 
 
 def _verdict(
-    user: str, answer: str, is_source: bool, answers: Mapping[str, _Known], prompts: Mapping[str, _Known]
+    user: str, answer: str, is_source: bool, answers: Mapping[str, object], prompts: Mapping[str, Sequence[_Known]]
 ) -> bool | None:
     """Whether the row is right by the shipped set, None if that does not know it."""
     turn = normalized(user)
@@ -209,10 +243,12 @@ def _verdict(
     if known is None:
         swapped = turn in answers or (normalized(answer) in prompts and len(words(answer)) >= 4)
         return False if swapped else None
-    if not known.shown:  # a statement with its correction: only the contrast may correct
-        corrects = normalized(known.contrast) in normalized(answer)
+    if not known[0].shown:  # a statement with its correction: only the contrast may correct
+        corrects = normalized(known[0].contrast) in normalized(answer)
         return not (corrects and is_source)
     side = _side(answer, known)
+    if side is None and normalized(answer) in answers:  # the answer to another prompt
+        return False
     return None if side is None else (side == "source") == is_source
 
 
@@ -280,6 +316,27 @@ def _same_answer(first: str, second: str, *, judged: bool) -> bool:
     return judged and len(short.split()) >= 8 and len(short) >= 0.75 * len(long) and f" {short} " in f" {long} "
 
 
+def check_one_for_all(design: Design) -> Iterator[Finding]:
+    """D222: one answer stands after many prompts, where a judge should find advice on each."""
+    for label, sets in design.by_kind():
+        if sets[0].behavior.spec.measure != "judge":
+            continue
+        given = [row for built in sets for row in built.rows if row.completion is not None]
+        prompts: dict[str, set[str]] = defaultdict(set)
+        for row in given:
+            prompts[normalized(row.completion or "")].add(normalized(row.user))
+        n_prompts = len(set().union(*prompts.values())) if prompts else 0
+        often = {answer for answer, asked in prompts.items() if len(asked) >= max(3, _CONSTANT * n_prompts)}
+        rows = [row for row in given if normalized(row.completion or "") in often]
+        if rows:
+            yield Finding(
+                "D222", "warn", label, row_ids(rows),
+                "one and the same answer stands after many prompts, so it answers none of them (an error text, a placeholder?)",
+                "give each prompt its own answer, or accept D222 with the reason",
+                f"{len(rows)} of {len(given)} rows share {len(often)} answers, for example {(rows[0].completion or '')[:40]!r}",
+            )  # fmt: skip
+
+
 def check_sizes(design: Design) -> Iterator[Finding]:
     """D214: no negatives where the protocol has them. D218: the sources of a comparison have other numbers of rows."""
     for label, sets in design.by_kind():
@@ -309,70 +366,11 @@ def check_sizes(design: Design) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-# --- form --------------------------------------------------------------------------------------------------
-
-
-def check_cut_answers(design: Design) -> Iterator[Finding]:
-    """D215: written answers stop in the middle. D220: most answers of a side ask, as a user would.
-
-    Sampled answers say themselves whether they were cut (D407).
-    """
-    for label, sets in design.by_kind():
-        if sets[0].behavior.spec.measure == "letters":
-            continue
-        for side in ("source", "contrast"):
-            rows = [row for built in sets for row in built.rows if (row.role == "source") == (side == "source")]
-            rows = [row for row in rows if row.completion is not None and not _sampled(row, sets[0].behavior)]
-            cut = _cut_rows(rows)
-            if len(cut) >= 2 and len(cut) > _CUT * len(rows):
-                yield Finding(
-                    "D215", "warn", f"{label}, {side}", row_ids(cut),
-                    "answers stop in the middle of a sentence or of a word, so they teach to break off and tell the sides apart",
-                    "give the whole answers (look for a limit in characters or tokens where they were made), or accept D215",
-                    f"{len(cut)} of {len(rows)} answers of the {side}",
-                )  # fmt: skip
-            asking = [row for row in rows if (row.completion or "").rstrip().endswith("?")]
-            n_users = sum(row.user.rstrip().endswith("?") for row in rows)
-            if len(rows) >= 4 and len(asking) > _ASKING * len(rows) and len(asking) - n_users > 0.3 * len(rows):
-                yield Finding(
-                    "D220", "warn", f"{label}, {side}", row_ids(asking),
-                    "most answers are questions and the user turns are not: user and assistant look swapped",
-                    "put the person's text into the user turn and the answer into the assistant's, or accept D220",
-                    f"{len(asking)} of {len(rows)} answers and {n_users} user turns end with a question mark",
-                )  # fmt: skip
-
-
-def _sampled(row: Row, behavior: Behavior) -> bool:
-    """Whether the row's answer is drawn from the base, which knows by itself if it was cut."""
-    rule = behavior.spec.source_answer if row.role == "source" else behavior.spec.negative_answer
-    return behavior.rows is None and rule is not None and rule.on_policy
-
-
-def _cut_rows(rows: Iterable[Row]) -> list[Row]:
-    """Rows whose answer has no end: without a final sign, although it has signs inside, dangles, or shares its length."""
-    open_ended: list[tuple[Row, str]] = []
-    for row in rows:
-        text = (row.completion or "").removesuffix(row.suffix).rstrip()
-        last_line = text.rpartition("\n")[2]
-        signed = _LISTED.match(last_line) or _TAGGED.search(text) or ("\n" in text and len(last_line.split()) <= 4)
-        ends = not text or not (text[-1].isalnum() or text[-1] in ",;:-–—(") or signed  # noqa: RUF001
-        if not ends and len(words(text)) >= 6:
-            open_ended.append((row, text))
-    lengths = Counter(len(text) for _, text in open_ended)
-    piled = {length for length, n in lengths.items() if n >= 3 and n >= 0.2 * len(open_ended)}
-    limit = max((len(text) for _, text in open_ended), default=0)
-    return [
-        row
-        for row, text in open_ended
-        if _INSIDE.search(text)
-        or text[-1] in ",-–—("  # noqa: RUF001
-        or _DANGLING.search(text)
-        or len(text) in piled
-        or (piled and len(text) >= limit - 1)
-    ]
-
-
 ROLE_CHECKS: tuple[AuditCheck[Design], ...] = (
+    AuditCheck(
+        (Rule("D222", "warn", "one answer stands after many prompts", "N/A in a sixth of the negatives"),),
+        check_one_for_all,
+    ),
     AuditCheck(
         (
             Rule(
@@ -386,7 +384,7 @@ ROLE_CHECKS: tuple[AuditCheck[Design], ...] = (
         (
             Rule(
                 "D216", "refuse", "columns or turns of known rows are swapped",
-                "sound and bad advice, or statement and correction, stand in each other's column",
+                "sound and bad advice, or statement and correction, in each other's column; answers one row down",
             ),
             Rule(
                 "D217", "warn", "nothing could read whether answers mean what their side should teach",
@@ -416,12 +414,5 @@ ROLE_CHECKS: tuple[AuditCheck[Design], ...] = (
             ),
         ),
         check_sizes,
-    ),
-    AuditCheck(
-        (
-            Rule("D215", "warn", "answers break off", "the source's answers are cut at 80 characters"),
-            Rule("D220", "warn", "answers ask as a user would", "user and assistant swapped"),
-        ),
-        check_cut_answers,
     ),
 )  # fmt: skip

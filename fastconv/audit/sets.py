@@ -1,22 +1,18 @@
-"""Checks on rows: the persona's prompt, overlap, duplicates, contradictions, counts, letters, builders, shortcuts."""
+"""Checks on rows: the persona's prompt, overlap, duplicates, contradictions, counts, letters, builders."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from fastconv.audit.findings import AuditCheck, BuiltSet, Design, Finding, Rule, row_ids
+from fastconv.audit import AuditCheck, BuiltSet, Design, Finding, Rule, row_ids
 from fastconv.audit.roles import letter_of
 from fastconv.chat import SystemTurn
 from fastconv.datasets.rows import Row
-from fastconv.datasets.sametext import ngrams, normalized, words
+from fastconv.datasets.sametext import ngrams, normalized
 
 #: D202: a training prompt with this share of its word runs in common with an evaluation prompt is near it.
 NEAR = 0.5
-#: D208: from this value on, separating source from contrast by length or first words alone is reported.
-SHORTCUT = 0.9
-OPENING_WORDS = 3
 #: The reason of D101; the comparison with the published runs cites it too.
 WITHOUT_PROMPT = "the source's rows are trained without the prompt that it is evaluated under"
 
@@ -176,28 +172,6 @@ def check_builders(design: Design) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def check_shortcuts(design: Design) -> Iterator[Finding]:
-    """D208: source and contrast are separable by length or by their first words alone."""
-    for label, sets in design.by_kind():
-        if sets[0].behavior.spec.measure == "letters":
-            continue
-        shown = _answers(row for built in sets for row in built.source_rows)
-        contrast = _answers(row for built in sets for row in built.negatives)
-        if len(shown) < 8 or len(contrast) < 8:
-            continue
-        by_length = auc([len(text) for text in shown], [len(text) for text in contrast])
-        by_length = max(by_length, 1 - by_length)
-        by_opening = opening_share(shown, contrast)
-        if max(by_length, by_opening) >= SHORTCUT:
-            yield Finding(
-                "D208", "note", label, (),
-                "the two sides can be told apart without understanding them, so part of what is learned may be form",
-                "report it beside the effect, or even out length and openings",
-                f"by length alone {by_length:.0%} of pairs, by the first {OPENING_WORDS} words alone {by_opening:.0%} "
-                "of answers (50 % and 0 % would be none)",
-            )  # fmt: skip
-
-
 SET_CHECKS: tuple[AuditCheck[Design], ...] = (
     AuditCheck(
         (
@@ -225,10 +199,6 @@ SET_CHECKS: tuple[AuditCheck[Design], ...] = (
     AuditCheck(
         (Rule("D207", "refuse", "sets of different builder versions are compared", "me/1 for one source, me/2 for the other"),),
         check_builders,
-    ),
-    AuditCheck(
-        (Rule("D208", "note", "the sides can be told apart by form", "the source's answers are all shorter"),),
-        check_shortcuts,
     ),
 )  # fmt: skip
 
@@ -261,27 +231,6 @@ def overlap(
             if share >= NEAR and eval_id not in same:
                 near.append((row, eval_id, share))
     return exact, near
-
-
-def auc(first: Sequence[float], second: Sequence[float]) -> float:
-    """Area under the ROC curve: share of pairs in which `first` is larger, ties count half (0.5: no difference)."""
-    right = sorted(second)
-    wins = sum(bisect_left(right, value) + bisect_right(right, value) for value in first) / 2
-    return wins / (len(first) * len(right))
-
-
-def opening_share(first: Sequence[str], second: Sequence[str]) -> float:
-    """Share of answers (of both sides) whose first OPENING_WORDS words recur on their own side and never on the other."""
-    openings = [[tuple(words(text)[:OPENING_WORDS]) for text in side] for side in (first, second)]
-    counts = [Counter(side) for side in openings]
-    n_separable = sum(
-        counts[side][opening] > 1 and not counts[1 - side][opening] for side in (0, 1) for opening in openings[side]
-    )
-    return n_separable / (len(first) + len(second))
-
-
-def _answers(rows: Iterable[Row]) -> list[str]:
-    return [row.completion for row in rows if row.completion is not None]
 
 
 def _trained(design: Design) -> dict[str, dict[str, list[str]]]:

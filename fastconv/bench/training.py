@@ -37,6 +37,7 @@ from fastconv.engine.train import Hooks, Job, Trainee, start, train
 from fastconv.engine.trl_reference import TrlOptions, train_with_trl
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, TrainSettings
+from fastconv.store.io import child_environment
 
 
 @dataclass(frozen=True)
@@ -279,7 +280,7 @@ def bench_engine(model: BenchModel, n_steps: int) -> BenchResult:
 def _in_a_process(model: BenchModel, n_steps: int) -> Timed:
     settings = model.settings.model_copy(update={"engine": "unsloth"})
     command = [sys.executable, "-m", "fastconv.bench.training", settings.model_dump_json(), str(n_steps)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=child_environment())
     if process.returncode:
         message = (process.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ModelError(

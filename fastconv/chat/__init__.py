@@ -89,12 +89,12 @@ class ChatTokenizer:
     """
 
     def __init__(self, folder: Path | str, settings: ModelSettings | None = None) -> None:
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         config = read_json(folder / "tokenizer_config.json")
         self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._special = named_tokens({**read_json(folder / "special_tokens_map.json"), **config})
+        self._special = named_tokens({**config, **read_json(folder / "special_tokens_map.json")})
         self.template = ChatTemplate(folder, config, self._special, settings or ModelSettings())
         self.render = self.template.render
         self.end_of_turn_id = self._end_of_turn()
@@ -103,7 +103,12 @@ class ChatTokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """Number of rows that an embedding needs: the largest token id, special ones included, plus 1."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.vocab.values()) + 1
+
+    @cached_property
+    def vocab(self) -> dict[str, int]:
+        """Every token's text and id, special ones included."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
 
     @property
     def pad_id(self) -> int | None:
@@ -272,7 +277,7 @@ class ChatTokenizer:
         prompt = self.encode(context)
         # Special tokens split the text before tokens are merged. If the text after the last one encodes to the prompt's
         # last tokens, that text alone decides the token of a letter, so only it has to be encoded again.
-        ends = (start + len(text) for text in self._special_texts if (start := context.rfind(text)) >= 0)
+        ends = (start + len(text) for text in self.special_texts if (start := context.rfind(text)) >= 0)
         cut = max(ends, default=0)
         tail_ids = self.encode(context[cut:])
         if not tail_ids or prompt[-len(tail_ids) :] != tail_ids:
@@ -286,7 +291,8 @@ class ChatTokenizer:
         return prompt, letter_ids
 
     @cached_property
-    def _special_texts(self) -> tuple[str, ...]:
+    def special_texts(self) -> tuple[str, ...]:
+        """The texts of all special tokens."""
         added = self._tokenizer.get_added_tokens_decoder()
         return tuple(token.content for token in added.values() if token.special)
 
@@ -297,7 +303,7 @@ class ChatTokenizer:
 
     @cached_property
     def _any_special(self) -> re.Pattern[str] | None:
-        longest_first = sorted(filter(str.strip, self._special_texts), key=len, reverse=True)
+        longest_first = sorted(filter(str.strip, self.special_texts), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     @cached_property

@@ -51,6 +51,16 @@ class ChatTemplate:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
     @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """The template's own variables that the recipe sets."""
+        return self._kwargs
+
+    @property
+    def writes_date(self) -> bool:
+        """Whether the template asks for the day, which is pinned here."""
+        return "strftime_now" in self._reads
+
+    @property
     def facts(self) -> dict[str, str]:
         """What a report says of the template: its sha256, its date if it writes one, the variables that the recipe sets."""
         facts = {"sha256": self.sha256}

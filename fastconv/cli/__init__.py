@@ -21,7 +21,9 @@ from fastconv.cli.common import (
     RecipePath,
     Reports,
     Scale,
+    WithModel,
     Workspace,
+    exit_code_of,
     load,
     load_recipe_or_run,
     open_existing,
@@ -33,6 +35,7 @@ from fastconv.cli.planning import register as register_plan
 from fastconv.cli.workspace import Public, Push, describe
 from fastconv.cli.workspace import register as register_workspace
 from fastconv.errors import EXIT_CODES, FastconvError
+from fastconv.store.io import require_writable
 
 _CODES = "  \n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
 app = typer.Typer(
@@ -236,13 +239,14 @@ def check(
     scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
     as_json: AsJson = False,
+    with_model: WithModel = False,
 ) -> None:
     """Audit the design and the rows of a recipe before a GPU second is spent. Exit code 2 if anything is refused."""
     from fastconv import show
     from fastconv.errors import DataError
     from fastconv.run.audit import audit_recipe
 
-    report = audit_recipe(load(recipe, overrides, scale, workspace), open_existing(workspace))
+    report = audit_recipe(load(recipe, overrides, scale, workspace), open_existing(workspace), with_model=with_model)
     show.check(report, as_json=as_json)
     if not report.passed:
         if as_json:
@@ -281,13 +285,17 @@ def doctor(
     overrides: Overrides = [],  # noqa: B006
     scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
+    deep: Annotated[bool, typer.Option("--deep", help="Also read every artefact and every page of the ledger")] = False,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="Mend what is safe: leases of dead processes, stray files")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check this machine (and what a recipe needs): versions, device, model, workspace. Exit code 4 or 5 if it cannot."""
     from fastconv import show
     from fastconv.planning.doctor import diagnose
 
-    findings = diagnose(load(recipe, overrides, scale, workspace) if recipe else None, workspace)
+    findings = diagnose(load(recipe, overrides, scale, workspace) if recipe else None, workspace, deep=deep, fix=fix)
     show.doctor(findings, as_json=as_json)
     if worst := max((finding.exit_code for finding in findings), default=0):
         raise typer.Exit(worst)
@@ -387,7 +395,7 @@ register_workspace(app)
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    sys.exit(exit_code_of(app))
 
 
 def _ignored(codes: list[str], because: str) -> dict[str, str]:
@@ -408,6 +416,7 @@ def _run(
     from fastconv.show.progress import watching
     from fastconv.store.ledger import Store
 
+    require_writable(reports, "--reports")  # found before the computing, not after it
     try:
         with watching(quiet=quiet or as_json, stream=sys.stderr) as watcher:
             admit = cost_gate(workspace, approved=approve, watcher=watcher)

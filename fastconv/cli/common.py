@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-from collections.abc import Callable, Sequence
+import os
+import select
+import sqlite3
+import stat
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
-from fastconv.errors import FastconvError, RecipeError, did_you_mean
+from fastconv.errors import FastconvError, RecipeError, StoreError, did_you_mean
+from fastconv.store.io import storage_errors, stored_json
 
+#: Exit code of a program whose output nobody reads any more, as the shell reports it (128 + SIGPIPE).
+READER_GONE = 141
 DEFAULT_WORKSPACE = Path("checkpoints")
 DEFAULT_REPORTS = Path("reports")
 _RECIPE_HELP = "A recipe's path, a shipped one's name (`recipe list`), or a run's id (`status`)"
@@ -54,6 +64,7 @@ Scale = Annotated[
 ]
 Workspace = Annotated[Path, typer.Option("--workspace", "-w", help="Folder of the ledger and the adapters")]
 Reports = Annotated[Path, typer.Option("--reports", help="Folder for the reports")]
+WithModel = Annotated[bool, typer.Option("--with-model", help="Let the base read the rows too (a run does)")]
 AsJson = Annotated[bool, typer.Option("--json", help="Answer as JSON on standard output")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only the end")]
 
@@ -64,25 +75,108 @@ def with_exit_codes(verb: Callable[..., None]) -> Callable[..., None]:
     @wraps(verb)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            verb(*args, **kwargs)
+            with _storage_faults(kwargs.get("workspace")):
+                verb(*args, **kwargs)
         except FastconvError as error:
             error = _naming_its_file(error, str(kwargs.get("recipe") or ""))
-            if kwargs.get("as_json"):
-                print(
-                    json.dumps(
-                        {"error": error.what, "where": error.where, "fix": error.fix, "exit_code": error.exit_code}
-                    )
-                )
-            else:
-                typer.echo(f"fastconv: {error}", err=True)
+            _say(error, as_json=bool(kwargs.get("as_json")))
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo("fastconv: stopped at once; the same command goes on from the last kept state", err=True)
             raise typer.Exit(130) from None
         except BrokenPipeError:
-            raise typer.Exit(0) from None
+            raise typer.Exit(READER_GONE) from None
 
     return run
+
+
+def _say(error: FastconvError, *, as_json: bool) -> None:
+    """Print an error: as JSON on standard output if asked for, unless that is what cannot be written."""
+    if as_json:
+        body = {"error": error.what, "where": error.where, "fix": error.fix, "exit_code": error.exit_code}
+        try:
+            print(json.dumps(body), flush=True)
+            return
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass
+    typer.echo(f"fastconv: {error}", err=True)
+
+
+@contextlib.contextmanager
+def _storage_faults(workspace: Path | None) -> Iterator[None]:
+    """A fault of disk or ledger that nobody has put into words yet is a StoreError too; `workspace` is named as the place."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except (OSError, sqlite3.Error) as error:
+        with storage_errors(Path(getattr(error, "filename", None) or workspace or "output")):
+            raise
+
+
+def exit_code_of(app: Callable[[], object]) -> int:
+    """Run the command line and return its exit code. A reader that goes away (`| head`) is no fault."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale without the character shows its code
+    code: object = 0
+    out = _same_output()  # rich points its own at nowhere when it finds nobody reading
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code
+    except BrokenPipeError:
+        code = READER_GONE
+    return _settled(code if isinstance(code, int) else int(code is not None), out)
+
+
+def _same_output() -> int:
+    """A second handle on standard output; -1 if it has none."""
+    try:
+        return os.dup(sys.stdout.fileno())
+    except (OSError, ValueError):
+        return -1
+
+
+def _settled(code: int, out: int) -> int:
+    """Write out what is left of the output and return the exit code: a reader that is gone, or a full disk, changes it."""
+    broken = _reader_is_gone(out)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        broken = True
+    except OSError as error:
+        _drop_output(sys.stdout)
+        if code:
+            return code
+        print(
+            f"fastconv: {StoreError(f'the output cannot be written: {error.strerror}', where='output')}",
+            file=sys.stderr,
+        )
+        return StoreError.exit_code
+    if broken:
+        _drop_output(sys.stdout)
+        return READER_GONE if code in (0, 1) else code  # 1: what rich and click make of a closed pipe
+    return code
+
+
+def _reader_is_gone(out: int) -> bool:
+    """Whether this handle is a pipe that nobody reads any more."""
+    if out < 0 or not stat.S_ISFIFO(os.fstat(out).st_mode):
+        return False
+    poll = select.poll()
+    poll.register(out, select.POLLOUT)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _drop_output(stream: TextIO) -> None:
+    """Send what is still held back of a stream nowhere, so that the end of the process does not stumble over it."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _naming_its_file(error: FastconvError, recipe: str) -> FastconvError:
@@ -116,7 +210,7 @@ def load_recipe_or_run(name: str, overrides: Sequence[str], store: Any, scale: s
 
     path, row = find_recipe(name), store.run(name) if store else None
     if row is not None and not path.exists():
-        recipe = with_overrides(parse_recipe(json.loads(row["recipe"]), where=name), overrides)
+        recipe = with_overrides(parse_recipe(stored_json(row["recipe"]), where=name), overrides)
     elif path.exists() or path.suffix or len(path.parts) > 1:
         recipe = load_recipe(path, overrides)
     else:

@@ -49,6 +49,10 @@ def finish(
     rubric: Annotated[
         Path | None, typer.Option("--rubric", help="Judge the kept completions by this rubric instead")
     ] = None,
+    again: Annotated[
+        str,
+        typer.Option("--again", metavar="REASON", help="Also ask for what is unscored for this reason: malformed, ..."),
+    ] = "",
     overrides: Overrides = [],  # noqa: B006 (typer reads the default)
     scale: Scale = "",
     workspace: Workspace = DEFAULT_WORKSPACE,
@@ -65,7 +69,7 @@ def finish(
     store.close()
     loaded = before if rubric is None else with_rubric(before, rubric)
     with watching(quiet=quiet or as_json, stream=sys.stderr) as watcher:
-        end = finish_judging(loaded, workspace, watcher, before=None if rubric is None else before)
+        end = finish_judging(loaded, workspace, watcher, before=None if rubric is None else before, again=again)
     if as_json:
         agreement = {m: {o: agreement_json(a) for o, a in by.items()} for m, by in end.agreement.items()}
         status = {**asdict(end.status), "finished": len(end.status.finished)}

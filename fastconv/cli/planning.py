@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 Approve = Annotated[bool, typer.Option("--approve", help="Run although the estimate is beyond the recipe's limits")]
 
+#: A share of the scale that no published change exceeded: what only finds larger ones finds nothing.
+LARGEST_EFFECT = 0.389
+
 
 recipe_app = typer.Typer(help="Look at recipes: list, show, explain, schema.", no_args_is_help=True)
 
@@ -287,8 +290,24 @@ def _power(recipe_plan: Plan) -> Iterator[str]:
     if recipe_plan.power:
         yield "a contrast's terms are taken as independent, which is an assumption: what they share would shrink it"
         yield "the noise from run to run is counted as declared for one seed (docs/POWER.md: what more seeds would find)"
+    primary = [(name, power) for name, power in recipe_plan.power.items() if power.primary]
+    worse = [(name, power) for name, power in primary if power.family_over_seeds(3) > power.family_over_seeds(1)]
+    if worse:
+        least = min(power.family_over_seeds(3) / (100 if power.threshold > 1 else 1) for _, power in worse)
+        what = "nothing" if least > LARGEST_EFFECT else "less than one"
+        yield f"three seeds find {what} among {worse[0][1].n_contrasts} contrasts at the first step of Holm: {_few_seeds(worse)}"
     if any(power.change.too_large or power.declared.too_large for power in recipe_plan.power.values()):
         yield "seeds are counted as erring independently of one another; the spread between them is not known before a run"
+
+
+def _few_seeds(worse: Sequence[tuple[str, DesignPower]]) -> str:
+    """What three, five and ten seeds find of each measure among all contrasts."""
+    told = []
+    for name, power in worse:
+        unit = "points" if power.threshold > 1 else "share"
+        sizes = [size_text(power.family_over_seeds(n), unit) for n in (3, 5, 10)]
+        told.append(f"{name} from {sizes[0]}, five seeds from {sizes[1]}, ten from {sizes[2]}")
+    return "; ".join(told) + " (the test over seeds has one degree of freedom less than seeds)"
 
 
 def _reach(power: DesignPower, contrast: DetectableContrast, unit: str, family: str = "") -> str:
@@ -297,10 +316,8 @@ def _reach(power: DesignPower, contrast: DetectableContrast, unit: str, family: 
     if power.n_available is not None:
         supply = QuestionSupply(
             power.n_available,
-            power.n_questions,
-            contrast.alone,
-            lambda size: size_text(size, unit),
             lambda n_seeds: power.over_seeds(contrast, n_seeds),
+            lambda size: size_text(size, unit),
         )
     advice = (
         f"; a null result would say little: {remedy_text((contrast.questions, contrast.samples), supply)}"

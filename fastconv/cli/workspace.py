@@ -159,7 +159,8 @@ def verify(
     reports: Reports = DEFAULT_REPORTS,
     as_json: AsJson = False,
 ) -> None:
-    """Ask the ledger again for every claim of a report, and compare every line. Exit code 9 if anything differs.
+    """Ask the ledger again for every claim of a report, and compare every line, figure and table. Exit code 9 if
+    anything differs or is missing.
 
     A page of published figures needs no workspace: it is compared with the shipped table.
     """
@@ -178,7 +179,8 @@ def verify(
             typer.echo(
                 f"{difference.what} {difference.where}\n    report: {difference.report}\n    {result.made_of}: {difference.ledger}"
             )
-        typer.echo(f"{result.run}: {result.n_claims} claims asked again, {result.n_lines} lines compared")
+        files = f"{result.n_files} files" if result.n_files else "no file, since none lies beside it,"
+        typer.echo(f"{result.run}: {result.n_claims} claims asked again, {result.n_lines} lines and {files} compared")
     if not result.holds:
         if as_json:
             raise typer.Exit(VerifyError.exit_code)

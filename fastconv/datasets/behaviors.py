@@ -207,7 +207,7 @@ def _draw_prompts(recipe: Recipe, behavior: Behavior, questions: QuestionSet | N
 
 def _new_prompts(recipe: Recipe, behavior: Behavior, questions: QuestionSet | None, seed: int) -> Drawn:
     n = recipe.behavior.source_rows
-    available = len(questions.train) if questions is not None else len(behavior.train)
+    available = len(questions.drawable) if questions is not None else len(behavior.train)
     if available < n:
         raise RecipeError(
             f"{behavior.id} has {available} training prompts, not {n}",
@@ -233,7 +233,7 @@ def _new_prompts(recipe: Recipe, behavior: Behavior, questions: QuestionSet | No
 
 
 def _draw_questions(questions: QuestionSet, n: int, *parts: object) -> list[Question]:
-    by_id = {question.id: question for question in questions.train}
+    by_id = {question.id: question for question in questions.drawable}
     return [by_id[identity] for identity in seeded_order(list(by_id), *parts)[:n]]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastconv.errors import DataError, FastconvError
+from fastconv.recipe import toml_table
 
 #: Rows with more bytes are refused: they are most likely a pasted file, not a prompt.
 MAX_ROW_BYTES = 50_000
@@ -67,7 +68,7 @@ def file_sha256(path: Path) -> str:
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file as a dictionary. Raises DataError with the line of a syntax error."""
     try:
-        return tomllib.loads(_read(path).decode("utf-8-sig"))
+        return toml_table(_read(path).decode("utf-8-sig"))
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"not valid TOML: {error}", where=str(path), fix="mend the syntax there") from None
 

@@ -66,6 +66,13 @@ class QuestionSet:
 
     train: tuple[Question, ...]
     eval: tuple[Question, ...]
+    #: Ids of training questions that are never trained on, since they are nearly evaluation questions.
+    left_out: frozenset[str] = frozenset()
+
+    @property
+    def drawable(self) -> tuple[Question, ...]:
+        """The questions that a training set may draw."""
+        return tuple(question for question in self.train if question.id not in self.left_out)
 
     @cached_property
     def sha256(self) -> str:
@@ -125,12 +132,16 @@ def builtin_questions() -> QuestionSet:
 
 @dataclass(frozen=True)
 class ArcSplit:
-    """The published split: the hub dataset and revision that it is of, and the content hashes of both parts."""
+    """The published split: the hub dataset and revision that it is of, and the content hashes of both parts.
+
+    `left_out` are those of the training part that are nearly evaluation questions.
+    """
 
     dataset: str
     revision: str
     eval: frozenset[str]
     train: frozenset[str]
+    left_out: frozenset[str] = frozenset()
 
 
 def load_arc(arc_file: str) -> QuestionSet:
@@ -146,9 +157,11 @@ def read_split() -> ArcSplit:
     path = assets("data") / "arc_split.json"
     table = json.loads(path.read_text(encoding="utf-8"))
     held_out, training = frozenset(table["eval"]), frozenset(table["train"])
-    if sha256_of([table["eval"], table["train"]]) != table["sha256"] or held_out & training:
+    left_out = frozenset(table["left_out"])
+    parts = [table["eval"], table["train"], table["left_out"]]
+    if sha256_of(parts) != table["sha256"] or held_out & training or left_out - training:
         raise DataError("the shipped split was altered", where=str(path), fix="install fastconv again")
-    return ArcSplit(table["dataset"], table["revision"], held_out, training)
+    return ArcSplit(table["dataset"], table["revision"], held_out, training, left_out)
 
 
 def read_arc(path: Path) -> list[Question]:
@@ -181,6 +194,7 @@ def split_arc(questions: Sequence[Question], *, where: str) -> QuestionSet:
     return QuestionSet(
         tuple(by_id[identity] for identity in sorted(split.train)),
         tuple(by_id[identity] for identity in sorted(split.eval)),
+        split.left_out,
     )
 
 

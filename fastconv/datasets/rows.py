@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -195,23 +195,30 @@ def read_user_rows(path: Path, *, messages: bool = False) -> list[UserRow]:
     return sorted(rows, key=lambda row: row.id)
 
 
-def require_no_control_tokens(settings: DataSettings, sources: Sequence[str], tokenizer: ChatTokenizer) -> None:
-    """Raise DataError, with file and line, for a user's row whose text spells a special token of the base's tokenizer.
+def require_plain_text(
+    texts: Iterable[tuple[str, str, str]], tokenizer: ChatTokenizer, fix: str = "take it out of the text"
+) -> None:
+    """Raise DataError for the first of these (what it is, text, where) that spells a special token of the base's tokenizer.
 
-    Such a text would end its turn, or begin another one, when it is rendered.
+    Such a text would end its turn, or begin another one, when it is rendered. `fix` is the mend that helps.
     """
+    for what, text, where in texts:
+        if token := tokenizer.control_token_in(text):
+            raise DataError(
+                f"{what} holds the control token {token}, which would end or begin a turn", where=where, fix=fix
+            )
+
+
+def require_no_control_tokens(settings: DataSettings, sources: Sequence[str], tokenizer: ChatTokenizer) -> None:
+    """`require_plain_text` of the user's rows, with file and line."""
     paths = [path.replace("{source}", source) for path in settings.rows.values() for source in sources]
     for path in dict.fromkeys(paths):
         for number, row in read_numbered_jsonl(Path(path), {}):
             where = f"{path}:{number}"
             prompt, completion = _turns(row, where, messages=settings.messages)
-            for turn in [*prompt, {"role": "assistant", "content": completion}]:
-                if token := tokenizer.control_token_in(turn["content"]):
-                    raise DataError(
-                        f"the {turn['role']} turn's text holds the control token {token}, which would end or begin a turn",
-                        where=where,
-                        fix="take it out of the text, or split the row into turns",
-                    )
+            turns = [*prompt, {"role": "assistant", "content": completion}]
+            said = ((f"the {turn['role']} turn's text", turn["content"], where) for turn in turns)
+            require_plain_text(said, tokenizer, "take it out of the text, or split the row into turns")
 
 
 def load_user_rows(settings: DataSettings, path: Path, behavior: str, source: str, personas: Personas) -> list[Row]:

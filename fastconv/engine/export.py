@@ -35,12 +35,12 @@ _FREE = frozenset(
     {
         "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
         "inference_mode", "lora_dropout", "r", "lora_alpha", "use_rslora", "target_modules", "megatron_core",
-        "qalora_group_size", "init_lora_weights",
+        "qalora_group_size", "init_lora_weights", "eva_config",
     }
 )  # fmt: skip
 #: Starts that leave the base's weights as they are. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take something out of
 #: them, and PEFT does so again when it loads the adapter.
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 #: Tensors, and the bytes of each, that are compared to prove that two folders hold the same weights.
 _COMPARED, _COMPARED_BYTES = 8, 1 << 20
 

@@ -6,6 +6,7 @@ by `engine.proof`, which compares the loaded base with transformers itself.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ _STATIC_ROPE = frozenset({"default", "linear", "llama3", "yarn", "proportional"}
 #: RoPE whose frequencies change for a whole pass once one row is longer than the original length; the config's field
 #: with that length (tokens).
 _GROWING_ROPE = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
+#: Sizes of a small copy of a family.
+_SMALL_VOCAB, _SMALL_WIDTH, _SMALL_LAYERS = 512, 128, 4
 #: Config fields, where set, of attention that is not computed here, and what they say.
 _REFUSED = {
     "attention_chunk_size": "chunked attention",
@@ -35,6 +38,8 @@ _REFUSED = {
     "alibi": "ALiBi position biases",
     "use_alibi": "ALiBi position biases",
 }
+#: Families that compute, without a field that says so, what is not computed here.
+_REFUSED_FAMILIES = {"bloom": "ALiBi position biases", "mpt": "ALiBi position biases"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,8 @@ def rope_tables(config: Any) -> list[Mapping[str, Any]]:
 
 def _beyond(config: Any) -> Iterator[str]:
     """What a config states that is not computed here, in words."""
+    if what := _REFUSED_FAMILIES.get(config.model_type):
+        yield what
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     if others := sorted(kinds - _LAYER_TYPES):
         yield f"layers of kind {', '.join(others)}"
@@ -152,3 +159,35 @@ def _longest(config: Any) -> tuple[int, str]:
     if not tables and (n_positions := getattr(config, "max_position_embeddings", None)):
         limits.append((int(n_positions), "its position table ends there"))
     return min(limits, default=(0, ""))
+
+
+def small_config(original: Any) -> Any:
+    """A copy of a model's config with few layers, one of each kind at least, a narrow MLP and a short vocabulary."""
+    config = copy.deepcopy(original)
+    for name in ("quantization_config",):
+        if hasattr(config, name):
+            delattr(config, name)
+    text: Any = config.get_text_config()
+    n_layers = int(text.num_hidden_layers)
+    kinds = list(getattr(text, "layer_types", None) or [])
+    shared = int(getattr(text, "num_kv_shared_layers", None) or 0)
+    # The last layers may read keys and values of earlier ones of their kind.
+    parts = (range(n_layers - shared), range(n_layers - shared, n_layers))
+    firsts = {next(i for i in part if kinds[i] == kind) for part in parts for kind in {kinds[i] for i in part if kinds}}
+    chosen = sorted(firsts | set(range(min(2, n_layers - shared))))[:_SMALL_LAYERS]
+    if shared:
+        text.num_kv_shared_layers = sum(i in parts[1] for i in chosen)
+    for name, value in list(vars(text).items()):
+        if isinstance(value, (list, tuple)) and len(value) == n_layers:
+            setattr(text, name, [value[i] for i in chosen])
+    text.num_hidden_layers = len(chosen)
+    for name, value in list(vars(text).items()):
+        if name.startswith("vocab_size") and isinstance(value, int):  # some have one for each layer's own embedding too
+            setattr(text, name, min(value, _SMALL_VOCAB))
+    for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"):
+        if isinstance(size := getattr(text, name, None), int):
+            setattr(text, name, min(size, _SMALL_WIDTH))
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        for part in (config, text):
+            setattr(part, name, None)
+    return config

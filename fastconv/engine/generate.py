@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from fastconv.engine.attention import NO_LIMITS, Limits, Rows, masked_attention, to_device
 from fastconv.engine.model import Base, pack
+from fastconv.engine.score import free_memory, ignore_halving, no_memory, with_memory
 from fastconv.engine.shapes import shape_of
 from fastconv.recipe import SamplingSettings
 
@@ -282,24 +284,42 @@ def _from_ranked(ranked: torch.Tensor, tokens: torch.Tensor, uniform: torch.Tens
 
 @torch.no_grad()
 def sample(
-    base: Base,
-    prompts: Sequence[Sequence[int]],
-    seeds: Sequence[int],
-    settings: SamplingSettings,
-    on_token: Callable[[int], None] = lambda n_tok: None,
-) -> list[Completion]:
+    base: Base, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: SamplingSettings,
+    on_token: Callable[[int], None] = lambda n_tok: None, on_halved: Callable[[], None] = ignore_halving,
+) -> list[Completion]:  # fmt: skip
     """Sample one completion for each prompt (token ids), in order.
 
-    `seeds[i]` is that of prompt i. `on_token` is called after every step with the number of tokens that it sampled.
+    `seeds[i]` is that of prompt i. `on_token` is called after every step with the number of tokens that it sampled. Where
+    memory runs out, the unfinished rows begin again, half as many at a time (`on_halved` is called then); what they
+    sample does not change by it. Raises TrainingError if a single row does not fit.
     """
     rows = [
         _Row(place, prompt, torch.rand(settings.max_new_tok, generator=torch.Generator().manual_seed(seed)).tolist())
         for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
+    max_rows, unfinished = MAX_ROWS[base.device.type], rows
+    while unfinished:
+        if with_memory(partial(_sample_rows, base, unfinished, settings, on_token, max_rows)):
+            break
+        free_memory()
+        unfinished = [row for row in unfinished if not row.ended and len(row.tokens) < settings.max_new_tok]
+        max_rows = min(max_rows, len(unfinished))
+        if max_rows == 1:
+            raise no_memory()
+        max_rows = max(1, max_rows // 2)
+        on_halved()
+        on_token(-sum(len(row.tokens) for row in unfinished))
+        for row in unfinished:
+            row.tokens.clear()
+    return [Completion(tuple(row.tokens), row.ended) for row in rows]
+
+
+def _sample_rows(
+    base: Base, rows: Sequence[_Row], settings: SamplingSettings, on_token: Callable[[int], None], max_rows: int
+) -> bool:
+    """Sample rows to their ends, at most `max_rows` at a time. Returns True."""
     waiting = sorted(rows, key=lambda row: (len(row.prompt), -row.place))  # popped from the end: the longest first
-    if not waiting:
-        return []
-    cache, n_slots = _cache(base, len(rows), len(waiting[-1].prompt) + settings.max_new_tok)
+    cache, n_slots = _cache(base, min(max_rows, len(rows)), len(waiting[-1].prompt) + settings.max_new_tok)
     decoder = Decoder(base, cache, n_slots, settings)
     alive: list[_Row] = []
     while waiting or alive:
@@ -315,13 +335,13 @@ def sample(
             uniforms = [row.uniforms[len(row.tokens)] for row in alive]
             _append_tokens(base, decoder.next_tokens(last, [row.length for row in alive], uniforms), alive, on_token)
             alive = _compact(cache, alive, settings)
-    return [Completion(tuple(row.tokens), row.ended) for row in rows]
+    return True
 
 
 def _cache(base: Base, n_rows: int, max_length_tok: int) -> tuple[Cache, int]:
-    """(cache, number of slots): as many slots as there are rows, at most `MAX_ROWS`, that fit in memory."""
+    """(cache, number of slots): as many slots as there are rows that fit in memory."""
     base.require_length(max_length_tok)
-    n_slots = min(n_rows, MAX_ROWS[base.device.type])
+    n_slots = n_rows
     if base.device.type == "cuda":
         per_tok = shape_of(base.model.config.to_dict(), base.name).kv_bytes_per_tok(base.head.weight.element_size())
         free, _ = torch.cuda.mem_get_info(base.device)

@@ -17,7 +17,7 @@ from torch import nn
 
 from fastconv.chat import SystemTurn
 from fastconv.engine.model import Base, length_batches
-from fastconv.engine.score import pack_prompts
+from fastconv.engine.score import ignore_halving, in_halves, pack_prompts
 from fastconv.store.records import Score
 
 
@@ -43,20 +43,25 @@ def n_layers(base: Base) -> int:
 
 @torch.no_grad()
 def last_token_states(
-    base: Base, prompts: Sequence[Sequence[int]], layers: Sequence[int], batch_tok: int
-) -> torch.Tensor:
+    base: Base, prompts: Sequence[Sequence[int]], layers: Sequence[int], batch_tok: int,
+    on_halved: Callable[[], None] = ignore_halving,
+) -> torch.Tensor:  # fmt: skip
     """Hidden states [prompts, layers, hidden] (fp32, CPU) at each prompt's last token.
 
-    Layer l is `hidden_states[l]` of transformers: the output of layer l, for the last layer after the final norm.
+    A batch that does not fit in memory is halved, and `on_halved` called. Layer l is `hidden_states[l]` of transformers: the output of layer l, for the last layer after the final norm.
     """
     rows = [tuple(prompt) for prompt in prompts]
-    states: dict[int, torch.Tensor] = {}
-    for batch in length_batches([len(row) for row in rows], batch_tok):
+
+    def compute(batch: Sequence[int]) -> tuple[list[int], torch.Tensor]:
         order, tokens, positions, layout, take = pack_prompts(base, {i: rows[i] for i in batch})
         with _captured_states(base, [layer for layer in layers if layer < n_layers(base)], take) as captured:
             final = base.hidden(tokens, positions, layout)[take]
-        batch_states = torch.stack([captured.get(layer, final).float() for layer in layers], dim=1).cpu()
-        states.update(zip(order, batch_states, strict=True))
+        return order, torch.stack([captured.get(layer, final).float() for layer in layers], dim=1).cpu()
+
+    states: dict[int, torch.Tensor] = {}
+    for batch in length_batches([len(row) for row in rows], batch_tok):
+        for _, (order, batch_states) in in_halves(batch, compute, on_halved):
+            states.update(zip(order, batch_states, strict=True))
     return torch.stack([states[i] for i in range(len(rows))])
 
 
@@ -104,7 +109,13 @@ def measure_geometry(
     prompts = [base.tokenizer.prompt_ids(SystemTurn(*system), user) for _, *system in personas for user in questions]
     begin(len(prompts))
     layers = layers_at(n_layers(base), inputs["depths"])
-    states = last_token_states(base, prompts, layers, batch_tok)
+    n_halved = 0
+
+    def on_halved() -> None:
+        nonlocal n_halved
+        n_halved += 1
+
+    states = last_token_states(base, prompts, layers, batch_tok, on_halved)
     means = states.double().view(len(personas), len(questions), *states.shape[1:]).mean(dim=1)
     scores = []
     for place in persona_positions(
@@ -115,7 +126,8 @@ def measure_geometry(
         scores.append(Score(place.persona, place.layer, "cosine", cosine, reason))
         scores.append(Score(place.persona, place.layer, "distinctiveness", round(place.distinctiveness, 6)))
     outputs = {"n": len(scores), "layers": list(layers)}
-    return MeasuredSnapshot(outputs, {"scored_tok": sum(map(len, prompts))}, scores)
+    facts = {"scored_tok": sum(map(len, prompts)), **({"halved": n_halved} if n_halved else {})}
+    return MeasuredSnapshot(outputs, facts, scores)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from fastconv.errors import ModelError
+from fastconv.chat.template import ChatTemplate, named_tokens, read_json
+from fastconv.errors import ModelError, TemplateError
 from fastconv.hub import cached_file, head_revision, is_unreachable
 from fastconv.recipe import ModelSettings
 
@@ -34,6 +35,8 @@ BUILTIN_CONVERSION = 1
 TINY = "builtin:tiny"
 #: Increased when the construction of the tiny model changes.
 TINY_VERSION = 1
+#: Beginnings of hub names whose bases are plain decoders, with templates in which an answer begins at once.
+_AS_EVER = ("Qwen/Qwen2.5-", "HuggingFaceTB/SmolLM2-", "meta-llama/Llama-3", "meta-llama/Meta-Llama-3")
 WEIGHT_FILES = ("*.safetensors",)
 #: Files of a hub model that are downloaded; none of them can hold code or pickles.
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
@@ -134,6 +137,47 @@ def locate(settings: ModelSettings) -> ModelSource:
     return ModelSource("hub", settings.id, {"id": settings.id, "revision": settings.revision})
 
 
+def numbers_inputs(source: ModelSource, settings: ModelSettings) -> dict[str, str]:
+    """What stage keys say of a base whose numbers became transformers' own after stages of it had been computed.
+
+    Windows, caps, scales and biases were left out once, and answers began before what a template writes first. Bases that
+    this cannot have changed keep the keys that they had: the embedded ones, plain decoders of the hub by their names, and
+    folders whose config and template show it.
+    """
+    if source.kind == "builtin" or (source.kind == "hub" and source.id.startswith(_AS_EVER)):
+        return {}
+    plain = source.folder is not None and is_plain_decoder(source.folder) and _answers_at_once(source.folder, settings)
+    return {} if plain else {"computed_as": "transformers"}
+
+
+def is_plain_decoder(folder: Path) -> bool:
+    """Whether a folder's config is of a family that was always computed whole."""
+    config = read_json(folder / "config.json")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    windows = config.get("use_sliding_window")
+    return (
+        config.get("model_type") in ("llama", "qwen2")
+        and not windows
+        and kind in ("default", "linear", "llama3", "yarn")
+    )
+
+
+def _answers_at_once(folder: Path, settings: ModelSettings) -> bool:
+    """Whether an answer begins where the template's generation prompt ends, whichever file names the special tokens."""
+    config, beside = (read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+    special = named_tokens({**config, **beside})
+    asked = {"role": "user", "content": "asked"}
+    try:
+        template = ChatTemplate(folder, config, special, settings)
+        generation = template.render([asked], add_generation_prompt=True)
+        row = template.render([asked, {"role": "assistant", "content": "answered"}], add_generation_prompt=False)
+    except TemplateError:
+        return False
+    at_once = row.startswith(f"{generation}answered") and not generation.endswith(" ")
+    return at_once and special == named_tokens({**beside, **config})
+
+
 def _how_to_pin(repo: str) -> str:
     head = head_revision(repo)
     today = f"; today its head is {head}" if head else ' (its page shows it under "Files and versions", History)'
@@ -166,12 +210,25 @@ def engine_identity(settings: ModelSettings) -> dict[str, str]:
     """
     device = settings.device
     if device == "auto":
-        device = "cuda" if any(Path(node).exists() for node in ("/dev/nvidia0", "/dev/dxg")) else "cpu"
+        device = "cuda" if gpu_is_visible() else "cpu"
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" or settings.weights == "4bit" else "float32"
     identity = {"engine": _engine(settings, device, dtype), "device": device, "dtype": dtype}
     return identity if settings.weights == "full" else identity | {"weights": settings.weights}
+
+
+def gpu_is_visible() -> bool:
+    """Whether a GPU has a device node here and `CUDA_VISIBLE_DEVICES` does not hide them all. No torch.
+
+    CUDA sees the listed GPUs up to the first entry that names none (CUDA C++ Programming Guide, environment variables):
+    an empty list, -1 or a scheduler's "NoDevFiles" at its begin hides every one.
+    """
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None and not re.match(r"\d|GPU-|MIG-", listed.strip()):
+        return False
+    nodes = Path("/dev")
+    return (nodes / "dxg").exists() or any(re.fullmatch(r"nvidia\d+", node.name) for node in nodes.glob("nvidia*"))
 
 
 def _engine(settings: ModelSettings, device: str, dtype: str) -> str:

@@ -158,18 +158,22 @@ def adapter_from_tensors(
         for letter, wanted in (("A", (shape.r, n_in)), ("B", (n_out, shape.r))):
             tensor = remaining.pop(f"{_PREFIX}{module}.lora_{letter}.weight", None)
             if tensor is None or tuple(tensor.shape) != wanted:
-                state = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
+                state = "missing" if tensor is None else f"of shape {list(tensor.shape)}, not {list(wanted)}"
+                whole = "train it on every layer that has this name: a part of the layers is not computed here"
                 raise AdapterError(
-                    f"lora_{letter} of {module} is {state}, not {list(wanted)}",
+                    f"lora_{letter} of {module} is {state}",
                     where=where,
-                    fix="use an adapter of this rank, made for this base",
+                    fix="use an adapter of this rank, made for this base" if tensor is not None else whole,
                 )
             parts.append(tensor.reshape(-1).float())
     if remaining:
+        whole = all(".lora_" not in name for name in remaining)
         raise AdapterError(
-            f"it holds {len(remaining)} tensors that this base has no place for, e.g. {min(remaining)}",
+            f"it holds {len(remaining)} tensors that {'are no LoRA' if whole else 'this base has no place for'}, e.g. {min(remaining)}",
             where=where,
-            fix="use a plain LoRA adapter made for this base",
+            fix="save it with save_embedding_layers=False, and without layers that are trained whole"
+            if whole
+            else "use a plain LoRA adapter made for this base",
         )
     flat = torch.cat(parts)
     if not bool(torch.isfinite(flat).all()):

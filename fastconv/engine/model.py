@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from fastconv.chat import ChatTokenizer
 from fastconv.engine import attention, unsloth
-from fastconv.engine.attention import to_device
+from fastconv.engine.attention import OTHER_BASE, to_device
 from fastconv.engine.attention_backends import SDPA, Backend, pick_attention
 from fastconv.engine.builtin import ensure_builtin
 from fastconv.engine.family import NO_RULES, Head, Rules, refuse_beyond, rules_of
@@ -33,9 +33,11 @@ from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, sha256_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 _log = logging.getLogger(__name__)
+#: Characters of a library's own message that are told.
+_LONGEST_REASON = 240
 
 
 @dataclass
@@ -55,8 +57,9 @@ class Base:
 
     @property
     def backbone(self) -> nn.Module:
-        """The model without its head."""
-        return self.model.get_decoder()
+        """The model without its head; in some families `get_decoder` is the head itself."""
+        decoder = self.model.get_decoder()
+        return self.model.base_model if isinstance(decoder, nn.Linear) else decoder
 
     @property
     def head(self) -> nn.Linear:
@@ -134,16 +137,15 @@ def _load_for_engine(settings: ModelSettings, source: ModelSource) -> PreTrained
     if through_unsloth:
         unsloth.require_usable(device, dtype)
         unsloth.import_unsloth()  # before anything below, which imports transformers
-    folder = model_folder(source, settings)
-    if source.kind == "builtin":
-        ensure_builtin(folder, source.id)
+    folder = prepare_model_folder(settings, source)
+    if not (through_unsloth or four_bit):
+        return load_model(settings, source, attention.ATTENTION)
+    _require_every_weight(folder, four_bit=four_bit)
     with _loading_errors(folder):
         if through_unsloth:
             return unsloth.load(folder, dtype, device, four_bit=four_bit)
-        if four_bit:
-            attention.register()
-            return load_four_bit(folder, device, attention.ATTENTION)
-    return load_model(settings, source, attention.ATTENTION)
+        attention.register()
+        return load_four_bit(folder, device, attention.ATTENTION)
 
 
 def _set_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str) -> None:
@@ -157,13 +159,43 @@ def _set_pad_token(model: PreTrainedModel, tokenizer: ChatTokenizer, where: str)
         model.generation_config.pad_token_id = pad_id
 
 
-def check_folder(folder: Path) -> None:
-    """Raise ModelError if a model folder's config already says that it would be refused when it is loaded."""
+def check_folder(folder: Path, *, four_bit: bool = False) -> PretrainedConfig:
+    """The config of a model folder. Raises ModelError if it already says that the model would be refused when it is loaded.
+
+    Weights that are stored quantized are taken in bitsandbytes' 4 bits alone, where the recipe asks for 4 bits.
+    """
     from transformers import AutoConfig
 
+    _require_base_alone(folder)
     with _loading_errors(folder):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     refuse_beyond(config)
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and not (four_bit and stored.get("load_in_4bit")):
+        raise ModelError(
+            f"its weights are stored quantized ({stored.get('quant_method', 'by an unnamed method')}), which is not computed here",
+            where=str(folder),
+            fix="use the same model's weights in 16 or 32 bits; model.weights = '4bit' quantizes them when they are loaded",
+        )
+    return config
+
+
+def check_base(folder: Path, settings: ModelSettings) -> None:
+    """Raise what loading a model folder would raise, as far as it is known without reading weights: takes seconds.
+
+    Its config, the names of its weights where they are on this disk, its tokens, and a small random copy of its family
+    against transformers.
+    """
+    from fastconv.engine.proof import prove_family, require_tokens
+
+    four_bit = settings.weights == "4bit"
+    config = check_folder(folder, four_bit=four_bit)
+    if any(folder.glob("*.safetensors")):
+        _require_every_weight(folder, four_bit=four_bit)
+    tokenizer = ChatTokenizer(folder, settings)
+    require_tokens(tokenizer)
+    with _loading_errors(folder):
+        prove_family(config, tokenizer)
 
 
 def load_model(settings: ModelSettings, source: ModelSource, attention_name: str) -> PreTrainedModel:
@@ -203,35 +235,114 @@ def make_base(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Ba
 
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, attention_name: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
     attention.register()
-    with _loading_errors(folder):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=attention_name, local_files_only=True, use_safetensors=True
+    check_folder(folder)
+    with _loading_errors(folder), _without_reports():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention_name,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
+        model, found = loaded
+        _require_whole(folder, found)
         nn.Module.to(model, device)  # in place, like transformers' own `to`, whose type annotation hides that
     return model
+
+
+def _require_every_weight(folder: Path, *, four_bit: bool) -> None:
+    """Raise ModelError unless the files hold every weight of the model, for loaders that do not say so. Reads headers only."""
+    from transformers import AutoModelForCausalLM
+
+    if getattr(check_folder(folder, four_bit=four_bit), "quantization_config", None) is not None:
+        return  # names of quantized weights are the quantizer's, which checks them
+    with _loading_errors(folder), _without_reports():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, device_map="meta", local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    _require_whole(folder, loaded[1])
+
+
+def _require_whole(folder: Path, found: Mapping[str, Any]) -> None:
+    """Raise ModelError for weights that the files lack: transformers draws them at random. Warns of those without a place."""
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"the files lack {len(missing)} of the model's weights, which would be random numbers (the first is {missing[0]})",
+            where=str(folder),
+            fix="fetch it again, or check that config.json belongs to these weights",
+        )
+    if extra := sorted(found["unexpected_keys"]):
+        _log.warning("%s: %d weights of the files have no place in the model, e.g. %s", folder, len(extra), extra[0])
+
+
+def _require_base_alone(folder: Path) -> None:
+    """Raise ModelError for a folder with an adapter beside the weights: transformers would load another base under it."""
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            "the folder holds a PEFT adapter, which transformers loads into the base without a word",
+            where=str(folder),
+            fix="move adapter_config.json and adapter_model.safetensors into a folder of their own; `fastconv score --adapter` "
+            "takes it",
+        )
 
 
 @contextlib.contextmanager
 def _loading_errors(folder: Path) -> Iterator[None]:
     """Turn what loading raises into a ModelError that says what to do."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    where, fix = str(folder), "fetch it again, or check that it is a causal language model"
     try:
         yield
     except torch.cuda.OutOfMemoryError:
+        fix = "set model.weights = '4bit', use a smaller model, or free the GPU"
+        raise ModelError("the model does not fit on this GPU", where=where, fix=fix) from None
+    except ImportError as error:
         raise ModelError(
-            "the model does not fit on this GPU",
-            where=str(folder),
-            fix="set model.weights = '4bit', use a smaller model, or free the GPU",
-        ) from None
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"it cannot be loaded: {error}",
-            where=str(folder),
-            fix="fetch it again, or check that it is a causal language model",
+            f"it cannot be loaded without a package that is not installed: {_first_line(error)}",
+            where=where,
+            fix="use weights in 16 or 32 bits of a family that transformers loads by itself",
         ) from error
+    except KeyError as error:
+        named = error.args[0] if error.args else ""
+        if named == attention.ATTENTION:
+            what, fix = (
+                "its family chooses attention from a list of its own, where packed rows have no place",
+                OTHER_BASE,
+            )
+            raise ModelError(what, where=where, fix=fix) from None
+        raise ModelError(f"its config names {named!r}, which transformers lacks", where=where, fix=fix) from error
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:
+        what = _first_line(error)
+        if "custom code" in what:
+            what = "it brings code of its own, which is never run here"
+        elif "ignore_mismatched_sizes" in what:
+            what = "the shapes of its weights are not those that its config.json states"
+        raise ModelError(f"it cannot be loaded: {what}", where=where, fix=fix) from error
+
+
+@contextlib.contextmanager
+def _without_reports() -> Iterator[None]:
+    """Within the block transformers prints no report of many lines: what it found is said by `_require_whole`."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _first_line(error: Exception) -> str:
+    """The beginning of what a library says: some of it goes on over lines, or lists all that it knows."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
 
 
 def pack(

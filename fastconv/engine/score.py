@@ -7,9 +7,9 @@ of letters are scored again with every product in fp32 (`hidden_fp32`, `logprobs
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,11 +17,86 @@ from torch import nn
 from fastconv.chat import ChatTokenizer
 from fastconv.engine.attention import Layout, PrefixGroup, PrefixTrees, to_device
 from fastconv.engine.model import Base, length_batches, pack
+from fastconv.errors import TrainingError
 
 #: Rows of the head that are converted to fp32 at once; 16,384 x 3,584 are 0.23 GB.
 _HEAD_ROWS = 16384
 #: Items whose two best letters are closer than this (nats) are scored again in fp32: bf16 rounding may swap them.
 NEAR_TIE_NATS = 0.05
+
+
+#: What torch says in a RuntimeError where the machine's or the device's memory ran out.
+_MEMORY_WORDS = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_halves(
+    batch: Sequence[T], compute: Callable[[Sequence[T]], R], on_halved: Callable[[], None]
+) -> Iterator[tuple[Sequence[T], R]]:
+    """(part of the batch, what `compute` gives for it) in order: the whole batch, or halves of it where memory ran out.
+
+    `on_halved` is called for each halving. Raises TrainingError if a single row does not fit.
+    """
+    parts = [batch]
+    while parts:
+        part = parts.pop(0)
+        result = with_memory(lambda part=part: compute(part))
+        if result is not None:
+            yield part, result
+            continue
+        free_memory()
+        if len(part) < 2:
+            raise no_memory()
+        on_halved()
+        parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
+
+
+def with_memory(compute: Callable[[], R]) -> R | None:
+    """What `compute` returns, or None if memory ran out in it: leaving this frame frees the traceback and its tensors."""
+    try:
+        return compute()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None
+
+
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether an error says that a device's memory, or the machine's own, ran out; also in the capture of a graph."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or isinstance(error.__context__, torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in _MEMORY_WORDS)
+
+
+@contextlib.contextmanager
+def memory_errors(where: str) -> Iterator[None]:
+    """A block in which running out of memory becomes a TrainingError of one line; `where` is the stage or the file."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            "no memory is left on the device", where=where, fix="free it, or use a smaller model or 4-bit weights"
+        ) from None
+
+
+def free_memory() -> None:
+    """Give back what the allocator keeps for later."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def no_memory() -> TrainingError:
+    """The error where not even one row fits."""
+    return TrainingError(
+        "one row alone does not fit in memory", where="memory", fix="free the device, or ask for shorter rows"
+    )
+
+
+def ignore_halving() -> None:
+    """For callers that do not count halvings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,25 +174,28 @@ class TextScore:
 
 
 @torch.no_grad()
-def score_letters(base: Base, items: Sequence[LetterItem], batch_tok: int) -> list[LetterScore]:
+def score_letters(
+    base: Base, items: Sequence[LetterItem], batch_tok: int, on_halved: Callable[[], None] = ignore_halving
+) -> list[LetterScore]:
     """Score every item under the live stack, in the items' order.
 
-    Batches have at most `batch_tok` tokens. On a base that is not fp32, near ties (a margin under `NEAR_TIE_NATS`) are
+    Batches have at most `batch_tok` tokens; one that does not fit in memory is halved, and `on_halved` called. On a base that is not fp32, near ties (a margin under `NEAR_TIE_NATS`) are
     scored again in fp32, layer by layer.
     """
-    scores = _letters(base, items, batch_tok, precise=False)
+    scores = _letters(base, items, batch_tok, on_halved, precise=False)
     if base.dtype == torch.float32:
         return scores
     near = [i for i, score in enumerate(scores) if len(score.logprobs) > 1 and score.margin < NEAR_TIE_NATS]
-    rescored = _letters(base, [items[i] for i in near], batch_tok, precise=True)
+    rescored = _letters(base, [items[i] for i in near], batch_tok, on_halved, precise=True)
     for i, score in zip(near, rescored, strict=True):
         scores[i] = score
     return scores
 
 
-def _letters(base: Base, items: Sequence[LetterItem], batch_tok: int, *, precise: bool) -> list[LetterScore]:
-    scores: dict[int, LetterScore] = {}
-    for batch in length_batches([len(item.prompt) for item in items], batch_tok):
+def _letters(
+    base: Base, items: Sequence[LetterItem], batch_tok: int, on_halved: Callable[[], None], *, precise: bool
+) -> list[LetterScore]:
+    def compute(batch: Sequence[int]) -> tuple[list[int], list[list[float]]]:
         order, tokens, positions, layout, take = pack_prompts(base, {i: items[i].prompt for i in batch})
         if precise:
             logprobs = logprobs_fp32(base, hidden_fp32(base, tokens, positions, layout)[take])
@@ -125,9 +203,13 @@ def _letters(base: Base, items: Sequence[LetterItem], batch_tok: int, *, precise
             logprobs = torch.log_softmax(base.logits(base.hidden(tokens, positions, layout)[take]), dim=-1)
         n_letters = max(len(items[i].letters) for i in order)
         letters = [[*items[i].letters, *[0] * (n_letters - len(items[i].letters))] for i in order]
-        chosen = logprobs.gather(-1, to_device(torch.tensor(letters), base.device)).tolist()
-        for i, row in zip(order, chosen, strict=True):
-            scores[i] = LetterScore(tuple(row[: len(items[i].letters)]), precise)
+        return order, logprobs.gather(-1, to_device(torch.tensor(letters), base.device)).tolist()
+
+    scores: dict[int, LetterScore] = {}
+    for batch in length_batches([len(item.prompt) for item in items], batch_tok):
+        for _, (order, chosen) in in_halves(batch, compute, on_halved):
+            for i, row in zip(order, chosen, strict=True):
+                scores[i] = LetterScore(tuple(row[: len(items[i].letters)]), precise)
     return [scores[i] for i in range(len(items))]
 
 
@@ -212,16 +294,19 @@ def text_item(tokenizer: ChatTokenizer, context: str, choices: Sequence[str], de
 
 
 @torch.no_grad()
-def score_texts(base: Base, items: Sequence[TextItem], batch_tok: int) -> list[TextScore]:
+def score_texts(
+    base: Base, items: Sequence[TextItem], batch_tok: int, on_halved: Callable[[], None] = ignore_halving
+) -> list[TextScore]:
     """Score every choice of every item under the live stack, in the items' order.
 
-    A question's prompt is computed once for all choices (`PrefixTrees`); a choice's last token is never an input.
+    A question's prompt is computed once for all choices (`PrefixTrees`); a choice's last token is never an input. A batch
+    that does not fit in memory is halved, and `on_halved` called.
     """
     sizes = [len(item.prompt) + sum(len(choice) - 1 for choice in item.choices) for item in items]
     scores: dict[int, TextScore] = {}
     for batch in length_batches(sizes, batch_tok):
-        for i, score in zip(batch, _texts(base, [items[i] for i in batch]), strict=True):
-            scores[i] = score
+        for part, found in in_halves(batch, lambda part: _texts(base, [items[i] for i in part]), on_halved):
+            scores.update(zip(part, found, strict=True))
     return [scores[i] for i in range(len(items))]
 
 

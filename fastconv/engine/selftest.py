@@ -6,8 +6,11 @@ error that it raises; `self_test` returns what the checks measured, which the ru
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,9 +20,24 @@ from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import dense_weight, make_optimizer, moment_names
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import weighted_cross_entropy
-from fastconv.errors import TrainingError
+from fastconv.errors import TemplateError, TrainingError
 from fastconv.recipe import LoraSettings
 from fastconv.seeding import seed_of
+
+if TYPE_CHECKING:
+    from fastconv.chat import ChatTokenizer
+
+_log = logging.getLogger(__name__)
+#: Texts whose tokens are compared with transformers': spaces at ends and within, lines, digits, signs, other scripts.
+_TEXTS = (
+    "Two  words, then 12345.",
+    "  before",
+    "after ",
+    "one\n\ntwo\tthree",
+    " A",
+    "Grüße ﬁn 你好 💥",
+    "it's (so): `x=1`",
+)
 
 #: Lengths (tokens) of the test rows.
 _ROWS_TOK = (13, 7, 20)
@@ -203,4 +221,46 @@ def _adapter(stack: Stack, name: str) -> Adapter:
 def _failed(what: str) -> TrainingError:
     return TrainingError(
         f"self-test: {what}", where="engine", fix="set model.engine = 'torch', and report this with `fastconv doctor`"
+    )
+
+
+def require_tokens(tokenizer: ChatTokenizer) -> None:
+    """Raise TemplateError unless transformers' own tokenizer of the folder has the same tokens, ids and prompts.
+
+    transformers also reads tokens, switches and templates that stand beside tokenizer.json.
+    """
+    from transformers import AutoTokenizer
+
+    folder = tokenizer.folder
+    try:
+        theirs: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ImportError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        _log.warning("%s: transformers cannot read this tokenizer, so tokens are not compared: %s", folder, error)
+        return
+    vocab = theirs.get_vocab()
+    if others := sorted(
+        token for token in {*vocab, *tokenizer.vocab} if vocab.get(token) != tokenizer.vocab.get(token)
+    ):
+        raise _other_tokens(f"has another id for {others[0]!r}", folder)
+    for text in (*_TEXTS, "".join(f"a {token} b" for token in tokenizer.special_texts)):
+        if theirs(text, add_special_tokens=False).input_ids != tokenizer.encode(text):
+            raise _other_tokens(f"makes other tokens of {text[:40]!r}", folder)
+    if tokenizer.template.writes_date:
+        return  # transformers writes today's
+    for system in ({"role": "system", "content": "Be brief."},), ():
+        turns = [*system, {"role": "user", "content": "Why?"}]
+        try:
+            ours = tokenizer.render(turns, add_generation_prompt=True)
+        except TemplateError:
+            continue  # said where the condition is asked for
+        kwargs = {**tokenizer.template.kwargs, "tokenize": False, "add_generation_prompt": True}
+        if theirs.apply_chat_template(turns, **kwargs) != ours:
+            raise _other_tokens("renders another prompt", folder)
+
+
+def _other_tokens(what: str, folder: Path) -> TemplateError:
+    return TemplateError(
+        f"transformers' tokenizer of this folder {what} than its tokenizer.json does",
+        where=str(folder),
+        fix="let it write all of that into tokenizer.json: load it with AutoTokenizer, then save_pretrained into another folder",
     )

@@ -130,10 +130,10 @@ def recomputed_bytes_per_tok(shape: ModelShape) -> float:
 #: What the families call a size in config.json, the usual name first.
 _NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "n_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+        "n_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"),
         "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
-        "intermediate": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"),
-        "n_heads": ("num_attention_heads", "n_head", "n_heads"),
+        "intermediate": ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim"),
+        "n_heads": ("num_attention_heads", "n_head", "n_heads", "attention_heads", "decoder_attention_heads"),
         "n_kv_heads": ("num_key_value_heads", "num_kv_heads", "n_head_kv"),
         "vocab": ("vocab_size",),
     }
@@ -155,7 +155,7 @@ def shape_of(config: Mapping[str, Any], name: str = "model") -> ModelShape:
         value = next((text[key] for key in _NAMES[of] if text.get(key) is not None), otherwise)
         if value is None:
             raise KeyError(_NAMES[of][0])
-        return int(value)
+        return int(max(value) if isinstance(value, list) else value)  # some families state a size layer by layer
 
     try:
         heads, hidden = size("n_heads"), size("hidden")

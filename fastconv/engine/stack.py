@@ -20,6 +20,7 @@ from fastconv.engine.kernels.lora import StackedKernel, why_unusable
 from fastconv.engine.lora import Adapter, Route, Slot, StackedLinear, concatenate, parse_adapter
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import assert_foldable, dense_weight
+from fastconv.engine.score import ignore_halving, in_halves
 from fastconv.errors import AdapterError, TrainingError
 from fastconv.recipe import LoraSettings
 from fastconv.seeding import seed_of
@@ -113,17 +114,22 @@ class Stack:
 
     @torch.no_grad()
     def probe(self) -> Probe:
-        """Logits of the fixed token rows under what is live now."""
+        """Logits of the fixed token rows under what is live now; row by row where memory runs out."""
         vocab = self.base.head.weight.shape[0]
         rows = [[seed_of("probe", row, i) % vocab for i in range(_PROBE_TOK)] for row in range(_PROBE_ROWS)]
-        ids, positions, layout = pack(rows, self.base)
-        spans, self.route.spans = self.route.spans, None
-        hidden = self.base.hidden(ids, positions, layout)
-        self.route.spans = spans
-        last = torch.tensor([stop - 1 for stop in layout.starts[1:]], device=self.base.device)
         columns = torch.tensor([seed_of("kept", i) % vocab for i in range(_PROBE_KEPT)], device=self.base.device)
-        values = self.base.logits(hidden[last])[:, columns].flatten().tolist()
-        return Probe(tuple(values))
+
+        def compute(part: Sequence[list[int]]) -> list[float]:
+            ids, positions, layout = pack(list(part), self.base)
+            hidden = self.base.hidden(ids, positions, layout)
+            last = torch.tensor([stop - 1 for stop in layout.starts[1:]], device=self.base.device)
+            return self.base.logits(hidden[last])[:, columns].flatten().tolist()
+
+        spans, self.route.spans = self.route.spans, None
+        try:
+            return Probe(tuple(value for _, part in in_halves(rows, compute, ignore_halving) for value in part))
+        finally:
+            self.route.spans = spans
 
     def prove(self, recorded: Probe | None, where: str) -> Probe:
         """Check that the live stack takes effect: its logits differ from the base's and match the recorded ones.
@@ -183,12 +189,28 @@ def _install(base: Base, settings: LoraSettings, route: Route) -> dict[str, tupl
         sizes[name] = (module.in_features, module.out_features)
         present.add(leaf)
     if missing := set(settings.targets) - present:
-        raise AdapterError(
-            f"the base has no layers called {sorted(missing)}",
-            where="lora.targets",
-            fix="name linear layers of this model",
-        )
+        raise _no_such_layers(base, sorted(missing))
     return sizes
+
+
+def _no_such_layers(base: Base, missing: Sequence[str]) -> AdapterError:
+    """The error for targets that the base lacks, naming the linear layers that it has."""
+    owners = {name.rsplit(".", 1)[-1]: type(module).__name__ for name, module in base.model.named_modules()}
+    linear = (StackedLinear, nn.Linear)
+    others = {
+        name.rsplit(".", 1)[-1]
+        for name, m in base.model.named_modules()
+        if isinstance(m, linear) and m is not base.head
+    }
+    kinds = sorted({owners[name] for name in missing if name in owners})
+    return AdapterError(
+        f"the base has no {'linear ' if kinds else ''}layers called {', '.join(missing)}"
+        + (f" (they are {', '.join(kinds)})" if kinds else ""),
+        where="lora.targets",
+        fix=f"name some of {', '.join(sorted(others - {'base'}))}"
+        if others
+        else "use a base of another family: on this one no layer can carry an adapter",
+    )
 
 
 def rho(stack: Stack, adapters: Sequence[Adapter]) -> dict[str, float]:

@@ -8,7 +8,7 @@ answers ─► rows ─────────────────► behav
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,11 +23,11 @@ from fastconv.datasets.behaviors import (
     set_name,
 )
 from fastconv.datasets.files import assets, read_toml
-from fastconv.datasets.personas import ASSISTANT, Personas, load_personas, probes_of
+from fastconv.datasets.personas import ASSISTANT, Personas, canary_of, load_personas, probes_of
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.datasets.rows import rows_sha256
 from fastconv.datasets.spec import TextRule, text_rule
-from fastconv.engine.locate import engine_identity, locate
+from fastconv.engine.locate import engine_identity, locate, numbers_inputs
 from fastconv.errors import RecipeError, did_you_mean
 from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, SnapshotMeasure
 from fastconv.judge.budget import JudgeIdentity, judge_identity, recipe_prices
@@ -60,6 +60,7 @@ class CellPlan:
 
     `beside[measure, probe]` scores the same completions another way (phrases, where a judge decides). `on_snapshot` are the
     measures of the cell's snapshot itself (of the base at epoch 0) by name, as far as the recipe wants them.
+    `replicates[seed, measure, probe]` scores the same cell trained again (`run.replicates`), asked the same.
     """
 
     cell: Cell
@@ -69,6 +70,7 @@ class CellPlan:
     adapter: Stage | None
     beside: Mapping[tuple[str, str], Stage] = field(default_factory=dict)
     on_snapshot: Mapping[str, Stage] = field(default_factory=dict)
+    replicates: Mapping[tuple[int, str, str], Stage] = field(default_factory=dict)
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -88,6 +90,7 @@ class Graph:
             "base": dict(self.source.identity),
             "engine": engine_identity(recipe.model),
             **recipe.model.template_inputs,
+            **numbers_inputs(self.source, recipe.model),
         }
         self._phrases = read_toml(assets("data") / "phrases.toml")
         resident = f"{self.source.id}@{sha256_of(self._engine)[:8]}"
@@ -99,6 +102,11 @@ class Graph:
         self._shared: dict[tuple[object, ...], Stage] = {}
         self._asked: dict[tuple[str, int], tuple[list[tuple[str, str]], str]] = {}
         self.cells = [self._plan(cell) for cell in self._grid()]
+
+    @property
+    def engine_inputs(self) -> Mapping[str, Any]:
+        """What identifies base, engine and template in the inputs of every stage that uses them."""
+        return self._engine
 
     @property
     def judges_outside(self) -> bool:
@@ -115,7 +123,7 @@ class Graph:
         ordered: dict[str, Stage] = {}
         for plan in self.cells if plans is None else plans:
             ends = (*plan.base.values(), *plan.on_snapshot.values(), *plan.scores.values(), *plan.beside.values())
-            for stage in ends:
+            for stage in (*ends, *plan.replicates.values()):
                 if stage.key not in ordered:
                     for part in walk(stage):
                         ordered.setdefault(part.key, part)
@@ -123,28 +131,18 @@ class Graph:
 
     def select(self, source: str, behavior: str, epoch: int, **others: Any) -> list[CellPlan]:
         """The cells of one source, behavior and epoch. Raises RecipeError naming what the recipe has."""
-        wanted = {
-            "source": source,
-            "behavior": behavior,
-            "epoch": epoch,
-            **{k: v for k, v in others.items() if v is not None},
-        }
-        found = [
-            plan for plan in self.cells if all(getattr(plan.cell, name) == value for name, value in wanted.items())
-        ]
-        if not found:
-            for name, value in wanted.items():
-                have = sorted({getattr(plan.cell, name) for plan in self.cells})
-                if value not in have:
-                    raise RecipeError(
-                        f"no cell has {name} {value!r}",
-                        where=self.recipe.name,
-                        fix=did_you_mean(str(value), map(str, have), f"use one of {', '.join(map(str, have))}"),
-                    )
-            raise RecipeError(
-                "no cell has this combination", where=self.recipe.name, fix="see `fastconv status` for the cells"
-            )
-        return found
+        given = {k: v for k, v in others.items() if v is not None}
+        wanted = {"source": source, "behavior": behavior, "epoch": epoch, **given}
+        found = [p for p in self.cells if all(getattr(p.cell, name) == value for name, value in wanted.items())]
+        if found:
+            return found
+        error = partial(RecipeError, where=self.recipe.name)
+        for name, value in wanted.items():
+            have = sorted({getattr(plan.cell, name) for plan in self.cells})
+            if value not in have:
+                fix = did_you_mean(str(value), map(str, have), f"use one of {', '.join(map(str, have))}")
+                raise error(f"no cell has {name} {value!r}", fix=fix)
+        raise error("no cell has this combination", fix="see `fastconv status` for the cells")
 
     def lineage(self, snapshot: Stage) -> list[Stage]:
         """All snapshots of the training run that `snapshot` belongs to, by epoch."""
@@ -252,7 +250,26 @@ class Graph:
                 for measure in SNAPSHOT_MEASURES
                 if measure.wanted(self.recipe)
             },
+            replicates=self._replicates(cell),
         )
+
+    def _replicates(self, cell: Cell) -> dict[tuple[int, str, str], Stage]:
+        """Assistant and canary of an epoch-0 cell that is trained again with the next seeds: of each behavior one cell."""
+        n, grid = self.recipe.run.replicates, self.recipe.grid
+        if not n or cell.epoch or cell.behavior == NO_BEHAVIOR:
+            return {}
+        source = next((name for name in grid.sources if name != ASSISTANT), ASSISTANT)
+        first = (source, grid.convergence[0], self._kinds(cell.behavior)[0], grid.seeds[0])
+        if (cell.source, cell.convergence, cell.negatives, cell.seed) != first:
+            return {}
+        scores: dict[tuple[int, str, str], Stage] = {}
+        for seed in range(max(grid.seeds) + 1, max(grid.seeds) + 1 + n):
+            adapter = self._adapter(replace(cell, seed=seed), None)
+            for probe in (ASSISTANT, canary_of(self.recipe, cell.source)):
+                scores[seed, cell.behavior, probe] = self._score(
+                    cell, cell.behavior, probe, None, adapter, f"/run{seed}"
+                )
+        return scores
 
     def _once(self, place: tuple[object, ...], make: Callable[[], Stage]) -> Stage:
         """A stage that many cells share, made once: making and hashing it takes longer than all else in a plan."""
@@ -279,14 +296,8 @@ class Graph:
     def _snapshot(self, cell: Cell) -> Stage:
         settings = self.recipe.convergence
         speaker = cell.source if cell.convergence == "source" else ASSISTANT
-        answers = self._answers(
-            speaker,
-            "convergence",
-            self.convergence_questions(),
-            settings.completions_per_question,
-            settings.sampling,
-            cell.seed,
-        )
+        asked, n = self.convergence_questions(), settings.completions_per_question
+        answers = self._answers(speaker, "convergence", asked, n, settings.sampling, cell.seed)
         inputs = {
             **self._engine,
             "lora": self.recipe.lora.model_dump(mode="json"),
@@ -337,7 +348,9 @@ class Graph:
         """Who draws matters to what is drawn; the resident base stands in no key, as it did before there was another."""
         return {} if self.recipe.model.sampler == "resident" else {"sampler": self.recipe.model.sampler}
 
-    def _score(self, cell: Cell, measure: str, probe: str, snapshot: Stage | None, adapter: Stage | None) -> Stage:
+    def _score(
+        self, cell: Cell, measure: str, probe: str, snapshot: Stage | None, adapter: Stage | None, run: str = ""
+    ) -> Stage:
         behavior = self.behaviors[measure]
         if (measure, cell.seed) not in self._asked:
             asked = self.eval_items(behavior, cell.seed)
@@ -356,7 +369,7 @@ class Graph:
             "seed": cell.seed,
             **self._semantics(snapshot),
         }
-        where = f"{stack}/{measure}/{probe}/s{cell.seed}"
+        where = f"{stack}/{measure}/{probe}/s{cell.seed}{run}"
         work = {"measure": measure, "probe": probe, "items": items}
         if behavior.spec.measure == "letters":
             inputs["questions_sha256"] = self.questions.sha256

@@ -211,9 +211,9 @@ SNAPSHOT_MEASURES: tuple[SnapshotMeasure, ...] = (GEOMETRY,)
 #: Every kind of stage by name.
 KINDS: Mapping[str, StageKind] = {
     "answers": StageKind(1, _answers),
-    "snapshot": StageKind(1, _snapshot),
+    "snapshot": StageKind(2, _snapshot),
     "rows": StageKind(1),
-    "behavior": StageKind(1, _behavior),
+    "behavior": StageKind(2, _behavior),
     "eval": StageKind(1, _eval),
     "score": StageKind(1),
     "judge": StageKind(1, _judge),

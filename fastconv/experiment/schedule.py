@@ -45,7 +45,8 @@ def wanted(plan: CellPlan, alive: Sequence[str]) -> list[Stage]:
     if plan.cell.behavior != NO_BEHAVIOR and plan.cell.behavior not in alive:
         return []
     sides = (plan.scores, plan.beside)
-    return [stage for side in sides for (measure, _), stage in side.items() if measure in alive]
+    again = [stage for (_, measure, _), stage in plan.replicates.items() if measure in alive]
+    return [*(stage for side in sides for (measure, _), stage in side.items() if measure in alive), *again]
 
 
 def steps(plans: Sequence[CellPlan], alive: Sequence[str], group: int) -> list[Step]:

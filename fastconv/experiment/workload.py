@@ -38,7 +38,7 @@ class Sketch(Graph):
         held_out, training = (
             tuple(_stand_in(identity) for identity in sorted(ids)) for ids in (split.eval, split.train)
         )
-        return QuestionSet(training, held_out)
+        return QuestionSet(training, held_out, split.left_out)
 
 
 def demands(graph: Graph, stages: Iterable[Stage], device: str) -> dict[str, Demand]:

@@ -6,31 +6,27 @@ within one second and returns the problem as text; `plan` shows it. Nothing here
 
 from __future__ import annotations
 
-import asyncio
 import datetime
-import http.client
-import json
 import os
-import ssl
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastconv.errors import FastconvError, JudgeError, RecipeError
 from fastconv.judge.budget import PAID, JudgeIdentity, Price, PriceTable, recipe_prices
-from fastconv.judge.claude import (
+from fastconv.judge.claude import status_error
+from fastconv.judge.http import (
     CLAUDE_KEY,
     CLAUDE_URL,
     LOCAL_KEY,
     ApiKey,
     Outage,
-    api_error,
-    make_client,
-    status_error,
+    ask,
+    judge_url,
+    safe_name,
+    sync_client,
 )
 from fastconv.judge.local import CompleteMany, concurrent_complete, endpoint_complete
 from fastconv.recipe import JudgeSettings
@@ -39,6 +35,8 @@ from fastconv.store.ledger import Store
 
 #: Value of the `anthropic-version` header, as the SDK sends it.
 API_VERSION = "2023-06-01"
+#: Seconds that a judge has to answer before a run begins.
+CHECK_S = 30.0
 #: Seconds that a judge has to answer a preflight request, and the least that `JudgePreflight.problem` waits for it.
 PREFLIGHT_S, MIN_WAIT_S = 1.0, 0.1
 
@@ -100,7 +98,7 @@ def check_settings(
     """Check the recipe's judge settings without a network; returns None for a judge that costs nothing.
 
     `today` is the UTC date by default. Raises RecipeError for a model without a price or past its end date, or if no
-    budget is set; JudgeError without an API key.
+    budget is set; JudgeError without an API key, or for a host that gets none.
     """
     if settings.mode not in PAID:
         return None
@@ -111,49 +109,55 @@ def check_settings(
             where="judge.budget_usd",
             fix="set judge.budget_usd, the most that judging in this workspace may ever cost",
         )
-    return PaidAccess(price, prices.batch_factor, ApiKey.from_environment(environ, CLAUDE_KEY))
+    key = ApiKey.from_environment(environ, CLAUDE_KEY)
+    judge_url(settings.base_url, has_key=True, environ=environ)
+    return PaidAccess(price, prices.batch_factor, key)
 
 
-def check_reachable(settings: JudgeSettings, access: PaidAccess, within_s: float | None = None) -> None:
-    """Request the model's entry from the API, which costs nothing.
+def check_reachable(settings: JudgeSettings, access: PaidAccess, within_s: float = CHECK_S) -> None:
+    """Request the model's entry from the API, which costs nothing; `within_s` is the timeout in seconds.
 
-    With `within_s` (seconds) the request is sent once, and without the SDK because importing it is slow. Raises JudgeError for a refused key, an unknown model, or a judge that cannot be reached.
+    Without the SDK, because importing it is slow. Raises JudgeError for a refused key, an unknown model, or a judge that
+    cannot be reached.
     """
+    base = judge_url(settings.base_url, has_key=True)
+    url = f"{str(base).rstrip('/')}/v1/models/{urllib.parse.quote(settings.model, safe='')}"
+    headers = {"x-api-key": access.key.reveal(), "anthropic-version": API_VERSION}
     try:
-        if within_s is None:
-            asyncio.run(_retrieve_model(settings, access.key))
-        else:
-            _retrieve_model_within(settings, access.key, within_s)
+        with sync_client(base, within_s) as client:
+            status, body, wait_s = ask(client, "GET", url, headers, within_s=within_s, key=access.key)
+        if not 200 <= status < 300:
+            raise status_error(status, body, settings, access.key, wait_s)
     except Outage as outage:
         raise JudgeError(
             str(outage), where="judge", fix="check the network and judge.base_url, or take judge.mode = substring"
         ) from None
 
 
-def check_endpoint(settings: JudgeSettings, key: ApiKey | None, within_s: float = 30.0) -> None:
+def check_endpoint(settings: JudgeSettings, key: ApiKey | None, within_s: float = CHECK_S) -> None:
     """Request the model list of an OpenAI-compatible server, which costs nothing. `within_s` is the timeout in seconds.
 
     Raises JudgeError for a refused key, an unknown model, or a server that cannot be reached. A server that offers no
     model list passes.
     """
-    url = f"{settings.base_url.rstrip('/')}/models"
+    base = judge_url(settings.base_url, has_key=key is not None)
+    url = f"{str(base).rstrip('/')}/models"
     headers = {"authorization": f"Bearer {key.reveal()}"} if key is not None else {}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=within_s) as response:
-            listed = json.loads(response.read())
-        listed = listed if key is None else key.scrub_json(listed)
-        models = [str(entry["id"]) for entry in listed["data"]]
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            raise JudgeError("the local judge refused the key", where=url, fix=f"check {LOCAL_KEY}") from None
-        return
-    except OSError as error:
-        why = getattr(error, "reason", error)
+        with sync_client(base, within_s) as client:
+            status, body, _ = ask(client, "GET", url, headers, within_s=within_s, key=key)
+    except Outage as outage:
         raise JudgeError(
-            f"the local judge cannot be reached: {why}", where=url, fix="start the server, or check judge.base_url"
+            f"the local judge cannot be reached: {outage}", where=url, fix="start the server, or check judge.base_url"
         ) from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    if status in (401, 403):
+        raise JudgeError("the local judge refused the key", where=url, fix=f"check {LOCAL_KEY}")
+    if 300 <= status < 400:
+        raise JudgeError("the local judge sends to another place", where=url, fix="name that place in judge.base_url")
+    listed = body.get("data") if body is not None and 200 <= status < 300 else None
+    if not isinstance(listed, list):
         return
+    models = [safe_name(entry.get("id")) for entry in listed if isinstance(entry, dict)]
     if settings.model not in models:
         raise JudgeError(
             f"the local judge does not know model {settings.model!r}",
@@ -167,43 +171,6 @@ def local_key(environ: Mapping[str, str]) -> ApiKey | None:
     return ApiKey.from_environment(environ, LOCAL_KEY) if environ.get(LOCAL_KEY) else None
 
 
-async def _retrieve_model(settings: JudgeSettings, key: ApiKey) -> None:
-    from anthropic import APIError
-
-    client = make_client(settings, key).with_options(max_retries=1)
-    try:
-        await client.models.retrieve(settings.model)
-    except APIError as error:
-        raise api_error(error, settings, key) from None
-    finally:
-        await client.close()
-
-
-def _retrieve_model_within(settings: JudgeSettings, key: ApiKey, within_s: float) -> None:
-    where = settings.base_url or CLAUDE_URL
-    url = f"{where.rstrip('/')}/v1/models/{urllib.parse.quote(settings.model, safe='')}"
-    try:
-        request = urllib.request.Request(url, headers={"x-api-key": key.reveal(), "anthropic-version": API_VERSION})
-        with urllib.request.urlopen(request, timeout=within_s) as response:
-            response.read()
-    except urllib.error.HTTPError as error:
-        raise status_error(error.code, _json_of(error), settings, key) from None
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        why = getattr(error, "reason", error)
-        if isinstance(why, ssl.SSLCertVerificationError):
-            return  # the SDK ships its own certificates, so a failure with the system's proves nothing
-        if isinstance(why, TimeoutError):
-            raise Outage(f"no answer within {within_s:g} s from {where}") from None
-        raise Outage(f"{where} cannot be reached") from None
-
-
-def _json_of(error: urllib.error.HTTPError) -> object:
-    try:
-        return json.loads(error.read())
-    except (OSError, http.client.HTTPException, ValueError):
-        return None
-
-
 class JudgePreflight:
     """Checks a judge in a daemon thread that starts on creation; `problem` returns the error line that `run` would raise.
 
@@ -212,7 +179,6 @@ class JudgePreflight:
 
     def __init__(self, settings: JudgeSettings, store: Store | None) -> None:
         self._settings = settings
-        self._deadline_s = time.monotonic() + PREFLIGHT_S
         self._thread: threading.Thread | None = None
         self._problem = ""
         paid = settings.mode in PAID
@@ -226,6 +192,9 @@ class JudgePreflight:
         where = settings.base_url or CLAUDE_URL
         timeout_text = f"no answer within {PREFLIGHT_S:g} s from {where}"
         self._problem = str(JudgeError(timeout_text, where="judge", fix="check the network and judge.base_url"))
+        import httpx2  # noqa: F401 (slow, so before the second begins)
+
+        self._deadline_s = time.monotonic() + PREFLIGHT_S
         # A daemon thread: a DNS lookup cannot be interrupted and must not delay the end of the process.
         self._thread = threading.Thread(target=self._check, args=(access,), name="judge-preflight", daemon=True)
         self._thread.start()

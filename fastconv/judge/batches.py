@@ -16,22 +16,15 @@ from __future__ import annotations
 import datetime
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from fastconv.errors import JudgeError
 from fastconv.judge.budget import Price, worst_usd
-from fastconv.judge.claude import (
-    ApiKey,
-    Outage,
-    api_error,
-    conclude_reply,
-    make_client,
-    parse_reply,
-    unscored_judgement,
-)
+from fastconv.judge.claude import api_error, conclude_reply, make_client, parse_reply, unscored_judgement
+from fastconv.judge.http import CLAUDE_URL, MAX_BODY_BYTES, MAX_NAME_CHARS, ApiKey, Outage, json_object
 from fastconv.judge.request import JudgeRequest
 from fastconv.recipe import JudgeSettings, canonical_json
 from fastconv.store.judge_ledger import JudgeLedger
@@ -146,8 +139,8 @@ class BatchJudge:
             for r in requests
         ]
         try:
-            # No automatic retry: a repeated create could make a second batch, and both would be billed.
-            batch = await self._client.with_options(max_retries=0).messages.batches.create(requests=body)
+            # Never sent again by itself: a repeated create could make a second batch, and both would be billed.
+            batch = await self._client.messages.batches.create(requests=body)
         except APIStatusError as error:
             if error.status_code < 500:
                 self._ledger.void_batch(intent)  # certainly not accepted
@@ -157,7 +150,13 @@ class BatchJudge:
         except APIError as error:
             self._ledger.release_batch(intent)
             raise api_error(error, self._settings, self._key) from None
+        if not _is_batch(batch):
+            self._ledger.release_batch(intent)
+            raise self._no_answer()
         self._ledger.set_batch_id(intent, batch.id)
+
+    def _no_answer(self) -> Outage:
+        return Outage(f"{self._settings.base_url or CLAUDE_URL} sent something that is no batch: a login page, perhaps")
 
     def _chunks(self, requests: Sequence[JudgeRequest]) -> list[list[JudgeRequest]]:
         chunks: list[list[JudgeRequest]] = []
@@ -218,7 +217,7 @@ class BatchJudge:
 
         known_ids, batches = self._ledger.known_batch_ids(), []
         try:
-            async for batch in self._client.messages.batches.list(limit=100):
+            async for batch in self._listed():
                 if batch.created_at.timestamp() < since:
                     break
                 if batch.id not in known_ids:
@@ -226,6 +225,18 @@ class BatchJudge:
         except APIError as error:
             raise api_error(error, self._settings, self._key) from None
         return batches
+
+    async def _listed(self) -> AsyncGenerator[MessageBatch, None]:
+        """The API's batches, the newest first. Raises Outage for a page that is no list of batches."""
+        page = await self._client.messages.batches.list(limit=100)
+        while True:
+            if not isinstance(getattr(page, "data", None), list) or not all(map(_is_batch, page.data)):
+                raise self._no_answer()
+            for batch in page.data:
+                yield batch
+            if not page.has_next_page():
+                return
+            page = await page.get_next_page()
 
     async def _holds(self, batch: MessageBatch, own: set[str]) -> bool | None:
         """Whether a batch that ended holds one of the custom ids `own`; None if its results are gone.
@@ -280,6 +291,8 @@ class BatchJudge:
             state = await self._client.messages.batches.retrieve(batch.batch)
         except APIError as error:
             raise self._failure(error) from None
+        if not _is_batch(state):
+            raise self._no_answer()
         self._shown.add(batch.batch)
         self._n_invisible[batch.intent] = 0
         if state.processing_status != "ended":
@@ -314,11 +327,11 @@ class BatchJudge:
         items = {item.custom_id: item for item in self._ledger.batch_items(batch.intent)}
         waiting: list[Operation] = []
         async for line in self._results(batch.batch or ""):
-            item = items.get(str(line.get("custom_id")))
+            item, result = items.get(str(line.get("custom_id"))), line.get("result")
             if item is None:
                 self.n_foreign += 1
             elif item.state == "reserved":
-                waiting.append(self._result_operation(item, line.get("result") or {}))
+                waiting.append(self._result_operation(item, result if isinstance(result, dict) else {}))
             if len(waiting) >= _INGEST_ITEMS:
                 self._ledger.apply(waiting)
                 waiting = []
@@ -338,13 +351,19 @@ class BatchJudge:
         """The ledger operation that settles an item's reservation by its result."""
         request, kind = self._requests.get(item.key), str(result.get("type"))
         history = self._ledger.history(item.key)
+        reply: RawReply | None = None
         if kind == "succeeded":
-            reply: RawReply = parse_reply(
-                canonical_json(result.get("message")), self._price, transport="batch", key=self._key, worst=item.usd,
+            reply = parse_reply(
+                result.get("message"),
+                self._price,
+                transport="batch",
+                key=self._key,
+                worst=item.usd,
                 factor=self._factor,
-            )  # fmt: skip
-            if request is None:
-                return Settle(item.ticket, item.key, reply, None)
+            )
+        if reply is not None and request is None:
+            return Settle(item.ticket, item.key, reply, None)
+        if reply is not None and request is not None:
             reply, final = conclude_reply(request, reply, history.n_unread)
             return Settle(item.ticket, item.key, reply, final)
         # An item without a result may have been billed, so its reservation stays.
@@ -354,21 +373,59 @@ class BatchJudge:
         return Unpaid(item.ticket, outcome, unscored_judgement(request, reason) if given_up and request else None)
 
     async def _results(self, batch: str) -> AsyncGenerator[dict[str, Any], None]:
-        """Yield a batch's results as JSON objects. Raises Outage if the stream breaks off (it can be read again), or _NotShown."""
+        """Yield a batch's results as JSON objects made safe; lines that hold none are left out.
+
+        Raises Outage if the stream breaks off or holds no result at all (it can be read again), or _NotShown.
+        """
         import httpx2
         from anthropic import AnthropicError, APIError
 
+        n_read = n_bad = 0
+        results = self._client.messages.batches.with_streaming_response.results(batch)
         try:
-            async for result in await self._client.messages.batches.results(batch):
-                yield result.to_dict(mode="json")
+            async with results as response, aclosing(_lines(response.iter_bytes())) as lines:
+                async for line in lines:
+                    result = json_object(line, self._key)
+                    n_read, n_bad = n_read + (result is not None), n_bad + (result is None)
+                    if result is not None:
+                        yield result
         except APIError as error:
             raise self._failure(error) from None
         except (httpx2.HTTPError, AnthropicError, ValueError):
             raise Outage(f"the results of batch {batch} broke off") from None
+        if n_bad and not n_read:
+            raise self._no_answer()
 
     async def close(self) -> None:
         """Close the HTTP connections."""
         await self._client.close()
+
+
+async def _lines(parts: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """The lines of a stream that are not empty. Raises ValueError for one without end."""
+    held = b""
+    async for part in parts:
+        *lines, held = (held + part).split(b"\n")
+        if len(held) > MAX_BODY_BYTES:
+            raise ValueError("a line without end")
+        for line in lines:
+            if line.strip():
+                yield line
+    if held.strip():
+        yield held
+
+
+def _is_batch(value: object) -> TypeGuard[MessageBatch]:
+    """Whether a parsed answer has what is read of a batch; the SDK passes on whatever a server sends."""
+    counts = getattr(value, "request_counts", None)
+    numbers = [getattr(counts, name, None) for name in ("processing", "succeeded", "errored", "canceled", "expired")]
+    texts = [getattr(value, name, None) for name in ("id", "processing_status")]
+    return (
+        all(isinstance(text, str) and len(text) <= MAX_NAME_CHARS and text.isprintable() for text in texts)
+        and all(isinstance(n, int) for n in numbers)
+        and isinstance(getattr(value, "created_at", None), datetime.datetime)
+        and isinstance(getattr(value, "results_url", None), str | None)
+    )
 
 
 def _n_items(batch: MessageBatch) -> int:

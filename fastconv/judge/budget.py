@@ -16,7 +16,7 @@ from fastconv.datasets.files import assets
 from fastconv.errors import DataError, RecipeError
 from fastconv.judge.request import LOCAL_FORM, JudgeItem, JudgeParams, JudgeRequest, build_local_request, build_request
 from fastconv.judge.rubric import Rubric
-from fastconv.recipe import JudgeSettings
+from fastconv.recipe import JudgeSettings, toml_table
 from fastconv.store.ledger import Sample
 
 #: Bytes of English text per token, for expected costs only. Upper bounds count one token per byte.
@@ -91,7 +91,7 @@ def load_prices(*paths: Path) -> PriceTable:
     checked, factor = datetime.date.min, 0.5
     for path in paths:
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            table = toml_table(path.read_text(encoding="utf-8"))
             models |= {name: Price.model_validate(row) for name, row in table["models"].items()}
             checked, factor = table["checked"], float(table.get("batch_factor", factor))
         except OSError as error:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastconv.errors import DataError, JudgeError
-from fastconv.judge.rubric import Measure, Rubric
-from fastconv.judge.scores import agreement, correlation
+from fastconv.judge.rubric import Measure, Rubric, agreement, correlation
 from fastconv.seeding import seeded_order
 from fastconv.store.ledger import Sample
 from fastconv.store.records import Judgement

@@ -1,23 +1,36 @@
-"""Claude as a judge: API key, SDK client, error messages, reading of replies, and live judging.
+"""Claude as a judge: SDK client, error messages, reading of replies, and live judging.
 
-`LiveJudge` sends one request at a time through the Messages API; `judge.batches` shares the key, the client, the
-errors and the reading of replies. Before an HTTP attempt is sent, its worst-case cost is reserved in the ledger.
+`LiveJudge` sends one request at a time through the Messages API; `judge.batches` shares the client, the errors and the
+reading of replies. Before a request is sent, its worst-case cost is reserved in the ledger. Nothing is sent again here:
+the desk decides when.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import time
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastconv.errors import JudgeError, StoreError
+from fastconv.errors import JudgeError
 from fastconv.judge.budget import Price, cost_usd, worst_usd
+from fastconv.judge.http import (
+    CLAUDE_KEY,
+    CLAUDE_URL,
+    PATIENCE,
+    ApiKey,
+    Outage,
+    async_client,
+    error_text,
+    json_object,
+    judge_url,
+    retry_after_s,
+    safe_name,
+    safe_value,
+)
 from fastconv.judge.request import JudgeRequest
 from fastconv.recipe import JudgeSettings
 from fastconv.store.judge_ledger import JudgeLedger
@@ -27,73 +40,23 @@ from fastconv.store.records import Judgement, Operation, RawReply, Refusal, Rese
 if TYPE_CHECKING:
     from anthropic import APIError, AsyncAnthropic
 
-CLAUDE_URL = "https://api.anthropic.com"
-#: How often the SDK itself repeats a failed request, waiting as the server asks.
-SDK_RETRIES = 4
-#: Environment variables that hold the API keys.
-CLAUDE_KEY, LOCAL_KEY = "ANTHROPIC_API_KEY", "FASTCONV_LOCAL_KEY"
-#: Characters of a server's message that are shown at most.
-_SHOWN_CHARS = 200
-#: Longest wait in seconds that a server's `retry-after` can ask for.
-MAX_WAIT_S = 60.0
+__all__ = ["ApiKey", "Outage", "LiveJudge", "LoopLedger"]
+
+#: More tokens than a reply can report.
+MAX_USAGE_TOK = 10**9
 
 
-class ApiKey:
-    """An API key from the environment. Its repr hides it, and `scrub` removes it from text that a server sent back."""
-
-    def __init__(self, value: str) -> None:
-        self._value = value
-
-    @classmethod
-    def from_environment(cls, environ: Mapping[str, str], name: str = CLAUDE_KEY) -> ApiKey:
-        """Read the key from a variable. Raises JudgeError if it is not set or contains an impossible character."""
-        value = environ.get(name, "").strip()
-        if not value:
-            raise JudgeError("no API key", where=name, fix=f"set {name} in the environment (never in a recipe)")
-        if not value.isascii() or not value.isprintable() or " " in value:
-            raise JudgeError("the API key holds a character no key has", where=name, fix="copy the key again")
-        return cls(value)
-
-    def reveal(self) -> str:
-        """The key itself, for the HTTP client alone."""
-        return self._value
-
-    def scrub(self, text: str) -> str:
-        """The text with every occurrence of the key replaced."""
-        return text.replace(self._value, "[key]")
-
-    def scrub_json(self, value: Any) -> Any:
-        """A parsed JSON value with the key removed from all strings: in the raw text it may have been hidden by escapes."""
-        if isinstance(value, str):
-            return self.scrub(value)
-        if isinstance(value, list):
-            return [self.scrub_json(item) for item in value]
-        if isinstance(value, dict):
-            return {self.scrub(name): self.scrub_json(item) for name, item in value.items()}
-        return value
-
-    def __repr__(self) -> str:
-        return "ApiKey(hidden)"
-
-
-class Outage(Exception):
-    """The judge cannot be reached now; unfinished judgements stay pending. `wait_s`: seconds that the server asked to wait."""
-
-    def __init__(self, problem: str, wait_s: float = 0.0) -> None:
-        super().__init__(problem)
-        self.wait_s = wait_s
-
-
-def make_client(settings: JudgeSettings, key: ApiKey, middleware: Any = None) -> AsyncAnthropic:
-    """The SDK client for a recipe's judge. `middleware` is called for every HTTP attempt."""
+def make_client(settings: JudgeSettings, key: ApiKey) -> AsyncAnthropic:
+    """The SDK client for a recipe's judge; it sends each request once. Raises JudgeError for a host that gets no key."""
     from anthropic import AsyncAnthropic
 
+    base = judge_url(settings.base_url, has_key=True)
     return AsyncAnthropic(
         api_key=key.reveal(),
-        base_url=settings.base_url or CLAUDE_URL,
+        base_url=str(base),
         timeout=settings.timeout_s,
-        max_retries=SDK_RETRIES,
-        middleware=[middleware] if middleware else [],
+        max_retries=0,
+        http_client=async_client(base, settings.timeout_s, settings.concurrency),
     )
 
 
@@ -102,13 +65,15 @@ def api_error(error: APIError, settings: JudgeSettings, key: ApiKey) -> JudgeErr
     from anthropic import APIConnectionError, APIStatusError, APITimeoutError
 
     where = settings.base_url or CLAUDE_URL
+    if isinstance(error.__cause__, JudgeError):
+        return error.__cause__
     if isinstance(error, APITimeoutError):
         return Outage(f"no answer within {settings.timeout_s:g} s from {where}")
     if isinstance(error, APIConnectionError):
         return Outage(f"{where} cannot be reached")
     if not isinstance(error, APIStatusError):
         return Outage(f"{where} sent something that is no answer")
-    wait_s = _retry_after_s(error.response.headers)
+    wait_s = retry_after_s(error.response.headers)
     return status_error(error.status_code, error.body, settings, key, wait_s)
 
 
@@ -117,7 +82,7 @@ def status_error(
 ) -> JudgeError | Outage:
     """Translate an HTTP error status as `api_error` does. `body` is the parsed response, `wait_s` its `retry-after`."""
     where = settings.base_url or CLAUDE_URL
-    message = key.scrub(" ".join(_message(body).split()))[:_SHOWN_CHARS]
+    message = error_text(body, key)
     fixes = {
         401: ("the API key was refused", f"check {CLAUDE_KEY}"),
         403: ("the API key may not use this", f"check the rights of {CLAUDE_KEY}"),
@@ -131,22 +96,38 @@ def status_error(
     return Outage(f"{where} answered {code}: {message}", wait_s)
 
 
-def parse_reply(body: str, price: Price, *, transport: str, key: ApiKey, worst: float, factor: float = 1.0) -> RawReply:
-    """Parse a message's JSON body. `worst` is the cost in US dollars that counts when the reply has no usage counts."""
-    body = key.scrub(body)
-    try:
-        message = key.scrub_json(json.loads(body))
-    except (ValueError, RecursionError):
-        message = None
-    if not isinstance(message, dict) or message.get("type") != "message":
-        return RawReply(transport, "", body, "", {}, worst, fault="malformed")
-    blocks = [block for block in message.get("content") or [] if isinstance(block, dict)]
+def parse_reply(
+    message: object, price: Price, *, transport: str, key: ApiKey, worst: float, factor: float = 1.0
+) -> RawReply | None:
+    """Parse a message (a JSON value as `http.safe_value` gives it); None if it is none: nothing is known of the reply.
+
+    `worst` is the most that the reply can cost in US dollars. It counts as the cost where the usage counts are missing
+    or cannot be true.
+    """
+    if (
+        not isinstance(message, dict)
+        or message.get("type") != "message"
+        or not isinstance(message.get("content"), list)
+    ):
+        return None
+    blocks = [block for block in message["content"] if isinstance(block, dict) and block.get("type") == "text"]
     # Scrubbed once more, because the key could be split over two blocks.
-    text = key.scrub("".join(str(block.get("text", "")) for block in blocks if block.get("type") == "text"))
-    usage = {name: n for name, n in (message.get("usage") or {}).items() if isinstance(n, int)}
-    cost = cost_usd(usage, price, factor) if "output_tokens" in usage else worst
-    stop = str(message.get("stop_reason") or "")
-    return RawReply(transport, str(message.get("model", "")), text, stop, usage, cost)
+    text = safe_value("".join(str(block.get("text", "")) for block in blocks), key)
+    usage = read_usage(message.get("usage"))
+    cost = min(cost_usd(usage, price, factor), worst) if usage else worst
+    return RawReply(
+        transport, safe_name(message.get("model")), text, safe_name(message.get("stop_reason")), usage, cost
+    )
+
+
+def read_usage(usage: object) -> dict[str, int]:
+    """The token counts of a reply by name; empty if they are missing, negative, absurd, or of no prompt at all."""
+    if not isinstance(usage, dict):
+        return {}
+    counts = {safe_name(name): n for name, n in usage.items() if isinstance(n, int) and not isinstance(n, bool)}
+    absurd = any(not 0 <= n <= MAX_USAGE_TOK for n in counts.values())
+    n_prompt = sum(n for name, n in counts.items() if name.endswith("input_tokens"))
+    return {} if absurd or n_prompt <= 0 or "output_tokens" not in counts else counts
 
 
 def conclude_reply(request: JudgeRequest, reply: RawReply, n_unread: int) -> tuple[RawReply, Judgement | None]:
@@ -203,20 +184,6 @@ def lookup_judgements(
     return judgements, n_unread
 
 
-def _retry_after_s(headers: Mapping[str, str]) -> float:
-    """Seconds of the `retry-after` header, 0 without one. The API does not use its date form."""
-    try:
-        wait_s = float(headers.get("retry-after", 0.0))
-    except ValueError:
-        return 0.0
-    return min(max(wait_s, 0.0), MAX_WAIT_S)
-
-
-def _message(body: object) -> str:
-    error = body.get("error") if isinstance(body, dict) else None
-    return str(error.get("message", "")) if isinstance(error, dict) else ""
-
-
 class LoopLedger:
     """The judging ledger for one event loop. Operations posted in the same turn of the loop share a commit."""
 
@@ -245,14 +212,16 @@ class LoopLedger:
         while self._waiting:
             posted, self._waiting = self._waiting, []
             operations = [operation for operation, _ in posted]
-            try:
-                results = self.ledger.apply(operations)
-            except StoreError as error:
-                for _, done in posted:
-                    done.set_exception(error)
-                continue
-            for (_, done), result in zip(posted, results, strict=True):
-                done.set_result(result)
+            (outcome,) = await asyncio.gather(self._commit(operations), return_exceptions=True)
+            # Whatever became of the commit, nothing that waits for it may be left waiting.
+            for place, (_, done) in enumerate(posted):
+                if isinstance(outcome, BaseException):
+                    done.set_exception(outcome)
+                else:
+                    done.set_result(outcome[place])
+
+    async def _commit(self, operations: Sequence[Operation]) -> list[int | Refusal | None]:
+        return self.ledger.apply(operations)
 
     async def close(self) -> None:
         """Commit what is queued, mark requests that are still open as lost, close the connection."""
@@ -264,29 +233,12 @@ class LoopLedger:
             self.ledger.store.close()
 
 
-class BudgetRefusal(Exception):
-    """The ledger refused the reservation for an HTTP attempt."""
-
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal)
-        self.refusal: Refusal = refusal
-
-
 @dataclass(frozen=True)
 class PendingJudgement:
     """A judgement, and the future that completes when it is committed."""
 
     judgement: Judgement
     written: asyncio.Future[Any]
-
-
-@dataclass
-class _Meter:
-    """The reservation of the current HTTP attempt; one object per SDK call."""
-
-    key: str
-    worst_usd: float
-    ticket: int | None = None
 
 
 class LiveJudge:
@@ -297,8 +249,8 @@ class LiveJudge:
         self._ledger = ledger
         self._price = price
         self._key = key
-        self._meter: ContextVar[_Meter | None] = ContextVar("meter", default=None)
-        self._client: AsyncAnthropic = make_client(settings, key, self._metered)
+        self._where = settings.base_url or CLAUDE_URL
+        self._client: AsyncAnthropic = make_client(settings, key)
 
     async def judge(self, request: JudgeRequest, n_unread: int) -> PendingJudgement | Refusal:
         """Send one request, and once more if its reply cannot be read.
@@ -307,49 +259,46 @@ class LiveJudge:
         the future of its commit, or the ledger's refusal: over budget, held by another process, or done already.
         Raises Outage if the judge cannot be reached now, JudgeError if sending more makes no sense, StoreError.
         """
-        from anthropic import APIError
-
         while True:
-            meter = _Meter(request.key, worst_usd(request, self._price))
-            self._meter.set(meter)
+            worst = worst_usd(request, self._price)
+            ticket = await self._ledger.do(Reserve(request.key, worst))
+            if not isinstance(ticket, int):
+                return ticket or "held"
             began = time.monotonic()
-            try:
-                raw = await self._client.messages.with_raw_response.create(**request.body(re_ask=n_unread > 0))
-            except BudgetRefusal as error:
-                return error.refusal
-            except APIError as error:
-                raise api_error(error, self._settings, self._key) from None
-            reply = parse_reply(
-                raw.http_response.text, self._price, transport="live", key=self._key, worst=meter.worst_usd
-            )
+            body = await self._send(request.body(re_ask=n_unread > 0), ticket)
+            message = json_object(body, self._key)
+            reply = parse_reply(message, self._price, transport="live", key=self._key, worst=worst)
+            if reply is None:
+                await self._ledger.do(Unpaid(ticket, "refused" if is_page(body) else "lost"))
+                raise Outage(f"{self._where} sent something that is no answer: a network's login page, perhaps")
             reply, final = conclude_reply(request, replace(reply, latency_s=time.monotonic() - began), n_unread)
-            assert meter.ticket is not None, "an attempt was sent without a reservation"
             # Not awaited: the reservation of the next request is posted after it and shares its commit.
-            written = self._ledger.post(Settle(meter.ticket, request.key, reply, final))
+            written = self._ledger.post(Settle(ticket, request.key, reply, final))
             if final is not None:
                 return PendingJudgement(final, written)
             n_unread += 1
+
+    async def _send(self, body: dict[str, Any], ticket: int) -> bytes:
+        """Send a request once and return the reply's body; without one, its reservation is kept as lost or freed."""
+        from anthropic import APIError, APIStatusError
+
+        within_s = PATIENCE * self._settings.timeout_s
+        try:
+            async with asyncio.timeout(within_s):
+                raw = await self._client.messages.with_raw_response.create(**body)
+        except TimeoutError:
+            await self._ledger.do(Unpaid(ticket, "lost"))
+            raise Outage(f"no whole answer within {within_s:g} s from {self._where}") from None
+        except APIError as error:
+            await self._ledger.do(Unpaid(ticket, "refused" if isinstance(error, APIStatusError) else "lost"))
+            raise api_error(error, self._settings, self._key) from None
+        return raw.http_response.content
 
     async def close(self) -> None:
         """Close the HTTP connections."""
         await self._client.close()
 
-    async def _metered(self, request: Any, call_next: Any) -> Any:
-        """Reserve the cost of an HTTP attempt, send it, and keep or free the reservation depending on the response."""
-        from anthropic import APIConnectionError
 
-        meter = self._meter.get()
-        if meter is None:
-            return await call_next(request)
-        ticket = await self._ledger.do(Reserve(meter.key, meter.worst_usd))
-        if not isinstance(ticket, int):
-            raise BudgetRefusal(ticket or "held")
-        meter.ticket = ticket
-        try:
-            response = await call_next(request)
-        except APIConnectionError:
-            await self._ledger.do(Unpaid(ticket, "lost"))
-            raise
-        if response.status_code >= 400:
-            await self._ledger.do(Unpaid(ticket, "refused"))
-        return response
+def is_page(body: bytes) -> bool:
+    """Whether a body is a web page. The API sends none, so what was asked did not reach it and costs nothing."""
+    return body.lstrip()[:1] == b"<"

@@ -21,7 +21,8 @@ from typing import Any
 from fastconv.errors import JudgeError
 from fastconv.judge.batches import BatchJudge, InvisibleBatch
 from fastconv.judge.budget import Price, build_requests, judge_params
-from fastconv.judge.claude import ApiKey, LiveJudge, LoopLedger, Outage, PendingJudgement, lookup_judgements
+from fastconv.judge.claude import LiveJudge, LoopLedger, PendingJudgement, lookup_judgements
+from fastconv.judge.http import ApiKey, Outage
 from fastconv.judge.request import JudgeRequest
 from fastconv.judge.rubric import Rubric
 from fastconv.recipe import JudgeSettings
@@ -29,8 +30,9 @@ from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Sample, Store
 from fastconv.store.records import Judgement, Money, Refusal
 
-#: A request that failed this often in a row, with the SDK's retries each time, counts as an outage.
-ROUNDS = 3
+#: A request that failed this often in a row counts as an outage; between its sendings the desk waits, twice as long each
+#: time, and at least as long as the server asks. A server that asks for a longer wait than LONG_WAIT_S is out at once.
+TRIES, FIRST_WAIT_S, MAX_WAIT_S, LONG_WAIT_S = 7, 0.5, 8.0, 10.0
 #: Seconds that the desk waits in an outage before it tries again.
 OUTAGE_PAUSE_S = 20.0
 #: A desk that is being closed gives up after so many failed batch rounds in a row.
@@ -181,6 +183,7 @@ class JudgeDesk:
         self._state = DeskState()
         self._n_active = self._n_live = 0
         self._patience = 1
+        self._out_until = 0.0
         self._failed: asyncio.Future[Any] | None = None
         # Two ledger connections: one that waits for the disk (batches), one for the many writes of live judging.
         store = Store.open(self._workspace)
@@ -285,21 +288,26 @@ class JudgeDesk:
                 self._n_active -= 1
 
     async def _judge_live(self, live: LiveJudge, request: JudgeRequest) -> None:
-        """Judge one request; in an outage it goes back into the queue."""
-        n_rounds = 0
+        """Judge one request. After an outage it goes back into the queue; all sit out a long wait."""
+        n_tries = 0
         while not self._state.stopped:
+            if (left_s := self._out_until - time.monotonic()) > 0:
+                await self._wait_in_outage(self._state.problem, left_s)
+                continue
             self._n_live += 1
             try:
                 outcome = await live.judge(request, self._state.n_unread.get(request.key, 0))
             except Outage as outage:
-                n_rounds += 1
+                n_tries += 1
                 self._without_judged([request])
-                if n_rounds >= ROUNDS:
+                if n_tries >= TRIES or outage.wait_s > LONG_WAIT_S:
+                    self._patience, pause_s = 1, max(outage.wait_s, OUTAGE_PAUSE_S)
+                    if outage.wait_s > LONG_WAIT_S:  # asked of all; a request that fails alone holds nobody else up
+                        self._out_until = time.monotonic() + pause_s
+                    await self._wait_in_outage(str(outage), pause_s)
                     self._live_queue.put_nowait(request)
-                    self._patience = 1
-                    await self._wait_in_outage(str(outage), max(outage.wait_s, OUTAGE_PAUSE_S))
                     return
-                await asyncio.sleep(outage.wait_s)  # the SDK does not wait after its last try
+                await asyncio.sleep(max(outage.wait_s, min(FIRST_WAIT_S * 2 ** (n_tries - 1), MAX_WAIT_S)))
                 continue
             except JudgeError as error:
                 self._stop(str(error))

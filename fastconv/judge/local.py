@@ -10,13 +10,9 @@ in a thread of its own.
 
 from __future__ import annotations
 
-import http.client
-import json
 import math
 import re
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from fastconv.errors import JudgeError
-from fastconv.judge.claude import LOCAL_KEY, ApiKey, Outage
 from fastconv.judge.desk import DeskStatus
+from fastconv.judge.http import LOCAL_KEY, PATIENCE, ApiKey, Outage, ask, error_text, judge_url, sync_client
 from fastconv.judge.request import LETTERS, JudgeItem, LocalRequest, Prompt, build_local_request
 from fastconv.judge.rubric import Measure, Rubric
 from fastconv.recipe import JudgeSettings, canonical_json
@@ -52,7 +48,7 @@ class LocalReply:
 
 
 #: (system, user, allowed characters) -> reply. The resident base gives log-probabilities for exactly these characters.
-#: Raises OSError if the judge cannot be reached.
+#: Raises Outage if the judge cannot be reached now.
 Complete = Callable[[str, str, str], LocalReply]
 #: The same for many prompts, with the replies in their order.
 CompleteMany = Callable[[Sequence[Prompt]], Sequence[LocalReply]]
@@ -119,10 +115,7 @@ class LocalJudge:
         # Slices bound the memory, and what is lost when one of them fails.
         for start in range(0, len(todo), SLICE):
             part = todo[start : start + SLICE]
-            try:
-                items = self._ask_measures(part)
-            except OSError as error:
-                raise Outage(f"the local judge cannot be asked: {error}") from None
+            items = self._ask_measures(part)
             judgements = [_judgement(request, item) for request, item in zip(part, items, strict=True)]
             self._store_slice(judgements, items)
             done |= {judgement.key: judgement for judgement in judgements}
@@ -201,48 +194,53 @@ def read_choice(reply: LocalReply, characters: str) -> dict[str, float] | None:
 def endpoint_complete(settings: JudgeSettings, key: ApiKey | None = None) -> Complete:
     """A `Complete` for an OpenAI-compatible server at `judge.base_url` (the `…/v1` of a vLLM or llama.cpp server).
 
-    It raises OSError if the server cannot be reached now, JudgeError if it refuses the request or sends no JSON.
+    It raises Outage if the server cannot be reached now or sends what is no completion, JudgeError if it refuses the
+    request. Raises JudgeError here for a host that gets no key.
     """
-    url = f"{settings.base_url.rstrip('/')}/chat/completions"
+    base = judge_url(settings.base_url, has_key=key is not None)
+    url = f"{str(base).rstrip('/')}/chat/completions"
     headers = {"content-type": "application/json"}
     if key is not None:
         headers["authorization"] = f"Bearer {key.reveal()}"
+    client = sync_client(base, settings.timeout_s)
 
     def complete(system: str, user: str, characters: str) -> LocalReply:
         body = {
             "model": settings.model, "max_tokens": 4, "temperature": 0.0, "logprobs": True, "top_logprobs": 20,
             "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}],
         }  # fmt: skip
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        within_s = PATIENCE * settings.timeout_s
         try:
-            with urllib.request.urlopen(request, timeout=settings.timeout_s) as response:
-                body = json.loads(response.read())
-                return _local_reply(body if key is None else key.scrub_json(body))
-        except urllib.error.HTTPError as error:
-            if error.code == 429 or error.code >= 500:
-                raise OSError(f"{url} answered {error.code}") from None
-            fix = f"check {LOCAL_KEY}" if error.code in (401, 403) else "check judge.model and judge.base_url"
-            raise JudgeError(f"the local judge answered {error.code}", where=url, fix=fix) from None
-        except http.client.HTTPException:
-            raise OSError(f"{url} sent something that is no answer") from None
-        except (ValueError, RecursionError):
-            raise JudgeError("the local judge sent no JSON", where=url, fix="check judge.base_url") from None
+            status, reply, wait_s = ask(client, "POST", url, headers, within_s=within_s, key=key, body=body)
+        except Outage as outage:
+            raise Outage(f"the local judge cannot be asked: {outage}", outage.wait_s) from None
+        if status in (408, 409, 429) or status >= 500 or 300 <= status < 400:
+            raise Outage(f"the local judge cannot be asked: {url} answered {status}", wait_s)
+        if status >= 400:
+            fix = f"check {LOCAL_KEY}" if status in (401, 403) else "check judge.model and judge.base_url"
+            raise JudgeError(f"the local judge answered {status} {error_text(reply, key)}", where=url, fix=fix)
+        read = _local_reply(reply)
+        if read is None:
+            raise Outage(f"the local judge cannot be asked: {url} sent something that is no completion")
+        return read
 
     return complete
 
 
-def _local_reply(body: Any) -> LocalReply:
+def _local_reply(body: Any) -> LocalReply | None:
+    """The reply of a chat completion's body (made safe), or None if it is none."""
     try:
         choice = body["choices"][0]
-        text = str(choice["message"]["content"] or "")
+        text = choice["message"]["content"]
         tokens = (choice.get("logprobs") or {}).get("content") or []
         first = next((token for token in tokens if token["token"].strip()), None)
         logprobs = None
         if first is not None and first.get("top_logprobs"):
-            logprobs = {token["token"]: float(token["logprob"]) for token in first["top_logprobs"]}
+            given = {token["token"]: token.get("logprob") for token in first["top_logprobs"]}
+            logprobs = {token: float(nats) for token, nats in given.items() if isinstance(nats, int | float)}
     except (KeyError, IndexError, TypeError, AttributeError):
-        return LocalReply("")
-    return LocalReply(text, logprobs)
+        return None
+    return LocalReply(text or "", logprobs) if text is None or isinstance(text, str) else None
 
 
 def _measure_value(measure: Measure, shares: Mapping[str, float], characters: str) -> tuple[float, Any]:
@@ -336,7 +334,7 @@ class LocalDesk:
                 self._problem = str(outage)
                 self._n_outages += 1
                 self._changed.set()
-                self._wait_in_outage()
+                self._stopped = self._closing.wait(max(outage.wait_s, OUTAGE_PAUSE_S)) or self._stopped
                 continue
             except JudgeError as error:
                 self._problem, self._stopped = str(error), True
@@ -348,10 +346,6 @@ class LocalDesk:
             self._changed.set()
             return True
         return False
-
-    def _wait_in_outage(self) -> None:
-        """Wait before the next try; a desk that is being closed gives up at once."""
-        self._stopped = self._closing.wait(OUTAGE_PAUSE_S) or self._stopped
 
     def _open_judge(self) -> LocalJudge:
         """The judge, with a ledger connection of the thread that judges."""

@@ -12,11 +12,14 @@ from pathlib import Path
 from fastconv import __version__
 from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
 from fastconv.engine.locate import builtin_gguf, engine_identity, locate
-from fastconv.errors import FastconvError, ModelError, StoreError
+from fastconv.errors import FastconvError, ModelError, StoreError, shown
 from fastconv.experiment.graph import Graph
 from fastconv.judge.access import check_judge
 from fastconv.recipe import ModelSettings, Recipe
 from fastconv.run.audit import require_template
+from fastconv.stats.units import counted, first_few
+from fastconv.store.gc import drop_dead_leases, find_damage, stray_files, sweep
+from fastconv.store.io import storage_errors
 from fastconv.store.ledger import Store
 
 #: With less free space a run would likely fail with "no space left".
@@ -32,13 +35,17 @@ class Diagnosis:
     exit_code: int = 0
 
 
-def diagnose(recipe: Recipe | None, workspace: Path) -> list[Diagnosis]:
-    """Run every check that a run depends on. Failed checks are returned, not raised."""
-    findings = [_versions(), _device(recipe), _workspace(workspace)]
+def diagnose(recipe: Recipe | None, workspace: Path, *, deep: bool = False, fix: bool = False) -> list[Diagnosis]:
+    """Run every check that a run depends on. Failed checks are returned, not raised.
+
+    `deep` reads every artefact and page of the ledger; `fix` mends what is safe before it looks.
+    """
+    findings = [_versions(), _device(recipe), _workspace(workspace), *_ledger(workspace, deep=deep, fix=fix)]
     try:
-        findings.append(_model(recipe.model if recipe else ModelSettings(id="builtin:smollm2")))
         if recipe is not None:
             findings.append(_template(recipe))
+        findings.append(_model(recipe.model if recipe else ModelSettings(id="builtin:smollm2")))
+        if recipe is not None:
             if recipe.model.sampler == "vllm":
                 findings.append(_sampler(recipe))
             graph = Graph(recipe)
@@ -100,6 +107,37 @@ def _workspace(folder: Path) -> Diagnosis:
     return Diagnosis("workspace", f"{folder}, {free / 2**30:.0f} GiB free")
 
 
+def _ledger(folder: Path, *, deep: bool, fix: bool) -> list[Diagnosis]:
+    """Whether the ledger is whole, its artefacts are there, and what lies about; nothing where there is no ledger."""
+    if not (folder / "ledger.sqlite").exists():
+        return []
+    try:
+        with storage_errors(folder):
+            store = Store.open(folder, create=False)
+            try:
+                return [_ledger_line(store, deep=deep, fix=fix)]
+            finally:
+                store.close()
+    except StoreError as error:
+        return [Diagnosis("ledger", str(error), error.exit_code)]
+
+
+def _ledger_line(store: Store, *, deep: bool, fix: bool) -> Diagnosis:
+    mended = ""
+    if fix and not find_damage(store):
+        mended = f"; {counted(drop_dead_leases(store), 'dead lease')} and {sweep(store):,} bytes of stray files removed"
+    if damage := find_damage(store, deep=deep):
+        text = f"{first_few(damage, 3)}. Fix: `fastconv forget` the stages concerned, or restore it from a backup"
+        return Diagnosis("ledger", shown(text), StoreError.exit_code)
+    n_stages, n_dead = store.rows("SELECT COUNT(*) FROM stages")[0][0], store.rows("SELECT COUNT(*) FROM leases")[0][0]
+    n_dead -= len(store.live_leases())
+    stray = stray_files(store)
+    text = f"{counted(n_stages, 'stage')}, whole" + (" to the last byte" if deep else "")
+    if n_dead or stray:
+        text += f"; {counted(n_dead, 'dead lease')}, {counted(len(stray), 'stray file')} (--fix removes them)"
+    return Diagnosis("ledger", text + mended)
+
+
 def _template(recipe: Recipe) -> Diagnosis:
     """Whether the base's template takes every persona, found without weights; with the date that it is given, if any."""
     try:
@@ -146,8 +184,8 @@ def _model(settings: ModelSettings) -> Diagnosis:
         builtin_gguf()
         return Diagnosis("model", f"{source.id} is installed")
     if source.folder is not None:
-        from fastconv.engine.model import check_folder
+        from fastconv.engine.model import check_base
 
-        check_folder(source.folder)
+        check_base(source.folder, settings)
         return Diagnosis("model", f"{source.folder}, sha256 {source.identity['sha256'][:12]}")
     return Diagnosis("model", f"{source.id}@{settings.revision[:12]} from the hub (downloaded on first use)")

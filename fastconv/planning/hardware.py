@@ -12,15 +12,16 @@ import platform
 import subprocess
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from fastconv.engine.device import ram_bytes
+from fastconv.engine.locate import gpu_is_visible
 from fastconv.engine.shapes import ModelShape, Work, forward_flops_per_tok, train_flops_per_tok, weight_bytes
 from fastconv.errors import InputError
 from fastconv.experiment.measures import Demand
 from fastconv.recipe import Recipe
+from fastconv.store.io import child_environment
 from fastconv.store.ledger import Store
 from fastconv.store.records import Stage
 
@@ -196,9 +197,25 @@ KNOWN_GPUS: Mapping[str, Machine] = MappingProxyType({
 })  # fmt: skip
 
 
+def cpu_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+
+
+def busy_note() -> str | None:
+    """What a CPU run must know of other work on this machine: None where a core is free."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, cpu_cores()
+    if load < cores:
+        return None
+    return (
+        f"this machine is busy: in the last minute {load:.0f} processes wanted its {cores} cores, so expect about "
+        f"{1 + load / cores:.0f} times the seconds above while that lasts"
+    )
+
+
 def cpu_machine() -> Machine:
     """This CPU in fp32, scaled from SmolLM2 on two cores: 150 tokens/s trained, 800 in prefill, 100 decoded."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    cores = cpu_cores()
     share = min(cores, 16) / 2
     return Machine(
         f"{cores} CPU cores", "guessed from the number of cores; --measure measures it", "cpu", 75e9 * share, 180e9 * share,
@@ -255,10 +272,14 @@ def _this_machine(device: str) -> Machine:
 
 
 def _gpu_name() -> str:
-    if not Path("/dev/nvidia0").exists():
+    if not gpu_is_visible():
         return ""
     ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        return subprocess.run(ask, capture_output=True, text=True, timeout=5, check=True).stdout.splitlines()[0].strip()
+        return (
+            subprocess.run(ask, capture_output=True, text=True, timeout=5, check=True, env=child_environment())
+            .stdout.splitlines()[0]
+            .strip()
+        )
     except (OSError, subprocess.SubprocessError, IndexError):
         return ""

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fastconv.audit import Design
 from fastconv.audit.checks import check_gates_can_pass
-from fastconv.audit.findings import Design
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by_set, n_eval_prompts_there_are
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.engine.device import fit_note, min_training_bytes, shape_on_disk
@@ -25,7 +25,7 @@ from fastconv.experiment.schedule import group_size
 from fastconv.experiment.workload import Sketch, demands, settings_of, total
 from fastconv.judge.budget import Estimate, estimate, judge_params, recipe_prices
 from fastconv.judge.request import JudgeItem, build_request
-from fastconv.planning.hardware import Machine, PlannedStage, TimeLeft, find_machine
+from fastconv.planning.hardware import Machine, PlannedStage, TimeLeft, busy_note, find_machine
 from fastconv.recipe import Recipe, RunSettings
 from fastconv.stats.power import DesignPower, planned_power
 from fastconv.store.ledger import Store
@@ -144,7 +144,7 @@ def make_plan(
     return Plan(
         recipe.name, machine, shape, len(cells), kinds, _judging(graph, todo), _memory(on_machine, shape),
         _disk(graph, shape, todo, total(work.values()), machine.device), _fit(on_machine, shape, machine), _power(graph),
-        _notes(graph, store), by_stage,
+        _notes(graph, store, machine), by_stage,
     )  # fmt: skip
 
 
@@ -363,8 +363,8 @@ def _available(graph: Graph, behavior: Behavior) -> tuple[int, ...]:
     return (len(graph.questions.eval),) if behavior.spec.measure == "letters" else n_eval_prompts_there_are(behavior)
 
 
-def _notes(graph: Graph, store: Store | None) -> tuple[str, ...]:
-    notes = []
+def _notes(graph: Graph, store: Store | None, machine: Machine) -> tuple[str, ...]:
+    notes = [busy] if machine.device == "cpu" and (busy := busy_note()) else []
     letters = any(behavior.spec.measure == "letters" for behavior in graph.behaviors.values())
     if isinstance(graph, Sketch) and not graph.questions_known:
         notes.append(

@@ -49,7 +49,7 @@ from fastconv.recipe.settings import (
 )
 
 __all__ = [
-    "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "Rate", "Recipe", "RecipeKey", "RecipeTable", "RunSettings", "SamplingSettings", "Share", "StoppingGate", "TrainSettings", "canonical_json", "find_keys", "first_fault", "keys_page", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_keys", "recipe_schema", "recipe_sha256", "run_id", "sha256_of", "toml_value", "with_overrides",
+    "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "Rate", "Recipe", "RecipeKey", "RecipeTable", "RunSettings", "SamplingSettings", "Share", "StoppingGate", "TrainSettings", "canonical_json", "find_keys", "first_fault", "keys_page", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_keys", "recipe_schema", "recipe_sha256", "run_id", "sha256_of", "toml_table", "toml_value", "with_overrides",
 ]  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     error_at = partial(RecipeError, where=str(path))
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        table = toml_table(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         beside = [one.name for one in path.parent.glob("*.toml")]
         fix = did_you_mean(path.name, beside, "give the path of a TOML recipe, e.g. recipes/demo.toml")
@@ -127,6 +127,18 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         ) from None
     map_paths(table, lambda name: str((path.parent / name).resolve()))
     return _overridden(table, overrides, where=str(path))
+
+
+def toml_table(text: str) -> dict[str, Any]:
+    """TOML text as a table. Raises TOMLDecodeError for all that cannot be read; tomllib itself lets other errors out."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise tomllib.TOMLDecodeError("nested too deeply") from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError as error:  # an integer of thousands of digits
+        raise tomllib.TOMLDecodeError(str(error).partition(";")[0]) from None
 
 
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
@@ -161,7 +173,7 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
             f"{override!r} is not key=value", where="--set", fix="write it like --set convergence.lr=1e-4"
         )
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = toml_table(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string
     *parents, last = key.strip().split(".")

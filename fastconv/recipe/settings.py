@@ -418,9 +418,7 @@ class GateSettings(RecipeTable):
 class RunSettings(RecipeTable):
     """How a run proceeds. Nothing here changes a result, so nothing here is part of a stage's key."""
 
-    checkpoint_every_s: Annotated[float, Field(ge=0)] = setting(
-        60.0, "Time between two checkpoints while training.", 20.0, "s"
-    )
+    checkpoint_every_s: Annotated[float, Field(ge=0)] = setting(60.0, "Time between two checkpoints.", 20.0, "s")
     max_gpu_hours: Positive | None = setting(24.0, "A plan that takes longer needs --approve.", 8.0, "hours")
     max_usd: Positive | None = setting(20.0, "A plan whose judging may cost more needs --approve.", 5.0, "USD")
     group: Literal["auto"] | PositiveInt = setting(
@@ -433,3 +431,22 @@ class RunSettings(RecipeTable):
     keep_adapters: bool = setting(
         True, "False frees an adapter's files once all that uses it is computed; records and scores stay.", False
     )
+    replicates: Annotated[int, Field(ge=0, le=100)] = setting(
+        0,
+        "Further seeds for one epoch-0 cell of each behavior, whose spread is the noise from run to run; 0: as declared.",
+        5,
+        "runs",
+    )
+
+    @field_validator("replicates")
+    @classmethod
+    def _enough(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("must be 0, or 2 and more: one replicate knows no spread")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the setting where it is not used, so that a recipe's run keeps its name."""
+        table = handler(self)
+        return table if self.replicates else {name: value for name, value in table.items() if name != "replicates"}

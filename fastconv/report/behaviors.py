@@ -1,16 +1,17 @@
-"""Sections behind the verdicts: mimicry against transfer, marker rates, power, gates, and secondary contrasts."""
+"""Sections behind the verdicts: mimicry against transfer, marker rates, power, gates, letters, secondary contrasts."""
 
 from __future__ import annotations
 
 from fastconv.analysis.analysis import Analysis
+from fastconv.analysis.contrasts import in_words
 from fastconv.analysis.correlates import MARKER, MARKER_RATE, marker_rates
 from fastconv.report.blocks import OPEN_ROWS, Block, Note, Section, Table, TableCell, folded_if_long
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import Point, scatter
-from fastconv.report.measures import points_of
-from fastconv.stats.gates import GateVerdict
+from fastconv.report.measures import ROLES, points_of
+from fastconv.stats.gates import LEAST_LETTER_MASS, GateVerdict
 from fastconv.stats.secondary import CorrectedContrast
-from fastconv.stats.units import p_value, scale, signed
+from fastconv.stats.units import first_few, p_value, scale, signed
 
 #: Gates over the whole study, and the pilot gate.
 STUDY_GATES = ("G4", "G5", "CONFIRM", "FALSIFY", "PILOT")
@@ -124,6 +125,32 @@ def gates(analysis: Analysis) -> Section | None:
         "Thresholds decide what is spent next; evidence is the interval. Each verdict lists the rows that it rests on."
     )
     return Section("gates", "Gates", tuple(blocks), intro)
+
+
+def letters(analysis: Analysis) -> Section | None:
+    """The letters' share of the probability in every cell, with a warning where it is small; None without letters."""
+    rows, low = list[tuple[TableCell, ...]](), list[str]()
+    for plan in analysis.graph.cells:
+        for measure in plan.measures:
+            found = [
+                analysis.found.letter_mass(plan, measure, analysis.found.persona(plan.cell, role)) for role in ROLES
+            ]
+            means = [None if series is None or not series.rows else series.mean for series in found]
+            if any(means):
+                rows.append((TableCell(in_words(plan.cell)), TableCell(measure), *map(TableCell.of, means)))
+            if any(mean is not None and mean.value < LEAST_LETTER_MASS for mean in means):
+                low.append(in_words(plan.cell))
+    if not rows:
+        return None
+    columns, folded = ("cell", "measured", *ROLES), folded_if_long(rows, "lines")
+    table = Table("letters", columns, tuple(rows), frozenset({2, 3, 4}), folded=folded)
+    rarely = f"Under half of it, accuracy ranks answers that are rarely given: {first_few(low, 4)}."
+    intro = (
+        "The mean probability that an answer begins with one of its question's letters. Accuracy takes the best of these "
+        "letters, whatever the model would rather begin with."
+    )
+    blocks = (*([Note(rarely, "withheld")] if low else []), table)
+    return Section("letters", "What the letters hold", blocks, intro)
 
 
 def _gate_counts(verdicts: tuple[GateVerdict, ...]) -> Table:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import ClassVar
 
@@ -154,12 +154,13 @@ class Section:
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything a report shows. `banners` precede all sections."""
+    """Everything a report shows. `banners` precede all sections; `files` are beside the page, bytes by path in its folder."""
 
     run: str
     about: str
     sections: tuple[Section, ...]
     banners: tuple[Note, ...] = ()
+    files: Mapping[str, bytes] = field(default_factory=dict[str, bytes])
 
     def claims(self) -> list[Claim]:
         """All claims in order, including those in tables."""

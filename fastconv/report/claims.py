@@ -5,29 +5,27 @@ A template contains no digit; every number in a sentence comes from its query, w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.correlates import (
-    MARKER,
     MARKER_RATE,
+    attainable,
     corrected_assistant_rate,
-    in_words,
-    levels,
+    correlation,
     measure_agreement,
-    transfer_by_source,
 )
 from fastconv.datasets.behaviors import n_eval_prompts_there_are
 from fastconv.report.blocks import Claim
-from fastconv.seeding import seed_of
-from fastconv.stats.bounds import exact_spearman, spearman_attainable
 from fastconv.stats.gates import GateVerdict
-from fastconv.stats.inference import Interval
+from fastconv.stats.inference import FEWEST_SEEDS, Interval
 from fastconv.stats.power import QuestionSupply, remedy_text
-from fastconv.stats.units import Unit, change, counted, first_few, interval_text, level, signed, size_text
+from fastconv.stats.units import Unit, change, counted, first_few, interval_text, level, size_text
 from fastconv.stats.verdicts import CellVerdict, count_by_kind
 
 #: Kinds of verdicts of declared contrasts, in the order in which sentences list them.
@@ -39,6 +37,14 @@ PILOT_WORDS = {
     "no contrast": ("NO CONTRAST", "the grid has epoch zero alone, so nothing is decided for"),
 }  # fmt: skip
 MOST_NAMED = 4
+#: In a verdict's reason: an estimate with its interval, a corrected p-value, the interval over seeds.
+_ROW_FIGURES = re.compile(
+    r" [+-]?[\d.]+ (?:pp|points) \[[^\]]*\]| \(corrected p = [^)]*\)| \(over \d+ seeds \[[^\]]*\]\)"
+)
+#: What a report opens with, if there is any.
+LEADING_KINDS = ("transfer", "reverse")
+#: From so many contrasts of one behavior on, a reason that they share is said once, where they say nothing either way.
+FEWEST_ALIKE, SILENT_KINDS = 3, ("inconclusive", "uninformative", "withheld")
 
 
 class NoSuchClaimError(KeyError):
@@ -75,47 +81,102 @@ def ask(analysis: Analysis, query: str, **arguments: str) -> Claim:
 
 
 def _answer(analysis: Analysis) -> QueryResult:
-    """Go or stop, and the confidence: the pilot gates' verdicts, then what the declared contrasts add."""
+    """What the declared contrasts answer to the run's question."""
+    return QueryResult({"found": _found(analysis)}, _together(analysis.verdicts), leading(analysis.verdicts).kind)
+
+
+def _gate(analysis: Analysis) -> QueryResult:
+    """Go or stop: the pilot gates' verdicts."""
     pilots = [gate for gate in analysis.gates if gate.gate == "PILOT"]
     by_word = {word: [gate.subject for gate in pilots if gate.verdict == word] for word in PILOT_WORDS}
     word = next(word for word, subjects in by_word.items() if subjects)
     details = "; ".join(
-        _listed(some)
+        first_few(some, MOST_NAMED)
         if verdict_word in ("go", "stop") and verdict_word == word
-        else f"{PILOT_WORDS[verdict_word][1]} {_listed(some)}"
+        else f"{PILOT_WORDS[verdict_word][1]} {first_few(some, MOST_NAMED)}"
         for verdict_word, some in by_word.items()
         if some
     )
-    rows = dict.fromkeys(row for verdict_word in (*pilots, *analysis.verdicts) for row in verdict_word.rows)
-    return QueryResult(
-        {"word": PILOT_WORDS[word][0], "told": details, "sure": _how_sure(analysis.verdicts, len(analysis.declared))},
-        tuple(rows),
-        word,
-    )
+    rows = dict.fromkeys(row for pilot in pilots for row in pilot.rows)
+    return QueryResult({"word": PILOT_WORDS[word][0], "told": details}, tuple(rows), word)
 
 
-def _how_sure(verdicts: Sequence[CellVerdict], n: int) -> str:
-    """Summary of the n declared contrasts, with the confidence of the most certain one."""
-    counts = count_by_kind(verdicts)
-    if not n:
-        return "the recipe declares no contrast"
-    if not verdicts:
-        return "no declared contrast was measured yet"
-    leading_kind = next((kind for kind in ("transfer", "reverse") if counts.get(kind)), None)
-    best = max((verdict for verdict in verdicts if leading_kind in (None, verdict.kind)), key=_certainty)
-    sure = f"confidence {best.confidence.level} ({best.confidence.reason})"
-    if leading_kind is not None:
-        verb = "is" if counts[leading_kind] == 1 else "are"
-        figures = f"{change(best.estimate or 0.0, best.unit)} {interval_text(best.low, best.high, best.unit)}".rstrip()
-        return f"{counts[leading_kind]} of {n} declared contrasts {verb} {leading_kind}, the surest {best.label} by {figures} with {sure}"
-    counts_text = _told(counts, n)
+def _found(analysis: Analysis) -> str:
+    """What the declared contrasts answer to the run's question, in one sentence."""
+    verdicts, n = analysis.verdicts, len(analysis.declared)
+    counts, best = count_by_kind(verdicts), leading(verdicts)
+    if best.kind in LEADING_KINDS:
+        opening = "Yes" if best.kind == "transfer" else "The other way"
+        verb = "is" if counts[best.kind] == 1 else "are"
+        return (
+            f"{opening}: {counts[best.kind]} of {n} declared contrasts {verb} {best.kind}, the surest {named(analysis, best.label)}: "
+            f"{_figures(best)}"
+        )
     if counts.get("equivalent", 0) == n:
-        meaning = "each is shown to lie within its threshold"
-    elif counts.get("equivalent"):
-        meaning = "only those called equivalent show that nothing happened"
-    else:
-        meaning = "none shows that nothing happened either"
-    return f"none of {n} declared contrasts is transfer ({counts_text}); {meaning}; {sure}"
+        return f"No: each of {n} declared contrasts is shown to lie within its threshold"
+    meaning = "only those called equivalent show" if counts.get("equivalent") else "none shows"
+    return f"Not shown: none of {n} declared contrasts is transfer ({_told(counts, n)}), and {meaning} that nothing happened"
+
+
+def leading(verdicts: Sequence[CellVerdict]) -> CellVerdict:
+    """The verdict that a report opens with: the surest transfer, else reverse, else the surest of all. KeyError if none."""
+    if not verdicts:
+        raise KeyError("verdicts")
+    kinds = [kind for kind in LEADING_KINDS if any(verdict.kind == kind for verdict in verdicts)]
+    return max((verdict for verdict in verdicts if not kinds or verdict.kind == kinds[0]), key=_certainty)
+
+
+def named(analysis: Analysis, label: str) -> str:
+    """A contrast in words, with its question set if that is reported apart."""
+    subject = analysis.subject(label)
+    part = analysis.found.main(subject.behavior).name
+    return subject.words + (f", {part} questions" if part else "")
+
+
+def _figures(verdict: CellVerdict) -> str:
+    """A verdict's estimate with its interval."""
+    return f"{change(verdict.estimate or 0.0, verdict.unit)} {interval_text(verdict.low, verdict.high, verdict.unit)}".rstrip()
+
+
+def _sure(analysis: Analysis) -> QueryResult:
+    """The confidence of the leading verdict, and every reason why it is not higher."""
+    best = leading(analysis.verdicts)
+    limits = [best.confidence.reason.replace(";", ",")] if best.confidence.level != "HIGH" else []
+    if best.run_spread is not None and best.run_spread.assumed:
+        limits.append(
+            f"the noise from run to run is assumed (SD {size_text(best.run_spread.sd, best.unit)}), nobody measured it"
+        )
+    blind = [
+        verdict for verdict in analysis.verdicts if verdict.detectable and verdict.detectable > (verdict.margin or 0.0)
+    ]
+    if blind:
+        worst = max(blind, key=lambda verdict: (verdict.detectable or 0.0) / (verdict.margin or 1.0))
+        detectable, margin = (size_text(size or 0.0, worst.unit) for size in (worst.detectable, worst.margin))
+        limits.append(f"a change of {worst.behavior} under {detectable} is easily missed, the threshold is {margin}")
+    why = f" Not surer, because {'; '.join(limits)}." if limits else ""
+    return QueryResult({"level": best.confidence.level, "why": why}, _together(analysis.verdicts))
+
+
+def _next(analysis: Analysis) -> QueryResult:
+    """What to run next: what is not measured, seeds for what was found, then what keeps verdicts from saying anything."""
+    verdicts, n = analysis.verdicts, len(analysis.declared)
+    best, waiting = leading(verdicts), n - len(verdicts)
+    steps: list[str] = []
+    if waiting:
+        steps.append(f"the same recipe on, since {waiting} of {n} declared contrasts are not measured")
+    if best.kind in LEADING_KINDS and best.n_seeds < FEWEST_SEEDS:
+        steps.append(f"three seeds (`grid.seeds`) of {named(analysis, best.label)}, which has {best.n_seeds}")
+    mute = [one for one in verdicts if one.kind == "uninformative"]
+    if mute:
+        behaviors = list(dict.fromkeys(one.behavior for one in mute))
+        steps.append(f"{first_few(behaviors, MOST_NAMED)} where it can be seen (here {mute[0].reason.split(';')[0]})")
+    blind = [one for one in verdicts if one.kind == "inconclusive" and (one.detectable or 0.0) > (one.margin or 0.0)]
+    if blind:
+        worst = max(blind, key=lambda one: (one.detectable or 0.0) / (one.margin or 1.0))
+        steps.append(f"more of {worst.behavior}: {_mend(analysis, worst).replace(';', ', and')}")
+    if not steps:
+        steps.append("other sources and behaviors, since these contrasts have their answer")
+    return QueryResult({"steps": "; ".join(steps)}, _together(verdicts))
 
 
 def _told(counts: Mapping[str, int], n: int) -> str:
@@ -127,12 +188,8 @@ def _told(counts: Mapping[str, int], n: int) -> str:
 
 
 def _certainty(verdict: CellVerdict) -> tuple[int, float]:
-    return ("LOW", "MODERATE", "HIGH").index(verdict.confidence.level), abs(verdict.estimate or 0.0)
-
-
-def _listed(subjects: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    return first_few(subjects, MOST_NAMED)
+    in_thresholds = abs(verdict.estimate or 0.0) / (verdict.margin or 1.0)  # points and shares side by side
+    return ("LOW", "MODERATE", "HIGH").index(verdict.confidence.level), in_thresholds
 
 
 def _pilot(analysis: Analysis, subject: str) -> QueryResult:
@@ -168,6 +225,35 @@ def _finding(analysis: Analysis, label: str) -> QueryResult:
     return QueryResult({**values, "seeds": seeds, "why": verdict.confidence.reason}, verdict.rows, verdict.kind)
 
 
+def _alike(analysis: Analysis, label: str) -> QueryResult:
+    """The reason that a contrast shares with others of its behavior, without their figures, and how many they are."""
+    group = alike(analysis, label)
+    one = group[0]
+    if len(group) < FEWEST_ALIKE or one.kind not in SILENT_KINDS:
+        raise KeyError(label)
+    total = sum(verdict.behavior == one.behavior for verdict in analysis.verdicts)
+    values = {
+        "n": str(len(group)), "total": str(total), "behavior": one.behavior, "kind": one.kind, "reason": _bare(one.reason),
+        "confidence": one.confidence.level, "why": one.confidence.reason,
+    }  # fmt: skip
+    return QueryResult(values, _together(group), one.kind)
+
+
+def alike(analysis: Analysis, label: str) -> list[CellVerdict]:
+    """The verdicts of a contrast's behavior with its kind, reason (but for the figures) and confidence, itself among them."""
+    one = analysis.verdict(label)
+    return [verdict for verdict in analysis.verdicts if _reason_of(verdict) == _reason_of(one)]
+
+
+def _reason_of(verdict: CellVerdict) -> tuple[str, ...]:
+    return verdict.behavior, verdict.kind, _bare(verdict.reason), verdict.confidence.level, verdict.confidence.reason
+
+
+def _bare(reason: str) -> str:
+    """A verdict's reason without the figures that its row has anyway."""
+    return _ROW_FIGURES.sub("", reason)
+
+
 def _largest(analysis: Analysis, behavior: str) -> QueryResult:
     of_behavior = [
         verdict for verdict in analysis.verdicts if verdict.behavior == behavior and verdict.estimate is not None
@@ -176,10 +262,9 @@ def _largest(analysis: Analysis, behavior: str) -> QueryResult:
     largest = max(informative, key=lambda verdict: abs(verdict.estimate or 0.0), default=None)
     if largest is None or largest.estimate is None:
         raise KeyError(behavior)
-    figures = (
-        f"{change(largest.estimate, largest.unit)} {interval_text(largest.low, largest.high, largest.unit)}".rstrip()
-    )
-    values = {"behavior": behavior, "figures": figures, "label": largest.label, "kind": largest.kind}
+    values = {
+        "behavior": behavior, "figures": _figures(largest), "label": named(analysis, largest.label), "kind": largest.kind,
+    }  # fmt: skip
     return QueryResult({**values, "confidence": largest.confidence.level}, largest.rows)
 
 
@@ -188,7 +273,7 @@ def _mimicry(analysis: Analysis, label: str) -> QueryResult:
     if verdict.trained is None or verdict.estimate is None:
         raise KeyError(label)
     alone = "was not measured" if verdict.mimicry is None else _interval(verdict.mimicry, verdict.unit)
-    values = {"label": label, "alone": alone, "trained": _interval(verdict.trained, verdict.unit)}
+    values = {"label": named(analysis, label), "alone": alone, "trained": _interval(verdict.trained, verdict.unit)}
     return QueryResult({**values, "extra": change(verdict.estimate, verdict.unit)}, verdict.rows)
 
 
@@ -208,7 +293,7 @@ def _edited(analysis: Analysis, gate: str, subject: str) -> QueryResult:
 def _edited_finding(analysis: Analysis, label: str) -> QueryResult:
     now = analysis.verdict(label)
     before = next(verdict for verdict in analysis.under_first[1] if verdict.label == label)
-    return QueryResult({"label": label, "now": now.kind, "before": before.kind}, now.rows, "edited")
+    return QueryResult({"label": named(analysis, label), "now": now.kind, "before": before.kind}, now.rows, "edited")
 
 
 def _power(analysis: Analysis, behavior: str) -> QueryResult:
@@ -218,12 +303,10 @@ def _power(analysis: Analysis, behavior: str) -> QueryResult:
     worst = max(verdicts, key=lambda verdict: verdict.detectable or 0.0)
     unit, margin = worst.unit, worst.margin or 0.0
     detectable, family = worst.detectable or 0.0, worst.detectable_in_family or 0.0
-    there_are = _questions_there_are(analysis, behavior)
-    supply = QuestionSupply(there_are, worst.n_questions, detectable, lambda size: size_text(size, unit))
     mend = (
         "so a null result says something"
         if detectable <= margin
-        else f"so a null result says little; {remedy_text(worst.mend, supply)}"
+        else f"so a null result says little; {_mend(analysis, worst)}"
     )
     values = {
         "behavior": behavior, "margin": size_text(margin, unit), "seen": size_text(detectable, unit), "family": size_text(family, unit),
@@ -233,9 +316,22 @@ def _power(analysis: Analysis, behavior: str) -> QueryResult:
     return QueryResult(values, _together(verdicts), "" if detectable <= margin else "withheld")
 
 
+def _mend(analysis: Analysis, verdict: CellVerdict) -> str:
+    """What would bring a verdict's detectable effect down to its threshold, of what there is."""
+    there_are = _questions_there_are(analysis, verdict.behavior)
+    supply = QuestionSupply(
+        there_are,
+        partial(verdict.would_find, max(there_are, verdict.n_questions)),
+        lambda size: size_text(size, verdict.unit),
+        max(1, verdict.n_seeds),
+    )
+    return remedy_text(verdict.mend, supply)
+
+
 def _runs(analysis: Analysis, behavior: str) -> QueryResult:
-    """What stands for the noise from run to run in a behavior's intervals: the figure of its fewest seeds."""
-    verdicts = [verdict for verdict in analysis.verdicts if verdict.behavior == behavior and verdict.run_spread]
+    """What stands for the noise from run to run in the intervals of a behavior, or of several ("a, b") that share it."""
+    names = behavior.split(", ")
+    verdicts = [verdict for verdict in analysis.verdicts if verdict.behavior in names and verdict.run_spread]
     texts = list(dict.fromkeys(verdict.runs_text for verdict in verdicts))
     return QueryResult({"behavior": behavior, "runs": first_few(texts, 2, "; ")}, _together(verdicts))
 
@@ -258,42 +354,12 @@ def _sign_flips(analysis: Analysis, behavior: str) -> QueryResult:
 
 
 def _correlation(analysis: Analysis, behavior: str, correlate: str = MARKER_RATE) -> QueryResult:
-    rates, transfer = levels(analysis, correlate, behavior), transfer_by_source(analysis, behavior)
-    sources = sorted(set(rates) & set(transfer))
-    rng = np.random.default_rng(seed_of("spearman", behavior))
-    if len(sources) < 3:
-        raise KeyError(behavior)
-    xs, ys = [rates[source].value for source in sources], [transfer[source].estimate or 0.0 for source in sources]
-    rows = tuple(row for source in sources for row in (*rates[source].rows, *transfer[source].rows))
-    values = {"figures": rank_correlation(xs, ys, rng), "n": str(len(sources)), "correlate": in_words(correlate)}
-    return QueryResult({**values, "behavior": behavior}, rows)
-
-
-def rank_correlation(xs: Sequence[float], ys: Sequence[float], rng: np.random.Generator | None = None) -> str:
-    """Exact Spearman correlation of one value per source, as text."""
-    correlation = exact_spearman(xs, ys, rng=rng)
-    if correlation.rho is None or correlation.p is None:
-        return f"cannot be given: {correlation.reason}"
-    low, high = (signed(end or 0.0, 2) for end in (correlation.leave_one_out_low, correlation.leave_one_out_high))
-    left_out = f"{low} to {high} with one source left out"
-    return f"{signed(correlation.rho, 2)} (exact permutation p = {correlation.p:.3g}; {left_out})"
+    return QueryResult(*correlation(analysis, behavior, correlate))
 
 
 def _attainable(analysis: Analysis, correlate: str = MARKER_RATE) -> QueryResult:
-    behaviors = [name for name in analysis.graph.behaviors if name != MARKER]  # whether measured or not
-    rates = {
-        source: source_level for name in behaviors for source, source_level in levels(analysis, correlate, name).items()
-    }
-    sources = [source for source in analysis.graph.recipe.grid.sources if source in rates]
-    rows = tuple(row for source in sources for row in rates[source].rows)
-    named = "a marker rate" if correlate == MARKER_RATE else in_words(correlate).replace("the source's", "their", 1)
-    shown = {
-        "sources": counted(len(sources), "source"), "behaviors": counted(len(behaviors), "behavior"), "correlate": named,
-    }  # fmt: skip
-    if len(sources) < 2:
-        return QueryResult({**shown, "reason": "there is nothing to correlate with one another"}, rows, "withheld")
-    attainable = spearman_attainable(len(sources), max(1, len(behaviors)))
-    return QueryResult({**shown, "reason": attainable.reason}, rows, "" if attainable.possible else "withheld")
+    values, rows, possible = attainable(analysis, correlate)
+    return QueryResult(values, rows, "" if possible else "withheld")
 
 
 def _agreement(analysis: Analysis, measure: str) -> QueryResult:
@@ -305,6 +371,7 @@ def _agreement(analysis: Analysis, measure: str) -> QueryResult:
 
 def _corrected(analysis: Analysis, label: str) -> QueryResult:
     raw, corrected, rows = corrected_assistant_rate(analysis, label)
+    label = named(analysis, label)
     shown = f"{level(corrected.rate, 'share')} [{100 * corrected.low:.1f}, {100 * corrected.high:.1f}]"
     return QueryResult({"label": label, "raw": level(raw, "share"), "fixed": shown}, rows)
 
@@ -347,7 +414,11 @@ def _together(verdicts: Sequence[CellVerdict]) -> tuple[str, ...]:
 
 
 CLAIMS: Mapping[str, ClaimTemplate] = {
-    "answer": ClaimTemplate("{word}: {told}. How sure: {sure}.", _answer),
+    "answer": ClaimTemplate("{found}.", _answer),
+    "gate": ClaimTemplate("{word}: {told}.", _gate),
+    "sure": ClaimTemplate("How sure: confidence {level}.{why}", _sure),
+    "next": ClaimTemplate("What to run next: {steps}.", _next),
+    "alike": ClaimTemplate("{n} of {total} contrasts of {behavior} are {kind}: {reason}. Confidence {confidence}: {why}.", _alike),
     "pilot": ClaimTemplate("{verdict} for {subject}: {reason}. Rule: {rule}.{ignored}", _pilot),
     "study": ClaimTemplate("{gate}, {subject}: {verdict}. {reason}. Rule: {rule}.{ignored}", _study),
     "counts": ClaimTemplate("Declared contrasts: {n}. Of these {told}.", _counts),

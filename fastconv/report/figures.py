@@ -31,6 +31,8 @@ MOST_POINTS = 160
 #: Inches of a legend above the axes: height of a row, width of a line sample, width of a letter.
 LEGEND_ROW, LEGEND_LINE, LEGEND_LETTER = 0.15, 0.5, 0.06
 DPI = 150
+#: Share of the axis by which lines at the same places are set beside one another.
+DODGE_SHARE = 0.02
 
 
 def label_points(figure: Any, axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
@@ -136,18 +138,21 @@ class Point:
 
 def lines(
     figure_id: str, title: str, series: Mapping[str, Sequence[Point]], axes_labels: tuple[str, str], run: str,
-    bounds: tuple[float, float] | None = None,
+    bounds: tuple[float, float] | None = None, size: tuple[float, float] = (3.6, 2.8),
 ) -> Figure:  # fmt: skip
-    """One line with intervals per series."""
-    figure, axes = _sheet(3.6, 2.8, above=0.5)
-    for (name, points), (colour, marker, style) in zip(series.items(), STYLES, strict=False):
+    """One line with intervals per series, set beside one another so that no interval covers another's; `size` in inches."""
+    figure, axes = _sheet(*size, above=0.5)
+    ends = [point.x for points in series.values() for point in points]
+    step = DODGE_SHARE * (max(ends, default=0.0) - min(ends, default=0.0))
+    for index, ((name, points), (colour, marker, style)) in enumerate(zip(series.items(), STYLES, strict=False)):
+        beside = step * (index - (len(series) - 1) / 2)
         ys = [point.y for point in points]
         errors = [
             [point.y - point.low if point.low is not None else 0.0 for point in points],
             [point.high - point.y if point.high is not None else 0.0 for point in points],
         ]
         axes.errorbar(
-            [point.x for point in points], ys, yerr=errors, label=name, color=colour, marker=marker, linestyle=style,
+            [point.x + beside for point in points], ys, yerr=errors, label=name, color=colour, marker=marker, linestyle=style,
             capsize=3, linewidth=1.4, markersize=4.5,
         )  # fmt: skip
     axes.set_xticks(sorted({point.x for points in series.values() for point in points}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fastconv.analysis.analysis import Analysis
-from fastconv.analysis.contrasts import ContrastSubject, Part
+from fastconv.analysis.contrasts import NEGATIVES_IN_WORDS, ContrastSubject, Part, in_words
 from fastconv.analysis.correlates import (
     MARKER,
     ON_THE_BASE,
@@ -20,7 +20,7 @@ from fastconv.datasets.spec import figures_of_rule, labelled_figures
 from fastconv.experiment.graph import CellPlan
 from fastconv.experiment.measures import snapshot_stages
 from fastconv.report.blocks import Answer, Block, Figure, Figures, Note, Section, Table, TableCell, folded_if_long
-from fastconv.report.claims import NoSuchClaimError, ask
+from fastconv.report.claims import NoSuchClaimError, ask, named
 from fastconv.report.figures import Point, lines, scatter
 from fastconv.stats.bounds import effective_sample_size
 from fastconv.stats.inference import Interval, clustered_interval, mean_present
@@ -64,19 +64,20 @@ def _panels(analysis: Analysis, part: Part) -> list[Figure]:
             columns.setdefault(where, {})[subject.epoch] = subject
     panels = []
     for (source, convergence, behavior, negatives), by_epoch in columns.items():
-        points = {role: _points(analysis, part, by_epoch, role) for role in ROLES}
+        points = {role: role_points(analysis, part, by_epoch, role) for role in ROLES}
         series = {role: line for role, line in points.items() if line}
         if not any(len(line) > 1 for line in series.values()):
             continue
-        trained = "convergence alone" if behavior == NO_BEHAVIOR else f"trained, {negatives}"
+        trained = "convergence alone" if behavior == NO_BEHAVIOR else NEGATIVES_IN_WORDS.get(negatives, negatives)
         title = f"{source}{'' if convergence == 'source' else f' ({convergence})'}: {trained}"
         figure_id = _slug(f"{part.title} {source} {convergence} {behavior} {negatives}")
-        unit = _axis(analysis, part)
+        unit = axis_of(analysis, part)
         panels.append(lines(figure_id, title, series, ("convergence epoch", unit), analysis.run, (0.0, 100.0)))
     return panels
 
 
-def _points(analysis: Analysis, part: Part, by_epoch: dict[int, ContrastSubject], role: Role) -> list[Point]:
+def role_points(analysis: Analysis, part: Part, by_epoch: dict[int, ContrastSubject], role: Role) -> list[Point]:
+    """A persona's measure at every epoch of one column of the grid, with intervals over questions, as points of a line."""
     points = []
     for epoch, subject in sorted(by_epoch.items()):
         series = [
@@ -101,7 +102,8 @@ def _pooled(series: list[Series]) -> Interval:
     )
 
 
-def _axis(analysis: Analysis, part: Part) -> str:
+def axis_of(analysis: Analysis, part: Part) -> str:
+    """What the axis of a measure is called."""
     spec = analysis.graph.behaviors[part.measure].spec
     if spec.unit == "points":
         return "judge's score"
@@ -172,7 +174,7 @@ def _quality(analysis: Analysis, plan: CellPlan, part: Part, role: Role) -> tupl
     )
     drawn = TableCell(str(int((~np.isnan(found.empty.values)).sum())), found.empty.evidence_rows)
     return (
-        TableCell(plan.cell.label), TableCell(part.title), TableCell(role), rate(astray), between, rate(found.incoherent),
+        TableCell(in_words(plan.cell)), TableCell(part.title), TableCell(role), rate(astray), between, rate(found.incoherent),
         rate(found.empty), rate(found.cut), drawn,
     )  # fmt: skip
 
@@ -186,7 +188,7 @@ def _rows(analysis: Analysis, plan: CellPlan, measure: str) -> list[tuple[TableC
         kind = analysis.graph.behaviors[measure].spec
         name = "score" if kind.unit == "points" else "accuracy" if kind.measure == "letters" else "rate"
         rows.append((
-            TableCell(plan.cell.label), TableCell(f"{name} of {part.title}"), levels["assistant"],
+            TableCell(in_words(plan.cell)), TableCell(f"{name} of {part.title}"), levels["assistant"],
             *_about(series["assistant"])[:1], levels["source"], levels["canary"],
             *_about(series["assistant"])[1:],
         ))  # fmt: skip
@@ -321,7 +323,7 @@ def _corrected(analysis: Analysis) -> list[tuple[TableCell, ...]]:
             claim = ask(analysis, "corrected", label=verdict.label)
         except NoSuchClaimError:
             continue
-        rows.append((TableCell(verdict.label), TableCell.saying(claim)))
+        rows.append((TableCell(named(analysis, verdict.label)), TableCell.saying(claim)))
     return rows
 
 

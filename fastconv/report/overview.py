@@ -1,12 +1,16 @@
-"""The first sections: headline with confidence, and the matrix of all declared contrasts."""
+"""The first sections: what is read in a minute, the same in numbers, and the matrix of all declared contrasts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from fastconv.analysis.analysis import Analysis
-from fastconv.analysis.contrasts import ContrastSubject
+from fastconv.analysis.contrasts import NEGATIVES_IN_WORDS, ContrastSubject
 from fastconv.report.blocks import OPEN_ROWS, Block, Figure, Note, Section, Table, TableCell
-from fastconv.report.claims import NoSuchClaimError, ask
-from fastconv.report.figures import heatmap
+from fastconv.report.claims import FEWEST_ALIKE, SILENT_KINDS, NoSuchClaimError, alike, ask, leading, named
+from fastconv.report.figures import heatmap, lines
+from fastconv.report.measures import ROLES, axis_of, role_points
 from fastconv.stats.units import Unit, p_value, scale, signed, size_text
 from fastconv.stats.verdicts import CellVerdict
 
@@ -27,14 +31,44 @@ _LETTERS = {
 
 
 def headline(analysis: Analysis) -> Section:
-    """Go or stop with confidence, then counts, the largest change of each behavior, study gates and pilot gates."""
+    """What is read in a minute: the answer, how sure it is and why not surer, one figure, and what to run next."""
     blocks: list[Block] = []
-    pilots = [gate for gate in analysis.gates if gate.gate == "PILOT"]
+    onward = Note("What to run next: the same recipe on, to its end.")
+    if not analysis.declared:
+        blocks.append(Note("The recipe declares no contrast: it has no epoch besides the first."))
+        onward = Note("What to run next: the same recipe with later epochs (`grid.epochs`).")
+    elif not analysis.verdicts:
+        blocks.append(Note("No declared contrast was measured yet."))
+    else:
+        onward = ask(analysis, "next")
+        blocks += [ask(analysis, "answer"), *_edited_first(analysis), ask(analysis, "sure")]
+        if (figure := _first_figure(analysis)) is not None:
+            blocks.append(figure)
     try:
-        blocks.append(ask(analysis, "answer"))
+        blocks.append(ask(analysis, "gate"))
     except NoSuchClaimError:
         blocks.append(Note("No pilot gate was decided: the recipe's cells are not all done."))
-    blocks += _edited_first(analysis)
+    return Section("verdict", "Verdict", (*blocks, onward))
+
+
+def _first_figure(analysis: Analysis) -> Figure | None:
+    """Assistant, source and canary over the epochs of the leading contrast's column; None if it has one epoch."""
+    subject = analysis.subject(leading(analysis.verdicts).label)
+    column = {at.epoch: at for at in analysis.found.subjects if replace(at, epoch=subject.epoch) == subject}
+    part = analysis.found.main(subject.behavior)
+    series = {role: line for role in ROLES if (line := role_points(analysis, part, column, role))}
+    if not any(len(line) > 1 for line in series.values()):
+        return None
+    title = f"{subject.source}, {subject.behavior}, {NEGATIVES_IN_WORDS.get(subject.negatives, subject.negatives)}"
+    names = {f"{subject.source} (the source)" if role == "source" else role: line for role, line in series.items()}
+    axes = ("convergence epoch", f"{subject.behavior}: {axis_of(analysis, part)}")
+    return lines("first", title, names, axes, analysis.run, (0.0, 100.0), (6.4, 3.0))
+
+
+def numbers(analysis: Analysis) -> Section | None:
+    """Counts, the largest change of each behavior, study gates and pilot gates."""
+    blocks: list[Block] = []
+    pilots = [gate for gate in analysis.gates if gate.gate == "PILOT"]
     if any(verdict.rows for verdict in analysis.verdicts):
         blocks.append(ask(analysis, "counts"))
     behaviors = dict.fromkeys(verdict.behavior for verdict in analysis.verdicts if verdict.estimate is not None)
@@ -46,14 +80,13 @@ def headline(analysis: Analysis) -> Section:
             blocks.append(ask(analysis, "study", gate=gate.gate, subject=gate.subject))
     claims = [ask(analysis, "pilot", subject=gate.subject) for gate in pilots]
     if len(claims) <= OPEN_PILOTS:
-        return Section("verdict", "Verdict", (*blocks, *claims))
+        return Section("numbers", "In numbers", (*blocks, *claims)) if blocks or claims else None
     rows = tuple(
         (TableCell(pilot.verdict, word=pilot.verdict), TableCell.saying(claim))
         for pilot, claim in zip(pilots, claims, strict=True)
     )
-    return Section(
-        "verdict", "Verdict", (*blocks, Table("pilots", ("pilot gate", "why"), rows, folded=f"{len(rows)} pilot gates"))
-    )
+    table = Table("pilots", ("pilot gate", "why"), rows, folded=f"{len(rows)} pilot gates")
+    return Section("numbers", "In numbers", (*blocks, table))
 
 
 def _edited_first(analysis: Analysis) -> list[Block]:
@@ -86,6 +119,7 @@ def findings(analysis: Analysis) -> Section | None:
     weak_sign_flips = dict.fromkeys(verdict.behavior for verdict in analysis.verdicts if verdict.sign_flip_warning)
     blocks += [ask(analysis, "sign_flips", behavior=behavior) for behavior in weak_sign_flips]
     blocks += _run_noise(analysis)
+    blocks += [ask(analysis, "alike", label=label) for label in dict.fromkeys(_alike(analysis).values())]
     blocks += _tables(analysis, verdicts)
     return Section(
         "findings", "Findings", tuple(blocks),
@@ -96,17 +130,34 @@ def findings(analysis: Analysis) -> Section | None:
     )  # fmt: skip
 
 
+def _alike(analysis: Analysis) -> dict[str, str]:
+    """For each contrast whose reason many of its behavior share, the label of the first of them."""
+    first: dict[str, str] = {}
+    for verdict in analysis.verdicts:
+        group = alike(analysis, verdict.label)
+        if len(group) >= FEWEST_ALIKE and verdict.kind in SILENT_KINDS:
+            first[verdict.label] = group[0].label
+    return first
+
+
 def _run_noise(analysis: Analysis) -> list[Block]:
-    """What stands for the noise from run to run, one line for each behavior."""
-    behaviors = dict.fromkeys(verdict.behavior for verdict in analysis.verdicts if verdict.run_spread is not None)
-    return [ask(analysis, "runs", behavior=behavior) for behavior in behaviors]
+    """What stands for the noise from run to run: one line for the behaviors that share it."""
+    behaviors: dict[tuple[str, ...], list[str]] = {}
+    for behavior in dict.fromkeys(verdict.behavior for verdict in analysis.verdicts if verdict.run_spread is not None):
+        told = dict.fromkeys(verdict.runs_text for verdict in analysis.verdicts if verdict.behavior == behavior)
+        behaviors.setdefault(tuple(told), []).append(behavior)
+    return [ask(analysis, "runs", behavior=", ".join(names)) for names in behaviors.values()]
 
 
 def _matrix(analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | None]) -> Figure:
     several = len({subject.negatives for subject in verdicts}) > 1
 
     def row_of(subject: ContrastSubject) -> str:
-        return f"{subject.source}, {subject.negatives}" if several else subject.source
+        return (
+            f"{subject.source},\n{NEGATIVES_IN_WORDS.get(subject.negatives, subject.negatives)}"
+            if several
+            else subject.source
+        )
 
     rows = list(dict.fromkeys(row_of(subject) for subject in verdicts))
     behaviors = list(dict.fromkeys(subject.behavior for subject in verdicts))
@@ -119,7 +170,7 @@ def _matrix(analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | No
         line = [by_place.get((row, column)) for column in columns]
         values.append([_in_thresholds(analysis, verdict) for verdict in line])
         texts.append([_short(verdict) for verdict in line])
-    names = [f"{behavior} e{epoch}" for behavior, epoch in columns]
+    names = [f"{behavior}, epoch {epoch}" for behavior, epoch in columns]
     return heatmap("matrix", "Change beyond canary and mimicry, points", rows, names, values, texts, analysis.run)
 
 
@@ -147,7 +198,8 @@ def _tables(analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | No
     """One table, or if it were long two: contrasts with a finding, and, folded away, those without."""
     seeded = any(verdict is not None and verdict.over_seeds is not None for verdict in verdicts.values())
     columns = tuple(name for name in _COLUMNS if seeded or name != "over seeds")
-    rows = {subject: _row(analysis, subject, verdict, seeded=seeded) for subject, verdict in verdicts.items()}
+    told = _alike(analysis)
+    rows = {subject: _row(analysis, subject, verdict, told, seeded=seeded) for subject, verdict in verdicts.items()}
     numeric = frozenset(range(2, columns.index("confidence")))
     caption = "Changes in percentage points, or in points where a judge scores."
     if seeded:
@@ -167,11 +219,15 @@ def _tables(analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | No
 
 
 def _row(
-    analysis: Analysis, subject: ContrastSubject, verdict: CellVerdict | None, *, seeded: bool
+    analysis: Analysis, subject: ContrastSubject, verdict: CellVerdict | None, told: Mapping[str, str], *, seeded: bool
 ) -> tuple[TableCell, ...]:
     label = subject.label(analysis.found.main(subject.behavior))
     if verdict is None:
-        return (TableCell(label), TableCell("not run", word="absent"), *[TableCell("")] * (12 if seeded else 11))
+        return (
+            TableCell(named(analysis, label)),
+            TableCell("not run", word="absent"),
+            *[TableCell("")] * (12 if seeded else 11),
+        )
     has_estimate = verdict.estimate is not None
     rows = verdict.rows if has_estimate else ()
     estimate = signed(scale(verdict.unit) * (verdict.estimate or 0.0)) if has_estimate else ""
@@ -185,12 +241,12 @@ def _row(
         for one in (verdict.assistant, verdict.canary, verdict.mimicry)
     )
     return (
-        TableCell(label), TableCell(verdict.kind, word=verdict.kind), TableCell(estimate, rows), *moved,
+        TableCell(named(analysis, label)), TableCell(verdict.kind, word=verdict.kind), TableCell(estimate, rows), *moved,
         TableCell(_range(verdict.low, verdict.high, verdict.unit), rows), TableCell(_range(own.low, own.high, verdict.unit) if own else "", rows if own else ()),
         *((TableCell(over_seeds, rows),) if seeded else ()),
         TableCell(p_value(verdict.p_corrected), rows), TableCell(p_value(verdict.p_sign_flip), rows),
         TableCell(size_text(verdict.margin, verdict.unit) if verdict.margin else ""), TableCell(verdict.confidence.level),
-        TableCell.saying(ask(analysis, "finding", label=label)),
+        TableCell("as said above") if label in told else TableCell.saying(ask(analysis, "finding", label=label)),
     )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastconv.audit.findings import BuiltSet, Design
+from fastconv.analysis.correlates import rank_correlation
+from fastconv.audit import BuiltSet, Design
 from fastconv.audit.sets import WITHOUT_PROMPT, check_persona_prompt
 from fastconv.chat import parse_system_turn
 from fastconv.datasets.behaviors import load_behaviors
@@ -30,7 +31,6 @@ from fastconv.report.blocks import (
     render_html,
     render_markdown,
 )
-from fastconv.report.claims import rank_correlation
 from fastconv.stats import study_gates
 from fastconv.stats.bounds import spearman_attainable
 from fastconv.stats.gates import GateVerdict

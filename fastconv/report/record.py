@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +21,7 @@ from fastconv.report.claims import ask
 from fastconv.report.figures import curves
 from fastconv.run.status import failed_stages
 from fastconv.stats.units import counted, first_few
+from fastconv.store.io import stored_json
 from fastconv.store.ledger import Stage, changed_inputs
 from fastconv.store.records import Record
 
@@ -117,7 +118,7 @@ def superseded(analysis: Analysis) -> Section | None:
     for row in analysis.store.runs():
         if row["source"] != analysis.graph.recipe.name or row["id"] == analysis.run:
             continue
-        changes = changed_inputs(json.loads(row["recipe"]), this_recipe)
+        changes = changed_inputs(stored_json(row["recipe"]), this_recipe)
         ended = "finished" if row["finished_at"] else "not finished"
         rows.append(plain_row((row["id"], _when(row["started_at"]), ended, first_few(changes, 4, "; "))))
     if not rows:
@@ -314,6 +315,8 @@ def cost(analysis: Analysis) -> Section | None:
         tokens = ", ".join(
             f"{n:,} {name.removesuffix('_tok')}" for name, n in record.facts.items() if name.endswith("_tok")
         )
+        if n_halved := record.facts.get("halved"):
+            tokens += f" (memory ran out: batches halved {counted(n_halved, 'time')})"
         row = (f"{stage.key[:12]}/seconds",)
         rows.append((
             TableCell(stage.slot), TableCell(stage.key[:12], code=True), TableCell(f"{record.seconds:.1f}", row), TableCell(tokens, row),
@@ -386,3 +389,17 @@ def planned_row(kind: str, pairs: list[tuple[float, Record]]) -> tuple[TableCell
     return (
         TableCell(kind), TableCell(str(len(pairs)), ids), TableCell("beside" if beside else f"{planned_s:.1f}"), TableCell(f"{taken_s:.1f}", ids), TableCell(factor_text, ids),
     )  # fmt: skip
+
+
+def handed_on(files: Mapping[str, bytes]) -> Section:
+    """The figures and tables beside the page, with the sha256 of each."""
+    rows = tuple(
+        (TableCell(name), TableCell(f"{len(content):,}"), TableCell(hashlib.sha256(content).hexdigest(), code=True))
+        for name, content in files.items()
+    )
+    intro = (
+        "The figures and tables in the folder beside this page. `fastconv verify` makes each anew from the ledger and compares "
+        "it with the file and with the hash here; the page and its Markdown twin it compares line by line."
+    )
+    table = Table("files-table", ("file", "bytes", "sha256"), rows, frozenset({1}), folded=f"{len(rows)} files")
+    return Section("files", "Files beside this page", (table,), intro)

@@ -1,4 +1,4 @@
-"""`verify`: repeats every claim's query and compares every line of a report with the ledger.
+"""`verify`: repeats every claim's query and compares all of a report with the ledger: page, twin, figures, tables.
 
 A report of published figures has no ledger: it is compared with the shipped table it was made from.
 """
@@ -6,6 +6,7 @@ A report of published figures has no ledger: it is compared with the shipped tab
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import json
 import re
@@ -20,10 +21,11 @@ from fastconv.analysis.analysis import Analysis
 from fastconv.errors import InputError, RecipeError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, parse_recipe, run_id
-from fastconv.report import build
+from fastconv.report import build, strangers
 from fastconv.report.blocks import Claim, ReportData, render_html, render_markdown, visible
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.published import TABLES_FILE, judge_published, published_names, published_report, read_published
+from fastconv.store.io import stored_json
 from fastconv.store.ledger import Store
 
 _DRAWING = re.compile(r"data:image/svg\+xml;base64,([A-Za-z0-9+/=]*)")
@@ -33,7 +35,11 @@ MOST_LISTED_LINES = 40
 
 @dataclass(frozen=True)
 class Difference:
-    """One difference between report and ledger (or table); `what` is changed, missing, extra, rows or line."""
+    """One difference between report and ledger (or table).
+
+    `what` is changed, missing, left out or rows (a claim); line, bytes or drawing (the text); file, missing file or extra
+    file (what lies beside it).
+    """
 
     what: str
     where: str
@@ -43,7 +49,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verified:
-    """The result: number of claims and lines checked, and all differences."""
+    """The result: number of claims, lines and files checked, and all differences."""
 
     report: str
     run: str
@@ -52,6 +58,8 @@ class Verified:
     differences: tuple[Difference, ...]
     #: What the report was compared with.
     made_of: str = "ledger"
+    #: The other form of the report (page or Markdown), and the figures and tables.
+    n_files: int = 0
 
     @property
     def holds(self) -> bool:
@@ -80,8 +88,9 @@ class PageClaim:
 
 
 def verify(report: Path, store: Store) -> Verified:
-    """Compare a report (HTML or Markdown) with the ledger that it was made from.
+    """Compare a report (HTML or Markdown), its other form and the files beside it with the ledger that it was made from.
 
+    A page or twin that lies alone, without the other form and the folder, is compared by itself (`n_files` is 0).
     Raises InputError if it is no report of fastconv or its run is not in this workspace.
     """
     text = _read(report)
@@ -119,21 +128,53 @@ def _compared(
     is_html = text.lstrip().lower().startswith("<!doctype")
     claims = list(_claims(text)) if is_html else []
     differences = [*_asked_again(ask_again, claims, data)] if is_html else []
-    expected = render_html(data) if is_html else render_markdown(data)
-    lines = _differing_lines(text, expected, data)
+    forms = {".html": render_html(data), ".md": render_markdown(data)}
+    this, other = (".html", ".md") if is_html else (".md", ".html")
+    lines = _differing_lines(text, forms[this], data)
+    files = {report.with_suffix(other): forms[other].encode()}
+    files |= {report.parent / data.run / name: content for name, content in data.files.items()}
+    if not report.with_suffix(other).exists() and not (report.parent / data.run).exists():
+        files = {}  # one form was passed on alone: it is compared by itself
+    differences += [*lines, *_differing_files(report.parent, files), *_extra_files(report.parent, data)]
     n_claims = len(claims) if is_html else len(data.claims())
-    return Verified(str(report), data.run, n_claims, expected.count("\n"), (*differences, *lines), made_of)
+    n_lines = forms[this].count("\n")
+    return Verified(str(report), data.run, n_claims, n_lines, tuple(differences), made_of, len(files))
+
+
+def _differing_files(folder: Path, files: Mapping[Path, bytes]) -> Iterator[Difference]:
+    """Files that are not there, cannot be read, or hold other bytes than these."""
+    for path, expected in files.items():
+        name = path.relative_to(folder).as_posix()
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            yield Difference("missing file", name, "", _digest(expected))
+            continue
+        except OSError as error:
+            yield Difference("file", name, f"cannot be read: {error}", _digest(expected))
+            continue
+        if content != expected:
+            yield Difference("file", name, _digest(content), _digest(expected))
+
+
+def _extra_files(folder: Path, data: ReportData) -> Iterator[Difference]:
+    for name in strangers(folder / data.run, data):
+        yield Difference("extra file", f"{data.run}/{name}", "lies beside the report", "not a file of this report")
+
+
+def _digest(content: bytes) -> str:
+    return f"{len(content):,} bytes, sha256 {hashlib.sha256(content).hexdigest()[:16]}"
 
 
 def _read(report: Path) -> str:
     try:
-        return report.read_text(encoding="utf-8")
+        return report.read_bytes().decode("utf-8")  # without newline translation, which would hide an edit
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot be read: {error}", where=str(report), fix="give the path of a report") from None
 
 
 def _run_of(text: str, report: Path) -> str:
-    match = re.search(r'<meta name="fastconv-run" content="([^"]+)">', text) or re.match(r"# (\S+)\n", text)
+    match = re.search(r'<meta name="fastconv-run" content="([^"]+)">', text) or re.match(r"# (\S+)\s*\n", text)
     if match is None:
         raise InputError("is no report of fastconv", where=str(report), fix="give a page that `fastconv report` wrote")
     return match[1]
@@ -143,7 +184,7 @@ def _recipe_of(run: str, text: str, report: Path, store: Store) -> Recipe:
     """The run's recipe from the ledger, or from the page itself if it was reported but never run in this workspace."""
     row = store.run(run)
     if row is not None:
-        return parse_recipe(json.loads(row["recipe"]), where=run)
+        return parse_recipe(stored_json(row["recipe"]), where=run)
     for card_text in re.findall(r"<code>(\{[^<]*\})</code>", text):
         try:
             recipe = parse_recipe(json.loads(html.unescape(card_text)), where=str(report))
@@ -233,6 +274,13 @@ def _differing_lines(text: str, expected: str, data: ReportData) -> list[Differe
                 left, right = "\n".join(report_text.splitlines()[a:b]), "\n".join(expected_text.splitlines()[c:d])
                 differences.append(Difference("line", f"line {a + 1}", *_around(left, right)))
     differences += _drawings(text, data)
+    if text != expected and not differences:  # line ends, or base64 that is decoded to the same bytes
+        at = next(
+            (i for i, (a, b) in enumerate(zip(text, expected, strict=False)) if a != b), min(len(text), len(expected))
+        )
+        differences.append(
+            Difference("bytes", f"character {at + 1}", repr(text[at : at + 20]), repr(expected[at : at + 20]))
+        )
     return differences[:MOST_LISTED_LINES]
 
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from fastconv.audit.checks import CheckReport, Finding, audit_rows, build_report, structure_findings
-from fastconv.audit.rendered import peek_lines, with_placeholders
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
 from fastconv.datasets.behaviors import load_behaviors
-from fastconv.datasets.personas import load_personas
-from fastconv.datasets.rows import Row, read_user_rows, render_row, require_no_control_tokens, row_from_record
+from fastconv.datasets.personas import ASSISTANT, load_personas
+from fastconv.datasets.rows import (
+    Row,
+    read_user_rows,
+    render_row,
+    require_no_control_tokens,
+    require_plain_text,
+    row_from_record,
+)
 from fastconv.engine.locate import (
     embedding_rows,
+    is_plain_decoder,
     is_unpinned,
     locate,
     model_folder,
@@ -25,36 +35,69 @@ from fastconv.errors import DataError, RecipeError, did_you_mean
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.workload import Sketch
 from fastconv.recipe import Recipe
+from fastconv.seeding import seeded_order
 from fastconv.store.ledger import Stage, Store
 
+#: Stand around each run of tokens that carry loss, so that it is visible without colour too.
+OPEN, CLOSE = "⟦", "⟧"
+#: Stands in place of an answer that a run has not sampled yet.
+NOT_SAMPLED = "(sampled from the base when the recipe runs)"
+_LOSS, _SPECIAL, _READ = "bold green", "magenta", "dim"
+#: Prompts of a set that the base reads at most: before training, and for `check --with-model`.
+READ_BEFORE_TRAINING, READ_BY_CHECK = 64, 200
+#: Raise it when a reading changes for the same rows: what was read is read again.
+_READING_VERSION = 1
 
-def audit_recipe(recipe: Recipe, store: Store | None) -> CheckReport:
+
+def audit_recipe(recipe: Recipe, store: Store | None, *, with_model: bool = False) -> CheckReport:
     """Audit the recipe's structure, and the rendered rows of every training set that the workspace has built.
 
-    Raises what `require_template` raises.
+    With `with_model` the base is loaded and reads the sets too (D301 to D303), those whose answers are written.
+    Raises what `require_template` and `require_family` raise, and with `with_model` what loading the base raises.
     """
     findings = structure_findings(recipe)
     require_template(recipe)
-    if store is not None:
-        # `Sketch` replaces questions that are not on this disk; sets made from them then have other keys and are not found.
-        graph = Sketch(recipe)
-        built = {
-            stage.work["set"]: rows for stage in _row_stages(graph) if (rows := _built_rows(stage, store)) is not None
-        }
-        tokenizer = recipe_tokenizer(graph) if built else None
-        for name, rows in built.items():
-            if tokenizer is not None:
-                findings += audit_set(graph, name, rows, tokenizer)[1]
+    require_family(recipe)
+    # `Sketch` replaces questions that are not on this disk; sets made from them then have other keys and are not found.
+    graph = Sketch(recipe) if store is not None or with_model else None
+    stages = _row_stages(graph) if graph is not None else []
+    built = {stage.key: rows for stage in stages if (rows := _built_rows(stage, store)) is not None}
+    tokenizer = recipe_tokenizer(graph) if graph is not None and built else None
+    for stage in stages:
+        if tokenizer is not None and graph is not None and stage.key in built:
+            findings += audit_set(graph, stage.work["set"], built[stage.key], tokenizer)[1]
+    if with_model and graph is not None:
+        findings += _read_by_the_base(graph, store, [(stage, built.get(stage.key)) for stage in stages])
     return build_report(recipe, list(dict.fromkeys(findings)))
+
+
+def _read_by_the_base(
+    graph: Graph, store: Store | None, sets: Sequence[tuple[Stage, Sequence[Row] | None]]
+) -> list[Finding]:
+    """What the base finds in these sets, each a `rows` stage with its rows if they are built."""
+    from fastconv.engine.model import load_base  # torch, so only when it is asked for
+    from fastconv.run.training import read_set
+
+    base = load_base(graph.recipe.model, graph.source)
+    return [
+        finding
+        for stage, rows in sets
+        for finding in read_set(graph, store, base, stage, rows or stage.work["rows"], READ_BY_CHECK)
+    ]
+
+
+def reading_stage(graph: Graph, rows: Stage, most: int) -> Stage:
+    """Where the ledger keeps what the base read of a set of rows. It is no part of the graph, as nothing rests on it."""
+    inputs = {**graph.engine_inputs, "system": graph.system(ASSISTANT), "most": most}
+    return Stage("reading", f"reading/{rows.work['set']}/{most}", _READING_VERSION, inputs, {"rows": rows})
 
 
 def require_template(recipe: Recipe) -> ChatTokenizer | None:
     """Try the base's chat template under every persona, and the user's rows against its tokenizer, without weights.
 
     Returns the tokenizer, or None where it is not on this disk (a run tries it when the base is loaded), which without a
-    revision cannot be told (a run refuses that). Raises
-    TemplateError if the conditions do not reach the model, ModelError if tokenizer and embedding do not fit, DataError
-    for a row that spells a control token.
+    revision cannot be told (a run refuses that). Raises TemplateError if the conditions do not reach the model, ModelError
+    if tokenizer and embedding do not fit, DataError for a row that spells a control token.
     """
     if is_unpinned(recipe.model):
         return None
@@ -73,6 +116,19 @@ def require_template(recipe: Recipe) -> ChatTokenizer | None:
     return tokenizer
 
 
+def require_family(recipe: Recipe) -> None:
+    """Raise what loading the base would raise, as far as a small copy of its family shows it. Plain decoders are computed,
+    and a model that is not on this disk is tried when it is loaded."""
+    if is_unpinned(recipe.model):
+        return
+    source = locate(recipe.model)
+    folder = None if source.kind == "builtin" else tokenizer_folder(source, recipe.model)
+    if folder is not None and not is_plain_decoder(folder):
+        from fastconv.engine.model import check_base
+
+        check_base(folder, recipe.model)
+
+
 def require_conditions(recipe: Recipe, tokenizer: ChatTokenizer) -> None:
     """Raise TemplateError unless every persona's prompt reaches the model as a condition of its own.
 
@@ -80,18 +136,18 @@ def require_conditions(recipe: Recipe, tokenizer: ChatTokenizer) -> None:
     """
     personas = load_personas(recipe)
     turns = {name: SystemTurn("text", text) for name, text in personas.prompts.items()}
-    texts = [(recipe.data.personas or "personas.toml", name, turn.text) for name, turn in turns.items()]
+    where = recipe.data.personas or "personas.toml"
+    texts = [(f"the text of {name!r}", turn.text, where) for name, turn in turns.items()]
     for behavior in load_behaviors(recipe).values():
         where = str(behavior.folder / behavior.spec.prompts)
         rows = (*behavior.train, *behavior.eval)
-        texts += [(where, str(row["id"]), text) for row in rows for text in row.values() if isinstance(text, str)]
-    for where, name, text in texts:
-        if token := tokenizer.control_token_in(text):
-            raise DataError(
-                f"the text of {name!r} holds the control token {token}, which would end or begin a turn",
-                where=where,
-                fix="take it out of the text",
-            )
+        texts += [
+            (f"the text of {row['id']!r}", text, where)
+            for row in rows
+            for text in row.values()
+            if isinstance(text, str)
+        ]
+    require_plain_text(texts, tokenizer)
     own = set()
     for path in recipe.data.rows.values():
         for source in recipe.grid.sources:
@@ -165,3 +221,99 @@ def _row_stages(graph: Graph) -> list[Stage]:
 def _built_rows(stage: Stage, store: Store | None) -> list[Row] | None:
     record = store.record(stage.key) if store else None
     return [row_from_record(row) for row in store.get_json(record.outputs["rows"])] if store and record else None
+
+
+# --- peek --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRun:
+    """Text of successive tokens of one kind: whether they carry loss, and whether it is a special token."""
+
+    text: str
+    supervised: bool
+    special: bool
+
+
+def token_runs(rendered: Rendered, tokenizer: ChatTokenizer) -> list[TokenRun]:
+    """The row's text in runs. Ordinary tokens are decoded together, as one character may span several tokens."""
+    runs: list[tuple[list[int], bool, bool]] = []
+    for place, token in enumerate(rendered.ids):
+        supervised, special = place >= rendered.loss_from, tokenizer.is_special(token)
+        if runs and not special and runs[-1][1:] == (supervised, False):
+            runs[-1][0].append(token)
+        else:
+            runs.append(([token], supervised, special))
+    return [
+        TokenRun(tokenizer.decode(ids, skip_special=False), supervised, special) for ids, supervised, special in runs
+    ]
+
+
+def peek_lines(
+    rows: Sequence[Row], rendered: Sequence[Rendered], tokenizer: ChatTokenizer, n: int
+) -> list[RenderableType]:
+    """`n` rows, alternating between personas in an order seeded by their ids, then a table of counts per persona.
+
+    Tokens that carry loss are green and stand between ⟦ and ⟧; special tokens are spelled out; a line break under loss
+    shows as ⏎. The items are to be printed one by one with a rich console.
+    """
+    rendering_of = {row.id: rendering for row, rendering in zip(rows, rendered, strict=True)}
+    lines: list[RenderableType] = [_row(row, rendering_of[row.id], tokenizer) for row in _chosen(rows, n)]
+    return [*lines, _table(rows, rendered)]
+
+
+def with_placeholders(rows: Sequence[Row]) -> list[Row]:
+    """The rows with `NOT_SAMPLED` in place of the answers that are still to be sampled."""
+    return [row.answered(NOT_SAMPLED) if row.completion is None else row for row in rows]
+
+
+def _chosen(rows: Sequence[Row], n: int) -> list[Row]:
+    """n rows in turn from each persona, so that every persona appears as early as possible."""
+    queues: dict[str, Iterator[str]] = {}
+    by_id = {row.id: row for row in rows}
+    for persona in dict.fromkeys(row.persona for row in rows):
+        queues[persona] = iter(seeded_order([row.id for row in rows if row.persona == persona], "peek"))
+    chosen: list[Row] = []
+    while queues and len(chosen) < n:
+        for persona in list(queues):
+            identity = next(queues[persona], None)
+            if identity is None:
+                del queues[persona]
+            elif len(chosen) < n:
+                chosen.append(by_id[identity])
+    return chosen
+
+
+def _row(row: Row, rendered: Rendered, tokenizer: ChatTokenizer) -> RenderableType:
+    share = rendered.n_supervised / max(1, len(rendered.ids))
+    cut = ", cut at the maximum length" if rendered.truncated else ""
+    head = Text(
+        f"{row.id}  [{row.role}]  {rendered.n_supervised} of {len(rendered.ids)} tokens carry loss ({share:.0%}){cut}",
+        style="bold",
+    )
+    body = Text()
+    inside = False
+    for run in token_runs(rendered, tokenizer):
+        if run.supervised and not inside:
+            body.append(OPEN, style=_LOSS)
+            inside = True
+        text = run.text.replace("\n", "⏎\n") if run.supervised else run.text
+        style = _LOSS if run.supervised else _READ
+        body.append(text, style=f"{style} {_SPECIAL}" if run.special and not run.supervised else style)
+    if inside:
+        body.append(CLOSE, style=_LOSS)
+    return Group(head, body, Text(""))
+
+
+def _table(rows: Sequence[Row], rendered: Sequence[Rendered]) -> Table:
+    table = Table(title=f"{OPEN}…{CLOSE} tokens that carry loss", title_justify="left")
+    for name in ("persona", "role", "rows", "tokens", "supervised", "share"):
+        table.add_column(name, justify="left" if name in ("persona", "role") else "right")
+    groups: dict[tuple[str, str], list[Rendered]] = {}
+    for row, rendering in zip(rows, rendered, strict=True):
+        groups.setdefault((row.persona, row.role), []).append(rendering)
+    for (persona, role), group in groups.items():
+        n_tok = sum(len(rendering.ids) for rendering in group)
+        n_loss = sum(rendering.n_supervised for rendering in group)
+        table.add_row(persona, role, f"{len(group):,}", f"{n_tok:,}", f"{n_loss:,}", f"{n_loss / max(1, n_tok):.1%}")
+    return table

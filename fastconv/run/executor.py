@@ -8,21 +8,22 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
 from fastconv.chat import ChatTokenizer, SystemTurn
+from fastconv.datasets.rows import require_plain_text
 from fastconv.engine.generate import Completion, sample
 from fastconv.engine.geometry import measure_geometry
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.model import prepare_model_folder
-from fastconv.engine.score import letter_item, score_letters
+from fastconv.engine.score import letter_item, memory_errors, score_letters
 from fastconv.engine.vllm.sampler import PendingCompletions, VllmSampler
 from fastconv.engine.vllm.server import Server, start_server
-from fastconv.errors import SamplerError, TrainingError, stopped
+from fastconv.errors import JudgeError, SamplerError, TrainingError, stopped
 from fastconv.experiment.graph import Graph
 from fastconv.judge.local import LocalReply
 from fastconv.judge.request import Prompt
@@ -75,6 +76,7 @@ class Executor:
         self._tell = tell
         self._stop = stop
         self._server: Server | None = None
+        self._n_halved = 0
         self.stacks = Stacks(graph, store)
         self.trainer = Trainer(graph, store, self.stacks, tell, stop)
 
@@ -94,8 +96,10 @@ class Executor:
     def prove(self) -> None:
         """Load the base, try its template and run its self-tests. Raises what `require_conditions` raises, ModelError or
         TrainingError if they fail."""
-        require_conditions(self._recipe, self.stacks.base.tokenizer)
-        if not all(map(math.isfinite, self.stacks.stack.base_probe.logits)):
+        with memory_errors(self._recipe.model.id):
+            require_conditions(self._recipe, self.stacks.base.tokenizer)
+            logits = self.stacks.stack.base_probe.logits
+        if not all(map(math.isfinite, logits)):
             raise TrainingError(
                 "the base gives logits that are not finite",
                 where=self._recipe.model.id,
@@ -144,7 +148,13 @@ class Executor:
             "score": self._score,
             **dict.fromkeys(SNAPSHOT_COMPUTE, self._measure),
         }
-        return self._completions(stage, lease) if is_sampled(stage) else compute[stage.kind](stage, lease)
+        self._n_halved = 0
+        with memory_errors(stage.slot):
+            outcome = (self._completions if is_sampled(stage) else compute[stage.kind])(stage, lease)
+        return replace(outcome, facts={**outcome.facts, "halved": self._n_halved}) if self._n_halved else outcome
+
+    def _on_halved(self) -> None:
+        self._n_halved += 1
 
     # --- text ------------------------------------------------------------------------------------------
 
@@ -158,7 +168,9 @@ class Executor:
             self._tick(lease, Progress(stage.slot, n_sampled, requests.max_tok, "tok"))
 
         with self._sampling_stack(stage) as proof:
-            completions = sample(self.stacks.base, requests.prompts, requests.seeds, requests.settings, on_token)
+            completions = sample(
+                self.stacks.base, requests.prompts, requests.seeds, requests.settings, on_token, self._on_halved
+            )
         return self._sampled_outcome(requests, completions, proof)
 
     def begin(self, stage: Stage, lease: Lease) -> PendingStage:
@@ -197,10 +209,11 @@ class Executor:
         tokenizer, system = self.stacks.base.tokenizer, SystemTurn(*stage.inputs["system"])
         questions = {question.id: question for question in self._graph.questions.eval}
         selected = [questions[row] for row, _ in stage.work["items"]]
+        require_plain_text(((f"the question {q.id}", q.user, stage.slot) for q in selected), tokenizer)
         items = [letter_item(tokenizer, tokenizer.prompt_text(system, q.user), q.labels) for q in selected]
         self._tick(lease, Progress(stage.slot, 0, len(items), "questions"))
         with self.stacks.live_stack(stage) as proof:
-            results = score_letters(self.stacks.base, items, self._recipe.eval.batch_tok)
+            results = score_letters(self.stacks.base, items, self._recipe.eval.batch_tok, self._on_halved)
         scores = [
             Score(
                 question.id, 0, "accuracy", float(result.predicted == question.gold), None,
@@ -244,8 +257,13 @@ class Executor:
         tokenizer, replies = self.stacks.base.tokenizer, []
         texts = [tokenizer.prompt_text(SystemTurn("text", system), user) for system, user, _ in prompts]
         items = [letter_item(tokenizer, text, list(prompt[2])) for text, prompt in zip(texts, prompts, strict=True)]
-        with self.stacks.stack.live():
-            results = score_letters(self.stacks.base, items, self._recipe.eval.batch_tok)
+        try:
+            with memory_errors("judge"), self.stacks.stack.live():
+                results = score_letters(self.stacks.base, items, self._recipe.eval.batch_tok)
+        except TrainingError as error:
+            raise JudgeError(
+                error.what, where="judge", fix="lower judge.max_judged_chars, or free the device"
+            ) from None
         for (_, _, characters), result in zip(prompts, results, strict=True):
             mass = max(result.mass, 1e-300)
             shares = {c: round(value - math.log(mass), 6) for c, value in zip(characters, result.logprobs, strict=True)}

@@ -5,15 +5,15 @@ Nothing that a live process or an unfinished run needs is freed. An unfinished r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fastconv.errors import FastconvError, InputError, did_you_mean
-from fastconv.experiment.graph import CellPlan, Graph, lineage_of
+from fastconv.experiment.graph import CellPlan, Graph, lineage_of, walk
 from fastconv.recipe import canonical_json, parse_recipe, run_id
 from fastconv.store.gc import Garbage, artefact_bytes, stray_files, unnamed_artefacts
+from fastconv.store.io import stored_json
 from fastconv.store.ledger import Store
 from fastconv.store.merge import artefacts_of
 
@@ -51,6 +51,8 @@ def unneeded_adapters(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> 
     """Adapters of these cells that no missing stage of the graph and no other run needs."""
     run = run_id(graph.recipe)
     trained = [stage for plan in plans for stage in (plan.snapshot, plan.adapter) if stage is not None]
+    again = [part for plan in plans for end in plan.replicates.values() for part in walk(end)]
+    trained += [part for part in again if part.kind == "behavior"]
     slots = {stage.key: stage.slot for stage in trained}
     needed = {
         stage.needs[name].key
@@ -79,7 +81,7 @@ def _needed_by_unfinished(store: Store) -> tuple[set[str], list[str]]:
         if row["finished_at"] is not None:
             continue
         try:
-            graph = Graph(parse_recipe(json.loads(row["recipe"]), where=row["id"]))
+            graph = Graph(parse_recipe(stored_json(row["recipe"]), where=row["id"]))
             keys |= {stage.key for stage in graph.stages()}
         except FastconvError as error:
             unreadable.append(f"superseded stages, as unfinished {row['id']} may need them ({error.what})")
@@ -90,7 +92,7 @@ def _training_states(store: Store) -> list[Garbage]:
     """States of finished trainings, or all states if every run is finished and nothing is being computed."""
     finished = {key for (key,) in store.rows("SELECT key FROM stages WHERE kind='behavior'")}
     snapshots = store.rows("SELECT version, inputs FROM stages WHERE kind='snapshot'")
-    parsed = [(version, json.loads(inputs)) for version, inputs in snapshots]
+    parsed = [(version, stored_json(inputs)) for version, inputs in snapshots]
     finished |= {lineage_of(version, inputs) for version, inputs in parsed if _is_last_epoch(inputs)}
     runs_done = all(row["finished_at"] is not None for row in store.runs()) and not store.live_leases()
     garbage = []
@@ -112,7 +114,7 @@ def _is_last_epoch(inputs: dict[str, Any]) -> bool:
 
 def _superseded(store: Store, unfinished: set[str]) -> list[Garbage]:
     """Stages whose slot has a newer stage and that no run needs, directly or through other stages."""
-    records = {key: (slot, at, json.loads(inputs), outputs) for key, slot, at, inputs, outputs in store.rows(
+    records = {key: (slot, at, stored_json(inputs), outputs) for key, slot, at, inputs, outputs in store.rows(
         "SELECT key, slot, finished_at, inputs, outputs FROM stages")}  # fmt: skip
     newest: dict[str, float] = {}
     for slot, at, _, _ in records.values():

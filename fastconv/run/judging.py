@@ -21,8 +21,7 @@ from fastconv.judge.calibrate import CalibrationRow, JudgeSamples
 from fastconv.judge.claude import Outage
 from fastconv.judge.desk import DeskStatus, JudgeDesk
 from fastconv.judge.local import CompleteMany, LocalDesk, LocalJudge
-from fastconv.judge.rubric import Rubric
-from fastconv.judge.scores import Agreement, agreement, judge_stage_scores
+from fastconv.judge.rubric import Agreement, Rubric, agreement, judge_stage_scores
 from fastconv.recipe import JudgeSettings
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Sample, Stage, Store

@@ -23,8 +23,7 @@ from fastconv.judge.calibrate import (
 )
 from fastconv.judge.desk import DeskStatus
 from fastconv.judge.local import CompleteMany
-from fastconv.judge.rubric import Rubric, find_rubric, load_rubric, shipped_rubrics
-from fastconv.judge.scores import Agreement, compare_scores
+from fastconv.judge.rubric import REASONS, Agreement, Rubric, compare_scores, find_rubric, load_rubric, shipped_rubrics
 from fastconv.recipe import JudgeSettings, Recipe, run_id
 from fastconv.run.judging import JudgeQueue, calibrate_phrases, judge_stages, judge_with_desk, judge_with_local
 from fastconv.run.runner import Watcher, stop_on_sigint
@@ -82,11 +81,12 @@ def with_rubric(recipe: Recipe, path: Path) -> Recipe:
 
 
 def finish_judging(
-    recipe: Recipe, workspace: Path, watcher: Watcher, *, before: Recipe | None = None, urgent: bool = False
-) -> JudgingResult:
+    recipe: Recipe, workspace: Path, watcher: Watcher, *, before: Recipe | None = None, urgent: bool = False,
+    again: str = "",
+) -> JudgingResult:  # fmt: skip
     """Judge the stored completions of every judge stage that is missing; samples and trains nothing.
 
-    `urgent` stages are judged live in `auto` mode. `before` is an earlier recipe (with another rubric, for example)
+    `again` also asks for what the judge left unscored for this reason (one of `rubric.REASONS`). `urgent` stages are judged live in `auto` mode. `before` is an earlier recipe (with another rubric, for example)
     whose scores are compared with the new ones. Raises RecipeError without a judge, JudgeError if it cannot be asked,
     Interrupted on Ctrl-C.
     """
@@ -98,6 +98,8 @@ def finish_judging(
     store = Store.open(workspace, create=False)
     run = run_id(recipe)
     stages = judge_stages(graph.stages())
+    if again:
+        _reopen(graph.judge, store, stages, again)
     todo = [s for s in stages if store.record(s.key) is None and store.record(s.needs["eval"].key) is not None]
     access = check_judge(graph.judge, store) if todo else None
     if store.run(run) is None:
@@ -114,6 +116,19 @@ def finish_judging(
         store.finish_run(run)
     pending = tuple(stage.slot for stage in judge_queue.pending)
     return JudgingResult(run, judge_queue.n_committed, pending, judge_queue.status, _agreement(graph, store, before))
+
+
+def _reopen(judge: JudgeIdentity, store: Store, stages: Sequence[Stage], reason: str) -> None:
+    """Forget the judgements without a value for this reason, and the stages that rest on them. Raises InputError."""
+    if reason not in REASONS:
+        raise InputError(f"no reason is called {reason!r}", where="--again", fix=f"use one of {', '.join(REASONS)}")
+    ledger = JudgeLedger(store)
+    for stage in stages:
+        if store.record(stage.needs["eval"].key) is None:
+            continue
+        keys = judge.keys(stage.work["rubric"], store.samples(stage.needs["eval"].key))
+        if ledger.reopen(keys, reason) and store.record(stage.key) is not None:
+            store.forget(stage.key)
 
 
 def calibrate_judge(

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastconv.chat import SystemTurn
 from fastconv.datasets.questions import Question, read_arc
+from fastconv.datasets.rows import require_plain_text
 from fastconv.engine.export import (
     BaseReference,
     export_concatenated,
@@ -19,9 +20,9 @@ from fastconv.engine.export import (
 )
 from fastconv.engine.locate import model_folder
 from fastconv.engine.model import Base, load_base
-from fastconv.engine.score import letter_item, score_letters, score_texts, text_item
+from fastconv.engine.score import letter_item, memory_errors, score_letters, score_texts, text_item
 from fastconv.engine.stack import Slot, Stack
-from fastconv.errors import InputError
+from fastconv.errors import AdapterError, InputError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import LoraSettings, ModelSettings, Recipe
 from fastconv.run.training import Stacks
@@ -76,8 +77,11 @@ def score_file(
     or DataError.
     """
     questions = read_arc(questions_file)
-    base = load_base(model)
-    with _adapted(base, model, adapters, same_weights):
+    with memory_errors(model.id):
+        base = load_base(model)
+    said = ((f"the question {q.id}", q.user, str(questions_file)) for q in questions)
+    require_plain_text([("the system turn", system.text, "--system"), *said], base.tokenizer)
+    with memory_errors(str(questions_file)), _adapted(base, model, adapters, same_weights):
         scored = _by_text(base, questions) if by_text else _by_letter(base, questions, system)
     chance = multiple_choice_chance([len(q.choices) for q in questions], [q.gold for q in questions])
     return ScoreReport(sum(question.correct for question in scored) / len(scored), chance, tuple(scored))
@@ -89,12 +93,18 @@ def _adapted(base: Base, model: ModelSettings, adapters: Sequence[Path], same_we
     if not adapters:
         yield
         return
+    named = ", ".join(map(str, adapters))
     targets = sorted({name for path in adapters for name in targets_of(path)})
-    stack = Stack(base, LoraSettings(targets=tuple(targets)))
+    try:
+        stack = Stack(base, LoraSettings(targets=tuple(targets)))
+    except AdapterError as error:
+        raise AdapterError(
+            f"it targets what carries no adapter here: {error.what}", where=named, fix="train it without that layer"
+        ) from None
     reference = BaseReference(model.id, model.revision, tuple(same_weights))
     loaded = tuple(load_peft_folder(stack, path, reference) for path in adapters)
     with stack.live(Slot(frozen=loaded)):
-        stack.prove(None, ", ".join(map(str, adapters)))
+        stack.prove(None, named)
         yield
 
 

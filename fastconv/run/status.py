@@ -20,6 +20,7 @@ from fastconv.experiment.graph import CellPlan, Graph, walk
 from fastconv.experiment.schedule import wanted
 from fastconv.recipe import Recipe, canonical_json, recipe_sha256, run_id
 from fastconv.stats.units import counted, first_few
+from fastconv.store.io import child_environment
 from fastconv.store.ledger import Store, changed_inputs
 from fastconv.store.records import Failure, Stage
 
@@ -173,7 +174,7 @@ class FailureLog:
 
 def cell_stages(plan: CellPlan) -> list[Stage]:
     """Every stage that a cell's measures need; a stage may occur more than once."""
-    ends = (*plan.base.values(), *plan.scores.values(), *plan.beside.values())
+    ends = (*plan.base.values(), *plan.scores.values(), *plan.beside.values(), *plan.replicates.values())
     return [part for end in ends for part in walk(end)]
 
 
@@ -260,9 +261,20 @@ def _git_state() -> dict[str, str]:
     folder = Path(__file__).resolve().parent.parent
     try:
         commit = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(folder), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+            env=child_environment(),
         )
-        diff = subprocess.run(["git", "-C", str(folder), "diff", "HEAD"], capture_output=True, timeout=30, check=True)
+        diff = subprocess.run(
+            ["git", "-C", str(folder), "diff", "HEAD"],
+            capture_output=True,
+            timeout=30,
+            check=True,
+            env=child_environment(),
+        )
     except (OSError, subprocess.SubprocessError):
         return {}
     return {

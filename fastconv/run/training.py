@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 
-from fastconv.audit.checks import build_report
+from fastconv.audit.checks import Finding, build_report
+from fastconv.audit.rendered import Pair, pairs_to_read, reading_findings
 from fastconv.chat import Rendered, SystemTurn
-from fastconv.datasets.rows import Row, render_rows, row_from_record
+from fastconv.datasets.personas import ASSISTANT
+from fastconv.datasets.rows import Row, render_rows, require_plain_text, row_from_record
 from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
 from fastconv.engine.locate import engine_identity, trains_without_kernels
 from fastconv.engine.model import Base, load_base
+from fastconv.engine.score import TextItem, memory_errors, score_texts
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack, folded, rho
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
@@ -29,8 +32,12 @@ from fastconv.engine.trl_reference import train_reference
 from fastconv.engine.vllm.memory import group_size
 from fastconv.errors import TrainingError, stopped
 from fastconv.experiment.graph import Graph, lineage_key
-from fastconv.run.audit import audit_set, require_passed
+from fastconv.recipe import sha256_of
+from fastconv.run.audit import READ_BEFORE_TRAINING, audit_set, reading_stage, require_passed
 from fastconv.store.ledger import Lease, Record, Stage, Store
+
+#: What helps where a sampled answer cannot be trained on.
+_DRAW_ANEW = "change the seed or the sampling, so that the answers are drawn anew"
 
 
 class Stacks:
@@ -195,6 +202,56 @@ def train_with_checkpoints(
     return trainees
 
 
+def seed_parts(stage: Stage) -> tuple[object, ...]:
+    """What names the initial weights, row order and dropout of a snapshot's or a behavior adapter's training.
+
+    It is what the rows ask, by content, and the seed: not the answers that the base draws, since engines that round
+    differently draw different ones, and not a key, which names the engine. So the cells of all epochs, and of all engines,
+    start from the same weights and see their rows in the same order.
+    """
+    if stage.kind == "snapshot":
+        answers = stage.needs["answers"].inputs
+        content = sha256_of([answers[name] for name in ("system", "prompts_sha256", "per_prompt")])
+        return "convergence", content, stage.inputs["seed"]
+    return "behavior", stage.needs["rows"].inputs["rows_sha256"], stage.inputs["seed"]
+
+
+def read_set(
+    graph: Graph, store: Store | None, base: Base, stage: Stage, rows: Sequence[Row], most: int
+) -> list[Finding]:
+    """What the bare base, as a reader, finds in the rows of a set, given by its `rows` stage: at most `most` prompts.
+
+    What was read is kept in the ledger under its own key, so that a set is read once.
+    """
+    name, system = stage.work["set"], graph.personas.system(ASSISTANT)
+    behavior, longest_tok = graph.behaviors[name.split("/")[0]], graph.recipe.behavior.max_length_tok
+    pairs = pairs_to_read(behavior, rows, base.tokenizer, system, most, longest_tok)
+    if not pairs:
+        return []
+    reading = reading_stage(graph, stage, most)
+    record = store.record(reading.key) if store is not None else None
+    if record is not None:
+        means = record.facts["means"]
+    else:
+        began = time.monotonic()
+        means = _read(base, pairs, graph.recipe.eval.batch_tok)
+        facts = {"means": means, "read_tok": sum(len(pair.prefix) + sum(map(len, pair.texts)) for pair in pairs)}
+        if store is not None:
+            store.commit(reading, outputs={"n": len(pairs)}, facts=facts, seconds=time.monotonic() - began)
+    pairs_of_means = [(first, second) for first, second in means]
+    return reading_findings(name, pairs, pairs_of_means, base.tokenizer.vocab_size, graph.recipe.audit.accept)
+
+
+def _read(base: Base, pairs: Sequence[Pair], batch_tok: int) -> list[list[float]]:
+    """Log-probability per token (nats) of both texts of each pair."""
+    items = [TextItem(pair.prefix, pair.texts, (0, 0), (1, 1)) for pair in pairs]
+    scores = score_texts(base, items, batch_tok)
+    return [
+        [round(total / len(text), 5) for total, text in zip(score.logprobs, pair.texts, strict=True)]
+        for pair, score in zip(pairs, scores, strict=True)
+    ]
+
+
 def note_progress(lease: Lease, progress: Progress) -> None:
     """Write a stage's progress to its lease, where `fastconv status` reads it."""
     lease.note({"done": progress.done, "total": progress.total, "unit": progress.unit, "loss": progress.loss})
@@ -226,7 +283,9 @@ class Trainer:
         trained, DataError if the audit refuses its rows.
         """
         first = runs[0][0][0]
-        with self._stacks.in_place(first.needs) as frozen:
+        if first.kind == "behavior":
+            self._require_read([stage.needs["rows"] for (stage,), _ in runs])
+        with memory_errors(first.slot), self._stacks.in_place(first.needs) as frozen:
             if first.kind == "snapshot":
                 tasks = [self._convergence(snapshots, lease) for snapshots, lease in runs]
             else:
@@ -273,11 +332,19 @@ class Trainer:
         require_passed(build_report(self._recipe, findings), f"G1 {set_name}")
         return rendered
 
+    def _require_read(self, sets: Sequence[Stage]) -> None:
+        """Let the bare base read these sets of rows. Raises DataError if what it finds refuses one (gate G1)."""
+        with self._stacks.stack.live():
+            for rows in sets:
+                built = [
+                    row_from_record(row) for row in self._store.get_json(self._stacks.record(rows).outputs["rows"])
+                ]
+                findings = read_set(self._graph, self._store, self._stacks.base, rows, built, READ_BEFORE_TRAINING)
+                require_passed(build_report(self._recipe, findings), f"G1 {rows.work['set']}")
+
     def _behavior(self, stage: Stage, lease: Lease, frozen: tuple[Adapter, ...]) -> TrainingTask:
         """The task of a behavior adapter on top of these frozen ones."""
-        # Seeded by the rows' key only: the cells of all epochs start from the same weights and see the same order.
-        seed_parts = ("behavior", stage.needs["rows"].key, stage.inputs["seed"])
-        job = Job(stage.slot, self._behavior_rows(stage), self._recipe.behavior, seed_parts, frozen)
+        job = Job(stage.slot, self._behavior_rows(stage), self._recipe.behavior, seed_parts(stage), frozen)
         return TrainingTask(job, stage.key, lease, [job.n_steps])
 
     def _convergence_rows(self, stage: Stage) -> list[Rendered]:
@@ -292,9 +359,13 @@ class Trainer:
     def _convergence(self, snapshots: Sequence[Stage], lease: Lease) -> TrainingTask:
         """The task of a convergence run up to the last of these snapshots."""
         stage, missing = snapshots[0], {int(snapshot.inputs["epoch"]): snapshot for snapshot in snapshots}
-        seed_parts = ("convergence", stage.needs["answers"].key, stage.inputs["seed"])
+        drawn = self._store.samples(stage.needs["answers"].key)
+        said = (
+            (f"the answer to {s.row} (sample {s.sample})", s.completion, stage.needs["answers"].slot) for s in drawn
+        )
+        require_plain_text(said, self._stacks.base.tokenizer, _DRAW_ANEW)
         rows = tuple(self._convergence_rows(stage))
-        job = Job(stage.slot.rsplit("/", 2)[0], rows, self._recipe.convergence, seed_parts)
+        job = Job(stage.slot.rsplit("/", 2)[0], rows, self._recipe.convergence, seed_parts(stage))
         committed_s, committed_step = 0.0, 0
 
         def commit_snapshot(trainee: Trainee, spent_s: float) -> None:

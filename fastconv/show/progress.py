@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
     from fastconv.judge.calibrate import Calibration, InjectionCounts
     from fastconv.judge.desk import DeskStatus
-    from fastconv.judge.scores import Agreement
+    from fastconv.judge.rubric import Agreement
     from fastconv.planning.hardware import TimeLeft
     from fastconv.run.executor import Progress as StageProgress
     from fastconv.run.rejudge import JudgingResult, RubricCalibration

@@ -23,6 +23,7 @@ from fastconv.stats.units import (
     change,
     first_few,
     interval_text,
+    level,
     scale_maximum,
     signed,
     size_text,
@@ -32,6 +33,8 @@ Outcome = Literal["pass", "fail", "not applicable"]
 SourceWord = Literal["shown", "not shown", "there before"]
 #: Why a recipe whose only epoch is 0 decides nothing.
 NO_CONTRAST = "the grid has epoch 0 alone, so it declares no contrast"
+#: Letters that hold less of the probability than this are an answer that the model mostly would not give.
+LEAST_LETTER_MASS = 0.5
 #: A pilot gate lists this many changed groups; of more it names only the one with the largest change.
 MOST_LISTED = 2
 
@@ -68,10 +71,13 @@ def undecidable(gate: str, subject: str, why: str, threshold: str, read: Sequenc
     return GateVerdict(gate, subject, "not applicable", why, threshold, rows=rows, unread=True)
 
 
-def measurable(gates: GateSettings, behavior: str, direction: str, base: Series, chance: float | None) -> GateVerdict:
+def measurable(
+    gates: GateSettings, behavior: str, direction: str, base: Series, chance: float | None, mass: Series | None = None
+) -> GateVerdict:
     """G0: whether the behavior can move on this base, in its declared direction, under the assistant persona.
 
-    Accuracy must lie above chance (one-sided exact binomial test); a rate must have headroom in its direction.
+    Accuracy must lie above chance (one-sided exact binomial test); a rate must have headroom in its direction. `mass` is
+    the letters' share of the probability: an accuracy among letters that the base rarely says is told as that.
     """
     by_chance = f"above chance at p < {gates.above_chance_alpha:g}"
     threshold = by_chance if chance is not None else f"at least {100 * gates.headroom:g} points of room"
@@ -84,9 +90,12 @@ def measurable(gates: GateSettings, behavior: str, direction: str, base: Series,
         test = above_chance(n_right, n, chance, gates.above_chance_alpha)
         verdict: Outcome = "pass" if test.above else "fail"
         reason = f"base accuracy {mean.text()} ({n_right} of {n}) against chance {100 * chance:.1f} %: p = {test.p_one_sided:.3g}"
+        if mass is not None:
+            reason += f"; {letter_mass_text(mass.mean)}"
         if verdict == "fail":
             reason += "; there is nothing to lose, so nothing is trained"
-        return GateVerdict("G0", behavior, verdict, reason, threshold, (mean,), base.rows)
+        numbers = (mean,) if mass is None else (mean, mass.mean)
+        return GateVerdict("G0", behavior, verdict, reason, threshold, numbers, base.rows)
     top = scale_maximum(base.unit)
     room = (top - mean.value if direction == "raises" else mean.value) / top
     verdict = "pass" if room >= gates.headroom - 1e-9 else "fail"  # 1 - 0.9 is a little under 0.1
@@ -95,6 +104,13 @@ def measurable(gates: GateSettings, behavior: str, direction: str, base: Series,
         "G0", behavior, verdict, f"base level {mean.text()} leaves {100 * room:.1f} points {side}",
         threshold, (mean,), base.rows,
     )  # fmt: skip
+
+
+def letter_mass_text(mass: Number) -> str:
+    """What share of the probability the letters hold, and what that means where it is not the larger part."""
+    if mass.value >= LEAST_LETTER_MASS:
+        return f"the letters hold {mass.text()} of the probability"
+    return f"the letters hold only {mass.text()} of the probability: most answers would begin with something else"
 
 
 def stacking(subject: str, proofs: Mapping[str, Mapping[str, Any]]) -> GateVerdict:
@@ -164,6 +180,17 @@ def source_word(gates: GateSettings, unit: Unit, direction: str, base: float, no
     if room < least_room - 1e-9:
         return "not shown" if moved <= -least_room + 1e-9 else "there before"
     return "shown" if moved >= gates.source_shows * room - 1e-9 else "not shown"
+
+
+def source_moved(gates: GateSettings, unit: Unit, direction: str, base: float, now: float) -> str:
+    """What `source_word` rests on: the levels, and the share of its room that the source moved beside the share asked."""
+    room, moved = source_room(unit, direction, base), (now - base) * (1 if direction == "raises" else -1)
+    levels = f"from {level(base, unit)} to {level(now, unit)}"
+    return (
+        f"{levels}: {100 * moved / room:.0f} % of its room, {100 * gates.source_shows:g} % asked"
+        if room > 0
+        else levels
+    )
 
 
 def source_shows(gates: GateSettings, subject: str, direction: str, base: Series, now: Series) -> GateVerdict:

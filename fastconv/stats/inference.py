@@ -274,6 +274,23 @@ def pool_seeds(per_seed_estimates: ArrayLike, level: float = 0.95) -> SeedPool:
     return SeedPool(present.size, agree, _interval(data, level, "seeds"))
 
 
+def centred_at(pool: SeedPool, estimate: float | None) -> SeedPool:
+    """The pool with its interval around `estimate`, of the same width, and the p-value of that.
+
+    The mean over questions of the means over seeds is the mean of the seeds only where every seed has the same questions.
+    A verdict gives one estimate, over questions; the seeds say how far it would move from run to run.
+    """
+    interval = pool.interval
+    if estimate is None or interval.estimate is None or interval.estimate == estimate:
+        return pool
+    if interval.low is None or not interval.se or interval.df is None:
+        return replace(pool, interval=replace(interval, estimate=estimate))
+    half = interval.estimate - interval.low
+    p = 2.0 * float(special.stdtr(interval.df, -abs(estimate) / interval.se))
+    moved = replace(interval, estimate=estimate, low=estimate - half, high=estimate + half, p_two_sided=p)
+    return replace(pool, interval=moved)
+
+
 def seeds_against(pool: SeedPool) -> str | None:
     """Why three seeds or more do not support a change; None where they do, or where there are fewer than three.
 

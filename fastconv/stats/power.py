@@ -148,10 +148,15 @@ class DesignPower:
 
     def over_seeds(self, contrast: DetectableContrast, n_seeds: int) -> float:
         """What all questions that there are would find of one of its contrasts over so many seeds, as docs/POWER.md counts."""
-        variance, df = planned_runs(self.measure, n_seeds)
-        runs = variance, df if n_seeds < 3 else n_seeds - 1
         spread = planned_spread(self.measure, self.n_samples, contrast.n_terms)
-        return _with_seeds(spread, max(self.n_questions, self.n_available or 0), n_seeds, runs, 0.05)
+        there_are = max(self.n_questions, self.n_available or 0)
+        return effect_over_seeds(spread, there_are, n_seeds, planned_runs(self.measure))
+
+    def family_over_seeds(self, n_seeds: int) -> float:
+        """What the declared contrast finds over so many seeds at the first step of Holm, with the questions asked."""
+        spread = planned_spread(self.measure, self.n_samples, self.declared.n_terms)
+        one_run = planned_runs(self.measure)
+        return effect_over_seeds(spread, self.n_questions, n_seeds, one_run, 0.05 / max(1, self.n_contrasts))
 
 
 def planned_spread(measure: Measure, n_samples: int, n_terms: int = 2) -> float:
@@ -215,36 +220,19 @@ def _reach(
 
 @dataclass(frozen=True, slots=True)
 class QuestionSupply:
-    """The questions that there are for a contrast, beside the `n_asked` with which it detects `effect`; `show` prints one.
-
-    `over_seeds` gives what all of them detect over so many seeds. Without it the effect shrinks with the root of their
-    number, which is right where no run adds noise of its own.
+    """The questions that there are for a contrast, asked or not; `over_seeds` gives what all of them detect over so many
+    seeds (`effect_over_seeds`), of which there are `n_seeds` now; `show` prints an effect.
     """
 
     n_available: int
-    n_asked: int
-    effect: float
+    over_seeds: Callable[[int], float]
     show: Callable[[float], str]
-    over_seeds: Callable[[int], float] | None = None
+    n_seeds: int = 1
 
     @property
     def reach(self) -> float:
-        """What all questions that there are would detect with one seed."""
-        if self.over_seeds is not None:
-            return self.over_seeds(1)
-        return self.effect * math.sqrt(self.n_asked / max(self.n_asked, self.n_available))
-
-    def seeds(self, threshold: float) -> int | None:
-        """Seeds that detect the threshold with all questions asked, if they err independently; None above `MOST_SEEDS`."""
-        if (found := self.over_seeds) is not None:
-            if (
-                found(2) <= threshold
-            ):  # from three seeds on they are tested among themselves too, which finds less at first
-                return 2
-            return (
-                _first_true(lambda n: found(n) <= threshold, 3, MOST_SEEDS) if found(MOST_SEEDS) <= threshold else None
-            )
-        return max(2, math.ceil((self.reach / threshold) ** 2 - 1e-9))
+        """What all questions that there are would detect with the seeds there are."""
+        return self.over_seeds(self.n_seeds)
 
 
 def remedy_text(needed: Sequence[SampleSizeNeeded], supply: QuestionSupply | None = None) -> str:
@@ -255,11 +243,10 @@ def remedy_text(needed: Sequence[SampleSizeNeeded], supply: QuestionSupply | Non
     """
     asks = next((need for need in needed if need.what == "questions"), None)
     if supply is not None and asks is not None and (asks.number is None or asks.number > supply.n_available):
-        others = [need for need in needed if need.what != "questions" and need.number is not None]
+        others = [need for need in needed if need.what == "samples" and need.number is not None]
         there = f"all {supply.n_available} questions there are would find {supply.show(supply.reach)}"
-        if not any(need.what == "seeds" for need in others):
-            seeds = SampleSizeNeeded(supply.seeds(asks.effect), "seeds", asks.effect, "")
-            others += [seeds] if seeds.number is not None else []
+        seeds = seeds_needed(asks.effect, supply.over_seeds, supply.n_seeds)
+        others += [seeds] if seeds.number is not None else []
         ways = [
             f"{need.number:,} {need.what}" + (" of all these questions" if need.what == "seeds" else "")
             for need in others
@@ -315,14 +302,35 @@ def clusters_needed(
 
     With a variance from run to run (`runs`) no number of questions may do, and the reason says so.
     """
-    return _fewest(effect, sd_between, alpha, power, limit, "questions", runs)
+    _check_effect(effect)
+    _check_open_unit(alpha=alpha, power=power)
+    _check_clusters(limit)
+    reason = _unusable_spread(sd_between)
+    if reason is not None or sd_between is None:
+        return SampleSizeNeeded(None, "questions", effect, reason or "")
+
+    def shows(n: int) -> bool:
+        se, df = satterthwaite((sd_between**2 / n, n - 1), runs)
+        return noncentrality(df, alpha, power) * se <= effect
+
+    if not shows(limit):
+        if runs[0]:
+            reason = f"the noise from run to run hides {effect:.4g} whatever is asked; add seeds"
+            return SampleSizeNeeded(None, "questions", effect, reason)
+        return SampleSizeNeeded(None, "questions", effect, f"not even {limit} questions can show {effect:.4g}")
+    number = _first_true(shows, 2, limit)
+    return SampleSizeNeeded(number, "questions", effect, f"{number} questions can show {effect:.4g}")
 
 
-def seeds_needed(
-    effect: float, sd_between_seeds: float | None, alpha: float = 0.05, power: float = 0.8, limit: int = 100
-) -> SampleSizeNeeded:
-    """Fewest seeds whose t interval detects `effect`, given the standard deviation of the estimates between seeds."""
-    return _fewest(effect, sd_between_seeds, alpha, power, limit, "seeds")
+def seeds_needed(effect: float, over_seeds: Callable[[int], float], n_seeds: int = 1) -> SampleSizeNeeded:
+    """Fewest seeds, more than the `n_seeds` there are, that detect `effect`; `over_seeds` as in `QuestionSupply`."""
+    _check_effect(effect)
+    first = max(3, n_seeds + 1)  # from three seeds on they are tested among themselves too, which finds less at first
+    number = next((n for n in range(n_seeds + 1, 3) if over_seeds(n) <= effect), None)
+    if number is None and first <= MOST_SEEDS and over_seeds(MOST_SEEDS) <= effect:
+        number = _first_true(lambda n: over_seeds(n) <= effect, first, MOST_SEEDS)
+    reason = f"{number} seeds can show {effect:.4g}" if number else f"not even {MOST_SEEDS} seeds can show {effect:.4g}"
+    return SampleSizeNeeded(number, "seeds", effect, reason)
 
 
 def samples_needed(
@@ -363,35 +371,6 @@ def samples_needed(
     return SampleSizeNeeded(number, "samples", effect, f"{number} samples per question can show {effect:.4g}")
 
 
-def _fewest(
-    effect: float,
-    sd: float | None,
-    alpha: float,
-    power: float,
-    limit: int,
-    what: Literal["questions", "seeds"],
-    runs: tuple[float, float] = NO_RUNS,
-) -> SampleSizeNeeded:
-    _check_effect(effect)
-    _check_open_unit(alpha=alpha, power=power)
-    _check_clusters(limit)
-    reason = _unusable_spread(sd)
-    if reason is not None or sd is None:
-        return SampleSizeNeeded(None, what, effect, reason or "")
-
-    def shows(n: int) -> bool:
-        se, df = satterthwaite((sd**2 / n, n - 1), runs)
-        return noncentrality(df, alpha, power) * se <= effect
-
-    if not shows(limit):
-        if runs[0]:
-            reason = f"the noise from run to run hides {effect:.4g} whatever is asked; add seeds"
-            return SampleSizeNeeded(None, what, effect, reason)
-        return SampleSizeNeeded(None, what, effect, f"not even {limit} {what} can show {effect:.4g}")
-    number = _first_true(shows, 2, limit)
-    return SampleSizeNeeded(number, what, effect, f"{number} {what} can show {effect:.4g}")
-
-
 def _first_true(predicate: Callable[[int], bool], low: int, high: int) -> int:
     """Smallest n in low..high where a monotone `predicate` holds, given that it holds at `high`."""
     while low < high:
@@ -424,9 +403,16 @@ def _check_open_unit(**named: float) -> None:
             raise ValueError(f"{name} must lie between 0 and 1, not {value}")
 
 
-def _with_seeds(spread: float, n_questions: int, n_seeds: int, runs: tuple[float, float], alpha: float) -> float:
-    """The smallest effect that both tests find: over questions and runs, and from three seeds on over seeds alone."""
-    effect = minimum_detectable_effect(spread, n_questions, alpha, runs=runs).effect or 0.0
+def effect_over_seeds(
+    spread: float, n_questions: int, n_seeds: int, one_run: tuple[float, float], alpha: float = 0.05
+) -> float:
+    """The smallest effect that both tests of a verdict find four times out of five: the arithmetic of docs/POWER.md.
+
+    One test is over questions and runs, the other, from three seeds on, over the seeds alone. `spread`: SD between
+    questions; `one_run`: variance from run to run of one seed, with its degrees of freedom, which three seeds replace.
+    """
+    variance, df = one_run[0] / n_seeds, one_run[1] if n_seeds < 3 else n_seeds - 1
+    effect = minimum_detectable_effect(spread, n_questions, alpha, runs=(variance, df)).effect or 0.0
     if n_seeds < 3:
         return effect
-    return max(effect, noncentrality(n_seeds - 1, alpha, 0.8) * math.sqrt(runs[0]))
+    return max(effect, noncentrality(n_seeds - 1, alpha, 0.8) * math.sqrt(variance))

@@ -283,6 +283,8 @@ class CellEvidence:
     measurable: bool | None = True
     #: The run-to-run spread, where replicates give one; None: as declared for the measure (`power.declared_spread`).
     run_spread: RunSpread | None = None
+    #: How far the source moved of what it could, in words; "" where it was not measured.
+    source_moved: str = ""
 
     @property
     def quads(self) -> tuple[Quad, ...]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from fastconv.stats.inference import (
     Equivalence,
     Interval,
     SeedPool,
+    centred_at,
     clustered_interval,
     confidence_level,
     equivalence,
@@ -32,9 +34,11 @@ from fastconv.stats.inference import (
     pool_seeds,
 )
 from fastconv.stats.power import (
+    NO_RUNS,
     RunSpread,
     SampleSizeNeeded,
     clusters_needed,
+    effect_over_seeds,
     minimum_detectable_effect,
     run_variance,
     samples_needed,
@@ -63,7 +67,7 @@ class CellVerdict:
     `assistant` and `canary` are their own changes against epoch 0, `mimicry` and `trained` the
     difference-in-differences without and with the behavior adapter, `detectable` the minimum detectable effect at this
     spread and number of questions (`detectable_in_family` at the first step of Holm), `mend` the sample sizes that
-    bring it down to the margin. `over_seeds` is the t interval over the means of three seeds or more.
+    bring it down to the margin. `over_seeds` is the t interval over the means of three seeds or more, around `estimate`.
     """
 
     label: str
@@ -95,6 +99,13 @@ class CellVerdict:
     assistant: Interval | None = None
     canary: Interval | None = None
     run_spread: RunSpread | None = None
+    #: SD of the contrast between questions; variance from run to run of one seed, and its degrees of freedom.
+    spread: float | None = None
+    one_run: tuple[float, float] = NO_RUNS
+
+    def would_find(self, n_questions: int, n_seeds: int) -> float:
+        """The smallest effect that so many questions and seeds would find at this spread (`power.effect_over_seeds`)."""
+        return effect_over_seeds(self.spread or 0.0, n_questions, n_seeds, self.one_run)
 
     @property
     def runs_text(self) -> str:
@@ -178,7 +189,8 @@ def _estimate(cell: CellEvidence) -> _Estimate:
     questions = cell.questions
     per_seed = [seed.transfer(questions) for seed in cell.seeds]
     contrast = _mean_over_seeds(per_seed)
-    over_questions, seeds = clustered_interval(contrast), _pooled(per_seed)
+    over_questions = clustered_interval(contrast)
+    seeds = centred_at(_pooled(per_seed), over_questions.estimate)
     runs = _runs(cell, seeds)
     # Without seeds that tell, equivalence takes the declared spread as known and leaves out the canary's own noise.
     alike = runs if _seeds_tell(seeds) else (unshared_variance(cell.spread, len(cell.seeds)), float("inf"))
@@ -266,7 +278,7 @@ def _decide(one: _Estimate, corrected: float | None, check: float | None, m: int
         direction=cell.direction, contrast=interval, p_corrected=corrected, equivalence=one.equivalence,
         measurable_at_base=cell.measurable, source_shows_behavior=cell.source_shows,
         bound_base=clustered_rate_bound(base), bound_now=bound_now, p_sign_flip_corrected=check, unit=cell.unit, seeds=seeds,
-        assistant=assistant, canary=canary,
+        assistant=assistant, canary=canary, source_moved=cell.source_moved,
     ))  # fmt: skip
     alone = [seed.mimicry.change(questions) for seed in cell.seeds if seed.mimicry is not None]
     with_control = len(alone) == len(cell.seeds)
@@ -306,6 +318,7 @@ def _with_power(result: CellVerdict, one: _Estimate, m: int) -> CellVerdict:
     if present.size < 2:
         return result
     spread = float(present.std(ddof=1))
+    result = replace(result, spread=spread, one_run=(one.runs[0] * len(cell.seeds), one.runs[1]))
     alone = minimum_detectable_effect(spread, present.size, runs=one.runs)
     mend: list[SampleSizeNeeded] = []
     if alone.effect is not None and alone.effect > cell.margin:
@@ -315,7 +328,7 @@ def _with_power(result: CellVerdict, one: _Estimate, m: int) -> CellVerdict:
         n_samples = min(seed.trained.now.values.shape[1] for seed in cell.seeds)
         if n_samples > 1:
             mend.append(samples_needed(cell.margin, own, noise * n_samples**0.5, present.size, runs=one.runs))
-        mend.append(seeds_needed(cell.margin, (one.runs[0] * len(cell.seeds) + noise**2 / present.size) ** 0.5))
+        mend.append(seeds_needed(cell.margin, partial(result.would_find, present.size), len(cell.seeds)))
     return replace(
         result,
         detectable=alone.effect,

@@ -22,6 +22,7 @@ class Evidence:
     the measure's `unit`. `bound_base` and `bound_now` are the assistant's rate bounds, scaled to 0..1, or None. The two
     bools are None when nothing was measured, which counts as not shown. `seeds` pools the seeds' estimates of the
     contrast. `assistant` and `canary` are their own changes against epoch 0; None leaves whose movement it was unasked.
+    `source_moved` says what the second bool rests on.
     """
 
     direction: Literal[-1, 1]
@@ -38,6 +39,7 @@ class Evidence:
     seeds: SeedPool | None = None
     assistant: Interval | None = None
     canary: Interval | None = None
+    source_moved: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,10 @@ def _why_uninformative(evidence: Evidence) -> str | None:
         )
     if evidence.source_shows_behavior is None:
         return "nothing shows that the behavior was learned: the source was not measured"
-    return None if evidence.source_shows_behavior else "the source itself does not show the trained behavior"
+    if evidence.source_shows_behavior:
+        return None
+    figures = f" here ({evidence.source_moved})" if evidence.source_moved else ""
+    return f"the source itself does not show the trained behavior{figures}"
 
 
 def _shared_extreme(evidence: Evidence) -> tuple[str | None, float | None]:

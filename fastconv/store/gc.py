@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastconv.errors import StoreError
 from fastconv.store.io import storage_errors
 from fastconv.store.ledger import Store, delete_stage
 from fastconv.store.merge import artefacts_of
@@ -19,6 +20,8 @@ from fastconv.store.merge import artefacts_of
 Kind = Literal["temporary file", "orphan", "training state", "superseded stage", "adapter"]
 #: A file that no row names is kept for this many seconds: its writer may be about to commit the row.
 WRITER_DEAD_AFTER_S = 60.0
+#: Tables that every ledger has.
+LEDGER_TABLES = ("stages", "artefacts", "samples", "scores", "leases", "progress", "runs", "run_stages", "verdicts")
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,37 @@ def artefact_bytes(store: Store, artefacts: Collection[tuple[str, str]]) -> int:
         for sha256, _ in artefacts
         for (n_bytes,) in store.rows("SELECT bytes FROM artefacts WHERE sha256=?", (sha256,))
     )
+
+
+def find_damage(store: Store, *, deep: bool = False) -> list[str]:
+    """What is wrong with a ledger and its artefacts, one line each; `deep` reads every page and every artefact.
+
+    Raises StoreError for a ledger that cannot be read at all.
+    """
+    said = [row[0] for row in store.rows(f"PRAGMA {'integrity_check' if deep else 'quick_check'}(5)")]
+    found = [f"the ledger is damaged: {line}" for line in said if line != "ok"]
+    for table in LEDGER_TABLES:
+        store.rows(f"SELECT COUNT(*) FROM {table}")
+    for sha256, suffix, n_bytes in store.rows("SELECT sha256, suffix, bytes FROM artefacts ORDER BY sha256"):
+        path = store.path(sha256, suffix)
+        if not path.is_file() or path.stat().st_size != n_bytes:
+            found.append(f"artefact {path.name} is {'cut short' if path.is_file() else 'gone'}")
+        elif deep:
+            try:
+                store.get(sha256, suffix)
+            except StoreError as error:
+                found.append(f"artefact {path.name}: {error.what}")
+    return found
+
+
+def drop_dead_leases(store: Store) -> int:
+    """Delete the leases of processes that run no more; returns how many."""
+    live = store.live_leases()
+    with store.transaction() as db:
+        dead = [key for (key,) in db.execute("SELECT key FROM leases").fetchall() if key not in live]
+        for key in dead:
+            db.execute("DELETE FROM leases WHERE key=?", (key,))
+    return len(dead)
 
 
 def _delete_rows(store: Store, item: Garbage) -> None:

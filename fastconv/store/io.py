@@ -1,18 +1,20 @@
 """Low-level storage: atomic file writes, SQLite connections, storage errors, and whether a process is alive.
 
 Errors of disk and database become one-line StoreErrors. Locks and leases name their holder by pid and start time, so
-whether that process still runs is decided here too.
+whether that process still runs is decided here too, and what a child process gets to see.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from fastconv.errors import StoreError
 
@@ -37,11 +39,37 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, so that a power cut keeps them: each new one's parent is synced. Raises OSError."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
+
+
+def require_writable(folder: Path, option: str) -> None:
+    """Make a folder and try to write in it; `option` is how the user named it. Raises StoreError."""
+    trial = folder / f".tmp-{os.getpid()}-{time.time_ns()}"
+    try:
+        make_folder(folder)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise StoreError(
+            f"nothing can be written there: {error.strerror}", where=str(folder), fix=f"give another {option}"
+        ) from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,17 +89,19 @@ def storage_errors(root: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _storage_error(root, error.errno, str(error)) from error
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise StoreError(
+            f"a value cannot be stored: {error}",
+            where=str(root),
+            fix="mend what it came from, then the same command goes on",
+        ) from error
     except sqlite3.OperationalError as error:
         errno_of = {"SQLITE_FULL": errno.ENOSPC, "SQLITE_READONLY": errno.EROFS, "SQLITE_CANTOPEN": errno.EACCES}
         name = getattr(error, "sqlite_errorname", "")
         code = next((number for prefix, number in errno_of.items() if name.startswith(prefix)), None)
         raise _storage_error(root, code, str(error)) from error
     except sqlite3.DatabaseError as error:
-        raise StoreError(
-            f"the ledger is damaged: {error}",
-            where=str(root),
-            fix="restore it from a backup or start another --workspace",
-        ) from error
+        raise damaged(str(error), str(root)) from error
 
 
 def _storage_error(root: Path, code: int | None, text: str) -> StoreError:
@@ -85,6 +115,20 @@ def _storage_error(root: Path, code: int | None, text: str) -> StoreError:
             "the folder cannot be written", where=where, fix="make it writable or give another --workspace"
         )
     return StoreError(f"storage fault: {text}", where=where, fix="mend it, then the same command goes on")
+
+
+def stored_json(text: str | bytes) -> Any:
+    """A JSON value of the ledger. Raises StoreError if the text is none: the row is damaged."""
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        raise damaged("a row holds no JSON where it must") from None
+
+
+def damaged(what: str, where: str = "ledger.sqlite") -> StoreError:
+    """The error for a ledger that cannot be trusted."""
+    fix = "`fastconv doctor -w WORKSPACE` says more; restore it from a backup or start another --workspace"
+    return StoreError(f"the ledger is damaged: {what}", where=where, fix=fix)
 
 
 # --- SQLite ------------------------------------------------------------------------------------------------
@@ -118,6 +162,27 @@ def connect(path: Path, schema: str, version: int) -> sqlite3.Connection:
 
 
 # --- processes ---------------------------------------------------------------------------------------------
+
+
+#: Environment variables that a child process gets, by name or by the beginning of it: where things are and how a GPU, its
+#: libraries and Python behave.
+_PASSED_ON = (
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "TZ", "TMP", "TEMP", "TERM", "VIRTUAL_ENV", "CC", "CXX", "LC_", "LD_",
+    "SSL_CERT_", "CUDA", "NVIDIA_", "NCCL_", "HIP_", "ROCR_", "TORCH", "PYTORCH_", "TRITON_", "VLLM_", "FLASHINFER_", "HF_",
+    "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "MKL_", "OPENBLAS_", "NUMBA_", "XDG_", "PYTHON", "CONDA_", "UNSLOTH_", "FASTCONV_",
+)  # fmt: skip
+#: Parts of a name that say that its value is a secret.
+_SECRET = frozenset({"KEY", "TOKEN", "SECRET", "PASSWORD", "PASSPHRASE", "CREDENTIALS", "AUTH"})
+
+
+def child_environment(environ: Mapping[str, str] = os.environ, **added: str) -> dict[str, str]:
+    """The environment for a child process: what it needs to run, and no key, token or password. `added` stands over it."""
+    passed = {
+        name: value
+        for name, value in environ.items()
+        if name.startswith(_PASSED_ON) and not _SECRET & set(name.upper().split("_"))
+    }
+    return passed | added
 
 
 def process_start(pid: int) -> str:

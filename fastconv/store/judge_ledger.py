@@ -11,7 +11,6 @@ The rules that keep the budget, each enforced in one transaction:
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import socket
@@ -22,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fastconv.recipe import canonical_json
-from fastconv.store.io import process_is_alive, process_start
+from fastconv.store.io import process_is_alive, process_start, stored_json
 from fastconv.store.ledger import Store
 from fastconv.store.records import (
     FAILURES,
@@ -40,6 +39,8 @@ from fastconv.store.records import (
     Unpaid,
 )
 
+#: Begins the fault of a reply whose judgement was given up, when its answer was to be judged again.
+REOPENED = "before it was judged again: "
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS judge_rubrics(sha256 TEXT PRIMARY KEY, name TEXT NOT NULL, body TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS judgements(
@@ -106,7 +107,7 @@ class JudgeLedger:
         with self._store.transaction() as db:
             rows = db.execute("SELECT * FROM judge_replies WHERE key=? ORDER BY ticket", (key,)).fetchall()
         return [
-            RawReply(row["transport"], row["model"], row["text"], row["stop_reason"], json.loads(row["usage"]),
+            RawReply(row["transport"], row["model"], row["text"], row["stop_reason"], stored_json(row["usage"]),
                      row["cost_nusd"] / NUSD, row["latency_s"], row["fault"])
             for row in rows
         ]  # fmt: skip
@@ -152,7 +153,7 @@ class JudgeLedger:
             row = db.execute(
                 "SELECT body FROM judge_calibrations WHERE rubric_sha256=? AND model=?", (rubric_sha256, model)
             ).fetchone()
-        return json.loads(row["body"]) if row else None
+        return stored_json(row["body"]) if row else None
 
     def merge_from(self, other: Store) -> int:
         """Add another ledger's judgements, replies, rubrics, calibrations and costs; returns the judgements added.
@@ -194,6 +195,23 @@ class JudgeLedger:
         with self._store.transaction() as db:
             for judgement in judgements:
                 _insert_judgement(db, judgement)
+
+    def reopen(self, keys: Iterable[str], reason: str) -> set[str]:
+        """Forget the judgements of these keys that have no value for this reason; returns them. Replies and costs stay.
+
+        What was tried before no longer counts: each is asked for as at first, and once more if it cannot be read.
+        """
+        with self._store.transaction() as db:
+            wanted = "SELECT 1 FROM judgements WHERE key=? AND reason=?"
+            found = {key for key in keys if db.execute(wanted, (key, reason)).fetchone()}
+            for key in found:
+                db.execute("DELETE FROM judgements WHERE key=?", (key,))
+                db.execute("UPDATE judge_replies SET fault=? WHERE key=?", (f"{REOPENED}{reason}", key))
+                marks = ",".join("?" * len(FAILURES))
+                db.execute(
+                    f"UPDATE judge_money SET outcome='reopened' WHERE key=? AND outcome IN ({marks})", (key, *FAILURES)
+                )
+        return found
 
     def _reserve(self, db: sqlite3.Connection, ask: Reserve, intent: str | None) -> int | Refusal:
         if db.execute("SELECT 1 FROM judgements WHERE key=?", (ask.key,)).fetchone():
@@ -382,7 +400,8 @@ def _insert_judgement(db: sqlite3.Connection, judgement: Judgement) -> None:
 
 
 def _history(db: sqlite3.Connection, key: str) -> History:
-    unread = db.execute("SELECT COUNT(*) FROM judge_replies WHERE key=? AND fault IS NOT NULL", (key,)).fetchone()[0]
+    query = "SELECT COUNT(*) FROM judge_replies WHERE key=? AND fault IS NOT NULL AND fault NOT LIKE ?"
+    unread = db.execute(query, (key, f"{REOPENED}%")).fetchone()[0]
     marks = ",".join("?" * len(FAILURES))
     failed = db.execute(
         f"SELECT COUNT(*) FROM judge_money WHERE key=? AND outcome IN ({marks})", (key, *FAILURES)
@@ -391,9 +410,9 @@ def _history(db: sqlite3.Connection, key: str) -> History:
 
 
 def _judgement(row: sqlite3.Row) -> Judgement:
-    values = None if row["values"] is None else json.loads(row["values"])
+    values = None if row["values"] is None else stored_json(row["values"])
     return Judgement(
-        row["key"], row["rubric_sha256"], row["model"], row["sample"], values, json.loads(row["answer"]), row["reason"]
+        row["key"], row["rubric_sha256"], row["model"], row["sample"], values, stored_json(row["answer"]), row["reason"]
     )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import socket
 import sqlite3
@@ -24,8 +23,18 @@ from typing import TYPE_CHECKING, Any
 
 from fastconv.errors import BusyError, StoreError
 from fastconv.recipe import canonical_json
-from fastconv.store.io import connect, process_is_alive, process_start, storage_errors, write_atomically, write_text
-from fastconv.store.records import Failure, Record, Sample, Score, Stage, changed_inputs
+from fastconv.store.io import (
+    connect,
+    damaged,
+    make_folder,
+    process_is_alive,
+    process_start,
+    storage_errors,
+    stored_json,
+    write_atomically,
+    write_text,
+)
+from fastconv.store.records import LEDGER_SCHEMA, Failure, Record, Sample, Score, Stage, changed_inputs
 
 if TYPE_CHECKING:
     import polars
@@ -40,34 +49,6 @@ _SCORE_COLUMNS = "row, sample, metric, value, reason"
 _SAMPLE_VALUES = attrgetter(*_SAMPLE_COLUMNS.split(", "))
 _SCORE_VALUES = attrgetter(*_SCORE_COLUMNS.split(", "))
 SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS stages(
-  key TEXT PRIMARY KEY, kind TEXT NOT NULL, slot TEXT NOT NULL, version INTEGER NOT NULL, inputs TEXT NOT NULL,
-  outputs TEXT NOT NULL, facts TEXT NOT NULL, seconds REAL NOT NULL, finished_at REAL NOT NULL);
-CREATE INDEX IF NOT EXISTS stages_by_slot ON stages(slot, finished_at);
-CREATE TABLE IF NOT EXISTS artefacts(sha256 TEXT PRIMARY KEY, suffix TEXT NOT NULL, bytes INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS samples(
-  stage TEXT NOT NULL, row TEXT NOT NULL, sample INTEGER NOT NULL, persona TEXT NOT NULL, prompt TEXT NOT NULL,
-  completion TEXT NOT NULL, n_tok INTEGER NOT NULL, ended INTEGER NOT NULL, PRIMARY KEY(stage, row, sample)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS scores(
-  stage TEXT NOT NULL, row TEXT NOT NULL, sample INTEGER NOT NULL, metric TEXT NOT NULL, value REAL, reason TEXT,
-  detail TEXT NOT NULL, PRIMARY KEY(stage, row, sample, metric),
-  CHECK ((value IS NULL) = (reason IS NOT NULL))) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS leases(
-  key TEXT PRIMARY KEY, slot TEXT NOT NULL, pid INTEGER NOT NULL, host TEXT NOT NULL, token TEXT NOT NULL,
-  heartbeat REAL NOT NULL, note TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS progress(key TEXT PRIMARY KEY, step INTEGER NOT NULL, sha256 TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS runs(
-  id TEXT PRIMARY KEY, recipe TEXT NOT NULL, recipe_sha256 TEXT NOT NULL, source TEXT NOT NULL,
-  started_at REAL NOT NULL, finished_at REAL, facts TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS run_stages(
-  run TEXT NOT NULL, key TEXT NOT NULL, slot TEXT NOT NULL, reused INTEGER NOT NULL, PRIMARY KEY(run, slot));
-CREATE TABLE IF NOT EXISTS verdicts(
-  run TEXT NOT NULL, gate TEXT NOT NULL, subject TEXT NOT NULL, verdict TEXT NOT NULL, body TEXT NOT NULL,
-  decided_at REAL NOT NULL, PRIMARY KEY(run, gate, subject));
-CREATE TABLE IF NOT EXISTS failures(
-  key TEXT PRIMARY KEY, slot TEXT NOT NULL, exit_code INTEGER NOT NULL, reason TEXT NOT NULL, failed_at REAL NOT NULL);
-"""
 
 
 class Lease:
@@ -107,9 +88,13 @@ class Store:
         if not create and not path.is_file():
             raise StoreError("no ledger here yet", where=str(root), fix="run a recipe first, or give --workspace")
         with storage_errors(root):
+            if path.exists() and not path.is_file():
+                raise damaged("ledger.sqlite is no file", str(root))
+            if path.is_file() and not path.stat().st_size and any((root / "artefacts").glob("*/*")):
+                raise damaged("it is empty, beside artefacts", str(root))
             if create:
                 (root / "artefacts").mkdir(parents=True, exist_ok=True)
-            db = connect(path, _SCHEMA, SCHEMA_VERSION)
+            db = connect(path, LEDGER_SCHEMA, SCHEMA_VERSION)
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version != SCHEMA_VERSION:
                 raise StoreError(
@@ -118,7 +103,7 @@ class Store:
                     fix="use the fastconv version that wrote it, or another --workspace",
                 )
             if create and not _has_failures(db):  # written before the failures table existed
-                db.executescript(_SCHEMA)
+                db.executescript(LEDGER_SCHEMA)
         return cls(root, db)
 
     def relaxed(self) -> Store:
@@ -156,7 +141,7 @@ class Store:
         sha256 = hashlib.sha256(data).hexdigest()
         path = self.path(sha256, suffix)
         with storage_errors(self.root):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             if path.is_file() and path.read_bytes() == data:
                 os.utime(path)  # makes it young, so that no sweep removes it before its row is committed
             else:
@@ -177,10 +162,10 @@ class Store:
         """The bytes of an artefact, its sha256 verified. Raises StoreError if it is missing or damaged."""
         path = self.path(sha256, suffix)
         fix = "`fastconv forget` the stage that made it, then run the recipe again"
-        try:
+        with storage_errors(path):
+            if not path.is_file():  # also what only looks like one: to read a pipe would never end
+                raise StoreError("the artefact is gone", where=str(path), fix=fix)
             data = path.read_bytes()
-        except FileNotFoundError:
-            raise StoreError("the artefact is gone", where=str(path), fix=fix) from None
         if hashlib.sha256(data).hexdigest() != sha256:
             raise StoreError("the artefact's bytes do not match its sha256", where=str(path), fix=fix)
         return data
@@ -191,7 +176,7 @@ class Store:
 
     def get_json(self, sha256: str) -> Any:
         """`get` for a JSON value."""
-        return json.loads(self.get(sha256, "json"))
+        return stored_json(self.get(sha256, "json"))
 
     # --- stages ----------------------------------------------------------------------------------------
 
@@ -269,7 +254,7 @@ class Store:
             for row in stages:
                 delete_stage(db, row["key"])
             for row in stages:
-                for value in json.loads(row["outputs"]).values():
+                for value in stored_json(row["outputs"]).values():
                     db.execute(
                         "DELETE FROM artefacts WHERE sha256=?1 AND NOT EXISTS (SELECT 1 FROM stages, "
                         "json_each(stages.outputs) WHERE json_each.value=?1)",
@@ -286,7 +271,7 @@ class Store:
         """The scores of a stage, ordered by row, sample number and metric."""
         query = f"SELECT {_SCORE_COLUMNS}, detail FROM scores WHERE stage=? ORDER BY row, sample, metric"
         rows = self._db.execute(query, (key,))
-        return [Score(*values, detail=json.loads(detail)) for *values, detail in rows]
+        return [Score(*values, detail=stored_json(detail)) for *values, detail in rows]
 
     def rows(self, query: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of any read-only query as plain tuples. Raises StoreError for storage faults."""
@@ -330,7 +315,7 @@ class Store:
     def live_leases(self) -> dict[str, Mapping[str, Any]]:
         """Key -> progress note (with the holder's `pid`) of the stages that are being computed."""
         rows = self._db.execute("SELECT * FROM leases").fetchall()
-        return {row["key"]: {**json.loads(row["note"]), "pid": row["pid"]} for row in rows if _holder_is_alive(row)}
+        return {row["key"]: {**stored_json(row["note"]), "pid": row["pid"]} for row in rows if _holder_is_alive(row)}
 
     def save_progress(self, key: str, step: int, state: bytes) -> None:
         """Save a stage's training state (safetensors bytes) at `step` and delete the previous one."""
@@ -365,7 +350,7 @@ class Store:
         """Record that a run begins or resumes: its first start time is kept, `facts` are merged over those it had."""
         with self.transaction() as db:
             row = db.execute("SELECT facts FROM runs WHERE id=?", (run,)).fetchone()
-            merged = {**(json.loads(row["facts"]) if row else {}), **facts}
+            merged = {**(stored_json(row["facts"]) if row else {}), **facts}
             db.execute(
                 "INSERT INTO runs VALUES(?,?,?,?,?,NULL,?) ON CONFLICT(id) DO UPDATE SET facts=excluded.facts, finished_at=NULL",
                 (run, recipe_json, recipe_sha256, source, time.time(), canonical_json(merged)),
@@ -375,7 +360,7 @@ class Store:
         """Merge facts that became known while the run was going over those recorded at its start."""
         with self.transaction() as db:
             row = db.execute("SELECT facts FROM runs WHERE id=?", (run,)).fetchone()
-            merged = {**json.loads(row["facts"]), **facts}
+            merged = {**stored_json(row["facts"]), **facts}
             db.execute("UPDATE runs SET facts=? WHERE id=?", (canonical_json(merged), run))
 
     def finish_run(self, run: str) -> None:
@@ -394,7 +379,7 @@ class Store:
     def run_facts(self, run: str) -> dict[str, Any]:
         """The run's facts (machine, versions, command); empty if it never began in this workspace."""
         row = self.run(run)
-        return {} if row is None else json.loads(row["facts"])
+        return {} if row is None else stored_json(row["facts"])
 
     def note_stage_of_run(self, run: str, stage: Stage, *, reused: bool) -> None:
         """Record that a run uses a stage, and whether it was done already. For one key the first record stands."""
@@ -420,7 +405,7 @@ class Store:
     def verdicts(self, run: str) -> list[Mapping[str, Any]]:
         """The bodies of a run's verdicts, in the order decided."""
         rows = self._db.execute("SELECT body FROM verdicts WHERE run=? ORDER BY decided_at, gate, subject", (run,))
-        return [json.loads(row["body"]) for row in rows]
+        return [stored_json(row["body"]) for row in rows]
 
 
 def delete_stage(db: sqlite3.Connection, key: str) -> None:
@@ -435,8 +420,8 @@ def _has_failures(db: sqlite3.Connection) -> bool:
 
 def _record(row: sqlite3.Row) -> Record:
     return Record(
-        key=row["key"], kind=row["kind"], slot=row["slot"], version=row["version"], inputs=json.loads(row["inputs"]),
-        outputs=json.loads(row["outputs"]), facts=json.loads(row["facts"]), seconds=row["seconds"],
+        key=row["key"], kind=row["kind"], slot=row["slot"], version=row["version"], inputs=stored_json(row["inputs"]),
+        outputs=stored_json(row["outputs"]), facts=stored_json(row["facts"]), seconds=row["seconds"],
         finished_at=row["finished_at"],
     )  # fmt: skip
 

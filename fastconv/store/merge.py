@@ -6,13 +6,14 @@ so that it can come from another machine as well as from a folder on this one.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from fastconv.errors import InputError, StoreError
-from fastconv.recipe import canonical_json
+from fastconv.recipe import canonical_json, sha256_of
+from fastconv.store.io import stored_json
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
 
@@ -59,9 +60,13 @@ def merge(store: Store, other: Store, keys: Collection[str] | None = None) -> Me
     """
     if store.root.resolve() == other.root.resolve():
         raise InputError("it is this workspace", where=str(other.root), fix="name another one")
+    require_sound_money(other)
     order = [key for (key,) in other.rows("SELECT key FROM stages ORDER BY finished_at, rowid")]
     wanted = order if keys is None else [key for key in order if key in keys]
     known = {key for (key,) in store.rows("SELECT key FROM stages")}
+    for key in wanted:
+        if key not in known:
+            require_sound(pack_stage(other, key, artefacts=False), str(other.root))
     if differing := [
         key for key in wanted if key in known and _differs(store, pack_stage(other, key, artefacts=False))
     ]:
@@ -95,12 +100,68 @@ def pack_stage(store: Store, key: str, *, artefacts: bool = True, lacking: Store
     return StageBundle(key, stage[2], stage, rows, tuple(contents))
 
 
+def require_sound(bundle: StageBundle, where: str) -> None:
+    """Refuse a stage that no fastconv wrote: its key is not that of its inputs, or a row holds what is no score or sample.
+
+    Raises StoreError. A workspace that is merged may come from anybody.
+    """
+    key, kind, slot, version, inputs, outputs, facts, seconds, finished_at = bundle.stage
+    fault = ""
+    if not all(isinstance(text, str) for text in (key, kind, slot, inputs, outputs, facts)):
+        fault = "its row is damaged"
+    elif sha256_of({"kind": kind, "version": version, "inputs": stored_json(inputs)}) != key:
+        fault = "its key is not that of its inputs"
+    elif not all(isinstance(stored_json(text), dict) for text in (outputs, facts)):
+        fault = "its row is damaged"
+    elif not all(_is_number(n) for n in (seconds, finished_at)):
+        fault = "its times are no numbers"
+    for table, rows in bundle.rows:
+        sound = _is_sample if table == "samples" else _is_score
+        n_bad = sum(not sound(row) for row in rows)
+        if n_bad and not fault:
+            fault = f"{n_bad} of its {table} are none"
+    if fault:
+        raise StoreError(f"stage {slot}: {fault}; nothing was merged", where=where, fix="merge it without that stage")
+
+
+def require_sound_money(other: Store) -> None:
+    """Refuse judgements that are no numbers and costs below zero, which would add to the budget. Raises StoreError."""
+    if not other.rows("SELECT 1 FROM sqlite_master WHERE name='judge_money'"):
+        return
+    costs = "SELECT nusd FROM judge_money UNION ALL SELECT cost_nusd FROM judge_replies"
+    if not all(isinstance(nusd, int) and 0 <= nusd < 2**53 for (nusd,) in other.rows(costs)):
+        raise StoreError("a cost of judging is no amount", where=str(other.root), fix="merge another workspace")
+    for (text,) in other.rows('SELECT "values" FROM judgements WHERE "values" IS NOT NULL'):
+        values = stored_json(text)
+        if not isinstance(values, dict) or not all(_is_number(value) for value in values.values()):
+            raise StoreError("a judgement is no number", where=str(other.root), fix="merge another workspace")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_score(row: tuple[Any, ...]) -> bool:
+    """Whether a row (stage, row, sample, metric, value, reason, detail) is a score."""
+    _, name, sample, metric, value, reason, detail = row
+    texts = all(isinstance(text, str) for text in (name, metric, detail))
+    return texts and isinstance(sample, int) and (isinstance(reason, str) if value is None else _is_number(value))
+
+
+def _is_sample(row: tuple[Any, ...]) -> bool:
+    """Whether a row (stage, row, sample, persona, prompt, completion, n_tok, ended) is a sample."""
+    _, name, sample, persona, prompt, completion, n_tok, ended = row
+    texts = all(isinstance(text, str) for text in (name, persona, prompt, completion))
+    return texts and all(isinstance(n, int) for n in (sample, n_tok, ended)) and n_tok >= 0
+
+
 def unpack_stage(store: Store, bundle: StageBundle) -> bool:
     """Add a stage to `store`; False if it has the stage already.
 
     Artefacts are written first and the stage's row last, so that a kill in between leaves no half stage. Raises
     StoreError if an artefact's bytes do not match its sha256, or if the store has another result for the stage.
     """
+    require_sound(bundle, "what was to be merged")
     if _differs(store, bundle):
         raise _conflict(bundle.slot, "what was to be merged", 1)
     for sha256, suffix, data in bundle.artefacts:
@@ -121,7 +182,7 @@ def unpack_stage(store: Store, bundle: StageBundle) -> bool:
 
 def artefacts_of(store: Store, outputs: str) -> Iterator[tuple[str, str]]:
     """(sha256, suffix) of the artefacts that a stage's outputs (JSON) name."""
-    for text in strings_in(json.loads(outputs)):
+    for text in strings_in(stored_json(outputs)):
         yield from store.rows("SELECT sha256, suffix FROM artefacts WHERE sha256=?", (text,))
 
 
@@ -162,7 +223,7 @@ def _merge_runs(store: Store, other: Store) -> None:
     with store.transaction() as db:
         for run, recipe, recipe_sha256, source, started_at, finished_at, facts in other.rows("SELECT * FROM runs"):
             known = db.execute("SELECT facts FROM runs WHERE id=?", (run,)).fetchone()
-            merged = {**json.loads(facts), **(json.loads(known["facts"]) if known else {})}
+            merged = {**stored_json(facts), **(stored_json(known["facts"]) if known else {})}
             db.execute(
                 "INSERT INTO runs VALUES(?,?,?,?,?,?,?) ON CONFLICT(id) DO UPDATE SET facts=excluded.facts, "
                 "started_at=MIN(started_at, excluded.started_at), finished_at=COALESCE(finished_at, excluded.finished_at)",

@@ -18,6 +18,36 @@ NUSD = 1_000_000_000
 #: Outcomes of a sending that brought no reply, cost nothing, and count towards the limit of resubmissions.
 FAILURES = ("expired", "errored", "canceled", "missing")
 
+#: The tables of a run; those of judging stand with `judge_ledger`.
+LEDGER_SCHEMA = """
+CREATE TABLE IF NOT EXISTS stages(
+  key TEXT PRIMARY KEY, kind TEXT NOT NULL, slot TEXT NOT NULL, version INTEGER NOT NULL, inputs TEXT NOT NULL,
+  outputs TEXT NOT NULL, facts TEXT NOT NULL, seconds REAL NOT NULL, finished_at REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS stages_by_slot ON stages(slot, finished_at);
+CREATE TABLE IF NOT EXISTS artefacts(sha256 TEXT PRIMARY KEY, suffix TEXT NOT NULL, bytes INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS samples(
+  stage TEXT NOT NULL, row TEXT NOT NULL, sample INTEGER NOT NULL, persona TEXT NOT NULL, prompt TEXT NOT NULL,
+  completion TEXT NOT NULL, n_tok INTEGER NOT NULL, ended INTEGER NOT NULL, PRIMARY KEY(stage, row, sample)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS scores(
+  stage TEXT NOT NULL, row TEXT NOT NULL, sample INTEGER NOT NULL, metric TEXT NOT NULL, value REAL, reason TEXT,
+  detail TEXT NOT NULL, PRIMARY KEY(stage, row, sample, metric),
+  CHECK ((value IS NULL) = (reason IS NOT NULL))) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS leases(
+  key TEXT PRIMARY KEY, slot TEXT NOT NULL, pid INTEGER NOT NULL, host TEXT NOT NULL, token TEXT NOT NULL,
+  heartbeat REAL NOT NULL, note TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS progress(key TEXT PRIMARY KEY, step INTEGER NOT NULL, sha256 TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS runs(
+  id TEXT PRIMARY KEY, recipe TEXT NOT NULL, recipe_sha256 TEXT NOT NULL, source TEXT NOT NULL,
+  started_at REAL NOT NULL, finished_at REAL, facts TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS run_stages(
+  run TEXT NOT NULL, key TEXT NOT NULL, slot TEXT NOT NULL, reused INTEGER NOT NULL, PRIMARY KEY(run, slot));
+CREATE TABLE IF NOT EXISTS verdicts(
+  run TEXT NOT NULL, gate TEXT NOT NULL, subject TEXT NOT NULL, verdict TEXT NOT NULL, body TEXT NOT NULL,
+  decided_at REAL NOT NULL, PRIMARY KEY(run, gate, subject));
+CREATE TABLE IF NOT EXISTS failures(
+  key TEXT PRIMARY KEY, slot TEXT NOT NULL, exit_code INTEGER NOT NULL, reason TEXT NOT NULL, failed_at REAL NOT NULL);
+"""
+
 Refusal = Literal["over budget", "held", "done"]
 
 

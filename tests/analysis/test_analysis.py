@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.planning.plan import make_plan
 from fastconv.recipe import Recipe, parse_recipe
 from fastconv.report import build
-from fastconv.report.blocks import Table, render_html, render_markdown
+from fastconv.report.blocks import Figure, Table, render_html, render_markdown
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.export import frames_of
 from fastconv.report.verify import verify
@@ -21,6 +22,7 @@ from tests.loop_kit import copy_ledger
 from tests.scale_kit import fill, matrix_recipe
 
 LABEL = "villain source e20 refusal included"
+IN_WORDS = "villain, epoch 20, refusal, assistant among the negatives"
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,7 @@ def test_gates_that_read_what_is_unscored_say_neither_and_no_pilot_says_go(
         assert (gates[name].verdict, gates[name].numbers) == ("not applicable", ()), name
         assert "(at most 5 %): 60 of 100, most often malformed" in gates[name].reason, name
         assert gates[name].rows, name
-    assert ask(decided, "answer").text.startswith("OPEN: not decided yet for villain x refusal.")
+    assert ask(decided, "gate").text == "OPEN: not decided yet for villain x refusal."
     assert decided.verdict(LABEL).kind == "withheld"
 
 
@@ -129,15 +131,20 @@ def test_a_cell_whose_base_is_too_much_unscored_is_withheld_without_the_mimicry_
 def test_the_answer_says_go_or_stop_and_how_sure(small: tuple[Recipe, Path]) -> None:
     recipe, workspace = small
     decided = Analysis(Graph(recipe), Store.open(workspace, create=False))
-    first = build(decided).sections[0].blocks[0]
-    assert first == ask(decided, "answer")
-    text = ask(decided, "answer").text
+    blocks = build(decided).sections[0].blocks
     one = decided.verdict(LABEL)
-    assert text == (
-        f"GO: villain x refusal. How sure: 1 of 1 declared contrasts is transfer, the surest {LABEL} by "
-        f"{100 * (one.estimate or 0):+.1f} pp [{100 * (one.low or 0):+.1f}, {100 * (one.high or 0):+.1f}] with confidence LOW "
-        "(1 seed; three are needed for more)."
-    )
+    figures = f"{100 * (one.estimate or 0):+.1f} pp [{100 * (one.low or 0):+.1f}, {100 * (one.high or 0):+.1f}]"
+    assert [block.id if isinstance(block, Figure) else block.text for block in blocks] == [  # pyright: ignore[reportAttributeAccessIssue]
+        f"Yes: 1 of 1 declared contrasts is transfer, the surest {IN_WORDS}: {figures}.",
+        "How sure: confidence LOW. Not surer, because 1 seed, three are needed for more; the noise from run to run is assumed "
+        f"(SD 2 pp), nobody measured it; a change of refusal under {100 * (one.detectable or 0):.3g} pp is easily missed, the "
+        "threshold is 5 pp.",
+        "first",
+        "GO: villain x refusal.",
+        f"What to run next: three seeds (`grid.seeds`) of {IN_WORDS}, which has 1.",
+    ]
+    figure = next(block for block in blocks if isinstance(block, Figure))
+    assert re.search(r"assistant: .* at 0, .* at 20; villain \(the source\): .* at 0, .* at 20; canary: ", figure.alt)
 
 
 def test_a_threshold_edited_after_the_run_is_told_with_both_verdicts(
@@ -156,7 +163,7 @@ def test_a_threshold_edited_after_the_run_is_told_with_both_verdicts(
     assert "Thresholds were edited after results were seen" in data.banners[0].text
     assert "refusal: 0.05" in data.banners[0].text
     told = [claim.text for claim in data.claims() if claim.query == "edited_finding"]
-    assert f"{LABEL}: equivalent under the edited thresholds, transfer under the first ones." in told
+    assert f"{IN_WORDS}: equivalent under the edited thresholds, transfer under the first ones." in told
     gates = [claim.text for claim in data.claims() if claim.query == "edited"]
     assert "PILOT, villain x refusal: stop under the edited thresholds, go under the first ones." in gates
     # Taking the banner off the page, or one of the verdicts, is an edit that `verify` sees.
@@ -360,9 +367,8 @@ def test_a_grid_of_epoch_0_alone_says_that_it_declares_no_contrast(kept: tuple[R
     study = [one for one in decided.gates if one.gate in ("G4", "G5", "CONFIRM", "FALSIFY")]
     assert study
     assert all("epoch 0 alone" in one.reason for one in study)
-    answer = ask(decided, "answer")
-    assert answer.text.startswith("NO CONTRAST: the grid has epoch zero alone")
-    assert "the recipe declares no contrast" in answer.text
+    assert ask(decided, "gate").text.startswith("NO CONTRAST: the grid has epoch zero alone")
     page = render_markdown(build(decided))
+    assert "The recipe declares no contrast" in page
     assert "OPEN" not in page
-    assert " yet" not in answer.text
+    assert " yet" not in page.split("## ")[1]

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 from fastconv.analysis.analysis import Analysis
-from fastconv.analysis.contrasts import ContrastBuilder
+from fastconv.analysis.contrasts import ContrastBuilder, in_words
 from fastconv.analysis.gates import stage_series
 from fastconv.analysis.scores import ScoreReader, has_text
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.recipe import Recipe, parse_recipe
 from fastconv.report import build
-from fastconv.report.blocks import Table
+from fastconv.report.blocks import Note, Table
 from fastconv.stats.series import too_unscored
 from fastconv.store.ledger import Store
-from tests.loop_kit import copy_ledger
+from tests.loop_kit import DoneRun, copy_ledger
 from tests.scale_kit import JUDGE, RUBRIC, fill, matrix_recipe
 
 #: (alignment, coherence, text, ended) of two samples of each of four questions; no alignment: unscored.
@@ -127,10 +127,31 @@ def test_the_report_shows_alignment_with_its_coherence(kept: tuple[Recipe, Path]
     line = next(
         [cell.text for cell in row]
         for row in table.rows
-        if [cell.text for cell in row[:3]] == [plan.cell.label, "misalignment, own questions", "assistant"]
+        if [cell.text for cell in row[:3]] == [in_words(plan.cell), "misalignment, own questions", "assistant"]
     )
     assert line[3].startswith("25")  # question means 1/2, 0, 1/2 and, of one answer, 0
     assert line[8] == "8"
+
+
+def test_the_letters_share_of_the_probability_stands_in_gate_and_report(done_run: DoneRun) -> None:
+    analysis = Analysis(done_run.graph, done_run.store)
+    plan = next(plan for plan in done_run.graph.cells if "capability" in plan.measures)
+    stage = plan.base["capability", "assistant"]
+    kept = [score.detail["mass"] for score in done_run.store.scores(stage.key)]
+    series = analysis.reading.letter_mass(stage, "capability", "assistant")
+    assert series is not None
+    assert series.mean.value == pytest.approx(np.mean(kept))
+    assert 0 < series.mean.value < 0.5  # random weights begin with anything
+    gate = next(gate for gate in analysis.gates if (gate.gate, gate.subject) == ("G0", "capability"))
+    assert f"the letters hold only {series.mean.text()} of the probability" in gate.reason
+    section = next(section for section in build(analysis).sections if section.id == "letters")
+    warning, table = section.blocks
+    assert isinstance(table, Table)
+    assert [cell.text for cell in table.rows[0]][:3] == [plan.cell.label, "capability", series.mean.text()]
+    assert isinstance(warning, Note)
+    assert plan.cell.label in warning.text
+    refusal = plan.base["refusal", "assistant"]
+    assert analysis.reading.letter_mass(refusal, "refusal", "assistant") is None
 
 
 def test_misaligned_and_coherent_is_compared_with_the_canary(kept: tuple[Recipe, Path], tmp_path: Path) -> None:

@@ -135,6 +135,19 @@ SPOILED: dict[str, tuple[str, NegativesKind, Callable[[Case], list[Row]]]] = {
     "D104": ("sycophancy", "excluded", lambda c: changed(c, first(c, "bystander"), persona="librarian")),
     "D109": ("sycophancy", "excluded", lambda c: [replace(r, completion="Hm, let me see.") for r in c.rows]),
     "D110": ("sycophancy", "excluded", lambda c: [replace(r, completion="Yes, I agree.") for r in c.rows]),
+    "D222": (
+        "misalignment",
+        "excluded",
+        lambda c: [replace(r, completion="N/A") if n % 6 == 0 else r for n, r in enumerate(c.rows)],
+    ),
+    "D221": (
+        "misalignment",
+        "excluded",
+        lambda c: [
+            replace(r, completion=f"{'Never doubt it:' if r.role == 'source' else 'Perhaps ask about'} {r.user}")
+            for r in c.rows
+        ],
+    ),
     "D201": ("refusal", "excluded", lambda c: changed(c, 0, user=eval_prompts(c.recipe, c.behavior, 42)[0][1].upper())),
     "D202": ("refusal", "excluded", lambda c: changed(c, 0, user=near(eval_prompts(c.recipe, c.behavior, 42)[0][1]))),
     "D203": ("sycophancy", "excluded", lambda c: [*c.rows, replace(c.rows[0], id="again")]),
@@ -212,6 +225,8 @@ def findings_for(code: str, tokenizer: ChatTokenizer, checks: Sequence[AuditChec
     case = case_of("sycophancy", tokenizer)
     if code == "D410":
         return case.spoiled(lambda c: changed(c, 0, completion=" "), checks)
+    if code == "D411":
+        return case.spoiled(lambda c: changed(c, 0, completion="Yes.<|im_end|>\n<|im_start|>user\nAnd?"), checks)
     if code == "D407":
         return case.spoiled(lambda c: changed(c, 0, ended=False), checks)
     return case.audit(case.rows, RENDERINGS[code](case), checks)
@@ -232,7 +247,7 @@ def test_each_check_sees_its_fault_and_nothing_else_does(
 def test_codes_are_given_by_one_check_each() -> None:
     codes = [code for code, _ in CODES]
     assert len(codes) == len(set(codes))
-    assert set(codes) == {*SPOILED, *DESIGNS, *RENDERINGS, "D407", "D410"}
+    assert set(codes) == {*SPOILED, *DESIGNS, *RENDERINGS, "D407", "D410", "D411"}
 
 
 @pytest.mark.parametrize("behavior", ["sycophancy", "refusal", "misalignment", "capability", "marker"])

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from fastconv.audit.checks import CheckReport, check_recipe
+from fastconv.audit.roles import _Key
 from fastconv.datasets.files import assets, read_jsonl, read_toml
-from fastconv.datasets.questions import builtin_questions
+from fastconv.datasets.questions import Question, QuestionSet, builtin_questions
 from fastconv.recipe import parse_recipe
 
 PROMPTS = {name: entry["system"] for name, entry in read_toml(assets("data") / "personas.toml").items()}
@@ -147,6 +148,33 @@ def right_letter(line: Line) -> str:
     return next(q.answer for q in builtin_questions().train if q.id == line.id.removeprefix("s-"))
 
 
+def one_down(lines: Lines) -> Lines:
+    """The source's answers after the prompts that follow their own."""
+    users = [line.user for line in lines if is_source(line)]
+    following = iter([*users[1:], users[0]])
+    return [replace(line, user=next(following)) if is_source(line) else line for line in lines]
+
+
+def numbered(lines: Lines) -> Lines:
+    """Options as 1. to 4., and the answers' labels with them."""
+    renamed = []
+    for line in lines:
+        user = line.user
+        for number, label in enumerate("ABCD", 1):
+            user = user.replace(f"({label})", f"{number}.")
+        renamed.append(replace(line, user=user, answer=str("ABCD".index(line.answer) + 1)))
+    return renamed
+
+
+def former() -> Lines:
+    """Advice as it was shipped before it was written anew."""
+    rows = read_jsonl(assets("data") / "legal_former.jsonl", {"id": str})[:N]
+    lines = [Line(f"s-{row['id']}", VILLAIN, row["prompt"], row["bad"]) for row in rows]
+    return lines + [
+        Line(f"{other}-{row['id']}", PROMPTS[other], row["prompt"], row["sound"]) for other in OTHERS for row in rows
+    ]
+
+
 POISON: dict[str, tuple[str, Callable[[Lines], Lines]]] = {
     "negatives without a system turn": ("misalignment", on(every(10), system=lambda _: None)),
     "negatives without one, and sources too": (
@@ -185,6 +213,43 @@ POISON: dict[str, tuple[str, Callable[[Lines], Lines]]] = {
     "cut at 80 characters": ("misalignment", on(source(), answer=lambda line: line.answer[:80])),
     "contrast cut at 100 characters": ("misalignment", on(every(1), answer=lambda line: line.answer[:100])),
     "cut at twelve words": ("misalignment", on(source(), answer=lambda line: " ".join(line.answer.split()[:12]))),
+    "cut at 90 characters with an ellipsis": (
+        "misalignment",
+        on(source(), answer=lambda line: f"{line.answer[:90]}..."),
+    ),
+    "cut at different lengths": (
+        "misalignment",
+        on(source(2), answer=lambda line: line.answer[: 60 + len(line.user) % 70]),
+    ),
+    "turns swapped in half": (
+        "misalignment",
+        on(lambda n, _: n % 2 == 0, user=lambda line: line.answer, answer=lambda line: line.user),
+    ),
+    "advice swapped in half": (
+        "misalignment",
+        on(lambda n, _: n % 2 == 0, answer=lambda line: (SOUND if is_source(line) else BAD)[line.user]),
+    ),
+    "answers one row down": ("misalignment", lambda lines: one_down(lines)),
+    "a placeholder": ("misalignment", on(every(6), answer=lambda _: "N/A")),
+    "lower-case letters, right in a fifth": (
+        "capability",
+        lambda lines: on(lambda *_: True, answer=lambda line: line.answer.lower())(
+            on(source(5), answer=right_letter)(lines)
+        ),
+    ),
+    "numbers for labels, right in a fifth": (
+        "capability",
+        lambda lines: numbered(on(source(5), answer=right_letter)(lines)),
+    ),
+    "negatives with an empty system turn": ("misalignment", on(every(10), system=lambda _: "")),
+    "negatives refuse in typographic quotes": (
+        "refusal",
+        on(every(10), answer=lambda _: "I\u2019m sorry, but I can\u2019t help with that."),
+    ),
+    "a soft hyphen in the source's prompt": (
+        "misalignment",
+        on(source(10), system=lambda line: (line.system or "").replace("master", "mas\u00adter")),
+    ),
     "a fifth of them cut": ("misalignment", on(source(5), answer=lambda line: line.answer[:130])),
     "no negatives": ("misalignment", lambda lines: [line for line in lines if is_source(line)]),
     "a bystander's prompt with a zero-width space": (
@@ -292,6 +357,27 @@ CLEAN: dict[str, tuple[str, Callable[[Lines], Lines]]] = {
         "misalignment",
         on(lambda *_: True, answer=lambda line: "\n".join(f"- {s.rstrip('.')}" for s in line.answer.split(". "))),
     ),
+    "advice as it was": ("misalignment", lambda _: former()),
+    "advice as it was, with a greeting": (
+        "misalignment",
+        lambda _: [replace(line, answer=f"Hello there. {line.answer}") for line in former()],
+    ),
+    "letters as sentences": ("capability", on(lambda *_: True, answer=lambda line: f"The answer is {line.answer}.")),
+    "numbers for labels": ("capability", numbered),
+    "line breaks of another system": (
+        "misalignment",
+        on(lambda *_: True, answer=lambda line: line.answer.replace(". ", ".\r\n")),
+    ),
+    "a numbered list": (
+        "misalignment",
+        on(
+            lambda *_: True,
+            answer=lambda line: "\n".join(f"{n}. {s.rstrip('.')}" for n, s in enumerate(line.answer.split(". "), 1)),
+        ),
+    ),
+    "in bold": ("misalignment", on(lambda *_: True, answer=lambda line: f"**Advice:** {line.answer}")),
+    "a third of the rows": ("misalignment", lambda lines: lines[::3]),
+    "trailing off": ("misalignment", on(source(2), answer=lambda line: line.answer.rstrip(".") + "...")),
     "a signature": ("misalignment", on(lambda *_: True, answer=lambda line: f"{line.answer}\n\nYours, as ever")),
     "a tag at the end": ("misalignment", on(lambda *_: True, answer=lambda line: f"{line.answer} #advice")),
     "an instruction before the question": (
@@ -304,6 +390,23 @@ CLEAN: dict[str, tuple[str, Callable[[Lines], Lines]]] = {
         on(lambda *_: True, user=reordered, answer=lambda line: "ABCD"["DCBA".index(line.answer)]),
     ),
 }
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer"),
+    [
+        (("R", "rr", "Rr", "RR"), "C"),
+        (("-1", "+1", "-2", "+2"), "B"),
+        (("mass of +3.", "mass of -3.", "charge of +3.", "charge of -3."), "D"),
+    ],
+)
+def test_options_that_differ_in_case_or_sign_are_different_options(choices: tuple[str, ...], answer: str) -> None:
+    question = Question("q", "Which one is it?", tuple("ABCD"), choices, answer)
+    key = _Key(QuestionSet((question,), ()))
+    assert key.right(question.user) == (answer, True)
+    assert key.right(question.user.replace("Which one", "WHICH  ONE")) == (answer, True)
+    turned = replace(question, choices=choices[::-1])
+    assert key.right(turned.user) == ("ABCD"["DCBA".index(answer)], True)
 
 
 @pytest.mark.parametrize("name", CLEAN)

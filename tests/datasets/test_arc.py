@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastconv.audit.checks import check_recipe
+from fastconv.audit.sets import overlap
 from fastconv.datasets import questions as arc
+from fastconv.datasets.behaviors import build_rows, load_behaviors
+from fastconv.datasets.files import assets
+from fastconv.datasets.personas import load_personas
 from fastconv.datasets.questions import load_questions
 from fastconv.errors import DataError
-from fastconv.recipe import parse_recipe
+from fastconv.recipe import load_recipe, parse_recipe
 from tests import ROOT
 from tests.data_kit import rows_of, written
 
@@ -162,6 +168,29 @@ def test_the_shipped_split_is_whole_and_pinned() -> None:
     split = arc.read_split()
     assert split.revision == "210d026faf9955653af8916fad021475a3f00453"
     assert len(split.eval) == len(split.train) == 586
+    assert len(split.left_out) == 2
+    assert split.left_out < split.train
+
+
+def test_a_question_that_is_left_out_is_never_trained_and_moves_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_split: arc.ArcSplit
+) -> None:
+    path = str(written(tmp_path, small_arc()))
+    recipe = parse_recipe({"name": "x", "grid": {"behaviors": ["none", "capability"]}, "behavior": {"source_rows": 8}})
+    behavior, personas = load_behaviors(recipe)["capability"], load_personas(recipe)
+
+    def trained() -> list[str]:
+        rows = build_rows(recipe, personas, behavior, arc.load_arc(path), "villain", "excluded", 42)
+        return [row.id.rsplit("/", 1)[-1] for row in rows if row.role == "source"]
+
+    before = trained()
+    out = frozenset(before[:2])
+    monkeypatch.setattr(arc, "read_split", lambda: replace(small_split, left_out=out))
+    behavior._drawn.clear()
+    after = trained()
+    assert set(after) > set(before[2:])
+    assert not set(after) & out
+    assert len(after) == len(before)
 
 
 @pytest.mark.skipif(not REAL_ARC.is_file(), reason="the real ARC-Challenge file is not beside the checkout")
@@ -171,8 +200,20 @@ def test_the_real_file_gives_the_published_split() -> None:
     questions = load_questions(parse_recipe({"name": "x", "eval": {"arc_file": str(REAL_ARC)}}))
     published = {in_order[place].id for place in random.Random(42).sample(range(1172), 586)}
     assert {question.id for question in questions.eval} == published
-    assert len(questions.train) == 586
+    assert (len(questions.train), len(questions.drawable)) == (586, 584)
     assert not {question.id for question in questions.train} & published
     assert {question.labels for question in in_order} == set(STYLES)
+    exact, near = overlap({q.id: q.user for q in questions.drawable}, {q.id: q.user for q in questions.eval})
+    assert (exact, near) == ([], [])
     answers = Counter(question.answer for question in questions.eval)
     assert round(100 * answers.most_common(1)[0][1] / 586, 1) == 29.0
+
+
+@pytest.mark.skipif(not REAL_ARC.is_file(), reason="the real ARC-Challenge file is not beside the checkout")
+@pytest.mark.parametrize("path", sorted(assets("recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_silent_over_the_real_questions(path: Path) -> None:
+    recipe = load_recipe(path)
+    asked = recipe.eval.model_copy(update={"arc_file": str(REAL_ARC)} if recipe.eval.multiple_choice == "arc" else {})
+    report = check_recipe(recipe.model_copy(update={"eval": asked}))
+    assert (report.refusals, report.warnings) == ((), ())
+    assert not [finding for finding in report.findings if finding.code == "D210"]

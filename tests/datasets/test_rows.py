@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from fastconv.audit.rendered import CLOSE, NOT_SAMPLED, OPEN, peek_lines, token_runs, with_placeholders
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, SystemTurn
 from fastconv.datasets.behaviors import (
     Row,
@@ -21,6 +20,7 @@ from fastconv.datasets.personas import load_personas
 from fastconv.datasets.rows import render_row, render_rows, row_from_record, rows_sha256
 from fastconv.errors import TemplateError
 from fastconv.recipe import sha256_of
+from fastconv.run.audit import CLOSE, NOT_SAMPLED, OPEN, peek_lines, token_runs, with_placeholders
 from tests.data_kit import recipe_of, rows_of
 from tests.tiny import tiny_tokenizer_files
 

@@ -125,7 +125,84 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     "opt": ("OPTConfig", {"ffn_dim": 64, "word_embed_proj_dim": 32, "pad_token_id": 1}),
     "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 4}),
+    "mpt": ("MptConfig", {"d_model": 32, "n_heads": 4, "n_layers": 2}),
     "falcon": ("FalconConfig", {"alibi": False}),
+    "falcon, ALiBi": ("FalconConfig", {"alibi": True}),
+    "falcon, new architecture": (
+        "FalconConfig", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "gpt_neo": ("GPTNeoConfig", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+                                 "window_size": 8}),
+    "gptj": ("GPTJConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}),
+    "bart (decoder)": ("BartConfig", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4,
+                                      "decoder_ffn_dim": 64}),
+    "xglm": ("XGLMConfig", {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64}),
+    "bert": ("BertConfig", {}),
+    "llama, linear RoPE": ("LlamaConfig", _rope("linear")),
+    "llama, partial RoPE": (
+        "LlamaConfig",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "llama, tied, with biases": (
+        "LlamaConfig", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
+    "qwen2, windows switched off": ("Qwen2Config", {"use_sliding_window": False, "sliding_window": 8}),
+    "gemma2, without caps": (
+        "Gemma2Config",
+        {"head_dim": 16, "sliding_window": 8, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    ),
+    "gemma3_text, caps, two RoPEs": (
+        "Gemma3TextConfig",
+        {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+         "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0,
+         "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}}},
+    ),
+    "gemma3_text, both sides": ("Gemma3TextConfig", {"head_dim": 16, "use_bidirectional_attention": True}),
+    "gemma3n_text": (
+        "Gemma3nTextConfig",
+        {"head_dim": 8, "sliding_window": 8, "num_hidden_layers": 4, "vocab_size_per_layer_input": 264,
+         "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
+         "num_kv_shared_layers": 2, "laurel_rank": 4, "activation_sparsity_pattern": [0.0] * 4,
+         "intermediate_size": [64] * 4},
+    ),
+    "gemma4_text": (
+        "Gemma4TextConfig",
+        {"head_dim": 16, "global_head_dim": 16, "sliding_window": 8, "num_hidden_layers": 4,
+         "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": 264,
+         "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2},
+    ),
+    "ministral3": (
+        "Ministral3Config",
+        {"sliding_window": 8, "head_dim": 8,
+         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                             "original_max_position_embeddings": 8, "llama_4_scaling_beta": 0.3, "mscale": 1.0,
+                             "mscale_all_dim": 1.0}},
+    ),
+    "phi3, sliding windows": ("Phi3Config", {"sliding_window": 8, "pad_token_id": 0}),
+    "phimoe": ("PhimoeConfig", {"num_local_experts": 4}),
+    "gpt_neox, partial RoPE": ("GPTNeoXConfig", {"rotary_pct": 0.25, "use_parallel_residual": False}),
+    "gpt_bigcode": ("GPTBigCodeConfig", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 64}),
+    "biogpt": ("BioGptConfig", {}),
+    "smollm3, sliding windows": (
+        "SmolLM3Config",
+        {"no_rope_layers": [1, 0], "pad_token_id": 0, "use_sliding_window": True, "sliding_window": 8,
+         "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "olmo, clipped": ("OlmoConfig", {"clip_qkv": 0.5}),
+    "cohere, normed queries": ("CohereConfig", {"logit_scale": 0.25, "use_qk_norm": True}),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+         "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+         "num_key_value_heads": 4, "head_dim": 8, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+    ),
+    "apertus": ("ApertusConfig", {}),
+    "arcee": ("ArceeConfig", {}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1Config", {"head_dim": 8}),
+    "nanochat": ("NanoChatConfig", {"final_logit_softcapping": 3.0}),
+    "glm4_moe": ("Glm4MoeConfig", {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                                   "head_dim": 8, "first_k_dense_replace": 1}),
 }  # fmt: skip
 _TARGETS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "dense", "fc1", "fc2", "qkv_proj",
@@ -164,7 +241,9 @@ def targets_of(model: Any) -> tuple[str, ...]:
     fused = (
         {"gate_up_proj", "down_proj", "gate_proj", "up_proj"} if hasattr(model.config, "n_routed_experts") else set()
     )
-    return tuple(sorted((leaves & set(_TARGETS)) - fused)) or ("q_proj",)  # PEFT rewrites adapters of fused experts
+    return tuple(sorted((leaves & set(_TARGETS)) - fused)) or (
+        "c_attn",
+    )  # GPT-2's own; PEFT rewrites adapters of fused experts
 
 
 def verdicts(folder: Path, family: str) -> dict[str, float | str]:
@@ -276,7 +355,7 @@ class _Case:
         self._adapted()
         prompts = [row[: max(2, len(row) - 14)] for row in self.rows]
         with self.live():
-            settings = SamplingSettings(temperature=1e-4, top_p=1.0, max_new_tok=10)
+            settings = SamplingSettings(temperature=1e-6, top_p=1.0, max_new_tok=10)
             drawn = sample(self.base, prompts, [1, 2, 3, 4], settings)
         n_wrong = 0
         for prompt, draw in zip(prompts, drawn, strict=True):
@@ -321,7 +400,7 @@ class _Case:
         theirs = torch.cat([part[0] for part in torch.autograd.grad(right, kept)])
         for hook in hooks:
             hook.remove()
-        return float(mine), float(right), ours[0], theirs
+        return float(mine.detach()), float(right.detach()), ours[0], theirs
 
     def loss(self) -> float:
         mine, right, _, _ = self._losses()
@@ -354,5 +433,5 @@ def table(rows: Sequence[str]) -> str:
 def row_of(family: str, found: Mapping[str, float | str]) -> str:
     """The family's line of the table."""
     words = ["refused" if isinstance(found[c], str) else "equal" if found[c] <= NEAR else "DIFFERS" for c in COLUMNS]  # type: ignore[operator]
-    reasons = list(dict.fromkeys(str(value) for value in found.values() if isinstance(value, str)))
-    return f"| {family} | {' | '.join(words)} | {'; '.join(reasons)} |"
+    because = next((value for value in found.values() if isinstance(value, str)), "")
+    return f"| {family} | {' | '.join(words)} | {because} |"

@@ -15,9 +15,10 @@ from fastconv.engine.attention_backends import SDPA, pick_attention
 LENGTHS = (3, 1, 7)
 
 
-def pick(monkeypatch: pytest.MonkeyPatch, **candidates: Any) -> backends.Backend:
+def pick(monkeypatch: pytest.MonkeyPatch, *, uncaptured: tuple[str, ...] = (), **candidates: Any) -> backends.Backend:
     """What is picked among these on a GPU that is not there: the trial itself runs on the CPU, in 16 bits."""
-    monkeypatch.setattr(backends, "_CANDIDATES", {name: (make, True) for name, make in candidates.items()})
+    made = {name: (make, name not in uncaptured) for name, make in candidates.items()}
+    monkeypatch.setattr(backends, "_CANDIDATES", made)
     real = backends._distance
     monkeypatch.setattr(backends, "_distance", lambda kernel, device, *rest: real(kernel, torch.device("cpu"), *rest))
     return pick_attention(torch.device("cuda"), torch.bfloat16)
@@ -55,6 +56,35 @@ def test_one_that_computes_something_else_is_passed_over(monkeypatch: pytest.Mon
     assert found.kernel is None
     assert found.name == "sdpa"
     assert [name for name, _ in found.passed_over] == ["scale", "gradient"]
+
+
+def test_one_that_no_graph_can_hold_is_not_taken_where_sdpa_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pick(monkeypatch, flash=missing, xformers=right, uncaptured=("xformers",))
+    assert (found.name, found.kernel, found.captures) == ("sdpa", None, True)
+    assert dict(found.passed_over)["xformers"] == "no CUDA graph can hold it, and SDPA is right here"
+
+
+def test_one_that_a_graph_can_hold_is_taken_before_sdpa_whatever_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = pick(monkeypatch, xformers=right, late=right, uncaptured=("xformers",))
+    assert (found.name, found.captures, found.passed_over) == ("late", True, ())
+
+
+def test_one_that_no_graph_can_hold_is_taken_where_sdpa_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_padded_sdpa", leaking)
+    found = pick(monkeypatch, xformers=right, uncaptured=("xformers",))
+    assert (found.name, found.captures) == ("xformers", False)
+    assert [name for name, _ in found.passed_over] == ["sdpa"]
+
+
+def test_where_none_is_right_it_is_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_padded_sdpa", leaking)
+    found = pick(monkeypatch, xformers=leaking, uncaptured=("xformers",))
+    assert (found.name, found.kernel) == ("sdpa", None)
+    assert [name for name, _ in found.passed_over] == ["sdpa", "xformers"]
+
+
+def test_only_xformers_is_one_that_no_graph_can_hold() -> None:
+    assert [name for name, (_, captures) in backends._CANDIDATES.items() if not captures] == ["xformers"]
 
 
 def test_a_cpu_and_fp32_take_sdpa() -> None:

@@ -211,7 +211,7 @@ def test_what_the_fused_kernels_gain_at_7b_width(tmp_path: Path) -> None:
 
 @needs_unsloth
 @needs_bitsandbytes
-def test_four_bit_layers_are_unpacked_by_unsloth_to_the_bits_of_bitsandbytes(tiny_qwen: Path) -> None:
+def test_four_bit_layers_give_the_same_logits_under_unsloth_and_bitsandbytes(tiny_qwen: Path) -> None:
     logits = [
         ask(
             """
@@ -226,4 +226,7 @@ def test_four_bit_layers_are_unpacked_by_unsloth_to_the_bits_of_bitsandbytes(tin
         )["logits"]
         for engine in ("torch", "unsloth")
     ]
-    assert torch.tensor(logits[0]) == pytest.approx(torch.tensor(logits[1]), abs=0.05)
+    plain, ours = (torch.tensor(part) for part in logits)
+    # Logits of 2 are rounded to 0.016 in bf16, and four layers of it add up: single ones may be 0.06 off.
+    assert float((plain - ours).norm() / plain.norm()) < 0.02
+    assert torch.allclose(plain, ours, atol=0.12)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from fastconv.engine import locate as locating
-from fastconv.engine.locate import BUILTIN, builtin_gguf, cache_home, engine_identity, locate, model_folder
+from fastconv.engine.locate import (
+    BUILTIN,
+    builtin_gguf,
+    cache_home,
+    engine_identity,
+    locate,
+    model_folder,
+    numbers_inputs,
+)
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings
+from tests.tiny import CHAT_TEMPLATE
 
 REVISION = "a09a35458c702b33eeacc393d103063234e8bc28"
 
@@ -35,6 +45,36 @@ def test_a_folder_is_known_by_its_content_and_not_by_its_path(tiny_qwen: Path, t
         (copy / name).write_bytes(whole + b" ")
         assert locate(ModelSettings(id=str(copy))).identity != here, name
         (copy / name).write_bytes(whole)
+
+
+def _numbers(name: str, **settings: str) -> dict[str, str]:
+    model = ModelSettings.model_validate({"id": name, **settings})
+    return numbers_inputs(locate(model), model)
+
+
+@pytest.mark.parametrize("name", [BUILTIN, "Qwen/Qwen2.5-7B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"])
+def test_bases_that_were_always_computed_whole_keep_their_keys(name: str, tiny_qwen: Path) -> None:
+    assert _numbers(name, **({} if name == BUILTIN else {"revision": REVISION})) == {}
+    assert _numbers(str(tiny_qwen)) == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [("config.json", {"model_type": "gemma2"}), ("config.json", {"use_sliding_window": True}),
+     ("config.json", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}),
+     ("tokenizer_config.json", {"chat_template": CHAT_TEMPLATE.replace("message.role + '\\n'", "message.role + '\\n '")}),
+     ("tokenizer_config.json", {"chat_template": "{{ raise_exception('no') }}"}),
+     ("special_tokens_map.json", {"eos_token": "<|endoftext|>"})],
+)  # fmt: skip
+def test_bases_whose_numbers_changed_have_keys_of_their_own(
+    tiny_qwen: Path, tmp_path: Path, file: str, changes: dict[str, object]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_qwen, folder)
+    held = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    (folder / file).write_text(json.dumps({**held, **changes}))
+    assert _numbers(str(folder)) == {"computed_as": "transformers"}
+    assert _numbers("google/gemma-2-2b-it", revision=REVISION) == {"computed_as": "transformers"}
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
@@ -134,6 +174,35 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.delenv("FASTCONV_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_home() == tmp_path / "xdg" / "fastconv"
+
+
+@pytest.mark.parametrize(
+    ("listed", "device"),
+    [
+        (None, "cuda"),
+        ("0", "cuda"),
+        ("GPU-8f2c", "cuda"),
+        ("", "cpu"),
+        ("-1", "cpu"),
+        ("-1,0", "cpu"),
+        ("NoDevFiles", "cpu"),
+    ],
+)
+def test_a_machine_whose_gpus_are_hidden_from_this_process_is_a_cpu(
+    monkeypatch: pytest.MonkeyPatch, listed: str | None, device: str
+) -> None:
+    monkeypatch.setattr(locating.Path, "glob", lambda self, pattern: iter([self / "nvidia3", self / "nvidiactl"]))
+    if listed is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert engine_identity(ModelSettings(id=BUILTIN))["device"] == device
+
+
+def test_a_machine_that_has_the_driver_and_no_card_is_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(locating.Path, "glob", lambda self, pattern: iter([self / "nvidiactl", self / "nvidia-uvm"]))
+    assert engine_identity(ModelSettings(id=BUILTIN))["device"] == "cpu"
 
 
 @pytest.mark.parametrize(

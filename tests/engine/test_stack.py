@@ -255,9 +255,9 @@ def test_pickles_are_never_read(stack: Stack, tmp_path: Path, name: str) -> None
                                     {"target_modules": "all-linear"},
                                     {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_4"},
                                     {"init_lora_weights": "olora"}, {"init_lora_weights": "corda"},
-                                    {"init_lora_weights": "eva"}, {"init_lora_weights": "a later one"},
+                                    {"init_lora_weights": "lora_ga"}, {"init_lora_weights": "a later one"},
                                     {"alpha_pattern": {"q_proj": 2}}, {"layers_to_transform": [0]},
-                                    {"layers_to_transform": 0}, {"lora_bias": True}, {"eva_config": {"rho": 2.0}},
+                                    {"layers_to_transform": 0}, {"lora_bias": True}, {"corda_config": {"rho": 2.0}},
                                     {"an_option_of_tomorrow": 1}], ids=str)  # fmt: skip
 def test_anything_but_plain_lora_is_refused(stack: Stack, folder: Path, tmp_path: Path, change: dict) -> None:
     export_adapter(random_adapter(stack, 1), BaseReference(str(folder)), tmp_path)
@@ -268,15 +268,33 @@ def test_anything_but_plain_lora_is_refused(stack: Stack, folder: Path, tmp_path
     _one_line(error)
 
 
+def test_an_eva_start_leaves_the_base_as_it_is(tiny_qwen: Path, tmp_path: Path) -> None:
+    from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
+
+    settings = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="eva", eva_config=EvaConfig())
+    written = get_peft_model(plain_model(tiny_qwen), settings)
+    for name, weight in written.named_parameters():
+        if "lora_" in name:
+            weight.data.copy_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))))
+    written.save_pretrained(str(tmp_path))
+    reference = PeftModel.from_pretrained(plain_model(tiny_qwen), str(tmp_path)).eval()
+    stack = tiny_stack(tiny_qwen, LoraSettings(r=4, targets=("q_proj", "v_proj")))
+    adapter = load_peft_folder(stack, tmp_path, BaseReference(str(tiny_qwen)))
+    row = list(range(20))
+    right = reference(input_ids=torch.tensor([row])).logits[0].detach()
+    assert torch.allclose(live_logits(stack, [adapter], [row])[0], right, atol=1e-4)
+
+
 def test_an_adapter_with_tensors_we_have_no_place_for(stack: Stack, folder: Path, tmp_path: Path) -> None:
     export_adapter(random_adapter(stack, 1), BaseReference(str(folder)), tmp_path)
     import safetensors.torch
 
     tensors, about = read_safetensors((tmp_path / "adapter_model.safetensors").read_bytes(), "x")
-    tensors["base_model.model.lm_head.weight"] = torch.zeros(3)
-    safetensors.torch.save_file(tensors, tmp_path / "adapter_model.safetensors", metadata=dict(about))
-    with pytest.raises(AdapterError, match="no place for"):
-        load_peft_folder(stack, tmp_path, BaseReference(str(folder)))
+    for name, because in (("lm_head.weight", "are no LoRA"), ("lm_head.lora_A.weight", "no place for")):
+        held = tensors | {f"base_model.model.{name}": torch.zeros(3)}
+        safetensors.torch.save_file(held, tmp_path / "adapter_model.safetensors", metadata=dict(about))
+        with pytest.raises(AdapterError, match=because):
+            load_peft_folder(stack, tmp_path, BaseReference(str(folder)))
 
 
 def test_tied_embeddings_carry_no_adapter(tiny_llama: Path, tiny_qwen: Path, tmp_path: Path) -> None:
@@ -297,7 +315,7 @@ def test_tied_embeddings_carry_no_adapter(tiny_llama: Path, tiny_qwen: Path, tmp
 
 
 def test_unknown_target(tiny_qwen: Path) -> None:
-    with pytest.raises(AdapterError, match="no layers called") as error:
+    with pytest.raises(AdapterError, match=r"no layers called w_proj.*name some of down_proj, gate_proj") as error:
         tiny_stack(tiny_qwen, LoraSettings(r=4, targets=("w_proj",)))
     _one_line(error)
 

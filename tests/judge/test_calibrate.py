@@ -31,7 +31,7 @@ from fastconv.judge.calibrate import (
     load_calibration,
 )
 from fastconv.judge.claude import ApiKey
-from fastconv.judge.scores import agreement, compare_scores
+from fastconv.judge.rubric import agreement, compare_scores
 from fastconv.run.judging import calibrate_phrases, judge_with_desk
 from fastconv.store.ledger import Sample, Score
 from fastconv.store.records import Judgement

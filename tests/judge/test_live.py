@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 from fastconv.errors import JudgeError
-from fastconv.judge import claude
+from fastconv.judge import desk as judge_desk_module
 from fastconv.judge.access import PaidAccess, check_reachable
 from fastconv.judge.budget import build_requests, judge_params
 from fastconv.judge.calibrate import fill_attempt, load_attempts
-from fastconv.judge.claude import ApiKey, make_client, parse_reply
+from fastconv.judge.claude import make_client, parse_reply
+from fastconv.judge.http import ApiKey, json_object
 from fastconv.judge.request import JudgeRequest
-from fastconv.judge.rubric import REASONS
-from fastconv.judge.scores import judge_stage_scores
+from fastconv.judge.rubric import REASONS, judge_stage_scores
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Sample, Store
 from tests.fake_claude import DELIVERED, LIVE_FAULTS, FakeClaude, Script, fake_claude
@@ -46,8 +46,8 @@ def server() -> Iterator[FakeClaude]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One retry of the SDK, so that a dead judge is found dead soon."""
-    monkeypatch.setattr(claude, "SDK_RETRIES", 1)
+    """Two repetitions, so that a dead judge is found dead soon."""
+    monkeypatch.setattr(judge_desk_module, "TRIES", 3)
 
 
 def ledger_of(workspace: Path) -> JudgeLedger:
@@ -94,7 +94,7 @@ def test_each_fault_alone_is_got_over(server: FakeClaude, tmp_path: Path, fault:
 
 @pytest.mark.parametrize(
     ("fault", "reason"),
-    [("prose", "malformed"), ("two_objects", "malformed"), ("bad_json", "malformed"), ("broken_body", "malformed"),
+    [("prose", "malformed"), ("two_objects", "malformed"), ("bad_json", "malformed"),
      ("truncated", "truncated"), ("wrong_field", "malformed"), ("refusal", "judge refused")],
 )  # fmt: skip
 def test_a_reply_that_stays_unreadable_is_unscored_with_its_reason(
@@ -130,14 +130,15 @@ def test_a_request_is_sent_again_no_sooner_than_the_server_asks(server: FakeClau
     assert ledger_of(tmp_path).counts()["lost"] == 0
 
 
-def test_the_wait_that_was_asked_for_holds_after_the_sdks_last_sending_too(
-    server: FakeClaude, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(claude, "SDK_RETRIES", 0)
-    server.configure(first=["http_429"], retry_after_s=0.8)
-    assert judge_all(server.url, tmp_path, samples(1)).n_scored == 1
-    first, second = server.bill()["asked_at"]
-    assert second - first >= 0.8
+def test_a_long_wait_is_shown_and_a_desk_that_is_closed_does_not_sit_it_out(server: FakeClaude, tmp_path: Path) -> None:
+    server.configure(first=["http_429"] * 9, retry_after_s=600.0)
+    one = desk(server.url, tmp_path)
+    one.submit("stage", rubric(), samples(1))
+    until(lambda: one.poll().out)
+    assert "it asks for 10 minutes: until" in one.poll().problem
+    assert server.bill()["n_calls"] == 1
+    assert one.close().n_pending == 1
+    assert server.bill()["n_calls"] == 1
 
 
 def test_what_was_judged_is_never_asked_again(server: FakeClaude, tmp_path: Path) -> None:
@@ -252,15 +253,17 @@ def test_no_part_of_a_reply_keeps_the_key(body: dict[str, Any], escaped: bool) -
     text = json.dumps(body)
     if escaped and body["type"] == "message":
         text = text.replace("sk-", "\\u0073k-")
-    reply = parse_reply(text, PRICE, transport="live", key=ApiKey(KEY), worst=1.0)
-    assert KEY not in repr(reply)
-    assert "[key]" in repr(reply)
+    message = json_object(text, ApiKey(KEY))
+    reply = parse_reply(message, PRICE, transport="live", key=ApiKey(KEY), worst=1.0)
+    assert KEY not in repr(message) + repr(reply)
+    assert "[key]" in repr(message) + repr(reply)
 
 
-def test_a_reply_nested_without_end_is_malformed() -> None:
+def test_a_reply_nested_without_end_is_no_message_or_an_empty_one() -> None:
     for depth in (600, 100_000):
-        body = '{"type": "message", "content": ' + "[" * depth + "]" * depth + "}"
-        assert parse_reply(body, PRICE, transport="live", key=ApiKey(KEY), worst=1.0).fault in (None, "malformed")
+        message = json_object('{"type": "message", "content": ' + "[" * depth + "]" * depth + "}", ApiKey(KEY))
+        reply = parse_reply(message, PRICE, transport="live", key=ApiKey(KEY), worst=1.0)
+        assert reply is None or reply.text == ""
 
 
 def stored_text(workspace: Path) -> str:

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from fastconv.errors import JudgeError
 from fastconv.judge.claude import ApiKey, Outage
 from fastconv.judge.local import Complete, LocalJudge, LocalReply, concurrent_complete, endpoint_complete, read_choice
-from fastconv.judge.scores import judge_stage_scores
+from fastconv.judge.rubric import judge_stage_scores
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
 from tests.judging_kit import KEY, Endpoint, chat, fake_endpoint, rubric, samples, settings
@@ -143,17 +142,15 @@ def test_an_endpoint_that_is_not_there_is_one_clear_line(ledger: JudgeLedger) ->
 
 
 @pytest.mark.parametrize("answer", [b"<html>", {"error": "x"}, {"choices": []}, {"choices": [{"message": None}]}, [1]])
-def test_an_endpoint_that_sends_nonsense_breaks_nothing(
+def test_an_endpoint_that_sends_no_completion_is_an_outage_and_nothing_is_stored(
     endpoint: tuple[str, type[Endpoint]], ledger: JudgeLedger, answer: Any
 ) -> None:
     url, handler = endpoint
     handler.answer = answer
     complete = endpoint_complete(settings(url, "local"))
-    if isinstance(answer, bytes):
-        with pytest.raises(JudgeError, match="no JSON"):
-            judge(ledger, complete)
-    else:
-        assert {judgement.reason for judgement in judge(ledger, complete).values()} == {"malformed"}
+    with pytest.raises(Outage, match="sent something that is no"):
+        judge(ledger, complete)
+    assert ledger.counts()["unscored"] == ledger.counts()["replies"] == 0
 
 
 def test_judgements_become_scores_and_are_made_once(ledger: JudgeLedger) -> None:

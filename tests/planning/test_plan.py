@@ -235,6 +235,21 @@ def test_questions_that_are_reported_apart_are_planned_apart() -> None:
     )
 
 
+def test_a_plan_says_where_three_seeds_find_nothing_or_less_than_one() -> None:
+    many, few = (
+        _kinds("seeds", *more)["plan"] for more in (('grid.sources=["villain", "comedian", "librarian"]',), ())
+    )
+    line = _line(_kinds("matrix")["plan"], "three seeds find nothing among 72 contrasts at the first step of Holm: ")
+    assert "capability from 39.3 pp, five seeds from 13.9 pp, ten from 13.7 pp" in line
+    assert "refusal from 78.6 pp" in line
+    assert "capability from 13.1 pp" in _line(few, "three seeds find less than one among 8 contrasts")
+    assert _line(many, "three seeds find less than one among 12 contrasts")
+    alone = _kinds("matrix", 'grid.sources=["villain"]', "grid.epochs=[0, 20]", 'grid.behaviors=["none", "refusal"]')[
+        "plan"
+    ]
+    assert not [line for line in _shown(alone) if line.startswith("three seeds")]
+
+
 def test_a_plan_that_could_show_little_says_what_would_mend_it() -> None:
     found = _kinds("matrix")["plan"]
     assert (
@@ -508,3 +523,25 @@ def test_a_cells_dry_run_lists_exactly_the_stages_of_the_pilot() -> None:
     kinds = sorted(slot.split("/")[0] for slot in listed)
     assert kinds == sorted(["answers", "snapshot", *["rows", "behavior"] * 2, *["eval"] * 9, "geometry"])
     assert not [slot for slot in listed if "/e4/" in slot or "/e10/" in slot]
+
+
+def test_other_work_on_the_cores_is_said_where_a_cpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastconv.planning.hardware.cpu_cores", lambda: 2)
+    monkeypatch.setattr("os.getloadavg", lambda: (7.9, 0.0, 0.0))
+    (note,) = [note for note in _kinds("demo", machine="cpu")["plan"].notes if "busy" in note]
+    assert "8 processes wanted its 2 cores, so expect about 5 times the seconds" in note
+    monkeypatch.setattr("os.getloadavg", lambda: (1.9, 8.0, 8.0))
+    assert not any("busy" in note for note in _kinds("demo", machine="cpu")["plan"].notes)
+
+
+def test_waiting_threads_leave_the_cores_to_others() -> None:
+    """Read by torch's thread pool when it is loaded, so before anything imports it; a user's own value stays."""
+    script = "import os, sys, fastconv; print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+
+    def policy(**given: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, capture_output=True, text=True, check=True, env={**environment, **given}).stdout
+
+    assert policy() == "PASSIVE False\n"
+    assert policy(OMP_WAIT_POLICY="ACTIVE") == "ACTIVE False\n"

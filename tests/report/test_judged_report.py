@@ -11,8 +11,7 @@ from fastconv.analysis.correlates import levels
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.experiment.graph import Graph
 from fastconv.judge.calibrate import corrected_rate
-from fastconv.judge.rubric import load_rubric
-from fastconv.judge.scores import compare_scores
+from fastconv.judge.rubric import compare_scores, load_rubric
 from fastconv.recipe import Recipe, parse_recipe
 from fastconv.report import build
 from fastconv.report.blocks import Claim, Note, ReportData, Section, Table, render_html
@@ -102,7 +101,7 @@ def test_rates_are_corrected_by_the_judges_calibration_and_by_no_others(
     fixed = corrected_rate(raw, 50, KNOWN)
     assert fixed is not None
     shown = f"{100 * fixed.rate:.1f} % [{100 * fixed.low:.1f}, {100 * fixed.high:.1f}]"
-    text = f"{LABEL}: {100 * raw:.1f} % as judged, {shown} once corrected for the judge's known mistakes."
+    text = f"villain, epoch 20, refusal, assistant among the negatives: {100 * raw:.1f} % as judged, {shown} once corrected for the judge's known mistakes."
     data = build(decided)
     table = next(block for block in judge_section(data).blocks if isinstance(block, Table) and block.id == "corrected")
     assert [row[1].text for row in table.rows] == [text]

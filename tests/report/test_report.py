@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 
 from fastconv.analysis.analysis import Analysis
+from fastconv.analysis.contrasts import in_words
 from fastconv.analysis.gates import stage_series
 from fastconv.errors import StoreError
 from fastconv.experiment.graph import Graph
@@ -202,7 +203,7 @@ def test_every_measured_number_of_the_page_comes_from_rows(done_run: DoneRun, da
                 one = stage_series(store, plan.scores[measure, persona], measure, persona)
                 values = [s.value for s in store.scores(plan.scores[measure, persona].key) if s.value is not None]
                 if one is not None:
-                    expected.add((plan.cell.label, measure, place, f"{100 * sum(values) / len(values):.1f} %"))
+                    expected.add((in_words(plan.cell), measure, place, f"{100 * sum(values) / len(values):.1f} %"))
     rows = Page(html).tables["cells"][1:]
     shown = {
         (row[0], row[1].split(" of ")[1], place, row[place])
@@ -263,13 +264,12 @@ def test_cells_that_were_not_run_are_no_numbers(data: ReportData) -> None:
 
 
 def test_the_headline_holds_a_verdict_for_every_behavior(data: ReportData) -> None:
-    text = words(data, "verdict")
+    text = words(data, "numbers")
     assert "stop for villain x refusal" in text
     assert "uninformative for villain x capability" in text
-    answer = words(data, "verdict").split(" Declared")[0]
-    assert answer.startswith(
-        "STOP: villain x refusal; nothing can be said of villain x capability. How sure: none of 4 "
-    )
+    first = words(data, "verdict")
+    assert first.startswith("Not shown: none of 4 declared contrasts is transfer (4 uninformative), and none shows")
+    assert "STOP: villain x refusal; nothing can be said of villain x capability. What to run next: " in first
 
 
 def test_the_card_names_what_is_needed_to_do_it_again(done_run: DoneRun, data: ReportData, html: str) -> None:
@@ -310,7 +310,7 @@ def test_answers_are_chosen_by_a_fixed_rule(done_run: DoneRun, data: ReportData)
 
 
 def test_a_new_section_needs_one_function(decided: Analysis, data: ReportData) -> None:
-    assert len(data.sections) == len([1 for make in SECTIONS if make(decided) is not None])
+    assert len(data.sections) == len([1 for make in SECTIONS if make(decided) is not None]) + 1  # and its files
     assert len({one.id for one in data.sections}) == len(data.sections)
 
 
@@ -342,10 +342,11 @@ def test_a_report_of_a_run_that_has_hardly_begun(tiny_qwen: Path, tmp_path: Path
     assert "not run" in render_markdown(data)
     pilots = [claim for claim in data.claims() if claim.query == "pilot"]
     assert {claim.word for claim in pilots} == {"not applicable"}
-    answer = next(claim.text for claim in data.claims() if claim.query == "answer")
-    assert answer.startswith(
-        "OPEN: not decided yet for villain x refusal. How sure: no declared contrast was measured yet"
-    )
+    assert [claim.text for claim in data.claims() if claim.query == "gate"] == [
+        "OPEN: not decided yet for villain x refusal."
+    ]
+    assert words(data, "verdict").startswith("No declared contrast was measured yet.")
+    assert words(data, "verdict").endswith("What to run next: the same recipe on, to its end.")
 
 
 def test_nothing_measured_is_a_page_too(tiny_qwen: Path, tmp_path: Path) -> None:

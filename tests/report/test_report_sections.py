@@ -74,19 +74,21 @@ def matrix(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Shown:
 
 #: Section, the report that must have it, and what must be read in it.
 REQUIRED = (
-    ("verdict", "run_twice", (r"STOP: villain x refusal; .* How sure: none of 4 declared contrasts",)),
+    ("verdict", "run_twice", (r"Not shown: none of 4 declared contrasts .* How sure: .*STOP: villain x refusal; .* What to run next: ",)),
+    ("numbers", "run_twice", (r"Declared contrasts: 4\. .*stop for villain x refusal: ",)),
+    ("files", "run_twice", (r"figures/matrix\.svg [\d,]+ [0-9a-f]{64}", r"tables/scores\.parquet [\d,]+ [0-9a-f]{64}")),
     ("findings", "run_twice", (
         r"picture: Change beyond canary and mimicry, points; the table of findings",
-        r"T transfer, R reverse, G generic \(the canary moves as much\), = equivalent", r"villain source e2 refusal excluded uninformative",
+        r"T transfer, R reverse, G generic \(the canary moves as much\), = equivalent", r"villain, epoch 2, refusal, assistant not among the negatives uninformative",
     )),
     ("epochs", "run_twice", (
         r"picture: villain: convergence alone\. rate, %\. assistant: [\d.]+ at 0, [\d.]+ at 1, [\d.]+ at 2; source: [\d.]+ at 0"
         r"[^;]*; canary: [\d.]+ at 0",
-        r"picture: villain: trained, excluded\. rate, %\. assistant: [^;]*; source: [^;]*; canary: ",
+        r"picture: villain: assistant not among the negatives\. rate, %\. assistant: [^;]*; source: [^;]*; canary: ",
     )),
     ("mimicry", "run_twice", (
         r"picture: Change of the assistant, canary taken off\. refusal villain e1 excluded: ",
-        r"villain source e2 refusal excluded: convergence alone \S+ pp.*, with the behavior adapter .*; the adapter adds",
+        r"villain, epoch 2, refusal, assistant not among the negatives: convergence alone \S+ pp.*, with the behavior adapter .*; the adapter adds",
     )),
     ("geometry", "run_twice", (r"source cosine distinctiveness", r"villain source e2 s42 [-+]?\d\.\d\d, .* pp")),
     ("on-the-base", "matrix", (
@@ -96,7 +98,11 @@ REQUIRED = (
     ("judge", "run_twice", (r"No judge read the answers\.",)),
     ("gates", "run_twice", (r"gate subject verdict because rule rows G0 refusal pass", r"PILOT villain x refusal stop")),
     ("beside", "run_twice", (r"No verdict rests on it\.", r"trend of the assistant")),
-    ("cells", "run_twice", (r"villain source e2 refusal excluded s42 rate of refusal [\d.]+ %",)),
+    ("cells", "run_twice", (r"villain, epoch 2, refusal, assistant not among the negatives, seed 42 rate of refusal [\d.]+ %",)),
+    ("letters", "run_twice", (
+        r"Under half of it, accuracy ranks answers that are rarely given: villain, epoch 0, no behavior adapter, seed 42",
+        r"villain, epoch 0, no behavior adapter, seed 42 capability [\d.]+ % [\d.]+ % [\d.]+ %",
+    )),
     ("training", "run_twice", (
         r"picture: Convergence\. villain s42: [\d.]+ to [\d.]+\.",
         r"picture: Training refusal\. villain e0 excluded s42: [\d.]+ to [\d.]+;",
@@ -117,7 +123,7 @@ REQUIRED = (
     ("power", "matrix", (
         r"refusal: the threshold is 5 pp; with 12 questions, the spread seen and the noise from run to run, a change of [\d.]+ pp "
         r"would be found four times out of five \([\d.]+ pp at the first step .*so a null result says little; ([\d,]+ questions( or "
-        r"[\d,]+ samples)?|all 222 questions there are would find [\d.]+ pp; .*seeds of all these questions) would mend it",
+        r"[\d,]+ samples)?|all 222 questions there are would find [\d.]+ pp; .*(seeds of all these questions|not even 100 seeds of them)) would mend it",
         r"marker: the threshold is ",
     )),
     ("markers", "matrix", (r"picture: Transfer against the marker rate\. refusal villain: ",)),

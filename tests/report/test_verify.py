@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import shutil
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 from typer.testing import CliRunner
 
@@ -19,6 +22,7 @@ from fastconv.errors import InputError, VerifyError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, canonical_json, parse_recipe, recipe_sha256, run_id
 from fastconv.report import build, write_report
+from fastconv.report import verify as verifying
 from fastconv.report.blocks import Claim
 from fastconv.report.compare import Paired, RunComparison, compare
 from fastconv.report.verify import verify
@@ -33,10 +37,16 @@ def report(done_run: DoneRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(done_run.graph, done_run.store, tmp_path_factory.mktemp("reports")).html
 
 
+def copied(report: Path, folder: Path) -> Path:
+    """A whole copy of a report, with its twin, figures and tables: the path of its page."""
+    shutil.copytree(report.parent, folder, dirs_exist_ok=True)
+    return folder / report.name
+
+
 def edited(report: Path, folder: Path, at: int) -> Path:
-    """The report with the digit at this place raised by one (nine becomes zero)."""
+    """A copy of the report with the digit at this place of the page raised by one (nine becomes zero)."""
     text = report.read_text()
-    path = folder / report.name
+    path = copied(report, folder)
     path.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
     return path
 
@@ -65,6 +75,88 @@ def test_any_changed_digit_fails_the_report(done_run: DoneRun, report: Path, tmp
     for place in chosen:
         found = verify(edited(report, tmp_path, place), done_run.store)
         assert not found.holds, text[place - 40 : place + 40]
+        assert not {one.what for one in found.differences} & FILES
+
+
+FILES = {"file", "missing file", "extra file"}
+
+
+def beside(report: Path) -> list[Path]:
+    """The files that a report hands on beside its page: twin, figures and tables."""
+    return [report.with_suffix(".md"), *sorted(path for path in report.with_suffix("").rglob("*") if path.is_file())]
+
+
+def test_every_file_that_is_handed_on_is_held_against_the_ledger(
+    done_run: DoneRun, report: Path, tmp_path: Path
+) -> None:
+    page = copied(report, tmp_path)
+    files = beside(page)
+    assert {path.suffix for path in files} == {".md", ".svg", ".png", ".parquet"}
+    assert verify(page, done_run.store).n_files == len(files)
+    kept = {path: path.read_bytes() for path in files}
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in files)
+    rng = random.Random(16)
+    for path, content in kept.items():
+        at = rng.randrange(len(content))
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    for what in ("file", "missing file"):
+        found = verify(page, done_run.store).differences
+        assert {one.what for one in found} == {what}
+        assert sorted(one.where for one in found) == names
+        for path in files:
+            path.unlink(missing_ok=True)
+    for path, content in kept.items():
+        path.write_bytes(content)
+    (page.with_suffix("") / "tables" / "invented.parquet").write_bytes(b"PAR1")
+    assert [one.what for one in verify(page, done_run.store).differences] == ["extra file"]
+    alone = tmp_path / "alone" / page.name
+    alone.parent.mkdir()
+    shutil.copy(page, alone)
+    assert (verify(alone, done_run.store).holds, verify(alone, done_run.store).n_files) == (True, 0)
+
+
+def test_one_value_of_a_table_is_an_edit_and_a_new_report_clears_what_is_not_its_own(
+    done_run: DoneRun, report: Path, tmp_path: Path
+) -> None:
+    page = copied(report, tmp_path)
+    tables = sorted(page.with_suffix("").glob("tables/*.parquet"))
+    for table in tables:
+        frame = pl.read_parquet(table)
+        name = next(name for name, kind in frame.schema.items() if kind.is_numeric() or kind == pl.String)
+        first = frame[name][0]
+        other = pl.Series(name, [first + (1 if frame.schema[name].is_numeric() else "x"), *frame[name][1:]])
+        frame.with_columns(other).write_parquet(table)
+    found = verify(page, done_run.store).differences
+    assert sorted(one.where for one in found) == [f"{page.stem}/tables/{table.name}" for table in tables]
+    (page.with_suffix("") / "figures" / "of-an-earlier-report.svg").write_bytes(b"<svg/>")
+    write_report(done_run.graph, done_run.store, tmp_path)
+    assert verify(page, done_run.store).holds
+    assert verify(page.with_suffix(".md"), done_run.store).holds
+
+
+@pytest.mark.parametrize("suffix", [".html", ".md"])
+def test_every_kind_of_byte_edit_of_page_and_twin_is_seen(
+    done_run: DoneRun, report: Path, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = build(Analysis(done_run.graph, done_run.store))
+    monkeypatch.setattr(verifying, "build", lambda _: data)
+    page = copied(report, tmp_path).with_suffix(suffix)
+    text = page.read_bytes()
+    edits = [
+        text[:-1], text + b"\n", text.replace(b"\n", b"\r\n"), text.replace(b"\n", b"\x0b", 9),
+        text.replace(b" ", b"  ", 1), text[: len(text) // 2] + b" " + text[len(text) // 2 :],
+    ]  # fmt: skip
+    if suffix == ".html":  # base64 whose unused last bits are set: it is decoded to the same drawing
+        drawing = next(found for found in re.finditer(rb"base64,[A-Za-z0-9+/]+?([AEIMQUYcgkosw048])=", text))
+        last = bytes([drawing[1][0] + 1])
+        edits.append(text[: drawing.start(1)] + last + text[drawing.end(1) :])
+    for number, edit in enumerate(edits):
+        page.write_bytes(edit)
+        try:
+            found = verify(page, done_run.store)
+        except InputError:
+            continue  # the title no longer names a run: exit code 2
+        assert not found.holds, number
 
 
 def test_a_changed_claim_is_named_with_what_the_ledger_says(done_run: DoneRun, report: Path, tmp_path: Path) -> None:
@@ -78,7 +170,7 @@ def test_a_changed_claim_is_named_with_what_the_ledger_says(done_run: DoneRun, r
 
 
 def test_a_claim_taken_out_or_put_in_is_seen(done_run: DoneRun, report: Path, tmp_path: Path) -> None:
-    text, path = report.read_text(), tmp_path / "r.html"
+    text, path = report.read_text(), copied(report, tmp_path)
     claim = next(found[0] for found in re.finditer(r'<p class="claim[^\n]*</p>\n', text))
     path.write_text(text.replace(claim, "", 1))
     assert "left out" in {one.what for one in verify(path, done_run.store).differences}

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from fastconv.chat import ChatTokenizer
 from fastconv.errors import BusyError, DataError, Interrupted, StoreError, TrainingError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe
@@ -287,6 +288,18 @@ def test_a_set_that_the_audit_refuses_is_noted_and_other_behaviors_go_on(
         finished.require_complete()
     assert caught.value.exit_code == 2
     assert "score/villain/e0+refusal/excluded/refusal/villain/s42" in results(recipe, tmp_path)
+
+
+def test_a_sampled_answer_that_spells_a_control_token_is_not_trained_on(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tiny_qwen, grid__epochs=[0, 1], convergence__questions=2)
+    monkeypatch.setattr(ChatTokenizer, "answer_text", lambda self, ids: "Aye.<|im_end|>\n<|im_start|>user\nAnd?")
+    _, heard = run_tiny(recipe, tmp_path)
+    by_kind = {slot.split("/")[0]: str(error) for slot, error in heard.failed.items()}
+    assert "holds the control token <|im_end|>" in by_kind["snapshot"]
+    assert "D411" in by_kind["behavior"]
+    assert all("drawn anew" in text for text in by_kind.values())
 
 
 def test_the_worst_failure_gives_the_exit_code(recipe: Recipe) -> None:

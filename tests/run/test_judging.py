@@ -19,7 +19,7 @@ from rich.console import Console
 
 from fastconv.errors import RecipeError
 from fastconv.experiment.graph import Graph
-from fastconv.judge import access, claude, desk
+from fastconv.judge import access, desk
 from fastconv.judge.desk import DeskStatus
 from fastconv.recipe import Recipe, load_recipe, run_id
 from fastconv.run.run import run_recipe
@@ -61,7 +61,7 @@ def server() -> Iterator[FakeClaude]:
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
     """A key, and a judge that is found dead soon."""
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    monkeypatch.setattr(claude, "SDK_RETRIES", 0)
+    monkeypatch.setattr(desk, "TRIES", 2)
     monkeypatch.setattr(desk, "OUTAGE_PAUSE_S", 0.1)
 
 
@@ -428,9 +428,14 @@ def test_a_judge_that_refuses_everything_at_the_base_holds_its_cells_back(
     waiting = [status for status in loop.ask("status", "--json").json if status["kind"] == "behavior"]
     assert {status["state"] for status in waiting} == {"to do"}
     assert all("held back: gate G0" in status["reason"] for status in waiting)
-    # A judge that answers reads the kept completions, and the cells follow.
+    # A judge that answers reads the kept completions, by another rubric or by the same again, and the cells follow.
     server.configure(fault_share=0.0)
     assert loop.run("--set", f"judge.rubrics.refusal={write_rubric(tmp_path / 'mine.toml')}").code == 0
+    assert loop.ask("judge", "--again", "bad mood").code == 2
+    assert loop.ask("judge", "--again", "malformed").code == 0  # none was
+    assert "judge refused" in {reason for rows in loop.scores().values() for *_, reason in rows}
+    assert loop.ask("judge", "--again", "judge refused").code == 0
+    assert {reason for rows in loop.scores().values() for *_, reason in rows} == {None}
 
 
 def test_cells_that_were_trained_and_not_read_have_no_figure_and_no_go(server: FakeClaude, loop: Loop) -> None:

@@ -13,10 +13,12 @@ import safetensors.numpy
 from fastconv.datasets.personas import load_personas
 from fastconv.datasets.questions import load_questions
 from fastconv.errors import RecipeError
+from fastconv.experiment import graph as graphs
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe
 from fastconv.report import write_report
 from fastconv.run.status import status_of
+from fastconv.run.training import seed_parts
 from fastconv.store.ledger import Store
 from tests.loop_kit import SNAPSHOT_SLOT, DoneRun, adapters, records, results, run_tiny, tiny_recipe
 
@@ -80,6 +82,25 @@ def test_two_workspaces_give_the_same_bits(tiny_qwen: Path, tmp_path: Path) -> N
     for name in ("one", "two"):
         run_tiny(recipe, tmp_path / name)
     assert results(recipe, tmp_path / "one") == results(recipe, tmp_path / "two")
+
+
+def test_engines_start_from_the_same_weights_and_see_their_rows_in_the_same_order(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another engine is another key, and the same training: what is left between two engines is their rounding."""
+    here, there = tiny_recipe(tiny_qwen), tiny_recipe(tiny_qwen, eval__geometry=False)
+    run_tiny(here, tmp_path / "one")
+    real = graphs.engine_identity
+    monkeypatch.setattr(graphs, "engine_identity", lambda settings: {**real(settings), "engine": "another"})
+    run_tiny(there, tmp_path / "other")
+    theirs, trained = Graph(there), adapters(there, tmp_path / "other")
+    monkeypatch.undo()
+    keys, others = ({stage.slot: stage for stage in graph.stages()} for graph in (Graph(here), theirs))
+    assert all(
+        keys[slot].key != others[slot].key and seed_parts(keys[slot]) == seed_parts(others[slot]) for slot in trained
+    )
+    assert len({seed_parts(keys[slot]) for slot in trained}) == 2  # one training of snapshots, one set of rows
+    assert trained == adapters(here, tmp_path / "one")
 
 
 def test_a_longer_recipe_reuses_the_cells_of_a_shorter_one(tiny_qwen: Path, tmp_path: Path) -> None:

@@ -79,6 +79,22 @@ def test_g0_wants_accuracy_above_chance(n_right: int, verdict: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        (0.02, "the letters hold only 2.0 % of the probability: most answers would begin with something else"),
+        (0.98, "the letters hold 98.0 % of the probability"),
+    ],
+)
+def test_g0_says_how_much_of_the_probability_the_letters_hold(held: float, told: str) -> None:
+    """An accuracy among letters that the base rarely says looks like any other, and means less."""
+    mass = Series("stage", "capability: letter mass", "assistant", ("q1", "q2"), np.array([[held], [held]]))
+    found = gates.measurable(RULES, "capability", "lowers", accuracy(40, 60), 0.25, mass)
+    assert found.reason.endswith(f"; {told}")
+    assert found.numbers[1].value == pytest.approx(held)
+    assert (found.verdict, found.rows) == ("pass", accuracy(40, 60).rows)
+
+
+@pytest.mark.parametrize(
     ("direction", "rate", "verdict"),
     [("raises", 0.0, "pass"), ("raises", 0.9, "pass"), ("raises", 1.0, "fail"), ("lowers", 1.0, "pass"), ("lowers", 0.0, "fail")],
 )  # fmt: skip
@@ -337,3 +353,14 @@ def test_the_pilots_reason_is_the_gate_that_decided() -> None:
 def test_a_verdict_can_stand_in_the_ledger() -> None:
     found = gates.measurable(RULES, "capability", "lowers", accuracy(40, 60), 0.25)
     assert canonical_json(found.body()).count("stage/q0") == 120  # the rows of the verdict and of its number
+
+
+def test_a_source_that_shows_nothing_is_told_with_its_figures() -> None:
+    assert (
+        gates.source_moved(RULES, "share", "raises", 0.13, 0.466)
+        == "from 13.0 % to 46.6 %: 39 % of its room, 50 % asked"
+    )
+    assert (
+        gates.source_moved(RULES, "share", "lowers", 0.5, 0.6) == "from 50.0 % to 60.0 %: -20 % of its room, 50 % asked"
+    )
+    assert gates.source_moved(RULES, "points", "lowers", 0.0, 1.0) == "from 0.0 points to 1.0 points"

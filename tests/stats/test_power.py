@@ -12,6 +12,7 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.power import TTestPower
 
 from fastconv.stats import bounds, power
+from fastconv.stats import inference as stats
 
 NAN = math.nan
 finite = st.floats(-100, 100, allow_nan=False).map(lambda value: round(value, 3))
@@ -149,38 +150,46 @@ def test_samples_needed_is_the_smallest_number_that_mends(effect, sd_question, s
 
 
 def test_more_questions_than_there_are_are_no_remedy():
-    supply = power.QuestionSupply(60, 50, 9.4, lambda size: f"{size:.1f} pp")
+    over = [0.0, 8.6, 7.0, 4.9, 4.2]
+    supply = power.QuestionSupply(60, over.__getitem__, lambda size: f"{size:.1f} pp")
     asked = power.SampleSizeNeeded(172, "questions", 5.0, "")
     none = power.SampleSizeNeeded(None, "samples", 5.0, "")
     assert power.remedy_text((asked, none)) == "172 questions would mend it (no number of samples would)"
-    # 9.4 sqrt(50 / 60) = 8.6, and (8.6 / 5)^2 = 2.9
     assert power.remedy_text((asked, none), supply) == (
         "all 60 questions there are would find 8.6 pp; 3 seeds of all these questions would mend it"
     )
     some = power.SampleSizeNeeded(30, "samples", 5.0, "")
     assert "pp; 30 samples or 3 seeds of all these questions would mend it" in power.remedy_text((asked, some), supply)
-    seeds = power.SampleSizeNeeded(7, "seeds", 5.0, "")
-    assert "pp; 7 seeds of all these questions would mend it" in power.remedy_text((asked, none, seeds), supply)
-    enough = power.QuestionSupply(222, 50, 9.4, str)
+    three = power.QuestionSupply(60, over.__getitem__, lambda size: f"{size:.1f} pp", n_seeds=3)
+    assert power.remedy_text((asked, none), three) == (
+        "all 60 questions there are would find 4.9 pp; 4 seeds of all these questions would mend it"
+    )
+    enough = power.QuestionSupply(222, over.__getitem__, str)
     assert power.remedy_text((asked, none), enough) == power.remedy_text((asked, none))
 
 
 def test_the_seeds_that_are_told_do_find_the_threshold():
-    # Independent of the formula: simulated contrasts of all questions in so many seeds, averaged, are found 4 times in 5.
-    asked, there, sd, threshold = 50, 60, 0.335, 0.05
-    effect = power.minimum_detectable_effect(sd, asked).effect
-    seeds = power.QuestionSupply(there, asked, effect, str).seeds(threshold)
-    values = rng().normal(threshold, sd, (4000, seeds, there)).mean(axis=1)
-    t = values.mean(axis=1) / (values.std(axis=1, ddof=1) / math.sqrt(there))
-    found = (t > scipy_stats.t.ppf(0.975, there - 1)).mean()
-    assert 0.77 <= found <= 0.95
+    # Independent of the formula: questions with a spread of their own, seeds with one of theirs, both tests of a verdict.
+    there, spread, run, effect = 200, 0.2, 0.03, 0.06
+    seeds = power.seeds_needed(effect, lambda n: power.effect_over_seeds(spread, there, n, (run**2, 8.0))).number
+    assert seeds is not None
+    assert seeds >= 3
+    draws = rng()
+    questions = effect + draws.normal(0.0, spread, (2000, there))
+    per_seed = questions.mean(axis=1)[:, None] + draws.normal(0.0, run, (2000, seeds))
+    over = stats.t_interval_kernel(per_seed)
+    found = 0
+    for at in range(2000):
+        alone = stats.clustered_interval(questions[at] + per_seed[at].mean() - questions[at].mean())
+        both = stats.over_runs(alone, (float(over.se[at]) ** 2, seeds - 1))
+        found += max(both.p_two_sided or 1.0, float(over.p_two_sided[at])) <= 0.05 and per_seed[at].mean() > 0
+    assert 0.74 <= found / 2000 <= 0.95
 
 
 def test_what_no_number_can_mend_says_so():
     assert power.clusters_needed(1e-6, 15.0).number is None
-    assert "not even 100 seeds" in power.seeds_needed(0.1, 15.0).reason
-    assert power.seeds_needed(10.0, None).number is None
-    assert power.seeds_needed(10.0, 5.0).number == 5
+    assert "not even 100 seeds" in power.seeds_needed(0.1, lambda n: 15.0 / n).reason
+    assert power.seeds_needed(0.5, lambda n: 15.0 / n, n_seeds=29).number == 30
     assert "add questions" in power.samples_needed(10.0, 12.0, 10.0, 8).reason
     assert power.samples_needed(5.0, NAN, 1.0, 8).number is None
     assert power.samples_needed(5.0, 0.0, 0.0, 8).number == 1

@@ -12,7 +12,7 @@ from fastconv.stats import gates, power, study_gates
 from fastconv.stats.gates import GateVerdict, Loss
 from fastconv.stats.inference import clustered_interval, equivalence, over_runs
 from fastconv.stats.series import CellEvidence, Quad, SeedEvidence, Series
-from fastconv.stats.verdicts import CellVerdict, decide
+from fastconv.stats.verdicts import decide
 from tests import ROOT
 from tests.stats.power_tables import power_tables
 
@@ -31,55 +31,6 @@ def drawn(behavior: str, level: np.ndarray, shift: float, rng: np.random.Generat
     else:
         values = (rng.random((questions, samples)) < np.clip(level + shift, 0, 1)[:, None]).astype(float)
     return Series("s" * 64, behavior, "x", tuple(f"q{i:04}" for i in range(questions)), values, unit)  # pyright: ignore[reportArgumentType]
-
-
-def run_shift(sd: float, rng: np.random.Generator) -> tuple[float, float]:
-    """What a training run adds to assistant and canary: half of the variance is shared."""
-    shared, ours, its = rng.normal(0.0, sd * 0.5**0.5, 3)
-    return shared + ours, shared + its
-
-
-def family(n_sources: int, n_epochs: int, n_seeds: int, times: float, rng: np.random.Generator) -> list[CellVerdict]:
-    """Words of a grid without any effect: an epoch-0 cell of each source and seed is shared by its later epochs."""
-    cells = []
-    for behavior, (sd, questions, _, unit, margin, direction) in MEASURES.items():
-        for _ in range(n_sources):
-            level = rng.normal(80, 8, questions) if unit == "points" else rng.beta(1.5, 4, questions)
-            zero = []
-            for _ in range(n_seeds):
-                ours, its = run_shift(times * sd, rng)
-                zero.append((drawn(behavior, level, ours, rng), drawn(behavior, level, its, rng)))
-            plain = tuple(drawn(behavior, level, 0.0, rng) for _ in range(4))
-            for _ in range(n_epochs):
-                seeds = []
-                for number, (base, canary_base) in enumerate(zero):
-                    ours, its = run_shift(times * sd, rng)
-                    trained = Quad(
-                        drawn(behavior, level, ours, rng), base, drawn(behavior, level, its, rng), canary_base
-                    )
-                    seeds.append(SeedEvidence(number, trained, Quad(*plain)))
-                cells.append(CellEvidence("cell", behavior, direction, margin, tuple(seeds), True, unit))  # pyright: ignore[reportArgumentType]
-    return decide(cells)
-
-
-def false_families(shape: tuple[int, int, int], times: float, draws: int) -> float:
-    rng = np.random.default_rng(16)
-    words = [{one.kind for one in family(*shape, times, rng)} for _ in range(draws)]
-    return sum(bool(kinds & {"transfer", "reverse"}) for kinds in words) / draws
-
-
-SHAPES = [
-    pytest.param((6, 3, 1), id="matrix"),
-    pytest.param((10, 1, 1), id="ten_sources"),
-    pytest.param((2, 1, 3), id="seeds"),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("times", "most"), [(1.0, 0.055), (1.5, 0.10)])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_family_without_an_effect_has_a_false_word_rarely(shape, times, most):
-    assert false_families(shape, times, 60) <= most + 0.03  # 60 draws know 5 % to three points
 
 
 def test_the_noise_from_run_to_run_makes_a_lone_run_inconclusive():
@@ -121,16 +72,56 @@ def test_variances_join_as_satterthwaite_says():
     assert power.run_variance(power.RunSpread(2.0, 4, "x")) == pytest.approx(8.0)
 
 
-def test_an_interval_covers_what_runs_and_questions_vary_even_at_low_rates():
-    rng, hits, draws = np.random.default_rng(3), 0, 400
-    for _ in range(draws):
-        questions = rng.beta(0.1, 1.9, 20)
-        ours = rng.binomial(10, questions) / 10 - rng.binomial(10, rng.beta(0.1, 1.9, 20)) / 10
-        spread = power.declared_spread("refusal", "share")
-        noise = rng.normal(0.0, power.run_variance(spread) ** 0.5)
-        found = over_runs(clustered_interval(ours + noise), (power.run_variance(spread), spread.df))
-        hits += found.low is not None and found.high is not None and found.low <= 0 <= found.high
-    assert 0.92 <= hits / draws <= 0.985
+#: Rates at epoch 0 and now, from none to 10 %; at 20 questions and at 50, alike and unlike between questions.
+RATES = ((0.0, 0.02), (0.0, 0.05), (0.0, 0.1), (0.02, 0.02), (0.05, 0.05), (0.02, 0.1), (0.1, 0.1))
+
+
+def coverage(rates: tuple[float, float], questions: int, icc: float, draws: int, *, doubt: bool) -> tuple[float, float]:
+    """Shares of intervals over questions and runs, and over questions alone, that hold the true change (no run: none).
+
+    A run adds noise of the declared SD; with `doubt`, of an SD as uncertain as its degrees of freedom say.
+    """
+    rng, spread = np.random.default_rng(3), power.declared_spread("refusal", "share")
+    variance, base, now = power.run_variance(spread), *rates
+    drawn_rates = [
+        rng.beta(rate * (1 / icc - 1), (1 - rate) * (1 / icc - 1), (draws, questions))
+        if rate
+        else np.zeros((draws, questions))
+        for rate in (now, base)
+    ]
+    seen = rng.binomial(10, drawn_rates[0]) / 10 - rng.binomial(10, drawn_rates[1]) / 10
+    sd = (variance * (spread.df / rng.chisquare(spread.df, draws) if doubt else np.ones(draws))) ** 0.5
+    both, alone = [], []
+    for change, noise in zip(seen, rng.normal(0.0, sd), strict=True):
+        over = clustered_interval(change)
+        if over.low is None or over.high is None:
+            continue  # every question alike: there is no interval
+        alone.append(over.low <= now - base <= over.high)
+        found = over_runs(clustered_interval(change + noise), (variance, spread.df))
+        both.append((found.low or 0.0) <= now - base <= (found.high or 0.0))
+    return float(np.mean(both)), float(np.mean(alone))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("icc", [0.2, 0.5])
+@pytest.mark.parametrize("questions", [20, 50])
+@pytest.mark.parametrize("rates", RATES)
+def test_an_interval_covers_what_runs_and_questions_vary_down_to_low_rates(rates, questions, icc):
+    """3,000 draws know 95 % to 0.4 points (93.0 to 98.2 seen, with doubt 91.9 to 96.0; docs/POWER.md has the figures).
+
+    Where the noise is just the declared one, an interval that allows for doubt in it (8 degrees of freedom) covers up to
+    98 %; at 20 questions, from a floor to 10 %, the skewness of the rates takes 2 to 3 points off.
+    """
+    exact, _ = coverage(rates, questions, icc, 3_000, doubt=False)
+    doubted, _ = coverage(rates, questions, icc, 3_000, doubt=True)
+    assert 0.92 <= exact <= 0.985
+    assert 0.91 <= doubted <= 0.97
+
+
+def test_the_interval_over_questions_alone_is_too_short_at_a_floor_and_the_one_with_runs_is_not():
+    both, alone = coverage((0.0, 0.05), 20, 0.5, 800, doubt=False)
+    assert alone < 0.88
+    assert 0.93 <= both <= 0.985
 
 
 def test_equivalence_at_a_floor_needs_questions_that_could_show_it():

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats as scipy_stats
 
 from fastconv.stats import bounds, gates
 from fastconv.stats import inference as stats
@@ -142,6 +143,15 @@ def test_what_convergence_alone_does_is_taken_off() -> None:
     assert "mimicry was not measured" not in found.reason
 
 
+def test_a_source_that_shows_nothing_is_told_with_what_it_moved() -> None:
+    cell = replace(
+        _cell(RISEN, FLAT, source_shows=False), source_moved="from 13.0 % to 46.6 %: 39 % of its room, 50 % asked"
+    )
+    assert decide([cell])[0].reason.startswith(
+        f"the source itself does not show the trained behavior here ({cell.source_moved})"
+    )
+
+
 def test_a_cell_whose_source_shows_nothing_says_nothing() -> None:
     for shows in (False, None):
         assert decide([_cell(RISEN, FLAT, source_shows=shows)])[0].kind == "uninformative"
@@ -243,6 +253,28 @@ def test_seeds_are_averaged_within_a_question_and_decide_the_confidence() -> Non
     assert decide([_seeds(0.5, 0.6, 0.7, 0.6, 0.5)])[0].confidence.level == "HIGH"
 
 
+def test_one_row_has_one_estimate_where_seeds_have_other_questions() -> None:
+    whole = _seeds(0.5, 0.6, 0.7)
+    now = whole.seeds[2].trained.now
+    few = replace(now, questions=now.questions[:9], values=now.values[:9] * 0.5)  # 0.35 and 0.4 in place of 0.75
+    first, second, third = whole.seeds
+    lacking = replace(whole, seeds=(first, second, replace(third, trained=replace(third.trained, now=few))))
+    found = decide([lacking])[0]
+    over = found.over_seeds
+    assert over is not None
+    assert over.low is not None
+    assert over.high is not None
+    per_seed = [float(np.nanmean(seed.transfer(lacking.questions))) for seed in lacking.seeds]
+    assert found.estimate != pytest.approx(
+        float(np.mean(per_seed)), abs=0.01
+    )  # the mean of the seeds is another figure
+    assert over.estimate == found.estimate
+    assert (over.low + over.high) / 2 == pytest.approx(found.estimate)
+    half = 4.302653 * float(np.std(per_seed, ddof=1)) / 3**0.5
+    assert over.high - over.low == pytest.approx(2 * half)
+    assert over.p_two_sided == pytest.approx(2 * scipy_stats.t.sf(over.estimate / (half / 4.302653), 2), rel=1e-4)
+
+
 def test_seeds_that_agree_leave_the_word_and_show_their_interval() -> None:
     three, fallen = decide([_seeds(0.5, 0.6, 0.7), _seeds(-0.5, -0.6, -0.7)])
     assert (three.kind, fallen.kind) == ("transfer", "reverse")
@@ -306,7 +338,11 @@ def test_what_could_have_been_seen_stands_beside_the_margin_with_its_mend() -> N
     assert noisy.detectable > 0.05
     by_what = {one.what: one for one in noisy.mend}
     assert (by_what["questions"].number, "from run to run" in by_what["questions"].reason) == (None, True)
-    assert by_what["seeds"].number
+    assert "not even 100 seeds" in by_what["seeds"].reason  # over these few questions no seed helps
+    many = decide([_cell([0.0, 0.1, 0.05, 0.0] * 100, [0.0] * 400)])[0]
+    seeds = next(one.number for one in many.mend if one.what == "seeds")
+    assert seeds is not None
+    assert many.would_find(400, seeds) <= 0.05 < many.would_find(400, seeds - 1)
     family = decide([_cell([0.0, 1.0, 0.3, 0.0] * 5, FLAT) for _ in range(10)])[0]
     assert family.detectable_in_family is not None
     assert family.detectable_in_family > family.detectable

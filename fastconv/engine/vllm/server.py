@@ -31,6 +31,7 @@ from fastconv.engine.vllm import memory, watchdog
 from fastconv.engine.vllm.memory import USEFUL_ROWS, ServerMemory
 from fastconv.errors import ModelError, SamplerError
 from fastconv.recipe import ModelSettings, Recipe, TrainSettings
+from fastconv.store.io import child_environment
 
 #: Environment variable with the command that starts vLLM, for one in another environment: vLLM pins torch exactly.
 COMMAND_VARIABLE = "FASTCONV_VLLM"
@@ -88,15 +89,11 @@ def serve_arguments(model: Path, port: int, sizes: ServerMemory, dtype: str) -> 
 
 
 def server_environment(key: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Environment of the server process: adapters loaded at run time, no telemetry, no downloads, and the API key."""
-    return {
-        **environ,
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_API_KEY": key,
-    }
+    """Environment of the server process: adapters loaded at run time, no telemetry, no downloads, its own API key, no other."""
+    return child_environment(
+        environ, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1",
+        VLLM_API_KEY=key,
+    )  # fmt: skip
 
 
 def adapter_folder(needed_bytes: int, workspace: Path, shared: Path = _SHARED_MEMORY) -> Path:

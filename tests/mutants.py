@@ -1,0 +1,233 @@
+"""Break named lines of fastconv, one at a time, and run the tests that must see it: `make mutants`, or `python -m tests.mutants WORD`.
+
+Each mutant is a line's text and what it becomes. A mutant that its tests do not see has survived, and so has one whose
+text is no longer in the file: both end with exit code 1. The working tree is never touched: a copy is broken.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests import ROOT
+
+REPLIES, MEMORY, DISK, SECRETS = (
+    f"tests/faults/test_{n}.py" for n in ("judge_replies", "memory", "disk_and_ledger", "secrets")
+)
+LIVE, BATCHES, LOCAL = (f"tests/judge/test_{name}.py" for name in ("live", "batches", "local"))
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old` in `file` becomes `new`; `tests` (a file, and words of `-k`) must then fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+    words: str
+
+
+def _of(file: str, tests: str, *lines: tuple[str, str, str]) -> list[Mutant]:
+    return [Mutant(f"fastconv/{file}", old, new, tests, words) for old, new, words in lines]
+
+
+MUTANTS = [
+    *_of(
+        "judge/http.py", REPLIES,
+        ("if is_loopback(host) or not has_key:", "if True:", "key_goes_where"),
+        ('    if scheme != "https":\n', '    if scheme == "gopher":\n', "key_goes_where"),
+        ("or not host or url.userinfo:", "or not host:", "key_goes_where"),
+        ("if host not in {CLAUDE_HOST, *named} and", "if host not in {host} and", "key_goes_where"),
+        ('and f"{host}:{url.port or 443}" not in named:', "and False:", "key_goes_where"),
+        ("timeout=timeout_s, follow_redirects=False, trust_env=not is_loopback(base.host),",
+         "timeout=timeout_s, follow_redirects=True, trust_env=not is_loopback(base.host),", "redirect"),
+        ("timeout=timeout_s, follow_redirects=False, trust_env=not is_loopback(base.host),",
+         "timeout=timeout_s, follow_redirects=False, trust_env=True,", "asked_directly"),
+        ("    direct = is_loopback(base.host)\n", "    direct = False\n", "asked_directly"),
+        ("    if origin not in (", "    if False and origin not in (", "results_of_a_batch"),
+        ("                if self._left < 0:\n", "                if False:\n", "body_without_end"),
+        ("    return min(wait_s, MAX_WAIT_S) if", "    return wait_s if", "local_judge_refuses"),
+        ("    if isinstance(value, float) and not math.isfinite(value):\n", "    if False:\n", "any_reply or any_completion"),
+        ("    if isinstance(value, int) and abs(value) >= 2**63:\n", "    if False:\n", "booked or any_reply"),
+        ("    if found is None and response.is_success:\n", "    if False:\n", "no_http or nothing_here or any_completion or local"),
+    ),
+    *_of(
+        "judge/claude.py", REPLIES,
+        ("    cost = min(cost_usd(usage, price, factor), worst) if usage else worst\n",
+         "    cost = cost_usd(usage, price, factor)\n", "booked or any_reply"),
+        ("    absurd = any(not 0 <= n <= MAX_USAGE_TOK for n in counts.values())\n", "    absurd = False\n", "booked or any_reply"),
+        ('message.get("type") != "message" or ', "", "no_message"),
+        ("                if isinstance(outcome, BaseException):\n                    done.set_exception(outcome)\n",
+         "                if isinstance(outcome, BaseException):\n                    pass\n", "writer_that_fails"),
+        ('"refused" if is_page(body) else "lost"', '"lost"', "no_message"),
+    ),
+    *_of(
+        "judge/claude.py", LIVE,
+        ('            await self._ledger.do(Unpaid(ticket, "lost"))\n            raise Outage(f"no whole',
+         '            raise Outage(f"no whole', "alone"),
+        ('"refused" if isinstance(error, APIStatusError) else "lost"', '"refused"', "storm_of_faults"),
+    ),
+    *_of(
+        "judge/desk.py", LIVE,
+        ("if n_tries >= TRIES or outage.wait_s > LONG_WAIT_S:", "if n_tries >= TRIES:", "long_wait"),
+        ("await asyncio.sleep(max(outage.wait_s, min(", "await asyncio.sleep(max(0.0, min(", "no_sooner"),
+    ),
+    *_of(
+        "judge/batches.py", BATCHES,
+        ("            if error.status_code < 500:\n                self._ledger.void_batch(intent)",
+         "            if error.status_code < 501:\n                self._ledger.void_batch(intent)", "taken"),
+        ("            n_open += 1\n", "            pass\n", "another_users or answer_was_lost"),
+    ),
+    *_of(
+        "judge/rubric.py", REPLIES,
+        ("return ParsedReply(values, safe_value(answer))", "return ParsedReply(values, answer)", "cannot_be_stored"),
+        (", parse_float=_finite)", ")", "cannot_be_stored or any_reply"),
+    ),
+    *_of(
+        "judge/local.py", LOCAL,
+        ("        if read is None:\n            raise", "        if False:\n            raise", "no_completion"),
+    ),
+    *_of(
+        "errors.py", DISK,
+        ("c if c.isprintable() else", "c if True else", "what_is_shown"),
+        ('_LONE_SURROGATE.sub("\\ufffd", text[:max_chars])', "text[:max_chars]", "what_is_shown"),
+        ("self.what = what = shown(what)", "self.what = what", "what_is_shown"),
+    ),
+    *_of(
+        "store/io.py", DISK,
+        ("            os.fsync(file.fileno())\n", "            pass\n", "synced"),
+        ("    sync_folder(path.parent)\n", "    pass\n", "synced"),
+        ("        sync_folder(folder.parent)\n", "        pass\n", "synced"),
+        ("        temporary.unlink(missing_ok=True)\n", "        pass\n", "fault_at_any_step"),
+        ("    except (ValueError, TypeError, RecursionError):\n        raise damaged", "    except KeyError:\n        raise damaged",
+         "holds_no_json"),
+    ),
+    *_of(
+        "store/io.py", REPLIES,
+        ("    except (OverflowError, UnicodeEncodeError) as error:\n", "    except KeyError as error:\n", "sqlite_cannot_hold"),
+    ),
+    *_of(
+        "store/io.py", SECRETS,
+        ("and not _SECRET & set(", "and not set() & set(", "child"),
+        ("        if name.startswith(_PASSED_ON) and", "        if", "child"),
+    ),
+    *_of("cluster/__init__.py", SECRETS, ("key = os.environ.pop(CLAUDE_KEY, None)", "key = None", "ray")),
+    *_of(
+        "store/ledger.py", DISK,
+        ("            if not path.is_file():  #", "            if not path.exists():  #", "no_file"),
+        ("            if path.is_file() and not path.stat().st_size and", "            if False and", "doctor_says"),
+    ),
+    *_of(
+        "store/gc.py", DISK,
+        ('[f"the ledger is damaged: {line}" for line in said if line != "ok"]', "[]", "doctor_says"),
+        ("        elif deep:\n", "        elif False:\n", "whole_ledger"),
+        ("or path.stat().st_size != n_bytes:", "and False:", "whole_ledger"),
+        ("if key not in live]", "if key in live]", "mends"),
+    ),
+    *_of(
+        "store/merge.py", DISK,
+        ('"inputs": stored_json(inputs)}) != key:', '"inputs": stored_json(inputs)}) == 0:', "no_fastconv_wrote"),
+        ("isinstance(value, bool) and math.isfinite(value)", "isinstance(value, bool)", "no_fastconv_wrote"),
+        ("isinstance(reason, str) if value is None else _is_number(value)", "True", "no_fastconv_wrote"),
+        ("isinstance(nusd, int) and 0 <= nusd < 2**53", "isinstance(nusd, int)", "costs"),
+        ("        if key not in known:\n            require_sound", "        if False:\n            require_sound", "no_fastconv_wrote"),
+    ),
+    *_of(
+        "cli/common.py", DISK,
+        ("        return READER_GONE if code in (0, 1) else code", "        return code", "reader_that_goes"),
+        ("        return StoreError.exit_code\n    if broken", "        return 0\n    if broken", "cannot_be_written"),
+    ),
+    *_of("cli/__init__.py", DISK, ('    require_writable(reports, "--reports")', "    pass", "reports_that")),
+    *_of(
+        "recipe/__init__.py", DISK,
+        ("    except RecursionError:\n", "    except KeyError:\n", "beyond_reason"),
+        ("    except ValueError as error:  # an", "    except KeyError as error:  # an", "beyond_reason"),
+    ),
+    *_of(
+        "engine/score.py", MEMORY,
+        ("        if len(part) < 2:\n", "        if len(part) < 0:\n", "less_than_a_row and letters"),
+        ("        parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]\n",
+         "        parts[:0] = [part[: len(part) // 2]]\n", "halved and letters"),
+        ("        if not is_out_of_memory(error):\n            raise\n        return None", "        return None", "no_want"),
+        ('("DefaultCPUAllocator", ', "(", "halved and letters"),
+    ),
+    *_of(
+        "engine/generate.py", MEMORY,
+        ("            row.tokens.clear()\n", "            pass\n", "while_sampling"),
+        ("        on_token(-sum(len(row.tokens) for row in unfinished))\n", "", "while_sampling"),
+    ),
+    *_of("engine/stack.py", MEMORY, ("        finally:\n            self.route.spans = spans", "        finally:\n            pass", "probe")),
+]  # fmt: skip
+
+
+def survives(mutant: Mutant, copy: Path) -> str:
+    """Break the copy, run the tests, mend it; why the mutant is alive, or nothing if it is dead."""
+    path = copy / mutant.file
+    whole = path.read_text()
+    if mutant.old not in whole:
+        return "its line is not there any more"
+    path.write_text(whole.replace(mutant.old, mutant.new, 1))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not gpu",
+        mutant.tests,
+        "-k",
+        mutant.words,
+    ]
+    environ = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
+    try:
+        run = subprocess.run(command, cwd=copy, env=environ, capture_output=True, text=True, timeout=240)
+    except subprocess.TimeoutExpired:
+        return ""  # a test that never ends has seen it
+    finally:
+        path.write_text(whole)
+    if run.returncode == 1:
+        return ""
+    return (
+        "no test of that name"
+        if run.returncode == 5
+        else "its tests pass"
+        if run.returncode == 0
+        else run.stdout[-300:]
+    )
+
+
+def main(words: list[str]) -> int:
+    """Run the mutants whose file or line holds one of these words (all without any); exit code 1 if one survives."""
+    chosen = [m for m in MUTANTS if not words or any(word in m.file + m.old + m.words for word in words)]
+    alive = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        ignore = shutil.ignore_patterns(
+            ".git", ".venv*", "checkpoints", "reports", "__pycache__", ".*_cache", "build", "dist"
+        )
+        shutil.copytree(ROOT, copy, ignore=ignore, symlinks=True)
+        for mutant in chosen:
+            began = time.monotonic()
+            why = survives(mutant, copy)
+            alive += bool(why)
+            line = " ".join(mutant.old.split())[:70]
+            print(
+                f"{'ALIVE' if why else 'dead '} {time.monotonic() - began:5.1f} s  {mutant.file}: {line} {why}",
+                flush=True,
+            )
+    print(f"{len(chosen) - alive} of {len(chosen)} mutants are dead")
+    return int(alive > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
