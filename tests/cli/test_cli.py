@@ -249,6 +249,18 @@ def test_exit_codes_are_those_of_the_error_classes_and_stand_in_help_and_readme(
         assert f"| {code} | {meaning} |" in readme
 
 
+def test_the_glossary_has_every_gate_and_every_verdict() -> None:
+    page = (ROOT / "docs" / "GLOSSARY.md").read_text()
+    source = "".join((ROOT / "fastconv" / "stats" / f"{name}.py").read_text() for name in ("gates", "study_gates"))
+    gates = set(re.findall(r'GateVerdict\(\s*"([A-Z0-9.]+)"', source)) | {"COST", "G4", "FALSIFY"}
+    assert len(gates) > 14
+    table = (ROOT / "README.md").read_text().partition("| word | meaning |")[2].partition("\n\n")[0]
+    verdicts = [word for row in re.findall(r"^\| ([\w, ]+) \|", table, re.MULTILINE) for word in row.split(", ")]
+    assert len(verdicts) == 7
+    for word in (*gates, *verdicts):
+        assert f"| {word} | " in page, word
+
+
 def test_run_answers_in_json_and_again_computes_nothing(tiny: Path, tmp_path: Path) -> None:
     words = (
         "run",
