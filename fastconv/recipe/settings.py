@@ -432,11 +432,9 @@ class RunSettings(RecipeTable):
         True, "False frees an adapter's files once all that uses it is computed; records and scores stay.", False
     )
     replicates: Annotated[int, Field(ge=0, le=100)] = setting(
-        0,
-        "Further seeds for one epoch-0 cell of each behavior, whose spread is the noise from run to run; 0: as declared.",
-        5,
-        "runs",
-    )
+        0, "Further seeds for one epoch-0 cell of each behavior, whose spread is the noise from run to run; 0: as declared.",
+        5, "runs",
+    )  # fmt: skip
 
     @field_validator("replicates")
     @classmethod
