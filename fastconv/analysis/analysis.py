@@ -25,8 +25,7 @@ from fastconv.analysis.scores import ScoreReader
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.recipe import run_id
 from fastconv.stats.gates import GateVerdict
-from fastconv.stats.secondary import CorrectedContrast
-from fastconv.stats.verdicts import CellVerdict
+from fastconv.stats.verdicts import CellVerdict, CorrectedContrast
 from fastconv.store.ledger import Store
 
 

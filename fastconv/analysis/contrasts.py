@@ -16,10 +16,17 @@ from fastconv.experiment.graph import Cell, CellPlan
 from fastconv.recipe import GateSettings
 from fastconv.stats.gates import source_moved, source_word
 from fastconv.stats.power import RunSpread
-from fastconv.stats.secondary import SecondaryContrast, canary_contrast, change_contrast, trend
 from fastconv.stats.series import Series, first_too_unscored
 from fastconv.stats.study_gates import Role, Shift
-from fastconv.stats.verdicts import CellEvidence, Quad, SeedEvidence
+from fastconv.stats.verdicts import (
+    CellEvidence,
+    Quad,
+    SecondaryContrast,
+    SeedEvidence,
+    canary_contrast,
+    change_contrast,
+    trend,
+)
 
 
 @dataclass(frozen=True)

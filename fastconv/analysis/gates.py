@@ -20,9 +20,15 @@ from fastconv.recipe import GateSettings, Recipe, StoppingGate, run_id
 from fastconv.stats import gates, study_gates
 from fastconv.stats.bounds import multiple_choice_chance
 from fastconv.stats.gates import GateVerdict, Loss
-from fastconv.stats.secondary import CorrectedContrast, correct_for_fdr
 from fastconv.stats.series import Series, series_of
-from fastconv.stats.verdicts import CellEvidence, CellVerdict, decide, untrained_verdict
+from fastconv.stats.verdicts import (
+    CellEvidence,
+    CellVerdict,
+    CorrectedContrast,
+    correct_for_fdr,
+    decide,
+    untrained_verdict,
+)
 from fastconv.store.ledger import Stage, Store, changed_inputs
 
 

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import select
-import sqlite3
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from fastconv.errors import FastconvError, RecipeError, StoreError, did_you_mean
-from fastconv.store.io import storage_errors, stored_json
+from fastconv.store.io import STORAGE_FAULTS, storage_errors, stored_json
 
 #: Exit code of a program whose output nobody reads any more, as the shell reports it (128 + SIGPIPE).
 READER_GONE = 141
@@ -111,7 +110,7 @@ def _storage_faults(workspace: Path | None) -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise
-    except (OSError, sqlite3.Error) as error:
+    except STORAGE_FAULTS as error:
         with storage_errors(Path(getattr(error, "filename", None) or workspace or "output")):
             raise
 

@@ -10,8 +10,8 @@ from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import Point, scatter
 from fastconv.report.measures import ROLES, points_of
 from fastconv.stats.gates import LEAST_LETTER_MASS, GateVerdict
-from fastconv.stats.secondary import CorrectedContrast
 from fastconv.stats.units import first_few, p_value, scale, signed
+from fastconv.stats.verdicts import CorrectedContrast
 
 #: Gates over the whole study, and the pilot gate.
 STUDY_GATES = ("G4", "G5", "CONFIRM", "FALSIFY", "PILOT")

@@ -15,7 +15,6 @@ from fastconv.recipe import GateSettings
 from fastconv.stats.bounds import above_chance
 from fastconv.stats.inference import over_runs
 from fastconv.stats.power import declared_spread, run_variance
-from fastconv.stats.secondary import canary_contrast, change_contrast
 from fastconv.stats.series import Number, Quad, Series, first_too_unscored, too_unscored
 from fastconv.stats.units import (
     Unit,
@@ -28,6 +27,7 @@ from fastconv.stats.units import (
     signed,
     size_text,
 )  # fmt: skip
+from fastconv.stats.verdicts import canary_contrast, change_contrast
 
 Outcome = Literal["pass", "fail", "not applicable"]
 SourceWord = Literal["shown", "not shown", "there before"]

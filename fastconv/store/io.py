@@ -82,6 +82,10 @@ def write_text(path: Path, text: str) -> None:
 # --- errors ------------------------------------------------------------------------------------------------
 
 
+#: What a faulty disk or a damaged ledger raises by itself.
+STORAGE_FAULTS = (OSError, sqlite3.Error)
+
+
 @contextlib.contextmanager
 def storage_errors(root: Path) -> Iterator[None]:
     """A block in which OSError and sqlite3.DatabaseError become StoreError with a fix; `root` is named as the place."""

@@ -147,9 +147,9 @@ def test_the_letters_share_of_the_probability_stands_in_gate_and_report(done_run
     section = next(section for section in build(analysis).sections if section.id == "letters")
     warning, table = section.blocks
     assert isinstance(table, Table)
-    assert [cell.text for cell in table.rows[0]][:3] == [plan.cell.label, "capability", series.mean.text()]
+    assert [cell.text for cell in table.rows[0]][:3] == [in_words(plan.cell), "capability", series.mean.text()]
     assert isinstance(warning, Note)
-    assert plan.cell.label in warning.text
+    assert in_words(plan.cell) in warning.text
     refusal = plan.base["refusal", "assistant"]
     assert analysis.reading.letter_mass(refusal, "refusal", "assistant") is None
 
