@@ -142,7 +142,7 @@ MUTANTS = [
         ("        return READER_GONE if code in (0, 1) else code", "        return code", "reader_that_goes"),
         ("        return StoreError.exit_code\n    if broken", "        return 0\n    if broken", "cannot_be_written"),
     ),
-    *_of("cli/__init__.py", DISK, ('    require_writable(reports, "--reports")', "    pass", "reports_that")),
+    *_of("cli/__init__.py", DISK, ("        require_writable(folder, option)", "        pass", "reports_that")),
     *_of(
         "recipe/__init__.py", DISK,
         ("    except RecursionError:\n", "    except KeyError:\n", "beyond_reason"),

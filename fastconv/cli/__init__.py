@@ -416,7 +416,8 @@ def _run(
     from fastconv.show.progress import watching
     from fastconv.store.ledger import Store
 
-    require_writable(reports, "--reports")  # found before the computing, not after it
+    for folder, option in ((workspace, "--workspace"), (reports, "--reports")):
+        require_writable(folder, option)  # found before the computing, not after it
     try:
         with watching(quiet=quiet or as_json, stream=sys.stderr) as watcher:
             admit = cost_gate(workspace, approved=approve, watcher=watcher)

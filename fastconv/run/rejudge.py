@@ -86,9 +86,9 @@ def finish_judging(
 ) -> JudgingResult:  # fmt: skip
     """Judge the stored completions of every judge stage that is missing; samples and trains nothing.
 
-    `again` also asks for what the judge left unscored for this reason (one of `rubric.REASONS`). `urgent` stages are judged live in `auto` mode. `before` is an earlier recipe (with another rubric, for example)
-    whose scores are compared with the new ones. Raises RecipeError without a judge, JudgeError if it cannot be asked,
-    Interrupted on Ctrl-C.
+    `again` also asks for what the judge left unscored for this reason (one of `rubric.REASONS`). `urgent` stages are
+    judged live in `auto` mode. `before` is an earlier recipe (with another rubric, for example) whose scores are compared
+    with the new ones. Raises RecipeError without a judge, JudgeError if it cannot be asked, Interrupted on Ctrl-C.
     """
     graph = Graph(recipe)
     if graph.judge is None:
@@ -123,12 +123,13 @@ def _reopen(judge: JudgeIdentity, store: Store, stages: Sequence[Stage], reason:
     if reason not in REASONS:
         raise InputError(f"no reason is called {reason!r}", where="--again", fix=f"use one of {', '.join(REASONS)}")
     ledger = JudgeLedger(store)
+    # Equal completions of several stages share a judgement, so what rests on it is asked of each stage's own scores.
+    stale = [stage.key for stage in stages if any(score.reason == reason for score in store.scores(stage.key))]
     for stage in stages:
-        if store.record(stage.needs["eval"].key) is None:
-            continue
-        keys = judge.keys(stage.work["rubric"], store.samples(stage.needs["eval"].key))
-        if ledger.reopen(keys, reason) and store.record(stage.key) is not None:
-            store.forget(stage.key)
+        if store.record(stage.needs["eval"].key) is not None:
+            ledger.reopen(judge.keys(stage.work["rubric"], store.samples(stage.needs["eval"].key)), reason)
+    for key in stale:
+        store.forget(key)
 
 
 def calibrate_judge(

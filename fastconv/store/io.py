@@ -60,16 +60,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def require_writable(folder: Path, option: str) -> None:
-    """Make a folder and try to write in it; `option` is how the user named it. Raises StoreError."""
-    trial = folder / f".tmp-{os.getpid()}-{time.time_ns()}"
+    """Try to write where a folder is or will be, and leave nothing; `option` names it for the user. Raises StoreError."""
+    above = next((one for one in (folder, *folder.absolute().parents) if one.exists()), folder)
+    trial = above / f".tmp-{os.getpid()}-{time.time_ns()}"
     try:
-        make_folder(folder)
         trial.touch()
         trial.unlink()
     except OSError as error:
-        raise StoreError(
-            f"nothing can be written there: {error.strerror}", where=str(folder), fix=f"give another {option}"
-        ) from None
+        raise _storage_error(folder, error.errno, error.strerror or str(error), option) from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -108,16 +106,16 @@ def storage_errors(root: Path) -> Iterator[None]:
         raise damaged(str(error), str(root)) from error
 
 
-def _storage_error(root: Path, code: int | None, text: str) -> StoreError:
+def _storage_error(root: Path, code: int | None, text: str, option: str = "--workspace") -> StoreError:
     where = str(root)
     if code in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(
             "no space left on the disk", where=where, fix="free some space, then the same command goes on"
         )
     if code in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return StoreError(
-            "the folder cannot be written", where=where, fix="make it writable or give another --workspace"
-        )
+        return StoreError("the folder cannot be written", where=where, fix=f"make it writable or give another {option}")
+    if code in (errno.ENOTDIR, errno.EEXIST):
+        return StoreError("a file stands there, not a folder", where=where, fix=f"give another {option}")
     return StoreError(f"storage fault: {text}", where=where, fix="mend it, then the same command goes on")
 
 

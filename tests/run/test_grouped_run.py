@@ -254,11 +254,13 @@ def test_identical_epoch_0_cells_run_once_and_the_report_shows_the_shared_rows_f
     text = write_report(graph, store, tmp_path / "reports").markdown.read_text()
     table = text.partition("| cell | measured | assistant |")[2].partition("\n\n")[0]  # another counts cut answers
     rows = {line.split("|")[1].strip(): line.split("|")[2:] for line in table.splitlines() if line.startswith("| ")}
-    assert rows["villain base e0 none s42"][:3] == rows["comedian base e0 none s42"][:3]
+    alone = "epoch 0, no behavior adapter, seed 42"
+    assert rows[f"villain, {alone}"][:3] == rows[f"comedian, {alone}"][:3]
     for source in sources:
-        assert "not" not in "".join(rows[f"{source} base e0 none s42"])
-        assert "not" not in "".join(rows[f"{source} base e0 refusal excluded s42"])
-        assert "not" not in "".join(rows[f"{source} generic e2 none s42"])
+        assert "not" not in "".join(rows[f"{source}, {alone}"])
+        assert "not" not in "".join(rows[f"{source}, epoch 0, refusal, assistant not among the negatives, seed 42"])
+        generic = f"{source}, converged on generic answers, epoch 2, no behavior adapter, seed 42"
+        assert "not" not in "".join(rows[generic])
     again, _ = run_tiny(recipe, tmp_path / "ws")
     assert again.tally.n_stages == 0
     assert results(recipe, tmp_path / "ws")
