@@ -149,6 +149,24 @@ def test_a_base_in_bf16_is_held_against_a_small_fp32_copy(tmp_path: Path, monkey
         proof.prove(base)
 
 
+def test_in_fp32_what_rounding_does_to_the_reference_itself_refuses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained weights blow up single tokens: a real 1.5B differs from itself by 0.01 nats in a batch of two."""
+    base = loaded(build(tmp_path / "model", "mistral 0.1"))
+    with torch.no_grad():
+        base.model.model.norm.weight *= 1e5  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    measured = proof.prove(base)
+    assert measured["packed rows"] > proof._NEAR_NATS
+    with monkeypatch.context() as patch:
+        patch.setattr(proof, "_ROUNDINGS", 0.0)
+        with pytest.raises(ModelError, match="another model"):
+            proof.prove(base)
+    _without_windows(monkeypatch)
+    with pytest.raises(ModelError, match="another model"):
+        proof.prove(base)
+
+
 def test_in_16_bits_a_few_tokens_far_off_refuse_nothing_and_most_tokens_off_do(tiny_qwen: Path) -> None:
     """Trained weights after random tokens: a row may be far off by rounding alone, in transformers' own bf16 as in ours."""
     base = loaded(tiny_qwen, dtype="bfloat16")
