@@ -169,7 +169,7 @@ def _next(analysis: Analysis) -> QueryResult:
     mute = [one for one in verdicts if one.kind == "uninformative"]
     if mute:
         behaviors = list(dict.fromkeys(one.behavior for one in mute))
-        steps.append(f"{first_few(behaviors, MOST_NAMED)} where it can be seen (here {mute[0].reason.split(';')[0]})")
+        steps.append(f"{first_few(behaviors, MOST_NAMED)} where it can be seen ({mute[0].reason.split(';')[0]})")
     blind = [one for one in verdicts if one.kind == "inconclusive" and (one.detectable or 0.0) > (one.margin or 0.0)]
     if blind:
         worst = max(blind, key=lambda one: (one.detectable or 0.0) / (one.margin or 1.0))
