@@ -23,6 +23,7 @@ from fastconv.datasets.behaviors import (
     Behavior,
     build_rows,
     load_behaviors,
+    n_eval_prompts_there_are,
     negatives_kinds,
     set_name,
 )
@@ -74,10 +75,12 @@ def check_as_expected(design: Design) -> Iterator[Finding]:
     for name, behavior in design.behaviors.items():
         n = n_questions(design, behavior)
         if behavior.spec.measure != "letters" and n and n < asked:
-            yield Finding(
-                "D131", "note", name, (), f"asks {n} evaluation prompts: its file has no more for eval.prompts = {asked}",
-                "add evaluation prompts, or lower eval.prompts",
-            )  # fmt: skip
+            there = max(n_eval_prompts_there_are(behavior))
+            larger = (
+                f"raise eval.prompts: {there} are there, more of them for larger draws" if there > n else "add some"
+            )
+            why = f"asks {n} evaluation prompts where eval.prompts = {asked}"
+            yield Finding("D131", "note", name, (), why, f"{larger}; or lower eval.prompts")
     for name in design.personas.replaced:
         yield Finding(
             "D132", "note", name, (),
