@@ -21,7 +21,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastconv.errors import BusyError, StoreError
+from fastconv.errors import BusyError, StoreError, safe_text
 from fastconv.recipe import canonical_json
 from fastconv.store.io import (
     connect,
@@ -373,8 +373,8 @@ class Store:
         return self._db.execute("SELECT * FROM runs ORDER BY started_at DESC").fetchall()
 
     def run(self, run: str) -> sqlite3.Row | None:
-        """The row of the run with this id, or None if it never began in this workspace."""
-        return self._db.execute("SELECT * FROM runs WHERE id=?", (run,)).fetchone()
+        """The row of the run with this id, or None if it never began in this workspace. Users type it: any text will do."""
+        return self._db.execute("SELECT * FROM runs WHERE id=?", (safe_text(run, len(run)),)).fetchone()
 
     def run_facts(self, run: str) -> dict[str, Any]:
         """The run's facts (machine, versions, command); empty if it never began in this workspace."""

@@ -333,7 +333,8 @@ def test_output_that_cannot_be_written_is_one_line(words: tuple[str, ...], tmp_p
     "env", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"COLUMNS": "1", "LINES": "1"}]
 )
 def test_locales_and_tiny_terminals_break_no_verb(env: dict[str, str], tmp_path: Path) -> None:
-    process = started("recipe", "show", "no\u00fc\u2026", stdout=subprocess.PIPE, env=env)
+    Store.open(tmp_path / "ws").close()  # so that the name is looked for among its runs too
+    process = started("recipe", "show", "no\u00fc\u2026", "-w", tmp_path / "ws", stdout=subprocess.PIPE, env=env)
     out, said = process.communicate(timeout=60)
     assert process.returncode == 2, said
     assert "Traceback" not in said + out
