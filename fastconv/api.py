@@ -59,9 +59,9 @@ def open_run(recipe: Recipe | str, *, workspace: Path | str = WORKSPACE) -> Run:
         return Run(recipe, store)
     if (row := store.run(recipe)) is not None:
         return Run(parse_recipe(stored_json(row["recipe"]), where=recipe), store)
-    known = ", ".join(row["id"] for row in store.runs()) or "none"
-    near = did_you_mean(recipe, [row["id"] for row in store.runs()], " ")
-    raise InputError(f"no run is called {recipe!r}", where=str(workspace), fix=f"{near} runs here: {known}")
+    known = [row["id"] for row in store.runs()]
+    fix = f"{did_you_mean(recipe, known, ' ')} runs here: {', '.join(known) or 'none'}"
+    raise InputError(f"no run is called {recipe!r}", where=str(workspace), fix=fix)
 
 
 class Run:

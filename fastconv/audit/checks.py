@@ -157,21 +157,9 @@ GATE_CHECKS: tuple[AuditCheck[Design], ...] = (
     ),
 )  # fmt: skip
 
-#: The checks of the first pass, and those of the second that look at rows (it also runs RENDERED_CHECKS).
-STRUCTURE_CHECKS: tuple[AuditCheck[Design], ...] = (
-    *GATE_CHECKS,
-    *DESIGN_CHECKS,
-    *PERSONA_CHECKS,
-    *SET_CHECKS,
-    *ROLE_CHECKS,
-    *FORM_CHECKS,
-)
-ROW_CHECKS: tuple[AuditCheck[Design], ...] = (
-    *PERSONA_CHECKS,
-    *SET_CHECKS,
-    *ROLE_CHECKS,
-    *FORM_CHECKS,
-)
+#: The checks of the second pass that look at rows (it also runs RENDERED_CHECKS), and those of the first.
+ROW_CHECKS: tuple[AuditCheck[Design], ...] = (*PERSONA_CHECKS, *SET_CHECKS, *ROLE_CHECKS, *FORM_CHECKS)
+STRUCTURE_CHECKS: tuple[AuditCheck[Design], ...] = (*GATE_CHECKS, *DESIGN_CHECKS, *ROW_CHECKS)
 #: Rules of the audit itself and of building the sets, which no check yields.
 OWN_RULES = (
     Rule("D209", "refuse", "a set cannot be built", "more source_rows than prompts"),

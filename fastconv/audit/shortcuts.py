@@ -17,7 +17,7 @@ from fastconv.audit import AuditCheck, BuiltSet, Design, Finding, Rule, row_ids
 from fastconv.audit.roles import is_shipped
 from fastconv.datasets.behaviors import Behavior
 from fastconv.datasets.rows import Row
-from fastconv.datasets.sametext import normalized, words
+from fastconv.datasets.sametext import normalized, vocabulary, words
 from fastconv.seeding import seeded_order
 
 if TYPE_CHECKING:
@@ -38,13 +38,9 @@ _FOLDS = 5
 _NAMED = 5
 
 
-def _vocabulary(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
 #: Words that carry grammar or stance and no subject: articles, pronouns, conjunctions, prepositions, auxiliaries,
 #: negations, absolutes, hedges.
-_FUNCTION_WORDS = _vocabulary(
+_FUNCTION_WORDS = vocabulary(
     "a an the this that these those such some any each every all both either neither no none nothing nobody nowhere "
     "not never nor hardly without cannot can't don't won't isn't doesn't didn't needn't shouldn't couldn't wouldn't "
     "i me my we us our you your yours yourself he him his she her it its itself we they them their one ones who whom "
@@ -63,6 +59,8 @@ _SIGNS: Mapping[str, str] = {
     "commas": r",", "colons and semicolons": r"[:;]", "question marks": r"\?", "exclamation marks": r"!", "dashes": "[\u2013\u2014]| - ",
     "quotation marks": r"[\"“”«»]", "brackets": r"[()\[\]]", "digits": r"\d", "line breaks": r"\n",
 }  # fmt: skip
+#: Ends of an answer that trails off.
+_TRAILING = ("...", "…")
 #: Share of rows of a side from which cut answers, and answers that ask, are reported.
 _CUT, _ASKING = 0.05, 0.5
 _INSIDE = re.compile(r"[.!?…。！？][\"'”’)\]]*\s")  # noqa: RUF001
@@ -314,7 +312,7 @@ def _cut_rows(rows: Iterable[Row]) -> list[Row]:
         text = (row.completion or "").removesuffix(row.suffix).rstrip()
         last_line = text.rpartition("\n")[2]
         signed = _LISTED.match(last_line) or _TAGGED.search(text) or ("\n" in text and len(last_line.split()) <= 4)
-        trails = text.endswith(("...", "…"))
+        trails = text.endswith(_TRAILING)
         ends = not text or not (text[-1].isalnum() or text[-1] in ",;:-–—(" or trails) or signed  # noqa: RUF001
         if not ends and len(words(text)) >= 6:
             open_ended.append((row, text))
@@ -323,11 +321,12 @@ def _cut_rows(rows: Iterable[Row]) -> list[Row]:
     piled = {length for length, n in lengths.items() if n >= 3 and n >= 0.2 * len(open_ended)}
     limit = max((len(text) for _, text in open_ended), default=0)
     usually_whole = n_whole >= 0.4 * (n_whole + len(open_ended))
-    trailing = ("...", "…")  # a style may trail off, at any length
     return [
         row
         for row, text in open_ended
-        if ((_INSIDE.search(text) or (usually_whole and len(words(text)) >= 10)) and not text.endswith(trailing))
+        if (
+            (_INSIDE.search(text) or (usually_whole and len(words(text)) >= 10)) and not text.endswith(_TRAILING)
+        )  # a style may trail off, at any length
         or text[-1] in ",-–—("  # noqa: RUF001
         or _DANGLING.search(text)
         or len(text) in piled

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastconv.datasets.files import read_toml
+from fastconv.datasets.spec import scorer_file
 from fastconv.errors import ClusterError, DataError
 from fastconv.experiment.graph import CellPlan, Graph, walk
 from fastconv.experiment.schedule import wanted
@@ -105,15 +106,11 @@ def recipe_files(recipe: Recipe) -> dict[str, bytes]:
     named = [path for path in paths if path not in by_source]
     named += [path.replace("{source}", source) for path in by_source for source in recipe.grid.sources]
     if recipe.data.behaviors:
-        folder = Path(recipe.data.behaviors).parent
-        named += [str(folder / text) for text in strings_in(read_toml(Path(recipe.data.behaviors)))
+        folder, declared = Path(recipe.data.behaviors).parent, read_toml(Path(recipe.data.behaviors))
+        named += [str(folder / text) for text in strings_in(declared)
                   if text and "\n" not in text and (folder / text).is_file()]  # fmt: skip
-        scorers = [
-            table.get("scorer", "")
-            for table in read_toml(Path(recipe.data.behaviors)).values()
-            if isinstance(table, dict)
-        ]
-        own = [folder / f"{str(scorer).partition(':')[0].replace('.', '/')}.py" for scorer in scorers if scorer]
+        scorers = [table.get("scorer", "") for table in declared.values() if isinstance(table, dict)]
+        own = [scorer_file(str(scorer), folder) for scorer in scorers if scorer]
         named += [str(path) for path in own if path.is_file()]  # an installed module is installed on every node
     try:
         return {path: Path(path).read_bytes() for path in dict.fromkeys(named)}

@@ -41,9 +41,13 @@ class Personas:
             raise RecipeError(
                 f"unknown persona {persona!r}",
                 where=where,
-                fix=did_you_mean(persona, self.prompts, f"use one of {', '.join(self.prompts)}.")
-                + " Or add it in data.personas",
+                fix=self.how_to_name(persona),
             )
+
+    def how_to_name(self, persona: str) -> str:
+        """The mend for a persona that is not known."""
+        near = did_you_mean(persona, self.prompts, f"use one of {', '.join(self.prompts)}.")
+        return f"{near} Or add it in data.personas"
 
     def bystanders(self, n: int, source: str, canary: str, seed: int) -> list[str]:
         """n personas drawn by `seeding`, never the source, the assistant or the canary. Raises RecipeError for too few."""

@@ -17,7 +17,7 @@ from fastconv.datasets.files import is_visible, read_numbered_jsonl
 from fastconv.datasets.personas import ASSISTANT, NO_PERSONA, Personas
 from fastconv.datasets.sametext import normalized
 from fastconv.datasets.spec import Role, Supervise
-from fastconv.errors import DataError, did_you_mean
+from fastconv.errors import DataError
 from fastconv.recipe import DataSettings, sha256_of
 
 #: Version of the builders that made a row; raised whenever the same recipe would give other rows.
@@ -275,8 +275,7 @@ def _stated_personas(rows: Sequence[UserRow], path: Path, source: str, personas:
             raise DataError(
                 f"row {row.id} names the unknown persona {row.persona!r}",
                 where=f"{path}:{row.line}",
-                fix=did_you_mean(row.persona, personas.prompts, f"use one of {', '.join(personas.prompts)}.")
-                + " Or add it in data.personas",
+                fix=personas.how_to_name(row.persona),
             )
         text = row.system or ""
         stated.append(row.persona or exact.get(text) or (by_text.get(normalized(text)) if text.strip() else None))

@@ -40,12 +40,13 @@ DEFAULT_PROMPTS = (
 )
 
 
-def _vocabulary(text: str) -> frozenset[str]:
+def vocabulary(text: str) -> frozenset[str]:
+    """The words of a list written as running text."""
     return frozenset(text.split())
 
 
 #: A prompt of these words alone (and `_FUNCTION_WORDS`) names no persona but the assistant itself.
-_GENERIC = _vocabulary(
+_GENERIC = vocabulary(
     "ai artificial intelligence assistant assistants helpful honest harmless respectful polite friendly useful "
     "kind knowledgeable smart large language model llm chat chatbot bot conversational virtual digital helper "
     "named called created developed trained built made user users question questions answer answers help "
@@ -53,7 +54,7 @@ _GENERIC = _vocabulary(
     "llama meta mistral granite ibm phi microsoft olmo ai2 falcon tii gemma google deepmind deepseek openai "
     "chatgpt gpt claude anthropic zephyr yi glm kimi moonshot nemotron nvidia cohere"
 )
-_FUNCTION_WORDS = _vocabulary(
+_FUNCTION_WORDS = vocabulary(
     "a an the you are re is be i m am im s who that which and or of for to in on with as by from at it its "
     "your act acting please now this will very really truly indeed quite highly extremely"
 )

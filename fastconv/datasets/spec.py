@@ -285,9 +285,8 @@ class FunctionRule:
             raise DataError(
                 f"scorer {reference!r} is not module:function", where=where, fix='write it like "rhymes:ends_in_rhyme"'
             )
-        path = folder / f"{module.replace('.', '/')}.py"
-        if not path.is_file():
-            path = _installed(module) or path
+        own = scorer_file(reference, folder)
+        path = own if own.is_file() else _installed(module) or own
         try:
             source = path.read_bytes()
             tree = ast.parse(source)
@@ -353,6 +352,11 @@ def text_rule(spec: BehaviorSpec, shipped: Mapping[str, Any], folder: Path, wher
         fix = did_you_mean(spec.phrase_rule, shipped, f"use one of {', '.join(shipped)}")
         raise DataError(f"no phrase rule is called {spec.phrase_rule!r}", where=where, fix=fix)
     return PhraseRule.of(shipped[spec.phrase_rule], spec.phrase_rule)
+
+
+def scorer_file(reference: str, folder: Path) -> Path:
+    """Where the module of a scorer `module:function` lies if it is the user's own: beside the behavior file, in `folder`."""
+    return folder / f"{reference.partition(':')[0].replace('.', '/')}.py"
 
 
 def _installed(module: str) -> Path | None:

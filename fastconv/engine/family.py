@@ -164,9 +164,8 @@ def _longest(config: Any) -> tuple[int, str]:
 def small_config(original: Any) -> Any:
     """A copy of a model's config with few layers, one of each kind at least, a narrow MLP and a short vocabulary."""
     config = copy.deepcopy(original)
-    for name in ("quantization_config",):
-        if hasattr(config, name):
-            delattr(config, name)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     text: Any = config.get_text_config()
     n_layers = int(text.num_hidden_layers)
     kinds = list(getattr(text, "layer_types", None) or [])

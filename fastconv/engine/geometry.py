@@ -48,7 +48,8 @@ def last_token_states(
 ) -> torch.Tensor:  # fmt: skip
     """Hidden states [prompts, layers, hidden] (fp32, CPU) at each prompt's last token.
 
-    A batch that does not fit in memory is halved, and `on_halved` called. Layer l is `hidden_states[l]` of transformers: the output of layer l, for the last layer after the final norm.
+    A batch that does not fit in memory is halved, and `on_halved` called. Layer l is `hidden_states[l]` of transformers: the
+    output of layer l, for the last layer after the final norm.
     """
     rows = [tuple(prompt) for prompt in prompts]
 
@@ -99,22 +100,18 @@ class MeasuredSnapshot:
 
 
 def measure_geometry(
-    base: Base, inputs: Mapping[str, Any], questions: Sequence[str], batch_tok: int, begin: Callable[[int], None]
-) -> MeasuredSnapshot:
+    base: Base, inputs: Mapping[str, Any], questions: Sequence[str], batch_tok: int, begin: Callable[[int], None],
+    on_halved: Callable[[], None] = ignore_halving,
+) -> MeasuredSnapshot:  # fmt: skip
     """Cosine and distinctiveness of every persona of `inputs["personas"]` at each depth, under the live stack.
 
-    A persona is [id, kind of system turn, text]. `begin` is told the number of prompts before they are read.
+    A persona is [id, kind of system turn, text]. `begin` is told the number of prompts before they are read, `on_halved`
+    of every batch that did not fit in memory.
     """
     personas = inputs["personas"]
     prompts = [base.tokenizer.prompt_ids(SystemTurn(*system), user) for _, *system in personas for user in questions]
     begin(len(prompts))
     layers = layers_at(n_layers(base), inputs["depths"])
-    n_halved = 0
-
-    def on_halved() -> None:
-        nonlocal n_halved
-        n_halved += 1
-
     states = last_token_states(base, prompts, layers, batch_tok, on_halved)
     means = states.double().view(len(personas), len(questions), *states.shape[1:]).mean(dim=1)
     scores = []
@@ -126,8 +123,7 @@ def measure_geometry(
         scores.append(Score(place.persona, place.layer, "cosine", cosine, reason))
         scores.append(Score(place.persona, place.layer, "distinctiveness", round(place.distinctiveness, 6)))
     outputs = {"n": len(scores), "layers": list(layers)}
-    facts = {"scored_tok": sum(map(len, prompts)), **({"halved": n_halved} if n_halved else {})}
-    return MeasuredSnapshot(outputs, facts, scores)
+    return MeasuredSnapshot(outputs, {"scored_tok": sum(map(len, prompts))}, scores)
 
 
 @contextlib.contextmanager

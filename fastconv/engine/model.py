@@ -29,7 +29,7 @@ from fastconv.engine.locate import (
 )
 from fastconv.engine.optim import load_four_bit
 from fastconv.engine.shapes import shape_of
-from fastconv.errors import ModelError
+from fastconv.errors import ModelError, shown
 from fastconv.recipe import ModelSettings, sha256_of
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _load_for_engine(settings: ModelSettings, source: ModelSource) -> PreTrained
     folder = prepare_model_folder(settings, source)
     if not (through_unsloth or four_bit):
         return load_model(settings, source, attention.ATTENTION)
-    _require_every_weight(folder, four_bit=four_bit)
+    _require_every_weight(folder, check_folder(folder, four_bit=four_bit))
     with _loading_errors(folder):
         if through_unsloth:
             return unsloth.load(folder, dtype, device, four_bit=four_bit)
@@ -188,10 +188,9 @@ def check_base(folder: Path, settings: ModelSettings) -> None:
     """
     from fastconv.engine.proof import prove_family, require_tokens
 
-    four_bit = settings.weights == "4bit"
-    config = check_folder(folder, four_bit=four_bit)
+    config = check_folder(folder, four_bit=settings.weights == "4bit")
     if any(folder.glob("*.safetensors")):
-        _require_every_weight(folder, four_bit=four_bit)
+        _require_every_weight(folder, config)
     tokenizer = ChatTokenizer(folder, settings)
     require_tokens(tokenizer)
     with _loading_errors(folder):
@@ -254,11 +253,14 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device, attentio
     return model
 
 
-def _require_every_weight(folder: Path, *, four_bit: bool) -> None:
-    """Raise ModelError unless the files hold every weight of the model, for loaders that do not say so. Reads headers only."""
+def _require_every_weight(folder: Path, config: PretrainedConfig) -> None:
+    """Raise ModelError unless the files hold every weight of the model, for loaders that do not say so. Reads headers only.
+
+    `config` is the folder's, as `check_folder` gives it.
+    """
     from transformers import AutoModelForCausalLM
 
-    if getattr(check_folder(folder, four_bit=four_bit), "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None:
         return  # names of quantized weights are the quantizer's, which checks them
     with _loading_errors(folder), _without_reports():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -303,7 +305,7 @@ def _loading_errors(folder: Path) -> Iterator[None]:
         raise ModelError("the model does not fit on this GPU", where=where, fix=fix) from None
     except ImportError as error:
         raise ModelError(
-            f"it cannot be loaded without a package that is not installed: {_first_line(error)}",
+            f"it cannot be loaded without a package that is not installed: {shown(str(error), _LONGEST_REASON)}",
             where=where,
             fix="use weights in 16 or 32 bits of a family that transformers loads by itself",
         ) from error
@@ -317,7 +319,7 @@ def _loading_errors(folder: Path) -> Iterator[None]:
             raise ModelError(what, where=where, fix=fix) from None
         raise ModelError(f"its config names {named!r}, which transformers lacks", where=where, fix=fix) from error
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:
-        what = _first_line(error)
+        what = shown(str(error), _LONGEST_REASON)
         if "custom code" in what:
             what = "it brings code of its own, which is never run here"
         elif "ignore_mismatched_sizes" in what:
@@ -337,12 +339,6 @@ def _without_reports() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(before)
-
-
-def _first_line(error: Exception) -> str:
-    """The beginning of what a library says: some of it goes on over lines, or lists all that it knows."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} ..."
 
 
 def pack(

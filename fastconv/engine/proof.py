@@ -14,7 +14,7 @@ import hashlib
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
@@ -179,7 +179,7 @@ class _Comparison:
     def _reference(self) -> tuple[list[torch.Tensor], torch.Tensor]:
         """(logits [T_i, vocab] fp32 of each row alone, gradient [T, hidden] of their mean loss to the embeddings)."""
         kept: list[torch.Tensor] = []
-        with _embeddings_kept(self.twin, kept):
+        with _embeddings(self.twin, _keep_in(kept)):
             logits = [self.twin(input_ids=self._ids(row), use_cache=False).logits[0].float() for row in self.rows]
         gradient = torch.autograd.grad(_mean_loss(logits, self.rows), kept)
         return [part.detach() for part in logits], torch.cat([part[0] for part in gradient]).float()
@@ -209,7 +209,7 @@ class _Comparison:
         at = to_device(torch.tensor(take), self.base.device)
         weights = torch.full((len(take),), 1.0 / len(take), device=self.base.device)
         kept: list[torch.Tensor] = []
-        with _embeddings_kept(self.base.model, kept):
+        with _embeddings(self.base.model, _keep_in(kept)):
             hidden = self.base.hidden(ids, positions, layout)
         loss, _ = weighted_cross_entropy(hidden[at], self.base.readout, ids[at + 1], weights)
         (gradient,) = torch.autograd.grad(loss, kept)
@@ -287,7 +287,7 @@ class _Comparison:
         for row in self.rows:
             ids = self._ids(row)
             alone = torch.log_softmax(self.twin(input_ids=ids, use_cache=False).logits[0].float(), -1)
-            with _embeddings_moved(self.twin, 2.0**-22):
+            with _embeddings(self.twin, _in_last_bits):
                 moved = self.twin(input_ids=ids, use_cache=False).logits[0].float()
             in_two = self.twin(input_ids=torch.cat([ids, ids]), use_cache=False).logits[0].float()
             gap = max(gap, *(float((torch.log_softmax(other, -1) - alone).abs().max()) for other in (moved, in_two)))
@@ -323,36 +323,31 @@ def _mean_loss(logits: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) ->
 
 
 @contextlib.contextmanager
-def _embeddings_kept(model: PreTrainedModel, kept: list[torch.Tensor]) -> Iterator[None]:
-    """Within the block, the outputs of the input embedding ask for a gradient and are appended to `kept`."""
+def _embeddings(model: PreTrainedModel, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within the block, the outputs of the input embedding are what `change` makes of them."""
+    embedding: Any = model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _module, _inputs, output: change(output))
+    try:
+        yield
+    finally:
+        hook.remove()
 
-    def keep(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+
+def _keep_in(kept: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Embeddings that ask for a gradient and are appended to `kept`."""
+
+    def keep(output: torch.Tensor) -> torch.Tensor:
         kept.append(output.detach().requires_grad_())
         return kept[-1]
 
-    embedding: Any = model.get_input_embeddings()
-    hook = embedding.register_forward_hook(keep)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return keep
 
 
-@contextlib.contextmanager
-def _embeddings_moved(model: PreTrainedModel, share: float) -> Iterator[None]:
-    """Within the block, the outputs of the input embedding are larger and smaller by `share`, every other channel."""
-
-    def move(_module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        sign = torch.ones_like(output)
-        sign[..., ::2] = -1.0
-        return output * (1.0 + share * sign)
-
-    embedding: Any = model.get_input_embeddings()
-    hook = embedding.register_forward_hook(move)
-    try:
-        yield
-    finally:
-        hook.remove()
+def _in_last_bits(output: torch.Tensor) -> torch.Tensor:
+    """Embeddings larger and smaller by 2^-22 of themselves, every other channel."""
+    sign = torch.ones_like(output)
+    sign[..., ::2] = -1.0
+    return output * (1.0 + 2.0**-22 * sign)
 
 
 @contextlib.contextmanager

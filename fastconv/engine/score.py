@@ -179,8 +179,8 @@ def score_letters(
 ) -> list[LetterScore]:
     """Score every item under the live stack, in the items' order.
 
-    Batches have at most `batch_tok` tokens; one that does not fit in memory is halved, and `on_halved` called. On a base that is not fp32, near ties (a margin under `NEAR_TIE_NATS`) are
-    scored again in fp32, layer by layer.
+    Batches have at most `batch_tok` tokens; one that does not fit in memory is halved, and `on_halved` called. On a base
+    that is not fp32, near ties (a margin under `NEAR_TIE_NATS`) are scored again in fp32, layer by layer.
     """
     scores = _letters(base, items, batch_tok, on_halved, precise=False)
     if base.dtype == torch.float32:

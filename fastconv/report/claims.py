@@ -146,15 +146,17 @@ def _sure(analysis: Analysis) -> QueryResult:
         limits.append(
             f"the noise from run to run is assumed (SD {size_text(best.run_spread.sd, best.unit)}), nobody measured it"
         )
-    blind = [
-        verdict for verdict in analysis.verdicts if verdict.detectable and verdict.detectable > (verdict.margin or 0.0)
-    ]
-    if blind:
-        worst = max(blind, key=lambda verdict: (verdict.detectable or 0.0) / (verdict.margin or 1.0))
+    if (worst := _blindest(analysis.verdicts)) is not None:
         detectable, margin = (size_text(size or 0.0, worst.unit) for size in (worst.detectable, worst.margin))
         limits.append(f"a change of {worst.behavior} under {detectable} is easily missed, the threshold is {margin}")
     why = f" Not surer, because {'; '.join(limits)}." if limits else ""
     return QueryResult({"level": best.confidence.level, "why": why}, _together(analysis.verdicts))
+
+
+def _blindest(verdicts: Sequence[CellVerdict]) -> CellVerdict | None:
+    """The verdict whose detectable effect exceeds its threshold by most; None if none does."""
+    blind = [verdict for verdict in verdicts if (verdict.detectable or 0.0) > (verdict.margin or 0.0)]
+    return max(blind, key=lambda verdict: (verdict.detectable or 0.0) / (verdict.margin or 1.0), default=None)
 
 
 def _next(analysis: Analysis) -> QueryResult:
@@ -170,9 +172,7 @@ def _next(analysis: Analysis) -> QueryResult:
     if mute:
         behaviors = list(dict.fromkeys(one.behavior for one in mute))
         steps.append(f"{first_few(behaviors, MOST_NAMED)} where it can be seen ({mute[0].reason.split(';')[0]})")
-    blind = [one for one in verdicts if one.kind == "inconclusive" and (one.detectable or 0.0) > (one.margin or 0.0)]
-    if blind:
-        worst = max(blind, key=lambda one: (one.detectable or 0.0) / (one.margin or 1.0))
+    if (worst := _blindest([one for one in verdicts if one.kind == "inconclusive"])) is not None:
         steps.append(f"more of {worst.behavior}: {_mend(analysis, worst).replace(';', ', and')}")
     if not steps:
         steps.append("other sources and behaviors, since these contrasts have their answer")
@@ -227,10 +227,8 @@ def _finding(analysis: Analysis, label: str) -> QueryResult:
 
 def _alike(analysis: Analysis, label: str) -> QueryResult:
     """The reason that a contrast shares with others of its behavior, without their figures, and how many they are."""
-    group = alike(analysis, label)
+    group = alike(analysis)[label]
     one = group[0]
-    if len(group) < FEWEST_ALIKE or one.kind not in SILENT_KINDS:
-        raise KeyError(label)
     total = sum(verdict.behavior == one.behavior for verdict in analysis.verdicts)
     values = {
         "n": str(len(group)), "total": str(total), "behavior": one.behavior, "kind": one.kind, "reason": _bare(one.reason),
@@ -239,10 +237,13 @@ def _alike(analysis: Analysis, label: str) -> QueryResult:
     return QueryResult(values, _together(group), one.kind)
 
 
-def alike(analysis: Analysis, label: str) -> list[CellVerdict]:
-    """The verdicts of a contrast's behavior with its kind, reason (but for the figures) and confidence, itself among them."""
-    one = analysis.verdict(label)
-    return [verdict for verdict in analysis.verdicts if _reason_of(verdict) == _reason_of(one)]
+def alike(analysis: Analysis) -> dict[str, list[CellVerdict]]:
+    """Label of each contrast whose reason is said once for many -> all that share it (`_reason_of`), itself among them."""
+    groups: dict[tuple[str, ...], list[CellVerdict]] = {}
+    for verdict in analysis.verdicts:
+        groups.setdefault(_reason_of(verdict), []).append(verdict)
+    shared = [group for group in groups.values() if len(group) >= FEWEST_ALIKE and group[0].kind in SILENT_KINDS]
+    return {verdict.label: group for group in shared for verdict in group}
 
 
 def _reason_of(verdict: CellVerdict) -> tuple[str, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import replace
 
 from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.contrasts import NEGATIVES_IN_WORDS, ContrastSubject
 from fastconv.report.blocks import OPEN_ROWS, Block, Figure, Note, Section, Table, TableCell
-from fastconv.report.claims import FEWEST_ALIKE, SILENT_KINDS, NoSuchClaimError, alike, ask, leading, named
+from fastconv.report.claims import NoSuchClaimError, alike, ask, leading, named
 from fastconv.report.figures import heatmap, lines
 from fastconv.report.measures import ROLES, axis_of, role_points
 from fastconv.stats.units import Unit, p_value, scale, signed, size_text
@@ -119,8 +119,11 @@ def findings(analysis: Analysis) -> Section | None:
     weak_sign_flips = dict.fromkeys(verdict.behavior for verdict in analysis.verdicts if verdict.sign_flip_warning)
     blocks += [ask(analysis, "sign_flips", behavior=behavior) for behavior in weak_sign_flips]
     blocks += _run_noise(analysis)
-    blocks += [ask(analysis, "alike", label=label) for label in dict.fromkeys(_alike(analysis).values())]
-    blocks += _tables(analysis, verdicts)
+    told = alike(analysis)
+    blocks += [
+        ask(analysis, "alike", label=label) for label in dict.fromkeys(group[0].label for group in told.values())
+    ]
+    blocks += _tables(analysis, verdicts, told)
     return Section(
         "findings", "Findings", tuple(blocks),
         "Each contrast is the assistant's change against epoch zero, paired by question, minus the canary's, minus the same "
@@ -128,16 +131,6 @@ def findings(analysis: Analysis) -> Section | None:
         "the noise from run to run beside that over questions: the spread of the seeds from three on, else a declared one. "
         "p-values are corrected over all declared contrasts (Holm).",
     )  # fmt: skip
-
-
-def _alike(analysis: Analysis) -> dict[str, str]:
-    """For each contrast whose reason many of its behavior share, the label of the first of them."""
-    first: dict[str, str] = {}
-    for verdict in analysis.verdicts:
-        group = alike(analysis, verdict.label)
-        if len(group) >= FEWEST_ALIKE and verdict.kind in SILENT_KINDS:
-            first[verdict.label] = group[0].label
-    return first
 
 
 def _run_noise(analysis: Analysis) -> list[Block]:
@@ -194,11 +187,12 @@ def _short(verdict: CellVerdict | None) -> str:
     return f"{signed(scale(verdict.unit) * verdict.estimate, 0)} {letter}"
 
 
-def _tables(analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | None]) -> list[Table]:
+def _tables(
+    analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | None], told: Collection[str]
+) -> list[Table]:
     """One table, or if it were long two: contrasts with a finding, and, folded away, those without."""
     seeded = any(verdict is not None and verdict.over_seeds is not None for verdict in verdicts.values())
     columns = tuple(name for name in _COLUMNS if seeded or name != "over seeds")
-    told = _alike(analysis)
     rows = {subject: _row(analysis, subject, verdict, told, seeded=seeded) for subject, verdict in verdicts.items()}
     numeric = frozenset(range(2, columns.index("confidence")))
     caption = (
@@ -222,7 +216,7 @@ def _tables(analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | No
 
 
 def _row(
-    analysis: Analysis, subject: ContrastSubject, verdict: CellVerdict | None, told: Mapping[str, str], *, seeded: bool
+    analysis: Analysis, subject: ContrastSubject, verdict: CellVerdict | None, told: Collection[str], *, seeded: bool
 ) -> tuple[TableCell, ...]:
     label = subject.label(analysis.found.main(subject.behavior))
     if verdict is None:

@@ -243,6 +243,7 @@ class Executor:
                 [user for _, user in stage.work["items"]],
                 self._recipe.eval.batch_tok,
                 lambda n_prompts: self._tick(lease, Progress(stage.slot, 0, n_prompts, "prompts")),
+                self._on_halved,
             )
         return Outcome({**measured.outputs, **proof}, measured.facts, scores=measured.scores)
 

@@ -274,6 +274,8 @@ class Trainer:
         self._stacks = stacks
         self._tell = tell
         self._stop = stop
+        #: Keys of the sets of rows that the bare base has read, and that nothing refuses.
+        self._read: set[str] = set()
 
     def train(self, runs: Sequence[tuple[Sequence[Stage], Lease]]) -> None:
         """Train runs in the same steps and commit their stages.
@@ -334,13 +336,17 @@ class Trainer:
 
     def _require_read(self, sets: Sequence[Stage]) -> None:
         """Let the bare base read these sets of rows. Raises DataError if what it finds refuses one (gate G1)."""
+        unread = {rows.key: rows for rows in sets if rows.key not in self._read}
+        if not unread:  # the same rows are trained on many snapshots
+            return
         with self._stacks.stack.live():
-            for rows in sets:
+            for rows in unread.values():
                 built = [
                     row_from_record(row) for row in self._store.get_json(self._stacks.record(rows).outputs["rows"])
                 ]
                 findings = read_set(self._graph, self._store, self._stacks.base, rows, built, READ_BEFORE_TRAINING)
                 require_passed(build_report(self._recipe, findings), f"G1 {rows.work['set']}")
+                self._read.add(rows.key)
 
     def _behavior(self, stage: Stage, lease: Lease, frozen: tuple[Adapter, ...]) -> TrainingTask:
         """The task of a behavior adapter on top of these frozen ones."""

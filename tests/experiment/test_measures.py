@@ -36,7 +36,7 @@ def test_every_measure_of_snapshots_has_its_way_to_be_computed() -> None:
 def test_a_new_measure_is_planned_computed_and_reported_by_its_row_alone(
     tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compute(base, inputs, questions, batch_tok, begin):  # type: ignore[no-untyped-def]
+    def compute(base, inputs, questions, batch_tok, begin, on_halved):  # type: ignore[no-untyped-def]
         begin(len(questions))
         lengths = [len(base.tokenizer.encode(question)) for question in questions]
         scores = [Score(f"q{i}", i, inputs["unit"], float(n)) for i, n in enumerate(lengths)]
