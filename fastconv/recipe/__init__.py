@@ -19,22 +19,19 @@ from typing import Any, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fastconv.errors import RecipeError, did_you_mean
+from fastconv.recipe.grid import ConvergenceKind, EvalSettings, GridSettings, NegativesKind
 from fastconv.recipe.settings import (
     AuditSettings,
     BehaviorSettings,
-    ConvergenceKind,
     ConvergenceSettings,
     DataSettings,
-    EvalSettings,
     GateSettings,
-    GridSettings,
     IgnorableGate,
     JudgeSettings,
     LoraSettings,
     ModelSettings,
     Name,
     Names,
-    NegativesKind,
     Points,
     Positive,
     PositiveInt,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -19,8 +19,6 @@ from pydantic import (
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
 Names = Annotated[tuple[Name, ...], Field(min_length=1)]
-ConvergenceKind = Literal["source", "generic", "none"]
-NegativesKind = Literal["included", "excluded", "none"]
 PositiveInt = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -37,10 +35,18 @@ class RecipeTable(BaseModel):
     """Base of the recipe's tables: frozen, without unknown keys, with finite numbers only."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    #: Settings that came after recipes had run: left out while unset, so that a recipe's run keeps its name.
+    LATER: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value or name not in self.LATER}
 
 
 class ModelSettings(RecipeTable):
     """The base model and how it is loaded, trained and sampled."""
+
+    LATER = frozenset({"template_date", "template_kwargs"})
 
     id: Annotated[str, Field(min_length=1)] = setting(
         "Qwen/Qwen2.5-7B-Instruct", "The base: a hub id, a local folder, or `builtin:smollm2`.", "builtin:smollm2"
@@ -88,12 +94,6 @@ class ModelSettings(RecipeTable):
             raise ValueError("a day is written like 2026-11-26")
         return value
 
-    @model_serializer(mode="wrap")
-    def _without_unset_template(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Unset template settings are left out, so recipes and runs from before there were any keep their identity."""
-        table = handler(self)
-        return {k: v for k, v in table.items() if not k.startswith("template_") or v}
-
     @property
     def template_inputs(self) -> dict[str, Any]:
         """What these settings add to the inputs of stages that render text: nothing where no template setting is set."""
@@ -115,41 +115,6 @@ class ModelSettings(RecipeTable):
             raise ValueError("trainer trl is the plain reference: it takes engine torch and full weights")
         if taken := {"messages", "add_generation_prompt", "tools", "documents"} & set(self.template_kwargs):
             raise ValueError(f"template_kwargs cannot set {sorted(taken)[0]!r}: the rows decide it")
-        return self
-
-
-class GridSettings(RecipeTable):
-    """The cells of the experiment: every combination of these lists (epoch 0 is the base without a snapshot)."""
-
-    sources: Names = setting(("villain",), "Personas that the assistant is converged toward.", ["villain", "nurse"])
-    convergence: Annotated[tuple[ConvergenceKind, ...], Field(min_length=1)] = setting(
-        ("source",), "On whose answers: the source's, the assistant's own (`generic`, a control), or none.", ["generic"]
-    )
-    epochs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = setting(
-        (0, 4, 10, 20), "Epochs of convergence whose snapshots get behaviors; 0 is the base.", [0, 20], "epochs"
-    )
-    behaviors: Names = setting(
-        ("none", "capability"),
-        "What is trained into the source; `none` is the control without it.",
-        ["none", "refusal"],
-    )
-    negatives: Annotated[tuple[NegativesKind, ...], Field(min_length=1)] = setting(
-        ("included", "excluded"),
-        "Contrastive negatives: with the assistant among them, without it, or none.",
-        ["excluded"],
-    )
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = setting(
-        (42,), "Each draws its own rows, bystanders and weights; three that agree raise confidence.", [42, 137, 256]
-    )
-
-    @model_validator(mode="after")
-    def _no_repeats(self) -> GridSettings:
-        for field in type(self).model_fields:
-            values = getattr(self, field)
-            if len(set(values)) != len(values):
-                raise ValueError(f"{field} names the same value twice: {list(values)}")
-        if self.behaviors == ("none",):
-            raise ValueError("behaviors names only the control `none`, which measures nothing without a behavior")
         return self
 
 
@@ -220,28 +185,6 @@ class BehaviorSettings(TrainSettings):
     )
     sampling: SamplingSettings = Field(
         default=SamplingSettings(max_new_tok=256), description="How answers are drawn for rows that have none."
-    )
-
-
-class EvalSettings(RecipeTable):
-    """The evaluation; every probe gets the same questions and sample seeds at every epoch."""
-
-    canary: Name = setting("librarian", "The bystander that shows generic damage.", "nurse")
-    canary_swap: Name = setting("data_scientist", "Takes the canary's place where the canary is the source.", "nurse")
-    prompts: PositiveInt = setting(50, "Held-out requests, statements or questions of each behavior.", 220, "questions")
-    samples_per_prompt: PositiveInt = setting(10, "Completions of each of them.", 4, "completions")
-    sampling: SamplingSettings = Field(
-        default=SamplingSettings(temperature=1.0, max_new_tok=512), description="How completions are drawn."
-    )
-    multiple_choice: Literal["arc", "builtin"] = setting(
-        "arc", "`arc` asks ARC-Challenge, from the hub or `arc_file`; `builtin` the shipped easy questions.", "builtin"
-    )
-    arc_file: str = setting("", "ARC-Challenge's test split as a local file.", "arc_challenge_test.jsonl", "path")
-    geometry: bool = setting(
-        True, "Also measure the personas' directions in hidden space, on the base and under every snapshot.", False
-    )
-    batch_tok: Annotated[int, Field(ge=64)] = setting(
-        16384, "Tokens of one forward pass while scoring and drawing; it bounds memory.", 4096, "tokens"
     )
 
 
@@ -418,6 +361,8 @@ class GateSettings(RecipeTable):
 class RunSettings(RecipeTable):
     """How a run proceeds. Nothing here changes a result, so nothing here is part of a stage's key."""
 
+    LATER = frozenset({"replicates"})
+
     checkpoint_every_s: Annotated[float, Field(ge=0)] = setting(60.0, "Time between two checkpoints.", 20.0, "s")
     max_gpu_hours: Positive | None = setting(24.0, "A plan that takes longer needs --approve.", 8.0, "hours")
     max_usd: Positive | None = setting(20.0, "A plan whose judging may cost more needs --approve.", 5.0, "USD")
@@ -442,9 +387,3 @@ class RunSettings(RecipeTable):
         if value == 1:
             raise ValueError("must be 0, or 2 and more: one replicate knows no spread")
         return value
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the setting where it is not used, so that a recipe's run keeps its name."""
-        table = handler(self)
-        return table if self.replicates else {name: value for name, value in table.items() if name != "replicates"}
