@@ -28,7 +28,7 @@ LEVELS = (
     ("run",),
     ("planning", "report"),
     ("bench", "show"),
-    ("cluster", "api"),
+    ("cluster", "api", "serve"),
     ("cli",),
     ("", "__main__"),  # what `import fastconv` and `python -m fastconv` offer
 )

@@ -13,7 +13,7 @@ generation prompt leaves out (an empty think block). A token that holds both sid
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,6 +131,21 @@ class ChatTokenizer:
         """The text of a sampled answer: `decode` without the space that the template itself sets before an answer."""
         return self.decode(ids).removeprefix(self._space_before_answer)
 
+    def answer_reader(self) -> Callable[[int], str]:
+        """A function that takes an answer's tokens one by one and returns the text that each completes, perhaps none."""
+        from tokenizers.decoders import DecodeStream
+
+        stream, space = DecodeStream(skip_special_tokens=True), self._space_before_answer
+
+        def read(token_id: int) -> str:
+            nonlocal space
+            text = stream.step(self._tokenizer, token_id) or ""
+            if text:
+                text, space = text.removeprefix(space), ""
+            return text
+
+        return read
+
     def token_text(self, token_id: int) -> str:
         """The text of one token, special tokens included."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
@@ -147,12 +162,18 @@ class ChatTokenizer:
     def prompt_text(self, system: SystemTurn, user: str) -> str:
         """A system turn and a user turn as text, up to the first character of the assistant's answer.
 
-        Raises TemplateError if the template leaves out the system turn's text or the user's, or if a row with an answer
-        does not begin with the template's generation prompt.
+        Raises what `conversation_text` raises.
         """
-        asked = [*system.messages(), {"role": "user", "content": user}]
-        generation = self.render(asked, add_generation_prompt=True)
-        row = self.render([*asked, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
+        return self.conversation_text([*system.messages(), {"role": "user", "content": user}])
+
+    def conversation_text(self, messages: Sequence[Message]) -> str:
+        """Messages that end with a user's, as text up to the first character of the assistant's next answer.
+
+        Raises TemplateError if the template leaves out the text of a system or user turn, or if a row with an answer does
+        not begin with the template's generation prompt.
+        """
+        generation = self.render(messages, add_generation_prompt=True)
+        row = self.render([*messages, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
         prompt, found, _ = row.rpartition(_ANSWER)
         begins = prompt if found else row
         if not begins.startswith(generation):
@@ -164,14 +185,20 @@ class ChatTokenizer:
             )
         if not found:
             raise TemplateError("the chat template does not write an answer as it is given", fix=OTHER_TEMPLATE)
-        for turn, text in (("system", system.text), ("user", user)):
-            if text.strip() not in prompt:
-                raise TemplateError(f"the chat template leaves out or rewrites the {turn} turn", fix=OTHER_TEMPLATE)
+        for message in messages:  # an earlier answer may lose its think block: templates differ in what they keep of it
+            if message["role"] != "assistant" and message["content"].strip() not in prompt:
+                raise TemplateError(
+                    f"the chat template leaves out or rewrites the {message['role']} turn", fix=OTHER_TEMPLATE
+                )
         return prompt
 
     def prompt_ids(self, system: SystemTurn, user: str) -> list[int]:
         """Token ids of `prompt_text`, without a space at its end: that is merged into an answer's first token."""
-        return self.encode(self.prompt_text(system, user).rstrip(" "))
+        return self.conversation_ids([*system.messages(), {"role": "user", "content": user}])
+
+    def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of `conversation_text`, as `prompt_ids` gives them for a single turn."""
+        return self.encode(self.conversation_text(messages).rstrip(" "))
 
     def require_conditions(self, turns: Mapping[str, SystemTurn]) -> None:
         """Raise TemplateError unless each of these system turns, by name, is a prompt of its own to the model."""

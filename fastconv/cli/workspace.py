@@ -44,7 +44,7 @@ Public = Annotated[bool, typer.Option("--public", help="With --push: as a public
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    for verb in (verify, compare, published, merge, gc, forget):
+    for verb in (verify, compare, published, merge, gc, forget, serve):
         app.command()(with_exit_codes(verb))
 
 
@@ -122,6 +122,59 @@ def forget(
         return
     for slot in removed:
         typer.echo(f"forgot {slot}")
+
+
+def serve(
+    run: Annotated[str, typer.Argument(metavar="RUN|RECIPE", help="A run's id (`status`), or its recipe")],
+    cells: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CELL]...", help="Cells by name or pattern (villain-*-refusal-*); all that are trained"
+        ),
+    ] = None,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="On the loopback; 0 takes a free one")] = 8000,
+    engine: Annotated[
+        str, typer.Option("--engine", help="auto, vllm or resident; auto takes vLLM where there is one")
+    ] = "auto",
+    context_tok: Annotated[
+        int, typer.Option("--context-tok", min=64, help="Longest prompt with its answer, in tokens")
+    ] = 4096,
+    overrides: Overrides = [],  # noqa: B006 (typer reads the default)
+    scale: Scale = "",
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+) -> None:
+    """Serve the cells of a run behind one OpenAI-compatible endpoint on this machine, each as a model, until Ctrl-C.
+
+    A persona is the system message that the client sends. What a request leaves out is taken from the run's eval.sampling.
+    """
+    from fastconv.errors import InputError, did_you_mean
+    from fastconv.experiment.graph import Graph
+    from fastconv.run.runner import stop_on_sigint
+    from fastconv.serve import Service, chosen_cells
+    from fastconv.serve import serve as serve_cells
+    from fastconv.store.ledger import Store
+
+    engines = ("auto", "resident", "vllm")
+    if engine not in engines:
+        raise InputError(f"there is no engine {engine!r}", where="--engine", fix=did_you_mean(engine, engines))
+    store = Store.open(workspace, create=False)
+    graph = Graph(load_recipe_or_run(run, overrides, store, scale))
+
+    def ready(service: Service) -> None:
+        if as_json:
+            print(json.dumps(asdict(service)), flush=True)
+        else:
+            typer.echo(f"{len(service.proofs)} cells at {service.url} ({service.engine}); Ctrl-C ends it")
+
+    def tell(step: str) -> None:
+        typer.echo(step, err=True)
+
+    with stop_on_sigint() as stop:
+        serve_cells(
+            graph, store, chosen_cells(graph, store, cells or ()), engine=engine, port=port, context_tok=context_tok,
+            stop=stop, tell=tell, ready=ready,
+        )  # pyright: ignore[reportArgumentType] (checked above)  # fmt: skip
 
 
 def bytes_text(n_bytes: int) -> str:

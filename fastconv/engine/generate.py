@@ -40,19 +40,32 @@ class Completion:
 
 
 @dataclass
-class _Row:
-    """A prompt being completed: `place` in the caller's order, random numbers in [0, 1), tokens sampled so far."""
+class SampledRow:
+    """A prompt being completed: `place` in the caller's order, random numbers in [0, 1), tokens sampled so far.
+
+    A caller that watches may set `dropped`: the row then leaves before its next token.
+    """
 
     place: int
     prompt: Sequence[int]
     uniforms: list[float]
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
+    dropped: bool = False
+
+    @property
+    def active(self) -> bool:
+        """Whether another token is to be sampled. There is one random number for each that may be."""
+        return not self.ended and not self.dropped and len(self.tokens) < len(self.uniforms)
 
     @property
     def length(self) -> int:
         """Tokens in the cache before the next pass; the last sampled token is not in it yet."""
         return len(self.prompt) + len(self.tokens) - 1
+
+
+#: Called with the rows of a step once they have its tokens.
+Watch = Callable[[Sequence[SampledRow]], None]
 
 
 @dataclass(frozen=True)
@@ -286,23 +299,26 @@ def _from_ranked(ranked: torch.Tensor, tokens: torch.Tensor, uniform: torch.Tens
 def sample(
     base: Base, prompts: Sequence[Sequence[int]], seeds: Sequence[int], settings: SamplingSettings,
     on_token: Callable[[int], None] = lambda n_tok: None, on_halved: Callable[[], None] = ignore_halving,
+    *, limits: Sequence[int] = (), watch: Watch = lambda rows: None,
 ) -> list[Completion]:  # fmt: skip
     """Sample one completion for each prompt (token ids), in order.
 
-    `seeds[i]` is that of prompt i. `on_token` is called after every step with the number of tokens that it sampled. Where
+    `seeds[i]` is that of prompt i, `limits[i]` the most tokens of its completion (else `settings.max_new_tok`). `on_token`
+    is called after every step with the number of tokens that it sampled, `watch` with the rows that it sampled for. Where
     memory runs out, the unfinished rows begin again, half as many at a time (`on_halved` is called then); what they
     sample does not change by it. Raises TrainingError if a single row does not fit.
     """
+    numbers = limits or [settings.max_new_tok] * len(prompts)
     rows = [
-        _Row(place, prompt, torch.rand(settings.max_new_tok, generator=torch.Generator().manual_seed(seed)).tolist())
-        for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        SampledRow(place, prompt, torch.rand(n, generator=torch.Generator().manual_seed(seed)).tolist())
+        for place, (prompt, seed, n) in enumerate(zip(prompts, seeds, numbers, strict=True))
     ]
     max_rows, unfinished = MAX_ROWS[base.device.type], rows
     while unfinished:
-        if with_memory(partial(_sample_rows, base, unfinished, settings, on_token, max_rows)):
+        if with_memory(partial(_sample_rows, base, unfinished, settings, on_token, watch, max_rows)):
             break
         free_memory()
-        unfinished = [row for row in unfinished if not row.ended and len(row.tokens) < settings.max_new_tok]
+        unfinished = [row for row in unfinished if row.active]
         max_rows = min(max_rows, len(unfinished))
         if max_rows == 1:
             raise no_memory()
@@ -315,13 +331,15 @@ def sample(
 
 
 def _sample_rows(
-    base: Base, rows: Sequence[_Row], settings: SamplingSettings, on_token: Callable[[int], None], max_rows: int
-) -> bool:
+    base: Base, rows: Sequence[SampledRow], settings: SamplingSettings, on_token: Callable[[int], None], watch: Watch,
+    max_rows: int,
+) -> bool:  # fmt: skip
     """Sample rows to their ends, at most `max_rows` at a time. Returns True."""
     waiting = sorted(rows, key=lambda row: (len(row.prompt), -row.place))  # popped from the end: the longest first
-    cache, n_slots = _cache(base, min(max_rows, len(rows)), len(waiting[-1].prompt) + settings.max_new_tok)
+    longest_tok = max(len(row.prompt) + len(row.uniforms) for row in rows)
+    cache, n_slots = _cache(base, min(max_rows, len(rows)), longest_tok)
     decoder = Decoder(base, cache, n_slots, settings)
-    alive: list[_Row] = []
+    alive: list[SampledRow] = []
     while waiting or alive:
         # Prompts are admitted when half the slots are free: rarely, so that prefill passes are large.
         if waiting and len(alive) <= n_slots // 2:
@@ -329,12 +347,14 @@ def _sample_rows(
             hidden = _prefill(base, new, cache, len(alive))
             uniforms = torch.tensor([row.uniforms[0] for row in new], device=base.device)
             _append_tokens(base, sample_tokens(base.logits(hidden), uniforms, settings).tolist(), new, on_token)
-            alive = _compact(cache, alive + new, settings)
+            watch(new)
+            alive = _compact(cache, alive + new)
         else:
             last = [row.tokens[-1] for row in alive]
             uniforms = [row.uniforms[len(row.tokens)] for row in alive]
             _append_tokens(base, decoder.next_tokens(last, [row.length for row in alive], uniforms), alive, on_token)
-            alive = _compact(cache, alive, settings)
+            watch(alive)
+            alive = _compact(cache, alive)
     return True
 
 
@@ -349,10 +369,10 @@ def _cache(base: Base, n_rows: int, max_length_tok: int) -> tuple[Cache, int]:
     return Cache(n_slots, max_length_tok), n_slots
 
 
-def _admit(base: Base, waiting: list[_Row], n_free: int) -> list[_Row]:
+def _admit(base: Base, waiting: list[SampledRow], n_free: int) -> list[SampledRow]:
     """Pop prompts from `waiting`, longest first, as many as have a free slot and fit in one prefill pass; at least
     one."""
-    new: list[_Row] = []
+    new: list[SampledRow] = []
     room = _PREFILL_TOK[base.device.type]
     while waiting and len(new) < n_free and (not new or len(waiting[-1].prompt) <= room):
         new.append(waiting.pop())
@@ -360,7 +380,7 @@ def _admit(base: Base, waiting: list[_Row], n_free: int) -> list[_Row]:
     return new
 
 
-def _prefill(base: Base, new: Sequence[_Row], cache: Cache, first_slot: int) -> torch.Tensor:
+def _prefill(base: Base, new: Sequence[SampledRow], cache: Cache, first_slot: int) -> torch.Tensor:
     """Fill the cache with the prompts, computing equal ones once; hidden states [len(new), hidden] at the last
     tokens."""
     slots: dict[tuple[int, ...], list[int]] = {}
@@ -379,7 +399,9 @@ def _prefill(base: Base, new: Sequence[_Row], cache: Cache, first_slot: int) -> 
     return hidden[torch.tensor([last[tuple(row.prompt)] - 1 for row in new], device=base.device)]
 
 
-def _append_tokens(base: Base, chosen: Sequence[int], rows: Sequence[_Row], on_token: Callable[[int], None]) -> None:
+def _append_tokens(
+    base: Base, chosen: Sequence[int], rows: Sequence[SampledRow], on_token: Callable[[int], None]
+) -> None:
     """Append the next token to every row, or mark the row as ended by a stop token."""
     for row, token in zip(rows, chosen, strict=True):
         if token in base.tokenizer.stop_ids:
@@ -389,9 +411,9 @@ def _append_tokens(base: Base, chosen: Sequence[int], rows: Sequence[_Row], on_t
     on_token(len(rows))
 
 
-def _compact(cache: Cache, rows: list[_Row], settings: SamplingSettings) -> list[_Row]:
+def _compact(cache: Cache, rows: list[SampledRow]) -> list[SampledRow]:
     """The unfinished rows, slot by slot; the last of them move into the slots of finished ones."""
-    active = [not row.ended and len(row.tokens) < settings.max_new_tok for row in rows]
+    active = [row.active for row in rows]
     n_active = sum(active)
     holes = [slot for slot in range(n_active) if not active[slot]]
     sources = [slot for slot in range(n_active, len(rows)) if active[slot]]

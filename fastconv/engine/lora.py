@@ -111,11 +111,11 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
     return Adapter(shape, first.base, first.sizes, torch.cat(parts))
 
 
-def parse_adapter(data: bytes, base: str, sizes: Mapping[str, tuple[int, int]], where: str) -> Adapter:
+def parse_adapter(data: bytes, base: str, sizes: Mapping[str, tuple[int, int]] | None, where: str) -> Adapter:
     """An adapter on the CPU from the bytes of `Adapter.to_bytes`, checked against the base named `base` and its layers.
 
-    `sizes` are (in, out) of every layer that can carry an adapter. Raises AdapterError naming `where` if the file is
-    damaged, made for another base, or does not fit.
+    `sizes` are (in, out) of every layer that can carry an adapter; None takes those of the file, for a base that is loaded
+    elsewhere. Raises AdapterError naming `where` if the file is damaged, made for another base, or does not fit.
     """
     tensors, metadata = read_safetensors(data, where)
     if "lora" not in metadata:
@@ -132,7 +132,18 @@ def parse_adapter(data: bytes, base: str, sizes: Mapping[str, tuple[int, int]], 
         shape = LoraSettings.model_validate_json(metadata["lora"])
     except ValidationError:
         raise AdapterError("its LoRA shape cannot be read", where=where, fix="copy or train it again") from None
-    return adapter_from_tensors(tensors, shape, base, sizes, where)
+    return adapter_from_tensors(tensors, shape, base, _sizes_of(tensors) if sizes is None else sizes, where)
+
+
+def _sizes_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, int]]:
+    """(in, out) of every module that has both matrices in a file."""
+    sizes = {}
+    for name, b in tensors.items():
+        module = name.removeprefix(_PREFIX).removesuffix(".lora_B.weight")
+        a = tensors.get(f"{_PREFIX}{module}.lora_A.weight")
+        if name.endswith(".lora_B.weight") and a is not None:
+            sizes[module] = (a.shape[1], b.shape[0])
+    return sizes
 
 
 def adapter_from_tensors(

@@ -31,7 +31,7 @@ _PROBE_ROWS, _PROBE_TOK = 3, 8
 #: Logits kept of each probe row: enough to tell two stacks apart, few enough to store.
 _PROBE_KEPT = 16
 #: Largest difference between two probes of the same stack (logits), by the base's dtype.
-_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
 #: Below this ||delta|| / ||W||, folding in bf16 loses over 10 % of the delta to rounding.
 RHO_MIN = 0.017
@@ -115,9 +115,8 @@ class Stack:
     @torch.no_grad()
     def probe(self) -> Probe:
         """Logits of the fixed token rows under what is live now; row by row where memory runs out."""
-        vocab = self.base.head.weight.shape[0]
-        rows = [[seed_of("probe", row, i) % vocab for i in range(_PROBE_TOK)] for row in range(_PROBE_ROWS)]
-        columns = torch.tensor([seed_of("kept", i) % vocab for i in range(_PROBE_KEPT)], device=self.base.device)
+        rows, kept = probe_tokens(self.base.head.weight.shape[0])
+        columns = torch.tensor(kept, device=self.base.device)
 
         def compute(part: Sequence[list[int]]) -> list[float]:
             ids, positions, layout = pack(list(part), self.base)
@@ -150,12 +149,18 @@ class Stack:
                 where=where,
                 fix="train for more than the warm-up's steps (at the first one the lr is 0); if it was, report this",
             )
-        if recorded is not None and probe.distance(recorded) > _PROBE_TOLERANCE[self.base.dtype]:
+        if recorded is not None and probe.distance(recorded) > PROBE_TOLERANCE[self.base.dtype]:
             raise TrainingError(
                 f"the stack's logits are {probe.distance(recorded):.2g} away from those recorded for it", where=where,
                 fix="the adapters or the base are not the recorded ones; run `fastconv doctor`",
             )  # fmt: skip
         return probe
+
+
+def probe_tokens(vocab: int) -> tuple[list[list[int]], list[int]]:
+    """(token rows, tokens whose logits are kept after each) of every probe of a base with this many rows in its head."""
+    rows = [[seed_of("probe", row, i) % vocab for i in range(_PROBE_TOK)] for row in range(_PROBE_ROWS)]
+    return rows, [seed_of("kept", i) % vocab for i in range(_PROBE_KEPT)]
 
 
 def tied_layers(base: Base) -> frozenset[str]:

@@ -53,6 +53,11 @@ class Cell:
         parts = [self.source, self.convergence if self.epoch else "base", f"e{self.epoch}", self.behavior]
         return " ".join([*parts, *([self.negatives] if self.negatives != "none" else []), f"s{self.seed}"])
 
+    @property
+    def name(self) -> str:
+        """The label as one word, for file names and as a served model; no part of it has a dash."""
+        return "-".join(self.label.split())
+
 
 @dataclass(frozen=True)
 class CellPlan:

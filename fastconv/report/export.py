@@ -142,7 +142,7 @@ def export_inspect(
             record = store.record(stage.key)
             if record is None:
                 continue
-            name = "-".join([*plan.cell.label.split(), measure, probe]) + ".json"
+            name = f"{plan.cell.name}-{measure}-{probe}.json"
             write_text(folder / name, json.dumps(_log(graph, store, plan, measure, probe, stage, record), indent=1))
             paths.append(folder / name)
     if not paths:

@@ -30,12 +30,16 @@ _USED_SHARE = 0.8
 
 @dataclass(frozen=True)
 class ServerMemory:
-    """Sizes fixed at the server's start; `kv_bytes` and `memory_share` (of all GPU memory) are None without a GPU."""
+    """Sizes fixed at the server's start; `kv_bytes` and `memory_share` (of all GPU memory) are None without a GPU.
+
+    `n_adapters` are in its memory at once; others that it knows are read again from their files when they are asked for.
+    """
 
     max_length_tok: int
     max_lora_rank: int
     kv_bytes: int | None = None
     memory_share: float | None = None
+    n_adapters: int = 1
 
 
 @dataclass(frozen=True)
@@ -118,14 +122,16 @@ def group_size(
 
 
 def share_memory(
-    memory: GpuMemory, shape: ModelShape, *, others_bytes: int, max_length_tok: int, max_lora_rank: int, weight_bytes: int = 2
+    memory: GpuMemory, shape: ModelShape, *, others_bytes: int, max_length_tok: int, max_lora_rank: int, weight_bytes: int = 2,
+    n_adapters: int = 1,
 ) -> ServerMemory:  # fmt: skip
     """The server's sizes, its cache from what is free beside `others_bytes`. Raises ModelError if that is too little.
 
     The cache size is passed (`--kv-cache-memory-bytes`), so that vLLM takes no more, however much is free at that
     moment; `memory_share` is what vLLM checks at its start.
     """
-    loaded = shape.total_params * weight_bytes + 2 * shape.adapter_params(max_lora_rank) * weight_bytes + SERVER_BYTES
+    adapters = (n_adapters + 1) * shape.adapter_params(max_lora_rank) * weight_bytes
+    loaded = shape.total_params * weight_bytes + adapters + SERVER_BYTES
     row_bytes = max_length_tok * shape.kv_bytes_per_tok(weight_bytes)
     left = memory.free - others_bytes - loaded
     if left < LEAST_ROWS * row_bytes:
@@ -137,4 +143,5 @@ def share_memory(
             fix="set model.sampler = 'resident', lower micro_batch_tok, or free the GPU",
         )
     kv_bytes = min(left, USEFUL_ROWS * row_bytes)
-    return ServerMemory(max_length_tok, max_lora_rank, kv_bytes, round((loaded + kv_bytes) / memory.total, 4))
+    share = round((loaded + kv_bytes) / memory.total, 4)
+    return ServerMemory(max_length_tok, max_lora_rank, kv_bytes, share, n_adapters)

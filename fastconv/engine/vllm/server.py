@@ -40,6 +40,8 @@ BASE_NAME = "base"
 #: Start-up takes 35 to 90 s on an H100; a cold compile cache and slow disks take longer.
 START_S = 900.0
 _POLL_S, _END_S, _TAIL_LINES, _TAIL_BYTES = 0.1, 15.0, 4, 16384
+#: Stacks that a server holds at once, where several are served: each takes memory, and a switch takes a read.
+MOST_ADAPTERS = 8
 #: The server's log, in the workspace; each run starts it anew.
 LOG_FILE = "vllm.log"
 #: Tried first for adapters: a folder in memory.
@@ -74,7 +76,7 @@ def serve_arguments(model: Path, port: int, sizes: ServerMemory, dtype: str) -> 
         "--dtype", dtype, "--max-model-len", str(sizes.max_length_tok),
         # Otherwise the model's own top_k and repetition penalty are applied.
         "--generation-config", "vllm",
-        "--enable-lora", "--max-loras", "1", "--max-lora-rank", str(sizes.max_lora_rank),
+        "--enable-lora", "--max-loras", str(sizes.n_adapters), "--max-lora-rank", str(sizes.max_lora_rank),
         "--max-num-seqs", str(USEFUL_ROWS),
         "--uvicorn-log-level", "warning",
     ]  # fmt: skip
@@ -107,7 +109,7 @@ def adapter_folder(needed_bytes: int, workspace: Path, shared: Path = _SHARED_ME
         if shutil.disk_usage(place).free >= needed_bytes + _SPARE_BYTES:
             return Path(tempfile.mkdtemp(prefix=f"fastconv-adapters-{os.getpid()}-", dir=place))
     raise SamplerError(
-        f"an adapter of {needed_bytes / 2**20:.0f} MiB fits neither in {shared} nor in the workspace",
+        f"adapters of {needed_bytes / 2**20:.0f} MiB fit neither in {shared} nor in the workspace",
         where=str(workspace),
         fix="free some space, or set model.sampler = 'resident'",
     )
@@ -234,10 +236,12 @@ def launch(
     *,
     phases: Sequence[TrainSettings] = (),
     r: int = 1,
+    n_stacks: int = 1,
 ) -> Server:
     """Start vLLM for a model and stacks of rank `stacked_r`, beside training of these phases with adapters of rank `r`.
 
-    Without phases it may take all free memory. Raises as `start_server` does.
+    Without phases it may take all free memory. There is space for the files of `n_stacks` stacks, and up to
+    `MOST_ADAPTERS` are in its memory at once. Raises as `start_server` does.
     """
     device, dtype = resolve_device(settings), resolve_dtype(settings)
     command, rank = server_command(device.type), memory.lora_rank(stacked_r)
@@ -245,7 +249,8 @@ def launch(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shape = shape_of(config, source.id)
     length = memory.length_tok(longest_tok, int(config.get("max_position_embeddings") or longest_tok))
-    sizes = memory.ServerMemory(length, rank)
+    n_adapters = min(n_stacks, MOST_ADAPTERS)
+    sizes = memory.ServerMemory(length, rank, n_adapters=n_adapters)
     if device.type == "cuda":
         others = memory.TRAINER_BYTES
         if phases:
@@ -253,8 +258,8 @@ def launch(
             others = memory.training_bytes(shape, phases, r, weight_bytes=dtype.itemsize, plain=plain)
         sizes = memory.share_memory(
             memory.GpuMemory(*torch.cuda.mem_get_info(device)), shape, others_bytes=others,
-            max_length_tok=length, max_lora_rank=rank, weight_bytes=dtype.itemsize,
+            max_length_tok=length, max_lora_rank=rank, weight_bytes=dtype.itemsize, n_adapters=n_adapters,
         )  # fmt: skip
-    adapters = adapter_folder(shape.adapter_params(rank) * dtype.itemsize, workspace)
+    adapters = adapter_folder(n_stacks * shape.adapter_params(rank) * dtype.itemsize, workspace)
     dtype_name = str(dtype).removeprefix("torch.")
     return Server(command, folder, sizes, dtype=dtype_name, folder=adapters, log=workspace / LOG_FILE)
