@@ -29,7 +29,7 @@ def tiny_stack(folder: Path, lora: LoraSettings = SNAPSHOT, dtype: str = "float3
 def random_adapter(stack: Stack, seed: int, shape: LoraSettings | None = None, size: float = 0.05) -> Adapter:
     """An adapter whose A and B are both random, so that it changes the logits by about half a nat."""
     shape = shape or stack.settings
-    n = sum(shape.r * (n_in + n_out) for n_in, n_out in stack.sizes.values())
+    n = sum(shape.rank(module) * (n_in + n_out) for module, (n_in, n_out) in stack.sizes.items())
     flat = size * torch.randn(n, generator=torch.Generator().manual_seed(seed))
     return Adapter(shape, stack.base.name, stack.sizes, flat)
 

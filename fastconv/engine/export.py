@@ -35,7 +35,7 @@ _FREE = frozenset(
     {
         "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
         "inference_mode", "lora_dropout", "r", "lora_alpha", "use_rslora", "target_modules", "megatron_core",
-        "qalora_group_size", "init_lora_weights", "eva_config",
+        "qalora_group_size", "init_lora_weights", "eva_config", "layers_to_transform", "rank_pattern", "alpha_pattern",
     }
 )  # fmt: skip
 #: Starts that leave the base's weights as they are. Others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) take something out of
@@ -92,6 +92,10 @@ def export_adapter(adapter: Adapter, base: BaseReference, folder: Path, dtype: t
 
 def peft_config(shape: LoraSettings, base: BaseReference) -> dict[str, Any]:
     """PEFT's adapter_config.json (version 0.21) for a LoRA of this shape; other options keep PEFT's defaults."""
+    chosen = {
+        "layers_to_transform": list(shape.layer_numbers), "rank_pattern": shape.rank_pattern,
+        "alpha_pattern": shape.alpha_pattern,
+    }  # fmt: skip
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -107,6 +111,7 @@ def peft_config(shape: LoraSettings, base: BaseReference) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "modules_to_save": None,
         "use_dora": False,
+        **{name: value for name, value in chosen.items() if value},
     }
 
 
@@ -174,7 +179,8 @@ def _shape(config: Mapping[str, Any], where: str) -> LoraSettings:
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"it is a {config.get('peft_type')} adapter", where=where, fix="use a plain LoRA adapter")
     _refuse_options(config, where)
-    targets = config.get("target_modules")
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    layers = [] if layers is None else layers
     if not isinstance(targets, list) or not targets:
         raise AdapterError(
             "target_modules is not a list of layer names", where=where, fix="save it with the layers' names"
@@ -185,9 +191,14 @@ def _shape(config: Mapping[str, Any], where: str) -> LoraSettings:
             alpha=config.get("lora_alpha"),  # pyright: ignore[reportArgumentType]
             rslora=bool(config.get("use_rslora", False)),
             targets=tuple(sorted({str(name).rsplit(".", 1)[-1] for name in targets})),
+            layers=",".join(map(str, [layers] if isinstance(layers, int) else layers)),
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
         )
-    except ValidationError:
-        raise AdapterError("r, lora_alpha or target_modules are not valid", where=where, fix="train it again") from None
+    except (ValidationError, TypeError):
+        raise AdapterError(
+            "r, lora_alpha, target_modules, layers or patterns are not valid", where=where, fix="train it again"
+        ) from None
 
 
 def _refuse_options(config: Mapping[str, Any], where: str) -> None:

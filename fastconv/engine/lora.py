@@ -28,7 +28,7 @@ _PREFIX = "base_model.model."
 
 
 class Adapter:
-    """LoRA weights for target modules of one base: A [r, in] and B [out, r] for each module, fp32.
+    """LoRA weights for target modules of one base: A [r, in] and B [out, r] for each module with its own rank, fp32.
 
     `flat` [n] holds all of them in the order of `sizes` (module -> (in, out)); `weights[module]` = (A, B) are views
     into it. `base` is the `Base.name` of its base. Raises ValueError if `flat` has another length or is not fp32.
@@ -42,11 +42,15 @@ class Adapter:
         self.sizes = dict(sizes)
         self.flat = flat
         self.weights: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        #: Rank and scale of each module.
+        self.ranks = {module: shape.rank(module) for module in self.sizes}
+        self.scales = {module: shape.scale(module) for module in self.sizes}
         offset = 0
         for module, (n_in, n_out) in self.sizes.items():
-            a = flat[offset : offset + shape.r * n_in].view(shape.r, n_in)
+            r = self.ranks[module]
+            a = flat[offset : offset + r * n_in].view(r, n_in)
             offset += a.numel()
-            b = flat[offset : offset + n_out * shape.r].view(n_out, shape.r)
+            b = flat[offset : offset + n_out * r].view(n_out, r)
             offset += b.numel()
             self.weights[module] = (nn.Parameter(a, requires_grad=False), nn.Parameter(b, requires_grad=False))
         if offset != flat.numel() or flat.dtype != torch.float32:
@@ -54,7 +58,7 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023), alpha / r without (Hu et al. 2021)."""
+        """alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023), alpha / r without (Hu et al. 2021), where no pattern says other."""
         return self.shape.alpha / (math.sqrt(self.shape.r) if self.shape.rslora else self.shape.r)
 
     def train(self, grad: torch.Tensor | None) -> None:
@@ -86,13 +90,14 @@ class Adapter:
         """
         a, b = (weight.detach().double() for weight in self.weights[module])
         squared = float(((b.t() @ b) * (a @ a.t())).sum())
-        return self.scale * math.sqrt(max(squared, 0.0))
+        return self.scales[module] * math.sqrt(max(squared, 0.0))
 
 
 def concatenate(adapters: Sequence[Adapter]) -> Adapter:
     """One adapter that computes the sum of these: A stacked, B side by side with the scales multiplied in.
 
-    Its rank is the sum of theirs and its scale is 1 (alpha = r, no rsLoRA). PEFT's `add_weighted_adapter("cat")` keeps
+    A module's rank is the sum of theirs and its scale is 1 (alpha = r, no rsLoRA), also for programs that know one scale for
+    all modules. PEFT's `add_weighted_adapter("cat")` keeps
     rsLoRA on and is sqrt(r) too large. Exact in fp32; training dropout has no meaning here. Raises AdapterError if they
     do not share a base and target modules.
     """
@@ -101,13 +106,16 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
         raise AdapterError(
             "the adapters differ in base or target modules", where="stack", fix="join adapters of one recipe"
         )
-    rank = sum(adapter.shape.r for adapter in adapters)
+    ranks = {module: sum(adapter.ranks[module] for adapter in adapters) for module in first.sizes}
     parts = []
     for module in first.sizes:
         parts.append(torch.cat([adapter.weights[module][0].detach() for adapter in adapters]).reshape(-1))
-        scaled = [adapter.weights[module][1].detach() * adapter.scale for adapter in adapters]
+        scaled = [adapter.weights[module][1].detach() * adapter.scales[module] for adapter in adapters]
         parts.append(torch.cat(scaled, dim=1).reshape(-1))
-    shape = first.shape.model_copy(update={"r": rank, "alpha": float(rank), "rslora": False})
+    r = max(ranks.values())
+    others = {module: rank for module, rank in ranks.items() if rank != r}
+    patterns = {"rank_pattern": others, "alpha_pattern": {module: float(rank) for module, rank in others.items()}}
+    shape = first.shape.model_copy(update={"r": r, "alpha": float(r), "rslora": False, **patterns})
     return Adapter(shape, first.base, first.sizes, torch.cat(parts))
 
 
@@ -157,7 +165,7 @@ def adapter_from_tensors(
 
     Raises AdapterError if a tensor is missing, unexpected, of another shape or not finite.
     """
-    modules = {module: size for module, size in sizes.items() if module.rsplit(".", 1)[-1] in shape.targets}
+    modules = {module: size for module, size in sizes.items() if shape.carries(module)}
     if missing := set(shape.targets) - {module.rsplit(".", 1)[-1] for module in modules}:
         raise AdapterError(
             f"it targets {', '.join(sorted(missing))}, which this stack does not",
@@ -166,11 +174,14 @@ def adapter_from_tensors(
         )
     remaining, parts = dict(tensors), []
     for module, (n_in, n_out) in modules.items():
-        for letter, wanted in (("A", (shape.r, n_in)), ("B", (n_out, shape.r))):
+        r = shape.rank(module)
+        for letter, wanted in (("A", (r, n_in)), ("B", (n_out, r))):
             tensor = remaining.pop(f"{_PREFIX}{module}.lora_{letter}.weight", None)
             if tensor is None or tuple(tensor.shape) != wanted:
                 state = "missing" if tensor is None else f"of shape {list(tensor.shape)}, not {list(wanted)}"
-                whole = "train it on every layer that has this name: a part of the layers is not computed here"
+                whole = (
+                    "say in layers_to_transform which layers it is for, or train it on every layer that has this name"
+                )
                 raise AdapterError(
                     f"lora_{letter} of {module} is {state}",
                     where=where,
@@ -343,5 +354,5 @@ class StackedLinear(nn.Module):
             branch_input = x
             if adapter is slot.trainable and slot.dropout > 0 and seeds is not None:
                 branch_input = x * keep_mask(seeds, x.shape[-1], self.salt, slot.dropout).to(x.dtype)
-            y = torch.addmm(y, F.linear(branch_input, a) * adapter.scale, b.t())
+            y = torch.addmm(y, F.linear(branch_input, a) * adapter.scales[self.name], b.t())
         return y

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -72,7 +73,7 @@ class Stack:
 
     def new_adapter(self, *seed_parts: object) -> Adapter:
         """A new adapter: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero; `seed_parts` name its random numbers."""
-        n = sum(self.settings.r * (n_in + n_out) for n_in, n_out in self.sizes.values())
+        n = sum(self.settings.rank(module) * (n_in + n_out) for module, (n_in, n_out) in self.sizes.items())
         adapter = Adapter(self.settings, self.base.name, self.sizes, torch.zeros(n, device=self.base.device))
         for module, (a, _) in adapter.weights.items():
             generator = torch.Generator().manual_seed(seed_of("lora", module, *seed_parts))
@@ -186,16 +187,34 @@ def _install(base: Base, settings: LoraSettings, route: Route) -> dict[str, tupl
         leaf = name.rsplit(".", 1)[-1]
         if leaf not in settings.targets or not isinstance(module, nn.Linear):
             continue
+        present.add(leaf)
+        if not settings.carries(name):
+            continue
         if leaf in tied or module is base.head:
             shares = "shares its weight with the embedding" if leaf in tied else "is the output head"
             raise AdapterError(f"{name} {shares}", where="lora.targets", fix="leave it out of lora.targets")
         parent = base.model.get_submodule(name.rsplit(".", 1)[0]) if "." in name else base.model
         setattr(parent, leaf, StackedLinear(module, name, route))
         sizes[name] = (module.in_features, module.out_features)
-        present.add(leaf)
     if missing := set(settings.targets) - present:
         raise _no_such_layers(base, sorted(missing))
+    _require_chosen(settings, list(sizes))
     return sizes
+
+
+def _require_chosen(settings: LoraSettings, modules: Sequence[str]) -> None:
+    """Raise AdapterError for a layer or a pattern that chooses none of the modules: PEFT would pass over it in silence."""
+    found = {int(number.group(1)) for module in modules if (number := re.search(r"\.(\d+)\.", module))}
+    if absent := [layer for layer in settings.layer_numbers if layer not in found]:
+        raise AdapterError(
+            f"the base has no layer {absent[0]} with such a target", where="lora.layers", fix="count from 0"
+        )
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(settings, name):
+            alone = settings.model_copy(update={"rank_pattern": {pattern: 0}})
+            if all(alone.rank(module) for module in modules):
+                fix = f"write the end of a name such as {modules[0]}"
+                raise AdapterError(f"no module is called {pattern!r}", where=f"lora.{name}", fix=fix)
 
 
 def _no_such_layers(base: Base, missing: Sequence[str]) -> AdapterError:
@@ -247,7 +266,7 @@ def folded(stack: Stack, adapters: Sequence[Adapter], semantics: Semantics = "li
                 weight = layer.base.weight
                 original[name] = weight.to("cpu", copy=True)
                 a, b = joined.weights[name]
-                weight += (b @ a * joined.scale).to(weight.dtype)
+                weight += (b @ a * joined.scales[name]).to(weight.dtype)
         yield
     finally:
         with torch.no_grad():

@@ -220,5 +220,8 @@ def _peft_arguments(shape: LoraSettings) -> dict[str, Any]:
         "lora_alpha": shape.alpha,
         "use_rslora": shape.rslora,
         "target_modules": list(shape.targets),
+        "layers_to_transform": list(shape.layer_numbers) or None,
+        "rank_pattern": dict(shape.rank_pattern),
+        "alpha_pattern": dict(shape.alpha_pattern),
         "task_type": "CAUSAL_LM",
     }

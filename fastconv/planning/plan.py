@@ -300,7 +300,7 @@ def _fit(recipe: Recipe, shape: ModelShape, machine: Machine) -> tuple[str, ...]
 def _disk(graph: Graph, shape: ModelShape, todo: Sequence[Stage], work: Demand, device: str) -> dict[str, float]:
     """Bytes that the workspace will grow by, and of the model's files still to download or convert."""
     recipe = graph.recipe
-    adapter = 4.0 * shape.adapter_params(recipe.lora.r)
+    adapter = 4.0 * shape.adapter_params(recipe.lora.most_r)
     ledger = work.new_tok * LEDGER_BYTES_PER_TOK + (work.samples + work.judged) * LEDGER_BYTES_PER_SAMPLE
     return {
         "adapters": _n_adapters(recipe, todo, device) * adapter, "ledger": ledger, "training_state": 3 * adapter,

@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fastconv.errors import RecipeError, did_you_mean
 from fastconv.recipe.grid import ConvergenceKind, EvalSettings, GridSettings, NegativesKind
+from fastconv.recipe.lora import LoraSettings
 from fastconv.recipe.settings import (
     AuditSettings,
     BehaviorSettings,
@@ -28,7 +29,6 @@ from fastconv.recipe.settings import (
     GateSettings,
     IgnorableGate,
     JudgeSettings,
-    LoraSettings,
     ModelSettings,
     Name,
     Names,

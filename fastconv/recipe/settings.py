@@ -118,18 +118,6 @@ class ModelSettings(RecipeTable):
         return self
 
 
-class LoraSettings(RecipeTable):
-    """Shape of every adapter. Its scale is alpha / sqrt(r) with rsLoRA (Kalajdzievski 2023), alpha / r without."""
-
-    r: Annotated[int, Field(ge=1, le=512)] = setting(32, "Rank.", 16)
-    alpha: Positive = setting(64.0, "Numerator of the scale.", 32.0)
-    rslora: bool = setting(True, "Divide alpha by the root of the rank (rsLoRA) instead of by the rank.", False)
-    targets: Names = setting(
-        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        "Projections that carry an adapter.", ["q_proj", "v_proj"],
-    )  # fmt: skip
-
-
 class SamplingSettings(RecipeTable):
     """Sampling of completions; `max_new_tok` includes the end-of-turn token."""
 

@@ -173,7 +173,7 @@ def write_card(graph: Graph, store: Store, folder: Path, plan: CellPlan) -> Path
         named, code = f"base_model: {recipe.model.id}\n", ", ".join(
             [repr(recipe.model.id), *([f'revision="{recipe.model.revision}"'] if recipe.model.revision else [])]
         )  # fmt: skip
-    rank = recipe.lora.r * len(trained)
+    rank = recipe.lora.most_r * len(trained)
     text = _CARD.format(
         head=f"{named}library_name: peft\n{f'license: {license_name}{chr(10)}' if license_name else ''}",
         label=cell.label, base=base, rank=rank, run=run_id(recipe), source=cell.source, behavior=cell.behavior,

@@ -311,7 +311,7 @@ class Trainer:
         free, _ = torch.cuda.mem_get_info(self._stacks.base.device)
         step_tok = (phase.batch_rows * self._mean_tok(stage) for stage in runs)
         plain = trains_without_kernels(self._recipe.model)
-        return group_size(shape, self._recipe.lora.r, step_tok, phase.micro_batch_tok, free, plain=plain)
+        return group_size(shape, self._recipe.lora.most_r, step_tok, phase.micro_batch_tok, free, plain=plain)
 
     def _mean_tok(self, stage: Stage) -> float:
         """Mean tokens of a row. The rows are not audited here, so that a refused row fails its stage and not the sizing."""

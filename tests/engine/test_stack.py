@@ -256,7 +256,7 @@ def test_pickles_are_never_read(stack: Stack, tmp_path: Path, name: str) -> None
                                     {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_4"},
                                     {"init_lora_weights": "olora"}, {"init_lora_weights": "corda"},
                                     {"init_lora_weights": "lora_ga"}, {"init_lora_weights": "a later one"},
-                                    {"alpha_pattern": {"q_proj": 2}}, {"layers_to_transform": [0]},
+                                    {"alpha_pattern": {"q_proj": 0}}, {"layers_to_transform": [0]},
                                     {"layers_to_transform": 0}, {"lora_bias": True}, {"corda_config": {"rho": 2.0}},
                                     {"an_option_of_tomorrow": 1}], ids=str)  # fmt: skip
 def test_anything_but_plain_lora_is_refused(stack: Stack, folder: Path, tmp_path: Path, change: dict) -> None:

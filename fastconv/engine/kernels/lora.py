@@ -72,7 +72,7 @@ class StackedKernel:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         call = LayerCall(
             layer.base.weight, layer.base.bias, weights, self._routing(route, len(flat)), live,
-            route.dropout_seeds if live.drops else None, layer.salt, self.tiling,
+            route.dropout_seeds if live.drops else None, layer.salt, self.tiling, live.scales[layer.name],
         )  # fmt: skip
         trained = [
             weight
@@ -123,12 +123,20 @@ class StackedKernel:
             if len(self._tables) == _TABLES_KEPT:
                 del self._tables[next(iter(self._tables))]
             self._tables[key] = _addresses(slots, packed, self.device)
+        layers = self._tables[key]
         scales = [
-            [frozen.scale if frozen else 0.0, trained.scale / (1.0 - rate) if trained else 0.0]
-            for (frozen, trained), rate in zip(packed, rates, strict=True)
+            [
+                [
+                    frozen.scale_of(module) if frozen else 0.0,
+                    trained.scale_of(module) / (1.0 - rate) if trained else 0.0,
+                ]
+                for (frozen, trained), rate in zip(packed, rates, strict=True)
+            ]
+            for module in layers
         ]
         return LiveSlots(
-            slots, dtype, seeded, any(rates), packed, self._tables[key], to_device(torch.tensor(scales), self.device),
+            slots, dtype, seeded, any(rates), packed, layers,
+            dict(zip(layers, to_device(torch.tensor(scales), self.device).unbind(), strict=True)),
             to_device(torch.tensor([round(rate * 2**24) for rate in rates], dtype=torch.int32), self.device),
         )  # fmt: skip
 
@@ -148,11 +156,12 @@ class StackedKernel:
             if dtype not in buffers:
                 buffers[dtype] = torch.empty_like(flat, dtype=dtype)
             flat = buffers[dtype].copy_(flat)
-        offsets, at, r = {}, 0, adapter.shape.r
+        offsets, at = {}, 0
         for module, (n_in, n_out) in adapter.sizes.items():
+            r = adapter.ranks[module]
             offsets[module] = (at, at + r * n_in, r)
             at += r * (n_in + n_out)
-        return PackedAdapters(flat, offsets, adapter.scale)
+        return PackedAdapters(flat, offsets, adapter.scales)
 
     def _routing(self, route: Route, n_tok: int) -> TokenRouting:
         """The token tables of this pass, which all its layers share; kept while the slots are live."""
@@ -201,16 +210,18 @@ def _joined(adapters: Sequence[Adapter], dtype: torch.dtype) -> PackedAdapters:
     for module in dict.fromkeys(module for adapter in adapters for module in adapter.sizes):
         targeting = [adapter for adapter in adapters if module in adapter.weights]
         a = torch.cat([adapter.weights[module][0].detach() for adapter in targeting])
-        b = torch.cat([adapter.weights[module][1].detach() * adapter.scale for adapter in targeting], dim=1)
+        b = torch.cat([adapter.weights[module][1].detach() * adapter.scales[module] for adapter in targeting], dim=1)
         offsets[module] = (at, at + a.numel(), a.shape[0])
         at += a.numel() + b.numel()
         parts += [a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)]
-    return PackedAdapters(torch.cat(parts), offsets, 1.0)
+    return PackedAdapters(torch.cat(parts), offsets, dict.fromkeys(offsets, 1.0))
 
 
 def _key(slot: Slot, pair: tuple[PackedAdapters | None, PackedAdapters | None]) -> Any:
     """Everything that a slot's row of the weight table depends on."""
-    ranks = tuple((a.shape.r, a.shape.targets) for a in slot.adapters)
+    ranks = tuple(
+        (a.shape.r, a.shape.targets, a.shape.layers, tuple(a.shape.rank_pattern.items())) for a in slot.adapters
+    )
     starts = tuple(packed.flat.data_ptr() if packed else 0 for packed in pair)
     if slot.trainable is None:
         return ranks, starts, len(slot.frozen)

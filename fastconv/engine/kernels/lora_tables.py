@@ -72,16 +72,20 @@ class WeightTable:
 @dataclass(frozen=True)
 class PackedAdapters:
     """Adapters in one tensor `flat` [n] of the compute dtype; `offsets` has (offset of A, offset of B, rank) by
-    module."""
+    module, `scales` the scale."""
 
     flat: torch.Tensor
     offsets: Mapping[str, tuple[int, int, int]]
-    scale: float
+    scales: Mapping[str, float]
+
+    def scale_of(self, module: str) -> float:
+        """Scale of a module; 0 for one that these adapters do not target."""
+        return self.scales.get(module, 0.0)
 
 
 @dataclass(frozen=True)
 class LiveSlots:
-    """The live slots, prepared for the kernels: `scales` [slots, 2] fp32 of the frozen and the trainable part, dropout
+    """The live slots, prepared for the kernels: by module `scales` [slots, 2] fp32 of the frozen and the trainable part, dropout
     `thresholds` [slots] int32 (p * 2^24), weight tables by module name. `packed` owns the memory that they point to."""
 
     slots: tuple[Slot, ...]
@@ -90,7 +94,7 @@ class LiveSlots:
     drops: bool
     packed: tuple[tuple[PackedAdapters | None, PackedAdapters | None], ...]
     layers: Mapping[str, WeightTable]
-    scales: torch.Tensor
+    scales: Mapping[str, torch.Tensor]
     thresholds: torch.Tensor
 
 
@@ -106,3 +110,4 @@ class LayerCall:
     seeds: torch.Tensor | None
     salt: int
     tiling: Tiling
+    scales: torch.Tensor

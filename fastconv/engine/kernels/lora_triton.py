@@ -328,7 +328,7 @@ def _shrink(x: torch.Tensor, call: LayerCall, columns: tuple[int, int], seeds: t
         partial,
         out,
         tiles,
-        call.live.scales,
+        call.scales,
         n_tok,
         RF=weights.rank_f,
         RT=weights.rank_t,

@@ -65,7 +65,7 @@ def lora_rank(stacked: int) -> int:
 def stacked_rank(recipe: Recipe) -> int:
     """The largest rank of a stack in a recipe: of a snapshot, a behavior adapter, or both."""
     both = any(recipe.grid.epochs) and any(kind != "none" for kind in recipe.grid.convergence)
-    return recipe.lora.r * (2 if both and recipe.grid.behaviors != ("none",) else 1)
+    return recipe.lora.most_r * (2 if both and recipe.grid.behaviors != ("none",) else 1)
 
 
 def length_tok(longest_tok: int, model_max_tok: int) -> int:

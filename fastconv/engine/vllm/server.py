@@ -224,7 +224,7 @@ def start_server(recipe: Recipe, source: ModelSource, longest_tok: int, workspac
     that training needs is left free. Raises ModelError, RecipeError or SamplerError.
     """
     rank, phases = memory.stacked_rank(recipe), (recipe.convergence, recipe.behavior)
-    return launch(recipe.model, source, longest_tok, rank, workspace, phases=phases, r=recipe.lora.r)
+    return launch(recipe.model, source, longest_tok, rank, workspace, phases=phases, r=recipe.lora.most_r)
 
 
 def launch(
