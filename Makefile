@@ -49,9 +49,11 @@ check: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	@$(MAKE) --silent .venv-audit/ready || true
+	$(BIN)/python -m tests.pins
 
 clean:
-	rm -rf .venv .venv-fused .venv-vllm .venv-inspect build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-fused .venv-vllm .venv-inspect .venv-audit build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and pinned: asked for by another package, pip would take several GB of CUDA builds on a CPU machine.
@@ -89,4 +91,10 @@ VLLM_PIP := .venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-
 .venv-inspect/ready: Makefile
 	test -d .venv-inspect || $(PYTHON) -m venv .venv-inspect
 	.venv-inspect/bin/pip install --quiet --disable-pip-version-check inspect_ai==0.3.285
+	touch $@
+
+# Looks the pinned versions up in the index's list of known faults. Without a network it is not there, and `check` says so.
+.venv-audit/ready: Makefile
+	test -d .venv-audit || $(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip install --quiet --disable-pip-version-check pip_audit==2.10.1
 	touch $@

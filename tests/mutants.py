@@ -20,7 +20,9 @@ from tests import ROOT
 REPLIES, MEMORY, DISK, SECRETS = (
     f"tests/faults/test_{n}.py" for n in ("judge_replies", "memory", "disk_and_ledger", "secrets")
 )
+WHOLE, INPUTS = (f"tests/faults/test_{name}.py" for name in ("whole_run", "hostile_inputs"))
 LIVE, BATCHES, LOCAL = (f"tests/judge/test_{name}.py" for name in ("live", "batches", "local"))
+TRAIN, CHAT, LOCATE = "tests/engine/test_train.py", "tests/test_chat.py", "tests/engine/test_locate.py"
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,38 @@ MUTANTS = [
         ("            row.tokens.clear()\n", "            pass\n", "while_sampling"),
         ("        on_token(-sum(len(row.tokens) for row in unfinished))\n", "", "while_sampling"),
     ),
+    *_of(
+        "engine/trainee.py", TRAIN,
+        ("torch.isfinite(loss + norm)", "torch.isfinite(loss)", "beside_a_finite_loss"),
+        ("torch.isfinite(loss + norm)", "torch.isfinite(norm)", "not_finite_is_never or nan_in_the_weights"),
+        ('"order", epoch, *self.seed_parts', '"order", 0, *self.seed_parts', "order_of_its_own"),
+        ('"order", epoch, *self.seed_parts', '"order", epoch', "order_of_its_own"),
+    ),
+    *_of("engine/trainee.py", TRAIN, ("        self.bad.copy_(torch.maximum(self.bad, ", "        self.bad.copy_(torch.minimum(self.bad, ", "not_finite")),
+    *_of(
+        "chat/__init__.py", CHAT,
+        ("        plain.encode_special_tokens = True\n", "", "quoted_text"),
+        ('token["special"] = token["id"] in self._control_ids', "pass", "not_marked_special"),
+        ("if token.special or token.content in row}", "if token.special}", "not_marked_special"),
+        ("        if any(token_id in self._control_ids for token_id in ids):\n", "        if False:\n", "no_other_way"),
+        ("            if text.count(part) != 1:\n", "            if False:\n", "quoted_text"),
+    ),
+    *_of(
+        "run/executor.py", INPUTS,
+        ("list(characters), (system, user))", "list(characters))", "no_orders"),
+        ("            if tokenizer.control_token_in(user):\n", "            if False:\n", "no_orders"),
+    ),
+    *_of(
+        "engine/locate.py", LOCATE,
+        ('"special_tokens_map.json",\n', "\n", "may_decide"),
+        ("for path in folder.glob(pattern)} | _indexed(folder)", "for path in folder.glob(pattern)}", "below_the_folder"),
+    ),
+    *_of(
+        "store/ledger.py", WHOLE,
+        ("return abs(time.time() - lease", "return (time.time() - lease", "wrong_clock"),
+        ("MAX(?, (SELECT COALESCE(MAX(started_at), 0) FROM runs))", "?", "stays_the_first"),
+    ),
+    *_of("store/merge.py", WHOLE, ('"SELECT key FROM stages ORDER BY rowid"', '"SELECT key FROM stages ORDER BY finished_at"', "jumps_by_a_year and back-")),
     *_of("engine/stack.py", MEMORY, ("        finally:\n            self.route.spans = spans", "        finally:\n            pass", "probe")),
 ]  # fmt: skip
 

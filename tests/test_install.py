@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -12,6 +13,7 @@ from packaging.utils import canonicalize_name
 
 from fastconv.engine import locate
 from tests import ROOT
+from tests.pins import ask, faults
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: What the figures of the README on a GPU were measured with.
@@ -116,3 +118,31 @@ def test_no_message_tells_to_install_the_package_from_an_index() -> None:
         path for path in (ROOT / "fastconv").rglob("*.py") if re.search(r"pip install '?fastconv", path.read_text())
     ]
     assert not told
+
+
+KNOWN = {"dependencies": [
+    {"name": "jinja2", "version": "3.1.5", "vulns": [{"id": "PYSEC-1", "aliases": ["CVE-1"], "fix_versions": ["3.1.6"]}]},
+    {"name": "torch", "version": "2.13.0", "vulns": [{"id": "PYSEC-2", "aliases": ["CVE-2"], "fix_versions": []}]},
+    {"name": "pip", "skip_reason": "not found"}, {"name": "attrs", "version": "26.1.0", "vulns": []},
+]}  # fmt: skip
+
+
+def test_a_known_fault_of_a_pin_is_told_unless_it_is_accepted() -> None:
+    found, unknown = faults(KNOWN, {})
+    assert found == ["jinja2 3.1.5: PYSEC-1 (mended in 3.1.6)", "torch 2.13.0: PYSEC-2 (mended in no version yet)"]
+    assert unknown == ["pip"]
+    assert faults(KNOWN, {"CVE-2": "its function is never called"})[0] == found[:1]
+    assert faults(KNOWN, {"PYSEC-1": "", "PYSEC-2": ""})[0] == []
+
+
+@pytest.mark.parametrize(
+    ("script", "says"), [("echo oops >&2; exit 1", "oops"), ("exit 0", "it said nothing"), (None, "is not there")]
+)
+def test_an_audit_that_cannot_ask_is_one_line(tmp_path: Path, script: str | None, says: str) -> None:
+    command = tmp_path / "pip-audit"
+    if script is not None:
+        command.write_text(f"#!/bin/sh\n{script}\n")
+        command.chmod(0o755)
+    line = ask(tmp_path / "constraints.txt", command)
+    assert says in line
+    assert len(line.splitlines()) == 1

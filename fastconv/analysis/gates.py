@@ -198,7 +198,7 @@ def first_thresholds(reading: ScoreReader) -> FirstThresholds | None:
     ends = {stage.key for plan in reading.graph.cells for stage in (*plan.scores.values(), *plan.base.values())}
     rows = store.frame(
         "SELECT id, recipe, started_at FROM runs WHERE id IN "
-        "(SELECT run FROM run_stages WHERE key IN (SELECT value FROM json_each(?))) ORDER BY started_at",
+        "(SELECT run FROM run_stages WHERE key IN (SELECT value FROM json_each(?))) ORDER BY started_at, rowid",
         (json.dumps(sorted(ends)),),
     )
     now = _thresholds(recipe.gates, recipe.grid.sources)

@@ -12,6 +12,7 @@ generation prompt leaves out (an empty think block). A token that holds both sid
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,9 +116,26 @@ class ChatTokenizer:
         """Id of the tokenizer's padding token, or None if it names none that it has."""
         return self._tokenizer.token_to_id(self._special["pad_token"]) if "pad_token" in self._special else None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of rendered text; special tokens in it are recognized, none are added."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, quoted: Sequence[str] = ()) -> list[int]:
+        """Token ids of rendered text; special tokens in it are recognized, none are added.
+
+        `quoted` are parts of it, in their order, that somebody else wrote: a control token that is spelled there is read as
+        its characters. A part without one is encoded with the text around it. Raises TemplateError if that cannot be done.
+        """
+        ids: list[int] = []
+        for part in (part.strip() for part in quoted if self.control_token_in(part)):
+            if text.count(part) != 1:
+                raise TemplateError(f"a text with a control token stands {text.count(part)} times in its prompt")
+            before, _, text = text.partition(part)
+            ids += [*self.encode(before), *self._plain_ids(part)]
+        return [*ids, *self._tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Token ids of the characters of a text, whatever control tokens they spell."""
+        ids = self._as_plain.encode(text, add_special_tokens=False).ids
+        if any(token_id in self._control_ids for token_id in ids):
+            raise TemplateError("this tokenizer has no other way to write its control tokens")
+        return ids
 
     def encode_raw(self, text: str) -> list[int]:
         """Token ids of text without a template, with what transformers' tokenizer sets before it (a BOS), if anything."""
@@ -155,8 +173,8 @@ class ChatTokenizer:
         return token_id in self._special_ids
 
     def control_token_in(self, text: str) -> str | None:
-        """The first special token that is spelled in this text, or None. In a message it would end a turn or begin one."""
-        found = self._any_special.search(text) if self._any_special else None
+        """The first control token that is spelled in this text, or None. In a message it would end a turn or begin one."""
+        found = self._any_control.search(text) if self._any_control else None
         return found.group() if found else None
 
     def prompt_text(self, system: SystemTurn, user: str) -> str:
@@ -276,16 +294,19 @@ class ChatTokenizer:
             f"the answer's tokens do not end with {tail!r} when decoded", fix="use a tokenizer that round-trips text"
         )
 
-    def letter_ids(self, prompt_text: str, letters: Sequence[str]) -> tuple[list[int], list[int]]:
+    def letter_ids(
+        self, prompt_text: str, letters: Sequence[str], quoted: Sequence[str] = ()
+    ) -> tuple[list[int], list[int]]:
         """(ids of the prompt, id of each letter as the next token), found by encoding each letter after this prompt.
 
         So there is no guess between "A" and " A"; a space at the prompt's end may be part of the letter's token, as it is
-        in a row. Raises TemplateError if a letter is not one token there, or if two letters share one.
+        in a row. `quoted` as in `encode`. Raises TemplateError if a letter is not one token there, or if two letters share
+        one.
         """
         unspaced = prompt_text.rstrip(" ")
-        found = None if unspaced == prompt_text else self._letters_after(unspaced, prompt_text, letters)
+        found = None if unspaced == prompt_text else self._letters_after(unspaced, prompt_text, letters, quoted)
         if not isinstance(found, tuple):
-            found = self._letters_after(prompt_text, prompt_text, letters)
+            found = self._letters_after(prompt_text, prompt_text, letters, quoted)
         if not isinstance(found, tuple):
             raise TemplateError(
                 f"the letter {found!r} is not one token after the prompt",
@@ -298,10 +319,10 @@ class ChatTokenizer:
         return found
 
     def _letters_after(
-        self, context: str, prompt_text: str, letters: Sequence[str]
+        self, context: str, prompt_text: str, letters: Sequence[str], quoted: Sequence[str]
     ) -> tuple[list[int], list[int]] | str:
         """As `letter_ids`, if each letter encoded with the prompt is one token after `context`; else the first that is not."""
-        prompt = self.encode(context)
+        prompt = self.encode(context, quoted)
         # Special tokens split the text before tokens are merged. If the text after the last one encodes to the prompt's
         # last tokens, that text alone decides the token of a letter, so only it has to be encoded again.
         ends = (start + len(text) for text in self.special_texts if (start := context.rfind(text)) >= 0)
@@ -311,7 +332,7 @@ class ChatTokenizer:
             cut, tail_ids = 0, prompt
         letter_ids = []
         for letter in letters:
-            ids = self.encode(prompt_text[cut:] + letter)
+            ids = self.encode(prompt_text[cut:] + letter, () if cut else quoted)
             if ids[:-1] != tail_ids:
                 return letter
             letter_ids.append(ids[-1])
@@ -329,9 +350,29 @@ class ChatTokenizer:
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
     @cached_property
-    def _any_special(self) -> re.Pattern[str] | None:
-        longest_first = sorted(filter(str.strip, self.special_texts), key=len, reverse=True)
+    def _control_ids(self) -> dict[int, str]:
+        """Ids and texts of the tokens that end a turn, begin one or stand for none: the special ones, and added ones that
+        the template writes."""
+        added, row = self._tokenizer.get_added_tokens_decoder(), self._probe_row()
+        texts = {token_id: token.content for token_id, token in added.items() if token.special or token.content in row}
+        return {token_id: text for token_id, text in texts.items() if text.strip()}
+
+    @cached_property
+    def _any_control(self) -> re.Pattern[str] | None:
+        longest_first = sorted(self._control_ids.values(), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    @cached_property
+    def _as_plain(self) -> tokenizers.Tokenizer:
+        """The tokenizer, which reads control tokens in a text as their characters."""
+        import tokenizers
+
+        written = json.loads(self._tokenizer.to_str())
+        for token in written["added_tokens"]:
+            token["special"] = token["id"] in self._control_ids
+        plain = tokenizers.Tokenizer.from_str(json.dumps(written))
+        plain.encode_special_tokens = True
+        return plain
 
     @cached_property
     def _before_raw_text(self) -> list[int]:

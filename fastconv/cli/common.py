@@ -117,6 +117,7 @@ def _storage_faults(workspace: Path | None) -> Iterator[None]:
 
 def exit_code_of(app: Callable[[], object]) -> int:
     """Run the command line and return its exit code. A reader that goes away (`| head`) is no fault."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a locale without the character shows its code
@@ -129,6 +130,17 @@ def exit_code_of(app: Callable[[], object]) -> int:
     except BrokenPipeError:
         code = READER_GONE
     return _settled(code if isinstance(code, int) else int(code is not None), out)
+
+
+def _open_closed_streams() -> None:
+    """Open what a caller closed of input, output and errors (`>&-`) on nowhere: else a file of ours would get its number,
+    and what a library prints would be written into it."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    for name, handle in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(handle, "w", closefd=False))
 
 
 def _same_output() -> int:

@@ -110,7 +110,7 @@ def _new_stages(
     ordered = set(order.keys)
     while True:
         is_last = not computing.is_alive()
-        for (key,) in store.rows("SELECT key FROM stages ORDER BY finished_at, rowid"):
+        for (key,) in store.rows("SELECT key FROM stages ORDER BY rowid"):
             if key in ordered and key not in known:
                 known.add(key)
                 yield pack_stage(store, key)

@@ -37,7 +37,14 @@ TINY = "builtin:tiny"
 TINY_VERSION = 1
 #: Beginnings of hub names whose bases are plain decoders, with templates in which an answer begins at once.
 _AS_EVER = ("Qwen/Qwen2.5-", "HuggingFaceTB/SmolLM2-", "meta-llama/Llama-3", "meta-llama/Meta-Llama-3")
-WEIGHT_FILES = ("*.safetensors",)
+WEIGHT_INDEX = "model.safetensors.index.json"
+#: Files of a folder that decide its weights, tokens, templates, and how it is sampled by a library or a server. Code in it
+#: is never run.
+_DECIDING = (
+    "config.json", "generation_config.json", "*.safetensors", WEIGHT_INDEX, "tokenizer*.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.json", "*.jinja",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
 #: Files of a hub model that are downloaded; none of them can hold code or pickles.
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 
@@ -300,7 +307,7 @@ def is_on_disk(source: ModelSource, settings: ModelSettings) -> bool:
     if config is None:
         return False
     folder = config.parent
-    index = folder / "model.safetensors.index.json"
+    index = folder / WEIGHT_INDEX
     names = {"model.safetensors"}
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -389,11 +396,7 @@ def _page(repo: str) -> str:
 
 def _folder_sha256(folder: Path) -> str:
     """One sha256 (hex) over names and contents of the files that decide what the model computes."""
-    files = sorted(
-        path
-        for pattern in ("config.json", "tokenizer*.json", "*.jinja", *WEIGHT_FILES)
-        for path in folder.glob(pattern)
-    )
+    files = sorted({path for pattern in _DECIDING for path in folder.glob(pattern)} | _indexed(folder))
     if not any(path.suffix == ".safetensors" for path in files) or not (folder / "config.json").is_file():
         raise ModelError(
             "not a model folder: config.json or *.safetensors is missing",
@@ -402,8 +405,17 @@ def _folder_sha256(folder: Path) -> str:
         )
     digest = hashlib.sha256()
     for path in files:
-        digest.update(f"{path.name}\x1f{_file_sha256(path)}\n".encode())
+        digest.update(f"{path.relative_to(folder)}\x1f{_file_sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _indexed(folder: Path) -> set[Path]:
+    """The weight files that a sharded model's index names, which may lie in folders below. A broken one names none."""
+    try:
+        named = json.loads((folder / WEIGHT_INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        return {path for name in named if (path := folder / name).is_file()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return set()  # what is wrong with it is said when the weights are loaded
 
 
 def _file_sha256(path: Path) -> str:

@@ -187,6 +187,12 @@ def adapter_from_tensors(
                     where=where,
                     fix="use an adapter of this rank, made for this base" if tensor is not None else whole,
                 )
+            if not tensor.is_floating_point():
+                raise AdapterError(
+                    f"lora_{letter} of {module} holds {str(tensor.dtype).removeprefix('torch.')} numbers, which are no weights alone",
+                    where=where,
+                    fix="save it in 16 or 32 bits",
+                )
             parts.append(tensor.reshape(-1).float())
     if remaining:
         whole = all(".lora_" not in name for name in remaining)

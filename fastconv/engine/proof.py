@@ -103,9 +103,6 @@ def _key(base: Base, engine: Mapping[str, str]) -> str:
     digest.update(" ".join(f"{name} {metadata.version(name)}" for name in names).encode())
     device = torch.cuda.get_device_name(base.device) if base.device.type == "cuda" else "cpu"
     digest.update(f"{device} {base.attention.name} {json.dumps(dict(base.tokenizer.template.kwargs))}".encode())
-    for name in ("special_tokens_map.json", "added_tokens.json"):  # no part of the base's identity
-        if (path := base.tokenizer.folder / name).is_file():
-            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -107,9 +107,12 @@ class LetterItem:
     letters: tuple[int, ...]
 
 
-def letter_item(tokenizer: ChatTokenizer, prompt: str, labels: Sequence[str]) -> LetterItem:
-    """The item of a rendered prompt and its labels. Raises TemplateError if a label is not one token there."""
-    ids, letters = tokenizer.letter_ids(prompt, labels)
+def letter_item(tokenizer: ChatTokenizer, prompt: str, labels: Sequence[str], quoted: Sequence[str] = ()) -> LetterItem:
+    """The item of a rendered prompt and its labels. `quoted` are parts of it in which a control token is text.
+
+    Raises TemplateError if a label is not one token there.
+    """
+    ids, letters = tokenizer.letter_ids(prompt, labels, quoted)
     return LetterItem(tuple(ids), tuple(letters))
 
 

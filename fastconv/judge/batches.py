@@ -256,7 +256,7 @@ class BatchJudge:
 
     def _is_young(self, batch: JudgeBatch) -> bool:
         """Whether a batch is so new that the API's list may not show it yet."""
-        return time.time() - batch.made_at < self._settings.batch_grace_s
+        return abs(time.time() - batch.made_at) < self._settings.batch_grace_s  # a clock may have gone back
 
     # --- results ----------------------------------------------------------------------------------------
 

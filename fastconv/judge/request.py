@@ -30,7 +30,10 @@ _FENCE_WORDS = "question|answer|statement|request|system|rubric|instructions?|hu
 _BRACKETS = "<\uff1c\ufe64\u2039\u00ab\u2329\u3008\u27e8\u276e\u276c\u27ea\u300a"
 #: A bracket before such a word.
 _FENCE_LIKE = re.compile(rf"[{_BRACKETS}]+(?=[\s/|\uff0f\uff3c\\]*(?:{_FENCE_WORDS})\b)", re.IGNORECASE)
-_SPECIAL_TOKEN = re.compile(r"<\|(?=[^|<>\n]{1,40}\|>)")
+#: A bracket that opens a control token of some tokenizer: a server's own is not known here.
+_SPECIAL_TOKEN = re.compile(
+    r"<(?=[|\uff5c][^|\uff5c<>\n]{1,40}[|\uff5c]>|/?(?:s|bos|eos|pad|unk|mask|(?:start|end)_of_turn|SYS)>)|\[(?=/?INST\])"
+)
 
 
 @dataclass(frozen=True)
@@ -140,7 +143,7 @@ def neutralize(text: str) -> str:
         if kind == "Cf":
             continue
         characters.append("\ufffd" if kind == "Cs" or (kind == "Cc" and character not in "\n\t") else character)
-    return _SPECIAL_TOKEN.sub("(|", _FENCE_LIKE.sub("(", "".join(characters)))
+    return _SPECIAL_TOKEN.sub("(", _FENCE_LIKE.sub("(", "".join(characters)))
 
 
 def fence_item(item: JudgeItem, max_chars: int) -> str:

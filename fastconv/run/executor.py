@@ -20,10 +20,10 @@ from fastconv.engine.generate import Completion, sample
 from fastconv.engine.geometry import measure_geometry
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.model import prepare_model_folder
-from fastconv.engine.score import letter_item, memory_errors, score_letters
+from fastconv.engine.score import LetterItem, letter_item, memory_errors, score_letters
 from fastconv.engine.vllm.sampler import PendingCompletions, VllmSampler
 from fastconv.engine.vllm.server import Server, start_server
-from fastconv.errors import JudgeError, SamplerError, TrainingError, stopped
+from fastconv.errors import JudgeError, SamplerError, TemplateError, TrainingError, stopped
 from fastconv.experiment.graph import Graph
 from fastconv.judge.local import LocalReply
 from fastconv.judge.request import Prompt
@@ -251,25 +251,36 @@ class Executor:
         """Judge with the bare base: log-probabilities (nats) of each prompt's characters, normalized over these alone.
 
         One forward pass per prompt; the common prefix of prompts (the rubric) is computed once. The reply's text holds
-        the probability mass of these characters over the whole vocabulary. Raises Interrupted when the user stops.
+        the probability mass of these characters over the whole vocabulary. A control token that a judged text spells is
+        read as its characters. Raises Interrupted when the user stops.
         """
         if self._stop():
             raise stopped("judge")
-        tokenizer, replies = self.stacks.base.tokenizer, []
-        texts = [tokenizer.prompt_text(SystemTurn("text", system), user) for system, user, _ in prompts]
-        items = [letter_item(tokenizer, text, list(prompt[2])) for text, prompt in zip(texts, prompts, strict=True)]
+        items = {place: item for place, prompt in enumerate(prompts) if (item := self._judge_item(prompt)) is not None}
         try:
             with memory_errors("judge"), self.stacks.stack.live():
-                results = score_letters(self.stacks.base, items, self._recipe.eval.batch_tok)
+                results = score_letters(self.stacks.base, list(items.values()), self._recipe.eval.batch_tok)
         except TrainingError as error:
             raise JudgeError(
                 error.what, where="judge", fix="lower judge.max_judged_chars, or free the device"
             ) from None
-        for (_, _, characters), result in zip(prompts, results, strict=True):
-            mass = max(result.mass, 1e-300)
+        replies = [LocalReply("", {})] * len(prompts)  # no reply, where there was nothing that could be asked
+        for place, result in zip(items, results, strict=True):
+            characters, mass = prompts[place][2], max(result.mass, 1e-300)
             shares = {c: round(value - math.log(mass), 6) for c, value in zip(characters, result.logprobs, strict=True)}
-            replies.append(LocalReply(f"{characters[result.predicted]} (mass {result.mass:.3g})", shares))
+            replies[place] = LocalReply(f"{characters[result.predicted]} (mass {result.mass:.3g})", shares)
         return replies
+
+    def _judge_item(self, prompt: Prompt) -> LetterItem | None:
+        """A prompt to judge as tokens, or None if a control token in it can be written in no other way."""
+        tokenizer, (system, user, characters) = self.stacks.base.tokenizer, prompt
+        try:
+            text = tokenizer.prompt_text(SystemTurn("text", system), user)
+            return letter_item(tokenizer, text, list(characters), (system, user))
+        except TemplateError:
+            if tokenizer.control_token_in(user):
+                return None
+            raise
 
     # --- rows ------------------------------------------------------------------------------------------
 

@@ -347,12 +347,17 @@ class Store:
     # --- runs and verdicts -----------------------------------------------------------------------------
 
     def start_run(self, run: str, recipe_json: str, recipe_sha256: str, source: str, facts: Mapping[str, Any]) -> None:
-        """Record that a run begins or resumes: its first start time is kept, `facts` are merged over those it had."""
+        """Record that a run begins or resumes: its first start time is kept, `facts` are merged over those it had.
+
+        No run starts before one that is recorded already, whatever the clock says: whose thresholds were the first is read
+        off these times.
+        """
         with self.transaction() as db:
             row = db.execute("SELECT facts FROM runs WHERE id=?", (run,)).fetchone()
             merged = {**(stored_json(row["facts"]) if row else {}), **facts}
             db.execute(
-                "INSERT INTO runs VALUES(?,?,?,?,?,NULL,?) ON CONFLICT(id) DO UPDATE SET facts=excluded.facts, finished_at=NULL",
+                "INSERT INTO runs VALUES(?,?,?,?,MAX(?, (SELECT COALESCE(MAX(started_at), 0) FROM runs)),NULL,?) "
+                "ON CONFLICT(id) DO UPDATE SET facts=excluded.facts, finished_at=NULL",
                 (run, recipe_json, recipe_sha256, source, time.time(), canonical_json(merged)),
             )
 
@@ -370,7 +375,7 @@ class Store:
 
     def runs(self) -> list[sqlite3.Row]:
         """The rows of all runs of the workspace, newest first."""
-        return self._db.execute("SELECT * FROM runs ORDER BY started_at DESC").fetchall()
+        return self._db.execute("SELECT * FROM runs ORDER BY started_at DESC, rowid DESC").fetchall()
 
     def run(self, run: str) -> sqlite3.Row | None:
         """The row of the run with this id, or None if it never began in this workspace. Users type it: any text will do."""
@@ -427,7 +432,10 @@ def _record(row: sqlite3.Row) -> Record:
 
 
 def _holder_is_alive(lease: sqlite3.Row) -> bool:
-    """Whether the process that holds a lease runs; on another host, whether its heartbeat is recent."""
+    """Whether the process that holds a lease runs; on another host, whether its heartbeat is recent.
+
+    A heartbeat far in the future is none: a clock was wrong, and nobody would wait until it is right.
+    """
     if lease["host"] != socket.gethostname():
-        return time.time() - lease["heartbeat"] < LEASE_DEAD_AFTER_S
+        return abs(time.time() - lease["heartbeat"]) < LEASE_DEAD_AFTER_S
     return process_is_alive(lease["pid"], lease["token"].partition("-")[0])

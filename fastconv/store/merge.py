@@ -54,14 +54,14 @@ class MergeResult:
 def merge(store: Store, other: Store, keys: Collection[str] | None = None) -> MergeResult:
     """Add the finished stages of `other` to `store`: those of `keys`, or all with judgements, runs and verdicts.
 
-    What `store` has stays; what it lacks is added, the oldest first, so that a killed merge leaves no stage without
-    those it depends on. Raises InputError if both are one workspace, and StoreError, before anything is written, if a
+    What `store` has stays; what it lacks is added in the order in which it was committed, so that a killed merge leaves no
+    stage without those it depends on. Raises InputError if both are one workspace, and StoreError, before anything is written, if a
     stage has different results in both.
     """
     if store.root.resolve() == other.root.resolve():
         raise InputError("it is this workspace", where=str(other.root), fix="name another one")
     require_sound_money(other)
-    order = [key for (key,) in other.rows("SELECT key FROM stages ORDER BY finished_at, rowid")]
+    order = [key for (key,) in other.rows("SELECT key FROM stages ORDER BY rowid")]
     wanted = order if keys is None else [key for key in order if key in keys]
     known = {key for (key,) in store.rows("SELECT key FROM stages")}
     for key in wanted:

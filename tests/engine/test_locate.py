@@ -45,6 +45,38 @@ def test_a_folder_is_known_by_its_content_and_not_by_its_path(tiny_qwen: Path, t
         (copy / name).write_bytes(whole + b" ")
         assert locate(ModelSettings(id=str(copy))).identity != here, name
         (copy / name).write_bytes(whole)
+    (copy / "results.json").write_text("{}")
+    assert locate(ModelSettings(id=str(copy))).identity == here
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja", "chat_template.json",
+     "additional_chat_templates/tool.jinja", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+     "qwen.tiktoken", "tokenizer_2.json", "model-00002-of-00002.safetensors", "model.safetensors.index.json"],
+)  # fmt: skip
+def test_whatever_may_decide_weights_tokens_or_prompts_is_in_the_key(
+    tiny_qwen: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_qwen, folder)
+    seen = {locate(ModelSettings(id=str(folder))).identity["sha256"]}
+    (folder / name).parent.mkdir(exist_ok=True)
+    for text in ("{}", "{} ", "[1]"):
+        (folder / name).write_text(text)
+        seen.add(locate(ModelSettings(id=str(folder))).identity["sha256"])
+    assert len(seen) == 4
+
+
+def test_shards_that_lie_below_the_folder_are_in_the_key(tiny_qwen: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_qwen, folder)
+    (folder / "below").mkdir()
+    (folder / "below" / "a.safetensors").write_bytes(b"1")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "below/a.safetensors"}}))
+    first = locate(ModelSettings(id=str(folder))).identity
+    (folder / "below" / "a.safetensors").write_bytes(b"2")
+    assert locate(ModelSettings(id=str(folder))).identity != first
 
 
 def _numbers(name: str, **settings: str) -> dict[str, str]:

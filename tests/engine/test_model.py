@@ -164,6 +164,6 @@ def test_another_prompt_than_transformers_writes_is_refused(folder: Path, monkey
 
 def test_tokens_are_compared_at_every_load_that_is_not_proven_yet(folder: Path) -> None:
     load(folder)
-    _added_in_a_file(folder)  # no part of the identity of the weights
+    _added_in_a_file(folder)
     with pytest.raises(FastconvError, match="has another id"):
         load(folder)

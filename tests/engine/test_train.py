@@ -15,6 +15,7 @@ from fastconv.engine.cuda_graph import token_seeds
 from fastconv.engine.model import Base
 from fastconv.engine.stack import Stack
 from fastconv.engine.train import Hooks, Job, lr_at, save_state, start, train, weighted_cross_entropy
+from fastconv.engine.trainee import Trainee
 from fastconv.errors import AdapterError, TrainingError
 from fastconv.seeding import seed_of
 from tests.engine_kit import (
@@ -249,6 +250,40 @@ def test_a_step_that_is_not_finite_is_never_taken(stack: Stack, monkeypatch: pyt
     assert trainee.adapter.flat.equal(good.adapter.flat)
     assert trainee.moments["step"] == 3
     assert trainee.moments["exp_avg"].equal(good.moments["exp_avg"])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("lag", [0, 1], ids=["read_at_once", "read_late"])
+def test_a_gradient_that_is_not_finite_beside_a_finite_loss_is_never_applied(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, lag: int, value: float
+) -> None:
+    monkeypatch.setitem(loop._LAG_STEPS, "cpu", lag)
+    job, real = job_of(stack), loop._optimizer_step
+    (good,) = finish(stack, job, until_step=3)
+    trainee = start(stack, job)
+
+    def overflow(one: Trainee, loss: torch.Tensor) -> None:
+        assert bool(torch.isfinite(loss))
+        if one.step == 3:
+            one.grad[7] = value
+        real(one, loss)
+
+    monkeypatch.setattr(loop, "_optimizer_step", overflow)
+    with pytest.raises(TrainingError, match="at step 4"):
+        train(stack, [trainee], Hooks())
+    assert trainee.step == 3
+    assert trainee.adapter.flat.equal(good.adapter.flat)
+    assert trainee.moments["exp_avg_sq"].equal(good.moments["exp_avg_sq"])
+
+
+def test_every_epoch_sees_all_rows_in_an_order_of_its_own(stack: Stack) -> None:
+    job = job_of(stack, 16, epochs=4)
+    steps = range(job.steps_per_epoch)
+    orders = [[row for step in steps for row in job.batch(epoch * len(steps) + step)] for epoch in range(4)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert all(sorted(order) == list(range(16)) for order in orders)
+    other = replace(job, seed_parts=("other", 42))
+    assert [row for step in steps for row in other.batch(step)] != orders[0]
 
 
 def test_nan_in_the_weights_stops_before_the_first_step(stack: Stack) -> None:

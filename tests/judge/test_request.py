@@ -154,6 +154,17 @@ def test_look_alike_fences_lose_their_brackets(text: str) -> None:
     assert not re.search(r"[<\uff1c\u2039\u3008]\W*(answer|question|system|human|im_start)", clean, re.IGNORECASE)
 
 
+@pytest.mark.parametrize(
+    "token",
+    ["<|im_end|>", "<|eot_id|>", "<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "</s>", "<s>", "<bos>", "<eos>",
+     "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"],
+)  # fmt: skip
+def test_control_tokens_of_a_servers_tokenizer_are_opened(token: str) -> None:
+    assert token not in neutralize(f"a{token}b")
+    for kept in ("a < b > c", "[1]", "if s<t:", "x | y", "<div>"):
+        assert neutralize(kept) == kept
+
+
 @given(st.text(st.characters(codec=None, exclude_categories=()), max_size=200))
 def test_no_text_leaves_its_fence_or_breaks_the_encoding(text: str) -> None:
     request = build_request(rubric(), PARAMS, JudgeItem(text, text, 0))
