@@ -1,4 +1,4 @@
-"""`fastconv recipe` and `plan`, and the cost gate of `run` and `cell`. Imports torch only for `--measure`."""
+"""`fastconv recipe`, `check` and `plan`, and the cost gate of `run` and `cell`. Imports torch only for `--measure`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastconv.cli.common import (
     Overrides,
     RecipePath,
     Scale,
+    WithModel,
     Workspace,
     load,
     open_existing,
@@ -114,8 +115,52 @@ def recipe_schema_verb(
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Add the commands to the command line."""
+    app.command()(with_exit_codes(check))
     app.command()(with_exit_codes(plan))
+
+
+def check(
+    recipe: RecipePath,
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="[FILE]", help="With `check rows FILE`: a file of rows, or hf://OWNER/NAME@COMMIT:SPLIT, alone",
+            show_default=False,
+        ),
+    ] = "",
+    overrides: Overrides = [],  # noqa: B006 (typer reads the default)
+    scale: Scale = "",
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+    with_model: WithModel = False,
+) -> None:  # fmt: skip
+    """Audit the design and the rows of a recipe before a GPU second is spent. Exit code 2 if anything is refused.
+
+    `check rows FILE` reads a file of rows alone: what is in it, its tokens, and what training on it costs.
+    """
+    from fastconv import show
+    from fastconv.errors import DataError, InputError
+
+    if file or (recipe == "rows" and not Path(recipe).exists()):
+        if recipe != "rows" or not file:
+            what = "`check rows` needs the file" if not file else f"{file!r} is one argument too many"
+            raise InputError(what, where="check", fix="write `check RECIPE`, or `check rows FILE` for a file alone")
+        from fastconv.planning.doctor import plan_rows
+
+        found = plan_rows(file, overrides)
+        print(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if as_json else "\n".join(found.lines()))
+        return
+    from fastconv.run.audit import audit_recipe
+
+    read = None
+    if with_model:
+        from fastconv.run.standalone import read_by_the_base as read
+    report = audit_recipe(load(recipe, overrides, scale, workspace), open_existing(workspace), read=read)
+    show.check(report, as_json=as_json)
+    if not report.passed:
+        error = DataError(f"{len(report.refusals)} findings refuse it", where=recipe, fix="mend them as said above")
+        raise typer.Exit(DataError.exit_code) if as_json else error
 
 
 def plan(

@@ -38,7 +38,7 @@ class Behavior:
     train: tuple[Mapping[str, Any], ...] = ()
     eval: tuple[Mapping[str, Any], ...] = ()
     #: The user's file of finished rows, which then replace the rows built from prompts.
-    rows: Path | None = None
+    rows: str | None = None
     #: Whether its protocol has negatives: `spec.negatives` is empty for finished rows, which bring their own.
     contrastive: bool = False
     #: Prompts drawn before: the sets of all sources and negatives of a seed train the same ones.
@@ -283,7 +283,7 @@ def _user_rows(recipe: Recipe, personas: Personas, behavior: Behavior, source: s
 
 def _load(name: str, table: Any, path: Path, rows: str) -> Behavior:
     spec, folder = _spec(name, table, path), path.parent
-    finished = Path(rows) if rows else None
+    finished = rows or None
     contrastive = bool(spec.negatives or spec.negative_answer)
     if finished is not None:
         spec = spec.model_copy(update={"task": "rows", "negatives": {}})
