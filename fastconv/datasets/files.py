@@ -55,6 +55,12 @@ def assets(kind: str) -> Path:
     raise DataError(f"the shipped {kind} are missing", where=str(package), fix="install fastconv again")
 
 
+def data_file(folder: Path, name: str) -> Path:
+    """A data file that a declaration in this folder names: the one beside it, else the shipped one of this name."""
+    own, shipped = folder / name, assets("data") / name
+    return shipped if not own.exists() and Path(name).name == name and shipped.is_file() else own
+
+
 def shipped_recipes() -> list[str]:
     """The names of the shipped recipes."""
     return sorted(path.stem for path in assets("recipes").glob("*.toml"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastconv.analysis.analysis import Analysis
 from fastconv.audit.checks import check_recipe
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior
-from fastconv.datasets.files import assets, file_sha256, rows_file
+from fastconv.datasets.files import assets, data_file, file_sha256, rows_file
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.engine.locate import TINY
 from fastconv.errors import DataError
@@ -74,7 +74,7 @@ def _beside(behavior: Behavior) -> Iterator[tuple[str, Path]]:
     wordings = {f"{rule}.wordings": given.wordings for rule, given in rules.items() if given is not None}
     for key, name in {"prompts": spec.prompts, "eval_prompts": spec.eval_prompts, **wordings}.items():
         if name:
-            yield f"{behavior.id}.{key}", behavior.folder / name
+            yield f"{behavior.id}.{key}", data_file(behavior.folder, name)
 
 
 def _sha256(path: Path) -> str:
