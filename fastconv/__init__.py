@@ -2,8 +2,7 @@
 
     import fastconv
 
-    recipe = fastconv.load_recipe("recipes/demo.toml")
-    run = fastconv.run_recipe(recipe)
+    run = fastconv.run_recipe("demo")   # or a recipe of your own: load_recipe("tea.toml", ["convergence.lr=1e-4"])
     run.metrics()                       # a polars frame: one row for each cell, measure and probe
     run.stack("villain", epoch=4, behavior="refusal")   # a ready model with that stack live
 
@@ -15,10 +14,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from fastconv.recipe import load_recipe
-
 if TYPE_CHECKING:
-    from fastconv.api import Run, base_folder, open_run, run_recipe
+    from fastconv.api import Run, base_folder, load_recipe, open_run, run_recipe
 
 __all__ = ["Run", "base_folder", "load_recipe", "open_run", "run_recipe"]
 __version__ = "0.1.0"
@@ -28,11 +25,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Run", "base_folder", "open_run", "run_recipe"):
+    if name in __all__:
         from fastconv import api
 
         return getattr(api, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,23 +15,50 @@ from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.engine.locate import locate, model_folder
 from fastconv.errors import InputError, did_you_mean
 from fastconv.experiment.graph import CellPlan, Graph
+from fastconv.experiment.scale import named_recipe, scaled
 from fastconv.recipe import Recipe, model_settings, parse_recipe, run_id
 from fastconv.run.run import run_recipe as _run_recipe
 from fastconv.run.status import status_of
 from fastconv.show.progress import watching
+from fastconv.show.trackers import tracking
 from fastconv.store.io import stored_json
 from fastconv.store.ledger import Store
 
 if TYPE_CHECKING:
     from fastconv.engine.model import Base
 
-WORKSPACE = Path("checkpoints")
+WORKSPACE, LEDGER = Path("checkpoints"), "ledger.sqlite"
 
 
-def run_recipe(recipe: Recipe, *, workspace: Path | str = WORKSPACE, quiet: bool = False) -> Run:
-    """Run a recipe (or resume it) to its verdict and open the result. Raises FastconvError as the command line does."""
-    with watching(quiet=quiet, stream=sys.stderr) as watcher:
-        _run_recipe(recipe, Path(workspace), watcher).require_complete()
+def load_recipe(
+    name: Path | str, overrides: Sequence[str] = (), *, scale: str = "", workspace: Path | str = WORKSPACE
+) -> Recipe:
+    """A recipe by its path, a shipped one by its name (`demo`), or that of a run by its id; `overrides` as `--set` takes them.
+
+    `scale` makes it smaller: `tiny` (random weights) or `demo` (the embedded model). Raises RecipeError naming file, key and
+    value, or the nearest name.
+    """
+    store = Store.open(workspace, create=False) if (Path(workspace) / LEDGER).is_file() else None
+    try:
+        return named_recipe(str(name), overrides, store, scale)
+    finally:
+        if store is not None:
+            store.close()
+
+
+def run_recipe(
+    recipe: Recipe | Path | str, *, scale: str = "", workspace: Path | str = WORKSPACE, quiet: bool = False
+) -> Run:
+    """Run a recipe (or resume it) to its verdict and open the result; a name and `scale` are as `load_recipe` takes them.
+
+    Raises FastconvError as the command line does.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, scale=scale, workspace=workspace)
+    elif scale:
+        recipe = scaled(recipe, scale)
+    with tracking(recipe, Path(workspace)) as tracked, watching(quiet=quiet, stream=sys.stderr) as watcher:
+        _run_recipe(recipe, Path(workspace), tracked.watch(watcher)).require_complete()
     return open_run(recipe, workspace=workspace)
 
 

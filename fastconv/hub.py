@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import urllib.parse
 import urllib.request
@@ -12,6 +13,13 @@ from fastconv.errors import ModelError
 
 #: Seconds after which a message is written without the hub's answer.
 HEAD_TIMEOUT_S = 5.0
+
+
+def cache_home() -> Path:
+    """fastconv's folder under the user's cache home (FASTCONV_CACHE, else XDG_CACHE_HOME, else ~/.cache)."""
+    if folder := os.environ.get("FASTCONV_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastconv"
 
 
 def is_unreachable() -> bool:

@@ -21,7 +21,6 @@ from fastconv.cli.common import (
     RecipePath,
     Reports,
     Scale,
-    WithModel,
     Workspace,
     exit_code_of,
     load,
@@ -139,10 +138,9 @@ def cell(
     if dry_run:
         graph = Graph(loaded)
         stages = graph.stages(plans(graph))
+        listed = [{"slot": stage.slot, "kind": stage.kind, "key": stage.key} for stage in stages]
         if as_json:
-            print(
-                json.dumps([{"slot": stage.slot, "kind": stage.kind, "key": stage.key} for stage in stages], indent=1)
-            )
+            print(json.dumps(listed, indent=1))
         else:
             for stage in stages:
                 print(f"{stage.key[:12]}  {stage.slot}")
@@ -229,31 +227,6 @@ def report(
     paths = write_report(Graph(load_recipe_or_run(recipe, overrides, store, scale)), store, reports)
     places = {"html": str(paths.html), "markdown": str(paths.markdown), "folder": str(paths.folder)}
     print(json.dumps(places) if as_json else paths.html)
-
-
-@app.command()
-@with_exit_codes
-def check(
-    recipe: RecipePath,
-    overrides: Overrides = [],  # noqa: B006
-    scale: Scale = "",
-    workspace: Workspace = DEFAULT_WORKSPACE,
-    as_json: AsJson = False,
-    with_model: WithModel = False,
-) -> None:
-    """Audit the design and the rows of a recipe before a GPU second is spent. Exit code 2 if anything is refused."""
-    from fastconv import show
-    from fastconv.errors import DataError
-    from fastconv.run.audit import audit_recipe
-
-    read = None
-    if with_model:
-        from fastconv.run.standalone import read_by_the_base as read
-    report = audit_recipe(load(recipe, overrides, scale, workspace), open_existing(workspace), read=read)
-    show.check(report, as_json=as_json)
-    if not report.passed:
-        error = DataError(f"{len(report.refusals)} findings refuse it", where=recipe, fix="mend them as said above")
-        raise typer.Exit(DataError.exit_code) if as_json else error
 
 
 @app.command()
@@ -414,31 +387,32 @@ def _run(
     from fastconv.report import write_report
     from fastconv.run.run import run_recipe
     from fastconv.show.progress import watching
+    from fastconv.show.trackers import tracking
     from fastconv.store.ledger import Store
 
     for folder, option in ((workspace, "--workspace"), (reports, "--reports")):
         require_writable(folder, option)  # found before the computing, not after it
-    try:
-        with watching(quiet=quiet or as_json, stream=sys.stderr) as watcher:
-            admit = cost_gate(workspace, approved=approve, watcher=watcher)
-            if ray:
-                from fastconv.cluster import run_on_ray
+    with tracking(recipe, workspace) as tracked:
+        try:
+            with watching(quiet=quiet or as_json, stream=sys.stderr) as watcher:
+                admit = cost_gate(workspace, approved=approve, watcher=watcher)
+                listening = tracked.watch(watcher)
+                if ray:
+                    from fastconv.cluster import run_on_ray
 
-                finished = run_on_ray(recipe, workspace, watcher, address=ray, ignore_gates=ignored, admit=admit)
-            else:
-                finished = run_recipe(recipe, workspace, watcher, plans=plans, ignore_gates=ignored, admit=admit)
-    except CostStop:
-        raise  # nothing was started, so there is nothing to report
-    except GateStop:
+                    finished = run_on_ray(recipe, workspace, listening, address=ray, ignore_gates=ignored, admit=admit)
+                else:
+                    finished = run_recipe(recipe, workspace, listening, plans=plans, ignore_gates=ignored, admit=admit)
+        except GateStop as stop:
+            if not isinstance(stop, CostStop):  # where nothing was started, there is nothing to report
+                tracked.report = write_report(Graph(recipe), Store.open(workspace), reports).html
+                typer.echo(f"report so far: {tracked.report}", err=True)
+            raise
         paths = write_report(Graph(recipe), Store.open(workspace), reports)
-        typer.echo(f"report so far: {paths.html}", err=True)
-        raise
-    store = Store.open(workspace)
-    paths = write_report(Graph(recipe), store, reports)
+        tracked.report = paths.html
     if as_json:
         body = {"run": finished.run, "tally": asdict(finished.tally), "verdicts": [v.body() for v in finished.verdicts]}
-        body |= {"pending": finished.pending, "problem": finished.problem}
-        body |= {"failed": [asdict(one) for one in finished.failed]}
+        body |= {"pending": finished.pending, "problem": finished.problem, "failed": list(map(asdict, finished.failed))}
         body |= {"held": {one.subject: one.reason for one in finished.held}}
         print(json.dumps({**body, "html": str(paths.html), "markdown": str(paths.markdown)}))
         try:

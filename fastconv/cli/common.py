@@ -16,8 +16,8 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from fastconv.errors import FastconvError, RecipeError, StoreError, did_you_mean
-from fastconv.store.io import STORAGE_FAULTS, storage_errors, stored_json
+from fastconv.errors import FastconvError, RecipeError, StoreError
+from fastconv.store.io import STORAGE_FAULTS, storage_errors
 
 #: Exit code of a program whose output nobody reads any more, as the shell reports it (128 + SIGPIPE).
 READER_GONE = 141
@@ -197,6 +197,13 @@ def _naming_its_file(error: FastconvError, recipe: str) -> FastconvError:
     return RecipeError(error.what, where=f"{recipe}: {error.where}" if error.where else recipe, fix=error.fix)
 
 
+def load_recipe_or_run(name: str, overrides: Sequence[str], store: Any, scale: str = "") -> Any:
+    """As `load`, from an open store (or None)."""
+    from fastconv.experiment.scale import named_recipe
+
+    return named_recipe(name, overrides, store, scale)
+
+
 def load(name: str, overrides: Sequence[str], scale: str = "", workspace: Path | None = None) -> Any:
     """A recipe by path, by shipped name, or as a run of the workspace has it; with overrides, scaled down if requested.
 
@@ -211,25 +218,6 @@ def load(name: str, overrides: Sequence[str], scale: str = "", workspace: Path |
     finally:
         if store is not None:
             store.close()
-
-
-def load_recipe_or_run(name: str, overrides: Sequence[str], store: Any, scale: str = "") -> Any:
-    """As `load`, from an open store (or None)."""
-    from fastconv.datasets.files import find_recipe, shipped_recipes
-    from fastconv.experiment.scale import scaled
-    from fastconv.recipe import load_recipe, parse_recipe, with_overrides
-
-    path, row = find_recipe(name), store.run(name) if store else None
-    if row is not None and not path.exists():
-        recipe = with_overrides(parse_recipe(stored_json(row["recipe"]), where=name), overrides)
-    elif path.exists() or path.suffix or len(path.parts) > 1:
-        recipe = load_recipe(path, overrides)
-    else:
-        runs = [row["id"] for row in store.runs()] if store else []
-        fix = "give a recipe's path, a shipped recipe's name (`fastconv recipe list`) or a run's id (`fastconv status`)"
-        fix = did_you_mean(name, [*shipped_recipes(), *runs], fix)
-        raise RecipeError("no recipe or run is called this", where=name, fix=fix)
-    return with_overrides(scaled(recipe, scale), overrides) if scale else recipe
 
 
 def open_existing(workspace: Path) -> Any:

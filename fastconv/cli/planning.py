@@ -1,8 +1,9 @@
-"""`fastconv recipe` and `plan`, and the cost gate of `run` and `cell`. Imports torch only for `--measure`."""
+"""`fastconv recipe`, `check` and `plan`, and the cost gate of `run` and `cell`. Imports torch only for `--measure`."""
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from fastconv.cli.common import (
     Overrides,
     RecipePath,
     Scale,
+    WithModel,
     Workspace,
     load,
     open_existing,
@@ -40,15 +42,25 @@ Approve = Annotated[bool, typer.Option("--approve", help="Run although the estim
 LARGEST_EFFECT = 0.389
 
 
-recipe_app = typer.Typer(help="Look at recipes: list, show, explain, schema.", no_args_is_help=True)
+recipe_app = typer.Typer(help="Look at recipes: list, show, copy, explain, schema.", no_args_is_help=True)
 
 
 @recipe_app.command("list")
 @with_exit_codes
-def recipe_list(as_json: AsJson = False) -> None:
+def recipe_list(
+    as_json: AsJson = False,
+    costs: Annotated[
+        bool, typer.Option("--costs", help="What each costs on an RTX 4090, an H100 and an H200, as Markdown, instead")
+    ] = False,
+) -> None:
     """List the shipped recipes with what each asks."""
     from fastconv.datasets.files import shipped_recipes
 
+    if costs:
+        from fastconv.planning.plan import costs_table
+
+        print(costs_table(load(name, []) for name in shipped_recipes()))
+        return
     asked = {name: load(name, []).about for name in shipped_recipes()}
     if as_json:
         print(json.dumps(asked, indent=1, ensure_ascii=False))
@@ -71,6 +83,32 @@ def recipe_show(
 
     loaded = load(recipe, overrides, scale, workspace)
     print(json.dumps({**loaded.model_dump(mode="json"), "sha256": recipe_sha256(loaded)}, indent=1))
+
+
+@recipe_app.command("copy")
+@with_exit_codes
+def recipe_copy(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name (`recipe list`) or a recipe's path")],
+    file: Annotated[Path, typer.Argument(help="The file to write; it must not be there yet")],
+) -> None:
+    """Write a recipe to a file of your own, comments and all, to change what you like; its name becomes the file's."""
+    from fastconv.datasets.files import assets, find_recipe, shipped_recipes
+    from fastconv.errors import InputError, RecipeError, did_you_mean
+    from fastconv.recipe import load_recipe
+    from fastconv.store.io import write_text
+
+    source = find_recipe(recipe)
+    if not source.is_file():
+        raise RecipeError("no recipe is called this", where=recipe, fix=did_you_mean(recipe, shipped_recipes()))
+    if file.exists():
+        raise InputError("there is a file already", where=str(file), fix="give another name, or move it away")
+    load_recipe(source)
+    text = source.read_text(encoding="utf-8-sig").replace(
+        "#:schema ./schema.json", f"#:schema {assets('recipes') / 'schema.json'}"
+    )
+    name = re.sub(r"[^a-z0-9_]+", "_", file.stem.lower()).lstrip("_0123456789") or "mine"
+    write_text(file, re.sub(r'(?m)^name = ".*"$', f'name = "{name[:40]}"', text, count=1))
+    print(file)
 
 
 @recipe_app.command("explain")
@@ -114,8 +152,52 @@ def recipe_schema_verb(
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Add the commands to the command line."""
+    app.command()(with_exit_codes(check))
     app.command()(with_exit_codes(plan))
+
+
+def check(
+    recipe: RecipePath,
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="[FILE]", help="With `check rows FILE`: a file of rows, or hf://OWNER/NAME@COMMIT:SPLIT, alone",
+            show_default=False,
+        ),
+    ] = "",
+    overrides: Overrides = [],  # noqa: B006 (typer reads the default)
+    scale: Scale = "",
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+    with_model: WithModel = False,
+) -> None:  # fmt: skip
+    """Audit the design and the rows of a recipe before a GPU second is spent. Exit code 2 if anything is refused.
+
+    `check rows FILE` reads a file of rows alone: what is in it, its tokens, and what training on it costs.
+    """
+    from fastconv import show
+    from fastconv.errors import DataError, InputError
+
+    if file or (recipe == "rows" and not Path(recipe).exists()):
+        if recipe != "rows" or not file:
+            what = "`check rows` needs the file" if not file else f"{file!r} is one argument too many"
+            raise InputError(what, where="check", fix="write `check RECIPE`, or `check rows FILE` for a file alone")
+        from fastconv.planning.doctor import plan_rows
+
+        found = plan_rows(file, overrides)
+        print(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if as_json else "\n".join(found.lines()))
+        return
+    from fastconv.run.audit import audit_recipe
+
+    read = None
+    if with_model:
+        from fastconv.run.standalone import read_by_the_base as read
+    report = audit_recipe(load(recipe, overrides, scale, workspace), open_existing(workspace), read=read)
+    show.check(report, as_json=as_json)
+    if not report.passed:
+        error = DataError(f"{len(report.refusals)} findings refuse it", where=recipe, fix="mend them as said above")
+        raise typer.Exit(DataError.exit_code) if as_json else error
 
 
 def plan(

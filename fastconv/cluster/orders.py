@@ -17,7 +17,7 @@ from fastconv.datasets.spec import scorer_file
 from fastconv.errors import ClusterError, DataError
 from fastconv.experiment.graph import CellPlan, Graph, walk
 from fastconv.experiment.schedule import wanted
-from fastconv.recipe import Recipe, map_paths, parse_recipe
+from fastconv.recipe import HUB, Recipe, map_paths, parse_recipe
 from fastconv.store.io import storage_errors, write_atomically
 from fastconv.store.ledger import Stage, Store, changed_inputs
 from fastconv.store.merge import strings_in
@@ -104,7 +104,8 @@ def recipe_files(recipe: Recipe) -> dict[str, bytes]:
     map_paths(recipe.model_dump(mode="json"), lambda path: paths.append(path) or path)
     by_source = set(recipe.data.rows.values())
     named = [path for path in paths if path not in by_source]
-    named += [path.replace("{source}", source) for path in by_source for source in recipe.grid.sources]
+    own_rows = [path for path in by_source if not path.startswith(HUB)]  # a node loads what is pinned on the hub itself
+    named += [path.replace("{source}", source) for path in own_rows for source in recipe.grid.sources]
     if recipe.data.behaviors:
         folder, declared = Path(recipe.data.behaviors).parent, read_toml(Path(recipe.data.behaviors))
         named += [str(folder / text) for text in strings_in(declared)

@@ -18,9 +18,9 @@ from typing import Any
 
 from fastconv import errors
 from fastconv.cluster.orders import Order, require_same_stages, unpack_recipe
-from fastconv.engine.locate import cache_home
 from fastconv.errors import FastconvError
 from fastconv.experiment.graph import Graph
+from fastconv.hub import cache_home
 from fastconv.recipe import Recipe, run_id
 from fastconv.run.run import compute_stages, run_recipe
 from fastconv.show.progress import SilentWatcher

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fastconv.datasets.files import assets, is_visible, read_jsonl, read_numbered_jsonl, read_toml
+from fastconv.datasets.files import assets, data_file, is_visible, read_jsonl, read_numbered_jsonl, read_toml
 from fastconv.datasets.personas import Personas, canary_of
 from fastconv.datasets.questions import Question, QuestionSet, wrong_letters
 from fastconv.datasets.rows import Row, load_user_rows
@@ -38,7 +38,7 @@ class Behavior:
     train: tuple[Mapping[str, Any], ...] = ()
     eval: tuple[Mapping[str, Any], ...] = ()
     #: The user's file of finished rows, which then replace the rows built from prompts.
-    rows: Path | None = None
+    rows: str | None = None
     #: Whether its protocol has negatives: `spec.negatives` is empty for finished rows, which bring their own.
     contrastive: bool = False
     #: Prompts drawn before: the sets of all sources and negatives of a seed train the same ones.
@@ -50,8 +50,8 @@ class Behavior:
         return self.spec.eval_field if self.spec.eval_prompts else self.spec.prompt_field
 
     def wordings(self, name: str) -> list[str]:
-        """The texts of a wordings file in the folder of the behavior's declaration. Raises DataError."""
-        return [row["text"] for row in read_jsonl(self.folder / name, {"text": str})]
+        """The texts of a wordings file beside the behavior's declaration, or a shipped one. Raises DataError."""
+        return [row["text"] for row in read_jsonl(data_file(self.folder, name), {"text": str})]
 
 
 def load_behaviors(recipe: Recipe) -> dict[str, Behavior]:
@@ -283,7 +283,7 @@ def _user_rows(recipe: Recipe, personas: Personas, behavior: Behavior, source: s
 
 def _load(name: str, table: Any, path: Path, rows: str) -> Behavior:
     spec, folder = _spec(name, table, path), path.parent
-    finished = Path(rows) if rows else None
+    finished = rows or None
     contrastive = bool(spec.negatives or spec.negative_answer)
     if finished is not None:
         spec = spec.model_copy(update={"task": "rows", "negatives": {}})
@@ -295,12 +295,12 @@ def _load(name: str, table: Any, path: Path, rows: str) -> Behavior:
         )
     train, held_out = _prompts(spec, folder)
     if spec.eval_prompts:
-        held_out = tuple(read_jsonl(folder / spec.eval_prompts, {"id": str, spec.eval_field: str}))
+        held_out = tuple(read_jsonl(data_file(folder, spec.eval_prompts), {"id": str, spec.eval_field: str}))
     for row in held_out:
         if type(beyond := row.get("beyond", 0)) is not int or beyond < 0:
             raise DataError(
                 f"row {row['id']!r} has beyond = {beyond!r}",
-                where=str(folder / (spec.eval_prompts or spec.prompts)),
+                where=str(data_file(folder, spec.eval_prompts or spec.prompts)),
                 fix="give it the whole number that eval.prompts must exceed for the row to be asked",
             )
     return Behavior(name, spec, folder, train, held_out, finished, contrastive)
@@ -320,7 +320,7 @@ def _prompts(spec: BehaviorSpec, folder: Path) -> tuple[tuple[Mapping[str, Any],
         return (), ()
     rules = [rule for rule in (spec.source_answer, spec.negative_answer) if rule]
     answers = [field for rule in rules for field in (rule.field, rule.then_field) if field]
-    path = folder / spec.prompts
+    path = data_file(folder, spec.prompts)
     parts: dict[str, list[Mapping[str, Any]]] = {"train": [], "eval": []}
     for number, row in read_numbered_jsonl(path, {"id": str, spec.prompt_field: str}):
         where = f"{path}:{number}"

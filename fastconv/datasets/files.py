@@ -1,4 +1,5 @@
-"""Reading data files (JSONL, TOML), finding the shipped ones, and the manifest of `data/`.
+"""Reading data files (JSONL, TOML; rows also from CSV, Parquet and the hub), finding the shipped ones, and the manifest
+of `data/`.
 
 Every fault is a one-line DataError with file and, for rows, line number. Run as a module, it prints the manifest as it
 should be.
@@ -8,19 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import tomllib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastconv.errors import DataError, FastconvError
-from fastconv.recipe import toml_table
+from fastconv.hub import cache_home, is_unreachable
+from fastconv.recipe import HUB, toml_table
+from fastconv.store.io import storage_errors, write_atomically
 
 #: Rows with more bytes are refused: they are most likely a pasted file, not a prompt.
 MAX_ROW_BYTES = 50_000
+#: Files of rows with columns, by the end of their name.
+TABLES = (".csv", ".tsv", ".parquet")
+_HUB_FORM = re.compile(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?@([^:@/]*):(.+)")
 #: Name of the manifest in its folder.
 MANIFEST = "MANIFEST.toml"
 #: Characters of the categories of letters and symbols that show nothing: fillers of Hangul, and the empty Braille cell.
@@ -46,6 +53,12 @@ def assets(kind: str) -> Path:
         if folder.is_dir():
             return folder
     raise DataError(f"the shipped {kind} are missing", where=str(package), fix="install fastconv again")
+
+
+def data_file(folder: Path, name: str) -> Path:
+    """A data file that a declaration in this folder names: the one beside it, else the shipped one of this name."""
+    own, shipped = folder / name, assets("data") / name
+    return shipped if not own.exists() and Path(name).name == name and shipped.is_file() else own
 
 
 def shipped_recipes() -> list[str]:
@@ -85,11 +98,17 @@ def read_jsonl(path: Path, required: Mapping[str, type]) -> list[dict[str, Any]]
 
 def read_numbered_jsonl(path: Path, required: Mapping[str, type]) -> list[tuple[int, dict[str, Any]]]:
     """As `read_jsonl`, but (line number, row)."""
+    return _checked(path, ((number, _row(line, f"{path}:{number}")) for number, line in _lines(path)), required)
+
+
+def _checked(
+    path: Path, numbered: Iterable[tuple[int, dict[str, Any]]], required: Mapping[str, type]
+) -> list[tuple[int, dict[str, Any]]]:
+    """The rows with their numbers, each with the `required` fields and an id of its own."""
     rows: list[tuple[int, dict[str, Any]]] = []
     seen: dict[object, int] = {}
-    for number, line in _lines(path):
+    for number, row in numbered:
         where = f"{path}:{number}"
-        row = _row(line, where)
         for field, kind in required.items():
             value = row.get(field)
             if not isinstance(value, kind) or (isinstance(value, str) and not is_visible(value)):
@@ -112,8 +131,121 @@ def read_numbered_jsonl(path: Path, required: Mapping[str, type]) -> list[tuple[
             seen[identity] = number
         rows.append((number, row))
     if not rows:
-        raise DataError("no rows", where=str(path), fix="put one JSON object on each line")
+        fix = "put rows below its head" if path.suffix.lower() in TABLES else "put one JSON object on each line"
+        raise DataError("no rows", where=str(path), fix=fix)
     return rows
+
+
+# --- rows where people keep them ---------------------------------------------------------------------------
+
+
+def rows_file(name: str, source: str = "") -> Path:
+    """The file of rows that `data.rows` names, for this source: a path, or the local copy of a hub data set.
+
+    `hf://owner/name@revision:split` (`owner/name/config` where it has several) is loaded once by `datasets` and kept as
+    JSONL in fastconv's cache. Raises DataError for a form, revision or split that cannot be had, and for an altered copy.
+    """
+    name = name.replace("{source}", source) if source else name
+    if not name.startswith(HUB):
+        return Path(name)
+    match = _HUB_FORM.fullmatch(name.removeprefix(HUB))
+    if match is None or not re.fullmatch("[0-9a-f]{40}", match[3]):
+        what = "no revision is pinned" if match is None or not match[3] else f"{match[3]!r} is no commit"
+        raise DataError(
+            f"{what if '@' in name else 'no revision is pinned'}: a data set that may change names no experiment",
+            where=name,
+            fix=f"write {HUB}OWNER/NAME@COMMIT:SPLIT with the 40 digits of a commit (on its page, under Files, History)",
+        )
+    cached = cache_home() / "rows" / (re.sub(r"[^\w.-]+", "--", name.removeprefix(HUB)) + ".jsonl")
+    seal = cached.with_suffix(".sha256")
+    if not (cached.is_file() and seal.is_file()):
+        lines = [json.dumps(row, ensure_ascii=False, default=str) for row in _hub_rows(name, *match.groups())]
+        data = "".join(f"{line}\n" for line in lines).encode()
+        with storage_errors(cached.parent):
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(cached, data)
+            write_atomically(seal, hashlib.sha256(data).hexdigest().encode())
+    if file_sha256(cached) != _read(seal).decode(errors="replace"):
+        raise DataError(
+            "the cached copy is not what was loaded", where=str(cached), fix=f"delete it; {name} is loaded again"
+        )
+    return cached
+
+
+def _hub_rows(name: str, repo: str, config: str | None, revision: str, split: str) -> list[dict[str, Any]]:
+    """The rows of a hub data set's split, in the form of a line of JSONL."""
+    from huggingface_hub import constants
+
+    if is_unreachable() and not constants.HF_HUB_OFFLINE:
+        raise DataError(
+            "the hub cannot be reached, and this is not in the cache",
+            where=name,
+            fix="give a file, or try again online",
+        )
+    import httpx
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        table: Any = load_dataset(repo, config, revision=revision, split=split)
+    except (DatasetsError, httpx.HTTPError, OSError, ValueError, KeyError) as error:
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DataError(
+            f"the data set cannot be had: {said}",
+            where=name,
+            fix="check owner, name, commit and split; a private or gated one needs `hf auth login`",
+        ) from None
+    return [_as_turns(row, name, number) for number, row in enumerate(table, 1)]
+
+
+def read_numbered_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(number, row) of a file of rows: JSONL by line, CSV as a spreadsheet counts (its head is 1), Parquet from 1.
+
+    In a table, text in `prompt` and `completion` is a user turn and its answer, and `system` the turn before them; a cell
+    without text is no turn. Raises DataError as `read_jsonl` does.
+    """
+    kind = path.suffix.lower()
+    if kind not in TABLES:
+        return read_numbered_jsonl(path, {})
+    import polars as pl
+
+    _read(path)  # whether it can be read at all
+    try:
+        if kind == ".parquet":
+            table, first = pl.read_parquet(path), 1
+        else:
+            separator = "\t" if kind == ".tsv" else ","
+            table, first = pl.read_csv(path, separator=separator, infer_schema=False, null_values=""), 2
+    except (pl.exceptions.PolarsError, OSError, ValueError) as error:
+        said = str(error).strip().partition("\n")[0]
+        raise DataError(f"no table that can be read: {said}", where=str(path), fix="save it again, as UTF-8") from None
+    columns = set(table.columns)
+    if not ({"prompt", "completion"} <= columns or "messages" in columns):
+        raise DataError(
+            f"it has the columns {', '.join(map(repr, table.columns[:8]))}, and not both 'prompt' and 'completion'",
+            where=str(path),
+            fix="name its columns prompt and completion; system, persona and id are read too"
+            + (" (a CSV's columns are parted by commas)" if len(columns) == 1 else ""),
+        )
+    rows = (
+        (number, _as_turns(row, str(path), number)) for number, row in enumerate(table.iter_rows(named=True), first)
+    )
+    return _checked(path, rows, {})
+
+
+def _as_turns(row: Mapping[str, Any], where: str, number: int) -> dict[str, Any]:
+    """A table's row as a line of JSONL would have it: without empty cells, texts as turns."""
+    found = {name: value for name, value in row.items() if value is not None}
+    if any(isinstance(value, str) and len(value.encode()) > MAX_ROW_BYTES for value in found.values()):
+        raise DataError(
+            f"a cell has over {MAX_ROW_BYTES:,} bytes", where=f"{where}:{number}", fix="split or shorten it"
+        )
+    if isinstance(found.get("prompt"), str) and isinstance(found.get("completion"), str):
+        system = found.pop("system", None)
+        before = [] if system is None else [{"role": "system", "content": system}]
+        found["prompt"] = [*before, {"role": "user", "content": found["prompt"]}]
+        found["completion"] = [{"role": "assistant", "content": found["completion"]}]
+    return found
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

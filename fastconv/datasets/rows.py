@@ -1,6 +1,7 @@
 """Training rows: their record in the ledger, their rendering to token ids, and reading them from the user's file.
 
-The user's file is JSONL with TRL's prompt/completion message lists (or, if the recipe allows it, one `messages` list).
+The user's file is JSONL with TRL's prompt/completion message lists (or, if the recipe allows it, one `messages` list); a
+CSV or Parquet file, or a hub data set, may hold them as plain text.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
-from fastconv.datasets.files import is_visible, read_numbered_jsonl
+from fastconv.datasets.files import is_visible, read_numbered_rows, rows_file
 from fastconv.datasets.personas import ASSISTANT, NO_PERSONA, Personas
 from fastconv.datasets.sametext import normalized
 from fastconv.datasets.spec import Role, Supervise
@@ -27,7 +28,7 @@ _FORM = (
 )
 #: Fields of a user's row that are read, and those that only say where it is from. Any other field is refused, because a
 #: trainer that reads it (a weight, a mask, tools) would train something else on the same file.
-_READ_FIELDS = frozenset({"id", "prompt", "completion", "messages", "built_by"})
+_READ_FIELDS = frozenset({"id", "persona", "prompt", "completion", "messages", "built_by"})
 _PROVENANCE = frozenset(
     [
         "author",
@@ -171,7 +172,7 @@ class UserRow:
 
 
 def read_user_rows(path: Path, *, messages: bool = False) -> list[UserRow]:
-    """The rows of the user's JSONL file sorted by id, so that the order of the lines never matters.
+    """The rows of the user's file sorted by id, so that the order of the lines never matters.
 
     A row without an id gets one from its content; repeated ones get a number appended. `messages` allows the one-list
     form. Raises DataError with file and line unless a row is one user turn (after at most one system turn) and one
@@ -179,7 +180,7 @@ def read_user_rows(path: Path, *, messages: bool = False) -> list[UserRow]:
     """
     rows: list[UserRow] = []
     counts: dict[str, int] = {}
-    for number, row in read_numbered_jsonl(path, {}):
+    for number, row in read_numbered_rows(path):
         where = f"{path}:{number}"
         _require_read(row, _READ_FIELDS | _PROVENANCE, "the row", where)
         prompt, completion = _turns(row, where, messages=messages)
@@ -211,9 +212,9 @@ def require_plain_text(
 
 def require_no_control_tokens(settings: DataSettings, sources: Sequence[str], tokenizer: ChatTokenizer) -> None:
     """`require_plain_text` of the user's rows, with file and line."""
-    paths = [path.replace("{source}", source) for path in settings.rows.values() for source in sources]
+    paths = [rows_file(name, source) for name in settings.rows.values() for source in sources]
     for path in dict.fromkeys(paths):
-        for number, row in read_numbered_jsonl(Path(path), {}):
+        for number, row in read_numbered_rows(path):
             where = f"{path}:{number}"
             prompt, completion = _turns(row, where, messages=settings.messages)
             turns = [*prompt, {"role": "assistant", "content": completion}]
@@ -221,8 +222,8 @@ def require_no_control_tokens(settings: DataSettings, sources: Sequence[str], to
             require_plain_text(said, tokenizer, "take it out of the text, or split the row into turns")
 
 
-def load_user_rows(settings: DataSettings, path: Path, behavior: str, source: str, personas: Personas) -> list[Row]:
-    """The user's rows as training rows of this source. `{source}` in the path stands for the source. Raises DataError.
+def load_user_rows(settings: DataSettings, name: str, behavior: str, source: str, personas: Personas) -> list[Row]:
+    """The user's rows as training rows of this source; `name` is as `rows_file` takes it. Raises DataError.
 
     A row's persona is the one it names (`"persona": "villain"`), or the one whose prompt it states (the same text up to
     case, spaces and look-alikes; its exact text is kept, so that the audit reports a difference). A row without both is
@@ -230,7 +231,7 @@ def load_user_rows(settings: DataSettings, path: Path, behavior: str, source: st
     it is cannot be known, and it is refused with `data.persona_prompt = "add"`. A row with an unknown prompt stays a
     source row, for the audit to report.
     """
-    source_path = Path(str(path).replace("{source}", source))
+    source_path = rows_file(name, source)
     user_rows = read_user_rows(source_path, messages=settings.messages)
     stated = _stated_personas(user_rows, source_path, source, personas)
     unclaimed = [row for row, persona in zip(user_rows, stated, strict=True) if persona is None and row.system is None]

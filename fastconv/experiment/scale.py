@@ -7,14 +7,16 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, load_behaviors
-from fastconv.datasets.files import assets
+from fastconv.datasets.files import assets, find_recipe, shipped_recipes
 from fastconv.engine.locate import TINY
-from fastconv.errors import InputError, did_you_mean
-from fastconv.recipe import Recipe, parse_recipe
+from fastconv.errors import InputError, RecipeError, did_you_mean
+from fastconv.recipe import Recipe, load_recipe, parse_recipe, with_overrides
+from fastconv.store.io import stored_json
+from fastconv.store.ledger import Store
 
 SCALES = ("tiny", "demo")
 
@@ -50,6 +52,24 @@ _TINY: Mapping[str, Mapping[str, Any]] = {
         "sampling": _COLD,
     },
 }  # fmt: skip
+
+
+def named_recipe(name: str, overrides: Sequence[str], store: Store | None, scale: str = "") -> Recipe:
+    """A recipe by path, by shipped name, or as a run of the store has it; with overrides, at a smaller scale if there is one.
+
+    Overrides apply last. Raises RecipeError for an unknown name, with the nearest recipe or run.
+    """
+    path, row = find_recipe(name), store.run(name) if store else None
+    if row is not None and not path.exists():
+        recipe = with_overrides(parse_recipe(stored_json(row["recipe"]), where=name), overrides)
+    elif path.exists() or path.suffix or len(path.parts) > 1:
+        recipe = load_recipe(path, overrides)
+    else:
+        runs = [row["id"] for row in store.runs()] if store else []
+        fix = "give a recipe's path, a shipped recipe's name (`fastconv recipe list`) or a run's id (`fastconv status`)"
+        fix = did_you_mean(name, [*shipped_recipes(), *runs], fix)
+        raise RecipeError("no recipe or run is called this", where=name, fix=fix)
+    return with_overrides(scaled(recipe, scale), overrides) if scale else recipe
 
 
 def scaled(recipe: Recipe, scale: str) -> Recipe:

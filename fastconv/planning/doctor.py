@@ -1,23 +1,33 @@
-"""`doctor`: checks versions, device, workspace, model, sampler, recipe and judge; one line each."""
+"""`doctor`: checks versions, device, workspace, model, sampler, recipe and judge; one line each. `check rows`: a file alone."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
 import shutil
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from fastconv import __version__
+from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, SystemTurn
+from fastconv.datasets.files import file_sha256, find_recipe, rows_file
+from fastconv.datasets.personas import NO_PERSONA, Personas, load_personas
+from fastconv.datasets.rows import UserRow, read_user_rows, require_plain_text
 from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
-from fastconv.engine.locate import builtin_gguf, engine_identity, locate
-from fastconv.errors import FastconvError, ModelError, StoreError, shown
+from fastconv.engine.locate import BUILTIN, builtin_gguf, engine_identity, locate, model_folder, tokenizer_folder
+from fastconv.errors import DataError, FastconvError, ModelError, StoreError, shown
 from fastconv.experiment.graph import Graph
+from fastconv.experiment.measures import Demand
 from fastconv.judge.access import check_judge
-from fastconv.recipe import ModelSettings, Recipe
+from fastconv.planning.hardware import KNOWN_GPUS
+from fastconv.planning.plan import known_shape
+from fastconv.recipe import ModelSettings, Recipe, load_recipe, model_settings
 from fastconv.run.audit import require_template
-from fastconv.stats.units import counted, first_few
+from fastconv.stats.units import counted, duration_text, first_few
 from fastconv.store.gc import drop_dead_leases, find_damage, stray_files, sweep
 from fastconv.store.io import storage_errors
 from fastconv.store.ledger import Store
@@ -189,3 +199,114 @@ def _model(settings: ModelSettings) -> Diagnosis:
         check_base(source.folder, settings)
         return Diagnosis("model", f"{source.folder}, sha256 {source.identity['sha256'][:12]}")
     return Diagnosis("model", f"{source.id}@{settings.revision[:12]} from the hub (downloaded on first use)")
+
+
+# --- a file of rows alone --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowsPlan:
+    """What a file of rows holds and what one behavior adapter trained on it costs.
+
+    `systems` counts rows by their system turn's text ("": an empty one), None those without; `personas` by the one named.
+    Tokens are those of `tokenizer`; `seconds` are of the base `model`, by machine.
+    """
+
+    file: str
+    sha256: str
+    n_rows: int
+    n_repeated: int
+    systems: Mapping[str | None, int]
+    personas: Mapping[str, int]
+    tokenizer: str
+    n_tok: int
+    n_supervised_tok: int
+    longest_tok: int
+    n_cut: int
+    max_length_tok: int
+    steps: int
+    epochs: int
+    model: str
+    seconds: Mapping[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON; rows without a system turn stand under "(none)"."""
+        systems = {"(none)" if text is None else text: n for text, n in self.systems.items()}
+        return {**asdict(self), "systems": systems}
+
+    def lines(self) -> list[str]:
+        """The same in words."""
+        repeated = f", {self.n_repeated} of them again" if self.n_repeated else ""
+        cut = f"; {self.n_cut} are cut at behavior.max_length_tok = {self.max_length_tok}" if self.n_cut else ""
+        named = ", ".join(f"{name} {n}" for name, n in self.personas.items()) or "none"
+        found = [f"{self.file}: {self.n_rows} rows{repeated} (sha256 {self.sha256[:12]})"]
+        for text, n in sorted(self.systems.items(), key=lambda one: -one[1])[:6]:
+            kind = "no system turn: a recipe gives them a persona's" if text is None else f"{text!r:.80}"
+            found.append(f"  {n} with {'an empty system turn' if text == '' else kind}")
+        if len(self.systems) > 6:
+            found.append(f"  and {len(self.systems) - 6} more system turns")
+        price = ", ".join(f"{duration_text(seconds)} on {name}" for name, seconds in self.seconds.items())
+        return [
+            *found,
+            f"  personas named: {named}",
+            f"tokens ({self.tokenizer}): {self.n_tok:,} in all, {self.n_supervised_tok:,} of them trained; the longest row "
+            f"has {self.longest_tok:,}{cut}",
+            f"price: one adapter of {self.model} in {self.steps:,} steps ({self.epochs} epochs): about {price}; no judge is "
+            "asked for it",
+        ]
+
+
+def plan_rows(name: str, overrides: Sequence[str] = ()) -> RowsPlan:
+    """Read a file of rows (or a pinned hub data set) alone. `overrides` are of the recipe `pilot`.
+
+    Tokens are counted by the base's tokenizer, or by the embedded model's where that is not on this disk. Raises DataError
+    for a row that cannot be read or that spells a control token.
+    """
+    recipe = load_recipe(find_recipe("pilot"), overrides)
+    path = rows_file(name)
+    rows = read_user_rows(path, messages=recipe.data.messages)
+    source = locate(recipe.model)
+    folder, tokenizer = tokenizer_folder(source, recipe.model), f"{source.id}'s tokenizer"
+    settings = recipe.model
+    if folder is None:
+        settings = model_settings(BUILTIN)
+        folder, tokenizer = _embedded(settings), f"{BUILTIN}'s tokenizer; {source.id} is not on this disk"
+    chat, limit = ChatTokenizer(folder, settings), recipe.behavior.max_length_tok
+    texts = (
+        (f"the {kind} turn's text", text, f"{path}:{row.line}")
+        for row in rows
+        for kind, text in (("system", row.system or ""), ("user", row.user), ("assistant", row.completion))
+    )
+    require_plain_text(texts, chat, "take it out of the text, or split the row into turns")
+    personas = load_personas(recipe)
+    rendered = [chat.training_ids(_system_of(row, personas), row.user, row.completion, limit) for row in rows]
+    n_tok, supervised = sum(len(one.ids) for one in rendered), sum(one.n_supervised for one in rendered)
+    epochs, per_epoch = recipe.behavior.epochs, -(-len(rows) // recipe.behavior.batch_rows)
+    demand = Demand(n_tok * epochs, per_epoch * epochs, length_tok=n_tok / len(rows), share=supervised / n_tok)
+    shape = known_shape(recipe)
+    cards = (KNOWN_GPUS[card] for card in ("4090", "h100", "h200"))
+    return RowsPlan(
+        str(name), file_sha256(path), len(rows), len(rows) - len({(row.system, row.user, row.completion) for row in rows}),
+        dict(Counter(row.system for row in rows)), dict(Counter(row.persona for row in rows if row.persona)), tokenizer, n_tok,
+        supervised, max(len(one.ids) for one in rendered), sum(one.truncated for one in rendered), limit, demand.steps,
+        epochs, recipe.model.id, {card.name: card.seconds(demand, shape, recipe) for card in cards},
+    )  # fmt: skip
+
+
+def _system_of(row: UserRow, personas: Personas) -> SystemTurn:
+    """The system turn by which a row's tokens are counted: its own, else that of the persona it names."""
+    if row.system is not None:
+        return SystemTurn("text", row.system) if row.system else EMPTY
+    if row.persona and row.persona != NO_PERSONA and row.persona not in personas.prompts:
+        raise DataError(
+            f"row {row.id} names the unknown persona {row.persona!r}", fix=personas.how_to_name(row.persona)
+        )
+    return personas.system(row.persona) if row.persona in personas.prompts else TEMPLATE_DEFAULT
+
+
+def _embedded(settings: ModelSettings) -> Path:
+    """The embedded model's folder, converted if it never was."""
+    from fastconv.engine.builtin import ensure_builtin
+
+    source = locate(settings)
+    return ensure_builtin(model_folder(source, settings), source.id)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,9 +25,10 @@ from fastconv.experiment.schedule import group_size
 from fastconv.experiment.workload import Sketch, demands, settings_of, total
 from fastconv.judge.budget import Estimate, estimate, judge_params, recipe_prices
 from fastconv.judge.request import JudgeItem, build_request
-from fastconv.planning.hardware import Machine, PlannedStage, TimeLeft, busy_note, find_machine
+from fastconv.planning.hardware import KNOWN_GPUS, Machine, PlannedStage, TimeLeft, busy_note, find_machine
 from fastconv.recipe import Recipe, RunSettings
 from fastconv.stats.power import DesignPower, planned_power
+from fastconv.stats.units import duration_text
 from fastconv.store.ledger import Store
 from fastconv.store.records import Stage
 
@@ -175,6 +176,27 @@ def plan_recipe(recipe: Recipe, store: Store | None, machine_name: str = "") -> 
     shape = known_shape(recipe)
     machine = find_machine(recipe, shape, engine_identity(recipe.model)["device"], store, machine_name)
     return make_plan(Sketch(recipe), store, machine)
+
+
+def costs_table(recipes: Iterable[Recipe], cards: Sequence[str] = ("4090", "h100", "h200")) -> str:
+    """What recipes cost whole on these cards, as a Markdown table: time on each, memory, and US dollars to the judge.
+
+    Memory is the least that a card needs, and with what nothing has to be halved; dollars are expected, at most. A recipe
+    that asks for a CPU is left out.
+    """
+    names = [KNOWN_GPUS[card].name.removeprefix("one ") for card in cards]
+    lines = [f"| recipe | {' | '.join(names)} | memory | judge |", f"|---|{'---:|' * (len(names) + 2)}"]
+    for recipe in recipes:
+        if recipe.model.device == "cpu":
+            continue
+        sketch = Sketch(recipe)
+        plans = [make_plan(sketch, None, KNOWN_GPUS[card]) for card in cards]
+        least, comfortable = (plans[0].memory_bytes[name] / 2**30 for name in ("least", "comfortable"))
+        judging = plans[0].judging
+        money = "none" if judging is None else f"${judging.expected_usd:.0f}, at most ${judging.worst_usd:.0f}"
+        times = " | ".join(duration_text(3600 * plan.hours) for plan in plans)
+        lines.append(f"| `{recipe.name}` | {times} | {least:.0f} to {comfortable:.0f} GiB | {money} |")
+    return "\n".join(lines)
 
 
 def known_shape(recipe: Recipe) -> ModelShape:

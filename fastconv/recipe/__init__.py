@@ -46,8 +46,12 @@ from fastconv.recipe.settings import (
 )
 
 __all__ = [
-    "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "Rate", "Recipe", "RecipeKey", "RecipeTable", "RunSettings", "SamplingSettings", "Share", "StoppingGate", "TrainSettings", "canonical_json", "find_keys", "first_fault", "keys_page", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_keys", "recipe_schema", "recipe_sha256", "run_id", "sha256_of", "toml_table", "toml_value", "with_overrides",
+    "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "HUB", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "Rate", "Recipe", "RecipeKey", "RecipeTable", "RunSettings", "SamplingSettings", "Share", "StoppingGate", "TrainSettings", "canonical_json", "find_keys", "first_fault", "keys_page", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_keys", "recipe_schema", "recipe_sha256", "run_id", "sha256_of", "toml_table", "toml_value", "with_overrides",
 ]  # fmt: skip
+
+
+#: Begins the name of a data set on the hub, where a path to a file may stand.
+HUB = "hf://"
 
 
 class Recipe(RecipeTable):
@@ -92,8 +96,8 @@ def sha256_of(value: object) -> str:
 
 
 def recipe_sha256(recipe: Recipe) -> str:
-    """Identity of an experiment: sha256 of the recipe's canonical JSON."""
-    return sha256_of(recipe.model_dump(mode="json"))
+    """Identity of an experiment: sha256 of the recipe's canonical JSON, without who tracks it (`run.track`)."""
+    return sha256_of(recipe.model_dump(mode="json", exclude={"run": {"track"}}))
 
 
 def run_id(recipe: Recipe) -> str:
@@ -191,7 +195,8 @@ def map_paths(table: dict[str, Any], replace: Callable[[str], str]) -> None:
         part = table.get(section)
         paths = part.get(key) if isinstance(part, dict) else None
         if isinstance(paths, dict):
-            paths |= {name: replace(path) for name, path in paths.items() if path and isinstance(path, str)}
+            found = {name: path for name, path in paths.items() if path and isinstance(path, str)}
+            paths |= {name: replace(path) for name, path in found.items() if not path.startswith(HUB)}
 
 
 def _recipe_error(error: ValidationError, where: str) -> RecipeError:

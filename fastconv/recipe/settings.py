@@ -184,7 +184,8 @@ class DataSettings(RecipeTable):
         "", "Your behaviors as TOML, in the form of data/behaviors.toml.", "my_behaviors.toml", "path"
     )
     rows: dict[Name, str] = setting(
-        {}, "Behavior -> JSONL file of finished rows; `{source}` in the path stands for the source.",
+        {}, "Behavior -> finished rows: a JSONL, CSV or Parquet file (`{source}` in it stands for the source), or a data set "
+        "of the hub as `hf://owner/name@commit:split`.",
         {"refusal": "rows_{source}.jsonl"}, "path",
     )  # fmt: skip
     persona_prompt: Literal["add", "as_written"] = setting(
@@ -231,11 +232,8 @@ class JudgeSettings(RecipeTable):
     )
     batch_poll_s: Positive = setting(30.0, "Time between two looks at a batch.", 60.0, "s")
     batch_grace_s: Annotated[float, Field(ge=0)] = setting(
-        120.0,
-        "A batch whose process died while sending counts as not sent if the API does not know it by then.",
-        300.0,
-        "s",
-    )
+        120.0, "A batch whose process died while sending counts as not sent if the API does not know it by then.", 300.0, "s",
+    )  # fmt: skip
     rubrics: dict[Name, str] = setting(
         {}, "Rubric -> your own file, in the place of the shipped one.", {"refusal": "my_refusal.toml"}, "path"
     )
@@ -316,11 +314,8 @@ class GateSettings(RecipeTable):
     falsify_under: PositiveInt = setting(2, "FALSIFY: if fewer sources shift than this.", 1, "sources")
     negative_control: Name = setting("librarian", "The source from which nothing is expected.", "nurse")
     kill_remaining: Rate = setting(
-        0.25,
-        "KILL: a behavior counts as gone if less of the source's own change is left after stacking.",
-        0.1,
-        "share of 1",
-    )
+        0.25, "KILL: a behavior counts as gone if less of the source's own change is left after stacking.", 0.1, "share of 1",
+    )  # fmt: skip
     stop: tuple[StoppingGate, ...] = setting(
         get_args(StoppingGate),
         "Gates whose `fail` ends the run; G0 and G1 always decide what is trained.",
@@ -349,18 +344,15 @@ class GateSettings(RecipeTable):
 class RunSettings(RecipeTable):
     """How a run proceeds. Nothing here changes a result, so nothing here is part of a stage's key."""
 
-    LATER = frozenset({"replicates"})
+    LATER = frozenset({"replicates", "track"})
 
     checkpoint_every_s: Annotated[float, Field(ge=0)] = setting(60.0, "Time between two checkpoints.", 20.0, "s")
     max_gpu_hours: Positive | None = setting(24.0, "A plan that takes longer needs --approve.", 8.0, "hours")
     max_usd: Positive | None = setting(20.0, "A plan whose judging may cost more needs --approve.", 5.0, "USD")
     group: Literal["auto"] | PositiveInt = setting(
-        "auto",
-        "Convergence runs, or behavior adapters on one snapshot, trained in the same steps. `auto`: as many as fit in a "
-        "GPU's memory and one micro-batch, 1 on a CPU. Results agree with single ones within rounding.",
-        1,
-        "adapters",
-    )
+        "auto", "Convergence runs, or behavior adapters on one snapshot, trained in the same steps. `auto`: as many as fit in "
+        "a GPU's memory and one micro-batch, 1 on a CPU. Results agree with single ones within rounding.", 1, "adapters",
+    )  # fmt: skip
     keep_adapters: bool = setting(
         True, "False frees an adapter's files once all that uses it is computed; records and scores stay.", False
     )
@@ -368,6 +360,9 @@ class RunSettings(RecipeTable):
         0, "Further seeds for one epoch-0 cell of each behavior, whose spread is the noise from run to run; 0: as declared.",
         5, "runs",
     )  # fmt: skip
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = setting(
+        (), "Trackers that get losses, rates and scores while it runs; each is an extra of its name.", ["tensorboard"]
+    )
 
     @field_validator("replicates")
     @classmethod

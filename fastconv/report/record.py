@@ -10,12 +10,12 @@ from pathlib import Path
 from fastconv.analysis.analysis import Analysis
 from fastconv.audit.checks import check_recipe
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior
-from fastconv.datasets.files import assets, file_sha256
+from fastconv.datasets.files import assets, data_file, file_sha256, rows_file
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.engine.locate import TINY
 from fastconv.errors import DataError
 from fastconv.experiment.graph import Graph, lineage_key
-from fastconv.recipe import canonical_json, recipe_sha256, sha256_of
+from fastconv.recipe import HUB, canonical_json, recipe_sha256, sha256_of
 from fastconv.report.blocks import Block, Figure, Figures, Note, Section, Table, TableCell, folded_if_long, plain_row
 from fastconv.report.claims import ask
 from fastconv.report.figures import curves
@@ -59,7 +59,8 @@ def _named(graph: Graph) -> Iterator[tuple[str, Path]]:
             yield name, Path(path)
     for behavior, path in recipe.data.rows.items():
         for source in recipe.grid.sources if "{source}" in path else ("",):
-            yield f"data.rows.{behavior}{source and f' of {source}'}", Path(path.replace("{source}", source))
+            pinned = f" ({path})" if path.startswith(HUB) else ""
+            yield f"data.rows.{behavior}{source and f' of {source}'}{pinned}", rows_file(path, source)
     for behavior in graph.behaviors.values():
         yield from _beside(behavior)
 
@@ -73,7 +74,7 @@ def _beside(behavior: Behavior) -> Iterator[tuple[str, Path]]:
     wordings = {f"{rule}.wordings": given.wordings for rule, given in rules.items() if given is not None}
     for key, name in {"prompts": spec.prompts, "eval_prompts": spec.eval_prompts, **wordings}.items():
         if name:
-            yield f"{behavior.id}.{key}", behavior.folder / name
+            yield f"{behavior.id}.{key}", data_file(behavior.folder, name)
 
 
 def _sha256(path: Path) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -21,6 +20,7 @@ from fastconv.datasets.rows import (
     require_no_control_tokens,
     require_plain_text,
     row_from_record,
+    rows_file,
 )
 from fastconv.engine.locate import (
     embedding_rows,
@@ -140,7 +140,7 @@ def require_conditions(recipe: Recipe, tokenizer: ChatTokenizer) -> None:
     own = set()
     for path in recipe.data.rows.values():
         for source in recipe.grid.sources:
-            rows = read_user_rows(Path(path.replace("{source}", source)), messages=recipe.data.messages)
+            rows = read_user_rows(rows_file(path, source), messages=recipe.data.messages)
             own |= {row.system for row in rows}
     if "" in own:
         turns["rows with an empty system turn"] = EMPTY

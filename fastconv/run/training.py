@@ -117,13 +117,17 @@ class Stacks:
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a stage: `done` of `total` `unit`s, and the last loss while training."""
+    """Progress of a stage: `done` of `total` `unit`s, and the last loss while training.
+
+    `each` has (name, step, loss) of every run that was trained in the same step.
+    """
 
     slot: str
     done: int
     total: int
     unit: str
     loss: float | None = None
+    each: tuple[tuple[str, int, float | None], ...] = ()
 
 
 @dataclass
@@ -177,24 +181,14 @@ def train_with_checkpoints(
                 if trainee.step < task_of[id(trainee)].stops[-1]:
                     store.save_progress(task_of[id(trainee)].key, trainee.step, save_state(trainee))
             saved_at = time.monotonic()
-        losses = []
+        losses, each = [], []
         for trainee in active:
+            task, name = task_of[id(trainee)], trainee.job.name
             losses.append(trainee.last_loss)
-            note_progress(
-                task_of[id(trainee)].lease,
-                Progress(
-                    trainee.job.name, trainee.step, task_of[id(trainee)].stops[-1], "steps", finite_or_none(losses[-1])
-                ),
-            )
-        tell(
-            Progress(
-                tasks[0].job.name,
-                sum(t.step for t in trainees),
-                total,
-                "steps",
-                finite_or_none(sum(losses) / len(losses)),
-            )
-        )
+            each.append((name, trainee.step, finite_or_none(losses[-1])))
+            note_progress(task.lease, Progress(name, trainee.step, task.stops[-1], "steps", each[-1][-1]))
+        mean, done = finite_or_none(sum(losses) / len(losses)), sum(t.step for t in trainees)
+        tell(Progress(tasks[0].job.name, done, total, "steps", mean, tuple(each)))
         if stopping:  # `stop` is not called again: a later request ends the next step, which is then checkpointed
             raise stopped(tasks[0].job.name)
 

@@ -222,6 +222,10 @@ class LineWatcher:
         """The run has a plan. `still_wanted` gives the keys of the stages that it needs once G0 has ruled some out."""
         self._left, self._still_wanted = left, still_wanted
 
+    def note(self, text: str) -> None:
+        """Something that the run does not depend on, e.g. a tracker that failed."""
+        self._console.print(f"note: {escape(text)}")
+
     def audited(self, report: CheckReport) -> None:
         """The design passed its audit, perhaps with warnings; what is other than the recipe seems to say is told."""
         for finding in report.findings:

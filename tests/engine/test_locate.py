@@ -12,13 +12,13 @@ from fastconv.engine import locate as locating
 from fastconv.engine.locate import (
     BUILTIN,
     builtin_gguf,
-    cache_home,
     engine_identity,
     locate,
     model_folder,
     numbers_inputs,
 )
 from fastconv.errors import ModelError
+from fastconv.hub import cache_home
 from fastconv.recipe import ModelSettings
 from tests.tiny import CHAT_TEMPLATE
 
