@@ -140,7 +140,7 @@ def _open_closed_streams() -> None:
     os.close(number)
     for name, handle in (("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(handle, "w", closefd=False))
+            setattr(sys, name, os.fdopen(handle, "w", closefd=False))
 
 
 def _same_output() -> int:

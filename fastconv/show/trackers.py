@@ -5,6 +5,9 @@ is. Each is fed from a thread of its own by its own library: one that is missing
 the run goes on.
 """
 
+# tensorboard's messages are made at import, and two of the three libraries are extras.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import io
@@ -97,7 +100,7 @@ class WeightsAndBiases:
     """A run of Weights & Biases. Without a key it is kept offline, in its own form, for `wandb sync`; nothing is asked."""
 
     def __init__(self, run: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         folder.mkdir(parents=True, exist_ok=True)
         mode = None if os.environ.get("WANDB_MODE") or wandb.login(prompt=False) else "offline"
@@ -126,7 +129,7 @@ class Trackio:
     """A run of Trackio, in its own local database unless its environment variables name a Space."""
 
     def __init__(self, run: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        import trackio
+        import trackio  # pyright: ignore[reportMissingImports]
 
         with redirect_stdout(io.StringIO()):  # it prints there, where `--json` answers
             self._run = trackio.init(
