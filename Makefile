@@ -35,7 +35,7 @@ test-fused: .venv-fused/ready
 
 # vLLM itself as the sampler, its CPU build; in a virtual environment of its own, as it pins torch exactly.
 test-vllm: .venv/ready .venv-vllm/ready
-	FASTCONV_VLLM=$(CURDIR)/.venv-vllm/bin/vllm VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/pytest -m vllm tests/engine/vllm/test_real.py
+	FASTCONV_VLLM=$(CURDIR)/.venv-vllm/bin/vllm VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/pytest -m vllm tests/engine/vllm/test_real.py tests/serve/test_real.py
 
 # Are our logs what Inspect's own reader takes? It lives in a virtual environment of its own: it brings sixty packages.
 test-inspect: .venv/ready .venv-inspect/ready

@@ -17,8 +17,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastconv.chat.template import OTHER_TEMPLATE, ChatTemplate, Message, named_tokens, read_json
 from fastconv.errors import TemplateError
@@ -58,28 +59,48 @@ def parse_system_turn(text: str) -> SystemTurn:
     return {"template_default": TEMPLATE_DEFAULT, "empty": EMPTY}.get(text) or SystemTurn("text", text)
 
 
+class Exchange(NamedTuple):
+    """An earlier user turn of a conversation with its answer; `trained` says whether the answer carries loss."""
+
+    user: str
+    answer: str
+    trained: bool
+
+    def messages(self) -> list[Message]:
+        """Both turns for the template."""
+        return [{"role": "user", "content": self.user}, {"role": "assistant", "content": self.answer}]
+
+
 @dataclass(frozen=True, slots=True)
 class Rendered:
     """A training row as token ids: `ids[loss_from:]` carry loss; the last of them ends the turn unless it was cut.
 
     The first `n_prompt` ids are the prompt; the `n_given` ids after it are the part of the answer without loss.
-    `truncated` says that the row was cut at the maximum length.
+    `truncated` says that the row was cut at the maximum length. `earlier` are the (start, stop) of answers within the prompt
+    that carry loss too, each with its end of turn.
     """
 
     ids: tuple[int, ...]
     n_prompt: int
     truncated: bool = False
     n_given: int = 0
+    earlier: tuple[tuple[int, int], ...] = ()
 
     @property
     def loss_from(self) -> int:
-        """Index of the first token that carries loss."""
+        """Index of the first token of the last answer that carries loss."""
         return min(self.n_prompt + self.n_given, len(self.ids))
+
+    @property
+    def loss_spans(self) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of all tokens that carry loss, in order; none is empty."""
+        spans = (*self.earlier, (self.loss_from, len(self.ids)))
+        return tuple(span for span in spans if span[0] < span[1])
 
     @property
     def n_supervised(self) -> int:
         """Number of tokens that carry loss."""
-        return len(self.ids) - self.loss_from
+        return sum(stop - start for start, stop in self.loss_spans)
 
 
 class ChatTokenizer:
@@ -240,17 +261,19 @@ class ChatTokenizer:
         *,
         ended: bool = True,
         given_chars: int = 0,
+        history: Sequence[Exchange] = (),
     ) -> Rendered:
-        """A training row with loss on the completion and its end-of-turn token alone.
+        """A training row with loss on the completion and its end-of-turn token, and on the trained answers of `history`.
 
         A row over `max_length_tok` tokens is cut at the end (`truncated`). `ended` False means that the completion was
         cut while it was sampled: the row then stops before the end of turn, so that the model does not learn to stop
         there. The first `given_chars` characters of the completion carry no loss. Raises TemplateError if the rendered
         row is not the prompt and the completion (the mask would then be wrong) or does not end its turn.
         """
-        prompt_text = self.prompt_text(system, user)
-        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": completion}]
-        text = self.render([*system.messages(), *turns], add_generation_prompt=False)
+        asked = [*system.messages(), *(turn for one in history for turn in one.messages())]
+        asked.append({"role": "user", "content": user})
+        prompt_text = self.conversation_text(asked)
+        text = self.render([*asked, {"role": "assistant", "content": completion}], add_generation_prompt=False)
         if not text.startswith(prompt_text):
             raise TemplateError(
                 "the prompt is not how the row begins: what the template writes before this answer depends on it",
@@ -261,24 +284,57 @@ class ChatTokenizer:
                 f"the template rewrites this answer: {completion[:40]!r} became {text[len(prompt_text) :][:40]!r}",
                 fix="take out of the answer what the template reads (a think block), or use another template",
             )
-        answered_from = len(prompt_text.rstrip(" "))
-        prompt, ids = self.encode(prompt_text[:answered_from]), self.encode(text)
-        if ids[: len(prompt)] != prompt:
-            # One token spans the boundary (a newline that starts the answer after one that ends the prompt). Sampling
-            # appends tokens to the prompt's own, so the answer is encoded apart from it.
-            ids = prompt + self.encode(text[answered_from:])
+        places = [len(asked) - 1 - 2 * (len(history) - i) for i, one in enumerate(history) if one.trained]
+        cuts = [self._answered_from(text, asked[: place + 2]) for place in places]
+        ids, starts = self._cut_ids(text, [*cuts, len(prompt_text.rstrip(" "))])
+        n_prompt, earlier = starts[-1], [(start, self._end_of(ids, start)) for start in starts[:-1]]
         try:
             end = len(ids) - 1 - ids[::-1].index(self.end_of_turn_id)  # leaves out what the template adds after it
         except ValueError:
             end = -1
-        if end < len(prompt):
+        if end < n_prompt:
             raise TemplateError("the row does not end its turn", fix="check the template's end-of-turn token")
         n_given = 0
         if given_chars:
-            n_given = self.tail_start(ids[len(prompt) : end], completion[given_chars:])
+            n_given = self.tail_start(ids[n_prompt:end], completion[given_chars:])
         ids = ids[: end + 1] if ended else ids[:end]
-        n_prompt = min(len(prompt), max_length_tok)
-        return Rendered(tuple(ids[:max_length_tok]), n_prompt, len(ids) > max_length_tok, n_given)
+        kept = tuple((start, min(stop, max_length_tok)) for start, stop in earlier if start < max_length_tok)
+        return Rendered(
+            tuple(ids[:max_length_tok]), min(n_prompt, max_length_tok), len(ids) > max_length_tok, n_given, kept
+        )
+
+    def _answered_from(self, text: str, turns: Sequence[Message]) -> int:
+        """Where the answer of these turns (the last is the assistant's) begins in a whole conversation's text.
+
+        Raises TemplateError if what comes before it, or the answer, is not written as where the conversation ends there.
+        """
+        prompt, answer = self.conversation_text(turns[:-1]), turns[-1]["content"]
+        if not text.startswith(prompt) or not text[len(prompt) :].lstrip().startswith(answer.strip()):
+            raise TemplateError(
+                f"the template writes an earlier answer otherwise than a last one ({answer[:40]!r}), so that it would be trained "
+                "as it is never drawn",
+                fix="give each trained answer a row of its own, with what came before it as its prompt",
+            )
+        return len(prompt.rstrip(" "))
+
+    def _cut_ids(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """(token ids of a text, index of the first token at each of these characters).
+
+        Where one token spans a cut (a newline that starts the answer after one that ends the prompt), all parts are encoded
+        apart: sampling appends tokens to the prompt's own.
+        """
+        ids = self.encode(text)
+        heads = [self.encode(text[:cut]) for cut in cuts]
+        if all(ids[: len(head)] == head for head in heads):
+            return ids, [len(head) for head in heads]
+        parts = [self.encode(text[start:stop]) for start, stop in pairwise([0, *cuts, len(text)])]
+        return [token for part in parts for token in part], list(accumulate(map(len, parts[:-1])))
+
+    def _end_of(self, ids: Sequence[int], start: int) -> int:
+        """Index after the end of turn of the answer that begins at `start`."""
+        if self.end_of_turn_id not in ids[start:]:
+            raise TemplateError("the row does not end its turn", fix="check the template's end-of-turn token")
+        return ids.index(self.end_of_turn_id, start) + 1
 
     def tail_start(self, ids: Sequence[int], tail: str) -> int:
         """Index in `ids` of the first token that holds a character of `tail`; `len(ids)` for an empty tail.

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
 from typer.testing import CliRunner
 
@@ -23,7 +22,7 @@ from fastconv.seeding import seed_of
 from fastconv.serve import chosen_cells
 from tests import ROOT
 from tests.loop_kit import DoneRun, until
-from tests.serve.kit import CELLS, Running, endpoint
+from tests.serve.kit import CELLS, Running, endpoint, refused
 
 
 @pytest.fixture(scope="module")
@@ -206,14 +205,6 @@ def started(done_run: DoneRun, *more: str) -> tuple[subprocess.Popen[str], dict[
     if not line:
         pytest.fail(process.communicate()[1])
     return process, json.loads(line)
-
-
-def refused(url: str) -> bool:
-    try:
-        httpx.get(f"{url}/models", trust_env=False)
-    except httpx.ConnectError:
-        return True
-    return False
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
