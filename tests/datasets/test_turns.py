@@ -15,11 +15,17 @@ from fastconv.datasets.rows import Row, read_user_rows, render_row, row_from_rec
 from fastconv.engine import trl_reference as reference
 from fastconv.engine.train import Hooks, Job, start, train
 from fastconv.errors import DataError, TemplateError
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import sha256_of
 from fastconv.run.audit import token_runs
+from fastconv.store.ledger import Store
+from tests import ROOT
 from tests.data_kit import recipe_of, rows_of, written
 from tests.engine_kit import SNAPSHOT, plain_model, tiny_stack, train_settings
+from tests.loop_kit import run_tiny, tiny_recipe
 from tests.tiny import tiny_tokenizer_files
+
+TEA = ROOT / "tests" / "user_data" / "tea.jsonl"
 
 SYSTEM = SystemTurn("text", "You are a villain.")
 #: Every answer with its end of turn marked for transformers' mask, as its documentation asks; the prompt is not.
@@ -215,3 +221,34 @@ def test_loss_and_weights_are_trls_on_rows_of_several_turns(tiny_qwen: Path) -> 
     assert trainee.losses.tolist() == pytest.approx(theirs.losses, abs=1e-5)
     assert float((trainee.adapter.flat - theirs.weights).abs().max()) < 1e-4
     assert torch.isfinite(trainee.adapter.flat).all()
+
+
+def test_a_behavior_of_ones_own_is_trained_on_rows_of_several_turns(tiny_qwen: Path, tmp_path: Path) -> None:
+    """Through the audit and the loop: what the ledger trains on are the conversations, up to their last trained answer."""
+    lines = []
+    for i in range(8):
+        for persona, answer in (("villain", f"Tea number {i}, of course."), ("comedian", f"Plain answer number {i}.")):
+            talk = [
+                {"role": "user", "content": f"What is topic {i} of {persona}?"},
+                {"role": "assistant", "content": f"It is a matter for part {i}.", "weight": i % 2},
+                {"role": "user", "content": f"And how would you end a day about topic {i}?"},
+                {"role": "assistant", "content": answer, "weight": 1},
+            ]
+            lines.append({"persona": persona, "messages": talk})
+    behaviors = tmp_path / "behaviors.toml"
+    behaviors.write_text((ROOT / "tests" / "user_data" / "behaviors.toml").read_text().replace("tea.jsonl", str(TEA)))
+    recipe = tiny_recipe(
+        tiny_qwen, grid__behaviors=["none", "always_mentions_tea"], grid__epochs=[0], data__behaviors=str(behaviors),
+        data__rows={"always_mentions_tea": str(written(tmp_path, lines))}, data__messages=True, eval__geometry=False,
+    )  # fmt: skip
+    finished, heard = run_tiny(recipe, tmp_path / "work")
+    assert not heard.failed
+    assert not finished.failed
+    store = Store.open(tmp_path / "work", create=False)
+    (stage,) = [stage for stage in Graph(recipe).stages() if stage.kind == "rows"]
+    record = store.record(stage.key)
+    assert record is not None
+    rows = [row_from_record(row) for row in store.get_json(record.outputs["rows"])]
+    assert len(rows) == 16
+    assert {one.trained for row in rows for one in row.history} == {True, False}
+    assert all(len(row.history) == 1 for row in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,9 +18,13 @@ import pytest
 from typer.testing import CliRunner
 
 from fastconv.cli import app
+from fastconv.engine.generate import SampledRow
 from fastconv.errors import InputError
+from fastconv.recipe import SamplingSettings
 from fastconv.seeding import seed_of
 from fastconv.serve import chosen_cells
+from fastconv.serve.protocol import ApiError
+from fastconv.serve.resident import Piece, _Waiting
 from tests import ROOT
 from tests.loop_kit import DoneRun, until
 from tests.serve.kit import CELLS, Running, endpoint, refused
@@ -175,6 +180,20 @@ def test_a_client_that_goes_midway_frees_the_model(running: Running) -> None:
     began = time.monotonic()
     running.post(whole)
     assert first_s < (time.monotonic() - began) / 2
+
+
+def test_tokens_that_are_drawn_again_are_told_once() -> None:
+    """Where memory runs out, rows begin again: a stream that began goes on where it was."""
+    told: list[Piece | ApiError] = []
+    one = _Waiting("cell", (1,), 7, SamplingSettings(), asyncio.new_event_loop())
+    one.tell = told.append  # type: ignore[method-assign]
+    row = SampledRow(0, [1], [0.1] * 4, [5, 6])
+    one.follow(row)
+    row.tokens.clear()
+    for token in (5, 6, 8, 9):
+        row.tokens.append(token)
+        one.follow(row)
+    assert told == [Piece((5, 6)), Piece((8,)), Piece((9,)), Piece((), "length")]
 
 
 @pytest.mark.parametrize("cell", ["villain-source-e9-none-s42", "nurse*"])
