@@ -19,56 +19,33 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
-from fastconv.chat.template import OTHER_TEMPLATE, ChatTemplate, Message, named_tokens, read_json
+from fastconv.chat.template import (
+    EMPTY,
+    OTHER_TEMPLATE,
+    TEMPLATE_DEFAULT,
+    ChatTemplate,
+    Exchange,
+    Message,
+    SystemTurn,
+    differs,
+    named_tokens,
+    parse_system_turn,
+    read_json,
+    read_tokenizer,
+)
 from fastconv.errors import TemplateError
 from fastconv.recipe import ModelSettings
 
 if TYPE_CHECKING:  # slow to import, and `plan` and `status` read no tokenizer
     import tokenizers
 
+__all__ = [
+    "EMPTY", "TEMPLATE_DEFAULT", "ChatTokenizer", "Exchange", "Rendered", "SystemTurn", "parse_system_turn",
+]  # fmt: skip
 #: Stands for a user's text and for an answer where only the places around them matter.
 _USER, _ANSWER = "fastconv-user-probe", "fastconv-answer-probe"
-
-
-@dataclass(frozen=True, slots=True)
-class SystemTurn:
-    """The system turn of a row: a text, `empty`, or `template_default`. Raises ValueError if kind and text disagree."""
-
-    kind: Literal["text", "empty", "template_default"]
-    text: str = ""
-
-    def __post_init__(self) -> None:
-        if (self.kind == "text") != bool(self.text):
-            raise ValueError(f"a system turn of kind {self.kind!r} with text {self.text!r} says two things")
-
-    def messages(self) -> list[Message]:
-        """Zero or one system message for the template."""
-        if self.kind == "template_default":
-            return []
-        return [{"role": "system", "content": self.text}]
-
-
-TEMPLATE_DEFAULT = SystemTurn("template_default")
-EMPTY = SystemTurn("empty")
-
-
-def parse_system_turn(text: str) -> SystemTurn:
-    """The system turn that a user wrote as `template_default`, `empty`, or the prompt itself."""
-    return {"template_default": TEMPLATE_DEFAULT, "empty": EMPTY}.get(text) or SystemTurn("text", text)
-
-
-class Exchange(NamedTuple):
-    """An earlier user turn of a conversation with its answer; `trained` says whether the answer carries loss."""
-
-    user: str
-    answer: str
-    trained: bool
-
-    def messages(self) -> list[Message]:
-        """Both turns for the template."""
-        return [{"role": "user", "content": self.user}, {"role": "assistant", "content": self.answer}]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +90,7 @@ class ChatTokenizer:
     def __init__(self, folder: Path | str, settings: ModelSettings | None = None) -> None:
         self.folder = folder = Path(folder)
         config = read_json(folder / "tokenizer_config.json")
-        self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
+        self._tokenizer = read_tokenizer(folder / "tokenizer.json")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._special = named_tokens({**config, **read_json(folder / "special_tokens_map.json")})
@@ -217,8 +194,8 @@ class ChatTokenizer:
         begins = prompt if found else row
         if not begins.startswith(generation):
             raise TemplateError(
-                f"the prompt is not how the row begins: a row with an answer goes on with {_differs(begins, generation)} "
-                f"where the template's generation prompt has {_differs(generation, begins)}",
+                f"the prompt is not how the row begins: a row with an answer goes on with {differs(begins, generation)} "
+                f"where the template's generation prompt has {differs(generation, begins)}",
                 fix="set the template's own switch in model.template_kwargs (for example enable_thinking = false), or "
                 "use a template that renders turns independently",
             )
@@ -460,24 +437,3 @@ class ChatTokenizer:
         named = [self._special.get("eos_token"), "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>"]
         ids = [self._tokenizer.token_to_id(token) for token in named if token]
         return tuple(dict.fromkeys([self.end_of_turn_id, *(token_id for token_id in ids if token_id is not None)]))
-
-
-def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise TemplateError(
-            "no tokenizer.json",
-            where=str(path.parent),
-            fix="use a model folder with a fast tokenizer; transformers' AutoTokenizer writes one with save_pretrained",
-        )
-    import tokenizers
-
-    # The library raises a bare Exception for a file it cannot parse; its JSON is checked first to say so plainly.
-    if "model" not in read_json(path):
-        raise TemplateError("not a tokenizer", where=str(path), fix="fetch the model again")
-    return tokenizers.Tokenizer.from_file(str(path))
-
-
-def _differs(text: str, other: str) -> str:
-    """The start of what `text` has where it is no longer like `other`, quoted; "nothing" at its end."""
-    at = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
-    return repr(text[at : at + 24]) if at < len(text) else "nothing"

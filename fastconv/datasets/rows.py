@@ -1,12 +1,8 @@
 """Training rows: their record in the ledger, their rendering to token ids, and reading them from the user's file.
 
-<<<<<<< HEAD
-The user's file is JSONL with TRL's prompt/completion message lists (or, if the recipe allows it, one `messages` list); a
-CSV or Parquet file, or a hub data set, may hold them as plain text.
-=======
 The user's file is JSONL with TRL's prompt/completion message lists (or, if the recipe allows it, one `messages` list), of
-one turn or several. `weight` 0 or 1 of assistant messages, as OpenAI's fine-tuning reads it, says which answers are trained.
->>>>>>> 0477df8 (Rows of several turns with loss on chosen answers; Inspect logs of served cells come back and are compared; hostile clients)
+one turn or several; a CSV or Parquet file, or a hub data set, may hold them as plain text. `weight` 0 or 1 of assistant
+messages, as OpenAI's fine-tuning reads it, says which answers are trained.
 """
 
 from __future__ import annotations
@@ -18,14 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-<<<<<<< HEAD
-from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
-from fastconv.datasets.files import is_visible, read_numbered_rows, rows_file
-=======
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Exchange, Rendered, SystemTurn
 from fastconv.chat.template import Message
-from fastconv.datasets.files import is_visible, read_numbered_jsonl
->>>>>>> 0477df8 (Rows of several turns with loss on chosen answers; Inspect logs of served cells come back and are compared; hostile clients)
+from fastconv.datasets.files import is_visible, read_numbered_rows, rows_file
 from fastconv.datasets.personas import ASSISTANT, NO_PERSONA, Personas
 from fastconv.datasets.sametext import normalized
 from fastconv.datasets.spec import Role, Supervise
@@ -207,6 +198,12 @@ class UserRow:
     line: int = field(default=0, compare=False)
     history: tuple[Exchange, ...] = ()
 
+    @property
+    def said(self) -> tuple[tuple[str, str], ...]:
+        """(role, text) of every turn in order; a system turn that is missing is an empty text."""
+        earlier = (turn for one in self.history for turn in zip(_ROLES, one, strict=False))
+        return (("system", self.system or ""), *earlier, ("user", self.user), ("assistant", self.completion))
+
 
 def read_user_rows(path: Path, *, messages: bool = False) -> list[UserRow]:
     """The rows of the user's file sorted by id, so that the order of the lines never matters.
@@ -250,12 +247,8 @@ def require_no_control_tokens(settings: DataSettings, sources: Sequence[str], to
     """`require_plain_text` of the user's rows, with file and line."""
     paths = [rows_file(name, source) for name in settings.rows.values() for source in sources]
     for path in dict.fromkeys(paths):
-        for number, row in read_numbered_rows(path):
-            where = f"{path}:{number}"
-            system, history, user, completion = _turns(row, where, messages=settings.messages)
-            turns = [("system", system or ""), *(turn for one in history for turn in zip(_ROLES, one, strict=False))]
-            turns += [("user", user), ("assistant", completion)]
-            said = ((f"the {role} turn's text", text, where) for role, text in turns)
+        for row in sorted(read_user_rows(path, messages=settings.messages), key=lambda row: row.line):
+            said = ((f"the {role} turn's text", text, f"{path}:{row.line}") for role, text in row.said)
             require_plain_text(said, tokenizer, "take it out of the text, or split the row into turns")
 
 
