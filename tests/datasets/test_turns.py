@@ -124,9 +124,7 @@ def test_a_row_that_is_cut_keeps_the_answers_before_the_cut(tiny_qwen: Path) -> 
 
 def test_a_template_that_rewrites_an_earlier_answer_is_refused_where_that_is_trained(tmp_path: Path) -> None:
     """As templates that take the thoughts out of all answers but the last."""
-    template = MARKED.replace(
-        "message.content + '<|im_end|>'", "(message.content if loop.last else '-') + '<|im_end|>'"
-    )
+    template = MARKED.replace("{{ message.content", "{{ (message.content if loop.last else '-')")
     chat = ChatTokenizer(folder_with(tmp_path, template))
     assert chat.training_ids(SYSTEM, *TALK[1], 4096, history=exchanges(False)).n_supervised
     with pytest.raises(TemplateError, match=r"writes an earlier answer otherwise") as caught:

@@ -44,6 +44,7 @@ def test_answers_are_those_of_the_ledger_and_cells_are_loaded_once(done_run: Don
     assert not any(map(running, pids))
 
 
+@pytest.mark.slow
 def test_a_stack_that_is_not_the_recorded_one_is_not_served(
     done_run: DoneRun, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -67,6 +68,7 @@ def test_a_stack_that_is_not_the_recorded_one_is_not_served(
         assert not any(map(running, fake.pids))
 
 
+@pytest.mark.slow
 def test_a_stream_is_passed_on_as_it_comes_and_ends_with_its_client(done_run: DoneRun, fake: Fake) -> None:
     fake.script(engine=True, token_s=0.05)
     with endpoint(done_run.recipe, done_run.workspace, CELLS[2], engine="vllm") as one, one.client as client:
@@ -80,6 +82,7 @@ def test_a_stream_is_passed_on_as_it_comes_and_ends_with_its_client(done_run: Do
         assert len(fake.asked("token")) <= n_tokens + 5, "vLLM draws on for nobody"
 
 
+@pytest.mark.slow
 def test_a_stop_sequence_ends_the_drawing_too(done_run: DoneRun, fake: Fake) -> None:
     fake.script(engine=True)
     with endpoint(done_run.recipe, done_run.workspace, CELLS[2], engine="vllm") as one:
@@ -89,6 +92,7 @@ def test_a_stop_sequence_ends_the_drawing_too(done_run: DoneRun, fake: Fake) -> 
     assert stopped["choices"][0]["finish_reason"] == "stop"
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_ends_the_endpoint_with_one_line(done_run: DoneRun, fake: Fake) -> None:
     fake.script(engine=True)
 
@@ -101,6 +105,7 @@ def test_a_server_that_dies_ends_the_endpoint_with_one_line(done_run: DoneRun, f
         dies()
 
 
+@pytest.mark.slow
 def test_a_request_that_loses_the_server_has_an_error_of_its_own(
     done_run: DoneRun, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +121,7 @@ def test_a_request_that_loses_the_server_has_an_error_of_its_own(
         assert one.post(ask(max_tokens=2)).status_code == 200
 
 
+@pytest.mark.slow
 def test_vllm_is_gone_with_a_process_that_is_killed(done_run: DoneRun, fake: Fake, tmp_path: Path) -> None:
     fake.script(engine=True)
     command = [sys.executable, "-m", "fastconv", "serve", done_run.finished.run, CELLS[1], "--port", "0", "--json",
