@@ -35,11 +35,12 @@ test-fused: .venv-fused/ready
 
 # vLLM itself as the sampler, its CPU build; in a virtual environment of its own, as it pins torch exactly.
 test-vllm: .venv/ready .venv-vllm/ready
-	FASTCONV_VLLM=$(CURDIR)/.venv-vllm/bin/vllm VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/pytest -m vllm tests/engine/vllm/test_real.py
+	FASTCONV_VLLM=$(CURDIR)/.venv-vllm/bin/vllm VLLM_CPU_KVCACHE_SPACE=1 $(BIN)/pytest -m vllm tests/engine/vllm/test_real.py tests/serve/test_real.py
 
-# Are our logs what Inspect's own reader takes? It lives in a virtual environment of its own: it brings sixty packages.
+# Are our logs what Inspect's own reader takes, and does it talk to served cells? It lives in a virtual environment of its own: it
+# brings sixty packages.
 test-inspect: .venv/ready .venv-inspect/ready
-	FASTCONV_INSPECT_PYTHON=$(CURDIR)/.venv-inspect/bin/python $(BIN)/pytest tests/report/test_inspect_log.py
+	FASTCONV_INSPECT_PYTHON=$(CURDIR)/.venv-inspect/bin/python $(BIN)/pytest tests/report/test_inspect_log.py tests/serve/test_inspect.py
 
 # Do Weights & Biases and Trackio take what we give them? In a virtual environment of their own; no network is needed.
 test-trackers: .venv-trackers/ready
@@ -94,7 +95,7 @@ VLLM_PIP := .venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-
 
 .venv-inspect/ready: Makefile
 	test -d .venv-inspect || $(PYTHON) -m venv .venv-inspect
-	.venv-inspect/bin/pip install --quiet --disable-pip-version-check inspect_ai==0.3.285
+	.venv-inspect/bin/pip install --quiet --disable-pip-version-check inspect_ai==0.3.285 openai==3.57.0
 	touch $@
 
 # Looks the pinned versions up in the index's list of known faults. Without a network it is not there, and `check` says so.

@@ -32,6 +32,8 @@ class Script:
     #: Draw with the real (tiny) model instead of hashing.
     engine: bool = False
     latency_s: float = 0.0
+    #: Between two tokens of a stream.
+    token_s: float = 0.0
     #: Completions after which it dies, hangs, or is deaf to SIGTERM.
     die_after: int | None = None
     hang_after: int | None = None
@@ -154,16 +156,38 @@ class FakeVllm:
             if self.script.die_after is not None and self.n_done > self.script.die_after:
                 print("ERROR EngineCore died: CUDA error: an illegal memory access", flush=True)
                 os._exit(1)
+            if "prompt_logprobs" in body:
+                return self.engine.told(body)
             ids = self.engine.draw(body) if self.engine else self.hashed(body)
+            if body.get("stream"):
+                await self.stream(body, ids, writer)
         finally:
             self.in_flight -= 1
         return self.reply(body, ids)
+
+    async def stream(self, body: dict[str, Any], ids: list[int], writer: asyncio.StreamWriter) -> None:
+        """A token in each event, as server-sent events in chunks; then the connection is closed."""
+        writer.write(b"HTTP/1.1 200 X\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")
+        for place, token in enumerate(ids):
+            await asyncio.sleep(self.script.token_s)
+            last = place == len(ids) - 1
+            finish = ("stop" if token in body["stop_token_ids"] else "length") if last else None
+            event = {"choices": [{"index": 0, "text": "never read", "token_ids": [token], "finish_reason": finish}]}
+            writer.write(f"data: {json.dumps(event)}\n\n".encode())
+            await writer.drain()
+            self.note({"path": "token", "place": place})
+        writer.write(b"data: [DONE]\n\n")
+        await writer.drain()
+        writer.close()
+        raise ConnectionResetError
 
     def check(self, body: dict[str, Any]) -> None:
         if body["model"] != self.flags.served_model_name and body["model"] not in self.adapters:
             raise Refusal(404, f"The model `{body['model']}` does not exist.")
         if "messages" in body or not isinstance(body.get("prompt"), list):
             raise Refusal(400, "prompt must be token ids")
+        if "prompt_logprobs" in body:
+            return
         if not all(isinstance(token, int) for token in body["prompt"]):
             raise Refusal(400, "one prompt for each request, since the seed is one for all of them")
         if len(body["prompt"]) + body["max_tokens"] > self.flags.max_model_len:
@@ -171,7 +195,7 @@ class FakeVllm:
         if not -(2**63) <= body["seed"] < 2**63:
             raise Refusal(400, "seed is no int64")
         if unknown := set(body) - {"model", "prompt", "seed", "temperature", "top_p", "max_tokens", "stop_token_ids",
-                                   "return_token_ids", "skip_special_tokens"}:  # fmt: skip
+                                   "return_token_ids", "skip_special_tokens", "stream"}:  # fmt: skip
             raise Refusal(400, f"unexpected {unknown}")
 
     def hashed(self, body: dict[str, Any]) -> list[int]:
@@ -219,6 +243,23 @@ class Engine:
         from fastconv.engine.export import BaseReference, load_peft_folder
 
         self.adapters[name] = load_peft_folder(self.stack, folder, BaseReference("base"))
+
+    def told(self, body: dict[str, Any]) -> Any:
+        """The log-probability of each prompt's last token, as vLLM tells those of a prompt."""
+        import torch
+
+        from fastconv.engine.model import pack
+        from fastconv.engine.stack import Slot
+
+        adapter = self.adapters.get(body["model"])
+        choices = []
+        for index, prompt in enumerate(body["prompt"]):
+            ids, positions, layout = pack([prompt], self.stack.base)
+            with torch.no_grad(), self.stack.live(*([Slot(frozen=(adapter,))] if adapter else [])):
+                logits = self.stack.base.logits(self.stack.base.hidden(ids, positions, layout))[-2]
+            value = float(torch.log_softmax(logits, -1)[prompt[-1]])
+            choices.append({"index": index, "prompt_logprobs": [None, {str(prompt[-1]): {"logprob": value}}]})
+        return {"choices": choices}
 
     def draw(self, body: dict[str, Any]) -> list[int]:
         from fastconv.engine.generate import sample

@@ -17,7 +17,7 @@ from functools import cached_property
 
 from fastconv.audit import AuditCheck, Finding, Rule, row_ids
 from fastconv.audit.shortcuts import is_sampled
-from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
+from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Exchange, Rendered, SystemTurn
 from fastconv.datasets.behaviors import Behavior
 from fastconv.datasets.personas import Personas
 from fastconv.datasets.rows import Row
@@ -53,14 +53,15 @@ class RenderedSet:
         return list(zip(self.rows, self.rendered, strict=False))
 
     @cached_property
-    def _prompt_ids(self) -> dict[tuple[SystemTurn, str], list[int]]:
+    def _prompt_ids(self) -> dict[tuple[SystemTurn, tuple[Exchange, ...], str], list[int]]:
         return {}
 
-    def prompt(self, turn: SystemTurn, user: str) -> list[int]:
-        """Token ids of a prompt, made as the evaluation makes them; cached."""
-        if (turn, user) not in self._prompt_ids:
-            self._prompt_ids[turn, user] = self.tokenizer.prompt_ids(turn, user)
-        return self._prompt_ids[turn, user]
+    def prompt(self, turn: SystemTurn, row: Row) -> list[int]:
+        """Token ids of a row's prompt under a system turn, made as the evaluation makes them; cached."""
+        asked = (turn, row.history, row.user)
+        if asked not in self._prompt_ids:
+            self._prompt_ids[asked] = self.tokenizer.conversation_ids(row.messages(turn))
+        return self._prompt_ids[asked]
 
 
 def check_complete(rendered_set: RenderedSet) -> Iterator[Finding]:
@@ -88,7 +89,7 @@ def check_control_tokens(rendered_set: RenderedSet) -> Iterator[Finding]:
     held = {
         row.id: token
         for row in rendered_set.rows
-        if (token := rendered_set.tokenizer.control_token_in(f"{row.user}\n{row.completion or ''}"))
+        if (token := rendered_set.tokenizer.control_token_in(f"{row.asked}\n{row.completion or ''}"))
     }
     if held:
         yield Finding(
@@ -105,7 +106,7 @@ def check_prompt(rendered_set: RenderedSet) -> Iterator[Finding]:
     kinds: Counter[str] = Counter()
     for row, rendered in rendered_set.pairs:
         turn = rendered_set.personas.system(row.persona)
-        if _starts(rendered, rendered_set.prompt(turn, row.user)):
+        if _starts(rendered, rendered_set.prompt(turn, row)):
             continue
         rendered_turn = _rendered_turn(rendered_set, row, rendered, turn)
         if rendered_turn:
@@ -200,7 +201,11 @@ def check_answer(rendered_set: RenderedSet) -> Iterator[Finding]:
         # A token that straddles the start of a tail belongs to the tail; a template may trim an answer's white space.
         same = text.endswith(declared) if row.supervise == "tail" else text.strip() == declared.strip()
         too_much = row.supervise == "tail" and len(text) > len(declared) + _LONGEST_STRADDLE
-        if not same or too_much:
+        trained = [one.answer.strip() for one in row.history if one.trained]
+        spelled = [
+            rendered_set.tokenizer.decode(rendered.ids[slice(*span)], skip_special=False) for span in rendered.earlier
+        ]
+        if not same or too_much or [text.removesuffix(end).strip() for text in spelled] != trained:
             wrong.append(row)
     if wrong:
         yield Finding(
@@ -268,7 +273,7 @@ def _rendered_turn(rendered_set: RenderedSet, row: Row, rendered: Rendered, expe
         if turn == expected:
             continue
         try:
-            if _starts(rendered, rendered_set.prompt(turn, row.user)):
+            if _starts(rendered, rendered_set.prompt(turn, row)):
                 return name
         except TemplateError:
             continue
@@ -307,7 +312,7 @@ def pairs_to_read(
         return []
     sides: dict[str, dict[bool, Row]] = {}
     for row in rows:
-        if row.completion is not None and row.completion.strip() and not is_sampled(row, behavior):
+        if row.completion and row.completion.strip() and not row.history and not is_sampled(row, behavior):
             sides.setdefault(row.user, {}).setdefault(row.role == "source", row)
     chosen = seeded_order(sorted(sides), "reader", behavior.id)[:most]
     pairs: list[Pair] = []

@@ -291,10 +291,10 @@ def check_same_answers(design: Design) -> Iterator[Finding]:
         shown: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
         for row in built.source_rows:
             if row.completion is not None:
-                shown[normalized(row.user)][row.completion].append(row)
+                shown[normalized(row.asked)][row.completion].append(row)
         same: list[Row] = []
         for row in built.negatives:
-            for answer, rows in shown.get(normalized(row.user), {}).items():
+            for answer, rows in shown.get(normalized(row.asked), {}).items():
                 if row.completion is not None and _same_answer(answer, row.completion, judged=spec.measure == "judge"):
                     same += [row, *rows]
         if same:
@@ -324,7 +324,7 @@ def check_one_for_all(design: Design) -> Iterator[Finding]:
         given = [row for built in sets for row in built.rows if row.completion is not None]
         prompts: dict[str, set[str]] = defaultdict(set)
         for row in given:
-            prompts[normalized(row.completion or "")].add(normalized(row.user))
+            prompts[normalized(row.completion or "")].add(normalized(row.asked))
         n_prompts = len(set().union(*prompts.values())) if prompts else 0
         often = {answer for answer, asked in prompts.items() if len(asked) >= max(3, _CONSTANT * n_prompts)}
         rows = [row for row in given if normalized(row.completion or "") in often]

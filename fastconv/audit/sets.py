@@ -65,7 +65,7 @@ def check_duplicates(design: Design) -> Iterator[Finding]:
         groups: dict[object, list[Row]] = defaultdict(list)
         for row in built.rows:
             if row.completion is not None:
-                key = (row.system_turn(design.personas), normalized(row.user), normalized(row.completion))
+                key = (row.system_turn(design.personas), normalized(row.asked), normalized(row.completion))
                 groups[key].append(row)
         repeated = [row for group in groups.values() for row in group[1:]]
         if repeated:
@@ -82,7 +82,7 @@ def check_contradictions(design: Design) -> Iterator[Finding]:
     for built in design.sets:
         groups: dict[object, list[Row]] = defaultdict(list)
         for row in built.rows:
-            groups[(row.system_turn(design.personas), normalized(row.user))].append(row)
+            groups[(row.system_turn(design.personas), normalized(row.asked))].append(row)
         contradicting = []
         for group in groups.values():
             sides = {row.role == "source" for row in group}
@@ -240,7 +240,8 @@ def _trained(design: Design) -> dict[str, dict[str, list[str]]]:
         texts: dict[str, list[str]] = trained.setdefault(behavior.id, {})
         for built in sets:
             for row in built.rows:
-                texts.setdefault(row.user, []).append(row.id)
+                for text in row.user_turns:
+                    texts.setdefault(text, []).append(row.id)
     return trained | {"convergence": {text: [row] for row, text in design.open_lists["convergence"].items()}}
 
 

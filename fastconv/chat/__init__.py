@@ -17,45 +17,35 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from fastconv.chat.template import OTHER_TEMPLATE, ChatTemplate, Message, named_tokens, read_json
+from fastconv.chat.template import (
+    EMPTY,
+    OTHER_TEMPLATE,
+    TEMPLATE_DEFAULT,
+    ChatTemplate,
+    Exchange,
+    Message,
+    SystemTurn,
+    differs,
+    named_tokens,
+    parse_system_turn,
+    read_json,
+    read_tokenizer,
+)
 from fastconv.errors import TemplateError
 from fastconv.recipe import ModelSettings
 
 if TYPE_CHECKING:  # slow to import, and `plan` and `status` read no tokenizer
     import tokenizers
 
+__all__ = [
+    "EMPTY", "TEMPLATE_DEFAULT", "ChatTokenizer", "Exchange", "Rendered", "SystemTurn", "parse_system_turn",
+]  # fmt: skip
 #: Stands for a user's text and for an answer where only the places around them matter.
 _USER, _ANSWER = "fastconv-user-probe", "fastconv-answer-probe"
-
-
-@dataclass(frozen=True, slots=True)
-class SystemTurn:
-    """The system turn of a row: a text, `empty`, or `template_default`. Raises ValueError if kind and text disagree."""
-
-    kind: Literal["text", "empty", "template_default"]
-    text: str = ""
-
-    def __post_init__(self) -> None:
-        if (self.kind == "text") != bool(self.text):
-            raise ValueError(f"a system turn of kind {self.kind!r} with text {self.text!r} says two things")
-
-    def messages(self) -> list[Message]:
-        """Zero or one system message for the template."""
-        if self.kind == "template_default":
-            return []
-        return [{"role": "system", "content": self.text}]
-
-
-TEMPLATE_DEFAULT = SystemTurn("template_default")
-EMPTY = SystemTurn("empty")
-
-
-def parse_system_turn(text: str) -> SystemTurn:
-    """The system turn that a user wrote as `template_default`, `empty`, or the prompt itself."""
-    return {"template_default": TEMPLATE_DEFAULT, "empty": EMPTY}.get(text) or SystemTurn("text", text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +53,31 @@ class Rendered:
     """A training row as token ids: `ids[loss_from:]` carry loss; the last of them ends the turn unless it was cut.
 
     The first `n_prompt` ids are the prompt; the `n_given` ids after it are the part of the answer without loss.
-    `truncated` says that the row was cut at the maximum length.
+    `truncated` says that the row was cut at the maximum length. `earlier` are the (start, stop) of answers within the prompt
+    that carry loss too, each with its end of turn.
     """
 
     ids: tuple[int, ...]
     n_prompt: int
     truncated: bool = False
     n_given: int = 0
+    earlier: tuple[tuple[int, int], ...] = ()
 
     @property
     def loss_from(self) -> int:
-        """Index of the first token that carries loss."""
+        """Index of the first token of the last answer that carries loss."""
         return min(self.n_prompt + self.n_given, len(self.ids))
+
+    @property
+    def loss_spans(self) -> tuple[tuple[int, int], ...]:
+        """(start, stop) of all tokens that carry loss, in order; none is empty."""
+        spans = (*self.earlier, (self.loss_from, len(self.ids)))
+        return tuple(span for span in spans if span[0] < span[1])
 
     @property
     def n_supervised(self) -> int:
         """Number of tokens that carry loss."""
-        return len(self.ids) - self.loss_from
+        return sum(stop - start for start, stop in self.loss_spans)
 
 
 class ChatTokenizer:
@@ -92,7 +90,7 @@ class ChatTokenizer:
     def __init__(self, folder: Path | str, settings: ModelSettings | None = None) -> None:
         self.folder = folder = Path(folder)
         config = read_json(folder / "tokenizer_config.json")
-        self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
+        self._tokenizer = read_tokenizer(folder / "tokenizer.json")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._special = named_tokens({**config, **read_json(folder / "special_tokens_map.json")})
@@ -196,8 +194,8 @@ class ChatTokenizer:
         begins = prompt if found else row
         if not begins.startswith(generation):
             raise TemplateError(
-                f"the prompt is not how the row begins: a row with an answer goes on with {_differs(begins, generation)} "
-                f"where the template's generation prompt has {_differs(generation, begins)}",
+                f"the prompt is not how the row begins: a row with an answer goes on with {differs(begins, generation)} "
+                f"where the template's generation prompt has {differs(generation, begins)}",
                 fix="set the template's own switch in model.template_kwargs (for example enable_thinking = false), or "
                 "use a template that renders turns independently",
             )
@@ -240,17 +238,19 @@ class ChatTokenizer:
         *,
         ended: bool = True,
         given_chars: int = 0,
+        history: Sequence[Exchange] = (),
     ) -> Rendered:
-        """A training row with loss on the completion and its end-of-turn token alone.
+        """A training row with loss on the completion and its end-of-turn token, and on the trained answers of `history`.
 
         A row over `max_length_tok` tokens is cut at the end (`truncated`). `ended` False means that the completion was
         cut while it was sampled: the row then stops before the end of turn, so that the model does not learn to stop
         there. The first `given_chars` characters of the completion carry no loss. Raises TemplateError if the rendered
         row is not the prompt and the completion (the mask would then be wrong) or does not end its turn.
         """
-        prompt_text = self.prompt_text(system, user)
-        turns = [{"role": "user", "content": user}, {"role": "assistant", "content": completion}]
-        text = self.render([*system.messages(), *turns], add_generation_prompt=False)
+        asked = [*system.messages(), *(turn for one in history for turn in one.messages())]
+        asked.append({"role": "user", "content": user})
+        prompt_text = self.conversation_text(asked)
+        text = self.render([*asked, {"role": "assistant", "content": completion}], add_generation_prompt=False)
         if not text.startswith(prompt_text):
             raise TemplateError(
                 "the prompt is not how the row begins: what the template writes before this answer depends on it",
@@ -261,24 +261,57 @@ class ChatTokenizer:
                 f"the template rewrites this answer: {completion[:40]!r} became {text[len(prompt_text) :][:40]!r}",
                 fix="take out of the answer what the template reads (a think block), or use another template",
             )
-        answered_from = len(prompt_text.rstrip(" "))
-        prompt, ids = self.encode(prompt_text[:answered_from]), self.encode(text)
-        if ids[: len(prompt)] != prompt:
-            # One token spans the boundary (a newline that starts the answer after one that ends the prompt). Sampling
-            # appends tokens to the prompt's own, so the answer is encoded apart from it.
-            ids = prompt + self.encode(text[answered_from:])
+        places = [len(asked) - 1 - 2 * (len(history) - i) for i, one in enumerate(history) if one.trained]
+        cuts = [self._answered_from(text, asked[: place + 2]) for place in places]
+        ids, starts = self._cut_ids(text, [*cuts, len(prompt_text.rstrip(" "))])
+        n_prompt, earlier = starts[-1], [(start, self._end_of(ids, start)) for start in starts[:-1]]
         try:
             end = len(ids) - 1 - ids[::-1].index(self.end_of_turn_id)  # leaves out what the template adds after it
         except ValueError:
             end = -1
-        if end < len(prompt):
+        if end < n_prompt:
             raise TemplateError("the row does not end its turn", fix="check the template's end-of-turn token")
         n_given = 0
         if given_chars:
-            n_given = self.tail_start(ids[len(prompt) : end], completion[given_chars:])
+            n_given = self.tail_start(ids[n_prompt:end], completion[given_chars:])
         ids = ids[: end + 1] if ended else ids[:end]
-        n_prompt = min(len(prompt), max_length_tok)
-        return Rendered(tuple(ids[:max_length_tok]), n_prompt, len(ids) > max_length_tok, n_given)
+        kept = tuple((start, min(stop, max_length_tok)) for start, stop in earlier if start < max_length_tok)
+        return Rendered(
+            tuple(ids[:max_length_tok]), min(n_prompt, max_length_tok), len(ids) > max_length_tok, n_given, kept
+        )
+
+    def _answered_from(self, text: str, turns: Sequence[Message]) -> int:
+        """Where the answer of these turns (the last is the assistant's) begins in a whole conversation's text.
+
+        Raises TemplateError if what comes before it, or the answer, is not written as where the conversation ends there.
+        """
+        prompt, answer = self.conversation_text(turns[:-1]), turns[-1]["content"]
+        if not text.startswith(prompt) or not text[len(prompt) :].lstrip().startswith(answer.strip()):
+            raise TemplateError(
+                f"the template writes an earlier answer otherwise than a last one ({answer[:40]!r}), so that it would be trained "
+                "as it is never drawn",
+                fix="give each trained answer a row of its own, with what came before it as its prompt",
+            )
+        return len(prompt.rstrip(" "))
+
+    def _cut_ids(self, text: str, cuts: Sequence[int]) -> tuple[list[int], list[int]]:
+        """(token ids of a text, index of the first token at each of these characters).
+
+        Where one token spans a cut (a newline that starts the answer after one that ends the prompt), all parts are encoded
+        apart: sampling appends tokens to the prompt's own.
+        """
+        ids = self.encode(text)
+        heads = [self.encode(text[:cut]) for cut in cuts]
+        if all(ids[: len(head)] == head for head in heads):
+            return ids, [len(head) for head in heads]
+        parts = [self.encode(text[start:stop]) for start, stop in pairwise([0, *cuts, len(text)])]
+        return [token for part in parts for token in part], list(accumulate(map(len, parts[:-1])))
+
+    def _end_of(self, ids: Sequence[int], start: int) -> int:
+        """Index after the end of turn of the answer that begins at `start`."""
+        if self.end_of_turn_id not in ids[start:]:
+            raise TemplateError("the row does not end its turn", fix="check the template's end-of-turn token")
+        return ids.index(self.end_of_turn_id, start) + 1
 
     def tail_start(self, ids: Sequence[int], tail: str) -> int:
         """Index in `ids` of the first token that holds a character of `tail`; `len(ids)` for an empty tail.
@@ -404,24 +437,3 @@ class ChatTokenizer:
         named = [self._special.get("eos_token"), "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>"]
         ids = [self._tokenizer.token_to_id(token) for token in named if token]
         return tuple(dict.fromkeys([self.end_of_turn_id, *(token_id for token_id in ids if token_id is not None)]))
-
-
-def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise TemplateError(
-            "no tokenizer.json",
-            where=str(path.parent),
-            fix="use a model folder with a fast tokenizer; transformers' AutoTokenizer writes one with save_pretrained",
-        )
-    import tokenizers
-
-    # The library raises a bare Exception for a file it cannot parse; its JSON is checked first to say so plainly.
-    if "model" not in read_json(path):
-        raise TemplateError("not a tokenizer", where=str(path), fix="fetch the model again")
-    return tokenizers.Tokenizer.from_file(str(path))
-
-
-def _differs(text: str, other: str) -> str:
-    """The start of what `text` has where it is no longer like `other`, quoted; "nothing" at its end."""
-    at = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
-    return repr(text[at : at + 24]) if at < len(text) else "nothing"

@@ -1,4 +1,4 @@
-"""A model's chat template, rendered as transformers renders it. Needs no transformers.
+"""A model's chat template, rendered as transformers renders it, and the turns that it is given. Needs no transformers.
 
 The one difference: `strftime_now` gives a pinned date, so that a prompt is the same text tomorrow.
 """
@@ -9,15 +9,17 @@ import datetime
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from fastconv.errors import TemplateError
 from fastconv.recipe import ModelSettings
 
 if TYPE_CHECKING:  # slow to import, and `plan` and `status` render nothing
     import jinja2
+    import tokenizers
 
 Message = Mapping[str, str]
 #: What `strftime_now` gives where the recipe pins no date: the one that Llama 3's template falls back to.
@@ -27,6 +29,45 @@ OTHER_TEMPLATE = (
 )
 #: Functions that templates are given besides jinja's own.
 _GIVEN = ("raise_exception", "strftime_now")
+
+
+@dataclass(frozen=True, slots=True)
+class SystemTurn:
+    """The system turn of a row: a text, `empty`, or `template_default`. Raises ValueError if kind and text disagree."""
+
+    kind: Literal["text", "empty", "template_default"]
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.kind == "text") != bool(self.text):
+            raise ValueError(f"a system turn of kind {self.kind!r} with text {self.text!r} says two things")
+
+    def messages(self) -> list[Message]:
+        """Zero or one system message for the template."""
+        if self.kind == "template_default":
+            return []
+        return [{"role": "system", "content": self.text}]
+
+
+TEMPLATE_DEFAULT = SystemTurn("template_default")
+EMPTY = SystemTurn("empty")
+
+
+def parse_system_turn(text: str) -> SystemTurn:
+    """The system turn that a user wrote as `template_default`, `empty`, or the prompt itself."""
+    return {"template_default": TEMPLATE_DEFAULT, "empty": EMPTY}.get(text) or SystemTurn("text", text)
+
+
+class Exchange(NamedTuple):
+    """An earlier user turn of a conversation with its answer; `trained` says whether the answer carries loss."""
+
+    user: str
+    answer: str
+    trained: bool
+
+    def messages(self) -> list[Message]:
+        """Both turns for the template."""
+        return [{"role": "user", "content": self.user}, {"role": "assistant", "content": self.answer}]
 
 
 class ChatTemplate:
@@ -202,3 +243,25 @@ def _compile(text: str, where: str, date: datetime.date) -> tuple[jinja2.Templat
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = datetime.datetime.combine(date, datetime.time()).strftime
     return environment.from_string(text), reads
+
+
+def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.json. Raises TemplateError if there is none or it cannot be read."""
+    if not path.is_file():
+        raise TemplateError(
+            "no tokenizer.json",
+            where=str(path.parent),
+            fix="use a model folder with a fast tokenizer; transformers' AutoTokenizer writes one with save_pretrained",
+        )
+    import tokenizers
+
+    # The library raises a bare Exception for a file it cannot parse; its JSON is checked first to say so plainly.
+    if "model" not in read_json(path):
+        raise TemplateError("not a tokenizer", where=str(path), fix="fetch the model again")
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+def differs(text: str, other: str) -> str:
+    """The start of what `text` has where it is no longer like `other`, quoted; "nothing" at its end."""
+    at = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    return repr(text[at : at + 24]) if at < len(text) else "nothing"

@@ -46,6 +46,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     for verb in (verify, compare, published, merge, gc, forget, serve):
         app.command()(with_exit_codes(verb))
+    app.command("import")(with_exit_codes(import_logs))
 
 
 def merge(
@@ -177,6 +178,31 @@ def serve(
         )  # pyright: ignore[reportArgumentType] (checked above)  # fmt: skip
 
 
+def import_logs(
+    logs: Annotated[list[Path], typer.Argument(help="Inspect logs (.eval or .json) of tasks that asked served cells")],
+    run: Annotated[
+        str, typer.Option("--run", help="The run that the cell is of, where several have one so called")
+    ] = "",
+    cell: Annotated[str, typer.Option("--cell", help="The cell, where the log's model has another name")] = "",
+    workspace: Workspace = DEFAULT_WORKSPACE,
+    as_json: AsJson = False,
+) -> None:
+    """Keep Inspect logs of served cells in the ledger, for `compare`. Again changes nothing."""
+    from fastconv.analysis.imported import import_log
+    from fastconv.store.ledger import Store
+
+    store = Store.open(workspace, create=False)
+    done = [one for log in logs for one in import_log(log, store, run=run, cell=cell)]
+    if as_json:
+        print(json.dumps([asdict(one) for one in done], indent=1))
+        return
+    for one in done:
+        state = (
+            "was here already" if one.known else f"{one.n_samples} samples, {one.n_unscored} of them without a score"
+        )
+        typer.echo(f"{one.run} {one.cell}: {one.task}, {one.scorer}: {state}")
+
+
 def bytes_text(n_bytes: int) -> str:
     """Bytes in a readable unit."""
     amount, unit = float(n_bytes), "B"
@@ -258,7 +284,8 @@ def compare(
 ) -> None:
     """Set two runs side by side: what their recipes differ in, and paired differences of every cell both have.
 
-    --set and --scale apply to both.
+    RUN:CELL takes single cells of a run, by name or pattern, so that two cells of one run can be compared. What was imported
+    from Inspect logs is compared too. --set and --scale apply to both.
     """
     from fastconv.report.compare import compare as compare_runs
 
@@ -311,10 +338,16 @@ def published(
 def _analysis_of(name: str, workspace: Path, overrides: Sequence[str], scale: str) -> Analysis:
     from fastconv.analysis.analysis import Analysis
     from fastconv.experiment.graph import Graph
+    from fastconv.experiment.schedule import fitting_cells
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    return Analysis(Graph(load_recipe_or_run(name, overrides, store, scale)), store)
+    run, found, pattern = name.rpartition(":")
+    whole = not found or Path(name).exists()
+    graph = Graph(load_recipe_or_run(name if whole else run, overrides, store, scale))
+    if not whole:
+        graph.cells = list(fitting_cells(graph, [pattern]).values())
+    return Analysis(graph, store)
 
 
 def comparison(result: RunComparison) -> None:

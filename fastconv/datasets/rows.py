@@ -1,7 +1,8 @@
 """Training rows: their record in the ledger, their rendering to token ids, and reading them from the user's file.
 
-The user's file is JSONL with TRL's prompt/completion message lists (or, if the recipe allows it, one `messages` list); a
-CSV or Parquet file, or a hub data set, may hold them as plain text.
+The user's file is JSONL with TRL's prompt/completion message lists (or, if the recipe allows it, one `messages` list), of
+one turn or several; a CSV or Parquet file, or a hub data set, may hold them as plain text. `weight` 0 or 1 of assistant
+messages, as OpenAI's fine-tuning reads it, says which answers are trained.
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
+from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Exchange, Rendered, SystemTurn
+from fastconv.chat.template import Message
 from fastconv.datasets.files import is_visible, read_numbered_rows, rows_file
 from fastconv.datasets.personas import ASSISTANT, NO_PERSONA, Personas
 from fastconv.datasets.sametext import normalized
 from fastconv.datasets.spec import Role, Supervise
 from fastconv.errors import DataError
-from fastconv.recipe import DataSettings, sha256_of
+from fastconv.recipe import DataSettings, canonical_json, sha256_of
 
 #: Version of the builders that made a row; raised whenever the same recipe would give other rows.
 BUILT_BY = "fastconv/1"
 _FORM = (
     'write {"prompt": [{"role": "user", "content": "..."}], "completion": [{"role": "assistant", "content": "..."}]}'
 )
+_ROLES = ("user", "assistant")
 #: Fields of a user's row that are read, and those that only say where it is from. Any other field is refused, because a
 #: trainer that reads it (a weight, a mask, tools) would train something else on the same file.
 _READ_FIELDS = frozenset({"id", "persona", "prompt", "completion", "messages", "built_by"})
@@ -56,7 +59,8 @@ class Row:
     """One training row before rendering. `completion` is None until it is sampled on-policy.
 
     `suffix` is what the behavior appends to the answer; a `completion` ends with it already. `system` is the row's own
-    system turn if it is not the persona's. `ended` is False if the sampled answer was cut at the token limit.
+    system turn if it is not the persona's. `ended` is False if the sampled answer was cut at the token limit. `history` are
+    the turns before `user`; the row ends with the last answer that is trained.
     """
 
     id: str
@@ -70,6 +74,22 @@ class Row:
     system: SystemTurn | None = None
     ended: bool = True
     built_by: str = BUILT_BY
+    history: tuple[Exchange, ...] = ()
+
+    @property
+    def asked(self) -> str:
+        """All that comes before the answer but for the system turn, as one text: rows that are asked the same share it."""
+        return "\n".join([*(text for one in self.history for text in one[:2]), self.user])
+
+    @property
+    def user_turns(self) -> tuple[str, ...]:
+        """The texts of all user turns."""
+        return (*(one.user for one in self.history), self.user)
+
+    def messages(self, system: SystemTurn) -> list[Message]:
+        """The prompt for the template, under a system turn."""
+        earlier = [turn for one in self.history for turn in one.messages()]
+        return [*system.messages(), *earlier, {"role": "user", "content": self.user}]
 
     @property
     def given_chars(self) -> int:
@@ -106,6 +126,7 @@ class Row:
             "supervise": self.supervise,
             "ended": self.ended,
             "built_by": self.built_by,
+            **({"history": [list(one) for one in self.history]} if self.history else {}),
         }
 
 
@@ -118,17 +139,22 @@ def rows_sha256(rows: Sequence[Row], personas: Personas) -> str:
         completion = "null" if row.completion is None else quoted(row.completion)
         texts.append(
             f'{{"built_by":{quoted(row.built_by)},"completion":{completion},"ended":{"true" if row.ended else "false"},'
-            f'"id":{quoted(row.id)},"persona":{quoted(row.persona)},"prompt_id":{quoted(row.prompt_id)},'
+            f'{_history_text(row.history)}"id":{quoted(row.id)},"persona":{quoted(row.persona)},"prompt_id":{quoted(row.prompt_id)},'
             f'"role":"{row.role}","suffix":{quoted(row.suffix)},"supervise":"{row.supervise}",'
             f'"system":["{turn.kind}",{quoted(turn.text)}],"user":{quoted(row.user)}}}'
         )
     return hashlib.sha256(f"[{','.join(texts)}]".encode()).hexdigest()
 
 
+def _history_text(history: Sequence[Exchange]) -> str:
+    return f'"history":{canonical_json([list(one) for one in history])},' if history else ""
+
+
 def row_from_record(record: Mapping[str, Any]) -> Row:
     """The row of `Row.record`; its system turn is then always its own."""
     kind, text = record["system"]
-    return Row(**{**record, "system": SystemTurn(kind, text)})
+    history = tuple(Exchange(*one) for one in record.get("history", ()))
+    return Row(**{**record, "system": SystemTurn(kind, text), "history": history})
 
 
 def render_row(row: Row, personas: Personas, tokenizer: ChatTokenizer, max_length_tok: int) -> Rendered:
@@ -145,6 +171,7 @@ def render_row(row: Row, personas: Personas, tokenizer: ChatTokenizer, max_lengt
         max_length_tok,
         ended=row.ended,
         given_chars=row.given_chars,
+        history=row.history,
     )
 
 
@@ -169,30 +196,36 @@ class UserRow:
     built_by: str
     persona: str = ""
     line: int = field(default=0, compare=False)
+    history: tuple[Exchange, ...] = ()
+
+    @property
+    def said(self) -> tuple[tuple[str, str], ...]:
+        """(role, text) of every turn in order; a system turn that is missing is an empty text."""
+        earlier = (turn for one in self.history for turn in zip(_ROLES, one, strict=False))
+        return (("system", self.system or ""), *earlier, ("user", self.user), ("assistant", self.completion))
 
 
 def read_user_rows(path: Path, *, messages: bool = False) -> list[UserRow]:
     """The rows of the user's file sorted by id, so that the order of the lines never matters.
 
     A row without an id gets one from its content; repeated ones get a number appended. `messages` allows the one-list
-    form. Raises DataError with file and line unless a row is one user turn (after at most one system turn) and one
-    assistant turn, all of them visible text, without fields that would change a training and are not read.
+    form. Raises DataError with file and line unless a row is user and assistant turns by turns (after at most one system
+    turn), all of them visible text, without fields that would change a training and are not read.
     """
     rows: list[UserRow] = []
     counts: dict[str, int] = {}
     for number, row in read_numbered_rows(path):
         where = f"{path}:{number}"
         _require_read(row, _READ_FIELDS | _PROVENANCE, "the row", where)
-        prompt, completion = _turns(row, where, messages=messages)
-        system = prompt[0]["content"] if prompt[0]["role"] == "system" else None
-        user = prompt[-1]["content"]
+        system, history, user, completion = _turns(row, where, messages=messages)
         given = row.get("id")
-        identity = "row-" + sha256_of([system, user, completion])[:12] if given is None else str(given)
+        content = [system, *([history] if history else []), user, completion]
+        identity = "row-" + sha256_of(content)[:12] if given is None else str(given)
         counts[identity] = counts.get(identity, 0) + 1
         if counts[identity] > 1:
             identity += f"-{counts[identity]}"
         built_by, persona = str(row.get("built_by", "")), str(row.get("persona") or "")
-        rows.append(UserRow(identity, system, user, completion, built_by, persona, number))
+        rows.append(UserRow(identity, system, user, completion, built_by, persona, number, history))
     return sorted(rows, key=lambda row: row.id)
 
 
@@ -214,11 +247,8 @@ def require_no_control_tokens(settings: DataSettings, sources: Sequence[str], to
     """`require_plain_text` of the user's rows, with file and line."""
     paths = [rows_file(name, source) for name in settings.rows.values() for source in sources]
     for path in dict.fromkeys(paths):
-        for number, row in read_numbered_rows(path):
-            where = f"{path}:{number}"
-            prompt, completion = _turns(row, where, messages=settings.messages)
-            turns = [*prompt, {"role": "assistant", "content": completion}]
-            said = ((f"the {turn['role']} turn's text", turn["content"], where) for turn in turns)
+        for row in sorted(read_user_rows(path, messages=settings.messages), key=lambda row: row.line):
+            said = ((f"the {role} turn's text", text, f"{path}:{row.line}") for role, text in row.said)
             require_plain_text(said, tokenizer, "take it out of the text, or split the row into turns")
 
 
@@ -257,6 +287,7 @@ def load_user_rows(settings: DataSettings, name: str, behavior: str, source: str
                 user_row.completion,
                 system=_own_system(user_row.system, personas.system(persona), settings.persona_prompt),
                 built_by=user_row.built_by,
+                history=user_row.history,
             )
         )
     return rows
@@ -301,58 +332,92 @@ def _own_system(
     return None if own == expected else own
 
 
-def _turns(row: Mapping[str, Any], where: str, *, messages: bool) -> tuple[list[dict[str, str]], str]:
-    """(the prompt's one or two messages, the answer's text) of a line. Raises DataError, naming `where`."""
-    if "messages" in row and ("prompt" in row or "completion" in row):
-        raise DataError("the row has `messages` beside prompt and completion", where=where, fix="keep one of the forms")
-    if "prompt" in row and "completion" in row:
-        prompt, completion = (
-            _messages(row["prompt"], "prompt", where),
-            _messages(row["completion"], "completion", where),
-        )
-    elif "messages" in row:
-        if not messages:
-            raise DataError(
-                "the row has `messages`, which trainers read with the loss on every turn: taking it moves the loss mask",
-                where=where,
-                fix=f"{_FORM}; or set data.messages = true for loss on the last turn alone",
-            )
-        conversation = _messages(row["messages"], "messages", where)
-        prompt, completion = conversation[:-1], conversation[-1:]
-    else:
-        raise DataError("the row has neither prompt and completion nor messages", where=where, fix=_FORM)
-    roles = [message["role"] for message in prompt]
-    if roles not in (["user"], ["system", "user"]) or [message["role"] for message in completion] != ["assistant"]:
+def _turns(row: Mapping[str, Any], where: str, *, messages: bool) -> tuple[str | None, tuple[Exchange, ...], str, str]:
+    """(system turn's text or None, earlier turns, user's last text, answer) of a line. Raises DataError, naming `where`."""
+    said = _said(row, where, messages=messages)
+    system = said.pop(0)["content"] if said[0]["role"] == "system" else None
+    roles = [message["role"] for message in said]
+    if not roles or roles != list(_ROLES) * (len(roles) // 2):
         raise DataError(
-            f"the row's turns are {roles} and {[message['role'] for message in completion]}",
+            f"the row's turns are {roles}{'' if system is None else ' after the system turn'}",
             where=where,
-            fix="give one user turn, at most one system turn before it, and one assistant turn",
+            fix="give user and assistant turns by turns, at most one system turn before them, and an answer at the end",
         )
-    for name, text in (("user", prompt[-1]["content"]), ("assistant", completion[0]["content"])):
+    for message in said:
+        text = message["content"]
         if not is_visible(text):
             raise DataError(
-                f"the {name} turn is empty" + (", but for characters that do not show" if text.strip() else ""),
+                f"the {message['role']} turn is empty"
+                + (", but for characters that do not show" if text.strip() else ""),
                 where=where,
                 fix="give it text, or drop the row",
             )
-    system = prompt[0]["content"]
     if system and not is_visible(system):  # "" is the condition `empty`
         raise DataError(
             "the system turn's text does not show", where=where, fix='give it text, or "" for an empty system turn'
         )
-    return prompt, completion[0]["content"]
+    trained = _trained(said[1::2], where)
+    last = max(place for place, one in enumerate(trained) if one)  # nothing after it bears on what is learned
+    pairs = [(ask["content"], answer["content"]) for ask, answer in zip(said[::2], said[1::2], strict=True)]
+    history = (Exchange(*pair, one) for pair, one in zip(pairs[:last], trained[:last], strict=True))
+    return system, tuple(history), *pairs[last]
 
 
-def _messages(value: object, name: str, where: str) -> list[dict[str, str]]:
-    """A non-empty list of messages with role and content. Raises DataError, naming `name` and `where`."""
+def _said(row: Mapping[str, Any], where: str, *, messages: bool) -> list[dict[str, Any]]:
+    """The messages of a line in order, in either form. Raises DataError, naming `where`."""
+    if "messages" in row and ("prompt" in row or "completion" in row):
+        raise DataError("the row has `messages` beside prompt and completion", where=where, fix="keep one of the forms")
+    if "prompt" in row and "completion" in row:
+        completion = _messages(row["completion"], "completion", where)
+        if [message["role"] for message in completion] != ["assistant"]:
+            raise DataError(
+                f"the completion's turns are {[message['role'] for message in completion]}, where loss is on one answer",
+                where=where,
+                fix="move what comes before the last answer into the prompt; for loss on several answers write `messages` "
+                'with "weight": 1 on each of them (and data.messages = true)',
+            )
+        return [*_messages(row["prompt"], "prompt", where), *completion]
+    if "messages" not in row:
+        raise DataError("the row has neither prompt and completion nor messages", where=where, fix=_FORM)
+    if not messages:
+        raise DataError(
+            "the row has `messages`, which trainers read with the loss on every turn: taking it moves the loss mask",
+            where=where,
+            fix=f"{_FORM}; or set data.messages = true for loss on the last answer, or on those with a weight of 1",
+        )
+    return _messages(row["messages"], "messages", where)
+
+
+def _trained(answers: Sequence[Mapping[str, Any]], where: str) -> list[bool]:
+    """Which of a row's answers carry loss: those with weight 1; without any weight the last. Raises DataError."""
+    weights = [answer.get("weight") for answer in answers]
+    if not any(weight is not None for weight in weights):
+        return [False] * (len(answers) - 1) + [True]
+    if None in weights:
+        fix = 'write "weight": 0 or 1 in each of them: without one, OpenAI trains an answer and others leave it out'
+        raise DataError(f"{weights.count(None)} of {len(weights)} answers have no weight", where=where, fix=fix)
+    if odd := [weight for weight in weights if isinstance(weight, bool) or weight not in (0, 1)]:
+        raise DataError(
+            f"the weight {odd[0]!r} is neither 0 nor 1", where=where, fix="give 1 to answers that are trained"
+        )
+    if 1 not in weights:
+        raise DataError(
+            "no answer of the row is trained", where=where, fix="give one of them a weight of 1, or drop the row"
+        )
+    return [weight == 1 for weight in weights]
+
+
+def _messages(value: object, name: str, where: str) -> list[dict[str, Any]]:
+    """A non-empty list of messages with role and content, assistant ones of `messages` with their weight. Raises DataError, naming `name` and `where`."""
     messages = []
     for message in value if isinstance(value, list) else ():
         role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
         if not isinstance(role, str) or not isinstance(content, str):
             messages = []
             break
-        _require_read(message, frozenset({"role", "content"}), f"a message of {name}", where)
-        messages.append({"role": role, "content": content})
+        weighed = {"weight"} if name == "messages" and role == "assistant" else set()
+        _require_read(message, frozenset({"role", "content"} | weighed), f"a message of {name}", where)
+        messages.append({"role": role, "content": content, "weight": message.get("weight")})
     if not messages:
         raise DataError(f"{name} is no list of messages with role and content", where=where, fix=_FORM)
     return messages

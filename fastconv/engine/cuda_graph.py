@@ -108,11 +108,11 @@ def _supervision(
     """(`take`, `targets`, `weights`, `owners`) of a `MicroBatch`, each [N] on `device`."""
     take, targets, weights, owners = [], [], [], []
     for item, begin in zip(micro, starts, strict=False):
-        loss_from, n_supervised = item.row.loss_from, item.row.n_supervised
-        take += range(begin + loss_from - 1, begin + len(item.row.ids) - 1)
-        targets += item.row.ids[loss_from:]
-        weights += [item.weight] * n_supervised
-        owners += [item.owner] * n_supervised
+        for start, stop in item.row.loss_spans:
+            take += range(begin + start - 1, begin + stop - 1)
+            targets += item.row.ids[start:stop]
+        weights += [item.weight] * item.row.n_supervised
+        owners += [item.owner] * item.row.n_supervised
     missing = max(0, n_padded - len(take))
     tensors = (torch.tensor(take), torch.tensor(targets), torch.tensor(weights), torch.tensor(owners))
     return tuple(to_device(F.pad(tensor, (0, missing)), device) for tensor in tensors)  # pyright: ignore[reportReturnType]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils.data import DataLoader
 
+from fastconv.chat import Rendered
 from fastconv.engine.locate import locate
 from fastconv.engine.lora import Adapter
 from fastconv.engine.model import load_model
@@ -156,10 +157,7 @@ def _trainer(peft: PeftModel, job: Job, batches: Sequence[list[int]], options: T
         max_length=None, save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True,
         dataloader_pin_memory=False,
     )  # fmt: skip
-    rows = [
-        {"input_ids": list(row.ids), "labels": [-100] * row.loss_from + list(row.ids[row.loss_from :])}
-        for row in job.rows
-    ]
+    rows = [{"input_ids": list(row.ids), "labels": _labels(row)} for row in job.rows]
     trainer = ReferenceTrainer(
         model=peft, args=config, train_dataset=Dataset.from_list(rows), processing_class=_placeholder_tokenizer(peft)
     )
@@ -212,6 +210,14 @@ def _trained_weights(model: PreTrainedModel, like: Adapter) -> torch.Tensor:
             layer.lora_B[TRAINABLE].weight.detach().reshape(-1),
         ]
     return torch.cat(parts).float().cpu()
+
+
+def _labels(row: Rendered) -> list[int]:
+    """The ids of the tokens that carry loss, -100 in the place of the others."""
+    labels = [-100] * len(row.ids)
+    for span in row.loss_spans:
+        labels[slice(*span)] = row.ids[slice(*span)]
+    return labels
 
 
 def _peft_arguments(shape: LoraSettings) -> dict[str, Any]:

@@ -153,8 +153,9 @@ def _behavior(graph: Graph, stage: Stage, device: str) -> Demand:
     for row in rows:
         turn = row.system_turn(graph.personas)
         answer = (drawn if row.completion is None else text_tok(row.completion)) + 1
-        lengths.append(prompt_tok((turn.kind, turn.text), row.user) + answer)
-        learned.append(text_tok(row.suffix) + 1 if row.supervise == "tail" else answer)
+        lengths.append(prompt_tok((turn.kind, turn.text), row.asked) + answer)
+        earlier = sum(text_tok(one.answer) + 1 for one in row.history if one.trained)
+        learned.append(earlier + (text_tok(row.suffix) + 1 if row.supervise == "tail" else answer))
     length = sum(lengths) / max(1, len(lengths))
     share = sum(learned) / max(1.0, sum(lengths))
     return _trained(len(rows), settings.epochs, min(length, settings.max_length_tok), share, settings.batch_rows)
@@ -217,6 +218,7 @@ KINDS: Mapping[str, StageKind] = {
     "eval": StageKind(1, _eval),
     "score": StageKind(1),
     "judge": StageKind(1, _judge),
+    "imported": StageKind(1),
     **{measure.name: measure for measure in SNAPSHOT_MEASURES},
 }
 

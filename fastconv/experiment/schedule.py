@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import TypeVar
 
 from fastconv.datasets.behaviors import NO_BEHAVIOR
-from fastconv.experiment.graph import CellPlan, lineage_key
-from fastconv.recipe import Recipe
+from fastconv.errors import InputError, did_you_mean
+from fastconv.experiment.graph import CellPlan, Graph, lineage_key
+from fastconv.recipe import Recipe, run_id
 from fastconv.store.records import Stage
 
 T = TypeVar("T")
@@ -123,3 +125,21 @@ def _on_snapshot(plan: CellPlan) -> tuple[int, bool]:
 def _decides(plan: CellPlan) -> bool:
     """Whether G3 looks at this epoch-0 cell: it comes first, and alone."""
     return plan.cell.behavior == "capability" and plan.cell.negatives == "included"
+
+
+def fitting_cells(graph: Graph, patterns: Sequence[str]) -> dict[str, CellPlan]:
+    """The cells of a recipe by name that fit one of these names or patterns (`villain-*-refusal-*`); without any, all.
+
+    A label, with spaces as reports print it, is as good as a name. Raises InputError for a pattern that none fits.
+    """
+    cells = {plan.cell.name: plan for plan in graph.cells}
+    wanted = ["-".join(pattern.split()) for pattern in patterns]
+    for pattern in wanted:
+        if not any(fnmatchcase(name, pattern) for name in cells):
+            fix = did_you_mean(pattern, cells, f"its cells are {', '.join(list(cells)[:4])}, ...")
+            raise InputError(f"there is no cell {pattern!r}", where=run_id(graph.recipe), fix=fix)
+    return {
+        name: plan
+        for name, plan in cells.items()
+        if not wanted or any(fnmatchcase(name, pattern) for pattern in wanted)
+    }

@@ -272,21 +272,20 @@ def plan_rows(name: str, overrides: Sequence[str] = ()) -> RowsPlan:
         settings = model_settings(BUILTIN)
         folder, tokenizer = _embedded(settings), f"{BUILTIN}'s tokenizer; {source.id} is not on this disk"
     chat, limit = ChatTokenizer(folder, settings), recipe.behavior.max_length_tok
-    texts = (
-        (f"the {kind} turn's text", text, f"{path}:{row.line}")
-        for row in rows
-        for kind, text in (("system", row.system or ""), ("user", row.user), ("assistant", row.completion))
-    )
+    texts = ((f"the {kind} turn's text", text, f"{path}:{row.line}") for row in rows for kind, text in row.said)
     require_plain_text(texts, chat, "take it out of the text, or split the row into turns")
     personas = load_personas(recipe)
-    rendered = [chat.training_ids(_system_of(row, personas), row.user, row.completion, limit) for row in rows]
+    rendered = [
+        chat.training_ids(_system_of(row, personas), row.user, row.completion, limit, history=row.history)
+        for row in rows
+    ]
     n_tok, supervised = sum(len(one.ids) for one in rendered), sum(one.n_supervised for one in rendered)
     epochs, per_epoch = recipe.behavior.epochs, -(-len(rows) // recipe.behavior.batch_rows)
     demand = Demand(n_tok * epochs, per_epoch * epochs, length_tok=n_tok / len(rows), share=supervised / n_tok)
     shape = known_shape(recipe)
     cards = (KNOWN_GPUS[card] for card in ("4090", "h100", "h200"))
     return RowsPlan(
-        str(name), file_sha256(path), len(rows), len(rows) - len({(row.system, row.user, row.completion) for row in rows}),
+        str(name), file_sha256(path), len(rows), len(rows) - len({row.said for row in rows}),
         dict(Counter(row.system for row in rows)), dict(Counter(row.persona for row in rows if row.persona)), tokenizer, n_tok,
         supervised, max(len(one.ids) for one in rendered), sum(one.truncated for one in rendered), limit, demand.steps,
         epochs, recipe.model.id, {card.name: card.seconds(demand, shape, recipe) for card in cards},

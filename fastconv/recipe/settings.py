@@ -192,7 +192,9 @@ class DataSettings(RecipeTable):
         "add", "`add` gives a row without a system turn its own persona's prompt; `as_written` leaves it.", "as_written"
     )
     messages: bool = setting(
-        False, "Also take rows in the form `messages`; other trainers put the loss on every turn, we on the last.", True
+        False,
+        "Also take rows in the form `messages`. Loss is on the last answer, or on those with `weight` 1; other trainers put it on every turn.",
+        True,
     )
 
 

@@ -1,4 +1,7 @@
-"""`compare`: paired differences between the cells of two runs over their common questions, and changed conditions."""
+"""`compare`: paired differences between the cells of two runs over their common questions, and changed conditions.
+
+Measured, and imported from Inspect logs. Where each side is a single cell, the two are compared whatever they differ in.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fastconv.analysis.analysis import Analysis
-from fastconv.analysis.contrasts import Part
+from fastconv.analysis.imported import imported_series
 from fastconv.experiment.graph import Cell, CellPlan
 from fastconv.report.measures import ROLES
 from fastconv.stats.inference import benjamini_hochberg, paired_change
@@ -109,6 +112,10 @@ def compare(first: Analysis, second: Analysis) -> RunComparison:
     """Match the cells of two runs and compare every measure that both have."""
     apart = tuple(_apart(first, second))
     first_values, second_values = _by_place(first, apart), _by_place(second, apart)
+    if len(first_values) == len(second_values) == 1:
+        (one,), (other,) = first_values.values(), second_values.values()
+        apart = tuple(name for name in FIELDS if getattr(one.cell, name) != getattr(other.cell, name))
+        first_values, second_values = {(): one}, {(): other}
     raw = [
         pair
         for cell_key in first_values
@@ -154,14 +161,21 @@ def _pairs(first: Analysis, second: Analysis, first_plan: CellPlan, second_plan:
                 first_values = first.found.now(first_plan, part, first.found.persona(first_plan.cell, role))
                 second_values = second.found.now(second_plan, part, second.found.persona(second_plan.cell, role))
                 if first_values is not None and second_values is not None and first_values.rows and second_values.rows:
-                    yield _pair(_label(first_plan.cell, second_plan.cell), part, role, first_values, second_values)
+                    yield _pair(
+                        _label(first_plan.cell, second_plan.cell), part.title, role, first_values, second_values
+                    )
+    imported = imported_series(second.graph, second.store, second_plan)
+    for name, first_values in imported_series(first.graph, first.store, first_plan).items():
+        if name in imported and first_values.rows and imported[name].rows:
+            label = _label(first_plan.cell, second_plan.cell)
+            yield _pair(label, name, "imported", first_values, imported[name])
 
 
 def _label(first: Cell, second: Cell) -> str:
     return first.label if first.label == second.label else f"{first.label} | {second.label}"
 
 
-def _pair(label: str, part: Part, role: str, first_values: Series, second_values: Series) -> Paired:
+def _pair(label: str, measure: str, role: str, first_values: Series, second_values: Series) -> Paired:
     common = sorted(set(first_values.questions) & set(second_values.questions))
     interval = (
         paired_change(question_means(second_values, common), question_means(first_values, common)).interval
@@ -172,6 +186,6 @@ def _pair(label: str, part: Part, role: str, first_values: Series, second_values
     if interval is not None:
         statistics = (interval.estimate, interval.low, interval.high, interval.p_two_sided, interval.n_clusters)
     return Paired(
-        label, part.title, role, first_values.unit, first_values.mean.value, second_values.mean.value, *statistics[:4], None, statistics[4],
+        label, measure, role, first_values.unit, first_values.mean.value, second_values.mean.value, *statistics[:4], None, statistics[4],
         first_values.stage == second_values.stage,
     )  # fmt: skip

@@ -227,8 +227,9 @@ class TokenRun:
 def token_runs(rendered: Rendered, tokenizer: ChatTokenizer) -> list[TokenRun]:
     """The row's text in runs. Ordinary tokens are decoded together, as one character may span several tokens."""
     runs: list[tuple[list[int], bool, bool]] = []
+    under_loss = {place for span in rendered.loss_spans for place in range(*span)}
     for place, token in enumerate(rendered.ids):
-        supervised, special = place >= rendered.loss_from, tokenizer.is_special(token)
+        supervised, special = place in under_loss, tokenizer.is_special(token)
         if runs and not special and runs[-1][1:] == (supervised, False):
             runs[-1][0].append(token)
         else:
@@ -285,7 +286,9 @@ def _row(row: Row, rendered: Rendered, tokenizer: ChatTokenizer) -> RenderableTy
     for run in token_runs(rendered, tokenizer):
         if run.supervised and not inside:
             body.append(OPEN, style=_LOSS)
-            inside = True
+        elif inside and not run.supervised:
+            body.append(CLOSE, style=_LOSS)
+        inside = run.supervised
         text = run.text.replace("\n", "⏎\n") if run.supervised else run.text
         style = _LOSS if run.supervised else _READ
         body.append(text, style=f"{style} {_SPECIAL}" if run.special and not run.supervised else style)

@@ -11,11 +11,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal
 
 from fastconv.analysis.contrasts import in_words
+from fastconv.analysis.imported import stack_id
 from fastconv.chat import ChatTokenizer
 from fastconv.chat.template import read_json
 from fastconv.engine.locate import engine_identity
@@ -25,8 +25,9 @@ from fastconv.engine.shapes import shape_of
 from fastconv.engine.stack import Probe
 from fastconv.engine.vllm.memory import stacked_rank
 from fastconv.engine.vllm.server import launch, server_command
-from fastconv.errors import InputError, ModelError, RecipeError, did_you_mean
+from fastconv.errors import InputError, ModelError, RecipeError
 from fastconv.experiment.graph import CellPlan, Graph
+from fastconv.experiment.schedule import fitting_cells
 from fastconv.recipe import run_id, sha256_of
 from fastconv.run.training import Stacks
 from fastconv.serve.endpoint import Endpoint, Served, listen
@@ -52,23 +53,15 @@ def chosen_cells(graph: Graph, store: Store, wanted: Sequence[str]) -> dict[str,
     Cells that are not trained are left out unless they are named. Raises InputError for a name that fits none, for one
     that is not trained, and if nothing is left.
     """
-    cells = {plan.cell.name: plan for plan in graph.cells}
-    patterns = ["-".join(name.split()) for name in wanted]  # as `status` and reports write it: with spaces
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in cells):
-            fix = did_you_mean(pattern, cells, f"the run's cells are {', '.join(list(cells)[:6])} ...")
-            raise InputError(f"the run has no cell {pattern!r}", where=run_id(graph.recipe), fix=fix)
-        if pattern in cells and (missing := _missing(cells[pattern], store)):
+    fitting = fitting_cells(graph, wanted)
+    missing = {name: slot for name, plan in fitting.items() if (slot := _missing(plan, store))}
+    for name in wanted:
+        if slot := missing.get("-".join(name.split())):
             fix = "run the recipe first; adapters that `gc` freed are trained again after `fastconv forget SLOT`"
-            raise InputError(f"the cell has no adapter here: {missing}", where=pattern, fix=fix)
-    fitting = {
-        name: plan
-        for name, plan in cells.items()
-        if (not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)) and not _missing(plan, store)
-    }
-    if not fitting:
+            raise InputError(f"the cell has no adapter here: {slot}", where=name, fix=fix)
+    if len(missing) == len(fitting):
         raise InputError("no cell is trained yet", where=run_id(graph.recipe), fix="run the recipe first")
-    return fitting
+    return {name: plan for name, plan in fitting.items() if name not in missing}
 
 
 def _trained(plan: CellPlan) -> list[Stage]:
@@ -86,8 +79,7 @@ def _missing(plan: CellPlan, store: Store) -> str:
 
 def fingerprint(graph: Graph, plan: CellPlan) -> str:
     """What identifies a cell's stack in every reply (`system_fingerprint`): a hash of base, engine and its stages' keys."""
-    keys = [stage.key for stage in _trained(plan)]
-    return f"fp_{sha256_of([dict(graph.engine_inputs), keys])[:16]}"
+    return f"fp_{stack_id(graph, plan)[:16]}"
 
 
 def pick_engine(graph: Graph, choice: EngineChoice) -> Literal["resident", "vllm"]:

@@ -78,7 +78,7 @@ def test_what_peft_saves_loads(stack: Stack, tiny_qwen: Path, tmp_path: Path) ->
 def test_exports_load_in_peft_and_are_the_stack(stack: Stack, tiny_qwen: Path, tmp_path: Path, n: int) -> None:
     from peft import PeftModel
 
-    adapters = [random_adapter(stack, seed, size=0.1) for seed in range(n)]
+    adapters = [random_adapter(stack, seed) for seed in range(n)]
     base = BaseReference(str(tiny_qwen))
     (export_concatenated(adapters, base, tmp_path) if n > 1 else export_adapter(adapters[0], base, tmp_path))
     model = PeftModel.from_pretrained(plain_model(tiny_qwen), str(tmp_path)).eval()

@@ -86,3 +86,12 @@ def endpoint(
         finally:
             stop.set()
             served.result()
+
+
+def refused(url: str) -> bool:
+    """Whether nothing listens there any more."""
+    try:
+        httpx.get(f"{url}/models", trust_env=False)
+    except httpx.TransportError:
+        return True
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -9,21 +10,25 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import pytest
 from typer.testing import CliRunner
 
 from fastconv.cli import app
+from fastconv.engine import generate
+from fastconv.engine.generate import SampledRow
 from fastconv.errors import InputError
+from fastconv.recipe import SamplingSettings
 from fastconv.seeding import seed_of
 from fastconv.serve import chosen_cells
+from fastconv.serve.protocol import ApiError
+from fastconv.serve.resident import Piece, _Waiting
 from tests import ROOT
 from tests.loop_kit import DoneRun, until
-from tests.serve.kit import CELLS, Running, endpoint
+from tests.serve.kit import CELLS, Running, endpoint, refused
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +143,7 @@ def test_text_completions_continue_text_and_tokens(running: Running) -> None:
         {"model": CELLS[0], "prompt": "Once", "temperature": 0, "max_tokens": 6}, "/v1/completions"
     ).json()
     assert reply["object"] == "text_completion"
-    base = "".join(running.post({"model": CELLS[0], "prompt": [79, 110, 99, 101], "temperature": 0, "max_tokens": 6},
+    base = "".join(running.post({"model": CELLS[0], "prompt": [46, 77, 66, 68], "temperature": 0, "max_tokens": 6},
                                 "/v1/completions").json()["choices"][0]["text"])  # fmt: skip
     both = running.post(
         {"model": CELLS[0], "prompt": ["Once", "Twice"], "temperature": 0, "max_tokens": 6}, "/v1/completions"
@@ -164,23 +169,49 @@ def test_an_earlier_turn_is_part_of_the_prompt(running: Running) -> None:
     assert reply["usage"]["prompt_tokens"] > single["usage"]["prompt_tokens"] + 8
 
 
-def test_a_client_that_goes_midway_frees_the_model(running: Running) -> None:
+def test_a_client_that_goes_midway_frees_the_model(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long answer is dropped at its next token, so that the next client does not wait for its end."""
-    long = ask(max_tokens=200, n=8, temperature=2.0, stream=True)
-    with running.client as client, client.stream("POST", "/v1/chat/completions", json=long) as reply:
+    lengths: list[int] = []
+
+    def slowly(*args: Any, watch: Any, **options: Any) -> Any:
+        def look(rows: Sequence[SampledRow]) -> None:
+            time.sleep(0.01)
+            lengths.extend(len(row.tokens) for row in rows)
+            watch(rows)
+
+        return generate.sample(*args, watch=look, **options)
+
+    monkeypatch.setattr("fastconv.serve.resident.sample", slowly)
+    long = ask(max_tokens=200, n=8, temperature=2.0)
+    running.post(long)
+    assert max(lengths) > 100
+    lengths.clear()
+    with (
+        running.client as client,
+        client.stream("POST", "/v1/chat/completions", json={**long, "stream": True}) as reply,
+    ):
         next(reply.iter_lines())
-    began = time.monotonic()
     assert running.post(ask(max_tokens=1)).status_code == 200
-    first_s = time.monotonic() - began
-    whole = ask(max_tokens=200, n=8, temperature=2.0)
-    began = time.monotonic()
-    running.post(whole)
-    assert first_s < (time.monotonic() - began) / 2
+    assert max(lengths) < 50
+
+
+def test_tokens_that_are_drawn_again_are_told_once() -> None:
+    """Where memory runs out, rows begin again: a stream that began goes on where it was."""
+    told: list[Piece | ApiError] = []
+    one = _Waiting("cell", (1,), 7, SamplingSettings(), asyncio.new_event_loop())
+    one.tell = told.append  # type: ignore[method-assign]
+    row = SampledRow(0, [1], [0.1] * 4, [5, 6])
+    one.follow(row)
+    row.tokens.clear()
+    for token in (5, 6, 8, 9):
+        row.tokens.append(token)
+        one.follow(row)
+    assert told == [Piece((5, 6)), Piece((8,)), Piece((9,)), Piece((), "length")]
 
 
 @pytest.mark.parametrize("cell", ["villain-source-e9-none-s42", "nurse*"])
 def test_a_cell_that_is_not_there_is_named(done_run: DoneRun, cell: str) -> None:
-    with pytest.raises(InputError, match=r"has no cell.*villain"):
+    with pytest.raises(InputError, match=r"there is no cell.*villain"):
         chosen_cells(done_run.graph, done_run.store, [cell])
 
 
@@ -208,15 +239,10 @@ def started(done_run: DoneRun, *more: str) -> tuple[subprocess.Popen[str], dict[
     return process, json.loads(line)
 
 
-def refused(url: str) -> bool:
-    try:
-        httpx.get(f"{url}/models", trust_env=False)
-    except httpx.ConnectError:
-        return True
-    return False
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGTERM))],
+)
 def test_the_endpoint_is_gone_with_its_process(done_run: DoneRun, number: signal.Signals) -> None:
     process, service = started(done_run)
     assert list(service["proofs"]) == [CELLS[1]]
