@@ -237,16 +237,16 @@ def test_an_interrupted_terminal_gets_130_and_the_way_on(tiny: Path, tmp_path: P
 # --- what it answers ---------------------------------------------------------------------------------------
 
 
-def test_exit_codes_are_those_of_the_error_classes_and_stand_in_help_and_readme() -> None:
+def test_exit_codes_are_those_of_the_error_classes_and_stand_in_help_and_docs() -> None:
     def every(kind: type[errors.FastconvError]) -> set[int]:
         return {kind.exit_code}.union(*(every(child) for child in kind.__subclasses__()))
 
     assert every(errors.FastconvError) | {0} == set(errors.EXIT_CODES)
     shown = ask("--help").out
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "RUNNING.md").read_text()
     for code, meaning in errors.EXIT_CODES.items():
         assert re.search(rf"\b{code}\s+{re.escape(meaning[:20])}", shown), code
-        assert f"| {code} | {meaning} |" in readme
+        assert f"| {code} | {meaning} |" in page
 
 
 def test_the_glossary_has_every_gate_and_every_verdict() -> None:
@@ -254,7 +254,7 @@ def test_the_glossary_has_every_gate_and_every_verdict() -> None:
     source = "".join((ROOT / "fastconv" / "stats" / f"{name}.py").read_text() for name in ("gates", "study_gates"))
     gates = set(re.findall(r'GateVerdict\(\s*"([A-Z0-9.]+)"', source)) | {"COST", "G4", "FALSIFY"}
     assert len(gates) > 14
-    table = (ROOT / "README.md").read_text().partition("| word | meaning |")[2].partition("\n\n")[0]
+    table = (ROOT / "docs" / "RESULTS.md").read_text().partition("| word | meaning |")[2].partition("\n\n")[0]
     verdicts = [word for row in re.findall(r"^\| ([\w, ]+) \|", table, re.MULTILINE) for word in row.split(", ")]
     assert len(verdicts) == 7
     for word in (*gates, *verdicts):
