@@ -176,6 +176,11 @@ def test_a_library_that_is_not_installed_is_named(
     assert answer.exit_code == 0, answer.output
     assert "wandb does not track this run: " in answer.output
     assert "pip install wandb" in answer.output
+    monkeypatch.undo()
+    told = CliRunner().invoke(
+        app, ["doctor", str(path), "-w", str(tmp_path / "c"), "--set", 'run.track=["tensorboard"]']
+    )
+    assert "tensorboard 2." in told.output
 
 
 def fake_wandb(calls: list[tuple[Any, ...]], *, key: bool) -> ModuleType:
