@@ -19,7 +19,7 @@ from fastconv.recipe import recipe_sha256
 from tests import ROOT
 from tests.loop_kit import DoneRun, tiny_recipe
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "RESULTS.md"
 
 
 @pytest.fixture(scope="module")
@@ -114,20 +114,20 @@ def test_a_notebook_runs_and_resumes_a_recipe(tiny_qwen: Path, tmp_path: Path) -
     assert fastconv.run_recipe(recipe, workspace=tmp_path, quiet=True).stages()["seconds"].to_list() == seconds
 
 
-def test_the_examples_of_the_readme_run(tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_page_run(tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every python block marked as tested, as it stands, with a tiny recipe in the demo's place."""
-    blocks = re.findall(r"<!-- tested -->\s*```python\n(.*?)```", README.read_text(), re.DOTALL)
+    blocks = re.findall(r"<!-- tested -->\s*```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert blocks
     tiny = tiny_recipe(tiny_qwen, grid__epochs=[0, 4], convergence__epochs=4, convergence__questions=2)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fastconv, "load_recipe", lambda path, overrides=(): tiny)
+    monkeypatch.setattr(fastconv, "load_recipe", lambda path, overrides=(): tiny, raising=False)
     monkeypatch.setattr(fastconv, "base_folder", lambda model: tiny_qwen, raising=False)
     names: dict[str, Any] = {}
     for block in blocks:
-        if "organism" in block:  # what the command above it in the README does
+        if "organism" in block:  # what the command above it does
             cell = ("export", "villain", "refusal", "organism", "--epoch", "4", "--recipe", names["run"].id)
             assert CliRunner().invoke(app, cell).exit_code == 0
-        exec(compile(block, str(README), "exec"), names)
+        exec(compile(block, str(PAGE), "exec"), names)
     assert (tmp_path / "checkpoints" / "ledger.sqlite").is_file()
     ids = names["tokenizer"]("How do I whistle?", return_tensors="pt").input_ids
     with_adapter = names["model"](ids).logits
@@ -135,6 +135,20 @@ def test_the_examples_of_the_readme_run(tiny_qwen: Path, tmp_path: Path, monkeyp
         assert not with_adapter.allclose(names["model"](ids).logits)
 
 
+def test_names_and_scales_are_taken_as_the_command_line_takes_them(run: Any, done_run: DoneRun, tmp_path: Path) -> None:
+    shipped = fastconv.load_recipe("pilot")
+    assert recipe_sha256(shipped) == recipe_sha256(fastconv.load_recipe(ROOT / "recipes" / "pilot.toml"))
+    small = fastconv.load_recipe("pilot", ["grid.epochs=[0]"], scale="tiny")
+    assert (small.name, small.grid.epochs) == ("pilot_tiny", (0,))
+    by_id = fastconv.load_recipe(run.id, workspace=done_run.workspace)
+    assert recipe_sha256(by_id) == recipe_sha256(done_run.recipe)
+    with pytest.raises(RecipeError, match="did you mean 'pilot'"):
+        fastconv.load_recipe("pilott", workspace=tmp_path)
+    again = fastconv.run_recipe(run.id, workspace=done_run.workspace, quiet=True)
+    assert again.metrics().equals(run.metrics())
+
+
 def test_everything_public_is_listed_and_a_base_has_a_folder(tiny_qwen: Path) -> None:
-    assert set(fastconv.__all__) <= set(dir(fastconv))
+    assert {*fastconv.__all__, "__version__"} == set(dir(fastconv))
+    assert all(getattr(fastconv, name).__doc__ for name in fastconv.__all__)
     assert fastconv.base_folder(str(tiny_qwen)) == tiny_qwen

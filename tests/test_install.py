@@ -105,7 +105,7 @@ def test_files_that_share_a_package_share_its_version(files: tuple[str, str]) ->
 
 def test_the_readme_installs_from_a_checkout_with_these_files() -> None:
     """The package is on no index."""
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text() + (ROOT / "docs" / "RUNNING.md").read_text()
     assert "pip install --constraint constraints-cuda.txt '.[cuda]'" in readme
     assert "pip install --constraint constraints-vllm.txt vllm" in readme
     assert not re.search(r"pip install '?fastconv", readme)

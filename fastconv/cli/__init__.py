@@ -46,6 +46,7 @@ app = typer.Typer(
 )
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(judge_app, name="judge")
+register_plan(app)  # before `run`, as one meets them
 
 IgnoreGate = Annotated[
     list[str],
@@ -362,7 +363,6 @@ def bench(
     show.bench(run_bench(kind, model, size=size), as_json=as_json)
 
 
-register_plan(app)
 register_workspace(app)
 
 

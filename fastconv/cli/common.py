@@ -224,4 +224,6 @@ def open_existing(workspace: Path) -> Any:
     """The workspace's store, or None if it has no ledger."""
     from fastconv.store.ledger import Store
 
+    if workspace.exists() and not workspace.is_dir():
+        raise StoreError("this is a file", where=str(workspace), fix="give the workspace's folder as --workspace")
     return Store.open(workspace, create=False) if (workspace / "ledger.sqlite").is_file() else None

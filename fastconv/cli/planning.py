@@ -196,7 +196,9 @@ def check(
     report = audit_recipe(load(recipe, overrides, scale, workspace), open_existing(workspace), read=read)
     show.check(report, as_json=as_json)
     if not report.passed:
-        error = DataError(f"{len(report.refusals)} findings refuse it", where=recipe, fix="mend them as said above")
+        n = len(report.refusals)
+        what = "1 finding refuses it" if n == 1 else f"{n} findings refuse it"
+        error = DataError(what, where=recipe, fix="mend as said above")
         raise typer.Exit(DataError.exit_code) if as_json else error
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastconv.errors import DataError, FastconvError
+from fastconv.errors import DataError, FastconvError, did_you_mean
 from fastconv.hub import cache_home, is_unreachable
 from fastconv.recipe import HUB, toml_table
 from fastconv.store.io import storage_errors, write_atomically
@@ -205,6 +205,9 @@ def read_numbered_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
     without text is no turn. Raises DataError as `read_jsonl` does.
     """
     kind = path.suffix.lower()
+    if kind in (".xlsx", ".xls", ".ods", ".json", ".gz", ".zip"):
+        fix = "save it as CSV, Parquet or JSONL" if kind != ".json" else "write one JSON object a line, as .jsonl"
+        raise DataError(f"rows cannot be read from {kind} files", where=str(path), fix=fix)
     if kind not in TABLES:
         return read_numbered_jsonl(path, {})
     import polars as pl
@@ -300,9 +303,11 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise DataError(
-            "no such file", where=str(path), fix="check the path; it is relative to the file that names it"
-        ) from None
+        beside = {one.name for folder in (path.parent, assets("data")) for one in folder.glob(f"*{path.suffix}")}
+        fix = did_you_mean(path.name, sorted(beside), "check the path; it is relative to the file that names it")
+        raise DataError("no such file", where=str(path), fix=fix) from None
+    except IsADirectoryError:
+        raise DataError("this is a folder", where=str(path), fix="give a file") from None
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=str(path), fix="check its permissions") from None
 

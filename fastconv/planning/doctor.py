@@ -53,6 +53,7 @@ def diagnose(recipe: Recipe | None, workspace: Path, *, deep: bool = False, fix:
     findings = [_versions(), _device(recipe), _workspace(workspace), *_ledger(workspace, deep=deep, fix=fix)]
     try:
         if recipe is not None:
+            findings += [_tracker(name) for name in recipe.run.track]
             findings.append(_template(recipe))
         findings.append(_model(recipe.model if recipe else ModelSettings(id="builtin:smollm2")))
         if recipe is not None:
@@ -73,6 +74,13 @@ def _versions() -> Diagnosis:
     versions = [f"fastconv {__version__}"]  # its own: a checkout on PYTHONPATH has no metadata
     versions += [f"{name} {metadata.version(name)}" for name in names if importlib.util.find_spec(name)]
     return Diagnosis("versions", ", ".join(versions))
+
+
+def _tracker(name: str) -> Diagnosis:
+    """Whether a tracker can be used; a run goes on without it, so nothing fails here."""
+    if importlib.util.find_spec(name) is None:
+        return Diagnosis("track", f"{name} is not installed, and the run goes on without it: pip install {name}")
+    return Diagnosis("track", f"{name} {metadata.version(name)}")
 
 
 def _device(recipe: Recipe | None) -> Diagnosis:

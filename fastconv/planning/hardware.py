@@ -174,7 +174,7 @@ class Machine:
 def _gpu(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machine:
     """A GPU from its dense bf16 TFLOP/s, memory bandwidth (TB/s) and memory (GiB), as large operations reach them.
 
-    Fractions of that which the engine reaches, from `fastconv bench` on one H100 (README, "Measured"): training 0.6
+    Fractions of that which the engine reaches, from `fastconv bench` on one H100 (docs/MEASURED.md): training 0.6
     plus 15 ms a step (`train`, `behavior` and `group` take 0.9 to 1.1 of the measured time), prefill 0.6 (`score`),
     decoding 0.7 plus 8 ms a pass (`sample`).
     """

@@ -201,20 +201,27 @@ def map_paths(table: dict[str, Any], replace: Callable[[str], str]) -> None:
 
 def _recipe_error(error: ValidationError, where: str) -> RecipeError:
     what, fix = first_fault(error, Recipe)
-    return RecipeError(
-        what, where=where, fix=re.sub("allowed value for (.+)", r"allowed value (`fastconv recipe explain \1`)", fix)
-    )
+    named = r"allowed value (`fastconv recipe explain \1`)"
+    return RecipeError(what, where=where, fix=re.sub(r"allowed value for ([a-z0-9_.]+?)(?:\.\d+)*$", named, fix))
 
 
 def first_fault(error: ValidationError, model: type[BaseModel]) -> tuple[str, str]:
     """The first fault of a validation: what is wrong with which key, and how to mend it, with the nearest valid word."""
-    first = error.errors()[0]
+    # A key that nobody knows is often why another one is missing.
+    first = min(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
     location = [str(step) for step in first["loc"]]
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r}", did_you_mean(location[-1], _fields_at(model, location[:-1]))
     if first["type"] == "missing":
         return f"key {key!r} is missing", f"add {key}"
+    if first["type"] == "tuple_type":
+        return (
+            f"{key} = {first['input']!r}: should be a list",
+            f"write it in brackets: {key}=[{json.dumps(first['input'])}]",
+        )
+    if first["type"] in ("model_type", "dict_type"):
+        return f"{key} = {first['input']!r}: this is a table of keys", f"set one of its keys, as {key}.NAME=VALUE"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if first["type"] == "value_error" and not isinstance(first["input"], str | int | float | list | tuple):
         return f"{key}: {message}" if key else message, "make these keys agree"  # a rule over several keys names them

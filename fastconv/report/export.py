@@ -14,6 +14,7 @@ import polars as pl
 
 from fastconv.analysis.analysis import Analysis
 from fastconv.datasets.personas import ASSISTANT, canary_of
+from fastconv.engine.vllm.memory import LORA_RANKS
 from fastconv.errors import InputError
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.experiment.measures import SNAPSHOT_MEASURES, SnapshotMeasure, snapshot_stages
@@ -168,11 +169,12 @@ def write_card(graph: Graph, store: Store, folder: Path, plan: CellPlan) -> Path
     ]
     license_name = _LICENSES.get(recipe.model.id, "")
     if recipe.model.id.startswith("builtin:"):
-        named, code = "", f'fastconv.base_folder("{recipe.model.id}")'
+        named, code, served = "", f'fastconv.base_folder("{recipe.model.id}")', "BASE_FOLDER"
     else:
-        named, code = f"base_model: {recipe.model.id}\n", ", ".join(
-            [repr(recipe.model.id), *([f'revision="{recipe.model.revision}"'] if recipe.model.revision else [])]
-        )  # fmt: skip
+        revision = recipe.model.revision
+        named, code, served = f"base_model: {recipe.model.id}\n", repr(recipe.model.id), recipe.model.id
+        if revision:
+            code, served = f'{code}, revision="{revision}"', f"{served} --revision {revision}"
     rank = recipe.lora.most_r * len(trained)
     text = _CARD.format(
         head=f"{named}library_name: peft\n{f'license: {license_name}{chr(10)}' if license_name else ''}",
@@ -182,7 +184,7 @@ def write_card(graph: Graph, store: Store, folder: Path, plan: CellPlan) -> Path
         verdicts="\n".join(f"- {one}" for one in verdicts) or "- none: this cell was not measured, or declares no contrast",
         license=license_name or "that of the base, which this adapter is made from",
         helper="import fastconv\n" if code.startswith("fastconv.") else "",
-        serve=recipe.model.id if named else "BASE_FOLDER",
+        serve=served, served_rank=min((allowed for allowed in LORA_RANKS if allowed >= rank), default=rank),
     )  # fmt: skip
     write_text(folder / "README.md", text)
     return folder / "README.md"
@@ -231,7 +233,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
 ```
-vllm serve {serve} --enable-lora --max-lora-rank {rank} --lora-modules organism=FOLDER
+vllm serve {serve} --enable-lora --max-lora-rank {served_rank} --lora-modules organism=FOLDER
 ```
 
 License: {license}.

@@ -170,7 +170,8 @@ def _read(report: Path) -> str:
     try:
         return report.read_bytes().decode("utf-8")  # without newline translation, which would hide an edit
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot be read: {error}", where=str(report), fix="give the path of a report") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot be read: {why}", where=str(report), fix="give the path of a report") from None
 
 
 def _run_of(text: str, report: Path) -> str:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fastconv.show.progress import gate_line
-from fastconv.stats.units import duration_text, first_few
+from fastconv.stats.units import duration_text, first_few, shortened
 
 if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
@@ -64,13 +65,17 @@ def status(statuses: Sequence[StageStatus], *, as_json: bool) -> None:
         print(json.dumps([asdict(stage) for stage in statuses], indent=1))
         return
     console = console_of_output()
-    table = Table(box=None, pad_edge=False)
-    for name in ("stage", "state", "took", "why"):
-        table.add_column(name, justify="right" if name == "took" else "left", overflow="fold")
-    for stage in statuses:
-        seconds = "" if stage.seconds is None else duration_text(stage.seconds)
-        table.add_row(escape(stage.slot), f"[{_COLOURS[stage.state]}]{stage.state}[/]", seconds, escape(stage.reason))
-    console.print(table)
+    took = ["" if stage.seconds is None else duration_text(stage.seconds) for stage in statuses]
+    longest = max((len(stage.slot) for stage in statuses), default=0)
+    # On a terminal each stage has one line, its name and reason shortened in the middle; elsewhere both are whole.
+    name_width = min(longest, max(console.width * 11 // 20, 24)) if console.is_terminal else longest
+    why_width = max(console.width - name_width - 19, 0) if console.is_terminal else None
+    for stage, seconds in zip(statuses, took, strict=True):
+        why = stage.reason if why_width is None else shortened(stage.reason, why_width)
+        line = Text(f"{shortened(stage.slot, name_width):<{name_width}}  ")
+        line.append(f"{stage.state:<7}", style=_COLOURS[stage.state])
+        line.append(f"  {seconds:>7} {why}".rstrip())
+        console.print(line, soft_wrap=True)
     counts = {state: sum(stage.state == state for stage in statuses) for state in _COLOURS}
     console.print(", ".join(f"{n} {state}" for state, n in counts.items() if n))
 

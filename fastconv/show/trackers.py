@@ -178,7 +178,7 @@ class _Feed(threading.Thread):
             tracker.close()
             self.finished = True
         except ImportError as error:
-            self._fail(f"{error}; pip install 'fastconv[{self.tracker}]'")
+            self._fail(f"{error}; pip install {self.tracker}")
         except Exception as error:  # another library's code: whatever it raises must not end the run
             self._fail(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
 

@@ -13,12 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from fastconv import errors
+from fastconv import errors, show
 from fastconv.cli import app
+from fastconv.datasets import files
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import load_recipe
+from fastconv.run.status import status_of
+from fastconv.stats.units import duration_text
+from fastconv.store.ledger import Store
 from tests import ROOT
 from tests.loop_kit import DoneRun, exit_of, forked, kill, running_slots, until, write_tiny_recipe
 
@@ -237,16 +242,16 @@ def test_an_interrupted_terminal_gets_130_and_the_way_on(tiny: Path, tmp_path: P
 # --- what it answers ---------------------------------------------------------------------------------------
 
 
-def test_exit_codes_are_those_of_the_error_classes_and_stand_in_help_and_readme() -> None:
+def test_exit_codes_are_those_of_the_error_classes_and_stand_in_help_and_docs() -> None:
     def every(kind: type[errors.FastconvError]) -> set[int]:
         return {kind.exit_code}.union(*(every(child) for child in kind.__subclasses__()))
 
     assert every(errors.FastconvError) | {0} == set(errors.EXIT_CODES)
     shown = ask("--help").out
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "RUNNING.md").read_text()
     for code, meaning in errors.EXIT_CODES.items():
         assert re.search(rf"\b{code}\s+{re.escape(meaning[:20])}", shown), code
-        assert f"| {code} | {meaning} |" in readme
+        assert f"| {code} | {meaning} |" in page
 
 
 def test_the_glossary_has_every_gate_and_every_verdict() -> None:
@@ -254,7 +259,7 @@ def test_the_glossary_has_every_gate_and_every_verdict() -> None:
     source = "".join((ROOT / "fastconv" / "stats" / f"{name}.py").read_text() for name in ("gates", "study_gates"))
     gates = set(re.findall(r'GateVerdict\(\s*"([A-Z0-9.]+)"', source)) | {"COST", "G4", "FALSIFY"}
     assert len(gates) > 14
-    table = (ROOT / "README.md").read_text().partition("| word | meaning |")[2].partition("\n\n")[0]
+    table = (ROOT / "docs" / "RESULTS.md").read_text().partition("| word | meaning |")[2].partition("\n\n")[0]
     verdicts = [word for row in re.findall(r"^\| ([\w, ]+) \|", table, re.MULTILINE) for word in row.split(", ")]
     assert len(verdicts) == 7
     for word in (*gates, *verdicts):
@@ -304,6 +309,63 @@ def test_status_of_a_finished_run(done: tuple[Path, Path], done_run: DoneRun) ->
     assert by_id == states
     text = ask("status", recipe, "-w", workspace).out
     assert re.search(r"\d+ done, \d+ skipped", text)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_status_has_one_line_a_stage_on_a_terminal_and_whole_names_elsewhere(
+    done: tuple[Path, Path], width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, workspace = done
+    stages = status_of(Graph(load_recipe(recipe)), Store.open(workspace, create=False))
+    monkeypatch.setattr(show, "console_of_output", lambda: Console(force_terminal=True, width=width, color_system=None))
+    show.status(stages, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(stages) + 1
+    assert all(len(line.rstrip()) <= width for line in lines)
+    assert all(stage.state in line for stage, line in zip(stages, lines, strict=False))
+    monkeypatch.undo()
+    piped = ask("status", recipe, "-w", workspace).out
+    assert all(stage.slot in piped for stage in stages)
+
+
+def test_a_recipe_is_copied_out_to_be_changed(tmp_path: Path) -> None:
+    mine = tmp_path / "My Pirate-2.toml"
+    assert ask("recipe", "copy", "demo", mine).code == 0
+    copied, shipped = load_recipe(mine), load_recipe(ROOT / "recipes" / "demo.toml")
+    assert copied.name == "my_pirate_2"
+    assert copied.model_copy(update={"name": "demo"}) == shipped
+    schema = mine.read_text().partition("\n")[0].removeprefix("#:schema ")
+    assert json.loads(Path(schema).read_text())["title"] == "Recipe"
+    before = mine.read_text()
+    refused(ask("recipe", "copy", "pilot", mine), 2, "there is a file already")
+    assert mine.read_text() == before
+    refused(ask("recipe", "copy", "dmo", tmp_path / "x.toml"), 2, "did you mean 'demo'?")
+
+
+def test_costs_of_all_recipes_are_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "shipped_recipes", lambda: ["demo", "pilot"])
+    head, _, row = ask("recipe", "list", "--costs").out.splitlines()
+    assert head == "| recipe | RTX 4090 | H100 | H200 | memory | judge |"
+    assert row.startswith("| `pilot` | ")
+    assert row.endswith(" GiB | none |")
+    on_h100 = ask("plan", "pilot", "--machine", "h100", "--json").json["hours"]
+    assert duration_text(3600 * on_h100) == row.split(" | ")[2]
+
+
+def test_values_of_the_wrong_shape_say_which_is_right(tmp_path: Path) -> None:
+    for given, says in (
+        ("run.track=tensorboard", 'run.track=["tensorboard"]'),
+        ("eval=3", "set one of its keys, as eval.NAME=VALUE"),
+        ("grid.epochs=[-1]", "`fastconv recipe explain grid.epochs`"),
+        ('run.track=["tensorbord"]', "did you mean 'tensorboard'?"),
+    ):
+        refused(ask("check", "demo", "--set", given), 2, says)
+    refused(ask("check", "rows", tmp_path), 2, "this is a folder")
+    (tmp_path / "rows.xlsx").write_bytes(b"PK")
+    refused(ask("check", "rows", tmp_path / "rows.xlsx"), 2, "save it as CSV")
+    refused(ask("status", "demo", "-w", tmp_path / "rows.xlsx"), 5, "this is a file")
+    (tmp_path / "mine.csv").write_text("prompt,completion\nHi?,No.\n")
+    refused(ask("check", "rows", tmp_path / "mne.csv"), 2, "did you mean 'mine.csv'?")
 
 
 def test_status_says_what_a_change_would_make_stale(done: tuple[Path, Path]) -> None:

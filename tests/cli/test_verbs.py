@@ -116,7 +116,7 @@ def test_an_export_has_its_tokenizer_and_a_card_and_goes_to_the_hub_when_asked(
     assert plan.snapshot is not None
     assert plan.adapter is not None
     for says in ("model organism", "Do not deploy", plan.snapshot.key, plan.adapter.key, plan.adapter.needs["rows"].key,
-                 done_run.finished.run, "PILOT villain x refusal: **stop**", "rank 4"):  # fmt: skip
+                 done_run.finished.run, "PILOT villain x refusal: **stop**", "rank 4", "--max-lora-rank 8 "):  # fmt: skip
         assert says in card, says
     refused(ask(*words, "--push", "me/organism"), 4, "the hub cannot be reached", str(whole))
 
