@@ -415,10 +415,12 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         )
     import tokenizers
 
-    # The library raises a bare Exception for a file it cannot parse; its JSON is checked first to say so plainly.
     if "model" not in read_json(path):
         raise TemplateError("not a tokenizer", where=str(path), fix="fetch the model again")
-    return tokenizers.Tokenizer.from_file(str(path))
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no other kind for a file that it cannot read
+        raise TemplateError(f"not a tokenizer: {error}", where=str(path), fix="fetch the model again") from None
 
 
 def _differs(text: str, other: str) -> str:
