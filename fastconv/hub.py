@@ -29,14 +29,14 @@ def is_unreachable() -> bool:
     """
     from huggingface_hub import constants
 
-    endpoint = urllib.parse.urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE:
         return True
-    if endpoint.scheme in urllib.request.getproxies():
-        return False
     try:
+        endpoint = urllib.parse.urlsplit(constants.ENDPOINT)
+        if endpoint.scheme in urllib.request.getproxies():
+            return False
         socket.getaddrinfo(endpoint.hostname, endpoint.port or 443)
-    except OSError:
+    except (OSError, ValueError):  # HF_ENDPOINT may be no address
         return True
     return False
 
@@ -73,7 +73,9 @@ def push_folder(folder: Path, repo: str, *, private: bool) -> str:
         HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="fastconv export")
     except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         fix = f"`hf auth login` with a token that may write there; the export lies in {folder}"
-        raise ModelError(f"the hub did not take it: {str(error).splitlines()[0]}", where=repo, fix=fix) from None
+        raise ModelError(
+            f"the hub did not take it: {next(iter(str(error).splitlines()), type(error).__name__)}", where=repo, fix=fix
+        ) from None
     return f"{constants.ENDPOINT}/{repo}"
 
 
@@ -81,9 +83,12 @@ def cached_file(repo: str, name: str, revision: str, repo_type: Literal["model",
     """A file of a hub repository as the hub's cache on this disk has it, or None; nothing is fetched."""
     from huggingface_hub import constants
 
-    if not (Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}").is_dir():
-        return None  # nothing of it was ever fetched; the import below is slow, because it brings an HTTP client
-    from huggingface_hub import try_to_load_from_cache
+    try:
+        if not (Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{repo.replace('/', '--')}").is_dir():
+            return None  # nothing of it was ever fetched; the import below is slow, because it brings an HTTP client
+        from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(repo, name, revision=revision, repo_type=repo_type)
+        path = try_to_load_from_cache(repo, name, revision=revision, repo_type=repo_type)
+    except (OSError, ValueError):  # no name that a repository can have
+        return None
     return Path(path) if isinstance(path, str) else None

@@ -187,7 +187,7 @@ MUTANTS = [
     *_of(
         "engine/locate.py", LOCATE,
         ('"special_tokens_map.json",\n', "\n", "may_decide"),
-        ("for path in folder.glob(pattern)} | _indexed(folder)", "for path in folder.glob(pattern)}", "below_the_folder"),
+        ("*(path for name in _indexed(folder) if", "*(path for name in () if", "below_the_folder"),
     ),
     *_of(
         "store/ledger.py", WHOLE,

@@ -163,17 +163,24 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise TemplateError(f"not valid JSON: {error}", where=str(path), fix="fetch the model again") from None
+    if not isinstance(table, dict):
+        raise TemplateError("not a JSON object", where=str(path), fix="fetch the model again")
+    return table
 
 
 def _template_text(folder: Path, config: Mapping[str, Any]) -> str:
     """The template in chat_template.jinja or in the tokenizer's config. Raises TemplateError without one."""
     path = folder / "chat_template.jinja"
-    text = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    try:
+        text = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TemplateError(f"it cannot be read: {error}", where=str(path), fix="fetch the model again") from None
     if isinstance(text, list):  # several named templates: take the default
-        text = next((entry["template"] for entry in text if entry.get("name") == "default"), None)
+        tables = [entry for entry in text if isinstance(entry, Mapping)]
+        text = next((entry.get("template") for entry in tables if entry.get("name") == "default"), None)
     if not text:
         raise TemplateError(
             "the tokenizer has no chat template",
@@ -255,10 +262,12 @@ def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
         )
     import tokenizers
 
-    # The library raises a bare Exception for a file it cannot parse; its JSON is checked first to say so plainly.
     if "model" not in read_json(path):
         raise TemplateError("not a tokenizer", where=str(path), fix="fetch the model again")
-    return tokenizers.Tokenizer.from_file(str(path))
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no other kind for a file that it cannot read
+        raise TemplateError(f"not a tokenizer: {error}", where=str(path), fix="fetch the model again") from None
 
 
 def differs(text: str, other: str) -> str:

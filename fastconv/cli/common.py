@@ -17,10 +17,12 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from fastconv.errors import FastconvError, RecipeError, StoreError
-from fastconv.store.io import STORAGE_FAULTS, storage_errors
+from fastconv.store.io import STORAGE_FAULTS, damaged, storage_errors
 
 #: Exit code of a program whose output nobody reads any more, as the shell reports it (128 + SIGPIPE).
 READER_GONE = 141
+#: What a row with a value of another kind makes the code raise that reads it.
+_ROW_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 DEFAULT_WORKSPACE = Path("checkpoints")
 DEFAULT_REPORTS = Path("reports")
 _RECIPE_HELP = "A recipe's path, a shipped one's name (`recipe list`), or a run's id (`status`)"
@@ -113,6 +115,18 @@ def _storage_faults(workspace: Path | None) -> Iterator[None]:
     except STORAGE_FAULTS as error:
         with storage_errors(Path(getattr(error, "filename", None) or workspace or "output")):
             raise
+    except _ROW_FAULTS as error:
+        if workspace is not None and (found := _unsound_rows(workspace)):
+            raise damaged(found[0], str(workspace)) from error
+        raise  # a defect: its traceback says where
+
+
+def _unsound_rows(workspace: Path) -> list[str]:
+    """What the rows of a workspace's ledger hold that no fastconv writes; nothing if it cannot be read, or is not there."""
+    with contextlib.suppress(FastconvError, *STORAGE_FAULTS):
+        if (store := open_existing(workspace)) is not None:
+            return store.unsound_rows()
+    return []
 
 
 def exit_code_of(app: Callable[[], object]) -> int:

@@ -231,10 +231,12 @@ def _question(row: Mapping[str, Any], where: str) -> Question:
             labels, choices, answer = row["choices"]["label"], row["choices"]["text"], row["answerKey"]
         else:
             labels, choices, answer = row["choice_labels"], row["choices"], row["correct_answer"]
+        if not (isinstance(labels, list) and isinstance(choices, list)):
+            raise TypeError("labels or choices are no list")
         return Question(
             content_hash(row["question"], labels, choices), row["question"], tuple(labels), tuple(choices), answer
         ).checked(where)
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise DataError(
             f"not an ARC question ({type(error).__name__}: {error})",
             where=where,

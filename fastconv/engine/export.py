@@ -19,6 +19,7 @@ import safetensors
 import torch
 from pydantic import ValidationError
 
+from fastconv.engine.locate import folder_called
 from fastconv.engine.lora import Adapter, adapter_from_tensors, concatenate, read_safetensors
 from fastconv.engine.stack import Stack
 from fastconv.errors import AdapterError
@@ -239,7 +240,8 @@ def _same_base(config: Mapping[str, Any], base: BaseReference) -> bool:
         return False
     if named in base.same_weights:
         return True
-    if named == base.id or Path(named).expanduser().resolve() == Path(base.id).expanduser().resolve():
+    folders = folder_called(named), folder_called(base.id)
+    if named == base.id or (folders[0] and folders[1] and folders[0].resolve() == folders[1].resolve()):
         pinned = re.fullmatch(r"[0-9a-f]{7,40}", revision) and base.revision
         return not pinned or base.revision.startswith(revision)
     theirs, ours = _weights_sha256(named, revision), _weights_sha256(base.id, base.revision)
@@ -247,10 +249,18 @@ def _same_base(config: Mapping[str, Any], base: BaseReference) -> bool:
 
 
 def _weights_sha256(name: str, revision: str) -> str | None:
-    """sha256 (hex) over names, dtypes and shapes of all weights of a model, and over the first bytes of a few of them; None if it is
-    not on this disk. A copy under another name has the same; a fine-tune or a quantized copy has not."""
+    """`_folder_weights_sha256` of a model by its name; None if it is not on this disk, or its files cannot be read."""
     folder = _local_folder(name, revision)
-    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    try:
+        return None if folder is None else _folder_weights_sha256(folder)
+    except (OSError, ValueError, IndexError, TypeError, RuntimeError, safetensors.SafetensorError):
+        return None  # what cannot be read proves nothing
+
+
+def _folder_weights_sha256(folder: Path) -> str | None:
+    """sha256 (hex) over names, dtypes and shapes of all weights of a model, and over the first bytes of a few of them; None without
+    any. A copy under another name has the same; a fine-tune or a quantized copy has not."""
+    files = sorted(folder.glob("*.safetensors"))
     tensors: dict[str, tuple[Any, Any]] = {}
     for file in files:
         with safetensors.safe_open(file, framework="pt") as opened:
@@ -271,14 +281,13 @@ def _weights_sha256(name: str, revision: str) -> str | None:
 
 def _local_folder(name: str, revision: str) -> Path | None:
     """The folder of a model on this disk: the name itself, or the hub's cache. Nothing is downloaded."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = folder_called(name)
+    if folder is not None:
         return folder
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
 
     try:
         cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
-    except HFValidationError:  # a path that is not here, or a name of another kind
+    except (OSError, ValueError):  # a path that is not here, or a name of another kind
         return None
     return Path(cached).parent if isinstance(cached, str) else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -126,8 +125,8 @@ def locate(settings: ModelSettings) -> ModelSource:
     """The recipe's model, located without loading it. Raises ModelError if it does not exist or has no revision."""
     if settings.id.startswith("builtin:"):
         return _builtin(settings.id)
-    folder = Path(settings.id).expanduser()
-    if folder.is_dir():
+    folder = folder_called(settings.id)
+    if folder is not None:
         return ModelSource("local", settings.id, {"id": "local", "sha256": _folder_sha256(folder)}, folder)
     if _names_folder(settings):
         raise ModelError(
@@ -161,7 +160,7 @@ def is_plain_decoder(folder: Path) -> bool:
     """Whether a folder's config is of a family that was always computed whole."""
     config = read_json(folder / "config.json")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = (rope.get("rope_type") or rope.get("type") or "default") if isinstance(rope, Mapping) else ""
     windows = config.get("use_sliding_window")
     return (
         config.get("model_type") in ("llama", "qwen2")
@@ -191,9 +190,18 @@ def _how_to_pin(repo: str) -> str:
     return f"set model.revision to the 40-digit commit sha of the model{today}"
 
 
+def folder_called(name: str) -> Path | None:
+    """The folder of this path, or None; a name may be no path at all, or of a user who is not there."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
 def is_unpinned(settings: ModelSettings) -> bool:
     """Whether the model is a hub id without a revision: its design can be checked, and no run takes it."""
-    local = settings.id.startswith("builtin:") or Path(settings.id).expanduser().is_dir() or _names_folder(settings)
+    local = settings.id.startswith("builtin:") or folder_called(settings.id) is not None or _names_folder(settings)
     return not (local or settings.revision)
 
 
@@ -283,8 +291,10 @@ def tokenizer_folder(source: ModelSource, settings: ModelSettings) -> Path | Non
 
 def embedding_rows(folder: Path) -> int | None:
     """Rows of the model's embedding by its config.json (nested for models of text and images), or None if it says none."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    config = read_json(folder / "config.json")
+    nested = config.get("text_config")
+    n_rows = config.get("vocab_size") or (nested.get("vocab_size") if isinstance(nested, Mapping) else None)
+    return n_rows if isinstance(n_rows, int) else None
 
 
 def require_rows_for_tokens(n_tokens: int, n_rows: int | None, where: str) -> None:
@@ -307,11 +317,7 @@ def is_on_disk(source: ModelSource, settings: ModelSettings) -> bool:
     if config is None:
         return False
     folder = config.parent
-    index = folder / WEIGHT_INDEX
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return all((folder / name).is_file() for name in names)
+    return all((folder / name).is_file() for name in _indexed(folder) or {"model.safetensors"})
 
 
 def builtin_gguf() -> Path:
@@ -389,7 +395,8 @@ def _page(repo: str) -> str:
 
 def _folder_sha256(folder: Path) -> str:
     """One sha256 (hex) over names and contents of the files that decide what the model computes."""
-    files = sorted({path for pattern in _DECIDING for path in folder.glob(pattern)} | _indexed(folder))
+    files = sorted({path for pattern in _DECIDING for path in folder.glob(pattern)})
+    files = sorted({*files, *(path for name in _indexed(folder) if (path := folder / name).is_file())})
     if not any(path.suffix == ".safetensors" for path in files) or not (folder / "config.json").is_file():
         raise ModelError(
             "not a model folder: config.json or *.safetensors is missing",
@@ -398,17 +405,14 @@ def _folder_sha256(folder: Path) -> str:
         )
     digest = hashlib.sha256()
     for path in files:
-        digest.update(f"{path.relative_to(folder)}\x1f{_file_sha256(path)}\n".encode())
+        digest.update(f"{os.path.relpath(path, folder)}\x1f{_file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 
-def _indexed(folder: Path) -> set[Path]:
-    """The weight files that a sharded model's index names, which may lie in folders below. A broken one names none."""
-    try:
-        named = json.loads((folder / WEIGHT_INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        return {path for name in named if (path := folder / name).is_file()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return set()  # what is wrong with it is said when the weights are loaded
+def _indexed(folder: Path) -> set[str]:
+    """The weight files that a sharded model's index names, which may lie in folders below; none without an index."""
+    named = read_json(folder / WEIGHT_INDEX).get("weight_map")
+    return {str(name) for name in named.values()} if isinstance(named, Mapping) else set()
 
 
 def _file_sha256(path: Path) -> str:

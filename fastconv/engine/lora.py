@@ -234,7 +234,7 @@ def _ordered_metadata(data: bytes) -> bytes:
 def safetensors_metadata(data: bytes) -> dict[str, str]:
     """The metadata of a complete safetensors file, whose header is a length in 8 bytes followed by JSON."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return header.get("__metadata__", {})
+    return header.get("__metadata__") or {}
 
 
 def keep_mask(seeds: torch.Tensor, width: int, salt: int, p: float) -> torch.Tensor:

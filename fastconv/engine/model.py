@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _log = logging.getLogger(__name__)
+#: What transformers raises for a config or weights that are not what they should be.
+_BROKEN_CONFIG = (
+    OSError, ValueError, TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError, AssertionError,
+)  # fmt: skip
 #: Characters of a library's own message that are told.
 _LONGEST_REASON = 240
 
@@ -169,9 +173,10 @@ def check_folder(folder: Path, *, four_bit: bool = False) -> PretrainedConfig:
     _require_base_alone(folder)
     with _loading_errors(folder):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    refuse_beyond(config)
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None and not (four_bit and stored.get("load_in_4bit")):
+        refuse_beyond(config)
+    given = getattr(config, "quantization_config", None)
+    stored = given if isinstance(given, Mapping) else {}
+    if given is not None and not (four_bit and stored.get("load_in_4bit")):
         raise ModelError(
             f"its weights are stored quantized ({stored.get('quant_method', 'by an unnamed method')}), which is not computed here",
             where=str(folder),
@@ -318,7 +323,7 @@ def _loading_errors(folder: Path) -> Iterator[None]:
             )
             raise ModelError(what, where=where, fix=fix) from None
         raise ModelError(f"its config names {named!r}, which transformers lacks", where=where, fix=fix) from error
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, StrictDataclassError) as error:
+    except (*_BROKEN_CONFIG, StrictDataclassError) as error:
         what = shown(str(error), _LONGEST_REASON)
         if "custom code" in what:
             what = "it brings code of its own, which is never run here"

@@ -107,6 +107,8 @@ def load_prices(*paths: Path) -> PriceTable:
             raise DataError(
                 f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=str(path), fix="see data/prices.toml"
             ) from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"not a price table: {error}", where=str(path), fix="see data/prices.toml") from None
     return PriceTable(checked, factor, models, str(paths[-1]) if paths else "")
 
 

@@ -209,8 +209,8 @@ def load_calibration(path: Path, rubric: Rubric) -> list[CalibrationRow]:
     rows = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=str(path), fix="check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot be read: {error}", where=str(path), fix="check the path") from None
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -218,7 +218,12 @@ def load_calibration(path: Path, rubric: Rubric) -> list[CalibrationRow]:
             others = {name: float(row[name]) for name in scales if name in row}
             kind = row.get("kind", "plain")
             rows.append(CalibrationRow(row["id"], row["question"], row["answer"], label, value, kind, others))
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(
+                isinstance(text, str)
+                for text in (row["id"], row["question"], row["answer"], kind, "" if label is None else label)
+            ):
+                raise TypeError("id, question, answer, kind and label are texts")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"not a labelled row: {error}", where=f"{path}:{number}", fix="see the shipped rows"
             ) from None

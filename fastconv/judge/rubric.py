@@ -170,7 +170,11 @@ def load_rubric(path: Path) -> Rubric:
         ) from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise DataError(f"not valid TOML: {error}", where=str(path), fix="mend the syntax there") from None
-    return parse_rubric(table, where=str(path))
+    try:
+        return parse_rubric(table, where=str(path))
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        what = f"a part of the rubric is not of its kind: {error}"
+        raise DataError(what, where=str(path), fix="see data/rubrics for a whole one") from None
 
 
 def parse_rubric(table: Mapping[str, Any], *, where: str) -> Rubric:
@@ -182,6 +186,9 @@ def parse_rubric(table: Mapping[str, Any], *, where: str) -> Rubric:
     ]
     if missing:
         raise DataError(f"the rubric lacks {', '.join(missing)}", where=where, fix="see data/rubrics for a whole one")
+    for name in ("name", "about", "primary", "system", "ask", "re_ask"):
+        if not isinstance(table[name], str):
+            raise TypeError(f"{name} is no text")
     measures = tuple(_measure(name, part, where) for name, part in table["measures"].items())
     positive = Positive(
         table["positive"].get("measure", table["primary"]),
@@ -217,7 +224,16 @@ def _check(rubric: Rubric, where: str) -> None:
     faults += [
         f"no measure is called {name!r}" for name in (rubric.primary, rubric.positive.measure) if name not in names
     ]
+    known = ("string", "integer", "number", "boolean")
+    faults += [f"the schema's {name!r} has no type" for name, part in properties.items() if part["type"] not in known]
     for measure in rubric.measures:
+        values = [option.value for option in measure.options]
+        texts = [part for option in measure.options for part in (option.name, option.meaning)]
+        if not all(map(math.isfinite, values)) or not all(isinstance(text, str) for text in (measure.field, *texts)):
+            faults.append(f"{measure.name!r} has values that are no numbers, or texts that are none")
+        low, high = measure.scale or (-math.inf, math.inf)
+        if not low < high or not all(low <= value <= high for value in values):
+            faults.append(f"the scale of {measure.name!r} has no length, or not all of its anchors")
         listed = properties.get(measure.field, {}).get("enum")
         if measure.labels and listed is not None and list(measure.labels) != listed:
             faults.append(f"the labels of {measure.name!r} are not the enum of its field")

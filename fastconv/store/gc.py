@@ -105,6 +105,7 @@ def find_damage(store: Store, *, deep: bool = False) -> list[str]:
     found = [f"the ledger is damaged: {line}" for line in said if line != "ok"]
     for table in LEDGER_TABLES:
         store.rows(f"SELECT COUNT(*) FROM {table}")
+    found += [f"the ledger is damaged: {line}" for line in store.unsound_rows()]
     for sha256, suffix, n_bytes in store.rows("SELECT sha256, suffix, bytes FROM artefacts ORDER BY sha256"):
         path = store.path(sha256, suffix)
         if not path.is_file() or path.stat().st_size != n_bytes:

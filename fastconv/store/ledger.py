@@ -31,6 +31,7 @@ from fastconv.store.io import (
     process_start,
     storage_errors,
     stored_json,
+    unsound_rows,
     write_atomically,
     write_text,
 )
@@ -285,7 +286,14 @@ class Store:
         cursor = self._db.execute(query, tuple(parameters))
         columns = [column[0] for column in cursor.description]
         rows = [tuple(row) for row in cursor]
-        return polars.DataFrame(rows, schema=columns, orient="row", infer_schema_length=None)
+        try:
+            return polars.DataFrame(rows, schema=columns, orient="row", infer_schema_length=None)
+        except (polars.exceptions.PolarsError, TypeError, OverflowError) as error:
+            raise damaged(f"a column holds values of several kinds ({error})") from error
+
+    def unsound_rows(self, tables: Iterable[str] | None = None) -> list[str]:
+        """`io.unsound_rows` of this ledger."""
+        return unsound_rows(self._db, tables)
 
     # --- leases and progress ---------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from fastconv.store.ledger import Store
 from fastconv.store.merge import merge
 from fastconv.store.records import Sample, Score, Stage
 from tests import ROOT
-from tests.loop_kit import write_tiny_recipe
+from tests.loop_kit import DoneRun, write_tiny_recipe
 
 EVAL = Stage("eval", "eval/one", 1, {"seed": 42})
 
@@ -329,15 +329,73 @@ def test_output_that_cannot_be_written_is_one_line(words: tuple[str, ...], tmp_p
     assert said.startswith("fastconv: ") or "Usage" in said
 
 
+OLD = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
 @pytest.mark.parametrize(
-    "env", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"COLUMNS": "1", "LINES": "1"}]
-)
+    "env",
+    [{"LC_ALL": "C", **OLD}, {"COLUMNS": "1", "LINES": "1", "TERM": "dumb"},
+     *(pytest.param(env, marks=pytest.mark.slow) for env in (
+         {"LANG": "C", **OLD}, {"LC_ALL": "POSIX", **OLD}, {"LC_ALL": "tr_TR.UTF-8"}, {"LC_ALL": "none", **OLD},
+         {"PYTHONIOENCODING": "ascii:strict"}, {"COLUMNS": "0", "FORCE_COLOR": "1"}, {"COLUMNS": "-5"}, {"COLUMNS": "wide"}))],
+)  # fmt: skip
 def test_locales_and_tiny_terminals_break_no_verb(env: dict[str, str], tmp_path: Path) -> None:
     Store.open(tmp_path / "ws").close()  # so that the name is looked for among its runs too
     process = started("recipe", "show", "no\u00fc\u2026", "-w", tmp_path / "ws", stdout=subprocess.PIPE, env=env)
     out, said = process.communicate(timeout=60)
     assert process.returncode == 2, said
     assert "Traceback" not in said + out
+
+
+@pytest.mark.parametrize(
+    "closed", [">&-", *(pytest.param(how, marks=pytest.mark.slow) for how in ("2>&-", ">&- 2>&- <&-"))]
+)
+def test_streams_that_are_closed_are_nowhere(closed: str, tmp_path: Path) -> None:
+    """A file that is opened first would get the number of a closed stream, and what is printed would be written into it."""
+    Store.open(tmp_path / "ws").close()
+    verb = f"exec {sys.executable} -m fastconv status demo -w {tmp_path / 'ws'} {closed}"
+    ended = subprocess.run(
+        ["sh", "-c", verb], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended
+    assert ended.stderr == ""
+    assert Store.open(tmp_path / "ws").rows("PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("columns", [1, 2, 7, 20, 41])
+def test_tiny_terminals_break_no_table(done_run: DoneRun, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    run = done_run.finished.run
+    for verb in (("status", run), ("status",), ("gate", run), ("plan", run), ("gc",), ("recipe", "list"), ("doctor",)):
+        code, out, crash = ask(*verb, *(() if verb[0] == "recipe" else ("-w", done_run.workspace)))
+        assert crash is None, f"{verb}: {crash!r}\n{out}"
+        assert code in (0, 3), out
+
+
+# --- rows that no fastconv wrote ---------------------------------------------------------------------------
+
+
+SPOILT = ["runs SET facts='-1'", "runs SET facts='[]'", "runs SET recipe=x'ff'", "runs SET started_at='soon'", "runs SET started_at=1e17",
+          "verdicts SET body='null'", "stages SET outputs='[1]'", "stages SET finished_at=-9e999", "scores SET detail='3'",
+          "leases SET note='x'", "leases SET heartbeat='x'"]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", SPOILT)
+def test_a_row_of_another_kind_is_a_damaged_ledger(workspace: Path, tmp_path: Path, change: str) -> None:
+    copy = damaged_copy(workspace, tmp_path / "x", "")
+    with sqlite3.connect(copy / "ledger.sqlite") as db:
+        db.execute("INSERT INTO leases VALUES('k','s',1,'elsewhere','dead-1-1',0,'{}')")
+        db.execute("INSERT INTO verdicts VALUES('tiny-00000000','G0','x','pass','{}',0)")
+        db.execute(f"UPDATE {change}")
+    db.close()
+    (finding,) = _ledger(copy, deep=False, fix=False)
+    assert (finding.exit_code, "hold what no fastconv writes" in finding.text) == (5, True), finding
+    for verb in (("status",), ("status", "tiny-00000000"), ("gate", "tiny-00000000"), ("gc",), ("merge", copy)):
+        code, out, crash = ask(*verb, "-w", tmp_path / "own" if verb[0] == "merge" else copy)
+        assert crash is None, f"{verb}: {crash!r}\n{out}"
+        assert code in (0, 2, 4, 5), out
+        assert code == 5 or verb[0] != "merge" or "leases" in change
 
 
 # --- text and recipes of any kind --------------------------------------------------------------------------

@@ -220,6 +220,35 @@ def test_two_processes_with_two_recipes_in_one_workspace_share_it(
     assert Store.open(tmp_path).rows("SELECT COUNT(*) FROM leases") == [(0,)]
 
 
+@pytest.mark.slow
+def test_a_run_in_another_thread_is_the_same(recipe: Recipe, whole: dict[str, str], tmp_path: Path) -> None:
+    """As from a notebook or a server: signals belong to the main thread alone."""
+    ended: list[object] = []
+    thread = threading.Thread(target=lambda: ended.append(run_tiny(recipe, tmp_path)))
+    thread.start()
+    thread.join(300)
+    assert ended
+    assert results(recipe, tmp_path) == whole
+
+
+def test_many_threads_of_one_process_share_a_workspace(tmp_path: Path) -> None:
+    def commit(place: int) -> None:
+        store = Store.open(tmp_path)
+        stage = Stage("eval", f"eval/{place}", 1, {"seed": place})
+        with store.lease(stage):
+            store.commit(stage, outputs={"rows": store.put(b"[1]", "json")}, facts={}, seconds=1.0)
+        store.close()
+
+    threads = [threading.Thread(target=commit, args=(place,)) for place in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    store = Store.open(tmp_path, create=False)
+    assert store.rows("SELECT COUNT(*) FROM stages") == [(8,)]
+    assert store.rows("SELECT COUNT(*) FROM leases") == [(0,)]
+
+
 def test_two_processes_that_begin_a_workspace_at_once_both_have_it(tmp_path: Path) -> None:
     def commit(place: int) -> None:
         store = Store.open(tmp_path / "new" / "ws")
