@@ -192,7 +192,8 @@ class JudgeDesk:
         self._requests = OpenRequests()
         # By key, the replies that could not be read.
         self._unread: dict[str, list[RawReply]] = {}
-        self._problem, self._stopped = "", False
+        self._problem = self._last_word = ""
+        self._stopped = False
         self._n_outages = self._n_active = self._n_live = 0
         self._patience, self._out_until = 1, 0.0
 
@@ -298,7 +299,7 @@ class JudgeDesk:
             try:
                 refusal = await self._send(request)
             except Outage as outage:
-                n_tries += 1
+                n_tries, self._problem = n_tries + 1, str(outage)
                 if n_tries >= TRIES or outage.wait_s > LONG_WAIT_S:
                     self._patience, pause_s = 1, max(outage.wait_s, OUTAGE_PAUSE_S)
                     if outage.wait_s > LONG_WAIT_S:  # asked of all; a request that fails alone holds nobody else up
@@ -362,8 +363,7 @@ class JudgeDesk:
                 self._n_active += 1
                 try:
                     await self._batch_round(batches)
-                    if not self._stopped:
-                        self._problem, self._n_outages = "", 0
+                    self._problem, self._n_outages = "", 0
                 except Outage as outage:
                     self._patience = BATCH_PATIENCE
                     await self._wait_in_outage(str(outage), max(outage.wait_s, self._settings.batch_poll_s))
@@ -421,10 +421,11 @@ class JudgeDesk:
         deadline = time.monotonic() + pause_s
         while not (is_over := self._closing and self._n_outages >= self._patience) and time.monotonic() < deadline:
             await asyncio.sleep(5 * _LOOK_S)
-        self._stopped = self._stopped or is_over
+        if is_over:
+            self._stop(problem)
 
     def _stop(self, problem: str) -> None:
-        self._problem, self._stopped = problem, True
+        self._last_word, self._stopped = self._last_word or problem, True
 
     def _stop_at_budget(self) -> None:
         self._stop(f"judge.budget_usd = {self._settings.budget_usd:g} is spent; raise it and run `fastconv judge`")
@@ -440,7 +441,7 @@ class JudgeDesk:
 
     def _publish(self) -> None:
         requests, invisible = self._requests, self._batches.invisible if self._batches else ()
-        problem = self._problem or next((batch.line for batch in invisible), "")
+        problem = self._last_word or self._problem or next((batch.line for batch in invisible), "")
         money = DeskStatus().money if self._price is None else self._ledger.money()
         self._status = DeskStatus(
             requests.n_asked, requests.n_scored, requests.n_unscored, requests.n_stages, requests.finished(), money, problem,
