@@ -21,7 +21,7 @@ REPLIES, MEMORY, DISK, SECRETS = (
     f"tests/faults/test_{n}.py" for n in ("judge_replies", "memory", "disk_and_ledger", "secrets")
 )
 WHOLE, INPUTS = (f"tests/faults/test_{name}.py" for name in ("whole_run", "hostile_inputs"))
-LIVE, BATCHES, LOCAL = (f"tests/judge/test_{name}.py" for name in ("live", "batches", "local"))
+LIVE, BATCHES, LOCAL, DESK = (f"tests/judge/test_{name}.py" for name in ("live", "batches", "local", "desk"))
 TRAIN, CHAT, LOCATE = "tests/engine/test_train.py", "tests/test_chat.py", "tests/engine/test_locate.py"
 
 
@@ -46,7 +46,7 @@ MUTANTS = [
         ("if is_loopback(host) or not has_key:", "if True:", "key_goes_where"),
         ('    if scheme != "https":\n', '    if scheme == "gopher":\n', "key_goes_where"),
         ("or not host or url.userinfo:", "or not host:", "key_goes_where"),
-        ("if host not in {CLAUDE_HOST, *named} and", "if host not in {host} and", "key_goes_where"),
+        ("if host not in {httpx2.URL(own).host, *named} and", "if host not in {host} and", "key_goes_where"),
         ('and f"{host}:{url.port or 443}" not in named:', "and False:", "key_goes_where"),
         ("timeout=timeout_s, follow_redirects=False, trust_env=not is_loopback(base.host),",
          "timeout=timeout_s, follow_redirects=True, trust_env=not is_loopback(base.host),", "within_the_host"),
@@ -64,26 +64,31 @@ MUTANTS = [
          "    cost = cost_usd(usage, price, factor)\n", "booked or any_reply"),
         ("    absurd = any(not 0 <= n <= MAX_USAGE_TOK for n in counts.values())\n", "    absurd = False\n", "booked or any_reply"),
         ('message.get("type") != "message"', "False", "no_message"),
-        ("                if isinstance(outcome, BaseException):\n                    done.set_exception(outcome)\n",
-         "                if isinstance(outcome, BaseException):\n                    pass\n", "writer_that_fails"),
-        ('"refused" if is_page(body) else "lost"', '"lost"', "no_message"),
+        ("raise Outage(problem, taken=not is_page)", "raise Outage(problem)", "no_message"),
     ),
+    *_of("judge/claude.py", LIVE, ("taken=not isinstance(error, APIStatusError)", "taken=False", "storm_of_faults")),
     *_of(
-        "judge/claude.py", LIVE,
-        ('            await self._ledger.do(Unpaid(ticket, "lost"))\n            raise Outage(f"no whole',
-         '            raise Outage(f"no whole', "alone"),
-        ('"refused" if isinstance(error, APIStatusError) else "lost"', '"refused"', "storm_of_faults"),
+        "judge/desk.py", REPLIES,
+        ("                for task in done:\n                    task.result()\n", "                pass\n", "writer_that_fails"),
     ),
     *_of(
         "judge/desk.py", LIVE,
+        ('            self._ledger.apply([Unpaid(ticket, "lost" if is_lost else "refused")])\n', "", "alone"),
+        ('"lost" if is_lost else "refused"', '"refused"', "storm_of_faults"),
+        ("            before.append(reply)\n        else:", "            pass\n        else:", "stays_unreadable"),
         ("if n_tries >= TRIES or outage.wait_s > LONG_WAIT_S:", "if n_tries >= TRIES:", "long_wait"),
         ("await asyncio.sleep(max(outage.wait_s, min(", "await asyncio.sleep(max(0.0, min(", "no_sooner"),
     ),
     *_of(
         "judge/batches.py", BATCHES,
-        ("            if error.status_code < 500:\n                self._ledger.void_batch(intent)",
-         "            if error.status_code < 501:\n                self._ledger.void_batch(intent)", "taken"),
+        ("            if isinstance(error, Outage) and error.taken:\n", "            if False:\n", "taken"),
         ("            n_open += 1\n", "            pass\n", "another_users or answer_was_lost"),
+    ),
+    *_of("judge/claude.py", BATCHES, ('"status_code", 500) >= 500', '"status_code", 500) >= 501', "taken")),
+    *_of(
+        "judge/request.py", DESK,
+        ('self._waits.setdefault(stage, set()).add("")', "self._waits.setdefault(stage, set())", "not_finished_before"),
+        ("if self.open.pop(judgement.key, None) is not None:", "if True:", "resident or another"),
     ),
     *_of(
         "judge/rubric.py", REPLIES,
@@ -93,6 +98,12 @@ MUTANTS = [
     *_of(
         "judge/local.py", LOCAL,
         ("        if read is None:\n            raise", "        if False:\n            raise", "no_completion"),
+        ("if n_unread > 1 else None", "if n_unread > 2 else None", "once_more"),
+    ),
+    *_of(
+        "judge/local.py", DESK,
+        ("            return replace(reply, fault=PART), None\n", "            return reply, None\n", "died or resident"),
+        ("            except (Outage, JudgeError) as error:\n", "            except Outage as error:\n", "without_memory"),
     ),
     *_of(
         "errors.py", DISK,

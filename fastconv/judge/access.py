@@ -1,6 +1,7 @@
 """Checks that run before any GPU work and tell whether the recipe's judge can be asked: key, budget, model, price, network.
 
-`check_judge` raises on the first problem and is what a run calls. `JudgePreflight` does the same check in a thread
+`check_judge` raises on the first problem and is what a run calls; `open_desk` opens the desk of a judge that passed.
+`JudgePreflight` does the same check in a thread
 within one second and returns the problem as text; `plan` shows it. Nothing here costs money.
 """
 
@@ -10,31 +11,19 @@ import datetime
 import os
 import threading
 import time
-import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastconv.errors import FastconvError, JudgeError, RecipeError
 from fastconv.judge.budget import PAID, JudgeIdentity, Price, PriceTable, recipe_prices
-from fastconv.judge.claude import status_error
-from fastconv.judge.http import (
-    CLAUDE_KEY,
-    CLAUDE_URL,
-    LOCAL_KEY,
-    ApiKey,
-    Outage,
-    ask,
-    judge_url,
-    safe_name,
-    sync_client,
-)
-from fastconv.judge.local import CompleteMany, concurrent_complete, endpoint_complete
+from fastconv.judge.desk import PROVIDERS, JudgeDesk
+from fastconv.judge.http import CLAUDE_URL, LOCAL_KEY, ApiKey, Outage, ask, judge_url, safe_name, sync_client
+from fastconv.judge.local import Complete, CompleteMany, EndpointJudge, ResidentJudge, endpoint_complete
 from fastconv.recipe import JudgeSettings
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
 
-#: Value of the `anthropic-version` header, as the SDK sends it.
-API_VERSION = "2023-06-01"
 #: Seconds that a judge has to answer before a run begins.
 CHECK_S = 30.0
 #: Seconds that a judge has to answer a preflight request, and the least that `JudgePreflight.problem` waits for it.
@@ -55,7 +44,7 @@ class JudgeAccess:
     """A judge that passed `check_judge`. Both fields are None when there is no judge or the resident base judges."""
 
     paid: PaidAccess | None = None
-    endpoint: CompleteMany | None = None
+    endpoint: Complete | None = None
 
 
 def check_judge(judge: JudgeIdentity | None, store: Store | None = None) -> JudgeAccess:
@@ -70,10 +59,28 @@ def check_judge(judge: JudgeIdentity | None, store: Store | None = None) -> Judg
     if judge.family == "endpoint":
         key = local_key(os.environ)
         check_endpoint(settings, key)
-        return JudgeAccess(endpoint=concurrent_complete(endpoint_complete(settings, key), settings.concurrency))
+        return JudgeAccess(endpoint=endpoint_complete(settings, key))
     access = check_paid_judge(settings, store)
     check_reachable(settings, access)
     return JudgeAccess(paid=access)
+
+
+def open_desk(
+    judge: JudgeIdentity, access: JudgeAccess, workspace: Path, resident: Callable[[], CompleteMany], *, reverse: bool = False
+) -> JudgeDesk:  # fmt: skip
+    """Open the desk of a judge that passed `check_judge`; `resident` gives the base's answers where it judges itself.
+
+    `reverse` shows the rubric's options in reverse order.
+    """
+    settings, paid = judge.settings, access.paid
+    if paid is not None:
+        factor = paid.batch_factor
+        return JudgeDesk(settings, workspace, paid.price, paid.key, batch_factor=factor, reverse=reverse)
+    if access.endpoint is not None:
+        provider = EndpointJudge(access.endpoint, settings.concurrency)
+    else:
+        provider = ResidentJudge(resident())
+    return JudgeDesk(settings, workspace, reverse=reverse, judge=judge, provider=provider)
 
 
 def check_paid_judge(settings: JudgeSettings, store: Store | None) -> PaidAccess:
@@ -109,25 +116,19 @@ def check_settings(
             where="judge.budget_usd",
             fix="set judge.budget_usd, the most that judging in this workspace may ever cost",
         )
-    key = ApiKey.from_environment(environ, CLAUDE_KEY)
-    judge_url(settings.base_url, has_key=True, environ=environ)
+    provider = PROVIDERS[price.provider]
+    key = ApiKey.from_environment(environ, provider.key_name)
+    judge_url(settings.base_url, has_key=True, environ=environ, own=provider.url)
     return PaidAccess(price, prices.batch_factor, key)
 
 
 def check_reachable(settings: JudgeSettings, access: PaidAccess, within_s: float = CHECK_S) -> None:
-    """Request the model's entry from the API, which costs nothing; `within_s` is the timeout in seconds.
+    """Ask a paid judge for what costs nothing; `within_s` is the timeout in seconds.
 
-    Without the SDK, because importing it is slow. Raises JudgeError for a refused key, an unknown model, or a judge that
-    cannot be reached.
+    Raises JudgeError for a refused key, an unknown model, or a judge that cannot be reached.
     """
-    base = judge_url(settings.base_url, has_key=True)
-    url = f"{str(base).rstrip('/')}/v1/models/{urllib.parse.quote(settings.model, safe='')}"
-    headers = {"x-api-key": access.key.reveal(), "anthropic-version": API_VERSION}
     try:
-        with sync_client(base, within_s) as client:
-            status, body, wait_s = ask(client, "GET", url, headers, within_s=within_s, key=access.key)
-        if not 200 <= status < 300:
-            raise status_error(status, body, settings, access.key, wait_s)
+        PROVIDERS[access.price.provider].check(settings, access.key, within_s)
     except Outage as outage:
         raise JudgeError(
             str(outage), where="judge", fix="check the network and judge.base_url, or take judge.mode = substring"

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fastconv.datasets.files import assets
 from fastconv.errors import DataError, RecipeError
-from fastconv.judge.request import LOCAL_FORM, JudgeItem, JudgeParams, JudgeRequest, build_local_request, build_request
+from fastconv.judge.local import LOCAL_FORM, LocalRequest, build_local_request
+from fastconv.judge.request import JudgeItem, JudgeParams, JudgeRequest, build_request
 from fastconv.judge.rubric import Rubric
 from fastconv.recipe import JudgeSettings, toml_table
 from fastconv.store.ledger import Sample
@@ -26,7 +27,10 @@ EXPECTED_REPLY_TOK = 80
 
 
 class Price(BaseModel):
-    """One model's prices in US dollars per million tokens, its end date, and the `thinking` and `effort` request parameters."""
+    """One model's prices in US dollars per million tokens, its end date, and the `thinking` and `effort` request parameters.
+
+    `provider` names who is asked for it (`judge.desk.PROVIDERS`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,6 +41,7 @@ class Price(BaseModel):
     #: Longer prompts cost more than the table says and are refused. 0: no such limit.
     max_prompt_tok: int = 0
     ends: datetime.date | None = None
+    provider: str = "claude"
     thinking: str = ""
     effort: str = ""
 
@@ -190,13 +195,15 @@ class JudgeIdentity:
             params = judge_params(self.settings, self.price).identity()
         return {"judge": {"family": "paid" if self.family == "paid" else "local", **params}, "rubric": rubric.sha256}
 
-    def keys(self, rubric: Rubric, samples: Sequence[Sample]) -> list[str]:
-        """Judgement keys of samples, in their order."""
+    def requests(
+        self, rubric: Rubric, samples: Sequence[Sample], *, reverse: bool = False
+    ) -> Sequence[JudgeRequest | LocalRequest]:
+        """One request per sample, in their order; `reverse` shows the rubric's options in reverse order."""
         if self.family == "paid":
-            return [request.key for request in build_requests(rubric, judge_params(self.settings, self.price), samples)]
+            return build_requests(rubric, judge_params(self.settings, self.price, reverse=reverse), samples)
         max_chars = self.settings.max_judged_chars
         items = [JudgeItem(sample.prompt, sample.completion, sample.sample) for sample in samples]
-        return [build_local_request(rubric, self.name, item, max_chars).key for item in items]
+        return [build_local_request(rubric, self.name, item, max_chars, reverse=reverse) for item in items]
 
 
 def judge_identity(settings: JudgeSettings, prices: PriceTable, resident: str) -> JudgeIdentity | None:

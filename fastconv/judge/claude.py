@@ -1,28 +1,31 @@
-"""Claude as a judge: SDK client, error messages, reading of replies, and live judging.
+"""Claude as a judge: everything that knows Anthropic's API, live and in batches. It sends and parses, and stores nothing.
 
-`LiveJudge` sends one request at a time through the Messages API; `judge.batches` shares the client, the errors and the
-reading of replies. Before a request is sent, its worst-case cost is reserved in the ledger. Nothing is sent again here:
-the desk decides when.
+Nothing is sent again here, and nothing is booked: `judge.desk` and `judge.batches` do that for every provider alike.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
+import datetime
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import urllib.parse
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastconv.errors import JudgeError
+from fastconv.judge.batches import BatchCard, NotShown
 from fastconv.judge.budget import Price, cost_usd, worst_usd
 from fastconv.judge.http import (
     CLAUDE_KEY,
     CLAUDE_URL,
+    MAX_BODY_BYTES,
+    MAX_NAME_CHARS,
     PATIENCE,
     ApiKey,
     Outage,
+    ask,
     async_client,
     error_text,
     json_object,
@@ -30,20 +33,207 @@ from fastconv.judge.http import (
     retry_after_s,
     safe_name,
     safe_value,
+    sync_client,
 )
 from fastconv.judge.request import JudgeRequest
 from fastconv.recipe import JudgeSettings
-from fastconv.store.judge_ledger import JudgeLedger
-from fastconv.store.ledger import Store
-from fastconv.store.records import Judgement, Operation, RawReply, Refusal, Reserve, Settle, Unpaid
+from fastconv.store.records import RawReply
 
 if TYPE_CHECKING:
     from anthropic import APIError, AsyncAnthropic
 
-__all__ = ["ApiKey", "Outage", "LiveJudge", "LoopLedger"]
+__all__ = ["ApiKey", "Claude", "Outage"]
 
 #: More tokens than a reply can report.
 MAX_USAGE_TOK = 10**9
+#: HTTP status codes that mean "not visible to this key" when they answer a request about one batch.
+_INVISIBLE = (400, 403, 404)
+#: Value of the `anthropic-version` header, as the SDK sends it.
+API_VERSION = "2023-06-01"
+
+
+class Claude:
+    """The Messages API and its batches, as `judge.desk.Provider` and `judge.batches.BatchApi`. Use inside one event loop.
+
+    `batch_factor` multiplies `price` for batches. Raises JudgeError for a host that gets no key.
+    """
+
+    key_name: ClassVar[str] = CLAUDE_KEY
+    url: ClassVar[str] = CLAUDE_URL
+
+    def __init__(self, settings: JudgeSettings, price: Price, key: ApiKey, batch_factor: float) -> None:
+        self.n_parallel = settings.concurrency
+        self.batches = self
+        self._settings = settings
+        self._price = price
+        self._factor = batch_factor
+        self._key = key
+        self._where = settings.base_url or CLAUDE_URL
+        self._client = make_client(settings, key)
+
+    async def close(self) -> None:
+        """Close the HTTP connections."""
+        await self._client.close()
+
+    @staticmethod
+    def check(settings: JudgeSettings, key: ApiKey, within_s: float) -> None:
+        """Request the model's entry, which costs nothing; without the SDK, because importing it is slow.
+
+        Raises JudgeError for a refused key or an unknown model, Outage.
+        """
+        base = judge_url(settings.base_url, has_key=True)
+        url = f"{str(base).rstrip('/')}/v1/models/{urllib.parse.quote(settings.model, safe='')}"
+        headers = {"x-api-key": key.reveal(), "anthropic-version": API_VERSION}
+        with sync_client(base, within_s) as client:
+            status, body, wait_s = ask(client, "GET", url, headers, within_s=within_s, key=key)
+        if not 200 <= status < 300:
+            raise status_error(status, body, settings, key, wait_s)
+
+    # --- live -------------------------------------------------------------------------------------------
+
+    async def ask(self, request: JudgeRequest, before: Sequence[RawReply]) -> RawReply:
+        """Send a request once, with the rubric's reminder if earlier replies could not be read. Raises Outage, JudgeError."""
+        from anthropic import APIError, APIStatusError
+
+        within_s, began = PATIENCE * self._settings.timeout_s, time.monotonic()
+        try:
+            async with asyncio.timeout(within_s):
+                raw = await self._client.messages.with_raw_response.create(**request.body(re_ask=bool(before)))
+        except TimeoutError:
+            raise Outage(f"no whole answer within {within_s:g} s from {self._where}") from None
+        except APIError as error:
+            # The API bills no request that it answers with an error.
+            raise self._error(error, taken=not isinstance(error, APIStatusError)) from None
+        body = raw.http_response.content
+        worst = worst_usd(request, self._price)
+        reply = parse_reply(json_object(body, self._key), self._price, transport="live", key=self._key, worst=worst)
+        if reply is None:
+            # The API sends no web pages: what was asked did not reach it.
+            is_page = body.lstrip()[:1] == b"<"
+            problem = f"{self._where} sent something that is no answer: a network's login page, perhaps"
+            raise Outage(problem, taken=not is_page)
+        return replace(reply, latency_s=time.monotonic() - began)
+
+    def _error(self, error: APIError, *, taken: bool) -> JudgeError | Outage:
+        """Translate an SDK error: JudgeError if it ends judging, Outage if it may pass. One line, without the key."""
+        from anthropic import APIConnectionError, APIStatusError, APITimeoutError
+
+        if isinstance(error.__cause__, JudgeError):
+            return error.__cause__
+        if isinstance(error, APITimeoutError):
+            return Outage(f"no answer within {self._settings.timeout_s:g} s from {self._where}", taken=taken)
+        if isinstance(error, APIConnectionError):
+            return Outage(f"{self._where} cannot be reached", taken=taken)
+        if not isinstance(error, APIStatusError):
+            return Outage(f"{self._where} sent something that is no answer", taken=taken)
+        wait_s = retry_after_s(error.response.headers)
+        return status_error(error.status_code, error.body, self._settings, self._key, wait_s, taken=taken)
+
+    # --- batches ----------------------------------------------------------------------------------------
+
+    async def create(self, items: Sequence[tuple[str, JudgeRequest, bool]]) -> str:
+        """Send a batch of (custom id, request, whether it is asked again) and return its id. Raises Outage, JudgeError.
+
+        It is never sent again by itself: a repeated create could make a second batch, and both would be billed.
+        """
+        from anthropic import APIError
+
+        body: Any = [{"custom_id": name, "params": request.body(re_ask=again)} for name, request, again in items]
+        try:
+            batch = await self._client.messages.batches.create(requests=body)
+        except APIError as error:
+            # An answer below 500 says that the batch was not accepted; after any other it may have been.
+            raise self._error(error, taken=getattr(error, "status_code", 500) >= 500) from None
+        return self._card(batch).id
+
+    async def look(self, batch: str) -> BatchCard:
+        """A batch as it stands now. Raises NotShown, Outage, JudgeError."""
+        from anthropic import APIError
+
+        try:
+            return self._card(await self._client.messages.batches.retrieve(batch))
+        except APIError as error:
+            raise self._batch_error(error) from None
+
+    async def newest_first(self) -> AsyncGenerator[BatchCard, None]:
+        """The account's batches. Raises Outage (also for a page that is no list of batches), JudgeError."""
+        from anthropic import APIError
+
+        try:
+            page = await self._client.messages.batches.list(limit=100)
+            while True:
+                if not isinstance(getattr(page, "data", None), list):
+                    raise self._no_batch()
+                for batch in page.data:
+                    yield self._card(batch)
+                if not page.has_next_page():
+                    return
+                page = await page.get_next_page()
+        except APIError as error:
+            raise self._error(error, taken=False) from None
+
+    async def results(self, batch: str) -> AsyncGenerator[tuple[str, str, Any], None]:
+        """Yield (custom id, type, message) of a batch's results, made safe; lines that hold none are left out.
+
+        Raises Outage if the stream breaks off or holds no result at all (it can be read again), NotShown, JudgeError.
+        """
+        import httpx2
+        from anthropic import AnthropicError, APIError
+
+        n_read = n_bad = 0
+        try:
+            async with (
+                self._client.messages.batches.with_streaming_response.results(batch) as response,
+                aclosing(_lines(response.iter_bytes())) as lines,
+            ):
+                async for line in lines:
+                    found = json_object(line, self._key)
+                    n_read, n_bad = n_read + (found is not None), n_bad + (found is None)
+                    if found is not None:
+                        result = found.get("result")
+                        result = result if isinstance(result, dict) else {}
+                        yield str(found.get("custom_id")), str(result.get("type")), result.get("message")
+        except APIError as error:
+            raise self._batch_error(error) from None
+        except (httpx2.HTTPError, AnthropicError, ValueError):
+            raise Outage(f"the results of batch {batch} broke off") from None
+        if n_bad and not n_read:
+            raise self._no_batch()
+
+    def parse(self, message: object, worst_usd: float) -> RawReply | None:
+        """The reply in a batch's result, or None if it is none."""
+        return parse_reply(message, self._price, transport="batch", key=self._key, worst=worst_usd, factor=self._factor)
+
+    def _batch_error(self, error: APIError) -> NotShown | JudgeError | Outage:
+        """The exception for an API error in a call about one batch."""
+        status = getattr(error, "status_code", 0)
+        return NotShown(status) if status in _INVISIBLE else self._error(error, taken=True)
+
+    def _no_batch(self) -> Outage:
+        return Outage(f"{self._where} sent something that is no batch: a login page, perhaps")
+
+    def _card(self, batch: Any) -> BatchCard:
+        """What is read of a batch. Raises Outage if it is none; the SDK passes on whatever a server sends."""
+        counts = getattr(batch, "request_counts", None)
+        numbers = [
+            getattr(counts, name, None) for name in ("processing", "succeeded", "errored", "canceled", "expired")
+        ]
+        texts = [getattr(batch, name, None) for name in ("id", "processing_status")]
+        created, results = getattr(batch, "created_at", None), getattr(batch, "results_url", None)
+        if (
+            not all(isinstance(text, str) and len(text) <= MAX_NAME_CHARS and text.isprintable() for text in texts)
+            or not all(isinstance(n, int) for n in numbers)
+            or not isinstance(created, datetime.datetime)
+            or not isinstance(results, str | None)
+        ):
+            raise self._no_batch()
+        ended = batch.processing_status == "ended"
+        return BatchCard(
+            batch.id, created.timestamp(), sum(n or 0 for n in numbers), ended, has_results=results is not None
+        )
+
+
+# --- calls ---------------------------------------------------------------------------------------------------
 
 
 def make_client(settings: JudgeSettings, key: ApiKey) -> AsyncAnthropic:
@@ -60,27 +250,13 @@ def make_client(settings: JudgeSettings, key: ApiKey) -> AsyncAnthropic:
     )
 
 
-def api_error(error: APIError, settings: JudgeSettings, key: ApiKey) -> JudgeError | Outage:
-    """Translate an SDK error: JudgeError if it ends judging, Outage if it may pass. One line, without the key."""
-    from anthropic import APIConnectionError, APIStatusError, APITimeoutError
-
-    where = settings.base_url or CLAUDE_URL
-    if isinstance(error.__cause__, JudgeError):
-        return error.__cause__
-    if isinstance(error, APITimeoutError):
-        return Outage(f"no answer within {settings.timeout_s:g} s from {where}")
-    if isinstance(error, APIConnectionError):
-        return Outage(f"{where} cannot be reached")
-    if not isinstance(error, APIStatusError):
-        return Outage(f"{where} sent something that is no answer")
-    wait_s = retry_after_s(error.response.headers)
-    return status_error(error.status_code, error.body, settings, key, wait_s)
+# --- replies ------------------------------------------------------------------------------------------------
 
 
 def status_error(
-    code: int, body: object, settings: JudgeSettings, key: ApiKey, wait_s: float = 0.0
+    code: int, body: object, settings: JudgeSettings, key: ApiKey, wait_s: float = 0.0, *, taken: bool = False
 ) -> JudgeError | Outage:
-    """Translate an HTTP error status as `api_error` does. `body` is the parsed response, `wait_s` its `retry-after`."""
+    """Translate an HTTP error status. `body` is the parsed response, `wait_s` its `retry-after`; see Outage for `taken`."""
     where = settings.base_url or CLAUDE_URL
     message = error_text(body, key)
     fixes = {
@@ -93,7 +269,7 @@ def status_error(
     if code in fixes:
         what, fix = fixes[code]
         return JudgeError(what, where=where, fix=fix)
-    return Outage(f"{where} answered {code}: {message}", wait_s)
+    return Outage(f"{where} answered {code}: {message}", wait_s, taken=taken)
 
 
 def parse_reply(
@@ -130,175 +306,15 @@ def read_usage(usage: object) -> dict[str, int]:
     return {} if absurd or n_prompt <= 0 or "output_tokens" not in counts else counts
 
 
-def conclude_reply(request: JudgeRequest, reply: RawReply, n_unread: int) -> tuple[RawReply, Judgement | None]:
-    """Read a reply by the rubric: the reply with its fault (if any), and the judgement, or None to ask once more.
-
-    `n_unread` is the number of earlier unreadable replies. A malformed, truncated or out-of-range reply is requested
-    again once; a refusal by the judge is not.
-    """
-    reading = request.rubric.read(reply.text, reply.stop_reason) if reply.fault is None else None
-    fault = reply.fault if reading is None else reading.reason
-    reply = dataclasses.replace(reply, fault=fault)
-    if reading is not None and fault is None:
-        return reply, scored_judgement(request, reply.model, reading.values, reading.answer)
-    if fault == "judge refused" or n_unread:
-        return reply, unscored_judgement(request, fault or "malformed")
-    return reply, None
-
-
-def scored_judgement(
-    request: JudgeRequest, model: str, values: Mapping[str, float], answer: Mapping[str, Any]
-) -> Judgement:
-    """A finished judgement with values."""
-    return Judgement(request.key, request.rubric.sha256, model, request.sample, values, answer)
-
-
-def unscored_judgement(request: JudgeRequest, reason: str) -> Judgement:
-    """A finished judgement without values; `reason` is one of `rubric.REASONS`."""
-    return Judgement(request.key, request.rubric.sha256, request.params.model, request.sample, None, {}, reason)
-
-
-def lookup_judgements(
-    ledger: JudgeLedger, requests: Sequence[JudgeRequest]
-) -> tuple[dict[str, Judgement], dict[str, int]]:
-    """Look requests up in the ledger: finished judgements by key, and for the others the number of unreadable replies.
-
-    A reply that was stored without being read (its process had died) is read now.
-    """
-    judgements = ledger.judgements(request.key for request in requests)
-    tried = ledger.sent_keys(request.key for request in requests if request.key not in judgements)
-    n_unread: dict[str, int] = {}
-    for request in requests:
-        if request.key not in tried:
-            continue
-        for reply in ledger.replies(request.key):
-            if reply.fault is not None or request.key in judgements:
-                continue
-            reply, final = conclude_reply(request, reply, ledger.history(request.key).n_unread)
-            if reply.fault is not None:
-                ledger.set_fault(request.key, reply.fault)
-            if final is not None:
-                ledger.finish([final])
-                judgements[request.key] = final
-        n_unread[request.key] = ledger.history(request.key).n_unread
-    return judgements, n_unread
-
-
-class LoopLedger:
-    """The judging ledger for one event loop. Operations posted in the same turn of the loop share a commit."""
-
-    def __init__(self, workspace: Path, cap_usd: float | None) -> None:
-        self.ledger = JudgeLedger(Store.open(workspace).relaxed(), cap_usd)
-        self._waiting: list[tuple[Operation, asyncio.Future[Any]]] = []
-        self._flushing: asyncio.Task[None] | None = None
-
-    def post(self, operation: Operation) -> asyncio.Future[int | Refusal | None]:
-        """Queue an operation; the future completes with its result (or a StoreError) when it is committed.
-
-        Operations run in the order posted, so awaiting one also means that those before it are committed.
-        """
-        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.append((operation, done))
-        if self._flushing is None or self._flushing.done():
-            self._flushing = asyncio.create_task(self._flush())
-        return done
-
-    async def do(self, operation: Operation) -> int | Refusal | None:
-        """Run one operation and return its result when it is committed. Raises StoreError."""
-        # Shielded: a cancelled task must not withdraw an operation that is already part of a shared commit.
-        return await asyncio.shield(self.post(operation))
-
-    async def _flush(self) -> None:
-        while self._waiting:
-            posted, self._waiting = self._waiting, []
-            operations = [operation for operation, _ in posted]
-            (outcome,) = await asyncio.gather(self._commit(operations), return_exceptions=True)
-            # Whatever became of the commit, nothing that waits for it may be left waiting.
-            for place, (_, done) in enumerate(posted):
-                if isinstance(outcome, BaseException):
-                    done.set_exception(outcome)
-                else:
-                    done.set_result(outcome[place])
-
-    async def _commit(self, operations: Sequence[Operation]) -> list[int | Refusal | None]:
-        return self.ledger.apply(operations)
-
-    async def close(self) -> None:
-        """Commit what is queued, mark requests that are still open as lost, close the connection."""
-        if self._flushing is not None:
-            await asyncio.gather(self._flushing, return_exceptions=True)
-        try:
-            self.ledger.release()
-        finally:
-            self.ledger.store.close()
-
-
-@dataclass(frozen=True)
-class PendingJudgement:
-    """A judgement, and the future that completes when it is committed."""
-
-    judgement: Judgement
-    written: asyncio.Future[Any]
-
-
-class LiveJudge:
-    """Judges through the Messages API. Use inside one event loop."""
-
-    def __init__(self, settings: JudgeSettings, ledger: LoopLedger, price: Price, key: ApiKey) -> None:
-        self._settings = settings
-        self._ledger = ledger
-        self._price = price
-        self._key = key
-        self._where = settings.base_url or CLAUDE_URL
-        self._client: AsyncAnthropic = make_client(settings, key)
-
-    async def judge(self, request: JudgeRequest, n_unread: int) -> PendingJudgement | Refusal:
-        """Send one request, and once more if its reply cannot be read.
-
-        `n_unread` is the number of unreadable replies that the ledger already holds for it. Returns the judgement with
-        the future of its commit, or the ledger's refusal: over budget, held by another process, or done already.
-        Raises Outage if the judge cannot be reached now, JudgeError if sending more makes no sense, StoreError.
-        """
-        while True:
-            worst = worst_usd(request, self._price)
-            ticket = await self._ledger.do(Reserve(request.key, worst))
-            if not isinstance(ticket, int):
-                return ticket or "held"
-            began = time.monotonic()
-            body = await self._send(request.body(re_ask=n_unread > 0), ticket)
-            message = json_object(body, self._key)
-            reply = parse_reply(message, self._price, transport="live", key=self._key, worst=worst)
-            if reply is None:
-                await self._ledger.do(Unpaid(ticket, "refused" if is_page(body) else "lost"))
-                raise Outage(f"{self._where} sent something that is no answer: a network's login page, perhaps")
-            reply, final = conclude_reply(request, replace(reply, latency_s=time.monotonic() - began), n_unread)
-            # Not awaited: the reservation of the next request is posted after it and shares its commit.
-            written = self._ledger.post(Settle(ticket, request.key, reply, final))
-            if final is not None:
-                return PendingJudgement(final, written)
-            n_unread += 1
-
-    async def _send(self, body: dict[str, Any], ticket: int) -> bytes:
-        """Send a request once and return the reply's body; without one, its reservation is kept as lost or freed."""
-        from anthropic import APIError, APIStatusError
-
-        within_s = PATIENCE * self._settings.timeout_s
-        try:
-            async with asyncio.timeout(within_s):
-                raw = await self._client.messages.with_raw_response.create(**body)
-        except TimeoutError:
-            await self._ledger.do(Unpaid(ticket, "lost"))
-            raise Outage(f"no whole answer within {within_s:g} s from {self._where}") from None
-        except APIError as error:
-            await self._ledger.do(Unpaid(ticket, "refused" if isinstance(error, APIStatusError) else "lost"))
-            raise api_error(error, self._settings, self._key) from None
-        return raw.http_response.content
-
-    async def close(self) -> None:
-        """Close the HTTP connections."""
-        await self._client.close()
-
-
-def is_page(body: bytes) -> bool:
-    """Whether a body is a web page. The API sends none, so what was asked did not reach it and costs nothing."""
-    return body.lstrip()[:1] == b"<"
+async def _lines(parts: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+    """The lines of a stream that are not empty. Raises ValueError for one without end."""
+    held = b""
+    async for part in parts:
+        *lines, held = (held + part).split(b"\n")
+        if len(held) > MAX_BODY_BYTES:
+            raise ValueError("a line without end")
+        for line in lines:
+            if line.strip():
+                yield line
+    if held.strip():
+        yield held

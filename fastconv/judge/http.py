@@ -66,30 +66,36 @@ class ApiKey:
 
 
 class Outage(Exception):
-    """The judge cannot be reached now; unfinished judgements stay pending. `wait_s`: seconds that the server asked to wait."""
+    """The judge cannot be reached now; unfinished judgements stay pending.
 
-    def __init__(self, problem: str, wait_s: float = 0.0) -> None:
+    `wait_s`: seconds that the server asked to wait. `taken`: whether it may have taken what was sent, and billed it.
+    """
+
+    def __init__(self, problem: str, wait_s: float = 0.0, *, taken: bool = True) -> None:
         if wait_s >= 60:
             until = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=wait_s)
             problem = f"{problem} (it asks for {wait_s / 60:.0f} minutes: until {until:%H:%M} UTC)"
         super().__init__(shown(problem))
         self.wait_s = wait_s
+        self.taken = taken
 
 
 # --- where a key may go ------------------------------------------------------------------------------------
 
 
-def judge_url(base_url: str, *, has_key: bool, environ: Mapping[str, str] = os.environ) -> httpx2.URL:
-    """The judge's address, after the rules for keys; an empty `base_url` is Claude's own.
+def judge_url(
+    base_url: str, *, has_key: bool, environ: Mapping[str, str] = os.environ, own: str = CLAUDE_URL
+) -> httpx2.URL:
+    """The judge's address, after the rules for keys; an empty `base_url` is the provider's `own` (Claude's).
 
-    A recipe may come from anybody, so it does not decide alone where a key is sent: to Claude's API, to this machine's
+    A recipe may come from anybody, so it does not decide alone where a key is sent: to the provider, to this machine's
     loopback, or to a host that the user named in `FASTCONV_JUDGE_HOSTS`; outside of the loopback over https alone.
     Raises JudgeError.
     """
     import httpx2
 
     try:
-        url = httpx2.URL(base_url or CLAUDE_URL)
+        url = httpx2.URL(base_url or own)
     except (httpx2.InvalidURL, ValueError):
         url = httpx2.URL("")
     host, scheme = url.host, url.scheme
@@ -104,7 +110,7 @@ def judge_url(base_url: str, *, has_key: bool, environ: Mapping[str, str] = os.e
             f"the API key would go to {host} in clear text", where="judge.base_url", fix="use https, or unset the key"
         )
     named = {name.strip().lower() for name in environ.get(HOSTS_VARIABLE, "").split(",")}
-    if host not in {CLAUDE_HOST, *named} and f"{host}:{url.port or 443}" not in named:
+    if host not in {httpx2.URL(own).host, *named} and f"{host}:{url.port or 443}" not in named:
         raise JudgeError(
             f"the recipe would send your API key to {host}",
             where="judge.base_url",

@@ -1,42 +1,45 @@
-"""Judges that cost nothing: an OpenAI-compatible server, or the resident base model.
+"""Judges that cost nothing: an OpenAI-compatible server (`EndpointJudge`), or the resident base model (`ResidentJudge`).
 
 A local judge answers with one character per measure. If the log-probabilities of that character are given, the value
 is their expectation (G-Eval, Liu et al. 2023, section 2); otherwise the character itself counts. Such a judge is weak,
 and its name says so in every judgement and report.
 
-`LocalJudge` judges samples in the caller's thread; `LocalDesk` has the methods of `judge.desk.JudgeDesk` and may judge
-in a thread of its own.
+Each measure is a turn of its own: a request is finished when its replies hold one for every measure, or two that cannot
+be read for one. What is asked next follows from the replies kept, so a judge that died goes on where it was.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import json
 import math
+import queue
 import re
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastconv.errors import JudgeError
-from fastconv.judge.desk import DeskStatus
 from fastconv.judge.http import LOCAL_KEY, PATIENCE, ApiKey, Outage, ask, error_text, judge_url, sync_client
-from fastconv.judge.request import LETTERS, JudgeItem, LocalRequest, Prompt, build_local_request
+from fastconv.judge.request import JudgeItem, fence_item, fill_nonce
 from fastconv.judge.rubric import Measure, Rubric
-from fastconv.recipe import JudgeSettings, canonical_json
-from fastconv.store.judge_ledger import JudgeLedger
-from fastconv.store.ledger import Sample, Store
-from fastconv.store.records import Judgement, Operation, RawReply, Reserve, Settle
+from fastconv.recipe import JudgeSettings, canonical_json, sha256_of
+from fastconv.store.records import Judgement, RawReply
 
-#: Samples that are judged and committed together.
+#: Version of the rendered form, part of every key. Increase it when the form changes.
+LOCAL_FORM = 1
+#: The characters a local judge chooses from: for labels, and for scales.
+LETTERS, DIGITS = "ABCDEFGHIJ", "0123456789"
+#: Prompts that the resident base reads together.
 SLICE = 32
 #: A reply with less probability than this on the allowed characters counts as unreadable.
 MIN_MASS = 0.5
 #: The fault of a raw reply about one measure of several: it is stored, but is not a judgement by itself.
 PART = "one measure of several"
-#: Seconds that the desk waits in an outage before it tries again.
-OUTAGE_PAUSE_S = 10.0
+#: Seconds between two looks of the caller's thread whether it is still needed.
+_LOOK_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -47,135 +50,111 @@ class LocalReply:
     logprobs: Mapping[str, float] | None = None
 
 
-#: (system, user, allowed characters) -> reply. The resident base gives log-probabilities for exactly these characters.
-#: Raises Outage if the judge cannot be reached now.
+#: (system text, user text, characters to choose from)
+Prompt = tuple[str, str, str]
+#: (system, user, allowed characters) -> reply. Raises Outage if the judge cannot be reached now.
 Complete = Callable[[str, str, str], LocalReply]
-#: The same for many prompts, with the replies in their order.
+#: The same for many prompts, with the replies in their order. The resident base gives log-probabilities for exactly the
+#: allowed characters.
 CompleteMany = Callable[[Sequence[Prompt]], Sequence[LocalReply]]
 
 
-def concurrent_complete(complete: Complete, n_threads: int = 1) -> CompleteMany:
-    """A `CompleteMany` that calls `complete` in up to `n_threads` threads at the same time."""
-
-    def complete_many(prompts: Sequence[Prompt]) -> Sequence[LocalReply]:
-        if n_threads == 1:
-            return [complete(*prompt) for prompt in prompts]
-        with ThreadPoolExecutor(n_threads) as pool:
-            return list(pool.map(lambda prompt: complete(*prompt), prompts))
-
-    return complete_many
+# --- requests ----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _ItemReplies:
-    """Values, answer and raw replies for one sample so far. `unread`: a measure stayed unreadable."""
+@dataclass(frozen=True)
+class LocalRequest:
+    """A request to a local judge: one (characters, user text) turn per measure, under one judgement key."""
 
-    values: dict[str, float] = field(default_factory=dict)
-    answer: dict[str, Any] = field(default_factory=dict)
-    replies: list[RawReply] = field(default_factory=list)
-    unread: bool = False
+    key: str
+    rubric: Rubric
+    model: str
+    sample: int
+    turns: tuple[tuple[str, str], ...]
 
+    def prompt(self, before: Sequence[RawReply]) -> Prompt:
+        """The next prompt after the replies `before`; after an unreadable one, with a line about the form."""
+        place, n_unread, _, _ = self._standing(before)
+        characters, text = self.turns[min(place, len(self.turns) - 1)]
+        line = f"\nReply with one of {', '.join(characters)} and nothing else." if n_unread else ""
+        return self.rubric.system, fill_nonce(text, self.key) + line, characters
 
-class LocalJudge:
-    """Judges samples through a `CompleteMany` in the caller's thread, and stores judgements and replies in the ledger."""
+    def raw(self, reply: LocalReply, before: Sequence[RawReply]) -> RawReply:
+        """The reply to `prompt(before)` as it is stored."""
+        measure = self.rubric.measures[min(self._standing(before)[0], len(self.turns) - 1)]
+        text = canonical_json({"measure": measure.name, "text": reply.text, "logprobs": reply.logprobs})
+        return RawReply("local", self.model, text, "", {}, 0.0)
 
-    def __init__(
-        self,
-        ledger: JudgeLedger,
-        complete: CompleteMany,
-        model: str,
-        *,
-        max_judged_chars: int = 12_000,
-        reverse: bool = False,
-    ) -> None:
-        self._ledger = ledger
-        self._complete = complete
-        self._model = model
-        self._max_chars = max_judged_chars
-        self._reverse = reverse
+    def read(self, reply: RawReply, before: Sequence[RawReply]) -> tuple[RawReply, Judgement | None]:
+        """Read a reply: the reply with its fault (if any), and the judgement, or None while there is more to ask.
 
-    def requests(self, rubric: Rubric, samples: Sequence[Sample]) -> list[LocalRequest]:
-        """One request per sample, in their order."""
-        return [
-            build_local_request(rubric, self._model, JudgeItem(s.prompt, s.completion, s.sample), self._max_chars,
-                                reverse=self._reverse)
-            for s in samples
-        ]  # fmt: skip
-
-    def judge(self, rubric: Rubric, samples: Sequence[Sample]) -> dict[str, Judgement]:
-        """Judge samples and return the judgements by key. Every `SLICE` samples are committed together.
-
-        Raises Outage if the judge cannot be reached now, JudgeError if asking more makes no sense; what was committed
-        until then stays.
+        An unreadable reply is asked for once more; then the whole request is unscored.
         """
-        self._ledger.save_rubric(rubric.sha256, rubric.name, rubric.source)
-        requests = {request.key: request for request in self.requests(rubric, samples)}
-        done = self._ledger.judgements(requests)
-        todo = [request for key, request in requests.items() if key not in done]
-        # Slices bound the memory, and what is lost when one of them fails.
-        for start in range(0, len(todo), SLICE):
-            part = todo[start : start + SLICE]
-            items = self._ask_measures(part)
-            judgements = [_judgement(request, item) for request, item in zip(part, items, strict=True)]
-            self._store_slice(judgements, items)
-            done |= {judgement.key: judgement for judgement in judgements}
-        return done
+        place, n_unread, values, answer = self._standing([*before, reply])
+        if n_unread:
+            return replace(reply, fault="malformed"), self.unscored("malformed") if n_unread > 1 else None
+        if place < len(self.turns):
+            return replace(reply, fault=PART), None
+        return reply, Judgement(self.key, self.rubric.sha256, self.model, self.sample, values, answer)
 
-    def _ask_measures(self, part: Sequence[LocalRequest]) -> list[_ItemReplies]:
-        """Ask for every measure of every request; an unreadable reply is requested once more, then given up."""
-        items = [_ItemReplies() for _ in part]
-        for measure in range(len(part[0].turns)):
-            open_items = [i for i, item in enumerate(items) if not item.unread]
-            for reminder in (False, True):
-                if not open_items:
-                    break
-                replies = self._complete([part[i].prompt(measure, reminder=reminder) for i in open_items])
-                open_items = [
-                    i
-                    for i, reply in zip(open_items, replies, strict=True)
-                    if not _read_into(items[i], part[i], measure, reply)
-                ]
-            for i in open_items:
-                items[i].unread = True
-        return items
+    def unscored(self, reason: str) -> Judgement:
+        """The finished judgement without values; `reason` is one of `rubric.REASONS`."""
+        return Judgement(self.key, self.rubric.sha256, self.model, self.sample, None, {}, reason)
 
-    def _store_slice(self, judgements: Sequence[Judgement], items: Sequence[_ItemReplies]) -> None:
-        """Commit the replies of a slice, the last reply of each sample together with its judgement."""
-        for place in range(max(len(item.replies) for item in items)):
-            batch = [
-                (judgement, item.replies[place], place == len(item.replies) - 1)
-                for judgement, item in zip(judgements, items, strict=True)
-                if place < len(item.replies)
-            ]
-            tickets = self._ledger.apply([Reserve(judgement.key, 0.0) for judgement, _, _ in batch])
-            # A reply about one measure of several gets a fault; without one it would count as not read yet.
-            settlements: list[Operation] = [
-                Settle(ticket, judgement.key, reply, judgement)
-                if is_last
-                else Settle(ticket, judgement.key, replace(reply, fault=reply.fault or PART), None)
-                for ticket, (judgement, reply, is_last) in zip(tickets, batch, strict=True)
-                if isinstance(ticket, int)  # otherwise another process has judged it already
-            ]
-            self._ledger.apply(settlements)
+    def _standing(self, replies: Sequence[RawReply]) -> tuple[int, int, dict[str, float], dict[str, Any]]:
+        """Index of the measure that is asked next, its unreadable replies, and values and answer of those before it."""
+        values: dict[str, float] = {}
+        answer: dict[str, Any] = {}
+        stored = [json.loads(reply.text) for reply in replies]
+        for place, (measure, (characters, _)) in enumerate(zip(self.rubric.measures, self.turns, strict=True)):
+            about = [LocalReply(one["text"], one["logprobs"]) for one in stored if one["measure"] == measure.name]
+            shares = next((found for one in about if (found := read_choice(one, characters)) is not None), None)
+            if shares is None:
+                return place, len(about), values, answer
+            values[measure.name], answer[measure.field] = _measure_value(measure, shares, characters)
+        return len(self.turns), 0, values, answer
 
 
-def _read_into(item: _ItemReplies, request: LocalRequest, place: int, reply: LocalReply) -> bool:
-    """Add a reply about one measure to `item`; False if it cannot be read."""
-    measure, characters = request.rubric.measures[place], request.turns[place][0]
-    shares = read_choice(reply, characters)
-    text = canonical_json({"measure": measure.name, "text": reply.text, "logprobs": reply.logprobs})
-    fault = "malformed" if shares is None else None
-    item.replies.append(RawReply("local", request.model, text, "", {}, 0.0, fault=fault))
-    if shares is None:
-        return False
-    item.values[measure.name], item.answer[measure.field] = _measure_value(measure, shares, characters)
-    return True
+def build_local_request(
+    rubric: Rubric, model: str, item: JudgeItem, max_chars: int, *, reverse: bool = False
+) -> LocalRequest:
+    """Build the local request for one item. `model` names the judge in key and judgements, e.g. `local:qwen`."""
+    fenced = fence_item(item, max_chars)
+    turns = tuple((_characters(m), f"{fenced}\n\n{_choice_text(m, reverse)}") for m in rubric.measures)
+    key = sha256_of(
+        {
+            "local": LOCAL_FORM,
+            "model": model,
+            "rubric": rubric.sha256,
+            "turns": [list(t) for t in turns],
+            "sample": item.sample,
+        }
+    )
+    return LocalRequest(key, rubric, model, item.sample, turns)
 
 
-def _judgement(request: LocalRequest, item: _ItemReplies) -> Judgement:
-    if item.unread:
-        return Judgement(request.key, request.rubric.sha256, request.model, request.sample, None, {}, "malformed")
-    return Judgement(request.key, request.rubric.sha256, request.model, request.sample, item.values, item.answer)
+def _characters(measure: Measure) -> str:
+    return DIGITS if measure.scale else LETTERS[: len(measure.options)]
+
+
+def _choice_text(measure: Measure, reverse: bool) -> str:
+    """The question about one measure: its options by letter, or a digit for a scale."""
+    if measure.scale is None:
+        lettered = list(zip(LETTERS, measure.options, strict=False))
+        lines = [
+            f"{letter}: {option.name} - {option.meaning}"
+            for letter, option in (lettered[::-1] if reverse else lettered)
+        ]
+        question = f"Which of these is it ({measure.name})? Reply with one letter and nothing else."
+    else:
+        low, high = measure.scale
+        anchors = [f"{round(9 * (o.value - low) / (high - low))}: {o.meaning}" for o in measure.options]
+        lines = anchors[::-1] if reverse else anchors
+        question = f"Grade the answer for {measure.name} from 0 to 9. Reply with one digit and nothing else."
+    return "\n".join([*lines, question])
+
+
+# --- replies -----------------------------------------------------------------------------------------------
 
 
 def read_choice(reply: LocalReply, characters: str) -> dict[str, float] | None:
@@ -189,6 +168,82 @@ def read_choice(reply: LocalReply, characters: str) -> dict[str, float] | None:
         return {name: share / total for name, share in mass.items()} if total >= MIN_MASS else None
     match = re.fullmatch(rf"\W*([{characters}])\W*", reply.text)
     return {name: float(name == match.group(1)) for name in characters} if match else None
+
+
+# --- judges ------------------------------------------------------------------------------------------------
+
+
+class EndpointJudge:
+    """An OpenAI-compatible server as `judge.desk.Provider`. Each of `n_parallel` requests waits in a thread."""
+
+    batches = None
+
+    def __init__(self, complete: Complete, n_parallel: int) -> None:
+        self.n_parallel = n_parallel
+        self._complete = complete
+        self._pool = ThreadPoolExecutor(n_parallel, thread_name_prefix="judge-endpoint")
+
+    async def ask(self, request: LocalRequest, before: Sequence[RawReply]) -> RawReply:
+        """Ask for the next measure of a request. Raises Outage, JudgeError."""
+        loop = asyncio.get_running_loop()
+        return request.raw(await loop.run_in_executor(self._pool, self._complete, *request.prompt(before)), before)
+
+    async def close(self) -> None:
+        """End the threads; those that wait for a reply do so first."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+class ResidentJudge:
+    """The resident base as `judge.desk.Provider`: it reads in the thread that calls `serve`, `SLICE` prompts together."""
+
+    batches = None
+    n_parallel = SLICE
+
+    def __init__(self, complete: CompleteMany) -> None:
+        self._complete = complete
+        self._asked: list[tuple[Prompt, asyncio.Future[LocalReply]]] = []
+        self._jobs: queue.SimpleQueue[list[tuple[Prompt, asyncio.Future[LocalReply]]]] = queue.SimpleQueue()
+
+    async def ask(self, request: LocalRequest, before: Sequence[RawReply]) -> RawReply:
+        """Ask for the next measure of a request. Raises JudgeError."""
+        loop = asyncio.get_running_loop()
+        if not self._asked:
+            loop.call_soon(self._hand_over)  # everything that is asked in this turn of the loop is read together
+        answer: asyncio.Future[LocalReply] = loop.create_future()
+        self._asked.append((request.prompt(before), answer))
+        return request.raw(await answer, before)
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+    def serve(self, is_done: Callable[[], bool]) -> None:
+        """Read what is asked, in the caller's thread, until `is_done`. Raises what ends a run (Interrupted, StoreError)."""
+        while not is_done():
+            try:
+                asked = self._jobs.get(timeout=_LOOK_S)
+            except queue.Empty:
+                continue
+            outcome: Sequence[LocalReply] | Exception
+            try:
+                outcome = self._complete([prompt for prompt, _ in asked])
+            except (Outage, JudgeError) as error:
+                outcome = error
+            with contextlib.suppress(RuntimeError):  # the desk has ended meanwhile
+                asked[0][1].get_loop().call_soon_threadsafe(_answer, [answer for _, answer in asked], outcome)
+
+    def _hand_over(self) -> None:
+        self._jobs.put(self._asked)
+        self._asked = []
+
+
+def _answer(asked: Sequence[asyncio.Future[LocalReply]], outcome: Sequence[LocalReply] | Exception) -> None:
+    for place, answer in enumerate(asked):
+        if answer.done():  # its task was cancelled
+            continue
+        if isinstance(outcome, Exception):
+            answer.set_exception(outcome)
+        else:
+            answer.set_result(outcome[place])
 
 
 def endpoint_complete(settings: JudgeSettings, key: ApiKey | None = None) -> Complete:
@@ -213,15 +268,15 @@ def endpoint_complete(settings: JudgeSettings, key: ApiKey | None = None) -> Com
         try:
             status, reply, wait_s = ask(client, "POST", url, headers, within_s=within_s, key=key, body=body)
         except Outage as outage:
-            raise Outage(f"the local judge cannot be asked: {outage}", outage.wait_s) from None
+            raise Outage(f"the local judge cannot be asked: {outage}", outage.wait_s, taken=False) from None
         if status in (408, 409, 429) or status >= 500 or 300 <= status < 400:
-            raise Outage(f"the local judge cannot be asked: {url} answered {status}", wait_s)
+            raise Outage(f"the local judge cannot be asked: {url} answered {status}", wait_s, taken=False)
         if status >= 400:
             fix = f"check {LOCAL_KEY}" if status in (401, 403) else "check judge.model and judge.base_url"
             raise JudgeError(f"the local judge answered {status} {error_text(reply, key)}", where=url, fix=fix)
         read = _local_reply(reply)
         if read is None:
-            raise Outage(f"the local judge cannot be asked: {url} sent something that is no completion")
+            raise Outage(f"the local judge cannot be asked: {url} sent something that is no completion", taken=False)
         return read
 
     return complete
@@ -253,110 +308,3 @@ def _measure_value(measure: Measure, shares: Mapping[str, float], characters: st
     low, high = measure.scale
     value = sum(share * (low + (high - low) * int(name) / 9) for name, share in shares.items())
     return value, round(value)
-
-
-class LocalDesk:
-    """Judges completions through a `CompleteMany`, with the same methods as `JudgeDesk`.
-
-    With `beside` a thread judges and `submit` returns at once. Without, `submit` itself judges, because the resident
-    base belongs to the caller's thread. What cannot be judged stays pending, and the next desk can judge it.
-    """
-
-    def __init__(
-        self, workspace: Path, complete: CompleteMany, model: str, *, max_judged_chars: int, beside: bool
-    ) -> None:
-        self._workspace = workspace
-        self._complete = complete
-        self._model = model
-        self._max_chars = max_judged_chars
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="judge") if beside else None
-        self._futures: list[Future[None]] = []
-        self._store: Store | None = None
-        self._judge: LocalJudge | None = None
-        self._n_asked = self._n_scored = self._n_unscored = self._n_stages = self._n_outages = 0
-        self._finished: set[str] = set()
-        self._problem = ""
-        self._closing, self._changed = threading.Event(), threading.Event()
-        self._stopped = False
-
-    def submit(self, stage: str, rubric: Rubric, samples: Sequence[Sample], *, urgent: bool = False) -> None:
-        """Judge a stage's completions after those submitted before; `urgent` makes no difference.
-
-        Without a thread, raises StoreError and what the `CompleteMany` raises to stop a run.
-        """
-        self._n_asked += len(samples)
-        self._n_stages += 1
-        if self._pool is None:
-            self._judge_stage(stage, rubric, samples)
-        else:
-            future = self._pool.submit(self._judge_stage, stage, rubric, tuple(samples))
-            future.add_done_callback(lambda _: self._changed.set())
-            self._futures.append(future)
-
-    def poll(self) -> DeskStatus:
-        """The status of judging. Raises the exception that ended the desk's thread, if any (StoreError)."""
-        for future in self._futures:
-            if future.done():
-                future.result()
-        return DeskStatus(
-            self._n_asked, self._n_scored, self._n_unscored, self._n_stages, frozenset(self._finished.copy()),
-            problem=self._problem, out=self._n_outages > 0, stopped=self._stopped,
-        )  # fmt: skip
-
-    def wait(self, timeout_s: float) -> None:
-        """Block until the status may have changed since the last call, at most `timeout_s` seconds."""
-        self._changed.wait(timeout_s)
-        self._changed.clear()
-
-    def close(self, *, wait: bool = True) -> DeskStatus:
-        """End the desk and return its last status; without `wait`, it ends after the current slice."""
-        self._closing.set()
-        self._stopped = self._stopped or not wait
-        if self._pool is None:
-            self._close_store()
-        else:
-            self._futures.append(self._pool.submit(self._close_store))
-            self._pool.shutdown()
-        return self.poll()
-
-    def _judge_stage(self, stage: str, rubric: Rubric, samples: Sequence[Sample]) -> None:
-        for start in range(0, len(samples), SLICE):
-            if not self._judge_slice(rubric, samples[start : start + SLICE]):
-                return
-        self._finished.add(stage)
-
-    def _judge_slice(self, rubric: Rubric, samples: Sequence[Sample]) -> bool:
-        """Judge a few samples, and try again after outages; False if the desk ends before they are judged."""
-        while not self._stopped:
-            try:
-                judgements = self._open_judge().judge(rubric, samples)
-            except Outage as outage:
-                self._problem = str(outage)
-                self._n_outages += 1
-                self._changed.set()
-                self._stopped = self._closing.wait(max(outage.wait_s, OUTAGE_PAUSE_S)) or self._stopped
-                continue
-            except JudgeError as error:
-                self._problem, self._stopped = str(error), True
-                return False
-            n_unscored = sum(judgement.values is None for judgement in judgements.values())
-            self._n_unscored += n_unscored
-            self._n_scored += len(samples) - n_unscored
-            self._problem, self._n_outages = "", 0
-            self._changed.set()
-            return True
-        return False
-
-    def _open_judge(self) -> LocalJudge:
-        """The judge, with a ledger connection of the thread that judges."""
-        if self._judge is None:
-            self._store = Store.open(self._workspace)
-            self._judge = LocalJudge(
-                JudgeLedger(self._store), self._complete, self._model, max_judged_chars=self._max_chars
-            )
-        return self._judge
-
-    def _close_store(self) -> None:
-        if self._store is not None:
-            self._store.close()
-            self._store = self._judge = None

@@ -1,4 +1,7 @@
-"""Builds every judging request: `JudgeRequest` for Claude (live and batch), `LocalRequest` for local judges.
+"""Builds judging requests and reads the replies to them: `JudgeRequest` for a paid judge, live and in batches.
+
+Beside it stand what every request (`Request`) and whoever answers it (`Provider`) offer a desk, and the desk's list of
+requests that are not finished.
 
 Judged text is data. It appears only in the user turn, between fences that contain a nonce, and cannot close them: the
 nonce is derived from the judgement's key, which is a sha256 over that very text, so no text can contain its own nonce.
@@ -9,19 +12,23 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from fastconv.judge.rubric import Measure, Rubric
 from fastconv.recipe import canonical_json, sha256_of
+from fastconv.store.records import Judgement, RawReply
 
-#: Version of the rendered form, part of every key. Increase it when the form changes; a local judge has its own.
-FORM, LOCAL_FORM = 1, 1
-#: The characters a local judge chooses from: for labels, and for scales.
-LETTERS, DIGITS = "ABCDEFGHIJ", "0123456789"
-#: (system text, user text, characters to choose from)
-Prompt = tuple[str, str, str]
+if TYPE_CHECKING:
+    from fastconv.judge.batches import BatchApi
+    from fastconv.judge.budget import Price
+    from fastconv.judge.http import ApiKey
+    from fastconv.recipe import JudgeSettings
+
+#: Version of the rendered form, part of every key. Increase it when the form changes.
+FORM = 1
 #: Placeholder for the nonce. `neutralize` removes this character from judged text, so it occurs in the template only.
 _NONCE_HOLE = "\x00"
 #: Words that our fences and chat formats use.
@@ -67,7 +74,7 @@ class JudgeParams:
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """A request to Claude. `key` is the judgement's key; `body` is what the SDK sends."""
+    """A request to a paid judge. `key` is the judgement's key; `body` is what Claude's SDK sends."""
 
     key: str
     rubric: Rubric
@@ -110,6 +117,132 @@ class JudgeRequest:
     def max_prompt_tok(self) -> int:
         """Upper bound of the prompt's tokens: one per byte, and 1,000 for the API's own framing."""
         return len(canonical_json(self.body(re_ask=True)).encode()) + 1000
+
+    def read(self, reply: RawReply, before: Sequence[RawReply]) -> tuple[RawReply, Judgement | None]:
+        """Read a reply by the rubric: the reply with its fault (if any), and the judgement, or None to ask once more.
+
+        `before` are the earlier replies that could not be read. A malformed, truncated or out-of-range reply is asked
+        for again once; a refusal by the judge is not.
+        """
+        parsed = self.rubric.read(reply.text, reply.stop_reason)
+        reply = replace(reply, fault=parsed.reason)
+        if parsed.reason is None:
+            model, sha256 = reply.model, self.rubric.sha256
+            return reply, Judgement(self.key, sha256, model, self.sample, parsed.values, parsed.answer)
+        is_final = parsed.reason == "judge refused" or bool(before)
+        return reply, self.unscored(parsed.reason) if is_final else None
+
+    def unscored(self, reason: str) -> Judgement:
+        """The finished judgement without values; `reason` is one of `rubric.REASONS`."""
+        return Judgement(self.key, self.rubric.sha256, self.params.model, self.sample, None, {}, reason)
+
+
+class Request(Protocol):
+    """What a desk needs of a request."""
+
+    @property
+    def key(self) -> str:
+        """The key of its judgement."""
+        ...
+
+    def read(self, reply: RawReply, before: Sequence[RawReply]) -> tuple[RawReply, Judgement | None]:
+        """The reply with its fault (if any), and the judgement, or None to ask once more after the unread `before`."""
+        ...
+
+
+class Provider(Protocol):
+    """What a desk needs of a judge: it sends and parses, and stores nothing."""
+
+    @property
+    def n_parallel(self) -> int:
+        """Requests that may be under way at once."""
+        ...
+
+    @property
+    def batches(self) -> BatchApi | None:
+        """Its batches, or None if it takes none."""
+        ...
+
+    async def ask(self, request: Any, before: Sequence[RawReply]) -> RawReply:
+        """Send a request once, after the unread replies `before`. Raises Outage; JudgeError if sending more makes no sense."""
+        ...
+
+    async def close(self) -> None:
+        """Close connections and threads."""
+        ...
+
+
+class PaidProvider(Provider, Protocol):
+    """A provider that bills: the variable of its key, its own address, and how it is made and tried."""
+
+    key_name: ClassVar[str]
+    url: ClassVar[str]
+
+    def __init__(self, settings: JudgeSettings, price: Price, key: ApiKey, batch_factor: float) -> None: ...
+
+    @staticmethod
+    def check(settings: JudgeSettings, key: ApiKey, within_s: float) -> None:
+        """Ask for what costs nothing. Raises JudgeError for a refused key or an unknown model, Outage."""
+        ...
+
+
+class OpenRequests:
+    """The requests of a desk that are not finished, and the stages that wait for them."""
+
+    def __init__(self) -> None:
+        #: Requests that are not finished, by key.
+        self.open: dict[str, Any] = {}
+        self.n_scored = self.n_unscored = 0
+        #: Grows with every stage that is finished.
+        self.n_changes = 0
+        self._asked: set[str] = set()
+        # By stage, the keys it still waits for; by key, the stages that wait for it.
+        self._waits: dict[str, set[str]] = {}
+        self._wanted: dict[str, set[str]] = {}
+
+    @property
+    def n_asked(self) -> int:
+        """Different keys that were ever added."""
+        return len(self._asked)
+
+    @property
+    def n_stages(self) -> int:
+        """Stages that were ever added."""
+        return len(self._waits)
+
+    def begin(self, stage: str) -> None:
+        """Begin to add a stage's requests; it is not finished before `end`, whatever is judged already."""
+        self._waits.setdefault(stage, set()).add("")
+
+    def add(self, stage: str, request: Request) -> bool:
+        """Add a request of a stage; True if its key is new."""
+        is_new = request.key not in self._asked
+        if is_new:
+            self._asked.add(request.key)
+            self.open[request.key] = request
+        if request.key in self.open:
+            self._waits[stage].add(request.key)
+            self._wanted.setdefault(request.key, set()).add(stage)
+        return is_new
+
+    def end(self, stage: str) -> None:
+        """All requests of a stage are added."""
+        self._waits[stage].discard("")
+        self.n_changes += not self._waits[stage]
+
+    def finish(self, judgements: Iterable[Judgement]) -> None:
+        """Mark judgements as finished; repeated calls change nothing."""
+        for judgement in judgements:
+            if self.open.pop(judgement.key, None) is not None:
+                self.n_scored += judgement.reason is None
+                self.n_unscored += judgement.reason is not None
+                for stage in self._wanted.pop(judgement.key, ()):
+                    self._waits[stage].discard(judgement.key)
+                    self.n_changes += not self._waits[stage]
+
+    def finished(self) -> frozenset[str]:
+        """Stages that wait for nothing."""
+        return frozenset(stage for stage, waits in self._waits.items() if not waits)
 
 
 def build_request(rubric: Rubric, params: JudgeParams, item: JudgeItem) -> JudgeRequest:
@@ -186,59 +319,3 @@ def _options_text(rubric: Rubric, reverse: bool) -> str:
 
 def _heading(measure: Measure) -> str:
     return f"{measure.name}, one of:" if measure.scale is None else f"{measure.name}, for orientation:"
-
-
-@dataclass(frozen=True)
-class LocalRequest:
-    """A request to a local judge: one (characters, user text) turn per measure, under one judgement key."""
-
-    key: str
-    rubric: Rubric
-    model: str
-    sample: int
-    turns: tuple[tuple[str, str], ...]
-
-    def prompt(self, place: int, *, reminder: bool = False) -> Prompt:
-        """The prompt for the measure at index `place`; `reminder` adds a line after an unreadable reply."""
-        characters, text = self.turns[place]
-        line = f"\nReply with one of {', '.join(characters)} and nothing else." if reminder else ""
-        return self.rubric.system, fill_nonce(text, self.key) + line, characters
-
-
-def build_local_request(
-    rubric: Rubric, model: str, item: JudgeItem, max_chars: int, *, reverse: bool = False
-) -> LocalRequest:
-    """Build the local request for one item. `model` names the judge in key and judgements, e.g. `local:qwen`."""
-    fenced = fence_item(item, max_chars)
-    turns = tuple((_characters(m), f"{fenced}\n\n{_choice_text(m, reverse)}") for m in rubric.measures)
-    key = sha256_of(
-        {
-            "local": LOCAL_FORM,
-            "model": model,
-            "rubric": rubric.sha256,
-            "turns": [list(t) for t in turns],
-            "sample": item.sample,
-        }
-    )
-    return LocalRequest(key, rubric, model, item.sample, turns)
-
-
-def _characters(measure: Measure) -> str:
-    return DIGITS if measure.scale else LETTERS[: len(measure.options)]
-
-
-def _choice_text(measure: Measure, reverse: bool) -> str:
-    """The question about one measure: its options by letter, or a digit for a scale."""
-    if measure.scale is None:
-        lettered = list(zip(LETTERS, measure.options, strict=False))
-        lines = [
-            f"{letter}: {option.name} - {option.meaning}"
-            for letter, option in (lettered[::-1] if reverse else lettered)
-        ]
-        question = f"Which of these is it ({measure.name})? Reply with one letter and nothing else."
-    else:
-        low, high = measure.scale
-        anchors = [f"{round(9 * (o.value - low) / (high - low))}: {o.meaning}" for o in measure.options]
-        lines = anchors[::-1] if reverse else anchors
-        question = f"Grade the answer for {measure.name} from 0 to 9. Reply with one digit and nothing else."
-    return "\n".join([*lines, question])

@@ -319,10 +319,10 @@ def judge_stage_scores(
     without values becomes a score without a value, with its reason. Raises JudgeError while judgements are missing.
     """
     judgements = ledger.judgements(keys)
-    n_missing = sum(key not in judgements for key in keys)
+    n_missing = len(samples) - sum(key in judgements for key in keys)
     if n_missing:
         raise JudgeError(
-            f"{n_missing} of {len(keys)} judgements are not made yet", where=rubric.name, fix="run `fastconv judge`"
+            f"{n_missing} of {len(samples)} judgements are not made yet", where=rubric.name, fix="run `fastconv judge`"
         )
     scores = []
     for sample, key in zip(samples, keys, strict=True):

@@ -25,8 +25,7 @@ from fastconv.engine.vllm.sampler import PendingCompletions, VllmSampler
 from fastconv.engine.vllm.server import Server, start_server
 from fastconv.errors import JudgeError, SamplerError, TemplateError, TrainingError, stopped
 from fastconv.experiment.graph import Graph
-from fastconv.judge.local import LocalReply
-from fastconv.judge.request import Prompt
+from fastconv.judge.local import LocalReply, Prompt
 from fastconv.run.audit import require_conditions
 from fastconv.run.sampling import SamplingRequests, is_sampled, max_sequence_tok, sampling_requests
 from fastconv.run.training import Progress, Stacks, Trainer, note_progress

@@ -10,36 +10,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from fastconv.errors import JudgeError, stopped
 from fastconv.experiment.graph import Graph
-from fastconv.judge.access import JudgeAccess, PaidAccess, check_judge
-from fastconv.judge.budget import build_requests, judge_params
+from fastconv.judge.access import JudgeAccess, check_judge, open_desk
 from fastconv.judge.calibrate import CalibrationRow, JudgeSamples
-from fastconv.judge.claude import Outage
 from fastconv.judge.desk import DeskStatus, JudgeDesk
-from fastconv.judge.local import CompleteMany, LocalDesk, LocalJudge
+from fastconv.judge.local import CompleteMany
 from fastconv.judge.rubric import Agreement, Rubric, agreement, judge_stage_scores
-from fastconv.recipe import JudgeSettings
+from fastconv.recipe import sha256_of
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Sample, Stage, Store
 from fastconv.store.records import Judgement
 
 #: Seconds a waiting run lets pass at most before it checks for a stop, and between status displays of a busy run.
 WAIT_S, SHOW_S = 0.25, 1.0
-
-
-class Desk(Protocol):
-    """What `JudgeDesk` and `LocalDesk` have in common."""
-
-    def submit(
-        self, stage: str, rubric: Rubric, samples: tuple[Sample, ...] | list[Sample], *, urgent: bool = False
-    ) -> None: ...
-    def poll(self) -> DeskStatus: ...
-    def wait(self, timeout_s: float) -> None: ...
-    def close(self, *, wait: bool = True) -> DeskStatus: ...
 
 
 class JudgeWatcher(Protocol):
@@ -70,7 +57,7 @@ class JudgeQueue:
         self._resident = resident
         self._access = access
         self._later = later
-        self._desk: Desk | None = None
+        self._desk: JudgeDesk | None = None
         self._ledger: JudgeLedger | None = None
         self._waiting: dict[str, tuple[Stage, float]] = {}
         self._shown_s = 0.0
@@ -136,34 +123,27 @@ class JudgeQueue:
         slots = [stage.slot for stage in self.pending]
         return {"judging": {"judge": judge.name, "weak": judge.weak, "pending": slots, "problem": self.status.problem}}
 
-    def _open(self) -> Desk:
-        settings, judge = self._graph.recipe.judge, self._graph.judge
+    def _open(self) -> JudgeDesk:
+        judge = self._graph.judge
         assert judge is not None, "a judge stage exists only where there is a judge"
-        access = self._access or check_judge(self._graph.judge, self._store)
-        if access.paid is not None:
-            return open_desk(settings, self._store.root, access.paid)
-        complete = access.endpoint or self._resident()
-        return LocalDesk(
-            self._store.root, complete, judge.name, max_judged_chars=settings.max_judged_chars,
-            beside=access.endpoint is not None,
-        )  # fmt: skip
+        access = self._access or check_judge(judge, self._store)
+        return open_desk(judge, access, self._store.root, self._resident)
 
     def _commit(self, status: DeskStatus) -> None:
         for key in [key for key in self._waiting if key in status.finished]:
             stage, began = self._waiting.pop(key)
             seconds = time.monotonic() - began
             self._ledger = self._ledger or JudgeLedger(self._store)
-            commit_judged(self._graph, self._store, self._ledger, stage, seconds)
+            commit_judged(self._store, self._ledger, stage, seconds)
             self._store.note_stage_of_run(self._run, stage, reused=False)
             self.n_committed += 1
             self._watcher.stage_done(stage, seconds)
 
 
-def commit_judged(graph: Graph, store: Store, ledger: JudgeLedger, stage: Stage, seconds: float) -> None:
-    """Commit a judge stage with the scores of its judgements. Raises JudgeError if some are missing."""
-    assert graph.judge is not None, "a judge stage exists only where there is a judge"
+def commit_judged(store: Store, ledger: JudgeLedger, stage: Stage, seconds: float) -> None:
+    """Commit a submitted judge stage with the scores of its judgements. Raises JudgeError if some are missing."""
     samples, rubric = store.samples(stage.needs["eval"].key), stage.work["rubric"]
-    keys = graph.judge.keys(rubric, samples)
+    keys = ledger.take_keys(stage.key)
     scores = judge_stage_scores(ledger, rubric, samples, keys)
     n_unscored = sum(score.value is None for score in scores)
     facts = {"judged": len(scores), "cost_usd": ledger.cost_usd(keys)}
@@ -177,18 +157,21 @@ def judge_stages(stages: Iterable[Stage]) -> list[Stage]:
     return [stage for stage in stages if stage.kind == "judge"]
 
 
-def open_desk(settings: JudgeSettings, workspace: Path, access: PaidAccess, *, reverse: bool = False) -> JudgeDesk:
-    """Open a desk for a paid judge; `reverse` shows the rubric's options in reverse order."""
-    factor = access.batch_factor
-    return JudgeDesk(settings, workspace, access.price, access.key, batch_factor=factor, reverse=reverse)
+def judge_with_desk(open_one: Callable[[bool], JudgeDesk], ledger: JudgeLedger, rubric: Rubric) -> JudgeSamples:
+    """For `calibrate`: judge through a desk (`open_one` takes whether the options are reversed) and wait for it.
 
-
-def judge_with_desk(settings: JudgeSettings, workspace: Path, access: PaidAccess, rubric: Rubric) -> JudgeSamples:
-    """For `calibrate`: judge through a desk and wait for it. The function raises JudgeError if the judge does not finish."""
+    The function raises JudgeError if the judge does not finish.
+    """
 
     def judge(samples: Sequence[Sample], reverse: bool) -> list[Judgement]:
-        desk = open_desk(settings, workspace, access, reverse=reverse)
-        desk.submit("calibration", rubric, samples, urgent=True)
+        # Named by what is asked, so that two calibrations at the same time keep their requests apart.
+        stage = sha256_of({"calibrate": rubric.sha256, "reverse": reverse, "samples": [asdict(s) for s in samples]})
+        desk = open_one(reverse)
+        try:
+            desk.submit(stage, rubric, samples, urgent=True)
+        except BaseException:
+            desk.close(wait=False)
+            raise
         status = desk.close()
         if status.n_pending:
             raise JudgeError(
@@ -196,29 +179,9 @@ def judge_with_desk(settings: JudgeSettings, workspace: Path, access: PaidAccess
                 where=rubric.name,
                 fix="the same command goes on from here",
             )
-        keys = [r.key for r in build_requests(rubric, judge_params(settings, access.price, reverse=reverse), samples)]
-        store = Store.open(workspace)
-        try:
-            judgements = JudgeLedger(store).judgements(keys)
-        finally:
-            store.close()
+        keys = ledger.take_keys(stage)
+        judgements = ledger.judgements(keys)
         return [judgements[key] for key in keys]
-
-    return judge
-
-
-def judge_with_local(
-    ledger: JudgeLedger, complete: CompleteMany, model: str, rubric: Rubric, *, max_judged_chars: int
-) -> JudgeSamples:
-    """For `calibrate`: judge through a `CompleteMany`. The function raises JudgeError if the judge cannot be reached."""
-
-    def judge(samples: Sequence[Sample], reverse: bool) -> list[Judgement]:
-        local = LocalJudge(ledger, complete, model, max_judged_chars=max_judged_chars, reverse=reverse)
-        try:
-            judgements = local.judge(rubric, samples)
-        except Outage as outage:
-            raise JudgeError(str(outage), where=model, fix="check judge.base_url") from None
-        return [judgements[request.key] for request in local.requests(rubric, samples)]
 
     return judge
 

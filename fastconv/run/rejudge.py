@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from fastconv.datasets.behaviors import load_behaviors
@@ -11,21 +12,20 @@ from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.spec import PhraseRule, RuleFigures, labelled_figures
 from fastconv.errors import InputError, JudgeError, RecipeError
 from fastconv.experiment.graph import Graph
-from fastconv.judge.access import check_judge
+from fastconv.judge.access import check_judge, open_desk
 from fastconv.judge.budget import JudgeIdentity
 from fastconv.judge.calibrate import (
     Calibration,
     CalibrationRow,
-    JudgeSamples,
     calibrate,
     load_attempts,
     load_calibration,
 )
-from fastconv.judge.desk import DeskStatus
+from fastconv.judge.desk import DeskStatus, JudgeDesk
 from fastconv.judge.local import CompleteMany
 from fastconv.judge.rubric import REASONS, Agreement, Rubric, compare_scores, find_rubric, load_rubric, shipped_rubrics
 from fastconv.recipe import JudgeSettings, Recipe, run_id
-from fastconv.run.judging import JudgeQueue, calibrate_phrases, judge_stages, judge_with_desk, judge_with_local
+from fastconv.run.judging import JudgeQueue, calibrate_phrases, judge_stages, judge_with_desk
 from fastconv.run.runner import Watcher, stop_on_sigint
 from fastconv.run.status import begin_run, needed_ends, run_facts
 from fastconv.store.judge_ledger import JudgeLedger
@@ -127,7 +127,8 @@ def _reopen(judge: JudgeIdentity, store: Store, stages: Sequence[Stage], reason:
     stale = [stage.key for stage in stages if any(score.reason == reason for score in store.scores(stage.key))]
     for stage in stages:
         if store.record(stage.needs["eval"].key) is not None:
-            ledger.reopen(judge.keys(stage.work["rubric"], store.samples(stage.needs["eval"].key)), reason)
+            requests = judge.requests(stage.work["rubric"], store.samples(stage.needs["eval"].key))
+            ledger.reopen([request.key for request in requests], reason)
     for key in stale:
         store.forget(key)
 
@@ -146,22 +147,19 @@ def calibrate_judge(
     if rows is not None and len(names) != 1:
         raise InputError("labelled rows go with one rubric", where="--rows", fix="name it with --rubric")
     store = Store.open(workspace)
-    access = check_judge(judge, store)
+    access, resident = check_judge(judge, store), cache(_resident(graph, store))
+
+    def open_one(reverse: bool) -> JudgeDesk:
+        assert judge is not None, "called for a judge only"
+        return open_desk(judge, access, workspace, resident, reverse=reverse)
+
     results = []
     for name in names:
         rubric = find_rubric(settings, name)
         labelled = load_calibration(rows or assets("data") / f"calibration_{name}.jsonl", rubric)
         calibration = None
         if judge is not None:
-            judge_samples: JudgeSamples
-            if access.paid is not None:
-                judge_samples = judge_with_desk(settings, workspace, access.paid, rubric)
-            else:
-                complete = access.endpoint or _resident(graph, store)()
-                ledger = JudgeLedger(store)
-                judge_samples = judge_with_local(
-                    ledger, complete, judge.name, rubric, max_judged_chars=settings.max_judged_chars
-                )
+            judge_samples = judge_with_desk(open_one, JudgeLedger(store), rubric)
             calibration = calibrate(rubric, labelled, judge_samples, load_attempts(assets("data") / "injections.json"))
             # Stored under the model name of the replies, as the scores are.
             JudgeLedger(store).save_calibration(rubric.sha256, calibration.model, calibration.to_json())

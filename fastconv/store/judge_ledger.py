@@ -58,6 +58,7 @@ CREATE TABLE IF NOT EXISTS judge_money(
 CREATE UNIQUE INDEX IF NOT EXISTS judge_money_open ON judge_money(key) WHERE state='reserved';
 CREATE INDEX IF NOT EXISTS judge_money_by_key ON judge_money(key);
 CREATE INDEX IF NOT EXISTS judge_money_by_intent ON judge_money(intent) WHERE intent IS NOT NULL;
+CREATE TABLE IF NOT EXISTS judge_outbox(stage TEXT PRIMARY KEY, keys TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS judge_totals(state TEXT PRIMARY KEY, nusd INTEGER NOT NULL);
 CREATE TABLE IF NOT EXISTS judge_batches(
   intent TEXT PRIMARY KEY, batch TEXT UNIQUE, state TEXT NOT NULL, n INTEGER NOT NULL, holder TEXT NOT NULL,
@@ -112,6 +113,10 @@ class JudgeLedger:
             for row in rows
         ]  # fmt: skip
 
+    def unread(self, key: str) -> list[RawReply]:
+        """The raw replies for a key that are no whole judgement, since it was last given up to be judged again."""
+        return [reply for reply in self.replies(key) if reply.fault and not reply.fault.startswith(REOPENED)]
+
     def history(self, key: str) -> History:
         """Past attempts at a key, by this process or an earlier one."""
         with self._store.transaction() as db:
@@ -133,6 +138,18 @@ class JudgeLedger:
         query = "SELECT COALESCE(SUM(nusd), 0) FROM judge_money WHERE key=? AND state IN ('spent', 'lost')"
         with self._store.transaction() as db:
             return sum(db.execute(query, (key,)).fetchone()[0] for key in keys) / NUSD
+
+    def keep_keys(self, stage: str, keys: Sequence[str]) -> None:
+        """Keep the keys of a judge stage's requests, in the order of its samples, until `take_keys`."""
+        with self._store.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO judge_outbox VALUES(?,?)", (stage, canonical_json(list(keys))))
+
+    def take_keys(self, stage: str) -> list[str]:
+        """The kept keys of a stage, which are forgotten; empty without."""
+        with self._store.transaction() as db:
+            row = db.execute("SELECT keys FROM judge_outbox WHERE stage=?", (stage,)).fetchone()
+            db.execute("DELETE FROM judge_outbox WHERE stage=?", (stage,))
+        return stored_json(row["keys"]) if row else []
 
     def save_rubric(self, sha256: str, name: str, body: str) -> None:
         """Save a rubric's text, so that raw replies can be parsed again when its file is gone."""

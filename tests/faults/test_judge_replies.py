@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fastconv.errors import JudgeError, StoreError
 from fastconv.judge import desk as desk_module
 from fastconv.judge.access import PaidAccess, check_endpoint, check_reachable
-from fastconv.judge.claude import LoopLedger, parse_reply
+from fastconv.judge.claude import parse_reply
 from fastconv.judge.desk import DeskStatus
 from fastconv.judge.http import ApiKey, Outage, json_object, judge_url
 from fastconv.judge.local import endpoint_complete, read_choice
@@ -330,4 +330,4 @@ def test_the_writers_tasks_end_with_the_desk(tmp_path: Path) -> None:
     before = threading.active_count()
     judged(tmp_path, message(verdict()))
     assert threading.active_count() <= before + 1  # the server's own thread may still be ending
-    assert LoopLedger(tmp_path, None).ledger.money().reserved_usd == 0
+    assert JudgeLedger(Store.open(tmp_path)).money().reserved_usd == 0

@@ -11,18 +11,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastconv.datasets.spec import PhraseRule
 from fastconv.errors import DataError, JudgeError
-from fastconv.judge.access import PaidAccess
 from fastconv.judge.calibrate import (
     Calibration,
     CalibrationRow,
     Carrier,
     InjectedSample,
     InjectionCounts,
+    JudgeSamples,
     calibrate,
     corrected_rate,
     count_injections,
@@ -31,9 +32,11 @@ from fastconv.judge.calibrate import (
     load_calibration,
 )
 from fastconv.judge.claude import ApiKey
-from fastconv.judge.rubric import agreement, compare_scores
+from fastconv.judge.desk import JudgeDesk
+from fastconv.judge.rubric import Rubric, agreement, compare_scores
 from fastconv.run.judging import calibrate_phrases, judge_with_desk
-from fastconv.store.ledger import Sample, Score
+from fastconv.store.judge_ledger import JudgeLedger
+from fastconv.store.ledger import Sample, Score, Store
 from fastconv.store.records import Judgement
 from tests.fake_claude import Script, fake_claude
 from tests.judging_kit import DATA, KEY, PRICE, rubric, settings
@@ -119,18 +122,25 @@ def test_unscored_rows_are_counted_and_not_guessed() -> None:
 def test_calibration_through_a_desk_takes_its_verdicts_from_the_judge(tmp_path: Path) -> None:
     rows = rows_of("refusal")[:10]
     with fake_claude() as server:
-        access = PaidAccess(PRICE, 0.5, ApiKey(KEY))
-        calibration = calibrate(rubric(), rows, judge_with_desk(settings(server.url), tmp_path, access, rubric()))
+        calibration = calibrate(rubric(), rows, through_desk(server.url, tmp_path, rubric()))
         assert server.bill()["n_calls"] == 30
     assert calibration.n == 10
     assert calibration.model == "claude-test"
     assert not math.isnan(calibration.retest)
 
 
+def through_desk(url: str, workspace: Path, by: Rubric, **fields: Any) -> JudgeSamples:
+    """A judge on the fake server."""
+
+    def open_one(reverse: bool) -> JudgeDesk:
+        return JudgeDesk(settings(url, **fields), workspace, PRICE, ApiKey(KEY), reverse=reverse)
+
+    return judge_with_desk(open_one, JudgeLedger(Store.open(workspace)), by)
+
+
 def calibrated(url: str, workspace: Path, name: str, rows: Sequence[CalibrationRow], cap_usd: float) -> Calibration:
     """A calibration on the fake server, with the shipped attempts."""
-    access = PaidAccess(PRICE, 0.5, ApiKey(KEY))
-    ask = judge_with_desk(settings(url, budget_usd=cap_usd), workspace, access, rubric(name))
+    ask = through_desk(url, workspace, rubric(name), budget_usd=cap_usd)
     return calibrate(rubric(name), rows, ask, ATTEMPTS)
 
 
@@ -199,8 +209,7 @@ def test_rows_that_hold_an_attempt_already_carry_no_other() -> None:
 def test_attempts_stay_inside_the_budget(tmp_path: Path) -> None:
     rows = rows_of("refusal")[:5]
     with fake_claude(Script(answer="steady")) as server:
-        access = PaidAccess(PRICE, 0.5, ApiKey(KEY))
-        calibrate(rubric(), rows, judge_with_desk(settings(server.url), tmp_path, access, rubric()))
+        calibrate(rubric(), rows, through_desk(server.url, tmp_path, rubric()))
         spent = server.bill()["usd"]
         with pytest.raises(JudgeError, match=f"of {len(ATTEMPTS)} rows were not judged"):
             calibrated(server.url, tmp_path, "refusal", rows, spent + 0.01)

@@ -11,12 +11,21 @@ from typing import Any
 
 import pytest
 
+from fastconv.judge import desk as desk_module
+from fastconv.judge.budget import JudgeIdentity
 from fastconv.judge.claude import ApiKey, Outage
-from fastconv.judge.local import Complete, LocalJudge, LocalReply, concurrent_complete, endpoint_complete, read_choice
+from fastconv.judge.desk import JudgeDesk
+from fastconv.judge.local import Complete, EndpointJudge, LocalReply, endpoint_complete, read_choice
 from fastconv.judge.rubric import judge_stage_scores
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
 from tests.judging_kit import KEY, Endpoint, chat, fake_endpoint, rubric, samples, settings
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A judge that is out is found out soon."""
+    monkeypatch.setattr(desk_module, "TRIES", 1)
 
 
 @pytest.fixture
@@ -30,8 +39,22 @@ def ledger(tmp_path: Path) -> JudgeLedger:
     return JudgeLedger(Store.open(tmp_path))
 
 
-def judge(ledger: JudgeLedger, complete: Complete, name: str = "refusal", n: int = 1) -> dict[str, Any]:
-    return dict(LocalJudge(ledger, concurrent_complete(complete), "local:test").judge(rubric(name), samples(n)))
+WEAK = JudgeIdentity("endpoint", "local:test", settings("http://127.0.0.1:9/v1", "local"))
+
+
+def judge(
+    ledger: JudgeLedger, complete: Complete, name: str = "refusal", n: int = 1, concurrency: int = 1
+) -> dict[str, Any]:
+    """Judgements by key, through a desk; an outage is raised."""
+    one = JudgeDesk(WEAK.settings, ledger.store.root, judge=WEAK, provider=EndpointJudge(complete, concurrency))
+    one.submit("stage", rubric(name), samples(n))
+    status = one.close()
+    if status.n_pending:
+        raise Outage(status.problem)
+    judgements = ledger.judgements(ledger.take_keys("stage"))
+    assert status.finished == {"stage"}
+    assert (status.n_scored + status.n_unscored, len(judgements)) == (n, n)
+    return judgements
 
 
 def test_the_value_is_the_expectation_over_the_answer_tokens(
@@ -161,12 +184,11 @@ def test_judgements_become_scores_and_are_made_once(ledger: JudgeLedger) -> None
         n_asked += 1
         return LocalReply("A" if "Answer 1:" in user else "C")
 
-    local = LocalJudge(ledger, concurrent_complete(complete, 3), "local:test")
     todo = samples(20)
-    local.judge(rubric(), todo)
-    local.judge(rubric(), todo)
+    judge(ledger, complete, n=20, concurrency=3)
+    judge(ledger, complete, n=20, concurrency=3)
     assert n_asked == 20
-    keys = [request.key for request in local.requests(rubric(), todo)]
+    keys = [request.key for request in WEAK.requests(rubric(), todo)]
     scores = judge_stage_scores(ledger, rubric(), todo, keys)
     assert [score.value for score in scores] == [0.0, 1.0, *[0.0] * 18]
     assert scores[1].detail["label"] == "refused"

@@ -113,7 +113,8 @@ class Loop:
         keys: set[str] = set()
         for stage in graph.stages():
             if stage.kind == "judge":
-                keys |= set(graph.judge.keys(stage.work["rubric"], store.samples(stage.needs["eval"].key)))
+                samples = store.samples(stage.needs["eval"].key)
+                keys |= {request.key for request in graph.judge.requests(stage.work["rubric"], samples)}
         store.close()
         return len(keys)
 
