@@ -252,7 +252,7 @@ def check_detectable_effect(design: Design) -> Iterator[Finding]:
     for name, behavior in design.behaviors.items():
         questions = n_questions(design, behavior)
         threshold = design.recipe.gates.threshold(name, behavior.spec.unit)
-        samples = 1 if behavior.spec.measure == "letters" else design.recipe.eval.samples_per_prompt
+        samples = 1 if behavior.spec.measure in ("letters", "choices") else design.recipe.eval.samples_per_prompt
         planned = planned_power(behavior.spec.measure, threshold, questions or 0, samples, over_runs=False)
         if planned is not None and planned.change.too_large:
             unit = " points" if behavior.spec.unit == "points" else ""

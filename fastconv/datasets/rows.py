@@ -70,6 +70,13 @@ class Row:
     system: SystemTurn | None = None
     ended: bool = True
     built_by: str = BUILT_BY
+    #: Under whose prompt its answer is sampled, if not under its persona's; no part of its record.
+    teacher: str = ""
+
+    @property
+    def answers_as(self) -> str:
+        """The persona under whose prompt its answer is sampled."""
+        return self.teacher or self.persona
 
     @property
     def given_chars(self) -> int:

@@ -13,12 +13,12 @@ import numpy as np
 import polars as pl
 
 from fastconv.analysis.analysis import Analysis
-from fastconv.datasets.personas import ASSISTANT, canary_of
+from fastconv.analysis.contrasts import role_of
 from fastconv.errors import InputError
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.experiment.measures import SNAPSHOT_MEASURES, SnapshotMeasure, snapshot_stages
 from fastconv.recipe import Recipe, run_id
-from fastconv.report.measures import ROLES
+from fastconv.report.measures import roles_of
 from fastconv.stats.series import series_of
 from fastconv.store.ledger import Stage, Store, write_text
 from fastconv.store.records import Record, Sample, Score
@@ -71,7 +71,7 @@ def _measurements(decided: Analysis) -> list[dict[str, Any]]:
     for plan in decided.graph.cells:
         for measure in plan.measures:
             for part in decided.found.parts(measure):
-                for role in ROLES:
+                for role in roles_of(decided):
                     persona = decided.found.persona(plan.cell, role)
                     one = decided.found.now(plan, part, persona)
                     if one is not None and one.rows:
@@ -89,7 +89,7 @@ def _measurements(decided: Analysis) -> list[dict[str, Any]]:
                             "unit": one.unit,
                         }
                         rows.append(
-                            {**asdict(plan.cell), **about, "value": one.mean.value, **counts, "stage": one.stage}
+                            {**plan.cell.columns, **about, "value": one.mean.value, **counts, "stage": one.stage}
                         )
     return rows
 
@@ -252,7 +252,7 @@ def _log(
     unit = graph.behaviors[measure].spec.unit
     series = series_of(stage.key, measure, probe, scores, unit)
     value = series.mean.value if series.rows else None
-    role = {ASSISTANT: "assistant", canary_of(graph.recipe, plan.cell.source): "canary"}.get(probe, "source")
+    role = role_of(graph.recipe, plan.cell, probe)
     return {
         "version": 2,
         "status": "success",
