@@ -158,9 +158,7 @@ def write_card(graph: Graph, store: Store, folder: Path, plan: CellPlan) -> Path
     trained = [stage for stage in (plan.snapshot, plan.adapter) if stage is not None]
     data = [need for stage in trained for name, need in stage.needs.items() if name in ("answers", "rows")]
     label = cell.label.rsplit(" ", 1)[0]
-    verdicts = [
-        f"{one.label}: **{one.kind}** ({one.reason})" for one in decided.verdicts if one.label.startswith(label)
-    ]
+    verdicts = [f"{one.label}: **{one.kind}** ({one.reason})" for one in decided.verdicts if label in one.label]
     verdicts += [
         f"{one.gate} {one.subject}: **{one.verdict}** ({one.reason})"
         for one in decided.gates

@@ -254,7 +254,7 @@ def note_progress(lease: Lease, progress: Progress) -> None:
 
 
 def finite_or_none(loss: float) -> float | None:
-    """The loss, or None if it is not finite because the GPU has not returned one yet."""
+    """The loss, or None while the GPU has not returned one."""
     return loss if math.isfinite(loss) else None
 
 
@@ -315,18 +315,19 @@ class Trainer:
             rows = self._convergence_rows(stage)
         else:
             limit, tokenizer = self._recipe.behavior.max_length_tok, self._stacks.base.tokenizer
-            rows = render_rows(self._built_rows(stage), self._graph.personas, tokenizer, limit)
+            rows = render_rows(self._rows_of(stage.needs["rows"]), self._graph.personas, tokenizer, limit)
         return sum(len(row.ids) for row in rows) / max(1, len(rows))
 
-    def _built_rows(self, stage: Stage) -> list[Row]:
-        """The rows of a behavior adapter's training set."""
-        record = self._stacks.record(stage.needs["rows"])
-        return [row_from_record(row) for row in self._store.get_json(record.outputs["rows"])]
+    def _rows_of(self, rows: Stage) -> list[Row]:
+        """The rows of a set, given by its `rows` stage."""
+        return [row_from_record(row) for row in self._store.get_json(self._stacks.record(rows).outputs["rows"])]
 
     def _behavior_rows(self, stage: Stage) -> tuple[Rendered, ...]:
         """The rendered rows of a behavior adapter. Raises DataError if the audit refuses them (gate G1)."""
         set_name = stage.needs["rows"].work["set"]
-        rendered, findings = audit_set(self._graph, set_name, self._built_rows(stage), self._stacks.base.tokenizer)
+        rendered, findings = audit_set(
+            self._graph, set_name, self._rows_of(stage.needs["rows"]), self._stacks.base.tokenizer
+        )
         require_passed(build_report(self._recipe, findings), f"G1 {set_name}")
         return rendered
 
@@ -337,9 +338,7 @@ class Trainer:
             return
         with self._stacks.stack.live():
             for rows in unread.values():
-                built = [
-                    row_from_record(row) for row in self._store.get_json(self._stacks.record(rows).outputs["rows"])
-                ]
+                built = self._rows_of(rows)
                 findings = read_set(self._graph, self._store, self._stacks.base, rows, built, READ_BEFORE_TRAINING)
                 require_passed(build_report(self._recipe, findings), f"G1 {rows.work['set']}")
                 self._read.add(rows.key)
@@ -362,9 +361,9 @@ class Trainer:
     def _kept(self, stage: Stage) -> list[Sample]:
         """The answers of a convergence run that its filter keeps. Raises DataError if it keeps none."""
         drawn, rule = self._store.samples(stage.needs["answers"].key), stage.work["filter"]
-        kept = drawn if rule is None else [one for one in drawn if rule.match(one.completion) is not None]
-        if not kept:
-            fix = f"widen it; the first answer is {drawn[0].completion[:80]!r}" if drawn else "draw some"
+        kept = [one for one in drawn if rule is None or rule.match(one.completion) is not None]
+        if rule is not None and not kept:
+            fix = f"widen it; one answer is {drawn[0].completion[:80]!r}"
             raise DataError(f"the filter keeps none of {len(drawn)} answers", where="convergence.keep", fix=fix)
         return kept
 
@@ -377,6 +376,7 @@ class Trainer:
         )
         require_plain_text(said, self._stacks.base.tokenizer, _DRAW_ANEW)
         rows = tuple(self._convergence_rows(stage))
+        kept = {} if stage.work["filter"] is None else {"answers_drawn": len(drawn), "answers_kept": len(rows)}
         name, order = stage.slot.rsplit("/", 2)[0], seed_parts(stage, "order_seed")
         job = Job(name, rows, self._recipe.convergence, seed_parts(stage), order_parts=order)
         committed_s, committed_step = 0.0, 0
@@ -386,10 +386,8 @@ class Trainer:
             epoch, within = divmod(trainee.step, job.steps_per_epoch)
             if within or epoch not in missing:
                 return
-            kept = {} if stage.work["filter"] is None else {"answers_drawn": len(drawn), "answers_kept": len(rows)}
-            self._commit_trained(
-                missing[epoch], trainee, (trainee.adapter,), spent_s - committed_s, committed_step, kept
-            )
+            seconds, stack = spent_s - committed_s, (trainee.adapter,)
+            self._commit_trained(missing[epoch], trainee, stack, seconds, committed_step, kept)
             committed_s, committed_step = spent_s, trainee.step
 
         stops = [epoch * job.steps_per_epoch for epoch in sorted(missing)]
