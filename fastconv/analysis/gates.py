@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from fastconv.analysis.contrasts import ContrastBuilder, ContrastSubject, subject_of
 from fastconv.analysis.scores import ScoreReader
 from fastconv.analysis.sides import SideContrast, side_contrasts, side_evidence
-from fastconv.datasets.behaviors import NO_BEHAVIOR, declared_rows
+from fastconv.datasets.behaviors import NO_BEHAVIOR, declared_rows, in_arm
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.engine.locate import base_name
 from fastconv.experiment.graph import Cell, CellPlan, Graph
@@ -99,10 +99,11 @@ def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[Gat
         behavior_plans = [p for p in plans if (p.cell.source, p.cell.behavior) == (source, behavior)]
         behavior_verdicts = [g0[behavior]] if behavior in g0 else []
         # An undecidable G0 excludes nothing: cells may have been trained before another judge scored the base.
-        if behavior_verdicts and not (behavior_verdicts[0].failed and not behavior_verdicts[0].ignored):
+        asked = behavior in contrasts.measured
+        if not asked or (behavior_verdicts and not (behavior_verdicts[0].failed and not behavior_verdicts[0].ignored)):
             behavior_verdicts += mark_ignored(_behavior_gates(contrasts, source, behavior, behavior_plans), ignored)
         verdicts += [verdict for verdict in behavior_verdicts if verdict.gate != "G0"]
-        if source == ASSISTANT or (contrasts.graph.recipe.grid.contrasts and not any(epochs)):
+        if source == ASSISTANT or not asked or (contrasts.graph.recipe.grid.contrasts and not any(epochs)):
             continue  # a degenerate control: its gates are reported, but it has no pilot gate
         controls = {_group(p.cell) for p in behavior_plans if contrasts.is_control(subject_of(p.cell))}
         declared = [verdict for verdict in behavior_verdicts if verdict.subject not in controls]
@@ -349,7 +350,8 @@ def _rows_gate(contrasts: ContrastBuilder, subject: str, plan: CellPlan) -> Gate
     if stage is None or record is None:
         return gates.data_ready(subject, 0, None, "", ())
     recipe, n = contrasts.graph.recipe, int(record.outputs["n"])
-    declared = declared_rows(recipe, contrasts.graph.behaviors[plan.cell.behavior], plan.cell.negatives)
+    behavior = in_arm(recipe, contrasts.graph.behaviors[plan.cell.behavior], plan.cell.arm)
+    declared = declared_rows(recipe, behavior, plan.cell.negatives)
     return gates.data_ready(subject, n if declared is None else declared, n, stage.key, ())
 
 

@@ -272,10 +272,11 @@ def check_detectable_effect(design: Design) -> Iterator[Finding]:
 def check_controls(design: Design) -> Iterator[Finding]:
     """D112: controls that the grid lacks, named because they limit the claim. D113: the assistant is a source."""
     grid = design.recipe.grid
+    converged = {*grid.convergence, *(arm.convergence for arm in grid.arms.values())}
     absent = [
         text
         for text, present in (
-            ("generic convergence (the assistant's own answers)", "generic" in grid.convergence),
+            ("generic convergence (the assistant's own answers)", "generic" in converged),
             ("a negative-control source (the canary as a source)", design.recipe.eval.canary in grid.sources),
             ("more than one seed", len(grid.seeds) > 1),
         )

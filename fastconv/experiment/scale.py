@@ -122,7 +122,7 @@ def _demo(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, Any]:
     """One source at two epochs, and a behavior that the embedded model can show: at most six cells."""
     tested = tomllib.loads((assets("recipes") / "demo.toml").read_text(encoding="utf-8"))
     behaviors = load_behaviors(recipe)
-    if recipe.grid.contrasts:
+    if recipe.grid.contrasts or recipe.grid.arms or recipe.eval.measures or recipe.eval.probes:
         return _demo_of_sides(recipe, table, tested, behaviors)
     shown = [name for name, behavior in behaviors.items() if _can_show(behavior)] or [STAND_IN]
     # The marker is measured to be set against something; one other behavior is enough elsewhere.
@@ -164,7 +164,13 @@ def _demo_of_sides(
     measures = [name for name in recipe.eval.measures if name not in unseen]
     left_out = f"; without {', '.join(unseen)}, which it cannot show" if unseen else ""
     converged = _teaching(table) | ({"questions": min(recipe.convergence.questions, DEMO_QUESTIONS)})
-    asked = {**tested["eval"], **_canaries(recipe), **_asking(table), "measures": measures}
+    asked = {
+        **tested["eval"],
+        **_canaries(recipe),
+        **_asking(table),
+        "geometry": recipe.eval.geometry,
+        "measures": measures,
+    }
     longest = max(tested["eval"]["sampling"]["max_new_tok"], min(recipe.eval.sampling.max_new_tok, DEMO_NEW_TOK))
     sources = {name: grid[name][:1] for name in ("sources", "seeds") if not grid.get("seeds_apart")}
     return {

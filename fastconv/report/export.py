@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from fastconv.analysis.analysis import Analysis
-from fastconv.analysis.contrasts import role_of
+from fastconv.analysis.contrasts import role_of, subject_of
 from fastconv.errors import InputError
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.experiment.measures import SNAPSHOT_MEASURES, SnapshotMeasure, snapshot_stages
@@ -157,7 +157,7 @@ def write_card(graph: Graph, store: Store, folder: Path, plan: CellPlan) -> Path
     base = f"{recipe.model.id}{f' at revision {recipe.model.revision}' if recipe.model.revision else ''}"
     trained = [stage for stage in (plan.snapshot, plan.adapter) if stage is not None]
     data = [need for stage in trained for name, need in stage.needs.items() if name in ("answers", "rows")]
-    label = cell.label.rsplit(" ", 1)[0]
+    label = subject_of(cell).label()
     verdicts = [f"{one.label}: **{one.kind}** ({one.reason})" for one in decided.verdicts if label in one.label]
     verdicts += [
         f"{one.gate} {one.subject}: **{one.verdict}** ({one.reason})"

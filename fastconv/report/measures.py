@@ -361,13 +361,13 @@ METRICS = ("cosine", "distinctiveness")
 
 def geometry(decided: Analysis) -> Section | None:
     """Cosine and distinctiveness by source, epoch and depth, beside every change of the assistant."""
-    groups: dict[tuple[str, str, int, int], list[CellPlan]] = {}
+    groups: dict[tuple[str, str, int, int, str], list[CellPlan]] = {}
     for plan in decided.graph.cells:
         cell = plan.cell
         stage = plan.on_snapshot.get("geometry")
         if stage is not None and decided.reading.record(stage) is not None:
             convergence = cell.convergence if cell.epoch else "base"
-            groups.setdefault((cell.source, convergence, cell.epoch, cell.seed), []).append(plan)
+            groups.setdefault((cell.source, convergence, cell.epoch, cell.seed, cell.arm), []).append(plan)
     if not groups:
         return None
     trained = [plan.cell for plan in decided.graph.cells if plan.cell.behavior != NO_BEHAVIOR]
@@ -375,11 +375,11 @@ def geometry(decided: Analysis) -> Section | None:
     scores = _scores(decided)
     rows = tuple(
         (
-            TableCell(f"{source} {convergence} e{epoch} s{seed}"),
+            TableCell(f"{source} {convergence} e{epoch} s{seed} {arm}".rstrip()),
             *(_depths(scores, plans[0].on_snapshot["geometry"], source, metric) for metric in METRICS),
             *(_change(decided, plans, behavior, negatives) for behavior, negatives in kinds),
         )
-        for (source, convergence, epoch, seed), plans in groups.items()
+        for (source, convergence, epoch, seed, arm), plans in groups.items()
     )
     columns = ("source", *METRICS, *(f"assistant, {b}{'' if n == 'none' else f' ({n})'}" for b, n in kinds))
     table = Table("geometry", columns, rows, frozenset(range(1, len(columns))), _caption(scores))

@@ -201,11 +201,8 @@ def _matrix(analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | No
     several = len({subject.negatives for subject in verdicts}) > 1
 
     def row_of(subject: ContrastSubject) -> str:
-        return (
-            f"{subject.source},\n{NEGATIVES_IN_WORDS.get(subject.negatives, subject.negatives)}"
-            if several
-            else subject.source
-        )
+        who = f"{subject.source}, {subject.arm}" if subject.arm else subject.source
+        return f"{who},\n{NEGATIVES_IN_WORDS.get(subject.negatives, subject.negatives)}" if several else who
 
     rows = list(dict.fromkeys(row_of(subject) for subject in verdicts))
     behaviors = list(dict.fromkeys(subject.behavior for subject in verdicts))
