@@ -25,7 +25,7 @@ from fastconv.store.records import Stage
 _Subjects = Mapping[ContrastSubject, Sequence[CellPlan]]
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Side:
     """One side of a contrast between sides: cells over seeds (None: the base without an adapter), and the probe's role."""
 
@@ -34,7 +34,7 @@ class Side:
     role: str
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class SideContrast:
     """Two sides of the recipe that are compared in one measure (`grid.contrasts`); `behavior` is that measure."""
 
@@ -66,15 +66,6 @@ class SideContrast:
     def source(self) -> str:
         """The source of its cells."""
         return self._at.source
-
-
-@dataclass(frozen=True, eq=False)
-class _Control:
-    """A training's positive control: its series now and on the base, whether it is shown, and how far it moved."""
-
-    series: tuple[Series, Series]
-    shown: bool
-    moved: str
 
 
 def side_contrasts(graph: Graph) -> list[SideContrast]:
@@ -135,7 +126,7 @@ def side_evidence(builder: ContrastBuilder, contrast: SideContrast, measurable: 
         for side in sides
     ]
     seeds = list[SeedEvidence]()
-    controls = list[_Control]()
+    controls: dict[tuple[str, str], list[tuple[Series, Series]]] = {}  # (measure, arm) -> now and base, over seeds
     for seed in builder.graph.recipe.grid.seeds:
         plans = [one.get(seed) for one in by_seed]
         trained = [plan for plan in plans if plan is not None]
@@ -148,18 +139,20 @@ def side_evidence(builder: ContrastBuilder, contrast: SideContrast, measurable: 
         ]
         if (quad := whole(pair)) is not None:
             seeds.append(SeedEvidence(seed, Pair(*quad.series), None))
-            controls += [control for plan in trained if (control := _control(builder, plan)) is not None]
+            for plan in trained:
+                if (control := _control(builder, plan)) is not None:
+                    controls.setdefault((control[0].measure, plan.cell.arm), []).append(control)
     if not seeds:
         return None
     unit = seeds[0].trained.now.unit
-    missed = next((control for control in controls if not control.shown), None)
+    missed = next((why for pairs in controls.values() if (why := _not_shown(builder, pairs))), "")
     alone = contrast.first.subject is None or contrast.second.subject is None
     same = contrast.first.subject == contrast.second.subject
     return CellEvidence(
         contrast.label(part), contrast.behavior, builder.direction(contrast.behavior),
-        builder.gates.threshold(contrast.behavior, unit), tuple(seeds), missed is None, unit,
-        why_withheld(seeds, [control.series for control in controls]), measurable, builder.run_spread(part),
-        n_trained=1 if alone or same else 2, sides=True, source_moved="" if missed is None else missed.moved,
+        builder.gates.threshold(contrast.behavior, unit), tuple(seeds), not missed if controls else None, unit,
+        why_withheld(seeds, [pair for pairs in controls.values() for pair in pairs]), measurable, builder.run_spread(part),
+        n_trained=1 if alone or same else 2, sides=True, source_moved=missed,
     )  # fmt: skip
 
 
@@ -167,9 +160,9 @@ def _side_series(builder: ContrastBuilder, plan: CellPlan, part: Part, role: str
     return (builder.base if at_base else builder.now)(plan, part, builder.persona(plan.cell, role))
 
 
-def _control(builder: ContrastBuilder, plan: CellPlan) -> _Control | None:
-    """Whether a cell's training took: the condition of its rows shows the behavior, or the assistant the measure that the
-    recipe names for it (`eval.control`). None where neither is asked, or measured."""
+def _control(builder: ContrastBuilder, plan: CellPlan) -> tuple[Series, Series] | None:
+    """A training's positive control now and on the base: its behavior under the condition of its rows, or, where that has no
+    measure, the assistant's `eval.control`. None where neither is asked, or measured."""
     behavior, role = plan.cell.behavior, "source"
     if behavior not in plan.measures:
         behavior, role = builder.graph.recipe.eval.control or "", "assistant"
@@ -177,11 +170,15 @@ def _control(builder: ContrastBuilder, plan: CellPlan) -> _Control | None:
         return None
     part, persona = builder.main(behavior), builder.persona(plan.cell, role)
     now, base = builder.now(plan, part, persona), builder.base(plan, part, persona)
-    if now is None or base is None or not now.rows or not base.rows:
-        return None
-    direction = builder.graph.behaviors[behavior].spec.direction
-    levels = builder.gates, now.unit, direction, base.mean.value, now.mean.value
-    return _Control((now, base), source_word(*levels) != "not shown", f"{behavior} {source_moved(*levels)}")
+    return (now, base) if now is not None and base is not None and now.rows and base.rows else None
+
+
+def _not_shown(builder: ContrastBuilder, pairs: Sequence[tuple[Series, Series]]) -> str:
+    """How far a positive control moved over seeds, in words, where that is too little; "" where it is shown."""
+    measure, unit = pairs[0][0].measure, pairs[0][0].unit
+    now, base = (sum(series.mean.value for series in some) / len(pairs) for some in zip(*pairs, strict=True))
+    levels = builder.gates, unit, builder.graph.behaviors[measure].spec.direction, base, now
+    return f"{measure} {source_moved(*levels)}" if source_word(*levels) == "not shown" else ""
 
 
 def effect_words(declared: Iterable[ContrastSubject | SideContrast]) -> str:

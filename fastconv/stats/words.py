@@ -177,6 +177,8 @@ def _why_uninformative(evidence: Evidence) -> str | None:
             f"both {evidence.compared} are at the {extreme}, where the truth may still lie {_distance(room, evidence.unit)} away, "
             f"more than the margin of {size_text(evidence.equivalence.margin, evidence.unit)}"
         )
+    if evidence.source_shows_behavior is None and evidence.sides:
+        return "nothing shows that a training took: name a measure that must move in eval.control"
     if evidence.source_shows_behavior is None:
         return "nothing shows that the behavior was learned: the source was not measured"
     if evidence.source_shows_behavior:
