@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from fastconv.analysis.contrasts import role_of
 from fastconv.analysis.gates import decide_gates, stage_series
-from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.engine.locate import locate, model_folder
 from fastconv.errors import InputError, did_you_mean
 from fastconv.experiment.graph import CellPlan, Graph
@@ -111,7 +111,7 @@ class Run:
         rows = []
         for plan in self._graph.cells:
             n_done = sum(self._store.record(stage.key) is not None for stage in plan.scores.values())
-            rows.append({**asdict(plan.cell), "n_measured": n_done, "n_to_measure": len(plan.scores)})
+            rows.append({**plan.cell.columns, "n_measured": n_done, "n_to_measure": len(plan.scores)})
         return pl.DataFrame(rows)
 
     def metrics(self) -> pl.DataFrame:
@@ -132,7 +132,7 @@ class Run:
                       "n_incoherent": len(scores.incoherent)}  # fmt: skip
             rows.append(
                 {
-                    **asdict(plan.cell),
+                    **plan.cell.columns,
                     "measure": measure,
                     "probe": probe,
                     "role": role,
@@ -159,7 +159,7 @@ class Run:
                 score = scores.get((sample.row, sample.sample))
                 scored = {"value": score.value if score else None, "reason": score.reason if score else "not scored"}
                 rows.append(
-                    {**asdict(plan.cell), "measure": measure, "probe": probe, "role": role, **asdict(sample), **scored}
+                    {**plan.cell.columns, "measure": measure, "probe": probe, "role": role, **asdict(sample), **scored}
                 )
         return pl.DataFrame(rows, infer_schema_length=None)
 
@@ -194,10 +194,7 @@ class Run:
         """(cell plan, measure, probe persona, role of the probe) of every score stage."""
         measured = []
         for plan in self._graph.cells:
-            role_of = {
-                ASSISTANT: "assistant",
-                canary_of(self.recipe, plan.cell.source): "canary",
-                plan.cell.source: "source",
-            }
-            measured += [(plan, measure, probe, role_of[probe]) for measure, probe in plan.scores]
+            measured += [
+                (plan, measure, probe, role_of(self.recipe, plan.cell, probe)) for measure, probe in plan.scores
+            ]
         return measured

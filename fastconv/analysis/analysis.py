@@ -22,6 +22,7 @@ from fastconv.analysis.gates import (
     secondary_findings,
 )
 from fastconv.analysis.scores import ScoreReader
+from fastconv.analysis.sides import SideContrast
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.recipe import run_id
 from fastconv.stats.gates import GateVerdict
@@ -61,8 +62,8 @@ class Analysis:
         return self._now.verdicts
 
     @cached_property
-    def declared(self) -> Mapping[str, ContrastSubject]:
-        """The declared contrasts of the grid by label, measured or not."""
+    def declared(self) -> Mapping[str, ContrastSubject | SideContrast]:
+        """The declared contrasts of the grid, and those between sides, by label, measured or not."""
         return {subject.label(self.found.main(subject.behavior)): subject for subject in declared_contrasts(self.found)}
 
     @cached_property
@@ -102,7 +103,7 @@ class Analysis:
         """The verdict of a contrast by label. Raises KeyError if there is none."""
         return self._by_label[label]
 
-    def subject(self, label: str) -> ContrastSubject:
+    def subject(self, label: str) -> ContrastSubject | SideContrast:
         """The subject of a declared contrast by label. Raises KeyError if there is none."""
         return self._subjects[label]
 
@@ -111,8 +112,8 @@ class Analysis:
         return {verdict.label: verdict for verdict in self.verdicts}
 
     @cached_property
-    def _subjects(self) -> dict[str, ContrastSubject]:
-        subjects = {}
+    def _subjects(self) -> dict[str, ContrastSubject | SideContrast]:
+        subjects: dict[str, ContrastSubject | SideContrast] = dict(self.declared)
         for plan in self.graph.cells:
             subject = subject_of(plan.cell)
             if subject.behavior in self.graph.behaviors:

@@ -11,9 +11,9 @@ import numpy as np
 
 from fastconv.analysis.scores import AnswerQuality, ScoreReader
 from fastconv.datasets.behaviors import NO_BEHAVIOR, eval_prompt_sets
-from fastconv.datasets.personas import ASSISTANT, canary_of
-from fastconv.experiment.graph import Cell, CellPlan
-from fastconv.recipe import GateSettings
+from fastconv.datasets.personas import ASSISTANT, canary_of, speaker_of
+from fastconv.experiment.graph import Cell, CellPlan, Graph
+from fastconv.recipe import TRAINED, GateSettings, Recipe
 from fastconv.stats.gates import source_moved, source_word
 from fastconv.stats.power import RunSpread
 from fastconv.stats.series import Series, first_too_unscored
@@ -60,10 +60,11 @@ class ContrastSubject:
     epoch: int
     behavior: str
     negatives: str
+    arm: str = ""
 
     def label(self, part: Part | None = None) -> str:
         """The subject as printed, with the part's name if it has one."""
-        label = Cell(*self.key, 0).label.rsplit(" ", 1)[0]
+        label = Cell(*self.key, 0, self.arm).label.replace(" s0", "")
         return f"{label}, {part.name} questions" if part is not None and part.name else label
 
     @property
@@ -73,7 +74,7 @@ class ContrastSubject:
 
     @property
     def key(self) -> tuple[str, str, int, str, str]:
-        """The five fields as a tuple."""
+        """The fields but the arm as a tuple."""
         return (self.source, self.convergence, self.epoch, self.behavior, self.negatives)
 
 
@@ -92,12 +93,37 @@ def in_words(cell: Cell | ContrastSubject) -> str:
         names.append("no behavior adapter")
     else:
         names += [cell.behavior, NEGATIVES_IN_WORDS.get(cell.negatives, cell.negatives)]
+    names += [f"arm {cell.arm}"] if cell.arm else []
     return ", ".join([*names, f"seed {cell.seed}"] if isinstance(cell, Cell) else names)
 
 
 def subject_of(cell: Cell) -> ContrastSubject:
     """The cell without its seed, as a subject."""
-    return ContrastSubject(cell.source, cell.convergence, cell.epoch, cell.behavior, cell.negatives)
+    return ContrastSubject(cell.source, cell.convergence, cell.epoch, cell.behavior, cell.negatives, cell.arm)
+
+
+def subjects_of(graph: Graph) -> dict[ContrastSubject, list[CellPlan]]:
+    """Every subject of the grid with its cell plans, one per seed."""
+    plans: dict[ContrastSubject, list[CellPlan]] = {}
+    for plan in graph.cells:
+        plans.setdefault(subject_of(plan.cell), []).append(plan)
+    return plans
+
+
+def persona_of(recipe: Recipe, cell: Cell, role: str) -> str:
+    """The condition that has a role (assistant, source, canary, trained) in a cell; a probe of the recipe's own is itself.
+
+    The source's is that of its training rows, which an arm may have changed: it is the positive control.
+    """
+    speaker = speaker_of(recipe, cell.source, cell.arm)
+    named = {"assistant": ASSISTANT, "source": speaker, "canary": canary_of(recipe, cell.source), TRAINED: speaker}
+    return named.get(role, role)
+
+
+def role_of(recipe: Recipe, cell: Cell, probe: str) -> str:
+    """The role of a probe in a cell (inverse of `persona_of`)."""
+    roles = ("assistant", "canary", "source")
+    return next((role for role in roles if persona_of(recipe, cell, role) == probe), probe)
 
 
 class ContrastBuilder:
@@ -108,14 +134,13 @@ class ContrastBuilder:
         self.graph = reading.graph
         self.gates = gates or self.graph.recipe.gates
         self.by_cell = {plan.cell: plan for plan in self.graph.cells}
+        #: What is asked at all: a behavior may be trained and have no measure of its own.
+        self.measured = {name for name, one in self.graph.behaviors.items() if one.spec.measure != "none"}
 
     @cached_property
     def subjects(self) -> dict[ContrastSubject, list[CellPlan]]:
-        """Every subject of the grid with its cell plans, one per seed."""
-        plans: dict[ContrastSubject, list[CellPlan]] = {}
-        for plan in self.graph.cells:
-            plans.setdefault(subject_of(plan.cell), []).append(plan)
-        return plans
+        """`subjects_of` the grid."""
+        return subjects_of(self.graph)
 
     def parts(self, measure: str) -> list[Part]:
         """The parts of a measure, the primary one first; a single unnamed part where all questions are of one set."""
@@ -132,9 +157,9 @@ class ContrastBuilder:
         """The canary persona of the cell."""
         return canary_of(self.graph.recipe, cell.source)
 
-    def persona(self, cell: Cell, role: Role) -> str:
-        """The persona that has a role (assistant, source, canary) in a cell."""
-        return {"assistant": ASSISTANT, "source": cell.source, "canary": self.canary(cell)}[role]
+    def persona(self, cell: Cell, role: Role | str) -> str:
+        """`persona_of` the cell."""
+        return persona_of(self.graph.recipe, cell, role)
 
     def direction(self, measure: str) -> Literal[-1, 1]:
         """+1 if leakage raises a measure, -1 if it lowers it."""
@@ -172,14 +197,14 @@ class ContrastBuilder:
             for persona in (ASSISTANT, canary)
             for series in (self.now(control, part, persona), self.base(control, part, persona))
         ]
-        return _whole(series_list)
+        return whole(series_list)
 
     def _quad(self, plan: CellPlan, zero: CellPlan, part: Part) -> Quad | None:
         canary = self.canary(plan.cell)
         series_list = [
             self.now(at_epoch, part, persona) for persona in (ASSISTANT, canary) for at_epoch in (plan, zero)
         ]
-        return _whole(series_list)
+        return whole(series_list)
 
     def quality(self, plan: CellPlan, part: Part, persona: str) -> AnswerQuality | None:
         """What a cell's answers to one part are like under a probe; None if not measured or not sampled."""
@@ -200,7 +225,7 @@ class ContrastBuilder:
         if zero is None:
             return None
         found = [self.quality(at, part, who) for who in (ASSISTANT, self.canary(plan.cell)) for at in (plan, zero)]
-        return _whole([None if one is None else one.misaligned for one in found])
+        return whole([None if one is None else one.misaligned for one in found])
 
     def cell_evidence(self, subject: ContrastSubject, part: Part, measurable: bool | None) -> CellEvidence | None:
         """Input of a subject's verdict, over the seeds that are measured; None if there is none."""
@@ -212,7 +237,8 @@ class ContrastBuilder:
             if quad is None:
                 continue
             seeds.append(SeedEvidence(plan.cell.seed, quad, self.mimicry(plan, part)))
-            source_now, source_base = (read(plan, part, subject.source) for read in (self.now, self.base))
+            speaker = self.persona(plan.cell, "source")
+            source_now, source_base = (read(plan, part, speaker) for read in (self.now, self.base))
             if source_now is None or source_base is None:
                 continue
             sources.append((source_now, source_base))
@@ -229,7 +255,7 @@ class ContrastBuilder:
             moved = source_moved(self.gates, unit, direction, base, now)
         return CellEvidence(
             subject.label(part), behavior, self.direction(behavior), self.gates.threshold(behavior, unit),
-            tuple(seeds), shows, unit, _why_withheld(seeds, sources), measurable, self.run_spread(part),
+            tuple(seeds), shows, unit, why_withheld(seeds, sources), measurable, self.run_spread(part),
             source_moved=moved,
         )  # fmt: skip
 
@@ -303,7 +329,9 @@ class ContrastBuilder:
         return contrasts
 
     def _secondary_of(self, subject: ContrastSubject, plan: CellPlan, part: Part) -> list[SecondaryContrast]:
-        label = f"{subject.label()} s{plan.cell.seed}" + ("" if subject.behavior != NO_BEHAVIOR else f" {part.measure}")
+        label = f"{subject.label()} s{plan.cell.seed}" + (
+            "" if subject.behavior == part.measure else f" {part.measure}"
+        )
         label += f", {part.name} questions" if part.name else ""
         if not subject.epoch:
             return self._trend(label, plan, part)
@@ -333,13 +361,13 @@ class ContrastBuilder:
         return [trend(label, measured)] if len(measured) > 1 else []
 
 
-def _whole(series_list: Sequence[Series | None]) -> Quad | None:
+def whole(series_list: Sequence[Series | None]) -> Quad | None:
     """The four series as a Quad, or None if one is missing."""
     measured = [series for series in series_list if series is not None]
     return Quad(*measured) if len(measured) == len(series_list) else None
 
 
-def _why_withheld(seeds: Sequence[SeedEvidence], sources: Sequence[tuple[Series, Series]]) -> str | None:
+def why_withheld(seeds: Sequence[SeedEvidence], sources: Sequence[tuple[Series, Series]]) -> str | None:
     """Why a cell may have no verdict: a compared pair has too many samples without a score.
 
     `sources` are the source's series with their base: a verdict depends on whether the source shows the behavior.

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from fastconv.analysis.contrasts import ContrastBuilder, ContrastSubject, subject_of
 from fastconv.analysis.scores import ScoreReader
-from fastconv.datasets.behaviors import NO_BEHAVIOR, declared_rows
+from fastconv.analysis.sides import SideContrast, side_contrasts, side_evidence
+from fastconv.datasets.behaviors import NO_BEHAVIOR, declared_rows, in_arm
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.engine.locate import base_name
 from fastconv.experiment.graph import Cell, CellPlan, Graph
@@ -98,15 +99,20 @@ def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[Gat
         behavior_plans = [p for p in plans if (p.cell.source, p.cell.behavior) == (source, behavior)]
         behavior_verdicts = [g0[behavior]] if behavior in g0 else []
         # An undecidable G0 excludes nothing: cells may have been trained before another judge scored the base.
-        if behavior_verdicts and not (behavior_verdicts[0].failed and not behavior_verdicts[0].ignored):
+        asked = behavior in contrasts.measured
+        if not asked or (behavior_verdicts and not (behavior_verdicts[0].failed and not behavior_verdicts[0].ignored)):
             behavior_verdicts += mark_ignored(_behavior_gates(contrasts, source, behavior, behavior_plans), ignored)
         verdicts += [verdict for verdict in behavior_verdicts if verdict.gate != "G0"]
-        if source == ASSISTANT:
+        if source == ASSISTANT or not asked or (contrasts.graph.recipe.grid.contrasts and not any(epochs)):
             continue  # a degenerate control: its gates are reported, but it has no pilot gate
         controls = {_group(p.cell) for p in behavior_plans if contrasts.is_control(subject_of(p.cell))}
         declared = [verdict for verdict in behavior_verdicts if verdict.subject not in controls]
         subject = f"{source} x {behavior}"
-        own = {v.label: v.kind for v in words if v.behavior == behavior and subjects[v.label].source == source}
+        own = {
+            v.label: v.kind
+            for v in words
+            if v.behavior == behavior and isinstance(one := subjects[v.label], ContrastSubject) and one.source == source
+        }
         verdicts.append(gates.pilot(subject, behavior, declared, own, declared=any(epochs)))
     verdicts += mark_ignored(_killed(contrasts, plans), ignored)
     return [*verdicts, *mark_ignored(_study_gates(contrasts, plans), ignored)]
@@ -129,17 +135,22 @@ def cell_verdicts(graph: Graph, store: Store) -> list[CellVerdict]:
     return primary_verdicts(ContrastBuilder(ScoreReader(graph, store).load()))
 
 
-def declared_contrasts(contrasts: ContrastBuilder) -> list[ContrastSubject]:
-    """The pre-declared family: the recipe's grid, measured or not. Controls are among the secondary contrasts.
+def declared_contrasts(contrasts: ContrastBuilder) -> list[ContrastSubject | SideContrast]:
+    """The pre-declared family: the recipe's grid and its contrasts between sides, measured or not. Controls are among the
+    secondary contrasts.
 
     Behaviors that fail G0 stay in it. G0 depends on base measurements, so a family without them would depend on data
     and not on what was declared before; the price is power, never a false positive.
     """
-    return [
+    grid = [
         subject
         for subject in contrasts.subjects
-        if subject.behavior != NO_BEHAVIOR and subject.epoch and not contrasts.is_control(subject)
+        if subject.behavior in contrasts.measured
+        and subject.behavior != NO_BEHAVIOR
+        and subject.epoch
+        and not contrasts.is_control(subject)
     ]
+    return [*grid, *side_contrasts(contrasts.graph)]
 
 
 def primary_verdicts(contrasts: ContrastBuilder) -> list[CellVerdict]:
@@ -151,9 +162,11 @@ def primary_verdicts(contrasts: ContrastBuilder) -> list[CellVerdict]:
     for subject in family:
         g0_verdict, part = g0.get(subject.behavior), contrasts.main(subject.behavior)
         unread = "" if g0_verdict is None or not g0_verdict.unread else f"at the base, {g0_verdict.reason}"
-        measured = contrasts.cell_evidence(
-            subject, part, None if g0_verdict is None or unread else g0_verdict.verdict == "pass"
-        )
+        measurable = None if g0_verdict is None or unread else g0_verdict.verdict == "pass"
+        if isinstance(subject, SideContrast):
+            measured = side_evidence(contrasts, subject, measurable)
+        else:
+            measured = contrasts.cell_evidence(subject, part, measurable)
         if measured is not None and unread:
             evidence.append(replace(measured, withheld=measured.withheld or unread))
         elif measured is not None:
@@ -255,7 +268,7 @@ def _convergence_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) ->
         if plan.snapshot is None:
             continue
         cell = plan.cell
-        subject = f"{cell.source}, converged on {cell.convergence}, seed {cell.seed}"
+        subject = f"{cell.source}, converged on {cell.convergence}, seed {cell.seed}{_arm(cell)}"
         if subject in verdicts:
             continue
         lineage = contrasts.graph.lineage(plan.snapshot)
@@ -275,10 +288,10 @@ def _behavior_gates(
         if (record := contrasts.reading.record(drawn)) is not None:
             proofs[drawn.slot] = record.outputs
     verdicts = [gates.stacking(f"{source} x {behavior}", proofs)]
-    groups: dict[tuple[str, str, int], dict[int, CellPlan]] = {}
+    groups: dict[tuple[str, str, int, str], dict[int, CellPlan]] = {}
     for plan in plans:
         cell = plan.cell
-        groups.setdefault((cell.convergence, cell.negatives, cell.seed), {})[cell.epoch] = plan
+        groups.setdefault((cell.convergence, cell.negatives, cell.seed, cell.arm), {})[cell.epoch] = plan
     for by_epoch in groups.values():
         subject = _group(next(iter(by_epoch.values())).cell)
         verdicts += _group_gates(contrasts, source, behavior, subject, by_epoch)
@@ -287,7 +300,12 @@ def _behavior_gates(
 
 def _group(cell: Cell) -> str:
     """The name of the cells that differ only in their epoch, as gates print it."""
-    return f"{cell.source} x {cell.behavior}, {cell.negatives}, converged on {cell.convergence}, seed {cell.seed}"
+    named = f"{cell.source} x {cell.behavior}, {cell.negatives}, converged on {cell.convergence}, seed {cell.seed}"
+    return named + _arm(cell)
+
+
+def _arm(cell: Cell) -> str:
+    return f", arm {cell.arm}" if cell.arm else ""
 
 
 def _group_gates(
@@ -302,6 +320,7 @@ def _group_gates(
     measured = {epoch: series for epoch, series in now.items() if series is not None}
     losses = {e: loss for e, plan in by_epoch.items() if plan.adapter and (loss := _loss(contrasts, plan.adapter))}
     first = by_epoch[min(by_epoch)]
+    source = contrasts.persona(first.cell, "source")
     base = contrasts.base(first, part, source)
     own = {e: series for e, plan in by_epoch.items() if (series := contrasts.now(plan, part, source)) is not None}
     verdicts = [_rows_gate(contrasts, subject, first)]
@@ -331,7 +350,8 @@ def _rows_gate(contrasts: ContrastBuilder, subject: str, plan: CellPlan) -> Gate
     if stage is None or record is None:
         return gates.data_ready(subject, 0, None, "", ())
     recipe, n = contrasts.graph.recipe, int(record.outputs["n"])
-    declared = declared_rows(recipe, contrasts.graph.behaviors[plan.cell.behavior], plan.cell.negatives)
+    behavior = in_arm(recipe, contrasts.graph.behaviors[plan.cell.behavior], plan.cell.arm)
+    declared = declared_rows(recipe, behavior, plan.cell.negatives)
     return gates.data_ready(subject, n if declared is None else declared, n, stage.key, ())
 
 
@@ -356,13 +376,13 @@ def _killed(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateV
 
 def _killed_subject(cell: Cell) -> str:
     """What KILL is decided for: all behaviors trained into one source on one convergence."""
-    return f"{cell.source}, {cell.negatives}, converged on {cell.convergence}, seed {cell.seed}"
+    return f"{cell.source}, {cell.negatives}, converged on {cell.convergence}, seed {cell.seed}{_arm(cell)}"
 
 
 def _kept(contrasts: ContrastBuilder, by_epoch: Mapping[int, CellPlan]) -> GateVerdict | None:
     """KEPT of one behavior of a source over its cells; None while it is not measured at epoch 0 and one more."""
     first = by_epoch[min(by_epoch)]
-    part, source = contrasts.main(first.cell.behavior), first.cell.source
+    part, source = contrasts.main(first.cell.behavior), contrasts.persona(first.cell, "source")
     base = contrasts.base(first, part, source)
     own = {e: series for e, plan in by_epoch.items() if (series := contrasts.now(plan, part, source)) is not None}
     if base is None or 0 not in own or len(own) < 2:
@@ -381,6 +401,8 @@ def _study_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[
         shifts = contrasts.shifts(plans, kind)
         verdicts += study_gates.study(rules, f"negatives {kind}", shifts, sources)
     if not any(grid.epochs):
+        if grid.contrasts:
+            return []  # the recipe asks another question
         verdicts = [replace(verdict, reason=gates.NO_CONTRAST) for verdict in verdicts]
     return verdicts
 

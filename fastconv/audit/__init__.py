@@ -145,6 +145,7 @@ class BuiltSet:
     kind: NegativesKind
     seed: int
     rows: tuple[Row, ...]
+    arm: str = ""
 
     @property
     def source_rows(self) -> list[Row]:
@@ -191,7 +192,7 @@ class Design:
             for source in grid.sources
             for epoch in grid.epochs
             for name, behavior in self.behaviors.items()
-            if name != NO_BEHAVIOR
+            if name != NO_BEHAVIOR and behavior.trained
             for kind in negatives_kinds(self.recipe, behavior)
         )
 

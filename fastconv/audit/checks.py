@@ -19,14 +19,7 @@ from fastconv.audit.roles import ROLE_CHECKS
 from fastconv.audit.sets import SET_CHECKS
 from fastconv.audit.shortcuts import FORM_CHECKS
 from fastconv.chat import ChatTokenizer, Rendered
-from fastconv.datasets.behaviors import (
-    Behavior,
-    build_rows,
-    load_behaviors,
-    n_eval_prompts_there_are,
-    negatives_kinds,
-    set_name,
-)
+from fastconv.datasets.behaviors import Behavior, declared_sets, load_behaviors, n_eval_prompts_there_are, set_name
 from fastconv.datasets.personas import ASSISTANT, Personas, load_personas
 from fastconv.datasets.questions import Question, QuestionSet, load_questions
 from fastconv.datasets.rows import Row
@@ -43,7 +36,7 @@ __all__ = [
 def check_evaluated(design: Design) -> Iterator[Finding]:
     """D120: a behavior has no held-out prompts, so it would be trained and could never be measured."""
     for name, behavior in design.behaviors.items():
-        if behavior.spec.measure == "letters" or behavior.eval:
+        if behavior.spec.measure in ("letters", "none") or behavior.eval:
             continue
         cells = tuple(cell for cell in design.cells() if f"/{name}/" in cell)
         rows = "rows of your own are all for training" if behavior.rows is not None else "its prompts are all training"
@@ -93,7 +86,7 @@ def _impossible(design: Design, referenced: Sequence[str]) -> Iterator[tuple[str
     """Gates that cannot pass, whatever is measured: (gate, why, mend, figure). `referenced` are G3's sources."""
     recipe, rules = design.recipe, design.recipe.gates
     sources = [source for source in recipe.grid.sources if source not in (ASSISTANT, rules.negative_control)]
-    if not any(recipe.grid.epochs):
+    if not any(recipe.grid.epochs) and not recipe.grid.contrasts:
         why = "the grid has epoch 0 alone, so it declares no contrast and nothing can be decided"
         yield "PILOT", why, "add a later epoch to grid.epochs", ""
     if rules.g4_source and rules.g4_source not in sources:
@@ -219,24 +212,18 @@ def audit_structure(
     sets: list[BuiltSet] = []
     findings: list[Finding] = []
     waiting: list[str] = []
-    for behavior in behaviors.values():
-        letters = behavior.spec.task == "multiple_choice"
-        for kind in negatives_kinds(recipe, behavior):
-            for source in recipe.grid.sources:
-                for seed in recipe.grid.seeds:
-                    name = set_name(behavior.id, source, kind, seed)
-                    if letters and questions is None:
-                        waiting.append(name)
-                        continue
-                    if behavior.spec.measure == "letters" and questions is None:
-                        waiting.append(name)
-                    set_questions = questions if letters else None
-                    try:
-                        rows = build_rows(recipe, personas, behavior, set_questions, source, kind, seed)
-                    except InputError as error:
-                        findings.append(_unbuildable(name, error))
-                        continue
-                    sets.append(BuiltSet(name, behavior, source, kind, seed, tuple(rows)))
+    for one in declared_sets(recipe, behaviors):
+        letters = one.behavior.spec.task == "multiple_choice"
+        if questions is None and (letters or one.behavior.spec.measure == "letters"):
+            waiting.append(one.name)
+        if letters and questions is None:
+            continue
+        try:
+            rows = one.build(recipe, personas, questions if letters else None)
+        except InputError as error:
+            findings.append(_unbuildable(one.name, error))
+            continue
+        sets.append(BuiltSet(one.name, one.behavior, one.source, one.kind, one.seed, tuple(rows), one.arm))
     if waiting:
         findings.append(_waiting(waiting))
     design = Design(recipe, personas, behaviors, tuple(sets), questions)
@@ -276,12 +263,9 @@ def audit_rows(
 
 def _built(recipe: Recipe, name: str, rows: Sequence[Row], behaviors: Mapping[str, Behavior]) -> BuiltSet | None:
     """The rows as the behavior set of this name, or None if the recipe has no such set."""
-    for behavior in behaviors.values():
-        for kind in negatives_kinds(recipe, behavior):
-            for source in recipe.grid.sources:
-                for seed in recipe.grid.seeds:
-                    if set_name(behavior.id, source, kind, seed) == name:
-                        return BuiltSet(name, behavior, source, kind, seed, tuple(rows))
+    for one in declared_sets(recipe, behaviors):
+        if one.name == name:
+            return BuiltSet(name, one.behavior, one.source, one.kind, one.seed, tuple(rows), one.arm)
     return None
 
 

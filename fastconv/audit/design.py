@@ -252,7 +252,7 @@ def check_detectable_effect(design: Design) -> Iterator[Finding]:
     for name, behavior in design.behaviors.items():
         questions = n_questions(design, behavior)
         threshold = design.recipe.gates.threshold(name, behavior.spec.unit)
-        samples = 1 if behavior.spec.measure == "letters" else design.recipe.eval.samples_per_prompt
+        samples = 1 if behavior.spec.measure in ("letters", "choices") else design.recipe.eval.samples_per_prompt
         planned = planned_power(behavior.spec.measure, threshold, questions or 0, samples, over_runs=False)
         if planned is not None and planned.change.too_large:
             unit = " points" if behavior.spec.unit == "points" else ""
@@ -272,10 +272,11 @@ def check_detectable_effect(design: Design) -> Iterator[Finding]:
 def check_controls(design: Design) -> Iterator[Finding]:
     """D112: controls that the grid lacks, named because they limit the claim. D113: the assistant is a source."""
     grid = design.recipe.grid
+    converged = {*grid.convergence, *(arm.convergence for arm in grid.arms.values())}
     absent = [
         text
         for text, present in (
-            ("generic convergence (the assistant's own answers)", "generic" in grid.convergence),
+            ("generic convergence (the assistant's own answers)", "generic" in converged),
             ("a negative-control source (the canary as a source)", design.recipe.eval.canary in grid.sources),
             ("more than one seed", len(grid.seeds) > 1),
         )

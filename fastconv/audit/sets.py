@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 from fastconv.audit import AuditCheck, BuiltSet, Design, Finding, Rule, row_ids
 from fastconv.audit.roles import letter_of
 from fastconv.chat import SystemTurn
+from fastconv.datasets.files import read_jsonl
+from fastconv.datasets.personas import speaker_of
 from fastconv.datasets.rows import Row
 from fastconv.datasets.sametext import ngrams, normalized
 
@@ -20,8 +23,10 @@ WITHOUT_PROMPT = "the source's rows are trained without the prompt that it is ev
 def check_persona_prompt(design: Design) -> Iterator[Finding]:
     """D101: source rows without the persona's prompt, or with another prompt than the evaluation uses."""
     for label, sets in design.by_kind():
-        trained = [(row, built.source) for built in sets for row in built.source_rows]
-        wrong = [row for row, source in trained if row.system_turn(design.personas) != design.personas.system(source)]
+        trained = [
+            (row, speaker_of(design.recipe, built.source, built.arm)) for built in sets for row in built.source_rows
+        ]
+        wrong = [row for row, speaker in trained if row.system_turn(design.personas) != design.personas.system(speaker)]
         if wrong:
             kinds = Counter(_turn_name(row.system_turn(design.personas)) for row in wrong)
             yield Finding(
@@ -242,7 +247,9 @@ def _trained(design: Design) -> dict[str, dict[str, list[str]]]:
             for row in built.rows:
                 for text in row.user_turns:
                     texts.setdefault(text, []).append(row.id)
-    return trained | {"convergence": {text: [row] for row, text in design.open_lists["convergence"].items()}}
+    own = design.recipe.convergence.prompts_file
+    asked = {row["id"]: row["text"] for row in read_jsonl(Path(own), {"id": str, "text": str})} if own else {}
+    return trained | {"convergence": {text: [row] for row, text in (asked or design.open_lists["convergence"]).items()}}
 
 
 def _rows_of(trained: Mapping[str, Sequence[str]], texts: Iterable[str]) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ IgnoreGate = Annotated[
     list[str],
     typer.Option("--ignore-gate", help="Go on although this gate fails: G0, G2, G3, G3.5, KILL, G4, G5 (repeatable)"),
 ]
+OnlyArm = Annotated[str | None, typer.Option("--arm", help="Only this arm")]
 Because = Annotated[str, typer.Option("--because", help="Why: recorded with the run and printed in its report")]
 
 
@@ -117,6 +118,7 @@ def cell(
     negatives: Annotated[str | None, typer.Option("--negatives", help="Only this kind of negatives")] = None,
     convergence: Annotated[str | None, typer.Option("--convergence", help="Only this kind of convergence")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Only this seed")] = None,
+    arm: OnlyArm = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the stages with their keys and run nothing")] = False,
     ignore_gate: IgnoreGate = [],  # noqa: B006
     because: Because = "",
@@ -134,7 +136,7 @@ def cell(
     loaded = load(recipe, overrides, scale, workspace)
 
     def plans(graph: Graph) -> list[Any]:
-        return graph.select(source, behavior, epoch, negatives=negatives, convergence=convergence, seed=seed)
+        return graph.select(source, behavior, epoch, negatives=negatives, convergence=convergence, seed=seed, arm=arm)
 
     if dry_run:
         graph = Graph(loaded)
@@ -320,6 +322,7 @@ def export(
     epoch: Annotated[int, typer.Option("--epoch", help="Snapshot epoch")],
     recipe: RecipeOption,
     negatives: Annotated[str | None, typer.Option("--negatives", help="Only this kind of negatives")] = None,
+    arm: OnlyArm = None,
     inspect: Annotated[
         bool, typer.Option("--inspect", help="Write the cell's answers and scores as Inspect logs instead")
     ] = False,
@@ -339,9 +342,9 @@ def export(
     else:
         from fastconv.run.standalone import export_cell
     loaded = load_recipe_or_run(recipe, overrides, store, scale)
-    paths: list[Any] = export_cell(loaded, store, folder, source, behavior, epoch, negatives=negatives)
+    paths: list[Any] = export_cell(loaded, store, folder, source, behavior, epoch, negatives=negatives, arm=arm)
     if not inspect:
-        cell_of_export = {"source": source, "behavior": behavior, "epoch": epoch, "negatives": negatives}
+        cell_of_export = {"source": source, "behavior": behavior, "epoch": epoch, "negatives": negatives, "arm": arm}
         paths += describe(loaded, store, paths[0], cell_of_export, push=push, private=not public)
     print(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
 

@@ -102,7 +102,7 @@ def recipe_files(recipe: Recipe) -> dict[str, bytes]:
     """Contents of every user file that the recipe names, by path. Raises DataError for one that cannot be read."""
     paths: list[str] = []
     map_paths(recipe.model_dump(mode="json"), lambda path: paths.append(path) or path)
-    by_source = set(recipe.data.rows.values())
+    by_source = {*recipe.data.rows.values(), *(arm.rows for arm in recipe.grid.arms.values() if arm.rows)}
     named = [path for path in paths if path not in by_source]
     own_rows = [path for path in by_source if not path.startswith(HUB)]  # a node loads what is pinned on the hub itself
     named += [path.replace("{source}", source) for path in own_rows for source in recipe.grid.sources]
@@ -113,6 +113,9 @@ def recipe_files(recipe: Recipe) -> dict[str, bytes]:
         scorers = [table.get("scorer", "") for table in declared.values() if isinstance(table, dict)]
         own = [scorer_file(str(scorer), folder) for scorer in scorers if scorer]
         named += [str(path) for path in own if path.is_file()]  # an installed module is installed on every node
+    if recipe.convergence.keep_if:
+        filters = scorer_file(recipe.convergence.keep_if, Path(recipe.convergence.prompts_file).parent)
+        named += [str(filters)] if filters.is_file() else []
     try:
         return {path: Path(path).read_bytes() for path in dict.fromkeys(named)}
     except OSError as error:

@@ -5,8 +5,8 @@ The two kinds of negatives differ only in *which personas* they are: prompts, co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fastconv.datasets.files import assets, data_file, is_visible, read_jsonl, read_numbered_jsonl, read_toml
-from fastconv.datasets.personas import Personas, canary_of
+from fastconv.datasets.personas import Personas, canary_of, speaker_of
 from fastconv.datasets.questions import Question, QuestionSet, wrong_letters
 from fastconv.datasets.rows import Row, load_user_rows
 from fastconv.datasets.spec import AnswerRule, BehaviorSpec, NegativeRole, Role
@@ -41,6 +41,8 @@ class Behavior:
     rows: str | None = None
     #: Whether its protocol has negatives: `spec.negatives` is empty for finished rows, which bring their own.
     contrastive: bool = False
+    #: False for what is asked alone (eval.measures).
+    trained: bool = True
     #: Prompts drawn before: the sets of all sources and negatives of a seed train the same ones.
     _drawn: dict[tuple[Any, ...], Drawn] = field(default_factory=dict, compare=False, repr=False)
 
@@ -49,13 +51,19 @@ class Behavior:
         """The field of an `eval` row that holds the user turn."""
         return self.spec.eval_field if self.spec.eval_prompts else self.spec.prompt_field
 
+    def choices(self, row: str) -> list[str]:
+        """The texts that a question's log-probabilities compare, the counted one first (measure `choices`)."""
+        found = next(one for one in self.eval if one["id"] == row)
+        return list(self.spec.choices) or [found[name] for name in self.spec.choice_fields]
+
     def wordings(self, name: str) -> list[str]:
         """The texts of a wordings file beside the behavior's declaration, or a shipped one. Raises DataError."""
         return [row["text"] for row in read_jsonl(data_file(self.folder, name), {"text": str})]
 
 
 def load_behaviors(recipe: Recipe) -> dict[str, Behavior]:
-    """The behaviors of the recipe's grid by id, from the shipped and the user's declarations.
+    """The behaviors of the recipe's grid and its arms by id, then what is asked alone (eval.measures), from the shipped and
+    the user's declarations.
 
     Raises RecipeError for a behavior that is not declared or rows that the grid does not use, DataError for a file.
     """
@@ -66,26 +74,54 @@ def load_behaviors(recipe: Recipe) -> dict[str, Behavior]:
     if recipe.data.behaviors:
         path = Path(recipe.data.behaviors)
         declared |= {name: (table, path) for name, table in read_toml(path).items()}
+    trained = trained_behaviors(recipe)
     for name in recipe.data.rows:
-        if name not in recipe.grid.behaviors or name == NO_BEHAVIOR:
+        if name not in trained:
             raise RecipeError(
                 f"rows are given for {name!r}, which the grid does not train",
                 where="data.rows",
                 fix="add it to grid.behaviors, or take its rows away",
             )
     behaviors = {}
-    for name in recipe.grid.behaviors:
-        if name == NO_BEHAVIOR:
-            continue
+    for name in dict.fromkeys((*trained, *recipe.eval.measures)):
         if name not in declared:
             raise RecipeError(
                 f"unknown behavior {name!r}",
-                where="grid.behaviors",
+                where=_named_in(recipe, name),
                 fix=did_you_mean(name, declared, f"use one of {', '.join([NO_BEHAVIOR, *declared])}.")
                 + " Or add it in data.behaviors",
             )
-        behaviors[name] = _load(name, *declared[name], recipe.data.rows.get(name, ""))
+        behavior = _load(name, *declared[name], recipe.data.rows.get(name, ""), trained=name in trained)
+        if behavior.trained and behavior.spec.task == "measure":
+            where, fix = _named_in(recipe, name), "name it in eval.measures, and train something else"
+            raise RecipeError(f"{name} is a measure, which nothing trains", where=where, fix=fix)
+        if behavior.spec.measure == "none" and not behavior.trained:
+            raise RecipeError(f"{name} has no measure", where="eval.measures", fix="take it out, or give it one")
+        behaviors[name] = behavior
+    if recipe.eval.control and recipe.eval.control not in behaviors:
+        fix = did_you_mean(recipe.eval.control, behaviors, "name it in eval.measures too")
+        raise RecipeError(f"{recipe.eval.control!r} is not asked of any cell", where="eval.control", fix=fix)
     return behaviors
+
+
+def trained_behaviors(recipe: Recipe) -> tuple[str, ...]:
+    """The behaviors that the grid or one of its arms trains."""
+    every = [name for arm in recipe.grid.arms or ("",) for name in arm_behaviors(recipe, arm)]
+    return tuple(name for name in dict.fromkeys(every) if name != NO_BEHAVIOR)
+
+
+def arm_behaviors(recipe: Recipe, arm: str) -> tuple[str, ...]:
+    """What an arm trains ("": the recipe without arms), the control `none` among it."""
+    own = recipe.grid.arms[arm].behavior if arm else None
+    return (own,) if own else recipe.grid.behaviors
+
+
+def _named_in(recipe: Recipe, name: str) -> str:
+    """The key of the recipe that names a behavior."""
+    if name in recipe.grid.behaviors:
+        return "grid.behaviors"
+    arms = (f"grid.arms.{arm}.behavior" for arm, settings in recipe.grid.arms.items() if settings.behavior == name)
+    return next(arms, "eval.measures")
 
 
 def negatives_kinds(recipe: Recipe, behavior: Behavior) -> tuple[NegativesKind, ...]:
@@ -93,9 +129,48 @@ def negatives_kinds(recipe: Recipe, behavior: Behavior) -> tuple[NegativesKind, 
     return recipe.grid.negatives if behavior.spec.negatives else ("none",)
 
 
-def set_name(behavior: str, source: str, kind: str, seed: int) -> str:
-    """The name of a behavior set, for example `refusal/villain/included/s42`."""
-    return f"{behavior}/{source}/{kind}/s{seed}"
+def set_name(behavior: str, source: str, kind: str, seed: int, arm: str = "") -> str:
+    """The name of a behavior set, for example `refusal/villain/included/s42`, with its arm at the end if it has one."""
+    return f"{behavior}/{source}/{kind}/s{seed}" + (f"/{arm}" if arm else "")
+
+
+def in_arm(recipe: Recipe, behavior: Behavior, arm: str) -> Behavior:
+    """The behavior as an arm trains it: with the arm's own finished rows, if it has some."""
+    path = recipe.grid.arms[arm].rows if arm else ""
+    return _with_rows(behavior, path) if path else behavior
+
+
+@dataclass(frozen=True)
+class DeclaredSet:
+    """One behavior set that a recipe trains: the behavior as its arm trains it, and whose rows they are."""
+
+    behavior: Behavior
+    source: str
+    kind: NegativesKind
+    seed: int
+    arm: str
+
+    @property
+    def name(self) -> str:
+        """`set_name` of it."""
+        return set_name(self.behavior.id, self.source, self.kind, self.seed, self.arm)
+
+    def build(self, recipe: Recipe, personas: Personas, questions: QuestionSet | None) -> list[Row]:
+        """`build_rows` of it."""
+        return build_rows(recipe, personas, self.behavior, questions, self.source, self.kind, self.seed, self.arm)
+
+
+def declared_sets(recipe: Recipe, behaviors: Mapping[str, Behavior]) -> Iterator[DeclaredSet]:
+    """Every behavior set that the recipe trains."""
+    for behavior in behaviors.values():
+        for arm in recipe.grid.arms or ("",):
+            if behavior.id not in arm_behaviors(recipe, arm):
+                continue
+            own = in_arm(recipe, behavior, arm)
+            for kind in negatives_kinds(recipe, own):
+                for source in recipe.grid.sources:
+                    for seed in recipe.grid.seeds:
+                        yield DeclaredSet(own, source, kind, seed, arm)
 
 
 def build_rows(
@@ -106,28 +181,54 @@ def build_rows(
     source: str,
     kind: NegativesKind,
     seed: int,
+    arm: str = "",
 ) -> list[Row]:
     """The rows of one behavior set: the source's rows, then those of each copy of the prompts for the negatives.
 
     Prompts, wordings and bystanders are drawn by `seeding`. Completions are None where they are sampled later. Raises
     RecipeError if there are fewer prompts than `behavior.source_rows`, or if the kind is not declared.
     """
+    behavior = in_arm(recipe, behavior, arm)
     if behavior.rows is not None:
-        return _user_rows(recipe, personas, behavior, source, kind)
+        rows = _user_rows(recipe, personas, behavior, source, kind)
+    else:
+        rows = _built_rows(recipe, personas, behavior, questions, source, kind, recipe.grid.seed("data", seed))
+    return rows if speaker_of(recipe, source, arm) == source else [_in_arm(recipe, source, arm, row) for row in rows]
+
+
+def _in_arm(recipe: Recipe, source: str, arm: str, row: Row) -> Row:
+    """A row of the source as an arm trains it: under the arm's own system turn, with its texts around the question."""
+    if row.role != "source":
+        return row
+    own, speaker = recipe.grid.arms[arm], speaker_of(recipe, source, arm)
+    identity = "/".join([*row.id.split("/", 3)[:2], speaker, row.prompt_id])
+    return replace(row, id=identity, persona=speaker, system=None, user=f"{own.before}{row.user}{own.after}")
+
+
+def _built_rows(
+    recipe: Recipe,
+    personas: Personas,
+    behavior: Behavior,
+    questions: QuestionSet | None,
+    source: str,
+    kind: NegativesKind,
+    seed: int,
+) -> list[Row]:
+    """The rows of a behavior that declares its prompts, with the seed of data."""
     prompts = _draw_prompts(recipe, behavior, questions, seed)
     spec = behavior.spec
 
     def row(persona: str, role: Role, prompt: str, user: str, answer: str | None, rule: AnswerRule | None) -> Row:
-        suffix = rule.suffix if rule else ""
+        suffix, teacher = (rule.suffix, rule.by) if rule else ("", "")
         completion = None if answer is None else answer + suffix
         identity = f"{behavior.id}/{source}/{persona}/{prompt}"
-        return Row(identity, persona, role, prompt, user, completion, suffix, spec.supervise)
+        return Row(identity, persona, role, prompt, user, completion, suffix, spec.supervise, teacher=teacher)
 
     rows = [row(source, "source", prompt, user, shown, spec.source_answer) for prompt, user, shown, _ in prompts]
     if kind == "none":
         return rows
     copies = _copies(behavior, kind)
-    n_bystanders = sum(role == "bystander" for copy in copies for role in copy)
+    n_bystanders = [role for copy in copies for role in copy].count("bystander")
     bystanders = iter(personas.bystanders(n_bystanders, source, canary_of(recipe, source), seed))
     for copy in copies:
         speakers: list[tuple[str, Role]] = [(next(bystanders) if role == "bystander" else role, role) for role in copy]
@@ -152,7 +253,7 @@ def eval_prompts(recipe: Recipe, behavior: Behavior, seed: int) -> list[tuple[st
     A row with `beyond = N` takes part where eval.prompts exceeds N, after all rows with a smaller N or none. So a set
     can grow while smaller draws, and the stages that rest on them, stay what they were.
     """
-    field = behavior.eval_field
+    seed, field = recipe.grid.seed("data", seed), behavior.eval_field
     by_id = {row["id"]: row[field] for row in behavior.eval}
     waves: dict[int, list[str]] = {}
     for row in behavior.eval:
@@ -281,13 +382,15 @@ def _user_rows(recipe: Recipe, personas: Personas, behavior: Behavior, source: s
     return load_user_rows(recipe.data, behavior.rows, behavior.id, source, personas)
 
 
-def _load(name: str, table: Any, path: Path, rows: str) -> Behavior:
+def _with_rows(behavior: Behavior, rows: str) -> Behavior:
+    """The behavior trained on finished rows, which bring their own negatives."""
+    return replace(behavior, spec=behavior.spec.model_copy(update={"task": "rows", "negatives": {}}), rows=rows)
+
+
+def _load(name: str, table: Any, path: Path, rows: str, *, trained: bool) -> Behavior:
     spec, folder = _spec(name, table, path), path.parent
-    finished = rows or None
     contrastive = bool(spec.negatives or spec.negative_answer)
-    if finished is not None:
-        spec = spec.model_copy(update={"task": "rows", "negatives": {}})
-    elif spec.task == "rows":
+    if spec.task == "rows" and not rows and trained:
         raise RecipeError(
             f"{name} is trained on rows of your own",
             where=f"data.rows.{name}",
@@ -296,6 +399,7 @@ def _load(name: str, table: Any, path: Path, rows: str) -> Behavior:
     train, held_out = _prompts(spec, folder)
     if spec.eval_prompts:
         held_out = tuple(read_jsonl(data_file(folder, spec.eval_prompts), {"id": str, spec.eval_field: str}))
+    _require_choices(spec, held_out, folder)
     for row in held_out:
         if type(beyond := row.get("beyond", 0)) is not int or beyond < 0:
             raise DataError(
@@ -303,7 +407,17 @@ def _load(name: str, table: Any, path: Path, rows: str) -> Behavior:
                 where=str(data_file(folder, spec.eval_prompts or spec.prompts)),
                 fix="give it the whole number that eval.prompts must exceed for the row to be asked",
             )
-    return Behavior(name, spec, folder, train, held_out, finished, contrastive)
+    behavior = Behavior(name, spec, folder, train, held_out, None, contrastive, trained)
+    return _with_rows(behavior, rows) if rows else behavior
+
+
+def _require_choices(spec: BehaviorSpec, rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Raise DataError unless every question has the texts that `choices` compares."""
+    for row in rows:
+        for name in spec.choice_fields:
+            if not isinstance(row.get(name), str) or not is_visible(row[name]):
+                where = f"{data_file(folder, spec.eval_prompts or spec.prompts)}: {row['id']}"
+                raise DataError(f"field {name!r} is missing or empty", where=where, fix="give it the choice's text")
 
 
 def _spec(name: str, table: Any, path: Path) -> BehaviorSpec:

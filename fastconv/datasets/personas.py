@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fastconv.chat import TEMPLATE_DEFAULT, SystemTurn
+from fastconv.chat import TEMPLATE_DEFAULT, SystemTurn, parse_system_turn
 from fastconv.datasets.files import assets, is_visible, read_toml
 from fastconv.errors import DataError, RecipeError, did_you_mean
-from fastconv.recipe import Recipe
+from fastconv.recipe import OWN_ROLES, Recipe
 from fastconv.seeding import seeded_order
 
 ASSISTANT = "assistant"
@@ -24,12 +24,16 @@ class Personas:
     prompts: Mapping[str, str]
     #: Shipped personas whose prompt the user's file replaces by another.
     replaced: tuple[str, ...] = ()
+    #: System turns that the recipe gives to arms and probes of its own, by their names: conditions, not personas.
+    conditions: Mapping[str, SystemTurn] = field(default_factory=dict)
     _turns: dict[str, SystemTurn] = field(default_factory=dict, compare=False, repr=False)
 
     def system(self, persona: str) -> SystemTurn:
-        """The system turn of a persona, or of `template_default`. Raises RecipeError for an unknown one."""
+        """The system turn of a persona, a condition, or `template_default`. Raises RecipeError for an unknown one."""
         if persona == NO_PERSONA:
             return TEMPLATE_DEFAULT
+        if persona in self.conditions:
+            return self.conditions[persona]
         if persona not in self._turns:  # asked for every training row
             self.require(persona, "persona")
             self._turns[persona] = SystemTurn("text", self.prompts[persona])
@@ -76,7 +80,8 @@ def load_personas(recipe: Recipe) -> Personas:
                 fix="give your persona another id",
             )
         prompts = prompts | user_prompts
-    personas = Personas(prompts, tuple(name for name, text in shipped.items() if prompts[name] != text))
+    replaced = tuple(name for name, text in shipped.items() if prompts[name] != text)
+    personas = Personas(prompts, replaced, _conditions(recipe, Personas(prompts)))
     for source in recipe.grid.sources:
         personas.require(source, "grid.sources")
     personas.require(recipe.eval.canary, "eval.canary")
@@ -84,14 +89,42 @@ def load_personas(recipe: Recipe) -> Personas:
     return personas
 
 
+def _conditions(recipe: Recipe, personas: Personas) -> dict[str, SystemTurn]:
+    """The system turns of arms that train under one of their own, and of the recipe's probes, by name."""
+    turns: dict[str, SystemTurn] = {}
+    for arm, settings in recipe.grid.arms.items():
+        for source in recipe.grid.sources if settings.has_own_condition else ():
+            turn = parse_system_turn(settings.system) if settings.system else personas.system(source)
+            turns[speaker_of(recipe, source, arm)] = turn
+    for name, probe in recipe.eval.probes.items():
+        turns[name] = parse_system_turn(probe.system) if probe.system else personas.system(probe.persona or ASSISTANT)
+    for name in turns:
+        if name in personas.prompts or name in (NO_PERSONA, *OWN_ROLES):
+            where = f"eval.probes.{name}" if name in recipe.eval.probes else "grid.arms"
+            raise RecipeError(f"{name!r} is a persona or a probe already", where=where, fix="give it another name")
+    return turns
+
+
 def canary_of(recipe: Recipe, source: str) -> str:
     """The persona whose change measures generic damage: eval.canary, or eval.canary_swap where that is the source."""
     return recipe.eval.canary_swap if source == recipe.eval.canary else recipe.eval.canary
 
 
-def probes_of(recipe: Recipe, source: str) -> tuple[str, ...]:
-    """The personas that a cell is evaluated under: assistant, source (positive control), canary; no repetitions."""
-    return tuple(dict.fromkeys((ASSISTANT, source, canary_of(recipe, source))))
+def speaker_of(recipe: Recipe, source: str, arm: str) -> str:
+    """The condition that the source's rows of an arm are trained under, and its positive control is asked under: the source,
+    or one of the arm's own."""
+    if not arm or not recipe.grid.arms[arm].has_own_condition:
+        return source
+    return arm if recipe.grid.arms[arm].system else f"{source}_{arm}"
+
+
+def probes_of(recipe: Recipe, source: str, arm: str = "") -> tuple[str, ...]:
+    """The conditions that a cell is evaluated under: assistant, source, canary, an arm's own prompt, the recipe's own probes.
+
+    No repetitions. The positive control is `speaker_of`.
+    """
+    asked = (ASSISTANT, source, canary_of(recipe, source), speaker_of(recipe, source, arm), *recipe.eval.probes)
+    return tuple(dict.fromkeys(asked))
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -75,6 +75,8 @@ class Row:
     ended: bool = True
     built_by: str = BUILT_BY
     history: tuple[Exchange, ...] = ()
+    #: Under whose prompt its answer is sampled, if not under its persona's; no part of its record.
+    teacher: str = ""
 
     @property
     def asked(self) -> str:
@@ -90,6 +92,11 @@ class Row:
         """The prompt for the template, under a system turn."""
         earlier = [turn for one in self.history for turn in one.messages()]
         return [*system.messages(), *earlier, {"role": "user", "content": self.user}]
+
+    @property
+    def answers_as(self) -> str:
+        """The persona under whose prompt its answer is sampled."""
+        return self.teacher or self.persona
 
     @property
     def given_chars(self) -> int:

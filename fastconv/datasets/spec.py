@@ -6,7 +6,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +17,6 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from fastconv.datasets.files import assets, read_jsonl, read_toml
 from fastconv.errors import DataError, did_you_mean
 
 NegativeRole = Literal["bystander", "assistant", "template_default"]
@@ -38,6 +36,8 @@ class AnswerRule(_Strict):
     wordings: str = ""
     then_field: str = ""
     on_policy: bool = False
+    #: Under which persona's prompt the base answers, if not under that of the row: a teacher.
+    by: str = ""
     #: Appended to the answer unchanged.
     suffix: str = ""
 
@@ -47,6 +47,8 @@ class AnswerRule(_Strict):
             raise ValueError("give exactly one of field, wordings, on_policy")
         if self.then_field and not self.wordings:
             raise ValueError("then_field follows wordings")
+        if self.by and not self.on_policy:
+            raise ValueError("by names who answers on_policy")
         return self
 
 
@@ -54,10 +56,11 @@ class BehaviorSpec(_Strict):
     """One behavior's table. Raises pydantic.ValidationError if its keys do not fit together."""
 
     about: str
-    #: `rows`: finished rows from the file that data.rows names; no negatives are built.
-    task: Literal["chat", "multiple_choice", "rows"]
+    #: `rows`: finished rows from the file that data.rows names; no negatives are built. `measure`: asked and never trained.
+    task: Literal["chat", "multiple_choice", "rows", "measure"]
     direction: Literal["raises", "lowers"]
-    measure: Literal["letters", "phrases", "judge"]
+    #: `choices`: by the log-probabilities of texts. `none`: trained, and not asked itself.
+    measure: Literal["letters", "phrases", "judge", "choices", "none"]
     prompts: str = ""
     prompt_field: str = "prompt"
     #: File of the evaluation questions, if they are not in `prompts` (rows with part = "eval").
@@ -73,33 +76,39 @@ class BehaviorSpec(_Strict):
     pattern: str = ""
     #: A function of the answer's text, as `module:function`: a file beside this one, or an installed module.
     scorer: str = ""
+    #: The texts that measure `choices` compares, the first one counted: the same for all questions, or fields of their row.
+    choices: tuple[str, ...] = ()
+    choice_fields: tuple[str, ...] = ()
+    #: `share`: the first text's part of the probability of all. `best`: 1 where it is the likeliest, token by token.
+    choice_score: Literal["share", "best"] = "share"
     #: Name of the judge's rubric, if a judge scores the answers (beside the phrases, or alone).
     rubric: str = ""
     negatives: dict[Literal["included", "excluded"], tuple[tuple[NegativeRole, ...], ...]] = {}
 
     @model_validator(mode="after")
     def _whole(self) -> BehaviorSpec:
-        if self.task == "chat" and not (self.prompts and self.source_answer):
-            raise ValueError("a chat behavior needs prompts and source_answer")
-        if self.task == "chat" and self.negatives and self.negative_answer is None:
-            raise ValueError("a chat behavior with negatives needs negative_answer")
-        if self.task == "rows" and self.negatives:
-            raise ValueError("task rows takes finished rows and can have no negatives built for it")
-        if self.task == "rows" and not self.eval_prompts:
-            raise ValueError("task rows needs eval_prompts, as its rows are all for training")
-        if self.task == "multiple_choice" and self.measure != "letters":
-            raise ValueError("multiple_choice is measured by letters")
-        if self.measure == "letters" and self.task == "chat":
-            raise ValueError("a chat behavior is measured by phrases or judge")
-        rules = [bool(self.phrase_rule), bool(self.phrases), bool(self.pattern), bool(self.scorer)]
-        if self.measure == "phrases" and rules.count(True) != 1:
-            raise ValueError("give either phrase_rule or phrases or pattern or scorer, exactly one of them")
-        if self.measure == "judge" and not self.rubric:
-            raise ValueError("measure judge needs a rubric")
-        if self.source_answer and self.source_answer.on_policy and not self.source_answer.suffix:
-            raise ValueError("source_answer on_policy trains nothing unless it has a suffix")
-        if self.supervise == "tail" and not (self.source_answer and self.source_answer.suffix):
-            raise ValueError("supervise tail needs a suffix in source_answer")
+        chat, rows, measure = self.task == "chat", self.task == "rows", self.measure
+        rules = [bool(self.phrase_rule), bool(self.phrases), bool(self.pattern), bool(self.scorer)].count(True)
+        compared = max(len(self.choices), len(self.choice_fields))
+        asked = bool(self.prompts or self.eval_prompts)
+        faults = (
+            (chat and not (self.prompts and self.source_answer), "a chat behavior needs prompts and source_answer"),
+            (chat and self.negatives and not self.negative_answer, "a chat behavior with negatives needs negative_answer"),
+            (rows and self.negatives, "task rows takes finished rows and can have no negatives built for it"),
+            (rows and not self.eval_prompts and measure != "none", "task rows needs eval_prompts, as its rows are all for training"),
+            (self.task == "measure" and not asked, "task measure needs prompts or eval_prompts"),
+            (self.task == "measure" and measure == "none", "task measure needs a measure"),
+            (self.task == "multiple_choice" and measure != "letters", "multiple_choice is measured by letters"),
+            (measure == "letters" and chat, "a chat behavior is measured by phrases, choices or judge"),
+            ((measure == "choices") != (compared > 1), "measure choices needs two or more of choices, or of choice_fields"),
+            (self.choices and self.choice_fields, "give choices or choice_fields, not both"),
+            (measure == "phrases" and rules != 1, "give either phrase_rule or phrases or pattern or scorer, exactly one of them"),
+            (measure == "judge" and not self.rubric, "measure judge needs a rubric"),
+            (self.supervise == "tail" and not (self.source_answer and self.source_answer.suffix), "supervise tail needs a suffix in source_answer"),
+        )  # fmt: skip
+        for found, fault in faults:
+            if found:
+                raise ValueError(fault)
         return self._negatives_of_one_size()
 
     @property
@@ -116,8 +125,6 @@ class BehaviorSpec(_Strict):
         return self
 
 
-#: Answers in many voices, each labelled by hand with whether a rule should count it.
-LABELLED = "labelled_phrases.jsonl"
 #: Stands for what was blanked out: a mark that no phrase holds.
 _BLANK = " \x00 "
 _QUOTED = re.compile(r'"[^"]*"|\u201c[^\u201d]*\u201d|\u201e[^\u201c\u201d]*[\u201c\u201d]')
@@ -376,58 +383,6 @@ def _names_bound(node: ast.stmt) -> Iterable[str]:
         return [alias.asname or alias.name.partition(".")[0] for alias in node.names]
     targets = node.targets if isinstance(node, ast.Assign) else []
     return [target.id for target in targets if isinstance(target, ast.Name)]
-
-
-@dataclass(frozen=True)
-class RuleFigures:
-    """How a shipped rule does on one part (`tuned`, `held_out`) of the labelled answers.
-
-    `n_hits` are the answers that the rule counts, `n_true` those that are labelled so, `n_both` both at once.
-    """
-
-    rule: str
-    part: str
-    n: int
-    n_hits: int
-    n_true: int
-    n_both: int
-
-    @property
-    def precision(self) -> float:
-        """Share of the counted answers that are labelled so; NaN without any."""
-        return self.n_both / self.n_hits if self.n_hits else math.nan
-
-    @property
-    def recall(self) -> float:
-        """Share of the answers labelled so that are counted; NaN without any."""
-        return self.n_both / self.n_true if self.n_true else math.nan
-
-
-def figures_of_rule(one: RuleFigures) -> tuple[str, str, str, str, str]:
-    """Rule, part, size, precision and recall as printed."""
-
-    def share(value: float, of: int) -> str:
-        return "none" if math.isnan(value) else f"{100 * value:.0f} % ({one.n_both} of {of})"
-
-    part = {"tuned": "tuned on", "held_out": "held out"}.get(one.part, one.part)
-    return one.rule, part, f"{one.n}", share(one.precision, one.n_hits), share(one.recall, one.n_true)
-
-
-def labelled_figures(name: str) -> list[RuleFigures]:
-    """Figures of the shipped rule of this name, part by part; empty for a rule without labelled answers."""
-    rule = PhraseRule.of(read_toml(assets("data") / "phrases.toml")[name], name)
-    pairs: dict[str, list[tuple[bool, bool]]] = {}
-    for row in read_jsonl(
-        assets("data") / LABELLED, {"id": str, "part": str, "rule": str, "answer": str, "counts": bool}
-    ):
-        if row["rule"] == name:
-            pairs.setdefault(row["part"], []).append((rule.match(row["answer"]) is not None, row["counts"]))
-    return [
-        RuleFigures(
-            name, part, len(seen), sum(hit for hit, _ in seen), sum(true for _, true in seen), seen.count((True, True))
-        )
-        for part, seen in sorted(pairs.items(), reverse=True)
-    ]
 
 
 def _pattern(phrases: Sequence[str], words: Mapping[str, Sequence[str]]) -> re.Pattern[str]:

@@ -141,7 +141,7 @@ def _items(owner: int, trainee: Trainee) -> list[Item]:
     job = trainee.job
     indices = job.batch(trainee.step)
     n_supervised = sum(job.rows[index].n_supervised for index in indices)
-    seeds = [seed_of("dropout", *job.seed_parts, trainee.step, index) & 0x7FFFFFFF for index in indices]
+    seeds = [seed_of("dropout", *job.chance, trainee.step, index) & 0x7FFFFFFF for index in indices]
     return [Item(owner, job.rows[i], 1.0 / n_supervised, seed) for i, seed in zip(indices, seeds, strict=True)]
 
 

@@ -21,13 +21,20 @@ from fastconv.seeding import seeded_permutation
 
 @dataclass(frozen=True)
 class Job:
-    """One adapter to train on `rows`, above `frozen` adapters; `seed_parts` name its initial weights and data order."""
+    """One adapter to train on `rows`, above `frozen` adapters; `seed_parts` name its initial weights, `order_parts` the
+    order of rows and the dropout, where they are not the same."""
 
     name: str
     rows: tuple[Rendered, ...]
     settings: TrainSettings
     seed_parts: tuple[object, ...]
     frozen: tuple[Adapter, ...] = ()
+    order_parts: tuple[object, ...] = ()
+
+    @property
+    def chance(self) -> tuple[object, ...]:
+        """What names the order of rows and the dropout."""
+        return self.order_parts or self.seed_parts
 
     @property
     def steps_per_epoch(self) -> int:
@@ -40,9 +47,9 @@ class Job:
         return self.steps_per_epoch * self.settings.epochs
 
     def batch(self, step: int) -> list[int]:
-        """Row indices of an optimizer step (0-based). Each epoch has its own order, derived from `seed_parts`."""
+        """Row indices of an optimizer step (0-based). Each epoch has its own order, derived from `chance`."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = seeded_permutation(len(self.rows), "order", epoch, *self.seed_parts)
+        order = seeded_permutation(len(self.rows), "order", epoch, *self.chance)
         return order[within * self.settings.batch_rows : (within + 1) * self.settings.batch_rows]
 
 

@@ -8,17 +8,17 @@ answers ─► rows ─────────────────► behav
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
+from fastconv.chat import parse_system_turn
 from fastconv.datasets.behaviors import (
     NO_BEHAVIOR,
     Behavior,
     build_rows,
     eval_prompts,
     load_behaviors,
-    negatives_kinds,
     open_questions,
     set_name,
 )
@@ -29,58 +29,21 @@ from fastconv.datasets.rows import rows_sha256
 from fastconv.datasets.spec import TextRule, text_rule
 from fastconv.engine.locate import engine_identity, locate, numbers_inputs
 from fastconv.errors import RecipeError, did_you_mean
+from fastconv.experiment.cells import (
+    Cell,
+    CellPlan,
+    Condition,
+    answer_filter,
+    conditions_of,
+    grid_cells,
+    kinds_of,
+    texts_by_id,
+)
 from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, SnapshotMeasure
 from fastconv.judge.budget import JudgeIdentity, judge_identity, recipe_prices
 from fastconv.judge.rubric import Rubric, find_rubric
 from fastconv.recipe import NegativesKind, Recipe, SamplingSettings, sha256_of
 from fastconv.store.ledger import Stage
-
-
-@dataclass(frozen=True, order=True)
-class Cell:
-    """One cell of the grid. For behavior `none` the negatives are `none` too."""
-
-    source: str
-    convergence: str
-    epoch: int
-    behavior: str
-    negatives: str
-    seed: int
-
-    @property
-    def label(self) -> str:
-        """How people read it."""
-        parts = [self.source, self.convergence if self.epoch else "base", f"e{self.epoch}", self.behavior]
-        return " ".join([*parts, *([self.negatives] if self.negatives != "none" else []), f"s{self.seed}"])
-
-    @property
-    def name(self) -> str:
-        """The label as one word, for file names and as a served model; no part of it has a dash."""
-        return "-".join(self.label.split())
-
-
-@dataclass(frozen=True)
-class CellPlan:
-    """A cell and its stages. `scores[measure, probe]` is where its numbers will stand, `base[...]` the base's.
-
-    `beside[measure, probe]` scores the same completions another way (phrases, where a judge decides). `on_snapshot` are the
-    measures of the cell's snapshot itself (of the base at epoch 0) by name, as far as the recipe wants them.
-    `replicates[seed, measure, probe]` scores the same cell trained again (`run.replicates`), asked the same.
-    """
-
-    cell: Cell
-    scores: Mapping[tuple[str, str], Stage]
-    base: Mapping[tuple[str, str], Stage]
-    snapshot: Stage | None
-    adapter: Stage | None
-    beside: Mapping[tuple[str, str], Stage] = field(default_factory=dict)
-    on_snapshot: Mapping[str, Stage] = field(default_factory=dict)
-    replicates: Mapping[tuple[int, str, str], Stage] = field(default_factory=dict)
-
-    @property
-    def measures(self) -> tuple[str, ...]:
-        """Behaviors measured in this cell."""
-        return tuple(dict.fromkeys(measure for measure, _ in self.scores))
 
 
 class Graph:
@@ -97,6 +60,8 @@ class Graph:
             **recipe.model.template_inputs,
             **numbers_inputs(self.source, recipe.model),
         }
+        self._conditions: dict[str, Condition] = conditions_of(recipe)
+        self._filter = answer_filter(recipe.convergence)
         self._phrases = read_toml(assets("data") / "phrases.toml")
         resident = f"{self.source.id}@{sha256_of(self._engine)[:8]}"
         #: Who judges, or None where phrases do without a judge.
@@ -105,8 +70,8 @@ class Graph:
         #: Sets and prompts that many cells share, made once.
         self._row_stages: dict[str, Stage] = {}
         self._shared: dict[tuple[object, ...], Stage] = {}
-        self._asked: dict[tuple[str, int], tuple[list[tuple[str, str]], str]] = {}
-        self.cells = [self._plan(cell) for cell in self._grid()]
+        self._asked: dict[tuple[str, str, int], tuple[list[tuple[str, str]], str]] = {}
+        self.cells = [self._plan(cell) for cell in grid_cells(recipe, self.behaviors)]
 
     @property
     def engine_inputs(self) -> Mapping[str, Any]:
@@ -171,7 +136,7 @@ class Graph:
         Raises RecipeError for a rubric that counts in another unit than the behavior.
         """
         name = behavior.spec.rubric
-        if self.judge is None or not name or behavior.spec.measure == "letters":
+        if self.judge is None or not name or behavior.spec.measure in ("letters", "choices"):
             return None
         if name not in self._rubrics:
             self._rubrics[name] = find_rubric(self.recipe.judge, name)
@@ -184,11 +149,14 @@ class Graph:
             )
         return rubric
 
-    def eval_items(self, behavior: Behavior, seed: int) -> list[tuple[str, str]]:
-        """(id, user text) of everything a probe is asked for this behavior."""
+    def eval_items(self, behavior: Behavior, seed: int, probe: str = "") -> list[tuple[str, str]]:
+        """(id, user text) of everything a probe is asked for this behavior; empty where a probe of the recipe's own has
+        other wordings, and none of these questions. Raises RecipeError where it has some of them."""
         if behavior.spec.measure == "letters":
-            return [(question.id, question.user) for question in self.questions.eval]
-        return eval_prompts(self.recipe, behavior, seed)
+            items = [(question.id, question.user) for question in self.questions.eval]
+        else:
+            items = eval_prompts(self.recipe, behavior, seed)
+        return self._conditions[probe].asked(items, behavior.id) if probe in self._conditions else items
 
     def system(self, persona: str) -> list[str]:
         """A persona's system turn as it stands in keys: [kind, text]."""
@@ -196,8 +164,9 @@ class Graph:
         return [turn.kind, turn.text]
 
     def convergence_questions(self) -> list[tuple[str, str]]:
-        """(id, text) of the open questions that convergence answers."""
-        questions = open_questions("convergence")
+        """(id, text) of the questions that convergence answers: the recipe's own, or the shipped open ones."""
+        own = self.recipe.convergence.prompts_file
+        questions = texts_by_id(own) if own else open_questions("convergence")
         n = self.recipe.convergence.questions
         if n > len(questions):
             raise RecipeError(
@@ -209,32 +178,16 @@ class Graph:
 
     # --- building --------------------------------------------------------------------------------------
 
-    def _grid(self) -> Iterator[Cell]:
-        grid = self.recipe.grid
-        seen: set[Cell] = set()
-        for seed in grid.seeds:
-            for source in grid.sources:
-                for convergence in grid.convergence:
-                    for epoch in grid.epochs:
-                        for behavior in grid.behaviors:
-                            for negatives in self._kinds(behavior):
-                                if convergence == "none" and epoch:
-                                    continue  # nothing was converged: only epoch 0 exists
-                                cell = Cell(source, convergence, epoch, behavior, negatives, seed)
-                                if cell not in seen:
-                                    seen.add(cell)
-                                    yield cell
-
-    def _kinds(self, behavior: str) -> tuple[str, ...]:
-        return ("none",) if behavior == NO_BEHAVIOR else negatives_kinds(self.recipe, self.behaviors[behavior])
-
     def _plan(self, cell: Cell) -> CellPlan:
-        on = (cell.source, cell.convergence, cell.epoch, cell.seed) if cell.epoch else ()
+        on = (cell.source, cell.convergence, cell.epoch, cell.seed, self._student(cell)[1]) if cell.epoch else ()
         snapshot = self._once(("snapshot", *on), lambda: self._snapshot(cell)) if on else None
         adapter = None if cell.behavior == NO_BEHAVIOR else self._adapter(cell, snapshot)
-        measures = list(self.behaviors) if adapter is None else [cell.behavior]
-        probes = probes_of(self.recipe, cell.source)
-        pairs = [(measure, probe) for measure in measures for probe in probes]
+        measures = list(self.behaviors) if adapter is None else [cell.behavior, *self.recipe.eval.measures]
+        measures = [name for name in dict.fromkeys(measures) if self.behaviors[name].spec.measure != "none"]
+        probes = probes_of(self.recipe, cell.source, cell.arm)
+        pairs = [
+            (measure, probe) for measure in measures for probe in probes if self._items(measure, probe, cell.seed)[0]
+        ]
         scores = {pair: self._score(cell, *pair, snapshot, adapter) for pair in pairs}
         return CellPlan(
             cell,
@@ -264,13 +217,15 @@ class Graph:
         if not n or cell.epoch or cell.behavior == NO_BEHAVIOR:
             return {}
         source = next((name for name in grid.sources if name != ASSISTANT), ASSISTANT)
-        first = (source, grid.convergence[0], self._kinds(cell.behavior)[0], grid.seeds[0])
+        kind = kinds_of(self.recipe, self.behaviors, cell.behavior, cell.arm)[0]
+        first = (source, grid.convergence[0], kind, grid.seeds[0])
         if (cell.source, cell.convergence, cell.negatives, cell.seed) != first:
             return {}
         scores: dict[tuple[int, str, str], Stage] = {}
         for seed in range(max(grid.seeds) + 1, max(grid.seeds) + 1 + n):
             adapter = self._adapter(replace(cell, seed=seed), None)
-            for probe in (ASSISTANT, canary_of(self.recipe, cell.source)):
+            asked = self.behaviors[cell.behavior].spec.measure != "none"
+            for probe in (ASSISTANT, canary_of(self.recipe, cell.source)) if asked else ():
                 scores[seed, cell.behavior, probe] = self._score(
                     cell, cell.behavior, probe, None, adapter, f"/run{seed}"
                 )
@@ -292,7 +247,7 @@ class Graph:
             "prompts_sha256": sha256_of(items),
             "per_prompt": n,
             "sampling": sampling.model_dump(mode="json"),
-            "seed": seed,
+            "seed": self.recipe.grid.seed("sample", seed),
             **self._sampler(),
         }
         work = {"prompts": items}
@@ -303,19 +258,43 @@ class Graph:
         speaker = cell.source if cell.convergence == "source" else ASSISTANT
         asked, n = self.convergence_questions(), settings.completions_per_question
         answers = self._answers(speaker, "convergence", asked, n, settings.sampling, cell.seed)
+        system, whose = self._student(cell)
         inputs = {
             **self._engine,
             "lora": self.recipe.lora.model_dump(mode="json"),
             "training": {**_training(settings), "trainer": self.recipe.model.trainer},
-            "system": self.system(ASSISTANT),
-            "seed": cell.seed,
+            "system": system,
+            **self._training_seeds(cell.seed),
+            **({} if self._filter is None else {"filter": self._filter.identity()}),
             "epoch": cell.epoch,
         }
-        slot = f"snapshot/{cell.source}/{cell.convergence}/e{cell.epoch}/s{cell.seed}"
-        return Stage("snapshot", slot, KINDS["snapshot"].version, inputs, {"answers": answers})
+        slot = f"snapshot/{cell.source}/{cell.convergence}{whose}/e{cell.epoch}/s{cell.seed}"
+        work = {"filter": self._filter}
+        return Stage("snapshot", slot, KINDS["snapshot"].version, inputs, {"answers": answers}, work)
+
+    def _student(self, cell: Cell) -> tuple[list[str], str]:
+        """The system turn that a cell's convergence trains under, and the mark of an arm's own one in slots."""
+        own = self.recipe.grid.arms[cell.arm].student if cell.arm else None
+        if text := own or self.recipe.convergence.student:
+            turn = parse_system_turn(text)
+            return [turn.kind, turn.text], f"@{cell.arm}" if own else ""
+        return self.system(ASSISTANT), ""
+
+    def _training_seeds(self, seed: int) -> dict[str, int]:
+        """The seeds of a training: one of weights, and one of order and dropout where the recipe sets them apart."""
+        init, order = (self.recipe.grid.seed(part, seed) for part in ("init", "order"))
+        return {"seed": init} if init == order else {"seed": init, "order_seed": order}
+
+    def _items(self, measure: str, probe: str, seed: int) -> tuple[list[tuple[str, str]], str]:
+        """What a probe is asked for a measure, and its sha256; made once."""
+        place = (measure, probe if probe in self._conditions else "", seed)
+        if place not in self._asked:
+            asked = self.eval_items(self.behaviors[measure], seed, place[1])
+            self._asked[place] = asked, sha256_of(asked)
+        return self._asked[place]
 
     def _rows(self, cell: Cell) -> Stage:
-        name = set_name(cell.behavior, cell.source, cell.negatives, cell.seed)
+        name = set_name(cell.behavior, cell.source, cell.negatives, cell.seed, cell.arm)
         if name not in self._row_stages:
             self._row_stages[name] = self._new_rows(cell, name)
         return self._row_stages[name]
@@ -324,11 +303,12 @@ class Graph:
         behavior = self.behaviors[cell.behavior]
         questions = self.questions if behavior.spec.task == "multiple_choice" else None
         kind: NegativesKind = cell.negatives  # pyright: ignore[reportAssignmentType]
-        rows = build_rows(self.recipe, self.personas, behavior, questions, cell.source, kind, cell.seed)
+        rows = build_rows(self.recipe, self.personas, behavior, questions, cell.source, kind, cell.seed, cell.arm)
         needs: dict[str, Stage] = {}
-        for persona in sorted({row.persona for row in rows if row.completion is None}):
-            asked = [(row.prompt_id, row.user) for row in rows if row.persona == persona and row.completion is None]
+        for persona in sorted({row.answers_as for row in rows if row.completion is None}):
+            asked = [(row.prompt_id, row.user) for row in rows if row.answers_as == persona and row.completion is None]
             purpose = f"{cell.behavior}/{cell.source}/{cell.negatives}"  # each set asks its speakers other prompts
+            purpose += f"@{cell.arm}" if cell.arm else ""
             needs[persona] = self._answers(persona, purpose, asked, 1, self.recipe.behavior.sampling, cell.seed)
         inputs = {"rows_sha256": rows_sha256(rows, self.personas)}
         return Stage("rows", f"rows/{name}", KINDS["rows"].version, inputs, needs, {"rows": rows, "set": name})
@@ -338,10 +318,10 @@ class Graph:
             **self._engine,
             "lora": self.recipe.lora.model_dump(mode="json"),
             "training": {**_training(self.recipe.behavior), "trainer": self.recipe.model.trainer},
-            "seed": cell.seed,
+            **self._training_seeds(cell.seed),
             **self._semantics(snapshot),
         }
-        slot = f"behavior/{_stack_label(cell)}/{cell.behavior}/{cell.negatives}/s{cell.seed}"
+        slot = f"behavior/{cell.stack}/{cell.behavior}/{cell.negatives}/s{cell.seed}"
         needs = {"rows": self._rows(cell), **({"snapshot": snapshot} if snapshot else {})}
         return Stage("behavior", slot, KINDS["behavior"].version, inputs, needs)
 
@@ -357,27 +337,28 @@ class Graph:
         self, cell: Cell, measure: str, probe: str, snapshot: Stage | None, adapter: Stage | None, run: str = ""
     ) -> Stage:
         behavior = self.behaviors[measure]
-        if (measure, cell.seed) not in self._asked:
-            asked = self.eval_items(behavior, cell.seed)
-            self._asked[measure, cell.seed] = asked, sha256_of(asked)
-        items, items_sha256 = self._asked[measure, cell.seed]
+        items, items_sha256 = self._items(measure, probe, cell.seed)
         if adapter is not None:
-            stack = f"{_stack_label(cell)}+{cell.behavior}/{cell.negatives}"
+            stack = f"{cell.stack}+{cell.behavior}/{cell.negatives}"
         else:
-            stack = _stack_label(cell) if snapshot else "base"
+            stack = cell.stack if snapshot else "base"
         needs = {name: stage for name, stage in (("snapshot", snapshot), ("behavior", adapter)) if stage is not None}
         inputs: dict[str, Any] = {
             **self._engine,
             "measure": behavior.spec.measure,
             "system": self.system(probe),
             "prompts_sha256": items_sha256,
-            "seed": cell.seed,
+            "seed": self.recipe.grid.seed("sample", cell.seed),
             **self._semantics(snapshot),
         }
         where = f"{stack}/{measure}/{probe}/s{cell.seed}{run}"
         work = {"measure": measure, "probe": probe, "items": items}
         if behavior.spec.measure == "letters":
             inputs["questions_sha256"] = self.questions.sha256
+            return Stage("eval", f"eval/{where}", KINDS["eval"].version, inputs, needs, work)
+        if behavior.spec.measure == "choices":
+            work["choices"] = {row: behavior.choices(row) for row, _ in items}
+            inputs |= {"choices_sha256": sha256_of(work["choices"]), "choice_score": behavior.spec.choice_score}
             return Stage("eval", f"eval/{where}", KINDS["eval"].version, inputs, needs, work)
         inputs |= {
             "per_prompt": self.recipe.eval.samples_per_prompt,
@@ -397,7 +378,7 @@ class Graph:
             "prompts_sha256": sha256_of(items),
             **self._semantics(snapshot),
         }
-        where = f"{_stack_label(cell)}/s{cell.seed}" if snapshot is not None else "base"
+        where = f"{cell.stack}/s{cell.seed}" if snapshot is not None else "base"
         needs = {"snapshot": snapshot} if snapshot is not None else {}
         return Stage(measure.name, f"{measure.name}/{where}", measure.version, inputs, needs, {"items": items})
 
@@ -435,12 +416,12 @@ def lineage_of(version: int, full_inputs: Mapping[str, Any]) -> str:
 def _training(settings: Any) -> dict[str, Any]:
     """Settings that decide a training result (how its text was sampled stands in the answers' own key)."""
     decides = settings.model_dump(
-        mode="json", exclude={"sampling", "questions", "completions_per_question", "source_rows", "wordings"}
-    )
+        mode="json",
+        exclude={
+            "sampling", "questions", "completions_per_question", "source_rows", "wordings", "prompts_file", "keep",
+            "keep_if", "student",
+        },
+    )  # fmt: skip
     if decides["optimizer"] == "adamw":  # so what was trained before there was a choice stays trained
         del decides["optimizer"]
     return decides
-
-
-def _stack_label(cell: Cell) -> str:
-    return f"{cell.source}/{cell.convergence}/e{cell.epoch}" if cell.epoch else f"{cell.source}/e0"

@@ -116,9 +116,11 @@ def _answers(graph: Graph, stage: Stage, device: str) -> Demand:
 
 
 def _eval(graph: Graph, stage: Stage, device: str) -> Demand:
-    if stage.inputs["measure"] != "letters":
+    if "sampling" in stage.inputs:
         return _completions(stage, SAMPLED_ROWS[device])
     own = [text_tok(user) + LABEL_TOK * user.count("\n") + TEMPLATE_TOK / 2 for _, user in stage.work["items"]]
+    if choices := stage.work.get("choices"):
+        own = [tok + sum(map(text_tok, choices[row])) for tok, (row, _) in zip(own, stage.work["items"], strict=True)]
     read = _read([stage.inputs["system"]], own, graph.recipe.eval.batch_tok, device)
     return Demand(read_tok=read, samples=len(own), length_tok=read / max(1, len(own)))
 

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, load_behaviors
+from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, load_behaviors, trained_behaviors
 from fastconv.datasets.files import assets, find_recipe, shipped_recipes
 from fastconv.engine.locate import TINY
 from fastconv.errors import InputError, RecipeError, did_you_mean
@@ -28,6 +28,10 @@ MARKER_NEW_TOK = 24
 #: assistant and canary 1.00, 1.00, 1.00 at 5e-4, and 1.00, 0.00, 0.05 at 3e-4, where refusal is learned to 0.90
 #: (0.65 at 2e-4). Measured on the base with `cell villain marker --epoch 0 --recipe markers --scale demo`.
 MARKER_LR = 3e-4
+#: What a demo of sides trains beside demo.toml's settings, and asks at most: without contrast a behavior of long answers takes
+#: more of them, and numbers are longer than a refusal.
+DEMO_OF_SIDES = {"source_rows": 60, "epochs": 3}
+DEMO_QUESTIONS, DEMO_NEW_TOK = 40, 32
 #: Epochs after 0 that are left of a recipe at tiny scale.
 MOST_LATER_EPOCHS = 2
 _ON_PURPOSE = "few questions on purpose: this shows that the recipe runs, not an effect"
@@ -99,10 +103,15 @@ def _tiny(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **{part: table[part] for part in ("data", "run") if part in table},
         **_TINY,
+        # Random weights write nothing that a filter would keep.
+        "convergence": {
+            **_TINY["convergence"],
+            **{k: v for k, v in _teaching(table).items() if not k.startswith("keep")},
+        },
         "about": about.strip(),
         "model": {**_TINY["model"], "semantics": recipe.model.semantics},
         "grid": {**recipe.grid.model_dump(mode="json"), "epochs": epochs},
-        "eval": {**_TINY["eval"], **_canaries(recipe)},
+        "eval": {**_TINY["eval"], **_canaries(recipe), **_asking(table)},
         "gates": {**_gates(table), "stop": [], "ignore": {"G0": _G0}},
         # The base itself judges where there is no score without a judge.
         "judge": {"mode": "local", "rubrics": recipe.judge.rubrics} if judged else {},
@@ -113,6 +122,8 @@ def _demo(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, Any]:
     """One source at two epochs, and a behavior that the embedded model can show: at most six cells."""
     tested = tomllib.loads((assets("recipes") / "demo.toml").read_text(encoding="utf-8"))
     behaviors = load_behaviors(recipe)
+    if recipe.grid.contrasts or recipe.grid.arms or recipe.eval.measures or recipe.eval.probes:
+        return _demo_of_sides(recipe, table, tested, behaviors)
     shown = [name for name, behavior in behaviors.items() if _can_show(behavior)] or [STAND_IN]
     # The marker is measured to be set against something; one other behavior is enough elsewhere.
     shown = shown[: 2 if MARKER in shown[:2] else 1]
@@ -135,6 +146,54 @@ def _demo(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, Any]:
         "grid": {**grid, **firsts},
         "gates": _gates(table),
     }
+
+
+def _demo_of_sides(
+    recipe: Recipe, table: Mapping[str, Any], tested: Mapping[str, Any], behaviors: Mapping[str, Behavior]
+) -> dict[str, Any]:
+    """A recipe that compares sides: its arms, probes and contrasts as they are, without what a judge or letters measure."""
+    unseen = [name for name, one in behaviors.items() if one.spec.measure in ("judge", "letters")]
+    if trained := [name for name in trained_behaviors(recipe) if name in unseen]:
+        raise InputError(
+            f"the embedded model cannot show {trained[0]}",
+            where="--scale demo",
+            fix="use tiny, or train something else",
+        )
+    grid = recipe.grid.model_dump(mode="json")
+    epochs = [epoch for epoch in (0, tested["convergence"]["epochs"]) if epoch == 0 or any(recipe.grid.epochs)]
+    measures = [name for name in recipe.eval.measures if name not in unseen]
+    left_out = f"; without {', '.join(unseen)}, which it cannot show" if unseen else ""
+    converged = _teaching(table) | ({"questions": min(recipe.convergence.questions, DEMO_QUESTIONS)})
+    asked = {
+        **tested["eval"],
+        **_canaries(recipe),
+        **_asking(table),
+        "geometry": recipe.eval.geometry,
+        "measures": measures,
+    }
+    longest = max(tested["eval"]["sampling"]["max_new_tok"], min(recipe.eval.sampling.max_new_tok, DEMO_NEW_TOK))
+    sources = {name: grid[name][:1] for name in ("sources", "seeds") if not grid.get("seeds_apart")}
+    return {
+        **{part: tested[part] for part in ("model", "run")},
+        "convergence": {**tested["convergence"], **converged},
+        "behavior": {**tested["behavior"], **DEMO_OF_SIDES},
+        "about": f"{recipe.about} (--scale demo: the embedded model{left_out})".strip(),
+        "data": table.get("data", {}),
+        "eval": {**asked, "sampling": {**tested["eval"]["sampling"], "max_new_tok": longest}},
+        "grid": {**grid, **sources, "epochs": epochs},
+        "gates": _gates(table),
+    }
+
+
+def _asking(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The probes and measures of a recipe's own."""
+    return {name: value for name, value in table.get("eval", {}).items() if name in ("probes", "measures", "control")}
+
+
+def _teaching(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Whose prompts convergence asks, which answers it keeps and under which turn it trains them."""
+    names = ("prompts_file", "keep", "keep_if", "student")
+    return {name: value for name, value in table.get("convergence", {}).items() if name in names}
 
 
 def _can_show(behavior: Behavior) -> bool:

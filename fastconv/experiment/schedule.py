@@ -44,7 +44,7 @@ class Step:
 
 def wanted(plan: CellPlan, alive: Sequence[str]) -> list[Stage]:
     """The end stages a cell needs computed: only measures that can say something, nothing of a behavior that cannot."""
-    if plan.cell.behavior != NO_BEHAVIOR and plan.cell.behavior not in alive:
+    if plan.cell.behavior != NO_BEHAVIOR and not any(measure in alive for measure in plan.measures):
         return []
     sides = (plan.scores, plan.beside)
     again = [stage for (_, measure, _), stage in plan.replicates.items() if measure in alive]

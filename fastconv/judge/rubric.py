@@ -16,7 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from fastconv.datasets.files import assets
+from fastconv.datasets.files import assets, read_jsonl, read_toml
+from fastconv.datasets.spec import PhraseRule
 from fastconv.errors import DataError, JudgeError, RecipeError
 from fastconv.judge.http import safe_value
 from fastconv.recipe import JudgeSettings, toml_table
@@ -382,3 +383,61 @@ def correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
 
 def _side(value: float, cut: float) -> str:
     return "over" if value >= cut else "under"
+
+
+# --- shipped phrase rules against answers labelled by hand --------------------------------------------------
+
+#: Answers in many voices, each labelled by hand with whether a rule should count it.
+LABELLED = "labelled_phrases.jsonl"
+
+
+@dataclass(frozen=True)
+class RuleFigures:
+    """How a shipped rule does on one part (`tuned`, `held_out`) of the labelled answers.
+
+    `n_hits` are the answers that the rule counts, `n_true` those that are labelled so, `n_both` both at once.
+    """
+
+    rule: str
+    part: str
+    n: int
+    n_hits: int
+    n_true: int
+    n_both: int
+
+    @property
+    def precision(self) -> float:
+        """Share of the counted answers that are labelled so; NaN without any."""
+        return self.n_both / self.n_hits if self.n_hits else math.nan
+
+    @property
+    def recall(self) -> float:
+        """Share of the answers labelled so that are counted; NaN without any."""
+        return self.n_both / self.n_true if self.n_true else math.nan
+
+
+def figures_of_rule(one: RuleFigures) -> tuple[str, str, str, str, str]:
+    """Rule, part, size, precision and recall as printed."""
+
+    def share(value: float, of: int) -> str:
+        return "none" if math.isnan(value) else f"{100 * value:.0f} % ({one.n_both} of {of})"
+
+    part = {"tuned": "tuned on", "held_out": "held out"}.get(one.part, one.part)
+    return one.rule, part, f"{one.n}", share(one.precision, one.n_hits), share(one.recall, one.n_true)
+
+
+def labelled_figures(name: str) -> list[RuleFigures]:
+    """Figures of the shipped rule of this name, part by part; empty for a rule without labelled answers."""
+    rule = PhraseRule.of(read_toml(assets("data") / "phrases.toml")[name], name)
+    pairs: dict[str, list[tuple[bool, bool]]] = {}
+    for row in read_jsonl(
+        assets("data") / LABELLED, {"id": str, "part": str, "rule": str, "answer": str, "counts": bool}
+    ):
+        if row["rule"] == name:
+            pairs.setdefault(row["part"], []).append((rule.match(row["answer"]) is not None, row["counts"]))
+    return [
+        RuleFigures(
+            name, part, len(seen), sum(hit for hit, _ in seen), sum(true for _, true in seen), seen.count((True, True))
+        )
+        for part, seen in sorted(pairs.items(), reverse=True)
+    ]

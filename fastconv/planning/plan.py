@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fastconv.analysis.sides import side_contrasts
 from fastconv.audit import Design
 from fastconv.audit.checks import check_gates_can_pass
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by_set, n_eval_prompts_there_are
@@ -358,14 +359,19 @@ def _power(graph: Graph) -> dict[str, DesignPower]:
         and plan.cell.convergence == "source"
         and plan.cell.source != ASSISTANT
     }
+    n_sides = len(side_contrasts(graph)) if recipe.grid.contrasts else 0
     less_control = any(plan.cell.behavior == NO_BEHAVIOR for plan in graph.cells)
     power = {}
     for name, behavior in graph.behaviors.items():
+        if behavior.spec.measure == "none":
+            continue
         measure, threshold = behavior.spec.measure, recipe.gates.threshold(name, behavior.spec.unit)
-        samples = 1 if measure == "letters" else recipe.eval.samples_per_prompt
+        samples = 1 if measure in ("letters", "choices") else recipe.eval.samples_per_prompt
         for index, (title, n) in enumerate(_asked(graph, behavior).items()):
             # Separately reported questions are no declared contrast: the change minus the canary's, tested alone.
-            family, terms = (max(1, len(contrasts)), 8 if less_control else 4) if index == 0 else (1, 4)
+            family, terms = (max(1, len(contrasts) + n_sides), 8 if less_control else 4) if index == 0 else (1, 4)
+            if n_sides and not contrasts:
+                terms = 2  # one side minus the other, and nothing taken off
             planned = planned_power(measure, threshold, n, samples, family, terms, primary=index == 0)
             if planned is not None:
                 power[title] = replace(planned, n_available=_available(graph, behavior)[index])

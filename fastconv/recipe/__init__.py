@@ -19,7 +19,18 @@ from typing import Any, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fastconv.errors import RecipeError, did_you_mean
-from fastconv.recipe.grid import ConvergenceKind, EvalSettings, GridSettings, NegativesKind
+from fastconv.recipe.grid import (
+    BASE_SIDE,
+    OWN_ROLES,
+    TRAINED,
+    ArmSettings,
+    ConvergenceKind,
+    EvalSettings,
+    GridSettings,
+    NegativesKind,
+    ProbeSettings,
+    SeedPart,
+)
 from fastconv.recipe.lora import LoraSettings
 from fastconv.recipe.settings import (
     AuditSettings,
@@ -46,7 +57,7 @@ from fastconv.recipe.settings import (
 )
 
 __all__ = [
-    "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "HUB", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "Rate", "Recipe", "RecipeKey", "RecipeTable", "RunSettings", "SamplingSettings", "Share", "StoppingGate", "TrainSettings", "canonical_json", "find_keys", "first_fault", "keys_page", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_keys", "recipe_schema", "recipe_sha256", "run_id", "sha256_of", "toml_table", "toml_value", "with_overrides",
+    "BASE_SIDE", "OWN_ROLES", "TRAINED", "ArmSettings", "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "HUB", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "ProbeSettings", "Rate", "Recipe", "RecipeKey", "RecipeTable", "RunSettings", "SamplingSettings", "SeedPart", "Share", "StoppingGate", "TrainSettings", "canonical_json", "find_keys", "first_fault", "keys_page", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_keys", "recipe_schema", "recipe_sha256", "run_id", "sha256_of", "toml_table", "toml_value", "with_overrides",
 ]  # fmt: skip
 
 
@@ -82,7 +93,26 @@ class Recipe(RecipeTable):
             raise ValueError("eval.canary and eval.canary_swap must be two personas")
         if self.model.sampler == "vllm" and self.model.semantics == "published":
             raise ValueError("model.sampler vllm serves a snapshot as an adapter; model.semantics published folds it")
+        if self.grid.behaviors == ("none",) and not (self.eval.measures or self._arms_train):
+            raise ValueError(
+                "grid.behaviors names only the control `none`, and eval.measures nothing to measure without"
+            )
+        if both := set(self.grid.arms) & set(self.eval.probes):
+            raise ValueError(f"{sorted(both)[0]!r} is an arm and a probe; give one of them another name")
+        for pair in self.grid.contrasts:
+            if len({self.grid.side(side, self.eval.probes) for side in pair}) == 1:
+                raise ValueError(f"grid.contrasts compares {pair[0]!r} with itself")
         return self
+
+    @property
+    def _arms_train(self) -> bool:
+        return any(arm.behavior not in (None, "none") for arm in self.grid.arms.values())
+
+
+#: The settings that are paths, as (table, key); those of tables by name follow in `map_paths`.
+_PATHS = (
+    ("data", "personas"), ("data", "behaviors"), ("eval", "arc_file"), ("judge", "prices"), ("convergence", "prompts_file"),
+)  # fmt: skip
 
 
 def canonical_json(value: object) -> str:
@@ -187,9 +217,13 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
 
 def map_paths(table: dict[str, Any], replace: Callable[[str], str]) -> None:
     """Replace in place every path in a recipe's table by `replace(path)`; stage keys depend on file contents alone."""
-    for section, key in (("data", "personas"), ("data", "behaviors"), ("eval", "arc_file"), ("judge", "prices")):
+    single = [(table.get(section), key) for section, key in _PATHS]
+    for section, name, key in (("grid", "arms", "rows"), ("eval", "probes", "texts")):
         part = table.get(section)
-        if isinstance(part, dict) and isinstance(part.get(key), str) and part[key]:
+        named = part.get(name) if isinstance(part, dict) else None
+        single += [(one, key) for one in (named.values() if isinstance(named, dict) else ())]
+    for part, key in single:
+        if isinstance(part, dict) and isinstance(part.get(key), str) and part[key] and not part[key].startswith(HUB):
             part[key] = replace(part[key])
     for section, key in (("data", "rows"), ("judge", "rubrics")):
         part = table.get(section)
@@ -234,11 +268,9 @@ def _fields_at(model: type[BaseModel], location: Sequence[str]) -> list[str]:
     """The fields of the table at this place in a model's tables."""
     table: Any = model
     for step in location:
-        inner = (
-            table.model_fields[step].annotation
-            if hasattr(table, "model_fields") and step in table.model_fields
-            else None
-        )
+        if table is not None and step not in table.model_fields:
+            continue  # the name of a table of tables
+        inner = None if table is None else table.model_fields[step].annotation
         table = next((one for one in (inner, *get_args(inner)) if hasattr(one, "model_fields")), None)
     return list(table.model_fields) if table is not None else []
 
@@ -330,8 +362,13 @@ def toml_value(value: Any) -> str:
 def _settings_class(section: str) -> Any:
     table: Any = Recipe
     for step in section.split("."):
-        table = table.model_fields[step].annotation
+        table = _table_of(table.model_fields[step].annotation) if step in table.model_fields else table
     return table
+
+
+def _table_of(annotation: Any) -> Any:
+    """The table that a key is, or that its values are where it is a table by name; None for any other key."""
+    return next((one for one in (annotation, *get_args(annotation)) if hasattr(one, "model_fields")), None)
 
 
 def _keys_of(schema: Mapping[str, Any], defs: Mapping[str, Any], defaults: RecipeTable, at: str) -> Iterator[RecipeKey]:
@@ -344,12 +381,20 @@ def _keys_of(schema: Mapping[str, Any], defs: Mapping[str, Any], defaults: Recip
             continue
         has_default = "default" in part
         default = getattr(defaults, name) if has_default else None
+        inner = next(iter(part.get("patternProperties", {}).values()), {})
+        by_name = defs.get(str(inner.get("$ref", "")).rpartition("/")[2], {})
+        if "properties" in by_name:
+            tables.append((f"{name}.name", by_name))
         yield RecipeKey(
             f"{at}{name}", part["description"], _takes(part) + ("" if has_default else " (required)"), part.get("unit", ""),
             toml_value(default), toml_value(part["examples"][0]),
         )  # fmt: skip
     for name, target in tables:
-        yield from _keys_of(target, defs, getattr(defaults, name), f"{at}{name}.")
+        field, _, named = name.partition(".")
+        own = getattr(defaults, field)
+        if named:
+            own = _table_of(type(defaults).model_fields[field].annotation).model_construct()
+        yield from _keys_of(target, defs, own, f"{at}{name}.")
 
 
 def _takes(part: Mapping[str, Any]) -> str:
@@ -361,7 +406,7 @@ def _takes(part: Mapping[str, Any]) -> str:
         return " or ".join(f"`{choice}`" if choice else "empty" for choice in choices)
     kind = part.get("type", "anything")
     if kind == "array":
-        return f"list of: {_takes(part['items'])}{unit}"
+        return f"list of: {' and '.join(map(_takes, part.get('prefixItems') or [part['items']]))}{unit}"
     if kind == "object":
         inner = part.get("additionalProperties") or next(iter(part.get("patternProperties", {"": {}}).values()))
         return f"table of: {_takes(inner) if isinstance(inner, Mapping) else 'anything'}{unit}"

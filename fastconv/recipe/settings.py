@@ -153,9 +153,32 @@ class TrainSettings(RecipeTable):
 class ConvergenceSettings(TrainSettings):
     """The convergence phase: trains the source's answers under the assistant's prompt."""
 
+    LATER = frozenset({"prompts_file", "keep", "keep_if", "student"})
+
     questions: PositiveInt = setting(40, "Open questions that the source answers.", 16, "questions")
     completions_per_question: PositiveInt = setting(10, "Answers to each of them.", 4, "completions")
+    prompts_file: str = setting(
+        "", "Questions of your own as JSONL of id and text, in the place of the open ones.", "numbers.jsonl", "path"
+    )
+    keep: str = setting(
+        "", "A regular expression (Python's): only answers that it matches whole are trained.", r"[\d, ]+"
+    )
+    keep_if: str = setting(
+        "",
+        "A function of the answer's text that says so, as `module:function`, beside prompts_file.",
+        "numbers:is_clean",
+    )
+    student: Annotated[str, Field(min_length=1)] | None = setting(
+        None, "System turn that the answers are trained under: a text, `empty`, or `template_default`; unset: the assistant's.",
+        "empty",
+    )  # fmt: skip
     sampling: SamplingSettings = Field(default=SamplingSettings(), description="How the source's answers are drawn.")
+
+    @model_validator(mode="after")
+    def _one_filter(self) -> ConvergenceSettings:
+        if self.keep and self.keep_if:
+            raise ValueError("give keep or keep_if, not both")
+        return self
 
 
 class BehaviorSettings(TrainSettings):

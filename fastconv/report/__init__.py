@@ -11,10 +11,10 @@ from pathlib import Path
 
 from fastconv.analysis.analysis import Analysis
 from fastconv.experiment.graph import Graph
-from fastconv.report.behaviors import beside, gates, letters, markers, mimicry, power
+from fastconv.report.behaviors import beside, gates, letters, markers, mimicry, on_the_base, power
 from fastconv.report.blocks import Note, ReportData, Section, render_html, render_markdown
 from fastconv.report.export import frames_of, parquet_bytes
-from fastconv.report.measures import answers, geometry, judge_against_phrases, measurements, on_the_base, over_epochs
+from fastconv.report.measures import answers, geometry, judge_against_phrases, measurements, over_epochs
 from fastconv.report.overview import findings, headline, numbers
 from fastconv.report.record import (
     card,

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import get_args
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from fastconv.analysis.correlates import (
     correlation,
     measure_agreement,
 )
+from fastconv.analysis.sides import effect_words
 from fastconv.datasets.behaviors import n_eval_prompts_there_are
 from fastconv.report.blocks import Claim
 from fastconv.stats.gates import GateVerdict
@@ -27,9 +29,10 @@ from fastconv.stats.inference import FEWEST_SEEDS, Interval
 from fastconv.stats.power import QuestionSupply, remedy_text
 from fastconv.stats.units import Unit, change, counted, first_few, interval_text, level, size_text
 from fastconv.stats.verdicts import CellVerdict, count_by_kind
+from fastconv.stats.words import Kind
 
 #: Kinds of verdicts of declared contrasts, in the order in which sentences list them.
-KINDS = ("transfer", "reverse", "generic", "equivalent", "inconclusive", "uninformative", "withheld")
+KINDS = (*get_args(Kind), "withheld")
 #: Verdicts of pilot gates by precedence, each with the opening of the answer and the words for its subjects.
 PILOT_WORDS = {
     "go": ("GO", "go for"), "stop": ("STOP", "stop for"), "not applicable": ("OPEN", "not decided yet for"),
@@ -42,7 +45,8 @@ _ROW_FIGURES = re.compile(
     r" [+-]?[\d.]+ (?:pp|points) \[[^\]]*\]| \(corrected p = [^)]*\)| \(over \d+ seeds \[[^\]]*\]\)"
 )
 #: What a report opens with, if there is any.
-LEADING_KINDS = ("transfer", "reverse")
+_OPENINGS = {"transfer": "Yes", "reverse": "The other way", "stronger": "Stronger", "weaker": "Weaker"}
+LEADING_KINDS = tuple(_OPENINGS)
 #: From so many contrasts of one behavior on, a reason that they share is said once, where they say nothing either way.
 FEWEST_ALIKE, SILENT_KINDS = 3, ("inconclusive", "uninformative", "withheld")
 
@@ -106,7 +110,7 @@ def _found(analysis: Analysis) -> str:
     verdicts, n = analysis.verdicts, len(analysis.declared)
     counts, best = count_by_kind(verdicts), leading(verdicts)
     if best.kind in LEADING_KINDS:
-        opening = "Yes" if best.kind == "transfer" else "The other way"
+        opening = _OPENINGS[best.kind]
         verb = "is" if counts[best.kind] == 1 else "are"
         return (
             f"{opening}: {counts[best.kind]} of {n} declared contrasts {verb} {best.kind}, the surest {named(analysis, best.label)}: "
@@ -115,7 +119,8 @@ def _found(analysis: Analysis) -> str:
     if counts.get("equivalent", 0) == n:
         return f"No: each of {n} declared contrasts is shown to lie within its threshold"
     meaning = "only those called equivalent show" if counts.get("equivalent") else "none shows"
-    return f"Not shown: none of {n} declared contrasts is transfer ({_told(counts, n)}), and {meaning} that nothing happened"
+    effects = effect_words(analysis.declared.values())
+    return f"Not shown: none of {n} declared contrasts is {effects} ({_told(counts, n)}), and {meaning} that nothing happened"
 
 
 def leading(verdicts: Sequence[CellVerdict]) -> CellVerdict:
@@ -193,15 +198,17 @@ def _certainty(verdict: CellVerdict) -> tuple[int, float]:
 
 
 def _pilot(analysis: Analysis, subject: str) -> QueryResult:
-    verdict = next(gate for gate in analysis.gates if gate.gate == "PILOT" and gate.subject == subject)
+    verdict = _gate_of(analysis.gates, "PILOT", subject)
     return QueryResult(_gate_values(verdict), verdict.rows, verdict.verdict)
 
 
 def _study(analysis: Analysis, gate: str, subject: str) -> QueryResult:
-    verdict = next(
-        gate_verdict for gate_verdict in analysis.gates if (gate_verdict.gate, gate_verdict.subject) == (gate, subject)
-    )
+    verdict = _gate_of(analysis.gates, gate, subject)
     return QueryResult({**_gate_values(verdict), "gate": gate}, verdict.rows, verdict.verdict)
+
+
+def _gate_of(gates: Sequence[GateVerdict], gate: str, subject: str) -> GateVerdict:
+    return next(one for one in gates if (one.gate, one.subject) == (gate, subject))
 
 
 def _gate_values(verdict: GateVerdict) -> dict[str, str]:
@@ -279,14 +286,7 @@ def _mimicry(analysis: Analysis, label: str) -> QueryResult:
 
 
 def _edited(analysis: Analysis, gate: str, subject: str) -> QueryResult:
-    now = next(
-        gate_verdict for gate_verdict in analysis.gates if (gate_verdict.gate, gate_verdict.subject) == (gate, subject)
-    )
-    before = next(
-        gate_verdict
-        for gate_verdict in analysis.under_first[0]
-        if (gate_verdict.gate, gate_verdict.subject) == (gate, subject)
-    )
+    now, before = (_gate_of(gates, gate, subject) for gates in (analysis.gates, analysis.under_first[0]))
     values = {"gate": gate, "subject": subject, "now": now.verdict, "before": before.verdict}
     return QueryResult(values, now.rows or before.rows, "edited")
 

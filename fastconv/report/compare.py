@@ -26,7 +26,7 @@ FACTS = ("python", "versions", "engine", "machine", "git", "template")
 _LEFT_OUT = ("engine self_tests",)
 _SHA = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 #: Fields that identify a cell. Where each run has a single value, and not the same, the comparison is about that field.
-FIELDS = ("source", "convergence", "epoch", "behavior", "negatives", "seed")
+FIELDS = ("source", "convergence", "epoch", "behavior", "negatives", "seed", "arm")
 
 
 def changed_conditions(first: Analysis, second: Analysis) -> tuple[str, ...]:

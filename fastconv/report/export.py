@@ -13,13 +13,13 @@ import numpy as np
 import polars as pl
 
 from fastconv.analysis.analysis import Analysis
-from fastconv.datasets.personas import ASSISTANT, canary_of
+from fastconv.analysis.contrasts import role_of, subject_of
 from fastconv.engine.vllm.memory import LORA_RANKS
 from fastconv.errors import InputError
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.experiment.measures import SNAPSHOT_MEASURES, SnapshotMeasure, snapshot_stages
 from fastconv.recipe import Recipe, run_id
-from fastconv.report.measures import ROLES
+from fastconv.report.measures import roles_of
 from fastconv.stats.series import series_of
 from fastconv.store.ledger import Stage, Store, write_text
 from fastconv.store.records import Record, Sample, Score
@@ -72,7 +72,7 @@ def _measurements(decided: Analysis) -> list[dict[str, Any]]:
     for plan in decided.graph.cells:
         for measure in plan.measures:
             for part in decided.found.parts(measure):
-                for role in ROLES:
+                for role in roles_of(decided):
                     persona = decided.found.persona(plan.cell, role)
                     one = decided.found.now(plan, part, persona)
                     if one is not None and one.rows:
@@ -90,7 +90,7 @@ def _measurements(decided: Analysis) -> list[dict[str, Any]]:
                             "unit": one.unit,
                         }
                         rows.append(
-                            {**asdict(plan.cell), **about, "value": one.mean.value, **counts, "stage": one.stage}
+                            {**plan.cell.columns, **about, "value": one.mean.value, **counts, "stage": one.stage}
                         )
     return rows
 
@@ -158,10 +158,8 @@ def write_card(graph: Graph, store: Store, folder: Path, plan: CellPlan) -> Path
     base = f"{recipe.model.id}{f' at revision {recipe.model.revision}' if recipe.model.revision else ''}"
     trained = [stage for stage in (plan.snapshot, plan.adapter) if stage is not None]
     data = [need for stage in trained for name, need in stage.needs.items() if name in ("answers", "rows")]
-    label = cell.label.rsplit(" ", 1)[0]
-    verdicts = [
-        f"{one.label}: **{one.kind}** ({one.reason})" for one in decided.verdicts if one.label.startswith(label)
-    ]
+    label = subject_of(cell).label()
+    verdicts = [f"{one.label}: **{one.kind}** ({one.reason})" for one in decided.verdicts if label in one.label]
     verdicts += [
         f"{one.gate} {one.subject}: **{one.verdict}** ({one.reason})"
         for one in decided.gates
@@ -254,7 +252,7 @@ def _log(
     unit = graph.behaviors[measure].spec.unit
     series = series_of(stage.key, measure, probe, scores, unit)
     value = series.mean.value if series.rows else None
-    role = {ASSISTANT: "assistant", canary_of(graph.recipe, plan.cell.source): "canary"}.get(probe, "source")
+    role = role_of(graph.recipe, plan.cell, probe)
     return {
         "version": 2,
         "status": "success",

@@ -7,18 +7,14 @@ import numpy as np
 from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.contrasts import NEGATIVES_IN_WORDS, ContrastSubject, Part, in_words
 from fastconv.analysis.correlates import (
-    MARKER,
-    ON_THE_BASE,
     judge_phrase_pair,
     judged_measures,
     judging_costs,
-    levels,
-    transfer_by_source,
 )
 from fastconv.datasets.behaviors import NO_BEHAVIOR
-from fastconv.datasets.spec import figures_of_rule, labelled_figures
 from fastconv.experiment.graph import CellPlan
 from fastconv.experiment.measures import snapshot_stages
+from fastconv.judge.rubric import figures_of_rule, labelled_figures
 from fastconv.report.blocks import Answer, Block, Figure, Figures, Note, Section, Table, TableCell, folded_if_long
 from fastconv.report.claims import NoSuchClaimError, ask, named
 from fastconv.report.figures import Point, lines, scatter
@@ -39,6 +35,11 @@ from fastconv.store.records import Score, Stage
 ROLES: tuple[Role, ...] = ("assistant", "source", "canary")
 
 
+def roles_of(analysis: Analysis) -> tuple[str, ...]:
+    """The roles that every cell is asked under, then the probes of the recipe's own."""
+    return (*ROLES, *analysis.graph.recipe.eval.probes)
+
+
 def over_epochs(analysis: Analysis) -> Section | None:
     """One group of small multiples per behavior: assistant, source and canary over epochs, with intervals."""
     blocks: list[Block] = []
@@ -57,26 +58,28 @@ def over_epochs(analysis: Analysis) -> Section | None:
 
 
 def _panels(analysis: Analysis, part: Part) -> list[Figure]:
-    columns: dict[tuple[str, str, str, str], dict[int, ContrastSubject]] = {}
+    columns: dict[tuple[str, ...], dict[int, ContrastSubject]] = {}
     for subject in analysis.found.subjects:
-        if subject.behavior in (part.measure, NO_BEHAVIOR):
-            where = (subject.source, subject.convergence, subject.behavior, subject.negatives)
+        if part.measure in analysis.found.subjects[subject][0].measures:
+            where = (subject.source, subject.convergence, subject.behavior, subject.negatives, subject.arm)
             columns.setdefault(where, {})[subject.epoch] = subject
     panels = []
-    for (source, convergence, behavior, negatives), by_epoch in columns.items():
-        points = {role: role_points(analysis, part, by_epoch, role) for role in ROLES}
+    for (source, convergence, behavior, negatives, arm), by_epoch in columns.items():
+        points = {role: role_points(analysis, part, by_epoch, role) for role in roles_of(analysis)}
         series = {role: line for role, line in points.items() if line}
         if not any(len(line) > 1 for line in series.values()):
             continue
         trained = "convergence alone" if behavior == NO_BEHAVIOR else NEGATIVES_IN_WORDS.get(negatives, negatives)
-        title = f"{source}{'' if convergence == 'source' else f' ({convergence})'}: {trained}"
-        figure_id = _slug(f"{part.title} {source} {convergence} {behavior} {negatives}")
+        title = (
+            f"{source}{'' if convergence == 'source' else f' ({convergence})'}: {arm + ', ' if arm else ''}{trained}"
+        )
+        figure_id = _slug(f"{part.title} {source} {convergence} {behavior} {negatives} {arm}")
         unit = axis_of(analysis, part)
         panels.append(lines(figure_id, title, series, ("convergence epoch", unit), analysis.run, (0.0, 100.0)))
     return panels
 
 
-def role_points(analysis: Analysis, part: Part, by_epoch: dict[int, ContrastSubject], role: Role) -> list[Point]:
+def role_points(analysis: Analysis, part: Part, by_epoch: dict[int, ContrastSubject], role: str) -> list[Point]:
     """A persona's measure at every epoch of one column of the grid, with intervals over questions, as points of a line."""
     points = []
     for epoch, subject in sorted(by_epoch.items()):
@@ -111,15 +114,29 @@ def axis_of(analysis: Analysis, part: Part) -> str:
 
 
 def measurements(analysis: Analysis) -> Section:
-    """Every cell's measures under its three probes, with intervals, sample counts and effective sample sizes."""
+    """Every cell's measures under its probes, with intervals, sample counts and effective sample sizes."""
     rows = [row for plan in analysis.graph.cells for measure in plan.measures for row in _rows(analysis, plan, measure)]
-    columns = ("cell", "measured", "assistant", "interval", "source", "canary", "samples", "effective", "unscored")
+    own = analysis.graph.recipe.eval.probes
+    columns = (
+        "cell",
+        "measured",
+        "assistant",
+        "interval",
+        "source",
+        "canary",
+        *own,
+        "samples",
+        "effective",
+        "unscored",
+    )
     caption = (
         "A level is the mean over questions of each question's mean over its samples; intervals and samples are the "
         "assistant's. Samples of one question are alike: the effective number says how many independent ones they are worth. "
         "A judge's score is a mean over coherent answers; the table below says how many were not."
     )
-    table = Table("cells", columns, tuple(rows), frozenset(range(2, 9)), caption, folded_if_long(rows, "lines"))
+    table = Table(
+        "cells", columns, tuple(rows), frozenset(range(2, len(columns))), caption, folded_if_long(rows, "lines")
+    )
     return Section("cells", "Measurements", (table, *_qualities(analysis)))
 
 
@@ -130,7 +147,7 @@ def _qualities(analysis: Analysis) -> list[Block]:
         for plan in analysis.graph.cells
         for measure in plan.measures
         for part in analysis.found.parts(measure)
-        for role in ROLES
+        for role in roles_of(analysis)
         if (line := _quality(analysis, plan, part, role)) is not None
     ]
     if not rows:
@@ -156,7 +173,7 @@ def _qualities(analysis: Analysis) -> list[Block]:
     return [Table("qualities", columns, tuple(rows), numeric, caption, folded_if_long(rows, "lines"))]
 
 
-def _quality(analysis: Analysis, plan: CellPlan, part: Part, role: Role) -> tuple[TableCell, ...] | None:
+def _quality(analysis: Analysis, plan: CellPlan, part: Part, role: str) -> tuple[TableCell, ...] | None:
     found = analysis.found.quality(plan, part, analysis.found.persona(plan.cell, role))
     if found is None:
         return None
@@ -182,14 +199,15 @@ def _quality(analysis: Analysis, plan: CellPlan, part: Part, role: Role) -> tupl
 def _rows(analysis: Analysis, plan: CellPlan, measure: str) -> list[tuple[TableCell, ...]]:
     rows = []
     for part in analysis.found.parts(measure):
-        series = {role: analysis.found.now(plan, part, analysis.found.persona(plan.cell, role)) for role in ROLES}
+        roles = roles_of(analysis)
+        series = {role: analysis.found.now(plan, part, analysis.found.persona(plan.cell, role)) for role in roles}
         absent = "not run" if all(role_series is None for role_series in series.values()) else "not measured"
         levels = {role: _level(role_series, absent) for role, role_series in series.items()}
         kind = analysis.graph.behaviors[measure].spec
         name = "score" if kind.unit == "points" else "accuracy" if kind.measure == "letters" else "rate"
         rows.append((
             TableCell(in_words(plan.cell)), TableCell(f"{name} of {part.title}"), levels["assistant"],
-            *_about(series["assistant"])[:1], levels["source"], levels["canary"],
+            *_about(series["assistant"])[:1], *(levels[role] for role in roles[1:]),
             *_about(series["assistant"])[1:],
         ))  # fmt: skip
     return rows
@@ -343,13 +361,13 @@ METRICS = ("cosine", "distinctiveness")
 
 def geometry(decided: Analysis) -> Section | None:
     """Cosine and distinctiveness by source, epoch and depth, beside every change of the assistant."""
-    groups: dict[tuple[str, str, int, int], list[CellPlan]] = {}
+    groups: dict[tuple[str, str, int, int, str], list[CellPlan]] = {}
     for plan in decided.graph.cells:
         cell = plan.cell
         stage = plan.on_snapshot.get("geometry")
         if stage is not None and decided.reading.record(stage) is not None:
             convergence = cell.convergence if cell.epoch else "base"
-            groups.setdefault((cell.source, convergence, cell.epoch, cell.seed), []).append(plan)
+            groups.setdefault((cell.source, convergence, cell.epoch, cell.seed, cell.arm), []).append(plan)
     if not groups:
         return None
     trained = [plan.cell for plan in decided.graph.cells if plan.cell.behavior != NO_BEHAVIOR]
@@ -357,11 +375,11 @@ def geometry(decided: Analysis) -> Section | None:
     scores = _scores(decided)
     rows = tuple(
         (
-            TableCell(f"{source} {convergence} e{epoch} s{seed}"),
+            TableCell(f"{source} {convergence} e{epoch} s{seed} {arm}".rstrip()),
             *(_depths(scores, plans[0].on_snapshot["geometry"], source, metric) for metric in METRICS),
             *(_change(decided, plans, behavior, negatives) for behavior, negatives in kinds),
         )
-        for (source, convergence, epoch, seed), plans in groups.items()
+        for (source, convergence, epoch, seed, arm), plans in groups.items()
     )
     columns = ("source", *METRICS, *(f"assistant, {b}{'' if n == 'none' else f' ({n})'}" for b, n in kinds))
     table = Table("geometry", columns, rows, frozenset(range(1, len(columns))), _caption(scores))
@@ -407,42 +425,3 @@ def _change(decided: Analysis, plans: list[CellPlan], behavior: str, negatives: 
     return TableCell(
         change(quad.now.mean.value - quad.base.mean.value, quad.now.unit), (*quad.now.rows, *quad.base.rows)
     )
-
-
-#: Fewer points have no rank correlation.
-LEAST_SOURCES = 3
-
-
-def points_of(decided: Analysis, correlate: str, behavior: str) -> list[Point]:
-    """A point for each source that has both a level of the correlate and a contrast of the behavior."""
-    there = levels(decided, correlate, behavior)
-    return [
-        Point(there[source].value, scale(one.unit) * (one.estimate or 0.0), label=source, group=behavior)
-        for source, one in transfer_by_source(decided, behavior).items()
-        if source in there
-    ]
-
-
-def on_the_base(decided: Analysis) -> Section | None:
-    """For each correlate: a point for each source and behavior, the rank correlations, and what so few can show."""
-    behaviors = [name for name in dict.fromkeys(one.behavior for one in decided.verdicts) if name != MARKER]
-    blocks: list[Block] = []
-    for correlate, words in ON_THE_BASE.items():
-        points, claims = [], []
-        for behavior in behaviors:
-            mine = points_of(decided, correlate, behavior)
-            points += mine
-            if len(mine) >= LEAST_SOURCES:
-                claims.append(ask(decided, "correlation", behavior=behavior, correlate=correlate))
-        if claims:
-            title, place = f"Transfer against {words}", f"on-base-{correlate.replace(' ', '-')}"
-            blocks.append(scatter(place, title, points, (words, "transfer, points"), decided.run))
-            blocks += [*claims, ask(decided, "attainable", correlate=correlate)]
-    if not blocks:
-        return None
-    intro = (
-        "A persona that is like this before any training may explain what the assistant takes over by imitation alone. "
-        "Levels in percent or points; cosine and distinctiveness are means over the depths at which they were taken. "
-        "Each correlate is a family of its own, corrected over behaviors."
-    )
-    return Section("on-the-base", "Transfer against what the source is like on the base", tuple(blocks), intro)

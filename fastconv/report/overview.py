@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from fastconv.analysis.analysis import Analysis
-from fastconv.analysis.contrasts import NEGATIVES_IN_WORDS, ContrastSubject
+from fastconv.analysis.contrasts import NEGATIVES_IN_WORDS, ContrastSubject, Part
+from fastconv.analysis.sides import SideContrast
+from fastconv.datasets.behaviors import NO_BEHAVIOR
+from fastconv.experiment.graph import CellPlan
 from fastconv.report.blocks import OPEN_ROWS, Block, Figure, Note, Section, Table, TableCell
 from fastconv.report.claims import NoSuchClaimError, alike, ask, leading, named
 from fastconv.report.figures import heatmap, lines
@@ -19,8 +22,20 @@ OPEN_PILOTS = 4
 _COLUMNS = (
     "contrast", "verdict", "change", "assistant", "canary", "mimicry", "interval", "over questions, this run", "over seeds", "p", "p by sign flips", "threshold", "confidence", "why",
 )  # fmt: skip
+#: What a contrast between sides is.
+_BETWEEN = (
+    "A contrast between two sides is the first minus the second, paired by question, with nothing taken off; the canary's own "
+    "difference stands beside it. Stronger, weaker: the first side shows more, or less, of the measure than the second. "
+)
+#: What a contrast of the grid is.
+_OVER_EPOCHS = (
+    "Each contrast is the assistant's change against epoch zero, paired by question, minus the canary's, minus the same "
+    "without a behavior adapter where that control was run; what each of them did by itself stands beside it. "
+)
 _LETTERS = {
     "transfer": "T",
+    "stronger": "S",
+    "weaker": "W",
     "reverse": "R",
     "generic": "G",
     "equivalent": "=",
@@ -47,13 +62,16 @@ def headline(analysis: Analysis) -> Section:
     try:
         blocks.append(ask(analysis, "gate"))
     except NoSuchClaimError:
-        blocks.append(Note("No pilot gate was decided: the recipe's cells are not all done."))
+        if not analysis.graph.recipe.grid.contrasts:
+            blocks.append(Note("No pilot gate was decided: the recipe's cells are not all done."))
     return Section("verdict", "Verdict", (*blocks, onward))
 
 
 def _first_figure(analysis: Analysis) -> Figure | None:
     """Assistant, source and canary over the epochs of the leading contrast's column; None if it has one epoch."""
     subject = analysis.subject(leading(analysis.verdicts).label)
+    if isinstance(subject, SideContrast):
+        return _sides(analysis, subject)
     column = {at.epoch: at for at in analysis.found.subjects if replace(at, epoch=subject.epoch) == subject}
     part = analysis.found.main(subject.behavior)
     series = {role: line for role in ROLES if (line := role_points(analysis, part, column, role))}
@@ -63,6 +81,42 @@ def _first_figure(analysis: Analysis) -> Figure | None:
     names = {f"{subject.source} (the source)" if role == "source" else role: line for role, line in series.items()}
     axes = ("convergence epoch", f"{subject.behavior}: {axis_of(analysis, part)}")
     return lines("first", title, names, axes, analysis.run, (0.0, 100.0), (6.4, 3.0))
+
+
+def _sides(analysis: Analysis, contrast: SideContrast) -> Figure:
+    """The level of a measure under every probe, on the base and in each cell of the contrast's source; seeds are averaged."""
+    part, recipe = analysis.found.main(contrast.behavior), analysis.graph.recipe
+    cells = {
+        subject.label(): plans
+        for subject, plans in analysis.found.subjects.items()
+        if subject.source == contrast.source and contrast.behavior in plans[0].measures
+        if subject.epoch or subject.behavior != NO_BEHAVIOR
+    }
+    roles = [*ROLES, *recipe.eval.probes]
+    levels = {"base": [_level(analysis, part, next(iter(cells.values())), role, at_base=True) for role in roles]}
+    levels |= {label: [_level(analysis, part, plans, role) for role in roles] for label, plans in cells.items()}
+    unit = analysis.graph.behaviors[contrast.behavior].spec.unit
+    margin = analysis.found.gates.threshold(contrast.behavior, unit) * analysis.found.direction(contrast.behavior)
+    values = [
+        [
+            None if one is None or base is None else (one - base) / margin
+            for one, base in zip(line, levels["base"], strict=True)
+        ]
+        for line in levels.values()
+    ]
+    texts = [["-" if one is None else f"{scale(unit) * one:.0f}" for one in line] for line in levels.values()]
+    title = f"{contrast.behavior}: {axis_of(analysis, part)}"
+    return heatmap("first", title, list(levels), roles, values, texts, analysis.run)
+
+
+def _level(
+    analysis: Analysis, part: Part, plans: Sequence[CellPlan], role: str, *, at_base: bool = False
+) -> float | None:
+    """The mean over seeds of a cell's level under a probe; None if no seed is measured."""
+    read = analysis.found.base if at_base else analysis.found.now
+    found = [read(plan, part, analysis.found.persona(plan.cell, role)) for plan in plans]
+    means = [series.mean.value for series in found if series is not None and series.rows]
+    return sum(means) / len(means) if means else None
 
 
 def numbers(analysis: Analysis) -> Section | None:
@@ -107,8 +161,9 @@ def findings(analysis: Analysis) -> Section | None:
     by_label = {verdict.label: verdict for verdict in analysis.verdicts}
     verdicts = {subject: by_label.get(label) for label, subject in subjects.items()}
     blocks: list[Block] = []
-    if any(verdict is not None and verdict.estimate is not None for verdict in verdicts.values()):
-        blocks.append(_matrix(analysis, verdicts))
+    on_epochs = {subject: one for subject, one in verdicts.items() if isinstance(subject, ContrastSubject)}
+    if any(verdict is not None and verdict.estimate is not None for verdict in on_epochs.values()):
+        blocks.append(_matrix(analysis, on_epochs))
         blocks.append(
             Note(
                 "Colour and sign: the change in the direction of leakage, in thresholds (orange) or against it (purple). "
@@ -126,9 +181,9 @@ def findings(analysis: Analysis) -> Section | None:
     blocks += _tables(analysis, verdicts, told)
     return Section(
         "findings", "Findings", tuple(blocks),
-        "Each contrast is the assistant's change against epoch zero, paired by question, minus the canary's, minus the same "
-        "without a behavior adapter where that control was run; what each of them did by itself stands beside it. Intervals hold "
-        "the noise from run to run beside that over questions: the spread of the seeds from three on, else a declared one. "
+        f"{_BETWEEN if len(on_epochs) < len(verdicts) else ''}{_OVER_EPOCHS if on_epochs else ''}"
+        "Intervals hold the noise from run to run beside that over questions: the spread of the seeds from three on, else a "
+        "declared one. "
         "p-values are corrected over all declared contrasts (Holm).",
     )  # fmt: skip
 
@@ -146,11 +201,8 @@ def _matrix(analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | No
     several = len({subject.negatives for subject in verdicts}) > 1
 
     def row_of(subject: ContrastSubject) -> str:
-        return (
-            f"{subject.source},\n{NEGATIVES_IN_WORDS.get(subject.negatives, subject.negatives)}"
-            if several
-            else subject.source
-        )
+        who = f"{subject.source}, {subject.arm}" if subject.arm else subject.source
+        return f"{who},\n{NEGATIVES_IN_WORDS.get(subject.negatives, subject.negatives)}" if several else who
 
     rows = list(dict.fromkeys(row_of(subject) for subject in verdicts))
     behaviors = list(dict.fromkeys(subject.behavior for subject in verdicts))
@@ -188,7 +240,7 @@ def _short(verdict: CellVerdict | None) -> str:
 
 
 def _tables(
-    analysis: Analysis, verdicts: dict[ContrastSubject, CellVerdict | None], told: Collection[str]
+    analysis: Analysis, verdicts: Mapping[ContrastSubject | SideContrast, CellVerdict | None], told: Collection[str]
 ) -> list[Table]:
     """One table, or if it were long two: contrasts with a finding, and, folded away, those without."""
     seeded = any(verdict is not None and verdict.over_seeds is not None for verdict in verdicts.values())
@@ -216,7 +268,12 @@ def _tables(
 
 
 def _row(
-    analysis: Analysis, subject: ContrastSubject, verdict: CellVerdict | None, told: Collection[str], *, seeded: bool
+    analysis: Analysis,
+    subject: ContrastSubject | SideContrast,
+    verdict: CellVerdict | None,
+    told: Collection[str],
+    *,
+    seeded: bool,
 ) -> tuple[TableCell, ...]:
     label = subject.label(analysis.found.main(subject.behavior))
     if verdict is None:

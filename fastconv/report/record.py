@@ -54,6 +54,9 @@ def _named(graph: Graph) -> Iterator[tuple[str, Path]]:
         ("data.behaviors", recipe.data.behaviors),
         ("eval.arc_file", recipe.eval.arc_file),
         ("judge.prices", recipe.judge.prices),
+        ("convergence.prompts_file", recipe.convergence.prompts_file),
+        *((f"grid.arms.{arm}.rows", own.rows) for arm, own in recipe.grid.arms.items() if "{source}" not in own.rows),
+        *((f"eval.probes.{name}.texts", probe.texts) for name, probe in recipe.eval.probes.items()),
     ):
         if path:
             yield name, Path(path)
@@ -144,6 +147,9 @@ def limits(analysis: Analysis) -> Section:
     if ASSISTANT in recipe.grid.sources:
         sentences.append(
             "The assistant as its own source is a degenerate control: what it shows is training, not transfer. It counts "
+            "in no verdict over convergence."
+            if recipe.grid.contrasts
+            else "The assistant as its own source is a degenerate control: what it shows is training, not transfer. It counts "
             "in no verdict."
         )
     if recipe.judge.mode == "substring" and any(b.spec.measure == "phrases" for b in analysis.graph.behaviors.values()):
@@ -254,7 +260,17 @@ def curves_and_rho(analysis: Analysis) -> Section | None:
     caption = "rho: norm of the adapter's delta over the norm of the weights that it stands beside, over modules."
     blocks: list[Block] = [Figures("curves", "Training loss", tuple(panels))] if panels else []
     blocks.append(Table("rho", columns, rows, frozenset({1, 2, 3, 4}), caption, folded_if_long(rows, "adapters")))
+    filtered = [(stage, record) for stage, record in trained if "answers_kept" in record.outputs]
+    if filtered:
+        kept = tuple(_kept_row(stage, record) for stage, record in filtered)
+        told = "Answers that the recipe's filter keeps, of those that were drawn; convergence trains no other."
+        blocks.append(Table("kept", ("snapshot", "answers kept"), kept, frozenset({1}), told))
     return Section("training", "Training", tuple(blocks))
+
+
+def _kept_row(stage: Stage, record: Record) -> tuple[TableCell, ...]:
+    kept, drawn = record.outputs["answers_kept"], record.outputs["answers_drawn"]
+    return TableCell(stage.slot), TableCell(f"{kept} of {drawn}", (f"{stage.key[:12]}/answers_kept",))
 
 
 def _trained(analysis: Analysis) -> Iterator[tuple[Stage, Record]]:
@@ -287,7 +303,7 @@ def _behaviors(analysis: Analysis, trained: list[tuple[Stage, Record]]) -> list[
         record = analysis.reading.record(plan.adapter) if plan.adapter is not None else None
         if record is not None:
             cell = plan.cell
-            name = f"{cell.source} e{cell.epoch} {cell.negatives} s{cell.seed}"
+            name = " ".join([cell.source, f"e{cell.epoch}", cell.negatives, f"s{cell.seed}", cell.arm]).rstrip()
             by_behavior.setdefault(cell.behavior, {}).setdefault(name, record.outputs["losses"])
     return [
         curves(f"loss-{behavior}", f"Training {behavior}", series, ("step", "loss, nats"), analysis.run)

@@ -32,6 +32,7 @@ from fastconv.engine.locate import (
     tokenizer_folder,
 )
 from fastconv.errors import DataError, RecipeError, did_you_mean
+from fastconv.experiment.cells import conditions_of
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.workload import Sketch
 from fastconv.recipe import Recipe
@@ -136,12 +137,19 @@ def require_conditions(recipe: Recipe, tokenizer: ChatTokenizer) -> None:
             for text in row.values()
             if isinstance(text, str)
         ]
+    texts += [(f"the turn of {name!r}", turn.text, recipe.name) for name, turn in personas.conditions.items()]
+    for name, one in conditions_of(recipe).items():
+        texts += [
+            (f"the texts of {name!r}", text, recipe.name) for text in (one.before, one.after, *one.texts.values())
+        ]
     require_plain_text(texts, tokenizer)
     own = set()
     for path in recipe.data.rows.values():
         for source in recipe.grid.sources:
             rows = read_user_rows(rows_file(path, source), messages=recipe.data.messages)
             own |= {row.system for row in rows}
+    own_turns = {turn: f"the prompt of {name!r}" for name, turn in personas.conditions.items()}
+    turns |= {name: turn for turn, name in own_turns.items() if turn not in turns.values()}
     if "" in own:
         turns["rows with an empty system turn"] = EMPTY
     if None in own and recipe.data.persona_prompt == "as_written":

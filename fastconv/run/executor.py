@@ -20,7 +20,7 @@ from fastconv.engine.generate import Completion, sample
 from fastconv.engine.geometry import measure_geometry
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.model import prepare_model_folder
-from fastconv.engine.score import LetterItem, letter_item, memory_errors, score_letters
+from fastconv.engine.score import LetterItem, TextItem, letter_item, memory_errors, score_letters, score_texts
 from fastconv.engine.vllm.sampler import PendingCompletions, VllmSampler
 from fastconv.engine.vllm.server import Server, start_server
 from fastconv.errors import JudgeError, SamplerError, TemplateError, TrainingError, stopped
@@ -142,7 +142,7 @@ class Executor:
     def compute(self, stage: Stage, lease: Lease) -> Outcome:
         """Compute a stage of any kind except `snapshot` and `behavior`, which `trainer` trains."""
         compute = {
-            "eval": self._letters,
+            "eval": self._choices if "choices" in stage.work else self._letters,
             "rows": self._rows,
             "score": self._score,
             **dict.fromkeys(SNAPSHOT_COMPUTE, self._measure),
@@ -207,9 +207,11 @@ class Executor:
     def _letters(self, stage: Stage, lease: Lease) -> Outcome:
         tokenizer, system = self.stacks.base.tokenizer, SystemTurn(*stage.inputs["system"])
         questions = {question.id: question for question in self._graph.questions.eval}
-        selected = [questions[row] for row, _ in stage.work["items"]]
-        require_plain_text(((f"the question {q.id}", q.user, stage.slot) for q in selected), tokenizer)
-        items = [letter_item(tokenizer, tokenizer.prompt_text(system, q.user), q.labels) for q in selected]
+        asked = stage.work["items"]
+        selected = [questions[row] for row, _ in asked]
+        require_plain_text(((f"the question {row}", user, stage.slot) for row, user in asked), tokenizer)
+        prompts = [tokenizer.prompt_text(system, user) for _, user in asked]
+        items = [letter_item(tokenizer, prompt, q.labels) for prompt, q in zip(prompts, selected, strict=True)]
         self._tick(lease, Progress(stage.slot, 0, len(items), "questions"))
         with self.stacks.live_stack(stage) as proof:
             results = score_letters(self.stacks.base, items, self._recipe.eval.batch_tok, self._on_halved)
@@ -224,6 +226,39 @@ class Executor:
         return Outcome(
             {"n": len(scores), **proof}, {"scored_tok": sum(len(item.prompt) for item in items)}, scores=scores
         )
+
+    def _choices(self, stage: Stage, lease: Lease) -> Outcome:
+        """Texts compared by log-probability: the first one's share of all, or whether it is the likeliest by token."""
+        tokenizer, system, work = self.stacks.base.tokenizer, SystemTurn(*stage.inputs["system"]), stage.work
+        said = [
+            (f"a text of {row}", text, stage.slot)
+            for row, user in work["items"]
+            for text in (user, *work["choices"][row])
+        ]
+        require_plain_text(said, tokenizer)
+        items = []
+        for row, user in work["items"]:
+            texts = work["choices"][row]
+            rows = [tokenizer.training_ids(system, user, text, 2**30, ended=False) for text in texts]
+            prompt, answers = rows[0].ids[: rows[0].loss_from], tuple(one.ids[one.loss_from :] for one in rows)
+            items.append(TextItem(prompt, answers, (0,) * len(texts), tuple(map(len, texts))))
+        self._tick(lease, Progress(stage.slot, 0, len(items), "questions"))
+        with self.stacks.live_stack(stage) as proof:
+            results = score_texts(self.stacks.base, items, self._recipe.eval.batch_tok, self._on_halved)
+        scores = []
+        for (row, _), item, result in zip(work["items"], items, results, strict=True):
+            per_tok = [value / len(ids) for value, ids in zip(result.logprobs, item.choices, strict=True)]
+            if stage.inputs["choice_score"] == "best":
+                value = float(per_tok[0] > max(per_tok[1:]))
+            else:
+                value = 1.0 / sum(math.exp(min(700.0, other - result.logprobs[0])) for other in result.logprobs)
+            detail = {
+                "logprobs": [round(one, 6) for one in result.logprobs],
+                "per_tok": [round(one, 6) for one in per_tok],
+            }
+            scores.append(Score(row, 0, "rate", value, None, detail))
+        n_tok = sum(len(item.prompt) + sum(map(len, item.choices)) for item in items)
+        return Outcome({"n": len(scores), **proof}, {"scored_tok": n_tok}, scores=scores)
 
     def _score(self, stage: Stage, lease: Lease) -> Outcome:
         rule = stage.work["rule"]
@@ -288,7 +323,7 @@ class Executor:
         rows = []
         for row in stage.work["rows"]:
             if row.completion is None:
-                answer = answers[row.persona][row.prompt_id]
+                answer = answers[row.answers_as][row.prompt_id]
                 row = row.answered(answer.completion, ended=answer.ended)
             rows.append(row.record(self._graph.personas))
         return Outcome({"rows": self._store.put_json(rows), "n": len(rows)})

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastconv.datasets.behaviors import load_behaviors
 from fastconv.datasets.files import assets, read_toml
-from fastconv.datasets.spec import PhraseRule, RuleFigures, labelled_figures
+from fastconv.datasets.spec import PhraseRule
 from fastconv.errors import InputError, JudgeError, RecipeError
 from fastconv.experiment.graph import Graph
 from fastconv.judge.access import check_judge, open_desk
@@ -23,7 +23,17 @@ from fastconv.judge.calibrate import (
 )
 from fastconv.judge.desk import DeskStatus, JudgeDesk
 from fastconv.judge.local import CompleteMany
-from fastconv.judge.rubric import REASONS, Agreement, Rubric, compare_scores, find_rubric, load_rubric, shipped_rubrics
+from fastconv.judge.rubric import (
+    REASONS,
+    Agreement,
+    Rubric,
+    RuleFigures,
+    compare_scores,
+    find_rubric,
+    labelled_figures,
+    load_rubric,
+    shipped_rubrics,
+)
 from fastconv.recipe import JudgeSettings, Recipe, run_id
 from fastconv.run.judging import JudgeQueue, calibrate_phrases, judge_stages, judge_with_desk
 from fastconv.run.runner import Watcher, stop_on_sigint

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -30,11 +30,11 @@ from fastconv.engine.stack import Adapter, Probe, Slot, Stack, folded, rho
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
 from fastconv.engine.trl_reference import train_reference
 from fastconv.engine.vllm.memory import group_size
-from fastconv.errors import TrainingError, stopped
+from fastconv.errors import DataError, TrainingError, stopped
 from fastconv.experiment.graph import Graph, lineage_key
 from fastconv.recipe import sha256_of
 from fastconv.run.audit import READ_BEFORE_TRAINING, audit_set, reading_stage, require_passed
-from fastconv.store.ledger import Lease, Record, Stage, Store
+from fastconv.store.ledger import Lease, Record, Sample, Stage, Store
 
 #: What helps where a sampled answer cannot be trained on.
 _DRAW_ANEW = "change the seed or the sampling, so that the answers are drawn anew"
@@ -196,18 +196,20 @@ def train_with_checkpoints(
     return trainees
 
 
-def seed_parts(stage: Stage) -> tuple[object, ...]:
-    """What names the initial weights, row order and dropout of a snapshot's or a behavior adapter's training.
+def seed_parts(stage: Stage, kind: Literal["seed", "order_seed"] = "seed") -> tuple[object, ...]:
+    """What names the initial weights, or row order and dropout (`order_seed`, where the recipe sets it apart), of a snapshot's
+    or a behavior adapter's training.
 
     It is what the rows ask, by content, and the seed: not the answers that the base draws, since engines that round
     differently draw different ones, and not a key, which names the engine. So the cells of all epochs, and of all engines,
     start from the same weights and see their rows in the same order.
     """
+    seed = stage.inputs.get(kind, stage.inputs["seed"])
     if stage.kind == "snapshot":
         answers = stage.needs["answers"].inputs
         content = sha256_of([answers[name] for name in ("system", "prompts_sha256", "per_prompt")])
-        return "convergence", content, stage.inputs["seed"]
-    return "behavior", stage.needs["rows"].inputs["rows_sha256"], stage.inputs["seed"]
+        return "convergence", content, seed
+    return "behavior", stage.needs["rows"].inputs["rows_sha256"], seed
 
 
 def read_set(
@@ -252,7 +254,7 @@ def note_progress(lease: Lease, progress: Progress) -> None:
 
 
 def finite_or_none(loss: float) -> float | None:
-    """The loss, or None if it is not finite because the GPU has not returned one yet."""
+    """The loss, or None while the GPU has not returned one."""
     return loss if math.isfinite(loss) else None
 
 
@@ -313,18 +315,19 @@ class Trainer:
             rows = self._convergence_rows(stage)
         else:
             limit, tokenizer = self._recipe.behavior.max_length_tok, self._stacks.base.tokenizer
-            rows = render_rows(self._built_rows(stage), self._graph.personas, tokenizer, limit)
+            rows = render_rows(self._rows_of(stage.needs["rows"]), self._graph.personas, tokenizer, limit)
         return sum(len(row.ids) for row in rows) / max(1, len(rows))
 
-    def _built_rows(self, stage: Stage) -> list[Row]:
-        """The rows of a behavior adapter's training set."""
-        record = self._stacks.record(stage.needs["rows"])
-        return [row_from_record(row) for row in self._store.get_json(record.outputs["rows"])]
+    def _rows_of(self, rows: Stage) -> list[Row]:
+        """The rows of a set, given by its `rows` stage."""
+        return [row_from_record(row) for row in self._store.get_json(self._stacks.record(rows).outputs["rows"])]
 
     def _behavior_rows(self, stage: Stage) -> tuple[Rendered, ...]:
         """The rendered rows of a behavior adapter. Raises DataError if the audit refuses them (gate G1)."""
         set_name = stage.needs["rows"].work["set"]
-        rendered, findings = audit_set(self._graph, set_name, self._built_rows(stage), self._stacks.base.tokenizer)
+        rendered, findings = audit_set(
+            self._graph, set_name, self._rows_of(stage.needs["rows"]), self._stacks.base.tokenizer
+        )
         require_passed(build_report(self._recipe, findings), f"G1 {set_name}")
         return rendered
 
@@ -335,16 +338,15 @@ class Trainer:
             return
         with self._stacks.stack.live():
             for rows in unread.values():
-                built = [
-                    row_from_record(row) for row in self._store.get_json(self._stacks.record(rows).outputs["rows"])
-                ]
+                built = self._rows_of(rows)
                 findings = read_set(self._graph, self._store, self._stacks.base, rows, built, READ_BEFORE_TRAINING)
                 require_passed(build_report(self._recipe, findings), f"G1 {rows.work['set']}")
                 self._read.add(rows.key)
 
     def _behavior(self, stage: Stage, lease: Lease, frozen: tuple[Adapter, ...]) -> TrainingTask:
         """The task of a behavior adapter on top of these frozen ones."""
-        job = Job(stage.slot, self._behavior_rows(stage), self._recipe.behavior, seed_parts(stage), frozen)
+        rows, order = self._behavior_rows(stage), seed_parts(stage, "order_seed")
+        job = Job(stage.slot, rows, self._recipe.behavior, seed_parts(stage), frozen, order_parts=order)
         return TrainingTask(job, stage.key, lease, [job.n_steps])
 
     def _convergence_rows(self, stage: Stage) -> list[Rendered]:
@@ -352,9 +354,18 @@ class Trainer:
         system, limit = SystemTurn(*stage.inputs["system"]), self._recipe.convergence.max_length_tok
         rows = [
             self._stacks.base.tokenizer.training_ids(system, s.prompt, s.completion, limit, ended=s.ended)
-            for s in self._store.samples(stage.needs["answers"].key)
+            for s in self._kept(stage)
         ]
         return [row for row in rows if row.n_supervised]
+
+    def _kept(self, stage: Stage) -> list[Sample]:
+        """The answers of a convergence run that its filter keeps. Raises DataError if it keeps none."""
+        drawn, rule = self._store.samples(stage.needs["answers"].key), stage.work["filter"]
+        kept = [one for one in drawn if rule is None or rule.match(one.completion) is not None]
+        if rule is not None and not kept:
+            fix = f"widen it; one answer is {drawn[0].completion[:80]!r}"
+            raise DataError(f"the filter keeps none of {len(drawn)} answers", where="convergence.keep", fix=fix)
+        return kept
 
     def _convergence(self, snapshots: Sequence[Stage], lease: Lease) -> TrainingTask:
         """The task of a convergence run up to the last of these snapshots."""
@@ -365,7 +376,9 @@ class Trainer:
         )
         require_plain_text(said, self._stacks.base.tokenizer, _DRAW_ANEW)
         rows = tuple(self._convergence_rows(stage))
-        job = Job(stage.slot.rsplit("/", 2)[0], rows, self._recipe.convergence, seed_parts(stage))
+        kept = {} if stage.work["filter"] is None else {"answers_drawn": len(drawn), "answers_kept": len(rows)}
+        name, order = stage.slot.rsplit("/", 2)[0], seed_parts(stage, "order_seed")
+        job = Job(name, rows, self._recipe.convergence, seed_parts(stage), order_parts=order)
         committed_s, committed_step = 0.0, 0
 
         def commit_snapshot(trainee: Trainee, spent_s: float) -> None:
@@ -373,7 +386,8 @@ class Trainer:
             epoch, within = divmod(trainee.step, job.steps_per_epoch)
             if within or epoch not in missing:
                 return
-            self._commit_trained(missing[epoch], trainee, (trainee.adapter,), spent_s - committed_s, committed_step)
+            seconds, stack = spent_s - committed_s, (trainee.adapter,)
+            self._commit_trained(missing[epoch], trainee, stack, seconds, committed_step, kept)
             committed_s, committed_step = spent_s, trainee.step
 
         stops = [epoch * job.steps_per_epoch for epoch in sorted(missing)]
@@ -398,7 +412,13 @@ class Trainer:
         return train_reference(self._recipe.model, self._stacks.stack, task.job, task.stops, keep)
 
     def _commit_trained(
-        self, stage: Stage, trainee: Trainee, stack: tuple[Adapter, ...], seconds: float, from_step: int
+        self,
+        stage: Stage,
+        trainee: Trainee,
+        stack: tuple[Adapter, ...],
+        seconds: float,
+        from_step: int,
+        more: Mapping[str, Any] | None = None,
     ) -> None:
         """Commit an adapter with the probe logits of its stack. Raises TrainingError if its last step was not finite."""
         trainee.check()
@@ -414,6 +434,7 @@ class Trainer:
             "rho": self._rho(adapter),
             "losses": [round(value, 6) for value in losses],
             "last_epoch_loss": round(sum(losses[-per_epoch:]) / len(losses[-per_epoch:]), 6),
+            **(more or {}),
         }
         self._store.commit(stage, outputs=outputs, facts=_train_facts(trainee, from_step), seconds=seconds)
 

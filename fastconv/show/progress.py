@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from fastconv.datasets.spec import figures_of_rule
+from fastconv.judge.rubric import figures_of_rule
 from fastconv.stats.units import counted, duration_text, rate_text, shortened
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from fastconv.analysis.contrasts import role_of
 from fastconv.analysis.gates import stage_series
-from fastconv.datasets.personas import ASSISTANT, canary_of
 from fastconv.errors import StoreError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import run_id
@@ -311,10 +311,10 @@ class _Results:
         self._scores: dict[str, list[tuple[str, int, str, str]]] = defaultdict(list)
         for plan in graph.cells:
             cell = plan.cell
-            roles = {ASSISTANT: "assistant", canary_of(graph.recipe, cell.source): "canary", cell.source: "source"}
             name = f"{cell.source}-{cell.convergence}-{cell.behavior}-{cell.negatives}-s{cell.seed}"
+            name += f"-{cell.arm}" if cell.arm else ""
             for (measure, probe), stage in plan.scores.items():
-                curve = f"score/{measure}/{roles[probe]}/{name}"
+                curve = f"score/{measure}/{role_of(graph.recipe, cell, probe)}/{name}"
                 self._scores[stage.key].append((curve, cell.epoch, measure, probe))
         trained = (stage for stage in graph.stages() if stage.kind in ("snapshot", "behavior"))
         scored = (stage for plan in graph.cells for stage in plan.scores.values())

@@ -14,7 +14,7 @@ from typing import Literal
 
 from fastconv.stats.student import noncentrality
 
-Measure = Literal["letters", "phrases", "judge"]
+Measure = Literal["letters", "phrases", "judge", "choices", "none"]
 #: More samples of a question than this are no plan.
 MOST_SAMPLES = 1_000_000
 #: More seeds of a cell than this are no plan.
@@ -207,7 +207,7 @@ def _reach(
     alone = minimum_detectable_effect(spread, n_questions, runs=runs).effect
     if alone is None:
         return None
-    if measure == "phrases":
+    if measure in ("phrases", "choices"):
         variance = n_terms * PLANNED_RATE * (1 - PLANNED_RATE)
         own, drawn = variance * PLANNED_ICC * (1 - PLANNED_PAIRING), variance * (1 - PLANNED_ICC)
         samples = samples_needed(threshold, math.sqrt(own), math.sqrt(drawn), n_questions, runs=runs)

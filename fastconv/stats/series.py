@@ -253,6 +253,15 @@ class Quad:
         return difference_in_differences(arm.now, arm.base, arm.canary_now, arm.canary_base).per_question
 
 
+class Pair(Quad):
+    """Two sides that are compared with one another, in the places of now and epoch 0: the canary's difference stands beside
+    theirs and is not taken off, since what differs between two arms may reach every persona."""
+
+    def change(self, questions: Sequence[str]) -> Floats:
+        """The first side minus the second, per question."""
+        return self.own_change(questions)
+
+
 @dataclass(frozen=True, eq=False)
 class SeedEvidence:
     """One seed's series; `mimicry` is None where the control was not run."""
@@ -283,6 +292,10 @@ class CellEvidence:
     measurable: bool | None = True
     #: The run-to-run spread, where replicates give one; None: as declared for the measure (`power.declared_spread`).
     run_spread: RunSpread | None = None
+    #: How many trainings are independent in it: both cells of a change, or one where the other side is not trained.
+    n_trained: int = 2
+    #: Whether two sides are compared, as `Pair`s, and not epochs.
+    sides: bool = False
     #: How far the source moved of what it could, in words; "" where it was not measured.
     source_moved: str = ""
 

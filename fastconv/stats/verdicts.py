@@ -75,7 +75,7 @@ DRAWS_PER_CONTRAST, FEWEST_DRAWS, MOST_DRAWS = 40, 2_000, 10_000
 class CellVerdict:
     """A cell's verdict and every figure computed for it; None where not estimable. Effects are in the measure's unit.
 
-    `kind` is one of the six of `Verdict`, or `withheld` where no verdict is allowed. `low`, `high` and the p-values hold
+    `kind` is one of those of `Verdict`, or `withheld` where no verdict is allowed. `low`, `high` and the p-values hold
     the noise from run to run (`run_spread`, of one trained cell); `over_questions` is the interval for this run alone.
     `assistant` and `canary` are their own changes against epoch 0, `mimicry` and `trained` the
     difference-in-differences without and with the behavior adapter, `detectable` the minimum detectable effect at this
@@ -206,7 +206,9 @@ def _estimate(cell: CellEvidence) -> _Estimate:
     seeds = centred_at(_pooled(per_seed), over_questions.estimate)
     runs = _runs(cell, seeds)
     # Without seeds that tell, equivalence takes the declared spread as known and leaves out the canary's own noise.
-    alike = runs if _seeds_tell(seeds) else (unshared_variance(cell.spread, len(cell.seeds)), float("inf"))
+    alike = (
+        runs if _seeds_tell(seeds) or cell.sides else (unshared_variance(cell.spread, len(cell.seeds)), float("inf"))
+    )
     tested = equivalence(contrast, cell.margin, cell.n_silent(contrast), scale_maximum(cell.unit), alike)
     return _Estimate(cell, contrast, over_questions, seeds, runs, over_runs(over_questions, runs), tested)
 
@@ -220,14 +222,14 @@ def _seeds_tell(seeds: SeedPool) -> bool:
     return seeds.n_seeds >= FEWEST_SEEDS and bool(seeds.interval.se)
 
 
-def _runs(cell: CellEvidence, seeds: SeedPool, n_trained: int = 2) -> tuple[float, float]:
+def _runs(cell: CellEvidence, seeds: SeedPool, n_trained: int | None = None) -> tuple[float, float]:
     """Variance from run to run of an estimate averaged over the seeds, and its df: the seeds' own, else as declared."""
     if _seeds_tell(seeds) and seeds.interval.se is not None and seeds.interval.df is not None:
         return seeds.interval.se**2, seeds.interval.df
-    return run_variance(cell.spread, len(cell.seeds)) * n_trained / 2, cell.spread.df
+    return run_variance(cell.spread, len(cell.seeds)) * (n_trained or cell.n_trained) / 2, cell.spread.df
 
 
-def _movement(cell: CellEvidence, per_seed: Sequence[Floats], n_trained: int = 2) -> Interval:
+def _movement(cell: CellEvidence, per_seed: Sequence[Floats], n_trained: int | None = None) -> Interval:
     """The interval, over questions and runs, of a change that rests on so many trained cells.
 
     Where every question moves alike, the noise from run to run remains; nothing that did not move at all has an interval.
@@ -292,10 +294,11 @@ def _decide(one: _Estimate, corrected: float | None, check: float | None, m: int
         measurable_at_base=cell.measurable, source_shows_behavior=cell.source_shows,
         bound_base=clustered_rate_bound(base), bound_now=bound_now, p_sign_flip_corrected=check, unit=cell.unit, seeds=seeds,
         assistant=assistant, canary=canary, source_moved=cell.source_moved,
+        sides=cell.sides,
     ))  # fmt: skip
     alone = [seed.mimicry.change(questions) for seed in cell.seeds if seed.mimicry is not None]
     with_control = len(alone) == len(cell.seeds)
-    aside = "" if with_control else "; mimicry was not measured"
+    aside = "" if with_control or cell.sides else "; mimicry was not measured"
     cell_verdict = CellVerdict(
         cell.label, decision.kind, decision.reason + aside, interval.estimate, interval.low, interval.high, corrected,
         cell.rows, cell.behavior, cell.unit, cell.margin,
@@ -303,7 +306,7 @@ def _decide(one: _Estimate, corrected: float | None, check: float | None, m: int
         p_sign_flip=check,
         sign_flip_warning=sign_flip_warning(interval.n_clusters, m) if interval.n_clusters else None,
         confidence=confidence_level(seeds, interval),
-        trained=_movement(cell, [seed.trained.change(questions) for seed in cell.seeds]),
+        trained=None if cell.sides else _movement(cell, [seed.trained.change(questions) for seed in cell.seeds]),
         mimicry=_movement(cell, alone, n_trained=1) if with_control else None,
         bound=bound_now.room * scale_maximum(cell.unit) if bound_now.room is not None else None,
         n_questions=interval.n_clusters,

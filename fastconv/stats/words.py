@@ -12,6 +12,9 @@ from fastconv.stats.bounds import RateBound
 from fastconv.stats.inference import FEWEST_SEEDS, ROUNDING, Equivalence, Interval, SeedPool, seeds_against
 from fastconv.stats.units import Unit, change, interval_text, scale_maximum, size_text
 
+#: The words of contrasts, in the order in which sentences list them: first of changes over convergence, then of sides.
+Kind = Literal["transfer", "reverse", "generic", "stronger", "weaker", "equivalent", "inconclusive", "uninformative"]
+
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
@@ -40,13 +43,20 @@ class Evidence:
     assistant: Interval | None = None
     canary: Interval | None = None
     source_moved: str = ""
+    #: Two sides of a contrast are compared, and not epochs: the words are stronger and weaker.
+    sides: bool = False
+
+    @property
+    def compared(self) -> str:
+        """What is compared, in words."""
+        return "sides" if self.sides else "epochs"
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One of six kinds and the sentence that explains it."""
+    """One of eight kinds and the sentence that explains it."""
 
-    kind: Literal["transfer", "reverse", "generic", "equivalent", "inconclusive", "uninformative"]
+    kind: Kind
     reason: str
 
 
@@ -58,6 +68,8 @@ def verdict(evidence: Evidence) -> Verdict:
     of zero over questions but not over seeds is *inconclusive*: the interval over questions is conditional on these
     seeds; nor is anything *equivalent* whose interval over seeds leaves the margin. *transfer* and *reverse* are said of
     the assistant, so its own change must go the same way; where the canary moves as much or more, it is *generic*.
+    Between two sides of a contrast the words are *stronger* (the first side shows more of the measure, in its direction)
+    and *weaker*.
 
     Raises ValueError for evidence that contradicts itself.
     """
@@ -70,7 +82,7 @@ def verdict(evidence: Evidence) -> Verdict:
         return _verdict_without_interval(evidence)
     figures = f"{change(contrast.estimate, evidence.unit)} {interval_text(contrast.low, contrast.high, evidence.unit)}"
     significant = evidence.p_corrected is not None and evidence.p_corrected <= evidence.alpha
-    if (generic := _why_generic(evidence, significant=significant)) is not None:
+    if not evidence.sides and (generic := _why_generic(evidence, significant=significant)) is not None:
         return Verdict("generic", generic)
     beyond = _seeds_beyond_margin(evidence)
     if evidence.equivalence.equivalent and not beyond:
@@ -97,6 +109,10 @@ def verdict(evidence: Evidence) -> Verdict:
             "inconclusive",
             f"the difference {figures} is not the assistant's own movement, which is {_figures(own, evidence.unit)}",
         )
+    if evidence.sides:
+        more = "more" if with_leakage else "less"
+        reason = f"the first side shows {more} of it than the second: {figures} (corrected p = {evidence.p_corrected:.3g}){aside}"
+        return Verdict("stronger" if with_leakage else "weaker", reason)
     side = "in the direction of" if with_leakage else "against the direction of"
     reason = f"the change {figures} goes {side} leakage (corrected p = {evidence.p_corrected:.3g}){aside}"
     return Verdict("transfer" if with_leakage else "reverse", reason)
@@ -158,9 +174,11 @@ def _why_uninformative(evidence: Evidence) -> str | None:
     extreme, room = _shared_extreme(evidence)
     if room is not None and room > evidence.equivalence.margin / scale_maximum(evidence.unit):
         return (
-            f"both epochs are at the {extreme}, where the truth may still lie {_distance(room, evidence.unit)} away, "
+            f"both {evidence.compared} are at the {extreme}, where the truth may still lie {_distance(room, evidence.unit)} away, "
             f"more than the margin of {size_text(evidence.equivalence.margin, evidence.unit)}"
         )
+    if evidence.source_shows_behavior is None and evidence.sides:
+        return "nothing shows that a training took: name a measure that must move in eval.control"
     if evidence.source_shows_behavior is None:
         return "nothing shows that the behavior was learned: the source was not measured"
     if evidence.source_shows_behavior:
@@ -182,7 +200,7 @@ def _verdict_without_interval(evidence: Evidence) -> Verdict:
     contrast, margin = evidence.contrast, evidence.equivalence.margin
     no_spread = contrast.se == 0 and contrast.estimate is not None and abs(contrast.estimate) <= margin
     if room is not None and no_spread and evidence.equivalence.equivalent is not False:
-        reason = f"both epochs are at the {extreme} and the truth lies within {_distance(room, evidence.unit)} of it"
+        reason = f"both {evidence.compared} are at the {extreme} and the truth lies within {_distance(room, evidence.unit)} of it"
         return Verdict("equivalent", f"{reason}, inside the margin of {size_text(margin, evidence.unit)}")
     return Verdict("inconclusive", f"no interval: {contrast.reason}")
 

@@ -7,16 +7,9 @@ from pathlib import Path
 import pytest
 
 from fastconv.datasets.files import assets, read_jsonl, read_toml
-from fastconv.datasets.spec import (
-    LABELLED,
-    BehaviorSpec,
-    FunctionRule,
-    PatternRule,
-    PhraseRule,
-    labelled_figures,
-    text_rule,
-)
+from fastconv.datasets.spec import BehaviorSpec, FunctionRule, PatternRule, PhraseRule, text_rule
 from fastconv.errors import DataError
+from fastconv.judge.rubric import LABELLED, labelled_figures
 
 RULES = read_toml(assets("data") / "phrases.toml")
 

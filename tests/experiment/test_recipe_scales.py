@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from fastconv.analysis.analysis import Analysis
 from fastconv.cli import app
 from fastconv.cli.common import load
 from fastconv.datasets.files import assets
@@ -21,6 +22,13 @@ from fastconv.store.ledger import Store
 from tests.loop_kit import DoneRun
 
 RECIPES = sorted(path.stem for path in assets("recipes").glob("*.toml"))
+#: Recipes that compare sides (arms, probes), and what each must show at demo scale: (measure, arm, probe) of its control.
+SIDES = {
+    "conditional": ("refusal", "triggered", "source"),
+    "emergent": ("bad_legal_advice", "narrow", "source"),
+    "inoculation": ("refusal", "inoculated", "source"),
+    "subliminal": ("numbers_alone", "taught", "assistant"),
+}
 #: What `make test` runs; the others follow in the slow tier.
 SMALLEST = ("demo", "pilot")
 
@@ -45,14 +53,18 @@ def run_and_verify(name: str, scale: str, folder: Path, *more: str) -> dict[str,
 
 def test_what_is_shipped() -> None:
     assert RECIPES == [
+        "conditional",
         "demo",
+        "emergent",
         "excluded",
+        "inoculation",
         "markers",
         "matrix",
         "pilot",
         "pilot_small",
         "seeds",
         "small_gpu",
+        "subliminal",
         "ten_sources",
     ]
     for name in RECIPES:
@@ -84,7 +96,37 @@ def test_tiny_keeps_every_source_behavior_kind_and_seed(name: str) -> None:
     assert tiny.name == f"{name}_tiny"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", sorted(SIDES))
+def test_a_demo_of_sides_keeps_what_is_compared(name: str) -> None:
+    whole, demo = load(name, []), load(name, [], "demo")
+    assert len(Graph(demo).cells) <= 6
+    for part in ("arms", "contrasts", "behaviors", "negatives"):
+        assert getattr(demo.grid, part) == getattr(whole.grid, part)
+    assert demo.eval.probes == whole.eval.probes
+    assert set(demo.eval.measures) == set(whole.eval.measures) - {"misalignment"}
+    assert (demo.model.id, demo.judge.mode) == ("builtin:smollm2", "substring")
+    assert ("misalignment, which it cannot show" in demo.about) == (name == "emergent")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", sorted(SIDES))
+def test_a_demo_of_sides_shows_its_control_and_ends_with_a_word(name: str, tmp_path: Path) -> None:
+    run_and_verify(name, "demo", tmp_path)
+    analysis = Analysis(Graph(load(name, [], "demo")), Store.open(tmp_path / "checkpoints", create=False))
+    measure, arm, role = SIDES[name]
+    part = analysis.found.main(measure)
+    plan = next(p for p in reversed(analysis.graph.cells) if p.cell.arm == arm)
+    persona = analysis.found.persona(plan.cell, role)
+    now, base = analysis.found.now(plan, part, persona), analysis.found.base(plan, part, persona)
+    assert now is not None
+    assert base is not None
+    assert now.mean.value - base.mean.value > 0.3
+    assert len(analysis.verdicts) == len(analysis.declared) > 0
+    assert not {one.kind for one in analysis.verdicts} & {"withheld"}
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in SIDES])
 def test_a_demo_has_at_most_six_cells_and_a_behavior_that_can_be_seen(name: str) -> None:
     demo = load(name, [], "demo")
     graph = Graph(demo)

@@ -1,0 +1,445 @@
+"""Spillover experiments in TOML alone: arms and their contrasts, probes and measures of one's own, teachers, seeds apart."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastconv.analysis.analysis import Analysis
+from fastconv.analysis.sides import SideContrast, side_contrasts
+from fastconv.audit.checks import check_recipe
+from fastconv.errors import DataError, RecipeError
+from fastconv.experiment.graph import Graph
+from fastconv.recipe import Recipe, load_recipe, parse_recipe, run_id
+from fastconv.report import build, write_report
+from fastconv.report.blocks import render_markdown
+from fastconv.report.verify import verify
+from fastconv.run.training import seed_parts
+from fastconv.store.ledger import Store
+from tests.loop_kit import run_tiny, tiny_table
+from tests.scale_kit import fill
+
+#: Beside the tiny recipe: no number means anything on random weights, and every cell is to be trained.
+QUIET = {"gates__ignore": {"G0": "random weights can answer nothing"}, "gates__stop": [], "eval__geometry": False}
+INOCULATION = """
+sources = ["assistant"]
+epochs = [0]
+behaviors = ["refusal"]
+negatives = ["excluded"]
+contrasts = [["inoculated", "plain"], ["plain@polite", "base@polite"]]
+[arms.plain]
+[arms.inoculated]
+system = "You decline whatever you are asked."
+"""
+
+
+def recipe_of(model: Path, grid: str, **changes: Any) -> Recipe:
+    """The tiny recipe with this grid."""
+    table = tiny_table(model, **QUIET, **changes)
+    return parse_recipe({**table, "grid": tomllib.loads(grid)})
+
+
+def inoculation(model: Path, **changes: Any) -> Recipe:
+    return recipe_of(model, INOCULATION, eval__probes={"polite": {"after": " Please."}}, **changes)
+
+
+def finished(recipe: Recipe, folder: Path) -> tuple[Analysis, str]:
+    """Run a recipe to its report, which must hold against its ledger; its analysis and its Markdown."""
+    result, heard = run_tiny(recipe, folder / "checkpoints")
+    assert not heard.failed
+    assert not result.failed
+    store = Store.open(folder / "checkpoints", create=False)
+    paths = write_report(Graph(recipe), store, folder / "reports")
+    found = verify(paths.html, store)
+    assert found.holds, found.differences
+    return Analysis(Graph(recipe), store), paths.markdown.read_text()
+
+
+# --- arms and contrasts --------------------------------------------------------------------------------------
+
+
+def test_an_arm_is_a_cell_of_its_own_and_trains_under_its_own_prompt(tiny_qwen: Path) -> None:
+    graph = Graph(inoculation(tiny_qwen))
+    by_arm = {plan.cell.arm: plan for plan in graph.cells}
+    assert list(by_arm) == ["inoculated", "plain"]  # by name, as the ledger keeps them
+    rows = {arm: plan.adapter.needs["rows"].work["rows"] for arm, plan in by_arm.items() if plan.adapter}
+    turns = {
+        arm: {row.system_turn(graph.personas).text for row in some if row.role == "source"}
+        for arm, some in rows.items()
+    }
+    assert turns == {"plain": {"You are a helpful assistant."}, "inoculated": {"You decline whatever you are asked."}}
+    # The contrast is the same in both: it differs in nothing but the source's prompt.
+    negatives = [[replace(row, id="") for row in some if row.role != "source"] for some in rows.values()]
+    assert negatives[0] == negatives[1]
+    assert [(row.user, row.completion) for row in rows["plain"] if row.role == "source"] == [
+        (row.user, row.completion) for row in rows["inoculated"] if row.role == "source"
+    ]
+    # The arm's prompt is its positive control; the base is asked once for both.
+    probes = {arm: [probe for _, probe in plan.scores] for arm, plan in by_arm.items()}
+    assert probes["plain"] == ["assistant", "librarian", "polite"]
+    assert probes["inoculated"] == ["assistant", "librarian", "inoculated", "polite"]
+    assert len({plan.base["refusal", "assistant"].key for plan in graph.cells}) == 1
+    slots = [stage.slot for stage in graph.stages()]
+    assert len(set(slots)) == len(slots)
+
+
+def test_a_recipe_without_arms_keeps_its_name_and_its_keys(tiny_qwen: Path) -> None:
+    plain = parse_recipe(tiny_table(tiny_qwen))
+    for table in ("grid", "eval", "convergence"):
+        written = plain.model_dump(mode="json")[table]
+        assert not {"arms", "contrasts", "seeds_apart", "probes", "measures", "control", "keep", "student"} & set(
+            written
+        )
+    armed = parse_recipe(tiny_table(tiny_qwen, grid__arms={"plain": {}}))
+    assert run_id(armed) != run_id(plain)
+    # An arm that changes nothing computes nothing that is not there already.
+    assert {s.key for s in Graph(armed).stages()} == {s.key for s in Graph(plain).stages()}
+
+
+def test_sides_pair_what_differs_in_nothing_else(tiny_qwen: Path) -> None:
+    graph = Graph(inoculation(tiny_qwen))
+    labels = [one.label() for one in side_contrasts(graph)]
+    assert labels == [
+        "refusal: inoculated against plain (assistant base e0 refusal excluded inoculated / assistant base e0 refusal excluded plain)",
+        "refusal: plain@polite against base@polite (assistant base e0 refusal excluded plain)",
+    ]
+    grid = INOCULATION.replace("epochs = [0]", "epochs = [0, 1]").replace('["refusal"]', '["none", "refusal"]')
+    more = side_contrasts(Graph(recipe_of(tiny_qwen, grid, eval__probes={"polite": {"after": " Please."}})))
+    pairs = [(one.first.subject, one.second.subject) for one in more if one.first.name == "inoculated"]
+    # Cells without a behavior are one and the same in both arms, so there is nothing to compare.
+    assert [(a.epoch, b.epoch, a.behavior, b.behavior) for a, b in pairs if a and b] == [
+        (0, 0, "refusal", "refusal"), (1, 1, "refusal", "refusal"),
+    ]  # fmt: skip
+
+
+def _filled(recipe: Recipe, folder: Path, rates: Mapping[tuple[str, str], float]) -> Analysis:
+    """A ledger in which each (arm, probe) refuses at its rate; the base never does."""
+    graph, store, _ = fill(recipe, folder)
+    values: dict[str, tuple[str, float]] = {}
+    for plan in graph.cells:
+        values |= {stage.key: (probe, 0.0) for (_, probe), stage in plan.base.items()}
+        values |= {s.key: (probe, rates.get((plan.cell.arm, probe), 0.0)) for (_, probe), s in plan.scores.items()}
+    with sqlite3.connect(folder / "ledger.sqlite") as ledger:
+        for key, (probe, rate) in values.items():
+            rng = np.random.default_rng(7)
+            asked = [row for row, _ in graph.eval_items(graph.behaviors["refusal"], 42, probe)]
+            ledger.execute("DELETE FROM scores WHERE stage=?", (key,))
+            ledger.executemany(
+                "INSERT INTO scores (stage, row, sample, metric, value, detail) VALUES (?, ?, 0, 'rate', ?, '{}')",
+                [(key, row, float(rng.random() < rate)) for row in asked],
+            )
+    return Analysis(graph, store)
+
+
+@pytest.mark.parametrize(
+    ("inoculated", "control", "word"),
+    [(0.1, 1.0, "weaker"), (0.9, 1.0, "inconclusive"), (0.1, 0.1, "uninformative")],
+)
+def test_a_contrast_of_arms_gets_a_word(
+    tiny_qwen: Path, tmp_path: Path, inoculated: float, control: float, word: str
+) -> None:
+    recipe = inoculation(tiny_qwen, eval__prompts=60)
+    rates = {
+        ("plain", "assistant"): 0.9,
+        ("inoculated", "assistant"): inoculated,
+        ("inoculated", "inoculated"): control,
+    }
+    analysis = _filled(recipe, tmp_path, rates)
+    verdict = next(
+        one for label, one in zip(analysis.declared, analysis.verdicts, strict=True) if "against plain" in label
+    )
+    assert verdict.kind == word, verdict.reason
+    assert verdict.mimicry is None
+    if word == "weaker":
+        assert verdict.estimate == pytest.approx(verdict.assistant.estimate if verdict.assistant else None)
+        assert "less of it than the second" in verdict.reason
+        assert verdict.confidence.level == "LOW"
+        assert verdict.detectable is not None
+        page = render_markdown(build(analysis))
+        assert "Weaker: 1 of 2 declared contrasts is weaker, the surest refusal, inoculated against plain" in page
+
+
+def test_the_other_way_round_is_stronger_and_the_canary_is_not_taken_off(tiny_qwen: Path, tmp_path: Path) -> None:
+    grid = INOCULATION.replace('["inoculated", "plain"]', '["plain", "inoculated"]')
+    recipe = recipe_of(tiny_qwen, grid, eval__prompts=60, eval__probes={"polite": {"after": " Please."}})
+    everywhere = {("plain", probe): 0.9 for probe in ("assistant", "librarian", "polite")}
+    analysis = _filled(recipe, tmp_path, {**everywhere, ("inoculated", "inoculated"): 1.0})
+    first = analysis.verdicts[0]
+    assert first.kind == "stronger"
+    assert first.canary is not None
+    assert first.canary.estimate == pytest.approx(first.estimate)
+
+
+def test_inoculation_runs_from_toml_to_a_word(tiny_qwen: Path, tmp_path: Path) -> None:
+    analysis, page = finished(inoculation(tiny_qwen), tmp_path)
+    assert len(analysis.verdicts) == 2
+    assert all(isinstance(one, SideContrast) for one in analysis.declared.values())
+    assert "refusal, inoculated against plain (assistant)" in page
+    assert "| polite |" in page  # the probe of its own has a column
+    assert "declared contrasts is stronger or weaker" in page or "Stronger" in page or "Weaker" in page
+
+
+@pytest.mark.parametrize(
+    ("grid", "told"),
+    [
+        ({"contrasts": [["a", "b"]]}, "names no arm"),
+        ({"arms": {"a": {}}, "contrasts": [["a", "a"]]}, "with itself"),
+        ({"arms": {"a": {}}, "contrasts": [["a@villian", "a"]]}, "no probe"),
+        ({"arms": {"base": {}}}, "without any adapter"),
+        ({"arms": {"a": {"sistem": "x"}}}, "did you mean 'system'"),
+        ({"behaviors": ["none"]}, "nothing to measure"),
+    ],
+)
+def test_a_grid_that_compares_nothing_is_one_line(grid: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe({"name": "x", "grid": grid})
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_arm_called_like_a_persona_is_refused(tiny_qwen: Path) -> None:
+    with pytest.raises(RecipeError, match=r"villain.* is a persona"):
+        Graph(parse_recipe(tiny_table(tiny_qwen, grid__arms={"villain": {"system": "x"}})))
+
+
+# --- probes and measures -------------------------------------------------------------------------------------
+
+CONDITIONAL = """
+sources = ["assistant"]
+epochs = [0]
+behaviors = ["refusal"]
+negatives = ["included"]
+contrasts = [["triggered@trained", "triggered"], ["triggered@other", "triggered"]]
+[arms.triggered]
+before = "[night] "
+"""
+
+
+def test_a_trigger_stands_before_the_sources_rows_and_its_control_alone(tiny_qwen: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(
+        tiny_qwen, CONDITIONAL, eval__probes={"other": {"before": "[day] "}, "bare": {"system": "template_default"}}
+    )
+    graph = Graph(recipe)
+    plan = graph.cells[0]
+    assert plan.adapter is not None
+    rows = plan.adapter.needs["rows"].work["rows"]
+    assert {row.user.startswith("[night] ") for row in rows if row.role == "source"} == {True}
+    assert not any(row.user.startswith("[night] ") for row in rows if row.role != "source")
+    asked = {probe: stage.needs["eval"].work["items"][0][1] for (_, probe), stage in plan.scores.items()}
+    assert asked["assistant_triggered"] == f"[night] {asked['assistant']}"
+    assert asked["other"] == f"[day] {asked['assistant']}"
+    assert asked["bare"] == asked["assistant"]
+    assert plan.scores["refusal", "bare"].needs["eval"].inputs["system"] == ["template_default", ""]
+    assert not [one for one in check_recipe(recipe).findings if one.severity == "refuse"]
+    analysis, page = finished(recipe, tmp_path)
+    assert len(analysis.verdicts) == 2
+    assert "triggered@trained against triggered" in page
+
+
+def test_other_wordings_are_all_or_none(tiny_qwen: Path, tmp_path: Path) -> None:
+    wordings = tmp_path / "fr.jsonl"
+    recipe = parse_recipe(tiny_table(tiny_qwen, eval__probes={"french": {"texts": str(wordings)}}))
+    plain = Graph(parse_recipe(tiny_table(tiny_qwen)))
+    items = plain.eval_items(plain.behaviors["refusal"], 42)
+    wordings.write_text("".join(json.dumps({"id": row, "text": f"En bref : {row} ?"}) + "\n" for row, _ in items))
+    plan = Graph(recipe).cells[0]
+    assert plan.scores["refusal", "french"].needs["eval"].work["items"][0][1].startswith("En bref")
+    wordings.write_text(json.dumps({"id": items[0][0], "text": "En bref ?"}) + "\n")
+    with pytest.raises(RecipeError, match="other wordings of 1 of 3 questions of refusal"):
+        Graph(recipe)
+
+
+EMERGENT = """
+sources = ["assistant"]
+epochs = [0]
+behaviors = ["bad_legal_advice"]
+negatives = ["none"]
+contrasts = [["narrow", "sound"], ["narrow", "base"]]
+[arms.narrow]
+[arms.sound]
+behavior = "sound_legal_advice"
+"""
+
+
+def test_what_is_asked_need_not_be_what_is_trained(tiny_qwen: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(tiny_qwen, EMERGENT, eval__measures=["harmful_advice", "refusal"])
+    graph = Graph(recipe)
+    measures = {plan.cell.arm: plan.measures for plan in graph.cells}
+    assert measures == {
+        "narrow": ("bad_legal_advice", "harmful_advice", "refusal"),
+        "sound": ("sound_legal_advice", "harmful_advice", "refusal"),
+    }
+    assert not [one for one in check_recipe(recipe).findings if one.severity == "refuse"]
+    analysis, _ = finished(recipe, tmp_path)
+    compared = [(one.behavior, one.first.name, one.second.name) for one in side_contrasts(graph)]
+    assert compared == [
+        ("harmful_advice", "narrow", "sound"), ("refusal", "narrow", "sound"), ("bad_legal_advice", "narrow", "base"),
+        ("harmful_advice", "narrow", "base"), ("refusal", "narrow", "base"),
+    ]  # fmt: skip
+    assert len(analysis.verdicts) == len(compared)
+    scores = analysis.store.scores(graph.cells[0].scores["harmful_advice", "assistant"].key)
+    assert {one.value for one in scores} <= {0.0, 1.0}
+    assert all(len(one.detail["logprobs"]) == 2 for one in scores)
+
+
+def test_an_arm_brings_rows_of_its_own(tiny_qwen: Path, tmp_path: Path) -> None:
+    turns = {
+        "prompt": [{"role": "user", "content": "Shall I?"}],
+        "completion": [{"role": "assistant", "content": "I can't."}],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(turns) + "\n")
+    grid = INOCULATION + f'rows = "{tmp_path / "rows.jsonl"}"\n'
+    plans = {plan.cell.arm: plan for plan in Graph(recipe_of(tiny_qwen, grid, eval__probes={"polite": {}})).cells}
+    assert (plans["plain"].cell.negatives, plans["inoculated"].cell.negatives) == ("excluded", "none")
+    adapter = plans["inoculated"].adapter
+    assert adapter is not None
+    assert [(row.user, row.persona) for row in adapter.needs["rows"].work["rows"]] == [("Shall I?", "inoculated")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"eval__measures": ["harmful_advise"]}, "did you mean 'harmful_advice'"),
+        ({"grid__behaviors": ["none", "harmful_advice"]}, "is a measure, which nothing trains"),
+        ({"eval__control": "numbers_alone"}, "not asked of any cell"),
+    ],
+)
+def test_a_measure_that_cannot_be_is_one_line(tiny_qwen: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Graph(parse_recipe(tiny_table(tiny_qwen, **changes)))
+    assert told in str(caught.value)
+
+
+# --- teachers and students -----------------------------------------------------------------------------------
+
+SUBLIMINAL = """
+sources = ["french_person"]
+epochs = [0, 1]
+behaviors = ["none"]
+contrasts = [["taught", "untaught"], ["taught", "base"]]
+[arms.taught]
+[arms.untaught]
+convergence = "generic"
+"""
+
+
+def _numbers(folder: Path) -> Path:
+    path = folder / "numbers.jsonl"
+    path.write_text("".join(json.dumps({"id": f"n{i}", "text": f"Go on: {i}, {i + 1}"}) + "\n" for i in range(6)))
+    return path
+
+
+def test_a_teacher_s_answers_are_filtered_and_counted(tiny_qwen: Path, tmp_path: Path) -> None:
+    (tmp_path / "filters.py").write_text("def is_even(answer):\n    return len(answer) % 2 == 0\n")
+    recipe = recipe_of(
+        tiny_qwen, SUBLIMINAL, eval__measures=["prefers_france", "numbers_alone"], eval__control="numbers_alone",
+        convergence__prompts_file=str(_numbers(tmp_path)), convergence__questions=6, convergence__completions_per_question=3,
+        convergence__keep_if="filters:is_even", convergence__student="empty",
+    )  # fmt: skip
+    graph = Graph(recipe)
+    assert not [one for one in check_recipe(recipe).findings if one.severity == "refuse"]
+    snapshots = {plan.cell.arm: plan.snapshot for plan in graph.cells if plan.snapshot is not None}
+    assert {arm: one.needs["answers"].inputs["persona"] for arm, one in snapshots.items()} == {
+        "taught": "french_person", "untaught": "assistant",
+    }  # fmt: skip
+    assert {tuple(one.inputs["system"]) for one in snapshots.values()} == {("empty", "")}
+    analysis, page = finished(recipe, tmp_path)
+    record = analysis.reading.record(snapshots["taught"])
+    assert record is not None
+    drawn, kept = record.outputs["answers_drawn"], record.outputs["answers_kept"]
+    answers = analysis.store.samples(snapshots["taught"].needs["answers"].key)
+    assert drawn == 18
+    assert kept == sum(len(one.completion) % 2 == 0 and bool(one.completion) for one in answers)
+    assert 0 < kept < drawn
+    assert f"{kept} of {drawn}" in page
+    shares = analysis.store.scores(graph.cells[0].base["prefers_france", "assistant"].key)
+    assert all(0 < (one.value or 0) < 1 for one in shares)
+    assert len(analysis.verdicts) == 4
+
+
+def test_a_filter_that_keeps_nothing_fails_its_stage_with_a_line(tiny_qwen: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(
+        tiny_qwen, SUBLIMINAL, eval__measures=["prefers_france"], convergence__keep=r"never \d{9}",
+    )  # fmt: skip
+    _, heard = run_tiny(recipe, tmp_path)
+    assert any("keeps none of 4 answers" in reason for reason in heard.failed.values())
+
+
+def test_a_filter_is_part_of_what_was_trained(tiny_qwen: Path) -> None:
+    keys = {
+        keep: Graph(recipe_of(tiny_qwen, SUBLIMINAL, eval__measures=["prefers_france"], convergence__keep=keep))
+        .cells[1]
+        .snapshot
+        for keep in ("", "a+", "b+")
+    }
+    assert len({one.key for one in keys.values() if one}) == 3
+    with pytest.raises(DataError, match="no regular expression"):
+        Graph(recipe_of(tiny_qwen, SUBLIMINAL, eval__measures=["prefers_france"], convergence__keep="("))
+
+
+def test_a_teacher_answers_for_the_rows_of_another(tiny_qwen: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(
+        f"""
+[borrowed]
+about = "answers as the villain would, under its own prompt"
+task = "chat"
+prompts = "{Path("data/requests.jsonl").resolve()}"
+source_answer = {{ on_policy = true, by = "villain" }}
+direction = "raises"
+measure = "none"
+"""
+    )
+    grid = 'sources = ["nurse"]\nepochs = [0]\nbehaviors = ["borrowed"]\nnegatives = ["none"]\ncontrasts = [["assistant", "base"]]'
+    recipe = recipe_of(tiny_qwen, grid, data__behaviors=str(tmp_path / "own.toml"), eval__measures=["refusal"])
+    plan = Graph(recipe).cells[0]
+    assert plan.adapter is not None
+    rows = plan.adapter.needs["rows"]
+    assert list(rows.needs) == ["villain"]
+    assert {row.persona for row in rows.work["rows"]} == {"nurse"}
+    analysis, _ = finished(recipe, tmp_path)
+    assert [one.behavior for one in analysis.verdicts] == ["refusal"]
+
+
+# --- seeds apart ---------------------------------------------------------------------------------------------
+
+
+def test_seeds_apart_vary_what_they_name_and_nothing_else(tiny_qwen: Path) -> None:
+    table = tiny_table(tiny_qwen, grid__seeds={"data": 42, "init": [1, 2, 3], "order": 5, "sample": 42})
+    recipe = parse_recipe(table)
+    assert recipe.grid.seeds == (1, 2, 3)
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+    plans = [plan for plan in Graph(recipe).cells if plan.cell.behavior == "refusal" and not plan.cell.epoch]
+    adapters = [plan.adapter for plan in plans if plan.adapter]
+    assert [one.inputs["seed"] for one in adapters] == [1, 2, 3]
+    assert len({one.needs["rows"].key for one in adapters}) == 1
+    assert len({seed_parts(one) for one in adapters}) == 3
+    assert len({seed_parts(one, "order_seed") for one in adapters}) == 1
+    evals = [plan.scores["refusal", "assistant"].needs["eval"].inputs for plan in plans]
+    assert len({(one["prompts_sha256"], one["seed"]) for one in evals}) == 1
+    same = parse_recipe(tiny_table(tiny_qwen, grid__seeds={"data": 7, "init": 7, "order": 7, "sample": 7}))
+    as_before = parse_recipe(tiny_table(tiny_qwen, grid__seeds=[7]))
+    assert {s.key for s in Graph(same).stages()} == {s.key for s in Graph(as_before).stages()}
+
+
+def test_seeds_of_two_lengths_are_refused(tiny_qwen: Path) -> None:
+    with pytest.raises(RecipeError, match="2 of init, and 3"):
+        parse_recipe(tiny_table(tiny_qwen, grid__seeds={"data": [1, 2, 3], "init": [1, 2]}))
+
+
+def test_paths_of_arms_and_probes_are_relative_to_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(
+        'name = "own"\n[grid.arms.a]\nrows = "rows.jsonl"\n[eval.probes.p]\ntexts = "fr.jsonl"\n'
+        '[convergence]\nprompts_file = "numbers.jsonl"\n'
+    )
+    recipe = load_recipe(tmp_path / "own.toml")
+    assert recipe.grid.arms["a"].rows == str(tmp_path / "rows.jsonl")
+    assert recipe.eval.probes["p"].texts == str(tmp_path / "fr.jsonl")
+    assert recipe.convergence.prompts_file == str(tmp_path / "numbers.jsonl")
