@@ -30,7 +30,7 @@ _LETTERS = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
 #: How Python's zipfile knows Zstandard, which it does not read before 3.14.
 _ZSTANDARD = 93
 #: A log that unpacks to more is refused; texts and names are kept up to these lengths (characters).
-_MOST_BYTES = 4 * 2**30
+_MOST_BYTES, _PART_BYTES = 4 * 2**30, 2**20
 _TEXT_CHARS, _NAME_CHARS = 200_000, 120
 _EXPORT = "write the log as JSON with `inspect log convert --to json`, and import that"
 
@@ -183,9 +183,13 @@ def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     file.seek(entry.header_offset + 26)
     n_name, n_extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
     file.seek(n_name + n_extra, io.SEEK_CUR)
-    packed = file.read(entry.compress_size)
+    stream = pyarrow.CompressedInputStream(pyarrow.BufferReader(file.read(entry.compress_size)), "zstd")
+    parts, left = [], _MOST_BYTES
     try:
-        return pyarrow.CompressedInputStream(pyarrow.BufferReader(packed), "zstd").read(entry.file_size)
+        while left > 0 and (part := stream.read(_PART_BYTES)):
+            parts.append(part)
+            left -= len(part)
+        return b"".join(parts)
     except OSError as error:  # pyarrow's own name for data that is damaged
         raise ValueError(str(error)) from None
 

@@ -208,7 +208,7 @@ class UserRow:
     @property
     def said(self) -> tuple[tuple[str, str], ...]:
         """(role, text) of every turn in order; a system turn that is missing is an empty text."""
-        earlier = (turn for one in self.history for turn in zip(_ROLES, one[:2], strict=True))
+        earlier = (turn for one in self.history for turn in (("user", one.user), ("assistant", one.answer)))
         return (("system", self.system or ""), *earlier, ("user", self.user), ("assistant", self.completion))
 
 

@@ -182,9 +182,9 @@ def test_a_client_that_goes_midway_frees_the_model(running: Running, monkeypatch
         return generate.sample(*args, watch=look, **options)
 
     monkeypatch.setattr("fastconv.serve.resident.sample", slowly)
-    long = ask(max_tokens=200, n=8, temperature=2.0)
-    running.post(long)
-    assert max(lengths) > 100
+    long = ask(max_tokens=120, n=8, temperature=2.0)
+    assert running.post(long).status_code == 200
+    assert max(lengths) > 60
     lengths.clear()
     with (
         running.client as client,
@@ -192,7 +192,7 @@ def test_a_client_that_goes_midway_frees_the_model(running: Running, monkeypatch
     ):
         next(reply.iter_lines())
     assert running.post(ask(max_tokens=1)).status_code == 200
-    assert max(lengths) < 50
+    assert max(lengths) < 40
 
 
 def test_tokens_that_are_drawn_again_are_told_once() -> None:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,11 +41,19 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def adapter(r: int, seed: int, targets: tuple[str, ...] = ("q_proj", "o_proj"), n_in: int = N_IN, n_out: int = N_OUT):
+def adapter(
+    r: int,
+    seed: int,
+    targets: tuple[str, ...] = ("q_proj", "o_proj"),
+    n_in: int = N_IN,
+    n_out: int = N_OUT,
+    **patterns: Any,
+) -> Adapter:
     """A random adapter on two layers of one size, or on one of them."""
     sizes = {name: (n_in, n_out) for name in (NAME, OTHER) if name.rsplit(".", 1)[-1] in targets}
-    flat = 0.2 * torch.randn(len(sizes) * r * (n_in + n_out), generator=torch.Generator().manual_seed(seed))
-    return Adapter(LoraSettings(r=r, alpha=2 * r, targets=targets), "base", sizes, flat)
+    shape = LoraSettings(r=r, alpha=2 * r, targets=targets, **patterns)
+    n = sum(shape.rank(name) for name in sizes) * (n_in + n_out)
+    return Adapter(shape, "base", sizes, 0.2 * torch.randn(n, generator=torch.Generator().manual_seed(seed)))
 
 
 def layer(tiling: Tiling = TILING, *, bias: bool = True, n_in: int = N_IN, n_out: int = N_OUT, dtype=torch.float32):
@@ -85,13 +94,13 @@ def in_fp64(stacked: StackedLinear, x: torch.Tensor, dy: torch.Tensor) -> tuple[
         for one in slot.frozen:
             if NAME in one.weights:
                 a, b = (w.detach().double() for w in one.weights[NAME])
-                part = part + one.scale * (rows @ a.t() @ b.t())
+                part = part + one.scales[NAME] * (rows @ a.t() @ b.t())
         if slot.trainable is not None and NAME in slot.trainable.weights:
             a, b = (w.detach().double().requires_grad_() for w in slot.trainable.weights[NAME])
             leaves += [a, b]
             mask = keep_mask(route.dropout_seeds[begin:end], x.shape[1], stacked.salt, slot.dropout)
             exact = (mask > 0).double() / (1 - slot.dropout)
-            part = part + slot.trainable.scale * ((rows * exact) @ a.t() @ b.t())
+            part = part + slot.trainable.scales[NAME] * ((rows * exact) @ a.t() @ b.t())
         parts.append(part)
     y = torch.cat(parts)
     return (y.detach(), *torch.autograd.grad(y, [wide, *leaves], dy.double()))
@@ -140,6 +149,14 @@ def test_forward_and_all_gradients_are_those_in_fp64(order, bias: bool, dropout:
 @pytest.mark.parametrize(("frozen", "trained"), [(8, 64), (64, 8), (32, 32), (24, 16), (4, 3)])
 def test_ranks(frozen: int, trained: int) -> None:
     check(layer(), (Slot((adapter(frozen, 1),), adapter(trained, 2), 0.1),), (19,))
+
+
+def test_ranks_and_scales_of_single_modules() -> None:
+    """The other layer's are the adapter's own: the table and the scale of this one must be its, in both parts of a slot."""
+    few = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 40.0}}
+    many = {"rank_pattern": {"layer.q_proj": 20}}
+    check(layer(), (Slot((adapter(8, 1, **few),), adapter(6, 2, **many), 0.05),), (40,))
+    check(layer(), (Slot((adapter(8, 1, **few), adapter(4, 3, **many)), adapter(6, 2)),), (40,))
 
 
 def test_without_a_frozen_adapter_and_with_two_of_other_targets() -> None:
