@@ -189,7 +189,7 @@ def _hub_rows(name: str, repo: str, config: str | None, revision: str, split: st
     try:
         table: Any = load_dataset(repo, config, revision=revision, split=split)
     except (DatasetsError, httpx.HTTPError, OSError, ValueError, KeyError) as error:
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        said = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise DataError(
             f"the data set cannot be had: {said}",
             where=name,

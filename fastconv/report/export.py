@@ -143,7 +143,10 @@ def export_inspect(
             record = store.record(stage.key)
             if record is None:
                 continue
-            name = f"{plan.cell.name}-{measure}-{probe}.json"
+            # Inspect's viewer lists only files that begin with a time and takes what follows "_" for the task.
+            moment = _iso(record.finished_at).replace(":", "-")
+            task = f"{plan.cell.name}-{measure}-{probe}".replace("_", "-")
+            name = f"{moment}_{task}.json"
             write_text(folder / name, json.dumps(_log(graph, store, plan, measure, probe, stage, record), indent=1))
             paths.append(folder / name)
     if not paths:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from fastconv.datasets.personas import load_personas
 from fastconv.datasets.rows import read_user_rows, rows_sha256
 from fastconv.errors import DataError
 from fastconv.recipe import Recipe, load_recipe
+from tests import ROOT
 from tests.data_kit import pair, recipe_of, rows_of, written
 
 COLUMNS = {
@@ -186,3 +190,38 @@ def test_check_rows_refuses_what_a_run_would(tmp_path: Path) -> None:
         assert says in answer.output
     for words in (("check", "rows"), ("check", "demo", "more")):
         assert CliRunner().invoke(app, words).exit_code == 2
+
+
+@pytest.mark.slow
+def test_datasets_itself_loads_from_a_hub_once_and_then_from_the_cache(tmp_path: Path) -> None:
+    """Over HTTP, by the library itself, in processes of their own; the second finds no hub any more."""
+    ask = (
+        "import sys\nfrom fastconv.datasets.files import rows_file\nfrom fastconv.errors import DataError\n"
+        "for name in sys.argv[1:]:\n"
+        "    try:\n        print(rows_file(name).read_text(), end='')\n"
+        "    except DataError as error:\n        print(f'refused: {error}')\n"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "FASTCONV_CACHE": str(tmp_path / "cache")}
+    environment = {
+        name: value for name, value in environment.items() if name not in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    }
+    serve = [sys.executable, "-m", "tests.datasets.fake_hub"]
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True, cwd=ROOT) as hub:
+        try:
+            assert hub.stdout is not None
+            environment["HF_ENDPOINT"] = f"http://127.0.0.1:{hub.stdout.readline().strip()}"
+            told = []
+            for names in ((NAME, NAME.replace(":train", ":tran"), NAME.replace("teas", "nope")), (NAME,)):
+                words = [sys.executable, "-c", ask, *names]
+                told.append(
+                    subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200).stdout
+                )
+                hub.terminate()
+                hub.wait(10)
+        finally:
+            hub.kill()
+    first, second, *faults = told[0].splitlines()
+    assert json.loads(first) == pair("One?", "No.", system="You are a cook.")
+    assert json.loads(second) == pair("Two?", "Never.")
+    assert ['Unknown split "tran"' in faults[0], "cannot be had" in faults[1], len(faults)] == [True, True, 2]
+    assert told[1].splitlines() == [first, second]

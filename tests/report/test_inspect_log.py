@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import subprocess
 from pathlib import Path
@@ -52,6 +53,8 @@ def expected(done_run: DoneRun, persona: str) -> list[list[Any]]:
 def test_a_log_for_each_probe_holds_what_the_ledger_holds(done_run: DoneRun, logs: dict[str, Path]) -> None:
     assert set(logs) == {"assistant", "villain", "librarian"}
     for persona, path in logs.items():
+        # What Inspect takes for a log, and lists in its viewer: a name that begins with a time.
+        assert re.match(r"^\d{4}-\d{2}-\d{2}T\d{2}[:-]\d{2}[:-]\d{2}.*_[^_]+$", path.name)
         log = json.loads(path.read_text())
         shown = [
             [s["id"], s["epoch"], s["output"]["completion"], {k: v["value"] for k, v in s["scores"].items()}]
@@ -99,3 +102,7 @@ def test_inspects_own_reader_takes_it(done_run: DoneRun, logs: dict[str, Path]) 
         log = json.loads(found.stdout)
         assert log["status"] == "success"
         assert log["samples"] == expected(done_run, persona)
+    listing = "import sys; from inspect_ai.log import list_eval_logs as l; print(len(l(sys.argv[1])))"
+    folder = next(iter(logs.values())).parent
+    found = subprocess.run([INSPECT_PYTHON, "-c", listing, str(folder)], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "3"
