@@ -62,7 +62,7 @@ def test_whatever_may_decide_weights_tokens_or_prompts_is_in_the_key(
     shutil.copytree(tiny_qwen, folder)
     seen = {locate(ModelSettings(id=str(folder))).identity["sha256"]}
     (folder / name).parent.mkdir(exist_ok=True)
-    for text in ("{}", "{} ", "[1]"):
+    for text in ("{}", "{} ", '{"a": 1}'):
         (folder / name).write_text(text)
         seen.add(locate(ModelSettings(id=str(folder))).identity["sha256"])
     assert len(seen) == 4

@@ -159,12 +159,13 @@ def many(fast: int) -> settings:
 DEMO = tomllib.loads((ROOT / "recipes" / "demo.toml").read_text())
 
 
-@many(60)
+@many(40)
 @given(table=broken(DEMO))
 def test_any_table_as_a_recipe(table: dict[str, Any]) -> None:
     only_ours(lambda: parse_recipe(table))
 
 
+@pytest.mark.slow
 @many(40)
 @given(table=broken(DEMO))
 def test_any_recipe_that_is_taken_has_stages_or_says_why_not(table: dict[str, Any]) -> None:
@@ -175,7 +176,8 @@ PERSONAS = tomllib.loads((ROOT / "tests" / "user_data" / "personas.toml").read_t
 BEHAVIORS = tomllib.loads((ROOT / "tests" / "user_data" / "behaviors.toml").read_text())
 
 
-@many(60)
+@pytest.mark.slow
+@many(40)
 @given(personas=broken(PERSONAS), behaviors=broken(BEHAVIORS))
 def test_any_personas_and_behaviors_of_a_user(tmp_path: Path, personas: Any, behaviors: Any) -> None:
     shutil.copy(ROOT / "tests" / "user_data" / "tea.jsonl", tmp_path)
@@ -199,7 +201,7 @@ ALIGNMENT = tomllib.loads((ROOT / "data" / "rubrics" / "alignment.toml").read_te
 PRICES = tomllib.loads((ROOT / "data" / "prices.toml").read_text())
 
 
-@many(80)
+@many(30)
 @given(table=broken(RUBRIC) | broken(ALIGNMENT), prices=broken(PRICES))
 def test_any_rubric_and_any_prices(tmp_path: Path, table: Any, prices: Any) -> None:
     only_ours(lambda: load_rubric(write_toml(tmp_path / "r.toml", table)))
@@ -221,7 +223,7 @@ def labelled_rows(path: Path) -> object:
     return load_calibration(path, load_rubric(ROOT / "data" / "rubrics" / "refusal.toml"))
 
 
-@many(120)
+@many(40)
 @given(
     rows=st.lists(broken(ROW), min_size=1, max_size=3), other=broken(QUESTION) | broken(HUB_QUESTION) | broken(LABELLED)
 )
@@ -233,7 +235,7 @@ def test_any_rows_of_a_user(tmp_path: Path, rows: list[Any], other: Any) -> None
             only_ours(lambda read=read: read(path))
 
 
-@many(80)
+@many(30)
 @given(data=st.binary(max_size=200))
 def test_any_bytes_as_rows_questions_rubric_prices_or_adapter(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "file"
@@ -275,7 +277,7 @@ def with_header(header: Any, rest: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + rest
 
 
-@many(80)
+@many(25)
 @given(data=st.data())
 def test_any_adapter(stack: Stack, adapter: Path, tmp_path: Path, data: st.DataObject) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -296,7 +298,7 @@ def test_any_adapter(stack: Stack, adapter: Path, tmp_path: Path, data: st.DataO
     only_ours(lambda: load_peft_folder(stack, folder, BaseReference("base/of-it", "a" * 40)))
 
 
-@many(60)
+@many(15)
 @given(data=st.data())
 def test_any_base_that_an_adapter_names(stack: Stack, adapter: Path, tmp_path: Path, data: st.DataObject) -> None:
     """The weights of both are compared where both lie on this disk; those of the other may be anything."""
@@ -322,7 +324,8 @@ MODEL_FILES = ("config.json", "tokenizer_config.json", "tokenizer.json", "specia
                "model.safetensors.index.json")  # fmt: skip
 
 
-@many(80)
+@pytest.mark.slow
+@many(60)
 @given(data=st.data())
 def test_any_model_folder(tiny_qwen: Path, tmp_path: Path, data: st.DataObject) -> None:
     shutil.copytree(tiny_qwen, folder := tmp_path / "model", dirs_exist_ok=True)
@@ -383,7 +386,8 @@ def spoilt_ledger(done: DoneRun, to: Path, data: st.DataObject) -> Path:
     return to
 
 
-@many(6)
+@pytest.mark.slow
+@many(8)
 @given(data=st.data())
 def test_any_row_of_a_ledger(done_run: DoneRun, tmp_path: Path, tiny_qwen: Path, data: st.DataObject) -> None:
     spoilt = spoilt_ledger(done_run, tmp_path / "spoilt", data)
@@ -399,6 +403,7 @@ def test_any_row_of_a_ledger(done_run: DoneRun, tmp_path: Path, tiny_qwen: Path,
         assert "Traceback" not in out
 
 
+@pytest.mark.slow
 @many(20)
 @given(data=st.data())
 def test_any_workspace_that_is_merged(done_run: DoneRun, tmp_path: Path, data: st.DataObject) -> None:
