@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from fastconv.chat import Rendered
 from fastconv.engine.attention import Packed, Padded, Ragged, Rows, to_device
-from fastconv.engine.lora import StackedLinear
+from fastconv.engine.lora import shared_route
 from fastconv.engine.model import Base, pack
 from fastconv.engine.score import free_memory, with_memory
 from fastconv.engine.stack import Slot, Stack
@@ -276,9 +276,7 @@ class CapturedSteps:
     @cached_property
     def shared(self) -> bool:
         """Whether a graph serves all trainees; only then may several train in one micro-step."""
-        layers = (layer for layer in self._stack.base.model.modules() if isinstance(layer, StackedLinear))
-        same = all(layer.base.weight.dtype == self._stack.base.dtype for layer in layers)
-        return self._stack.route.kernel is not None and same
+        return shared_route(self._stack.base.model, self._stack.base.dtype) is not None
 
     def run(self, batch: MicroBatch, totals: torch.Tensor) -> None:
         """Run one micro-step and add its shares of the losses to `totals` [owners]. Raises torch.OutOfMemoryError."""

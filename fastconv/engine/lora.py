@@ -362,3 +362,13 @@ class StackedLinear(nn.Module):
                 branch_input = x * keep_mask(seeds, x.shape[-1], self.salt, slot.dropout).to(x.dtype)
             y = torch.addmm(y, F.linear(branch_input, a) * adapter.scales[self.name], b.t())
         return y
+
+
+def shared_route(model: nn.Module, dtype: torch.dtype) -> Route | None:
+    """The route of a model's stacked layers if its kernel computes them all in this dtype: a captured graph then serves
+    any adapters (`BranchKernel.own_tables`). None otherwise."""
+    layers = [module for module in model.modules() if isinstance(module, StackedLinear)]
+    kernel = layers[0].route.kernel if layers else None
+    if kernel is None or any(layer.base.weight.dtype != dtype for layer in layers):
+        return None
+    return layers[0].route

@@ -95,3 +95,32 @@ def test_decoding_sees_each_rows_own_length() -> None:
             k, v = (cache[row, :, : newest + 1].repeat_interleave(3, 0) for cache in (keys, values))
             alone = F.scaled_dot_product_attention(query[row][:, None], k, v, scale=0.25)[:, 0]
             assert torch.allclose(out[row], alone, atol=2e-6)
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.95, 1.0])
+@pytest.mark.parametrize("sharpness", [0.1, 2.0])
+def test_a_wide_nucleus_is_drawn_from_as_from_the_sorted_vocabulary(
+    top_p: float, sharpness: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly flat and peaked, with equal probabilities in it; rows that are not wide stay as they are."""
+    from fastconv.engine import decode
+    from fastconv.engine.kernels.elementwise import draw_wide
+    from fastconv.recipe import SamplingSettings
+
+    logits = (sharpness * drawn(40, 5000).detach() * 8).round() / 8
+    uniforms = torch.cat(
+        [torch.tensor([0.0, 0.5, 0.99999994]), torch.rand(37, generator=torch.Generator().manual_seed(1))]
+    )
+    monkeypatch.setattr(decode, "_TOP_K", 1)
+    expected = decode.sample_tokens(logits, uniforms, SamplingSettings(temperature=1.0, top_p=top_p))
+    wide = torch.ones(40, dtype=torch.bool)
+    wide[5:9] = False
+    chosen = torch.full((40,), -7)
+    draw_wide(torch.softmax(logits, -1), uniforms, wide, top_p, chosen)
+    assert chosen[5:9].tolist() == [-7] * 4
+    same = chosen[wide] == expected[wide]
+    assert int((~same).sum()) <= 1, "a draw within rounding of a boundary may differ"
+    probabilities = torch.softmax(logits, -1)
+    rows = torch.nonzero(wide).flatten()
+    gap = probabilities[rows, chosen[rows]] / probabilities[rows, expected[rows]]
+    assert bool(((gap > 0.8) & (gap < 1.25)).all())

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ if importlib.util.find_spec("triton") is None:
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastconv.chat import Rendered
+from fastconv.engine import decode, generate
 from fastconv.engine.attention import Padded
 from fastconv.engine.cuda_graph import (
     CapturedSteps,
@@ -34,7 +36,7 @@ from fastconv.engine.model import load_base
 from fastconv.engine.stack import Stack
 from fastconv.engine.train import Hooks, Job, _forward_backward, start, train
 from fastconv.errors import ModelError, TrainingError
-from fastconv.recipe import LoraSettings, ModelSettings
+from fastconv.recipe import LoraSettings, ModelSettings, SamplingSettings
 from tests.engine_kit import (
     BEHAVIOR,
     StandInDevice,
@@ -418,6 +420,38 @@ def test_a_graph_captured_for_some_adapters_trains_others(
     for replayed, plain in zip((first, second), launched, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(replayed, plain, strict=True))
     assert not torch.equal(first[1], second[1])
+
+
+def test_a_decoder_that_is_kept_samples_the_next_stack_with_its_graphs(
+    tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, stack = both(tiny_qwen)
+    settings = SamplingSettings(temperature=1.0, max_new_tok=4)
+    texts, seeds, device = [[1, 2, 3], [4, 5]], [1, 2], StandInDevice(stack)
+    pairs = [(random_adapter(stack, seed), random_adapter(stack, seed + 1)) for seed in (1, 5)]
+    kept = decode.DeviceDecoder(stack.base, decode.Cache(2, 16), settings, 2, device)
+
+    def drawn() -> list[Any]:
+        found = []
+        for pair in pairs:
+            with stack.live(Slot(pair)):
+                found.append(generate.sample(stack.base, texts, seeds, settings))
+        return found
+
+    expected = drawn()
+    assert expected[0] != expected[1]
+
+    def serving(base: Any, n_rows: int, max_length_tok: int, settings: Any) -> decode.DeviceDecoder:
+        assert kept.serves(n_rows, max_length_tok, settings)
+        return kept
+
+    monkeypatch.setattr(generate, "_decoder", serving)
+    monkeypatch.setattr(generate, "_is_small", lambda base, cache: True)
+    assert drawn() == expected
+    assert device.calls.count("capture") == 1, "the second stack is decoded with the graph of the first"
+    assert not kept.serves(3, 16, settings) or kept.most_slots == 2
+    assert not kept.serves(2, 17, settings)
+    assert not kept.serves(2, 16, settings.model_copy(update={"temperature": 0.5}))
 
 
 def test_live_logits_and_recomputed_activations(tiny_qwen: Path) -> None:
