@@ -226,8 +226,8 @@ class Runner:
         """Train runs in the same steps. If one of them fails, each is trained alone to find out which."""
         if self._stop.is_set():
             raise stopped(runs[0][0].slot)
+        engine, failed = self._engine(), False  # loaded before the clock of the first stage starts
         began = time.monotonic()
-        engine, failed = self._engine(), False
         for run in runs:
             self._watcher.stage(run[0], reason_to_run(run[0], self._store))
         try:
@@ -296,13 +296,16 @@ class Runner:
     def _engine(self) -> Any:
         """The executor, created on first use. A base that fails its self-tests raises here and ends the run."""
         if self._executor is None:
+            began = time.monotonic()
             from fastconv.run.executor import Executor  # imports torch, so only when something is computed
 
             self._executor = Executor(self._graph, self._store, self._tell, self._stop.is_set, self._wanted)
             self._executor.prepare()
             self._executor.prove()
+            start_s = time.monotonic() - began
+            self.tally.seconds += start_s
             facts = self._executor.facts()
-            self._store.add_run_facts(self._run, facts)
+            self._store.add_run_facts(self._run, {**facts, "start_s": round(start_s, 3)})
             self._watcher.engine(facts["engine"])
         return self._executor
 
