@@ -9,6 +9,8 @@ check stays on the device.
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +32,8 @@ __all__ = ["Hooks", "Job", "Trainee", "lr_at", "save_state", "start", "train"]
 
 #: Rows of logits held at once; 512 x 152,064 in bf16 is 0.16 GB.
 CHUNK_ROWS = 512
+#: Times that a step is tried when it is measured.
+_TRIALS = 12
 #: Steps that the host may be ahead of the device when it reads the finite check; one keeps the GPU busy.
 _LAG_STEPS = {"cuda": 1, "cpu": 0}
 
@@ -126,6 +130,34 @@ def train(
             captured.end_of_trainees()
     if not all(torch.equal(adapter.flat, before[key]) for key, adapter in frozen.items()):
         raise TrainingError("a frozen adapter changed", where=trainees[0].job.name, fix="report this defect")
+
+
+def together_speedup(stack: Stack, jobs: Sequence[Job]) -> float:
+    """Seconds of the jobs' first steps one after another, over those of all of them in one; 0 if that does not fit.
+
+    Measured on trainees that are thrown away, gradients alone, the best of `_TRIALS`: until then what is worth a graph is
+    captured.
+    """
+    trainees = [start(stack, job) for job in jobs]
+
+    def seconds(active: Sequence[Trainee]) -> float:
+        work = [item for owner, trainee in enumerate(active) for item in _items(owner, trainee)]
+        best = math.inf
+        for _ in range(_TRIALS):
+            began = time.perf_counter()
+            if _gradients(stack, active, work) is None:
+                return math.inf
+            if stack.base.device.type == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    try:
+        together_s = seconds(trainees)
+        return 0.0 if math.isinf(together_s) else sum(seconds([trainee]) for trainee in trainees) / together_s
+    finally:
+        for trainee in trainees:
+            trainee.adapter.train(None)
 
 
 def _round(stack: Stack, active: Sequence[Trainee]) -> None:

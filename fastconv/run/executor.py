@@ -29,8 +29,15 @@ from fastconv.experiment.graph import Graph
 from fastconv.judge.local import LocalReply
 from fastconv.judge.request import Prompt
 from fastconv.run.audit import require_conditions
-from fastconv.run.sampling import SamplingRequests, is_sampled, max_sequence_tok, sampling_requests
-from fastconv.run.training import Progress, Stacks, Trainer, note_progress
+from fastconv.run.sampling import (
+    Progress,
+    SamplingRequests,
+    is_sampled,
+    max_sequence_tok,
+    note_progress,
+    sampling_requests,
+)
+from fastconv.run.training import Stacks, Trainer
 from fastconv.store.ledger import Lease, Sample, Score, Stage, Store
 
 #: How each measure of snapshots (`experiment.measures.SNAPSHOT_MEASURES`) is computed under the live stack.

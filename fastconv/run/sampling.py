@@ -24,6 +24,26 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """Progress of a stage: `done` of `total` `unit`s, and the last loss while training.
+
+    `each` has (name, step, loss) of every run that was trained in the same step.
+    """
+
+    slot: str
+    done: int
+    total: int
+    unit: str
+    loss: float | None = None
+    each: tuple[tuple[str, int, float | None], ...] = ()
+
+
+def note_progress(lease: Lease, progress: Progress) -> None:
+    """Write a stage's progress to its lease, where `fastconv status` reads it."""
+    lease.note({"done": progress.done, "total": progress.total, "unit": progress.unit, "loss": progress.loss})
+
+
+@dataclass(frozen=True)
 class SamplingRequests:
     """Every prompt of a stage, in order: `items` are (row, user text, sample index), with token ids and seeds."""
 

@@ -27,13 +27,14 @@ from fastconv.engine.model import Base, load_base
 from fastconv.engine.score import TextItem, memory_errors, score_texts
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack, folded, rho
-from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
+from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, together_speedup, train
 from fastconv.engine.trl_reference import train_reference
 from fastconv.engine.vllm.memory import group_size
 from fastconv.errors import TrainingError, stopped
 from fastconv.experiment.graph import Graph, lineage_key
 from fastconv.recipe import sha256_of
 from fastconv.run.audit import READ_BEFORE_TRAINING, audit_set, reading_stage, require_passed
+from fastconv.run.sampling import Progress, note_progress
 from fastconv.store.ledger import Lease, Record, Stage, Store
 
 #: What helps where a sampled answer cannot be trained on.
@@ -113,21 +114,6 @@ class Stacks:
         if record is None:
             raise TrainingError("a stage before it is missing", where=stage.slot, fix="run the recipe again")
         return record
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a stage: `done` of `total` `unit`s, and the last loss while training.
-
-    `each` has (name, step, loss) of every run that was trained in the same step.
-    """
-
-    slot: str
-    done: int
-    total: int
-    unit: str
-    loss: float | None = None
-    each: tuple[tuple[str, int, float | None], ...] = ()
 
 
 @dataclass
@@ -246,11 +232,6 @@ def _read(base: Base, pairs: Sequence[Pair], batch_tok: int) -> list[list[float]
     ]
 
 
-def note_progress(lease: Lease, progress: Progress) -> None:
-    """Write a stage's progress to its lease, where `fastconv status` reads it."""
-    lease.note({"done": progress.done, "total": progress.total, "unit": progress.unit, "loss": progress.loss})
-
-
 def finite_or_none(loss: float) -> float | None:
     """The loss, or None if it is not finite because the GPU has not returned one yet."""
     return loss if math.isfinite(loss) else None
@@ -294,7 +275,10 @@ class Trainer:
             self._store.drop_progress(task.key)
 
     def group_size(self, runs: Sequence[Stage]) -> int:
-        """How many of these runs, each given by its first stage, to train in the same steps: the first n of the list."""
+        """How many of these runs, each given by its first stage, to train in the same steps: the first n of the list.
+
+        With `run.group` "auto" as many as memory allows, where that was measured to be faster than one after another.
+        """
         size = self._recipe.run.group
         if size != "auto":
             return size
@@ -305,16 +289,41 @@ class Trainer:
         free, _ = torch.cuda.mem_get_info(self._stacks.base.device)
         step_tok = (phase.batch_rows * self._mean_tok(stage) for stage in runs)
         plain = trains_without_kernels(self._recipe.model)
-        return group_size(shape, self._recipe.lora.most_r, step_tok, phase.micro_batch_tok, free, plain=plain)
+        size = group_size(shape, self._recipe.lora.most_r, step_tok, phase.micro_batch_tok, free, plain=plain)
+        return size if size > 1 and self._is_faster_together(runs[:size]) else 1
+
+    def _is_faster_together(self, runs: Sequence[Stage]) -> bool:
+        """Whether these runs train faster in the same steps, as measured once for as many of this kind on this device.
+
+        The measurement is kept in the ledger, so that a run which goes on groups as it began, to the same bits.
+        """
+        first, stack = runs[0], self._stacks.stack
+        phase = self._recipe.convergence if first.kind == "snapshot" else self._recipe.behavior
+        device = torch.cuda.get_device_name() if stack.base.device.type == "cuda" else "cpu"
+        settings = {"lora": self._recipe.lora.model_dump(mode="json"), "phase": phase.model_dump(mode="json")}
+        inputs = {**self._graph.engine_inputs, **settings, "on": device, "runs": len(runs)}
+        stage = Stage("grouping", f"grouping/{first.kind}/{len(runs)}", 1, inputs)
+        if (record := self._store.record(stage.key)) is not None:
+            return record.outputs["speedup"] > 1
+        began = time.monotonic()
+        with self._stacks.in_place(first.needs) as frozen:
+            below = frozen if first.kind == "behavior" else ()
+            jobs = [Job(run.slot, tuple(self._rows_of(run)), phase, seed_parts(run), below) for run in runs]
+            speedup = together_speedup(stack, jobs)
+        self._store.commit(stage, outputs={"speedup": round(speedup, 3)}, facts={}, seconds=time.monotonic() - began)
+        return speedup > 1
 
     def _mean_tok(self, stage: Stage) -> float:
-        """Mean tokens of a row. The rows are not audited here, so that a refused row fails its stage and not the sizing."""
-        if stage.kind == "snapshot":
-            rows = self._convergence_rows(stage)
-        else:
-            limit, tokenizer = self._recipe.behavior.max_length_tok, self._stacks.base.tokenizer
-            rows = render_rows(self._built_rows(stage), self._graph.personas, tokenizer, limit)
+        """Mean tokens of a row."""
+        rows = self._rows_of(stage)
         return sum(len(row.ids) for row in rows) / max(1, len(rows))
+
+    def _rows_of(self, stage: Stage) -> list[Rendered]:
+        """The rows of a run. They are not audited here, so that a refused row fails its stage and not the sizing."""
+        if stage.kind == "snapshot":
+            return self._convergence_rows(stage)
+        limit, tokenizer = self._recipe.behavior.max_length_tok, self._stacks.base.tokenizer
+        return list(render_rows(self._built_rows(stage), self._graph.personas, tokenizer, limit))
 
     def _built_rows(self, stage: Stage) -> list[Row]:
         """The rows of a behavior adapter's training set."""
