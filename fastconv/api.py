@@ -177,7 +177,7 @@ class Run:
         `others` select the cell further (negatives, seed, convergence). Raises InputError if the cell is not trained,
         RecipeError if the recipe has no such cell.
         """
-        from fastconv.run.training import Stacks
+        from fastconv.run.stacks import Stacks
 
         plan = self._graph.select(source, behavior, epoch, **others)[0]
         stages = [stage for stage in (plan.snapshot, plan.adapter) if stage is not None]

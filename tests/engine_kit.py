@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -94,3 +94,46 @@ def plain_logits(model: Any, row: Sequence[int]) -> torch.Tensor:
 def furthest(mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> float:
     """Largest absolute difference between two lists of tensors."""
     return max(float((a - b).abs().max()) for a, b in zip(mine, theirs, strict=True))
+
+
+class StandInDevice:
+    """Stands in for CUDA where steps are captured: a replay runs the step again with what it read when it was captured.
+
+    Like a graph it keeps addresses and no names: the kernel's tables and the slots are those of the capture, whatever is
+    live at the replay.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.calls: list[str] = []
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Keep the route and the kernel's tables as they are now."""
+        self.calls.append("capture")
+        at_capture = self._read()
+
+        def replay() -> None:
+            self.calls.append("replay")
+            before = self._read()
+            self._write(at_capture)
+            run()
+            self._write(before)
+
+        return replay
+
+    def _read(self) -> tuple[Any, ...]:
+        """What is live, and the kernel's tables of it."""
+        route, kernel = self.stack.route, cast(Any, self.stack.route.kernel)
+        tables = (kernel._live, dict(kernel._rows)) if kernel is not None else ()
+        return route.slots, route.spans, route.dropout_seeds, *tables
+
+    def _write(self, found: tuple[Any, ...]) -> None:
+        route, kernel = self.stack.route, cast(Any, self.stack.route.kernel)
+        route.slots, route.spans, route.dropout_seeds = found[:3]
+        if kernel is not None:
+            kernel._live, kernel._rows = found[3:]
+
+    def timed(self, run: Callable[[], None]) -> Callable[[], float | None]:
+        """Never known."""
+        run()
+        return lambda: None

@@ -1,13 +1,18 @@
 """Benchmarks: fastconv against the usual way in one call (`bench("train", "builtin:smollm2")`), and machine rates.
 
-`compare` runs one comparison, `bench_cell` all parts of a cell; `probe` measures the rates that `fastconv plan` needs,
+`compare` runs one comparison, `bench_cell` all parts of a cell, `bench_all` every comparison that a machine can do, into
+one file; `changes` sets two such files beside one another. `probe` measures the rates that `fastconv plan` needs,
 and `measure_machine` keeps them in the workspace.
 """
 
 from __future__ import annotations
 
+import json
+import platform
 import time
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,20 +29,32 @@ from fastconv.bench.measure import (
     bench_model,
     ragged_rows,
 )
-from fastconv.bench.training import WARM_UP, Load, bench_engine, bench_train, make_jobs, time_jobs
+from fastconv.bench.training import WARM_UP, Load, bench_engine, bench_train, free_memory, make_jobs, time_jobs
 from fastconv.engine.generate import sample
 from fastconv.engine.locate import engine_identity, locate
-from fastconv.engine.model import Base
+from fastconv.engine.model import Base, resolve_device
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.shapes import ModelShape, Work, forward_flops_per_tok, train_flops_per_tok, weight_bytes
 from fastconv.engine.stack import Stack
-from fastconv.errors import InputError, did_you_mean
+from fastconv.errors import InputError, ModelError, did_you_mean
 from fastconv.planning.hardware import probe_stage
 from fastconv.planning.plan import known_shape
 from fastconv.recipe import ModelSettings, Recipe, SamplingSettings
+from fastconv.run.status import run_facts
 from fastconv.store.ledger import Store
 
-__all__ = ["KINDS", "BenchResult", "BenchModel", "bench", "compare", "bench_model"]
+__all__ = [
+    "KINDS",
+    "BenchResult",
+    "BenchModel",
+    "Change",
+    "bench",
+    "bench_all",
+    "bench_model",
+    "changes",
+    "compare",
+    "compare_files",
+]
 
 KINDS = ("train", "behavior", "group", "score", "stack", "sample", "cell", "kernel", "engine")
 #: (steps, questions, rows) of a cell by device: those of the protocol's 800-row cell, few on a CPU.
@@ -126,6 +143,96 @@ def bench(kind: str, model: str, *, device: str = "auto", dtype: str = "auto", r
     fields = {"id": model, "device": device, "dtype": dtype, "revision": revision, "engine": "torch"}
     settings = ModelSettings.model_validate(fields)
     return asdict(compare(kind, bench_model(settings), size))
+
+
+#: What `bench_all` compares: the loads and measures of a run. `cell` is a sum of these, `engine` loads a second base.
+ALL_KINDS = ("train", "behavior", "group", "score", "stack", "sample", "kernel")
+#: A rate below this share of the one before is slower: timings on one machine vary by some percent.
+SLOWER = 0.9
+_MAKE_ONE = "make both with `fastconv bench all --out FILE`, with one model"
+
+
+def bench_all(model: str, *, size: int | None = None, device: str = "auto") -> dict[str, Any]:
+    """Every comparison of `ALL_KINDS` one after another, with the card, the versions and the time (s since the epoch).
+
+    A comparison that this machine cannot do stands under `left_out` with its reason.
+    """
+    settings = ModelSettings.model_validate({"id": model, "device": device, "engine": "torch"})
+    measured_on, facts = resolve_device(settings), run_facts()
+    is_gpu = measured_on.type == "cuda"
+    found: dict[str, Any] = {
+        "at": time.time(), "card": torch.cuda.get_device_name(measured_on) if is_gpu else platform.processor() or "cpu",
+        **{name: facts[name] for name in ("python", "versions", "machine", "git")},
+        "model": model, "results": {}, "left_out": {},
+    }  # fmt: skip
+    for kind in ALL_KINDS:
+        try:
+            found["results"][kind] = bench(kind, model, device=device, size=size)
+        except ModelError as error:
+            found["left_out"][kind] = error.what
+        free_memory()
+    return found
+
+
+@dataclass(frozen=True)
+class Change:
+    """A figure of two `bench_all` files: our rate on the same card, else how much faster than a usual way ours is."""
+
+    kind: str
+    figure: str
+    before: float
+    after: float
+
+    @property
+    def share(self) -> float:
+        """After over before."""
+        return self.after / self.before
+
+    @property
+    def slower(self) -> bool:
+        """Whether it fell by more than timings vary."""
+        return self.share < SLOWER
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """What two files of `bench_all` have in common. Raises InputError if that is nothing."""
+    same_card = (before.get("card"), before.get("model")) == (after.get("card"), after.get("model"))
+    found = []
+    for kind, now in after.get("results", {}).items():
+        then = before.get("results", {}).get(kind)
+        if then is None:
+            continue
+        if same_card and then["work"].split(";")[0] == now["work"].split(";")[0]:
+            found.append(Change(kind, f"{now['unit']}/s", then["ours"]["per_s"], now["ours"]["per_s"]))
+        names = [name for name in now["ratios"] if name in then["ratios"]]
+        found += [Change(kind, f"times {name}", then["ratios"][name], now["ratios"][name]) for name in names]
+    if not found:
+        raise InputError(
+            "the two files have no measurement in common",
+            where="bench compare",
+            fix=_MAKE_ONE,
+        )
+    return found
+
+
+def compare_files(files: Sequence[Path]) -> list[Change]:
+    """`changes` between two files that `fastconv bench all --out FILE` wrote. Raises InputError if they are no such files."""
+    if len(files) != 2:
+        raise InputError(
+            f"it takes two files, not {len(files)}",
+            where="bench compare",
+            fix="name the one from before, then the new one",
+        )
+    read = []
+    for path in files:
+        try:
+            read.append(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no JSON"
+            raise InputError(f"it cannot be read: {why}", where=str(path), fix=_MAKE_ONE) from None
+        if not isinstance(read[-1], dict) or "results" not in read[-1]:
+            raise InputError("it holds no benchmarks", where=str(path), fix=_MAKE_ONE)
+    return changes(*read)
 
 
 def measure_machine(recipe: Recipe, store: Store) -> dict[str, float]:

@@ -352,18 +352,33 @@ def export(
 @app.command()
 @with_exit_codes
 def bench(
-    kind: Annotated[str, typer.Argument(help="train, behavior, group, score, stack, sample, cell, kernel or engine")],
+    kind: Annotated[
+        str, typer.Argument(help="train, behavior, group, score, stack, sample, cell, kernel, engine; all or compare")
+    ],
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="For compare: two files of `bench all`, before, after")
+    ] = None,
     model: Annotated[
         str, typer.Option("--model", help="As in a recipe, or random:qwen2.5-7b for speed and memory")
     ] = "builtin:smollm2",
     size: Annotated[int | None, typer.Option("--size", min=1, help="Steps, questions, swaps, rows or tokens")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="With all: the file to write")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure ours against the usual way in one call: rates, memory, bytes written, share of the matmul ceiling."""
-    from fastconv import show
-    from fastconv.bench import bench as run_bench
+    """Measure ours against the usual way in one call: rates, memory, bytes written, share of the matmul ceiling.
 
-    show.bench(run_bench(kind, model, size=size), as_json=as_json)
+    `all` measures everything that this machine can, into one file; `compare` says what got slower between two such files
+    (exit code 3).
+    """
+    from fastconv import bench as benches
+    from fastconv import show
+
+    if kind == "compare":
+        show.changes(benches.compare_files(files or []), as_json=as_json)
+    elif kind == "all":
+        show.bench_all(benches.bench_all(model, size=size), out, as_json=as_json)
+    else:
+        show.bench(benches.bench(kind, model, size=size), as_json=as_json)
 
 
 register_workspace(app)

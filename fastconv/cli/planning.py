@@ -285,6 +285,8 @@ def show_plan(recipe_plan: Plan, console: Console) -> None:
         table.add_column(name, justify="left" if name in ("stages", "work") else "right", overflow="fold")
     for kind in recipe_plan.kinds:
         table.add_row(kind.kind, str(kind.n), str(kind.n_done), _seconds(kind), work(kind))
+    if recipe_plan.start_s:
+        table.add_row("start-up", "", "", duration_text(recipe_plan.start_s), "the base loaded and tested, once")
     console.print(table)
     console.print(f"in all {duration_text(3600 * recipe_plan.hours)}; {_money(recipe_plan)}")
     if recipe_plan.judging is not None and recipe_plan.judging.problem:

@@ -217,7 +217,8 @@ class Ragged:
     """Packed rows for a variable-length attention kernel (chosen by `attention_backends`). Used on GPUs.
 
     `bounds` [rows + 2] int32 on the device: the first token of each row, the end of the last row, and the end of all
-    tokens. Padding is one more row, which may be empty, so that batches of equal shapes differ only in tensor values.
+    tokens. Rows that only fill up the number of rows are empty. Padding is one more row, which may be empty, so that
+    batches of equal shapes differ only in tensor values.
     `longest` is the largest row length (tokens) that the kernel has to expect.
     """
 
@@ -227,11 +228,12 @@ class Ragged:
     kernel: Kernel
 
     @classmethod
-    def of(cls, lengths: Sequence[int], kernel: Kernel, *, n_tok: int = 0, width: int = 0) -> Ragged:
-        """The layout of rows with these lengths (tokens), on the CPU; `n_tok` and `width` as for `Padded.of`."""
+    def of(cls, lengths: Sequence[int], kernel: Kernel, *, n_tok: int = 0, width: int = 0, n_rows: int = 0) -> Ragged:
+        """The layout of rows with these lengths (tokens), on the CPU; `n_tok`, `width` and `n_rows` as for
+        `Padded.of`."""
         starts = Packed.of(list(lengths)).starts
         end = max(n_tok, starts[-1])
-        bounds = torch.tensor([*starts, end], dtype=torch.int32)
+        bounds = torch.tensor([*starts, *[starts[-1]] * (n_rows - len(lengths)), end], dtype=torch.int32)
         return cls(starts, bounds, max(width, end - starts[-1], *lengths), kernel)
 
     @property
@@ -289,20 +291,20 @@ class Padded:
     place: torch.Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[int], *, n_tok: int = 0, width: int = 0) -> Padded:
+    def of(cls, lengths: Sequence[int], *, n_tok: int = 0, width: int = 0, n_rows: int = 0) -> Padded:
         """The layout of rows with these lengths (tokens), on the CPU.
 
-        `n_tok` and `width` are lower bounds of the number of tokens and of the row width, so that many batches get the
-        same shape. The width is rounded up to a multiple of `_WIDTH_STEP` in any case.
+        `n_tok`, `width` and `n_rows` are lower bounds of the numbers of tokens, of tokens in a row and of rows, so that
+        many batches get the same shape. The width is rounded up to a multiple of `_WIDTH_STEP` in any case.
         """
         starts = Packed.of(list(lengths)).starts
         width = -(-max(width, *lengths) // _WIDTH_STEP) * _WIDTH_STEP
-        source = torch.full((len(lengths), width), -1)
+        source = torch.full((max(n_rows, len(lengths)), width), -1)
         place = torch.full((max(n_tok, starts[-1]),), -1)
         for row, (start, stop) in enumerate(pairwise(starts)):
             source[row, : stop - start] = torch.arange(start, stop)
             place[start:stop] = torch.arange(row * width, row * width + stop - start)
-        return cls(starts, len(lengths), source.flatten(), place)
+        return cls(starts, len(source), source.flatten(), place)
 
     @property
     def n_tok(self) -> int:

@@ -1,18 +1,28 @@
 """Packed micro-batches (rows of several trainees laid end to end on the device, with targets and loss weights), and the
-micro-steps over them as CUDA graphs: one launch, whatever the number of layers."""
+micro-steps over them as CUDA graphs: one launch, whatever the number of layers.
+
+A graph serves every micro-batch of its sizes, whichever adapters it trains. Which sizes are worth a graph follows from
+measured times.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from fastconv.chat import Rendered
 from fastconv.engine.attention import Packed, Padded, Ragged, Rows, to_device
+from fastconv.engine.lora import shared_route
 from fastconv.engine.model import Base, pack
+from fastconv.engine.score import free_memory, with_memory
 from fastconv.engine.stack import Slot, Stack
 
 
@@ -31,10 +41,11 @@ class Item:
 
 @dataclass(frozen=True)
 class PaddedSizes:
-    """Sizes (tokens) to pad a micro-batch to: all tokens, a row, supervised tokens. 0 means no padding."""
+    """Sizes to pad a micro-batch to: all tokens, a row (tokens), rows, supervised tokens. 0 means no padding."""
 
     n_tok: int = 0
     width: int = 0
+    n_rows: int = 0
     n_supervised: int = 0
 
 
@@ -45,7 +56,7 @@ class MicroBatch:
     `ids` and `positions` [T] int64, `seeds` [T] int32 (dropout, None without it). For each of the N supervised
     tokens: `take` [N] int64 is the index of the token before it, `targets` [N] int64 its id, `weights` [N] fp32 its
     loss weight and `owners` [N] int64 the index of its trainee. Padding has weight 0. `slots` are those that have
-    rows here, `spans` their token ranges (None if there is one slot).
+    rows here, `spans` their token ranges, the last with the padding (None if there is one slot).
     """
 
     slots: tuple[Slot, ...]
@@ -76,14 +87,16 @@ def make_micro_batch(
     device = base.device
     lengths = [len(item.row.ids) for item in micro]
     sizes = sizes_for(lengths, sum(item.row.n_supervised for item in micro))
-    ids, positions, layout = pack([list(item.row.ids) for item in micro], base, n_tok=sizes.n_tok, width=sizes.width)
+    rows = [list(item.row.ids) for item in micro]
+    ids, positions, layout = pack(rows, base, n_tok=sizes.n_tok, width=sizes.width, n_rows=sizes.n_rows)
     take, targets, weights, owners = _supervision(micro, layout.starts, sizes.n_supervised, device)
     live, spans = [], []
     for owner, slot in enumerate(slots):
-        rows = [i for i, item in enumerate(micro) if item.owner == owner]
-        if rows:
+        owned = [i for i, item in enumerate(micro) if item.owner == owner]
+        if owned:
             live.append(slot)
-            spans.append((layout.starts[rows[0]], layout.starts[rows[-1] + 1]))
+            spans.append((layout.starts[owned[0]], layout.starts[owned[-1] + 1]))
+    spans[-1] = (spans[-1][0], ids.shape[0])
     seeds = None
     if any(slot.dropout > 0 for slot in live):
         seed_lengths = [(item.seed, length) for item, length in zip(micro, lengths, strict=True)]
@@ -124,88 +137,211 @@ def token_seeds(rows: Sequence[tuple[int, int]], device: torch.device) -> torch.
     return to_device((seeds & 0x7FFFFFFF).to(torch.int32), device)
 
 
-#: Sizes are rounded up to multiples of these: padding costs matrix products, more sizes cost captures.
-_TOK_STEP, _WIDTH_STEP, _SUPERVISED_STEP = 256, 256, 512
-#: A batch of this size keeps the GPU busy longer than the host needs to launch it: it is run directly, unpadded.
-_LARGE_TOK = 3072
-#: Number of sizes kept as graphs; later ones are run directly.
-_MAX_GRAPHS = 64
+#: Number of sizes kept as graphs; later ones are launched directly.
+_MAX_GRAPHS = 96
+#: A graph says how fast the device is at sizes up to this many times its own.
+_LARGER = 1.5
+
+
+def rounded_sizes(lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
+    """The sizes to pad a batch of rows with these lengths (tokens) to.
+
+    Padding costs matrix products, more sizes cost captures: tokens are rounded up by 3 % on average, what costs little
+    (the width and the number of rows of attention, rows of logits) to a power of two or the middle between two.
+    """
+    return PaddedSizes(
+        _up(sum(lengths), 5, 64), _up(max(lengths), 2, 64), _up(len(lengths), 2, 1), _up(n_supervised, 2, 64)
+    )
+
+
+def _up(n: int, bits: int, least: int) -> int:
+    """n rounded up to its first `bits` binary digits, and to a multiple of `least`."""
+    step = max(least, 1 << max(0, (n - 1).bit_length() - bits))
+    return -(-n // step) * step
+
+
+class Device(Protocol):
+    """What `CapturedSteps` asks of a device; `CudaDevice` is the one there is outside of tests."""
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Record what `run` launches, without computing it; calling the result computes it."""
+        ...
+
+    def timed(self, run: Callable[[], None]) -> Callable[[], float | None]:
+        """Run, and return a function that gives the seconds which it took on the device, or None if not yet known."""
+        ...
+
+
+class CudaDevice:
+    """Graphs and timers of the current CUDA device. The graphs share one memory pool: they run one after another."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None]:
+        """A CUDA graph of `run`, as its `replay`. Raises what a capture that runs out of memory raises."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            run()
+        self._pool = graph.pool()
+        return graph.replay
+
+    def timed(self, run: Callable[[], None]) -> Callable[[], float | None]:
+        """Timed by events on the stream, which do not make the host wait."""
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        run()
+        ended.record()
+        return lambda: began.elapsed_time(ended) / 1000 if ended.query() else None
+
+
+@dataclass
+class StepTimes:
+    """Measured times of micro-steps, which say whether a size is worth a graph.
+
+    `launch_s` and `capture_s` are the least seconds of the host for launching a micro-step and for capturing one,
+    whose number of kernels does not depend on its size. `device_s` and `device_tok` are those of the largest replayed.
+    """
+
+    launch_s: float = math.inf
+    capture_s: float = math.inf
+    device_s: float = math.inf
+    device_tok: int = 0
+    _pending: deque[tuple[int, Callable[[], float | None]]] = field(default_factory=deque)
+
+    def replayed(self, n_tok: int, seconds: Callable[[], float | None]) -> None:
+        """Note a replay of `n_tok` tokens whose seconds will be known later."""
+        self._pending.append((n_tok, seconds))
+        self._read()
+
+    def _read(self) -> None:
+        while self._pending and (known := self._pending[0][1]()) is not None:
+            size = self._pending.popleft()[0]
+            if size > self.device_tok:
+                self.device_tok, self.device_s = size, known
+            elif size == self.device_tok:
+                self.device_s = min(self.device_s, known)
+
+    def worth_capturing(self, n_tok: int, n_direct: int) -> bool:
+        """Whether to capture a size of `n_tok` tokens that was launched directly `n_direct` times.
+
+        It is once the device has idled as long behind these launches as a capture takes: at most twice what the best
+        choice would have cost, however often the size will still be met. A size much larger than any that was replayed
+        is captured to learn how long the device takes.
+        """
+        self._read()
+        if math.isinf(self.capture_s):
+            return True
+        if not self.device_tok and self._pending:
+            return False
+        if n_tok > _LARGER * self.device_tok:
+            return not any(size * _LARGER >= n_tok for size, _ in self._pending)
+        idle_s = self.launch_s - self.device_s * n_tok / self.device_tok
+        return n_direct * idle_s >= self.capture_s
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """A captured micro-step: its input tensors, its loss [1] fp32, and the kernel state that it points to."""
+    """A captured micro-step: its input tensors, its losses [owners] fp32, and the kernel's tables that it reads."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], None]
     inputs: MicroBatch
-    loss: torch.Tensor
-    kernel_state: Any
+    losses: torch.Tensor
+    tables: Any
 
 
 class CapturedSteps:
-    """The micro-steps of one trainee.
+    """The micro-steps of all trainees of a stack, launched directly or as graphs of equal sizes.
 
-    `step(batch, totals)` runs with the batch's slots live and adds to the gradients and to `totals` [1] fp32.
+    `step(batch, totals)` runs with the batch's slots live and adds to the gradients and to `totals` [owners] fp32. Both
+    ways compute the same bits. Where the stacked kernel computes every adapted layer, a graph finds adapters and
+    gradients through its tables and serves all trainees; elsewhere it is bound to its trainee.
     """
 
-    def __init__(self, stack: Stack, step: Callable[[MicroBatch, torch.Tensor], None]) -> None:
+    def __init__(
+        self, stack: Stack, step: Callable[[MicroBatch, torch.Tensor], None], device: Device | None = None
+    ) -> None:
         self._stack = stack
         self._step = step
-        self._seen: set[tuple[int, ...]] = set()
-        self._graphs: dict[tuple[int, ...], _Graph] = {}
+        self._device = device or CudaDevice()
+        self._direct: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._full = False
+        self.times = StepTimes()
+
+    def __len__(self) -> int:
+        """Number of graphs."""
+        return len(self._graphs)
+
+    @cached_property
+    def shared(self) -> bool:
+        """Whether a graph serves all trainees; only then may several train in one micro-step."""
+        return shared_route(self._stack.base.model, self._stack.base.dtype) is not None
 
     def run(self, batch: MicroBatch, totals: torch.Tensor) -> None:
-        """Run one micro-step and add its share of the loss to `totals` [1]. Raises torch.OutOfMemoryError."""
-        key = _sizes_of(batch)
-        full = key not in self._graphs and len(self._graphs) >= _MAX_GRAPHS
-        if batch.ids.shape[0] >= _LARGE_TOK or key not in self._seen or full:
-            self._seen.add(key)
-            with self._stack.live(*batch.slots, spans=batch.spans, dropout_seeds=batch.seeds):
-                self._step(batch, totals)
-            return
-        if key not in self._graphs:
-            self._graphs[key] = self._captured(batch)
-        captured = self._graphs[key]
-        for target, source in zip(_tensors(captured.inputs), _tensors(batch), strict=True):
-            target.copy_(source, non_blocking=True)
-        if self._stack.route.kernel is not None:
-            self._stack.route.kernel.refresh_graph(captured.kernel_state)
-        captured.graph.replay()
-        totals.add_(captured.loss)
+        """Run one micro-step and add its shares of the losses to `totals` [owners]. Raises torch.OutOfMemoryError."""
+        n_tok = batch.ids.shape[0]
+        with self._stack.live(*batch.slots, spans=batch.spans, dropout_seeds=batch.seeds):
+            key = self._key(batch, totals)
+            graph = self._graphs.get(key)
+            if graph is None:
+                wanted = self._direct[key] and self.times.worth_capturing(n_tok, self._direct[key])
+                if not wanted or self._full or (graph := self._captured(key, batch, totals)) is None:
+                    self._direct[key] += 1
+                    began = time.perf_counter()
+                    self._step(batch, totals)
+                    self.times.launch_s = min(self.times.launch_s, time.perf_counter() - began)
+                    return
+            for target, source in zip(_tensors(graph.inputs), _tensors(batch), strict=True):
+                target.copy_(source, non_blocking=True)
+            if graph.tables is not None:
+                kernel = self._stack.route.kernel
+                assert kernel is not None
+                kernel.load_tables(graph.tables, self._stack.route, self._stack.base.dtype, n_tok)
+            self.times.replayed(n_tok, self._device.timed(graph.replay))
+            totals.add_(graph.losses)
 
-    def _captured(self, batch: MicroBatch) -> _Graph:
-        inputs = _copied(batch)
-        loss = torch.zeros(1, device=batch.ids.device)
-        graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).graph.pool() if self._graphs else None
-        kernel, kernel_state = self._stack.route.kernel, None
+    def end_of_trainees(self) -> None:
+        """Forget graphs that are bound to trainees which are done."""
+        if not self.shared:
+            self._graphs.clear()
+            self._direct.clear()
+
+    def _key(self, batch: MicroBatch, totals: torch.Tensor) -> Hashable:
+        """What two micro-steps must share for one graph to serve both."""
+        sizes = (_layout(batch).longest, *(tensor.shape[0] for tensor in _tensors(batch)), len(totals))
+        if self.shared:
+            kernel = self._stack.route.kernel
+            assert kernel is not None
+            return sizes, kernel.structure(self._stack.route, self._stack.base.dtype)
+        return sizes, tuple((slot.frozen, slot.trainable, slot.dropout) for slot in batch.slots)
+
+    def _captured(self, key: Hashable, batch: MicroBatch, totals: torch.Tensor) -> _Graph | None:
+        """The micro-step as a graph; None, and no further ones, where memory runs out."""
+        began = time.perf_counter()
+        graph = with_memory(partial(self._capture, batch, totals))
+        if graph is None:
+            self._full = True
+            free_memory()
+            return None
+        self.times.capture_s = min(self.times.capture_s, time.perf_counter() - began)
+        self._graphs[key] = graph
+        self._full = len(self._graphs) >= _MAX_GRAPHS
+        return graph
+
+    def _capture(self, batch: MicroBatch, totals: torch.Tensor) -> _Graph:
+        inputs, losses = _copied(batch), torch.zeros_like(totals)
+        kernel, tables = self._stack.route.kernel, None
         with self._stack.live(*inputs.slots, spans=inputs.spans, dropout_seeds=inputs.seeds):
-            if kernel is not None:  # its tables are copied from the host, which a graph cannot do
-                kernel.prepare(self._stack.route, self._stack.base.dtype, inputs.ids.shape[0])
-            with torch.cuda.graph(graph, pool=pool):
-                loss.zero_()
-                self._step(inputs, loss)
             if kernel is not None:
-                kernel_state = kernel.graph_state()
-        return _Graph(graph, inputs, loss, kernel_state)
+                tables = kernel.own_tables(self._stack.route, self._stack.base.dtype, inputs.ids.shape[0])
 
+            def run() -> None:
+                losses.zero_()
+                self._step(inputs, losses)
 
-def rounded_sizes(lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
-    """The sizes to pad a batch of rows with these lengths (tokens) to; a batch of `_LARGE_TOK` or more is not
-    padded."""
-    if sum(lengths) >= _LARGE_TOK:
-        return PaddedSizes()
-    return PaddedSizes(
-        _up(sum(lengths), _TOK_STEP), _up(max(lengths), _WIDTH_STEP), _up(n_supervised, _SUPERVISED_STEP)
-    )
-
-
-def _up(n: int, step: int) -> int:
-    return -(-n // step) * step
-
-
-def _sizes_of(batch: MicroBatch) -> tuple[int, ...]:
-    return (_layout(batch).longest, *(tensor.shape[0] for tensor in _tensors(batch)))
+            replay = self._device.capture(run)
+        return _Graph(replay, inputs, losses, tables)
 
 
 def _tensors(batch: MicroBatch) -> list[torch.Tensor]:

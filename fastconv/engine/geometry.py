@@ -61,7 +61,7 @@ def last_token_states(
 
     states: dict[int, torch.Tensor] = {}
     for batch in length_batches([len(row) for row in rows], batch_tok):
-        for _, (order, batch_states) in in_halves(batch, compute, on_halved):
+        for _, (order, batch_states) in in_halves(base, batch, compute, on_halved):
             states.update(zip(order, batch_states, strict=True))
     return torch.stack([states[i] for i in range(len(rows))])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -274,20 +274,20 @@ class BranchKernel(Protocol):
         """W x + b + the live branches, for x [..., T, in] -> [..., T, out]."""
         ...
 
-    def prepare(self, route: Route, dtype: torch.dtype, n_tok: int) -> None:
-        """Make the tables of a pass over `n_tok` tokens, before a graph is captured."""
-        ...
-
     def release(self) -> None:
         """Forget the live slots."""
         ...
 
-    def graph_state(self) -> Any:
-        """What a captured graph points to, to be kept as long as the graph."""
+    def structure(self, route: Route, dtype: torch.dtype) -> Hashable:
+        """What two passes over equally many tokens must share for one captured graph to serve both."""
         ...
 
-    def refresh_graph(self, state: Any) -> None:
-        """Refresh what a captured graph points to, before a replay."""
+    def own_tables(self, route: Route, dtype: torch.dtype, n_tok: int) -> Any:
+        """Tables of a graph that is captured next, over `n_tok` tokens."""
+        ...
+
+    def load_tables(self, tables: Any, route: Route, dtype: torch.dtype, n_tok: int) -> None:
+        """Copy what is live now into the tables of a captured graph, before a replay."""
         ...
 
 
@@ -362,3 +362,13 @@ class StackedLinear(nn.Module):
                 branch_input = x * keep_mask(seeds, x.shape[-1], self.salt, slot.dropout).to(x.dtype)
             y = torch.addmm(y, F.linear(branch_input, a) * adapter.scales[self.name], b.t())
         return y
+
+
+def shared_route(model: nn.Module, dtype: torch.dtype) -> Route | None:
+    """The route of a model's stacked layers if its kernel computes them all in this dtype: a captured graph then serves
+    any adapters (`BranchKernel.own_tables`). None otherwise."""
+    layers = [module for module in model.modules() if isinstance(module, StackedLinear)]
+    kernel = layers[0].route.kernel if layers else None
+    if kernel is None or any(layer.base.weight.dtype != dtype for layer in layers):
+        return None
+    return layers[0].route

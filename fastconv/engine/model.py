@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,17 @@ class Base:
     attention: Backend = SDPA
     #: What its family computes beyond a plain decoder.
     rules: Rules = NO_RULES
+    #: What is kept on the device from one stage to the next for speed alone, by name; its length is 0 where it holds no
+    #: memory.
+    kept: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def drop_kept(self) -> bool:
+        """Free what is kept for speed alone, where memory ran out; whether it held any."""
+        had = any(len(held) for held in self.kept.values())
+        self.kept.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return had
 
     @property
     def backbone(self) -> nn.Module:
@@ -347,12 +358,12 @@ def _without_reports() -> Iterator[None]:
 
 
 def pack(
-    rows: list[list[int]], base: Base, *, n_tok: int = 0, width: int = 0
+    rows: list[list[int]], base: Base, *, n_tok: int = 0, width: int = 0, n_rows: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, attention.Rows]:
     """Pack rows of token ids end to end: (ids [T] int64, positions [T] int64, layout), all on the base's device.
 
-    On a GPU the layout is that of the base's attention implementation; `n_tok` and `width` are lower bounds of its
-    sizes (see `attention.Padded.of`).
+    On a GPU the layout is that of the base's attention implementation; `n_tok`, `width` and `n_rows` are lower bounds of
+    its sizes (see `attention.Padded.of`).
     """
     lengths = [len(row) for row in rows]
     base.require_length(max(lengths, default=0))
@@ -362,9 +373,9 @@ def pack(
     if base.device.type != "cuda":
         return ids, positions, packed
     if base.attention.kernel is None or base.rules.pads(max(n_tok - sum(lengths), width, *lengths)):
-        layout = attention.Padded.of(lengths, n_tok=n_tok, width=width)
+        layout = attention.Padded.of(lengths, n_tok=n_tok, width=width, n_rows=n_rows)
     else:
-        layout = attention.Ragged.of(lengths, base.attention.kernel, n_tok=n_tok, width=width)
+        layout = attention.Ragged.of(lengths, base.attention.kernel, n_tok=n_tok, width=width, n_rows=n_rows)
     missing = layout.n_tok - ids.shape[0]
     ids, positions = (torch.nn.functional.pad(tensor, (0, missing)) for tensor in (ids, positions))
     layout = layout.with_inputs([to_device(tensor, base.device) for tensor in layout.inputs])

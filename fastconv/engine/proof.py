@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 
 from fastconv.engine.attention import ATTENTION, OTHER_BASE, PrefixGroup, PrefixTrees, register, to_device
+from fastconv.engine.decode import Cache, Decode, Prefill
 from fastconv.engine.family import rope_tables, rules_of, small_config
-from fastconv.engine.generate import Cache, Decode, Prefill
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import dense_weight, is_four_bit
 from fastconv.engine.selftest import require_tokens

@@ -32,11 +32,12 @@ R = TypeVar("R")
 
 
 def in_halves(
-    batch: Sequence[T], compute: Callable[[Sequence[T]], R], on_halved: Callable[[], None]
+    base: Base, batch: Sequence[T], compute: Callable[[Sequence[T]], R], on_halved: Callable[[], None]
 ) -> Iterator[tuple[Sequence[T], R]]:
     """(part of the batch, what `compute` gives for it) in order: the whole batch, or halves of it where memory ran out.
 
-    `on_halved` is called for each halving. Raises TrainingError if a single row does not fit.
+    What the base keeps for speed alone is freed first. `on_halved` is called for each halving. Raises TrainingError if a
+    single row does not fit.
     """
     parts = [batch]
     while parts:
@@ -45,7 +46,9 @@ def in_halves(
         if result is not None:
             yield part, result
             continue
-        free_memory()
+        if base.drop_kept():
+            parts.insert(0, part)
+            continue
         if len(part) < 2:
             raise no_memory()
         on_halved()
@@ -210,7 +213,7 @@ def _letters(
 
     scores: dict[int, LetterScore] = {}
     for batch in length_batches([len(item.prompt) for item in items], batch_tok):
-        for _, (order, chosen) in in_halves(batch, compute, on_halved):
+        for _, (order, chosen) in in_halves(base, batch, compute, on_halved):
             for i, row in zip(order, chosen, strict=True):
                 scores[i] = LetterScore(tuple(row[: len(items[i].letters)]), precise)
     return [scores[i] for i in range(len(items))]
@@ -308,7 +311,7 @@ def score_texts(
     sizes = [len(item.prompt) + sum(len(choice) - 1 for choice in item.choices) for item in items]
     scores: dict[int, TextScore] = {}
     for batch in length_batches(sizes, batch_tok):
-        for part, found in in_halves(batch, lambda part: _texts(base, [items[i] for i in part]), on_halved):
+        for part, found in in_halves(base, batch, lambda part: _texts(base, [items[i] for i in part]), on_halved):
             scores.update(zip(part, found, strict=True))
     return [scores[i] for i in range(len(items))]
 

@@ -127,7 +127,9 @@ class Stack:
 
         spans, self.route.spans = self.route.spans, None
         try:
-            return Probe(tuple(value for _, part in in_halves(rows, compute, ignore_halving) for value in part))
+            return Probe(
+                tuple(value for _, part in in_halves(self.base, rows, compute, ignore_halving) for value in part)
+            )
         finally:
             self.route.spans = spans
 

@@ -9,6 +9,8 @@ check stays on the device.
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +32,8 @@ __all__ = ["Hooks", "Job", "Trainee", "lr_at", "save_state", "start", "train"]
 
 #: Rows of logits held at once; 512 x 152,064 in bf16 is 0.16 GB.
 CHUNK_ROWS = 512
+#: Times that a step is tried when it is measured.
+_TRIALS = 12
 #: Steps that the host may be ahead of the device when it reads the finite check; one keeps the GPU busy.
 _LAG_STEPS = {"cuda": 1, "cpu": 0}
 
@@ -122,8 +126,38 @@ def train(
     finally:
         for trainee in trainees:
             trainee.adapter.train(None)
+        if (captured := stack.base.kept.get("steps")) is not None:
+            captured.end_of_trainees()
     if not all(torch.equal(adapter.flat, before[key]) for key, adapter in frozen.items()):
         raise TrainingError("a frozen adapter changed", where=trainees[0].job.name, fix="report this defect")
+
+
+def together_speedup(stack: Stack, jobs: Sequence[Job]) -> float:
+    """Seconds of the jobs' first steps one after another, over those of all of them in one; 0 if that does not fit.
+
+    Measured on trainees that are thrown away, gradients alone, the best of `_TRIALS`: until then what is worth a graph is
+    captured.
+    """
+    trainees = [start(stack, job) for job in jobs]
+
+    def seconds(active: Sequence[Trainee]) -> float:
+        work = [item for owner, trainee in enumerate(active) for item in _items(owner, trainee)]
+        best = math.inf
+        for _ in range(_TRIALS):
+            began = time.perf_counter()
+            if _gradients(stack, active, work) is None:
+                return math.inf
+            if stack.base.device.type == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - began)
+        return best
+
+    try:
+        together_s = seconds(trainees)
+        return 0.0 if math.isinf(together_s) else sum(seconds([trainee]) for trainee in trainees) / together_s
+    finally:
+        for trainee in trainees:
+            trainee.adapter.train(None)
 
 
 def _round(stack: Stack, active: Sequence[Trainee]) -> None:
@@ -153,7 +187,9 @@ def _gradients(stack: Stack, active: Sequence[Trainee], work: Sequence[Item]) ->
     slots = [Slot(t.job.frozen, t.adapter, t.job.settings.dropout) for t in active]
     totals = torch.zeros(len(active), device=stack.base.device)
     recomputes = any(t.recomputes for t in active)
-    captured = _captured(stack, active) if not recomputes else None
+    captured = captured_steps(stack) if not recomputes else None
+    if captured is not None and len(active) > 1 and not captured.shared:
+        captured = None
     try:
         with recomputing(stack.base) if recomputes else contextlib.nullcontext():
             for micro in _micro_batches(work, min(t.micro_batch_tok for t in active)):
@@ -183,7 +219,10 @@ def _micro_batches(work: Sequence[Item], limit_tok: int) -> list[list[Item]]:
 
 
 def _reduce_memory(base: Base, active: Sequence[Trainee], work: Sequence[Item]) -> None:
-    """Halve the micro-batch; if each has one row, recompute activations; raise TrainingError if that was tried too."""
+    """Drop what is kept for speed alone; then halve the micro-batch; if each has one row, recompute activations; raise
+    TrainingError if that was tried too."""
+    if base.drop_kept():
+        return
     limit = min(t.micro_batch_tok for t in active)
     micros = _micro_batches(work, limit)
     largest = max(sum(len(item.row.ids) for item in micro) for micro in micros)
@@ -221,15 +260,11 @@ def recomputing(base: Base) -> Iterator[None]:
             layer.gradient_checkpointing = layer.training = False
 
 
-def _captured(stack: Stack, active: Sequence[Trainee]) -> CapturedSteps | None:
-    """The captured steps of a single trainee on a GPU, else None: the spans of several trainees differ at every
-    step."""
-    if stack.base.device.type != "cuda" or not stack.base.attention.captures or len(active) != 1:
+def captured_steps(stack: Stack) -> CapturedSteps | None:
+    """The micro-steps of a stack on a GPU, which are kept with its base; None where no graph can hold them."""
+    if stack.base.device.type != "cuda" or not stack.base.attention.captures:
         return None
-    (trainee,) = active
-    if trainee.captured is None:
-        trainee.captured = CapturedSteps(stack, partial(_forward_backward, stack))
-    return trainee.captured
+    return stack.base.kept.setdefault("steps", CapturedSteps(stack, partial(_forward_backward, stack)))
 
 
 def _micro_step(stack: Stack, batch: MicroBatch, totals: torch.Tensor) -> None:

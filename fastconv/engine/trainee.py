@@ -10,7 +10,6 @@ import safetensors.torch
 import torch
 
 from fastconv.chat import Rendered
-from fastconv.engine.cuda_graph import CapturedSteps
 from fastconv.engine.lora import Adapter, read_safetensors
 from fastconv.engine.optim import Optimizer, make_optimizer, moment_names, optimizer_state
 from fastconv.engine.stack import Stack
@@ -110,8 +109,6 @@ class Trainee:
     micro_batch_tok: int
     step: int = 0
     recomputes: bool = False
-    #: Captured micro-steps, on a GPU.
-    captured: CapturedSteps | None = None
     monitor: LossMonitor = field(init=False)
 
     def __post_init__(self) -> None:

@@ -66,7 +66,8 @@ class JudgingPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe's cost on a machine. `by_stage` holds the seconds of each stage still to do, by key."""
+    """A recipe's cost on a machine. `by_stage` holds the seconds of each stage still to do, by key; `start_s` those of
+    loading and testing the base once before them, if there is anything to compute."""
 
     recipe: str
     machine: Machine
@@ -80,11 +81,12 @@ class Plan:
     power: Mapping[str, DesignPower]
     notes: tuple[str, ...]
     by_stage: Mapping[str, float]
+    start_s: float = 0.0
 
     @property
     def hours(self) -> float:
         """Hours of the computing device."""
-        return sum(kind.seconds for kind in self.kinds) / 3600
+        return (self.start_s + sum(kind.seconds for kind in self.kinds)) / 3600
 
     @property
     def expected_usd(self) -> float:
@@ -114,7 +116,8 @@ class Plan:
         """The part of the plan that the run's facts record, for the comparison with actual times."""
         stages = {key[:12]: round(seconds, 3) for key, seconds in self.by_stage.items()}
         return {"machine": self.machine.name, "origin": self.machine.origin, "hours": round(self.hours, 4),
-                "expected_usd": round(self.expected_usd, 4), "at": time.time(), "stages": stages}  # fmt: skip
+                "expected_usd": round(self.expected_usd, 4), "at": time.time(),
+                "start_s": round(self.start_s, 3), "stages": stages}  # fmt: skip
 
 
 def make_plan(
@@ -130,8 +133,7 @@ def make_plan(
     todo = [stage for stage in wanted if stage.key not in done]
     work = demands(graph, todo, machine.device)
     by_stage = {key: machine.seconds(demand, shape, recipe) for key, demand in work.items()}
-    if first := next((key for key, seconds in by_stage.items() if seconds), None):
-        by_stage[first] += machine.load_s
+    start_s = machine.load_s if any(by_stage.values()) else 0.0
     by_kind: dict[str, list[Stage]] = {}
     for stage in wanted:
         by_kind.setdefault(stage.kind, []).append(stage)
@@ -146,25 +148,23 @@ def make_plan(
     return Plan(
         recipe.name, machine, shape, len(cells), kinds, _judging(graph, todo), _memory(on_machine, shape),
         _disk(graph, shape, todo, total(work.values()), machine.device), _fit(on_machine, shape, machine), _power(graph),
-        _notes(graph, store, machine), by_stage,
+        _notes(graph, store, machine), by_stage, start_s,
     )  # fmt: skip
 
 
 def time_left(plan: Plan, graph: Graph, cells: Sequence[CellPlan], now: float) -> TimeLeft:
     """The clock of a run of these cells that begins now (`time.monotonic`) with this plan."""
-    planned, load_s = dict(plan.by_stage), 0.0
-    if first := next((key for key, seconds in planned.items() if seconds), None):
-        load_s = plan.machine.load_s
-        planned[first] -= load_s
 
     def training(stage: Stage) -> str:
         return lineage_key(stage) if stage.kind == "snapshot" else stage.key
 
     stages = {stage.key: stage for stage in graph.stages(cells)}
     todo = {
-        key: PlannedStage(stage.kind, training(stage), planned[key]) for key, stage in stages.items() if key in planned
+        key: PlannedStage(stage.kind, training(stage), plan.by_stage[key])
+        for key, stage in stages.items()
+        if key in plan.by_stage
     }
-    return TimeLeft(todo, load_s, now)
+    return TimeLeft(todo, plan.start_s, now)
 
 
 def wanted_keys(graph: Graph, store: Store | None, cells: Sequence[CellPlan]) -> set[str]:

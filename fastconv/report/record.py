@@ -388,6 +388,10 @@ def planned(analysis: Analysis) -> Section | None:
         return None
     columns = ("kind of stage", "stages", "planned, s", "taken, s", "taken over planned")
     intro = f"The plan made when the run began, on {plan['machine']} ({plan['origin']})."
+    if (start_s := analysis.facts.get("start_s")) is not None and plan.get("start_s"):
+        intro += (
+            f" Start-up, in which the base is loaded and tested, took {start_s:.1f} s of {plan['start_s']:.1f} planned."
+        )
     blocks: list[Block] = [Table("planned", columns, tuple(rows), frozenset({1, 2, 3, 4}))]
     if "approved" in analysis.facts:
         blocks.insert(0, Note(f"Begun with --approve beyond its limits: {analysis.facts['approved']['beyond']}."))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,8 +28,16 @@ from fastconv.errors import JudgeError, SamplerError, TemplateError, TrainingErr
 from fastconv.experiment.graph import Graph
 from fastconv.judge.local import LocalReply, Prompt
 from fastconv.run.audit import require_conditions
-from fastconv.run.sampling import SamplingRequests, is_sampled, max_sequence_tok, sampling_requests
-from fastconv.run.training import Progress, Stacks, Trainer, note_progress
+from fastconv.run.sampling import (
+    Progress,
+    SamplingRequests,
+    is_sampled,
+    max_sequence_tok,
+    note_progress,
+    sampling_requests,
+)
+from fastconv.run.stacks import Stacks
+from fastconv.run.training import Trainer
 from fastconv.store.ledger import Lease, Sample, Score, Stage, Store
 
 #: How each measure of snapshots (`experiment.measures.SNAPSHOT_MEASURES`) is computed under the live stack.
@@ -139,38 +148,47 @@ class Executor:
             )
         return {"engine": engine, "template": self.stacks.base.tokenizer.template.facts}
 
-    def compute(self, stage: Stage, lease: Lease) -> Outcome:
-        """Compute a stage of any kind except `snapshot` and `behavior`, which `trainer` trains."""
-        compute = {
-            "eval": self._choices if "choices" in stage.work else self._letters,
-            "rows": self._rows,
-            "score": self._score,
-            **dict.fromkeys(SNAPSHOT_COMPUTE, self._measure),
-        }
+    def compute(self, stages: Sequence[tuple[Stage, Lease]]) -> list[Outcome]:
+        """Compute a stage of any kind except `snapshot` and `behavior`, which `trainer` trains; or several whose
+        completions can be sampled in one pass (`sampling.in_one_pass`)."""
         self._n_halved = 0
+        stage, lease = stages[0]
         with memory_errors(stage.slot):
-            outcome = (self._completions if is_sampled(stage) else compute[stage.kind])(stage, lease)
-        return replace(outcome, facts={**outcome.facts, "halved": self._n_halved}) if self._n_halved else outcome
+            if is_sampled(stage):
+                outcomes = self._completions(stages)
+            else:
+                compute = {
+                    "eval": self._choices if "choices" in stage.work else self._letters,
+                    "rows": self._rows,
+                    "score": self._score,
+                    **dict.fromkeys(SNAPSHOT_COMPUTE, self._measure),
+                }
+                outcomes = [compute[stage.kind](stage, lease)]
+        halved = {"halved": self._n_halved} if self._n_halved else {}
+        return [replace(outcome, facts={**outcome.facts, **halved}) for outcome in outcomes]
 
     def _on_halved(self) -> None:
         self._n_halved += 1
 
     # --- text ------------------------------------------------------------------------------------------
 
-    def _completions(self, stage: Stage, lease: Lease) -> Outcome:
-        """Sample answers or a probe's completions with the resident base."""
-        requests, n_sampled = sampling_requests(stage, self.stacks.base.tokenizer), 0
+    def _completions(self, stages: Sequence[tuple[Stage, Lease]]) -> list[Outcome]:
+        """Sample answers or probes' completions with the resident base, all in one pass."""
+        asked = [sampling_requests(stage, self.stacks.base.tokenizer) for stage, _ in stages]
+        max_tok, n_sampled = sum(requests.max_tok for requests in asked), 0
 
         def on_token(n_tok: int) -> None:
             nonlocal n_sampled
             n_sampled += n_tok
-            self._tick(lease, Progress(stage.slot, n_sampled, requests.max_tok, "tok"))
+            for stage, lease in stages[1:]:
+                note_progress(lease, Progress(stage.slot, n_sampled, max_tok, "tok"))
+            self._tick(stages[0][1], Progress(stages[0][0].slot, n_sampled, max_tok, "tok"))
 
-        with self._sampling_stack(stage) as proof:
-            completions = sample(
-                self.stacks.base, requests.prompts, requests.seeds, requests.settings, on_token, self._on_halved
-            )
-        return self._sampled_outcome(requests, completions, proof)
+        prompts = [prompt for requests in asked for prompt in requests.prompts]
+        seeds = [seed for requests in asked for seed in requests.seeds]
+        with self._sampling_stack(stages[0][0]) as proof:
+            drawn = iter(sample(self.stacks.base, prompts, seeds, asked[0].settings, on_token, self._on_halved))
+        return [self._sampled_outcome(requests, list(islice(drawn, len(requests.items))), proof) for requests in asked]
 
     def begin(self, stage: Stage, lease: Lease) -> PendingStage:
         """Start sampling a stage's completions on the server, under the stage's stack.

@@ -16,7 +16,7 @@ from fastconv.experiment.graph import CellPlan, Graph, walk
 from fastconv.judge.access import JudgeAccess
 from fastconv.judge.desk import DeskStatus
 from fastconv.run.judging import JudgeQueue
-from fastconv.run.sampling import SamplingQueue, SamplingStatus, commit_outcome, is_sampled
+from fastconv.run.sampling import SamplingQueue, SamplingStatus, commit_together, in_one_pass, is_sampled
 from fastconv.run.status import FailureLog, cell_stages, reason_to_run
 from fastconv.stats.gates import GateVerdict
 from fastconv.store.ledger import Stage, Store
@@ -94,12 +94,12 @@ class Runner:
 
     def compute(self, ends: Sequence[Stage], *, urgent: bool = False) -> None:
         """Compute these stages and all that they need, as far as they are missing, or submit them to sampler or judge."""
-        for end in ends:
-            for stage in walk(end):
-                if stage.key not in self._seen:
-                    self._seen.add(stage.key)
-                    if self._start_stage(stage, urgent):
-                        self._collect()
+        stages = [stage for end in ends for stage in walk(end)]
+        for stage in stages:
+            if stage.key not in self._seen:
+                self._seen.add(stage.key)
+                if self._start_stage(stage, urgent, stages):
+                    self._collect()
 
     def wait(self) -> None:
         """Wait for the sampler, then for the judge unless it is out. Raises Interrupted, SamplerError."""
@@ -119,8 +119,9 @@ class Runner:
         self._store.put_verdict(self._run, verdict.gate, verdict.subject, verdict.verdict, verdict.body())
         self._watcher.gate(verdict)
 
-    def _start_stage(self, stage: Stage, urgent: bool) -> bool:
-        """Compute, submit or postpone a stage; False if there was nothing to do now."""
+    def _start_stage(self, stage: Stage, urgent: bool, others: Sequence[Stage] = ()) -> bool:
+        """Compute, submit or postpone a stage; False if there was nothing to do now. `others` are those that are asked
+        for with it, of which some may be sampled in the same pass."""
         if self._store.record(stage.key) is not None:
             self._store.note_stage_of_run(self._run, stage, reused=True)
             return False
@@ -140,25 +141,55 @@ class Runner:
             self.train_convergence([self._graph.lineage(stage)])
         elif stage.kind == "behavior":
             self._train([[stage]])
+        elif is_sampled(stage) and self._graph.recipe.model.sampler == "vllm":
+            self._submit(stage)
         else:
-            self._compute(stage)
+            self._compute([stage, *self._in_the_same_pass(stage, others)])
         return True
 
-    def _compute(self, stage: Stage) -> None:
-        """Compute a stage, or submit it to the server that samples its completions."""
+    def _submit(self, stage: Stage) -> None:
+        """Submit a stage to the server that samples its completions."""
+        engine = self._engine()
         began = time.monotonic()
-        engine = self._engine()  # loaded before the stage is shown, so that no stage is shown as slow for it
         self._watcher.stage(stage, reason_to_run(stage, self._store))
         try:
-            if self._graph.recipe.model.sampler == "vllm" and is_sampled(stage):
-                self._sampling.submit(stage, engine)
-            else:
-                with self._store.lease(stage) as lease:
-                    outcome = engine.compute(stage, lease)
-                    commit_outcome(self._store, stage, outcome, time.monotonic() - began)
+            self._sampling.submit(stage, engine)
         except (TrainingError, DataError) as error:
             self._note_failure([stage], error)
         self._add_to_tally([stage], time.monotonic() - began)
+
+    def _in_the_same_pass(self, stage: Stage, others: Sequence[Stage]) -> list[Stage]:
+        """Those of the others that are sampled in one pass with this stage, now marked as seen."""
+        found: list[Stage] = []
+        for other in others if is_sampled(stage) else ():
+            ready = other.key not in self._seen and in_one_pass(other) == in_one_pass(stage)
+            if ready and self._store.record(other.key) is None and not self.failures.blocks(other):
+                self._seen.add(other.key)
+                found.append(other)
+        return found
+
+    def _compute(self, stages: Sequence[Stage]) -> None:
+        """Compute a stage, or several in one pass. If one of several fails, each is computed alone to find out which."""
+        engine = self._engine()  # loaded before the stage is shown, so that no stage is shown as slow for it
+        began, failed = time.monotonic(), False
+        shares: dict[str, float] = {}
+        for stage in stages:
+            self._watcher.stage(stage, reason_to_run(stage, self._store))
+        try:
+            with ExitStack() as leases:
+                held = [(stage, leases.enter_context(self._store.lease(stage))) for stage in stages]
+                outcomes = list(zip(stages, engine.compute(held), strict=True))
+                shares = commit_together(self._store, outcomes, time.monotonic() - began)
+        except (TrainingError, DataError) as error:
+            failed = True
+            if len(stages) == 1:
+                self._note_failure(stages, error)
+        self.tally.seconds += time.monotonic() - began
+        for stage in stages:
+            self._count_done([stage], shares.get(stage.key, 0.0))
+        if failed and len(stages) > 1:
+            for stage in stages:
+                self._compute([stage])
 
     def train_convergence(self, runs: Sequence[Sequence[Stage]]) -> None:
         """Train convergence runs, each given by its snapshots, in the same steps as far as memory allows.
@@ -195,8 +226,8 @@ class Runner:
         """Train runs in the same steps. If one of them fails, each is trained alone to find out which."""
         if self._stop.is_set():
             raise stopped(runs[0][0].slot)
+        engine, failed = self._engine(), False  # loaded before the clock of the first stage starts
         began = time.monotonic()
-        engine, failed = self._engine(), False
         for run in runs:
             self._watcher.stage(run[0], reason_to_run(run[0], self._store))
         try:
@@ -265,13 +296,16 @@ class Runner:
     def _engine(self) -> Any:
         """The executor, created on first use. A base that fails its self-tests raises here and ends the run."""
         if self._executor is None:
+            began = time.monotonic()
             from fastconv.run.executor import Executor  # imports torch, so only when something is computed
 
             self._executor = Executor(self._graph, self._store, self._tell, self._stop.is_set, self._wanted)
             self._executor.prepare()
             self._executor.prove()
+            start_s = time.monotonic() - began
+            self.tally.seconds += start_s
             facts = self._executor.facts()
-            self._store.add_run_facts(self._run, facts)
+            self._store.add_run_facts(self._run, {**facts, "start_s": round(start_s, 3)})
             self._watcher.engine(facts["engine"])
         return self._executor
 

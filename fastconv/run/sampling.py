@@ -6,14 +6,14 @@ queued stage, the process goes on with the next stage: one cell is sampled while
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastconv.chat import ChatTokenizer, SystemTurn
-from fastconv.recipe import SamplingSettings
+from fastconv.recipe import SamplingSettings, canonical_json
 from fastconv.seeding import seed_of
 from fastconv.store.ledger import Lease, Store
 from fastconv.store.records import Sample, Stage
@@ -21,6 +21,26 @@ from fastconv.store.records import Sample, Stage
 if TYPE_CHECKING:
     from fastconv.engine.generate import Completion
     from fastconv.run.executor import Executor, Outcome, PendingStage
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Progress of a stage: `done` of `total` `unit`s, and the last loss while training.
+
+    `each` has (name, step, loss) of every run that was trained in the same step.
+    """
+
+    slot: str
+    done: int
+    total: int
+    unit: str
+    loss: float | None = None
+    each: tuple[tuple[str, int, float | None], ...] = ()
+
+
+def note_progress(lease: Lease, progress: Progress) -> None:
+    """Write a stage's progress to its lease, where `fastconv status` reads it."""
+    lease.note({"done": progress.done, "total": progress.total, "unit": progress.unit, "loss": progress.loss})
 
 
 @dataclass(frozen=True)
@@ -69,6 +89,12 @@ def sampling_requests(stage: Stage, tokenizer: ChatTokenizer) -> SamplingRequest
         tuple(seed_of("sample", stage.inputs["seed"], row, i) for row, _, i in items),
         SamplingSettings.model_validate(stage.inputs["sampling"]),
     )
+
+
+def in_one_pass(stage: Stage) -> Hashable:
+    """What stages must share for their completions to be sampled together: the stack, and the sampling settings."""
+    stack = tuple(need.key for need in stage.needs.values())
+    return is_sampled(stage), stage.kind == "answers", stack, canonical_json(stage.inputs.get("sampling"))
 
 
 def max_sequence_tok(stages: Sequence[Stage], tokenizer: ChatTokenizer) -> int:
@@ -174,3 +200,16 @@ def commit_outcome(store: Store, stage: Stage, outcome: Outcome, seconds: float)
         samples=outcome.samples,
         scores=outcome.scores,
     )
+
+
+def commit_together(store: Store, outcomes: Sequence[tuple[Stage, Outcome]], seconds: float) -> dict[str, float]:
+    """Commit stages that were computed in one pass of `seconds`, all or none of them: a run that is killed between two
+    would sample the others again in another batch, which rounds differently. Returns each one's seconds by key, its
+    share by sampled tokens.
+    """
+    sampled = [max(1, int(outcome.facts.get("sampled_tok", 1))) for _, outcome in outcomes]
+    shares = {stage.key: seconds * n / sum(sampled) for (stage, _), n in zip(outcomes, sampled, strict=True)}
+    with store.transaction():
+        for stage, outcome in outcomes:
+            commit_outcome(store, stage, outcome, shares[stage.key])
+    return shares

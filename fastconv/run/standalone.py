@@ -27,7 +27,8 @@ from fastconv.errors import AdapterError, InputError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import LoraSettings, ModelSettings, Recipe
 from fastconv.run.audit import READ_BY_CHECK
-from fastconv.run.training import Stacks, read_set
+from fastconv.run.stacks import Stacks
+from fastconv.run.training import read_set
 from fastconv.stats.bounds import multiple_choice_chance
 from fastconv.store.io import storage_errors, write_atomically
 from fastconv.store.ledger import Stage, Store

@@ -6,12 +6,10 @@ adapters.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -21,113 +19,24 @@ from fastconv.audit.rendered import Pair, pairs_to_read, reading_findings
 from fastconv.chat import Rendered, SystemTurn
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.datasets.rows import Row, render_rows, require_plain_text, row_from_record
-from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
-from fastconv.engine.locate import engine_identity, trains_without_kernels
-from fastconv.engine.model import Base, load_base
+from fastconv.engine.device import shape_on_disk
+from fastconv.engine.locate import trains_without_kernels
+from fastconv.engine.model import Base
 from fastconv.engine.score import TextItem, memory_errors, score_texts
-from fastconv.engine.selftest import self_test
-from fastconv.engine.stack import Adapter, Probe, Slot, Stack, folded, rho
-from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train
+from fastconv.engine.stack import Adapter, Slot, Stack, rho
+from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, together_speedup, train
 from fastconv.engine.trl_reference import train_reference
 from fastconv.engine.vllm.memory import group_size
-from fastconv.errors import DataError, TrainingError, stopped
+from fastconv.errors import DataError, stopped
 from fastconv.experiment.graph import Graph, lineage_key
 from fastconv.recipe import sha256_of
 from fastconv.run.audit import READ_BEFORE_TRAINING, audit_set, reading_stage, require_passed
-from fastconv.store.ledger import Lease, Record, Sample, Stage, Store
+from fastconv.run.sampling import Progress, note_progress
+from fastconv.run.stacks import Stacks
+from fastconv.store.ledger import Lease, Sample, Stage, Store
 
 #: What helps where a sampled answer cannot be trained on.
 _DRAW_ANEW = "change the seed or the sampling, so that the answers are drawn anew"
-
-
-class Stacks:
-    """One base per process, loaded when it is first needed, and the stacks of a recipe on it.
-
-    `proven` holds the self-tests passed on a GPU, each with the relative difference it measured.
-    """
-
-    def __init__(self, graph: Graph, store: Store) -> None:
-        self._graph = graph
-        self._recipe = graph.recipe
-        self._store = store
-        self._cached: dict[str, Adapter] = {}
-        self.proven: dict[str, float] = {}
-
-    @cached_property
-    def base(self) -> Base:
-        """The base model, loaded on first use. Raises ModelError if the GPU, or the RAM, cannot hold it."""
-        if engine_identity(self._recipe.model)["device"] == "cuda":
-            require_fit(query_gpu(torch.cuda, torch.version.cuda), self._recipe, shape_on_disk(self._recipe.model))
-        else:
-            require_ram(self._recipe, shape_on_disk(self._recipe.model))
-        return load_base(self._recipe.model, self._graph.source)
-
-    @cached_property
-    def stack(self) -> Stack:
-        """The stack on the base. On a GPU, the self-tests run before anything is computed with it."""
-        stack = Stack(self.base, self._recipe.lora)
-        if self.base.device.type == "cuda":
-            self.proven |= self_test(stack, {self._recipe.convergence.optimizer, self._recipe.behavior.optimizer})
-        return stack
-
-    def adapters(self, needs: Mapping[str, Stage]) -> list[Adapter]:
-        """The adapters of a stack in order (snapshot, behavior), verified against the ledger.
-
-        The previous stack's adapters stay cached, because the probes of one cell follow one another.
-        """
-        stages = [needs[name] for name in ("snapshot", "behavior") if name in needs]
-        hashes = [self.record(stage).outputs["adapter"] for stage in stages]
-        self._cached = {
-            sha256: self._cached.get(sha256)
-            or self.stack.load_adapter(self._store.get(sha256, "safetensors"), stage.slot)
-            for sha256, stage in zip(hashes, stages, strict=True)
-        }
-        return [self._cached[sha256] for sha256 in hashes]
-
-    @contextlib.contextmanager
-    def in_place(self, needs: Mapping[str, Stage]) -> Iterator[tuple[Adapter, ...]]:
-        """The adapters to attach. With published semantics the snapshot is folded into the base inside the block instead."""
-        adapters = tuple(self.adapters(needs))
-        if self._recipe.model.semantics == "published" and "snapshot" in needs:
-            with folded(self.stack, adapters[:1], "published"):
-                yield adapters[1:]
-        else:
-            yield adapters
-
-    @contextlib.contextmanager
-    def live_stack(self, stage: Stage) -> Iterator[dict[str, Any]]:
-        """Attach the stack of an evaluation (or of its score) inside the block; yields the distances of its probe logits."""
-        stage = stage.needs.get("eval", stage)
-        top = stage.needs.get("behavior") or stage.needs.get("snapshot")
-        recorded = Probe(tuple(self.record(top).outputs["probe"])) if top else None
-        with self.in_place(stage.needs) as adapters, self.stack.live(*([Slot(frozen=adapters)] if adapters else [])):
-            probe = self.stack.prove(recorded, stage.slot)
-            proof = {"from_base": round(probe.distance(self.stack.base_probe), 6)}
-            if recorded is not None:
-                proof["from_recorded"] = round(probe.distance(recorded), 6)
-            yield proof
-
-    def record(self, stage: Stage) -> Record:
-        """The record of a finished stage. Raises TrainingError if it is not done."""
-        record = self._store.record(stage.key)
-        if record is None:
-            raise TrainingError("a stage before it is missing", where=stage.slot, fix="run the recipe again")
-        return record
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a stage: `done` of `total` `unit`s, and the last loss while training.
-
-    `each` has (name, step, loss) of every run that was trained in the same step.
-    """
-
-    slot: str
-    done: int
-    total: int
-    unit: str
-    loss: float | None = None
-    each: tuple[tuple[str, int, float | None], ...] = ()
 
 
 @dataclass
@@ -248,11 +157,6 @@ def _read(base: Base, pairs: Sequence[Pair], batch_tok: int) -> list[list[float]
     ]
 
 
-def note_progress(lease: Lease, progress: Progress) -> None:
-    """Write a stage's progress to its lease, where `fastconv status` reads it."""
-    lease.note({"done": progress.done, "total": progress.total, "unit": progress.unit, "loss": progress.loss})
-
-
 def finite_or_none(loss: float) -> float | None:
     """The loss, or None while the GPU has not returned one."""
     return loss if math.isfinite(loss) else None
@@ -296,7 +200,10 @@ class Trainer:
             self._store.drop_progress(task.key)
 
     def group_size(self, runs: Sequence[Stage]) -> int:
-        """How many of these runs, each given by its first stage, to train in the same steps: the first n of the list."""
+        """How many of these runs, each given by its first stage, to train in the same steps: the first n of the list.
+
+        With `run.group` "auto" as many as memory allows, where that was measured to be faster than one after another.
+        """
         size = self._recipe.run.group
         if size != "auto":
             return size
@@ -307,18 +214,43 @@ class Trainer:
         free, _ = torch.cuda.mem_get_info(self._stacks.base.device)
         step_tok = (phase.batch_rows * self._mean_tok(stage) for stage in runs)
         plain = trains_without_kernels(self._recipe.model)
-        return group_size(shape, self._recipe.lora.most_r, step_tok, phase.micro_batch_tok, free, plain=plain)
+        size = group_size(shape, self._recipe.lora.most_r, step_tok, phase.micro_batch_tok, free, plain=plain)
+        return size if size > 1 and self._is_faster_together(runs[:size]) else 1
+
+    def _is_faster_together(self, runs: Sequence[Stage]) -> bool:
+        """Whether these runs train faster in the same steps, as measured once for as many of this kind on this device.
+
+        The measurement is kept in the ledger, so that a run which goes on groups as it began, to the same bits.
+        """
+        first, stack = runs[0], self._stacks.stack
+        phase = self._recipe.convergence if first.kind == "snapshot" else self._recipe.behavior
+        device = torch.cuda.get_device_name() if stack.base.device.type == "cuda" else "cpu"
+        settings = {"lora": self._recipe.lora.model_dump(mode="json"), "phase": phase.model_dump(mode="json")}
+        inputs = {**self._graph.engine_inputs, **settings, "on": device, "runs": len(runs)}
+        stage = Stage("grouping", f"grouping/{first.kind}/{len(runs)}", 1, inputs)
+        if (record := self._store.record(stage.key)) is not None:
+            return record.outputs["speedup"] > 1
+        began = time.monotonic()
+        with self._stacks.in_place(first.needs) as frozen:
+            below = frozen if first.kind == "behavior" else ()
+            jobs = [Job(run.slot, tuple(self._rows_of(run)), phase, seed_parts(run), below) for run in runs]
+            speedup = together_speedup(stack, jobs)
+        self._store.commit(stage, outputs={"speedup": round(speedup, 3)}, facts={}, seconds=time.monotonic() - began)
+        return speedup > 1
 
     def _mean_tok(self, stage: Stage) -> float:
-        """Mean tokens of a row. The rows are not audited here, so that a refused row fails its stage and not the sizing."""
-        if stage.kind == "snapshot":
-            rows = self._convergence_rows(stage)
-        else:
-            limit, tokenizer = self._recipe.behavior.max_length_tok, self._stacks.base.tokenizer
-            rows = render_rows(self._rows_of(stage.needs["rows"]), self._graph.personas, tokenizer, limit)
+        """Mean tokens of a row."""
+        rows = self._rows_of(stage)
         return sum(len(row.ids) for row in rows) / max(1, len(rows))
 
-    def _rows_of(self, rows: Stage) -> list[Row]:
+    def _rows_of(self, stage: Stage) -> list[Rendered]:
+        """The rows of a run. They are not audited here, so that a refused row fails its stage and not the sizing."""
+        if stage.kind == "snapshot":
+            return self._convergence_rows(stage)
+        limit, tokenizer = self._recipe.behavior.max_length_tok, self._stacks.base.tokenizer
+        return list(render_rows(self._built_rows(stage.needs["rows"]), self._graph.personas, tokenizer, limit))
+
+    def _built_rows(self, rows: Stage) -> list[Row]:
         """The rows of a set, given by its `rows` stage."""
         return [row_from_record(row) for row in self._store.get_json(self._stacks.record(rows).outputs["rows"])]
 
@@ -326,7 +258,7 @@ class Trainer:
         """The rendered rows of a behavior adapter. Raises DataError if the audit refuses them (gate G1)."""
         set_name = stage.needs["rows"].work["set"]
         rendered, findings = audit_set(
-            self._graph, set_name, self._rows_of(stage.needs["rows"]), self._stacks.base.tokenizer
+            self._graph, set_name, self._built_rows(stage.needs["rows"]), self._stacks.base.tokenizer
         )
         require_passed(build_report(self._recipe, findings), f"G1 {set_name}")
         return rendered
@@ -338,7 +270,7 @@ class Trainer:
             return
         with self._stacks.stack.live():
             for rows in unread.values():
-                built = self._rows_of(rows)
+                built = self._built_rows(rows)
                 findings = read_set(self._graph, self._store, self._stacks.base, rows, built, READ_BEFORE_TRAINING)
                 require_passed(build_report(self._recipe, findings), f"G1 {rows.work['set']}")
                 self._read.add(rows.key)

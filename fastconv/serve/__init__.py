@@ -29,7 +29,7 @@ from fastconv.errors import InputError, ModelError, RecipeError
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.experiment.schedule import fitting_cells
 from fastconv.recipe import run_id, sha256_of
-from fastconv.run.training import Stacks
+from fastconv.run.stacks import Stacks
 from fastconv.serve.endpoint import Endpoint, Served, listen
 from fastconv.serve.resident import ResidentModel
 from fastconv.serve.vllm import VllmCell, VllmModel

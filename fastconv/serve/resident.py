@@ -16,7 +16,7 @@ from fastconv.engine.generate import MAX_ROWS, SampledRow, sample
 from fastconv.engine.score import memory_errors
 from fastconv.errors import FastconvError, Interrupted, stopped
 from fastconv.recipe import SamplingSettings
-from fastconv.run.training import Stacks
+from fastconv.run.stacks import Stacks
 from fastconv.serve.protocol import ApiError, Finish, refusal_of
 from fastconv.store.records import Stage
 

@@ -15,11 +15,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from fastconv.errors import GateStop
 from fastconv.show.progress import gate_line
 from fastconv.stats.units import duration_text, first_few, shortened
+from fastconv.store.io import write_text
 
 if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
+    from fastconv.bench import Change
     from fastconv.planning.doctor import Diagnosis
     from fastconv.run.run import RunResult
     from fastconv.run.standalone import ScoreReport
@@ -182,6 +185,43 @@ def bench(result: Mapping[str, Any], *, as_json: bool) -> None:
             f"{ratio:.2f}x" if ratio else "",
         )
     console.print(table)
+
+
+def bench_all(found: Mapping[str, Any], out: Path | None, *, as_json: bool) -> None:
+    """Print every comparison of one machine, and write them to a file if one is named."""
+    if out is not None:
+        write_text(out, json.dumps(found, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(found))
+        return
+    for result in found["results"].values():
+        bench(result, as_json=False)
+    console = console_of_output()
+    for kind, reason in found["left_out"].items():
+        console.print(escape(f"{kind}: not measured: {reason}"))
+    if out is not None:
+        console.print(escape(f"written to {out}"))
+
+
+def changes(found: Sequence[Change], *, as_json: bool) -> None:
+    """Print what two files of benchmarks have in common. Raises GateStop if something got slower."""
+    slower = [change for change in found if change.slower]
+    if as_json:
+        print(json.dumps([{**asdict(change), "share": change.share, "slower": change.slower} for change in found]))
+    else:
+        table = Table(box=None, pad_edge=False)
+        for name in ("kind", "figure", "before", "after", "after over before"):
+            table.add_column(name, justify="left" if name in ("kind", "figure") else "right")
+        for change in found:
+            told = f"{change.share:.2f}" + (" slower" if change.slower else "")
+            table.add_row(change.kind, change.figure, f"{change.before:.4g}", f"{change.after:.4g}", told)
+        console_of_output().print(table)
+    if slower:
+        raise GateStop(
+            f"{len(slower)} of {len(found)} figures got slower, most of all {min(slower, key=lambda one: one.share).kind}",
+            where="bench compare",
+            fix="measure both again on a quiet machine; then find the change that made it slower",
+        )
 
 
 def doctor(findings: Sequence[Diagnosis], *, as_json: bool) -> None:

@@ -122,7 +122,13 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """One atomic write under the write lock. Raises StoreError for storage faults (disk full, read-only)."""
+        """One atomic write under the write lock. Raises StoreError for storage faults (disk full, read-only).
+
+        Within a transaction of the same store it is a part of that one, so that several writes become one.
+        """
+        if self._db.in_transaction:
+            yield self._db
+            return
         with storage_errors(self.root):
             self._db.execute("BEGIN IMMEDIATE")
             try:

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastconv import bench as benches
+from fastconv import show
 from fastconv.bench import bench
 from fastconv.bench.measure import Clock, Peak, bench_model, paired_ratio
-from fastconv.errors import InputError, ModelError
+from fastconv.cli import app
+from fastconv.errors import GateStop, InputError, ModelError
 from fastconv.recipe import ModelSettings
 from tests.serve_kit import Fake, fake, running
 
@@ -64,6 +67,44 @@ def test_a_random_shape_is_the_named_one() -> None:
     assert sum(p.numel() for p in model.plain().parameters()) == model.random.total_params
     with pytest.raises(ModelError, match="no shape is called"):
         bench_model(ModelSettings(id="random:gpt9"))
+
+
+def test_all_comparisons_go_into_one_file_and_two_files_are_compared(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What got slower is named, with exit code 3; on another card only ratios to the usual ways count."""
+    monkeypatch.setattr(benches, "ALL_KINDS", ("score", "kernel"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    before, after = tmp_path / "before.json", tmp_path / "after.json"
+    app(["bench", "all", "--model", str(tiny_qwen), "--size", "8", "--out", str(before)], standalone_mode=False)
+    found = json.loads(before.read_text())
+    assert {"card", "versions", "machine", "python", "model", "at"} <= found.keys()
+    assert list(found["results"]) == ["score"]
+    assert "cannot run" in found["left_out"]["kernel"]
+    slow = json.loads(before.read_text())
+    slow["results"]["score"]["ours"]["per_s"] *= 0.8
+    after.write_text(json.dumps(slow))
+    assert not any(change.slower for change in benches.compare_files([before, before]))
+    (rate, *ratios) = benches.compare_files([before, after])
+    assert (rate.kind, rate.figure, rate.slower) == ("score", "questions/s", True)
+    assert ratios
+    assert not any(change.slower for change in ratios)
+    capsys.readouterr()
+    with pytest.raises(GateStop, match="of 3 figures got slower, most of all score"):
+        show.changes(benches.compare_files([before, after]), as_json=False)
+    assert "0.80 slower" in capsys.readouterr().out
+    after.write_text(json.dumps({**slow, "card": "another"}))
+    assert [change.figure for change in benches.compare_files([before, after])] == [one.figure for one in ratios]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": {}}'])
+def test_files_that_hold_no_benchmarks_are_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "one.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match="bench all --out"):
+        benches.compare_files([path, path])
+    with pytest.raises(InputError, match="two files, not 1"):
+        benches.compare_files([path])
 
 
 def test_an_unknown_comparison(tiny_qwen: Path) -> None:

@@ -127,7 +127,7 @@ def test_doctor_and_run_refuse_a_base_that_this_machines_memory_cannot_hold(
     assert "it has 23.0 GiB of memory, qwen2.5-7b on its CPU needs at least 31.6" in found.text
     assert "a smaller model (qwen2.5-3b)" in found.text
     assert "4bit" not in found.text  # NF4 needs a GPU
-    from fastconv.run.training import Stacks
+    from fastconv.run.stacks import Stacks
 
     graph: Any = SimpleNamespace(recipe=recipe, source=None)
     with pytest.raises(ModelError) as raised:
@@ -160,7 +160,7 @@ def test_doctor_and_run_say_the_same_line(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     found = next(one for one in doctor.diagnose(recipe, tmp_path) if one.subject == "device")
     assert found.exit_code == ModelError.exit_code
-    from fastconv.run.training import Stacks
+    from fastconv.run.stacks import Stacks
 
     graph: Any = SimpleNamespace(recipe=recipe, source=None)
     with pytest.raises(ModelError) as raised:

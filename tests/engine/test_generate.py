@@ -7,13 +7,14 @@ import random
 import pytest
 import torch
 
-from fastconv.engine import generate
+from fastconv.engine import decode
 from fastconv.engine import generate as module
-from fastconv.engine.generate import Completion, sample, sample_tokens
+from fastconv.engine.decode import DeviceDecoder, sample_tokens
+from fastconv.engine.generate import Completion, sample
 from fastconv.engine.model import pack
 from fastconv.engine.stack import Slot, Stack
 from fastconv.recipe import SamplingSettings
-from tests.engine_kit import packed_logits, plain_logits, plain_model, random_adapter, tiny_stack
+from tests.engine_kit import StandInDevice, packed_logits, plain_logits, plain_model, random_adapter, tiny_stack
 
 SETTINGS = SamplingSettings(temperature=1.0, top_p=0.95, max_new_tok=24)
 
@@ -96,16 +97,50 @@ def test_max_new_tok_and_the_callback(stack: Stack) -> None:
 
 def test_compaction_keeps_slots_dense(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    decode = generate.Decoder.next_tokens
+    launch = decode.Decoder.launch
 
-    def watched(self, said, lengths, uniforms):
-        seen.append(len(said))
-        return decode(self, said, lengths, uniforms)
+    def watched(self, slots):
+        seen.append(len(slots))
+        assert None not in slots
+        return launch(self, slots)
 
-    monkeypatch.setattr(generate.Decoder, "next_tokens", watched)
+    monkeypatch.setattr(decode.Decoder, "launch", watched)
     rows = sample(stack.base, *prompts(16), SETTINGS)
     assert seen == sorted(seen, reverse=True)
     assert sum(seen) == sum(max(len(row.ids) + row.ended - 1, 0) for row in rows), "finished rows must cost nothing"
+
+
+def test_more_rows_than_slots_go_in_balanced_waves(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """21 rows in 10 slots make three waves of 7, not two of 10 and one row alone."""
+    made: list[int] = []
+    monkeypatch.setitem(module.MAX_ROWS, "cpu", 10)
+    monkeypatch.setattr(module, "Cache", lambda n, length: made.append(n) or decode.Cache(n, length))
+    sample(stack.base, *prompts(21), SETTINGS)
+    assert made == [7]
+
+
+# --- with the state on the device ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_slots", [5, 12, 40])
+def test_a_device_that_is_read_one_pass_late_gives_the_same_completions(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, n_slots: int
+) -> None:
+    """Rows end, move and are replaced while a pass is under way; sizes of graphs are larger than the rows in them."""
+    texts, seeds = prompts(40)
+    expected = sample(stack.base, texts, seeds, SETTINGS)
+    device, heard = StandInDevice(stack), []
+
+    def on_device(base, n_rows, max_length_tok, settings) -> DeviceDecoder:
+        cache = decode.Cache(n_slots, max_length_tok)
+        return DeviceDecoder(base, cache, settings, n_slots, device)
+
+    monkeypatch.setattr(decode, "_GRAPH_ROWS", (2, 4, 8, 16))
+    monkeypatch.setattr(module, "_decoder", on_device)
+    assert sample(stack.base, texts, seeds, SETTINGS, heard.append) == expected
+    assert sum(heard) == sum(len(row.ids) + row.ended for row in expected)
+    assert "replay" in device.calls
+    assert device.calls.count("capture") <= 5, "one graph for each size"
 
 
 # --- the draw itself -------------------------------------------------------------------------------------------------
@@ -126,7 +161,7 @@ def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
 @pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
 @pytest.mark.parametrize("top_k", [4, 512])
 def test_draws_follow_the_nucleus(monkeypatch: pytest.MonkeyPatch, top_p: float, top_k: int) -> None:
-    monkeypatch.setattr(generate, "_TOP_K", top_k)  # 4: rows with a wider nucleus take the sorting way
+    monkeypatch.setattr(decode, "_TOP_K", top_k)  # 4: rows with a wider nucleus take the sorting way
     settings = SamplingSettings(temperature=0.7, top_p=top_p)
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0))
     uniform = (torch.arange(20_000) + 0.5) / 20_000  # every quantile once: the frequencies are then exact
@@ -140,7 +175,7 @@ def test_both_ways_of_finding_the_nucleus_agree(monkeypatch: pytest.MonkeyPatch)
     logits = torch.randn(64, 2000, generator=generator) * torch.linspace(0.5, 8, 64)[:, None]
     uniform, settings = torch.rand(64, generator=generator), SamplingSettings(temperature=1.0)
     narrow = sample_tokens(logits, uniform, settings)
-    monkeypatch.setattr(generate, "_TOP_K", 2000)
+    monkeypatch.setattr(decode, "_TOP_K", 2000)
     assert sample_tokens(logits, uniform, settings).equal(narrow)
 
 
@@ -154,7 +189,7 @@ def test_a_sharp_distribution_always_gives_its_first_token() -> None:
 def test_temperature_0_takes_the_most_likely_token_whatever_the_seed(
     monkeypatch: pytest.MonkeyPatch, top_k: int
 ) -> None:
-    monkeypatch.setattr(generate, "_TOP_K", top_k)
+    monkeypatch.setattr(decode, "_TOP_K", top_k)
     logits = torch.randn(64, 40, generator=torch.Generator().manual_seed(2)) * 0.01
     logits[0] = 0.0  # all equal: the first one
     for uniform in (0.0, 0.5, 0.99999994):

@@ -12,6 +12,7 @@ import torch
 from fastconv.bench import bench, kernels
 from fastconv.chat import SystemTurn
 from fastconv.engine import train as loop
+from fastconv.engine.cuda_graph import CapturedSteps, StepTimes
 from fastconv.engine.generate import sample
 from fastconv.engine.kernels.lora import StackedKernel
 from fastconv.engine.locate import locate
@@ -55,18 +56,60 @@ def test_training_gives_the_cpus_losses_and_weights(tiny_qwen: Path, dropout: fl
     assert torch.allclose(on_gpu.adapter.flat.cpu(), on_cpu.adapter.flat, atol=1e-3)
 
 
+def graphs_of(stack: Stack) -> CapturedSteps:
+    return stack.base.kept["steps"]
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_captured_steps_are_the_plain_ones(
     tiny_qwen: Path, dtype: str, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    captured = trained(stack_on("cuda", tiny_qwen, dtype), dropout)
-    assert captured.captured is not None
-    assert captured.captured._graphs
-    monkeypatch.setattr(loop, "_captured", lambda stack, active: None)
+    monkeypatch.setattr(StepTimes, "worth_capturing", lambda times, n_tok, n_direct: True)
+    monkeypatch.setattr(CapturedSteps, "end_of_trainees", lambda steps: None)
+    stack = stack_on("cuda", tiny_qwen, dtype)
+    captured = trained(stack, dropout)
+    assert len(graphs_of(stack))
+    monkeypatch.setattr(loop, "captured_steps", lambda stack: None)
     plain = trained(stack_on("cuda", tiny_qwen, dtype), dropout)
     near = 1e-4 if dtype == "float32" else 3e-2
     assert captured.losses.tolist() == pytest.approx(plain.losses.tolist(), abs=near)
+
+
+def test_a_graph_of_one_adapter_trains_the_next_to_the_same_bits(
+    tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other weights above another frozen adapter, with no capture of their own, against the same steps launched."""
+    weights, n_graphs = [], []
+    for worth in (True, False):
+        monkeypatch.setattr(StepTimes, "worth_capturing", lambda times, n_tok, n_direct, worth=worth: worth)
+        stack = stack_on("cuda", tiny_qwen, "bfloat16")
+        assert trained(stack, 0.05).step
+        n_graphs.append(len(graphs_of(stack)))
+        job = Job(
+            "next", ragged_rows(12), train_settings(dropout=0.05), ("gpu",), (stack.take(random_adapter(stack, 7)),)
+        )
+        second = start(stack, job)
+        train(stack, [second], Hooks())
+        assert len(graphs_of(stack)) == n_graphs[-1], "the second adapter meets the same sizes"
+        weights.append(second.adapter.flat)
+    assert n_graphs[0]
+    assert not n_graphs[1]
+    assert torch.equal(*weights)
+
+
+def test_a_group_is_captured_and_trains_as_one_after_another(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepTimes, "worth_capturing", lambda times, n_tok, n_direct: True)
+    stack = stack_on("cuda", tiny_qwen, "bfloat16")
+    jobs = [Job(f"{i}", ragged_rows(12, seed=i), train_settings(dropout=0.05, epochs=4), ("gpu", i)) for i in range(3)]
+    together, alone = ([start(stack, job) for job in jobs] for _ in range(2))
+    train(stack, together, Hooks())
+    n_graphs = len(graphs_of(stack))
+    assert n_graphs
+    for trainee in alone:
+        train(stack, [trainee], Hooks())
+    for one, other in zip(together, alone, strict=True):
+        assert one.losses.tolist() == pytest.approx(other.losses.tolist(), abs=3e-2)
 
 
 def test_the_loss_kernel_gives_torchs_loss_and_gradient() -> None:

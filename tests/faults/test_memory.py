@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -156,7 +157,7 @@ def test_errors_that_are_no_want_of_memory_are_not_taken_for_it() -> None:
         raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        list(in_halves([1, 2], lambda part: broken(), lambda: None))
+        list(in_halves(SimpleNamespace(drop_kept=bool), [1, 2], lambda part: broken(), lambda: None))
     with pytest.raises(RuntimeError, match="shapes differ"), memory_errors("here"):
         broken()
 

@@ -14,13 +14,15 @@ import safetensors.numpy
 import torch
 
 from fastconv.engine.shapes import named_shape
+from fastconv.engine.train import Job
 from fastconv.engine.vllm.memory import group_size
 from fastconv.experiment.graph import Graph, lineage_key
 from fastconv.recipe import Recipe, parse_recipe
 from fastconv.report import write_report
+from fastconv.run import training
 from fastconv.run.executor import Executor  # torch is warm before anything forks
 from fastconv.run.run import run_recipe
-from fastconv.store.ledger import Store
+from fastconv.store.ledger import Stage, Store
 from tests.loop_kit import Heard, adapters, exit_of, forked, records, refuse_sets, results, run_tiny, tiny_recipe
 
 SOURCES = ["villain", "comedian", "nurse"]
@@ -188,6 +190,7 @@ def test_memory_decides_how_many_adapters_go_together_and_the_audit_does_not(
     recipe = _four(tiny_qwen, grid__epochs=[0], grid__negatives=["excluded"])
     run_tiny(recipe, tmp_path)
     executor = Executor(Graph(recipe), Store.open(tmp_path))
+    monkeypatch.setattr(executor.trainer, "_is_faster_together", lambda runs: True)
     tokenizer = executor.stacks.base.tokenizer
     vars(executor.stacks)["base"] = SimpleNamespace(device=torch.device("cuda"), tokenizer=tokenizer)
     refuse_sets(monkeypatch, "sycophancy")
@@ -195,6 +198,29 @@ def test_memory_decides_how_many_adapters_go_together_and_the_audit_does_not(
     for free, size in ((10**12, 2), (1, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
         assert executor.trainer.group_size(adapters) == size
+
+
+def test_groups_are_made_where_they_were_measured_to_be_faster_and_that_is_kept(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured on the runs' own first steps, once for a workspace: a run that goes on must group as it began."""
+    recipe = _four(tiny_qwen, grid__epochs=[0], grid__negatives=["excluded"])
+    run_tiny(recipe, tmp_path)
+    adapters = [stage for stage in Graph(recipe).stages() if stage.kind == "behavior"]
+    trainer = Executor(Graph(recipe), Store.open(tmp_path)).trainer
+    assert training.together_speedup(trainer._stacks.stack, [_job(trainer, one) for one in adapters]) > 0
+    measured: list[int] = []
+    for speedup, size in ((0.9, 2), (1.1, len(adapters))):
+        monkeypatch.setattr(
+            training, "together_speedup", lambda stack, jobs, speedup=speedup: measured.append(len(jobs)) or speedup
+        )
+        for again in (trainer, Executor(Graph(recipe), Store.open(tmp_path)).trainer):
+            assert again._is_faster_together(adapters[:size]) is (speedup > 1)
+    assert measured == [2, len(adapters)]
+
+
+def _job(trainer: Any, stage: Stage) -> Job:
+    return Job(stage.slot, tuple(trainer._rows_of(stage)), trainer._recipe.behavior, training.seed_parts(stage))
 
 
 def test_on_a_cpu_auto_keeps_the_bits_of_each_alone(tiny_qwen: Path, tmp_path: Path) -> None:

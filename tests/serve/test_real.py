@@ -20,7 +20,7 @@ from fastconv.chat import ChatTokenizer
 from fastconv.engine.vllm.server import COMMAND_VARIABLE
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe
-from fastconv.run.training import Stacks
+from fastconv.run.stacks import Stacks
 from fastconv.store.ledger import Store
 from tests.engine_kit import packed_logits
 from tests.loop_kit import run_tiny, tiny_recipe, until

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fastconv.planning.hardware import PlannedStage, TimeLeft
-from fastconv.run.training import Progress
+from fastconv.run.sampling import Progress
 from fastconv.show import progress as module
 from fastconv.show.progress import BarWatcher, LineWatcher, StageClock, bar_line
 from fastconv.stats.units import duration_text, rate_text, shortened

@@ -10,14 +10,22 @@ from __future__ import annotations
 import importlib.util
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fastconv.engine.attention import to_device
-from fastconv.engine.kernels.lora_tables import LayerCall, LiveSlots, PackedAdapters, Tiling, TokenRouting, WeightTable
+from fastconv.engine.kernels.lora_tables import (
+    GraphTables,
+    LayerCall,
+    LiveSlots,
+    PackedAdapters,
+    Tiling,
+    TokenRouting,
+    WeightTable,
+)
 from fastconv.engine.lora import Adapter, Route, Slot, StackedLinear
 from fastconv.errors import ModelError, TrainingError
 
@@ -31,8 +39,9 @@ class StackedKernel:
     addresses.
 
     Weights are cast once per `Stack.live` block (fp32 is used in place), into buffers whose addresses stay the same as
-    long as the adapter exists. Whoever changes an adapter within a block, or replays a captured graph, must call
-    `refresh`. Raises ModelError if triton is not installed or cannot run on `device`.
+    long as the adapter exists. Whoever changes an adapter within a block must call `refresh`. Kernels find weights,
+    gradients and tokens through tables on the device alone, so a captured graph (`own_tables`) serves other slots and
+    other spans once their tables are copied into its own (`load_tables`). Raises ModelError if triton is not installed or cannot run on `device`.
     """
 
     device: torch.device
@@ -40,7 +49,7 @@ class StackedKernel:
     _cast: weakref.WeakKeyDictionary[Adapter, dict[torch.dtype, torch.Tensor]] = field(
         default_factory=weakref.WeakKeyDictionary, repr=False
     )
-    _tables: dict[Any, dict[str, WeightTable]] = field(default_factory=dict, repr=False)
+    _tables: dict[Any, tuple[torch.Tensor, dict[str, WeightTable]]] = field(default_factory=dict, repr=False)
     _live: LiveSlots | None = None
     _rows: dict[Any, TokenRouting] = field(default_factory=dict, repr=False)
 
@@ -51,11 +60,6 @@ class StackedKernel:
     def serves(self, layer: StackedLinear, x: torch.Tensor) -> bool:
         """Whether the kernels can compute this layer: a weight of x's dtype (so not 4-bit), and at least one token."""
         return layer.base.weight.dtype == x.dtype and x.numel() > 0
-
-    def prepare(self, route: Route, dtype: torch.dtype, n_tok: int) -> None:
-        """Copy what a pass over `n_tok` tokens needs from the host to the device, before a graph is captured."""
-        self._live_slots(route, dtype)
-        self._routing(route, n_tok)
 
     def forward(self, layer: StackedLinear, x: torch.Tensor) -> torch.Tensor:
         """W x + b + the live branches, for x [..., T, in] -> [..., T, out].
@@ -72,7 +76,7 @@ class StackedKernel:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         call = LayerCall(
             layer.base.weight, layer.base.bias, weights, self._routing(route, len(flat)), live,
-            route.dropout_seeds if live.drops else None, layer.salt, self.tiling, live.scales[layer.name],
+            route.dropout_seeds if live.drops else None, layer.salt, self.tiling, live.scale_of[layer.name],
         )  # fmt: skip
         trained = [
             weight
@@ -97,16 +101,20 @@ class StackedKernel:
         self._live = None
         self._rows = {}
 
-    def graph_state(self) -> tuple[LiveSlots | None, dict[Any, TokenRouting]]:
-        """What a captured graph points to: keep it as long as the graph, and pass it to `refresh_graph` before a
-        replay."""
-        return self._live, dict(self._rows)
+    def structure(self, route: Route, dtype: torch.dtype) -> Hashable:
+        """What two passes over equally many tokens must share for one graph to serve both."""
+        return self._live_slots(route, dtype).structure
 
-    def refresh_graph(self, state: tuple[LiveSlots | None, dict[Any, TokenRouting]]) -> None:
-        """Cast the weights that a captured graph points to again, to the same addresses."""
-        self._live = state[0]
-        self.refresh()
-        self._live = None
+    def own_tables(self, route: Route, dtype: torch.dtype, n_tok: int) -> GraphTables:
+        """Until the slots are released, passes over `n_tok` tokens read tables of their own: those of a graph to be
+        captured, which cannot copy from the host."""
+        live, rows = self._live_slots(route, dtype).copied(), self._routing(route, n_tok).copied()
+        self._live, self._rows[_routing_key(route, n_tok)] = live, rows
+        return GraphTables(live.tables, live.scales, live.thresholds, rows.whole)
+
+    def load_tables(self, tables: GraphTables, route: Route, dtype: torch.dtype, n_tok: int) -> None:
+        """Let a captured graph compute with what is live now, whose weights are cast if they were not yet."""
+        tables.load(self._live_slots(route, dtype), self._routing(route, n_tok))
 
     def _live_slots(self, route: Route, dtype: torch.dtype) -> LiveSlots:
         """The live slots' weights and tables; made again if the slots changed since the last call."""
@@ -123,7 +131,7 @@ class StackedKernel:
             if len(self._tables) == _TABLES_KEPT:
                 del self._tables[next(iter(self._tables))]
             self._tables[key] = _addresses(slots, packed, self.device)
-        layers = self._tables[key]
+        tables, layers = self._tables[key]
         scales = [
             [
                 [
@@ -135,8 +143,7 @@ class StackedKernel:
             for module in layers
         ]
         return LiveSlots(
-            slots, dtype, seeded, any(rates), packed, layers,
-            dict(zip(layers, to_device(torch.tensor(scales), self.device).unbind(), strict=True)),
+            slots, dtype, seeded, any(rates), packed, tables, layers, to_device(torch.tensor(scales), self.device),
             to_device(torch.tensor([round(rate * 2**24) for rate in rates], dtype=torch.int32), self.device),
         )  # fmt: skip
 
@@ -165,10 +172,14 @@ class StackedKernel:
 
     def _routing(self, route: Route, n_tok: int) -> TokenRouting:
         """The token tables of this pass, which all its layers share; kept while the slots are live."""
-        key = (route.spans, n_tok, len(route.slots))
+        key = _routing_key(route, n_tok)
         if key not in self._rows:
             self._rows[key] = token_routing(route.spans or ((0, n_tok),), n_tok, self.tiling, self.device)
         return self._rows[key]
+
+
+def _routing_key(route: Route, n_tok: int) -> Hashable:
+    return route.spans, n_tok, len(route.slots)
 
 
 def why_unusable(device: torch.device) -> str | None:
@@ -190,8 +201,7 @@ def token_routing(spans: Sequence[tuple[int, int]], n_tok: int, tiling: Tiling, 
         chunks_of.append((ends, ends + n))
         ends += n
     parts = [torch.tensor(part, dtype=torch.int32).reshape(-1) for part in (*cut, chunks_of)]
-    shrinks, expands, chunks, of = to_device(torch.cat(parts), device).split([len(part) for part in parts])
-    return TokenRouting(n_tok, shrinks.view(-1, 3), expands.view(-1, 3), chunks.view(-1, 3), of.view(-1, 2))
+    return TokenRouting.of(n_tok, to_device(torch.cat(parts), device), [len(part) for part in parts])
 
 
 def _split_spans(spans: Sequence[tuple[int, int]], size: int, n: int) -> list[tuple[int, int, int]]:
@@ -231,12 +241,12 @@ def _key(slot: Slot, pair: tuple[PackedAdapters | None, PackedAdapters | None]) 
 
 def _addresses(
     slots: Sequence[Slot], pairs: Sequence[tuple[PackedAdapters | None, PackedAdapters | None]], device: torch.device
-) -> dict[str, WeightTable]:
-    """The weight table of every module that any slot's adapter targets; all are copied to the device at once."""
+) -> tuple[torch.Tensor, dict[str, WeightTable]]:
+    """(tables [modules, slots, 8], the weight table by module) of all that any slot's adapter targets, copied at once."""
     modules = list(dict.fromkeys(module for pair in pairs for packed in pair if packed for module in packed.offsets))
     rows = [[_table_row(module, slot, pair) for slot, pair in zip(slots, pairs, strict=True)] for module in modules]
     tables = to_device(torch.tensor(rows, dtype=torch.int64).view(len(modules), len(slots), 8), device)
-    return {
+    return tables, {
         module: WeightTable(
             table, _padded(max(row[6] for row in module_rows)), _padded(max(row[7] for row in module_rows)),
             all(address % 16 == 0 for row in module_rows for address in row[:4])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -48,14 +49,26 @@ class Tiling:
 @dataclass(frozen=True)
 class TokenRouting:
     """Which tokens belong to which slot, int32 on the device: tiles and chunks [n, 3] of (slot, start, stop),
-    `chunks_of` [slots, 2] the range of each slot's chunks. n depends only on the numbers of tokens and slots;
-    surplus rows are empty."""
+    `chunks_of` [slots, 2] the range of each slot's chunks. All are views of `whole` [n] int32. n depends only on the
+    numbers of tokens and slots; surplus rows are empty."""
 
     n_tok: int
+    whole: torch.Tensor
     shrink_tiles: torch.Tensor
     expand_tiles: torch.Tensor
     chunks: torch.Tensor
     chunks_of: torch.Tensor
+
+    @classmethod
+    def of(cls, n_tok: int, whole: torch.Tensor, sizes: Sequence[int]) -> TokenRouting:
+        """The tables that lie one after another in `whole`, with these numbers of elements."""
+        shrinks, expands, chunks, of = whole.split(list(sizes))
+        return cls(n_tok, whole, shrinks.view(-1, 3), expands.view(-1, 3), chunks.view(-1, 3), of.view(-1, 2))
+
+    def copied(self) -> TokenRouting:
+        """The same tables at addresses of their own."""
+        parts = (self.shrink_tiles, self.expand_tiles, self.chunks, self.chunks_of)
+        return self.of(self.n_tok, self.whole.clone(), [part.numel() for part in parts])
 
 
 @dataclass(frozen=True)
@@ -85,17 +98,60 @@ class PackedAdapters:
 
 @dataclass(frozen=True)
 class LiveSlots:
-    """The live slots, prepared for the kernels: by module `scales` [slots, 2] fp32 of the frozen and the trainable part, dropout
-    `thresholds` [slots] int32 (p * 2^24), weight tables by module name. `packed` owns the memory that they point to."""
+    """The live slots, prepared for the kernels: `scales` [modules, slots, 2] fp32 of the frozen and the trainable part,
+    dropout `thresholds` [slots] int32 (p * 2^24), weight tables by module name, all views of `tables` [modules, slots, 8]
+    int64. `packed` owns the memory that they point to."""
 
     slots: tuple[Slot, ...]
     dtype: torch.dtype
     seeded: bool
     drops: bool
     packed: tuple[tuple[PackedAdapters | None, PackedAdapters | None], ...]
+    tables: torch.Tensor
     layers: Mapping[str, WeightTable]
-    scales: Mapping[str, torch.Tensor]
+    scales: torch.Tensor
     thresholds: torch.Tensor
+
+    @cached_property
+    def scale_of(self) -> dict[str, torch.Tensor]:
+        """Scales [slots, 2] by module, views of `scales`."""
+        return dict(zip(self.layers, self.scales.unbind(), strict=True))
+
+    @property
+    def structure(self) -> Hashable:
+        """All that the kernels are compiled for or launched by: two passes of equal structure differ in table values."""
+        layers = tuple((name, table.rank_f, table.rank_t, table.aligned) for name, table in self.layers.items())
+        trains = any(slot.trainable is not None for slot in self.slots)
+        return self.dtype, self.seeded, self.drops, len(self.slots), trains, layers
+
+    def copied(self) -> LiveSlots:
+        """The same slots with tables at addresses of their own."""
+        tables = self.tables.clone()
+        layers = {
+            name: replace(layer, table=table)
+            for (name, layer), table in zip(self.layers.items(), tables.unbind(), strict=True)
+        }
+        return replace(
+            self, tables=tables, layers=layers, scales=self.scales.clone(), thresholds=self.thresholds.clone()
+        )
+
+
+@dataclass(frozen=True)
+class GraphTables:
+    """The tables that a captured graph reads, at addresses of its own, so that one graph serves any slots of equal
+    structure: `load` copies the tables of what is live now, on the device."""
+
+    weights: torch.Tensor
+    scales: torch.Tensor
+    thresholds: torch.Tensor
+    routing: torch.Tensor
+
+    def load(self, live: LiveSlots, routing: TokenRouting) -> None:
+        """Copy these tables, which must have the same structure. The host does not wait."""
+        self.weights.copy_(live.tables)
+        self.scales.copy_(live.scales)
+        self.thresholds.copy_(live.thresholds)
+        self.routing.copy_(routing.whole)
 
 
 @dataclass(frozen=True)

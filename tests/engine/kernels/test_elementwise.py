@@ -95,3 +95,23 @@ def test_decoding_sees_each_rows_own_length() -> None:
             k, v = (cache[row, :, : newest + 1].repeat_interleave(3, 0) for cache in (keys, values))
             alone = F.scaled_dot_product_attention(query[row][:, None], k, v, scale=0.25)[:, 0]
             assert torch.allclose(out[row], alone, atol=2e-6)
+
+
+@pytest.mark.parametrize(("top_p", "sharpness"), [(0.3, 0.1), (0.95, 2.0), (1.0, 1.0)])
+def test_a_wide_nucleus_is_drawn_from_as_if_it_were_sorted(top_p: float, sharpness: float) -> None:
+    """With equal probabilities in it, against its definition in fp64; a row that is not wide stays as it is."""
+    from fastconv.engine.kernels.elementwise import draw_wide
+
+    probabilities = torch.softmax((sharpness * drawn(8, 700).detach() * 8).round() / 8, -1)
+    uniforms = torch.tensor([0.0, 0.5, 0.99999994, 0.1, 0.3, 0.7, 0.9, 0.2])
+    wide = torch.tensor([True] * 7 + [False])
+    chosen = torch.full((8,), -7)
+    draw_wide(probabilities, uniforms, wide, top_p, chosen)
+    assert int(chosen[7]) == -7
+    for row in range(7):
+        ranked, tokens = torch.sort(probabilities[row].double(), descending=True, stable=True)
+        before = ranked.cumsum(0) - ranked
+        total = float(ranked[before < top_p - 1e-6].sum())
+        place = int(torch.nonzero(tokens == chosen[row]))
+        target = float(uniforms[row]) * total
+        assert float(before[place]) - 1e-5 <= target <= float(before[place] + ranked[place]) + 1e-5, row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,35 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: run make test-fused", allow_module_level=True)
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastconv.engine.cuda_graph import token_seeds
+from fastconv.chat import Rendered
+from fastconv.engine import decode, generate
+from fastconv.engine.attention import Padded
+from fastconv.engine.cuda_graph import (
+    CapturedSteps,
+    Item,
+    MicroBatch,
+    PaddedSizes,
+    StepTimes,
+    make_micro_batch,
+    token_seeds,
+)
 from fastconv.engine.kernels.lora import StackedKernel
 from fastconv.engine.kernels.lora_tables import Tiling
 from fastconv.engine.lora import Adapter, Route, Slot, StackedLinear, keep_mask
 from fastconv.engine.model import load_base
 from fastconv.engine.stack import Stack
-from fastconv.engine.train import Hooks, Job, start, train
+from fastconv.engine.train import Hooks, Job, _forward_backward, start, train
 from fastconv.errors import ModelError, TrainingError
-from fastconv.recipe import LoraSettings, ModelSettings
-from tests.engine_kit import BEHAVIOR, live_logits, ragged_rows, random_adapter, tiny_stack, train_settings
+from fastconv.recipe import LoraSettings, ModelSettings, SamplingSettings
+from tests.engine_kit import (
+    BEHAVIOR,
+    StandInDevice,
+    live_logits,
+    ragged_rows,
+    random_adapter,
+    tiny_stack,
+    train_settings,
+)
 
 pytestmark = pytest.mark.fused
 
@@ -363,6 +383,91 @@ def test_a_tiny_model_trains_as_by_torchs_operations(tiny_qwen: Path) -> None:
         assert plain.losses.tolist() == pytest.approx(stacked.losses.tolist(), abs=1e-5)
         assert plain.norms.tolist() == pytest.approx(stacked.norms.tolist(), rel=1e-4)
         assert float((plain.adapter.flat - stacked.adapter.flat).abs().max()) < 1e-4
+
+
+def padded_batch(stack: Stack, slots: tuple[Slot, ...], lengths: tuple[int, ...]) -> MicroBatch:
+    """A row of random tokens for each slot, in the layout of a GPU."""
+    rows = [Rendered(tuple((7 * i + 3 * n) % 256 for i in range(n)), 2) for n in lengths]
+    items = [Item(owner, row, 1 / row.n_supervised, 99 + owner) for owner, row in enumerate(rows)]
+    batch = make_micro_batch(stack.base, slots, items, lambda lengths, n: PaddedSizes(n_supervised=24))
+    return replace(batch, layout=Padded.of(lengths))
+
+
+@pytest.mark.parametrize("lengths", [((12,), (12,)), ((5, 7), (8, 4))], ids=["one_slot", "two_slots_of_other_spans"])
+def test_a_graph_captured_for_some_adapters_trains_others(
+    tiny_qwen: Path, lengths: tuple[tuple[int, ...], tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph is captured for the first set of slots, and replayed for a second with other weights, gradients, frozen
+    adapters and spans: bit for bit what the launched step computes, and nothing more is added to the first."""
+    monkeypatch.setattr(StepTimes, "worth_capturing", lambda times, n_tok, n_direct: True)
+    _, stack = both(tiny_qwen)
+    device = StandInDevice(stack)
+    steps = CapturedSteps(stack, partial(_forward_backward, stack), device)
+    assert steps.shared
+    sets = [
+        tuple(
+            Slot((random_adapter(stack, 10 * k + i),), random_adapter(stack, 100 + 10 * k + i), 0.1)
+            for i in range(len(lengths[k]))
+        )
+        for k in range(2)
+    ]
+    batches = [padded_batch(stack, slots, own) for slots, own in zip(sets, lengths, strict=True)]
+
+    def run(batch: MicroBatch, how: CapturedSteps) -> tuple[torch.Tensor, ...]:
+        for slot in batch.slots:
+            assert slot.trainable is not None
+            slot.trainable.train(torch.zeros_like(slot.trainable.flat))
+        totals = torch.zeros(len(batch.slots))
+        how.run(batch, totals)
+        return totals, *gradients(batch)
+
+    def gradients(batch: MicroBatch) -> list[torch.Tensor]:
+        return [
+            torch.cat([w.grad.flatten() for pair in slot.trainable.weights.values() for w in pair])
+            for slot in batch.slots
+        ]
+
+    run(batches[0], steps)
+    first = run(batches[0], steps)
+    second = run(batches[1], steps)
+    assert device.calls == ["capture", "replay", "replay"]
+    launched = [run(batch, CapturedSteps(stack, partial(_forward_backward, stack), device)) for batch in batches]
+    assert device.calls == ["capture", "replay", "replay"]
+    for replayed, plain in zip((first, second), launched, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(replayed, plain, strict=True))
+    assert not torch.equal(first[1], second[1])
+
+
+def test_a_decoder_that_is_kept_samples_the_next_stack_with_its_graphs(
+    tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, stack = both(tiny_qwen)
+    settings = SamplingSettings(temperature=1.0, max_new_tok=4)
+    texts, seeds, device = [[1, 2, 3], [4, 5]], [1, 2], StandInDevice(stack)
+    pairs = [(random_adapter(stack, seed), random_adapter(stack, seed + 1)) for seed in (1, 5)]
+    kept = decode.DeviceDecoder(stack.base, decode.Cache(2, 16), settings, 2, device)
+
+    def drawn() -> list[Any]:
+        found = []
+        for pair in pairs:
+            with stack.live(Slot(pair)):
+                found.append(generate.sample(stack.base, texts, seeds, settings))
+        return found
+
+    expected = drawn()
+    assert expected[0] != expected[1]
+
+    def serving(base: Any, n_rows: int, max_length_tok: int, settings: Any) -> decode.DeviceDecoder:
+        assert kept.serves(n_rows, max_length_tok, settings)
+        return kept
+
+    monkeypatch.setattr(generate, "_decoder", serving)
+    monkeypatch.setattr(generate, "_is_small", lambda base, cache: True)
+    assert drawn() == expected
+    assert device.calls.count("capture") == 1, "the second stack is decoded with the graph of the first"
+    assert not kept.serves(3, 16, settings) or kept.most_slots == 2
+    assert not kept.serves(2, 17, settings)
+    assert not kept.serves(2, 16, settings.model_copy(update={"temperature": 0.5}))
 
 
 def test_live_logits_and_recomputed_activations(tiny_qwen: Path) -> None:

@@ -1,0 +1,94 @@
+"""The base of a process, loaded when it is first needed, and a recipe's stacks on it, each proven when it is put in place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
+from fastconv.engine.locate import engine_identity
+from fastconv.engine.model import Base, load_base
+from fastconv.engine.selftest import self_test
+from fastconv.engine.stack import Adapter, Probe, Slot, Stack, folded
+from fastconv.errors import TrainingError
+from fastconv.experiment.graph import Graph
+from fastconv.store.ledger import Record, Stage, Store
+
+
+class Stacks:
+    """One base per process, loaded when it is first needed, and the stacks of a recipe on it.
+
+    `proven` holds the self-tests passed on a GPU, each with the relative difference it measured.
+    """
+
+    def __init__(self, graph: Graph, store: Store) -> None:
+        self._graph = graph
+        self._recipe = graph.recipe
+        self._store = store
+        self._cached: dict[str, Adapter] = {}
+        self.proven: dict[str, float] = {}
+
+    @cached_property
+    def base(self) -> Base:
+        """The base model, loaded on first use. Raises ModelError if the GPU, or the RAM, cannot hold it."""
+        if engine_identity(self._recipe.model)["device"] == "cuda":
+            require_fit(query_gpu(torch.cuda, torch.version.cuda), self._recipe, shape_on_disk(self._recipe.model))
+        else:
+            require_ram(self._recipe, shape_on_disk(self._recipe.model))
+        return load_base(self._recipe.model, self._graph.source)
+
+    @cached_property
+    def stack(self) -> Stack:
+        """The stack on the base. On a GPU, the self-tests run before anything is computed with it."""
+        stack = Stack(self.base, self._recipe.lora)
+        if self.base.device.type == "cuda":
+            self.proven |= self_test(stack, {self._recipe.convergence.optimizer, self._recipe.behavior.optimizer})
+        return stack
+
+    def adapters(self, needs: Mapping[str, Stage]) -> list[Adapter]:
+        """The adapters of a stack in order (snapshot, behavior), verified against the ledger.
+
+        The previous stack's adapters stay cached, because the probes of one cell follow one another.
+        """
+        stages = [needs[name] for name in ("snapshot", "behavior") if name in needs]
+        hashes = [self.record(stage).outputs["adapter"] for stage in stages]
+        self._cached = {
+            sha256: self._cached.get(sha256)
+            or self.stack.load_adapter(self._store.get(sha256, "safetensors"), stage.slot)
+            for sha256, stage in zip(hashes, stages, strict=True)
+        }
+        return [self._cached[sha256] for sha256 in hashes]
+
+    @contextlib.contextmanager
+    def in_place(self, needs: Mapping[str, Stage]) -> Iterator[tuple[Adapter, ...]]:
+        """The adapters to attach. With published semantics the snapshot is folded into the base inside the block instead."""
+        adapters = tuple(self.adapters(needs))
+        if self._recipe.model.semantics == "published" and "snapshot" in needs:
+            with folded(self.stack, adapters[:1], "published"):
+                yield adapters[1:]
+        else:
+            yield adapters
+
+    @contextlib.contextmanager
+    def live_stack(self, stage: Stage) -> Iterator[dict[str, Any]]:
+        """Attach the stack of an evaluation (or of its score) inside the block; yields the distances of its probe logits."""
+        stage = stage.needs.get("eval", stage)
+        top = stage.needs.get("behavior") or stage.needs.get("snapshot")
+        recorded = Probe(tuple(self.record(top).outputs["probe"])) if top else None
+        with self.in_place(stage.needs) as adapters, self.stack.live(*([Slot(frozen=adapters)] if adapters else [])):
+            probe = self.stack.prove(recorded, stage.slot)
+            proof = {"from_base": round(probe.distance(self.stack.base_probe), 6)}
+            if recorded is not None:
+                proof["from_recorded"] = round(probe.distance(recorded), 6)
+            yield proof
+
+    def record(self, stage: Stage) -> Record:
+        """The record of a finished stage. Raises TrainingError if it is not done."""
+        record = self._store.record(stage.key)
+        if record is None:
+            raise TrainingError("a stage before it is missing", where=stage.slot, fix="run the recipe again")
+        return record

@@ -1,0 +1,150 @@
+"""Which micro-steps are captured as graphs, and what a replay computes: on the CPU, with a device that stands in for CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastconv.engine import train as loop
+from fastconv.engine.attention import Padded
+from fastconv.engine.cuda_graph import CapturedSteps, MicroBatch, StepTimes, make_micro_batch, rounded_sizes
+from fastconv.engine.stack import Slot, Stack
+from fastconv.engine.train import Hooks, Job, _forward_backward, _items, start, train
+from tests.engine_kit import StandInDevice, ragged_rows, random_adapter, tiny_stack, train_settings
+
+
+def batch_of(stack: Stack, job: Job, step: int = 0) -> MicroBatch:
+    """A step's rows in the layout of a GPU, on the CPU."""
+    trainee = start(stack, job)
+    trainee.step = step
+    trainee.adapter.train(trainee.grad)
+    items = _items(0, trainee)
+    batch = make_micro_batch(stack.base, [Slot(job.frozen, trainee.adapter)], items, rounded_sizes)
+    layout = Padded.of([len(item.row.ids) for item in items], width=64, n_rows=8)
+    return replace(batch, layout=layout)
+
+
+def steps_of(stack: Stack) -> tuple[CapturedSteps, StandInDevice]:
+    device = StandInDevice(stack)
+    return CapturedSteps(stack, partial(_forward_backward, stack), device), device
+
+
+def test_a_replay_adds_what_the_launched_step_adds(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepTimes, "worth_capturing", lambda times, n_tok, n_direct: True)
+    stack = tiny_stack(tiny_qwen)
+    batch = batch_of(stack, Job("a", ragged_rows(4), train_settings(), ("a",), (random_adapter(stack, 1),)))
+    trainee = batch.slots[0].trainable
+    assert trainee is not None
+    steps, device = steps_of(stack)
+    found = []
+    for _ in range(3):
+        trainee.train(torch.zeros_like(trainee.flat)) if not found else [
+            weight.grad.zero_() for pair in trainee.weights.values() for weight in pair if weight.grad is not None
+        ]
+        totals = torch.zeros(1)
+        steps.run(batch, totals)
+        grads = torch.cat([w.grad.flatten() for pair in trainee.weights.values() for w in pair if w.grad is not None])
+        found.append((float(totals), grads.clone()))
+    assert device.calls == ["capture", "replay", "replay"]
+    assert len(steps) == 1
+    for total, grads in found[1:]:
+        assert total == found[0][0]
+        assert torch.equal(grads, found[0][1])
+    assert not steps.shared, "torch's operations keep the addresses of one adapter"
+    steps.end_of_trainees()
+    assert not len(steps)
+
+
+def never_known() -> float | None:
+    return None
+
+
+def times_with(launch_s: float, capture_s: float, device_s: float, device_tok: int) -> StepTimes:
+    times = StepTimes(launch_s=launch_s, capture_s=capture_s)
+    times.replayed(device_tok, lambda: device_s)
+    return times
+
+
+def test_the_first_size_met_twice_is_captured_to_learn_the_times() -> None:
+    assert StepTimes(launch_s=0.1).worth_capturing(500, 1)
+    waiting = StepTimes(launch_s=0.1, capture_s=0.4)
+    waiting.replayed(500, never_known)
+    assert not waiting.worth_capturing(500, 9), "how long the device takes is not known yet"
+
+
+@pytest.mark.parametrize(
+    ("device_s", "n_direct", "worth"),
+    [(0.05, 7, False), (0.05, 8, True), (0.0999, 1000, False), (0.2, 1000, False)],
+    ids=["idled_for_less_than_a_capture", "for_as_long", "hardly_ever", "never"],
+)
+def test_a_size_is_captured_once_the_device_has_idled_for_a_capture(
+    device_s: float, n_direct: int, worth: bool
+) -> None:
+    """0.1 s to launch, 0.4 s to capture; the device needs `device_s` for 1,000 tokens."""
+    assert times_with(0.1, 0.4, device_s, 1000).worth_capturing(1000, n_direct) is worth
+
+
+def test_small_sizes_wait_longer_for_the_host_than_large_ones() -> None:
+    times = times_with(0.1, 0.4, 0.08, 1000)
+    assert times.worth_capturing(100, 5)
+    assert not times.worth_capturing(1000, 5)
+
+
+def test_a_much_larger_size_is_captured_once_to_learn_how_long_the_device_takes() -> None:
+    times = times_with(0.1, 0.4, 0.09, 200)
+    assert times.worth_capturing(2000, 1)
+    times.replayed(2000, never_known)
+    assert not times.worth_capturing(2000, 1)
+    assert not times.worth_capturing(1900, 3), "one is enough"
+    times.replayed(2000, lambda: 0.2)  # read in order: after the one that is not known
+    times._pending.popleft()
+    assert not times.worth_capturing(1900, 3)
+    assert times.device_tok == 2000
+
+
+def test_running_out_of_memory_in_a_capture_ends_captures_and_loses_nothing(
+    tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepTimes, "worth_capturing", lambda times, n_tok, n_direct: True)
+    stack = tiny_stack(tiny_qwen)
+    batch = batch_of(stack, Job("a", ragged_rows(4), train_settings(), ("a",)))
+    steps, device = steps_of(stack)
+
+    def full(run: Callable[[], None]) -> Callable[[], None]:
+        device.calls.append("capture")
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(device, "capture", full)
+    totals = [torch.zeros(1) for _ in range(4)]
+    for total in totals:
+        steps.run(batch, total)
+    assert device.calls == ["capture"]
+    assert len({float(total) for total in totals}) == 1
+    assert float(totals[0]) > 0
+
+
+def test_memory_that_runs_out_in_training_first_costs_what_is_kept_for_speed(
+    tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the micro-batch; a step launched again with nothing to drop must not go round for ever."""
+    stack, limits = tiny_stack(tiny_qwen), []
+    trainee = start(stack, Job("a", ragged_rows(8), train_settings(batch_rows=4, epochs=1), ("a",)))
+    stack.base.kept["steps"] = [1, 2]  # anything that has a length
+    plain = loop._micro_step
+
+    def short_of_memory(stack: Stack, batch: MicroBatch, totals: torch.Tensor) -> None:
+        limits.append(trainee.micro_batch_tok)
+        if len(limits) < 3:
+            raise torch.OutOfMemoryError("no room")
+        plain(stack, batch, totals)
+
+    monkeypatch.setattr(loop, "_micro_step", short_of_memory)
+    train(stack, [trainee], Hooks())
+    assert limits[0] == limits[1] > limits[2]
+    assert not stack.base.kept
+    assert trainee.done
