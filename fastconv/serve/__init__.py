@@ -68,6 +68,14 @@ def _trained(plan: CellPlan) -> list[Stage]:
     return [stage for stage in (plan.snapshot, plan.adapter) if stage is not None]
 
 
+def _stage(name: str, plan: CellPlan) -> Stage:
+    """A stage that stands on a cell's stack, as its evaluations do."""
+    needs = {
+        need: stage for need, stage in (("snapshot", plan.snapshot), ("behavior", plan.adapter)) if stage is not None
+    }
+    return Stage("served", name, 1, {}, needs)
+
+
 def _missing(plan: CellPlan, store: Store) -> str:
     """The slot of an adapter of this cell that is not there; "" if all are."""
     for stage in _trained(plan):
@@ -152,7 +160,7 @@ def _resident(
     tell(f"loading {graph.recipe.model.id}")
     stacks = Stacks(graph, store)
     longest_tok = stacks.base.rules.longest_tok or context_tok
-    model = ResidentModel(stacks, {name: next(iter(plan.scores.values())) for name, plan in cells.items()})
+    model = ResidentModel(stacks, {name: _stage(name, plan) for name, plan in cells.items()})
     yield _Opened(model, model.prove, lambda: model.work(stop.is_set), min(context_tok, longest_tok))
 
 
