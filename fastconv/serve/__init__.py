@@ -210,13 +210,14 @@ class _AdapterReader:
 
 
 def _about(graph: Graph, plan: CellPlan) -> dict[str, Any]:
-    """What `/v1/models` says of a cell beyond its name."""
+    """What `/v1/models` says of a cell beyond its name; `personas` are the system prompts under which it was asked."""
     stages = {stage.kind: stage.key for stage in _trained(plan)}
     sampling = graph.recipe.eval.sampling.model_dump(mode="json")
+    personas = {probe: graph.personas.system(probe).text for probe in sorted({probe for _, probe in plan.scores})}
     return {
         "fastconv": {
             "run": run_id(graph.recipe), "cell": plan.cell.label, "about": in_words(plan.cell), "stages": stages,
-            "base": graph.recipe.model.id, "defaults": sampling,
+            "base": graph.recipe.model.id, "defaults": sampling, "personas": personas,
         }
     }  # fmt: skip
 
