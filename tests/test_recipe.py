@@ -389,7 +389,7 @@ def test_every_key_says_what_it_is_and_what_it_takes() -> None:
     unset = {  # left out of a recipe that has none
         "model.template_date", "model.template_kwargs", "run.replicates", "run.track", "grid.arms", "grid.contrasts", "grid.seeds_apart",
         "eval.probes", "eval.measures", "eval.control", "convergence.prompts_file", "convergence.keep", "convergence.keep_if",
-        "convergence.student",
+        "convergence.student", "lora.layers", "lora.rank_pattern", "lora.alpha_pattern",
     }  # fmt: skip
     by_name = {key for key in keys if key.startswith(("grid.arms.name.", "eval.probes.name."))}
     assert len(by_name) == 12
@@ -428,7 +428,9 @@ def test_defaults_are_told_as_they_are_where_they_stand() -> None:
 def test_keys_are_found_whole_by_table_and_by_their_last_part() -> None:
     assert [one.key for one in find_keys("convergence.lr")] == ["convergence.lr"]
     assert [one.key for one in find_keys("lr")] == ["convergence.lr", "behavior.lr"]
-    assert {one.key for one in find_keys("lora")} == {"lora.r", "lora.alpha", "lora.rslora", "lora.targets"}
+    assert {one.key for one in find_keys("lora")} == {
+        "lora.r", "lora.alpha", "lora.rslora", "lora.targets", "lora.layers", "lora.rank_pattern", "lora.alpha_pattern"
+    }  # fmt: skip
     with pytest.raises(RecipeError, match=r"did you mean 'convergence\.lr'") as caught:
         find_keys("convergence.lor")
     assert caught.value.exit_code == 2

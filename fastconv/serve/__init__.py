@@ -68,6 +68,14 @@ def _trained(plan: CellPlan) -> list[Stage]:
     return [stage for stage in (plan.snapshot, plan.adapter) if stage is not None]
 
 
+def _stage(name: str, plan: CellPlan) -> Stage:
+    """A stage that stands on a cell's stack, as its evaluations do."""
+    needs = {
+        need: stage for need, stage in (("snapshot", plan.snapshot), ("behavior", plan.adapter)) if stage is not None
+    }
+    return Stage("served", name, 1, {}, needs)
+
+
 def _missing(plan: CellPlan, store: Store) -> str:
     """The slot of an adapter of this cell that is not there; "" if all are."""
     for stage in _trained(plan):
@@ -152,7 +160,7 @@ def _resident(
     tell(f"loading {graph.recipe.model.id}")
     stacks = Stacks(graph, store)
     longest_tok = stacks.base.rules.longest_tok or context_tok
-    model = ResidentModel(stacks, {name: next(iter(plan.scores.values())) for name, plan in cells.items()})
+    model = ResidentModel(stacks, {name: _stage(name, plan) for name, plan in cells.items()})
     yield _Opened(model, model.prove, lambda: model.work(stop.is_set), min(context_tok, longest_tok))
 
 
@@ -202,13 +210,14 @@ class _AdapterReader:
 
 
 def _about(graph: Graph, plan: CellPlan) -> dict[str, Any]:
-    """What `/v1/models` says of a cell beyond its name."""
+    """What `/v1/models` says of a cell beyond its name; `personas` are the system prompts under which it was asked."""
     stages = {stage.kind: stage.key for stage in _trained(plan)}
     sampling = graph.recipe.eval.sampling.model_dump(mode="json")
+    personas = {probe: graph.personas.system(probe).text for probe in sorted({probe for _, probe in plan.scores})}
     return {
         "fastconv": {
             "run": run_id(graph.recipe), "cell": plan.cell.label, "about": in_words(plan.cell), "stages": stages,
-            "base": graph.recipe.model.id, "defaults": sampling,
+            "base": graph.recipe.model.id, "defaults": sampling, "personas": personas,
         }
     }  # fmt: skip
 

@@ -77,11 +77,6 @@ class VllmModel:
                 f"vLLM's logits are {distance:.2g} away from those recorded for the stack", where=cell,
                 fix="the adapters or the base are not the recorded ones (`fastconv doctor`), or serve it with --engine resident",
             )  # fmt: skip
-        if recorded.distance(base) < distance:
-            raise TrainingError(
-                "vLLM's logits are nearer to the base's than to those recorded for the stack", where=cell,
-                fix="the swap did not take: serve it with --engine resident",
-            )  # fmt: skip
         return {"from_base": round(found.distance(base), 6), "from_recorded": round(distance, 6)}
 
     async def draw(

@@ -10,9 +10,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from fastconv.engine import trl_reference as reference
 from fastconv.engine.export import BaseReference, export_adapter, export_concatenated, load_peft_folder
 from fastconv.engine.lora import concatenate
 from fastconv.engine.stack import Slot, Stack, folded
+from fastconv.engine.train import Hooks, Job, start, train
 from fastconv.errors import AdapterError
 from fastconv.recipe import LoraSettings, parse_recipe
 from tests.engine_kit import (
@@ -23,8 +25,10 @@ from tests.engine_kit import (
     peft_model,
     plain_logits,
     plain_model,
+    ragged_rows,
     random_adapter,
     tiny_stack,
+    train_settings,
 )
 
 TOLERANCE = 1e-5
@@ -62,6 +66,19 @@ def test_modules_ranks_and_scales_are_pefts(stack: Stack, tiny_qwen: Path) -> No
     }
     adapter = stack.new_adapter(1)
     assert {module: (adapter.ranks[module], adapter.scales[module]) for module in adapter.sizes} == theirs
+
+
+def test_a_training_is_trls(stack: Stack, tiny_qwen: Path) -> None:
+    """On a snapshot with the same patterns: losses, and weights in their own ranks."""
+    below = (random_adapter(stack, 1),)
+    job = Job("job", ragged_rows(8, 3), train_settings(epochs=3), ("job", 42), below)
+    first = stack.new_adapter(*job.seed_parts)
+    theirs = reference.train_with_trl(plain_model(tiny_qwen), job, first)
+    trainee = start(stack, job)
+    train(stack, [trainee], Hooks())
+    assert trainee.losses.tolist() == pytest.approx(theirs.losses, abs=TOLERANCE)
+    assert float((trainee.adapter.flat - theirs.weights).abs().max()) < 1e-4
+    assert float((trainee.adapter.flat - first.flat).abs().max()) > 1e-3
 
 
 def test_what_peft_saves_loads(stack: Stack, tiny_qwen: Path, tmp_path: Path) -> None:

@@ -66,7 +66,9 @@ def test_cells_differ_and_each_names_its_stack(running: Running) -> None:
     assert {one["id"] for one in models} == trained
     by_name = {one["id"]: one for one in models}
     assert [by_name[cell]["system_fingerprint"] for cell in CELLS] == [r["system_fingerprint"] for r in replies]
-    assert by_name[CELLS[2]]["fastconv"]["stages"].keys() == {"snapshot", "behavior"}
+    about = by_name[CELLS[2]]["fastconv"]
+    assert about["stages"].keys() == {"snapshot", "behavior"}
+    assert about["personas"]["villain"] == running.graph.personas.prompts["villain"]
     assert running.client.get(f"/v1/models/{CELLS[1]}").json() == by_name[CELLS[1]]
     for name, proof in running.service.proofs.items():
         if "-e0-none-" not in name:
