@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastconv.errors import StoreError
+from fastconv.recipe import canonical_json
 
 #: Seconds that a connection waits for other processes before SQLite reports the file as locked.
 BUSY_S = 60.0
@@ -125,6 +126,14 @@ def stored_json(text: str | bytes) -> Any:
         return json.loads(text)
     except (ValueError, TypeError, RecursionError):
         raise damaged("a row holds no JSON where it must") from None
+
+
+def joined_json(first: str, over: Mapping[str, Any]) -> str:
+    """A stored JSON object with `over` laid over it, as JSON. Raises StoreError if it is none, or holds no finite number."""
+    try:
+        return canonical_json({**stored_json(first), **over})
+    except (TypeError, ValueError):
+        raise damaged("a row holds no JSON object where it must") from None
 
 
 def damaged(what: str, where: str = "ledger.sqlite") -> StoreError:

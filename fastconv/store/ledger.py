@@ -26,6 +26,7 @@ from fastconv.recipe import canonical_json
 from fastconv.store.io import (
     connect,
     damaged,
+    joined_json,
     make_folder,
     process_is_alive,
     process_start,
@@ -368,19 +369,18 @@ class Store:
         """
         with self.transaction() as db:
             row = db.execute("SELECT facts FROM runs WHERE id=?", (run,)).fetchone()
-            merged = {**(stored_json(row["facts"]) if row else {}), **facts}
+            merged = joined_json(row["facts"] if row else "{}", facts)
             db.execute(
                 "INSERT INTO runs VALUES(?,?,?,?,MAX(?, (SELECT COALESCE(MAX(started_at), 0) FROM runs)),NULL,?) "
                 "ON CONFLICT(id) DO UPDATE SET facts=excluded.facts, finished_at=NULL",
-                (run, recipe_json, recipe_sha256, source, time.time(), canonical_json(merged)),
+                (run, recipe_json, recipe_sha256, source, time.time(), merged),
             )
 
     def add_run_facts(self, run: str, facts: Mapping[str, Any]) -> None:
         """Merge facts that became known while the run was going over those recorded at its start."""
         with self.transaction() as db:
             row = db.execute("SELECT facts FROM runs WHERE id=?", (run,)).fetchone()
-            merged = {**stored_json(row["facts"]), **facts}
-            db.execute("UPDATE runs SET facts=? WHERE id=?", (canonical_json(merged), run))
+            db.execute("UPDATE runs SET facts=? WHERE id=?", (joined_json(row["facts"], facts), run))
 
     def finish_run(self, run: str) -> None:
         """Record that a run is finished."""

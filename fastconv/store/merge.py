@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastconv.errors import InputError, StoreError
-from fastconv.recipe import canonical_json, sha256_of
-from fastconv.store.io import stored_json
+from fastconv.recipe import sha256_of
+from fastconv.store.io import joined_json, stored_json
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
 
@@ -236,11 +236,11 @@ def _merge_runs(store: Store, other: Store) -> None:
     with store.transaction() as db:
         for run, recipe, recipe_sha256, source, started_at, finished_at, facts in other.rows("SELECT * FROM runs"):
             known = db.execute("SELECT facts FROM runs WHERE id=?", (run,)).fetchone()
-            merged = {**stored_json(facts), **(stored_json(known["facts"]) if known else {})}
+            merged = joined_json(facts, stored_json(known["facts"]) if known else {})
             db.execute(
                 "INSERT INTO runs VALUES(?,?,?,?,?,?,?) ON CONFLICT(id) DO UPDATE SET facts=excluded.facts, "
                 "started_at=MIN(started_at, excluded.started_at), finished_at=COALESCE(finished_at, excluded.finished_at)",
-                (run, recipe, recipe_sha256, source, started_at, finished_at, canonical_json(merged)),
+                (run, recipe, recipe_sha256, source, started_at, finished_at, merged),
             )
         for row in other.rows("SELECT run, key, slot, reused FROM run_stages"):
             db.execute("INSERT OR IGNORE INTO run_stages VALUES(?,?,?,?)", row)
