@@ -15,7 +15,7 @@ from tests.loop_kit import DoneRun
 
 PACKAGE = ROOT / "fastconv"
 #: Modules that may import torch: the engine, the bench, and what computes on the resident base: stages, and served answers.
-TORCH_MODULES = ("engine", "bench", "run.executor", "run.training", "run.standalone", "serve")
+TORCH_MODULES = ("engine", "bench", "run.executor", "run.stacks", "run.training", "run.standalone", "serve")
 #: Every folder and every module of the root, the lowest first. A module imports from lower levels and from its own folder.
 LEVELS = (
     ("errors",),
