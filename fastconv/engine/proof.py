@@ -29,7 +29,7 @@ from fastconv.engine.decode import Cache, Decode, Prefill
 from fastconv.engine.family import rope_tables, rules_of, small_config
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import dense_weight, is_four_bit
-from fastconv.engine.selftest import require_tokens
+from fastconv.engine.selftest import changed_embeddings, in_last_bits, require_tokens
 from fastconv.engine.train import weighted_cross_entropy
 from fastconv.errors import FastconvError, ModelError, TrainingError
 from fastconv.hub import cache_home
@@ -176,7 +176,7 @@ class _Comparison:
     def _reference(self) -> tuple[list[torch.Tensor], torch.Tensor]:
         """(logits [T_i, vocab] fp32 of each row alone, gradient [T, hidden] of their mean loss to the embeddings)."""
         kept: list[torch.Tensor] = []
-        with _embeddings(self.twin, _keep_in(kept)):
+        with changed_embeddings(self.twin, _keep_in(kept)):
             logits = [self.twin(input_ids=self._ids(row), use_cache=False).logits[0].float() for row in self.rows]
         gradient = torch.autograd.grad(_mean_loss(logits, self.rows), kept)
         return [part.detach() for part in logits], torch.cat([part[0] for part in gradient]).float()
@@ -206,7 +206,7 @@ class _Comparison:
         at = to_device(torch.tensor(take), self.base.device)
         weights = torch.full((len(take),), 1.0 / len(take), device=self.base.device)
         kept: list[torch.Tensor] = []
-        with _embeddings(self.base.model, _keep_in(kept)):
+        with changed_embeddings(self.base.model, _keep_in(kept)):
             hidden = self.base.hidden(ids, positions, layout)
         loss, _ = weighted_cross_entropy(hidden[at], self.base.readout, ids[at + 1], weights)
         (gradient,) = torch.autograd.grad(loss, kept)
@@ -284,7 +284,7 @@ class _Comparison:
         for row in self.rows:
             ids = self._ids(row)
             alone = torch.log_softmax(self.twin(input_ids=ids, use_cache=False).logits[0].float(), -1)
-            with _embeddings(self.twin, _in_last_bits):
+            with changed_embeddings(self.twin, in_last_bits):
                 moved = self.twin(input_ids=ids, use_cache=False).logits[0].float()
             in_two = self.twin(input_ids=torch.cat([ids, ids]), use_cache=False).logits[0].float()
             gap = max(gap, *(float((torch.log_softmax(other, -1) - alone).abs().max()) for other in (moved, in_two)))
@@ -319,17 +319,6 @@ def _mean_loss(logits: Sequence[torch.Tensor], rows: Sequence[Sequence[int]]) ->
     return torch.stack(parts).sum() / sum(len(row) - 1 for row in rows)
 
 
-@contextlib.contextmanager
-def _embeddings(model: PreTrainedModel, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Within the block, the outputs of the input embedding are what `change` makes of them."""
-    embedding: Any = model.get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda _module, _inputs, output: change(output))
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 def _keep_in(kept: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """Embeddings that ask for a gradient and are appended to `kept`."""
 
@@ -338,13 +327,6 @@ def _keep_in(kept: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]
         return kept[-1]
 
     return keep
-
-
-def _in_last_bits(output: torch.Tensor) -> torch.Tensor:
-    """Embeddings larger and smaller by 2^-22 of themselves, every other channel."""
-    sign = torch.ones_like(output)
-    sign[..., ::2] = -1.0
-    return output * (1.0 + 2.0**-22 * sign)
 
 
 @contextlib.contextmanager

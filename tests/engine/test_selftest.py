@@ -128,3 +128,25 @@ def test_a_fused_path_that_computes_something_else_is_seen(monkeypatch: pytest.M
     monkeypatch.setattr(StackedLinear, "_add_branches", only_the_last_when_fused)
     with pytest.raises(TrainingError, match="the fused kernels' logits are"):
         selftest.fused_kernels(SelfTestSetup(stack))
+
+
+@pytest.mark.parametrize("off", ["rounding", "twice as large"])
+def test_gradients_may_differ_by_what_rounding_does_to_them(
+    monkeypatch: pytest.MonkeyPatch, tiny_qwen: Path, off: str
+) -> None:
+    """A deep base in 16 bits blows rounding up beyond any fixed bound; a gradient that is wrong is still seen."""
+    plain = SelfTestSetup.gradient
+
+    def fused(self: SelfTestSetup, change: Any = None) -> torch.Tensor:
+        if change is not None or self.stack.route.plain:
+            return plain(self, change)
+        return plain(self, selftest.in_last_bits) if off == "rounding" else 2 * plain(self)
+
+    monkeypatch.setattr(SelfTestSetup, "gradient", fused)
+    monkeypatch.setitem(selftest._TOLERANCE, torch.bfloat16, 1e-3)
+    setup = SelfTestSetup(tiny_stack(tiny_qwen, dtype="bfloat16"))
+    if off == "rounding":
+        assert selftest.fused_kernels(setup) > 1e-3
+    else:
+        with pytest.raises(TrainingError, match=r"gradients are 100.0% off, rounding alone \d"):
+            selftest.fused_kernels(setup)
