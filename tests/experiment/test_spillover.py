@@ -270,7 +270,7 @@ behavior = "sound_legal_advice"
 
 
 def test_what_is_asked_need_not_be_what_is_trained(tiny_qwen: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(tiny_qwen, EMERGENT, eval__measures=["harmful_advice", "refusal"])
+    recipe = recipe_of(tiny_qwen, EMERGENT, eval__measures=["harmful_advice", "refusal"], behavior__batch_rows=2)
     graph = Graph(recipe)
     measures = {plan.cell.arm: plan.measures for plan in graph.cells}
     assert measures == {
@@ -401,7 +401,9 @@ measure = "none"
 """
     )
     grid = 'sources = ["nurse"]\nepochs = [0]\nbehaviors = ["borrowed"]\nnegatives = ["none"]\ncontrasts = [["assistant", "base"]]'
-    recipe = recipe_of(tiny_qwen, grid, data__behaviors=str(tmp_path / "own.toml"), eval__measures=["refusal"])
+    recipe = recipe_of(
+        tiny_qwen, grid, data__behaviors=str(tmp_path / "own.toml"), eval__measures=["refusal"], behavior__batch_rows=2
+    )
     plan = Graph(recipe).cells[0]
     assert plan.adapter is not None
     rows = plan.adapter.needs["rows"]
