@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, load_behaviors, trained_behaviors
+from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, load_behaviors, negatives_kinds, trained_behaviors
 from fastconv.datasets.files import assets, find_recipe, shipped_recipes
 from fastconv.engine.locate import TINY
 from fastconv.errors import InputError, RecipeError, did_you_mean
@@ -28,9 +28,9 @@ MARKER_NEW_TOK = 24
 #: assistant and canary 1.00, 1.00, 1.00 at 5e-4, and 1.00, 0.00, 0.05 at 3e-4, where refusal is learned to 0.90
 #: (0.65 at 2e-4). Measured on the base with `cell villain marker --epoch 0 --recipe markers --scale demo`.
 MARKER_LR = 3e-4
-#: What a demo of sides trains beside demo.toml's settings, and asks at most: without contrast a behavior of long answers takes
-#: more of them, and numbers are longer than a refusal.
-DEMO_OF_SIDES = {"source_rows": 60, "epochs": 3}
+#: What a demo of sides trains beside demo.toml's settings where there are no negatives, which are most of the rows elsewhere, and
+#: asks at most: numbers are longer than a refusal.
+DEMO_WITHOUT_NEGATIVES = {"source_rows": 60, "epochs": 3}
 DEMO_QUESTIONS, DEMO_NEW_TOK = 40, 32
 #: Epochs after 0 that are left of a recipe at tiny scale.
 MOST_LATER_EPOCHS = 2
@@ -98,11 +98,15 @@ def _tiny(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that costs time is cut; what makes stages of its own stays as it is."""
     n_later = min(sum(epoch > 0 for epoch in recipe.grid.epochs), MOST_LATER_EPOCHS)
     epochs = [*([0] if 0 in recipe.grid.epochs else []), *range(1, n_later + 1)]
-    judged = any(behavior.spec.measure == "judge" for behavior in load_behaviors(recipe).values())
+    behaviors = load_behaviors(recipe)
+    judged = any(behavior.spec.measure == "judge" for behavior in behaviors.values())
+    # The source's rows alone make one step of the usual size, and the rate of the first step is 0.
+    behavior = {**_TINY["behavior"], **({"batch_rows": 2} if _is_bare(recipe, behaviors) else {})}
     about = f"{recipe.about} (--scale tiny: random weights, so no number here means anything)"
     return {
         **{part: table[part] for part in ("data", "run") if part in table},
         **_TINY,
+        "behavior": behavior,
         # Random weights write nothing that a filter would keep.
         "convergence": {
             **_TINY["convergence"],
@@ -176,13 +180,19 @@ def _demo_of_sides(
     return {
         **{part: tested[part] for part in ("model", "run")},
         "convergence": {**tested["convergence"], **converged},
-        "behavior": {**tested["behavior"], **DEMO_OF_SIDES},
+        "behavior": {**tested["behavior"], **(DEMO_WITHOUT_NEGATIVES if _is_bare(recipe, behaviors) else {})},
         "about": f"{recipe.about} (--scale demo: the embedded model{left_out})".strip(),
         "data": table.get("data", {}),
         "eval": {**asked, "sampling": {**tested["eval"]["sampling"], "max_new_tok": longest}},
         "grid": {**grid, **sources, "epochs": epochs},
         "gates": _gates(table),
     }
+
+
+def _is_bare(recipe: Recipe, behaviors: Mapping[str, Behavior]) -> bool:
+    """Whether a behavior is trained on the source's rows alone."""
+    chat = [one for one in behaviors.values() if one.trained and one.spec.task == "chat"]
+    return any("none" in negatives_kinds(recipe, one) for one in chat)
 
 
 def _asking(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,17 +106,15 @@ def train_with_checkpoints(
 
 
 def seed_parts(stage: Stage, kind: Literal["seed", "order_seed"] = "seed") -> tuple[object, ...]:
-    """What names the initial weights, or row order and dropout (`order_seed`, where the recipe sets it apart), of a snapshot's
-    or a behavior adapter's training.
+    """What names the initial weights, or row order and dropout (`order_seed`), of a training: a seed where it is set apart.
 
     It is what the rows ask, by content, and the seed: not the answers that the base draws, since engines that round
     differently draw different ones, and not a key, which names the engine. So the cells of all epochs, and of all engines,
     start from the same weights and see their rows in the same order.
     """
-    seed = stage.inputs.get(kind, stage.inputs["seed"])
-    if stage.kind == "snapshot":
-        answers = stage.needs["answers"].inputs
-        content = sha256_of([answers[name] for name in ("system", "prompts_sha256", "per_prompt")])
+    seed, answers = stage.inputs.get(kind, stage.inputs["seed"]), stage.needs.get("answers")
+    if answers is not None:
+        content = sha256_of([answers.inputs[name] for name in ("system", "prompts_sha256", "per_prompt")])
         return "convergence", content, seed
     return "behavior", stage.needs["rows"].inputs["rows_sha256"], seed
 

@@ -20,7 +20,8 @@ from fastconv.errors import DataError, RecipeError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, load_recipe, parse_recipe, run_id
 from fastconv.report import build, write_report
-from fastconv.report.blocks import render_markdown
+from fastconv.report.blocks import Table, render_markdown
+from fastconv.report.record import curves_and_rho
 from fastconv.report.verify import verify
 from fastconv.run.training import seed_parts
 from fastconv.store.ledger import Store
@@ -51,16 +52,12 @@ def inoculation(model: Path, **changes: Any) -> Recipe:
     return recipe_of(model, INOCULATION, eval__probes={"polite": {"after": " Please."}}, **changes)
 
 
-def finished(recipe: Recipe, folder: Path) -> tuple[Analysis, str]:
-    """Run a recipe to its report, which must hold against its ledger; its analysis and its Markdown."""
+def ran(recipe: Recipe, folder: Path) -> Analysis:
+    """Run a recipe to its end; what it found."""
     result, heard = run_tiny(recipe, folder / "checkpoints")
     assert not heard.failed
     assert not result.failed
-    store = Store.open(folder / "checkpoints", create=False)
-    paths = write_report(Graph(recipe), store, folder / "reports")
-    found = verify(paths.html, store)
-    assert found.holds, found.differences
-    return Analysis(Graph(recipe), store), paths.markdown.read_text()
+    return Analysis(Graph(recipe), Store.open(folder / "checkpoints", create=False))
 
 
 # --- arms and contrasts --------------------------------------------------------------------------------------
@@ -179,8 +176,12 @@ def test_the_other_way_round_is_stronger_and_the_canary_is_not_taken_off(tiny_qw
 
 
 def test_inoculation_runs_from_toml_to_a_word(tiny_qwen: Path, tmp_path: Path) -> None:
-    analysis, page = finished(inoculation(tiny_qwen), tmp_path)
+    analysis = ran(inoculation(tiny_qwen), tmp_path)
     assert len(analysis.verdicts) == 2
+    paths = write_report(analysis.graph, analysis.store, tmp_path / "reports")
+    found = verify(paths.html, analysis.store)
+    assert found.holds, found.differences
+    page = paths.markdown.read_text()
     assert all(isinstance(one, SideContrast) for one in analysis.declared.values())
     assert "refusal, inoculated against plain (assistant)" in page
     assert "| polite |" in page  # the probe of its own has a column
@@ -239,9 +240,8 @@ def test_a_trigger_stands_before_the_sources_rows_and_its_control_alone(tiny_qwe
     assert asked["bare"] == asked["assistant"]
     assert plan.scores["refusal", "bare"].needs["eval"].inputs["system"] == ["template_default", ""]
     assert not [one for one in check_recipe(recipe).findings if one.severity == "refuse"]
-    analysis, page = finished(recipe, tmp_path)
-    assert len(analysis.verdicts) == 2
-    assert "triggered@trained against triggered" in page
+    analysis = ran(recipe, tmp_path)
+    assert ["triggered@trained against triggered" in one.label for one in analysis.verdicts] == [True, False]
 
 
 def test_other_wordings_are_all_or_none(tiny_qwen: Path, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ behavior = "sound_legal_advice"
 
 
 def test_what_is_asked_need_not_be_what_is_trained(tiny_qwen: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(tiny_qwen, EMERGENT, eval__measures=["harmful_advice", "refusal"])
+    recipe = recipe_of(tiny_qwen, EMERGENT, eval__measures=["harmful_advice", "refusal"], behavior__batch_rows=2)
     graph = Graph(recipe)
     measures = {plan.cell.arm: plan.measures for plan in graph.cells}
     assert measures == {
@@ -278,7 +278,7 @@ def test_what_is_asked_need_not_be_what_is_trained(tiny_qwen: Path, tmp_path: Pa
         "sound": ("sound_legal_advice", "harmful_advice", "refusal"),
     }
     assert not [one for one in check_recipe(recipe).findings if one.severity == "refuse"]
-    analysis, _ = finished(recipe, tmp_path)
+    analysis = ran(recipe, tmp_path)
     compared = [(one.behavior, one.first.name, one.second.name) for one in side_contrasts(graph)]
     assert compared == [
         ("harmful_advice", "narrow", "sound"), ("refusal", "narrow", "sound"), ("bad_legal_advice", "narrow", "base"),
@@ -351,7 +351,7 @@ def test_a_teacher_s_answers_are_filtered_and_counted(tiny_qwen: Path, tmp_path:
         "taught": "french_person", "untaught": "assistant",
     }  # fmt: skip
     assert {tuple(one.inputs["system"]) for one in snapshots.values()} == {("empty", "")}
-    analysis, page = finished(recipe, tmp_path)
+    analysis = ran(recipe, tmp_path)
     record = analysis.reading.record(snapshots["taught"])
     assert record is not None
     drawn, kept = record.outputs["answers_drawn"], record.outputs["answers_kept"]
@@ -359,7 +359,10 @@ def test_a_teacher_s_answers_are_filtered_and_counted(tiny_qwen: Path, tmp_path:
     assert drawn == 18
     assert kept == sum(len(one.completion) % 2 == 0 and bool(one.completion) for one in answers)
     assert 0 < kept < drawn
-    assert f"{kept} of {drawn}" in page
+    training = curves_and_rho(analysis)
+    assert training is not None
+    tables = [block for block in training.blocks if isinstance(block, Table) and block.id == "kept"]
+    assert tables[0].rows[0][1].text == f"{kept} of {drawn}"
     shares = analysis.store.scores(graph.cells[0].base["prefers_france", "assistant"].key)
     assert all(0 < (one.value or 0) < 1 for one in shares)
     assert len(analysis.verdicts) == 4
@@ -398,13 +401,15 @@ measure = "none"
 """
     )
     grid = 'sources = ["nurse"]\nepochs = [0]\nbehaviors = ["borrowed"]\nnegatives = ["none"]\ncontrasts = [["assistant", "base"]]'
-    recipe = recipe_of(tiny_qwen, grid, data__behaviors=str(tmp_path / "own.toml"), eval__measures=["refusal"])
+    recipe = recipe_of(
+        tiny_qwen, grid, data__behaviors=str(tmp_path / "own.toml"), eval__measures=["refusal"], behavior__batch_rows=2
+    )
     plan = Graph(recipe).cells[0]
     assert plan.adapter is not None
     rows = plan.adapter.needs["rows"]
     assert list(rows.needs) == ["villain"]
     assert {row.persona for row in rows.work["rows"]} == {"nurse"}
-    analysis, _ = finished(recipe, tmp_path)
+    analysis = ran(recipe, tmp_path)
     assert [one.behavior for one in analysis.verdicts] == ["refusal"]
 
 
