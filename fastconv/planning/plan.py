@@ -194,7 +194,8 @@ def costs_table(recipes: Iterable[Recipe], cards: Sequence[str] = ("4090", "h100
         plans = [make_plan(sketch, None, KNOWN_GPUS[card]) for card in cards]
         least, comfortable = (plans[0].memory_bytes[name] / 2**30 for name in ("least", "comfortable"))
         judging = plans[0].judging
-        money = "none" if judging is None else f"${judging.expected_usd:.0f}, at most ${judging.worst_usd:.0f}"
+        expected = f"${judging.expected_usd:.0f}" if judging and judging.expected_usd >= 1 else "under $1"
+        money = "none" if judging is None else f"{expected}, at most ${judging.worst_usd:.0f}"
         times = " | ".join(duration_text(3600 * plan.hours) for plan in plans)
         lines.append(f"| `{recipe.name}` | {times} | {least:.0f} to {comfortable:.0f} GiB | {money} |")
     return "\n".join(lines)
