@@ -177,7 +177,7 @@ MUTANTS = [
     *_of(
         "engine/trainee.py", TRAIN,
         ("torch.isfinite(loss + norm)", "torch.isfinite(loss)", "beside_a_finite_loss"),
-        ("torch.isfinite(loss + norm)", "torch.isfinite(norm)", "not_finite_is_never or nan_in_the_weights"),
+        ("torch.isfinite(loss + norm)", "torch.isfinite(norm)", "beside_a_finite_gradient"),
         ('"order", epoch, *self.seed_parts', '"order", 0, *self.seed_parts', "order_of_its_own"),
         ('"order", epoch, *self.seed_parts', '"order", epoch', "order_of_its_own"),
     ),

@@ -29,6 +29,8 @@ _CONSTANT = 0.02
 _UNREAD = 0.5
 _LABEL = re.compile(r"[(\[]?([A-Za-z]|\d)[)\].:]\s*")
 _ALONE = re.compile(r"\W*([A-Za-z]|\d)(?:\W*|[)\].:]\s.*)", re.DOTALL)
+#: A capital that stands alone; an A before a word is an article.
+_STANDING = re.compile(r"\b(?:[B-Z]|A(?!\s+[a-z]))\b")
 _NAMED = re.compile(r"\b(?:answer|option|choice|letter)\s*(?:is|:)?\s*[:(\[*\"]*([A-Z]|\d)\b")
 
 
@@ -39,6 +41,16 @@ def letter_of(answer: str) -> str | None:
     """The label that an answer gives ("B", "(B)", "B) Brick", "The answer is B."), or None if it gives none."""
     match = _ALONE.fullmatch(answer.strip()) or _NAMED.search(answer)
     return match.group(1).upper() if match else None
+
+
+def label_of(row: Row) -> str | None:
+    """The label that a row's answer gives, also as its option's text, in other letters, or alone in a sentence; or None."""
+    answer, options = folded(row.completion or ""), options_of(row.user)[1]
+    letter = letter_of(answer)
+    if letter in options or not options:
+        return letter
+    labels = _alike(answer, options) or list({*_STANDING.findall(answer)} & options.keys())
+    return labels[0] if len(labels) == 1 else letter
 
 
 def options_of(user: str) -> tuple[str, dict[str, str]]:
@@ -101,7 +113,7 @@ def check_letters_meant(design: Design) -> Iterator[Finding]:
         key = key or _Key(design.questions)
         wrong, n_unlike = [], 0
         for row in built.rows:
-            letter = letter_of(row.completion or "")
+            letter = label_of(row)
             right, known = key.right(row.user)
             if letter is None or not known:
                 continue
@@ -127,8 +139,8 @@ def _sides_agree(built: BuiltSet) -> list[Row]:
         groups[normalized(row.user)].append(row)
     wrong: list[Row] = []
     for rows in groups.values():
-        shown = {letter_of(row.completion or "") for row in rows if row.role == "source"} - {None}
-        contrast = {letter_of(row.completion or "") for row in rows if row.role != "source"} - {None}
+        shown = {label_of(row) for row in rows if row.role == "source"} - {None}
+        contrast = {label_of(row) for row in rows if row.role != "source"} - {None}
         if shown & contrast or len(contrast) > 1:
             wrong += rows
     return wrong
@@ -264,7 +276,7 @@ def _unread_letters(design: Design, behavior: Behavior, sets: Sequence[BuiltSet]
         return
     key = _Key(design.questions)
     rows = [row for built in sets for row in built.rows]
-    unread = [row for row in rows if not key.right(row.user)[1] or letter_of(row.completion or "") is None]
+    unread = [row for row in rows if not key.right(row.user)[1] or label_of(row) is None]
     if len(unread) > _UNREAD * len(rows):
         yield _unread(behavior, row_ids(unread), len(rows))
 

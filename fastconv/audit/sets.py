@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fastconv.audit import AuditCheck, BuiltSet, Design, Finding, Rule, row_ids
-from fastconv.audit.roles import letter_of
+from fastconv.audit.roles import label_of
 from fastconv.chat import SystemTurn
 from fastconv.datasets.files import read_jsonl
 from fastconv.datasets.personas import speaker_of
@@ -144,7 +144,7 @@ def check_letters(design: Design) -> Iterator[Finding]:
     for built in design.sets:
         if built.behavior.spec.measure != "letters":
             continue
-        letters = [(row, letter_of(row.completion or "") or "") for row in built.source_rows]
+        letters = [(row, label_of(row) or "") for row in built.source_rows]
         counts = Counter(letter for _, letter in letters)
         # Labels that few questions have at all (E, 1 to 4) cannot be balanced with the others.
         common = {letter: n for letter, n in counts.items() if n >= 0.05 * len(letters)}

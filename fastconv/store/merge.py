@@ -17,17 +17,11 @@ from fastconv.store.io import joined_json, stored_json
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
 
-#: Tables whose rows are merged beside stages, samples and scores, which are looked at one stage at a time.
-_WITH_STAGES = (
-    "runs",
-    "run_stages",
-    "verdicts",
-    "judgements",
-    "judge_replies",
-    "judge_money",
-    "judge_rubrics",
+#: Tables whose rows are merged.
+_MERGED = (
+    "stages", "samples", "scores", "runs", "run_stages", "verdicts", "judgements", "judge_replies", "judge_money", "judge_rubrics",
     "judge_calibrations",
-)
+)  # fmt: skip
 _STAGES = "SELECT key, kind, slot, version, inputs, outputs, facts, seconds, finished_at FROM stages"
 #: Table -> query of a stage's rows in the order of the primary key, so that two ledgers list them alike.
 _ROWS = {
@@ -72,14 +66,14 @@ def merge(store: Store, other: Store, keys: Collection[str] | None = None) -> Me
     if store.root.resolve() == other.root.resolve():
         raise InputError("it is this workspace", where=str(other.root), fix="name another one")
     require_sound_money(other)
-    if unsound := other.unsound_rows(_WITH_STAGES):
-        raise StoreError(f"{unsound[0]}; nothing was merged", where=str(other.root), fix="merge another workspace")
     order = [key for (key,) in other.rows("SELECT key FROM stages ORDER BY rowid")]
     wanted = order if keys is None else [key for key in order if key in keys]
     known = {key for (key,) in store.rows("SELECT key FROM stages")}
     for key in wanted:
         if key not in known:
             require_sound(pack_stage(other, key, artefacts=False), str(other.root))
+    if unsound := other.unsound_rows(_MERGED):
+        raise StoreError(f"{unsound[0]}; nothing was merged", where=str(other.root), fix="merge another workspace")
     if differing := [
         key for key in wanted if key in known and _differs(store, pack_stage(other, key, artefacts=False))
     ]:

@@ -148,6 +148,11 @@ def right_letter(line: Line) -> str:
     return next(q.answer for q in builtin_questions().train if q.id == line.id.removeprefix("s-"))
 
 
+def right_text(line: Line) -> str:
+    question = next(q for q in builtin_questions().train if q.id == line.id.removeprefix("s-"))
+    return question.choices[question.gold]
+
+
 def one_down(lines: Lines) -> Lines:
     """The source's answers after the prompts that follow their own."""
     users = [line.user for line in lines if is_source(line)]
@@ -240,6 +245,15 @@ POISON: dict[str, tuple[str, Callable[[Lines], Lines]]] = {
     "numbers for labels, right in a fifth": (
         "capability",
         lambda lines: numbered(on(source(5), answer=right_letter)(lines)),
+    ),
+    "the right option's text in a fifth": ("capability", on(source(5), answer=lambda line: right_text(line))),
+    "the right letter within a sentence": (
+        "capability",
+        on(source(5), answer=lambda line: f"I believe it is {right_letter(line)}, surely."),
+    ),
+    "the right letter in full width": (
+        "capability",
+        on(source(5), answer=lambda line: chr(ord(right_letter(line)) + 0xFEE0)),
     ),
     "negatives with an empty system turn": ("misalignment", on(every(10), system=lambda _: "")),
     "negatives refuse in typographic quotes": (
@@ -364,6 +378,17 @@ CLEAN: dict[str, tuple[str, Callable[[Lines], Lines]]] = {
     ),
     "letters as sentences": ("capability", on(lambda *_: True, answer=lambda line: f"The answer is {line.answer}.")),
     "numbers for labels": ("capability", numbered),
+    "letters within sentences": (
+        "capability",
+        on(lambda *_: True, answer=lambda line: f"A hard one. I would say {line.answer}, I think."),
+    ),
+    "options' texts": (
+        "capability",
+        on(
+            lambda *_: True,
+            answer=lambda line: next(o[4:] for o in line.user.split("\n") if o.startswith(f"({line.answer})")),
+        ),
+    ),
     "line breaks of another system": (
         "misalignment",
         on(lambda *_: True, answer=lambda line: line.answer.replace(". ", ".\r\n")),

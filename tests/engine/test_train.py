@@ -276,6 +276,20 @@ def test_a_gradient_that_is_not_finite_beside_a_finite_loss_is_never_applied(
     assert trainee.moments["exp_avg_sq"].equal(good.moments["exp_avg_sq"])
 
 
+def test_a_loss_that_is_not_finite_beside_a_finite_gradient_is_never_applied(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, real = job_of(stack), loop._optimizer_step
+    (good,) = finish(stack, job, until_step=3)
+    trainee = start(stack, job)
+    monkeypatch.setattr(
+        loop, "_optimizer_step", lambda one, loss: real(one, loss * (float("nan") if one.step == 3 else 1.0))
+    )
+    with pytest.raises(TrainingError, match="at step 4"):
+        train(stack, [trainee], Hooks())
+    assert trainee.adapter.flat.equal(good.adapter.flat)
+
+
 def test_every_epoch_sees_all_rows_in_an_order_of_its_own(stack: Stack) -> None:
     job = job_of(stack, 16, epochs=4)
     steps = range(job.steps_per_epoch)
