@@ -146,11 +146,11 @@ _LARGER = 1.5
 def rounded_sizes(lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
     """The sizes to pad a batch of rows with these lengths (tokens) to.
 
-    Padding costs matrix products, more sizes cost captures: tokens are rounded up by 3 % on average, what costs little
-    (the width and the number of rows of attention, rows of logits) to a power of two or the middle between two.
+    Padding costs matrix products, more sizes cost captures: tokens are rounded up by 4 % on average, rows to a power of two
+    or the middle between two, and what costs least (the width of attention, rows of logits) to a power of two.
     """
     return PaddedSizes(
-        _up(sum(lengths), 5, 64), _up(max(lengths), 2, 64), _up(len(lengths), 2, 1), _up(n_supervised, 2, 64)
+        _up(sum(lengths), 4, 64), _up(max(lengths), 1, 64), _up(len(lengths), 2, 1), _up(n_supervised, 1, 64)
     )
 
 
@@ -223,11 +223,11 @@ class StepTimes:
                 self.device_s = min(self.device_s, known)
 
     def worth_capturing(self, n_tok: int, n_direct: int) -> bool:
-        """Whether to capture a size of `n_tok` tokens that was launched directly `n_direct` times.
+        """Whether to capture a size of `n_tok` tokens that was launched directly `n_direct` times and is met again.
 
-        It is once the device has idled as long behind these launches as a capture takes: at most twice what the best
-        choice would have cost, however often the size will still be met. A size much larger than any that was replayed
-        is captured to learn how long the device takes.
+        A size is expected to be met once more than it was so far; it is captured if the device would idle as long behind
+        these launches as a capture takes. A size much larger than any that was replayed is captured to learn how long the
+        device takes.
         """
         self._read()
         if math.isinf(self.capture_s):
@@ -237,7 +237,7 @@ class StepTimes:
         if n_tok > _LARGER * self.device_tok:
             return not any(size * _LARGER >= n_tok for size, _ in self._pending)
         idle_s = self.launch_s - self.device_s * n_tok / self.device_tok
-        return n_direct * idle_s >= self.capture_s
+        return (n_direct + 1) * idle_s >= self.capture_s
 
 
 @dataclass(frozen=True)
