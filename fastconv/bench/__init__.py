@@ -41,6 +41,7 @@ from fastconv.planning.hardware import probe_stage
 from fastconv.planning.plan import known_shape
 from fastconv.recipe import ModelSettings, Recipe, SamplingSettings
 from fastconv.run.status import run_facts
+from fastconv.store.io import write_text
 from fastconv.store.ledger import Store
 
 __all__ = [
@@ -152,10 +153,10 @@ SLOWER = 0.9
 _MAKE_ONE = "make both with `fastconv bench all --out FILE`, with one model"
 
 
-def bench_all(model: str, *, size: int | None = None, device: str = "auto") -> dict[str, Any]:
+def bench_all(model: str, *, size: int | None = None, device: str = "auto", out: Path | None = None) -> dict[str, Any]:
     """Every comparison of `ALL_KINDS` one after another, with the card, the versions and the time (s since the epoch).
 
-    A comparison that this machine cannot do stands under `left_out` with its reason.
+    Written as JSON to `out` if it is named. A comparison that this machine cannot do stands under `left_out` with its reason.
     """
     settings = ModelSettings.model_validate({"id": model, "device": device, "engine": "torch"})
     measured_on, facts = resolve_device(settings), run_facts()
@@ -171,6 +172,8 @@ def bench_all(model: str, *, size: int | None = None, device: str = "auto") -> d
         except ModelError as error:
             found["left_out"][kind] = error.what
         free_memory()
+    if out is not None:
+        write_text(out, json.dumps(found, indent=1) + "\n")
     return found
 
 

@@ -376,7 +376,7 @@ def bench(
     if kind == "compare":
         show.changes(benches.compare_files(files or []), as_json=as_json)
     elif kind == "all":
-        show.bench_all(benches.bench_all(model, size=size), out, as_json=as_json)
+        show.bench_all(benches.bench_all(model, size=size, out=out), as_json=as_json)
     else:
         show.bench(benches.bench(kind, model, size=size), as_json=as_json)
 

@@ -190,10 +190,11 @@ def _gradients(stack: Stack, active: Sequence[Trainee], work: Sequence[Item]) ->
     captured = captured_steps(stack) if not recomputes else None
     if captured is not None and len(active) > 1 and not captured.shared:
         captured = None
+    sizes_for = no_padding if captured is None else rounded_sizes
     try:
         with recomputing(stack.base) if recomputes else contextlib.nullcontext():
             for micro in _micro_batches(work, min(t.micro_batch_tok for t in active)):
-                batch = make_micro_batch(stack.base, slots, micro, rounded_sizes if captured else no_padding)
+                batch = make_micro_batch(stack.base, slots, micro, sizes_for)
                 if captured is not None:
                     captured.run(batch, totals)
                 else:

@@ -18,7 +18,6 @@ from rich.text import Text
 from fastconv.errors import GateStop
 from fastconv.show.progress import gate_line
 from fastconv.stats.units import duration_text, first_few, shortened
-from fastconv.store.io import write_text
 
 if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
@@ -187,10 +186,8 @@ def bench(result: Mapping[str, Any], *, as_json: bool) -> None:
     console.print(table)
 
 
-def bench_all(found: Mapping[str, Any], out: Path | None, *, as_json: bool) -> None:
-    """Print every comparison of one machine, and write them to a file if one is named."""
-    if out is not None:
-        write_text(out, json.dumps(found, indent=1) + "\n")
+def bench_all(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print every comparison of one machine."""
     if as_json:
         print(json.dumps(found))
         return
@@ -199,8 +196,6 @@ def bench_all(found: Mapping[str, Any], out: Path | None, *, as_json: bool) -> N
     console = console_of_output()
     for kind, reason in found["left_out"].items():
         console.print(escape(f"{kind}: not measured: {reason}"))
-    if out is not None:
-        console.print(escape(f"written to {out}"))
 
 
 def changes(found: Sequence[Change], *, as_json: bool) -> None:

@@ -123,10 +123,7 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """One atomic write under the write lock. Raises StoreError for storage faults (disk full, read-only).
-
-        Within a transaction of the same store it is a part of that one, so that several writes become one.
-        """
+        """One atomic write under the write lock, or a part of the one that is open. Raises StoreError for storage faults."""
         if self._db.in_transaction:
             yield self._db
             return
@@ -316,10 +313,8 @@ class Store:
                     where=stage.slot,
                     fix="wait for it (`fastconv status` shows how far it is) or stop it",
                 )
-            db.execute(
-                "INSERT OR REPLACE INTO leases VALUES(?,?,?,?,?,?,?)",
-                (stage.key, stage.slot, os.getpid(), socket.gethostname(), token, time.time(), "{}"),
-            )
+            values = (stage.key, stage.slot, os.getpid(), socket.gethostname(), token, time.time(), "{}")
+            db.execute("INSERT OR REPLACE INTO leases VALUES(?,?,?,?,?,?,?)", values)
         try:
             yield Lease(self, stage.key, token)
         finally:

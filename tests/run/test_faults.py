@@ -121,7 +121,8 @@ def test_after_kill_9_in_the_middle_of_a_write_the_run_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("slot", "done"), [("eval/base/refusal/villain", 3), ("behavior/villain/source/e1", 1), _slow("answers/villain", 2)]
+    ("slot", "done"),
+    [("eval/base/refusal/assistant", 3), ("behavior/villain/source/e1", 1), _slow("answers/villain", 2)],
 )
 def test_after_kill_9_anywhere_else_the_run_goes_on_to_the_same_bits(
     recipe: Recipe, whole: dict[str, str], tmp_path: Path, slot: str, done: int
@@ -321,7 +322,7 @@ def test_a_base_measure_that_fails_takes_its_own_behavior_alone(
     def draw(*args: Any) -> Any:
         nonlocal n_draws
         n_draws += 1
-        if n_draws == 1:
+        if n_draws <= 2:  # all in one pass, then the first of them alone
             raise TrainingError("logits are not finite", where="sampling", fix="look at the base")
         return real(*args)
 

@@ -328,8 +328,8 @@ def _draw_wide(probabilities, uniforms, wide, chosen, n, top_p, BLOCK: tl.conste
         seen = tl.full((), 0, tl.int32)
         found = tl.full((), 0, tl.int32)
         for start in range(0, n, BLOCK):
-            value = tl.load(values + start + at, mask=start + at < n, other=-1.0)
-            equal = (value == share).to(tl.int32)
+            each = tl.load(values + start + at, mask=start + at < n, other=-1.0)
+            equal = (each == share).to(tl.int32)
             count = seen + tl.cumsum(equal, 0)
             # the last equal one at most: rounding may ask for one more than there are
             hit = tl.where((equal > 0) & (count <= place + 1), start + at, -1)
