@@ -389,7 +389,7 @@ def test_every_key_says_what_it_is_and_what_it_takes() -> None:
     unset = {  # left out of a recipe that has none
         "model.template_date", "model.template_kwargs", "run.replicates", "run.track", "lora.layers", "lora.rank_pattern", "lora.alpha_pattern", "grid.arms", "grid.contrasts", "grid.seeds_apart",
         "eval.probes", "eval.measures", "eval.control", "convergence.prompts_file", "convergence.keep", "convergence.keep_if",
-        "convergence.student", "lora.layers", "lora.rank_pattern", "lora.alpha_pattern",
+        "convergence.student",
     }  # fmt: skip
     by_name = {key for key in keys if key.startswith(("grid.arms.name.", "eval.probes.name."))}
     assert len(by_name) == 12
