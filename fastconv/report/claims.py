@@ -178,7 +178,8 @@ def _next(analysis: Analysis) -> QueryResult:
         behaviors = list(dict.fromkeys(one.behavior for one in mute))
         steps.append(f"{first_few(behaviors, MOST_NAMED)} where it can be seen ({mute[0].reason.split(';')[0]})")
     if (worst := _blindest([one for one in verdicts if one.kind == "inconclusive"])) is not None:
-        steps.append(f"more of {worst.behavior}: {_mend(analysis, worst).replace(';', ', and')}")
+        most = max((one for one in verdicts if one.behavior == worst.behavior), key=lambda one: one.detectable or 0.0)
+        steps.append(f"more of {worst.behavior}: {_mend(analysis, most).replace(';', ', and')}")
     if not steps:
         steps.append("other sources and behaviors, since these contrasts have their answer")
     return QueryResult({"steps": "; ".join(steps)}, _together(verdicts))

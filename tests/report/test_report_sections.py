@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from scipy.stats import spearmanr
@@ -15,7 +17,7 @@ from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.correlates import marker_rates, transfer_by_source
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import canonical_json, parse_recipe, recipe_sha256, run_id
-from fastconv.report import build
+from fastconv.report import build, claims
 from fastconv.report.blocks import Claim, Figure, ReportData, render_html
 from fastconv.store.ledger import Stage, Store
 from fastconv.store.records import Record
@@ -194,3 +196,18 @@ def test_transfer_is_drawn_against_the_marker_rate_and_correlated(matrix: Shown)
     assert claims["attainable"].text.endswith("cannot reach the 0.05 that 1 test requires.")
     assert all(claims[name].rows for name in ("correlation", "attainable"))
     assert all(claims[name].text in text_of(matrix.page, "markers") for name in ("correlation", "attainable"))
+
+
+def test_what_to_run_next_says_what_the_section_on_power_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contrast that sees least may be another than the inconclusive one; a page has one figure for a behavior."""
+
+    def verdict(kind: str, detectable: float) -> SimpleNamespace:
+        return SimpleNamespace(
+            kind=kind, behavior="refusal", detectable=detectable, margin=0.05, reason="why", label=f"{kind} {detectable}",
+            n_seeds=1, estimate=0.0, confidence=SimpleNamespace(level="LOW"), rows=(),
+        )  # fmt: skip
+
+    monkeypatch.setattr(claims, "_mend", lambda analysis, verdict: f"mended for {verdict.label}")
+    verdicts = (verdict("inconclusive", 0.10), verdict("uninformative", 0.12))
+    analysis: Any = SimpleNamespace(verdicts=verdicts, declared=verdicts)
+    assert "more of refusal: mended for uninformative 0.12" in claims._next(analysis).values["steps"]
