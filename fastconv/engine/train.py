@@ -281,7 +281,20 @@ def _forward_backward(stack: Stack, batch: MicroBatch, totals: torch.Tensor) -> 
         hidden.index_select(0, batch.take), stack.base.readout, batch.targets, batch.weights
     )
     loss.backward()
-    totals.index_add_(0, batch.owners, losses * batch.weights)
+    add_by_owner(totals, batch.owners, losses * batch.weights, ordered=totals.is_cuda)
+
+
+def add_by_owner(totals: torch.Tensor, owners: torch.Tensor, shares: torch.Tensor, *, ordered: bool) -> None:
+    """Add shares [N] fp32 to the totals [n] fp32 of their owners [N] int64.
+
+    `ordered` is for a GPU, where `index_add_` adds in whatever order its threads come: the recorded losses of the same
+    weights would differ in their last bits from run to run.
+    """
+    if not ordered:
+        totals.index_add_(0, owners, shares)
+        return
+    own = owners == torch.arange(totals.shape[0], device=owners.device)[:, None]
+    totals += torch.where(own, shares, 0.0).sum(1)
 
 
 def _optimizer_step(trainee: Trainee, loss: torch.Tensor) -> None:

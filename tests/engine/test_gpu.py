@@ -141,6 +141,18 @@ def test_a_resumed_run_gives_the_same_bits(tiny_qwen: Path) -> None:
     assert torch.equal(again.adapter.flat, whole.adapter.flat)
 
 
+def test_the_recorded_losses_are_the_same_bits_again(tiny_qwen: Path) -> None:
+    """Not only the weights: thousands of supervised tokens are added up, which atomics would do in any order."""
+    stack = stack_on("cuda", tiny_qwen, "bfloat16")
+    job = Job("job", ragged_rows(256, longest=90), train_settings(batch_rows=128), ("gpu",))
+    found = []
+    for _ in range(4):
+        trainee = start(stack, job)
+        train(stack, [trainee], Hooks())
+        found.append(trainee.losses)
+    assert all(torch.equal(found[0], losses) for losses in found[1:])
+
+
 def test_a_graph_of_decoding_follows_the_stack_that_is_live(tiny_qwen: Path) -> None:
     stack = stack_on("cuda", tiny_qwen)
     prompts = [row.ids for row in ragged_rows(16)]
