@@ -129,7 +129,7 @@ MUTANTS = [
         ("and not _SECRET & set(", "and not set() & set(", "child"),
         ("        if name.startswith(_PASSED_ON) and", "        if", "child"),
     ),
-    *_of("cluster/__init__.py", SECRETS, ("key = os.environ.pop(CLAUDE_KEY, None)", "key = None", "ray")),
+    *_of("cluster/__init__.py", SECRETS, ("for name in names & os.environ.keys()}", "for name in ()}", "ray")),
     *_of(
         "store/ledger.py", DISK,
         ("            if not path.is_file():  #", "            if not path.exists():  #", "no_file"),

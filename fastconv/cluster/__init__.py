@@ -19,7 +19,7 @@ from fastconv.cluster.driver import Driver, task_resources, without_announcement
 from fastconv.cluster.orders import base_order, is_cell_computed, shared_order, source_orders
 from fastconv.errors import ClusterError, RecipeError
 from fastconv.experiment.graph import CellPlan, Graph
-from fastconv.judge.http import CLAUDE_KEY
+from fastconv.judge.desk import PROVIDERS
 from fastconv.recipe import Recipe
 from fastconv.run.run import RunResult, prepare_run, run_recipe
 from fastconv.run.runner import Watcher, stop_on_sigint
@@ -116,7 +116,8 @@ def _connect(ray: Any, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     where = {"include_dashboard": False, "address": "local"} if address == LOCAL else {"address": address}
     # The driver alone asks a paid judge: the processes that Ray starts on this machine get no key.
-    key = os.environ.pop(CLAUDE_KEY, None)
+    names = {provider.key_name for provider in PROVIDERS.values()}
+    keys = {name: os.environ.pop(name) for name in names & os.environ.keys()}
     try:
         ray.init(**where, log_to_driver=False, logging_level="error")
     except (OSError, RuntimeError, ValueError) as error:
@@ -127,8 +128,7 @@ def _connect(ray: Any, address: str) -> None:
             fix="give HOST:PORT of a running cluster (`ray start --head`), or --ray alone for a local one",
         ) from None
     finally:
-        if key is not None:
-            os.environ[CLAUDE_KEY] = key
+        os.environ.update(keys)
 
 
 def _require_capacity(ray: Any, graph: Graph) -> None:

@@ -322,7 +322,7 @@ class Batches:
             return Settle(item.ticket, item.key, reply, final)
         # An item without a result may have been billed, so its reservation stays.
         outcome = kind if kind in ("expired", "errored", "canceled") else "missing"
-        given_up = request is not None and self._ledger.history(item.key).n_failed >= MAX_RESUBMISSIONS
+        given_up = request is not None and self._ledger.n_failed(item.key) >= MAX_RESUBMISSIONS
         reason = "errored" if outcome == "errored" else "expired"
         return Unpaid(item.ticket, outcome, request.unscored(reason) if request and given_up else None)
 

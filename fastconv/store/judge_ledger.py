@@ -27,7 +27,6 @@ from fastconv.store.records import (
     FAILURES,
     NUSD,
     BatchItem,
-    History,
     JudgeBatch,
     Judgement,
     Money,
@@ -117,10 +116,12 @@ class JudgeLedger:
         """The raw replies for a key that are no whole judgement, since it was last given up to be judged again."""
         return [reply for reply in self.replies(key) if reply.fault and not reply.fault.startswith(REOPENED)]
 
-    def history(self, key: str) -> History:
-        """Past attempts at a key, by this process or an earlier one."""
+    def n_failed(self, key: str) -> int:
+        """Number of sendings for a key that brought no reply and cost nothing, by this process or an earlier one."""
+        marks = ",".join("?" * len(FAILURES))
+        query = f"SELECT COUNT(*) FROM judge_money WHERE key=? AND outcome IN ({marks})"
         with self._store.transaction() as db:
-            return _history(db, key)
+            return db.execute(query, (key, *FAILURES)).fetchone()[0]
 
     def set_fault(self, key: str, fault: str) -> None:
         """Record why the replies for a key that were stored unparsed (no one waited for them) cannot be parsed."""
@@ -414,16 +415,6 @@ def _insert_judgement(db: sqlite3.Connection, judgement: Judgement) -> None:
         (judgement.key, judgement.rubric_sha256, judgement.model, judgement.sample, values,
          canonical_json(dict(judgement.answer)), judgement.reason, time.time()),
     )  # fmt: skip
-
-
-def _history(db: sqlite3.Connection, key: str) -> History:
-    query = "SELECT COUNT(*) FROM judge_replies WHERE key=? AND fault IS NOT NULL AND fault NOT LIKE ?"
-    unread = db.execute(query, (key, f"{REOPENED}%")).fetchone()[0]
-    marks = ",".join("?" * len(FAILURES))
-    failed = db.execute(
-        f"SELECT COUNT(*) FROM judge_money WHERE key=? AND outcome IN ({marks})", (key, *FAILURES)
-    ).fetchone()[0]
-    return History(unread, failed)
 
 
 def _judgement(row: sqlite3.Row) -> Judgement:

@@ -254,11 +254,3 @@ class JudgeBatch:
     n: int
     holder: str
     made_at: float
-
-
-@dataclass(frozen=True)
-class History:
-    """Past attempts at one judgement: replies that could not be parsed, and sendings that failed without a reply."""
-
-    n_unread: int
-    n_failed: int

@@ -49,7 +49,7 @@ def test_a_key_is_asked_once_at_a_time_and_never_after_its_judgement(store: Stor
     assert isinstance(ticket, int)
     assert ledger.apply([Reserve("a", 0.1)]) == ["held"]
     ledger.apply([Settle(ticket, "a", reply(0.01, "malformed"), None)])
-    assert ledger.history("a").n_unread == 1
+    assert [reply.fault for reply in ledger.unread("a")] == ["malformed"]
     ticket = ledger.apply([Reserve("a", 0.1)])[0]
     assert isinstance(ticket, int)
     ledger.apply([Settle(ticket, "a", reply(0.01), judged("a"))])
