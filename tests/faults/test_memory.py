@@ -116,6 +116,11 @@ def test_the_probe_is_read_row_by_row(stack: Stack, monkeypatch: pytest.MonkeyPa
     memory_for(monkeypatch, 4)
     with pytest.raises(TrainingError, match="one row alone does not fit"):
         probed(stack, lambda: None)
+    spans = ((0, 8),)
+    with stack.live(Slot(), spans=spans):  # as in a pass over packed rows
+        with pytest.raises(TrainingError, match="one row alone does not fit"):
+            stack.probe()
+        assert stack.route.spans == spans
     monkeypatch.undo()
     assert probed(stack, lambda: None) == [pytest.approx(plenty, abs=1e-4)]  # the stack is whole after it
 
