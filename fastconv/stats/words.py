@@ -184,6 +184,8 @@ def _why_uninformative(evidence: Evidence) -> str | None:
     if evidence.source_shows_behavior:
         return None
     figures = f" here ({evidence.source_moved})" if evidence.source_moved else ""
+    if evidence.sides:
+        return f"the positive control is not shown{figures}"
     return f"the source itself does not show the trained behavior{figures}"
 
 
