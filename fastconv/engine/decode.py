@@ -25,6 +25,16 @@ _TOP_K = 512
 _GRAPH_ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
+def slots_for(n_rows: int, n_fit: int) -> int:
+    """Slots for decoding `n_rows` at once where `n_fit` of them fit in memory: as many as the next larger graph has.
+
+    Where they fit, this follows from the rows alone, and so does every pass over them; where they do not, the largest
+    graph that does.
+    """
+    wanted = next((size for size in _GRAPH_ROWS if size >= n_rows), n_rows)
+    return wanted if wanted <= n_fit else max((size for size in _GRAPH_ROWS if size <= n_fit), default=n_fit)
+
+
 @dataclass
 class SampledRow:
     """A prompt being completed: `place` in the caller's order, random numbers in [0, 1), tokens sampled so far.

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from fastconv.engine.attention import to_device
-from fastconv.engine.decode import Cache, Decoder, DeviceDecoder, Prefill, SampledRow, Slots, sample_tokens
+from fastconv.engine.decode import Cache, Decoder, DeviceDecoder, Prefill, SampledRow, Slots, sample_tokens, slots_for
 from fastconv.engine.model import Base, pack
 from fastconv.engine.score import ignore_halving, no_memory, with_memory
 from fastconv.engine.shapes import shape_of
@@ -90,8 +90,10 @@ def _sample_rows(
     waiting = sorted(rows, key=lambda row: (len(row.prompt), -row.place))  # popped from the end: the longest first
     n_waves = math.ceil(len(rows) / max_rows)
     longest_tok = max(len(row.prompt) + len(row.uniforms) for row in rows)
-    decoder = _decoder(base, math.ceil(len(rows) / n_waves), longest_tok, settings)
-    n_slots, slots = decoder.cache.n_slots, Slots()
+    n_wanted = math.ceil(len(rows) / n_waves)
+    decoder = _decoder(base, n_wanted, longest_tok, settings)
+    # Not all slots of a decoder that was kept: a row's bits follow from this call, not from those before it.
+    n_slots, slots = min(decoder.cache.n_slots, n_wanted), Slots()
     under_way: deque[tuple[Slots, Callable[[], list[int]]]] = deque()
     while waiting or under_way or slots:
         n_free = n_slots - sum(row is not None for row in slots)
@@ -125,8 +127,9 @@ def _decoder(base: Base, n_rows: int, max_length_tok: int, settings: SamplingSet
         torch.cuda.empty_cache()
     max_length_tok = -(-max_length_tok // 64) * 64  # so that it is kept for prompts that are a little longer
     free, _ = torch.cuda.mem_get_info(base.device)
-    most = max(1, int(free * _CACHE_SHARE) // (_kv_bytes_per_tok(base) * max_length_tok))
-    return DeviceDecoder(base, Cache(min(n_rows, most), max_length_tok), settings, most)
+    n_fit = max(1, int(free * _CACHE_SHARE) // (_kv_bytes_per_tok(base) * max_length_tok))
+    n_slots = slots_for(n_rows, n_fit)
+    return DeviceDecoder(base, Cache(n_slots, max_length_tok), settings, max(n_slots, slots_for(n_fit, n_fit)))
 
 
 def _kv_bytes_per_tok(base: Base) -> int:

@@ -143,6 +143,32 @@ def test_a_device_that_is_read_one_pass_late_gives_the_same_completions(
     assert device.calls.count("capture") <= 5, "one graph for each size"
 
 
+def test_a_decoder_that_was_kept_makes_the_passes_of_a_new_one(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed run goes on with a new decoder where the whole run had one of more rows: the passes must be the same."""
+    monkeypatch.setattr(decode, "_GRAPH_ROWS", (2, 4, 8, 16, 32, 64))
+    monkeypatch.setitem(module.MAX_ROWS, "cpu", 10)
+    run, passes, found = DeviceDecoder._run, list[list[int]](), []
+    monkeypatch.setattr(DeviceDecoder, "_run", lambda self, size: passes[-1].append(size) or run(self, size))
+    for n_slots in (decode.slots_for(10, 1000), 64):
+
+        def on_device(base, n_rows, max_length_tok, settings, n_slots=n_slots) -> DeviceDecoder:
+            return DeviceDecoder(base, decode.Cache(n_slots, max_length_tok), settings, n_slots, StandInDevice(stack))
+
+        monkeypatch.setattr(module, "_decoder", on_device)
+        passes.append([])
+        found.append(sample(stack.base, *prompts(40), SETTINGS))
+    assert found[0] == found[1]
+    assert passes[0] == passes[1]
+    assert max(passes[0]) == 16
+
+
+def test_slots_follow_from_the_rows_wherever_these_fit() -> None:
+    assert {decode.slots_for(500, n_fit) for n_fit in (512, 600, 1024, 10**6)} == {512}
+    assert decode.slots_for(500, 511) == 384
+    assert decode.slots_for(500, 5) == 5
+    assert decode.slots_for(3000, 10**6) == 3000
+
+
 # --- the draw itself -------------------------------------------------------------------------------------------------
 
 
