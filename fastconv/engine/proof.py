@@ -159,7 +159,8 @@ class _Comparison:
         measured["sampling"] = self._gap("logits in sampling", *self._decoded([logits[3], logits[1]]))
         measured["far position"] = self._gap("logits of a row beside a far position", *self._beside_far(logits[1]))
         expected = float(_mean_loss(logits, self.rows))
-        if not abs(loss - expected) <= (_NEAR_NATS if self._exact else _ROUGH_SHARE * expected):
+        near = _NEAR_NATS * max(1.0, expected) if self._exact else _ROUGH_SHARE * expected
+        if not abs(loss - expected) <= near:
             raise self._differs(f"the loss is {loss:.4g} nats per token, not {expected:.4g}")
         share = self._share(mine, gradient)
         if not share <= (_NEAR_SHARE if self._exact else _ROUGH_GRADIENT):

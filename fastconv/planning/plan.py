@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fastconv.analysis.sides import side_contrasts
 from fastconv.audit import Design
 from fastconv.audit.checks import check_gates_can_pass
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by_set, n_eval_prompts_there_are
@@ -360,7 +359,11 @@ def _power(graph: Graph) -> dict[str, DesignPower]:
         and plan.cell.convergence == "source"
         and plan.cell.source != ASSISTANT
     }
-    n_sides = len(side_contrasts(graph)) if recipe.grid.contrasts else 0
+    n_sides = 0
+    if recipe.grid.contrasts:  # what it needs takes longer to load than all of a plan
+        from fastconv.analysis.sides import side_contrasts
+
+        n_sides = len(side_contrasts(graph))
     less_control = any(plan.cell.behavior == NO_BEHAVIOR for plan in graph.cells)
     power = {}
     for name, behavior in graph.behaviors.items():

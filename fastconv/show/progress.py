@@ -12,7 +12,6 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from fastconv.judge.rubric import figures_of_rule
 from fastconv.stats.units import counted, duration_text, rate_text, shortened
 
 if TYPE_CHECKING:
@@ -69,6 +68,8 @@ def agreement_text(agreement: Agreement) -> str:
 
 def calibrated_lines(result: RubricCalibration) -> list[str]:
     """A judge's calibration on the labelled rows of one rubric."""
+    from fastconv.judge.rubric import figures_of_rule  # --help starts without it
+
     lines = [] if result.judge is None else _calibration_lines(result.judge)
     if result.phrases is not None:
         lines.append(f"{result.rubric}: phrases alone: {agreement_text(result.phrases)}")

@@ -437,13 +437,14 @@ MATRIX = """
 import sys
 from fastconv.audit import checks
 from fastconv.audit.checks import check_recipe
+from fastconv.datasets import behaviors as sets
 from fastconv.recipe import parse_recipe
 sources = ["villain", "comedian", "software_engineer", "kindergarten_teacher", "zelthari_scholar", "librarian"]
 behaviors = ["none", "capability", "misalignment", "refusal", "sycophancy"]
 recipe = parse_recipe({"name": "m", "grid": {"sources": sources, "epochs": [0, 2, 8, 20], "behaviors": behaviors}, "judge": {"mode": "local"}})
 built = []
-real = checks.build_rows
-checks.build_rows = lambda *given: built.append(given[2].id) or real(*given)
+real = sets.build_rows
+sets.build_rows = lambda *given: built.append(given[2].id) or real(*given)
 assert check_recipe(recipe).passed
 heavy = [name for name in ("torch", "transformers", "tokenizers.models", "polars", "huggingface_hub") if name in sys.modules]
 assert heavy in ([], ["tokenizers.models"]), heavy

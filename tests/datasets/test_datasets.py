@@ -194,9 +194,8 @@ CHAT = {
 }  # fmt: skip
 FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"measure": "judge"}, "needs a rubric"),
-    ({"measure": "letters"}, "measured by phrases or judge"),
+    ({"measure": "letters"}, "measured by phrases, choices or judge"),
     ({"phrases": []}, "either phrase_rule or phrases"),
-    ({"source_answer": {"on_policy": True}}, "unless it has a suffix"),
     ({"source_answer": {"field": "a", "wordings": "b"}}, "exactly one of"),
     ({"supervise": "tail"}, "needs a suffix"),
     ({"negative_answer": None}, "needs negative_answer"),
