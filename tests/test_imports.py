@@ -162,6 +162,7 @@ def test_only_the_store_opens_sqlite_and_writes() -> None:
             "report",
             "report.export",
             "report.published",
+            "cli.planning",
         )  # the user's folders too, by the store's safe writing
         used = [word for word in writes if word in source and not (word == "write_text(" and reports)]
         assert not used, f"{name}: {used}"
