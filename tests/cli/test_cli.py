@@ -477,7 +477,7 @@ def test_the_nearest_word_is_named(done: tuple[Path, Path], tiny: Path, tmp_path
     mine = tmp_path / "mine.toml"
     mine.write_text('[tea]\nabout = "x"\ntask = "chat"\nmesure = "phrases"\ndirection = "raises"\nphrases = ["tea"]\n')
     words = ("check", tiny, "--set", f"data.behaviors={mine}", "--set", 'grid.behaviors=["none", "tea"]')
-    refused(ask(*words), 2, f"{mine}: [tea]: ", "'measure' is missing")
+    refused(ask(*words), 2, f"{mine}: [tea]: unknown key 'mesure'", "did you mean 'measure'?")
     mine.write_text(mine.read_text().replace('"x"', '"x"\nmeasure = "phrases"'))
     refused(ask(*words), 2, f"{mine}: [tea]: unknown key 'mesure'", "did you mean 'measure'?")
     mine.write_text(mine.read_text().replace('mesure = "phrases"\n', 'source_answer = { wordngs = "x.jsonl" }\n'))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import sys
 import threading
 import time
@@ -241,8 +242,6 @@ def test_wandb_and_trackio_themselves_take_it_all_offline(
     curves = [*expected_losses(both, tmp_path / "c"), "score/refusal/source/villain-source-refusal-excluded-s42"]
     (kept,) = (tmp_path / "c" / "tracking" / "wandb" / "wandb").glob("offline-run-*/*.wandb")
     assert all(curve.encode() in kept.read_bytes() for curve in curves)
-    import trackio
-
-    run = trackio.Api().runs("fastconv")[0]
-    history = [set(row) for row in run.history()]
-    assert all(any(curve in row for row in history) for curve in curves)
+    with sqlite3.connect(tmp_path / "trackio" / "fastconv.db") as db:
+        logged = "".join(str(row[0]) for row in db.execute("SELECT metrics FROM metrics"))
+    assert all(curve in logged for curve in curves)
