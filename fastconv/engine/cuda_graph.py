@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from fastconv.chat import Rendered
-from fastconv.engine.attention import Packed, Padded, PrefixGroup, PrefixTrees, Ragged, Rows, to_device
+from fastconv.engine.attention import Packed, Padded, Ragged, Rows, to_device
 from fastconv.engine.lora import shared_route
 from fastconv.engine.model import Base, pack
 from fastconv.engine.score import free_memory, with_memory
@@ -61,7 +61,7 @@ class MicroBatch:
 
     slots: tuple[Slot, ...]
     spans: tuple[tuple[int, int], ...] | None
-    layout: Rows | PrefixTrees
+    layout: Rows
     ids: torch.Tensor
     positions: torch.Tensor
     seeds: torch.Tensor | None
@@ -82,28 +82,23 @@ def make_micro_batch(
     """The micro-batch of these rows on the base's device, padded to `sizes_for(row lengths, number of supervised
     tokens)`.
 
-    `slots[i]` belongs to owner i; the rows of one owner must be contiguous. On a CPU, without dropout (whose masks are
-    each row's own), what the rows of one owner have in common at their beginning is computed once.
+    `slots[i]` belongs to owner i; the rows of one owner must be contiguous.
     """
     device = base.device
     lengths = [len(item.row.ids) for item in micro]
     sizes = sizes_for(lengths, sum(item.row.n_supervised for item in micro))
-    owned = {owner: [i for i, item in enumerate(micro) if item.owner == owner] for owner in range(len(slots))}
-    owned = {owner: rows for owner, rows in owned.items() if rows}
-    live = [slots[owner] for owner in owned]
-    drops = any(slot.dropout > 0 for slot in live)
-    shared = None if drops or device.type == "cuda" else _with_prefixes(base, micro, owned)
-    if shared is not None:
-        ids, positions, layout, starts, spans = shared
-    else:
-        rows = [list(item.row.ids) for item in micro]
-        ids, positions, layout = pack(rows, base, n_tok=sizes.n_tok, width=sizes.width, n_rows=sizes.n_rows)
-        starts = layout.starts
-        spans = [(starts[indices[0]], starts[indices[-1] + 1]) for indices in owned.values()]
-        spans[-1] = (spans[-1][0], ids.shape[0])
-    take, targets, weights, owners = _supervision(micro, starts, sizes.n_supervised, device)
+    rows = [list(item.row.ids) for item in micro]
+    ids, positions, layout = pack(rows, base, n_tok=sizes.n_tok, width=sizes.width, n_rows=sizes.n_rows)
+    take, targets, weights, owners = _supervision(micro, layout.starts, sizes.n_supervised, device)
+    live, spans = [], []
+    for owner, slot in enumerate(slots):
+        owned = [i for i, item in enumerate(micro) if item.owner == owner]
+        if owned:
+            live.append(slot)
+            spans.append((layout.starts[owned[0]], layout.starts[owned[-1] + 1]))
+    spans[-1] = (spans[-1][0], ids.shape[0])
     seeds = None
-    if drops:
+    if any(slot.dropout > 0 for slot in live):
         seed_lengths = [(item.seed, length) for item, length in zip(micro, lengths, strict=True)]
         seeds = token_seeds([*seed_lengths, (0, ids.shape[0] - sum(lengths))], device)
     return MicroBatch(
@@ -118,54 +113,6 @@ def make_micro_batch(
         weights,
         owners,
     )
-
-
-#: Prefixes are shared if that saves at least this part of the tokens: each is an attention call of its own.
-_LEAST_SAVED = 0.08
-
-
-def _with_prefixes(
-    base: Base, micro: Sequence[Item], owned: Mapping[int, Sequence[int]]
-) -> tuple[torch.Tensor, torch.Tensor, PrefixTrees, list[int], list[tuple[int, int]]] | None:
-    """(ids, positions, layout, where token 0 of each row would be if none were shared, spans of the owners) of rows whose
-    common prefixes are computed once; None if too little would be saved. Supervised tokens are never shared."""
-    found = [(owner, *group) for owner, rows in owned.items() for group in prefix_groups(micro, rows)]
-    n_tok = sum(len(item.row.ids) for item in micro)
-    if sum(n * (len(rows) - 1) for _, n, rows in found) < _LEAST_SAVED * n_tok:
-        return None
-    base.require_length(max(len(item.row.ids) for item in micro))
-    ids: list[int] = []
-    starts, groups, spans = [0] * len(micro), [], {}
-    for owner, n, rows in found:
-        first = spans.get(owner, (len(ids),))[0]
-        ids += micro[rows[0]].row.ids[:n]
-        for i in rows:
-            starts[i] = len(ids) - n
-            ids += micro[i].row.ids[n:]
-        groups.append(PrefixGroup(n, tuple(len(micro[i].row.ids) - n for i in rows)))
-        spans[owner] = (first, len(ids))
-    layout, positions = PrefixTrees.of(groups, base.device)
-    return torch.tensor(ids, device=base.device), positions, layout, starts, list(spans.values())
-
-
-def prefix_groups(micro: Sequence[Item], rows: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """(tokens of the common prefix, indices) of groups of these rows, so that much is shared: rows in the order of their
-    tokens, each put to the group before it if more is saved with it than without. A row alone has no prefix."""
-    groups: list[tuple[int, list[int]]] = []
-    for i in sorted(rows, key=lambda i: micro[i].row.ids):
-        row = micro[i].row
-        if groups:
-            n, members = groups[-1]
-            first = micro[members[0]].row
-            most = max(0, min(row.loss_spans[0][0], first.loss_spans[0][0]) - 1)
-            pairs = zip(first.ids[:most], row.ids[:most], strict=True)
-            shared = next((at for at, (one, other) in enumerate(pairs) if one != other), most)
-            shared = min(shared, n) if len(members) > 1 else shared
-            if shared * len(members) > n * (len(members) - 1):
-                groups[-1] = (shared, [*members, i])
-                continue
-        groups.append((0, [i]))
-    return groups
 
 
 def _supervision(
@@ -403,7 +350,7 @@ def _tensors(batch: MicroBatch) -> list[torch.Tensor]:
 
 
 def _layout(batch: MicroBatch) -> Padded | Ragged:
-    assert not isinstance(batch.layout, Packed | PrefixTrees), "graphs are for GPUs, whose layouts lie on the device"
+    assert not isinstance(batch.layout, Packed), "graphs are for GPUs, whose layouts lie on the device"
     return batch.layout
 
 

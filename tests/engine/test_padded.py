@@ -7,17 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastconv.chat import Rendered
-from fastconv.engine import cuda_graph
 from fastconv.engine.attention import Packed, Padded, Ragged
-from fastconv.engine.cuda_graph import (
-    Item,
-    PaddedSizes,
-    make_micro_batch,
-    no_padding,
-    prefix_groups,
-    rounded_sizes,
-)
+from fastconv.engine.cuda_graph import PaddedSizes, make_micro_batch, no_padding, rounded_sizes
 from fastconv.engine.stack import Slot
 from fastconv.engine.train import Job, _items, _micro_step, start
 from tests.engine_kit import ragged_rows, random_adapter, tiny_stack, train_settings
@@ -90,60 +81,3 @@ def test_a_padded_micro_step_has_the_loss_and_gradient_of_the_plain_one(tiny_qwe
         results.append((float(total), trainee.grad.clone()))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
     assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
-
-
-def rows_with_prefixes() -> tuple[Rendered, ...]:
-    """Rows of three system prompts, interleaved; one row is a prefix of another up to its loss."""
-    systems = [tuple(range(10 * k, 10 * k + n)) for k, n in ((1, 14), (5, 9), (9, 20))]
-    ends = [(7, 8, 9), (7, 8, 4, 3), (1,), (2, 2, 2, 2)]
-    rows = [
-        Rendered((*systems[i % 3], *ends[i % 4], 70 + i, 71, 72), len(systems[i % 3]) + len(ends[i % 4]))
-        for i in range(9)
-    ]
-    return (*rows, Rendered((*systems[0], 7, 8, 9, 70, 71, 72), 14))
-
-
-def test_common_prefixes_are_found_within_what_carries_no_loss() -> None:
-    rows = rows_with_prefixes()
-    micro = [Item(0, row, 1.0, 0) for row in rows]
-    groups = prefix_groups(micro, range(len(micro)))
-    assert sorted(i for _, members in groups for i in members) == list(range(len(micro)))
-    assert sum(n * (len(members) - 1) for n, members in groups) >= 80
-    for n, members in groups:
-        assert len({rows[i].ids[:n] for i in members}) == 1
-        assert all(n < rows[i].loss_spans[0][0] for i in members)
-    assert prefix_groups(micro, [0]) == [(0, [0])]
-
-
-@pytest.mark.parametrize("n_owners", [1, 2])
-def test_a_prefix_computed_once_gives_the_loss_and_gradient_of_rows_alone(
-    tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch, n_owners: int
-) -> None:
-    stack = tiny_stack(tiny_qwen)
-    trained = [random_adapter(stack, i) for i in range(n_owners)]
-    slots = [Slot((random_adapter(stack, 10 + i),), one) for i, one in enumerate(trained)]
-    rows = rows_with_prefixes()
-    items = [Item(owner, row, 0.01 * (i + 1), 0) for owner in range(n_owners) for i, row in enumerate(rows)]
-    results, n_tok = [], []
-    for least_saved in (0.08, 2.0):
-        monkeypatch.setattr(cuda_graph, "_LEAST_SAVED", least_saved)
-        batch = make_micro_batch(stack.base, slots, items, no_padding)
-        totals = torch.zeros(n_owners)
-        flat = [torch.zeros_like(one.flat) for one in trained]
-        for one, grad in zip(trained, flat, strict=True):
-            one.train(grad)
-        _micro_step(stack, batch, totals)
-        results.append((totals, torch.cat(flat)))
-        n_tok.append(len(batch.ids))
-    assert n_tok[0] < 0.75 * n_tok[1]
-    for one, other in zip(*results, strict=True):
-        assert torch.allclose(one, other, atol=2e-6)
-        assert float(one.abs().max()) > 1e-3
-
-
-def test_with_dropout_every_row_has_its_own_mask_and_nothing_is_shared(tiny_qwen: Path) -> None:
-    stack = tiny_stack(tiny_qwen)
-    items = [Item(0, row, 1.0, 0) for row in rows_with_prefixes()]
-    batch = make_micro_batch(stack.base, [Slot((), random_adapter(stack, 1), 0.1)], items, no_padding)
-    assert isinstance(batch.layout, Packed)
-    assert len(batch.ids) == sum(len(item.row.ids) for item in items)
