@@ -18,7 +18,7 @@ from fastconv.engine.selftest import SelfTestSetup, self_test
 from fastconv.engine.stack import Stack
 from fastconv.errors import ModelError, TrainingError
 from fastconv.recipe import parse_recipe
-from fastconv.run import training as stacks
+from fastconv.run import stacks
 from tests.engine_kit import tiny_stack
 
 
