@@ -108,7 +108,7 @@ def test_a_demo_of_sides_keeps_what_is_compared(name: str) -> None:
     assert ("misalignment, which it cannot show" in demo.about) == (name == "emergent")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", sorted(SIDES))
 def test_a_demo_of_sides_shows_its_control_and_ends_with_a_word(name: str, tmp_path: Path) -> None:
