@@ -50,7 +50,7 @@ refusal.select("behavior", "epoch", "role", pl.col("value").round(2), "n_questio
 import matplotlib.pyplot as plt
 
 figure, axes = plt.subplots(1, 2, figsize=(8, 3), sharey=True)
-for axis, behavior in zip(axes, ("none", "refusal")):
+for axis, behavior in zip(axes, ("none", "refusal"), strict=False):
     for role in ("source", "assistant", "canary"):
         line = refusal.filter(pl.col("behavior") == behavior, pl.col("role") == role).sort("epoch")
         axis.plot(line["epoch"], line["value"], marker="o", label=role)

@@ -145,6 +145,8 @@ def no_base() -> Any:
 
 def outbox(store: Store) -> dict[str, list[str]]:
     """The keys that are kept, by stage."""
+    if not store.rows("SELECT 1 FROM sqlite_master WHERE name='judge_outbox'"):
+        return {}  # the judge's thread makes it when it opens the ledger
     return {stage: json.loads(keys) for stage, keys in store.rows("SELECT stage, keys FROM judge_outbox")}
 
 

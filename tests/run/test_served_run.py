@@ -153,7 +153,7 @@ def test_a_server_that_cannot_start_stops_the_run_before_the_base_is_loaded(
     def never(*args: Any) -> None:
         pytest.fail("the base was loaded")
 
-    monkeypatch.setattr("fastconv.run.training.load_base", never)
+    monkeypatch.setattr("fastconv.run.stacks.load_base", never)
     fake.script(start="fail")
     with pytest.raises(SamplerError, match="CUDA out of memory"):
         run_tiny(served(tiny_qwen), tmp_path / "work")

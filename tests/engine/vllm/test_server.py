@@ -153,7 +153,7 @@ def test_adapters_go_where_there_is_room(tmp_path: Path, monkeypatch: pytest.Mon
     assert mine.name.startswith(f"fastconv-adapters-{os.getpid()}-")
     assert adapter_folder(10**9, workspace, shared).parent == workspace
     assert adapter_folder(10**8, workspace, tmp_path / "none").parent == workspace
-    with pytest.raises(SamplerError, match="fits neither"):
+    with pytest.raises(SamplerError, match="fit neither"):
         adapter_folder(10**13, workspace, shared)
 
 
