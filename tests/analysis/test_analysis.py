@@ -235,6 +235,7 @@ def eight_questions(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -
     return recipe, workspace
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("all_silent", [False, True], ids=["some speak", "none speaks"])
 def test_too_few_questions_for_sign_flips_are_told_before_the_tables(
     eight_questions: tuple[Recipe, Path], tmp_path: Path, all_silent: bool

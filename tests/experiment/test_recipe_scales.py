@@ -164,7 +164,7 @@ def test_a_users_rows_stay_the_users_at_tiny_scale(tmp_path: Path) -> None:
     assert [plan.cell.negatives for plan in plans] == ["none"]
 
 
-@pytest.mark.parametrize("name", SMALLEST)
+@pytest.mark.parametrize("name", [SMALLEST[0], pytest.param(SMALLEST[1], marks=pytest.mark.slow)])
 def test_the_smallest_recipes_run_at_tiny_scale(name: str, tmp_path: Path) -> None:
     found = run_and_verify(name, "tiny", tmp_path)
     page = Path(found["markdown"]).read_text()

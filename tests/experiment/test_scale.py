@@ -79,6 +79,7 @@ def test_ten_times_the_cells_take_at_most_twelve_times_as_long(tiny_qwen: Path, 
     assert times[1] <= 12 * times[0]
 
 
+@pytest.mark.slow
 def test_a_small_matrix_finds_what_was_put_in(tiny_qwen: Path, tmp_path: Path) -> None:
     # The tests over seeds are corrected over 72 contrasts, and three seeds have two degrees of freedom: five reach it.
     recipe = matrix_recipe(tiny_qwen, n_sources=4, seeds=5, prompts=50, samples=3)

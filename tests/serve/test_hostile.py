@@ -125,6 +125,7 @@ def test_a_prompt_that_cannot_be_continued(running: Running, name: str) -> None:
     assert_error(running.post({"model": CELLS[1], "prompt": PROMPTS[name]}, "/v1/completions"), 400)
 
 
+@pytest.mark.slow
 def test_a_body_of_a_gigabyte_is_refused_by_its_length_alone(running: Running) -> None:
     """The client gets its answer before it has sent the body."""
     host, port = running.service.url.removeprefix("http://").removesuffix("/v1").split(":")

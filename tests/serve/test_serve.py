@@ -241,6 +241,7 @@ def started(done_run: DoneRun, *more: str) -> tuple[subprocess.Popen[str], dict[
     return process, json.loads(line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number",
     [signal.SIGKILL, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGINT, signal.SIGTERM))],

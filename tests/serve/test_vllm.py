@@ -26,6 +26,7 @@ def ask(**changes: Any) -> dict[str, Any]:
     return {"model": CELLS[2], "messages": [{"role": "user", "content": "Hello?"}], "seed": 7, **changes}
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_ledger_and_cells_are_loaded_once(done_run: DoneRun, fake: Fake) -> None:
     fake.script(engine=True)
     with endpoint(done_run.recipe, done_run.workspace, *CELLS, engine="auto") as one:
