@@ -245,8 +245,13 @@ def test_ragged_groups() -> None:
     check(layer(), several(), (17, 40, 3, 16, 1))
 
 
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one, other) if one.is_cuda else torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
 def test_each_slot_alone_gives_the_same_bits() -> None:
-    """But for the base's own product, whose library may choose by size: here its weight is zero."""
+    """But for what a library chooses by size: the base's own product, whose weight is zero here, and on a CPU numpy's, by which
+    the interpreter multiplies: on some processors it rounds a block otherwise (seen at 1e-6)."""
     stacked, lengths = layer(bias=False), (17, 40, 3, 16, 35)
     stacked.base.weight.data.zero_()
     slots = several()
@@ -259,9 +264,9 @@ def test_each_slot_alone_gives_the_same_bits() -> None:
         go_live(stacked, (slot,), (n,))
         stacked.route.dropout_seeds = seeds[at : at + n]
         alone = by_kernel(stacked, x[at : at + n], dy[at : at + n])
-        assert torch.equal(alone[0], together[0][at : at + n])
-        assert torch.equal(alone[1], together[1][at : at + n])
-        assert all(torch.equal(mine, next(grads)) for mine in alone[2:])
+        assert _same(alone[0], together[0][at : at + n])
+        assert _same(alone[1], together[1][at : at + n])
+        assert all(_same(mine, next(grads)) for mine in alone[2:])
         at += n
 
 
