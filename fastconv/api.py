@@ -180,7 +180,7 @@ class Run:
         from fastconv.run.stacks import Stacks
 
         plan = self._graph.select(source, behavior, epoch, **others)[0]
-        stages = [stage for stage in (plan.snapshot, plan.adapter) if stage is not None]
+        stages = list(plan.stack.values())
         missing = [stage.slot for stage in stages if self._store.record(stage.key) is None]
         if missing:
             raise InputError("the stack is not trained", where=missing[0], fix="run the recipe first")

@@ -57,7 +57,7 @@ class _Scored:
 
 def stack_id(graph: Graph, plan: CellPlan) -> str:
     """What identifies a cell's stack: a sha256 (hex) over base, engine and the keys of its adapters' stages."""
-    return sha256_of([dict(graph.engine_inputs), [stage.key for stage in (plan.snapshot, plan.adapter) if stage]])
+    return sha256_of([dict(graph.engine_inputs), [stage.key for stage in plan.stack.values()]])
 
 
 def import_log(path: Path, store: Store, *, run: str = "", cell: str = "") -> list[ImportedStage]:

@@ -72,6 +72,12 @@ class CellPlan:
     replicates: Mapping[tuple[int, str, str], Stage] = field(default_factory=dict)
 
     @property
+    def stack(self) -> dict[str, Stage]:
+        """The stages whose adapters the cell's stack is made of, in order, as the needs of what stands on it."""
+        parts = (("snapshot", self.snapshot), ("behavior", self.adapter))
+        return {name: stage for name, stage in parts if stage is not None}
+
+    @property
     def measures(self) -> tuple[str, ...]:
         """Behaviors and measures that are asked in this cell."""
         return tuple(dict.fromkeys(measure for measure, _ in self.scores))

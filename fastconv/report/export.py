@@ -159,7 +159,7 @@ def write_card(graph: Graph, store: Store, folder: Path, plan: CellPlan) -> Path
     to load it, and that it is a model organism. Returns its path."""
     recipe, cell, decided = graph.recipe, plan.cell, Analysis(graph, store)
     base = f"{recipe.model.id}{f' at revision {recipe.model.revision}' if recipe.model.revision else ''}"
-    trained = [stage for stage in (plan.snapshot, plan.adapter) if stage is not None]
+    trained = list(plan.stack.values())
     data = [need for stage in trained for name, need in stage.needs.items() if name in ("answers", "rows")]
     label = subject_of(cell).label()
     verdicts = [f"{one.label}: **{one.kind}** ({one.reason})" for one in decided.verdicts if label in one.label]

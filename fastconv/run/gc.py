@@ -50,7 +50,7 @@ def find_garbage(store: Store, adapters: Sequence[str] = ()) -> GcPlan:
 def unneeded_adapters(graph: Graph, store: Store, plans: Sequence[CellPlan]) -> list[Garbage]:
     """Adapters of these cells that no missing stage of the graph and no other run needs."""
     run = run_id(graph.recipe)
-    trained = [stage for plan in plans for stage in (plan.snapshot, plan.adapter) if stage is not None]
+    trained = [stage for plan in plans for stage in plan.stack.values()]
     again = [part for plan in plans for end in plan.replicates.values() for part in walk(end)]
     trained += [part for part in again if part.kind == "behavior"]
     slots = {stage.key: stage.slot for stage in trained}

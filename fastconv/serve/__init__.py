@@ -64,21 +64,14 @@ def chosen_cells(graph: Graph, store: Store, wanted: Sequence[str]) -> dict[str,
     return {name: plan for name, plan in fitting.items() if name not in missing}
 
 
-def _trained(plan: CellPlan) -> list[Stage]:
-    return [stage for stage in (plan.snapshot, plan.adapter) if stage is not None]
-
-
 def _stage(name: str, plan: CellPlan) -> Stage:
     """A stage that stands on a cell's stack, as its evaluations do."""
-    needs = {
-        need: stage for need, stage in (("snapshot", plan.snapshot), ("behavior", plan.adapter)) if stage is not None
-    }
-    return Stage("served", name, 1, {}, needs)
+    return Stage("served", name, 1, {}, plan.stack)
 
 
 def _missing(plan: CellPlan, store: Store) -> str:
     """The slot of an adapter of this cell that is not there; "" if all are."""
-    for stage in _trained(plan):
+    for stage in plan.stack.values():
         record = store.record(stage.key)
         if record is None or not store.path(record.outputs["adapter"], "safetensors").is_file():
             return stage.slot
@@ -197,7 +190,7 @@ class _AdapterReader:
     def stack(self, plan: CellPlan) -> VllmCell:
         """The adapters of a cell and its recorded probe. Raises StoreError or AdapterError."""
         adapters, probe = [], None
-        for stage in _trained(plan):
+        for stage in plan.stack.values():
             record = self._store.record(stage.key)
             assert record is not None, "cells without it are not chosen"
             sha256 = record.outputs["adapter"]
@@ -211,7 +204,7 @@ class _AdapterReader:
 
 def _about(graph: Graph, plan: CellPlan) -> dict[str, Any]:
     """What `/v1/models` says of a cell beyond its name; `personas` are the system prompts under which it was asked."""
-    stages = {stage.kind: stage.key for stage in _trained(plan)}
+    stages = {stage.kind: stage.key for stage in plan.stack.values()}
     sampling = graph.recipe.eval.sampling.model_dump(mode="json")
     personas = {probe: graph.personas.system(probe).text for probe in sorted({probe for _, probe in plan.scores})}
     return {
