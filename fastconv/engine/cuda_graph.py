@@ -1,5 +1,4 @@
-"""Packed micro-batches (rows of several trainees laid end to end on the device, with targets and loss weights), and the
-micro-steps over them as CUDA graphs: one launch, whatever the number of layers.
+"""Micro-steps over packed batches as CUDA graphs: one launch, whatever the number of layers.
 
 A graph serves every micro-batch of its sizes, whichever adapters it trains. Which sizes are worth a graph follows from
 measured times.
@@ -16,148 +15,20 @@ from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
-from fastconv.chat import Rendered
-from fastconv.engine.attention import Packed, Padded, Ragged, Rows, to_device
+from fastconv.engine.attention import Packed, Padded, Ragged
 from fastconv.engine.lora import shared_route
-from fastconv.engine.model import Base, pack
+from fastconv.engine.micro_batch import JobSizes, MicroBatch, job_sizes
 from fastconv.engine.score import free_memory, with_memory
-from fastconv.engine.stack import Slot, Stack
+from fastconv.engine.stack import Stack
+from fastconv.engine.trainee import Job
 
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A training row in an optimizer step.
-
-    `owner` is the index of its trainee, `weight` the loss weight of each supervised token, `seed` its dropout seed.
-    """
-
-    owner: int
-    row: Rendered
-    weight: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class PaddedSizes:
-    """Sizes to pad a micro-batch to: all tokens, a row (tokens), rows, supervised tokens. 0 means no padding."""
-
-    n_tok: int = 0
-    width: int = 0
-    n_rows: int = 0
-    n_supervised: int = 0
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A packed micro-batch on the device.
-
-    `ids` and `positions` [T] int64, `seeds` [T] int32 (dropout, None without it). For each of the N supervised
-    tokens: `take` [N] int64 is the index of the token before it, `targets` [N] int64 its id, `weights` [N] fp32 its
-    loss weight and `owners` [N] int64 the index of its trainee. Padding has weight 0. `slots` are those that have
-    rows here, `spans` their token ranges, the last with the padding (None if there is one slot).
-    """
-
-    slots: tuple[Slot, ...]
-    spans: tuple[tuple[int, int], ...] | None
-    layout: Rows
-    ids: torch.Tensor
-    positions: torch.Tensor
-    seeds: torch.Tensor | None
-    take: torch.Tensor
-    targets: torch.Tensor
-    weights: torch.Tensor
-    owners: torch.Tensor
-
-
-def no_padding(lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
-    """Sizes for no padding, whatever the row lengths and the number of supervised tokens are."""
-    return PaddedSizes()
-
-
-def make_micro_batch(
-    base: Base, slots: Sequence[Slot], micro: Sequence[Item], sizes_for: Callable[[Sequence[int], int], PaddedSizes]
-) -> MicroBatch:
-    """The micro-batch of these rows on the base's device, padded to `sizes_for(row lengths, number of supervised
-    tokens)`.
-
-    `slots[i]` belongs to owner i; the rows of one owner must be contiguous.
-    """
-    device = base.device
-    lengths = [len(item.row.ids) for item in micro]
-    sizes = sizes_for(lengths, sum(item.row.n_supervised for item in micro))
-    rows = [list(item.row.ids) for item in micro]
-    ids, positions, layout = pack(rows, base, n_tok=sizes.n_tok, width=sizes.width, n_rows=sizes.n_rows)
-    take, targets, weights, owners = _supervision(micro, layout.starts, sizes.n_supervised, device)
-    live, spans = [], []
-    for owner, slot in enumerate(slots):
-        owned = [i for i, item in enumerate(micro) if item.owner == owner]
-        if owned:
-            live.append(slot)
-            spans.append((layout.starts[owned[0]], layout.starts[owned[-1] + 1]))
-    spans[-1] = (spans[-1][0], ids.shape[0])
-    seeds = None
-    if any(slot.dropout > 0 for slot in live):
-        seed_lengths = [(item.seed, length) for item, length in zip(micro, lengths, strict=True)]
-        seeds = token_seeds([*seed_lengths, (0, ids.shape[0] - sum(lengths))], device)
-    return MicroBatch(
-        tuple(live),
-        tuple(spans) if len(live) > 1 else None,
-        layout,
-        ids,
-        positions,
-        seeds,
-        take,
-        targets,
-        weights,
-        owners,
-    )
-
-
-def _supervision(
-    micro: Sequence[Item], starts: Sequence[int], n_padded: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(`take`, `targets`, `weights`, `owners`) of a `MicroBatch`, each [N] on `device`."""
-    take, targets, weights, owners = [], [], [], []
-    for item, begin in zip(micro, starts, strict=False):
-        for start, stop in item.row.loss_spans:
-            take += range(begin + start - 1, begin + stop - 1)
-            targets += item.row.ids[start:stop]
-        weights += [item.weight] * item.row.n_supervised
-        owners += [item.owner] * item.row.n_supervised
-    missing = max(0, n_padded - len(take))
-    tensors = (torch.tensor(take), torch.tensor(targets), torch.tensor(weights), torch.tensor(owners))
-    return tuple(to_device(F.pad(tensor, (0, missing)), device) for tensor in tensors)  # pyright: ignore[reportReturnType]
-
-
-def token_seeds(rows: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
-    """Dropout seeds [T] int32, one per token, from (row seed, row length) pairs: row seed + 0x01000193 * position."""
-    seeds = torch.cat([seed + 0x01000193 * torch.arange(length, dtype=torch.int64) for seed, length in rows])
-    return to_device((seeds & 0x7FFFFFFF).to(torch.int32), device)
-
-
-#: Number of sizes kept as graphs; later ones are launched directly.
+#: Number of sizes kept as graphs; the one that was used longest ago makes room.
 _MAX_GRAPHS = 96
-#: A graph says how fast the device is at sizes up to this many times its own.
+#: What was measured says how fast the device is at sizes up to this many times its own.
 _LARGER = 1.5
-
-
-def rounded_sizes(lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
-    """The sizes to pad a batch of rows with these lengths (tokens) to.
-
-    Padding costs matrix products, more sizes cost captures: tokens are rounded up by 4 % on average, rows to a power of two
-    or the middle between two, and what costs least (the width of attention, rows of logits) to a power of two.
-    """
-    return PaddedSizes(
-        _up(sum(lengths), 4, 64), _up(max(lengths), 1, 64), _up(len(lengths), 2, 1), _up(n_supervised, 1, 64)
-    )
-
-
-def _up(n: int, bits: int, least: int) -> int:
-    """n rounded up to its first `bits` binary digits, and to a multiple of `least`."""
-    step = max(least, 1 << max(0, (n - 1).bit_length() - bits))
-    return -(-n // step) * step
+#: A launched micro-step that the device takes this many times as long for as the host leaves no time to gain.
+_BOUND = 1.2
 
 
 class Device(Protocol):
@@ -200,23 +71,32 @@ class StepTimes:
     """Measured times of micro-steps, which say whether a size is worth a graph.
 
     `launch_s` and `capture_s` are the least seconds of the host for launching a micro-step and for capturing one,
-    whose number of kernels does not depend on its size. `device_s` and `device_tok` are those of the largest replayed.
+    whose number of kernels does not depend on its size. `device_s` and `device_tok` are those of the largest that is known:
+    replayed, or launched where the device took longer than the host, which did not hold it up then.
     """
 
     launch_s: float = math.inf
     capture_s: float = math.inf
     device_s: float = math.inf
     device_tok: int = 0
-    _pending: deque[tuple[int, Callable[[], float | None]]] = field(default_factory=deque)
+    _pending: deque[tuple[int, float, Callable[[], float | None]]] = field(default_factory=deque)
 
     def replayed(self, n_tok: int, seconds: Callable[[], float | None]) -> None:
         """Note a replay of `n_tok` tokens whose seconds will be known later."""
-        self._pending.append((n_tok, seconds))
+        self._pending.append((n_tok, 0.0, seconds))
+        self._read()
+
+    def launched(self, n_tok: int, host_s: float, seconds: Callable[[], float | None]) -> None:
+        """Note a launch of `n_tok` tokens which took the host `host_s`; what it took the device will be known later."""
+        self.launch_s = min(self.launch_s, host_s)
+        self._pending.append((n_tok, host_s, seconds))
         self._read()
 
     def _read(self) -> None:
-        while self._pending and (known := self._pending[0][1]()) is not None:
-            size = self._pending.popleft()[0]
+        while self._pending and (known := self._pending[0][2]()) is not None:
+            size, host_s, _ = self._pending.popleft()
+            if known < _BOUND * host_s:
+                continue
             if size > self.device_tok:
                 self.device_tok, self.device_s = size, known
             elif size == self.device_tok:
@@ -226,18 +106,14 @@ class StepTimes:
         """Whether to capture a size of `n_tok` tokens that was launched directly `n_direct` times and is met again.
 
         A size is expected to be met once more than it was so far; it is captured if the device would idle as long behind
-        these launches as a capture takes. A size much larger than any that was replayed is captured to learn how long the
-        device takes.
+        these launches as a capture takes. A size much larger than any that is known is captured to learn how long the
+        device takes, once two launches of it have not shown that.
         """
         self._read()
-        if math.isinf(self.capture_s):
-            return True
-        if not self.device_tok and self._pending:
-            return False
         if n_tok > _LARGER * self.device_tok:
-            return not any(size * _LARGER >= n_tok for size, _ in self._pending)
+            return n_direct > 1 and not any(not host_s and size * _LARGER >= n_tok for size, host_s, _ in self._pending)
         idle_s = self.launch_s - self.device_s * n_tok / self.device_tok
-        return (n_direct + 1) * idle_s >= self.capture_s
+        return idle_s > 0 and (math.isinf(self.capture_s) or (n_direct + 1) * idle_s >= self.capture_s)
 
 
 @dataclass(frozen=True)
@@ -267,6 +143,7 @@ class CapturedSteps:
         self._direct: Counter[Hashable] = Counter()
         self._graphs: dict[Hashable, _Graph] = {}
         self._full = False
+        self._sizes: tuple[tuple[Job, ...], int, JobSizes] | None = None
         self.times = StepTimes()
 
     def __len__(self) -> int:
@@ -289,9 +166,10 @@ class CapturedSteps:
                 if not wanted or self._full or (graph := self._captured(key, batch, totals)) is None:
                     self._direct[key] += 1
                     began = time.perf_counter()
-                    self._step(batch, totals)
-                    self.times.launch_s = min(self.times.launch_s, time.perf_counter() - began)
+                    seconds = self._device.timed(partial(self._step, batch, totals))
+                    self.times.launched(n_tok, time.perf_counter() - began, seconds)
                     return
+            self._graphs[key] = self._graphs.pop(key)  # the last one is that used last
             for target, source in zip(_tensors(graph.inputs), _tensors(batch), strict=True):
                 target.copy_(source, non_blocking=True)
             if graph.tables is not None:
@@ -301,8 +179,15 @@ class CapturedSteps:
             self.times.replayed(n_tok, self._device.timed(graph.replay))
             totals.add_(graph.losses)
 
+    def sizes(self, jobs: Sequence[Job], limit_tok: int) -> JobSizes:
+        """What the micro-batches of these jobs in one step are padded to; found once for all steps."""
+        if self._sizes is None or self._sizes[1] != limit_tok or not _same(self._sizes[0], jobs):
+            self._sizes = (tuple(jobs), limit_tok, job_sizes(jobs, limit_tok))
+        return self._sizes[2]
+
     def end_of_trainees(self) -> None:
-        """Forget graphs that are bound to trainees which are done."""
+        """Forget what belongs to trainees which are done, and graphs that are bound to them."""
+        self._sizes = None
         if not self.shared:
             self._graphs.clear()
             self._direct.clear()
@@ -326,7 +211,10 @@ class CapturedSteps:
             return None
         self.times.capture_s = min(self.times.capture_s, time.perf_counter() - began)
         self._graphs[key] = graph
-        self._full = len(self._graphs) >= _MAX_GRAPHS
+        if len(self._graphs) > _MAX_GRAPHS:
+            if self._stack.base.device.type == "cuda":
+                torch.cuda.synchronize()  # it may still be replayed
+            self._graphs.pop(next(iter(self._graphs)))
         return graph
 
     def _capture(self, batch: MicroBatch, totals: torch.Tensor) -> _Graph:
@@ -342,6 +230,10 @@ class CapturedSteps:
 
             replay = self._device.capture(run)
         return _Graph(replay, inputs, losses, tables)
+
+
+def _same(jobs: Sequence[Job], others: Sequence[Job]) -> bool:
+    return len(jobs) == len(others) and all(one is other for one, other in zip(jobs, others, strict=True))
 
 
 def _tensors(batch: MicroBatch) -> list[torch.Tensor]:

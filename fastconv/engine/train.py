@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastconv.engine.cuda_graph import CapturedSteps, Item, MicroBatch, make_micro_batch, no_padding, rounded_sizes
+from fastconv.engine.cuda_graph import CapturedSteps
 from fastconv.engine.family import Head
+from fastconv.engine.micro_batch import Item, MicroBatch, make_micro_batch, no_padding, split
 from fastconv.engine.model import Base
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.trainee import Job, Trainee, lr_at, save_state, start
@@ -190,10 +191,11 @@ def _gradients(stack: Stack, active: Sequence[Trainee], work: Sequence[Item]) ->
     captured = captured_steps(stack) if not recomputes else None
     if captured is not None and len(active) > 1 and not captured.shared:
         captured = None
-    sizes_for = no_padding if captured is None else rounded_sizes
+    limit_tok = min(t.micro_batch_tok for t in active)
+    sizes_for = no_padding if captured is None else captured.sizes([t.job for t in active], limit_tok)
     try:
         with recomputing(stack.base) if recomputes else contextlib.nullcontext():
-            for micro in _micro_batches(work, min(t.micro_batch_tok for t in active)):
+            for micro in _micro_batches(work, limit_tok):
                 batch = make_micro_batch(stack.base, slots, micro, sizes_for)
                 if captured is not None:
                     captured.run(batch, totals)
@@ -205,18 +207,8 @@ def _gradients(stack: Stack, active: Sequence[Trainee], work: Sequence[Item]) ->
 
 
 def _micro_batches(work: Sequence[Item], limit_tok: int) -> list[list[Item]]:
-    """Split into micro-batches of at most `limit_tok` tokens, at least one row each, in order: rows of a trainee stay
-    contiguous."""
-    batches: list[list[Item]] = []
-    room = 0
-    for item in work:
-        size = len(item.row.ids)
-        if not batches or size > room:
-            batches.append([])
-            room = limit_tok
-        batches[-1].append(item)
-        room -= size
-    return batches
+    """An optimizer step in micro-batches (`split`): rows of a trainee stay contiguous."""
+    return [list(work[first:stop]) for first, stop in split([len(item.row.ids) for item in work], limit_tok)]
 
 
 def _reduce_memory(base: Base, active: Sequence[Trainee], work: Sequence[Item]) -> None:

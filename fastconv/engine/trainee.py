@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import safetensors.torch
 import torch
@@ -48,8 +49,14 @@ class Job:
     def batch(self, step: int) -> list[int]:
         """Row indices of an optimizer step (0-based). Each epoch has its own order, derived from `chance`."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        order = seeded_permutation(len(self.rows), "order", epoch, *self.chance)
+        order = _order(len(self.rows), epoch, self.chance)
         return order[within * self.settings.batch_rows : (within + 1) * self.settings.batch_rows]
+
+
+@lru_cache(maxsize=32)
+def _order(n_rows: int, epoch: int, chance: tuple[object, ...]) -> list[int]:
+    """The order of an epoch, which every step of it asks for; 8,000 rows take 30 ms to put in order."""
+    return seeded_permutation(n_rows, "order", epoch, *chance)
 
 
 class LossMonitor:

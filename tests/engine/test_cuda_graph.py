@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastconv.engine import cuda_graph
 from fastconv.engine import train as loop
 from fastconv.engine.attention import Padded
-from fastconv.engine.cuda_graph import CapturedSteps, MicroBatch, StepTimes, make_micro_batch, rounded_sizes
+from fastconv.engine.cuda_graph import CapturedSteps, StepTimes
+from fastconv.engine.micro_batch import JobSizes, MicroBatch, make_micro_batch, rounded_sizes
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import Hooks, Job, _forward_backward, _items, start, train
 from tests.engine_kit import StandInDevice, ragged_rows, random_adapter, tiny_stack, train_settings
@@ -70,11 +72,25 @@ def times_with(launch_s: float, capture_s: float, device_s: float, device_tok: i
     return times
 
 
-def test_the_first_size_met_twice_is_captured_to_learn_the_times() -> None:
-    assert StepTimes(launch_s=0.1).worth_capturing(500, 1)
+def test_a_size_met_a_third_time_is_captured_to_learn_the_times() -> None:
+    """Not the second time: the first launch of all holds what is compiled, and says nothing of the host."""
+    assert not StepTimes(launch_s=0.1).worth_capturing(500, 1)
+    assert StepTimes(launch_s=0.1).worth_capturing(500, 2)
     waiting = StepTimes(launch_s=0.1, capture_s=0.4)
     waiting.replayed(500, never_known)
     assert not waiting.worth_capturing(500, 9), "how long the device takes is not known yet"
+
+
+def test_launches_that_the_device_takes_longer_for_than_the_host_are_never_captured() -> None:
+    """A capture of a large size takes as much memory again as the step; six runs of 7B then trained in halved batches."""
+    times = StepTimes()
+    times.launched(7000, 2.1, lambda: 2.1)  # with all that is compiled
+    assert not times.device_tok
+    times.launched(7200, 0.29, lambda: 0.42)
+    assert (times.launch_s, times.device_tok, times.device_s) == (0.29, 7200, 0.42)
+    assert not times.worth_capturing(7200, 1000)
+    assert not times.worth_capturing(7000, 1000)
+    assert times.worth_capturing(1300, 2), "0.29 s to launch what the device does in 0.08 s"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +129,8 @@ def test_the_loop_pads_what_can_be_captured_though_nothing_is_yet(
     monkeypatch.setattr(loop, "captured_steps", lambda stack: steps)
     assert not len(steps)
     train(stack, [trainee], Hooks())
-    assert asked == [rounded_sizes] * 3
+    assert [type(one) for one in asked] == [JobSizes] * 3
+    assert asked[0] is asked[1] is asked[2], "found once for all steps"
     assert steps.times.launch_s < float("inf"), "they were run by it"
 
 
@@ -125,14 +142,37 @@ def test_small_sizes_wait_longer_for_the_host_than_large_ones() -> None:
 
 def test_a_much_larger_size_is_captured_once_to_learn_how_long_the_device_takes() -> None:
     times = times_with(0.1, 0.4, 0.09, 200)
-    assert times.worth_capturing(2000, 1)
-    times.replayed(2000, never_known)
     assert not times.worth_capturing(2000, 1)
+    assert times.worth_capturing(2000, 2)
+    times.replayed(2000, never_known)
+    assert not times.worth_capturing(2000, 2)
     assert not times.worth_capturing(1900, 3), "one is enough"
     times.replayed(2000, lambda: 0.2)  # read in order: after the one that is not known
     times._pending.popleft()
     assert not times.worth_capturing(1900, 3)
     assert times.device_tok == 2000
+
+
+def test_the_graph_used_longest_ago_makes_room(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepTimes, "worth_capturing", lambda times, n_tok, n_direct: True)
+    monkeypatch.setattr(cuda_graph, "_MAX_GRAPHS", 2)
+    stack = tiny_stack(tiny_qwen)
+    job = Job("a", ragged_rows(4), train_settings(), ("a",))
+    whole = batch_of(stack, job)
+    steps, device = steps_of(stack)
+    first, second, third = (
+        replace(
+            whole, take=whole.take[:n], targets=whole.targets[:n], weights=whole.weights[:n], owners=whole.owners[:n]
+        )
+        for n in (2, 3, 4)
+    )
+    for batch in (first, first, second, second, first, third, third):
+        steps.run(batch, torch.zeros(1))
+    assert len(steps) == 2
+    device.calls.clear()
+    steps.run(first, torch.zeros(1))
+    steps.run(third, torch.zeros(1))
+    assert device.calls == ["replay", "replay"], "the second had made room"
 
 
 def test_running_out_of_memory_in_a_capture_ends_captures_and_loses_nothing(

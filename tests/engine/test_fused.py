@@ -29,7 +29,7 @@ import torch
 
 from fastconv.chat import ChatTokenizer
 from fastconv.engine import score, unsloth
-from fastconv.engine.cuda_graph import token_seeds
+from fastconv.engine.micro_batch import token_seeds
 from fastconv.engine.model import make_base, pack
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Slot, Stack

@@ -11,7 +11,7 @@ import torch
 from fastconv.chat import Rendered
 from fastconv.engine import train as loop
 from fastconv.engine import trl_reference as reference
-from fastconv.engine.cuda_graph import token_seeds
+from fastconv.engine.micro_batch import token_seeds
 from fastconv.engine.model import Base
 from fastconv.engine.stack import Stack
 from fastconv.engine.train import Hooks, Job, lr_at, save_state, start, train, weighted_cross_entropy

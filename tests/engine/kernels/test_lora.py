@@ -20,18 +20,11 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 from fastconv.chat import Rendered
 from fastconv.engine import decode, generate
 from fastconv.engine.attention import Padded
-from fastconv.engine.cuda_graph import (
-    CapturedSteps,
-    Item,
-    MicroBatch,
-    PaddedSizes,
-    StepTimes,
-    make_micro_batch,
-    token_seeds,
-)
+from fastconv.engine.cuda_graph import CapturedSteps, StepTimes
 from fastconv.engine.kernels.lora import StackedKernel
 from fastconv.engine.kernels.lora_tables import Tiling
 from fastconv.engine.lora import Adapter, Route, Slot, StackedLinear, keep_mask
+from fastconv.engine.micro_batch import Item, MicroBatch, PaddedSizes, make_micro_batch, token_seeds
 from fastconv.engine.model import load_base
 from fastconv.engine.stack import Stack
 from fastconv.engine.train import Hooks, Job, _forward_backward, start, train
