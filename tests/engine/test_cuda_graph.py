@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,66 @@ def test_the_first_size_met_twice_is_captured_to_learn_the_times() -> None:
     waiting = StepTimes(launch_s=0.1, capture_s=0.4)
     waiting.replayed(500, never_known)
     assert not waiting.worth_capturing(500, 9), "how long the device takes is not known yet"
+
+
+def test_a_size_is_captured_early_where_many_steps_are_left(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on an H100 at 7B: 0.18 s to launch or capture, 0.09 s on the device. In a schedule of 2,000 steps a size that is
+    met twice in ten is worth a graph at once; with none left it has to be met as often as a capture costs."""
+    asked: list[int] = []
+    monkeypatch.setattr(StepTimes, "worth_capturing", lambda times, n_tok, n_more: bool(asked.append(n_more)))
+    stack = tiny_stack(tiny_qwen)
+    batch = batch_of(stack, Job("a", ragged_rows(4), train_settings(), ("a",)))
+    steps, _ = steps_of(stack)
+    for left in (2000, 2000, 0, 0):
+        steps.steps_left = left
+        steps.run(batch, torch.zeros(1))
+    assert asked == [2000, 2, 3]
+    assert steps.tally.launched == 4
+    assert steps.tally.captures == 0
+
+
+def test_training_says_how_many_steps_are_left(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = tiny_stack(tiny_qwen)
+    steps, _ = steps_of(stack)
+    monkeypatch.setattr(loop, "captured_steps", lambda stack: steps)
+    seen: list[int] = []
+    monkeypatch.setattr(loop, "_round", lambda stack, active: [seen.append(steps.steps_left), step(active)])
+
+    def step(active) -> None:
+        for trainee in active:
+            trainee.step += 1
+
+    job = Job("a", ragged_rows(12), train_settings(epochs=2), ("a",))
+    train(stack, [start(stack, job)], Hooks(), until_step=2)
+    assert seen == [job.n_steps, job.n_steps - 1]
+
+
+def test_what_keeps_the_device_busy_in_any_case_is_not_captured_to_learn_how_long() -> None:
+    """Graphs of six runs at 7B would hold 35 GB to save nothing."""
+    times = times_with(0.18, 0.19, 0.087, 1280)
+    assert not times.worth_capturing(4864, 100)
+    assert not times.worth_capturing(7424, 100)
+    assert times_with(0.18, 0.19, 0.029, 1280).worth_capturing(4864, 100), "at 1.5B the host is the slower one"
+    assert times_with(0.18, 0.19, 0.03, 100).worth_capturing(7424, 1), "so small a size says nothing of a large one"
+
+
+def test_after_memory_ran_out_no_graph_is_as_large(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StepTimes, "worth_capturing", lambda times, n_tok, n_more: True)
+    stack = tiny_stack(tiny_qwen)
+    job = Job("a", ragged_rows(12), train_settings(epochs=1), ("a",))
+    steps, device = steps_of(stack)
+    large = batch_of(stack, job)
+    small = batch_of(stack, Job("b", ragged_rows(2), train_settings(), ("b",)))
+    assert small.ids.shape[0] < large.ids.shape[0]
+    for batch in (large, large, small, small):
+        steps.run(batch, torch.zeros(1))
+    assert len(steps) == 2
+    steps.forget()
+    assert not len(steps)
+    for batch in (large, small, small):
+        steps.run(batch, torch.zeros(1))
+    assert len(steps) == 1
+    assert device.calls.count("capture") == 3
 
 
 @pytest.mark.parametrize(
@@ -176,3 +237,13 @@ def test_memory_that_runs_out_in_training_first_costs_what_is_kept_for_speed(
     assert limits[0] == limits[1] > limits[2]
     assert not stack.base.kept
     assert trainee.done
+
+
+def test_memory_that_runs_out_costs_graphs_and_not_what_they_taught(tiny_qwen: Path) -> None:
+    stack = tiny_stack(tiny_qwen)
+    steps, _ = steps_of(stack)
+    steps._graphs["a size"] = SimpleNamespace(inputs=SimpleNamespace(ids=torch.zeros(64)))  # pyright: ignore[reportArgumentType]
+    stack.base.kept["steps"] = steps
+    loop._reduce_memory(stack.base, [], [])
+    assert stack.base.kept == {"steps": steps}
+    assert not len(steps)
