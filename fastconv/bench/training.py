@@ -12,8 +12,8 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -33,7 +33,7 @@ from fastconv.bench.measure import (
 from fastconv.engine.lora import Adapter
 from fastconv.engine.shapes import Work, train_flops_per_tok
 from fastconv.engine.stack import Stack
-from fastconv.engine.train import Hooks, Job, Trainee, start, train
+from fastconv.engine.train import Hooks, Job, Trainee, captured_steps, start, train
 from fastconv.engine.trl_reference import TrlOptions, train_with_trl
 from fastconv.errors import ModelError
 from fastconv.recipe import ModelSettings, TrainSettings
@@ -65,6 +65,8 @@ LOADS = {
 }
 #: Steps that are not timed. On a CPU the first allocates, and memory is measured in the second; a GPU captures graphs.
 WARM_UP = {"cpu": 2, "cuda": 48}
+#: Epochs of a load's schedule, of which the first is run: what is worth capturing depends on how much is to come.
+_EPOCHS = 20
 #: Steps of the usual ways on a GPU, and how many of them are not timed.
 USUAL_STEPS, USUAL_WARM_UP = 12, 2
 #: The usual ways, with or without gradient checkpointing: the first is faster, the second is as published.
@@ -74,11 +76,22 @@ BASELINES = {"TRL padded": False, "TRL padded, checkpointing": True}
 @dataclass(frozen=True)
 class Timed:
     """Seconds of each timed step (or of all together), their tokens, and the peak memory (bytes) above what was
-    resident."""
+    resident; on a GPU what was padded, launched, replayed and captured meanwhile (`cuda_graph.Tally`)."""
 
     seconds: Sequence[float]
     n_tok: int
     peak: int | None
+    steps: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """`steps` as a benchmark reports it: padding as a share of the real tokens, seconds of captures as part of the
+        whole."""
+        if not self.steps:
+            return {}
+        padded, real = self.steps["padded_tok"], self.steps["n_tok"]
+        counts = {name: self.steps[name] for name in ("launched", "replayed", "captures", "capture_s")}
+        return {"padding": padded / real - 1 if real else 0.0, **counts}
 
 
 def bench_train(model: BenchModel, n_steps: int, kind: str = "train") -> BenchResult:
@@ -131,13 +144,13 @@ def bench_train(model: BenchModel, n_steps: int, kind: str = "train") -> BenchRe
         work=f"{n_steps} steps of {load.n_jobs} x {load.batch_rows} rows, {load.shortest_tok} to {load.longest_tok} "
         f"tokens, dropout {load.dropout:g}, {load.n_frozen} frozen adapters below; {ours_run.n_tok} tokens",
         ours=ours, usual=usual, ratio=next(iter(ratios.values())), ratios=ratios,
-        extra={"matmul_flops": ceiling, "flops_per_tok": flops_per_tok, "out_of_memory": left_out},
+        extra={"matmul_flops": ceiling, "flops_per_tok": flops_per_tok, "out_of_memory": left_out, **ours_run.facts},
     )  # fmt: skip
 
 
 def make_jobs(stack: Stack, load: Load, n_steps: int) -> list[Job]:
     """The jobs of a load, the same on every engine: rows, order and initial weights follow from the job's index."""
-    settings = TrainSettings(lr=5e-5, epochs=1, batch_rows=load.batch_rows, dropout=load.dropout)
+    settings = TrainSettings(lr=5e-5, epochs=_EPOCHS, batch_rows=load.batch_rows, dropout=load.dropout)
     frozen = tuple(stack.new_adapter("frozen", place) for place in range(load.n_frozen))
     for adapter in frozen:
         adapter.flat.normal_(0.0, 0.01)
@@ -157,9 +170,12 @@ def time_jobs(stack: Stack, jobs: Sequence[Job]) -> Timed:
     trainees = [start(stack, job) for job in jobs]
     warm_up, clock, peak = WARM_UP[device.type], Clock(device), Peak(device)
     train(stack, trainees, Hooks(), until_step=warm_up)
+    captured, end = captured_steps(stack), jobs[0].steps_per_epoch
+    before = replace(captured.tally) if captured is not None else None
     with peak.watching(), clock.running():
-        train(stack, trainees, Hooks())
-    return Timed(clock.blocks, sum(_n_tok(job, warm_up, job.n_steps) for job in jobs), peak.bytes)
+        train(stack, trainees, Hooks(), until_step=end)
+    steps = captured.tally.since(before) if captured is not None and before is not None else {}
+    return Timed(clock.blocks, sum(_n_tok(job, warm_up, end) for job in jobs), peak.bytes, steps)
 
 
 def _in_turn(stack: Stack, jobs: Sequence[Job]) -> Timed:
@@ -171,9 +187,9 @@ def _in_turn(stack: Stack, jobs: Sequence[Job]) -> Timed:
 def _interleaved(model: BenchModel, stack: Stack, job: Job, first: Adapter, checkpointing: bool) -> tuple[Timed, Timed]:
     """(ours, the usual way), step by step in turn, on a CPU."""
     ours = _Ours(stack, start(stack, job), Clock(model.device), Peak(model.device))
-    usual = _usual(model, job, first, checkpointing, job.n_steps, ours)
+    usual = _usual(model, job, first, checkpointing, job.steps_per_epoch, ours)
     warm_up = WARM_UP["cpu"]
-    return Timed(ours.clock.blocks[warm_up:], _n_tok(job, warm_up, job.n_steps), ours.peak.bytes), usual
+    return Timed(ours.clock.blocks[warm_up:], _n_tok(job, warm_up, job.steps_per_epoch), ours.peak.bytes), usual
 
 
 @dataclass
@@ -273,7 +289,7 @@ def bench_engine(model: BenchModel, n_steps: int) -> BenchResult:
         dtype=str(model.dtype).removeprefix("torch."), threads=torch.get_num_threads(), unit="tokens",
         work=f"{n_steps} steps of {load.batch_rows} rows, {load.shortest_tok} to {load.longest_tok} tokens, no dropout",
         ours=ours, usual=(usual,), ratio=ours.per_s / usual.per_s, ratios={usual.name: ours.per_s / usual.per_s},
-        extra={"matmul_flops": ceiling, "flops_per_tok": flops},
+        extra={"matmul_flops": ceiling, "flops_per_tok": flops, **ours_run.facts},
     )  # fmt: skip
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Protocol
 
@@ -29,6 +30,8 @@ _MAX_GRAPHS = 96
 _LARGER = 1.5
 #: A launched micro-step that the device takes this many times as long for as the host leaves no time to gain.
 _BOUND = 1.2
+#: A size takes the device at least this share of what a smaller one took it for each token, up to this many times its size.
+_SURELY, _NEAR = 0.7, 6
 
 
 class Device(Protocol):
@@ -47,15 +50,33 @@ class CudaDevice:
     """Graphs and timers of the current CUDA device. The graphs share one memory pool: they run one after another."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._side: Any = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph of `run`, as its `replay`. Raises what a capture that runs out of memory raises."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            run()
-        self._pool = graph.pool()
+        graph = with_memory(partial(self._captured, run))
+        if graph is None:  # what the allocator keeps for launched steps is in the way
+            free_memory()
+            graph = self._captured(run)
         return graph.replay
+
+    def _captured(self, run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """`torch.cuda.graph` would wait for the device and give all its free memory back, pinned memory too: every size
+        that is launched afterwards would allocate it anew."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        self._side = self._side or torch.cuda.Stream()
+        self._side.wait_stream(current)
+        held = next(iter(self._graphs), None)  # a pool goes with the last of its graphs
+        with torch.cuda.stream(self._side):
+            graph.capture_begin(pool=None if held is None else held.pool())
+            try:
+                run()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._side)
+        self._graphs.add(graph)
+        return graph
 
     def timed(self, run: Callable[[], None]) -> Callable[[], float | None]:
         """Timed by events on the stream, which do not make the host wait."""
@@ -102,18 +123,37 @@ class StepTimes:
             elif size == self.device_tok:
                 self.device_s = min(self.device_s, known)
 
-    def worth_capturing(self, n_tok: int, n_direct: int) -> bool:
-        """Whether to capture a size of `n_tok` tokens that was launched directly `n_direct` times and is met again.
+    def worth_capturing(self, n_tok: int, n_direct: int, n_more: int) -> bool:
+        """Whether to capture a size of `n_tok` tokens that is met again, and will be about `n_more` times after this one.
 
-        A size is expected to be met once more than it was so far; it is captured if the device would idle as long behind
-        these launches as a capture takes. A size much larger than any that is known is captured to learn how long the
-        device takes, once two launches of it have not shown that.
+        It is captured if the device would idle as long behind the launches as a capture takes; `n_direct` launches of it are
+        behind. A size much larger than any that is known is captured to learn how long the device takes, once two launches
+        have not shown that, unless it is so large that the device is surely busy for longer than the host.
         """
         self._read()
         if n_tok > _LARGER * self.device_tok:
-            return n_direct > 1 and not any(not host_s and size * _LARGER >= n_tok for size, host_s, _ in self._pending)
+            least_s = self.device_s * n_tok / self.device_tok if n_tok <= _NEAR * self.device_tok else 0.0
+            learning = any(not host_s and size * _LARGER >= n_tok for size, host_s, _ in self._pending)
+            return n_direct > 1 and not learning and self.launch_s >= _SURELY * least_s
         idle_s = self.launch_s - self.device_s * n_tok / self.device_tok
-        return idle_s > 0 and (math.isinf(self.capture_s) or (n_direct + 1) * idle_s >= self.capture_s)
+        return idle_s > 0 and (math.isinf(self.capture_s) or (n_more + 1) * idle_s >= self.capture_s)
+
+
+@dataclass
+class Tally:
+    """What the micro-steps so far were: their tokens, without and with padding, how many were launched and replayed, how
+    many sizes were captured, and the seconds that this took."""
+
+    n_tok: int = 0
+    padded_tok: int = 0
+    launched: int = 0
+    replayed: int = 0
+    captures: int = 0
+    capture_s: float = 0.0
+
+    def since(self, before: Tally) -> dict[str, float]:
+        """The same since a copy that was made before."""
+        return {name: value - getattr(before, name) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)
@@ -144,7 +184,11 @@ class CapturedSteps:
         self._graphs: dict[Hashable, _Graph] = {}
         self._full = False
         self._sizes: tuple[tuple[Job, ...], int, JobSizes] | None = None
+        self._too_large: float = math.inf
         self.times = StepTimes()
+        self.tally = Tally()
+        #: Optimizer steps that the training under way still has to do.
+        self.steps_left = 0
 
     def __len__(self) -> int:
         """Number of graphs."""
@@ -161,13 +205,13 @@ class CapturedSteps:
         with self._stack.live(*batch.slots, spans=batch.spans, dropout_seeds=batch.seeds):
             key = self._key(batch, totals)
             graph = self._graphs.get(key)
+            self.tally.n_tok += batch.layout.starts[-1]
+            self.tally.padded_tok += n_tok
             if graph is None:
-                wanted = self._direct[key] and self.times.worth_capturing(n_tok, self._direct[key])
-                if not wanted or self._full or (graph := self._captured(key, batch, totals)) is None:
-                    self._direct[key] += 1
-                    began = time.perf_counter()
-                    seconds = self._device.timed(partial(self._step, batch, totals))
-                    self.times.launched(n_tok, time.perf_counter() - began, seconds)
+                may = self._direct[key] and not self._full and n_tok < self._too_large
+                wanted = may and self.times.worth_capturing(n_tok, self._direct[key], self._n_more(key))
+                if not wanted or (graph := self._captured(key, batch, totals)) is None:
+                    self._launch(key, batch, totals)
                     return
             self._graphs[key] = self._graphs.pop(key)  # the last one is that used last
             for target, source in zip(_tensors(graph.inputs), _tensors(batch), strict=True):
@@ -177,6 +221,7 @@ class CapturedSteps:
                 assert kernel is not None
                 kernel.load_tables(graph.tables, self._stack.route, self._stack.base.dtype, n_tok)
             self.times.replayed(n_tok, self._device.timed(graph.replay))
+            self.tally.replayed += 1
             totals.add_(graph.losses)
 
     def sizes(self, jobs: Sequence[Job], limit_tok: int) -> JobSizes:
@@ -184,6 +229,24 @@ class CapturedSteps:
         if self._sizes is None or self._sizes[1] != limit_tok or not _same(self._sizes[0], jobs):
             self._sizes = (tuple(jobs), limit_tok, job_sizes(jobs, limit_tok))
         return self._sizes[2]
+
+    def _launch(self, key: Hashable, batch: MicroBatch, totals: torch.Tensor) -> None:
+        began = time.perf_counter()
+        seconds = self._device.timed(partial(self._step, batch, totals))
+        self.times.launched(batch.ids.shape[0], time.perf_counter() - began, seconds)
+        self._direct[key] += 1
+        self.tally.launched += 1
+
+    def _n_more(self, key: Hashable) -> int:
+        """How often a size that was only launched so far will be met: its share of the steps left, or as often as it was."""
+        met, micro_steps = self._direct[key], self.tally.launched + self.tally.replayed
+        return max(met, self.steps_left * met // max(1, micro_steps))
+
+    def forget(self) -> None:
+        """Give all graphs up, where memory ran out; no size is captured again that is as large as the largest of them."""
+        largest = max((graph.inputs.ids.shape[0] for graph in self._graphs.values()), default=math.inf)
+        self._too_large = min(self._too_large, largest)
+        self._graphs.clear()
 
     def end_of_trainees(self) -> None:
         """Forget what belongs to trainees which are done, and graphs that are bound to them."""
@@ -209,7 +272,10 @@ class CapturedSteps:
             self._full = True
             free_memory()
             return None
-        self.times.capture_s = min(self.times.capture_s, time.perf_counter() - began)
+        took_s = time.perf_counter() - began
+        self.times.capture_s = min(self.times.capture_s, took_s)
+        self.tally.captures += 1
+        self.tally.capture_s += took_s
         self._graphs[key] = graph
         if len(self._graphs) > _MAX_GRAPHS:
             if self._stack.base.device.type == "cuda":

@@ -120,6 +120,8 @@ def train(
     before = {key: adapter.flat.clone() for key, adapter in frozen.items()}
     try:
         while active := [t for t, end in zip(trainees, ends, strict=True) if t.step < end]:
+            if (steps := captured_steps(stack)) is not None:
+                steps.steps_left = max(t.job.n_steps - t.step for t in active)
             _round(stack, active)
             hooks.after_step(active)
         for trainee in trainees:
@@ -214,7 +216,11 @@ def _micro_batches(work: Sequence[Item], limit_tok: int) -> list[list[Item]]:
 def _reduce_memory(base: Base, active: Sequence[Trainee], work: Sequence[Item]) -> None:
     """Drop what is kept for speed alone; then halve the micro-batch; if each has one row, recompute activations; raise
     TrainingError if that was tried too."""
+    steps = base.kept.get("steps")
     if base.drop_kept():
+        if isinstance(steps, CapturedSteps):  # without its graphs, but with what it measured
+            steps.forget()
+            base.kept["steps"] = steps
         return
     limit = min(t.micro_batch_tok for t in active)
     micros = _micro_batches(work, limit)

@@ -184,6 +184,11 @@ def bench(result: Mapping[str, Any], *, as_json: bool) -> None:
             f"{ratio:.2f}x" if ratio else "",
         )
     console.print(table)
+    if "padding" in (extra := result["extra"]):
+        console.print(
+            f"padded by {100 * extra['padding']:.1f} %; micro-steps launched {extra['launched']:.0f}, replayed "
+            f"{extra['replayed']:.0f}; {extra['captures']:.0f} captures took {extra['capture_s']:.2f} s of these seconds"
+        )
 
 
 def bench_all(found: Mapping[str, Any], *, as_json: bool) -> None:

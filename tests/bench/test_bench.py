@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from fastconv import show
 from fastconv.bench import bench
 from fastconv.bench.measure import Clock, Peak, bench_model, paired_ratio
 from fastconv.cli import app
+from fastconv.engine import train as training
+from fastconv.engine.cuda_graph import MicroBatch, Tally
+from fastconv.engine.stack import Stack
 from fastconv.errors import GateStop, InputError, ModelError
 from fastconv.recipe import ModelSettings
 from tests.serve_kit import Fake, fake, running
@@ -33,6 +37,28 @@ def test_a_comparison_is_well_formed(tiny_qwen: Path, kind: str, size: int, ways
     assert found["ours"]["written_bytes"] == 0
     assert found["ratio"] == pytest.approx(next(iter(found["ratios"].values())))
     assert found["threads"] == torch.get_num_threads()
+
+
+def test_padding_and_captures_of_the_timed_steps_are_told_apart(
+    tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a tally that grows by the same in every micro-step: what the warm-up did is no part of it."""
+    tally = Tally()
+    step = training._micro_step
+
+    def counted(stack: Stack, batch: MicroBatch, totals: torch.Tensor) -> None:
+        for name, more in (("n_tok", 100), ("padded_tok", 104), ("launched", 1), ("captures", 2), ("capture_s", 0.5)):
+            setattr(tally, name, getattr(tally, name) + more)
+        step(stack, batch, totals)
+
+    monkeypatch.setattr(training, "_micro_step", counted)
+    monkeypatch.setattr("fastconv.bench.training.captured_steps", lambda stack: SimpleNamespace(tally=tally))
+    found = bench("group", str(tiny_qwen), device="cpu", size=3)
+    extra = found["extra"]
+    assert extra["padding"] == pytest.approx(0.04)
+    assert (extra["launched"], extra["captures"], extra["capture_s"]) == (3, 6, 1.5)
+    show.bench(found, as_json=False)
+    assert "padded by 4.0 %" in capsys.readouterr().out
 
 
 def test_the_usual_swap_writes_the_whole_model(tiny_qwen: Path) -> None:

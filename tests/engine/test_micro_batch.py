@@ -8,7 +8,7 @@ from itertools import combinations, pairwise
 import pytest
 
 from fastconv.chat import Rendered
-from fastconv.engine.micro_batch import PaddedSizes, job_sizes, rounded_sizes, split
+from fastconv.engine.micro_batch import PaddedSizes, _cheapest, job_sizes, rounded_sizes, split
 from fastconv.engine.trainee import Job
 from tests.engine_kit import train_settings
 
@@ -67,7 +67,7 @@ def test_the_steps_of_a_job_have_few_sizes_and_little_padding() -> None:
             used.append(size)
             own.add(rounded_sizes(lengths[first:stop], n_supervised))
             real += sum(lengths[first:stop])
-    assert len(set(used)) == len({size.n_tok for size in used}) <= 8 < len(own)
+    assert len(set(used)) == len({size.n_tok for size in used}) <= 6 < 20 < len(own)
     assert sum(size.n_tok for size in used) < 1.08 * real
 
 
@@ -80,4 +80,12 @@ def test_sizes_know_the_steps_that_several_jobs_make_together() -> None:
         len(jobs[1].rows[i].ids) for i in jobs[1].batch(1)
     ]
     assert sizes(together, 10).n_supervised > rounded_sizes(together, 10).n_supervised
-    assert sizes([3, 4], 5) == rounded_sizes([3, 4], 5) == PaddedSizes(64, 64, 2, 64)
+    assert sizes([3, 4], 5) == rounded_sizes([3, 4], 5) == PaddedSizes(64, 64, 2, 128)
+
+
+def test_sizes_are_as_many_as_cost_least() -> None:
+    """8,192 tokens for a size: what is met once is padded, what is met often has its own."""
+    assert sorted(_cheapest({512: 1, 1024: 9, 1536: 1})) == [[512, 1024, 1536]]
+    assert sorted(_cheapest({512: 100, 1024: 10, 1536: 1})) == [[512], [1024, 1536]]
+    assert sorted(_cheapest({512: 100, 1024: 100, 1536: 100})) == [[512], [1024], [1536]]
+    assert _cheapest({}) == []
