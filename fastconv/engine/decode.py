@@ -326,13 +326,15 @@ def sample_tokens(logits: torch.Tensor, uniform: torch.Tensor, settings: Samplin
     GPU no row does, and the host does not wait.
     """
     probabilities = _probabilities(logits, settings.temperature)
+    if logits.is_cuda:
+        from fastconv.engine.kernels.draw import draw_wide, likeliest
+
+        ranked, tokens = likeliest(probabilities, _TOP_K)
+        chosen = _from_ranked(ranked, tokens, uniform, settings.top_p)
+        draw_wide(probabilities, uniform, ranked.sum(-1) < settings.top_p, settings.top_p, chosen)
+        return chosen
     ranked, tokens = torch.topk(probabilities, min(_TOP_K, probabilities.shape[-1]), dim=-1)
     chosen, is_wide = _from_ranked(ranked, tokens, uniform, settings.top_p), ranked.sum(-1) < settings.top_p
-    if logits.is_cuda:
-        from fastconv.engine.kernels.elementwise import draw_wide
-
-        draw_wide(probabilities, uniform, is_wide, settings.top_p, chosen)
-        return chosen
     wide = torch.nonzero(is_wide).flatten()
     if wide.numel():
         ranked, tokens = torch.sort(probabilities[wide], dim=-1, descending=True, stable=True)
