@@ -15,7 +15,7 @@ from fastconv.datasets.personas import ASSISTANT
 from fastconv.engine.locate import TINY
 from fastconv.errors import DataError
 from fastconv.experiment.graph import Graph, lineage_key
-from fastconv.recipe import HUB, canonical_json, recipe_sha256, sha256_of
+from fastconv.recipe import HUB, SHIPPED, canonical_json, recipe_sha256, sha256_of
 from fastconv.report.blocks import Block, Figure, Figures, Note, Section, Table, TableCell, folded_if_long, plain_row
 from fastconv.report.claims import ask
 from fastconv.report.figures import curves
@@ -58,7 +58,7 @@ def _named(graph: Graph) -> Iterator[tuple[str, Path]]:
         *((f"grid.arms.{arm}.rows", own.rows) for arm, own in recipe.grid.arms.items() if "{source}" not in own.rows),
         *((f"eval.probes.{name}.texts", probe.texts) for name, probe in recipe.eval.probes.items()),
     ):
-        if path:
+        if path and not path.startswith(SHIPPED):
             yield name, Path(path)
     for behavior, path in recipe.data.rows.items():
         for source in recipe.grid.sources if "{source}" in path else ("",):
