@@ -142,7 +142,7 @@ def limits(analysis: Analysis) -> Section:
     sentences = []
     if len(recipe.grid.seeds) == 1:
         sentences.append("One seed: confidence is LOW whatever the intervals say.")
-    if NO_BEHAVIOR not in recipe.grid.behaviors:
+    if any(recipe.grid.epochs) and NO_BEHAVIOR not in recipe.grid.behaviors:
         sentences.append("No convergence-only control: mimicry and transfer cannot be told apart.")
     if ASSISTANT in recipe.grid.sources:
         sentences.append(

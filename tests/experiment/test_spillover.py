@@ -19,8 +19,9 @@ from fastconv.audit.checks import check_recipe
 from fastconv.errors import DataError, RecipeError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, load_recipe, parse_recipe, run_id
-from fastconv.report import build, write_report
+from fastconv.report import build, overview, write_report
 from fastconv.report.blocks import Table, render_markdown
+from fastconv.report.overview import row_names
 from fastconv.report.record import curves_and_rho
 from fastconv.report.verify import verify
 from fastconv.run.training import seed_parts
@@ -186,6 +187,34 @@ def test_inoculation_runs_from_toml_to_a_word(tiny_qwen: Path, tmp_path: Path) -
     assert "refusal, inoculated against plain (assistant)" in page
     assert "| polite |" in page  # the probe of its own has a column
     assert "declared contrasts is stronger or weaker" in page or "Stronger" in page or "Weaker" in page
+    # Nothing converges, so nothing is imitated, and no later snapshot is waited for; the base is no cell, and has its levels.
+    assert "No convergence-only control" not in page
+    assert "not measured yet" not in page
+    assert page.count("| base, assistant, arm") == 2
+
+
+def test_the_first_figure_names_its_rows_in_full_and_starts_each_arm_from_its_own_base(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analysis = _filled(inoculation(tiny_qwen, eval__prompts=60), tmp_path, {("inoculated", "inoculated"): 1.0})
+    found = next(iter(analysis.found.subjects))
+    names = row_names([replace(found, arm="a_name_of_thirty_characters_ok"), replace(found, arm="b", epoch=4)])
+    assert names == ["a_name_of_thirty_characters_ok", "b"]
+    bare = [replace(found, arm="", behavior=one, epoch=epoch) for one in ("none", "refusal") for epoch in (4, 9)]
+    assert row_names(bare) == [
+        "convergence alone, epoch 4", "convergence alone, epoch 9", "refusal, epoch 4", "refusal, epoch 9",
+    ]  # fmt: skip
+    base = analysis.graph.cells[0].base["refusal", "inoculated"].key
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as ledger:
+        ledger.execute("UPDATE scores SET value=1 WHERE stage=?", (base,))
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(overview, "heatmap", lambda *given: drawn.update(given=given))
+    overview.headline(Analysis(analysis.graph, analysis.store))
+    _, _, rows, columns, values, texts, *_ = drawn["given"]
+    assert (rows, columns) == (["base", "inoculated", "plain"], ["assistant", "source", "canary", "polite"])
+    # The base refuses under the arm's own prompt alone, so training moved nothing there.
+    assert texts[0][1] == "100/0"
+    assert (texts[1][1], values[1][1]) == ("100", 0.0)
 
 
 @pytest.mark.parametrize(
