@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from fastconv import serve
+from fastconv.chat import ChatTokenizer
 from fastconv.engine.lora import Adapter
 from fastconv.errors import SamplerError, TrainingError
 from tests import ROOT
@@ -27,8 +29,18 @@ def ask(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_the_ledger_and_cells_are_loaded_once(done_run: DoneRun, fake: Fake) -> None:
+def test_answers_are_those_of_the_ledger_and_cells_are_loaded_once(
+    done_run: DoneRun, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake.script(engine=True)
+    read: list[Path] = []
+    real = serve.ChatTokenizer
+
+    def counted(folder: Path, *settings: Any) -> ChatTokenizer:
+        read.append(folder)
+        return real(folder, *settings)
+
+    monkeypatch.setattr(serve, "ChatTokenizer", counted)
     with endpoint(done_run.recipe, done_run.workspace, *CELLS, engine="auto") as one:
         assert one.service.engine == "vllm 0.32.0"
         assert fake.noted()[0]["flags"]["max_loras"] == 2
@@ -43,6 +55,7 @@ def test_answers_are_those_of_the_ledger_and_cells_are_loaded_once(done_run: Don
         assert len(loaded) == len(set(loaded)) == 2
         pids = fake.pids
     assert not any(map(running, pids))
+    assert len(read) == 1  # by the endpoint and for vLLM alike
 
 
 @pytest.mark.slow
