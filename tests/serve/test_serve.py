@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fastconv.cli import app
@@ -238,7 +239,7 @@ def test_tokens_that_are_drawn_again_are_told_once() -> None:
     told: list[Piece | ApiError] = []
     one = _Waiting("cell", (1,), 7, SamplingSettings(), asyncio.new_event_loop())
     one.tell = told.append  # type: ignore[method-assign]
-    row = SampledRow(0, [1], [0.1] * 4, [5, 6])
+    row = SampledRow(0, [1], torch.full((4,), 0.1), [5, 6])
     one.follow(row)
     row.tokens.clear()
     for token in (5, 6, 8, 9):

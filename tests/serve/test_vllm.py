@@ -46,7 +46,9 @@ def test_answers_are_those_of_the_ledger_and_cells_are_loaded_once(
         assert fake.noted()[0]["flags"]["max_loras"] == 2
         for cell in CELLS:
             for body, sample in list(one.sampled(cell))[:6]:
-                (choice,) = one.post(body).json()["choices"]
+                reply = one.post(body).json()
+                (choice,) = reply["choices"]
+                assert reply["usage"]["completion_tokens"] == sample.n_tok
                 assert choice["message"]["content"] == sample.completion
                 assert choice["finish_reason"] == ("stop" if sample.ended else "length")
         proofs = one.service.proofs
