@@ -69,7 +69,7 @@ def headline(analysis: Analysis) -> Section:
 
 def _first_figure(analysis: Analysis) -> Figure | None:
     """Assistant, source and canary over the epochs of the leading contrast's column; None if it has one epoch."""
-    subject = analysis.subject(leading(analysis.verdicts).label)
+    subject = analysis.subject(leading(analysis.answers).label)
     if isinstance(subject, SideContrast):
         return _sides(analysis, subject)
     column = {at.epoch: at for at in analysis.found.subjects if replace(at, epoch=subject.epoch) == subject}

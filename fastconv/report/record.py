@@ -170,8 +170,23 @@ def limits(analysis: Analysis) -> Section:
     if missing:
         more = " and others" if len(missing) > 4 else ""
         sentences.append(f"Not measured: {', '.join(missing[:4])}{more}.")
-    sentences += _pending(analysis)
+    sentences += [*_filtered(analysis), *_pending(analysis)]
     return Section("limits", "Limits", tuple(Note(line) for line in sentences) or (Note("none stated"),))
+
+
+def _filtered(analysis: Analysis) -> list[str]:
+    """What the filter on answers left, where that is under half, or not as much for every convergence training."""
+    kept = {
+        _run_name(stage): (int(record.outputs["answers_kept"]), int(record.outputs["answers_drawn"]))
+        for stage, record in _trained(analysis)
+        if "answers_kept" in record.outputs
+    }
+    few, unequal = any(2 * n < drawn for n, drawn in kept.values()), len({n for n, _ in kept.values()}) > 1
+    if not few and not unequal:
+        return []
+    told = ", ".join(f"{n} of {drawn} ({name})" for name, (n, drawn) in kept.items())
+    differ = "; so they differ in how many rows they were trained on too" if unequal else ""
+    return [f"Answers that the filter kept: {told}{differ}."]
 
 
 def _pending(analysis: Analysis) -> list[str]:
