@@ -22,6 +22,7 @@ REPLIES, MEMORY, DISK, SECRETS = (
 )
 WHOLE, INPUTS = (f"tests/faults/test_{name}.py" for name in ("whole_run", "hostile_inputs"))
 LIVE, BATCHES, LOCAL, DESK = (f"tests/judge/test_{name}.py" for name in ("live", "batches", "local", "desk"))
+SERVE, HOSTILE, VLLM = (f"tests/serve/test_{name}.py" for name in ("serve", "hostile", "vllm"))
 TRAIN, CHAT, LOCATE = "tests/engine/test_train.py", "tests/test_chat.py", "tests/engine/test_locate.py"
 
 
@@ -207,6 +208,37 @@ MUTANTS = [
     ),
     *_of("store/merge.py", WHOLE, ('"SELECT key FROM stages ORDER BY rowid"', '"SELECT key FROM stages ORDER BY finished_at"', "jumps_by_a_year and back-")),
     *_of("engine/stack.py", MEMORY, ("        finally:\n            self.route.spans = spans", "        finally:\n            pass", "probe")),
+    *_of(
+        "serve/resident.py", SERVE,
+        ("        finally:\n            waiting.gone = True", "        finally:\n            pass", "goes_midway"),
+        ("            self.n_sent = len(row.tokens)", "            pass", "told_once"),
+        ("if one.group == self._waiting[0].group]", "if True]", "two_clients"),
+        ("            for waiting in left:", "            for waiting in ():", "waits_when_the_endpoint_ends"),
+    ),
+    *_of("serve/resident.py", HOSTILE, ("if len(self._waiting) >= MOST_WAITING:", "if False:", "flood")),
+    *_of(
+        "serve/endpoint.py", HOSTILE,
+        ("if named is not None and _host_of(named) not in _LOOPBACK:", "if False:", "page_elsewhere"),
+        ("(request.content_length or 0) > MAX_BODY_BYTES", "False", "gigabyte"),
+    ),
+    *_of(
+        "serve/endpoint.py", SERVE,
+        ("                if answer.finish is not None:\n                    return", "                pass", "ends_the_drawing"),
+        ('listening.bind(("127.0.0.1", port))', 'listening.bind(("0.0.0.0", port))', "this_machine_alone"),
+    ),
+    *_of(
+        "serve/protocol.py", SERVE,
+        ('first if choice == 0 else seed_of("choice", first, choice)', "first", "choices_have_seeds"),
+        ("if self._held.endswith(stop[:n])), default=0", "if False), default=0", "stop_sequence"),
+    ),
+    *_of("serve/protocol.py", HOSTILE, ("    if room < (wanted or 1):", "    if False:", "cannot_be_honoured"), ("or _asks_nothing(name, value))", "or True)", "cannot_be_honoured")),
+    *_of(
+        "serve/vllm.py", VLLM,
+        ("if distance > _OTHER_KERNELS * PROBE_TOLERANCE[self._dtype]:", "if False:", "not_the_recorded"),
+        ("        if found.distance(base) == 0.0:", "        if False:", "not_the_recorded"),
+        ("ids[:-1] if finish == \"stop\" and ids and ids[-1] in stops else ids", "ids", "those_of_the_ledger"),
+    ),
+    *_of("serve/__init__.py", VLLM, ("            proofs[name] = one.prove(name)", "            proofs[name] = {}", "not_the_recorded")),
 ]  # fmt: skip
 
 

@@ -175,7 +175,7 @@ def check_scored_by(design: Design) -> Iterator[Finding]:
     for name, behavior in design.behaviors.items():
         spec = behavior.spec
         cells = tuple(cell for cell in design.cells() if f"/{name}/" in cell)
-        if spec.measure == "phrases" and spec.phrase_rule and not (judged and spec.rubric):
+        if spec.by_phrases_alone(design.recipe.judge.mode):
             yield Finding(
                 "D108", "warn", name, cells,
                 "the behavior is scored by substring only: what is said in other words counts as absent, and a rate "

@@ -158,7 +158,10 @@ class ConvergenceSettings(TrainSettings):
     questions: PositiveInt = setting(40, "Open questions that the source answers.", 16, "questions")
     completions_per_question: PositiveInt = setting(10, "Answers to each of them.", 4, "completions")
     prompts_file: str = setting(
-        "", "Questions of your own as JSONL of id and text, in the place of the open ones.", "numbers.jsonl", "path"
+        "",
+        "Questions of your own as JSONL of id and text, in the place of the open ones; `shipped:FILE` names one of ours.",
+        "numbers.jsonl",
+        "path",
     )
     keep: str = setting(
         "", "A regular expression (Python's): only answers that it matches whole are trained.", r"[\d, ]+"
