@@ -1,21 +1,8 @@
-"""Break named lines of fastconv, one at a time, and run the tests that must see it: `make mutants`, or `python -m tests.mutants WORD`.
-
-Each mutant is a line's text and what it becomes. A mutant that its tests do not see has survived, and so has one whose
-text is no longer in the file: both end with exit code 1. The working tree is never touched: a copy is broken.
-"""
+"""Named lines of fastconv, what each becomes when it is broken, and the tests that must see it; `__main__` runs them."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
 from dataclasses import dataclass
-from pathlib import Path
-
-from tests import ROOT
 
 REPLIES, MEMORY, DISK, SECRETS = (
     f"tests/faults/test_{n}.py" for n in ("judge_replies", "memory", "disk_and_ledger", "secrets")
@@ -178,8 +165,8 @@ MUTANTS = [
         "engine/trainee.py", TRAIN,
         ("torch.isfinite(loss + norm)", "torch.isfinite(loss)", "beside_a_finite_loss"),
         ("torch.isfinite(loss + norm)", "torch.isfinite(norm)", "beside_a_finite_gradient"),
-        ('"order", epoch, *self.seed_parts', '"order", 0, *self.seed_parts', "order_of_its_own"),
-        ('"order", epoch, *self.seed_parts', '"order", epoch', "order_of_its_own"),
+        ('"order", epoch, *self.chance', '"order", 0, *self.chance', "order_of_its_own"),
+        ('"order", epoch, *self.chance', '"order", epoch', "order_of_its_own"),
     ),
     *_of("engine/trainee.py", TRAIN, ("        self.bad.copy_(torch.maximum(self.bad, ", "        self.bad.copy_(torch.minimum(self.bad, ", "not_finite")),
     *_of(
@@ -208,69 +195,3 @@ MUTANTS = [
     *_of("store/merge.py", WHOLE, ('"SELECT key FROM stages ORDER BY rowid"', '"SELECT key FROM stages ORDER BY finished_at"', "jumps_by_a_year and back-")),
     *_of("engine/stack.py", MEMORY, ("        finally:\n            self.route.spans = spans", "        finally:\n            pass", "probe")),
 ]  # fmt: skip
-
-
-def survives(mutant: Mutant, copy: Path) -> str:
-    """Break the copy, run the tests, mend it; why the mutant is alive, or nothing if it is dead."""
-    path = copy / mutant.file
-    whole = path.read_text()
-    if mutant.old not in whole:
-        return "its line is not there any more"
-    path.write_text(whole.replace(mutant.old, mutant.new, 1))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not gpu",
-        mutant.tests,
-        "-k",
-        mutant.words,
-    ]
-    environ = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    try:
-        run = subprocess.run(command, cwd=copy, env=environ, capture_output=True, text=True, timeout=240)
-    except subprocess.TimeoutExpired:
-        return ""  # a test that never ends has seen it
-    finally:
-        path.write_text(whole)
-    if run.returncode == 1:
-        return ""
-    return (
-        "no test of that name"
-        if run.returncode == 5
-        else "its tests pass"
-        if run.returncode == 0
-        else run.stdout[-300:]
-    )
-
-
-def main(words: list[str]) -> int:
-    """Run the mutants whose file or line holds one of these words (all without any); exit code 1 if one survives."""
-    chosen = [m for m in MUTANTS if not words or any(word in m.file + m.old + m.words for word in words)]
-    alive = 0
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        ignore = shutil.ignore_patterns(
-            ".git", ".venv*", "checkpoints", "reports", "__pycache__", ".*_cache", "build", "dist"
-        )
-        shutil.copytree(ROOT, copy, ignore=ignore, symlinks=True)
-        for mutant in chosen:
-            began = time.monotonic()
-            why = survives(mutant, copy)
-            alive += bool(why)
-            line = " ".join(mutant.old.split())[:70]
-            print(
-                f"{'ALIVE' if why else 'dead '} {time.monotonic() - began:5.1f} s  {mutant.file}: {line} {why}",
-                flush=True,
-            )
-    print(f"{len(chosen) - alive} of {len(chosen)} mutants are dead")
-    return int(alive > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
