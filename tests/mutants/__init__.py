@@ -182,6 +182,8 @@ MUTANTS = [
         ("list(characters), (system, user))", "list(characters))", "no_orders"),
         ("            if tokenizer.control_token_in(user):\n", "            if False:\n", "no_orders"),
     ),
+    *_of("run/executor.py", MEMORY, ('halved = {"halved": self._n_halved} if', "halved = {} if", "little_memory")),
+    *_of("report/record.py", MEMORY, ('if n_halved := record.facts.get("halved"):', "if n_halved := 0:", "little_memory")),
     *_of(
         "engine/locate.py", LOCATE,
         ('"special_tokens_map.json",\n', "\n", "may_decide"),
