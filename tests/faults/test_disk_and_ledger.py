@@ -166,6 +166,7 @@ def test_a_row_that_holds_no_json_is_a_damaged_ledger(workspace: Path, tmp_path:
         ("UPDATE stages SET inputs='{\"seed\":7}'", "key is not that of its inputs"),
         ("UPDATE stages SET outputs='[1]'", "its row is damaged"), ("UPDATE stages SET facts=x'ff'", "its row is damaged"),
         ("UPDATE stages SET seconds='long'", "no numbers"), ("UPDATE scores SET sample='a'", "of its scores are none"),
+        ("UPDATE stages SET key=NULL", "row of a stage is damaged"),
     ],
 )  # fmt: skip
 def test_what_no_fastconv_wrote_is_not_merged(workspace: Path, tmp_path: Path, change: str, says: str) -> None:
