@@ -106,6 +106,30 @@ def test_doctor_finds_a_whole_ledger_whole_and_looks_at_artefacts(workspace: Pat
     assert _ledger(tmp_path / "nothing", deep=True, fix=True) == []
 
 
+@pytest.mark.parametrize(
+    ("damage", "deep", "says"),
+    [
+        ("PRAGMA ignore_check_constraints=ON; UPDATE scores SET reason='x'", False, "CHECK constraint failed in scores"),
+        ("PRAGMA writable_schema=ON; DELETE FROM sqlite_master WHERE tbl_name='failures'", False, "never used"),
+        ("DROP INDEX stages_by_slot; CREATE INDEX stages_by_slot ON stages(slot, finished_at) WHERE seconds>9;"
+         "PRAGMA writable_schema=ON; UPDATE sqlite_master SET sql=replace(sql, ' WHERE seconds>9', '') WHERE name='stages_by_slot'",
+         True, "missing from index"),
+        ("UPDATE stages SET key=NULL", False, "3 rows of stages hold what no fastconv writes"),
+    ],
+    ids=["a rule", "a lost page", "an index", "no key"],
+)  # fmt: skip
+def test_doctor_sees_damage_that_every_reader_passes_over(
+    workspace: Path, tmp_path: Path, damage: str, deep: bool, says: str
+) -> None:
+    copy = damaged_copy(workspace, tmp_path / "x", "")
+    with sqlite3.connect(copy / "ledger.sqlite") as db:
+        db.executescript(damage)
+    db.close()
+    (finding,) = _ledger(copy, deep=deep, fix=False)
+    assert finding.exit_code == 5
+    assert says in finding.text
+
+
 def test_doctor_mends_what_is_safe(workspace: Path, tmp_path: Path) -> None:
     copy = damaged_copy(workspace, tmp_path / "x", "")
     store = Store.open(copy)

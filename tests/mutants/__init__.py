@@ -107,6 +107,8 @@ MUTANTS = [
         ("    except (ValueError, TypeError, RecursionError):\n        raise damaged", "    except KeyError:\n        raise damaged",
          "holds_no_json"),
     ),
+    *_of("store/io.py", DISK, ("if is_required or place_in_key else", "if is_required else", "passes_over")),
+    *_of("store/merge.py", DISK, ("    if not found:  # SQLite", "    if False:  # SQLite", "no_fastconv_wrote")),
     *_of(
         "store/io.py", REPLIES,
         ("    except (OverflowError, UnicodeEncodeError) as error:\n", "    except KeyError as error:\n", "sqlite_cannot_hold"),
@@ -124,7 +126,7 @@ MUTANTS = [
     ),
     *_of(
         "store/gc.py", DISK,
-        ('[f"the ledger is damaged: {line}" for line in said if line != "ok"]', "[]", "doctor_says"),
+        ('[f"the ledger is damaged: {line}" for line in said if line != "ok"]', "[]", "passes_over"),
         ("        elif deep:\n", "        elif False:\n", "whole_ledger"),
         ("or path.stat().st_size != n_bytes:", "and False:", "whole_ledger"),
         ("if key not in live]", "if key in live]", "mends"),
