@@ -342,16 +342,33 @@ def test_a_reader_that_goes_away_ends_a_verb_without_a_word(words: tuple[str, ..
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize(
-    "words", [("recipe", "show", "demo"), ("recipe", "schema"), ("recipe", "show", "none", "--json")]
-)
-def test_output_that_cannot_be_written_is_one_line(words: tuple[str, ...], tmp_path: Path) -> None:
+    ("words", "code"),
+    [(("recipe", "show", "demo"), 5), (("recipe", "schema"), 5), (("status", "none", "--json"), 2), (("--help",), 5),
+     (("run", "--help"), 5), (("--version",), 5), (("status", "--json"), 5)],
+)  # fmt: skip
+def test_output_that_cannot_be_written_is_one_line(words: tuple[str, ...], code: int, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
-        process = started(*words, stdout=full)
+        process = started(*words, stdout=full, cwd=tmp_path)
         assert process.stderr is not None
         said = process.stderr.read()
-    assert process.wait(60) in (2, 5)
+    assert process.wait(60) == code, said
     assert "Traceback" not in said
-    assert said.startswith("fastconv: ") or "Usage" in said
+    assert "Exception ignored" not in said
+    assert said.startswith("fastconv: " + "output: the output cannot be written" * (code == 5)), said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_an_error_that_nobody_can_be_told_keeps_its_exit_code(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        for words, code in (
+            (("recipe", "show", "none"), 2),
+            (("status", "none", "--json"), 2),
+            (("recipe", "schema"), 0),
+        ):
+            command = [sys.executable, "-m", "fastconv", *words]
+            ended = subprocess.run(command, stderr=full, stdout=subprocess.PIPE, env=environ, cwd=tmp_path, timeout=60)
+            assert ended.returncode == code, words
 
 
 OLD = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fastconv.chat import ChatTokenizer, SystemTurn
@@ -148,10 +148,12 @@ def only_ours(read: Callable[[], object]) -> None:
     assert said[1] > 1
 
 
-def many(fast: int) -> settings:
-    """Settings of a property: `fast` examples, or as many as FASTCONV_EXAMPLES says."""
+def many(fast: int, *, shrinks: bool = True) -> settings:
+    """Settings of a property: `fast` examples, or as many as FASTCONV_EXAMPLES says. Without `shrinks` the first example that
+    fails is shown as it is, where making it smaller would take longer than all of them."""
     return settings(
         max_examples=int(os.environ.get("FASTCONV_EXAMPLES", fast)), deadline=None,
+        phases=[*Phase] if shrinks else [Phase.explicit, Phase.reuse, Phase.generate],
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
     )  # fmt: skip
 
@@ -387,7 +389,7 @@ def spoilt_ledger(done: DoneRun, to: Path, data: st.DataObject) -> Path:
 
 
 @pytest.mark.slow
-@many(8)
+@many(12, shrinks=False)
 @given(data=st.data())
 def test_any_row_of_a_ledger(done_run: DoneRun, tmp_path: Path, tiny_qwen: Path, data: st.DataObject) -> None:
     spoilt = spoilt_ledger(done_run, tmp_path / "spoilt", data)
@@ -404,7 +406,7 @@ def test_any_row_of_a_ledger(done_run: DoneRun, tmp_path: Path, tiny_qwen: Path,
 
 
 @pytest.mark.slow
-@many(20)
+@many(20, shrinks=False)
 @given(data=st.data())
 def test_any_workspace_that_is_merged(done_run: DoneRun, tmp_path: Path, data: st.DataObject) -> None:
     other = spoilt_ledger(done_run, tmp_path / "other", data)

@@ -142,7 +142,10 @@ MUTANTS = [
     *_of(
         "cli/common.py", DISK,
         ("        return READER_GONE if code in (0, 1) else code", "        return code", "reader_that_goes"),
-        ("        return StoreError.exit_code\n    if broken", "        return 0\n    if broken", "cannot_be_written"),
+        ("        return fault.exit_code\n", "        return code\n", "output_that"),
+        ("        if fault := _output_fault(error):\n", "        if fault := None:\n", "output_that"),
+        ("        if _output_fault(error) is None:\n", "        if True:\n", "output_that"),
+        ("    with contextlib.suppress(OSError):  # nobody", "    with contextlib.nullcontext():  # nobody", "nobody_can"),
     ),
     *_of("cli/__init__.py", DISK, ("        require_writable(folder, option)", "        pass", "reports_that")),
     *_of(
