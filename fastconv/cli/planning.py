@@ -188,13 +188,16 @@ def check(
         found = plan_rows(file, overrides)
         print(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if as_json else "\n".join(found.lines()))
         return
-    from fastconv.run.audit import audit_recipe
+    from fastconv.run.audit import audit_recipe, pinning_problem
 
     read = None
     if with_model:
         from fastconv.run.standalone import read_by_the_base as read
-    report = audit_recipe(load(recipe, overrides, scale, workspace), open_existing(workspace), read=read)
-    show.check(report, as_json=as_json)
+    loaded = load(recipe, overrides, scale, workspace)
+    report, problem = audit_recipe(loaded, open_existing(workspace), read=read), pinning_problem(loaded)
+    show.check(report, as_json=as_json, base="" if problem is None else str(problem))
+    if problem is not None:
+        raise typer.Exit(problem.exit_code) if as_json else problem
     if not report.passed:
         n = len(report.refusals)
         what = "1 finding refuses it" if n == 1 else f"{n} findings refuse it"

@@ -355,6 +355,8 @@ def comparison(result: RunComparison) -> None:
     console = console_of_output()
     console.print(f"{result.first} and {result.second}")
     _differences(console, "recipe", result.changes)
+    if result.how:
+        _differences(console, "how it proceeds, which changes no number", result.how)
     _differences(console, "made under", result.conditions)
     if result.apart:
         console.print(f"matched without {', '.join(result.apart)}, on which each run has one value of its own")

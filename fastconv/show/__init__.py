@@ -115,10 +115,11 @@ def gates(verdicts: Sequence[GateVerdict], *, as_json: bool) -> None:
         console.print(f"    rule: {escape(verdict.threshold)}; {len(verdict.rows)} rows", style="dim")
 
 
-def check(report: CheckReport, *, as_json: bool) -> None:
-    """Print the audit's findings, the worst first, each with its rows and how to fix it."""
+def check(report: CheckReport, *, as_json: bool, base: str = "") -> None:
+    """Print the audit's findings, the worst first, each with its rows and how to fix it; `base`: why no run takes the base."""
     if as_json:
-        print(json.dumps(report.to_json(), indent=1))
+        refused = {"passed": False, "base": base} if base else {}
+        print(json.dumps(report.to_json() | refused, indent=1))
         return
     console = console_of_output()
     colours = {"refuse": "red", "warn": "yellow", "note": "dim"}

@@ -50,6 +50,20 @@ def test_check_passes_a_clean_recipe_and_refuses_each_poisoned_one(tmp_path: Pat
         assert all(found["rows"] for found in answer.json["findings"] if found["severity"] == "refuse"), path.name
 
 
+def test_check_says_that_no_run_takes_an_unpinned_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The audit is shown all the same, and the exit code is that of `run`."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ("demo", "--set", "model.id=someone/theirs", "-w", tmp_path)
+    answer, ran = ask("check", *words), ask("run", *words, "--reports", tmp_path)
+    assert (answer.code, ran.code) == (4, 4)
+    assert "0 refused" in answer.out
+    assert "needs a pinned revision" in answer.err
+    assert answer.err == ran.err
+    body = ask("check", *words, "--json")
+    assert (body.code, body.json["passed"], body.json["refusals"]) == (4, False, 0)
+    assert "needs a pinned revision" in body.json["base"]
+
+
 def test_a_refused_design_never_reaches_the_workspace(tmp_path: Path) -> None:
     workspace = tmp_path / "checkpoints"
     answer = ask("run", POISONED / "mistake_5.toml", "-w", workspace, "--reports", tmp_path, "-q")
