@@ -129,9 +129,7 @@ def serve(
     run: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A run's id (`status`), or its recipe")],
     cells: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[CELL]...", help="Cells by name or pattern (`villain-*-refusal-*`); all that are trained"
-        ),
+        typer.Argument(metavar="CELL", help="Cells by name or pattern (`villain-*-refusal-*`); all that are trained"),
     ] = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="On the loopback; 0 takes a free one")] = 8000,
     engine: Annotated[

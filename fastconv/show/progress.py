@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from fastconv.stats.units import counted, duration_text, rate_text, shortened
+from fastconv.stats.units import counted, duration_text, rate_text, shortened_slot
 
 if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
@@ -187,14 +187,14 @@ def bar_line(width: int, name: str, figures: Sequence[str], share: float | None,
     """One line of at most `width` characters: name, bar (without `share`: none), figures.
 
     The figures stand whole, except that the last ones are left out where not even a short name fits beside them; then the
-    bar goes, then the middle of the name. `plain` draws the bar in ASCII.
+    bar goes, then the ends of the words of its name. `plain` draws the bar in ASCII.
     """
     shown = list(figures)
     while len(shown) > 1 and len("  ".join(shown)) + 2 + min(len(name), LEAST_NAME) > width:
         shown.pop()
     right = "  ".join(shown)
     room = max(width - len(right) - 2, 4)
-    line = Text(shortened(name, room))
+    line = Text(shortened_slot(name, room))
     bar_width = min(room - len(name) - 2, 30)
     if share is not None and bar_width >= 6:
         full = round(min(max(share, 0.0), 1.0) * bar_width)
