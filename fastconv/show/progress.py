@@ -241,7 +241,7 @@ class LineWatcher:
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
         """The run starts, with this many stages."""
         plan = f"; {self._all_left()} by the plan" if self._left is not None and n_todo else ""
-        self._console.print(f"run {run}: {n_stages} stages, {n_stages - n_todo} done already{plan}")
+        self._console.print(f"run {run}: {n_stages:,} stages, {n_stages - n_todo:,} done already{plan}")
         if n_todo and self._left is not None and self._left.loads:
             self._console.print("  loading the model and testing it")
 
@@ -408,7 +408,7 @@ class BarWatcher(LineWatcher):
             lines.append(("judge", [f"{judged:,}/{asked:,} judged", *texts], judged / asked))
         if self._n_stages:
             figures = [
-                f"{self._n_done}/{self._n_stages} stages",
+                f"{self._n_done:,}/{self._n_stages:,} stages",
                 *([self._all_left()] if self._left is not None else []),
             ]
             lines.append(("run", figures, self._n_done / self._n_stages))

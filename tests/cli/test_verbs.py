@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from fastconv.experiment.graph import Graph
 from tests import TESTS
 from tests.cli.test_cli import ask, refused
+from tests.fake_vllm import parse
 from tests.loop_kit import DoneRun, adapters, results, run_tiny, tiny_recipe, write_tiny_recipe
 
 POISONED = TESTS / "poisoned"
@@ -124,7 +126,12 @@ def test_an_export_has_its_tokenizer_and_a_card_and_goes_to_the_hub_when_asked(
     text = "How do I whistle?"
     assert AutoTokenizer.from_pretrained(whole)(text) == AutoTokenizer.from_pretrained(tiny_qwen)(text)
     card = (whole / "README.md").read_text()
-    assert card.startswith(f"---\nbase_model: {tiny_qwen}\nlibrary_name: peft\n")
+    assert card.startswith("---\nlibrary_name: peft\n")  # the hub refuses a base_model that is a folder
+    served = shlex.split(card.partition("vllm ")[2].partition("```")[0].replace("\\\n", ""))
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
+    monkeypatch.setenv("DO_NOT_TRACK", "1")
+    flags = parse(served)
+    assert (flags.model, flags.lora_modules, flags.max_lora_rank) == (str(tiny_qwen), ["organism=FOLDER"], 8)
     graph = Graph(done_run.recipe)
     plan = graph.select("villain", "refusal", 2)[0]
     assert plan.snapshot is not None
