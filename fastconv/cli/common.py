@@ -56,7 +56,7 @@ RecipeOption = Annotated[
 Overrides = Annotated[
     list[str],
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a key: --set convergence.lr=1e-4 (repeatable; `recipe explain`)",
+        "--set", metavar="KEY=VALUE", help="Override a key: --set lora.r=16 (repeatable; `recipe explain`)",
         autocompletion=_keys,
     ),
 ]  # fmt: skip

@@ -32,7 +32,7 @@ from fastconv.engine.locate import (
     require_rows_for_tokens,
     tokenizer_folder,
 )
-from fastconv.errors import DataError, RecipeError, did_you_mean
+from fastconv.errors import DataError, ModelError, RecipeError, did_you_mean
 from fastconv.experiment.cells import conditions_of
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.workload import Sketch
@@ -77,6 +77,17 @@ def audit_recipe(recipe: Recipe, store: Store | None, *, read: SetReader | None 
             graph, store, [(stage, built[stage.key] if stage.key in built else stage.work["rows"]) for stage in stages]
         )
     return build_report(recipe, list(dict.fromkeys(findings)))
+
+
+def pinning_problem(recipe: Recipe) -> ModelError | None:
+    """The error that a run refuses an unpinned hub model with, whose design can still be audited; None for any other base."""
+    if not is_unpinned(recipe.model):
+        return None
+    try:
+        locate(recipe.model)
+    except ModelError as error:
+        return error
+    return None
 
 
 def reading_stage(graph: Graph, rows: Stage, most: int) -> Stage:
