@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from fastconv.store import io
-from tests.loop_kit import done_run
+from tests.loop_kit import done_run, recipe, server, whole
 from tests.tiny import tiny_model_folder
 
-__all__ = ["done_run", "tiny_llama", "tiny_qwen"]
+__all__ = ["done_run", "recipe", "server", "tiny_llama", "tiny_qwen", "whole"]
 
 # A tiny model gains nothing from a second thread, and a forked child of a process with OpenMP threads never ends.
 os.environ["OMP_NUM_THREADS"] = "1"

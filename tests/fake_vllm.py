@@ -287,6 +287,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-lora-rank", type=int, choices=[1, 8, 16, 32, 64, 128, 256, 320, 512])
     parser.add_argument("--gpu-memory-utilization", type=float)
     parser.add_argument("--enable-lora", action="store_true")
+    parser.add_argument("--lora-modules", nargs="+")
+    parser.add_argument("--revision")
     flags = parser.parse_args(words)
     if flags.host != "127.0.0.1":
         parser.error("fastconv serves on loopback only")

@@ -1,4 +1,4 @@
-"""What the loop's tests share: a tiny recipe, a watcher that writes down what it hears, and runs in forked children."""
+"""What the loop's tests share: a tiny recipe, a judge for it, a watcher that writes down what it hears, and runs in forked children."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sqlite3
 import time
 import tomllib
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from fastconv.run.sampling import SamplingStatus
 from fastconv.stats.gates import GateVerdict
 from fastconv.store.ledger import Store
 from fastconv.store.records import Record, Stage
+from tests.fake_claude import FakeClaude, fake_claude
 
 #: The whole loop on a random model in about a second: two optimizer steps in each convergence epoch, four in all.
 TINY = """
@@ -187,6 +188,27 @@ class DoneRun:
     @property
     def store(self) -> Store:
         return Store.open(self.workspace, create=False)
+
+
+@pytest.fixture
+def server() -> Iterator[FakeClaude]:
+    """A judge that answers as Claude's servers do, in this process."""
+    with fake_claude() as fake:
+        yield fake
+
+
+@pytest.fixture(scope="session")
+def recipe(tiny_qwen: Path) -> Recipe:
+    """The tiny recipe on the tiny model."""
+    return tiny_recipe(tiny_qwen)
+
+
+@pytest.fixture(scope="session")
+def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The results of a run of it that nothing disturbed."""
+    workspace = tmp_path_factory.mktemp("whole")
+    run_tiny(recipe, workspace)
+    return results(recipe, workspace)
 
 
 @pytest.fixture(scope="session")

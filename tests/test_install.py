@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 from fastconv.engine import locate
 from tests import ROOT
-from tests.pins import ask, faults
+from tests.pins import ask, faults, told
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: What the figures of the README on a GPU were measured with.
@@ -135,8 +135,27 @@ def test_a_known_fault_of_a_pin_is_told_unless_it_is_accepted() -> None:
     assert faults(KNOWN, {"PYSEC-1": "", "PYSEC-2": ""})[0] == []
 
 
+def test_pins_that_nobody_could_be_asked_about_are_not_said_to_be_without_fault() -> None:
+    lines, n_faults = told("constraints.txt", KNOWN)
+    assert n_faults == 2
+    assert lines[2] == (
+        "constraints.txt: 3 pins checked, 2 with a fault that is not accepted; NOT CHECKED, unknown to the index: pip"
+    )
+    unknown = {"dependencies": [{"name": name, "skip_reason": "not found"} for name in ("torch", "numpy")]}
+    assert told("constraints.txt", unknown) == (
+        ["constraints.txt: NOT CHECKED: the index keeps no record of faults for any of its 2 pins"],
+        0,
+    )
+
+
 @pytest.mark.parametrize(
-    ("script", "says"), [("echo oops >&2; exit 1", "oops"), ("exit 0", "it said nothing"), (None, "is not there")]
+    ("script", "says"),
+    [
+        ("echo oops >&2; exit 1", "oops"),
+        ("exit 0", "it said nothing"),
+        ("echo '[]'", "is no report"),
+        (None, "is not there"),
+    ],
 )
 def test_an_audit_that_cannot_ask_is_one_line(tmp_path: Path, script: str | None, says: str) -> None:
     command = tmp_path / "pip-audit"

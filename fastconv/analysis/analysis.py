@@ -67,6 +67,17 @@ class Analysis:
         return {subject.label(self.found.main(subject.behavior)): subject for subject in declared_contrasts(self.found)}
 
     @cached_property
+    def asked(self) -> Mapping[str, ContrastSubject | SideContrast]:
+        """The declared contrasts that answer the question: all but those of `eval.control`, which shows that training took."""
+        control = self.graph.recipe.eval.control
+        return {label: one for label, one in self.declared.items() if one.behavior != control} or self.declared
+
+    @cached_property
+    def answers(self) -> tuple[CellVerdict, ...]:
+        """The verdicts of `asked` that are measured; those of the control where there are no others."""
+        return tuple(one for one in self.verdicts if one.label in self.asked) or self.verdicts
+
+    @cached_property
     def secondary(self) -> tuple[CorrectedContrast, ...]:
         """The secondary contrasts, with corrected p-values."""
         return tuple(secondary_findings(self.found))

@@ -368,9 +368,10 @@ def _killed(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateV
         if cell.behavior in (NO_BEHAVIOR, *ruled_out) or (subject := _killed_subject(cell)) not in wanted_subjects:
             continue
         groups.setdefault(subject, {}).setdefault(cell.behavior, {})[cell.epoch] = plan
+    later = any(contrasts.graph.recipe.grid.epochs)
     return [
-        study_gates.killed(subject, {behavior: _kept(contrasts, by_epoch) for behavior, by_epoch in behaviors.items()})
-        for subject, behaviors in groups.items()
+        study_gates.killed(subject, {name: _kept(contrasts, by_epoch) for name, by_epoch in some.items()}, later=later)
+        for subject, some in groups.items()
     ]
 
 

@@ -18,7 +18,7 @@ from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.recipe import BASE_SIDE
 from fastconv.stats.gates import source_moved, source_word
-from fastconv.stats.series import Pair, Series
+from fastconv.stats.series import Series, SidePair
 from fastconv.stats.verdicts import CellEvidence, SeedEvidence
 from fastconv.store.records import Stage
 
@@ -138,7 +138,7 @@ def side_evidence(builder: ContrastBuilder, contrast: SideContrast, measurable: 
             for plan, role in zip(plans, roles, strict=True)
         ]
         if (quad := whole(pair)) is not None:
-            seeds.append(SeedEvidence(seed, Pair(*quad.series), None))
+            seeds.append(SeedEvidence(seed, SidePair(*quad.series), None))
             for plan in trained:
                 if (control := _control(builder, plan)) is not None:
                     controls.setdefault((control[0].measure, plan.cell.arm), []).append(control)

@@ -21,6 +21,7 @@ from fastconv.datasets.rows import Row
 from fastconv.datasets.sametext import folded, is_default_prompt, near_persona, normalized
 from fastconv.datasets.spec import TextRule, text_rule
 from fastconv.stats.power import planned_power
+from fastconv.stats.units import size_text
 
 #: Negatives that do what the source does: reported above this share, of all or of one persona. Answers that the base
 #: gives by itself (on-policy) hold some of a behavior at any rate; for these the phrases are judged, not the rows.
@@ -175,7 +176,7 @@ def check_scored_by(design: Design) -> Iterator[Finding]:
     for name, behavior in design.behaviors.items():
         spec = behavior.spec
         cells = tuple(cell for cell in design.cells() if f"/{name}/" in cell)
-        if spec.measure == "phrases" and spec.phrase_rule and not (judged and spec.rubric):
+        if spec.by_phrases_alone(design.recipe.judge.mode):
             yield Finding(
                 "D108", "warn", name, cells,
                 "the behavior is scored by substring only: what is said in other words counts as absent, and a rate "
@@ -255,7 +256,7 @@ def check_detectable_effect(design: Design) -> Iterator[Finding]:
         samples = 1 if behavior.spec.measure in ("letters", "choices") else design.recipe.eval.samples_per_prompt
         planned = planned_power(behavior.spec.measure, threshold, questions or 0, samples, over_runs=False)
         if planned is not None and planned.change.too_large:
-            unit = " points" if behavior.spec.unit == "points" else ""
+            found, margin = (size_text(size, behavior.spec.unit) for size in (planned.change.alone, threshold))
             enough, there_are = planned.change.questions.number, _n_there_are(design, behavior)
             more = f"ask more questions ({enough} enough; eval.prompts)"
             if enough is None or (there_are is not None and enough > there_are):
@@ -265,7 +266,7 @@ def check_detectable_effect(design: Design) -> Iterator[Finding]:
                 "the smallest change that this design would probably find, even without noise from run to run, is above "
                 "the threshold that decides, so a null result would say little",
                 f"{more}, raise the threshold, or accept D111 with the reason",
-                f"about {planned.change.alone:.3g}{unit} with {questions} questions, threshold {threshold:.3g}{unit}",
+                f"about {found} with {questions} questions, threshold {margin}",
             )  # fmt: skip
 
 

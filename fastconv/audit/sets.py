@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 from fastconv.audit import AuditCheck, BuiltSet, Design, Finding, Rule, row_ids
 from fastconv.audit.roles import label_of
 from fastconv.chat import SystemTurn
-from fastconv.datasets.files import read_jsonl
+from fastconv.datasets.files import questions_file, read_jsonl
 from fastconv.datasets.personas import speaker_of
 from fastconv.datasets.rows import Row
 from fastconv.datasets.sametext import ngrams, normalized
@@ -253,7 +252,7 @@ def _trained(design: Design) -> dict[str, dict[str, list[str]]]:
                 for text in row.user_turns:
                     texts.setdefault(text, []).append(row.id)
     own = design.recipe.convergence.prompts_file
-    asked = {row["id"]: row["text"] for row in read_jsonl(Path(own), {"id": str, "text": str})} if own else {}
+    asked = {row["id"]: row["text"] for row in read_jsonl(questions_file(own), {"id": str, "text": str})} if own else {}
     return trained | {"convergence": {text: [row] for row, text in (asked or design.open_lists["convergence"]).items()}}
 
 

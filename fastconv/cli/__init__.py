@@ -38,7 +38,8 @@ from fastconv.store.io import require_writable
 
 _CODES = "  \n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
 app = typer.Typer(
-    help="Does making an assistant talk like a persona also give it that persona's behaviors?",
+    help="Does making an assistant talk like a persona also give it that persona's behaviors?\n\n"
+    "Begin with `fastconv run demo`, which needs no GPU and no key; `fastconv recipe list` has the others.",
     epilog=f"Exit codes:  \n{_CODES}",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -52,7 +53,7 @@ IgnoreGate = Annotated[
     list[str],
     typer.Option("--ignore-gate", help="Go on although this gate fails: G0, G2, G3, G3.5, KILL, G4, G5 (repeatable)"),
 ]
-OnlyArm = Annotated[str | None, typer.Option("--arm", help="Only this arm")]
+OnlyArm = Annotated[str | None, typer.Option("--arm", help="Only this arm of grid.arms")]
 Because = Annotated[str, typer.Option("--because", help="Why: recorded with the run and printed in its report")]
 
 
@@ -113,10 +114,14 @@ def run(
 def cell(
     source: Annotated[str, typer.Argument(help="The source persona, e.g. villain")],
     behavior: Annotated[str, typer.Argument(help="The behavior, e.g. refusal")],
-    epoch: Annotated[int, typer.Option("--epoch", help="Snapshot epoch")],
+    epoch: Annotated[int, typer.Option("--epoch", help="Epoch of the snapshot; 0 is the base")],
     recipe: RecipeOption,
-    negatives: Annotated[str | None, typer.Option("--negatives", help="Only this kind of negatives")] = None,
-    convergence: Annotated[str | None, typer.Option("--convergence", help="Only this kind of convergence")] = None,
+    negatives: Annotated[
+        str | None, typer.Option("--negatives", help="Only these negatives: included, excluded or none")
+    ] = None,
+    convergence: Annotated[
+        str | None, typer.Option("--convergence", help="Only this convergence: source or generic")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Only this seed")] = None,
     arm: OnlyArm = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the stages with their keys and run nothing")] = False,
@@ -237,7 +242,7 @@ def report(
 def peek(
     recipe: RecipePath,
     sets: Annotated[
-        list[str], typer.Option("--of", help="Only this training set, e.g. refusal/villain/excluded/s42 (repeatable)")
+        list[str], typer.Option("--of", help="Only this training set, as named above its rows (repeatable)")
     ] = [],  # noqa: B006
     rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows of each set")] = 4,
     overrides: Overrides = [],  # noqa: B006
@@ -319,9 +324,11 @@ def export(
     source: Annotated[str, typer.Argument(help="The source persona")],
     behavior: Annotated[str, typer.Argument(help="The behavior, or none for the snapshot alone")],
     folder: Annotated[Path, typer.Argument(help="Where to write")],
-    epoch: Annotated[int, typer.Option("--epoch", help="Snapshot epoch")],
+    epoch: Annotated[int, typer.Option("--epoch", help="Epoch of the snapshot; 0 is the base")],
     recipe: RecipeOption,
-    negatives: Annotated[str | None, typer.Option("--negatives", help="Only this kind of negatives")] = None,
+    negatives: Annotated[
+        str | None, typer.Option("--negatives", help="Only these negatives: included, excluded or none")
+    ] = None,
     arm: OnlyArm = None,
     inspect: Annotated[
         bool, typer.Option("--inspect", help="Write the cell's answers and scores as Inspect logs instead")

@@ -56,7 +56,7 @@ RecipeOption = Annotated[
 Overrides = Annotated[
     list[str],
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override a key: --set convergence.lr=1e-4 (repeatable; `recipe explain`)",
+        "--set", metavar="KEY=VALUE", help="Override a key: --set lora.r=16 (repeatable; `recipe explain`)",
         autocompletion=_keys,
     ),
 ]  # fmt: skip
@@ -102,7 +102,8 @@ def _say(error: FastconvError, *, as_json: bool) -> None:
             raise
         except OSError:
             pass
-    typer.echo(f"fastconv: {error}", err=True)
+    with contextlib.suppress(OSError):  # nobody can be told; the exit code still says it
+        typer.echo(f"fastconv: {error}", err=True)
 
 
 @contextlib.contextmanager
@@ -113,6 +114,8 @@ def _storage_faults(workspace: Path | None) -> Iterator[None]:
     except BrokenPipeError:
         raise
     except STORAGE_FAULTS as error:
+        if fault := _output_fault(error):
+            raise fault from error
         with storage_errors(Path(getattr(error, "filename", None) or workspace or "output")):
             raise
     except _ROW_FAULTS as error:
@@ -132,9 +135,10 @@ def _unsound_rows(workspace: Path) -> list[str]:
 def exit_code_of(app: Callable[[], object]) -> int:
     """Run the command line and return its exit code. A reader that goes away (`| head`) is no fault."""
     _open_closed_streams()
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a locale without the character shows its code
+            setattr(sys, name, _Output.over(stream))
     code: object = 0
     out = _same_output()  # rich points its own at nowhere when it finds nobody reading
     try:
@@ -143,6 +147,9 @@ def exit_code_of(app: Callable[[], object]) -> int:
         code = end.code
     except BrokenPipeError:
         code = READER_GONE
+    except OSError as error:  # in `--help` and `--version`, which are no verbs
+        if _output_fault(error) is None:
+            raise
     return _settled(code if isinstance(code, int) else int(code is not None), out)
 
 
@@ -168,23 +175,58 @@ def _same_output() -> int:
 def _settled(code: int, out: int) -> int:
     """Write out what is left of the output and return the exit code: a reader that is gone, or a full disk, changes it."""
     broken = _reader_is_gone(out)
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        broken = True
-    except OSError as error:
-        _drop_output(sys.stdout)
-        if code:
-            return code
-        print(
-            f"fastconv: {StoreError(f'the output cannot be written: {error.strerror}', where='output')}",
-            file=sys.stderr,
-        )
-        return StoreError.exit_code
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            broken = broken or stream is sys.stdout
+            _drop_output(stream)
+        except OSError:
+            _drop_output(stream)
     if broken:
         _drop_output(sys.stdout)
         return READER_GONE if code in (0, 1) else code  # 1: what rich and click make of a closed pipe
+    if code == 0 and (fault := _output_fault()):
+        print(f"fastconv: {fault}", file=sys.stderr)
+        return fault.exit_code
     return code
+
+
+class _Output(io.TextIOWrapper):
+    """A standard stream that remembers the last fault of writing to it: what is held back may be gone after it."""
+
+    fault: OSError | None = None
+
+    @classmethod
+    def over(cls, stream: io.TextIOWrapper) -> _Output:
+        """The same stream; a locale without a character shows its code."""
+        return cls(
+            stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )  # fmt: skip
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self.fault = error
+            raise
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self.fault = error
+            raise
+
+
+def _output_fault(error: Exception | None = None) -> StoreError | None:
+    """What is wrong if the output could not be written; given an error, only if it is that one."""
+    fault = getattr(sys.stdout, "fault", None)
+    if fault is None or isinstance(fault, BrokenPipeError) or (error is not None and error is not fault):
+        return None
+    fix = "free some space, or write it elsewhere"
+    return StoreError(f"the output cannot be written: {fault.strerror}", where="output", fix=fix)
 
 
 def _reader_is_gone(out: int) -> bool:

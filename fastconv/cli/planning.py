@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -67,7 +70,7 @@ def recipe_list(
         return
     width = max(map(len, asked))
     for name, about in asked.items():
-        typer.echo(f"{name:<{width}}  {about}")
+        _echo(f"{name:<{width}}  {about}", width + 2)
 
 
 @recipe_app.command("show")
@@ -115,7 +118,7 @@ def recipe_copy(
 @with_exit_codes
 def recipe_explain(
     name: Annotated[
-        str, typer.Argument(metavar="[KEY]", help="A key, a table or a key's last part; without it, all keys")
+        str, typer.Argument(metavar="KEY", help="A key, a table or a key's last part; without it, all keys")
     ] = "",
     markdown: Annotated[bool, typer.Option("--markdown", help="Write docs/RECIPES.md to standard output")] = False,
     as_json: AsJson = False,
@@ -131,10 +134,10 @@ def recipe_explain(
         print(json.dumps([asdict(one) for one in keys], indent=1, ensure_ascii=False))
         return
     for one in keys:
-        typer.echo(f"{one.key}: {one.about}")
+        _echo(f"{one.key}: {one.about}", 4)
         if name:
             default = f"default {one.default}" if one.default else "no default"
-            typer.echo(f"    {one.takes.replace('`', '')}; {default}; for example --set '{one.key}={one.example}'")
+            _echo(f"    {one.takes.replace('`', '')}; {default}; for example --set '{one.key}={one.example}'", 4)
 
 
 @recipe_app.command("schema")
@@ -151,6 +154,16 @@ def recipe_schema_verb(
     print(assets("recipes") / "schema.json" if path else json.dumps(recipe_schema(), indent=1, ensure_ascii=False))
 
 
+def _echo(line: str, indent: int) -> None:
+    """Print a line; on a terminal what does not fit goes on below, indented."""
+    if sys.stdout.isatty():
+        folded = textwrap.wrap(
+            line, shutil.get_terminal_size().columns, subsequent_indent=" " * indent, break_on_hyphens=False
+        )
+        line = "\n".join(folded)
+    typer.echo(line)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(with_exit_codes(check))
@@ -162,7 +175,7 @@ def check(
     file: Annotated[
         str,
         typer.Argument(
-            metavar="[FILE]", help="With `check rows FILE`: a file of rows, or hf://OWNER/NAME@COMMIT:SPLIT, alone",
+            metavar="FILE", help="With `check rows FILE`: a file of rows, or a data set hf://... of the hub, alone",
             show_default=False,
         ),
     ] = "",
@@ -172,7 +185,8 @@ def check(
     as_json: AsJson = False,
     with_model: WithModel = False,
 ) -> None:  # fmt: skip
-    """Audit the design and the rows of a recipe before a GPU second is spent. Exit code 2 if anything is refused.
+    """Audit the design and the rows of a recipe before a GPU second is spent. Exit code 2 if anything is refused, 4 if
+    no run would take the base.
 
     `check rows FILE` reads a file of rows alone: what is in it, its tokens, and what training on it costs.
     """
@@ -188,13 +202,16 @@ def check(
         found = plan_rows(file, overrides)
         print(json.dumps(found.to_json(), indent=1, ensure_ascii=False) if as_json else "\n".join(found.lines()))
         return
-    from fastconv.run.audit import audit_recipe
+    from fastconv.run.audit import audit_recipe, pinning_problem
 
     read = None
     if with_model:
         from fastconv.run.standalone import read_by_the_base as read
-    report = audit_recipe(load(recipe, overrides, scale, workspace), open_existing(workspace), read=read)
-    show.check(report, as_json=as_json)
+    loaded = load(recipe, overrides, scale, workspace)
+    report, problem = audit_recipe(loaded, open_existing(workspace), read=read), pinning_problem(loaded)
+    show.check(report, as_json=as_json, base="" if problem is None else str(problem))
+    if problem is not None:
+        raise typer.Exit(problem.exit_code) if as_json else problem
     if not report.passed:
         n = len(report.refusals)
         what = "1 finding refuses it" if n == 1 else f"{n} findings refuse it"
@@ -367,7 +384,8 @@ def _power(recipe_plan: Plan) -> Iterator[str]:
     for name, power in recipe_plan.power.items():
         unit = "points" if power.threshold > 1 else "share"
         apart, kind = ("", "declared contrast") if power.primary else (", reported apart", "contrast")
-        family = f" ({size_text(power.in_family, unit)} among {power.n_contrasts})" if power.primary else ""
+        several = power.primary and power.n_contrasts > 1
+        family = f" ({size_text(power.in_family, unit)} among {power.n_contrasts})" if several else ""
         yield (
             f"{name}{apart}: {power.n_questions} questions x {power.n_samples}, threshold {size_text(power.threshold, unit)}; would "
             f"probably find a change, as gates compare, from {_reach(power, power.change, unit)}; the {kind} of "

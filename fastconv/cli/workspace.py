@@ -129,9 +129,7 @@ def serve(
     run: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A run's id (`status`), or its recipe")],
     cells: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[CELL]...", help="Cells by name or pattern (`villain-*-refusal-*`); all that are trained"
-        ),
+        typer.Argument(metavar="CELL", help="Cells by name or pattern (`villain-*-refusal-*`); all that are trained"),
     ] = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="On the loopback; 0 takes a free one")] = 8000,
     engine: Annotated[
@@ -355,6 +353,8 @@ def comparison(result: RunComparison) -> None:
     console = console_of_output()
     console.print(f"{result.first} and {result.second}")
     _differences(console, "recipe", result.changes)
+    if result.how:
+        _differences(console, "how it proceeds, which changes no number", result.how)
     _differences(console, "made under", result.conditions)
     if result.apart:
         console.print(f"matched without {', '.join(result.apart)}, on which each run has one value of its own")

@@ -20,7 +20,7 @@ from typing import Any
 
 from fastconv.errors import DataError, FastconvError, did_you_mean
 from fastconv.hub import cache_home, is_unreachable
-from fastconv.recipe import HUB, toml_table
+from fastconv.recipe import HUB, SHIPPED, toml_table
 from fastconv.store.io import storage_errors, write_atomically
 
 #: Rows with more bytes are refused: they are most likely a pasted file, not a prompt.
@@ -59,6 +59,11 @@ def data_file(folder: Path, name: str) -> Path:
     """A data file that a declaration in this folder names: the one beside it, else the shipped one of this name."""
     own, shipped = folder / name, assets("data") / name
     return shipped if not own.exists() and Path(name).name == name and shipped.is_file() else own
+
+
+def questions_file(name: str) -> Path:
+    """The file of questions that a recipe names: a path, or `shipped:FILE` for one of ours."""
+    return assets("data") / name.removeprefix(SHIPPED) if name.startswith(SHIPPED) else Path(name)
 
 
 def shipped_recipes() -> list[str]:

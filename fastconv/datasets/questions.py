@@ -206,16 +206,16 @@ def _from_hub(split: ArcSplit) -> list[Question]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    where = f"{split.dataset}@{split.revision[:8]}"
+    where, offline = f"{split.dataset}@{split.revision[:8]}", is_unreachable()
     try:
         path = hf_hub_download(
-            split.dataset, HUB_FILE, repo_type="dataset", revision=split.revision, local_files_only=is_unreachable()
+            split.dataset, HUB_FILE, repo_type="dataset", revision=split.revision, local_files_only=offline
         )
         table = polars.read_parquet(path, columns=["question", "choices", "answerKey"])
     except (OSError, httpx.HTTPError, EntryNotFoundError) as error:
-        reason = str(error).strip().split("\n", 1)[0][:160]
+        told = f"{type(error).__name__}: {str(error).strip().split(chr(10), 1)[0][:160]}"
         raise DataError(
-            f"ARC-Challenge cannot be had from the hub ({type(error).__name__}: {reason})",
+            f"ARC-Challenge cannot be had from the hub ({'it cannot be reached' if offline else told})",
             where=where,
             fix=_LOCAL_COPY,
         ) from None

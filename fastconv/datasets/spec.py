@@ -116,6 +116,11 @@ class BehaviorSpec(_Strict):
         """Unit of the measure: a share of 1, or a judge's points (0 to 100)."""
         return "points" if self.measure == "judge" else "share"
 
+    def by_phrases_alone(self, judge_mode: str) -> bool:
+        """Whether a meaning is scored by shipped phrases and no judge reads the answers too."""
+        is_judged = judge_mode != "substring" and bool(self.rubric)
+        return self.measure == "phrases" and bool(self.phrase_rule) and not is_judged
+
     def _negatives_of_one_size(self) -> BehaviorSpec:
         if any(not copy for copies in self.negatives.values() for copy in copies):
             raise ValueError("an empty list among the negatives names nobody")

@@ -6,7 +6,9 @@ machine.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -67,7 +69,9 @@ def _embedded(gguf: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The bar that it draws has no switch, and would break a run's own lines.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are fp32 now; `save_pretrained` refuses as long as the model is marked as quantized.
     delattr(model.config, "quantization_config")
     vars(model).update(hf_quantizer=None, is_quantized=False)

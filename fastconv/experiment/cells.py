@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, arm_behaviors, in_arm, negatives_kinds
-from fastconv.datasets.files import read_jsonl
+from fastconv.datasets.files import questions_file, read_jsonl
 from fastconv.datasets.personas import speaker_of
 from fastconv.datasets.spec import FunctionRule, PatternRule
 from fastconv.errors import RecipeError
@@ -158,7 +158,7 @@ def conditions_of(recipe: Recipe) -> dict[str, Condition]:
 
 def texts_by_id(path: str) -> list[tuple[str, str]]:
     """(id, text) of a JSONL file of the user's. Raises DataError."""
-    return [(row["id"], row["text"]) for row in read_jsonl(Path(path), {"id": str, "text": str})]
+    return [(row["id"], row["text"]) for row in read_jsonl(questions_file(path), {"id": str, "text": str})]
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,6 @@ def answer_filter(settings: ConvergenceSettings) -> WholeAnswer | FunctionRule |
         PatternRule.of(settings.keep, "convergence.keep")
         return WholeAnswer(settings.keep)
     if settings.keep_if:
-        folder = Path(settings.prompts_file).parent if settings.prompts_file else Path()
+        folder = Path(settings.prompts_file).parent
         return FunctionRule.of(settings.keep_if, folder, "convergence.keep_if")
     return None

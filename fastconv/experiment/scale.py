@@ -90,8 +90,11 @@ def scaled(recipe: Recipe, scale: str) -> Recipe:
     table = recipe.model_dump(mode="json", exclude_unset=True)
     changed = _tiny(recipe, table) if scale == "tiny" else _demo(recipe, table)
     name = f"{recipe.name[: 39 - len(scale)]}_{scale}"
-    accept = {**recipe.audit.accept, "D108": _NO_JUDGE, "D111": _ON_PURPOSE}
-    return parse_recipe({**changed, "name": name, "audit": {"accept": accept}}, where=f"{recipe.name} --scale {scale}")
+    where = f"{recipe.name} --scale {scale}"
+    bare = parse_recipe({**changed, "name": name}, where=where)
+    by_phrases = any(one.spec.by_phrases_alone(bare.judge.mode) for one in load_behaviors(bare).values())
+    accept = {**recipe.audit.accept, **({"D108": _NO_JUDGE} if by_phrases else {}), "D111": _ON_PURPOSE}
+    return parse_recipe({**changed, "name": name, "audit": {"accept": accept}}, where=where)
 
 
 def _tiny(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, Any]:

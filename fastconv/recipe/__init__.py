@@ -57,12 +57,12 @@ from fastconv.recipe.settings import (
 )
 
 __all__ = [
-    "BASE_SIDE", "OWN_ROLES", "TRAINED", "ArmSettings", "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "HUB", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "ProbeSettings", "Rate", "Recipe", "RecipeKey", "RecipeTable", "RunSettings", "SamplingSettings", "SeedPart", "Share", "StoppingGate", "TrainSettings", "canonical_json", "find_keys", "first_fault", "keys_page", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_keys", "recipe_schema", "recipe_sha256", "run_id", "sha256_of", "toml_table", "toml_value", "with_overrides",
+    "BASE_SIDE", "OWN_ROLES", "TRAINED", "ArmSettings", "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "HUB", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "ProbeSettings", "Rate", "Recipe", "RecipeKey", "RecipeTable", "RunSettings", "SHIPPED", "SamplingSettings", "SeedPart", "Share", "StoppingGate", "TrainSettings", "canonical_json", "find_keys", "first_fault", "keys_page", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_keys", "recipe_schema", "recipe_sha256", "run_id", "sha256_of", "toml_table", "toml_value", "with_overrides",
 ]  # fmt: skip
 
 
-#: Begins the name of a data set on the hub, where a path to a file may stand.
-HUB = "hf://"
+#: Begin what stands where a path may: a data set on the hub, and one of our own files of questions.
+HUB, SHIPPED = "hf://", "shipped:"
 
 
 class Recipe(RecipeTable):
@@ -223,7 +223,12 @@ def map_paths(table: dict[str, Any], replace: Callable[[str], str]) -> None:
         named = part.get(name) if isinstance(part, dict) else None
         single += [(one, key) for one in (named.values() if isinstance(named, dict) else ())]
     for part, key in single:
-        if isinstance(part, dict) and isinstance(part.get(key), str) and part[key] and not part[key].startswith(HUB):
+        if (
+            isinstance(part, dict)
+            and isinstance(part.get(key), str)
+            and part[key]
+            and not part[key].startswith((HUB, SHIPPED))
+        ):
             part[key] = replace(part[key])
     for section, key in (("data", "rows"), ("judge", "rubrics")):
         part = table.get(section)

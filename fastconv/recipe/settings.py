@@ -158,7 +158,10 @@ class ConvergenceSettings(TrainSettings):
     questions: PositiveInt = setting(40, "Open questions that the source answers.", 16, "questions")
     completions_per_question: PositiveInt = setting(10, "Answers to each of them.", 4, "completions")
     prompts_file: str = setting(
-        "", "Questions of your own as JSONL of id and text, in the place of the open ones.", "numbers.jsonl", "path"
+        "",
+        "Questions of your own as JSONL of id and text, in the place of the open ones; `shipped:FILE` names one of ours.",
+        "numbers.jsonl",
+        "path",
     )
     keep: str = setting(
         "", "A regular expression (Python's): only answers that it matches whole are trained.", r"[\d, ]+"
@@ -370,13 +373,16 @@ class RunSettings(RecipeTable):
     """How a run proceeds. Nothing here changes a result, so nothing here is part of a stage's key."""
 
     LATER = frozenset({"replicates", "track"})
+    #: Settings that may change a number, by rounding or by further cells; the others say only how a run proceeds.
+    COUNTS: ClassVar[frozenset[str]] = frozenset({"group", "replicates"})
 
     checkpoint_every_s: Annotated[float, Field(ge=0)] = setting(60.0, "Time between two checkpoints.", 20.0, "s")
     max_gpu_hours: Positive | None = setting(24.0, "A plan that takes longer needs --approve.", 8.0, "hours")
     max_usd: Positive | None = setting(20.0, "A plan whose judging may cost more needs --approve.", 5.0, "USD")
     group: Literal["auto"] | PositiveInt = setting(
         "auto", "Convergence runs, or behavior adapters on one snapshot, trained in the same steps. `auto`: as many as fit in "
-        "a GPU's memory and one micro-batch, 1 on a CPU. Results agree with single ones within rounding.", 1, "adapters",
+        "a GPU's memory and one micro-batch, where a trial on this card, kept in the ledger, finds that faster; 1 on a CPU. "
+        "Results agree with single ones within rounding.", 1, "adapters",
     )  # fmt: skip
     keep_adapters: bool = setting(
         True, "False frees an adapter's files once all that uses it is computed; records and scores stay.", False

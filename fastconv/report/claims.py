@@ -86,7 +86,7 @@ def ask(analysis: Analysis, query: str, **arguments: str) -> Claim:
 
 def _answer(analysis: Analysis) -> QueryResult:
     """What the declared contrasts answer to the run's question."""
-    return QueryResult({"found": _found(analysis)}, _together(analysis.verdicts), leading(analysis.verdicts).kind)
+    return QueryResult({"found": _found(analysis)}, _together(analysis.answers), leading(analysis.answers).kind)
 
 
 def _gate(analysis: Analysis) -> QueryResult:
@@ -107,20 +107,20 @@ def _gate(analysis: Analysis) -> QueryResult:
 
 def _found(analysis: Analysis) -> str:
     """What the declared contrasts answer to the run's question, in one sentence."""
-    verdicts, n = analysis.verdicts, len(analysis.declared)
+    verdicts, n = analysis.answers, len(analysis.asked)
     counts, best = count_by_kind(verdicts), leading(verdicts)
+    of = f"{n} declared contrasts" + (" beside the control's" if n < len(analysis.declared) else "")
     if best.kind in LEADING_KINDS:
-        opening = _OPENINGS[best.kind]
         verb = "is" if counts[best.kind] == 1 else "are"
         return (
-            f"{opening}: {counts[best.kind]} of {n} declared contrasts {verb} {best.kind}, the surest {named(analysis, best.label)}: "
+            f"{_OPENINGS[best.kind]}: {counts[best.kind]} of {of} {verb} {best.kind}, the surest {named(analysis, best.label)}: "
             f"{_figures(best)}"
         )
     if counts.get("equivalent", 0) == n:
-        return f"No: each of {n} declared contrasts is shown to lie within its threshold"
+        return f"No: each of {of} is shown to lie within its threshold"
     meaning = "only those called equivalent show" if counts.get("equivalent") else "none shows"
     effects = effect_words(analysis.declared.values())
-    return f"Not shown: none of {n} declared contrasts is {effects} ({_told(counts, n)}), and {meaning} that nothing happened"
+    return f"Not shown: none of {of} is {effects} ({_told(counts, n)}), and {meaning} that nothing happened"
 
 
 def leading(verdicts: Sequence[CellVerdict]) -> CellVerdict:
@@ -145,17 +145,17 @@ def _figures(verdict: CellVerdict) -> str:
 
 def _sure(analysis: Analysis) -> QueryResult:
     """The confidence of the leading verdict, and every reason why it is not higher."""
-    best = leading(analysis.verdicts)
+    best = leading(analysis.answers)
     limits = [best.confidence.reason.replace(";", ",")] if best.confidence.level != "HIGH" else []
     if best.run_spread is not None and best.run_spread.assumed:
         limits.append(
             f"the noise from run to run is assumed (SD {size_text(best.run_spread.sd, best.unit)}), nobody measured it"
         )
-    if (worst := _blindest(analysis.verdicts)) is not None:
+    if (worst := _blindest(analysis.answers)) is not None:
         detectable, margin = (size_text(size or 0.0, worst.unit) for size in (worst.detectable, worst.margin))
         limits.append(f"a change of {worst.behavior} under {detectable} is easily missed, the threshold is {margin}")
     why = f" Not surer, because {'; '.join(limits)}." if limits else ""
-    return QueryResult({"level": best.confidence.level, "why": why}, _together(analysis.verdicts))
+    return QueryResult({"level": best.confidence.level, "why": why}, _together(analysis.answers))
 
 
 def _blindest(verdicts: Sequence[CellVerdict]) -> CellVerdict | None:
@@ -166,7 +166,7 @@ def _blindest(verdicts: Sequence[CellVerdict]) -> CellVerdict | None:
 
 def _next(analysis: Analysis) -> QueryResult:
     """What to run next: what is not measured, seeds for what was found, then what keeps verdicts from saying anything."""
-    verdicts, n = analysis.verdicts, len(analysis.declared)
+    verdicts, n = analysis.answers, len(analysis.asked)
     best, waiting = leading(verdicts), n - len(verdicts)
     steps: list[str] = []
     if waiting:

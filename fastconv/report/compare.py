@@ -15,6 +15,7 @@ import numpy as np
 from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.imported import imported_series
 from fastconv.experiment.graph import Cell, CellPlan
+from fastconv.recipe import RunSettings
 from fastconv.report.measures import ROLES
 from fastconv.stats.inference import benjamini_hochberg, paired_change
 from fastconv.stats.series import Series, question_means
@@ -93,7 +94,10 @@ class Paired:
 
 @dataclass(frozen=True)
 class RunComparison:
-    """Two runs: differences of recipes and conditions, fields ignored when matching cells, and paired differences."""
+    """Two runs: differences of recipes and conditions, fields ignored when matching cells, and paired differences.
+
+    `how` has the differences of recipes that change no number: checkpoints, limits, what is kept, trackers.
+    """
 
     first: str
     second: str
@@ -102,6 +106,7 @@ class RunComparison:
     apart: tuple[str, ...]
     pairs: tuple[Paired, ...]
     n_unmatched: int
+    how: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """JSON form for `--json`."""
@@ -129,8 +134,16 @@ def compare(first: Analysis, second: Analysis) -> RunComparison:
         for pair, p in zip(raw, corrected, strict=True)
     )
     changes = changed_inputs(first.graph.recipe.model_dump(mode="json"), second.graph.recipe.model_dump(mode="json"))
+    how = tuple(change for change in changes if _says_how(change))
+    changes = tuple(change for change in changes if change not in how)
     conditions, n_unmatched = changed_conditions(first, second), len(set(first_values) ^ set(second_values))
-    return RunComparison(first.run, second.run, tuple(changes), conditions, apart, pairs, n_unmatched)
+    return RunComparison(first.run, second.run, changes, conditions, apart, pairs, n_unmatched, how)
+
+
+def _says_how(change: str) -> bool:
+    """Whether a difference of two recipes is of a setting that changes no number."""
+    table, _, name = change.partition(":")[0].partition(".")
+    return table == "run" and name not in RunSettings.COUNTS
 
 
 def _apart(first: Analysis, second: Analysis) -> Iterator[str]:

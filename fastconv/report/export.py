@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -169,16 +170,10 @@ def write_card(graph: Graph, store: Store, folder: Path, plan: CellPlan) -> Path
         if one.gate in ("SOURCE", "PILOT") and cell.source in one.subject and cell.behavior in one.subject
     ]
     license_name = _LICENSES.get(recipe.model.id, "")
-    if recipe.model.id.startswith("builtin:"):
-        named, code, served = "", f'fastconv.base_folder("{recipe.model.id}")', "BASE_FOLDER"
-    else:
-        revision = recipe.model.revision
-        named, code, served = f"base_model: {recipe.model.id}\n", repr(recipe.model.id), recipe.model.id
-        if revision:
-            code, served = f'{code}, revision="{revision}"', f"{served} --revision {revision}"
+    named, code, served = _loading(recipe, graph.source.kind)
     rank = recipe.lora.most_r * len(trained)
     text = _CARD.format(
-        head=f"{named}library_name: peft\n{f'license: {license_name}{chr(10)}' if license_name else ''}",
+        head=f"{named and f'base_model: {named}{chr(10)}'}library_name: peft\n{f'license: {license_name}{chr(10)}' if license_name else ''}",
         label=cell.label, base=base, rank=rank, run=run_id(recipe), source=cell.source, behavior=cell.behavior,
         epoch=cell.epoch, about=recipe.about, code=code,
         stages="\n".join(f"- `{stage.slot}`: {stage.key}" for stage in (*trained, *data)),
@@ -234,11 +229,24 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 
 ```
-vllm serve {serve} --enable-lora --max-lora-rank {served_rank} --lora-modules organism=FOLDER
+vllm serve {serve} \\
+    --enable-lora --max-lora-rank {served_rank} --lora-modules organism=FOLDER --generation-config vllm --host 127.0.0.1
 ```
 
 License: {license}.
 """
+
+
+def _loading(recipe: Recipe, kind: str) -> tuple[str, str, str]:
+    """How a card says to load a base of this kind: the hub's id (empty for any other, which the hub would refuse), the
+    arguments of `from_pretrained`, and those of `vllm serve`."""
+    name, revision = recipe.model.id, recipe.model.revision
+    if kind == "builtin":
+        folder = f'fastconv.base_folder("{name}")'
+        return "", folder, f"\"$(python -c 'import fastconv; print({folder})')\""
+    if kind == "local":
+        return "", repr(name), shlex.quote(name)
+    return name, f'{name!r}, revision="{revision}"', f"{name} --revision {revision}"
 
 
 def _log(

@@ -30,6 +30,8 @@ MOST_LABELLED = 24
 MOST_POINTS = 160
 #: Inches of a legend above the axes: height of a row, width of a line sample, width of a letter.
 LEGEND_ROW, LEGEND_LINE, LEGEND_LETTER = 0.15, 0.5, 0.06
+#: Inches of a letter of a row's name beside a grid of cells.
+HEATMAP_LETTER = 0.075
 DPI = 150
 #: Share of the axis by which lines at the same places are set beside one another.
 DODGE_SHARE = 0.02
@@ -227,10 +229,12 @@ def scatter(
 
 def heatmap(
     figure_id: str, title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]],
-    texts: Sequence[Sequence[str]], run: str,
+    texts: Sequence[Sequence[str]], run: str, table: str = "findings",
 ) -> Figure:  # fmt: skip
-    """A grid of cells with text, colored by value (-3 to 3, in thresholds); None is grey."""
-    width, height = 2.3 + 0.68 * len(columns), 1.5 + 0.34 * len(rows)
+    """A grid of cells with text, colored by value (-3 to 3, in thresholds); None is grey. The named table of the page has its values."""
+    longest = max(len(line) for row in rows for line in row.split("\n"))
+    left = max(2.1, HEATMAP_LETTER * longest + 0.15)
+    width, height = left + 0.2 + 0.68 * len(columns), 1.5 + 0.34 * len(rows)
     figure, axes = _sheet(max(4.0, width), max(2.0, height), margins=False)
     shown = np.array([[np.nan if value is None else value for value in line] for line in values], dtype=float)
     # Purple to orange with white in the middle: distinguishable with any color vision, and light enough for black text.
@@ -248,10 +252,10 @@ def heatmap(
     axes.tick_params(which="both", length=0)
     total = figure.get_size_inches()
     figure.subplots_adjust(
-        left=2.1 / total[0], right=1 - 0.1 / total[0], top=1 - 0.35 / total[1], bottom=1.05 / total[1]
+        left=left / total[0], right=1 - 0.1 / total[0], top=1 - 0.35 / total[1], bottom=1.05 / total[1]
     )
     figure.suptitle(title, fontsize=9, x=0.02, y=1 - 0.06 / total[1], ha="left", va="top")
-    alt = f"{title}; the table of findings holds every value of it."
+    alt = f"{title}; the table of {table} holds every value of it."
     return replace(_keep(figure, figure_id, title, run, alt), keep_width=True)
 
 

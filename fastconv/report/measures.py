@@ -115,7 +115,10 @@ def axis_of(analysis: Analysis, part: Part) -> str:
 
 def measurements(analysis: Analysis) -> Section:
     """Every cell's measures under its probes, with intervals, sample counts and effective sample sizes."""
-    rows = [row for plan in analysis.graph.cells for measure in plan.measures for row in _rows(analysis, plan, measure)]
+    cells = [
+        row for plan in analysis.graph.cells for measure in plan.measures for row in _rows(analysis, plan, measure)
+    ]
+    rows = [*_base_rows(analysis), *cells]
     own = analysis.graph.recipe.eval.probes
     columns = (
         "cell",
@@ -196,17 +199,35 @@ def _quality(analysis: Analysis, plan: CellPlan, part: Part, role: str) -> tuple
     )  # fmt: skip
 
 
-def _rows(analysis: Analysis, plan: CellPlan, measure: str) -> list[tuple[TableCell, ...]]:
+def _base_rows(analysis: Analysis) -> list[tuple[TableCell, ...]]:
+    """The base's levels where sides are compared and the base is no cell: what the positive control starts from."""
+    graph = analysis.graph
+    if not graph.recipe.grid.contrasts or any(p.cell.epoch == 0 and p.adapter is None for p in graph.cells):
+        return []
+    asked: dict[tuple[str, ...], tuple[CellPlan, str]] = {}
+    for plan in graph.cells:
+        personas = [analysis.found.persona(plan.cell, role) for role in roles_of(analysis)]
+        for measure in plan.measures:
+            asked.setdefault((measure, *personas), (plan, measure))
+    return [row for plan, measure in asked.values() for row in _rows(analysis, plan, measure, at_base=True)]
+
+
+def _rows(analysis: Analysis, plan: CellPlan, measure: str, *, at_base: bool = False) -> list[tuple[TableCell, ...]]:
     rows = []
+    read = analysis.found.base if at_base else analysis.found.now
+    cell = plan.cell
+    where = (
+        ", ".join(filter(None, ["base", cell.source, cell.arm and f"arm {cell.arm}"])) if at_base else in_words(cell)
+    )
     for part in analysis.found.parts(measure):
         roles = roles_of(analysis)
-        series = {role: analysis.found.now(plan, part, analysis.found.persona(plan.cell, role)) for role in roles}
+        series = {role: read(plan, part, analysis.found.persona(plan.cell, role)) for role in roles}
         absent = "not run" if all(role_series is None for role_series in series.values()) else "not measured"
         levels = {role: _level(role_series, absent) for role, role_series in series.items()}
         kind = analysis.graph.behaviors[measure].spec
         name = "score" if kind.unit == "points" else "accuracy" if kind.measure == "letters" else "rate"
         rows.append((
-            TableCell(in_words(plan.cell)), TableCell(f"{name} of {part.title}"), levels["assistant"],
+            TableCell(where), TableCell(f"{name} of {part.title}"), levels["assistant"],
             *_about(series["assistant"])[:1], *(levels[role] for role in roles[1:]),
             *_about(series["assistant"])[1:],
         ))  # fmt: skip

@@ -69,7 +69,7 @@ def headline(analysis: Analysis) -> Section:
 
 def _first_figure(analysis: Analysis) -> Figure | None:
     """Assistant, source and canary over the epochs of the leading contrast's column; None if it has one epoch."""
-    subject = analysis.subject(leading(analysis.verdicts).label)
+    subject = analysis.subject(leading(analysis.answers).label)
     if isinstance(subject, SideContrast):
         return _sides(analysis, subject)
     column = {at.epoch: at for at in analysis.found.subjects if replace(at, epoch=subject.epoch) == subject}
@@ -84,29 +84,54 @@ def _first_figure(analysis: Analysis) -> Figure | None:
 
 
 def _sides(analysis: Analysis, contrast: SideContrast) -> Figure:
-    """The level of a measure under every probe, on the base and in each cell of the contrast's source; seeds are averaged."""
+    """The level of a measure under every probe, on the base and in each cell of the contrast's source; seeds are averaged.
+
+    Arms may differ in the condition of their source's rows: then the base has several levels there, in the order of the rows.
+    """
     part, recipe = analysis.found.main(contrast.behavior), analysis.graph.recipe
     cells = {
-        subject.label(): plans
+        subject: plans
         for subject, plans in analysis.found.subjects.items()
         if subject.source == contrast.source and contrast.behavior in plans[0].measures
         if subject.epoch or subject.behavior != NO_BEHAVIOR
     }
     roles = [*ROLES, *recipe.eval.probes]
-    levels = {"base": [_level(analysis, part, next(iter(cells.values())), role, at_base=True) for role in roles]}
-    levels |= {label: [_level(analysis, part, plans, role) for role in roles] for label, plans in cells.items()}
+    at_base = [[_level(analysis, part, plans, role, at_base=True) for role in roles] for plans in cells.values()]
+    levels = [[_level(analysis, part, plans, role) for role in roles] for plans in cells.values()]
     unit = analysis.graph.behaviors[contrast.behavior].spec.unit
     margin = analysis.found.gates.threshold(contrast.behavior, unit) * analysis.found.direction(contrast.behavior)
     values = [
-        [
-            None if one is None or base is None else (one - base) / margin
-            for one, base in zip(line, levels["base"], strict=True)
-        ]
-        for line in levels.values()
+        [None if one is None or base is None else (one - base) / margin for one, base in zip(line, bases, strict=True)]
+        for line, bases in zip(levels, at_base, strict=True)
     ]
-    texts = [["-" if one is None else f"{scale(unit) * one:.0f}" for one in line] for line in levels.values()]
+    texts = [["-" if one is None else f"{scale(unit) * one:.0f}" for one in line] for line in (*at_base, *levels)]
+    base_texts = ["/".join(dict.fromkeys(column)) for column in zip(*texts[: len(cells)], strict=True)]
+    texts = [base_texts, *texts[len(cells) :]]
+    values = [[None if one == "-" else 0.0 for one in base_texts], *values]
     title = f"{contrast.behavior}: {axis_of(analysis, part)}"
-    return heatmap("first", title, list(levels), roles, values, texts, analysis.run)
+    return heatmap(
+        "first", title, ["base", *row_names(list(cells))], roles, values, texts, analysis.run, "measurements"
+    )
+
+
+def row_names(subjects: Sequence[ContrastSubject]) -> list[str]:
+    """The shortest names that tell these cells apart: arm, or behavior where there are no arms, and what else they differ in."""
+    words = {
+        subject: {
+            "arm": subject.arm,
+            "behavior": "convergence alone" if subject.behavior == NO_BEHAVIOR else subject.behavior,
+            "epoch": f"epoch {subject.epoch}",
+            "negatives": NEGATIVES_IN_WORDS.get(subject.negatives, subject.negatives),
+            "convergence": f"on {subject.convergence} answers",
+        }
+        for subject in subjects
+    }
+    names = {subject: said["arm"] or said["behavior"] for subject, said in words.items()}
+    for field in ("behavior", "epoch", "negatives", "convergence"):
+        differ = len({said[field] for said in words.values()}) > 1
+        if differ and len(set(names.values())) < len(names):
+            names = {one: ", ".join(dict.fromkeys([name, words[one][field]])) for one, name in names.items()}
+    return list(names.values())
 
 
 def _level(

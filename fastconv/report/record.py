@@ -15,7 +15,7 @@ from fastconv.datasets.personas import ASSISTANT
 from fastconv.engine.locate import TINY
 from fastconv.errors import DataError
 from fastconv.experiment.graph import Graph, lineage_key
-from fastconv.recipe import HUB, canonical_json, recipe_sha256, sha256_of
+from fastconv.recipe import HUB, SHIPPED, canonical_json, recipe_sha256, sha256_of
 from fastconv.report.blocks import Block, Figure, Figures, Note, Section, Table, TableCell, folded_if_long, plain_row
 from fastconv.report.claims import ask
 from fastconv.report.figures import curves
@@ -58,7 +58,7 @@ def _named(graph: Graph) -> Iterator[tuple[str, Path]]:
         *((f"grid.arms.{arm}.rows", own.rows) for arm, own in recipe.grid.arms.items() if "{source}" not in own.rows),
         *((f"eval.probes.{name}.texts", probe.texts) for name, probe in recipe.eval.probes.items()),
     ):
-        if path:
+        if path and not path.startswith(SHIPPED):
             yield name, Path(path)
     for behavior, path in recipe.data.rows.items():
         for source in recipe.grid.sources if "{source}" in path else ("",):
@@ -142,7 +142,7 @@ def limits(analysis: Analysis) -> Section:
     sentences = []
     if len(recipe.grid.seeds) == 1:
         sentences.append("One seed: confidence is LOW whatever the intervals say.")
-    if NO_BEHAVIOR not in recipe.grid.behaviors:
+    if any(recipe.grid.epochs) and NO_BEHAVIOR not in recipe.grid.behaviors:
         sentences.append("No convergence-only control: mimicry and transfer cannot be told apart.")
     if ASSISTANT in recipe.grid.sources:
         sentences.append(
@@ -170,8 +170,23 @@ def limits(analysis: Analysis) -> Section:
     if missing:
         more = " and others" if len(missing) > 4 else ""
         sentences.append(f"Not measured: {', '.join(missing[:4])}{more}.")
-    sentences += _pending(analysis)
+    sentences += [*_filtered(analysis), *_pending(analysis)]
     return Section("limits", "Limits", tuple(Note(line) for line in sentences) or (Note("none stated"),))
+
+
+def _filtered(analysis: Analysis) -> list[str]:
+    """What the filter on answers left, where that is under half, or not as much for every convergence training."""
+    kept = {
+        _run_name(stage): (int(record.outputs["answers_kept"]), int(record.outputs["answers_drawn"]))
+        for stage, record in _trained(analysis)
+        if "answers_kept" in record.outputs
+    }
+    few, unequal = any(2 * n < drawn for n, drawn in kept.values()), len({n for n, _ in kept.values()}) > 1
+    if not few and not unequal:
+        return []
+    told = ", ".join(f"{n} of {drawn} ({name})" for name, (n, drawn) in kept.items())
+    differ = "; so they differ in how many rows they were trained on too" if unequal else ""
+    return [f"Answers that the filter kept: {told}{differ}."]
 
 
 def _pending(analysis: Analysis) -> list[str]:

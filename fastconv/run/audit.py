@@ -17,6 +17,7 @@ from fastconv.datasets.rows import (
     Row,
     read_user_rows,
     render_row,
+    render_rows,
     require_no_control_tokens,
     require_plain_text,
     row_from_record,
@@ -31,7 +32,7 @@ from fastconv.engine.locate import (
     require_rows_for_tokens,
     tokenizer_folder,
 )
-from fastconv.errors import DataError, RecipeError, did_you_mean
+from fastconv.errors import DataError, ModelError, RecipeError, did_you_mean
 from fastconv.experiment.cells import conditions_of
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.workload import Sketch
@@ -68,12 +69,25 @@ def audit_recipe(recipe: Recipe, store: Store | None, *, read: SetReader | None 
     tokenizer = recipe_tokenizer(graph) if graph is not None and built else None
     for stage in stages:
         if tokenizer is not None and graph is not None and stage.key in built:
-            findings += audit_set(graph, stage.work["set"], built[stage.key], tokenizer)[1]
+            rows = built[stage.key]
+            rendered = render_rows(rows, graph.personas, tokenizer, graph.recipe.behavior.max_length_tok)
+            findings += audit_set(graph, stage.work["set"], rows, rendered, tokenizer)
     if read is not None and graph is not None:
         findings += read(
             graph, store, [(stage, built[stage.key] if stage.key in built else stage.work["rows"]) for stage in stages]
         )
     return build_report(recipe, list(dict.fromkeys(findings)))
+
+
+def pinning_problem(recipe: Recipe) -> ModelError | None:
+    """The error that a run refuses an unpinned hub model with, whose design can still be audited; None for any other base."""
+    if not is_unpinned(recipe.model):
+        return None
+    try:
+        locate(recipe.model)
+    except ModelError as error:
+        return error
+    return None
 
 
 def reading_stage(graph: Graph, rows: Stage, most: int) -> Stage:
@@ -159,12 +173,11 @@ def require_conditions(recipe: Recipe, tokenizer: ChatTokenizer) -> None:
 
 
 def audit_set(
-    graph: Graph, name: str, rows: Sequence[Row], tokenizer: ChatTokenizer
-) -> tuple[tuple[Rendered, ...], list[Finding]]:
-    """Render the rows of one training set and audit them; returns the rendered rows and the findings."""
-    rendered = tuple(render_row(row, graph.personas, tokenizer, graph.recipe.behavior.max_length_tok) for row in rows)
+    graph: Graph, name: str, rows: Sequence[Row], rendered: Sequence[Rendered], tokenizer: ChatTokenizer
+) -> list[Finding]:
+    """What the audit finds in one training set: its rows, and these as the model reads them."""
     letters = graph.behaviors[name.split("/")[0]].spec.measure == "letters"
-    return rendered, audit_rows(
+    return audit_rows(
         graph.recipe,
         name,
         rows,

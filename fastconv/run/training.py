@@ -29,7 +29,7 @@ from fastconv.engine.trl_reference import train_reference
 from fastconv.engine.vllm.memory import group_size
 from fastconv.errors import DataError, stopped
 from fastconv.experiment.graph import Graph, lineage_key
-from fastconv.recipe import sha256_of
+from fastconv.recipe import TrainSettings, sha256_of
 from fastconv.run.audit import READ_BEFORE_TRAINING, audit_set, reading_stage, require_passed
 from fastconv.run.sampling import Progress, note_progress
 from fastconv.run.stacks import Stacks
@@ -174,6 +174,8 @@ class Trainer:
         self._stop = stop
         #: Keys of the sets of rows that the bare base has read, and that nothing refuses.
         self._read: set[str] = set()
+        #: Rows of the runs that are sized and trained next, by what they are trained from.
+        self._rendered: dict[str, tuple[Rendered, ...]] = {}
 
     def train(self, runs: Sequence[tuple[Sequence[Stage], Lease]]) -> None:
         """Train runs in the same steps and commit their stages.
@@ -196,6 +198,7 @@ class Trainer:
                     self._commit_trained(stage, trainee, (*frozen, trainee.adapter), task.spent_s, 0)
         for task in tasks:
             self._store.drop_progress(task.key)
+        self._rendered.clear()
 
     def group_size(self, runs: Sequence[Stage]) -> int:
         """How many of these runs, each given by its first stage, to train in the same steps: the first n of the list.
@@ -208,7 +211,7 @@ class Trainer:
         shape = shape_on_disk(self._recipe.model, self._graph.source)
         if self._stacks.base.device.type != "cuda" or shape is None:
             return 1
-        phase = self._recipe.convergence if runs[0].kind == "snapshot" else self._recipe.behavior
+        phase = self._phase(runs[0])
         free, _ = torch.cuda.mem_get_info(self._stacks.base.device)
         step_tok = (phase.batch_rows * self._mean_tok(stage) for stage in runs)
         plain = trains_without_kernels(self._recipe.model)
@@ -221,7 +224,7 @@ class Trainer:
         The measurement is kept in the ledger, so that a run which goes on groups as it began, to the same bits.
         """
         first, stack = runs[0], self._stacks.stack
-        phase = self._recipe.convergence if first.kind == "snapshot" else self._recipe.behavior
+        phase = self._phase(first)
         device = torch.cuda.get_device_name() if stack.base.device.type == "cuda" else "cpu"
         settings = {"lora": self._recipe.lora.model_dump(mode="json"), "phase": phase.model_dump(mode="json")}
         inputs = {**self._graph.engine_inputs, **settings, "on": device, "runs": len(runs)}
@@ -231,7 +234,7 @@ class Trainer:
         began = time.monotonic()
         with self._stacks.in_place(first.needs) as frozen:
             below = frozen if first.kind == "behavior" else ()
-            jobs = [Job(run.slot, tuple(self._rows_of(run)), phase, seed_parts(run), below) for run in runs]
+            jobs = [self._job(run, below) for run in runs]
             speedup = together_speedup(stack, jobs)
         self._store.commit(stage, outputs={"speedup": round(speedup, 3)}, facts={}, seconds=time.monotonic() - began)
         return speedup > 1
@@ -241,25 +244,40 @@ class Trainer:
         rows = self._rows_of(stage)
         return sum(len(row.ids) for row in rows) / max(1, len(rows))
 
-    def _rows_of(self, stage: Stage) -> list[Rendered]:
-        """The rows of a run. They are not audited here, so that a refused row fails its stage and not the sizing."""
-        if stage.kind == "snapshot":
-            return self._convergence_rows(stage)
-        limit, tokenizer = self._recipe.behavior.max_length_tok, self._stacks.base.tokenizer
-        return list(render_rows(self._built_rows(stage.needs["rows"]), self._graph.personas, tokenizer, limit))
+    def _rows_of(self, stage: Stage) -> tuple[Rendered, ...]:
+        """The rows of a run, rendered once to be sized and trained: many adapters are trained on the same ones.
+
+        They are not audited here, so that a refused row fails its stage and not the sizing.
+        """
+        key = lineage_key(stage) if stage.kind == "snapshot" else stage.needs["rows"].key
+        if key not in self._rendered:
+            if stage.kind == "snapshot":
+                self._rendered[key] = self._convergence_rows(stage)
+            else:
+                limit, tokenizer = self._recipe.behavior.max_length_tok, self._stacks.base.tokenizer
+                built = self._built_rows(stage.needs["rows"])
+                self._rendered[key] = tuple(render_rows(built, self._graph.personas, tokenizer, limit))
+        return self._rendered[key]
+
+    def _job(self, stage: Stage, frozen: tuple[Adapter, ...] = ()) -> Job:
+        """What is trained for a stage: a behavior adapter above these frozen ones, or its whole convergence run."""
+        whole = stage.kind == "snapshot"
+        name = stage.slot.rsplit("/", 2)[0] if whole else stage.slot
+        order = seed_parts(stage, "order_seed")
+        return Job(name, self._rows_of(stage), self._phase(stage), seed_parts(stage), frozen, order_parts=order)
+
+    def _phase(self, stage: Stage) -> TrainSettings:
+        return self._recipe.convergence if stage.kind == "snapshot" else self._recipe.behavior
 
     def _built_rows(self, rows: Stage) -> list[Row]:
         """The rows of a set, given by its `rows` stage."""
         return [row_from_record(row) for row in self._store.get_json(self._stacks.record(rows).outputs["rows"])]
 
-    def _behavior_rows(self, stage: Stage) -> tuple[Rendered, ...]:
-        """The rendered rows of a behavior adapter. Raises DataError if the audit refuses them (gate G1)."""
-        set_name = stage.needs["rows"].work["set"]
-        rendered, findings = audit_set(
-            self._graph, set_name, self._built_rows(stage.needs["rows"]), self._stacks.base.tokenizer
-        )
-        require_passed(build_report(self._recipe, findings), f"G1 {set_name}")
-        return rendered
+    def _require_audited(self, stage: Stage) -> None:
+        """Audit the rows of a behavior adapter. Raises DataError if one is refused (gate G1)."""
+        name, built = stage.needs["rows"].work["set"], self._built_rows(stage.needs["rows"])
+        findings = audit_set(self._graph, name, built, self._rows_of(stage), self._stacks.base.tokenizer)
+        require_passed(build_report(self._recipe, findings), f"G1 {name}")
 
     def _require_read(self, sets: Sequence[Stage]) -> None:
         """Let the bare base read these sets of rows. Raises DataError if what it finds refuses one (gate G1)."""
@@ -275,18 +293,18 @@ class Trainer:
 
     def _behavior(self, stage: Stage, lease: Lease, frozen: tuple[Adapter, ...]) -> TrainingTask:
         """The task of a behavior adapter on top of these frozen ones."""
-        rows, order = self._behavior_rows(stage), seed_parts(stage, "order_seed")
-        job = Job(stage.slot, rows, self._recipe.behavior, seed_parts(stage), frozen, order_parts=order)
+        self._require_audited(stage)
+        job = self._job(stage, frozen)
         return TrainingTask(job, stage.key, lease, [job.n_steps])
 
-    def _convergence_rows(self, stage: Stage) -> list[Rendered]:
+    def _convergence_rows(self, stage: Stage) -> tuple[Rendered, ...]:
         """The answers of a convergence run as rendered rows under the assistant's prompt, without those that have no token."""
         system, limit = SystemTurn(*stage.inputs["system"]), self._recipe.convergence.max_length_tok
         rows = [
             self._stacks.base.tokenizer.training_ids(system, s.prompt, s.completion, limit, ended=s.ended)
             for s in self._kept(stage)
         ]
-        return [row for row in rows if row.n_supervised]
+        return tuple(row for row in rows if row.n_supervised)
 
     def _kept(self, stage: Stage) -> list[Sample]:
         """The answers of a convergence run that its filter keeps. Raises DataError if it keeps none."""
@@ -305,10 +323,8 @@ class Trainer:
             (f"the answer to {s.row} (sample {s.sample})", s.completion, stage.needs["answers"].slot) for s in drawn
         )
         require_plain_text(said, self._stacks.base.tokenizer, _DRAW_ANEW)
-        rows = tuple(self._convergence_rows(stage))
-        kept = {} if stage.work["filter"] is None else {"answers_drawn": len(drawn), "answers_kept": len(rows)}
-        name, order = stage.slot.rsplit("/", 2)[0], seed_parts(stage, "order_seed")
-        job = Job(name, rows, self._recipe.convergence, seed_parts(stage), order_parts=order)
+        job = self._job(stage)
+        kept = {} if stage.work["filter"] is None else {"answers_drawn": len(drawn), "answers_kept": len(job.rows)}
         committed_s, committed_step = 0.0, 0
 
         def commit_snapshot(trainee: Trainee, spent_s: float) -> None:

@@ -117,10 +117,12 @@ def serve(
     with ExitStack() as resources:
         folder = prepare_model_folder(graph.recipe.model, graph.source)
         tokenizer, config = ChatTokenizer(folder, graph.recipe.model), read_json(folder / "config.json")
-        context_tok = min(context_tok, int(config.get("max_position_embeddings") or context_tok))
+        files = _BaseFiles(
+            tokenizer, config, min(context_tok, int(config.get("max_position_embeddings") or context_tok))
+        )
         listening = listen(port)  # before a base is loaded: a port that is taken is known at once
         resources.callback(listening.close)
-        one = resources.enter_context(opened(graph, store, cells, context_tok, stop, tell))
+        one = resources.enter_context(opened(graph, store, cells, files, stop, tell))
         proofs = {}
         for name in cells:
             proofs[name] = one.prove(name)
@@ -136,6 +138,15 @@ def serve(
 
 
 @dataclass(frozen=True)
+class _BaseFiles:
+    """What is read of the base's folder, once: tokenizer, configuration, and the tokens that are read at most."""
+
+    tokenizer: ChatTokenizer
+    config: Mapping[str, Any]
+    context_tok: int
+
+
+@dataclass(frozen=True)
 class _Opened:
     """A model that draws: proving one of its cells, working until the end, and the tokens that it reads at most."""
 
@@ -147,19 +158,19 @@ class _Opened:
 
 @contextlib.contextmanager
 def _resident(
-    graph: Graph, store: Store, cells: Mapping[str, CellPlan], context_tok: int, stop: threading.Event,
+    graph: Graph, store: Store, cells: Mapping[str, CellPlan], files: _BaseFiles, stop: threading.Event,
     tell: Callable[[str], None],
 ) -> Iterator[_Opened]:  # fmt: skip
     tell(f"loading {graph.recipe.model.id}")
     stacks = Stacks(graph, store)
-    longest_tok = stacks.base.rules.longest_tok or context_tok
+    longest_tok = stacks.base.rules.longest_tok or files.context_tok
     model = ResidentModel(stacks, {name: _stage(name, plan) for name, plan in cells.items()})
-    yield _Opened(model, model.prove, lambda: model.work(stop.is_set), min(context_tok, longest_tok))
+    yield _Opened(model, model.prove, lambda: model.work(stop.is_set), min(files.context_tok, longest_tok))
 
 
 @contextlib.contextmanager
 def _vllm(
-    graph: Graph, store: Store, cells: Mapping[str, CellPlan], context_tok: int, stop: threading.Event,
+    graph: Graph, store: Store, cells: Mapping[str, CellPlan], files: _BaseFiles, stop: threading.Event,
     tell: Callable[[str], None],
 ) -> Iterator[_Opened]:  # fmt: skip
     settings, read = graph.recipe.model, _AdapterReader(graph, store)
@@ -167,14 +178,13 @@ def _vllm(
     tell("starting vLLM, which takes a minute or two")
     n_stacks = len({tuple(map(id, stack.adapters)) for stack in stacks.values() if stack.adapters})
     server = launch(
-        settings, graph.source, context_tok, stacked_rank(graph.recipe), store.root, n_stacks=max(1, n_stacks)
+        settings, graph.source, files.context_tok, stacked_rank(graph.recipe), store.root, n_stacks=max(1, n_stacks)
     )
     try:
-        folder = prepare_model_folder(settings, graph.source)
-        vocab = shape_of(read_json(folder / "config.json"), settings.id).vocab
-        model = VllmModel(server, resolve_dtype(settings), ChatTokenizer(folder, settings), vocab)
+        vocab = shape_of(files.config, settings.id).vocab
+        model = VllmModel(server, resolve_dtype(settings), files.tokenizer, vocab)
         work = partial(model.work, stop.is_set, stop.wait)
-        yield _Opened(model, lambda name: model.prove(name, stacks[name]), work, context_tok)
+        yield _Opened(model, lambda name: model.prove(name, stacks[name]), work, files.context_tok)
     finally:
         server.close()
 

@@ -22,7 +22,7 @@ from aiohttp import web
 from fastconv.chat import ChatTokenizer
 from fastconv.errors import FastconvError, InputError
 from fastconv.recipe import SamplingSettings
-from fastconv.serve.protocol import Answer, ApiError, Ask, Reply, parse_ask, refusal_of, unknown_model
+from fastconv.serve.protocol import AnswerText, ApiError, Ask, Reply, parse_ask, refusal_of, unknown_model
 from fastconv.serve.resident import Piece
 
 #: The longest body; a context of 128,000 tokens takes about one MiB.
@@ -145,8 +145,8 @@ class Endpoint:
         return await (self._streamed if ask.stream else self._whole)(request, ask, reply)
 
     async def _whole(self, request: web.Request, ask: Ask, reply: Reply) -> web.Response:
-        async def one(index: int) -> tuple[str, Answer]:
-            answer, text = Answer(self._tokenizer, ask.stops), []
+        async def one(index: int) -> tuple[str, AnswerText]:
+            answer, text = AnswerText(self._tokenizer, ask.stops), []
             async for piece in self._pieces(ask, index, answer):
                 text.append(piece)
             return "".join(text), answer
@@ -161,7 +161,7 @@ class Endpoint:
         events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
         async def one(index: int) -> int:
-            answer, first = Answer(self._tokenizer, ask.stops), True
+            answer, first = AnswerText(self._tokenizer, ask.stops), True
             async for text in self._pieces(ask, index, answer):
                 if text or first:
                     events.put_nowait(reply.chunk(index, text, first=first))
@@ -191,7 +191,7 @@ class Endpoint:
                 await drawing
         return response
 
-    async def _pieces(self, ask: Ask, index: int, answer: Answer) -> AsyncIterator[str]:
+    async def _pieces(self, ask: Ask, index: int, answer: AnswerText) -> AsyncIterator[str]:
         """The texts of one choice as they come; after a stop sequence it is drawn no further."""
         async with contextlib.aclosing(
             self._model.draw(ask.model, ask.prompts[index], ask.seeds[index], ask.settings)

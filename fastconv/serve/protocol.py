@@ -241,7 +241,7 @@ def _settings(asked: _Request, prompt_tok: int, defaults: SamplingSettings, cont
     )
 
 
-class Answer:
+class AnswerText:
     """The text of one completion as its tokens come, up to a stop sequence."""
 
     def __init__(self, tokenizer: ChatTokenizer, stops: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fastconv.errors import GateStop
 from fastconv.show.progress import gate_line
-from fastconv.stats.units import duration_text, first_few, shortened
+from fastconv.stats.units import counted, duration_text, first_few, shortened, shortened_slot
 
 if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
@@ -69,12 +69,13 @@ def status(statuses: Sequence[StageStatus], *, as_json: bool) -> None:
     console = console_of_output()
     took = ["" if stage.seconds is None else duration_text(stage.seconds) for stage in statuses]
     longest = max((len(stage.slot) for stage in statuses), default=0)
-    # On a terminal each stage has one line, its name and reason shortened in the middle; elsewhere both are whole.
-    name_width = min(longest, max(console.width * 11 // 20, 24)) if console.is_terminal else longest
+    # On a terminal each stage has one line, its name and reason shortened; elsewhere both are whole.
+    room = console.width - 18 - min(max((len(stage.reason) + 1 for stage in statuses), default=0), console.width // 4)
+    name_width = min(longest, max(room, 24)) if console.is_terminal else longest
     why_width = max(console.width - name_width - 19, 0) if console.is_terminal else None
     for stage, seconds in zip(statuses, took, strict=True):
         why = stage.reason if why_width is None else shortened(stage.reason, why_width)
-        line = Text(f"{shortened(stage.slot, name_width):<{name_width}}  ")
+        line = Text(f"{shortened_slot(stage.slot, name_width):<{name_width}}  ")
         line.append(f"{stage.state:<7}", style=_COLOURS[stage.state])
         line.append(f"  {seconds:>7} {why}".rstrip())
         console.print(line, soft_wrap=True)
@@ -112,13 +113,14 @@ def gates(verdicts: Sequence[GateVerdict], *, as_json: bool) -> None:
     console = console_of_output()
     for verdict in verdicts:
         console.print(gate_line(verdict))
-        console.print(f"    rule: {escape(verdict.threshold)}; {len(verdict.rows)} rows", style="dim")
+        console.print(f"    rule: {escape(verdict.threshold)}; {counted(len(verdict.rows), 'row')}", style="dim")
 
 
-def check(report: CheckReport, *, as_json: bool) -> None:
-    """Print the audit's findings, the worst first, each with its rows and how to fix it."""
+def check(report: CheckReport, *, as_json: bool, base: str = "") -> None:
+    """Print the audit's findings, the worst first, each with its rows and how to fix it; `base`: why no run takes the base."""
     if as_json:
-        print(json.dumps(report.to_json(), indent=1))
+        refused = {"passed": False, "base": base} if base else {}
+        print(json.dumps(report.to_json() | refused, indent=1))
         return
     console = console_of_output()
     colours = {"refuse": "red", "warn": "yellow", "note": "dim"}

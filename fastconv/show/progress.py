@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.text import Text
 
-from fastconv.stats.units import counted, duration_text, rate_text, shortened
+from fastconv.stats.units import counted, duration_text, rate_text, shortened_slot
 
 if TYPE_CHECKING:
     from fastconv.audit.checks import CheckReport
@@ -187,14 +187,14 @@ def bar_line(width: int, name: str, figures: Sequence[str], share: float | None,
     """One line of at most `width` characters: name, bar (without `share`: none), figures.
 
     The figures stand whole, except that the last ones are left out where not even a short name fits beside them; then the
-    bar goes, then the middle of the name. `plain` draws the bar in ASCII.
+    bar goes, then the ends of the words of its name. `plain` draws the bar in ASCII.
     """
     shown = list(figures)
     while len(shown) > 1 and len("  ".join(shown)) + 2 + min(len(name), LEAST_NAME) > width:
         shown.pop()
     right = "  ".join(shown)
     room = max(width - len(right) - 2, 4)
-    line = Text(shortened(name, room))
+    line = Text(shortened_slot(name, room))
     bar_width = min(room - len(name) - 2, 30)
     if share is not None and bar_width >= 6:
         full = round(min(max(share, 0.0), 1.0) * bar_width)
@@ -241,7 +241,7 @@ class LineWatcher:
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:
         """The run starts, with this many stages."""
         plan = f"; {self._all_left()} by the plan" if self._left is not None and n_todo else ""
-        self._console.print(f"run {run}: {n_stages} stages, {n_stages - n_todo} done already{plan}")
+        self._console.print(f"run {run}: {n_stages:,} stages, {n_stages - n_todo:,} done already{plan}")
         if n_todo and self._left is not None and self._left.loads:
             self._console.print("  loading the model and testing it")
 
@@ -408,7 +408,7 @@ class BarWatcher(LineWatcher):
             lines.append(("judge", [f"{judged:,}/{asked:,} judged", *texts], judged / asked))
         if self._n_stages:
             figures = [
-                f"{self._n_done}/{self._n_stages} stages",
+                f"{self._n_done:,}/{self._n_stages:,} stages",
                 *([self._all_left()] if self._left is not None else []),
             ]
             lines.append(("run", figures, self._n_done / self._n_stages))

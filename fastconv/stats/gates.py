@@ -32,6 +32,7 @@ from fastconv.stats.verdicts import canary_contrast, change_contrast
 Outcome = Literal["pass", "fail", "not applicable"]
 SourceWord = Literal["shown", "not shown", "there before"]
 #: Why a recipe whose only epoch is 0 decides nothing.
+NEEDS_LATER = "needs epoch 0 and one more"
 NO_CONTRAST = "the grid has epoch 0 alone, so it declares no contrast"
 #: Letters that hold less of the probability than this are an answer that the model mostly would not give.
 LEAST_LETTER_MASS = 0.5
@@ -238,7 +239,7 @@ def convergence_change(
     less = "the canary's change taken off" if canary is not None else "the canary's change not taken off: not measured"
     threshold = f"at least {size_text(margin, unit)} against epoch 0 ({less}), 95 % interval clear of zero"
     if 0 not in by_epoch or not epochs:
-        return GateVerdict("CHANGE", subject, "not applicable", "needs epoch 0 and one more", threshold)
+        return GateVerdict("CHANGE", subject, "not applicable", NEEDS_LATER, threshold)
     read = [by_epoch, canary] if canary is not None else [by_epoch]
     if why := first_too_unscored((probe[epoch], probe[0]) for probe in read for epoch in epochs):
         return undecidable(
@@ -410,7 +411,7 @@ def same_loss(gates: GateSettings, subject: str, by_epoch: Mapping[int, Loss]) -
     rule = f"training loss at most {100 * gates.g35_tolerance:g} % or {gates.g35_floor_nats:g} nats above the epoch-0 cell's"
     later = sorted(epoch for epoch in by_epoch if epoch)
     if 0 not in by_epoch or not later:
-        return GateVerdict("G3.5", subject, "not applicable", "needs epoch 0 and one more", rule)
+        return GateVerdict("G3.5", subject, "not applicable", NEEDS_LATER, rule)
     zero = by_epoch[0].value
 
     def off(epoch: int) -> float:

@@ -253,7 +253,7 @@ class Quad:
         return difference_in_differences(arm.now, arm.base, arm.canary_now, arm.canary_base).per_question
 
 
-class Pair(Quad):
+class SidePair(Quad):
     """Two sides that are compared with one another, in the places of now and epoch 0: the canary's difference stands beside
     theirs and is not taken off, since what differs between two arms may reach every persona."""
 
@@ -294,7 +294,7 @@ class CellEvidence:
     run_spread: RunSpread | None = None
     #: How many trainings are independent in it: both cells of a change, or one where the other side is not trained.
     n_trained: int = 2
-    #: Whether two sides are compared, as `Pair`s, and not epochs.
+    #: Whether two sides are compared, as `SidePair`s, and not epochs.
     sides: bool = False
     #: How far the source moved of what it could, in words; "" where it was not measured.
     source_moved: str = ""

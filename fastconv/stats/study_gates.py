@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Literal
 
 from fastconv.recipe import GateSettings
-from fastconv.stats.gates import GateVerdict, evidence_of, source_word, undecidable
+from fastconv.stats.gates import NEEDS_LATER, GateVerdict, evidence_of, source_word, undecidable
 from fastconv.stats.series import Number, Series, first_too_unscored
 from fastconv.stats.units import (
     Unit,
@@ -274,11 +274,12 @@ def reverted(
     return GateVerdict("KEPT", subject, verdict, reason, rule, numbers, rows)
 
 
-def killed(subject: str, kept: Mapping[str, GateVerdict | None]) -> GateVerdict:
+def killed(subject: str, kept: Mapping[str, GateVerdict | None], *, later: bool = True) -> GateVerdict:
     """KILL: all behaviors that were trained into a source revert on its snapshots, so stacking itself is at fault.
 
     `kept` holds the KEPT verdict of each trained behavior of the source, None where it is not measured yet. One behavior
-    that reverts is a result; nothing is decided before all are measured, unless one was kept.
+    that reverts is a result; nothing is decided before all are measured, unless one was kept. `later`: whether the grid has
+    a snapshot to revert on.
     """
     rule = "at least one of the source's trained behaviors is kept on every snapshot"
     known = {behavior: verdict for behavior, verdict in kept.items() if verdict is not None}
@@ -292,7 +293,8 @@ def killed(subject: str, kept: Mapping[str, GateVerdict | None]) -> GateVerdict:
     waiting = [behavior for behavior, verdict in kept.items() if verdict is None]
     unread = next((verdict for verdict in known.values() if verdict.unread), None)
     if waiting or unread is not None or not any(verdict.failed for verdict in known.values()):
-        why = f"not measured yet: {', '.join(waiting)}" if waiting else unread.reason if unread else told
+        pending = f"not measured yet: {', '.join(waiting)}" if later else NEEDS_LATER
+        why = pending if waiting else unread.reason if unread else told
         return GateVerdict(
             "KILL", subject, "not applicable", why, rule, rows=rows, unread=unread is not None and not waiting
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
 Unit = Literal["share", "points"]
+#: Words of a slot up to this length (its epoch, its seed, `eval`) are never shortened.
+_WHOLE_WORD = 4
 
 
 def scale(unit: str) -> float:
@@ -41,6 +44,19 @@ def shortened(name: str, width: int) -> str:
         return name
     kept = max(width - 2, 1)
     return f"{name[: (kept + 1) // 2]}..{name[len(name) - kept // 2 :]}"[:width]
+
+
+def shortened_slot(slot: str, width: int) -> str:
+    """A stage's slot in at most `width` characters, with its epoch and seed: `eval/vill./sour./e4+refu./excl./refu./s42`.
+
+    Where words of two letters are still too long, its middle is left out.
+    """
+    parts = re.split(r"([/+])", slot)
+    for kept in range(max(map(len, parts)), 1, -1):
+        words = (part if len(part) <= max(kept + 1, _WHOLE_WORD) else f"{part[:kept]}." for part in parts)
+        if "/" in slot and len(short := "".join(words)) <= width:
+            return short
+    return shortened(slot, width)
 
 
 def counted(n: int, what: str) -> str:

@@ -195,14 +195,16 @@ def unsound_rows(db: sqlite3.Connection, tables: Iterable[str] | None = None) ->
         if table.startswith("sqlite_") or (tables is not None and table not in tables):
             continue
         conditions = []
-        for _, column, declared, *_ in db.execute(f'PRAGMA table_info("{table}")').fetchall():
+        for _, column, declared, is_required, _, place_in_key in db.execute(f'PRAGMA table_info("{table}")').fetchall():
             sound = _SOUND.get(declared, "0")
             if column in _OBJECTS and table != "judge_rubrics":
                 sound = _SOUND_OBJECT
             elif column.endswith("_at") or column == "heartbeat":
                 sound = _SOUND_TIME
             name = f'"{column}"'
-            conditions.append(f"({name} IS NULL OR ({sound.format(x=name)}))")
+            # SQLite takes NULL in a primary key that is no integer.
+            known = f"{name} IS {'NOT NULL AND' if is_required or place_in_key else 'NULL OR'}"
+            conditions.append(f"({known} ({sound.format(x=name)}))")
         (n,) = db.execute(f'SELECT COUNT(*) FROM "{table}" WHERE NOT ({" AND ".join(conditions)})').fetchone()
         if n:
             found.append(f"{n} rows of {table} hold what no fastconv writes")

@@ -94,9 +94,13 @@ def merge(store: Store, other: Store, keys: Collection[str] | None = None) -> Me
 def pack_stage(store: Store, key: str, *, artefacts: bool = True, lacking: Store | None = None) -> StageBundle:
     """Read a finished stage with its artefacts, their sha256 verified; with `lacking`, only those that store lacks.
 
-    Artefacts that `gc --adapters` removed are left out. Raises StoreError for one that is damaged or missing.
+    Artefacts that `gc --adapters` removed are left out. Raises StoreError for one that is damaged or missing, and for a
+    stage without a key.
     """
-    stage = store.rows(f"{_STAGES} WHERE key=?", (key,))[0]
+    found = store.rows(f"{_STAGES} WHERE key=?", (key,))
+    if not found:  # SQLite lets a primary key be NULL, and finds no row by it
+        raise StoreError("the row of a stage is damaged", where=str(store.root), fix="see `fastconv doctor`")
+    stage = found[0]
     rows = tuple((table, tuple(store.rows(query, (key,)))) for table, query in _ROWS.items())
     named = list(artefacts_of(store, stage[5])) if artefacts else []
     contents = [

@@ -328,6 +328,34 @@ def test_status_has_one_line_a_stage_on_a_terminal_and_whole_names_elsewhere(
     assert all(stage.slot in piped for stage in stages)
 
 
+VERBS = "check plan run cell status gate report peek doctor score export bench verify compare published merge gc forget serve import"
+GROUPS = (["recipe"], *(["recipe", verb] for verb in ("list", "show", "copy", "explain", "schema")), ["judge"],
+          *(["judge", verb] for verb in ("finish", "calibrate")))  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_no_help_is_cut_at_any_width(width: int) -> None:
+    for words in ([], *([verb] for verb in VERBS.split()), *GROUPS):
+        shown = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": str(width)})
+        assert shown.exit_code == 0
+        for line in shown.stdout.splitlines():
+            assert len(line) <= width, (words, line)
+            assert "\u2026" not in line, (words, line)
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("words", [("recipe", "list"), ("recipe", "explain", "grid.arms"), ("recipe", "explain")])
+def test_what_recipes_are_fits_a_terminal(
+    words: tuple[str, ...], width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    app([*words], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    assert " ".join(shown.split()) == " ".join(ask(*words).out.split())
+
+
 def test_a_recipe_is_copied_out_to_be_changed(tmp_path: Path) -> None:
     mine = tmp_path / "My Pirate-2.toml"
     assert ask("recipe", "copy", "demo", mine).code == 0

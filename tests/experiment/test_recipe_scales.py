@@ -17,7 +17,8 @@ from fastconv.cli import app
 from fastconv.cli.common import load
 from fastconv.datasets.files import assets
 from fastconv.experiment.graph import Graph
-from fastconv.experiment.scale import SCALES
+from fastconv.experiment.scale import SCALES, scaled
+from fastconv.recipe import load_recipe, run_id
 from fastconv.store.ledger import Store
 from tests.loop_kit import DoneRun
 
@@ -81,6 +82,19 @@ def test_the_audit_passes_and_every_accepted_warning_has_its_reason(name: str, s
     found = json.loads(answer.output)
     warned = {one["code"] for one in found["findings"] if one["severity"] == "warn"}
     assert warned <= set(found["accepted"]) | ({"D208"} if scale == "tiny" else set())
+    # A scale accepts nothing that is not there: the user would be told of a line that is not in the recipe.
+    own = {f"audit.accept.{code}" for code in load(name, []).audit.accept}
+    assert {one["subject"] for one in found["findings"] if one["code"] == "D901"} <= own
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_shipped_recipe_is_the_same_experiment_wherever_it_lies(name: str, tmp_path: Path) -> None:
+    copied = CliRunner().invoke(app, ["recipe", "copy", name, str(tmp_path / f"{name}.toml")])
+    assert copied.exit_code == 0, copied.output
+    own, shipped = load_recipe(tmp_path / f"{name}.toml"), load(name, [])
+    assert run_id(own) == run_id(shipped)
+    keys = [[stage.key for stage in Graph(scaled(one, "tiny")).stages()] for one in (own, shipped)]
+    assert keys[0] == keys[1]
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -19,9 +19,10 @@ from fastconv.audit.checks import check_recipe
 from fastconv.errors import DataError, RecipeError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe, load_recipe, parse_recipe, run_id
-from fastconv.report import build, write_report
-from fastconv.report.blocks import Table, render_markdown
-from fastconv.report.record import curves_and_rho
+from fastconv.report import build, overview, write_report
+from fastconv.report.blocks import Note, Table, render_markdown
+from fastconv.report.overview import row_names
+from fastconv.report.record import curves_and_rho, limits
 from fastconv.report.verify import verify
 from fastconv.run.training import seed_parts
 from fastconv.store.ledger import Store
@@ -122,8 +123,10 @@ def _filled(recipe: Recipe, folder: Path, rates: Mapping[tuple[str, str], float]
     graph, store, _ = fill(recipe, folder)
     values: dict[str, tuple[str, float]] = {}
     for plan in graph.cells:
-        values |= {stage.key: (probe, 0.0) for (_, probe), stage in plan.base.items()}
-        values |= {s.key: (probe, rates.get((plan.cell.arm, probe), 0.0)) for (_, probe), s in plan.scores.items()}
+        values |= {stage.key: (probe, 0.0) for (measure, probe), stage in plan.base.items() if measure == "refusal"}
+        if plan.stack:
+            trained = {probe: stage for (measure, probe), stage in plan.scores.items() if measure == "refusal"}
+            values |= {s.key: (probe, rates.get((plan.cell.arm, probe), 0.0)) for probe, s in trained.items()}
     with sqlite3.connect(folder / "ledger.sqlite") as ledger:
         for key, (probe, rate) in values.items():
             rng = np.random.default_rng(7)
@@ -186,6 +189,34 @@ def test_inoculation_runs_from_toml_to_a_word(tiny_qwen: Path, tmp_path: Path) -
     assert "refusal, inoculated against plain (assistant)" in page
     assert "| polite |" in page  # the probe of its own has a column
     assert "declared contrasts is stronger or weaker" in page or "Stronger" in page or "Weaker" in page
+    # Nothing converges, so nothing is imitated, and no later snapshot is waited for; the base is no cell, and has its levels.
+    assert "No convergence-only control" not in page
+    assert "not measured yet" not in page
+    assert page.count("| base, assistant, arm") == 2
+
+
+def test_the_first_figure_names_its_rows_in_full_and_starts_each_arm_from_its_own_base(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    analysis = _filled(inoculation(tiny_qwen, eval__prompts=60), tmp_path, {("inoculated", "inoculated"): 1.0})
+    found = next(iter(analysis.found.subjects))
+    names = row_names([replace(found, arm="a_name_of_thirty_characters_ok"), replace(found, arm="b", epoch=4)])
+    assert names == ["a_name_of_thirty_characters_ok", "b"]
+    bare = [replace(found, arm="", behavior=one, epoch=epoch) for one in ("none", "refusal") for epoch in (4, 9)]
+    assert row_names(bare) == [
+        "convergence alone, epoch 4", "convergence alone, epoch 9", "refusal, epoch 4", "refusal, epoch 9",
+    ]  # fmt: skip
+    base = analysis.graph.cells[0].base["refusal", "inoculated"].key
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as ledger:
+        ledger.execute("UPDATE scores SET value=1 WHERE stage=?", (base,))
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(overview, "heatmap", lambda *given: drawn.update(given=given))
+    overview.headline(Analysis(analysis.graph, analysis.store))
+    _, _, rows, columns, values, texts, *_ = drawn["given"]
+    assert (rows, columns) == (["base", "inoculated", "plain"], ["assistant", "source", "canary", "polite"])
+    # The base refuses under the arm's own prompt alone, so training moved nothing there.
+    assert texts[0][1] == "100/0"
+    assert (texts[1][1], values[1][1]) == ("100", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -363,9 +394,28 @@ def test_a_teacher_s_answers_are_filtered_and_counted(tiny_qwen: Path, tmp_path:
     assert training is not None
     tables = [block for block in training.blocks if isinstance(block, Table) and block.id == "kept"]
     assert tables[0].rows[0][1].text == f"{kept} of {drawn}"
+    others = analysis.reading.record(snapshots["untaught"])
+    assert others is not None
+    both = f"{kept} of 18 (french_person s42), {others.outputs['answers_kept']} of 18 (french_person generic s42)"
+    said = [block.text for block in limits(analysis).blocks if isinstance(block, Note)]
+    assert any(line.startswith(f"Answers that the filter kept: {both}") for line in said)
     shares = analysis.store.scores(graph.cells[0].base["prefers_france", "assistant"].key)
     assert all(0 < (one.value or 0) < 1 for one in shares)
     assert len(analysis.verdicts) == 4
+
+
+def test_a_report_opens_with_what_was_asked_and_not_with_the_control(tiny_qwen: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(
+        tiny_qwen, SUBLIMINAL, eval__measures=["sycophancy", "refusal"], eval__control="refusal", eval__prompts=60,
+    )  # fmt: skip
+    rates = {("taught", "assistant"): 0.9, ("untaught", "assistant"): 0.9}
+    analysis = _filled(recipe, tmp_path, rates)
+    assert [one.behavior for one in analysis.verdicts if one.kind == "stronger"] == ["refusal"]
+    assert {one.behavior for one in analysis.answers} == {"sycophancy"}
+    page = render_markdown(overview.headline(analysis) and build(analysis))
+    opening = page[page.index("## Verdict") : page.index("## In numbers")]
+    assert "of 2 declared contrasts beside the control's" in opening
+    assert "refusal" not in opening
 
 
 def test_a_filter_that_keeps_nothing_fails_its_stage_with_a_line(tiny_qwen: Path, tmp_path: Path) -> None:

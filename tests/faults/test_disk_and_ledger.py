@@ -106,6 +106,30 @@ def test_doctor_finds_a_whole_ledger_whole_and_looks_at_artefacts(workspace: Pat
     assert _ledger(tmp_path / "nothing", deep=True, fix=True) == []
 
 
+@pytest.mark.parametrize(
+    ("damage", "deep", "says"),
+    [
+        ("PRAGMA ignore_check_constraints=ON; UPDATE scores SET reason='x'", False, "CHECK constraint failed in scores"),
+        ("PRAGMA writable_schema=ON; DELETE FROM sqlite_master WHERE tbl_name='failures'", False, "never used"),
+        ("DROP INDEX stages_by_slot; CREATE INDEX stages_by_slot ON stages(slot, finished_at) WHERE seconds>9;"
+         "PRAGMA writable_schema=ON; UPDATE sqlite_master SET sql=replace(sql, ' WHERE seconds>9', '') WHERE name='stages_by_slot'",
+         True, "missing from index"),
+        ("UPDATE stages SET key=NULL", False, "3 rows of stages hold what no fastconv writes"),
+    ],
+    ids=["a rule", "a lost page", "an index", "no key"],
+)  # fmt: skip
+def test_doctor_sees_damage_that_every_reader_passes_over(
+    workspace: Path, tmp_path: Path, damage: str, deep: bool, says: str
+) -> None:
+    copy = damaged_copy(workspace, tmp_path / "x", "")
+    with sqlite3.connect(copy / "ledger.sqlite") as db:
+        db.executescript(damage)
+    db.close()
+    (finding,) = _ledger(copy, deep=deep, fix=False)
+    assert finding.exit_code == 5
+    assert says in finding.text
+
+
 def test_doctor_mends_what_is_safe(workspace: Path, tmp_path: Path) -> None:
     copy = damaged_copy(workspace, tmp_path / "x", "")
     store = Store.open(copy)
@@ -166,6 +190,7 @@ def test_a_row_that_holds_no_json_is_a_damaged_ledger(workspace: Path, tmp_path:
         ("UPDATE stages SET inputs='{\"seed\":7}'", "key is not that of its inputs"),
         ("UPDATE stages SET outputs='[1]'", "its row is damaged"), ("UPDATE stages SET facts=x'ff'", "its row is damaged"),
         ("UPDATE stages SET seconds='long'", "no numbers"), ("UPDATE scores SET sample='a'", "of its scores are none"),
+        ("UPDATE stages SET key=NULL", "row of a stage is damaged"),
     ],
 )  # fmt: skip
 def test_what_no_fastconv_wrote_is_not_merged(workspace: Path, tmp_path: Path, change: str, says: str) -> None:
@@ -317,16 +342,33 @@ def test_a_reader_that_goes_away_ends_a_verb_without_a_word(words: tuple[str, ..
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize(
-    "words", [("recipe", "show", "demo"), ("recipe", "schema"), ("recipe", "show", "none", "--json")]
-)
-def test_output_that_cannot_be_written_is_one_line(words: tuple[str, ...], tmp_path: Path) -> None:
+    ("words", "code"),
+    [(("recipe", "show", "demo"), 5), (("recipe", "schema"), 5), (("status", "none", "--json"), 2), (("--help",), 5),
+     (("run", "--help"), 5), (("--version",), 5), (("status", "--json"), 5)],
+)  # fmt: skip
+def test_output_that_cannot_be_written_is_one_line(words: tuple[str, ...], code: int, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
-        process = started(*words, stdout=full)
+        process = started(*words, stdout=full, cwd=tmp_path)
         assert process.stderr is not None
         said = process.stderr.read()
-    assert process.wait(60) in (2, 5)
+    assert process.wait(60) == code, said
     assert "Traceback" not in said
-    assert said.startswith("fastconv: ") or "Usage" in said
+    assert "Exception ignored" not in said
+    assert said.startswith("fastconv: " + "output: the output cannot be written" * (code == 5)), said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_an_error_that_nobody_can_be_told_keeps_its_exit_code(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        for words, code in (
+            (("recipe", "show", "none"), 2),
+            (("status", "none", "--json"), 2),
+            (("recipe", "schema"), 0),
+        ):
+            command = [sys.executable, "-m", "fastconv", *words]
+            ended = subprocess.run(command, stderr=full, stdout=subprocess.PIPE, env=environ, cwd=tmp_path, timeout=60)
+            assert ended.returncode == code, words
 
 
 OLD = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

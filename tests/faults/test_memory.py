@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,12 @@ from fastconv.engine.score import (
 )
 from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import TrainingError
-from fastconv.recipe import SamplingSettings
+from fastconv.experiment.graph import Graph
+from fastconv.recipe import Recipe, SamplingSettings
+from fastconv.report import write_report
+from fastconv.store.ledger import Store
 from tests.engine_kit import random_adapter, tiny_stack
+from tests.loop_kit import records, results, run_tiny
 
 SETTINGS = SamplingSettings(temperature=1.0, top_p=0.95, max_new_tok=12)
 #: What torch raises where memory runs out: on a device, in its libraries, on the machine itself.
@@ -47,28 +52,28 @@ def prompts(n: int) -> list[tuple[int, ...]]:
     return [tuple(rng.randrange(256) for _ in range(rng.randint(6, 30))) for _ in range(n)]
 
 
-def letters(stack: Stack, on_halved: Callable[[], None]) -> list[tuple[float, ...]]:
-    items = [LetterItem(prompt, (3, 7, 11)) for prompt in prompts(12)]
+def letters(stack: Stack, on_halved: Callable[[], None], n: int = 12) -> list[tuple[float, ...]]:
+    items = [LetterItem(prompt, (3, 7, 11)) for prompt in prompts(n)]
     return [score.logprobs for score in score_letters(stack.base, items, 10_000, on_halved)]
 
 
-def texts(stack: Stack, on_halved: Callable[[], None]) -> list[tuple[float, ...]]:
-    items = [TextItem(prompt, ((5, 6, 7), (8, 9)), (0, 0), (3, 2)) for prompt in prompts(12)]
+def texts(stack: Stack, on_halved: Callable[[], None], n: int = 12) -> list[tuple[float, ...]]:
+    items = [TextItem(prompt, ((5, 6, 7), (8, 9)), (0, 0), (3, 2)) for prompt in prompts(n)]
     return [score.logprobs for score in score_texts(stack.base, items, 10_000, on_halved)]
 
 
-def states(stack: Stack, on_halved: Callable[[], None]) -> list[list[float]]:
-    return last_token_states(stack.base, prompts(12), [1, 2], 10_000, on_halved).flatten(1).tolist()
+def states(stack: Stack, on_halved: Callable[[], None], n: int = 12) -> list[list[float]]:
+    return last_token_states(stack.base, prompts(n), [1, 2], 10_000, on_halved).flatten(1).tolist()
 
 
-def drawn(stack: Stack, on_halved: Callable[[], None]) -> list[list[int]]:
+def drawn(stack: Stack, on_halved: Callable[[], None], n: int = 12) -> list[list[int]]:
     counted: list[int] = []
-    found = sample(stack.base, prompts(12), list(range(12)), SETTINGS, counted.append, on_halved)
+    found = sample(stack.base, prompts(n), list(range(n)), SETTINGS, counted.append, on_halved)
     assert sum(counted) == sum(len(one.ids) + one.ended for one in found)
     return [[*one.ids, one.ended] for one in found]
 
 
-def probed(stack: Stack, on_halved: Callable[[], None]) -> list[list[float]]:
+def probed(stack: Stack, on_halved: Callable[[], None], n: int = 0) -> list[list[float]]:
     with stack.live(Slot((random_adapter(stack, 1),))):
         return [list(stack.probe().logits)]
 
@@ -175,3 +180,21 @@ def test_errors_that_are_no_want_of_memory_are_not_taken_for_it() -> None:
     assert with_memory(in_capture) is None
     with pytest.raises(TrainingError, match="no memory is left on the device"), memory_errors("here"):
         in_capture()
+
+
+def test_a_run_in_little_memory_ends_with_the_same_and_its_report_says_so(
+    recipe: Recipe, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = memory_for(monkeypatch, 900)
+    run_tiny(recipe, tmp_path / "ws")
+    assert max(tried) > 900
+    found = results(recipe, tmp_path / "ws")
+    assert found.keys() == whole.keys()
+    # Weights differ in their last bits, as a step's shares are added in another order; what is sampled under them does not.
+    assert {slot: json.loads(text)[1] for slot, text in found.items()} == {
+        slot: json.loads(text)[1] for slot, text in whole.items()
+    }
+    halved = {s.partition("/")[0] for s, done in records(recipe, tmp_path / "ws").items() if done.facts.get("halved")}
+    assert halved == {"answers", "eval", "geometry"}
+    page = write_report(Graph(recipe), Store.open(tmp_path / "ws", create=False), tmp_path / "reports").html
+    assert "memory ran out: batches halved" in page.read_text()

@@ -7,7 +7,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,29 +31,10 @@ pytest.importorskip("fastconv.run.executor")  # torch is warm before anything fo
 YEAR_S = 365 * 86400.0
 
 
-@pytest.fixture
-def server() -> Iterator[FakeClaude]:
-    with fake_claude() as fake:
-        yield fake
-
-
 @pytest.fixture(autouse=True)
 def key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
     monkeypatch.setattr(desk, "OUTAGE_PAUSE_S", 0.1)
-
-
-@pytest.fixture(scope="module")
-def recipe(tiny_qwen: Path) -> Recipe:
-    return tiny_recipe(tiny_qwen)
-
-
-@pytest.fixture(scope="module")
-def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The results of a run that nothing disturbed."""
-    workspace = tmp_path_factory.mktemp("whole")
-    run_tiny(recipe, workspace)
-    return results(recipe, workspace)
 
 
 # --- kills ----------------------------------------------------------------------------------------------------

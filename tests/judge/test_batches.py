@@ -9,7 +9,7 @@ import signal
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,6 @@ from tests.loop_kit import until
 MODES = ("batch", "live")
 #: How long a batch takes to create where a kill is to hit that call, and how long an intent is then waited for.
 CREATE_S, GRACE_S = 0.04, 0.4
-
-
-@pytest.fixture
-def server() -> Iterator[FakeClaude]:
-    with fake_claude() as fake:
-        yield fake
 
 
 def ledger_of(workspace: Path) -> JudgeLedger:

@@ -9,7 +9,6 @@ import logging
 import re
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,6 @@ INJECTIONS = load_attempts(DATA / "injections.json")
 def filled_for(name: str) -> list[str]:
     """Every attempt, asking for the best verdict of a rubric."""
     return [fill_attempt(attempt, rubric(name), "100" if name == "alignment" else "helped") for attempt in INJECTIONS]
-
-
-@pytest.fixture
-def server() -> Iterator[FakeClaude]:
-    with fake_claude() as fake:
-        yield fake
 
 
 @pytest.fixture

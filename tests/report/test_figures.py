@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation
 
 from fastconv.report import figures
-from fastconv.report.figures import MOST_LABELLED, Point, curves, scatter
+from fastconv.report.figures import MOST_LABELLED, Point, curves, heatmap, scatter
 
 SOURCES = ("villain", "comedian", "software_engineer", "kindergarten_teacher", "police_officer")
 AXES = ("assistant's marker rate, %", "transfer, points")
@@ -107,3 +107,11 @@ def test_ticks_stand_at_whole_steps(sheets: list[Any], n: int) -> None:
     assert all(float(tick).is_integer() for tick in ticks), ticks
     line = axes.lines[0]
     assert n > 1 or line.get_marker() == "o"  # a line through one point cannot be seen
+
+
+@pytest.mark.parametrize("row", ["plain", "french_person, a_name_of_thirty_characters_ok"])
+def test_the_names_of_a_grids_rows_are_whole(sheets: list[Any], row: str) -> None:
+    heatmap("first", "refusal", [row], ["assistant"], [[0.0]], [["0"]], "run")
+    sheet, axes = sheets[0], sheets[0].axes[0]
+    label = axes.get_yticklabels()[0].get_window_extent(FigureCanvasAgg(sheet).get_renderer())
+    assert label.x0 > 0

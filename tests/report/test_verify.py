@@ -317,6 +317,18 @@ def test_a_reference_that_the_pilot_never_had_is_compared_with_the_run_that_had_
 # --- compare -----------------------------------------------------------------------------------------------
 
 
+def test_settings_that_change_no_number_stand_apart(tiny_qwen: Path, tmp_path: Path) -> None:
+    first, second = (
+        Analysis(Graph(tiny_recipe(tiny_qwen, **more)), Store.open(tmp_path))
+        for more in ({}, {"run__track": ["tensorboard"], "run__max_usd": 3.0, "run__group": 2, "behavior__lr": 2e-4})
+    )
+    found = compare(first, second)
+    assert [line.partition(":")[0] for line in found.how] == ["run.max_usd", "run.track"]
+    assert [line.partition(":")[0] for line in found.changes] == ["behavior.lr", "run.group"]
+    same = compare(first, first)
+    assert (same.how, same.changes) == ((), ())
+
+
 def test_two_seeds_are_paired_cell_by_cell(tiny_qwen: Path, tmp_path: Path) -> None:
     recipes = [tiny_recipe(tiny_qwen, grid__epochs=[0, 1], grid__seeds=[seed]) for seed in (1, 2)]
     for recipe in recipes:

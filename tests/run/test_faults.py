@@ -46,19 +46,6 @@ def _slow(*values: object) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module")
-def recipe(tiny_qwen: Path) -> Recipe:
-    return tiny_recipe(tiny_qwen)
-
-
-@pytest.fixture(scope="module")
-def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The results of a run that nothing disturbed."""
-    workspace = tmp_path_factory.mktemp("whole")
-    run_tiny(recipe, workspace)
-    return results(recipe, workspace)
-
-
 def _die_at(slot: str, done: int) -> Callable[[Any], None]:
     """A watcher's ear that kills its own process, unasked and at once, when `slot` has come this far."""
 

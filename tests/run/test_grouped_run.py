@@ -22,7 +22,7 @@ from fastconv.report import write_report
 from fastconv.run import training
 from fastconv.run.executor import Executor  # torch is warm before anything forks
 from fastconv.run.run import run_recipe
-from fastconv.store.ledger import Stage, Store
+from fastconv.store.ledger import Store
 from tests.loop_kit import Heard, adapters, exit_of, forked, records, refuse_sets, results, run_tiny, tiny_recipe
 
 SOURCES = ["villain", "comedian", "nurse"]
@@ -208,19 +208,24 @@ def test_groups_are_made_where_they_were_measured_to_be_faster_and_that_is_kept(
     run_tiny(recipe, tmp_path)
     adapters = [stage for stage in Graph(recipe).stages() if stage.kind == "behavior"]
     trainer = Executor(Graph(recipe), Store.open(tmp_path)).trainer
-    assert training.together_speedup(trainer._stacks.stack, [_job(trainer, one) for one in adapters]) > 0
-    measured: list[int] = []
+    rendered: list[Any] = []
+    real = training.render_rows
+    monkeypatch.setattr(training, "render_rows", lambda rows, *args: rendered.append(rows) or real(rows, *args))
+    assert training.together_speedup(trainer._stacks.stack, [trainer._job(one) for one in adapters]) > 0
+    measured: list[list[Job]] = []
     for speedup, size in ((0.9, 1), (1.1, 2)):
         monkeypatch.setattr(
-            training, "together_speedup", lambda stack, jobs, speedup=speedup: measured.append(len(jobs)) or speedup
+            training, "together_speedup", lambda stack, jobs, speedup=speedup: measured.append(jobs) or speedup
         )
         for again in (trainer, Executor(Graph(recipe), Store.open(tmp_path)).trainer):
             assert again._is_faster_together(adapters[:size]) is (speedup > 1)
-    assert measured == [1, 2]
-
-
-def _job(trainer: Any, stage: Stage) -> Job:
-    return Job(stage.slot, tuple(trainer._rows_of(stage)), trainer._recipe.behavior, training.seed_parts(stage))
+    assert [len(jobs) for jobs in measured] == [1, 2]
+    # What was measured is what is trained: the same rows, weights and order; and rows are rendered once to be sized and trained.
+    lease: Any = None
+    trained = [trainer._behavior(stage, lease, ()).job for stage in adapters]
+    assert trained == measured[1]
+    assert [job.order_parts for job in trained] == [training.seed_parts(one, "order_seed") for one in adapters]
+    assert len(rendered) == len({stage.needs["rows"].key for stage in adapters})
 
 
 def test_on_a_cpu_auto_keeps_the_bits_of_each_alone(tiny_qwen: Path, tmp_path: Path) -> None:

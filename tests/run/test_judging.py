@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
 from fastconv.store.records import Money, Stage
 from tests.cli.test_cli import Answer, ask, refused
-from tests.fake_claude import FakeClaude, fake_claude
+from tests.fake_claude import FakeClaude
 from tests.judging_kit import DATA, KEY, chat, fake_endpoint, rubric
 from tests.loop_kit import TINY, Heard, exit_of, forked, kill, records, until
 
@@ -49,12 +48,6 @@ cache_read_usd = 0.1
 ends = 2020-01-01
 """
 CONCURRENCY = 4
-
-
-@pytest.fixture
-def server() -> Iterator[FakeClaude]:
-    with fake_claude() as fake:
-        yield fake
 
 
 @pytest.fixture(autouse=True)

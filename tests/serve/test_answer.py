@@ -10,7 +10,7 @@ import pytest
 from fastconv.chat import ChatTokenizer
 from fastconv.engine.locate import TINY, locate, model_folder
 from fastconv.recipe import ModelSettings
-from fastconv.serve.protocol import Answer
+from fastconv.serve.protocol import AnswerText
 
 SPELLED = ("Héllo 漢字 🙂🙂 done", "  spaced\n\nlines ", "\n", "", "ab ab abc")
 
@@ -39,7 +39,7 @@ def answers(chat: ChatTokenizer) -> list[list[int]]:
 @pytest.mark.parametrize("finish", ["stop", "length"])
 def test_pieces_add_up_to_the_ledger_s_text(chat: ChatTokenizer, finish: str) -> None:
     for ids in answers(chat):
-        answer = Answer(chat, ())
+        answer = AnswerText(chat, ())
         pieces = [answer.add([token]) for token in ids]
         assert "".join([*pieces, answer.end(finish)]) == chat.answer_text(ids)  # type: ignore[arg-type]
         assert answer.finish == finish
@@ -51,7 +51,7 @@ def test_a_stop_sequence_cuts_the_text_wherever_tokens_end(chat: ChatTokenizer) 
         whole = chat.answer_text(ids)
         for start in range(0, len(whole), 5):
             stop = whole[start : start + 3]
-            answer = Answer(chat, ("not there", stop))
+            answer = AnswerText(chat, ("not there", stop))
             given = [answer.add([token]) for token in ids]
             given.append(answer.end("length"))
             assert "".join(given) == whole[: whole.index(stop)]

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fastconv.cli import app
@@ -22,10 +23,12 @@ from fastconv.engine import generate
 from fastconv.engine.generate import SampledRow
 from fastconv.errors import InputError
 from fastconv.recipe import SamplingSettings
+from fastconv.run.stacks import Stacks
 from fastconv.seeding import seed_of
 from fastconv.serve import chosen_cells
+from fastconv.serve.endpoint import listen
 from fastconv.serve.protocol import ApiError
-from fastconv.serve.resident import Piece, _Waiting
+from fastconv.serve.resident import Piece, ResidentModel, _Waiting
 from tests import ROOT
 from tests.loop_kit import DoneRun, until
 from tests.serve.kit import CELLS, Running, endpoint, refused
@@ -35,6 +38,23 @@ from tests.serve.kit import CELLS, Running, endpoint, refused
 def running(done_run: DoneRun) -> Iterator[Running]:
     with endpoint(done_run.recipe, done_run.workspace) as one:
         yield one
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of all rows at every pass that the model draws, slowly."""
+    lengths: list[int] = []
+
+    def slowly(*args: Any, watch: Any, **options: Any) -> Any:
+        def look(rows: Sequence[SampledRow]) -> None:
+            time.sleep(0.01)
+            lengths.extend(len(row.tokens) for row in rows)
+            watch(rows)
+
+        return generate.sample(*args, watch=look, **options)
+
+    monkeypatch.setattr("fastconv.serve.resident.sample", slowly)
+    return lengths
 
 
 def ask(**changes: Any) -> dict[str, Any]:
@@ -126,6 +146,15 @@ def test_a_stop_sequence_ends_the_answer_before_it(running: Running, stream: boo
     assert finish == "stop"
 
 
+def test_a_stop_sequence_ends_the_drawing(running: Running, watched: list[int]) -> None:
+    body = ask(max_tokens=120, temperature=0)
+    text = running.post(body).json()["choices"][0]["message"]["content"]
+    assert max(watched) > 60
+    watched.clear()
+    assert running.post({**body, "stop": text[2:4]}).json()["choices"][0]["finish_reason"] == "stop"
+    assert max(watched) < 40
+
+
 def test_greedy_is_the_same_whatever_the_seed(running: Running) -> None:
     texts = {
         running.post(ask(temperature=0, seed=s, max_tokens=16)).json()["choices"][0]["message"]["content"]
@@ -171,30 +200,38 @@ def test_an_earlier_turn_is_part_of_the_prompt(running: Running) -> None:
     assert reply["usage"]["prompt_tokens"] > single["usage"]["prompt_tokens"] + 8
 
 
-def test_a_client_that_goes_midway_frees_the_model(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_goes_midway_frees_the_model(running: Running, watched: list[int]) -> None:
     """A long answer is dropped at its next token, so that the next client does not wait for its end."""
-    lengths: list[int] = []
-
-    def slowly(*args: Any, watch: Any, **options: Any) -> Any:
-        def look(rows: Sequence[SampledRow]) -> None:
-            time.sleep(0.01)
-            lengths.extend(len(row.tokens) for row in rows)
-            watch(rows)
-
-        return generate.sample(*args, watch=look, **options)
-
-    monkeypatch.setattr("fastconv.serve.resident.sample", slowly)
     long = ask(max_tokens=120, n=8, temperature=2.0)
     assert running.post(long).status_code == 200
-    assert max(lengths) > 60
-    lengths.clear()
+    assert max(watched) > 60
+    watched.clear()
     with (
         running.client as client,
         client.stream("POST", "/v1/chat/completions", json={**long, "stream": True}) as reply,
     ):
         next(reply.iter_lines())
     assert running.post(ask(max_tokens=1)).status_code == 200
-    assert max(lengths) < 40
+    assert max(watched) < 40
+
+
+def test_what_waits_when_the_endpoint_ends_is_told(done_run: DoneRun) -> None:
+    model = ResidentModel(Stacks(done_run.graph, done_run.store), {})
+
+    async def asked() -> None:
+        pieces = model.draw("cell", (1,), 7, SamplingSettings())
+        waiting = asyncio.ensure_future(anext(pieces))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(model.work, lambda: True)
+        with pytest.raises(ApiError, match="is ending"):
+            await asyncio.wait_for(waiting, 5.0)
+
+    asyncio.run(asked())
+
+
+def test_an_endpoint_is_for_this_machine_alone() -> None:
+    with listen(0) as listening:
+        assert listening.getsockname()[0] == "127.0.0.1"
 
 
 def test_tokens_that_are_drawn_again_are_told_once() -> None:
@@ -202,7 +239,7 @@ def test_tokens_that_are_drawn_again_are_told_once() -> None:
     told: list[Piece | ApiError] = []
     one = _Waiting("cell", (1,), 7, SamplingSettings(), asyncio.new_event_loop())
     one.tell = told.append  # type: ignore[method-assign]
-    row = SampledRow(0, [1], [0.1] * 4, [5, 6])
+    row = SampledRow(0, [1], torch.full((4,), 0.1), [5, 6])
     one.follow(row)
     row.tokens.clear()
     for token in (5, 6, 8, 9):

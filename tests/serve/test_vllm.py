@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from fastconv import serve
+from fastconv.chat import ChatTokenizer
 from fastconv.engine.lora import Adapter
 from fastconv.errors import SamplerError, TrainingError
 from tests import ROOT
@@ -27,14 +29,26 @@ def ask(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_the_ledger_and_cells_are_loaded_once(done_run: DoneRun, fake: Fake) -> None:
+def test_answers_are_those_of_the_ledger_and_cells_are_loaded_once(
+    done_run: DoneRun, fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake.script(engine=True)
+    read: list[Path] = []
+    real = serve.ChatTokenizer
+
+    def counted(folder: Path, *settings: Any) -> ChatTokenizer:
+        read.append(folder)
+        return real(folder, *settings)
+
+    monkeypatch.setattr(serve, "ChatTokenizer", counted)
     with endpoint(done_run.recipe, done_run.workspace, *CELLS, engine="auto") as one:
         assert one.service.engine == "vllm 0.32.0"
         assert fake.noted()[0]["flags"]["max_loras"] == 2
         for cell in CELLS:
             for body, sample in list(one.sampled(cell))[:6]:
-                (choice,) = one.post(body).json()["choices"]
+                reply = one.post(body).json()
+                (choice,) = reply["choices"]
+                assert reply["usage"]["completion_tokens"] == sample.n_tok
                 assert choice["message"]["content"] == sample.completion
                 assert choice["finish_reason"] == ("stop" if sample.ended else "length")
         proofs = one.service.proofs
@@ -43,6 +57,7 @@ def test_answers_are_those_of_the_ledger_and_cells_are_loaded_once(done_run: Don
         assert len(loaded) == len(set(loaded)) == 2
         pids = fake.pids
     assert not any(map(running, pids))
+    assert len(read) == 1  # by the endpoint and for vLLM alike
 
 
 @pytest.mark.slow

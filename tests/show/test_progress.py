@@ -14,7 +14,7 @@ from fastconv.planning.hardware import PlannedStage, TimeLeft
 from fastconv.run.sampling import Progress
 from fastconv.show import progress as module
 from fastconv.show.progress import BarWatcher, LineWatcher, StageClock, bar_line
-from fastconv.stats.units import duration_text, rate_text, shortened
+from fastconv.stats.units import duration_text, rate_text, shortened, shortened_slot
 from fastconv.store.records import Stage
 
 SLOT = "score/kindergarten_teacher/source/e20+misalignment/excluded/misalignment/assistant/s42"
@@ -40,6 +40,22 @@ def test_a_name_loses_its_middle_and_nothing_else(name: str, width: int) -> None
     short = shortened(name, width)
     assert len(short) <= width
     assert short == name or (len(short) == width and short[0] == name[0] and short[-1] == name[-1] and ".." in short)
+
+
+@pytest.mark.parametrize("width", [35, 41, 50, 61, 90])
+def test_a_slot_keeps_its_epoch_and_its_seed(width: int) -> None:
+    short = shortened_slot(SLOT, width)
+    assert len(short) <= width
+    assert short.endswith("/s42")
+    assert "/e20+mi" in short
+    assert (short == SLOT) == (len(SLOT) <= width)
+    alone = SLOT.replace("+misalignment/excluded", "")
+    assert shortened_slot(alone, width) != short
+
+
+@given(st.text("abc/+_", max_size=90), st.integers(4, 100))
+def test_any_slot_fits(slot: str, width: int) -> None:
+    assert len(shortened_slot(slot, width)) <= width
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 200])

@@ -36,7 +36,7 @@ _SHOWN_CHARS = 300
 _POOL_CONNECTIONS = 8
 
 
-class Endpoint(Protocol):
+class CompletionServer(Protocol):
     """What a client needs of the server: address, API key, whether its process runs, and the error if it fails."""
 
     url: str
@@ -53,7 +53,7 @@ class Client:
     `stall_s` seconds without a completion count as a hanging server.
     """
 
-    def __init__(self, server: Endpoint, *, n_connections: int, stall_s: float = STALL_S) -> None:
+    def __init__(self, server: CompletionServer, *, n_connections: int, stall_s: float = STALL_S) -> None:
         self._server = server
         self._n = n_connections
         self._stall_s = stall_s
@@ -194,7 +194,7 @@ class Client:
             raise _refused(self._server.url, f"{path} answered {reply.status_code}: {_message(reply)}")
 
 
-def _pool(server: Endpoint) -> httpx.AsyncClient:
+def _pool(server: CompletionServer) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         base_url=server.url,
         headers={"authorization": f"Bearer {server.key}", "content-type": "application/json"},

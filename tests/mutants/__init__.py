@@ -1,27 +1,15 @@
-"""Break named lines of fastconv, one at a time, and run the tests that must see it: `make mutants`, or `python -m tests.mutants WORD`.
-
-Each mutant is a line's text and what it becomes. A mutant that its tests do not see has survived, and so has one whose
-text is no longer in the file: both end with exit code 1. The working tree is never touched: a copy is broken.
-"""
+"""Named lines of fastconv, what each becomes when it is broken, and the tests that must see it; `__main__` runs them."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
 from dataclasses import dataclass
-from pathlib import Path
-
-from tests import ROOT
 
 REPLIES, MEMORY, DISK, SECRETS = (
     f"tests/faults/test_{n}.py" for n in ("judge_replies", "memory", "disk_and_ledger", "secrets")
 )
 WHOLE, INPUTS = (f"tests/faults/test_{name}.py" for name in ("whole_run", "hostile_inputs"))
 LIVE, BATCHES, LOCAL, DESK = (f"tests/judge/test_{name}.py" for name in ("live", "batches", "local", "desk"))
+SERVE, HOSTILE, VLLM = (f"tests/serve/test_{name}.py" for name in ("serve", "hostile", "vllm"))
 TRAIN, CHAT, LOCATE = "tests/engine/test_train.py", "tests/test_chat.py", "tests/engine/test_locate.py"
 
 
@@ -120,6 +108,8 @@ MUTANTS = [
         ("    except (ValueError, TypeError, RecursionError):\n        raise damaged", "    except KeyError:\n        raise damaged",
          "holds_no_json"),
     ),
+    *_of("store/io.py", DISK, ("if is_required or place_in_key else", "if is_required else", "passes_over")),
+    *_of("store/merge.py", DISK, ("    if not found:  # SQLite", "    if False:  # SQLite", "no_fastconv_wrote")),
     *_of(
         "store/io.py", REPLIES,
         ("    except (OverflowError, UnicodeEncodeError) as error:\n", "    except KeyError as error:\n", "sqlite_cannot_hold"),
@@ -137,7 +127,7 @@ MUTANTS = [
     ),
     *_of(
         "store/gc.py", DISK,
-        ('[f"the ledger is damaged: {line}" for line in said if line != "ok"]', "[]", "doctor_says"),
+        ('[f"the ledger is damaged: {line}" for line in said if line != "ok"]', "[]", "passes_over"),
         ("        elif deep:\n", "        elif False:\n", "whole_ledger"),
         ("or path.stat().st_size != n_bytes:", "and False:", "whole_ledger"),
         ("if key not in live]", "if key in live]", "mends"),
@@ -153,7 +143,10 @@ MUTANTS = [
     *_of(
         "cli/common.py", DISK,
         ("        return READER_GONE if code in (0, 1) else code", "        return code", "reader_that_goes"),
-        ("        return StoreError.exit_code\n    if broken", "        return 0\n    if broken", "cannot_be_written"),
+        ("        return fault.exit_code\n", "        return code\n", "output_that"),
+        ("        if fault := _output_fault(error):\n", "        if fault := None:\n", "output_that"),
+        ("        if _output_fault(error) is None:\n", "        if True:\n", "output_that"),
+        ("    with contextlib.suppress(OSError):  # nobody", "    with contextlib.nullcontext():  # nobody", "nobody_can"),
     ),
     *_of("cli/__init__.py", DISK, ("        require_writable(folder, option)", "        pass", "reports_that")),
     *_of(
@@ -178,8 +171,8 @@ MUTANTS = [
         "engine/trainee.py", TRAIN,
         ("torch.isfinite(loss + norm)", "torch.isfinite(loss)", "beside_a_finite_loss"),
         ("torch.isfinite(loss + norm)", "torch.isfinite(norm)", "beside_a_finite_gradient"),
-        ('"order", epoch, *self.seed_parts', '"order", 0, *self.seed_parts', "order_of_its_own"),
-        ('"order", epoch, *self.seed_parts', '"order", epoch', "order_of_its_own"),
+        ('"order", epoch, *self.chance', '"order", 0, *self.chance', "order_of_its_own"),
+        ('"order", epoch, *self.chance', '"order", epoch', "order_of_its_own"),
     ),
     *_of("engine/trainee.py", TRAIN, ("        self.bad.copy_(torch.maximum(self.bad, ", "        self.bad.copy_(torch.minimum(self.bad, ", "not_finite")),
     *_of(
@@ -195,6 +188,8 @@ MUTANTS = [
         ("list(characters), (system, user))", "list(characters))", "no_orders"),
         ("            if tokenizer.control_token_in(user):\n", "            if False:\n", "no_orders"),
     ),
+    *_of("run/executor.py", MEMORY, ('halved = {"halved": self._n_halved} if', "halved = {} if", "little_memory")),
+    *_of("report/record.py", MEMORY, ('if n_halved := record.facts.get("halved"):', "if n_halved := 0:", "little_memory")),
     *_of(
         "engine/locate.py", LOCATE,
         ('"special_tokens_map.json",\n', "\n", "may_decide"),
@@ -207,70 +202,35 @@ MUTANTS = [
     ),
     *_of("store/merge.py", WHOLE, ('"SELECT key FROM stages ORDER BY rowid"', '"SELECT key FROM stages ORDER BY finished_at"', "jumps_by_a_year and back-")),
     *_of("engine/stack.py", MEMORY, ("        finally:\n            self.route.spans = spans", "        finally:\n            pass", "probe")),
+    *_of(
+        "serve/resident.py", SERVE,
+        ("        finally:\n            waiting.gone = True", "        finally:\n            pass", "goes_midway"),
+        ("            self.n_sent = len(row.tokens)", "            pass", "told_once"),
+        ("if one.group == self._waiting[0].group]", "if True]", "two_clients"),
+        ("            for waiting in left:", "            for waiting in ():", "waits_when_the_endpoint_ends"),
+    ),
+    *_of("serve/resident.py", HOSTILE, ("if len(self._waiting) >= MOST_WAITING:", "if False:", "flood")),
+    *_of(
+        "serve/endpoint.py", HOSTILE,
+        ("if named is not None and _host_of(named) not in _LOOPBACK:", "if False:", "page_elsewhere"),
+        ("(request.content_length or 0) > MAX_BODY_BYTES", "False", "gigabyte"),
+    ),
+    *_of(
+        "serve/endpoint.py", SERVE,
+        ("                if answer.finish is not None:\n                    return", "                pass", "ends_the_drawing"),
+        ('listening.bind(("127.0.0.1", port))', 'listening.bind(("0.0.0.0", port))', "this_machine_alone"),
+    ),
+    *_of(
+        "serve/protocol.py", SERVE,
+        ('first if choice == 0 else seed_of("choice", first, choice)', "first", "choices_have_seeds"),
+        ("if self._held.endswith(stop[:n])), default=0", "if False), default=0", "stop_sequence"),
+    ),
+    *_of("serve/protocol.py", HOSTILE, ("    if room < (wanted or 1):", "    if False:", "cannot_be_honoured"), ("or _asks_nothing(name, value))", "or True)", "cannot_be_honoured")),
+    *_of(
+        "serve/vllm.py", VLLM,
+        ("if distance > _OTHER_KERNELS * PROBE_TOLERANCE[self._dtype]:", "if False:", "not_the_recorded"),
+        ("        if found.distance(base) == 0.0:", "        if False:", "not_the_recorded"),
+        ("ids[:-1] if finish == \"stop\" and ids and ids[-1] in stops else ids", "ids", "those_of_the_ledger"),
+    ),
+    *_of("serve/__init__.py", VLLM, ("            proofs[name] = one.prove(name)", "            proofs[name] = {}", "not_the_recorded")),
 ]  # fmt: skip
-
-
-def survives(mutant: Mutant, copy: Path) -> str:
-    """Break the copy, run the tests, mend it; why the mutant is alive, or nothing if it is dead."""
-    path = copy / mutant.file
-    whole = path.read_text()
-    if mutant.old not in whole:
-        return "its line is not there any more"
-    path.write_text(whole.replace(mutant.old, mutant.new, 1))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not gpu",
-        mutant.tests,
-        "-k",
-        mutant.words,
-    ]
-    environ = {**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    try:
-        run = subprocess.run(command, cwd=copy, env=environ, capture_output=True, text=True, timeout=240)
-    except subprocess.TimeoutExpired:
-        return ""  # a test that never ends has seen it
-    finally:
-        path.write_text(whole)
-    if run.returncode == 1:
-        return ""
-    return (
-        "no test of that name"
-        if run.returncode == 5
-        else "its tests pass"
-        if run.returncode == 0
-        else run.stdout[-300:]
-    )
-
-
-def main(words: list[str]) -> int:
-    """Run the mutants whose file or line holds one of these words (all without any); exit code 1 if one survives."""
-    chosen = [m for m in MUTANTS if not words or any(word in m.file + m.old + m.words for word in words)]
-    alive = 0
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "copy"
-        ignore = shutil.ignore_patterns(
-            ".git", ".venv*", "checkpoints", "reports", "__pycache__", ".*_cache", "build", "dist"
-        )
-        shutil.copytree(ROOT, copy, ignore=ignore, symlinks=True)
-        for mutant in chosen:
-            began = time.monotonic()
-            why = survives(mutant, copy)
-            alive += bool(why)
-            line = " ".join(mutant.old.split())[:70]
-            print(
-                f"{'ALIVE' if why else 'dead '} {time.monotonic() - began:5.1f} s  {mutant.file}: {line} {why}",
-                flush=True,
-            )
-    print(f"{len(chosen) - alive} of {len(chosen)} mutants are dead")
-    return int(alive > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
