@@ -171,8 +171,8 @@ MUTANTS = [
         "engine/trainee.py", TRAIN,
         ("torch.isfinite(loss + norm)", "torch.isfinite(loss)", "beside_a_finite_loss"),
         ("torch.isfinite(loss + norm)", "torch.isfinite(norm)", "beside_a_finite_gradient"),
-        ('"order", epoch, *self.chance', '"order", 0, *self.chance', "order_of_its_own"),
-        ('"order", epoch, *self.chance', '"order", epoch', "order_of_its_own"),
+        ('"order", epoch, *chance', '"order", 0, *chance', "order_of_its_own"),
+        ('"order", epoch, *chance', '"order", epoch', "order_of_its_own"),
     ),
     *_of("engine/trainee.py", TRAIN, ("        self.bad.copy_(torch.maximum(self.bad, ", "        self.bad.copy_(torch.minimum(self.bad, ", "not_finite")),
     *_of(
