@@ -65,7 +65,7 @@ def graphs_of(stack: Stack) -> CapturedSteps:
 def test_captured_steps_are_the_plain_ones(
     tiny_qwen: Path, dtype: str, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StepTimes, "worth_capturing", lambda times, n_tok, n_direct: True)
+    monkeypatch.setattr(StepTimes, "worth_capturing", lambda *_: True)
     monkeypatch.setattr(CapturedSteps, "end_of_trainees", lambda steps: None)
     stack = stack_on("cuda", tiny_qwen, dtype)
     captured = trained(stack, dropout)
@@ -82,7 +82,7 @@ def test_a_graph_of_one_adapter_trains_the_next_to_the_same_bits(
     """Other weights above another frozen adapter, with no capture of their own, against the same steps launched."""
     weights, n_graphs = [], []
     for worth in (True, False):
-        monkeypatch.setattr(StepTimes, "worth_capturing", lambda times, n_tok, n_direct, worth=worth: worth)
+        monkeypatch.setattr(StepTimes, "worth_capturing", lambda *_, worth=worth: worth)
         stack = stack_on("cuda", tiny_qwen, "bfloat16")
         for _ in range(2):  # every size of these rows in this order is met twice
             assert trained(stack, 0.05).step
@@ -98,7 +98,7 @@ def test_a_graph_of_one_adapter_trains_the_next_to_the_same_bits(
 
 
 def test_a_group_is_captured_and_trains_as_one_after_another(tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StepTimes, "worth_capturing", lambda times, n_tok, n_direct: True)
+    monkeypatch.setattr(StepTimes, "worth_capturing", lambda *_: True)
     stack = stack_on("cuda", tiny_qwen, "bfloat16")
     jobs = [Job(f"{i}", ragged_rows(12, seed=i), train_settings(dropout=0.05, epochs=4), ("gpu", i)) for i in range(3)]
     together, alone = ([start(stack, job) for job in jobs] for _ in range(2))
