@@ -21,6 +21,8 @@ from fastconv.recipe import SamplingSettings
 
 #: A nucleus of up to this many tokens is found without sorting the vocabulary.
 _TOP_K = 512
+#: On a GPU a nucleus of tokens with at least one part in as many of the probability is.
+_LIKELY = 1024
 #: Graphs are captured for these numbers of rows; a pass runs on the smallest that holds its rows.
 _GRAPH_ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -291,7 +293,7 @@ class DeviceDecoder(Decoder):
         ids, at, n_sampled, most, active = (part[:size] for part in self._state)
         hidden = self._base.hidden(ids, at, Decode(self.cache, at, self.cache.max_length_tok - 1))
         uniforms = self._uniforms[:size].gather(1, n_sampled[:, None])[:, 0]
-        tokens = sample_tokens(self._base.logits(hidden), uniforms, self.settings)
+        tokens = sample_tokens(self._base.readout.logits(hidden), uniforms, self.settings)
         stopped = (tokens[:, None] == self._stops).any(1)
         active.mul_(~stopped & (n_sampled + 1 < most))
         ids.copy_(tokens)
@@ -320,25 +322,31 @@ def sample_tokens(logits: torch.Tensor, uniform: torch.Tensor, settings: Samplin
     """Sample one token per row: temperature (0: the most likely token), then nucleus (Holtzman et al. 2020), then the
     inverse of the CDF.
 
-    logits [n, vocab] fp32, uniform [n] in [0, 1) -> [n] int64. The nucleus is the smallest set of most likely tokens
-    whose probability reaches top_p; the first token is always in it. Rows whose nucleus lies within the `_TOP_K` most
-    likely tokens, nearly all of them, never sort the vocabulary; which method a row takes depends on that row alone. On a
-    GPU no row does, and the host does not wait.
+    logits [n, vocab], uniform [n] in [0, 1) -> [n] int64. The nucleus is the smallest set of most likely tokens whose
+    probability reaches top_p; the first token is always in it. Rows whose nucleus lies within the few most likely tokens,
+    nearly all of them, never sort the vocabulary; which method a row takes depends on that row alone. On a GPU no row does,
+    and the host does not wait.
     """
-    probabilities = _probabilities(logits, settings.temperature)
     if logits.is_cuda:
-        from fastconv.engine.kernels.draw import draw_wide, likeliest
-
-        ranked, tokens = likeliest(probabilities, _TOP_K)
-        chosen = _from_ranked(ranked, tokens, uniform, settings.top_p)
-        draw_wide(probabilities, uniform, ranked.sum(-1) < settings.top_p, settings.top_p, chosen)
-        return chosen
+        return _sampled_on_device(logits, uniform, settings)
+    probabilities = _probabilities(logits.float(), settings.temperature)
     ranked, tokens = torch.topk(probabilities, min(_TOP_K, probabilities.shape[-1]), dim=-1)
     chosen, is_wide = _from_ranked(ranked, tokens, uniform, settings.top_p), ranked.sum(-1) < settings.top_p
     wide = torch.nonzero(is_wide).flatten()
     if wide.numel():
         ranked, tokens = torch.sort(probabilities[wide], dim=-1, descending=True, stable=True)
         chosen[wide] = _from_ranked(ranked, tokens, uniform[wide], settings.top_p)
+    return chosen
+
+
+def _sampled_on_device(logits: torch.Tensor, uniform: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
+    from fastconv.engine.kernels.draw import draw_wide, likeliest
+
+    if not settings.temperature:
+        return logits.argmax(-1)
+    ranked, tokens, drawn = likeliest(logits, settings.temperature, _LIKELY)
+    chosen = _from_ranked(ranked, tokens, uniform, settings.top_p)
+    draw_wide(drawn, uniform, ranked.sum(-1) < settings.top_p, settings.top_p, chosen)
     return chosen
 
 
