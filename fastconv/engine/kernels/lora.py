@@ -1,8 +1,8 @@
 """The stacked-LoRA kernel: the branches of a layer, for one slot or many, in a fixed number of launches.
 
 `StackedLinear` calls the `StackedKernel` of its route. This module prepares the tables: the addresses of every slot's
-weights and gradients, and the tokens of every slot. `lora_triton` has the kernels and their autograd function; it, and
-with it Triton, is imported at the first call.
+weights and gradients, and the tokens of every slot. `lora_triton` has the kernels, `lora_launch` their autograd function;
+they, and with them Triton, are imported at the first call.
 """
 
 from __future__ import annotations
@@ -66,22 +66,31 @@ class StackedKernel:
 
         Gradients of A and B are added to their `.grad`. Raises TrainingError if a trainable weight has none.
         """
-        from fastconv.engine.kernels.lora_triton import stacked_linear
+        y = self.joined((layer,), layer.base.weight, layer.base.bias, x)
+        return layer.base(x) if y is None else y
 
-        route = layer.route
+    def joined(
+        self, layers: Sequence[StackedLinear], weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+    ) -> torch.Tensor | None:
+        """As `forward` for up to `MOST_JOINED` layers of the same input, [..., T, sum of outs]: their outputs side by side.
+        `weight` and `bias` are theirs below one another. None if they cannot be computed together, or carry nothing."""
+        from fastconv.engine.kernels.lora_launch import stacked_linear
+
+        route = layers[0].route
         live = self._live_slots(route, x.dtype)
-        weights = live.layers.get(layer.name)
-        if weights is None:
-            return layer.base(x)
+        found = live.joined([layer.name for layer in layers])
+        if found is None:
+            return None
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         call = LayerCall(
-            layer.base.weight, layer.base.bias, weights, self._routing(route, len(flat)), live,
-            route.dropout_seeds if live.drops else None, layer.salt, self.tiling, live.scale_of[layer.name],
+            weight, bias, found[0], self._routing(route, len(flat)), live, route.dropout_seeds if live.drops else None,
+            tuple(layer.base.out_features for layer in layers), tuple(layer.salt for layer in layers), self.tiling, found[1],
         )  # fmt: skip
         trained = [
             weight
             for slot in live.slots
             if slot.trainable is not None
+            for layer in layers
             for weight in slot.trainable.weights.get(layer.name, ())
             if weight.requires_grad
         ]
@@ -252,7 +261,7 @@ def _addresses(
             all(address % 16 == 0 for row in module_rows for address in row[:4])
             and all(rank % 8 == 0 for row in module_rows for rank in row[6:]),
         )
-        for module, module_rows, table in zip(modules, rows, tables.unbind(), strict=True)
+        for module, module_rows, table in zip(modules, rows, tables.split(1), strict=True)
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from fastconv.engine.lora import Slot
 
 Order = Literal["branches_first", "base_first"]
+#: Modules that one call can hold.
+MOST_JOINED = 3
 
 
 @dataclass(frozen=True)
@@ -73,13 +76,19 @@ class TokenRouting:
 
 @dataclass(frozen=True)
 class WeightTable:
-    """Addresses of one layer's weights: `table` [slots, 8] int64 as described in `lora_triton`, the padded ranks of the
-    frozen and the trainable part, and whether all addresses and ranks allow loads of 16 bytes."""
+    """Addresses of the weights of one layer, or of some that share their input: `table` [modules, slots, 8] int64 as
+    described in `lora_triton`, the padded ranks of the frozen and the trainable part, and whether all addresses and ranks
+    allow loads of 16 bytes."""
 
     table: torch.Tensor
     rank_f: int
     rank_t: int
     aligned: bool
+
+    @property
+    def width(self) -> int:
+        """Low-rank values of a token and a module."""
+        return self.rank_f + self.rank_t
 
 
 @dataclass(frozen=True)
@@ -113,9 +122,21 @@ class LiveSlots:
     thresholds: torch.Tensor
 
     @cached_property
-    def scale_of(self) -> dict[str, torch.Tensor]:
-        """Scales [slots, 2] by module, views of `scales`."""
-        return dict(zip(self.layers, self.scales.unbind(), strict=True))
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.layers)}
+
+    def joined(self, names: Sequence[str]) -> tuple[WeightTable, torch.Tensor] | None:
+        """(weight table, scales [modules, slots, 2]) of modules that lie side by side in the tables, views of them; None if
+        they do not, or if some slot's adapters do not reach all of them."""
+        first = self._places.get(names[0])
+        if first is None or any(self._places.get(name) != first + i for i, name in enumerate(names)):
+            return None
+        parts, last = [self.layers[name] for name in names], first + len(names)
+        table = WeightTable(
+            self.tables[first:last], max(part.rank_f for part in parts), max(part.rank_t for part in parts),
+            all(part.aligned for part in parts),
+        )  # fmt: skip
+        return table, self.scales[first:last]
 
     @property
     def structure(self) -> Hashable:
@@ -129,7 +150,7 @@ class LiveSlots:
         tables = self.tables.clone()
         layers = {
             name: replace(layer, table=table)
-            for (name, layer), table in zip(self.layers.items(), tables.unbind(), strict=True)
+            for (name, layer), table in zip(self.layers.items(), tables.split(1), strict=True)
         }
         return replace(
             self, tables=tables, layers=layers, scales=self.scales.clone(), thresholds=self.thresholds.clone()
@@ -156,7 +177,8 @@ class GraphTables:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One layer in one pass: everything that its kernels need beside the activations."""
+    """One layer in one pass, or up to `MOST_JOINED` that share their input: everything that the kernels need beside the
+    activations. `weight` [sum of outs, in] and `bias` are the modules' below one another; `outs` and `salts` are theirs."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -164,6 +186,28 @@ class LayerCall:
     rows: TokenRouting
     live: LiveSlots
     seeds: torch.Tensor | None
-    salt: int
+    outs: tuple[int, ...]
+    salts: tuple[int, ...]
     tiling: Tiling
     scales: torch.Tensor
+
+    @property
+    def n_modules(self) -> int:
+        """Number of modules."""
+        return len(self.outs)
+
+    @property
+    def n_slots(self) -> int:
+        """Number of slots."""
+        return self.weights.table.shape[1]
+
+    @property
+    def columns(self) -> tuple[tuple[int, int], ...]:
+        """The range of each module in the outputs."""
+        ends = list(accumulate(self.outs))
+        return tuple(zip([0, *ends], ends, strict=False))
+
+    @property
+    def three_salts(self) -> tuple[int, ...]:
+        """The salts as the kernels take them."""
+        return (*self.salts, *self.salts[:1] * (MOST_JOINED - len(self.salts)))
