@@ -31,6 +31,9 @@ from fastconv.errors import ModelError, TrainingError
 
 #: Weight tables kept for reuse: a training run needs one, an evaluation beside it another.
 _TABLES_KEPT = 8
+#: Low-rank values of a token over all modules of a call: with more, sums and weights do not fit into the registers and the
+#: shared memory of a block (compiled for compute capability 8.9 and 9.0: at most 80 and 128 KiB).
+_MOST_TOGETHER = 192
 
 
 @dataclass
@@ -79,7 +82,7 @@ class StackedKernel:
         route = layers[0].route
         live = self._live_slots(route, x.dtype)
         found = live.joined([layer.name for layer in layers])
-        if found is None:
+        if found is None or (len(layers) > 1 and len(layers) * found[0].width > _MOST_TOGETHER):
             return None
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         call = LayerCall(

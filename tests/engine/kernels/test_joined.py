@@ -105,6 +105,10 @@ def test_layers_that_some_adapter_does_not_reach_are_computed_one_by_one() -> No
     assert joined.product(layers, x) is None
     route.slots, route.plain = (Slot((adapter(1, 3),)),), True
     assert joined.product(layers, x) is None, "without kernels for comparison"
+    route.slots, route.plain = (Slot((adapter(1, 3, 64),)),), False
+    assert joined.product(layers, x) is not None
+    route.slots = (Slot((adapter(1, 3, 128),)),)
+    assert joined.product(layers, x) is None, "too much for a block"
 
 
 def fused_stack(folder: Path, *, joined: bool) -> Stack:
