@@ -61,57 +61,46 @@ class _Stacked(torch.autograd.Function):
 
 def _shrink_input(x: torch.Tensor, call: LayerCall) -> torch.Tensor:
     """Scaled products [T, modules * ranks] of x [T, in] with every module's A, dropping out where there are seeds."""
-    out = torch.empty(len(x), call.n_modules * call.weights.width, dtype=x.dtype, device=x.device)
-    _shrink(x, out, call, call.weights.table, call.scales, call.seeds, _A)
-    return out
+    return _shrink(x, call, (x.shape[1],) * 3, call.seeds, _A)
 
 
 def _shrink_output(dy: torch.Tensor, call: LayerCall) -> torch.Tensor:
-    """Scaled products [T, modules * ranks] of dy [T, out] with every module's B transposed."""
-    width = call.weights.width
-    out = torch.empty(len(dy), call.n_modules * width, dtype=dy.dtype, device=dy.device)
-    for module, (first, last) in enumerate(call.columns):
-        low = out[:, module * width : (module + 1) * width]
-        _shrink(dy[:, first:last], low, call, call.weights.table[module], call.scales[module], None, _B)
-    return out
+    """Scaled products [T, modules * ranks] of dy [T, sum of outs] with every module's B transposed."""
+    return _shrink(dy, call, call.three_outs, None, _B)
 
 
 def _shrink(
-    x: torch.Tensor, out: torch.Tensor, call: LayerCall, places: torch.Tensor, scales: torch.Tensor,
-    seeds: torch.Tensor | None, columns: tuple[int, int],
-) -> None:  # fmt: skip
-    """Into `out` the products of x [T, n] with those columns of `places`, for all modules of `places`."""
-    weights, tiling, tiles = call.weights, call.tiling, call.rows.shrink_tiles
-    n_modules = places.shape[0] if places.ndim == 3 else 1
-    n_tok, n_k = x.shape
-    split = tiling.split_of(n_k)
-    splits = -(-n_k // split)
-    partial = torch.empty(splits, n_tok, n_modules * weights.width, dtype=torch.float32, device=x.device)
-    cast(Any, shrink)[(len(tiles), splits)](
-        x, partial, tiles, places, call.live.thresholds, _or_any(seeds, tiles), *call.three_salts, n_tok, call.n_slots,
-        n_k, x.stride(0), FROZEN=columns[0], TRAINED=columns[1], ACROSS=columns == _B, RF=weights.rank_f,
+    x: torch.Tensor, call: LayerCall, sizes: tuple[int, ...], seeds: torch.Tensor | None, columns: tuple[int, int]
+) -> torch.Tensor:  # fmt: skip
+    weights, tiling, tiles, n_tok = call.weights, call.tiling, call.rows.shrink_tiles, len(x)
+    across, width = columns == _B, call.n_modules * call.weights.width
+    split = tiling.split_of(max(sizes))
+    splits = -(-max(sizes) // split)
+    partial = torch.empty(splits, n_tok, width, dtype=torch.float32, device=x.device)
+    cast(Any, shrink)[(len(tiles), splits, call.n_modules if across else 1)](
+        x, partial, tiles, weights.table, call.live.thresholds, _or_any(seeds, tiles), *call.three_salts, n_tok,
+        call.n_slots, *sizes, x.stride(0), FROZEN=columns[0], TRAINED=columns[1], ACROSS=across, RF=weights.rank_f,
         RT=weights.rank_t, DROPS=seeds is not None, M=tiling.shrink_m, K=tiling.shrink_k, ALIGNED=weights.aligned,
-        SPLIT=split, MODULES=n_modules,
+        SPLIT=split, MODULES=call.n_modules,
     )  # fmt: skip
+    out = torch.empty(n_tok, width, dtype=x.dtype, device=x.device)
     cast(Any, finish_shrink)[(len(tiles), tiling.shrink_m // _FINISH_ROWS)](
-        partial, out, tiles, scales, n_tok, call.n_slots, out.stride(0), RF=weights.rank_f, RT=weights.rank_t,
-        SPLITS=splits, ROWS=_FINISH_ROWS, MODULES=n_modules,
+        partial, out, tiles, call.scales, n_tok, call.n_slots, RF=weights.rank_f, RT=weights.rank_t, SPLITS=splits,
+        ROWS=_FINISH_ROWS, MODULES=call.n_modules,
     )  # fmt: skip
+    return out
 
 
 def _expand(
     xa: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, call: LayerCall, *, adds: bool
 ) -> torch.Tensor:
-    """y [T, out] = (y +) xa B^T (+ bias), in place, module by module."""
+    """y [T, sum of outs] = (y +) xa B^T (+ bias), in place."""
     tiles, weights, tiling = call.rows.expand_tiles, call.weights, call.tiling
-    for module, (first, last) in enumerate(call.columns):
-        low, out = xa[:, module * weights.width :], y[:, first:last]
-        added = None if bias is None else bias[first:last]
-        cast(Any, expand)[(len(tiles), -(-(last - first) // tiling.expand_n))](
-            low, out, _or_any(added, xa), tiles, weights.table[module], len(y), last - first, xa.stride(0), y.stride(0),
-            RF=weights.rank_f, RT=weights.rank_t, BIASED=bias is not None, ALIGNED=weights.aligned, ADDS=adds,
-            M=tiling.expand_m, N=tiling.expand_n,
-        )  # fmt: skip
+    cast(Any, expand)[(len(tiles), -(-max(call.outs) // tiling.expand_n), call.n_modules)](
+        xa, y, _or_any(bias, xa), tiles, weights.table, len(y), call.n_slots, *call.three_outs, xa.stride(0), y.stride(0),
+        RF=weights.rank_f, RT=weights.rank_t, BIASED=bias is not None, ALIGNED=weights.aligned, ADDS=adds,
+        M=tiling.expand_m, N=tiling.expand_n,
+    )  # fmt: skip
     return y
 
 
@@ -134,28 +123,25 @@ def _input_side(
         ALIGNED=weights.aligned, ADDS=adds, M=m, N=tiling.chunk_n, MODULES=call.n_modules,
     )  # fmt: skip
     if wants_a:
-        _add_up(partial, call, weights.table, n_in, _GRAD_A)
+        _add_up(partial, call, (n_in,) * 3, _GRAD_A)
 
 
 def _output_side(dy: torch.Tensor, xa: torch.Tensor, call: LayerCall) -> None:
-    """The gradients of every B added to their `.grad`, module by module."""
+    """The gradients of every B added to their `.grad`."""
     rows, weights, tiling = call.rows, call.weights, call.tiling
-    for module, (first, last) in enumerate(call.columns):
-        n_out, places = last - first, weights.table[module]
-        partial = torch.empty(len(rows.chunks) * weights.rank_t * n_out, dtype=torch.float32, device=dy.device)
-        cast(Any, output_side)[(len(rows.chunks), -(-n_out // tiling.chunk_n))](
-            dy[:, first:last], xa[:, module * weights.width :], partial, rows.chunks, places, len(dy), n_out,
-            dy.stride(0), xa.stride(0), ALIGNED=weights.aligned, RF=weights.rank_f, RT=weights.rank_t, M=tiling.chunk_m,
-            N=tiling.chunk_n,
-        )  # fmt: skip
-        _add_up(partial, call, places, n_out, _GRAD_B)
+    n_partial = len(rows.chunks) * weights.rank_t * dy.shape[1]
+    partial = torch.empty(n_partial, dtype=torch.float32, device=dy.device)
+    cast(Any, output_side)[(len(rows.chunks), -(-max(call.outs) // tiling.chunk_n), call.n_modules)](
+        dy, xa, partial, rows.chunks, weights.table, len(dy), call.n_slots, *call.three_outs, dy.stride(0), xa.stride(0),
+        ALIGNED=weights.aligned, RF=weights.rank_f, RT=weights.rank_t, M=tiling.chunk_m, N=tiling.chunk_n,
+    )  # fmt: skip
+    _add_up(partial, call, call.three_outs, _GRAD_B)
 
 
-def _add_up(partial: torch.Tensor, call: LayerCall, places: torch.Tensor, width: int, column: int) -> None:
-    weights, chunks_of, n_chunks = call.weights, call.rows.chunks_of, len(call.rows.chunks)
-    n_modules = places.shape[0] if places.ndim == 3 else 1
-    cast(Any, add_up)[(len(chunks_of), -(-weights.rank_t * width // _ADD_ELEMENTS), n_modules)](
-        partial, chunks_of, places, width, n_chunks, AT=column, RT=weights.rank_t, N=_ADD_ELEMENTS
+def _add_up(partial: torch.Tensor, call: LayerCall, widths: tuple[int, ...], column: int) -> None:
+    rank, chunks_of, n_chunks = call.weights.rank_t, call.rows.chunks_of, len(call.rows.chunks)
+    cast(Any, add_up)[(len(chunks_of), -(-rank * max(widths) // _ADD_ELEMENTS), call.n_modules)](
+        partial, chunks_of, call.weights.table, *widths, n_chunks, AT=column, RT=rank, N=_ADD_ELEMENTS
     )
 
 

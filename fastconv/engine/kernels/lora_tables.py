@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -202,12 +201,11 @@ class LayerCall:
         return self.weights.table.shape[1]
 
     @property
-    def columns(self) -> tuple[tuple[int, int], ...]:
-        """The range of each module in the outputs."""
-        ends = list(accumulate(self.outs))
-        return tuple(zip([0, *ends], ends, strict=False))
+    def three_outs(self) -> tuple[int, ...]:
+        """`outs` as the kernels take them."""
+        return (*self.outs, *self.outs[:1] * (MOST_JOINED - len(self.outs)))
 
     @property
     def three_salts(self) -> tuple[int, ...]:
-        """The salts as the kernels take them."""
+        """`salts` likewise."""
         return (*self.salts, *self.salts[:1] * (MOST_JOINED - len(self.salts)))

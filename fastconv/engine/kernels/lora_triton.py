@@ -71,6 +71,13 @@ def _rank_by_columns(weights, ns, n_n, rank, PADDED: tl.constexpr, ACROSS: tl.co
 
 
 @triton.jit
+def _module(module, n_0, n_1, n_2):
+    """(first column, columns) of a module whose outputs lie behind those of the modules before it."""
+    first = tl.where(module == 0, 0, tl.where(module == 1, n_0, n_0 + n_1))
+    return first, tl.where(module == 0, n_0, tl.where(module == 1, n_1, n_2))
+
+
+@triton.jit
 def _parts(
     places, slot, frozen_at: tl.constexpr, trained_at: tl.constexpr, element: tl.constexpr, ALIGNED: tl.constexpr
 ):
@@ -107,13 +114,15 @@ def _store_sums(out, sums_f, sums_t, live, RF: tl.constexpr, RT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["salt_0", "salt_1", "salt_2", "n_tok", "n_slots"])
-def shrink(x, partial, tiles, places, thresholds, seeds, salt_0, salt_1, salt_2, n_tok, n_slots, n_k, x_stride,
+def shrink(x, partial, tiles, places, thresholds, seeds, salt_0, salt_1, salt_2, n_tok, n_slots, n_0, n_1, n_2, x_stride,
            FROZEN: tl.constexpr, TRAINED: tl.constexpr, ACROSS: tl.constexpr, RF: tl.constexpr, RT: tl.constexpr,
            DROPS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, ALIGNED: tl.constexpr, SPLIT: tl.constexpr,
            MODULES: tl.constexpr):  # fmt: skip
     """partial[split, t] [MODULES * (RF + RT)] = x[t, range of the split] @ [frozen; trainable]^T of each module, the
-    trainable columns on the kept inputs alone. One pass over x [n_tok, n_k], whatever the number of modules (up to 3).
-    FROZEN and TRAINED are the columns of `places` to use."""
+    trainable columns on the kept inputs alone. Modules (up to 3) share x [n_tok, n_0], which is read once; with ACROSS each
+    has columns of its own in x [n_tok, n_0 + n_1 + n_2], and a program is for one of them. FROZEN and TRAINED are the
+    columns of `places` to use."""
+    SHARED: tl.constexpr = 1 if ACROSS else MODULES
     tile, split = tl.program_id(0), tl.program_id(1)
     slot, start, stop = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
     if start < stop:
@@ -124,20 +133,30 @@ def shrink(x, partial, tiles, places, thresholds, seeds, salt_0, salt_1, salt_2,
         if DROPS:
             row_seeds = tl.load(seeds + rows, mask=live, other=0)
             threshold = tl.load(thresholds + slot)
+        module = 0
+        if ACROSS:
+            module = tl.program_id(2)
+            places += module * n_slots * 8
         frozen_0, trained_0, rank_f0, rank_t0 = _parts(places, slot, FROZEN, TRAINED, element, ALIGNED)
         sums_f0 = tl.zeros((M, RF if RF else 16), dtype=tl.float32)
         sums_t0 = tl.zeros((M, RT if RT else 16), dtype=tl.float32)
-        if MODULES > 1:
+        if SHARED > 1:
             frozen_1, trained_1, rank_f1, rank_t1 = _parts(
                 places + n_slots * 8, slot, FROZEN, TRAINED, element, ALIGNED
             )
             sums_f1, sums_t1 = tl.zeros_like(sums_f0), tl.zeros_like(sums_t0)
-        if MODULES > 2:
+        if SHARED > 2:
             frozen_2, trained_2, rank_f2, rank_t2 = _parts(
                 places + 2 * n_slots * 8, slot, FROZEN, TRAINED, element, ALIGNED
             )
             sums_f2, sums_t2 = tl.zeros_like(sums_f0), tl.zeros_like(sums_t0)
+        out = partial + (split.to(tl.int64) * n_tok + rows)[:, None] * (MODULES * (RF + RT))
         x_rows = x + rows.to(tl.int64)[:, None] * x_stride
+        n_k = n_0
+        if ACROSS:
+            first, n_k = _module(module, n_0, n_1, n_2)
+            x_rows += first
+            out += module * (RF + RT)
         for k in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, n_k), K):
             ks = k + tl.arange(0, K)
             given = tl.load(x_rows + ks[None, :], mask=live[:, None] & (ks < n_k)[None, :], other=0.0)
@@ -145,26 +164,25 @@ def shrink(x, partial, tiles, places, thresholds, seeds, salt_0, salt_1, salt_2,
                 given, sums_f0, sums_t0, frozen_0, trained_0, rank_f0, rank_t0, ks, n_k, row_seeds, salt_0, threshold,
                 ACROSS, RF, RT, DROPS,
             )  # fmt: skip
-            if MODULES > 1:
+            if SHARED > 1:
                 sums_f1, sums_t1 = _shrink_tile(
                     given, sums_f1, sums_t1, frozen_1, trained_1, rank_f1, rank_t1, ks, n_k, row_seeds, salt_1, threshold,
                     ACROSS, RF, RT, DROPS,
                 )  # fmt: skip
-            if MODULES > 2:
+            if SHARED > 2:
                 sums_f2, sums_t2 = _shrink_tile(
                     given, sums_f2, sums_t2, frozen_2, trained_2, rank_f2, rank_t2, ks, n_k, row_seeds, salt_2, threshold,
                     ACROSS, RF, RT, DROPS,
                 )  # fmt: skip
-        out = partial + (split.to(tl.int64) * n_tok + rows)[:, None] * (MODULES * (RF + RT))
         _store_sums(out, sums_f0, sums_t0, live, RF, RT)
-        if MODULES > 1:
+        if SHARED > 1:
             _store_sums(out + (RF + RT), sums_f1, sums_t1, live, RF, RT)
-        if MODULES > 2:
+        if SHARED > 2:
             _store_sums(out + 2 * (RF + RT), sums_f2, sums_t2, live, RF, RT)
 
 
 @triton.jit(do_not_specialize=["n_tok", "n_slots"])
-def finish_shrink(partial, out, tiles, scales, n_tok, n_slots, out_stride, RF: tl.constexpr, RT: tl.constexpr,
+def finish_shrink(partial, out, tiles, scales, n_tok, n_slots, RF: tl.constexpr, RT: tl.constexpr,
                   SPLITS: tl.constexpr, ROWS: tl.constexpr, MODULES: tl.constexpr):  # fmt: skip
     """out[t] = the scales of slot and module times the sum over splits of partial[split, t], in out's type."""
     tile = tl.program_id(0)
@@ -176,39 +194,37 @@ def finish_shrink(partial, out, tiles, scales, n_tok, n_slots, out_stride, RF: t
         first = module * (RF + RT)
         scale = scales + (module * n_slots + slot) * 2
         if RF:
-            _sum_splits(partial, out, rows, live, tl.load(scale), n_tok, out_stride, first, RF, WIDTH, SPLITS, ROWS)
+            _sum_splits(partial, out, rows, live, tl.load(scale), n_tok, first, RF, WIDTH, SPLITS, ROWS)
         if RT:
-            _sum_splits(
-                partial, out, rows, live, tl.load(scale + 1), n_tok, out_stride, first + RF, RT, WIDTH, SPLITS, ROWS
-            )
+            _sum_splits(partial, out, rows, live, tl.load(scale + 1), n_tok, first + RF, RT, WIDTH, SPLITS, ROWS)
 
 
 @triton.jit
-def _sum_splits(partial, out, rows, live, scale, n_tok, out_stride, FIRST: tl.constexpr, N: tl.constexpr,
-                WIDTH: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    columns = (FIRST + tl.arange(0, N))[None, :]
-    where = rows.to(tl.int64)[:, None] * WIDTH + columns
+def _sum_splits(partial, out, rows, live, scale, n_tok, FIRST: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr,
+                SPLITS: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    where = rows.to(tl.int64)[:, None] * WIDTH + (FIRST + tl.arange(0, N))[None, :]
     total = tl.zeros((ROWS, N), dtype=tl.float32)
     for split in range(SPLITS):
         total += tl.load(partial + split * (n_tok.to(tl.int64) * WIDTH) + where, mask=live[:, None], other=0.0)
-    out += rows.to(tl.int64)[:, None] * out_stride + columns
-    tl.store(out, (total * scale).to(out.dtype.element_ty), mask=live[:, None])
+    tl.store(out + where, (total * scale).to(out.dtype.element_ty), mask=live[:, None])
 
 
-@triton.jit(do_not_specialize=["n_tok"])
-def expand(xa, y, bias, tiles, places, n_tok, n_out, xa_stride, y_stride, RF: tl.constexpr, RT: tl.constexpr, BIASED: tl.constexpr,
+@triton.jit(do_not_specialize=["n_tok", "n_slots"])
+def expand(xa, y, bias, tiles, places, n_tok, n_slots, n_0, n_1, n_2, xa_stride, y_stride, RF: tl.constexpr, RT: tl.constexpr, BIASED: tl.constexpr,
            ALIGNED: tl.constexpr, ADDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """y[t] = xa[t] @ [B frozen | B trainable]^T, plus the bias if BIASED, plus what y held if ADDS."""
-    tile = tl.program_id(0)
+    tile, module = tl.program_id(0), tl.program_id(2)
     slot, start, stop = tl.load(tiles + tile * 3), tl.load(tiles + tile * 3 + 1), tl.load(tiles + tile * 3 + 2)
-    if start < stop:
+    first, n_out = _module(module, n_0, n_1, n_2)
+    if (start < stop) & (tl.program_id(1) * N < n_out):
+        places += module * n_slots * 8
         rows = start + tl.arange(0, M)
         live = rows < stop
         columns = tl.program_id(1) * N + tl.arange(0, N)
         element = xa.dtype.element_ty
         rank_f, rank_t = _ranks(places, slot, ALIGNED)
         sums = tl.zeros((M, N), dtype=tl.float32)
-        xa_rows = xa + rows.to(tl.int64)[:, None] * xa_stride
+        xa_rows = xa + module * (RF + RT) + rows.to(tl.int64)[:, None] * xa_stride
         if RF:
             frozen = _rank_by_columns(_weights(places, slot, 1, element, ALIGNED), columns, n_out, rank_f, RF, True)
             given = tl.load(xa_rows + tl.arange(0, RF)[None, :], mask=live[:, None], other=0.0)
@@ -218,9 +234,9 @@ def expand(xa, y, bias, tiles, places, n_tok, n_out, xa_stride, y_stride, RF: tl
             given = tl.load(xa_rows + RF + tl.arange(0, RT)[None, :], mask=live[:, None], other=0.0)
             sums = tl.dot(given, trained, sums, input_precision="ieee")
         inside = live[:, None] & (columns < n_out)[None, :]
-        where = y + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
+        where = y + first + rows.to(tl.int64)[:, None] * y_stride + columns[None, :]
         if BIASED:
-            sums += tl.load(bias + columns, mask=columns < n_out, other=0.0).to(tl.float32)[None, :]
+            sums += tl.load(bias + first + columns, mask=columns < n_out, other=0.0).to(tl.float32)[None, :]
         if ADDS:
             sums += tl.load(where, mask=inside, other=0.0).to(tl.float32)
         tl.store(where, sums.to(y.dtype.element_ty), mask=inside)
@@ -337,13 +353,18 @@ def input_side(x, dxa, dx, partial, chunks, places, thresholds, seeds, salt_0, s
                 _store_gradient(partial + 2 * of_module, sums_2, chunk, rank_2, columns, n_in, RT)
 
 
-@triton.jit(do_not_specialize=["n_tok"])
-def output_side(dy, xa, partial, chunks, places, n_tok, n_out, dy_stride, xa_stride,
+@triton.jit(do_not_specialize=["n_tok", "n_slots"])
+def output_side(dy, xa, partial, chunks, places, n_tok, n_slots, n_0, n_1, n_2, dy_stride, xa_stride,
                 ALIGNED: tl.constexpr, RF: tl.constexpr, RT: tl.constexpr, M: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """partial[chunk] [n_out, rank] = the sum over the chunk's tokens of dy^T xa_t, packed by the slot's own rank."""
-    chunk = tl.program_id(0)
+    """Of each module, partial[chunk] [n_out, rank] = the sum over the chunk's tokens of dy^T xa_t, packed by the slot's own rank."""
+    chunk, module = tl.program_id(0), tl.program_id(2)
     slot, start, stop = tl.load(chunks + chunk * 3), tl.load(chunks + chunk * 3 + 1), tl.load(chunks + chunk * 3 + 2)
-    if start < stop:
+    first_column, n_out = _module(module, n_0, n_1, n_2)
+    if (start < stop) & (tl.program_id(1) * N < n_out):
+        places += module * n_slots * 8
+        dy += first_column
+        xa += module * (RF + RT)
+        partial += tl.num_programs(0).to(tl.int64) * RT * first_column
         columns = tl.program_id(1) * N + tl.arange(0, N)
         ranks = tl.arange(0, RT)
         _, rank_t = _ranks(places, slot, ALIGNED)
@@ -361,19 +382,21 @@ def output_side(dy, xa, partial, chunks, places, n_tok, n_out, dy_stride, xa_str
         tl.store(out, sums, mask=(columns < n_out)[:, None] & (ranks < rank_t)[None, :])
 
 
-@triton.jit(do_not_specialize=["width", "n_chunks"])
-def add_up(partial, chunks_of, places, width, n_chunks, AT: tl.constexpr, RT: tl.constexpr, N: tl.constexpr):
+@triton.jit(do_not_specialize=["n_0", "n_1", "n_2", "n_chunks"])
+def add_up(partial, chunks_of, places, n_0, n_1, n_2, n_chunks, AT: tl.constexpr, RT: tl.constexpr, N: tl.constexpr):
     """Add to each slot's gradient (fp32, address in column AT) of each module the sum of its chunks, first to last."""
     slot, module = tl.program_id(0), tl.program_id(2)
+    before, width = _module(module, n_0, n_1, n_2)
     places += module * tl.num_programs(0) * 8
-    partial += module.to(tl.int64) * n_chunks * RT * width
     first, last = tl.load(chunks_of + slot * 2), tl.load(chunks_of + slot * 2 + 1)
     rank_t, address = tl.load(places + slot * 8 + 7), tl.load(places + slot * 8 + AT)
-    if (rank_t > 0) & (address != 0) & (first < last):
-        elements = tl.program_id(1) * N + tl.arange(0, N)
+    start = tl.program_id(1) * N
+    if (rank_t > 0) & (address != 0) & (first < last) & (start < rank_t * width):
+        elements = start + tl.arange(0, N)
         inside = elements < rank_t * width
         grad = address.to(tl.pointer_type(tl.float32)) + elements
         stride = width.to(tl.int64) * RT
+        partial += n_chunks.to(tl.int64) * RT * before
         total = tl.zeros((N,), dtype=tl.float32)
         for chunk in range(first, last):
             total += tl.load(partial + chunk * stride + elements, mask=inside, other=0.0)

@@ -14,13 +14,13 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: run make test-fused", allow_module_level=True)
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastconv.engine.cuda_graph import token_seeds
 from fastconv.engine.kernels.joined import Joined, can_join, joined_product, restore_joined
 from fastconv.engine.kernels.layers import use_fused_decoder
 from fastconv.engine.kernels.lora import StackedKernel
 from fastconv.engine.kernels.lora_launch import _Stacked
 from fastconv.engine.kernels.lora_tables import Tiling
 from fastconv.engine.lora import Adapter, Route, Slot, StackedLinear
+from fastconv.engine.micro_batch import token_seeds
 from fastconv.engine.model import Base
 from fastconv.engine.stack import Stack
 from fastconv.engine.train import Hooks, Job, start, train
