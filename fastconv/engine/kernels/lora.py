@@ -12,6 +12,7 @@ import os
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -205,15 +206,15 @@ def why_unusable(device: torch.device) -> str | None:
 
 def token_routing(spans: Sequence[tuple[int, int]], n_tok: int, tiling: Tiling, device: torch.device) -> TokenRouting:
     """The token tables of a pass: each slot's span (start, stop) cut into tiles and chunks, from its own start."""
-    sizes = (tiling.shrink_m, tiling.expand_m, tiling.chunk)
-    cut = [_split_spans(spans, size, -(-n_tok // size) + len(spans) - 1) for size in sizes]
-    ends, chunks_of = 0, []
-    for start, stop in spans:
-        n = -(-(stop - start) // tiling.chunk)
-        chunks_of.append((ends, ends + n))
-        ends += n
-    parts = [torch.tensor(part, dtype=torch.int32).reshape(-1) for part in (*cut, chunks_of)]
-    return TokenRouting.of(n_tok, to_device(torch.cat(parts), device), [len(part) for part in parts])
+    parts = [
+        _split_spans(spans, size, -(-n_tok // size) + len(spans) - 1) for size in (tiling.shrink_m, tiling.expand_m)
+    ]
+    for size in (tiling.chunk, tiling.wide_chunk):
+        ends = list(accumulate(-(-(stop - start) // size) for start, stop in spans))
+        of_slot = list(zip([0, *ends], ends, strict=False))
+        parts += [_split_spans(spans, size, -(-n_tok // size) + len(spans) - 1), of_slot]
+    tables = [torch.tensor(part, dtype=torch.int32).reshape(-1) for part in parts]
+    return TokenRouting.of(n_tok, to_device(torch.cat(tables), device), [len(table) for table in tables])
 
 
 def _split_spans(spans: Sequence[tuple[int, int]], size: int, n: int) -> list[tuple[int, int, int]]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from fastconv.engine.kernels.lora_tables import LayerCall
+from fastconv.engine.kernels.lora_tables import Chunks, LayerCall
 from fastconv.engine.kernels.lora_triton import add_up, expand, finish_shrink, input_side, output_side, shrink
 
 #: Rows that one program of `finish_shrink` sums, and elements that one of `add_up` adds.
@@ -108,40 +108,42 @@ def _input_side(
     x: torch.Tensor, dxa: torch.Tensor, dx: torch.Tensor | None, call: LayerCall, *, wants_weights: bool, adds: bool
 ) -> None:
     """The branches' part of dx in place, and the gradients of every A added to their `.grad`."""
-    rows, weights, tiling = call.rows, call.weights, call.tiling
+    weights, tiling = call.weights, call.tiling
     n_tok, n_in = x.shape
+    chunks = call.rows.chunks_for(n_in, tiling)
     wants_a = wants_weights and weights.rank_t > 0
     if dx is None and not wants_a:
         return
     m = min(tiling.chunk_m, _MASKED_ROWS) if call.seeds is not None and call.n_modules > 1 else tiling.chunk_m
-    n_partial = call.n_modules * len(rows.chunks) * weights.rank_t * n_in if wants_a else 0
+    n_partial = call.n_modules * len(chunks) * weights.rank_t * n_in if wants_a else 0
     partial = torch.empty(n_partial, dtype=torch.float32, device=x.device)
-    cast(Any, input_side)[(len(rows.chunks), -(-n_in // tiling.chunk_n))](
-        x, dxa, x if dx is None else dx, partial, rows.chunks, weights.table, call.live.thresholds,
-        _or_any(call.seeds, rows.chunks), *call.three_salts, n_tok, call.n_slots, n_in, RF=weights.rank_f,
+    cast(Any, input_side)[(len(chunks), -(-n_in // tiling.chunk_n))](
+        x, dxa, x if dx is None else dx, partial, chunks.parts, weights.table, call.live.thresholds,
+        _or_any(call.seeds, chunks.parts), *call.three_salts, n_tok, call.n_slots, n_in, RF=weights.rank_f,
         RT=weights.rank_t, DROPS=call.seeds is not None, WANTS_X=dx is not None, WANTS_A=wants_a,
         ALIGNED=weights.aligned, ADDS=adds, M=m, N=tiling.chunk_n, MODULES=call.n_modules,
     )  # fmt: skip
     if wants_a:
-        _add_up(partial, call, (n_in,) * 3, _GRAD_A)
+        _add_up(partial, call, chunks, (n_in,) * 3, _GRAD_A)
 
 
 def _output_side(dy: torch.Tensor, xa: torch.Tensor, call: LayerCall) -> None:
     """The gradients of every B added to their `.grad`."""
-    rows, weights, tiling = call.rows, call.weights, call.tiling
-    n_partial = len(rows.chunks) * weights.rank_t * dy.shape[1]
+    weights, tiling = call.weights, call.tiling
+    chunks = call.rows.chunks_for(max(call.outs), tiling)
+    n_partial = len(chunks) * weights.rank_t * dy.shape[1]
     partial = torch.empty(n_partial, dtype=torch.float32, device=dy.device)
-    cast(Any, output_side)[(len(rows.chunks), -(-max(call.outs) // tiling.chunk_n), call.n_modules)](
-        dy, xa, partial, rows.chunks, weights.table, len(dy), call.n_slots, *call.three_outs, dy.stride(0), xa.stride(0),
+    cast(Any, output_side)[(len(chunks), -(-max(call.outs) // tiling.chunk_n), call.n_modules)](
+        dy, xa, partial, chunks.parts, weights.table, len(dy), call.n_slots, *call.three_outs, dy.stride(0), xa.stride(0),
         ALIGNED=weights.aligned, RF=weights.rank_f, RT=weights.rank_t, M=tiling.chunk_m, N=tiling.chunk_n,
     )  # fmt: skip
-    _add_up(partial, call, call.three_outs, _GRAD_B)
+    _add_up(partial, call, chunks, call.three_outs, _GRAD_B)
 
 
-def _add_up(partial: torch.Tensor, call: LayerCall, widths: tuple[int, ...], column: int) -> None:
-    rank, chunks_of, n_chunks = call.weights.rank_t, call.rows.chunks_of, len(call.rows.chunks)
-    cast(Any, add_up)[(len(chunks_of), -(-rank * max(widths) // _ADD_ELEMENTS), call.n_modules)](
-        partial, chunks_of, call.weights.table, *widths, n_chunks, AT=column, RT=rank, N=_ADD_ELEMENTS
+def _add_up(partial: torch.Tensor, call: LayerCall, chunks: Chunks, widths: tuple[int, ...], column: int) -> None:
+    rank = call.weights.rank_t
+    cast(Any, add_up)[(len(chunks.of_slot), -(-rank * max(widths) // _ADD_ELEMENTS), call.n_modules)](
+        partial, chunks.of_slot, call.weights.table, *widths, len(chunks), AT=column, RT=rank, N=_ADD_ELEMENTS
     )
 
 

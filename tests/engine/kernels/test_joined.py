@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,21 @@ def test_they_give_what_they_give_one_by_one(n: int, dropout: float, case: str) 
     for one, other in zip(apart, together, strict=True):
         assert float((one - other).norm() / one.norm()) < 2e-6
     assert torch.equal(apart[0], together[0])
+
+
+@pytest.mark.parametrize("wide_from", [0, 20, 50, 100])
+def test_wide_modules_sum_over_longer_chunks(wide_from: int) -> None:
+    """Chunks of 64 tokens for 3 modules, from none of them on to all: the same gradients."""
+    layers, found = layers_of(3, bias=True), []
+    x = torch.randn(37, N_IN, generator=torch.Generator().manual_seed(5))
+    dy = torch.randn(37, sum(OUTS.values()), generator=torch.Generator().manual_seed(6))
+    for tiling in (TILING, replace(TILING, wide_chunk=64, wide_from=wide_from)):
+        route = layers[0].route
+        route.kernel = StackedKernel(CPU, tiling)
+        route.slots, route.spans = (Slot((), adapter(2, 3)), Slot((), adapter(3, 3))), ((0, 20), (20, 37))
+        found.append(results(layers, Joined([layer.base for layer in layers]), x, dy))
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).norm() / one.norm()) < 2e-6
 
 
 def test_layers_that_some_adapter_does_not_reach_are_computed_one_by_one() -> None:
