@@ -274,6 +274,13 @@ class BranchKernel(Protocol):
         """W x + b + the live branches, for x [..., T, in] -> [..., T, out]."""
         ...
 
+    def joined(
+        self, layers: Sequence[StackedLinear], weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The same for layers of one input whose weights lie below one another in `weight`, side by side; None if they
+        cannot be computed together."""
+        ...
+
     def release(self) -> None:
         """Forget the live slots."""
         ...
@@ -331,6 +338,7 @@ class StackedLinear(nn.Module):
         self.base = base
         self.name = name
         self.route = route
+        self.in_features, self.out_features = base.in_features, base.out_features
         self.salt = seed_of("dropout", name) & 0x7FFFFFFF
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch import nn
 
 from fastconv.chat import ChatTokenizer
 from fastconv.engine.attention import Layout, PrefixGroup, PrefixTrees, to_device
+from fastconv.engine.kernels.joined import restore_joined
 from fastconv.engine.model import Base, length_batches, pack
 from fastconv.errors import TrainingError
 
@@ -382,6 +383,7 @@ def _layers_in_fp32(base: Base) -> Iterator[None]:
 
     def narrow(layer: nn.Module, *_: Any) -> None:
         layer.to(base.dtype)
+        restore_joined(layer)
 
     hooks = [embedding.register_forward_hook(lambda layer, inputs, output: output.float())]
     for layer in layers:

@@ -50,24 +50,28 @@ def _rms_backward(dy, x, weight, scale, dx, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _swiglu_forward(gate, up, y, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _swiglu_forward(gate, up, y, n, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * stride + at, mask=inside, other=0.0).to(tl.float32)
     silu = (g * tl.sigmoid(g)).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + at, silu * tl.load(up + at, mask=inside, other=0.0).to(tl.float32), mask=inside)
+    tl.store(
+        y + row * n + at, silu * tl.load(up + row * stride + at, mask=inside, other=0.0).to(tl.float32), mask=inside
+    )
 
 
 @triton.jit
-def _swiglu_backward(dy, gate, up, dgate, dup, n, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _swiglu_backward(dy, gate, up, dgate, dup, n, stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
-    given = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gate + at, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + at, mask=inside, other=0.0).to(tl.float32)
+    given = tl.load(dy + row * n + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * stride + at, mask=inside, other=0.0).to(tl.float32)
     share = tl.sigmoid(g)
-    tl.store(dup + at, given * g * share, mask=inside)
-    tl.store(dgate + at, given * u * share * (1.0 + g * (1.0 - share)), mask=inside)
+    tl.store(dup + row * stride + at, given * g * share, mask=inside)
+    tl.store(dgate + row * stride + at, given * u * share * (1.0 + g * (1.0 - share)), mask=inside)
 
 
 @triton.jit
@@ -86,6 +90,44 @@ def _rope(x, cos, sin, y, n_heads, sign, HALF: tl.constexpr, BLOCK: tl.constexpr
     high_c, low_s = (high * c).to(kind).to(tl.float32), (low * s).to(kind).to(tl.float32)
     tl.store(y + first, low_c - high_s, mask=inside)
     tl.store(y + first + HALF, high_c + low_s, mask=inside)
+
+
+@triton.jit
+def _rope_joined(x, cos, sin, q, k, v, n_q, n_k, sign, HALF: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr):
+    """A token's heads, q then k then v side by side in x, to three tensors, q and k turned; with BACK from them to x."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    head, lane = at // HALF, at % HALF
+    is_q, is_k, is_v = head < n_q, (head >= n_q) & (head < n_q + n_k), (head >= n_q + n_k) & (head < n_q + 2 * n_k)
+    inside, turned = head < n_q + 2 * n_k, head < n_q + n_k
+    joint = x + token * (n_q + 2 * n_k) * 2 * HALF + head * 2 * HALF + lane
+    of_q = q + token * n_q * 2 * HALF + head * 2 * HALF + lane
+    of_k = k + token * n_k * 2 * HALF + (head - n_q) * 2 * HALF + lane
+    of_v = v + token * n_k * 2 * HALF + (head - n_q - n_k) * 2 * HALF + lane
+    if BACK:
+        low = tl.load(of_q, mask=is_q, other=0.0) + tl.load(of_k, mask=is_k, other=0.0)
+        low = (low + tl.load(of_v, mask=is_v, other=0.0)).to(tl.float32)
+        high = tl.load(of_q + HALF, mask=is_q, other=0.0) + tl.load(of_k + HALF, mask=is_k, other=0.0)
+        high = (high + tl.load(of_v + HALF, mask=is_v, other=0.0)).to(tl.float32)
+    else:
+        low = tl.load(joint, mask=inside, other=0.0).to(tl.float32)
+        high = tl.load(joint + HALF, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + token * 2 * HALF + lane, mask=turned, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * 2 * HALF + lane, mask=turned, other=0.0).to(tl.float32) * sign
+    kind = x.dtype.element_ty
+    low_c, high_s = (low * c).to(kind).to(tl.float32), (high * s).to(kind).to(tl.float32)
+    high_c, low_s = (high * c).to(kind).to(tl.float32), (low * s).to(kind).to(tl.float32)
+    first, second = tl.where(turned, low_c - high_s, low), tl.where(turned, high_c + low_s, high)
+    if BACK:
+        tl.store(joint, first, mask=inside)
+        tl.store(joint + HALF, second, mask=inside)
+    else:
+        tl.store(of_q, first, mask=is_q)
+        tl.store(of_q + HALF, second, mask=is_q)
+        tl.store(of_k, first, mask=is_k)
+        tl.store(of_k + HALF, second, mask=is_k)
+        tl.store(of_v, first, mask=is_v)
+        tl.store(of_v + HALF, second, mask=is_v)
 
 
 @triton.jit
@@ -146,18 +188,47 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         gate, up = gate.contiguous(), up.contiguous()
-        y, n = torch.empty_like(gate), gate.numel()
-        _swiglu_forward[(triton.cdiv(n, _BLOCK),)](gate, up, y, n, BLOCK=_BLOCK)
         ctx.save_for_backward(gate, up)
-        return y
+        return _activated(gate, up, torch.empty_like(gate), gate.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         gate, up = ctx.saved_tensors
-        dy, n = grads[0].contiguous(), gate.numel()
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        _swiglu_backward[(triton.cdiv(n, _BLOCK),)](dy, gate, up, dgate, dup, n, BLOCK=_BLOCK)
+        _activated_back(grads[0].contiguous(), gate, up, dgate, dup, gate.shape[-1])
         return dgate, dup
+
+
+class _SwiGluJoined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
+        both = both.contiguous()
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return _activated(gate, up, both.new_empty(gate.shape), both.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (both,) = ctx.saved_tensors
+        given = torch.empty_like(both)
+        gate, up = both.chunk(2, dim=-1)
+        dgate, dup = given.chunk(2, dim=-1)
+        _activated_back(grads[0].contiguous(), gate, up, dgate, dup, both.shape[-1])
+        return given
+
+
+def _activated(gate: torch.Tensor, up: torch.Tensor, y: torch.Tensor, stride: int) -> torch.Tensor:
+    n = y.shape[-1]
+    _swiglu_forward[(y.numel() // n, triton.cdiv(n, _BLOCK))](gate, up, y, n, stride, BLOCK=_BLOCK)
+    return y
+
+
+def _activated_back(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, dgate: torch.Tensor, dup: torch.Tensor, stride: int
+) -> None:
+    n = dy.shape[-1]
+    grid = (dy.numel() // n, triton.cdiv(n, _BLOCK))
+    _swiglu_backward[grid](dy, gate, up, dgate, dup, n, stride, BLOCK=_BLOCK)
 
 
 class _Rope(torch.autograd.Function):
@@ -178,6 +249,38 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float)
     y, half = torch.empty_like(x), width // 2
     _rope[(n_tok,)](x, cos, sin, y, n_heads, sign, HALF=half, BLOCK=triton.next_power_of_2(n_heads * half))
     return y
+
+
+class _RopeJoined(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_heads: int, n_kv_heads: int
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        n_tok, width = len(x), x.shape[1] // (n_heads + 2 * n_kv_heads)
+        parts = tuple(x.new_empty(n_tok, heads, width) for heads in (n_heads, n_kv_heads, n_kv_heads))
+        _turn_joined(x.contiguous(), cos, sin, parts, back=False)
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        parts = tuple(grad.contiguous() for grad in grads[:3])
+        given = parts[0].new_empty(len(parts[0]), sum(part.shape[1] * part.shape[2] for part in parts))
+        _turn_joined(given, cos, sin, parts, back=True)
+        return given, None, None, None, None
+
+
+def _turn_joined(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, parts: tuple[torch.Tensor, ...], *, back: bool
+) -> None:
+    q, k, v = parts
+    n_tok, n_heads, width = q.shape
+    lanes = (n_heads + 2 * k.shape[1]) * (width // 2)
+    _rope_joined[(n_tok,)](
+        x, cos, sin, q, k, v, n_heads, k.shape[1], -1.0 if back else 1.0, HALF=width // 2,
+        BLOCK=triton.next_power_of_2(lanes), BACK=back,
+    )  # fmt: skip
 
 
 class _GatherRows(torch.autograd.Function):
@@ -215,6 +318,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up (Shazeer 2020), both [..., n] in one dtype."""
     return _SwiGlu.apply(gate, up)  # pyright: ignore[reportReturnType]
+
+
+def swiglu_joined(both: torch.Tensor) -> torch.Tensor:
+    """The same of gate and up side by side: [..., 2 n] -> [..., n]; so is the gradient, without a copy."""
+    return _SwiGluJoined.apply(both)  # pyright: ignore[reportReturnType]
+
+
+def rope_joined(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_heads: int, n_kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q [T, heads, d], k and v [T, kv heads, d] of x [T, (heads + 2 kv heads) d], q and k turned as by `rope`."""
+    return _RopeJoined.apply(x, cos.contiguous(), sin.contiguous(), n_heads, n_kv_heads)  # pyright: ignore[reportReturnType]
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastconv.engine.attention import Layout
-from fastconv.engine.kernels.elementwise import rms_norm, rope, swiglu
+from fastconv.engine.kernels.elementwise import rms_norm, rope, rope_joined, swiglu, swiglu_joined
+from fastconv.engine.kernels.joined import join, joined_product
 
 
 def use_fused_forwards(model: nn.Module) -> int:
@@ -36,7 +37,11 @@ def use_fused_forwards(model: nn.Module) -> int:
         windowed = forward is _attention and getattr(module, "sliding_window", None)
         if forward is not None and not windowed and (forward is not _mlp or module.config.hidden_act == "silu"):
             module.forward = MethodType(forward, module)
+            if forward in _JOINED:
+                join(module, _JOINED[forward])
             n_changed += 1
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # where the weights lay before they were joined
     return n_changed
 
 
@@ -121,7 +126,10 @@ def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def _mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
-    gate, up = self.gate_proj(x), self.up_proj(x)
+    both = joined_product(self, x)
+    if both is not None and x.dtype != torch.float32:
+        return self.down_proj(swiglu_joined(both))
+    gate, up = (self.gate_proj(x), self.up_proj(x)) if both is None else both.chunk(2, dim=-1)
     return self.down_proj(F.silu(gate) * up if x.dtype == torch.float32 else swiglu(gate, up))
 
 
@@ -137,17 +145,33 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """hidden_states [1, T, hidden] -> ([1, T, hidden], None)."""
     n_tok = hidden_states.shape[1]
-    q, k, v = (
-        project(hidden_states).view(n_tok, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
-    )
     cos, sin = (table[0] for table in position_embeddings)
-    turn = _rope_fp32 if hidden_states.dtype == torch.float32 else rope
-    q, k = turn(q, cos, sin), turn(k, cos, sin)
+    all_three = joined_product(self, hidden_states)
+    if all_three is not None and hidden_states.dtype != torch.float32:
+        q, k, v = rope_joined(all_three[0], cos, sin, *_heads(self))
+    else:
+        parts = (
+            (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))
+            if all_three is None
+            else all_three.split([n_heads * self.head_dim for n_heads in (*_heads(self), _heads(self)[1])], dim=-1)
+        )
+        q, k, v = (part.reshape(n_tok, -1, self.head_dim) for part in parts)
+        turn = _rope_fp32 if hidden_states.dtype == torch.float32 else rope
+        q, k = turn(q, cos, sin), turn(k, cos, sin)
     out = layout.attend(self.layer_idx, q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), self.scaling)
     return self.o_proj(out.reshape(1, n_tok, -1)), None
+
+
+def _heads(attention: Any) -> tuple[int, int]:
+    """Numbers of query and of key-value heads."""
+    return attention.q_proj.out_features // attention.head_dim, attention.k_proj.out_features // attention.head_dim
 
 
 def _rope_fp32(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [T, heads, d] turned by cos, sin [T, d]."""
     first, second = x.chunk(2, dim=-1)
     return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+#: Layers of a module that read the same input, by our forward of it.
+_JOINED = {_mlp: ("gate_proj", "up_proj"), _attention: ("q_proj", "k_proj", "v_proj")}

@@ -1,8 +1,8 @@
 """The stacked-LoRA kernel: the branches of a layer, for one slot or many, in a fixed number of launches.
 
 `StackedLinear` calls the `StackedKernel` of its route. This module prepares the tables: the addresses of every slot's
-weights and gradients, and the tokens of every slot. `lora_triton` has the kernels and their autograd function; it, and
-with it Triton, is imported at the first call.
+weights and gradients, and the tokens of every slot. `lora_triton` has the kernels, `lora_launch` their autograd function;
+they, and with them Triton, are imported at the first call.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import weakref
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ from fastconv.errors import ModelError, TrainingError
 
 #: Weight tables kept for reuse: a training run needs one, an evaluation beside it another.
 _TABLES_KEPT = 8
+#: Low-rank values of a token over all modules of a call: with more, sums and weights do not fit into the registers and the
+#: shared memory of a block (compiled for compute capability 8.9 and 9.0: at most 80 and 128 KiB).
+_MOST_TOGETHER = 192
 
 
 @dataclass
@@ -66,22 +70,31 @@ class StackedKernel:
 
         Gradients of A and B are added to their `.grad`. Raises TrainingError if a trainable weight has none.
         """
-        from fastconv.engine.kernels.lora_triton import stacked_linear
+        y = self.joined((layer,), layer.base.weight, layer.base.bias, x)
+        return layer.base(x) if y is None else y
 
-        route = layer.route
+    def joined(
+        self, layers: Sequence[StackedLinear], weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+    ) -> torch.Tensor | None:
+        """As `forward` for up to `MOST_JOINED` layers of the same input, [..., T, sum of outs]: their outputs side by side.
+        `weight` and `bias` are theirs below one another. None if they cannot be computed together, or carry nothing."""
+        from fastconv.engine.kernels.lora_launch import stacked_linear
+
+        route = layers[0].route
         live = self._live_slots(route, x.dtype)
-        weights = live.layers.get(layer.name)
-        if weights is None:
-            return layer.base(x)
+        found = live.joined([layer.name for layer in layers])
+        if found is None or (len(layers) > 1 and len(layers) * found[0].width > _MOST_TOGETHER):
+            return None
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         call = LayerCall(
-            layer.base.weight, layer.base.bias, weights, self._routing(route, len(flat)), live,
-            route.dropout_seeds if live.drops else None, layer.salt, self.tiling, live.scale_of[layer.name],
+            weight, bias, found[0], self._routing(route, len(flat)), live, route.dropout_seeds if live.drops else None,
+            tuple(layer.base.out_features for layer in layers), tuple(layer.salt for layer in layers), self.tiling, found[1],
         )  # fmt: skip
         trained = [
             weight
             for slot in live.slots
             if slot.trainable is not None
+            for layer in layers
             for weight in slot.trainable.weights.get(layer.name, ())
             if weight.requires_grad
         ]
@@ -193,15 +206,15 @@ def why_unusable(device: torch.device) -> str | None:
 
 def token_routing(spans: Sequence[tuple[int, int]], n_tok: int, tiling: Tiling, device: torch.device) -> TokenRouting:
     """The token tables of a pass: each slot's span (start, stop) cut into tiles and chunks, from its own start."""
-    sizes = (tiling.shrink_m, tiling.expand_m, tiling.chunk)
-    cut = [_split_spans(spans, size, -(-n_tok // size) + len(spans) - 1) for size in sizes]
-    ends, chunks_of = 0, []
-    for start, stop in spans:
-        n = -(-(stop - start) // tiling.chunk)
-        chunks_of.append((ends, ends + n))
-        ends += n
-    parts = [torch.tensor(part, dtype=torch.int32).reshape(-1) for part in (*cut, chunks_of)]
-    return TokenRouting.of(n_tok, to_device(torch.cat(parts), device), [len(part) for part in parts])
+    parts = [
+        _split_spans(spans, size, -(-n_tok // size) + len(spans) - 1) for size in (tiling.shrink_m, tiling.expand_m)
+    ]
+    for size in (tiling.chunk, tiling.wide_chunk):
+        ends = list(accumulate(-(-(stop - start) // size) for start, stop in spans))
+        of_slot = list(zip([0, *ends], ends, strict=False))
+        parts += [_split_spans(spans, size, -(-n_tok // size) + len(spans) - 1), of_slot]
+    tables = [torch.tensor(part, dtype=torch.int32).reshape(-1) for part in parts]
+    return TokenRouting.of(n_tok, to_device(torch.cat(tables), device), [len(table) for table in tables])
 
 
 def _split_spans(spans: Sequence[tuple[int, int]], size: int, n: int) -> list[tuple[int, int, int]]:
@@ -252,7 +265,7 @@ def _addresses(
             all(address % 16 == 0 for row in module_rows for address in row[:4])
             and all(rank % 8 == 0 for row in module_rows for rank in row[6:]),
         )
-        for module, module_rows, table in zip(modules, rows, tables.unbind(), strict=True)
+        for module, module_rows, table in zip(modules, rows, tables.split(1), strict=True)
     }  # fmt: skip
 
 

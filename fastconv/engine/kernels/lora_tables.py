@@ -12,6 +12,8 @@ import torch
 from fastconv.engine.lora import Slot
 
 Order = Literal["branches_first", "base_first"]
+#: Modules that one call can hold.
+MOST_JOINED = 3
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Tiling:
 
     `shrink`: `shrink_m` tokens x `shrink_k` channels at a time, at least `shrink_split` channels in one partial sum
     and at most `shrink_splits` partial sums. `expand`: `expand_m` tokens x `expand_n` output channels. Weight
-    gradients: chunks of at most `chunk` tokens, `chunk_m` at a time, and `chunk_n` channels. `order` says whether
+    gradients: chunks of at most `chunk` tokens (`wide_chunk` for modules of `wide_from` channels, which give work enough:
+    every chunk's sums are written and read once more), `chunk_m` at a time, and `chunk_n` channels. `order` says whether
     the base's product is added to the branches (their sum is then written once, and read while the product is
     computed) or they to it.
     """
@@ -36,10 +39,16 @@ class Tiling:
     chunk_m: int = 64
     chunk_n: int = 64
     order: Order = "branches_first"
+    wide_chunk: int = 1024
+    wide_from: int = 8192
 
     def __post_init__(self) -> None:
-        if self.shrink_split % self.shrink_k or self.chunk % self.chunk_m or self.shrink_m % 16:
-            raise ValueError("shrink_split, chunk and shrink_m must be multiples of shrink_k, chunk_m and 16")
+        if (
+            self.shrink_split % self.shrink_k
+            or self.shrink_m % 16
+            or (self.chunk % self.chunk_m | self.wide_chunk % self.chunk_m)
+        ):
+            raise ValueError("shrink_split, both chunks and shrink_m must be multiples of shrink_k, chunk_m and 16")
 
     def split_of(self, n_k: int) -> int:
         """Channels in one partial sum, of `n_k` in all."""
@@ -47,39 +56,65 @@ class Tiling:
 
 
 @dataclass(frozen=True)
+class Chunks:
+    """`parts` [n, 3] int32 of (slot, start, stop), and `of_slot` [slots, 2] int32, the range of each slot's parts."""
+
+    parts: torch.Tensor
+    of_slot: torch.Tensor
+
+    def __len__(self) -> int:
+        """Number of chunks, empty ones included."""
+        return len(self.parts)
+
+
+@dataclass(frozen=True)
 class TokenRouting:
-    """Which tokens belong to which slot, int32 on the device: tiles and chunks [n, 3] of (slot, start, stop),
-    `chunks_of` [slots, 2] the range of each slot's chunks. All are views of `whole` [n] int32. n depends only on the
-    numbers of tokens and slots; surplus rows are empty."""
+    """Which tokens belong to which slot, int32 on the device: tiles [n, 3] of (slot, start, stop), and chunks of two sizes.
+    All are views of `whole` [n] int32. n depends only on the numbers of tokens and slots; surplus rows are empty."""
 
     n_tok: int
     whole: torch.Tensor
     shrink_tiles: torch.Tensor
     expand_tiles: torch.Tensor
-    chunks: torch.Tensor
-    chunks_of: torch.Tensor
+    chunks: Chunks
+    wide_chunks: Chunks
 
     @classmethod
     def of(cls, n_tok: int, whole: torch.Tensor, sizes: Sequence[int]) -> TokenRouting:
         """The tables that lie one after another in `whole`, with these numbers of elements."""
-        shrinks, expands, chunks, of = whole.split(list(sizes))
-        return cls(n_tok, whole, shrinks.view(-1, 3), expands.view(-1, 3), chunks.view(-1, 3), of.view(-1, 2))
+        shrinks, expands, *chunks = whole.split(list(sizes))
+        small, small_of, wide, wide_of = chunks
+        return cls(
+            n_tok, whole, shrinks.view(-1, 3), expands.view(-1, 3), Chunks(small.view(-1, 3), small_of.view(-1, 2)),
+            Chunks(wide.view(-1, 3), wide_of.view(-1, 2)),
+        )  # fmt: skip
 
     def copied(self) -> TokenRouting:
         """The same tables at addresses of their own."""
-        parts = (self.shrink_tiles, self.expand_tiles, self.chunks, self.chunks_of)
+        chunks = (self.chunks.parts, self.chunks.of_slot, self.wide_chunks.parts, self.wide_chunks.of_slot)
+        parts = (self.shrink_tiles, self.expand_tiles, *chunks)
         return self.of(self.n_tok, self.whole.clone(), [part.numel() for part in parts])
+
+    def chunks_for(self, width: int, tiling: Tiling) -> Chunks:
+        """The chunks of modules with at most `width` channels."""
+        return self.wide_chunks if width >= tiling.wide_from else self.chunks
 
 
 @dataclass(frozen=True)
 class WeightTable:
-    """Addresses of one layer's weights: `table` [slots, 8] int64 as described in `lora_triton`, the padded ranks of the
-    frozen and the trainable part, and whether all addresses and ranks allow loads of 16 bytes."""
+    """Addresses of the weights of one layer, or of some that share their input: `table` [modules, slots, 8] int64 as
+    described in `lora_triton`, the padded ranks of the frozen and the trainable part, and whether all addresses and ranks
+    allow loads of 16 bytes."""
 
     table: torch.Tensor
     rank_f: int
     rank_t: int
     aligned: bool
+
+    @property
+    def width(self) -> int:
+        """Low-rank values of a token and a module."""
+        return self.rank_f + self.rank_t
 
 
 @dataclass(frozen=True)
@@ -113,9 +148,21 @@ class LiveSlots:
     thresholds: torch.Tensor
 
     @cached_property
-    def scale_of(self) -> dict[str, torch.Tensor]:
-        """Scales [slots, 2] by module, views of `scales`."""
-        return dict(zip(self.layers, self.scales.unbind(), strict=True))
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(self.layers)}
+
+    def joined(self, names: Sequence[str]) -> tuple[WeightTable, torch.Tensor] | None:
+        """(weight table, scales [modules, slots, 2]) of modules that lie side by side in the tables, views of them; None if
+        they do not, or if some slot's adapters do not reach all of them."""
+        first = self._places.get(names[0])
+        if first is None or any(self._places.get(name) != first + i for i, name in enumerate(names)):
+            return None
+        parts, last = [self.layers[name] for name in names], first + len(names)
+        table = WeightTable(
+            self.tables[first:last], max(part.rank_f for part in parts), max(part.rank_t for part in parts),
+            all(part.aligned for part in parts),
+        )  # fmt: skip
+        return table, self.scales[first:last]
 
     @property
     def structure(self) -> Hashable:
@@ -129,7 +176,7 @@ class LiveSlots:
         tables = self.tables.clone()
         layers = {
             name: replace(layer, table=table)
-            for (name, layer), table in zip(self.layers.items(), tables.unbind(), strict=True)
+            for (name, layer), table in zip(self.layers.items(), tables.split(1), strict=True)
         }
         return replace(
             self, tables=tables, layers=layers, scales=self.scales.clone(), thresholds=self.thresholds.clone()
@@ -156,7 +203,8 @@ class GraphTables:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One layer in one pass: everything that its kernels need beside the activations."""
+    """One layer in one pass, or up to `MOST_JOINED` that share their input: everything that the kernels need beside the
+    activations. `weight` [sum of outs, in] and `bias` are the modules' below one another; `outs` and `salts` are theirs."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -164,6 +212,27 @@ class LayerCall:
     rows: TokenRouting
     live: LiveSlots
     seeds: torch.Tensor | None
-    salt: int
+    outs: tuple[int, ...]
+    salts: tuple[int, ...]
     tiling: Tiling
     scales: torch.Tensor
+
+    @property
+    def n_modules(self) -> int:
+        """Number of modules."""
+        return len(self.outs)
+
+    @property
+    def n_slots(self) -> int:
+        """Number of slots."""
+        return self.weights.table.shape[1]
+
+    @property
+    def three_outs(self) -> tuple[int, ...]:
+        """`outs` as the kernels take them."""
+        return (*self.outs, *self.outs[:1] * (MOST_JOINED - len(self.outs)))
+
+    @property
+    def three_salts(self) -> tuple[int, ...]:
+        """`salts` likewise."""
+        return (*self.salts, *self.salts[:1] * (MOST_JOINED - len(self.salts)))
