@@ -141,6 +141,10 @@ def _cell_of(store: Store, run: str, model: str, where: str) -> tuple[Graph, Cel
 
 def _read(path: Path) -> Mapping[str, Any]:
     """The log as one table with `eval` and `samples`. Raises DataError."""
+    if not path.is_file():
+        raise DataError(
+            "no such file" if not path.exists() else "this is no file", where=str(path), fix="give the log's path"
+        )
     try:
         with storage_errors(path):
             log = _read_zip(path) if zipfile.is_zipfile(path) else json.loads(path.read_text(encoding="utf-8"))

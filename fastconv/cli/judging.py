@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from dataclasses import asdict
@@ -30,7 +31,9 @@ class _FinishByDefault(TyperGroup):
     """Makes `fastconv judge RUN` mean `fastconv judge finish RUN`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and args[0] != "--help":
+        word = args[0] if args else "--help"
+        meant = difflib.get_close_matches(word, self.commands, cutoff=0.75)  # click says which
+        if word not in self.commands and word != "--help" and not meant:
             args = ["finish", *args]
         return super().parse_args(ctx, args)
 

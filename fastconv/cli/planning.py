@@ -210,13 +210,13 @@ def check(
     loaded = load(recipe, overrides, scale, workspace)
     report, problem = audit_recipe(loaded, open_existing(workspace), read=read), pinning_problem(loaded)
     show.check(report, as_json=as_json, base="" if problem is None else str(problem))
-    if problem is not None:
-        raise typer.Exit(problem.exit_code) if as_json else problem
     if not report.passed:
         n = len(report.refusals)
         what = "1 finding refuses it" if n == 1 else f"{n} findings refuse it"
         error = DataError(what, where=recipe, fix="mend as said above")
         raise typer.Exit(DataError.exit_code) if as_json else error
+    if problem is not None:
+        raise typer.Exit(problem.exit_code) if as_json else problem
 
 
 def plan(

@@ -112,12 +112,15 @@ def forget(
     as_json: AsJson = False,
 ) -> None:
     """Remove a finished stage, so that the next run computes it again (after a damaged artefact, say)."""
-    from fastconv.errors import InputError
+    from fastconv.errors import InputError, did_you_mean
     from fastconv.store.ledger import Store
 
-    removed = Store.open(workspace, create=False).forget(stage)
+    store = Store.open(workspace, create=False)
+    removed = store.forget(stage)
     if not removed:
-        raise InputError(f"no finished stage is called {stage!r}", where=str(workspace), fix="see `fastconv status`")
+        slots = [slot for (slot,) in store.rows("SELECT DISTINCT slot FROM stages")]
+        fix = did_you_mean(stage, slots, "`fastconv status RUN` has their names")
+        raise InputError(f"no finished stage is called {stage!r}", where=str(workspace), fix=fix)
     if as_json:
         print(json.dumps({"forgotten": removed}))
         return
@@ -241,13 +244,19 @@ def verify(
 
     A page of published figures needs no workspace: it is compared with the shipped table.
     """
-    from fastconv.errors import VerifyError
+    from fastconv.errors import InputError, VerifyError, did_you_mean
     from fastconv.report.verify import verify as verify_report
     from fastconv.report.verify import verify_published
     from fastconv.store.ledger import Store
 
     if not report.exists() and (page := reports / f"{report}.html").is_file():
         report = page
+    elif not report.exists() and not report.suffix:
+        written = sorted(one.stem for one in reports.glob("*.html"))
+        fix = did_you_mean(
+            str(report), written, f"reports here: {', '.join(written) or 'none'}; `fastconv report RUN` writes one"
+        )
+        raise InputError(f"no report of it lies in {reports}", where=str(report), fix=fix)
     result = verify_published(report) or verify_report(report, Store.open(workspace, create=False))
     if as_json:
         print(json.dumps(result.to_json(), indent=1))

@@ -67,20 +67,21 @@ def load_behaviors(recipe: Recipe) -> dict[str, Behavior]:
 
     Raises RecipeError for a behavior that is not declared or rows that the grid does not use, DataError for a file.
     """
-    shipped = assets("data")
-    declared = {
-        name: (table, shipped / "behaviors.toml") for name, table in read_toml(shipped / "behaviors.toml").items()
-    }
-    if recipe.data.behaviors:
-        path = Path(recipe.data.behaviors)
-        declared |= {name: (table, path) for name, table in read_toml(path).items()}
+    files = [assets("data") / "behaviors.toml", *([Path(recipe.data.behaviors)] if recipe.data.behaviors else [])]
+    declared = {name: (table, path) for path in files for name, table in read_toml(path).items()}
     trained = trained_behaviors(recipe)
     for name in recipe.data.rows:
         if name not in trained:
             raise RecipeError(
                 f"rows are given for {name!r}, which the grid does not train",
                 where="data.rows",
-                fix="add it to grid.behaviors, or take its rows away",
+                fix=did_you_mean(name, trained, "add it to grid.behaviors, or take its rows away"),
+            )
+    asked = {str(table.get("rubric")) for table, _ in declared.values() if isinstance(table, dict)} - {"None"}
+    for name in recipe.judge.rubrics:
+        if name not in asked:
+            raise RecipeError(
+                f"no behavior is judged by a rubric {name!r}", where="judge.rubrics", fix=did_you_mean(name, asked)
             )
     behaviors = {}
     for name in dict.fromkeys((*trained, *recipe.eval.measures)):

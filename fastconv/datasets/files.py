@@ -15,6 +15,7 @@ import tomllib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +118,10 @@ def _checked(
         for field, kind in required.items():
             value = row.get(field)
             if not isinstance(value, kind) or (isinstance(value, str) and not is_visible(value)):
-                actual = "missing" if field not in row else f"{value!r:.40}"
-                raise DataError(f"field {field!r} is {actual}", where=where, fix=f"give it a non-empty {kind.__name__}")
+                actual, fix = f"{value!r:.40}", f"give it a non-empty {kind.__name__}"
+                if field not in row:
+                    actual, fix = "missing", did_you_mean(field, row, fix)
+                raise DataError(f"field {field!r} is {actual}", where=where, fix=fix)
         if (identity := row.get("id")) is not None:
             if not isinstance(identity, (str, int)) or isinstance(identity, bool):
                 raise DataError(
@@ -308,8 +311,12 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        beside = {one.name for folder in (path.parent, assets("data")) for one in folder.glob(f"*{path.suffix}")}
-        fix = did_you_mean(path.name, sorted(beside), "check the path; it is relative to the file that names it")
+        folders = (assets("data"), path.parent)
+        beside = {one.stem: one.name for folder in folders for one in sorted(folder.glob(f"*{path.suffix}"))}
+        near = get_close_matches(path.stem, beside, n=1)  # the same ending makes no two names alike
+        fix = (
+            f"did you mean {beside[near[0]]!r}?" if near else "check the path; it is relative to the file that names it"
+        )
         raise DataError("no such file", where=str(path), fix=fix) from None
     except IsADirectoryError:
         raise DataError("this is a folder", where=str(path), fix="give a file") from None

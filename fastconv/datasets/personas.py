@@ -68,7 +68,7 @@ class Personas:
 def load_personas(recipe: Recipe) -> Personas:
     """The shipped personas and the user's.
 
-    Raises RecipeError if a source or canary of the recipe is not among them, DataError for a bad file.
+    Raises RecipeError if a source, a canary or a gate's persona of the recipe is not among them, DataError for a bad file.
     """
     prompts = shipped = _read(assets("data") / "personas.toml")
     if recipe.data.personas:
@@ -86,6 +86,9 @@ def load_personas(recipe: Recipe) -> Personas:
         personas.require(source, "grid.sources")
     personas.require(recipe.eval.canary, "eval.canary")
     personas.require(recipe.eval.canary_swap, "eval.canary_swap")
+    personas.require(recipe.gates.negative_control, "gates.negative_control")
+    if recipe.gates.g4_source:
+        personas.require(recipe.gates.g4_source, "gates.g4_source")
     return personas
 
 

@@ -303,7 +303,8 @@ class FunctionRule:
             source = path.read_bytes()
             tree = ast.parse(source)
         except OSError:
-            raise DataError(f"no module {module!r} for the scorer", where=where, fix=f"write {path}") from None
+            near = did_you_mean(module, sorted(one.stem for one in own.parent.glob("*.py")), f"write {path}")
+            raise DataError(f"no module {module!r} for the scorer", where=where, fix=near) from None
         except (SyntaxError, ValueError) as error:
             raise DataError(
                 f"scorer {reference!r} is no valid Python: {error}", where=str(path), fix="mend it there"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from fastconv.errors import ModelError
+from fastconv.errors import ModelError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,5 +197,5 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
 def named_shape(name: str) -> ModelShape:
     """A shape of `SHAPES` by name. Raises ModelError with the known names."""
     if name not in SHAPES:
-        raise ModelError(f"no shape is called {name!r}", where="model", fix=f"use one of {', '.join(SHAPES)}")
+        raise ModelError(f"no shape is called {name!r}", where="model", fix=did_you_mean(name, SHAPES))
     return SHAPES[name]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +22,7 @@ from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import assert_foldable, dense_weight
 from fastconv.engine.score import ignore_halving, in_halves
 from fastconv.errors import AdapterError, TrainingError
-from fastconv.recipe import LoraSettings
+from fastconv.recipe import LoraSettings, require_chosen
 from fastconv.seeding import seed_of
 
 #: The probe's token rows: 3 of 8 tokens are enough to see a lost adapter, and cost little more than reading the
@@ -200,23 +199,8 @@ def _install(base: Base, settings: LoraSettings, route: Route) -> dict[str, tupl
         sizes[name] = (module.in_features, module.out_features)
     if missing := set(settings.targets) - present:
         raise _no_such_layers(base, sorted(missing))
-    _require_chosen(settings, list(sizes))
+    require_chosen(settings, list(sizes))
     return sizes
-
-
-def _require_chosen(settings: LoraSettings, modules: Sequence[str]) -> None:
-    """Raise AdapterError for a layer or a pattern that chooses none of the modules: PEFT would pass over it in silence."""
-    found = {int(number.group(1)) for module in modules if (number := re.search(r"\.(\d+)\.", module))}
-    if absent := [layer for layer in settings.layer_numbers if layer not in found]:
-        raise AdapterError(
-            f"the base has no layer {absent[0]} with such a target", where="lora.layers", fix="count from 0"
-        )
-    for name in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(settings, name):
-            alone = settings.model_copy(update={"rank_pattern": {pattern: 0}})
-            if all(alone.rank(module) for module in modules):
-                fix = f"write the end of a name such as {modules[0]}"
-                raise AdapterError(f"no module is called {pattern!r}", where=f"lora.{name}", fix=fix)
 
 
 def _no_such_layers(base: Base, missing: Sequence[str]) -> AdapterError:

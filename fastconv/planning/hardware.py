@@ -18,7 +18,7 @@ from typing import Any, Literal
 from fastconv.engine.device import ram_bytes
 from fastconv.engine.locate import gpu_is_visible
 from fastconv.engine.shapes import ModelShape, Work, forward_flops_per_tok, train_flops_per_tok, weight_bytes
-from fastconv.errors import InputError
+from fastconv.errors import InputError, did_you_mean
 from fastconv.experiment.measures import Demand
 from fastconv.recipe import Recipe
 from fastconv.store.io import child_environment
@@ -236,7 +236,7 @@ def find_machine(recipe: Recipe, shape: ModelShape, device: str, store: Store | 
             return cpu_machine()
         if name not in KNOWN_GPUS:
             raise InputError(
-                f"no machine is called {name!r}", where="--machine", fix=f"use cpu, {', '.join(KNOWN_GPUS)}"
+                f"no machine is called {name!r}", where="--machine", fix=did_you_mean(name, ("cpu", *KNOWN_GPUS))
             )
         return KNOWN_GPUS[name]
     here = _this_machine(device)

@@ -17,7 +17,7 @@ from fastconv.datasets.behaviors import NO_BEHAVIOR, Behavior, n_eval_prompts_by
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.engine.device import fit_note, min_training_bytes, shape_on_disk
 from fastconv.engine.locate import engine_identity, is_on_disk, trains_without_kernels
-from fastconv.engine.shapes import ModelShape, activation_bytes_per_tok, recomputed_bytes_per_tok, weight_bytes
+from fastconv.engine.shapes import SHAPES, ModelShape, activation_bytes_per_tok, recomputed_bytes_per_tok, weight_bytes
 from fastconv.errors import CostStop, ModelError
 from fastconv.experiment.graph import CellPlan, Graph, lineage_key, walk
 from fastconv.experiment.measures import CHARS_PER_TOK, Demand, expected_tok
@@ -207,7 +207,7 @@ def known_shape(recipe: Recipe) -> ModelShape:
         raise ModelError(
             "its size is not known before it is fetched",
             where=recipe.model.id,
-            fix="give model.id the folder of a local copy, or a model whose shape is known (see fastconv/shapes.py)",
+            fix=f"give model.id the folder of a local copy, or a model whose shape is known ({', '.join(SHAPES)})",
         )
     return shape
 

@@ -31,7 +31,7 @@ from fastconv.recipe.grid import (
     ProbeSettings,
     SeedPart,
 )
-from fastconv.recipe.lora import LoraSettings
+from fastconv.recipe.lora import LoraSettings, require_chosen
 from fastconv.recipe.settings import (
     AuditSettings,
     BehaviorSettings,
@@ -57,7 +57,7 @@ from fastconv.recipe.settings import (
 )
 
 __all__ = [
-    "BASE_SIDE", "OWN_ROLES", "TRAINED", "ArmSettings", "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "HUB", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "ProbeSettings", "Rate", "Recipe", "RecipeKey", "RecipeTable", "RunSettings", "SHIPPED", "SamplingSettings", "SeedPart", "Share", "StoppingGate", "TrainSettings", "canonical_json", "find_keys", "first_fault", "keys_page", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_keys", "recipe_schema", "recipe_sha256", "run_id", "sha256_of", "toml_table", "toml_value", "with_overrides",
+    "BASE_SIDE", "OWN_ROLES", "TRAINED", "ArmSettings", "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "HUB", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "ProbeSettings", "Rate", "Recipe", "RecipeKey", "RecipeTable", "RunSettings", "SHIPPED", "SamplingSettings", "SeedPart", "Share", "StoppingGate", "TrainSettings", "canonical_json", "find_keys", "first_fault", "keys_page", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_keys", "recipe_schema", "recipe_sha256", "require_chosen", "run_id", "sha256_of", "toml_table", "toml_value", "with_overrides",
 ]  # fmt: skip
 
 

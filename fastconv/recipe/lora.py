@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, StringConstraints, field_validator
 
+from fastconv.errors import AdapterError
 from fastconv.recipe.settings import Names, Positive, RecipeTable, setting
 
 Rank = Annotated[int, Field(ge=1, le=512)]
@@ -96,3 +97,18 @@ def _by_pattern(table: Mapping[str, Number], module: str, otherwise: Number) -> 
     """The value of the first pattern that is the end of the module's name, cut at a dot."""
     found = (value for pattern, value in table.items() if re.match(rf"(.*\.)?({pattern})$", module))
     return next(found, otherwise)
+
+
+def require_chosen(settings: LoraSettings, modules: Sequence[str]) -> None:
+    """Raise AdapterError for a layer or a pattern that chooses none of the modules: PEFT would pass over it in silence."""
+    found = {int(number.group(1)) for module in modules if (number := re.search(r"\.(\d+)\.", module))}
+    if absent := [layer for layer in settings.layer_numbers if layer not in found]:
+        raise AdapterError(
+            f"the base has no layer {absent[0]} with such a target", where="lora.layers", fix="count from 0"
+        )
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(settings, name):
+            alone = settings.model_copy(update={"rank_pattern": {pattern: 0}})
+            if all(alone.rank(module) for module in modules):
+                fix = f"write the end of a name such as {modules[0]}"
+                raise AdapterError(f"no module is called {pattern!r}", where=f"lora.{name}", fix=fix)

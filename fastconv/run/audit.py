@@ -23,6 +23,7 @@ from fastconv.datasets.rows import (
     row_from_record,
     rows_file,
 )
+from fastconv.engine.device import shape_on_disk
 from fastconv.engine.locate import (
     embedding_rows,
     is_plain_decoder,
@@ -36,7 +37,7 @@ from fastconv.errors import DataError, ModelError, RecipeError, did_you_mean
 from fastconv.experiment.cells import conditions_of
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.workload import Sketch
-from fastconv.recipe import Recipe
+from fastconv.recipe import LoraSettings, Recipe, require_chosen
 from fastconv.seeding import seeded_order
 from fastconv.store.ledger import Stage, Store
 
@@ -131,6 +132,23 @@ def require_family(recipe: Recipe) -> None:
         from fastconv.engine.model import check_base
 
         check_base(folder, recipe.model)
+    elif (shape := shape_on_disk(recipe.model, source)) is not None:
+        _require_targets(recipe.lora, shape.n_layers)
+
+
+def _require_targets(lora: LoraSettings, n_layers: int) -> None:
+    """Raise what adapters of this kind would raise on a plain decoder of so many layers, whose modules are known by name."""
+    parts = {
+        name: "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+        for name in LoraSettings().targets
+    }
+    for name in lora.targets:
+        if name not in parts:
+            raise RecipeError(
+                f"no layer of the base is called {name!r}", where="lora.targets", fix=did_you_mean(name, parts)
+            )
+    modules = [f"model.layers.{n}.{part}.{name}" for n in range(n_layers) for name, part in parts.items()]
+    require_chosen(lora, [module for module in modules if lora.carries(module)])
 
 
 def require_conditions(recipe: Recipe, tokenizer: ChatTokenizer) -> None:

@@ -27,7 +27,7 @@ from fastconv.analysis.gates import (
 from fastconv.analysis.scores import ScoreReader
 from fastconv.audit.checks import check_recipe
 from fastconv.engine.locate import engine_identity
-from fastconv.errors import GateStop, InputError, JudgeError
+from fastconv.errors import GateStop, InputError, JudgeError, did_you_mean
 from fastconv.experiment.graph import CellPlan, Graph, lineage_key, walk
 from fastconv.experiment.schedule import group_size, steps, wanted
 from fastconv.judge.access import JudgeAccess, check_judge
@@ -50,7 +50,7 @@ def parse_ignored_gates(codes: list[str], because: str) -> dict[str, str]:
     unknown = [code for code in codes if code not in IGNORABLE]
     if unknown:
         why = "the audit's refusals cannot be ignored" if unknown == ["G1"] else f"{unknown[0]!r} ends no run"
-        raise InputError(why, where="--ignore-gate", fix=f"use one of {', '.join(IGNORABLE)}")
+        raise InputError(why, where="--ignore-gate", fix=did_you_mean(unknown[0], IGNORABLE))
     if codes and len(because.split()) < 2:
         raise InputError(
             "an ignored gate needs its reason in words", where="--because", fix='write --because "why it may fail"'

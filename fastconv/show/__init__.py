@@ -133,6 +133,8 @@ def check(report: CheckReport, *, as_json: bool, base: str = "") -> None:
             console.print(f"    rows: {escape(first_few(finding.rows, 5))}", style="dim")
         if finding.severity != "note":
             console.print(f"    mend: {escape(finding.mend)}", style="dim")
+    if base and not report.passed:
+        console.print(f"[red]base[/]: {escape(base)}")
     console.print(f"{len(report.refusals)} refused, {len(report.warnings)} warnings, {len(report.accepted)} accepted")
 
 

@@ -49,6 +49,7 @@ def test_check_passes_a_clean_recipe_and_refuses_each_poisoned_one(tmp_path: Pat
         answer = ask("check", path, "-w", tmp_path, "--json")
         assert answer.code == 2, path.name
         assert answer.json["refusals"] > 0
+        assert "needs a pinned revision" in answer.json["base"]
         assert all(found["rows"] for found in answer.json["findings"] if found["severity"] == "refuse"), path.name
 
 
@@ -61,6 +62,9 @@ def test_check_says_that_no_run_takes_an_unpinned_base(tmp_path: Path, monkeypat
     assert "0 refused" in answer.out
     assert "needs a pinned revision" in answer.err
     assert answer.err == ran.err
+    both = ask("check", POISONED / "mistake_5.toml", "-w", tmp_path)
+    assert both.code == 2
+    assert "base: Qwen/Qwen2.5-7B-Instruct: a hub model needs a pinned revision" in both.out
     body = ask("check", *words, "--json")
     assert (body.code, body.json["passed"], body.json["refusals"]) == (4, False, 0)
     assert "needs a pinned revision" in body.json["base"]
