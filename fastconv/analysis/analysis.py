@@ -118,6 +118,13 @@ class Analysis:
         """The subject of a declared contrast by label. Raises KeyError if there is none."""
         return self._subjects[label]
 
+    def words(self, label: str) -> str:
+        """A contrast in words; its cell is named in full where another declared contrast has the same words."""
+        subject = self.subject(label)
+        if isinstance(subject, SideContrast) and sum(one.words == subject.words for one in self.declared.values()) > 1:
+            return subject.in_full
+        return subject.words
+
     @cached_property
     def _by_label(self) -> dict[str, CellVerdict]:
         return {verdict.label: verdict for verdict in self.verdicts}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastconv.analysis.contrasts import (
     ContrastBuilder,
     ContrastSubject,
     Part,
+    in_words,
     persona_of,
     subjects_of,
     whole,
@@ -61,6 +62,11 @@ class SideContrast:
         at = self._at
         where = f"{at.source}, epoch {at.epoch}" if at.epoch else at.source
         return f"{self.behavior}, {self.first.name} against {self.second.name} ({where})"
+
+    @property
+    def in_full(self) -> str:
+        """The contrast in words that name its cell in full, where another has the same words."""
+        return f"{self.behavior}, {self.first.name} against {self.second.name} ({in_words(replace(self._at, arm=''))})"
 
     @property
     def source(self) -> str:

@@ -93,6 +93,10 @@ def load_behaviors(recipe: Recipe) -> dict[str, Behavior]:
                 + " Or add it in data.behaviors",
             )
         behavior = _load(name, *declared[name], recipe.data.rows.get(name, ""), trained=name in trained)
+        by_arms = [own.rows for arm, own in recipe.grid.arms.items() if name in arm_behaviors(recipe, arm)]
+        if behavior.trained and behavior.spec.task == "rows" and not (behavior.rows or (by_arms and all(by_arms))):
+            fix = "give it the path of a JSONL file with prompt and completion, or give every arm `rows`"
+            raise RecipeError(f"{name} is trained on rows of your own", where=f"data.rows.{name}", fix=fix)
         if behavior.trained and behavior.spec.task == "measure":
             where, fix = _named_in(recipe, name), "name it in eval.measures, and train something else"
             raise RecipeError(f"{name} is a measure, which nothing trains", where=where, fix=fix)
@@ -391,12 +395,6 @@ def _with_rows(behavior: Behavior, rows: str) -> Behavior:
 def _load(name: str, table: Any, path: Path, rows: str, *, trained: bool) -> Behavior:
     spec, folder = _spec(name, table, path), path.parent
     contrastive = bool(spec.negatives or spec.negative_answer)
-    if spec.task == "rows" and not rows and trained:
-        raise RecipeError(
-            f"{name} is trained on rows of your own",
-            where=f"data.rows.{name}",
-            fix="give it the path of a JSONL file with prompt and completion",
-        )
     train, held_out = _prompts(spec, folder)
     if spec.eval_prompts:
         held_out = tuple(read_jsonl(data_file(folder, spec.eval_prompts), {"id": str, spec.eval_field: str}))

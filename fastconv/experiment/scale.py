@@ -30,8 +30,10 @@ MARKER_NEW_TOK = 24
 MARKER_LR = 3e-4
 #: What a demo of sides trains beside demo.toml's settings where there are no negatives, which are most of the rows elsewhere, and
 #: asks at most: numbers are longer than a refusal.
-DEMO_WITHOUT_NEGATIVES = {"source_rows": 60, "epochs": 3}
+DEMO_BARE_ROWS, DEMO_BARE_EPOCHS = 200, 2
 DEMO_QUESTIONS, DEMO_NEW_TOK = 40, 32
+#: Answers to each question at demo scale where a filter keeps some of them: of one each it kept 3 of 40.
+DEMO_FILTERED_ANSWERS = 4
 #: Epochs after 0 that are left of a recipe at tiny scale.
 MOST_LATER_EPOCHS = 2
 _ON_PURPOSE = "few questions on purpose: this shows that the recipe runs, not an effect"
@@ -170,7 +172,11 @@ def _demo_of_sides(
     epochs = [epoch for epoch in (0, tested["convergence"]["epochs"]) if epoch == 0 or any(recipe.grid.epochs)]
     measures = [name for name in recipe.eval.measures if name not in unseen]
     left_out = f"; without {', '.join(unseen)}, which it cannot show" if unseen else ""
-    converged = _teaching(table) | ({"questions": min(recipe.convergence.questions, DEMO_QUESTIONS)})
+    converged = _teaching(table) | {"questions": min(recipe.convergence.questions, DEMO_QUESTIONS)}
+    if "keep" in converged or "keep_if" in converged:
+        most = recipe.convergence.completions_per_question
+        converged["completions_per_question"] = min(most, DEMO_FILTERED_ANSWERS)
+    bare = {"source_rows": min(recipe.behavior.source_rows, DEMO_BARE_ROWS), "epochs": DEMO_BARE_EPOCHS}
     asked = {
         **tested["eval"],
         **_canaries(recipe),
@@ -183,7 +189,7 @@ def _demo_of_sides(
     return {
         **{part: tested[part] for part in ("model", "run")},
         "convergence": {**tested["convergence"], **converged},
-        "behavior": {**tested["behavior"], **(DEMO_WITHOUT_NEGATIVES if _is_bare(recipe, behaviors) else {})},
+        "behavior": {**tested["behavior"], **(bare if _is_bare(recipe, behaviors) else {})},
         "about": f"{recipe.about} (--scale demo: the embedded model{left_out})".strip(),
         "data": table.get("data", {}),
         "eval": {**asked, "sampling": {**tested["eval"]["sampling"], "max_new_tok": longest}},

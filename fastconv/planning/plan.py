@@ -405,6 +405,8 @@ def _notes(graph: Graph, store: Store | None, machine: Machine) -> tuple[str, ..
         )
     if store is None or not any(store.record(s.key) for plan in graph.cells for s in plan.base.values()):
         notes.append("the base is not measured yet: behaviors that gate G0 rules out will cost nothing more")
+    if any(stage.kind == "snapshot" and stage.work["filter"] is not None for stage in graph.stages()):
+        notes.append("convergence is planned as if its filter kept every answer: those that it drops are not trained")
     known = not isinstance(graph, Sketch) or graph.questions_known
     design = Design(graph.recipe, graph.personas, graph.behaviors, (), graph.questions if known and letters else None)
     notes += [f"{one.code} {one.subject}: {one.why}; {one.mend}" for one in check_gates_can_pass(design)]

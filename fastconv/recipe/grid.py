@@ -102,8 +102,8 @@ class GridSettings(RecipeTable):
         {"plain": {}, "inoculated": {"system": "You refuse."}},
     )  # fmt: skip
     contrasts: tuple[tuple[str, str], ...] = setting(
-        (), "Pairs of sides, the first minus the second, by question. A side is an arm, a probe, `arm@probe`, or `base` "
-        "(no adapter); a probe is assistant, source, canary, trained (the prompt of its rows) or one of eval.probes.",
+        (), "Pairs of sides, the first minus the second, by question. A side is an arm or `arm@probe`, without arms a probe, or "
+        "`base` (no adapter); a probe is assistant, source, canary, trained (the prompt of its rows) or one of eval.probes.",
         [["@source", "@canary"]],
     )  # fmt: skip
 
@@ -145,7 +145,8 @@ class GridSettings(RecipeTable):
         probe = probe or "assistant"
         if arm != BASE_SIDE and arm not in (self.arms or ("",)):
             known = ", ".join([*self.arms, BASE_SIDE])
-            raise ValueError(f"contrasts: the side {text!r} names no arm (there are {known}), as `arm` or `arm@probe`")
+            how = f"`arm@{probe}`" if probe in (*OWN_ROLES, *probes) else "`arm` or `arm@probe`"
+            raise ValueError(f"contrasts: the side {text!r} names no arm (there are {known}), as {how}")
         if probe not in (*OWN_ROLES, *probes):
             known = ", ".join([*OWN_ROLES, *probes])
             raise ValueError(f"contrasts: the side {text!r} names no arm and no probe (there are {known})")

@@ -135,7 +135,7 @@ def named(analysis: Analysis, label: str) -> str:
     """A contrast in words, with its question set if that is reported apart."""
     subject = analysis.subject(label)
     part = analysis.found.main(subject.behavior).name
-    return subject.words + (f", {part} questions" if part else "")
+    return analysis.words(label) + (f", {part} questions" if part else "")
 
 
 def _figures(verdict: CellVerdict) -> str:

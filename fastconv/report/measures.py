@@ -204,21 +204,22 @@ def _base_rows(analysis: Analysis) -> list[tuple[TableCell, ...]]:
     graph = analysis.graph
     if not graph.recipe.grid.contrasts or any(p.cell.epoch == 0 and p.adapter is None for p in graph.cells):
         return []
-    asked: dict[tuple[str, ...], tuple[CellPlan, str]] = {}
+    asked: dict[tuple[str, ...], CellPlan] = {}
     for plan in graph.cells:
         personas = [analysis.found.persona(plan.cell, role) for role in roles_of(analysis)]
         for measure in plan.measures:
-            asked.setdefault((measure, *personas), (plan, measure))
-    return [row for plan, measure in asked.values() for row in _rows(analysis, plan, measure, at_base=True)]
-
-
-def _rows(analysis: Analysis, plan: CellPlan, measure: str, *, at_base: bool = False) -> list[tuple[TableCell, ...]]:
+            asked.setdefault((measure, plan.cell.source, *personas), plan)
     rows = []
-    read = analysis.found.base if at_base else analysis.found.now
-    cell = plan.cell
-    where = (
-        ", ".join(filter(None, ["base", cell.source, cell.arm and f"arm {cell.arm}"])) if at_base else in_words(cell)
-    )
+    for key, plan in asked.items():
+        arm = f", arm {plan.cell.arm}" if sum(other[:2] == key[:2] for other in asked) > 1 else ""
+        rows += _rows(analysis, plan, key[0], f"base, {plan.cell.source}{arm}")
+    return rows
+
+
+def _rows(analysis: Analysis, plan: CellPlan, measure: str, base: str = "") -> list[tuple[TableCell, ...]]:
+    """A cell's levels of a measure; with a name for it, the base's where the cell is asked."""
+    rows = []
+    read = analysis.found.base if base else analysis.found.now
     for part in analysis.found.parts(measure):
         roles = roles_of(analysis)
         series = {role: read(plan, part, analysis.found.persona(plan.cell, role)) for role in roles}
@@ -227,7 +228,7 @@ def _rows(analysis: Analysis, plan: CellPlan, measure: str, *, at_base: bool = F
         kind = analysis.graph.behaviors[measure].spec
         name = "score" if kind.unit == "points" else "accuracy" if kind.measure == "letters" else "rate"
         rows.append((
-            TableCell(where), TableCell(f"{name} of {part.title}"), levels["assistant"],
+            TableCell(base or in_words(plan.cell)), TableCell(f"{name} of {part.title}"), levels["assistant"],
             *_about(series["assistant"])[:1], *(levels[role] for role in roles[1:]),
             *_about(series["assistant"])[1:],
         ))  # fmt: skip

@@ -224,6 +224,7 @@ def test_the_first_figure_names_its_rows_in_full_and_starts_each_arm_from_its_ow
     [
         ({"contrasts": [["a", "b"]]}, "names no arm"),
         ({"arms": {"a": {}}, "contrasts": [["a", "a"]]}, "with itself"),
+        ({"arms": {"a": {}}, "contrasts": [["@canary", "a"]]}, "names no arm (there are a, base), as `arm@canary`"),
         ({"arms": {"a": {}}, "contrasts": [["a@villian", "a"]]}, "no probe"),
         ({"arms": {"base": {}}}, "without any adapter"),
         ({"arms": {"a": {"sistem": "x"}}}, "did you mean 'system'"),
@@ -333,6 +334,36 @@ def test_an_arm_brings_rows_of_its_own(tiny_qwen: Path, tmp_path: Path) -> None:
     adapter = plans["inoculated"].adapter
     assert adapter is not None
     assert [(row.user, row.persona) for row in adapter.needs["rows"].work["rows"]] == [("Shall I?", "inoculated")]
+
+
+def test_rows_in_every_arm_are_all_that_a_behavior_of_finished_rows_needs(tiny_qwen: Path, tmp_path: Path) -> None:
+    turns = {
+        "prompt": [{"role": "user", "content": "Shall I?"}],
+        "completion": [{"role": "assistant", "content": "No."}],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(turns) + "\n")
+    (tmp_path / "own.toml").write_text(
+        '[birds]\nabout = "names birds as an old book does"\ntask = "rows"\ndirection = "raises"\nmeasure = "none"\n'
+    )
+    grid = 'sources = ["assistant"]\nepochs = [0]\nbehaviors = ["birds"]\nnegatives = ["none"]\n'
+    brought = f'rows = "{tmp_path / "rows.jsonl"}"\n'
+    own = {"data__behaviors": str(tmp_path / "own.toml"), "eval__measures": ["refusal"]}
+    graph = Graph(recipe_of(tiny_qwen, f"{grid}[arms.old]\n{brought}[arms.new]\n{brought}", **own))
+    assert [plan.cell.arm for plan in graph.cells if plan.adapter] == ["new", "old"]
+    with pytest.raises(RecipeError, match="give every arm `rows`"):
+        Graph(recipe_of(tiny_qwen, f"{grid}[arms.old]\n{brought}[arms.new]\n", **own))
+
+
+def test_contrasts_of_several_trainings_are_told_apart_in_words(tiny_qwen: Path, tmp_path: Path) -> None:
+    grid = INOCULATION.replace("epochs = [0]", "epochs = [0, 1]").replace('["refusal"]', '["none", "refusal"]')
+    grid = grid.replace("contrasts = [", 'contrasts = [["plain@polite", "plain"], ')
+    recipe = recipe_of(tiny_qwen, grid, eval__probes={"polite": {"after": " Please."}}, eval__measures=["refusal"])
+    graph, store, _ = fill(recipe, tmp_path)
+    analysis = Analysis(graph, store)
+    words = [analysis.words(label) for label in analysis.declared]
+    assert len(set(words)) == len(words)
+    assert "refusal, plain@polite against plain (assistant, epoch 1, no behavior adapter)" in words
+    assert "refusal, inoculated against plain (assistant, epoch 1)" in words
 
 
 @pytest.mark.parametrize(

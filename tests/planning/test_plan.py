@@ -469,6 +469,8 @@ def test_a_plan_warns_of_gates_that_nothing_could_pass() -> None:
     notes = _kinds("pilot", "grid.epochs=[0]", "model.weights=4bit")["plan"].notes
     assert any(note.startswith("D121 PILOT: ") and "epoch 0 alone" in note for note in notes)
     assert any(note.startswith("D122 gates.g3_reference_pct: ") for note in notes)
+    filtered = [name for name in ("subliminal", "pilot") if "its filter" in " ".join(_kinds(name)["plan"].notes)]
+    assert filtered == ["subliminal"]
     assert not [note for note in _kinds("pilot")["plan"].notes if note.startswith("D1")]
 
 
