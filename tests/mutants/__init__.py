@@ -69,7 +69,7 @@ MUTANTS = [
     *_of(
         "judge/batches.py", BATCHES,
         ("            if isinstance(error, Outage) and error.taken:\n", "            if False:\n", "taken"),
-        ("            n_open += 1\n", "            pass\n", "another_users or answer_was_lost"),
+        ("            n_open += 1\n", "            pass\n", "not_known_whether"),
     ),
     *_of("judge/claude.py", BATCHES, ('"status_code", 500) >= 500', '"status_code", 500) >= 501', "taken")),
     *_of(
