@@ -138,7 +138,7 @@ def exit_code_of(app: Callable[[], object]) -> int:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
-            setattr(sys, name, _Output.over(stream))
+            setattr(sys, name, _Output(stream))
     code: object = 0
     out = _same_output()  # rich points its own at nowhere when it finds nobody reading
     try:
@@ -197,10 +197,10 @@ class _Output(io.TextIOWrapper):
 
     fault: OSError | None = None
 
-    @classmethod
-    def over(cls, stream: io.TextIOWrapper) -> _Output:
+    def __init__(self, stream: io.TextIOWrapper) -> None:
         """The same stream; a locale without a character shows its code."""
-        return cls(
+        self._under = stream  # kept, as it closes the buffer of both when it goes
+        super().__init__(
             stream.buffer, stream.encoding, "backslashreplace", line_buffering=stream.line_buffering,
             write_through=stream.write_through,
         )  # fmt: skip

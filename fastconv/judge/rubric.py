@@ -249,7 +249,7 @@ def _unread(reason: str) -> ParsedReply:
 
 
 def _typed(value: object, kind: str) -> bool:
-    kinds: dict[str, type] = {"string": str, "integer": int, "number": float, "boolean": bool}
+    kinds = {"string": str, "integer": int, "number": (int, float), "boolean": bool}
     return isinstance(value, kinds.get(kind, object)) and (kind == "boolean" or not isinstance(value, bool))
 
 

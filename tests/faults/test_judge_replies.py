@@ -125,7 +125,7 @@ def test_what_is_booked_lies_between_nothing_and_the_worst_case(tmp_path: Path, 
 @pytest.mark.parametrize(
     "body",
     [b"<html><body>Please log in</body></html>", b"", b"not json", {"status": "log in first"}, [1, 2], None,
-     {"type": "message", "content": "text"}, {"type": "error", "error": {"message": "x"}}, b"\xff\xfe", b"[" * 50_000],
+     {"type": "message", "content": "text"}, {"type": "page", "content": [{"type": "text", "text": "x"}]}, {"type": "error", "error": {"message": "x"}}, b"\xff\xfe", b"[" * 50_000],
 )  # fmt: skip
 def test_a_body_that_is_no_message_is_an_outage_and_is_asked_again(tmp_path: Path, body: Any) -> None:
     status = judged(tmp_path, body)

@@ -120,6 +120,20 @@ def test_a_batch_taken_whose_answer_was_lost_is_found_again(server: FakeClaude, 
     assert server.bill()["n_batches"] == 1
 
 
+def test_nothing_is_sent_while_it_is_not_known_whether_a_batch_was_taken(server: FakeClaude, tmp_path: Path) -> None:
+    server.configure(batch_faults=["create_lost"], batch_s=600.0)
+    one = desk(server.url, tmp_path, "batch")
+    one.submit("stage", rubric(), samples(12))
+    until(lambda: server.bill()["n_batches"] > 0)
+    one.submit("another", rubric(), samples(5, start=100))
+    seen = server.bill()["n_calls"]
+    until(lambda: server.bill()["n_calls"] > seen + 6)  # it looks, again and again
+    n_sent = server.bill()["n_batches"]
+    server.configure(end_now=True, batch_s=0.0)
+    assert one.close().n_scored == 17
+    assert (n_sent, server.bill()["n_batches"]) == (1, 2)
+
+
 def test_another_users_batch_of_the_same_size_is_not_taken_for_ours(server: FakeClaude, tmp_path: Path) -> None:
     server.configure(batch_s=0.1)
     for other in range(5):  # more than a page of them

@@ -71,6 +71,17 @@ def test_a_stop_before_the_end_is_its_own_reason() -> None:
 
 
 @pytest.mark.parametrize(
+    ("sure", "reason"), [("0.5", None), ("1", None), ("1e999", "malformed"), ("true", "malformed")]
+)
+def test_a_number_that_is_asked_for_beside_the_verdict_is_finite(sure: str, reason: str | None) -> None:
+    table = json.loads(rubric().source)
+    table["schema"]["properties"]["sure"] = {"type": "number"}
+    table["schema"]["required"].append("sure")
+    own = parse_rubric(table, where="mine.toml")
+    assert own.read(f'{{"why": "x", "verdict": "helped", "sure": {sure}}}').reason == reason
+
+
+@pytest.mark.parametrize(
     "change",
     [
         lambda t: t.pop("schema"),

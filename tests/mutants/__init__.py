@@ -8,7 +8,9 @@ REPLIES, MEMORY, DISK, SECRETS = (
     f"tests/faults/test_{n}.py" for n in ("judge_replies", "memory", "disk_and_ledger", "secrets")
 )
 WHOLE, INPUTS = (f"tests/faults/test_{name}.py" for name in ("whole_run", "hostile_inputs"))
-LIVE, BATCHES, LOCAL, DESK = (f"tests/judge/test_{name}.py" for name in ("live", "batches", "local", "desk"))
+LIVE, BATCHES, LOCAL, DESK, REQUEST = (
+    f"tests/judge/test_{name}.py" for name in ("live", "batches", "local", "desk", "request")
+)
 SERVE, HOSTILE, VLLM = (f"tests/serve/test_{name}.py" for name in ("serve", "hostile", "vllm"))
 TRAIN, CHAT, LOCATE = "tests/engine/test_train.py", "tests/test_chat.py", "tests/engine/test_locate.py"
 
@@ -70,7 +72,7 @@ MUTANTS = [
     *_of(
         "judge/batches.py", BATCHES,
         ("            if isinstance(error, Outage) and error.taken:\n", "            if False:\n", "taken"),
-        ("            n_open += 1\n", "            pass\n", "another_users or answer_was_lost"),
+        ("            n_open += 1\n", "            pass\n", "not_known_whether"),
     ),
     *_of("judge/claude.py", BATCHES, ('"status_code", 500) >= 500', '"status_code", 500) >= 501', "taken")),
     *_of(
@@ -81,8 +83,8 @@ MUTANTS = [
     *_of(
         "judge/rubric.py", REPLIES,
         ("return ParsedReply(values, safe_value(answer))", "return ParsedReply(values, answer)", "cannot_be_stored"),
-        (", parse_float=_finite)", ")", "cannot_be_stored or any_reply"),
     ),
+    *_of("judge/rubric.py", REQUEST, (", parse_float=_finite)", ")", "is_finite")),
     *_of(
         "judge/local.py", LOCAL,
         ("        if read is None:\n            raise", "        if False:\n            raise", "no_completion"),
