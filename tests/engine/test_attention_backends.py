@@ -21,6 +21,8 @@ def pick(monkeypatch: pytest.MonkeyPatch, *, uncaptured: tuple[str, ...] = (), *
     monkeypatch.setattr(backends, "_CANDIDATES", made)
     real = backends._distance
     monkeypatch.setattr(backends, "_distance", lambda kernel, device, *rest: real(kernel, torch.device("cpu"), *rest))
+    again = backends._repeats
+    monkeypatch.setattr(backends, "_repeats", lambda kernel, device, *rest: again(kernel, torch.device("cpu"), *rest))
     return pick_attention(torch.device("cuda"), torch.bfloat16)
 
 
@@ -56,6 +58,22 @@ def test_one_that_computes_something_else_is_passed_over(monkeypatch: pytest.Mon
     assert found.kernel is None
     assert found.name == "sdpa"
     assert [name for name, _ in found.passed_over] == ["scale", "gradient"]
+
+
+def test_one_that_gives_other_bits_the_second_time_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is resumed would go on to other weights."""
+    calls = []
+
+    def drifting() -> Any:
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: Ragged, scale: float) -> torch.Tensor:
+            calls.append(1)
+            return attend_by_row(q, k, v * (1 + len(calls) * 2**-7), rows.bounds.tolist(), scale)
+
+        return attend
+
+    found = pick(monkeypatch, drifting=drifting, steady=right)
+    assert found.name == "steady"
+    assert dict(found.passed_over) == {"drifting": "the same rows give other bits the second time"}
 
 
 def test_one_that_no_graph_can_hold_is_not_taken_where_sdpa_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +146,75 @@ def test_torchs_varlen_is_called_as_this_torch_has_it(monkeypatch: pytest.Monkey
     rows = Ragged.of(LENGTHS, backends._torch_varlen())
     assert torch.equal(rows.attend(0, q, k, v, 0.3), attend_by_row(q, k, v, (0, 3, 4, 11), 0.3))
     assert seen == {"window": (-1, 0), "gqa": True, "shapes": ((11, 4, 8), (11, 2, 8)), "longest": (7, 7)}
+
+
+#: The keywords of `flash_attn.cute.flash_attn_varlen_func` 4.0.0b36 that matter here; it returns sums of the softmax too.
+def flash_attn_4(seen: dict[str, Any]) -> Any:
+    def varlen(q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, *,
+               softmax_scale=None, causal=False, deterministic=False):  # type: ignore[no-untyped-def] # fmt: skip
+        assert qv is None
+        seen.update(
+            causal=causal, deterministic=deterministic, shapes=(q.shape, k.shape), longest=(max_seqlen_q, max_seqlen_k)
+        )
+        assert cu_seqlens_q is cu_seqlens_k
+        return attend_by_row(*(p.transpose(0, 1) for p in (q, k, v)), cu_seqlens_q.tolist(), softmax_scale), None
+
+    return varlen
+
+
+class CompilerError(Exception):
+    """As the DSL's own: no RuntimeError."""
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
+    def find(name: str) -> Any:
+        if (found := modules.get(name.replace(".", "_"))) is None:
+            raise ImportError(f"No module named {name!r}")
+        return found
+
+    monkeypatch.setattr(backends.importlib, "import_module", find)
+
+
+def test_flash_attention_4_is_found_and_called_for_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    dsl = SimpleNamespace(DSLBaseError=CompilerError)
+    cute = SimpleNamespace(flash_attn_varlen_func=flash_attn_4(seen))
+    installed(monkeypatch, flash_attn=SimpleNamespace(), flash_attn_cute=cute, cutlass_base_dsl_common=dsl)
+    found = pick(monkeypatch, **{name: make for name, (make, _) in backends._CANDIDATES.items()})
+    assert found.name == "flash-attn 4"
+    assert found.captures
+    q, k, v = (torch.randn(heads, 11, 8).bfloat16() for heads in (4, 2, 2))
+    rows = Ragged.of(LENGTHS, backends._flash_attn_4())
+    assert torch.equal(rows.attend(0, q, k, v, 0.3), attend_by_row(q, k, v, (0, 3, 4, 11), 0.3))
+    shapes = ((11, 4, 8), (11, 2, 8))
+    assert seen == {"causal": True, "deterministic": True, "shapes": shapes, "longest": (7, 7)}
+
+
+def test_flash_attention_4_that_cannot_be_compiled_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise CompilerError("expects an arch of sm_90a")
+
+    dsl = SimpleNamespace(DSLBaseError=CompilerError)
+    cute = SimpleNamespace(flash_attn_varlen_func=refuses)
+    installed(monkeypatch, flash_attn_cute=cute, cutlass_base_dsl_common=dsl)
+    found = pick(monkeypatch, cute=backends._flash_attn_4, plain=right)
+    assert found.name == "plain"
+    assert dict(found.passed_over) == {"cute": "expects an arch of sm_90a"}
+
+
+def test_flash_attention_2_is_called_for_the_same_bits_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def now(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None, causal=False, deterministic=False):  # type: ignore[no-untyped-def]
+        seen.update(causal=causal, deterministic=deterministic)
+        return attend_by_row(*(part.transpose(0, 1) for part in (q, k, v)), cu_q.tolist(), softmax_scale)
+
+    installed(monkeypatch, flash_attn=SimpleNamespace(flash_attn_varlen_func=now))
+    assert pick(monkeypatch, flash=backends._flash_attn).name == "flash"
+    assert seen == {"causal": True, "deterministic": True}
+    installed(monkeypatch, flash_attn=SimpleNamespace(flash_attn_varlen_func=lambda q, k, v: q))
+    with pytest.raises(NotImplementedError, match="no fixed order"):
+        backends._flash_attn()
 
 
 def test_a_torch_whose_varlen_knows_no_grouped_queries_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
