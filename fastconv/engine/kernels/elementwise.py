@@ -1,7 +1,7 @@
-"""Triton kernels for what is not a matrix product: RMSNorm, SwiGLU, RoPE, row gathering, the loss, decoding attention.
+"""Triton kernels for what is not a matrix product: SwiGLU, RoPE, row gathering, the loss, decoding attention.
 
 They round like the torch modules that they replace, so that results agree up to the last bit or two of the base's
-dtype. Norm weights are frozen: gradients go to the inputs only. Decoding attention has no backward pass.
+dtype. Decoding attention has no backward pass; `norms` has RMSNorm.
 """
 
 from __future__ import annotations
@@ -22,31 +22,6 @@ _BLOCK = 1024
 _VOCAB_BLOCK = 4096
 #: Keys that one program of the decoding kernel reads at a time.
 _KEYS = 64
-
-
-@triton.jit
-def _rms_forward(x, weight, y, scale, n, eps, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < n
-    value = tl.load(x + row * n + at, mask=inside, other=0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(value * value, 0) / n + eps)
-    tl.store(scale + row, rstd)
-    normed = (value * rstd).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + row * n + at, (normed * tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)), mask=inside)
-
-
-@triton.jit
-def _rms_backward(dy, x, weight, scale, dx, n, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < n
-    rstd = tl.load(scale + row)
-    normed = tl.load(x + row * n + at, mask=inside, other=0.0).to(tl.float32) * rstd
-    given = tl.load(dy + row * n + at, mask=inside, other=0.0).to(tl.float32)
-    given *= tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    inner = tl.sum(given * normed, 0) / n
-    tl.store(dx + row * n + at, rstd * (given - normed * inner), mask=inside)
 
 
 @triton.jit
@@ -160,28 +135,6 @@ def _cross_entropy(logits, targets, weights, losses, n, BLOCK: tl.constexpr):
         value = tl.load(logits + start + at, mask=start + at < n, other=0.0).to(tl.float32)
         share = tl.exp(value - log_sum) - tl.where(start + at == target, 1.0, 0.0)
         tl.store(logits + start + at, share * weight, mask=start + at < n)
-
-
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        x = x.contiguous()
-        n = x.shape[-1]
-        rows = x.numel() // n
-        y, scale = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
-        _rms_forward[(rows,)](x, weight, y, scale, n, eps, BLOCK=triton.next_power_of_2(n), num_warps=8)
-        ctx.save_for_backward(x, weight, scale)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, scale = ctx.saved_tensors
-        dy, n = grads[0].contiguous(), x.shape[-1]
-        dx = torch.empty_like(x)
-        _rms_backward[(x.numel() // n,)](
-            dy, x, weight, scale, dx, n, BLOCK=triton.next_power_of_2(n), num_warps=8
-        )  # fmt: skip
-        return dx, None, None
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -308,11 +261,6 @@ def gather_rows(x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor) -> 
     `inverse` [T] int64 is the inverse map (negative where a row is not used), so that the gradient is a gather too.
     """
     return _GatherRows.apply(x, index, inverse)  # pyright: ignore[reportReturnType]
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x [..., n] divided by its root mean square (Zhang and Sennrich 2019), times the frozen weight [n]; x's dtype."""
-    return _RmsNorm.apply(x, weight, eps)  # pyright: ignore[reportReturnType]
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

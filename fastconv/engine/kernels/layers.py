@@ -17,8 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastconv.engine.attention import Layout
-from fastconv.engine.kernels.elementwise import rms_norm, rope, rope_joined, swiglu, swiglu_joined
+from fastconv.engine.kernels.elementwise import rope, rope_joined, swiglu, swiglu_joined
 from fastconv.engine.kernels.joined import join, joined_product
+from fastconv.engine.kernels.norms import residual_norm, rms_norm
 
 
 def use_fused_forwards(model: nn.Module) -> int:
@@ -114,8 +115,17 @@ def _decoder(
 
 def _layer(self: Any, hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
     """Pre-norm attention and MLP, each added to its input; [1, T, hidden]."""
-    hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **named)[0]
-    return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+    hidden_states, normed = _residual(self.input_layernorm, hidden_states, None)
+    hidden_states, normed = _residual(self.post_attention_layernorm, hidden_states, self.self_attn(normed, **named)[0])
+    return hidden_states + self.mlp(normed)
+
+
+def _residual(norm: Any, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x + delta, its norm), or (x, its norm)."""
+    if x.dtype == torch.float32:
+        x = x if delta is None else x + delta
+        return x, norm(x)
+    return residual_norm(x, delta, norm.weight, norm.variance_epsilon)
 
 
 def _norm(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:

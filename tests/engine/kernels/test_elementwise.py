@@ -29,10 +29,25 @@ def agree(ours: torch.Tensor, theirs: torch.Tensor, inputs: tuple[torch.Tensor, 
 
 @pytest.mark.parametrize("width", [48, 64])
 def test_rms_norm(width: int) -> None:
-    from fastconv.engine.kernels.elementwise import rms_norm
+    from fastconv.engine.kernels.norms import rms_norm
 
     x, weight = drawn(5, width), drawn(width, seed=1).detach()
     agree(rms_norm(x, weight, 1e-6), weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), (x,))
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_sum_and_its_norm_get_their_gradients_in_one_pass(adds: bool) -> None:
+    from fastconv.engine.kernels.norms import residual_norm, rms_norm
+
+    x, delta, weight = drawn(5, 48), drawn(5, 48, seed=2), drawn(48, seed=1).detach()
+    inputs = (x, delta) if adds else (x,)
+    total, normed = residual_norm(x, delta if adds else None, weight, 1e-6)
+    plain = x + delta if adds else x
+    assert torch.equal(total, plain)
+    assert torch.equal(normed, rms_norm(plain, weight, 1e-6))
+    agree(torch.cat([total * 2, normed]), torch.cat([plain * 2, rms_norm(plain, weight, 1e-6)]), inputs)
+    (alone,) = torch.autograd.grad(residual_norm(x, None, weight, 1e-6)[1].sum(), x)
+    assert torch.allclose(alone, torch.autograd.grad(rms_norm(x, weight, 1e-6).sum(), x)[0], atol=1e-6)
 
 
 def test_swiglu() -> None:
