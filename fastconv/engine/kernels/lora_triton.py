@@ -18,10 +18,11 @@ import triton.language as tl
 
 @triton.jit
 def _keep(seeds, columns, salt, threshold):
-    """`lora.keep_mask` for seeds [M] and columns [N], as booleans [M, N]: the same bits."""
-    channels = columns.to(tl.uint32) * 0x9E3779B1 + salt.to(tl.uint32)
-    bits = seeds.to(tl.uint32)[:, None] ^ channels[None, :]
-    bits = bits ^ (bits >> 16)
+    """`lora.keep_mask` for seeds [M] and columns [N], as booleans [M, N]: the same bits.
+
+    (s ^ c) ^ (s ^ c) >> 16 is (s ^ s >> 16) ^ (c ^ c >> 16), so the first step is for rows and columns, not for elements."""
+    seeds, channels = seeds.to(tl.uint32), columns.to(tl.uint32) * 0x9E3779B1 + salt.to(tl.uint32)
+    bits = (seeds ^ (seeds >> 16))[:, None] ^ (channels ^ (channels >> 16))[None, :]
     bits = bits * 0x7FEB352D
     bits = bits ^ (bits >> 15)
     bits = bits * 0x846CA68B
