@@ -11,16 +11,15 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from fastconv.engine.kernels.lora_tables import Chunks, LayerCall
+from fastconv.engine.kernels.lora_tables import LayerCall
 from fastconv.engine.kernels.lora_triton import add_up, expand, finish_shrink, input_side, output_side, shrink
 
 #: Rows that one program of `finish_shrink` sums, and elements that one of `add_up` adds.
 _FINISH_ROWS, _ADD_ELEMENTS = 16, 1024
 #: Tokens at a time where several modules have masks of their own: with more, their masks do not fit into registers.
 _MASKED_ROWS = 32
-#: Columns of `WeightTable.table`: A of the frozen and the trainable part, B of both, gradients of the trainable A and
-#: B.
-_A, _B, _GRAD_A, _GRAD_B = (0, 2), (1, 3), 4, 5
+#: Columns of `WeightTable.table`: A of the frozen and the trainable part, B of both.
+_A, _B = (0, 2), (1, 3)
 
 
 def stacked_linear(x: torch.Tensor, call: LayerCall, trained: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -47,15 +46,15 @@ class _Stacked(torch.autograd.Function):
         call: LayerCall = ctx.call
         x, xa = ctx.saved_tensors
         dy = dy.contiguous()
-        wants_x, wants_weights = ctx.needs_input_grad[0], ctx.n_trained > 0
+        wants_x, wants_weights = ctx.needs_input_grad[0], ctx.n_trained > 0 and call.weights.rank_t > 0
         dxa = _shrink_output(dy, call)
         first = call.tiling.order == "base_first"
         dx = (dy @ call.weight if first else torch.empty_like(x)) if wants_x else None
-        _input_side(x, dxa, dx, call, wants_weights=wants_weights, adds=first)
+        of_a = _input_side(x, dxa, dx, call, wants_a=wants_weights, adds=first)
         if dx is not None and not first:
             dx.addmm_(dy, call.weight)
         if wants_weights:
-            _output_side(dy, xa, call)
+            _add_up(of_a, _output_side(dy, xa, call), x.shape[1], call)
         return dx, None, *[None] * ctx.n_trained
 
 
@@ -105,46 +104,48 @@ def _expand(
 
 
 def _input_side(
-    x: torch.Tensor, dxa: torch.Tensor, dx: torch.Tensor | None, call: LayerCall, *, wants_weights: bool, adds: bool
-) -> None:
-    """The branches' part of dx in place, and the gradients of every A added to their `.grad`."""
+    x: torch.Tensor, dxa: torch.Tensor, dx: torch.Tensor | None, call: LayerCall, *, wants_a: bool, adds: bool
+) -> torch.Tensor:
+    """The branches' part of dx in place; returns the sums of every chunk for the gradients of every A."""
     weights, tiling = call.weights, call.tiling
     n_tok, n_in = x.shape
     chunks = call.rows.chunks_for(n_in, tiling)
-    wants_a = wants_weights and weights.rank_t > 0
-    if dx is None and not wants_a:
-        return
-    m = min(tiling.chunk_m, _MASKED_ROWS) if call.seeds is not None and call.n_modules > 1 else tiling.chunk_m
     n_partial = call.n_modules * len(chunks) * weights.rank_t * n_in if wants_a else 0
     partial = torch.empty(n_partial, dtype=torch.float32, device=x.device)
+    if dx is None and not wants_a:
+        return partial
+    m = min(tiling.chunk_m, _MASKED_ROWS) if call.seeds is not None and call.n_modules > 1 else tiling.chunk_m
     cast(Any, input_side)[(len(chunks), -(-n_in // tiling.chunk_n))](
         x, dxa, x if dx is None else dx, partial, chunks.parts, weights.table, call.live.thresholds,
         _or_any(call.seeds, chunks.parts), *call.three_salts, n_tok, call.n_slots, n_in, RF=weights.rank_f,
         RT=weights.rank_t, DROPS=call.seeds is not None, WANTS_X=dx is not None, WANTS_A=wants_a,
         ALIGNED=weights.aligned, ADDS=adds, M=m, N=tiling.chunk_n, MODULES=call.n_modules,
     )  # fmt: skip
-    if wants_a:
-        _add_up(partial, call, chunks, (n_in,) * 3, _GRAD_A)
+    return partial
 
 
-def _output_side(dy: torch.Tensor, xa: torch.Tensor, call: LayerCall) -> None:
-    """The gradients of every B added to their `.grad`."""
+def _output_side(dy: torch.Tensor, xa: torch.Tensor, call: LayerCall) -> torch.Tensor:
+    """The sums of every chunk for the gradients of every B."""
     weights, tiling = call.weights, call.tiling
     chunks = call.rows.chunks_for(max(call.outs), tiling)
-    n_partial = len(chunks) * weights.rank_t * dy.shape[1]
-    partial = torch.empty(n_partial, dtype=torch.float32, device=dy.device)
+    partial = torch.empty(len(chunks) * weights.rank_t * dy.shape[1], dtype=torch.float32, device=dy.device)
     cast(Any, output_side)[(len(chunks), -(-max(call.outs) // tiling.chunk_n), call.n_modules)](
         dy, xa, partial, chunks.parts, weights.table, len(dy), call.n_slots, *call.three_outs, dy.stride(0), xa.stride(0),
         ALIGNED=weights.aligned, RF=weights.rank_f, RT=weights.rank_t, M=tiling.chunk_m, N=tiling.chunk_n,
     )  # fmt: skip
-    _add_up(partial, call, chunks, call.three_outs, _GRAD_B)
+    return partial
 
 
-def _add_up(partial: torch.Tensor, call: LayerCall, chunks: Chunks, widths: tuple[int, ...], column: int) -> None:
+def _add_up(of_a: torch.Tensor, of_b: torch.Tensor, n_in: int, call: LayerCall) -> None:
+    """Add the chunks' sums to the gradients of every A and B."""
     rank = call.weights.rank_t
-    cast(Any, add_up)[(len(chunks.of_slot), -(-rank * max(widths) // _ADD_ELEMENTS), call.n_modules)](
-        partial, chunks.of_slot, call.weights.table, *widths, len(chunks), AT=column, RT=rank, N=_ADD_ELEMENTS
-    )
+    for_a = call.rows.chunks_for(n_in, call.tiling)
+    for_b = call.rows.chunks_for(max(call.outs), call.tiling)
+    blocks = -(-rank * max(n_in, *call.outs) // _ADD_ELEMENTS)
+    cast(Any, add_up)[(len(for_a.of_slot), blocks, 2 * call.n_modules)](
+        of_a, of_b, for_a.of_slot, for_b.of_slot, call.weights.table, n_in, *call.three_outs, len(for_a), len(for_b),
+        RT=rank, N=_ADD_ELEMENTS, MODULES=call.n_modules,
+    )  # fmt: skip
 
 
 def _or_any(tensor: torch.Tensor | None, placeholder: torch.Tensor) -> torch.Tensor:

@@ -383,21 +383,26 @@ def output_side(dy, xa, partial, chunks, places, n_tok, n_slots, n_0, n_1, n_2, 
         tl.store(out, sums, mask=(columns < n_out)[:, None] & (ranks < rank_t)[None, :])
 
 
-@triton.jit(do_not_specialize=["n_0", "n_1", "n_2", "n_chunks"])
-def add_up(partial, chunks_of, places, n_0, n_1, n_2, n_chunks, AT: tl.constexpr, RT: tl.constexpr, N: tl.constexpr):
-    """Add to each slot's gradient (fp32, address in column AT) of each module the sum of its chunks, first to last."""
-    slot, module = tl.program_id(0), tl.program_id(2)
+@triton.jit(do_not_specialize=["n_in", "n_0", "n_1", "n_2", "chunks_a", "chunks_b"])
+def add_up(partial_a, partial_b, chunks_of_a, chunks_of_b, places, n_in, n_0, n_1, n_2, chunks_a, chunks_b,
+           RT: tl.constexpr, N: tl.constexpr, MODULES: tl.constexpr):  # fmt: skip
+    """Add to the gradients (fp32) of every slot's A, then B, of each module the sum of their chunks, first to last."""
+    slot, module = tl.program_id(0), tl.program_id(2) % MODULES
+    of_b = tl.program_id(2) >= MODULES
+    places += module * tl.num_programs(0) * 8 + slot * 8
     before, width = _module(module, n_0, n_1, n_2)
-    places += module * tl.num_programs(0) * 8
-    first, last = tl.load(chunks_of + slot * 2), tl.load(chunks_of + slot * 2 + 1)
-    rank_t, address = tl.load(places + slot * 8 + 7), tl.load(places + slot * 8 + AT)
+    before, width = tl.where(of_b, before, module * n_in), tl.where(of_b, width, n_in)
+    n_chunks = tl.where(of_b, chunks_b, chunks_a)
+    partial = tl.where(of_b, partial_b, partial_a) + n_chunks.to(tl.int64) * RT * before
+    chunks_of = tl.where(of_b, chunks_of_b, chunks_of_a) + slot * 2
+    first, last = tl.load(chunks_of), tl.load(chunks_of + 1)
+    rank_t, address = tl.load(places + 7), tl.load(places + tl.where(of_b, 5, 4))
     start = tl.program_id(1) * N
     if (rank_t > 0) & (address != 0) & (first < last) & (start < rank_t * width):
         elements = start + tl.arange(0, N)
         inside = elements < rank_t * width
         grad = address.to(tl.pointer_type(tl.float32)) + elements
         stride = width.to(tl.int64) * RT
-        partial += n_chunks.to(tl.int64) * RT * before
         total = tl.zeros((N,), dtype=tl.float32)
         for chunk in range(first, last):
             total += tl.load(partial + chunk * stride + elements, mask=inside, other=0.0)
