@@ -336,7 +336,14 @@ class Padded:
         limits: Limits = NO_LIMITS,
     ) -> torch.Tensor:
         """One SDPA call on the padded batch. Rows are left-aligned, so the causal mask also hides the padding."""
-        q, k, v = (self._pad(tensor) for tensor in (query, key, value))
+        q, k, v = (_gather_rows(tensor.transpose(0, 1), self.source, self.place) for tensor in (query, key, value))
+        return self.attend_padded(q, k, v, scale, limits)
+
+    def attend_padded(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, limits: Limits = NO_LIMITS
+    ) -> torch.Tensor:
+        """The same of query [rows * width, heads, d], key and value that are padded already -> [T, heads, d]."""
+        q, k, v = (part.view(self.n_rows, -1, *part.shape[1:]).transpose(1, 2) for part in (query, key, value))
         if limits.softcap or limits.hides(self.longest):
             k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
             mask = visible(self.longest, self.longest, limits.window, q.device)
@@ -346,11 +353,6 @@ class Padded:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
         out = out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[3])
         return _gather_rows(out, self.place, self.source)
-
-    def _pad(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[heads, T, d] -> [rows, heads, width, d]."""
-        laid = _gather_rows(tensor.transpose(0, 1), self.source, self.place)
-        return laid.view(self.n_rows, -1, *laid.shape[1:]).transpose(1, 2)
 
 
 #: Layouts of packed rows: on a CPU, on a GPU with SDPA, on a GPU with a variable-length kernel.

@@ -68,27 +68,36 @@ def _rope(x, cos, sin, y, n_heads, sign, HALF: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _rope_joined(x, cos, sin, q, k, v, n_q, n_k, sign, HALF: tl.constexpr, BLOCK: tl.constexpr, BACK: tl.constexpr):
-    """A token's heads, q then k then v side by side in x, to three tensors, q and k turned; with BACK from them to x."""
-    token = tl.program_id(0).to(tl.int64)
+def _rope_joined(x, cos, sin, q, k, v, index, n_q, n_k, sign, HALF: tl.constexpr, BLOCK: tl.constexpr,
+                 BACK: tl.constexpr, INDEXED: tl.constexpr):  # fmt: skip
+    """The heads of a token, q then k then v side by side in x, to a row of three tensors, q and k turned; with BACK from
+    them to x. Row i of what is written comes from index[i] if INDEXED, and is zero where that is negative."""
+    written = tl.program_id(0).to(tl.int64)
+    read = written
+    if INDEXED:
+        read = tl.load(index + written)
+    token, row = read, written
+    if BACK:
+        token, row = written, read
     at = tl.arange(0, BLOCK)
     head, lane = at // HALF, at % HALF
     is_q, is_k, is_v = head < n_q, (head >= n_q) & (head < n_q + n_k), (head >= n_q + n_k) & (head < n_q + 2 * n_k)
     inside, turned = head < n_q + 2 * n_k, head < n_q + n_k
+    there = head < tl.where(read >= 0, n_q + 2 * n_k, 0)
     joint = x + token * (n_q + 2 * n_k) * 2 * HALF + head * 2 * HALF + lane
-    of_q = q + token * n_q * 2 * HALF + head * 2 * HALF + lane
-    of_k = k + token * n_k * 2 * HALF + (head - n_q) * 2 * HALF + lane
-    of_v = v + token * n_k * 2 * HALF + (head - n_q - n_k) * 2 * HALF + lane
+    of_q = q + row * n_q * 2 * HALF + head * 2 * HALF + lane
+    of_k = k + row * n_k * 2 * HALF + (head - n_q) * 2 * HALF + lane
+    of_v = v + row * n_k * 2 * HALF + (head - n_q - n_k) * 2 * HALF + lane
     if BACK:
-        low = tl.load(of_q, mask=is_q, other=0.0) + tl.load(of_k, mask=is_k, other=0.0)
-        low = (low + tl.load(of_v, mask=is_v, other=0.0)).to(tl.float32)
-        high = tl.load(of_q + HALF, mask=is_q, other=0.0) + tl.load(of_k + HALF, mask=is_k, other=0.0)
-        high = (high + tl.load(of_v + HALF, mask=is_v, other=0.0)).to(tl.float32)
+        low = tl.load(of_q, mask=is_q & there, other=0.0) + tl.load(of_k, mask=is_k & there, other=0.0)
+        low = (low + tl.load(of_v, mask=is_v & there, other=0.0)).to(tl.float32)
+        high = tl.load(of_q + HALF, mask=is_q & there, other=0.0) + tl.load(of_k + HALF, mask=is_k & there, other=0.0)
+        high = (high + tl.load(of_v + HALF, mask=is_v & there, other=0.0)).to(tl.float32)
     else:
-        low = tl.load(joint, mask=inside, other=0.0).to(tl.float32)
-        high = tl.load(joint + HALF, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(cos + token * 2 * HALF + lane, mask=turned, other=0.0).to(tl.float32)
-    s = tl.load(sin + token * 2 * HALF + lane, mask=turned, other=0.0).to(tl.float32) * sign
+        low = tl.load(joint, mask=inside & there, other=0.0).to(tl.float32)
+        high = tl.load(joint + HALF, mask=inside & there, other=0.0).to(tl.float32)
+    c = tl.load(cos + token * 2 * HALF + lane, mask=turned & there, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * 2 * HALF + lane, mask=turned & there, other=0.0).to(tl.float32) * sign
     kind = x.dtype.element_ty
     low_c, high_s = (low * c).to(kind).to(tl.float32), (high * s).to(kind).to(tl.float32)
     high_c, low_s = (high * c).to(kind).to(tl.float32), (low * s).to(kind).to(tl.float32)
@@ -207,32 +216,35 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, sign: float)
 class _RopeJoined(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_heads: int, n_kv_heads: int
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.save_for_backward(cos, sin)
-        n_tok, width = len(x), x.shape[1] // (n_heads + 2 * n_kv_heads)
-        parts = tuple(x.new_empty(n_tok, heads, width) for heads in (n_heads, n_kv_heads, n_kv_heads))
-        _turn_joined(x.contiguous(), cos, sin, parts, back=False)
+        ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: tuple[int, int],
+        rows: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        there, back = rows if rows is not None else (None, None)
+        ctx.save_for_backward(cos, sin, back)
+        n_rows, width = len(x) if there is None else len(there), x.shape[1] // (heads[0] + 2 * heads[1])
+        parts = tuple(x.new_empty(n_rows, n, width) for n in (*heads, heads[1]))
+        _turn_joined(x.contiguous(), cos, sin, parts, there, back=False)
         return parts
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
+        cos, sin, back = ctx.saved_tensors
         parts = tuple(grad.contiguous() for grad in grads[:3])
-        given = parts[0].new_empty(len(parts[0]), sum(part.shape[1] * part.shape[2] for part in parts))
-        _turn_joined(given, cos, sin, parts, back=True)
+        given = parts[0].new_empty(len(cos), sum(part.shape[1] * part.shape[2] for part in parts))
+        _turn_joined(given, cos, sin, parts, back, back=True)
         return given, None, None, None, None
 
 
 def _turn_joined(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, parts: tuple[torch.Tensor, ...], *, back: bool
-) -> None:
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, parts: tuple[torch.Tensor, ...], index: torch.Tensor | None,
+    *, back: bool,
+) -> None:  # fmt: skip
     q, k, v = parts
-    n_tok, n_heads, width = q.shape
-    lanes = (n_heads + 2 * k.shape[1]) * (width // 2)
-    _rope_joined[(n_tok,)](
-        x, cos, sin, q, k, v, n_heads, k.shape[1], -1.0 if back else 1.0, HALF=width // 2,
-        BLOCK=triton.next_power_of_2(lanes), BACK=back,
+    n_heads, half = q.shape[1], q.shape[2] // 2
+    lanes = (n_heads + 2 * k.shape[1]) * half
+    _rope_joined[(len(x) if back else len(q),)](
+        x, cos, sin, q, k, v, x if index is None else index, n_heads, k.shape[1], -1.0 if back else 1.0, HALF=half,
+        BLOCK=triton.next_power_of_2(lanes), BACK=back, INDEXED=index is not None, num_warps=8,
     )  # fmt: skip
 
 
@@ -274,10 +286,14 @@ def swiglu_joined(both: torch.Tensor) -> torch.Tensor:
 
 
 def rope_joined(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, n_heads: int, n_kv_heads: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q [T, heads, d], k and v [T, kv heads, d] of x [T, (heads + 2 kv heads) d], q and k turned as by `rope`."""
-    return _RopeJoined.apply(x, cos.contiguous(), sin.contiguous(), n_heads, n_kv_heads)  # pyright: ignore[reportReturnType]
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: tuple[int, int],
+    rows: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """q [T, heads, d], k and v [T, kv heads, d] of x [T, (heads + 2 kv heads) d], q and k turned as by `rope`.
+
+    With `rows` = (index, inverse) they are laid out as by `gather_rows` in the same pass.
+    """
+    return _RopeJoined.apply(x, cos.contiguous(), sin.contiguous(), heads, rows)  # pyright: ignore[reportReturnType]
 
 
 def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

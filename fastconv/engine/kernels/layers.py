@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fastconv.engine.attention import Layout
+from fastconv.engine.attention import Layout, Padded
 from fastconv.engine.kernels.elementwise import rope, rope_joined, swiglu, swiglu_joined
 from fastconv.engine.kernels.joined import join, joined_product
 from fastconv.engine.kernels.norms import residual_norm, rms_norm
@@ -158,7 +158,12 @@ def _attention(
     cos, sin = (table[0] for table in position_embeddings)
     all_three = joined_product(self, hidden_states)
     if all_three is not None and hidden_states.dtype != torch.float32:
-        q, k, v = rope_joined(all_three[0], cos, sin, *_heads(self))
+        padded = layout if isinstance(layout, Padded) else None
+        rows = None if padded is None else (padded.source, padded.place)
+        q, k, v = rope_joined(all_three[0], cos, sin, _heads(self), rows)
+        if padded is not None:
+            out = padded.attend_padded(q, k, v, self.scaling)
+            return self.o_proj(out.reshape(1, n_tok, -1)), None
     else:
         parts = (
             (project(hidden_states) for project in (self.q_proj, self.k_proj, self.v_proj))

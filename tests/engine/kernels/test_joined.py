@@ -15,6 +15,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed: run make test-fused", allow_module_level=True)
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from fastconv.engine.attention import Packed, Padded
 from fastconv.engine.kernels.joined import Joined, can_join, joined_product, restore_joined
 from fastconv.engine.kernels.layers import use_fused_decoder
 from fastconv.engine.kernels.lora import StackedKernel
@@ -127,14 +128,21 @@ def test_layers_that_some_adapter_does_not_reach_are_computed_one_by_one() -> No
     assert joined.product(layers, x) is None, "too much for a block"
 
 
-def fused_stack(folder: Path, *, joined: bool) -> Stack:
-    """A tiny base with our decoder and the kernel."""
+def fused_base(folder: Path, dtype: torch.dtype = torch.float32) -> Base:
+    """A tiny base with our decoder, without a stack."""
     base: Base = tiny_stack(folder).base
     for module in list(base.model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, StackedLinear):
                 setattr(module, name, child.base)
+    base.model.to(dtype)
     use_fused_decoder(base.model)
+    return base
+
+
+def fused_stack(folder: Path, *, joined: bool) -> Stack:
+    """The same with a stack and the kernel."""
+    base = fused_base(folder)
     if not joined:
         for module in base.model.modules():
             module.__dict__.pop("joined", None)
@@ -228,7 +236,42 @@ def test_joined_swiglu_and_rope_are_the_separate_ones_to_the_bit() -> None:
     angle = torch.randn(6, 4, generator=generator).repeat(1, 2)
     cos, sin = angle.cos(), angle.sin()
     q, k, v = (part.reshape(6, -1, 8) for part in x.split([24, 16, 16], -1))
-    one, other = (rope(q, cos, sin), rope(k, cos, sin), v), rope_joined(x, cos, sin, 3, 2)
+    one, other = (rope(q, cos, sin), rope(k, cos, sin), v), rope_joined(x, cos, sin, (3, 2))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     given = [torch.randn(part.shape, generator=generator) for part in one]
     assert torch.equal(*(torch.autograd.grad(parts, x, given)[0] for parts in (one, other)))
+
+
+def test_rope_lays_rows_out_for_attention_in_the_same_pass() -> None:
+    """Three rows in six tokens, two of them padding at the end, in a batch of 4 rows of 3."""
+    from fastconv.engine.kernels.elementwise import rope_joined
+
+    generator = torch.Generator().manual_seed(0)
+    layout = Padded.of([1, 3, 2], n_tok=8, width=3, n_rows=4)
+    layout = layout.with_inputs(
+        [layout.source.view(4, -1)[:, :3].flatten(), layout.place // 64 * 3 + layout.place % 64]
+    )
+    place = torch.where(layout.place < 0, -1, layout.place)
+    place[6:] = -1
+    x = torch.randn(8, (3 + 2 * 2) * 8, generator=generator).requires_grad_()
+    angle = torch.randn(8, 4, generator=generator).repeat(1, 2)
+    apart = rope_joined(x, angle.cos(), angle.sin(), (3, 2))
+    laid = [torch.where((layout.source >= 0)[:, None, None], part[layout.source.clamp(min=0)], 0.0) for part in apart]
+    together = rope_joined(x, angle.cos(), angle.sin(), (3, 2), (layout.source, place))
+    assert all(torch.equal(one, other) for one, other in zip(laid, together, strict=True))
+    given = [torch.randn(part.shape, generator=generator) for part in laid]
+    one, other = (torch.autograd.grad(parts, x, given)[0] for parts in (laid, together))
+    assert torch.equal(one, other)
+    assert torch.equal(other[6:], torch.zeros_like(other[6:]))
+
+
+@pytest.mark.parametrize("folder", ["tiny_qwen", "tiny_llama"])
+def test_a_padded_layout_gives_the_logits_of_packed_rows(folder: str, request: pytest.FixtureRequest) -> None:
+    """In 16 bits, where the joined layers write to the padded batch themselves."""
+    base = fused_base(request.getfixturevalue(folder), torch.float16)
+    rows = [list(row.ids) for row in ragged_rows(3)]
+    lengths = [len(row) for row in rows]
+    ids = torch.tensor([token for row in rows for token in row])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    found = [base.hidden(ids, positions, layout) for layout in (Packed.of(lengths), Padded.of(lengths, n_rows=4))]
+    assert torch.allclose(*found, atol=0.02)
