@@ -193,6 +193,8 @@ def test_inoculation_runs_from_toml_to_a_word(tiny_qwen: Path, tmp_path: Path) -
     assert "No convergence-only control" not in page
     assert "not measured yet" not in page
     assert page.count("| base, assistant, arm") == 2
+    assert "mimicry" not in page[page.index("## Findings") : page.index("## Gates")]
+    assert "marker" not in page[page.index("## Findings") : page.index("## Gates")]
 
 
 def test_the_first_figure_names_its_rows_in_full_and_starts_each_arm_from_its_own_base(
