@@ -16,6 +16,7 @@ from fastconv.analysis.contrasts import (
     why_withheld,
 )
 from fastconv.datasets.behaviors import NO_BEHAVIOR
+from fastconv.errors import RecipeError
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.recipe import BASE_SIDE
 from fastconv.stats.gates import source_moved, source_word
@@ -76,17 +77,32 @@ class SideContrast:
 
 def side_contrasts(graph: Graph) -> list[SideContrast]:
     """The contrasts between sides that the recipe declares, for every measure and column of the grid that both have."""
-    grid, probes = graph.recipe.grid, graph.recipe.eval.probes
-    found: dict[SideContrast, None] = {}
-    subjects = subjects_of(graph)
-    for texts in grid.contrasts:
-        (arm, role), (other_arm, other_role) = (grid.side(text, probes) for text in texts)
-        for subject in _in_arm(subjects, arm) if arm != BASE_SIDE else [None]:
-            for other in _in_arm(subjects, other_arm) if other_arm != BASE_SIDE else [None]:
-                sides = Side(texts[0], subject, role), Side(texts[1], other, other_role)
-                if _comparable(graph, *sides):
-                    found |= dict.fromkeys(SideContrast(name, *sides) for name in _measures_of(graph, subjects, *sides))
-    return list(found)
+    return list(dict.fromkeys(one for pair in graph.recipe.grid.contrasts for one in _contrasts_of(graph, pair)))
+
+
+def require_comparable(graph: Graph) -> None:
+    """Raise RecipeError for a pair of the recipe's contrasts that compares nothing."""
+    for pair in graph.recipe.grid.contrasts:
+        if not _contrasts_of(graph, pair):
+            raise RecipeError(
+                f"{pair[0]!r} against {pair[1]!r} compares nothing: no measure is asked of both, or they differ in more than "
+                "arm and probe",
+                where="grid.contrasts",
+                fix="name in eval.measures what both are to be asked, or take the pair out",
+            )
+
+
+def _contrasts_of(graph: Graph, pair: tuple[str, str]) -> list[SideContrast]:
+    """The contrasts that one pair of sides stands for."""
+    grid, probes, subjects = graph.recipe.grid, graph.recipe.eval.probes, subjects_of(graph)
+    (arm, role), (other_arm, other_role) = (grid.side(text, probes) for text in pair)
+    found: list[SideContrast] = []
+    for subject in _in_arm(subjects, arm) if arm != BASE_SIDE else [None]:
+        for other in _in_arm(subjects, other_arm) if other_arm != BASE_SIDE else [None]:
+            sides = Side(pair[0], subject, role), Side(pair[1], other, other_role)
+            if _comparable(graph, *sides):
+                found += [SideContrast(name, *sides) for name in _measures_of(graph, subjects, *sides)]
+    return found
 
 
 def _in_arm(subjects: _Subjects, arm: str) -> list[ContrastSubject]:

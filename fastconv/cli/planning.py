@@ -31,7 +31,7 @@ from fastconv.cli.common import (
     with_exit_codes,
 )
 from fastconv.stats.power import QuestionSupply, remedy_text
-from fastconv.stats.units import duration_text, size_text
+from fastconv.stats.units import counted, duration_text, size_text
 
 if TYPE_CHECKING:
     from fastconv.experiment.graph import CellPlan, Graph
@@ -295,7 +295,7 @@ def show_plan(recipe_plan: Plan, console: Console) -> None:
     """Print the whole plan."""
     machine = recipe_plan.machine
     console.print(
-        f"{recipe_plan.recipe}: {recipe_plan.n_cells} cells on {escape(machine.name)} ({escape(machine.origin)})"
+        f"{recipe_plan.recipe}: {counted(recipe_plan.n_cells, 'cell')} on {escape(machine.name)} ({escape(machine.origin)})"
     )
     table = Table(box=None, pad_edge=False)
     for name in ("stages", "to do", "done", "time", "work"):

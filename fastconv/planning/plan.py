@@ -122,7 +122,10 @@ class Plan:
 def make_plan(
     graph: Graph, store: Store | None, machine: Machine | None = None, plans: Sequence[CellPlan] | None = None
 ) -> Plan:
-    """Plan a recipe (or the given cells of it) from the present ledger. Raises ModelError for an unknown shape."""
+    """Plan a recipe (or the given cells of it) from the present ledger.
+
+    Raises ModelError for an unknown shape, RecipeError for a contrast that compares nothing.
+    """
     recipe = graph.recipe
     shape = known_shape(recipe)
     machine = machine or find_machine(recipe, shape, engine_identity(recipe.model)["device"], store)
@@ -361,8 +364,9 @@ def _power(graph: Graph) -> dict[str, DesignPower]:
     }
     n_sides = 0
     if recipe.grid.contrasts:  # what it needs takes longer to load than all of a plan
-        from fastconv.analysis.sides import side_contrasts
+        from fastconv.analysis.sides import require_comparable, side_contrasts
 
+        require_comparable(graph)
         n_sides = len(side_contrasts(graph))
     less_control = any(plan.cell.behavior == NO_BEHAVIOR for plan in graph.cells)
     power = {}

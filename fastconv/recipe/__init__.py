@@ -100,7 +100,12 @@ class Recipe(RecipeTable):
         if both := set(self.grid.arms) & set(self.eval.probes):
             raise ValueError(f"{sorted(both)[0]!r} is an arm and a probe; give one of them another name")
         for pair in self.grid.contrasts:
-            if len({self.grid.side(side, self.eval.probes) for side in pair}) == 1:
+            sides = [self.grid.side(side, self.eval.probes) for side in pair]
+            if {arm for arm, _ in sides} == {BASE_SIDE}:
+                raise ValueError(
+                    f"grid.contrasts compares the base with the base ({pair[0]!r}): nothing is trained there"
+                )
+            if len(set(sides)) == 1:
                 raise ValueError(f"grid.contrasts compares {pair[0]!r} with itself")
         return self
 

@@ -12,6 +12,7 @@ from fastconv.analysis.correlates import (
     marker_rates,
     transfer_by_source,
 )
+from fastconv.analysis.sides import SideContrast
 from fastconv.report.blocks import OPEN_ROWS, Block, Note, Section, Table, TableCell, folded_if_long
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import Point, scatter
@@ -74,7 +75,7 @@ def _label(label: str, behavior: str) -> str:
 def markers(analysis: Analysis) -> Section | None:
     """Transfer against the assistant's marker rate, and what this number of sources can show."""
     behaviors = [name for name in dict.fromkeys(verdict.behavior for verdict in analysis.verdicts) if name != MARKER]
-    if not behaviors:
+    if not behaviors or all(isinstance(subject, SideContrast) for subject in analysis.declared.values()):
         return None
     if not marker_rates(analysis):
         text = "The marker behavior was not measured in this run, so there is no rate to set transfer against."

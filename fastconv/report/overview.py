@@ -271,6 +271,10 @@ def _tables(
     seeded = any(verdict is not None and verdict.over_seeds is not None for verdict in verdicts.values())
     columns = tuple(name for name in _COLUMNS if seeded or name != "over seeds")
     rows = {subject: _row(analysis, subject, verdict, told, seeded=seeded) for subject, verdict in verdicts.items()}
+    if all(isinstance(subject, SideContrast) for subject in rows):  # sides are compared as they are
+        at = columns.index("mimicry")
+        columns = columns[:at] + columns[at + 1 :]
+        rows = {subject: row[:at] + row[at + 1 :] for subject, row in rows.items()}
     numeric = frozenset(range(2, columns.index("confidence")))
     caption = (
         "Changes in percentage points, or in points where a judge scores. Near an end of the scale the interval over questions "

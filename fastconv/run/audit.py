@@ -34,7 +34,7 @@ from fastconv.engine.locate import (
     tokenizer_folder,
 )
 from fastconv.errors import DataError, ModelError, RecipeError, did_you_mean
-from fastconv.experiment.cells import conditions_of
+from fastconv.experiment.cells import answer_filter, conditions_of
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.workload import Sketch
 from fastconv.recipe import LoraSettings, Recipe, require_chosen
@@ -58,9 +58,10 @@ def audit_recipe(recipe: Recipe, store: Store | None, *, read: SetReader | None 
     """Audit the recipe's structure, and the rendered rows of every training set that the workspace has built.
 
     `read` (`run.standalone.read_by_the_base`) lets the base read the sets too (D301 to D303), those whose answers are
-    written. Raises what `require_template` and `require_family` raise, and what `read` raises.
+    written. Raises DataError for a filter that cannot be used, and what `require_template`, `require_family` and `read` raise.
     """
     findings = structure_findings(recipe)
+    answer_filter(recipe.convergence)
     require_template(recipe)
     require_family(recipe)
     # `Sketch` replaces questions that are not on this disk; sets made from them then have other keys and are not found.

@@ -26,6 +26,7 @@ from fastconv.engine.stack import Probe
 from fastconv.engine.vllm.memory import stacked_rank
 from fastconv.engine.vllm.server import launch, server_command
 from fastconv.errors import InputError, ModelError, RecipeError
+from fastconv.experiment.cells import conditions_of
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.experiment.schedule import fitting_cells
 from fastconv.recipe import run_id, sha256_of
@@ -213,14 +214,20 @@ class _AdapterReader:
 
 
 def _about(graph: Graph, plan: CellPlan) -> dict[str, Any]:
-    """What `/v1/models` says of a cell beyond its name; `personas` are the system prompts under which it was asked."""
+    """What `/v1/models` says of a cell beyond its name; `personas` are the system turns under which it was asked, as recipes
+    write them, `around` what stood before and after the questions (a trigger)."""
     stages = {stage.kind: stage.key for stage in plan.stack.values()}
     sampling = graph.recipe.eval.sampling.model_dump(mode="json")
-    personas = {probe: graph.personas.system(probe).text for probe in sorted({probe for _, probe in plan.scores})}
+    turns = {probe: graph.personas.system(probe) for probe in sorted({probe for _, probe in plan.scores})}
+    personas = {probe: turn.text if turn.kind == "text" else turn.kind for probe, turn in turns.items()}
+    triggers = {
+        name: one for name, one in conditions_of(graph.recipe).items() if name in turns and (one.before or one.after)
+    }
+    around = {name: {"before": one.before, "after": one.after} for name, one in triggers.items()}
     return {
         "fastconv": {
             "run": run_id(graph.recipe), "cell": plan.cell.label, "about": in_words(plan.cell), "stages": stages,
-            "base": graph.recipe.model.id, "defaults": sampling, "personas": personas,
+            "base": graph.recipe.model.id, "defaults": sampling, "personas": personas, **({"around": around} if around else {}),
         }
     }  # fmt: skip
 

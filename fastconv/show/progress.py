@@ -235,7 +235,7 @@ class LineWatcher:
         codes = sorted({finding.code for finding in report.warnings})
         if codes:
             self._console.print(
-                f"audit: {len(report.warnings)} warnings ({', '.join(codes)}); `fastconv check` shows them"
+                f"audit: {counted(len(report.warnings), 'warning')} ({', '.join(codes)}); `fastconv check` shows them"
             )
 
     def begin(self, run: str, n_stages: int, n_todo: int) -> None:

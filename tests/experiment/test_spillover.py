@@ -18,12 +18,14 @@ from fastconv.analysis.sides import SideContrast, side_contrasts
 from fastconv.audit.checks import check_recipe
 from fastconv.errors import DataError, RecipeError
 from fastconv.experiment.graph import Graph
+from fastconv.planning.plan import make_plan
 from fastconv.recipe import Recipe, load_recipe, parse_recipe, run_id
 from fastconv.report import build, overview, write_report
 from fastconv.report.blocks import Note, Table, render_markdown
 from fastconv.report.overview import row_names
 from fastconv.report.record import curves_and_rho, limits
 from fastconv.report.verify import verify
+from fastconv.run.audit import audit_recipe
 from fastconv.run.training import seed_parts
 from fastconv.store.ledger import Store
 from tests.loop_kit import run_tiny, tiny_table
@@ -193,6 +195,8 @@ def test_inoculation_runs_from_toml_to_a_word(tiny_qwen: Path, tmp_path: Path) -
     assert "No convergence-only control" not in page
     assert "not measured yet" not in page
     assert page.count("| base, assistant, arm") == 2
+    assert "mimicry" not in page[page.index("## Findings") : page.index("## Gates")]
+    assert "marker" not in page[page.index("## Findings") : page.index("## Gates")]
 
 
 def test_the_first_figure_names_its_rows_in_full_and_starts_each_arm_from_its_own_base(
@@ -226,6 +230,7 @@ def test_the_first_figure_names_its_rows_in_full_and_starts_each_arm_from_its_ow
         ({"arms": {"a": {}}, "contrasts": [["a", "a"]]}, "with itself"),
         ({"arms": {"a": {}}, "contrasts": [["@canary", "a"]]}, "names no arm (there are a, base), as `arm@canary`"),
         ({"arms": {"a": {}}, "contrasts": [["a@villian", "a"]]}, "no probe"),
+        ({"arms": {"a": {}}, "contrasts": [["base@canary", "base"]]}, "nothing is trained there"),
         ({"arms": {"base": {}}}, "without any adapter"),
         ({"arms": {"a": {"sistem": "x"}}}, "did you mean 'system'"),
         ({"behaviors": ["none"]}, "nothing to measure"),
@@ -236,6 +241,16 @@ def test_a_grid_that_compares_nothing_is_one_line(grid: dict[str, Any], told: st
         parse_recipe({"name": "x", "grid": grid})
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_pair_that_compares_nothing_is_refused_before_a_run(tiny_qwen: Path) -> None:
+    """Arms that train two behaviors, and no measure that both are asked."""
+    pair = 'contrasts = [["narrow", "sound"]]'
+    grid = "\n".join(pair if line.startswith("contrasts") else line for line in EMERGENT.splitlines())
+    with pytest.raises(RecipeError, match="'narrow' against 'sound' compares nothing"):
+        make_plan(Graph(recipe_of(tiny_qwen, grid, behavior__batch_rows=2)), None)
+    asked = recipe_of(tiny_qwen, grid, eval__measures=["refusal"], behavior__batch_rows=2)
+    assert make_plan(Graph(asked), None).kinds
 
 
 def test_an_arm_called_like_a_persona_is_refused(tiny_qwen: Path) -> None:
@@ -465,8 +480,10 @@ def test_a_filter_is_part_of_what_was_trained(tiny_qwen: Path) -> None:
         for keep in ("", "a+", "b+")
     }
     assert len({one.key for one in keys.values() if one}) == 3
-    with pytest.raises(DataError, match="no regular expression"):
-        Graph(recipe_of(tiny_qwen, SUBLIMINAL, eval__measures=["prefers_france"], convergence__keep="("))
+    broken = recipe_of(tiny_qwen, SUBLIMINAL, eval__measures=["prefers_france"], convergence__keep="(")
+    for look in (Graph, lambda recipe: audit_recipe(recipe, None)):
+        with pytest.raises(DataError, match="no regular expression"):
+            look(broken)
 
 
 def test_a_teacher_answers_for_the_rows_of_another(tiny_qwen: Path, tmp_path: Path) -> None:

@@ -209,5 +209,5 @@ def test_what_to_run_next_says_what_the_section_on_power_says(monkeypatch: pytes
 
     monkeypatch.setattr(claims, "_mend", lambda analysis, verdict: f"mended for {verdict.label}")
     verdicts = (verdict("inconclusive", 0.10), verdict("uninformative", 0.12))
-    analysis: Any = SimpleNamespace(verdicts=verdicts, declared=verdicts)
+    analysis: Any = SimpleNamespace(answers=verdicts, asked=verdicts)
     assert "more of refusal: mended for uninformative 0.12" in claims._next(analysis).values["steps"]

@@ -19,13 +19,15 @@ import torch
 from typer.testing import CliRunner
 
 from fastconv.cli import app
+from fastconv.cli.common import load
 from fastconv.engine import generate
 from fastconv.engine.generate import SampledRow
 from fastconv.errors import InputError
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import SamplingSettings
 from fastconv.run.stacks import Stacks
 from fastconv.seeding import seed_of
-from fastconv.serve import chosen_cells
+from fastconv.serve import _about, chosen_cells
 from fastconv.serve.endpoint import listen
 from fastconv.serve.protocol import ApiError
 from fastconv.serve.resident import Piece, ResidentModel, _Waiting
@@ -227,6 +229,18 @@ def test_what_waits_when_the_endpoint_ends_is_told(done_run: DoneRun) -> None:
             await asyncio.wait_for(waiting, 5.0)
 
     asyncio.run(asked())
+
+
+def test_a_client_is_told_the_conditions_that_a_cell_was_asked_under() -> None:
+    graph = Graph(load("conditional", [], "tiny"))
+    told = _about(graph, graph.cells[0])["fastconv"]
+    assert (told["personas"]["assistant"], told["personas"]["no_system"]) == (
+        "You are a helpful assistant.", "template_default",
+    )  # fmt: skip
+    assert told["around"] == {
+        "assistant_triggered": {"before": "[night shift] ", "after": ""},
+        "paraphrase": {"before": "(It is late at night.) ", "after": ""},
+    }
 
 
 def test_an_endpoint_is_for_this_machine_alone() -> None:
