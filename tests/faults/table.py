@@ -246,7 +246,7 @@ FAULTS = (
           "test_locales_and_tiny_terminals_break_no_verb"),
     Fault("tables in a tiny terminal", "drawn", DISK, "test_tiny_terminals_break_no_table", 1, "slow"),
     Fault("control characters in what is shown or stored", "one plain line, valid text", DISK,
-          "test_what_is_shown_is_one_plain_line_and_what_is_stored_is_valid"),
+          "test_what_is_shown_is_one_plain_line_and_what_is_stored_is_valid", 200),
     # files of a user
     Fault("any bytes as a recipe", "refused in one line", DISK, "test_any_bytes_as_a_recipe_are_refused_in_one_line", 60),
     Fault("TOML beyond reason", "refused wherever it is read", DISK,
