@@ -83,6 +83,8 @@ FAULTS = (
     Fault("a reply nested without end", "no message, or an empty one", LIVE,
           "test_a_reply_nested_without_end_is_no_message_or_an_empty_one"),
     Fault("a body without end", "not read to its end", REPLIES, "test_a_body_without_end_is_not_read_to_its_end"),
+    Fault("a packed reply, small until it is unpacked", "not asked for, not unpacked", REPLIES,
+          "test_a_packed_reply_is_not_unpacked"),
     Fault("control characters in an error's text", "one plain line", REPLIES,
           "test_a_servers_words_reach_the_terminal_as_one_plain_line"),
     Fault("control characters in what a local judge refuses", "one plain line", REPLIES,
