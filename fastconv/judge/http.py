@@ -31,6 +31,8 @@ MAX_WAIT_S = 3600.0
 PATIENCE = 3.0
 #: Largest body in bytes of a reply, and of the results of a batch, which may hold 10,000 replies.
 MAX_BODY_BYTES, MAX_RESULTS_BYTES = 4 * 2**20, 2**30
+#: What is asked of a server, which otherwise may send a thousand times what its body holds.
+PLAIN = {"accept-encoding": "identity"}
 #: Longest text of a reply in characters that is kept, and longest name (of a model, a reason to stop).
 MAX_TEXT_CHARS, MAX_NAME_CHARS = 200_000, 200
 #: Characters of a server's message that are shown at most.
@@ -140,6 +142,14 @@ def _require_origin(url: httpx2.URL, base: httpx2.URL) -> None:
         )
 
 
+def _require_plain(response: httpx2.Response) -> None:
+    """Refuse a body that is packed although none was asked for: its length says nothing of what it unpacks to."""
+    import httpx2
+
+    if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise httpx2.ReadError("the reply is packed, which nobody asked for")
+
+
 # --- clients -----------------------------------------------------------------------------------------------
 
 
@@ -151,8 +161,9 @@ def sync_client(base: httpx2.URL, timeout_s: float) -> httpx2.Client:
         _require_origin(request.url, base)
 
     direct = is_loopback(base.host)
+    hooks = {"request": [on_request], "response": [_require_plain]}
     return httpx2.Client(
-        timeout=timeout_s, follow_redirects=False, trust_env=not direct, event_hooks={"request": [on_request]}
+        timeout=timeout_s, follow_redirects=False, trust_env=not direct, headers=PLAIN, event_hooks=hooks
     )
 
 
@@ -179,6 +190,7 @@ def async_client(base: httpx2.URL, timeout_s: float, n_connections: int) -> http
         _require_origin(request.url, base)
 
     async def on_response(response: httpx2.Response) -> None:
+        _require_plain(response)
         limit = MAX_RESULTS_BYTES if response.request.url.path.endswith("/results") else MAX_BODY_BYTES
         if isinstance(response.stream, httpx2.AsyncByteStream):
             response.stream = Bounded(response.stream, limit)
@@ -186,7 +198,7 @@ def async_client(base: httpx2.URL, timeout_s: float, n_connections: int) -> http
     return httpx2.AsyncClient(
         base_url=base, timeout=timeout_s, follow_redirects=False, trust_env=not is_loopback(base.host),
         limits=httpx2.Limits(max_connections=max(100, n_connections), max_keepalive_connections=max(20, n_connections)),
-        event_hooks={"request": [on_request], "response": [on_response]},
+        headers=PLAIN, event_hooks={"request": [on_request], "response": [on_response]},
     )  # fmt: skip
 
 

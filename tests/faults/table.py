@@ -83,6 +83,8 @@ FAULTS = (
     Fault("a reply nested without end", "no message, or an empty one", LIVE,
           "test_a_reply_nested_without_end_is_no_message_or_an_empty_one"),
     Fault("a body without end", "not read to its end", REPLIES, "test_a_body_without_end_is_not_read_to_its_end"),
+    Fault("a packed reply, small until it is unpacked", "not asked for, not unpacked", REPLIES,
+          "test_a_packed_reply_is_not_unpacked"),
     Fault("control characters in an error's text", "one plain line", REPLIES,
           "test_a_servers_words_reach_the_terminal_as_one_plain_line"),
     Fault("control characters in what a local judge refuses", "one plain line", REPLIES,
@@ -246,7 +248,7 @@ FAULTS = (
           "test_locales_and_tiny_terminals_break_no_verb"),
     Fault("tables in a tiny terminal", "drawn", DISK, "test_tiny_terminals_break_no_table", 1, "slow"),
     Fault("control characters in what is shown or stored", "one plain line, valid text", DISK,
-          "test_what_is_shown_is_one_plain_line_and_what_is_stored_is_valid"),
+          "test_what_is_shown_is_one_plain_line_and_what_is_stored_is_valid", 200),
     # files of a user
     Fault("any bytes as a recipe", "refused in one line", DISK, "test_any_bytes_as_a_recipe_are_refused_in_one_line", 60),
     Fault("TOML beyond reason", "refused wherever it is read", DISK,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -139,6 +140,17 @@ def test_a_body_that_is_no_message_is_an_outage_and_is_asked_again(tmp_path: Pat
 def test_a_body_without_end_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastconv.judge.http.MAX_BODY_BYTES", 10_000)
     assert judged(tmp_path, message(verdict("x" * 20_000)), n=1).n_pending == 1
+
+
+@pytest.mark.parametrize("packing", ["gzip", "deflate", "GZIP", "br", "zstd, gzip"])
+def test_a_packed_reply_is_not_unpacked(tmp_path: Path, packing: str) -> None:
+    """A thousandth of what it unpacks to may be within every limit; none is asked for."""
+    packed = zlib.compress(json.dumps(message(verdict())).encode(), wbits=15 if packing == "deflate" else 31)
+    with server(lambda path, request: (200, packed, {"content-encoding": packing})) as (url, seen):
+        assert judge_all(url, tmp_path, samples(1)).n_pending == 1
+        with pytest.raises(Outage, match="packed"):
+            endpoint_complete(judge_settings(f"{url}/v1", "local"))("rubric", "judged text", "AB")
+    assert {headers["accept-encoding"] for headers in seen} == {"identity"}
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 429, 500, 529, 302])

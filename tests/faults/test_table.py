@@ -44,7 +44,7 @@ def test_the_page_is_that_of_the_table() -> None:
 @pytest.mark.parametrize("one", FAULTS, ids=lambda one: one.name)
 def test_a_row_has_its_test_in_its_tier_with_its_examples(one: Fault) -> None:
     decorators = functions(one.file)[one.test]
-    examples = re.search(r"\bmany\((\d+)", " ".join(decorators))
+    examples = re.search(r"\b(?:many\(|max_examples=)(\d+)", " ".join(decorators))
     assert not examples or one.n_examples == int(examples[1])
     assert one.tier or not {"pytest.mark.slow", "pytest.mark.long"} & {*decorators}
 

@@ -44,6 +44,8 @@ MUTANTS = [
          "timeout=timeout_s, follow_redirects=False, trust_env=True,", "asked_directly"),
         ("    direct = is_loopback(base.host)\n", "    direct = False\n", "asked_directly"),
         ("    if origin not in (", "    if False and origin not in (", "results_of_a_batch"),
+        ("        _require_plain(response)\n", "", "packed"),
+        ('"response": [_require_plain]}', '"response": []}', "packed"),
         ("                if self._left < 0:\n", "                if False:\n", "body_without_end"),
         ("    return min(wait_s, MAX_WAIT_S) if", "    return wait_s if", "local_judge_refuses"),
         ("    if found is None and response.is_success:\n", "    if False:\n", "login_page_is_no"),
