@@ -5,8 +5,10 @@ After a change of plan or recipes, `python -m tests.test_readme` writes the tabl
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,12 @@ from fastconv.cli import app
 from fastconv.datasets.files import find_recipe, shipped_recipes
 from fastconv.experiment.graph import Graph
 from fastconv.planning.plan import costs_table
-from fastconv.recipe import load_recipe
+from fastconv.recipe import Recipe, load_recipe, recipe_keys
 from tests import ROOT
 
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
+         ROOT / "docs" / "example" / "README.md", ROOT / "docs" / "notebook.ipynb"]  # fmt: skip
 
 
 def test_it_is_two_screens_long() -> None:
@@ -29,29 +32,94 @@ def test_it_is_two_screens_long() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    found = re.findall(r"\]\(([^)#]+)", page.read_text())
-    assert all((page.parent / link).exists() for link in found if "://" not in link), found
+    """Links, headings that they name, pictures, and pages that are named in words."""
+    text = _text(page)
+    for link in re.findall(r"\]\(([^)]+)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
+        name, _, heading = link.partition("#")
+        if "://" in link:
+            continue
+        there = page.parent / name if name else page
+        assert there.exists(), link
+        assert not heading or heading in map(_anchor, re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)), link
+    for name in re.findall(r"\b([A-Z]{3,}\.md)\b", text):
+        assert any((folder / name).exists() for folder in (page.parent, ROOT, ROOT / "docs")), name
+    for path in re.findall(r"`((?:docs|data|tests|fastconv|recipes)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
 
 
-def test_commands_that_pages_show_are_commands() -> None:
-    """Every `fastconv VERB` in the pages, with the options it shows, is one that the command line has."""
-    runner, known = CliRunner(), {}
-    for page in PAGES:
-        for line in re.findall(r"^fastconv (.+)$", page.read_text(), re.MULTILINE):
-            words = line.partition("  ")[0].partition(" #")[0].split()
-            path = (words[0],)
-            if words[0] == "recipe":
-                path = ("recipe", words[1])
-            elif words[0] == "judge":
-                path = ("judge", words[1] if words[1] == "calibrate" else "finish")
-            if path[0].startswith("-"):
-                continue
-            if path not in known:
-                known[path] = runner.invoke(app, [*path, "--help"], env={"COLUMNS": "200"})
-            assert known[path].exit_code == 0, f"{page.name}: {line}"
-            options = [word for word in words if re.match(r"--?[a-z]", word)]
-            assert all(option in known[path].output for option in options), f"{page.name}: {line}"
-    assert len(known) > 12
+def _text(page: Path) -> str:
+    """A page's text; of a notebook its words and its code."""
+    if page.suffix != ".ipynb":
+        return page.read_text()
+    return "\n\n".join("".join(cell["source"]) for cell in json.loads(page.read_text())["cells"])
+
+
+def _anchor(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.fixture(scope="module")
+def helps() -> Callable[..., str]:
+    """The help of a verb by its words; fails for what is no verb."""
+    known: dict[tuple[str, ...], str] = {}
+
+    def of(*path: str) -> str:
+        if path not in known:
+            found = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "200"})
+            assert found.exit_code == 0, path
+            known[path] = found.output
+        return known[path]
+
+    return of
+
+
+def _asks_what_there_is(command: str, helps: Callable[..., str]) -> None:
+    """A command's verb and options exist, and the recipe that it names ships, is a file of one's own, or stands for one."""
+    words = command.split()
+    path = (words[0],)
+    if words[0] == "recipe":
+        path = tuple(words[:2])
+    elif words[0] == "judge":
+        path = ("judge", "calibrate" if words[1:2] == ["calibrate"] else "finish")
+    if path[0].startswith(("-", ".")):
+        return
+    known = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", helps(*path)))
+    assert {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)} <= known, command
+    if path[0] in ("run", "plan", "check", "doctor", "status", "gate", "peek", "report") and words[1:]:
+        named = words[1]
+        own = named.endswith(".toml") or named.isupper() or named.startswith(("-", "{", "RE")) or named == "rows"
+        assert own or named in shipped_recipes(), command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_that_pages_show_are_commands(page: Path, helps: Callable[..., str]) -> None:
+    """Every `fastconv VERB`, every target of `make` and every key of a recipe in the pages is one that there is."""
+    text = _text(page)
+    lines = [
+        line.partition("  ")[0].partition(" #")[0] for line in re.findall(r"^\s*fastconv (.+)$", text, re.MULTILINE)
+    ]
+    for command in (*re.findall(r"`fastconv ([^`]+)`", text), *lines):
+        _asks_what_there_is(command, helps)
+    targets = re.findall(r"^([\w.-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:`|^\s*)make ([a-z][\w-]+)", text, re.MULTILINE)) <= set(targets)
+    keys = {one.key for one in recipe_keys()}
+    for key in re.findall(r"`([a-z]+\.[a-z_0-9]+)(?:\s?=[^`]*|)`", text) + re.findall(
+        r"--set '?([a-z]+\.[a-z_0-9]+)", text
+    ):
+        table, _, name = key.partition(".")
+        if table in Recipe.model_fields and name not in ("toml", "jsonl", "csv", "py"):
+            parts = key in keys or any(one.startswith(f"{key}.") for one in keys)
+            assert parts or (ROOT / "fastconv" / table / f"{name}.py").exists(), key
+
+
+def test_mends_name_commands_and_pages_that_there_are(helps: Callable[..., str]) -> None:
+    """What the package's own messages tell a user to write."""
+    for file in sorted((ROOT / "fastconv").rglob("*.py")):
+        text = file.read_text()
+        for command in re.findall(r"`fastconv ([^`{]+)`", text):
+            _asks_what_there_is(command, helps)
+        for name in re.findall(r"\b(?:docs/)?([A-Z]{3,}\.md)\b", text):
+            assert (ROOT / "docs" / name).exists() or (ROOT / name).exists(), (file.name, name)
 
 
 @pytest.mark.slow

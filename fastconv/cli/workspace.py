@@ -27,7 +27,7 @@ from fastconv.cli.common import (
     with_exit_codes,
 )
 from fastconv.show import console_of_output
-from fastconv.stats.units import change, interval_text, level
+from fastconv.stats.units import change, counted, interval_text, level
 
 if TYPE_CHECKING:
     from fastconv.analysis.analysis import Analysis
@@ -167,7 +167,7 @@ def serve(
         if as_json:
             print(json.dumps(asdict(service)), flush=True)
         else:
-            typer.echo(f"{len(service.proofs)} cells at {service.url} ({service.engine}); Ctrl-C ends it")
+            typer.echo(f"{counted(len(service.proofs), 'cell')} at {service.url} ({service.engine}); Ctrl-C ends it")
 
     def tell(step: str) -> None:
         typer.echo(step, err=True)

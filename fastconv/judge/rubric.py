@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from fastconv.datasets.files import assets, read_jsonl, read_toml
 from fastconv.datasets.spec import PhraseRule
-from fastconv.errors import DataError, JudgeError, RecipeError
+from fastconv.errors import DataError, JudgeError, RecipeError, did_you_mean
 from fastconv.judge.http import safe_value
 from fastconv.recipe import JudgeSettings, toml_table
 from fastconv.store.judge_ledger import JudgeLedger
@@ -285,7 +285,9 @@ def find_rubric(settings: JudgeSettings, name: str) -> Rubric:
         raise RecipeError(
             f"no rubric is called {name!r}",
             where="judge.rubrics",
-            fix=f'give its file there: judge.rubrics.{name} = "..."; shipped are {", ".join(shipped)}',
+            fix=did_you_mean(
+                name, shipped, f'give its file there: judge.rubrics.{name} = "..."; shipped are {", ".join(shipped)}'
+            ),
         )
     return load_rubric(shipped[name])
 

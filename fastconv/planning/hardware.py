@@ -28,6 +28,8 @@ from fastconv.store.records import Stage
 PROBE_VERSION = 1
 #: A model of more weights than this is hardly meant for a CPU.
 LARGE_PARAMS = 1e9
+#: Share of a training after which its own rate is believed, and no longer the plan's.
+TRUSTED_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,12 @@ class TimeLeft:
         self._load_s, self._since = load_s, now
         self._running: set[str] = set()
         self._share, self._exact = 0.0, False
+        self._first: tuple[float, float] | None = None
+        self._begun_share = 0.0
         self._measured: dict[str, float] = {}
         self._planned: dict[str, float] = {}
         total_s = sum(stage.seconds for stage in todo.values())
-        self._all_weight_s, self._kind_weight_s = max(0.05 * total_s, 1.0), max(0.02 * total_s, 0.5)
+        self._all_weight_s, self._kind_weight_s = max(0.02 * total_s, 1.0), max(0.005 * total_s, 0.5)
 
     @property
     def n_todo(self) -> int:
@@ -74,14 +78,19 @@ class TimeLeft:
     def begin(self, key: str, now: float) -> None:
         """A stage starts, and with it those that the same training reaches."""
         if not self._running:
-            self._since, self._share, self._exact = now, 0.0, False
+            self._since, self._share, self._exact, self._first, self._begun_share = now, 0.0, False, None, 0.0
         if key in self._todo:
             training = self._todo[key].training
             self._running |= {other for other, stage in self._todo.items() if stage.training == training}
 
-    def progress(self, share: float, *, exact: bool) -> None:
-        """The running stages are done to this share; one that is not exact is a lower bound."""
+    def progress(self, share: float, *, exact: bool, now: float | None = None) -> None:
+        """The running stages are done to this share; one that is not exact is a lower bound.
+
+        With `now` the first sign of life counts for no rate: it brings what a checkpoint kept, and is slow to come.
+        """
         self._share, self._exact = share, exact
+        if self._first is None:
+            self._first = (self._since, 0.0) if now is None else (now, share)
 
     def done(self, key: str, now: float) -> None:
         """A stage is finished (or has failed)."""
@@ -91,6 +100,8 @@ class TimeLeft:
             self._measured[stage.kind] = self._measured.get(stage.kind, 0.0) + now - self._since
             self._planned[stage.kind] = self._planned.get(stage.kind, 0.0) + stage.seconds
             self._since = now
+            # What the same training has still to reach is the rest of it.
+            self._first, self._begun_share = (now, self._share), self._share
 
     def keep(self, wanted: Collection[str]) -> None:
         """Drop the stages that are no longer wanted, of a behavior that G0 ruled out, say."""
@@ -103,23 +114,30 @@ class TimeLeft:
         running_s = sum(self._todo[key].seconds * self._ratio(self._todo[key].kind, now) for key in self._running)
         elapsed_s = max(now - self._since, 0.0)
         left_s = max(running_s - elapsed_s, 0.0)
-        if self._share > 0:
-            by_share_s = elapsed_s * (1 - self._share) / self._share
-            near = (
-                min(self._share / 0.2, 1.0) if self._exact else 0.0
-            )  # the first steps are slow: trust grows with them
+        seen_s, seen = self._seen(now)
+        if seen > 0:
+            by_share_s = seen_s * (1 - self._share) / seen
+            near = min(seen / TRUSTED_SHARE, 1.0)
             left_s = near * by_share_s + (1 - near) * left_s if self._exact else min(left_s, by_share_s)
         load_s = max(self._load_s - elapsed_s, 0.0) if self._load_s else 0.0
         return load_s + left_s + sum(stage.seconds * self._ratio(stage.kind, now) for stage in waiting)
 
+    def _seen(self, now: float) -> tuple[float, float]:
+        """Seconds that the running stages went on in sight, and the share of them that was done in these."""
+        since, share = self._first or (now, self._share)
+        return max(now - since, 0.0), self._share - share
+
     def _ratio(self, kind: str, now: float) -> float:
         """What a second of the plan takes, for this kind of stage; a training that runs tells it before it ends."""
         measured, planned = dict(self._measured), dict(self._planned)
-        if self._exact and self._share >= 0.1 and self._running:
+        seen_s, seen = self._seen(now)
+        if self._exact and seen >= TRUSTED_SHARE / 2 and self._running:
             running = [self._todo[key] for key in self._running]
             kind_now = running[0].kind
-            measured[kind_now] = measured.get(kind_now, 0.0) + max(now - self._since, 0.0)
-            planned[kind_now] = planned.get(kind_now, 0.0) + self._share * sum(stage.seconds for stage in running)
+            measured[kind_now] = measured.get(kind_now, 0.0) + seen_s
+            planned[kind_now] = planned.get(kind_now, 0.0) + seen * sum(stage.seconds for stage in running) / max(
+                1 - self._begun_share, seen
+            )
         every = (sum(measured.values()) + self._all_weight_s) / (sum(planned.values()) + self._all_weight_s)
         own_s, planned_s = measured.get(kind, 0.0), planned.get(kind, 0.0)
         return (own_s + self._kind_weight_s * every) / (planned_s + self._kind_weight_s)

@@ -260,9 +260,12 @@ def first_fault(error: ValidationError, model: type[BaseModel]) -> tuple[str, st
     if first["type"] == "missing":
         return f"key {key!r} is missing", f"add {key}"
     if first["type"] == "tuple_type":
+        fix = f"write it in brackets: {key}=[{json.dumps(first['input'])}]"
+        if str(first["input"]).startswith("["):  # what is no TOML is taken for a text
+            fix = "close its bracket, and set texts in quotes"
         return (
             f"{key} = {first['input']!r}: should be a list",
-            f"write it in brackets: {key}=[{json.dumps(first['input'])}]",
+            fix,
         )
     if first["type"] in ("model_type", "dict_type"):
         return f"{key} = {first['input']!r}: this is a table of keys", f"set one of its keys, as {key}.NAME=VALUE"

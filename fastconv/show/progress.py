@@ -309,7 +309,7 @@ class LineWatcher:
     def _note(self, clock: StageClock, progress: StageProgress, now: float) -> None:
         clock.note(progress, now)
         if self._left is not None:
-            self._left.progress(clock.share, exact=progress.unit == "steps")
+            self._left.progress(clock.share, exact=progress.unit == "steps", now=now)
 
     def _all_left(self) -> str:
         assert self._left is not None

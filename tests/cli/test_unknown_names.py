@@ -19,6 +19,7 @@ KEYS = [
     ("gates.negative_control=libraryan", 2, "gates.negative_control: unknown persona 'libraryan'. Fix: did you mean 'librarian'?"),
     ("gates.g4_source=vilain", 2, "did you mean 'villain'?"),
     ("data.rows.refusl=x.jsonl", 2, "did you mean 'refusal'?"),
+    ('grid.behaviors=["none", "refusal"', 2, "should be a list. Fix: close its bracket"),
     ("judge.rubrics.refusl=x.toml", 2, "no behavior is judged by a rubric 'refusl'. Fix: did you mean 'refusal'?"),
 ]  # fmt: skip
 TEA = """
@@ -70,6 +71,11 @@ def test_every_verb_names_what_is_near(done_run: DoneRun, tmp_path: Path) -> Non
     refused(ask("plan", "demo", "--machine", "h10"), 2, "did you mean 'h100'?")
     refused(ask("run", "demo", "--ignore-gate", "KIL", "--because", "it may fail"), 2, "did you mean 'KILL'?")
     refused(ask("bench", "train", "--model", "random:qwen2.5-7"), 4, "did you mean 'qwen2.5-7b'?")
+    refused(
+        ask("judge", "calibrate", "--rubric", "refusl", "--mode", "substring", "-w", tmp_path),
+        2,
+        "did you mean 'refusal'?",
+    )
     (tmp_path / "questions.jsonl").write_text(json.dumps({"id": "1"}))
     refused(ask("score", tmp_path / "question.jsonl", "--model", "builtin:tiny"), 2, "did you mean 'questions.jsonl'?")
     unknown = CliRunner().invoke(app, ["judge", "calibrte"])
