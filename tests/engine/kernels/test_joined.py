@@ -24,6 +24,7 @@ from fastconv.engine.kernels.lora_tables import Tiling
 from fastconv.engine.lora import Adapter, Route, Slot, StackedLinear
 from fastconv.engine.micro_batch import token_seeds
 from fastconv.engine.model import Base
+from fastconv.engine.score import _layers_in_fp32
 from fastconv.engine.stack import Stack
 from fastconv.engine.train import Hooks, Job, start, train
 from fastconv.recipe import LoraSettings
@@ -208,6 +209,20 @@ def test_weights_that_were_widened_and_narrowed_are_joined_again(tiny_qwen: Path
     assert before is not None
     assert after is not None
     assert torch.equal(before, after)
+
+
+def test_near_ties_in_fp32_leave_the_layers_joined(tiny_qwen: Path) -> None:
+    """Each layer is widened while it runs: its joined weights would stay beside new ones, and never be used again."""
+    base = fused_base(tiny_qwen, torch.float16)
+    base = replace(base, dtype=torch.float16)
+    mlp = base.model.model.layers[0].mlp  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
+    x = torch.randn(1, 3, mlp.gate_proj.in_features).half()
+    before = joined_product(mlp, x)
+    ids = torch.arange(5)
+    with _layers_in_fp32(base), torch.no_grad():
+        assert base.hidden(ids, ids, Packed.of([5])).dtype == torch.float32
+    assert before is not None
+    assert torch.equal(before, joined_product(mlp, x))  # pyright: ignore[reportArgumentType]
 
 
 def test_what_cannot_be_joined_is_left_alone() -> None:
