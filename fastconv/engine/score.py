@@ -16,7 +16,6 @@ from torch import nn
 
 from fastconv.chat import ChatTokenizer
 from fastconv.engine.attention import Layout, PrefixGroup, PrefixTrees, to_device
-from fastconv.engine.kernels.joined import restore_joined
 from fastconv.engine.model import Base, length_batches, pack
 from fastconv.errors import TrainingError
 
@@ -370,20 +369,27 @@ def logprobs_fp32(base: Base, hidden: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _layers_in_fp32(base: Base) -> Iterator[None]:
-    """Within the block each layer is fp32 while it runs. That conversion is exact, so converting back gives the old
-    bits."""
+    """Within the block each layer is fp32 while it runs. Afterwards its tensors are the old ones at their old addresses,
+    which captured graphs read."""
     embedding = base.model.get_input_embeddings()
     layers: list[nn.Module] = []
     for child in base.backbone.children():
         layers += list(child) if isinstance(child, nn.ModuleList) else [child]
     layers = [layer for layer in layers if layer is not embedding and any(True for _ in layer.parameters())]
 
+    narrow_data: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
     def widen(layer: nn.Module, *_: Any) -> None:
-        layer.to(torch.float32)
+        held = narrow_data.setdefault(layer, [])
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            if tensor.dtype == base.dtype:
+                wide = tensor.data.float()
+                held.append((tensor, tensor.data))
+                tensor.data = wide
 
     def narrow(layer: nn.Module, *_: Any) -> None:
-        layer.to(base.dtype)
-        restore_joined(layer)
+        for tensor, data in narrow_data.pop(layer, []):
+            tensor.data = data
 
     hooks = [embedding.register_forward_hook(lambda layer, inputs, output: output.float())]
     for layer in layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from contextlib import closing
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from fastconv.engine.cuda_graph import CapturedSteps, StepTimes
 from fastconv.engine.generate import sample
 from fastconv.engine.kernels.lora import StackedKernel
 from fastconv.engine.locate import locate
-from fastconv.engine.model import load_base
-from fastconv.engine.score import LetterItem, score_letters
+from fastconv.engine.model import load_base, pack
+from fastconv.engine.score import LetterItem, hidden_fp32, score_letters
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train, weighted_cross_entropy
 from fastconv.engine.vllm.sampler import VllmSampler
@@ -79,7 +80,8 @@ def test_captured_steps_are_the_plain_ones(
 def test_a_graph_of_one_adapter_trains_the_next_to_the_same_bits(
     tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other weights above another frozen adapter, with no capture of their own, against the same steps launched."""
+    """Other weights above another frozen adapter, with no capture of their own, against the same steps launched. Between
+    them letters were scored in fp32, layer by layer: had the weights moved by it, the graphs would read what lies there now."""
     weights, n_graphs = [], []
     for worth in (True, False):
         monkeypatch.setattr(StepTimes, "worth_capturing", lambda *_, worth=worth: worth)
@@ -87,6 +89,8 @@ def test_a_graph_of_one_adapter_trains_the_next_to_the_same_bits(
         for _ in range(2):  # every size of these rows in this order is met twice
             assert trained(stack, 0.05).step
         n_graphs.append(len(graphs_of(stack)))
+        hidden_fp32(stack.base, *pack([[1, 2, 3]], stack.base))
+        assert torch.full((1 << 22,), math.nan, device="cuda").isnan().all(), "what was freed is written over"
         below = (stack.take(random_adapter(stack, 7)),)
         second = start(stack, Job("next", ragged_rows(12), train_settings(dropout=0.05), ("gpu",), below))
         train(stack, [second], Hooks())

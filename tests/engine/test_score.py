@@ -91,6 +91,7 @@ def test_mass_margin_and_prediction() -> None:
 def test_near_ties_are_rescored_in_fp32(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     half = tiny_stack(folder, dtype="bfloat16")
     before = {name: p.clone() for name, p in half.base.model.named_parameters()}
+    places = {name: p.data_ptr() for name, p in half.base.model.named_parameters()}
     adapter = random_adapter(half, 1)
     items = letter_items(half, 40)
     monkeypatch.setattr(score, "NEAR_TIE_NATS", 0.5)
@@ -100,6 +101,9 @@ def test_near_ties_are_rescored_in_fp32(folder: Path, monkeypatch: pytest.Monkey
     assert any(near)
     assert not all(near)
     assert all(p.dtype == torch.bfloat16 and p.equal(before[name]) for name, p in half.base.model.named_parameters())
+    assert {name: p.data_ptr() for name, p in half.base.model.named_parameters()} == places, (
+        "captured graphs read them there"
+    )
 
     # The reference: the bf16 weights widened once and for all, which is the second copy that rescoring avoids.
     wide = load_base(ModelSettings(id=str(folder), device="cpu", dtype="bfloat16"))

@@ -28,10 +28,6 @@ class Joined:
             self.weight = torch.cat([layer.weight for layer in layers])
             has_bias = layers[0].bias is not None
             self.bias = torch.cat([layer.bias for layer in layers]) if has_bias else None
-        self.restore(layers)
-
-    def restore(self, layers: Sequence[nn.Module]) -> None:
-        """Make the layers' weights views of the joined ones again, after they were converted to another dtype and back."""
         for layer, weight, bias in zip(_bare(layers), self.weight.split(self.outs), self._biases(), strict=True):
             layer.weight.data = weight
             if bias is not None:
@@ -89,14 +85,6 @@ def joined_product(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         return None
     names, joined = found
     return joined.product([getattr(module, name) for name in names], x)
-
-
-def restore_joined(model: nn.Module) -> None:
-    """Join again, without a copy, what was converted to another dtype and exactly back."""
-    for module in model.modules():
-        if (found := module.__dict__.get("joined")) is not None:
-            names, joined = found
-            joined.restore([getattr(module, name) for name in names])
 
 
 def _bare(layers: Sequence[nn.Module]) -> list[Any]:
