@@ -204,6 +204,8 @@ FAULTS = (
     Fault("a ledger cut short, zeroed, overwritten", "doctor says so", DISK, "test_doctor_says_that_a_ledger_is_damaged"),
     Fault("damage that every reader passes over", "doctor says so", DISK,
           "test_doctor_sees_damage_that_every_reader_passes_over"),
+    Fault("views, triggers and virtual tables in a ledger", "refused before a row is read", DISK,
+          "test_a_ledger_that_would_run_what_is_written_in_it_is_refused"),
     Fault("artefacts that are gone, cut short or overwritten", "doctor names them", DISK,
           "test_doctor_finds_a_whole_ledger_whole_and_looks_at_artefacts"),
     Fault("dead leases and stray files", "`doctor --fix` frees them and nothing else", DISK, "test_doctor_mends_what_is_safe"),
