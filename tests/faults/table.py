@@ -209,6 +209,8 @@ FAULTS = (
     Fault("artefacts that are gone, cut short or overwritten", "doctor names them", DISK,
           "test_doctor_finds_a_whole_ledger_whole_and_looks_at_artefacts"),
     Fault("dead leases and stray files", "`doctor --fix` frees them and nothing else", DISK, "test_doctor_mends_what_is_safe"),
+    Fault("escape codes in the names of a ledger", "escaped where they are shown", DISK,
+          "test_names_in_a_ledger_do_not_write_to_the_terminal"),
     Fault("rows without JSON", "a damaged ledger, in one line", DISK, "test_a_row_that_holds_no_json_is_a_damaged_ledger"),
     Fault("every verb over such a ledger", "a line and an exit code", DISK,
           "test_every_verb_over_a_damaged_ledger_ends_in_a_line", 1, "slow"),

@@ -168,6 +168,17 @@ def test_every_verb_over_a_damaged_ledger_ends_in_a_line(
     assert "Traceback" not in out
 
 
+@pytest.mark.parametrize("verb", [("status",), ("gc",), ("doctor",), ("status", "x"), ("report", "x")], ids=" ".join)
+def test_names_in_a_ledger_do_not_write_to_the_terminal(workspace: Path, tmp_path: Path, verb: tuple[str, ...]) -> None:
+    copy = damaged_copy(workspace, tmp_path / "x", "")
+    with contextlib.closing(sqlite3.connect(copy / "ledger.sqlite")) as db:
+        db.executescript("UPDATE runs SET id='\x1b]0;owned\x07'; UPDATE stages SET slot='\x1b[2J' || slot")
+    more = ("--reports", tmp_path / "r") if verb[0] == "report" else ()
+    _, out, crash = ask(*verb, "-w", copy, *more)
+    assert crash is None
+    assert out.replace("\n", "").isprintable(), repr(out)
+
+
 def test_a_row_that_holds_no_json_is_a_damaged_ledger(workspace: Path, tmp_path: Path) -> None:
     copy = damaged_copy(workspace, tmp_path / "x", "")
     with sqlite3.connect(copy / "ledger.sqlite") as db:
