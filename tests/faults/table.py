@@ -262,6 +262,8 @@ FAULTS = (
           "test_any_recipe_that_is_taken_has_stages_or_says_why_not", 40, "slow"),
     Fault("any personas and behaviors", "read, or refused in a line", INPUTS,
           "test_any_personas_and_behaviors_of_a_user", 40, "slow"),
+    Fault("a pipe or a device that a recipe names as a file", "one line, and nobody waits", INPUTS,
+          "test_a_pipe_or_a_device_in_place_of_a_file_is_one_line_and_nobody_waits"),
     Fault("any rubric, any prices", "read, or refused in a line", INPUTS, "test_any_rubric_and_any_prices", 30),
     Fault("any rows and questions", "read, or refused in a line", INPUTS, "test_any_rows_of_a_user", 40),
     Fault("any bytes as rows, questions, rubric, prices, adapter", "read, or refused in a line", INPUTS,
