@@ -26,6 +26,7 @@ from fastconv.cli.common import (
     load_recipe_or_run,
     with_exit_codes,
 )
+from fastconv.errors import shown
 from fastconv.show import console_of_output
 from fastconv.stats.units import change, counted, interval_text, level
 
@@ -216,9 +217,9 @@ def bytes_text(n_bytes: int) -> str:
 
 def _show(plan: GcPlan, freed: int | None) -> None:
     for item in plan.garbage:
-        typer.echo(f"{bytes_text(item.n_bytes):>10}  {item.kind} {item.name}: {item.why}")
+        typer.echo(f"{bytes_text(item.n_bytes):>10}  {item.kind} {shown(item.name)}: {item.why}")
     for text in plan.skipped:
-        typer.echo(f"left alone: {text}")
+        typer.echo(f"left alone: {shown(text)}")
     if not plan.garbage:
         typer.echo("nothing to free")
     elif freed is None:

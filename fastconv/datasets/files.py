@@ -21,7 +21,7 @@ from typing import Any
 
 from fastconv.errors import DataError, FastconvError, did_you_mean
 from fastconv.hub import cache_home, is_unreachable
-from fastconv.recipe import HUB, SHIPPED, toml_table
+from fastconv.recipe import HUB, SHIPPED, file_bytes, toml_table
 from fastconv.store.io import storage_errors, write_atomically
 
 #: Rows with more bytes are refused: they are most likely a pasted file, not a prompt.
@@ -309,7 +309,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return file_bytes(path)
     except FileNotFoundError:
         folders = (assets("data"), path.parent)
         beside = {one.stem: one.name for folder in folders for one in sorted(folder.glob(f"*{path.suffix}"))}

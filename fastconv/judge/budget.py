@@ -17,7 +17,7 @@ from fastconv.errors import DataError, RecipeError
 from fastconv.judge.local import LOCAL_FORM, LocalRequest, build_local_request
 from fastconv.judge.request import JudgeItem, JudgeParams, JudgeRequest, build_request
 from fastconv.judge.rubric import Rubric
-from fastconv.recipe import JudgeSettings, toml_table
+from fastconv.recipe import JudgeSettings, file_bytes, toml_table
 from fastconv.store.ledger import Sample
 
 #: Bytes of English text per token, for expected costs only. Upper bounds count one token per byte.
@@ -96,7 +96,7 @@ def load_prices(*paths: Path) -> PriceTable:
     checked, factor = datetime.date.min, 0.5
     for path in paths:
         try:
-            table = toml_table(path.read_text(encoding="utf-8"))
+            table = toml_table(file_bytes(path).decode())
             models |= {name: Price.model_validate(row) for name, row in table["models"].items()}
             checked, factor = table["checked"], float(table.get("batch_factor", factor))
         except OSError as error:

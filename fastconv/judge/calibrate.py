@@ -16,6 +16,7 @@ from typing import Any
 
 from fastconv.errors import DataError, JudgeError
 from fastconv.judge.rubric import Measure, Rubric, agreement, correlation
+from fastconv.recipe import file_bytes
 from fastconv.seeding import seeded_order
 from fastconv.store.ledger import Sample
 from fastconv.store.records import Judgement
@@ -208,7 +209,7 @@ def load_calibration(path: Path, rubric: Rubric) -> list[CalibrationRow]:
     scales = [measure.name for measure in rubric.measures if measure.scale and measure.name != rubric.primary]
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = file_bytes(path).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read: {error}", where=str(path), fix="check the path") from None
     for number, line in enumerate(lines, 1):

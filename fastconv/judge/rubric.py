@@ -20,7 +20,7 @@ from fastconv.datasets.files import assets, read_jsonl, read_toml
 from fastconv.datasets.spec import PhraseRule
 from fastconv.errors import DataError, JudgeError, RecipeError, did_you_mean
 from fastconv.judge.http import safe_value
-from fastconv.recipe import JudgeSettings, toml_table
+from fastconv.recipe import JudgeSettings, file_bytes, toml_table
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Sample, Score
 
@@ -164,7 +164,7 @@ class Rubric:
 def load_rubric(path: Path) -> Rubric:
     """Read a rubric file (TOML). Raises DataError with the file and the fault."""
     try:
-        table = toml_table(path.read_text(encoding="utf-8"))
+        table = toml_table(file_bytes(path).decode())
     except OSError as error:
         raise DataError(
             f"cannot be read: {error.strerror}", where=str(path), fix="check judge.rubrics in the recipe"

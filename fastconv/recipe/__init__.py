@@ -6,6 +6,7 @@ Two recipes with the same canonical JSON are the same experiment, whatever their
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -163,6 +164,13 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         ) from None
     map_paths(table, lambda name: str((path.parent / name).resolve()))
     return _overridden(table, overrides, where=str(path))
+
+
+def file_bytes(path: Path) -> bytes:
+    """The bytes of a file that a recipe names. Raises OSError, also for a pipe or a device, which may have no end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    return path.read_bytes()
 
 
 def toml_table(text: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from fastconv.errors import GateStop
+from fastconv.errors import GateStop, shown
 from fastconv.show.progress import gate_line
 from fastconv.stats.units import counted, duration_text, first_few, shortened, shortened_slot
 
@@ -102,7 +102,7 @@ def runs(store: Store | None, *, as_json: bool) -> None:
         console.print("no runs here yet; begin with: fastconv run demo")
     for row in rows:
         started = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["started_at"]))
-        console.print(f"{row['run']}  started {started}  {'finished' if row['finished_at'] else 'not finished'}")
+        console.print(f"{shown(row['run'])}  started {started}  {'finished' if row['finished_at'] else 'not finished'}")
 
 
 def gates(verdicts: Sequence[GateVerdict], *, as_json: bool) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from fastconv.errors import StoreError
-from fastconv.store.io import storage_errors
+from fastconv.store.io import columns_of, storage_errors
 from fastconv.store.ledger import Store, delete_stage
 from fastconv.store.merge import artefacts_of
+from fastconv.store.records import LEDGER_SCHEMA
 
 Kind = Literal["temporary file", "orphan", "training state", "superseded stage", "adapter"]
 #: A file that no row names is kept for this many seconds: its writer may be about to commit the row.
@@ -105,6 +106,12 @@ def find_damage(store: Store, *, deep: bool = False) -> list[str]:
     found = [f"the ledger is damaged: {line}" for line in said if line != "ok"]
     for table in LEDGER_TABLES:
         store.rows(f"SELECT COUNT(*) FROM {table}")
+    for table, columns in columns_of(LEDGER_SCHEMA).items():
+        held = {row[1] for row in store.rows(f"PRAGMA table_info({table})")}
+        # An older ledger may lack a whole table.
+        found += [
+            f"the ledger is damaged: table {table} has no column {one}" for one in columns if held and one not in held
+        ]
     found += [f"the ledger is damaged: {line}" for line in store.unsound_rows()]
     for sha256, suffix, n_bytes in store.rows("SELECT sha256, suffix, bytes FROM artefacts ORDER BY sha256"):
         path = store.path(sha256, suffix)

@@ -152,7 +152,8 @@ SYNCHRONOUS = "FULL"
 def connect(path: Path, schema: str, version: int) -> sqlite3.Connection:
     """A connection to the SQLite file at `path`, in write-ahead mode; a new file gets `schema` and `version`.
 
-    Several processes may do this on one new file at once. Raises sqlite3.OperationalError after BUSY_S.
+    Several processes may do this on one new file at once. Raises sqlite3.OperationalError after BUSY_S, StoreError if the
+    file would run what somebody wrote into it.
     """
     db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
     db.row_factory = sqlite3.Row
@@ -169,7 +170,19 @@ def connect(path: Path, schema: str, version: int) -> sqlite3.Connection:
     db.execute(f"PRAGMA synchronous={SYNCHRONOUS}")
     if db.execute("PRAGMA user_version").fetchone()[0] == 0:
         db.executescript(f"BEGIN IMMEDIATE; {schema} PRAGMA user_version={version}; COMMIT;")
+    # A view may have rows without end, and a trigger may delete: a workspace comes from anybody, and SQLite runs both.
+    runs = "type IN ('view', 'trigger') OR sql LIKE 'CREATE VIRTUAL%'"
+    if found := db.execute(f"SELECT type, name FROM sqlite_master WHERE {runs}").fetchone():
+        raise damaged(f"it has a {found['type']} {found['name']!r} that no fastconv wrote", str(path.parent))
     return db
+
+
+def columns_of(schema: str) -> dict[str, list[str]]:
+    """The columns of every table of a schema."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(schema)
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type='table'")]
+        return {table: [row[1] for row in db.execute(f"PRAGMA table_info({table})")] for table in tables}
 
 
 #: Columns that hold a JSON object; `judge_rubrics.body` is the rubric's own text.

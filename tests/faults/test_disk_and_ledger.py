@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -115,8 +116,9 @@ def test_doctor_finds_a_whole_ledger_whole_and_looks_at_artefacts(workspace: Pat
          "PRAGMA writable_schema=ON; UPDATE sqlite_master SET sql=replace(sql, ' WHERE seconds>9', '') WHERE name='stages_by_slot'",
          True, "missing from index"),
         ("UPDATE stages SET key=NULL", False, "3 rows of stages hold what no fastconv writes"),
+        ("ALTER TABLE stages DROP COLUMN facts", False, "table stages has no column facts"),
     ],
-    ids=["a rule", "a lost page", "an index", "no key"],
+    ids=["a rule", "a lost page", "an index", "no key", "no column"],
 )  # fmt: skip
 def test_doctor_sees_damage_that_every_reader_passes_over(
     workspace: Path, tmp_path: Path, damage: str, deep: bool, says: str
@@ -166,6 +168,17 @@ def test_every_verb_over_a_damaged_ledger_ends_in_a_line(
     assert "Traceback" not in out
 
 
+@pytest.mark.parametrize("verb", [("status",), ("gc",), ("doctor",), ("status", "x"), ("report", "x")], ids=" ".join)
+def test_names_in_a_ledger_do_not_write_to_the_terminal(workspace: Path, tmp_path: Path, verb: tuple[str, ...]) -> None:
+    copy = damaged_copy(workspace, tmp_path / "x", "")
+    with contextlib.closing(sqlite3.connect(copy / "ledger.sqlite")) as db:
+        db.executescript("UPDATE runs SET id='\x1b]0;owned\x07'; UPDATE stages SET slot='\x1b[2J' || slot")
+    more = ("--reports", tmp_path / "r") if verb[0] == "report" else ()
+    _, out, crash = ask(*verb, "-w", copy, *more)
+    assert crash is None
+    assert out.replace("\n", "").isprintable(), repr(out)
+
+
 def test_a_row_that_holds_no_json_is_a_damaged_ledger(workspace: Path, tmp_path: Path) -> None:
     copy = damaged_copy(workspace, tmp_path / "x", "")
     with sqlite3.connect(copy / "ledger.sqlite") as db:
@@ -202,6 +215,30 @@ def test_what_no_fastconv_wrote_is_not_merged(workspace: Path, tmp_path: Path, c
     with pytest.raises(StoreError, match=says):
         merge(own, Store.open(copy, create=False))
     assert own.rows("SELECT COUNT(*) FROM stages") == [(0,)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["ALTER TABLE samples RENAME TO old; CREATE VIEW samples AS WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM n) "
+     "SELECT old.* FROM old, n",
+     "CREATE TRIGGER t AFTER INSERT ON leases BEGIN DELETE FROM stages; END", "CREATE VIRTUAL TABLE t USING rtree(a, b, c)"],
+    ids=["view", "trigger", "virtual"],
+)  # fmt: skip
+def test_a_ledger_that_would_run_what_is_written_in_it_is_refused(workspace: Path, tmp_path: Path, change: str) -> None:
+    """In a process of its own: rows without end would hold the only thread inside SQLite."""
+    copy = damaged_copy(workspace, tmp_path / "x", "")
+    with contextlib.closing(sqlite3.connect(copy / "ledger.sqlite")) as db:
+        db.executescript(change)
+    for words in (("merge", copy, "-w", tmp_path / "own"), ("status", "-w", copy)):
+        process = started(*words, stdout=subprocess.PIPE)
+        try:
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == 5, said
+        assert "that no fastconv wrote" in said
+    (finding,) = _ledger(copy, deep=False, fix=True)
+    assert finding.exit_code == 5
 
 
 @pytest.mark.parametrize("change", ["UPDATE judge_money SET nusd=-5", "UPDATE judge_money SET nusd='x'",

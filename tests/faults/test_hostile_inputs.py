@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from fastconv.chat import ChatTokenizer, SystemTurn
 from fastconv.datasets.behaviors import load_behaviors
+from fastconv.datasets.files import read_toml
 from fastconv.datasets.personas import load_personas
 from fastconv.datasets.questions import read_arc
 from fastconv.datasets.rows import read_user_rows
@@ -252,6 +253,18 @@ def test_any_bytes_as_rows_questions_rubric_prices_or_adapter(tmp_path: Path, da
         lambda p: read_safetensors(p.read_bytes(), "x"),
     ):
         only_ours(lambda read=read: read(path))
+
+
+@pytest.mark.parametrize("read", [read_user_rows, read_arc, labelled_rows, load_rubric, load_prices, read_toml])
+def test_a_pipe_or_a_device_in_place_of_a_file_is_one_line_and_nobody_waits(
+    tmp_path: Path, read: Callable[[Path], object]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = os.open(tmp_path / "pipe", os.O_RDWR | os.O_NONBLOCK)  # a reader that waits would wait for this
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(FastconvError, match="a pipe or a device"):
+            read(path)
+    os.close(writer)
 
 
 # --- adapters and model folders ---------------------------------------------------------------------------------

@@ -113,6 +113,8 @@ MUTANTS = [
          "holds_no_json"),
     ),
     *_of("store/io.py", DISK, ("if is_required or place_in_key else", "if is_required else", "passes_over")),
+    *_of("store/io.py", DISK, ("    if found := db.execute(f\"SELECT type, name", "    if False and db.execute(f\"SELECT type, name", "would_run")),
+    *_of("store/gc.py", DISK, ("if held and one not in held", "if False", "passes_over")),
     *_of("store/merge.py", DISK, ("    if not found:  # SQLite", "    if False:  # SQLite", "no_fastconv_wrote")),
     *_of(
         "store/io.py", REPLIES,
