@@ -100,24 +100,26 @@ def expected_tok(max_new_tok: int) -> float:
     return float(min(max_new_tok, EXPECTED_ANSWER_TOK))
 
 
-def _completions(stage: Stage, at_once: int) -> Demand:
-    """Completions: `per_prompt` of each item, `at_once` of them together; equal prompts are read once."""
+def _completions(stage: Stage, device: str) -> Demand:
+    """Completions: `per_prompt` of each item; equal prompts are read once. On a GPU the probes of a stack are drawn together,
+    and so are the answers to be made: a stage is taken for a third of what shares its passes."""
+    at_once, shared = SAMPLED_ROWS[device], 1 if device == "cpu" else 3
     items = stage.work["prompts"] if stage.kind == "answers" else stage.work["items"]
     n, limit = len(items) * stage.inputs["per_prompt"], stage.inputs["sampling"]["max_new_tok"]
     read = sum(prompt_tok(stage.inputs["system"], user) for _, user in items)
     return Demand(
         read_tok=read, new_tok=n * expected_tok(limit), worst_tok=float(n * limit),
-        decode_steps=limit * math.ceil(n / at_once), samples=n, length_tok=read / max(1, len(items)) + limit / 2,
+        decode_steps=limit * math.ceil(shared * n / at_once) / shared, samples=n, length_tok=read / max(1, len(items)) + limit / 2,
     )  # fmt: skip
 
 
 def _answers(graph: Graph, stage: Stage, device: str) -> Demand:
-    return _completions(stage, SAMPLED_ROWS[device])
+    return _completions(stage, device)
 
 
 def _eval(graph: Graph, stage: Stage, device: str) -> Demand:
     if "sampling" in stage.inputs:
-        return _completions(stage, SAMPLED_ROWS[device])
+        return _completions(stage, device)
     own = [text_tok(user) + LABEL_TOK * user.count("\n") + TEMPLATE_TOK / 2 for _, user in stage.work["items"]]
     if choices := stage.work.get("choices"):
         own = [tok + sum(map(text_tok, choices[row])) for tok, (row, _) in zip(own, stage.work["items"], strict=True)]
@@ -170,7 +172,7 @@ def _trained(n_rows: int, n_epochs: int, length_tok: float, share: float, batch_
 
 def _judge(graph: Graph, stage: Stage, device: str) -> Demand:
     """Judgements of an evaluation's completions. The resident base reads them itself, the rubric once for a batch."""
-    drawn = _completions(stage.needs["eval"], 1)
+    drawn = _completions(stage.needs["eval"], device)
     rubric = stage.work["rubric"]
     if graph.judges_outside:
         return Demand(judged=drawn.samples)

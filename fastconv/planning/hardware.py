@@ -194,9 +194,9 @@ def _gpu(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machin
 
     Fractions of that which the engine reaches, from `fastconv bench` on one H100 (docs/MEASURED.md): training 0.6
     plus 15 ms a step (`train`, `behavior` and `group` take 0.9 to 1.1 of the measured time), prefill 0.6 (`score`),
-    decoding 0.7 plus 8 ms a pass (`sample`). Seen again on 27 November 2026 (torch 2.11.0, unsloth 2026.10.7, one H100), time
-    taken over time planned: steps of 7B 1.14 (`train`) and 0.93 (`behavior`), of 1.5B 0.93 and 1.30, loading 1.1. What no rate
-    holds: the first steps of every size are launched one by one and captured.
+    decoding 0.7 plus 8 ms a pass (`sample`). Held on 27 November 2026 (torch 2.11.0, unsloth 2026.10.7, one H100) against
+    the beginning of `pilot_small` on a real 1.5B, time taken over time planned: behavior adapters 1.3 (the first one compiles, the
+    next took 11.1 s of 10.7), snapshots 0.9, start-up 0.9, evaluations 0.9 and answers 0.7.
     """
     peak = tflops * 1e12
     return Machine(
