@@ -282,6 +282,7 @@ class DeviceDecoder(Decoder):
             graph = self._graphs[key] = self._device.capture(partial(self._step, size)), tables
             if kernel is not None:
                 kernel.release()
+                self._loaded.clear()  # frozen adapters of one slot are joined anew, elsewhere
         replay, tables = graph
         if kernel is not None and route is not None and key not in self._loaded:
             kernel.load_tables(tables, route, self._base.dtype, size)

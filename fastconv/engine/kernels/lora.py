@@ -139,7 +139,8 @@ class StackedKernel:
     def _make_live(self, slots: tuple[Slot, ...], dtype: torch.dtype, seeded: bool) -> LiveSlots:
         rates = [slot.dropout if seeded and slot.trainable is not None else 0.0 for slot in slots]
         packed = tuple(self._pack_slot(slot, dtype) for slot in slots)
-        key = tuple((_key(slot, pair), rate) for slot, pair, rate in zip(slots, packed, rates, strict=True))
+        # with the dtype: what was fp32 at an address may be 16 bits of another adapter later
+        key = dtype, *((_key(slot, pair), rate) for slot, pair, rate in zip(slots, packed, rates, strict=True))
         if key not in self._tables:
             if len(self._tables) == _TABLES_KEPT:
                 del self._tables[next(iter(self._tables))]

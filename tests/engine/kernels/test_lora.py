@@ -468,6 +468,40 @@ def test_a_decoder_that_is_kept_samples_the_next_stack_with_its_graphs(
     assert not kept.serves(2, 16, settings.model_copy(update={"temperature": 0.5}))
 
 
+def test_graphs_of_a_decoder_read_frozen_adapters_that_are_still_there(
+    tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A capture releases the kernel: two frozen adapters are then joined anew, and graphs of other sizes have to know."""
+    _, stack = both(tiny_qwen)
+    kernel: Any = stack.route.kernel
+    monkeypatch.setattr(decode.DeviceDecoder, "_step", lambda self, size: None)
+    decoder = decode.DeviceDecoder(stack.base, decode.Cache(9, 16), SamplingSettings(), 9, StandInDevice(stack))
+    with stack.live(Slot((random_adapter(stack, 1), random_adapter(stack, 2)))):
+        for size in (8, 8):
+            decoder._run(size)
+        before = kernel._live.packed  # held, so that nothing else is put there
+        for size in (9, 9, 8):
+            decoder._run(size)
+        flat = kernel._live.packed[0][0].flat
+        assert flat.data_ptr() != before[0][0].flat.data_ptr()
+        graphs = [graph for graph in decoder._graphs.values() if graph is not None]
+        assert len(graphs) == 2
+        for _, tables in graphs:
+            inside = tables.weights[..., :2] - flat.data_ptr()
+            assert bool(((inside >= 0) & (inside < flat.numel() * flat.element_size())).all())
+
+
+def test_addresses_are_told_apart_by_dtype() -> None:
+    """An adapter was read in fp32 (near ties) and is gone; the next one's weights in 16 bits lie where it lay."""
+    kernel, gone, late = StackedKernel(CPU, TILING), adapter(8, 1), adapter(8, 2)
+    wide = kernel._make_live((Slot((gone,)),), torch.float32, False)
+    kernel._cast[late] = {torch.float16: gone.flat.detach().view(torch.float16)[: late.flat.numel()]}
+    narrow = kernel._make_live((Slot((late,)),), torch.float16, False)
+    assert narrow.tables[0, 0, 0] == wide.tables[0, 0, 0]
+    for live, size in ((wide, 4), (narrow, 2)):
+        assert int(live.tables[0, 0, 1] - live.tables[0, 0, 0]) == 8 * N_IN * size
+
+
 def test_live_logits_and_recomputed_activations(tiny_qwen: Path) -> None:
     plain, stacked = both(tiny_qwen)
     rows = [row.ids for row in ragged_rows(2, longest=12)]
