@@ -247,6 +247,7 @@ class CapturedSteps:
         largest = max((graph.inputs.ids.shape[0] for graph in self._graphs.values()), default=math.inf)
         self._too_large = min(self._too_large, largest)
         self._graphs.clear()
+        self._full = False
 
     def end_of_trainees(self) -> None:
         """Forget what belongs to trainees which are done, and graphs that are bound to them."""

@@ -255,6 +255,9 @@ def test_running_out_of_memory_in_a_capture_ends_captures_and_loses_nothing(
     assert device.calls == ["capture"]
     assert len({float(total) for total in totals}) == 1
     assert float(totals[0]) > 0
+    steps.forget()
+    steps.run(batch, torch.zeros(1))
+    assert device.calls == ["capture"] * 2, "until what the graphs held is free"
 
 
 def test_memory_that_runs_out_in_training_first_costs_what_is_kept_for_speed(
