@@ -287,6 +287,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-lora-rank", type=int, choices=[1, 8, 16, 32, 64, 128, 256, 320, 512])
     parser.add_argument("--gpu-memory-utilization", type=float)
     parser.add_argument("--enable-lora", action="store_true")
+    parser.add_argument("--no-enable-chunked-prefill", action="store_true")
     parser.add_argument("--lora-modules", nargs="+")
     parser.add_argument("--revision")
     flags = parser.parse_args(words)

@@ -68,9 +68,15 @@ class Analysis:
 
     @cached_property
     def asked(self) -> Mapping[str, ContrastSubject | SideContrast]:
-        """The declared contrasts that answer the question: all but those of `eval.control`, which shows that training took."""
-        control = self.graph.recipe.eval.control
-        return {label: one for label, one in self.declared.items() if one.behavior != control} or self.declared
+        """The declared contrasts that answer the question: all but those of `eval.control`, which shows that training took, and
+        with `eval.measures` all but those of what was trained."""
+        asked = self.graph.recipe.eval
+        answering = {
+            label: one
+            for label, one in self.declared.items()
+            if one.behavior != asked.control and (not asked.measures or one.behavior in asked.measures)
+        }
+        return answering or self.declared
 
     @cached_property
     def answers(self) -> tuple[CellVerdict, ...]:

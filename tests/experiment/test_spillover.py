@@ -16,8 +16,10 @@ import pytest
 from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.sides import SideContrast, side_contrasts
 from fastconv.audit.checks import check_recipe
+from fastconv.datasets.files import assets
 from fastconv.errors import DataError, RecipeError
 from fastconv.experiment.graph import Graph
+from fastconv.experiment.scale import scaled
 from fastconv.planning.plan import make_plan
 from fastconv.recipe import Recipe, load_recipe, parse_recipe, run_id
 from fastconv.report import build, overview, write_report
@@ -546,3 +548,11 @@ def test_paths_of_arms_and_probes_are_relative_to_the_recipe(tmp_path: Path) -> 
     assert recipe.grid.arms["a"].rows == str(tmp_path / "rows.jsonl")
     assert recipe.eval.probes["p"].texts == str(tmp_path / "fr.jsonl")
     assert recipe.convergence.prompts_file == str(tmp_path / "numbers.jsonl")
+
+
+def test_where_measures_are_asked_what_was_trained_is_the_control(tmp_path: Path) -> None:
+    """As in `emergent`: the trained behavior is stronger than on the base, which is not what was asked."""
+    recipe = scaled(load_recipe(assets("recipes") / "emergent.toml"), "demo")
+    analysis = Analysis(Graph(recipe), Store.open(tmp_path / "checkpoints"))
+    assert {one.behavior for one in analysis.declared.values()} == {"bad_legal_advice", "harmful_advice"}
+    assert {one.behavior for one in analysis.asked.values()} == {"harmful_advice"}

@@ -87,6 +87,8 @@ def serve_arguments(model: Path, port: int, sizes: ServerMemory, dtype: str) -> 
             "--gpu-memory-utilization",
             f"{sizes.memory_share:.4f}",
         ]
+    else:  # a CPU's generator cannot go back, as vLLM lets that of a seeded prompt do which it reads in pieces
+        args.append("--no-enable-chunked-prefill")
     return args
 
 

@@ -191,7 +191,7 @@ def test_an_engine_that_crashes_midway_is_one_line_and_leaves_nothing(case: Case
     long = SamplingSettings(temperature=1.0, max_new_tok=80)
     pending = case.sampler.begin(case.prompts("assistant") * 16, range(16 * len(QUESTIONS)), long)
     until(lambda: pending.n_tok > 0 or pending.done)
-    assert not pending.done
+    assert not pending.done, pending.result()
     os.kill(engine, 9)
     with pytest.raises(SamplerError, match=r"the same command goes on") as caught:
         pending.result()

@@ -39,7 +39,10 @@ def test_what_the_server_is_told(fake: Fake) -> None:
     finally:
         server.close()
     assert not server.alive
-    assert "--gpu-memory-utilization" not in serve_arguments(Path("m"), 1, ServerMemory(64, 8), "float32")
+    on_cpu = serve_arguments(Path("m"), 1, ServerMemory(64, 8), "float32")
+    assert "--gpu-memory-utilization" not in on_cpu
+    assert "--no-enable-chunked-prefill" in on_cpu, "a seeded prompt read in pieces ends vLLM on a CPU"
+    assert not flags["no_enable_chunked_prefill"]
 
 
 def test_its_environment_sends_nothing_and_holds_a_key() -> None:
