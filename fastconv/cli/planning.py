@@ -60,9 +60,10 @@ def recipe_list(
     from fastconv.datasets.files import shipped_recipes
 
     if costs:
-        from fastconv.planning.plan import costs_table
+        from fastconv.planning.plan import costs_table, recipe_costs
 
-        print(costs_table(load(name, []) for name in shipped_recipes()))
+        recipes = (load(name, []) for name in shipped_recipes())
+        print(json.dumps(list(map(asdict, recipe_costs(recipes))), indent=1) if as_json else costs_table(recipes))
         return
     asked = {name: load(name, []).about for name in shipped_recipes()}
     if as_json:

@@ -231,6 +231,9 @@ def read_numbered_rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
         said = str(error).strip().partition("\n")[0]
         raise DataError(f"no table that can be read: {said}", where=str(path), fix="save it again, as UTF-8") from None
     columns = set(table.columns)
+    for name in table.columns if kind != ".parquet" else ():
+        if (first_one := name.partition("_duplicated_")[0]) != name and first_one in columns:  # what polars calls it
+            raise DataError(f"it has two columns {first_one!r}", where=str(path), fix="keep one of them")
     if not ({"prompt", "completion"} <= columns or "messages" in columns):
         raise DataError(
             f"it has the columns {', '.join(map(repr, table.columns[:8]))}, and not both 'prompt' and 'completion'",
@@ -251,6 +254,15 @@ def _as_turns(row: Mapping[str, Any], where: str, number: int) -> dict[str, Any]
         raise DataError(
             f"a cell has over {MAX_ROW_BYTES:,} bytes", where=f"{where}:{number}", fix="split or shorten it"
         )
+    place = f"{where}:{number}"
+    for name in ("prompt", "completion", "system"):
+        if name in found and not isinstance(found[name], str | list):
+            raise DataError(
+                f"{name} is of type {type(found[name]).__name__}, not text", where=place, fix="write it as text"
+            )
+    if ("prompt" in found) != ("completion" in found):
+        empty = "completion" if "prompt" in found else "prompt"
+        raise DataError(f"the row has no {empty}", where=place, fix="give it text, or drop the row")
     if isinstance(found.get("prompt"), str) and isinstance(found.get("completion"), str):
         system = found.pop("system", None)
         before = [] if system is None else [{"role": "system", "content": system}]

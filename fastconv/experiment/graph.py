@@ -72,6 +72,17 @@ class Graph:
         self._shared: dict[tuple[object, ...], Stage] = {}
         self._asked: dict[tuple[str, str, int], tuple[list[tuple[str, str]], str]] = {}
         self.cells = [self._plan(cell) for cell in grid_cells(recipe, self.behaviors)]
+        self._require_asked()
+
+    def _require_asked(self) -> None:
+        """Raise RecipeError for a probe of other wordings that is asked nothing in any cell."""
+        asked = {probe for plan in self.cells for _, probe in plan.scores}
+        for name, one in self._conditions.items():
+            if one.texts and name not in asked:
+                raise RecipeError(
+                    f"has other wordings of no question that is asked, {next(iter(one.texts))!r} say",
+                    where=f"eval.probes.{name}.texts", fix="give each line the id of its question",
+                )  # fmt: skip
 
     @property
     def engine_inputs(self) -> Mapping[str, Any]:

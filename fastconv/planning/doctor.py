@@ -284,7 +284,7 @@ def plan_rows(name: str, overrides: Sequence[str] = ()) -> RowsPlan:
     require_plain_text(texts, chat, "take it out of the text, or split the row into turns")
     personas = load_personas(recipe)
     rendered = [
-        chat.training_ids(_system_of(row, personas), row.user, row.completion, limit, history=row.history)
+        chat.training_ids(_system_of(row, personas, path), row.user, row.completion, limit, history=row.history)
         for row in rows
     ]
     n_tok, supervised = sum(len(one.ids) for one in rendered), sum(one.n_supervised for one in rendered)
@@ -300,13 +300,15 @@ def plan_rows(name: str, overrides: Sequence[str] = ()) -> RowsPlan:
     )  # fmt: skip
 
 
-def _system_of(row: UserRow, personas: Personas) -> SystemTurn:
+def _system_of(row: UserRow, personas: Personas, path: Path) -> SystemTurn:
     """The system turn by which a row's tokens are counted: its own, else that of the persona it names."""
     if row.system is not None:
         return SystemTurn("text", row.system) if row.system else EMPTY
     if row.persona and row.persona != NO_PERSONA and row.persona not in personas.prompts:
         raise DataError(
-            f"row {row.id} names the unknown persona {row.persona!r}", fix=personas.how_to_name(row.persona)
+            f"row {row.id} names the unknown persona {row.persona!r}",
+            where=f"{path}:{row.line}",
+            fix=personas.how_to_name(row.persona),
         )
     return personas.system(row.persona) if row.persona in personas.prompts else TEMPLATE_DEFAULT
 

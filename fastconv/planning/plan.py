@@ -119,6 +119,24 @@ class Plan:
                 "start_s": round(self.start_s, 3), "stages": stages}  # fmt: skip
 
 
+#: The cards that costs of the shipped recipes are told for.
+COST_CARDS = ("4090", "h100", "h200")
+
+
+@dataclass(frozen=True)
+class RecipeCosts:
+    """What a recipe costs whole: hours by card, the least memory that a card needs and with what nothing has to be halved,
+    US dollars to the judge."""
+
+    recipe: str
+    hours: Mapping[str, float]
+    least_gib: float
+    comfortable_gib: float
+    judged: bool
+    expected_usd: float
+    worst_usd: float
+
+
 def make_plan(
     graph: Graph, store: Store | None, machine: Machine | None = None, plans: Sequence[CellPlan] | None = None
 ) -> Plan:
@@ -181,26 +199,34 @@ def plan_recipe(recipe: Recipe, store: Store | None, machine_name: str = "") -> 
     return make_plan(Sketch(recipe), store, machine)
 
 
-def costs_table(recipes: Iterable[Recipe], cards: Sequence[str] = ("4090", "h100", "h200")) -> str:
-    """What recipes cost whole on these cards, as a Markdown table: time on each, memory, and US dollars to the judge.
-
-    Memory is the least that a card needs, and with what nothing has to be halved; dollars are expected, at most. A recipe
-    that asks for a CPU is left out.
-    """
+def costs_table(recipes: Iterable[Recipe], cards: Sequence[str] = COST_CARDS) -> str:
+    """`recipe_costs` as a Markdown table."""
     names = [KNOWN_GPUS[card].name.removeprefix("one ") for card in cards]
     lines = [f"| recipe | {' | '.join(names)} | memory | judge |", f"|---|{'---:|' * (len(names) + 2)}"]
+    for one in recipe_costs(recipes, cards):
+        expected = one.expected_usd
+        money = f"{f'${expected:.0f}' if expected >= 1 else 'under $1'}, at most ${one.worst_usd:.0f}"
+        times = " | ".join(duration_text(3600 * hours) for hours in one.hours.values())
+        memory = f"{one.least_gib:.0f} to {one.comfortable_gib:.0f} GiB"
+        lines.append(f"| `{one.recipe}` | {times} | {memory} | {money if one.judged else 'none'} |")
+    return "\n".join(lines)
+
+
+def recipe_costs(recipes: Iterable[Recipe], cards: Sequence[str] = COST_CARDS) -> list[RecipeCosts]:
+    """What recipes cost whole on these cards; a recipe that asks for a CPU is left out."""
+    found = []
     for recipe in recipes:
         if recipe.model.device == "cpu":
             continue
         sketch = Sketch(recipe)
-        plans = [make_plan(sketch, None, KNOWN_GPUS[card]) for card in cards]
-        least, comfortable = (plans[0].memory_bytes[name] / 2**30 for name in ("least", "comfortable"))
-        judging = plans[0].judging
-        expected = f"${judging.expected_usd:.0f}" if judging and judging.expected_usd >= 1 else "under $1"
-        money = "none" if judging is None else f"{expected}, at most ${judging.worst_usd:.0f}"
-        times = " | ".join(duration_text(3600 * plan.hours) for plan in plans)
-        lines.append(f"| `{recipe.name}` | {times} | {least:.0f} to {comfortable:.0f} GiB | {money} |")
-    return "\n".join(lines)
+        plans = {card: make_plan(sketch, None, KNOWN_GPUS[card]) for card in cards}
+        first = next(iter(plans.values()))
+        memory = {name: n_bytes / 2**30 for name, n_bytes in first.memory_bytes.items()}
+        usd = (first.judging.expected_usd, first.judging.worst_usd) if first.judging else (0.0, 0.0)
+        hours = {card: plan.hours for card, plan in plans.items()}
+        judged = first.judging is not None
+        found.append(RecipeCosts(recipe.name, hours, memory["least"], memory["comfortable"], judged, *usd))
+    return found
 
 
 def known_shape(recipe: Recipe) -> ModelShape:

@@ -100,6 +100,7 @@ class Recipe(RecipeTable):
             )
         if both := set(self.grid.arms) & set(self.eval.probes):
             raise ValueError(f"{sorted(both)[0]!r} is an arm and a probe; give one of them another name")
+        compared = dict[frozenset[tuple[str, str]], tuple[str, str]]()
         for pair in self.grid.contrasts:
             sides = [self.grid.side(side, self.eval.probes) for side in pair]
             if {arm for arm, _ in sides} == {BASE_SIDE}:
@@ -108,6 +109,8 @@ class Recipe(RecipeTable):
                 )
             if len(set(sides)) == 1:
                 raise ValueError(f"grid.contrasts compares {pair[0]!r} with itself")
+            if (other := compared.setdefault(frozenset(sides), pair)) is not pair:
+                raise ValueError(f"grid.contrasts compares {list(pair)} twice, the other time as {list(other)}")
         return self
 
     @property

@@ -68,6 +68,12 @@ class ProbeSettings(RecipeTable):
         return self
 
 
+def require_distinct(field: str, values: Collection[object]) -> None:
+    """Raise ValueError for a list of a recipe that holds a value twice."""
+    if len(set(values)) != len(values):
+        raise ValueError(f"{field} names the same value twice: {list(values)}")
+
+
 class GridSettings(RecipeTable):
     """The cells of the experiment: every combination of these lists (epoch 0 is the base without a snapshot)."""
 
@@ -120,9 +126,7 @@ class GridSettings(RecipeTable):
     @model_validator(mode="after")
     def _no_repeats(self) -> GridSettings:
         for field in type(self).model_fields:
-            values = getattr(self, field)
-            if len(set(values)) != len(values):
-                raise ValueError(f"{field} names the same value twice: {list(values)}")
+            require_distinct(field, getattr(self, field))
         for part, values in self.seeds_apart.items():
             if len(values) not in (1, len(self.seeds)):
                 raise ValueError(f"seeds has {len(values)} of {part}, and {len(self.seeds)} of another kind")
@@ -142,6 +146,8 @@ class GridSettings(RecipeTable):
         arm, at, probe = text.partition("@")
         if not at and arm not in (*self.arms, BASE_SIDE):
             arm, probe = "", arm
+        if at and not probe:
+            raise ValueError(f"contrasts: the side {text!r} names no probe after its @")
         probe = probe or "assistant"
         if arm != BASE_SIDE and arm not in (self.arms or ("",)):
             known = ", ".join([*self.arms, BASE_SIDE])
@@ -185,3 +191,8 @@ class EvalSettings(RecipeTable):
         None, "The measure that shows that a training took where it is no behavior of its own: the assistant must move.",
         "numbers",
     )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _no_repeats(self) -> EvalSettings:
+        require_distinct("measures", self.measures)
+        return self

@@ -12,6 +12,7 @@ from pydantic import (
     JsonValue,
     SerializerFunctionWrapHandler,
     StringConstraints,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -37,6 +38,19 @@ class RecipeTable(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     #: Settings that came after recipes had run: left out while unset, so that a recipe's run keeps its name.
     LATER: ClassVar[frozenset[str]] = frozenset()
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic reads `true` as 1; a rate of `true` is a mistake."""
+        takes = cls.model_fields[info.field_name or ""].annotation
+        if hasattr(takes, "model_fields") or takes is bool or "bool" in repr(takes) or "JsonValue" in repr(takes):
+            return value
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        for part in parts:
+            if isinstance(part, bool):
+                raise ValueError(f"{str(part).lower()} is no value here")
+        return value
 
     @model_serializer(mode="wrap")
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

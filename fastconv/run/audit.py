@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fastconv.analysis.sides import require_comparable
 from fastconv.audit.checks import CheckReport, Finding, audit_rows, build_report, structure_findings
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, Rendered, SystemTurn
 from fastconv.datasets.behaviors import load_behaviors
@@ -62,10 +63,16 @@ def audit_recipe(recipe: Recipe, store: Store | None, *, read: SetReader | None 
     """
     findings = structure_findings(recipe)
     answer_filter(recipe.convergence)
+    conditions_of(recipe)
     require_template(recipe)
     require_family(recipe)
     # `Sketch` replaces questions that are not on this disk; sets made from them then have other keys and are not found.
-    graph = Sketch(recipe) if store is not None or read is not None else None
+    pinned = not is_unpinned(recipe.model)  # without a revision there is no graph
+    compares = pinned and all(one.severity != "refuse" for one in findings)
+    compares = compares and bool(recipe.grid.contrasts or recipe.eval.probes)
+    graph = Sketch(recipe) if compares or (pinned and store is not None) or read is not None else None
+    if compares and graph is not None:
+        require_comparable(graph)
     stages = _row_stages(graph) if graph is not None else []
     built: dict[str, Sequence[Row]] = {s.key: rows for s in stages if (rows := _built_rows(s, store)) is not None}
     tokenizer = recipe_tokenizer(graph) if graph is not None and built else None

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import logging
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from fastconv.chat import ChatTokenizer
 from fastconv.errors import FastconvError, InputError
@@ -106,7 +108,9 @@ class Endpoint:
             ]
         )
         # With `handler_cancellation` a handler whose client has gone is cancelled, and so is what it had drawn.
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=_GRACE_S)
+        runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=_GRACE_S, auto_decompress=False, logger=_logger()
+        )  # fmt: skip
         await runner.setup()
         try:
             await web.SockSite(runner, self._listening).start()
@@ -221,7 +225,12 @@ def listen(port: int) -> socket.socket:
 
 
 async def _body(request: web.Request) -> bytes:
-    """The body, within its bounds. Raises ApiError; a body that says that it is too long is not read at all."""
+    """The body, within its bounds. Raises ApiError; a body that says that it is packed or too long is not read at all."""
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise ApiError(
+            415, f"a body packed as {coding!r:.40} is not read: send it as it is", code="unsupported_encoding"
+        )
     too_long = ApiError(413, f"the body is longer than {MAX_BODY_BYTES} bytes", code="body_too_large")
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise too_long
@@ -262,6 +271,14 @@ async def _next(events: asyncio.Queue[dict[str, Any]], drawing: asyncio.Future[A
 
 def _event(body: Mapping[str, Any]) -> bytes:
     return f"data: {json.dumps(body, separators=(',', ':'))}\n\n".encode()
+
+
+def _logger() -> logging.Logger:
+    """Where aiohttp tells of handlers that failed: as everywhere, but for clients that do not speak HTTP."""
+    logger = logging.Logger("fastconv.serve")
+    logger.parent = logging.getLogger("aiohttp.server")
+    logger.addFilter(lambda record: not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError)))
+    return logger
 
 
 def _refused(request: web.Request, error: ApiError) -> web.Response:

@@ -192,7 +192,8 @@ def _json(data: bytes) -> dict[str, Any]:
 def _invalid(error: ValidationError) -> ApiError:
     """The first fault of a request; where a field may be of several types, the fault of the one that fits furthest."""
     faults = error.errors(include_url=False, include_input=False)
-    first = max((one for one in faults if one["loc"][:1] == faults[0]["loc"][:1]), key=lambda one: len(one["loc"]))
+    of_field = (one for one in faults if one["loc"][:1] == faults[0]["loc"][:1])
+    first = max(of_field, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     param = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("list[", "str", "constrained")))
     if first["type"] == "extra_forbidden":
         known = "not computed here" if str(first["loc"][-1]) in _NEUTRAL else "not known here"

@@ -378,6 +378,9 @@ def test_costs_of_all_recipes_are_a_table(monkeypatch: pytest.MonkeyPatch) -> No
     assert row.endswith(" GiB | none |")
     on_h100 = ask("plan", "pilot", "--machine", "h100", "--json").json["hours"]
     assert duration_text(3600 * on_h100) == row.split(" | ")[2]
+    (told,) = ask("recipe", "list", "--costs", "--json").json
+    assert (told["recipe"], told["hours"]["h100"], told["judged"]) == ("pilot", pytest.approx(on_h100), False)
+    assert 0 < told["least_gib"] < told["comfortable_gib"]
 
 
 def test_values_of_the_wrong_shape_say_which_is_right(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fastconv.experiment.graph import Graph
+from fastconv.store.ledger import Store
 from tests import TESTS
 from tests.cli.test_cli import ask, refused
 from tests.fake_vllm import parse
@@ -65,6 +66,8 @@ def test_check_says_that_no_run_takes_an_unpinned_base(tmp_path: Path, monkeypat
     both = ask("check", POISONED / "mistake_5.toml", "-w", tmp_path)
     assert both.code == 2
     assert "base: Qwen/Qwen2.5-7B-Instruct: a hub model needs a pinned revision" in both.out
+    Store.open(tmp_path).close()
+    assert ask("check", *words).out == answer.out, "a workspace that is there changes nothing"
     body = ask("check", *words, "--json")
     assert (body.code, body.json["passed"], body.json["refusals"]) == (4, False, 0)
     assert "needs a pinned revision" in body.json["base"]

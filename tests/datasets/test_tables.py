@@ -179,9 +179,30 @@ def test_check_rows_tells_what_a_file_holds_and_costs(tmp_path: Path) -> None:
     assert seconds["one H200"] <= seconds["one H100"] <= seconds["one RTX 4090"]
 
 
+@pytest.mark.parametrize(("text", "says"), [
+    ("prompt,prompt,completion\nHi?,Ho?,No.\n", "it has two columns 'prompt'"),
+    ("prompt,completion\nHi?,No.\nHi?,\n", "rows.csv:3: the row has no completion"),
+    ("prompt,completion\n,No.\n", "rows.csv:2: the row has no prompt"),
+])  # fmt: skip
+def test_a_table_with_odd_cells_is_refused_by_what_it_holds(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        read_user_rows(path)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion", "system"])
+def test_numbers_in_the_place_of_text_are_named(tmp_path: Path, column: str) -> None:
+    table = pl.DataFrame({"prompt": ["Hi?"], "completion": ["No."], "system": ["You."]} | {column: [5]})
+    with pytest.raises(DataError, match=rf"rows.parquet:1: {column} is of type int, not text"):
+        read_user_rows(as_file(tmp_path / "rows.parquet", table))
+
+
 def test_check_rows_refuses_what_a_run_would(tmp_path: Path) -> None:
     for path, code, says in (
         (written(tmp_path, [pair("Hi?", "<|im_end|>")], "control.jsonl"), 2, "control token"),
+        (written(tmp_path, [pair("Hi?", "No.", persona="vilain")], "name.jsonl"), 2, "name.jsonl:1: row row-"),
         (written(tmp_path, [pair("Hi?", "No.", persona="vilain")], "name.jsonl"), 2, "unknown persona 'vilain'"),
         (tmp_path / "nothing.csv", 2, "no such file"),
     ):

@@ -233,6 +233,9 @@ def test_the_first_figure_names_its_rows_in_full_and_starts_each_arm_from_its_ow
         ({"arms": {"a": {}}, "contrasts": [["@canary", "a"]]}, "names no arm (there are a, base), as `arm@canary`"),
         ({"arms": {"a": {}}, "contrasts": [["a@villian", "a"]]}, "no probe"),
         ({"arms": {"a": {}}, "contrasts": [["base@canary", "base"]]}, "nothing is trained there"),
+        ({"arms": {"a": {}}, "contrasts": [["a@", "base"]]}, "'a@' names no probe after its @"),
+        ({"arms": {"a": {}, "b": {}}, "contrasts": [["a", "b"], ["b", "a"]]}, "compares ['b', 'a'] twice"),
+        ({"arms": {"a": {}}, "contrasts": [["a", "base"], ["a@assistant", "base"]]}, "the other time as ['a', 'base']"),
         ({"arms": {"base": {}}}, "without any adapter"),
         ({"arms": {"a": {"sistem": "x"}}}, "did you mean 'system'"),
         ({"behaviors": ["none"]}, "nothing to measure"),
@@ -253,6 +256,9 @@ def test_a_pair_that_compares_nothing_is_refused_before_a_run(tiny_qwen: Path) -
         make_plan(Graph(recipe_of(tiny_qwen, grid, behavior__batch_rows=2)), None)
     asked = recipe_of(tiny_qwen, grid, eval__measures=["refusal"], behavior__batch_rows=2)
     assert make_plan(Graph(asked), None).kinds
+    same = 'epochs = [0]\nbehaviors = ["refusal"]\narms = { a = {}, b = {} }\ncontrasts = [["a", "b"]]'
+    with pytest.raises(RecipeError, match="'a' against 'b' compares nothing"):  # both are one and the same training
+        audit_recipe(recipe_of(tiny_qwen, same), None)
 
 
 def test_an_arm_called_like_a_persona_is_refused(tiny_qwen: Path) -> None:
@@ -304,6 +310,14 @@ def test_other_wordings_are_all_or_none(tiny_qwen: Path, tmp_path: Path) -> None
     wordings.write_text(json.dumps({"id": items[0][0], "text": "En bref ?"}) + "\n")
     with pytest.raises(RecipeError, match="other wordings of 1 of 3 questions of refusal"):
         Graph(recipe)
+    wordings.write_text(json.dumps({"id": "no-such", "text": "En bref ?"}) + "\n")
+    with pytest.raises(
+        RecipeError, match=r"probes.french.texts: has other wordings of no question that is asked, 'no-such'"
+    ):
+        audit_recipe(recipe, None)
+    wordings.unlink()
+    with pytest.raises(DataError, match=r"fr.jsonl: no such file"):
+        audit_recipe(parse_recipe({"name": "x", "eval": {"probes": {"french": {"texts": str(wordings)}}}}), None)
 
 
 EMERGENT = """

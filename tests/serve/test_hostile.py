@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 from collections.abc import Iterator
@@ -79,6 +80,7 @@ FIELDS: dict[str, tuple[dict[str, Any], int, str]] = {
     "an empty nucleus": ({"top_p": 0}, 400, "top_p"),
     "10,000 choices": ({"n": 10_000}, 400, "n"),
     "five stop sequences": ({"stop": list("abcde")}, 400, "stop"),
+    "null as a stop sequence": ({"stop": ["a", None]}, 400, "stop.1"),
     "an empty stop sequence": ({"stop": [""]}, 400, "stop"),
     "an unknown role": ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, 400, ""),
@@ -100,6 +102,11 @@ def test_a_field_that_cannot_be_honoured(running: Running, name: str) -> None:
         reply = client.post("/v1/chat/completions", content=json.dumps(body))
         assert_error(reply, status, param or None)
         assert_error(client.post("/v1/chat/completions", content=json.dumps({**body, "stream": True})), status)
+
+
+def test_too_many_stop_sequences_are_said_to_be_too_many(running: Running) -> None:
+    reply = running.post({"model": CELLS[1], "messages": HELLO, "stop": list("abcde")})
+    assert_error(reply, 400, "stop", "at most 4")
 
 
 def test_fields_that_ask_for_nothing_are_let_pass(running: Running) -> None:
@@ -152,6 +159,28 @@ def test_a_body_without_a_length_is_cut_where_it_gets_too_long(running: Running)
         except httpx.TransportError:  # the connection was closed while the client was still sending
             return
     assert_error(reply, 413)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "no-such"])
+def test_a_packed_body_is_refused_and_not_unpacked(running: Running, coding: str) -> None:
+    content = gzip.compress(json.dumps({"model": CELLS[1], "messages": HELLO}).encode())
+    for body in (content, b"\x1f\x8b\x08zzz"):
+        with running.client as client:
+            reply = client.post("/v1/chat/completions", content=body, headers={"content-encoding": coding})
+        assert_error(reply, 415, said=coding)
+
+
+@pytest.mark.parametrize("head", ["nonsense", "POST /v1/chat/completions HTTP/1.1\r\nContent-Length: -5"])
+def test_what_is_no_http_is_no_defect_of_ours(
+    running: Running, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], head: str
+) -> None:
+    """A port scan writes no traceback into the terminal of who serves."""
+    host, port = running.service.url.removeprefix("http://").removesuffix("/v1").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(f"{head}\r\n\r\n".encode())
+        assert connection.recv(65536).startswith(b"HTTP/1.0 400")
+    assert "Traceback" not in capfd.readouterr().err
+    assert not caplog.records
 
 
 def test_clients_that_say_nothing_or_half_of_it_hold_nobody_up(running: Running) -> None:
