@@ -327,11 +327,19 @@ def recipe_keys() -> tuple[RecipeKey, ...]:
 
 
 def find_keys(name: str) -> tuple[RecipeKey, ...]:
-    """The setting of this dotted key, those of this table, or those whose last part it is. Raises RecipeError for none."""
+    """The setting of this dotted key, those of this table, or those whose last part it is. Raises RecipeError for none.
+
+    An arm or a probe may stand under the name that it has (`grid.arms.plain.rows`), and so may what a table holds.
+    """
     every = recipe_keys()
+    parts = name.split(".")
+    named = [".".join([*parts[:place], "name", *parts[place + 1 :]]) for place in range(2, len(parts))]
     for found in (
         [one for one in every if one.key == name],
         [one for one in every if one.key.startswith(f"{name}.")],
+        [one for one in every if one.key in named],
+        [one for one in every if one.key.startswith(tuple(f"{key}." for key in named))],
+        [one for one in every if name.startswith(f"{one.key}.") and one.takes.startswith("table of")],
         [one for one in every if one.key.endswith(f".{name}")],
     ):
         if found:

@@ -568,6 +568,13 @@ def test_recipe_explain_and_list_answer(tmp_path: Path) -> None:
     assert "default 1e-05; for example --set 'behavior.lr=0.0001'" in ask("recipe", "explain", "lr").out
     assert len(ask("recipe", "explain", "--json").json) == len(ask("recipe", "explain").out.splitlines()) > 90
     refused(ask("recipe", "explain", "convergance"), 2, "did you mean 'convergence'?")
+    for named, key in (
+        ("grid.arms.plain.rows", "grid.arms.name.rows"), ("eval.probes.french.texts", "eval.probes.name.texts"),
+        ("lora.rank_pattern.q_proj", "lora.rank_pattern"), ("audit.accept.D111", "audit.accept"),
+        ("model.template_kwargs.enable_thinking", "model.template_kwargs"),
+    ):  # fmt: skip
+        assert [one["key"] for one in ask("recipe", "explain", named, "--json").json] == [key]
+    assert len(ask("recipe", "explain", "grid.arms.plain", "--json").json) > 5
     assert ask("recipe", "list", "--json").json["demo"] in ask("recipe", "list").out
     assert Path(ask("recipe", "schema", "--path").out.strip()).is_file()
 
