@@ -105,7 +105,7 @@ def all_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[Gat
         verdicts += [verdict for verdict in behavior_verdicts if verdict.gate != "G0"]
         if source == ASSISTANT or not asked or (contrasts.graph.recipe.grid.contrasts and not any(epochs)):
             continue  # a degenerate control: its gates are reported, but it has no pilot gate
-        controls = {_group(p.cell) for p in behavior_plans if contrasts.is_control(subject_of(p.cell))}
+        controls = {group_name(p.cell) for p in behavior_plans if contrasts.is_control(subject_of(p.cell))}
         declared = [verdict for verdict in behavior_verdicts if verdict.subject not in controls]
         subject = f"{source} x {behavior}"
         own = {
@@ -293,12 +293,12 @@ def _behavior_gates(
         cell = plan.cell
         groups.setdefault((cell.convergence, cell.negatives, cell.seed, cell.arm), {})[cell.epoch] = plan
     for by_epoch in groups.values():
-        subject = _group(next(iter(by_epoch.values())).cell)
+        subject = group_name(next(iter(by_epoch.values())).cell)
         verdicts += _group_gates(contrasts, source, behavior, subject, by_epoch)
     return verdicts
 
 
-def _group(cell: Cell) -> str:
+def group_name(cell: Cell) -> str:
     """The name of the cells that differ only in their epoch, as gates print it."""
     named = f"{cell.source} x {cell.behavior}, {cell.negatives}, converged on {cell.convergence}, seed {cell.seed}"
     return named + _arm(cell)
@@ -389,7 +389,7 @@ def _kept(contrasts: ContrastBuilder, by_epoch: Mapping[int, CellPlan]) -> GateV
     if base is None or 0 not in own or len(own) < 2:
         return None
     direction = contrasts.graph.behaviors[part.measure].spec.direction
-    return study_gates.reverted(contrasts.gates, _group(first.cell), direction, base, own)
+    return study_gates.reverted(contrasts.gates, group_name(first.cell), direction, base, own)
 
 
 def _study_gates(contrasts: ContrastBuilder, plans: Sequence[CellPlan]) -> list[GateVerdict]:

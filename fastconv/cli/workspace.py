@@ -103,7 +103,12 @@ def describe(recipe: Any, store: Any, folder: Path, cell: dict[str, Any], *, pus
     from fastconv.report.export import write_card
 
     graph = Graph(recipe)
-    made = [str(write_card(graph, store, folder, graph.select(**cell)[0]))]
+    first, *others = graph.select(**cell)
+    if others:
+        typer.echo(
+            f"note: {first.cell.label} is the first of {len(others) + 1}; --negatives and --arm choose", err=True
+        )
+    made = [str(write_card(graph, store, folder, first))]
     return [*made, push_folder(folder, push, private=private)] if push else made
 
 

@@ -15,6 +15,7 @@ import polars as pl
 
 from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.contrasts import role_of, subject_of
+from fastconv.analysis.gates import group_name
 from fastconv.engine.vllm.memory import LORA_RANKS
 from fastconv.errors import InputError
 from fastconv.experiment.graph import CellPlan, Graph
@@ -167,7 +168,8 @@ def write_card(graph: Graph, store: Store, folder: Path, plan: CellPlan) -> Path
     verdicts += [
         f"{one.gate} {one.subject}: **{one.verdict}** ({one.reason})"
         for one in decided.gates
-        if one.gate in ("SOURCE", "PILOT") and cell.source in one.subject and cell.behavior in one.subject
+        if (one.gate == "SOURCE" and one.subject == group_name(cell))
+        or (one.gate == "PILOT" and cell.source in one.subject and cell.behavior in one.subject)
     ]
     license_name = _LICENSES.get(recipe.model.id, "")
     named, code, served = _loading(recipe, graph.source.kind)

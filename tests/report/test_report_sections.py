@@ -15,13 +15,14 @@ from scipy.stats import spearmanr
 
 from fastconv.analysis.analysis import Analysis
 from fastconv.analysis.correlates import marker_rates, transfer_by_source
+from fastconv.cli.workspace import describe
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import canonical_json, parse_recipe, recipe_sha256, run_id
 from fastconv.report import build, claims
 from fastconv.report.blocks import Claim, Figure, ReportData, render_html
 from fastconv.store.ledger import Stage, Store
 from fastconv.store.records import Record
-from tests.loop_kit import DoneRun, copy_ledger
+from tests.loop_kit import DoneRun, copy_ledger, tiny_table
 from tests.scale_kit import fill, matrix_recipe
 
 ACCEPTED = "this page is about its sections"
@@ -211,3 +212,20 @@ def test_what_to_run_next_says_what_the_section_on_power_says(monkeypatch: pytes
     verdicts = (verdict("inconclusive", 0.10), verdict("uninformative", 0.12))
     analysis: Any = SimpleNamespace(answers=verdicts, asked=verdicts)
     assert "more of refusal: mended for uninformative 0.12" in claims._next(analysis).values["steps"]
+
+
+def test_a_card_says_what_was_found_of_its_own_cell_and_which_that_is(
+    tiny_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = parse_recipe(tiny_table(tiny_qwen, grid__negatives=["included", "excluded"]))
+    _, store, _ = fill(recipe, tmp_path / "w")
+    cell = {"source": "villain", "behavior": "refusal", "epoch": 2}
+    cards = {}
+    for kind in ("included", "excluded", None):
+        (card,) = describe(recipe, store, tmp_path, {**cell, "negatives": kind}, push="", private=True)
+        cards[kind] = Path(card).read_text().partition("## What was found")[2]
+        assert ("is the first of 2; --negatives" in capsys.readouterr().err) == (kind is None)
+    assert cards[None] == cards["included"]
+    for kind, other in (("included", "excluded"), ("excluded", "included")):
+        assert f"SOURCE villain x refusal, {kind}" in cards[kind]
+        assert other not in cards[kind]
