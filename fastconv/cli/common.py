@@ -16,11 +16,13 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from fastconv.errors import FastconvError, RecipeError, StoreError
+from fastconv.errors import FastconvError, InputError, RecipeError, StoreError
 from fastconv.store.io import STORAGE_FAULTS, damaged, storage_errors
 
 #: Exit code of a program whose output nobody reads any more, as the shell reports it (128 + SIGPIPE).
 READER_GONE = 141
+#: Exit code of a command line that cannot be read: nothing of ours has run, and the words are on standard error.
+UNREADABLE = InputError.exit_code
 #: What a row with a value of another kind makes the code raise that reads it.
 _ROW_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError)
 DEFAULT_WORKSPACE = Path("checkpoints")
@@ -150,6 +152,9 @@ def exit_code_of(app: Callable[[], object]) -> int:
     except OSError as error:  # in `--help` and `--version`, which are no verbs
         if _output_fault(error) is None:
             raise
+    if code == UNREADABLE and "--json" in sys.argv[1:] and not getattr(sys.stdout, "wrote", True):
+        fix = "see standard error, or the verb's --help"
+        _say(InputError("the command line cannot be read", where="command line", fix=fix), as_json=True)
     return _settled(code if isinstance(code, int) else int(code is not None), out)
 
 
@@ -193,9 +198,11 @@ def _settled(code: int, out: int) -> int:
 
 
 class _Output(io.TextIOWrapper):
-    """A standard stream that remembers the last fault of writing to it: what is held back may be gone after it."""
+    """A standard stream that remembers whether anything was written, and the last fault of it: what is held back may be
+    gone after it."""
 
     fault: OSError | None = None
+    wrote = False
 
     def __init__(self, stream: io.TextIOWrapper) -> None:
         """The same stream; a locale without a character shows its code."""
@@ -206,6 +213,7 @@ class _Output(io.TextIOWrapper):
         )  # fmt: skip
 
     def write(self, text: str) -> int:
+        self.wrote = self.wrote or bool(text)
         try:
             return super().write(text)
         except OSError as error:

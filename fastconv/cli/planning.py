@@ -198,6 +198,9 @@ def check(
         if recipe != "rows" or not file:
             what = "`check rows` needs the file" if not file else f"{file!r} is one argument too many"
             raise InputError(what, where="check", fix="write `check RECIPE`, or `check rows FILE` for a file alone")
+        if scale or with_model:
+            what = f"`check rows` takes no {'--scale' if scale else '--with-model'}: no run and no model is asked"
+            raise InputError(what, where="check", fix="leave it out; --set model.id=... names another base")
         from fastconv.planning.doctor import plan_rows
 
         found = plan_rows(file, overrides)

@@ -596,6 +596,16 @@ def test_help_imports_nothing_but_the_command_line() -> None:
     assert found.stderr.strip().splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize("words", [
+    ("cell", "villain", "refusal", "--json"), ("run", "--json"), ("plan", "demo", "--json", "--no-such"),
+    ("recipe", "explain", "lora.r", "lora.alpha", "--json"), ("serve", "demo", "--port", "99999", "--json"),
+])  # fmt: skip
+def test_a_command_line_that_cannot_be_read_is_json_too(words: tuple[str, ...]) -> None:
+    found = subprocess.run([*COMMAND, *words], capture_output=True, text=True)
+    assert found.returncode == json.loads(found.stdout)["exit_code"] == 2
+    assert "Error" in found.stderr
+
+
 def test_a_closed_pipe_is_no_error(tiny: Path) -> None:
     found = subprocess.run(
         f"{' '.join(COMMAND)} recipe schema | head -1", shell=True, capture_output=True, text=True, check=True

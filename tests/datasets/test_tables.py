@@ -209,7 +209,9 @@ def test_check_rows_refuses_what_a_run_would(tmp_path: Path) -> None:
         answer = CliRunner().invoke(app, ("check", "rows", str(path)))
         assert answer.exit_code == code
         assert says in answer.output
-    for words in (("check", "rows"), ("check", "demo", "more")):
+    rows = str(written(tmp_path, [pair("Hi?", "No.")], "rows.jsonl"))
+    alone = (("check", "rows", rows, "--with-model"), ("check", "rows", rows, "--scale", "tiny"))
+    for words in (("check", "rows"), ("check", "demo", "more"), *alone):
         assert CliRunner().invoke(app, words).exit_code == 2
 
 
