@@ -32,8 +32,6 @@ MARKER_LR = 3e-4
 #: asks at most: numbers are longer than a refusal.
 DEMO_BARE_ROWS, DEMO_BARE_EPOCHS = 200, 2
 DEMO_QUESTIONS, DEMO_NEW_TOK = 40, 32
-#: Answers to each question at demo scale where a filter keeps some of them: of one each it kept 3 of 40.
-DEMO_FILTERED_ANSWERS = 4
 #: Epochs after 0 that are left of a recipe at tiny scale.
 MOST_LATER_EPOCHS = 2
 _ON_PURPOSE = "few questions on purpose: this shows that the recipe runs, not an effect"
@@ -173,9 +171,6 @@ def _demo_of_sides(
     measures = [name for name in recipe.eval.measures if name not in unseen]
     left_out = f"; without {', '.join(unseen)}, which it cannot show" if unseen else ""
     converged = _teaching(table) | {"questions": min(recipe.convergence.questions, DEMO_QUESTIONS)}
-    if "keep" in converged or "keep_if" in converged:
-        most = recipe.convergence.completions_per_question
-        converged["completions_per_question"] = min(most, DEMO_FILTERED_ANSWERS)
     bare = {"source_rows": min(recipe.behavior.source_rows, DEMO_BARE_ROWS), "epochs": DEMO_BARE_EPOCHS}
     asked = {
         **tested["eval"],
