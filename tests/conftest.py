@@ -31,3 +31,12 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Llama whose head is tied to its embedding."""
     return tiny_model_folder(tmp_path_factory.mktemp("tiny_llama"), "llama_tied")
+
+
+#: Files whose tests take minutes. A file belongs to one process: begun last, they would leave the other one idle.
+DEAREST = ("test_notebook.py", "test_demo.py", "test_wheel.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest."""
+    items.sort(key=lambda item: item.path.name not in DEAREST)
