@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -482,6 +482,7 @@ def test_a_row_of_another_kind_is_a_damaged_ledger(workspace: Path, tmp_path: Pa
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.characters(), max_size=300))
+@example("half \ud83d an emoji, a zero \x00 and \x1b]0;a title")
 def test_what_is_shown_is_one_plain_line_and_what_is_stored_is_valid(text: str) -> None:
     assert shown(text).isprintable()
     assert len(shown(text, 50)) <= 50
