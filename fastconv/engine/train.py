@@ -263,7 +263,10 @@ def captured_steps(stack: Stack) -> CapturedSteps | None:
     """The micro-steps of a stack on a GPU, which are kept with its base; None where no graph can hold them."""
     if stack.base.device.type != "cuda" or not stack.base.attention.captures:
         return None
-    return stack.base.kept.setdefault("steps", CapturedSteps(stack, partial(_forward_backward, stack)))
+    kept = stack.base.kept
+    if "steps" not in kept:
+        kept["steps"] = CapturedSteps(stack, partial(_forward_backward, stack))
+    return kept["steps"]
 
 
 def _micro_step(stack: Stack, batch: MicroBatch, totals: torch.Tensor) -> None:
