@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
 from functools import reduce
 
 import torch
@@ -157,7 +157,7 @@ def _up(n: int, bits: int, least: int) -> int:
 class JobSizes:
     """Sizes that the micro-batches of a schedule are padded to, by their tokens, rounded up."""
 
-    of: Mapping[int, PaddedSizes] = field(default_factory=dict)
+    of: Mapping[int, PaddedSizes]
 
     def __call__(self, lengths: Sequence[int], n_supervised: int) -> PaddedSizes:
         """The sizes for rows with these lengths (tokens); their own, rounded, where the schedule has none that hold them."""
