@@ -76,7 +76,7 @@ BASELINES = {"TRL padded": False, "TRL padded, checkpointing": True}
 @dataclass(frozen=True)
 class Timed:
     """Seconds of each timed step (or of all together), their tokens, and the peak memory (bytes) above what was
-    resident; on a GPU what was padded, launched, replayed and captured meanwhile (`cuda_graph.Tally`)."""
+    resident; on a GPU what was padded, launched, replayed and captured meanwhile (`cuda_graph.StepTally`)."""
 
     seconds: Sequence[float]
     n_tok: int

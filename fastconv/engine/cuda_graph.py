@@ -140,7 +140,7 @@ class StepTimes:
 
 
 @dataclass
-class Tally:
+class StepTally:
     """What the micro-steps so far were: their tokens, without and with padding, how many were launched and replayed, how
     many sizes were captured, and the seconds that this took."""
 
@@ -151,7 +151,7 @@ class Tally:
     captures: int = 0
     capture_s: float = 0.0
 
-    def since(self, before: Tally) -> dict[str, float]:
+    def since(self, before: StepTally) -> dict[str, float]:
         """The same since a copy that was made before."""
         return {name: value - getattr(before, name) for name, value in asdict(self).items()}
 
@@ -186,7 +186,7 @@ class CapturedSteps:
         self._sizes: tuple[tuple[Job, ...], int, JobSizes] | None = None
         self._too_large: float = math.inf
         self.times = StepTimes()
-        self.tally = Tally()
+        self.tally = StepTally()
         #: Optimizer steps that the training under way still has to do.
         self.steps_left = 0
 

@@ -15,7 +15,7 @@ from fastconv.bench import bench
 from fastconv.bench.measure import Clock, Peak, bench_model, paired_ratio
 from fastconv.cli import app
 from fastconv.engine import train as training
-from fastconv.engine.cuda_graph import MicroBatch, Tally
+from fastconv.engine.cuda_graph import MicroBatch, StepTally
 from fastconv.engine.stack import Stack
 from fastconv.errors import GateStop, InputError, ModelError
 from fastconv.recipe import ModelSettings
@@ -43,7 +43,7 @@ def test_padding_and_captures_of_the_timed_steps_are_told_apart(
     tiny_qwen: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a tally that grows by the same in every micro-step: what the warm-up did is no part of it."""
-    tally = Tally()
+    tally = StepTally()
     step = training._micro_step
 
     def counted(stack: Stack, batch: MicroBatch, totals: torch.Tensor) -> None:
