@@ -30,6 +30,8 @@ class _Scores:
     coherent: NDArray[np.float64]
     #: The probability that the next token is one of a question's letters, as `values`; NaN where there is none.
     mass: NDArray[np.float64]
+    #: The sample's number at each place, int64 as `values`; -1 where there is none.
+    numbers: NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +164,11 @@ class ScoreReader:
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]:
         """(drawn, empty, ended) of the answers behind the scores, each bool[questions, samples]."""
         known = self._drawn(stage)
-        places = [[known.get((q, sample)) for sample in range(scores.values.shape[1])] for q in scores.questions]
+        numbers = scores.numbers.tolist()
+        places = [
+            [known.get((question, sample)) for sample in row]
+            for question, row in zip(scores.questions, numbers, strict=True)
+        ]
         drawn = np.array([[place is not None for place in row] for row in places])
         empty = np.array([[bool(place and place[0]) for place in row] for row in places])
         ended = np.array([[place is None or place[1] for place in row] for row in places])
@@ -232,22 +238,27 @@ class ScoreReader:
 def _table(
     rows: Sequence[str], samples: NDArray[np.int64], columns: NDArray[np.float64], reasons: Sequence[str | None]
 ) -> _Scores:
-    """Scores of one stage, ordered by row, as float64[questions, samples]; `columns` are value, coherence and mass."""
+    """Scores of one stage, ordered by row and sample, as float64[questions, samples]; `columns` are value, coherence and mass.
+
+    A sample's place is its rank among those of its row: a number that a damaged ledger holds is no size of an array.
+    """
     starts = [
         0,
         *(index_in_rows for index_in_rows in range(1, len(rows)) if rows[index_in_rows] != rows[index_in_rows - 1]),
     ]
-    index = np.zeros(len(rows), dtype=np.int64)
-    index[starts[1:]] = 1
-    index = np.cumsum(index)
-    tables = np.full((len(columns), len(starts), int(samples.max()) + 1), np.nan)
-    tables[:, index, samples] = columns
+    sizes = np.diff([*starts, len(rows)])
+    index = np.repeat(np.arange(len(starts)), sizes)
+    ranks = np.arange(len(rows)) - np.repeat(starts, sizes)
+    tables = np.full((len(columns), len(starts), int(sizes.max())), np.nan)
+    tables[:, index, ranks] = columns
+    numbers = np.full(tables.shape[1:], -1)
+    numbers[index, ranks] = samples
     table, grades, mass = tables
     lost = tuple(
         (rows[index_in_rows], reasons[index_in_rows] or "")
         for index_in_rows in np.flatnonzero(np.isnan(columns[0])).tolist()
     )
-    return _Scores(tuple(rows[index_in_rows] for index_in_rows in starts), table, lost, grades, mass)
+    return _Scores(tuple(rows[index_in_rows] for index_in_rows in starts), table, lost, grades, mass, numbers)
 
 
 def has_text(answer: str) -> bool:

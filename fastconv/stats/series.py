@@ -128,23 +128,25 @@ class Series:
 def series_of(stage: str, measure: str, probe: str, scores: Sequence[Score], unit: Unit = "share") -> Series:
     """Collect a stage's scores into a series; missing values stay NaN, and a judge's points for incoherent answers too.
 
-    Raises NoRowsError if the stage has none.
+    A sample's place is its rank among those of its question. Raises NoRowsError if the stage has none.
     """
     if not scores:
         raise NoRowsError(f"stage {stage[:12]} ({measure}, {probe}) has no scores")
-    questions = sorted({score.row for score in scores})
-    index = {question: row_index for row_index, question in enumerate(questions)}
-    values = np.full((len(questions), 1 + max(score.sample for score in scores)), np.nan)
+    by_question: dict[str, list[Score]] = {}
+    for score in sorted(scores, key=lambda one: (one.row, one.sample)):
+        by_question.setdefault(score.row, []).append(score)
+    values = np.full((len(by_question), max(map(len, by_question.values()))), np.nan)
     incoherent = []
-    for score in scores:
-        if score.value is None:
-            continue
-        if unit == "points" and score.detail.get("coherent", np.inf) <= COHERENT_ABOVE:
-            incoherent.append(score.row)
-        else:
-            values[index[score.row], score.sample] = score.value
+    for index, several in enumerate(by_question.values()):
+        for rank, score in enumerate(several):
+            if score.value is None:
+                continue
+            if unit == "points" and score.detail.get("coherent", np.inf) <= COHERENT_ABOVE:
+                incoherent.append(score.row)
+            else:
+                values[index, rank] = score.value
     lost = tuple((score.row, score.reason or "") for score in scores if score.value is None)
-    return Series(stage, measure, probe, tuple(questions), values, unit, lost, tuple(incoherent))
+    return Series(stage, measure, probe, tuple(by_question), values, unit, lost, tuple(incoherent))
 
 
 def too_unscored(now: Series, base: Series | None = None) -> str | None:

@@ -218,6 +218,7 @@ FAULTS = (
           "test_a_row_of_another_kind_is_a_damaged_ledger"),
     Fault("each column of a ledger holding something else", "every verb ends in a line", INPUTS,
           "test_every_column_of_a_ledger", 1, "slow"),
+    Fault("any number of a sample in a ledger", "a name, never the size of an array", INPUTS, "test_any_number_of_a_sample"),
     Fault("any value anywhere in a ledger", "every verb ends in a line", INPUTS, "test_any_row_of_a_ledger", 10, "slow"),
     Fault("the same in a workspace that is merged", "merged, or refused in a line", INPUTS,
           "test_any_workspace_that_is_merged", 20, "slow"),

@@ -435,6 +435,15 @@ def test_any_row_of_a_ledger(done_run: DoneRun, tmp_path: Path, tiny_qwen: Path,
     no_verb_falls(spoilt, tmp_path, recipe, chosen)
 
 
+@pytest.mark.parametrize("cell", ["9223372036854775807", "4000000000", "-1", "1.5", "'x'", "x'00ff'"])
+@pytest.mark.parametrize("table", ["scores", "samples"])
+def test_any_number_of_a_sample(done_run: DoneRun, tmp_path: Path, table: str, cell: str) -> None:
+    """The number of a sample is a name, and never the size of an array."""
+    run = done_run.finished.run
+    spoilt = spoilt_ledger(done_run, tmp_path / "spoilt", table, "sample", cell, one=True)
+    no_verb_falls(spoilt, tmp_path, tmp_path, [("gate", run), ("report", run), ("compare", run, run)])
+
+
 @pytest.mark.slow
 def test_every_column_of_a_ledger(done_run: DoneRun, tmp_path: Path, tiny_qwen: Path) -> None:
     """No column is left out by chance: each holds what no reader expects of it, and the verbs that are quick read it."""
