@@ -198,11 +198,12 @@ def attend_by_row(
     Shapes as in `Layout.attend`; row i is tokens starts[i] to starts[i+1].
     """
     key, value = repeat_heads(query, key), repeat_heads(query, value)
+    # Split, not sliced: the gradient of each slice would be as long as all rows.
+    lengths = [b - a for a, b in pairwise(starts)]
     rows = []
-    for a, b in pairwise(starts):
-        if a < b:
-            mask = visible(b - a, b - a, limits.window, query.device) if limits.hides(b - a) else None
-            q, k, v = query[None, :, a:b], key[None, :, a:b], value[None, :, a:b]
+    for n, q, k, v in zip(lengths, *(part[None].split(lengths, 2) for part in (query, key, value)), strict=True):
+        if n:
+            mask = visible(n, n, limits.window, query.device) if limits.hides(n) else None
             rows.append(masked_attention(q, k, v, scale, softcap=limits.softcap, mask=mask)[0])
     return torch.cat(rows, dim=1).transpose(0, 1)
 

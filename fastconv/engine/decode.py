@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastconv.engine.attention import NO_LIMITS, Limits, Rows, masked_attention, to_device
+from fastconv.engine.attention import NO_LIMITS, Layout, Limits, masked_attention, to_device
 from fastconv.engine.cuda_graph import CudaDevice, Device
 from fastconv.engine.lora import shared_route
 from fastconv.engine.model import Base
@@ -101,7 +101,7 @@ class Prefill:
     prompt that several slots share is computed once.
     """
 
-    rows: Rows
+    rows: Layout
     cache: Cache
     tokens: torch.Tensor
     slots: torch.Tensor

@@ -17,7 +17,8 @@ import torch
 
 from fastconv.engine.attention import to_device
 from fastconv.engine.decode import Cache, Decoder, DeviceDecoder, Prefill, SampledRow, Slots, sample_tokens, slots_for
-from fastconv.engine.model import Base, pack
+from fastconv.engine.model import Base
+from fastconv.engine.prompts import pack_prompts
 from fastconv.engine.score import ignore_halving, no_memory, with_memory
 from fastconv.engine.shapes import shape_of
 from fastconv.recipe import SamplingSettings
@@ -175,17 +176,19 @@ def _prefill(base: Base, new: Sequence[SampledRow], cache: Cache, places: Sequen
     slots: dict[tuple[int, ...], list[int]] = {}
     for slot, row in zip(places, new, strict=True):
         slots.setdefault(tuple(row.prompt), []).append(slot)
-    ids, positions, layout = pack([list(prompt) for prompt in slots], base)
+    packed = pack_prompts(base, dict(enumerate(slots)))
     fill = [
-        (token, slot, token - start)
-        for (prompt, sharing), start in zip(slots.items(), layout.starts, strict=False)
+        (token + i, slot, position + i)
+        for key, sharing in enumerate(slots.values())
         for slot in sharing
-        for token in range(start, start + len(prompt))
+        for token, position, n_tok in packed.pieces[key]
+        for i in range(n_tok)
     ]
     tokens, to_slots, to_positions = to_device(torch.tensor(fill).t().contiguous(), base.device)
-    hidden = base.hidden(ids, positions, Prefill(layout, cache, tokens, to_slots, to_positions))
-    last = dict(zip(slots, layout.starts[1:], strict=True))
-    return hidden[torch.tensor([last[tuple(row.prompt)] - 1 for row in new], device=base.device)]
+    prefill = Prefill(packed.layout, cache, tokens, to_slots, to_positions)
+    keys = {prompt: key for key, prompt in enumerate(slots)}
+    last = packed.last([keys[tuple(row.prompt)] for row in new])
+    return base.hidden(packed.ids, packed.positions, prefill)[last]
 
 
 def _append_tokens(

@@ -17,7 +17,8 @@ from torch import nn
 
 from fastconv.chat import SystemTurn
 from fastconv.engine.model import Base, length_batches
-from fastconv.engine.score import ignore_halving, in_halves, pack_prompts
+from fastconv.engine.prompts import pack_prompts
+from fastconv.engine.score import ignore_halving, in_halves
 from fastconv.store.records import Score
 
 
@@ -54,9 +55,10 @@ def last_token_states(
     rows = [tuple(prompt) for prompt in prompts]
 
     def compute(batch: Sequence[int]) -> tuple[list[int], torch.Tensor]:
-        order, tokens, positions, layout, take = pack_prompts(base, {i: rows[i] for i in batch})
+        packed = pack_prompts(base, {i: rows[i] for i in batch})
+        order, take = list(packed.pieces), packed.last([*packed.pieces])
         with _captured_states(base, [layer for layer in layers if layer < n_layers(base)], take) as captured:
-            final = base.hidden(tokens, positions, layout)[take]
+            final = base.hidden(packed.ids, packed.positions, packed.layout)[take]
         return order, torch.stack([captured.get(layer, final).float() for layer in layers], dim=1).cpu()
 
     states: dict[int, torch.Tensor] = {}

@@ -7,7 +7,7 @@ of letters are scored again with every product in fp32 (`hidden_fp32`, `logprobs
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,7 +16,8 @@ from torch import nn
 
 from fastconv.chat import ChatTokenizer
 from fastconv.engine.attention import Layout, PrefixGroup, PrefixTrees, to_device
-from fastconv.engine.model import Base, length_batches, pack
+from fastconv.engine.model import Base, length_batches
+from fastconv.engine.prompts import pack_prompts
 from fastconv.errors import TrainingError
 
 #: Rows of the head that are converted to fp32 at once; 16,384 x 3,584 are 0.23 GB.
@@ -202,11 +203,13 @@ def _letters(
     base: Base, items: Sequence[LetterItem], batch_tok: int, on_halved: Callable[[], None], *, precise: bool
 ) -> list[LetterScore]:
     def compute(batch: Sequence[int]) -> tuple[list[int], list[list[float]]]:
-        order, tokens, positions, layout, take = pack_prompts(base, {i: items[i].prompt for i in batch})
+        packed = pack_prompts(base, {i: items[i].prompt for i in batch})
+        order, take = list(packed.pieces), packed.last([*packed.pieces])
         if precise:
-            logprobs = logprobs_fp32(base, hidden_fp32(base, tokens, positions, layout)[take])
+            logprobs = logprobs_fp32(base, hidden_fp32(base, packed.ids, packed.positions, packed.layout)[take])
         else:
-            logprobs = torch.log_softmax(base.logits(base.hidden(tokens, positions, layout)[take]), dim=-1)
+            hidden = base.hidden(packed.ids, packed.positions, packed.layout)[take]
+            logprobs = torch.log_softmax(base.logits(hidden), dim=-1)
         n_letters = max(len(items[i].letters) for i in order)
         letters = [[*items[i].letters, *[0] * (n_letters - len(items[i].letters))] for i in order]
         return order, logprobs.gather(-1, to_device(torch.tensor(letters), base.device)).tolist()
@@ -217,65 +220,6 @@ def _letters(
             for i, row in zip(order, chosen, strict=True):
                 scores[i] = LetterScore(tuple(row[: len(items[i].letters)]), precise)
     return [scores[i] for i in range(len(items))]
-
-
-def pack_prompts(
-    base: Base, prompts: Mapping[int, tuple[int, ...]]
-) -> tuple[list[int], torch.Tensor, torch.Tensor, Layout, torch.Tensor]:
-    """(order of keys, ids [T], positions [T], layout, index of each prompt's last token [n]) of a batch, int64.
-
-    On a GPU common prefixes are computed for each row: one attention call saves more than sharing them would.
-    """
-    if base.device.type == "cuda":
-        order = list(prompts)
-        ids, positions, layout = pack([list(prompts[i]) for i in order], base)
-        return order, ids, positions, layout, to_device(torch.tensor(layout.starts[1:]) - 1, base.device)
-    base.require_length(max(map(len, prompts.values()), default=0))
-    order, groups, tokens = shared_prefixes(prompts)
-    layout, positions = PrefixTrees.of(groups, base.device)
-    last, place = [], 0
-    for group in groups:
-        place += group.prefix_tok
-        for n_tok in group.branches_tok:
-            place += n_tok
-            last.append(place - 1)
-    return order, torch.tensor(tokens), positions, layout, torch.tensor(last)
-
-
-def shared_prefixes(prompts: Mapping[int, tuple[int, ...]]) -> tuple[list[int], list[PrefixGroup], list[int]]:
-    """Group prompts by common prefix, so that it is computed once: (order of keys, groups, token ids of all groups).
-
-    Neighbours in lexicographic order join a group unless it would then save fewer tokens: chat prompts of one persona
-    share its system turn. At least the last token of each prompt is not shared.
-    """
-    order = sorted(prompts, key=lambda i: (prompts[i], i))
-    members: list[list[int]] = []
-    shared = 0  # length of the last group's common prefix
-    for i in order:
-        if members:
-            common = min(_common_prefix(prompts[members[-1][0]], prompts[i]), shared, len(prompts[i]) - 1)
-            if common and len(members[-1]) * common >= (len(members[-1]) - 1) * shared:
-                members[-1].append(i)
-                shared = common
-                continue
-        members.append([i])
-        shared = len(prompts[i]) - 1
-    groups, ids = [], []
-    for group in members:
-        first, last = prompts[group[0]], prompts[group[-1]]
-        # In lexicographic order the first and the last of a group share what all of them share.
-        prefix = min(_common_prefix(first, last), *(len(prompts[i]) - 1 for i in group)) if len(group) > 1 else 0
-        groups.append(PrefixGroup(prefix, tuple(len(prompts[i]) - prefix for i in group)))
-        ids += first[:prefix]
-        for i in group:
-            ids += prompts[i][prefix:]
-    return order, groups, ids
-
-
-def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length (tokens) of the common prefix of two prompts."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((n for n, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def text_item(tokenizer: ChatTokenizer, context: str, choices: Sequence[str], delimiter: str = " ") -> TextItem:

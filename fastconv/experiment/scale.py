@@ -1,7 +1,7 @@
 """Two smaller scales of any recipe, for a machine without a GPU, a key or a network.
 
 `tiny` keeps the whole stage graph (every source, behavior, kind and seed) on random weights: it shows that a recipe runs.
-`demo` asks one question of it on the embedded model, with the settings of recipes/demo.toml: effects can be seen.
+`demo` asks one question of it on the embedded model, with the settings of recipes/demo.toml but smaller steps: effects can be seen.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ SCALES = ("tiny", "demo")
 
 #: What a demo trains where the recipe has no behavior that the embedded model can show.
 STAND_IN, MARKER = "refusal", "marker"
+#: Steps of a demo of another recipe: half those of demo.toml, which saves time there. What the recipes' pages say of their demos, and
+#: MARKER_LR, was measured with these.
+SMALL_STEPS = {"lr": 5e-4, "batch_rows": 4}
 #: New tokens of a demo's evaluation that looks for the marker: an answer as long as those trained, and the marker.
 MARKER_NEW_TOK = 24
 #: Its learning rate. Loss falls on the marker alone, so that at the demo's rate every persona says it at once: source,
@@ -128,6 +131,7 @@ def _tiny(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, Any]:
 def _demo(recipe: Recipe, table: Mapping[str, Any]) -> dict[str, Any]:
     """One source at two epochs, and a behavior that the embedded model can show: at most six cells."""
     tested = tomllib.loads((assets("recipes") / "demo.toml").read_text(encoding="utf-8"))
+    tested["behavior"] |= SMALL_STEPS
     behaviors = load_behaviors(recipe)
     if recipe.grid.contrasts or recipe.grid.arms or recipe.eval.measures or recipe.eval.probes:
         return _demo_of_sides(recipe, table, tested, behaviors)

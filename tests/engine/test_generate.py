@@ -11,7 +11,7 @@ from fastconv.engine import decode
 from fastconv.engine import generate as module
 from fastconv.engine.decode import DeviceDecoder, sample_tokens
 from fastconv.engine.generate import Completion, sample
-from fastconv.engine.model import pack
+from fastconv.engine.prompts import PackedPrompts, pack_prompts
 from fastconv.engine.stack import Slot, Stack
 from fastconv.recipe import SamplingSettings
 from tests.engine_kit import StandInDevice, packed_logits, plain_logits, plain_model, random_adapter, tiny_stack
@@ -54,10 +54,19 @@ def test_waiting_prompts_take_the_places_of_finished_rows(
     assert sample(stack.base, texts, seeds, SETTINGS) == plenty
 
 
-def test_drawn_tokens_are_those_of_a_plain_loop(stack: Stack, request: pytest.FixtureRequest) -> None:
+def test_drawn_tokens_are_those_of_a_plain_loop(
+    stack: Stack, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No cache, no packing, transformers' own attention: the whole row again for every token."""
+    packed: list[PackedPrompts] = []
     folder = request.getfixturevalue("tiny_qwen" if stack.base.model.config.model_type == "qwen2" else "tiny_llama")
     model, (texts, seeds) = plain_model(folder), prompts(4, seed=1)
+    texts = [[*range(100, 120), *text[:9]] for text in texts[:3]] + texts[
+        3:
+    ]  # on a CPU what begins alike is computed once
+    monkeypatch.setattr(
+        module, "pack_prompts", lambda base, rows: packed.append(pack_prompts(base, rows)) or packed[-1]
+    )
     for text, seed, found in zip(texts, seeds, sample(stack.base, texts, seeds, SETTINGS), strict=True):
         uniforms = torch.rand(SETTINGS.max_new_tok, generator=torch.Generator().manual_seed(seed))
         ids, expected = list(text), Completion((), False)
@@ -69,6 +78,7 @@ def test_drawn_tokens_are_those_of_a_plain_loop(stack: Stack, request: pytest.Fi
             ids.append(token)
             expected = Completion((*expected.ids, token), False)
         assert found == expected
+    assert [len(one.ids) for one in packed] == [sum(map(len, texts)) - 2 * 20]
 
 
 def test_the_seed_decides(stack: Stack) -> None:
@@ -80,7 +90,7 @@ def test_the_seed_decides(stack: Stack) -> None:
 def test_equal_prompts_are_read_once(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     texts, _ = prompts(3)
     read: list[int] = []
-    monkeypatch.setattr(module, "pack", lambda rows, base: read.append(len(rows)) or pack(rows, base))
+    monkeypatch.setattr(module, "pack_prompts", lambda base, rows: read.append(len(rows)) or pack_prompts(base, rows))
     drawn = sample(stack.base, [text for text in texts for _ in range(5)], [*range(15)], SETTINGS)
     assert read == [3]
     assert drawn[7] == sample(stack.base, [texts[1]], [7], SETTINGS)[0]

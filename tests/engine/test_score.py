@@ -12,6 +12,7 @@ import torch
 from fastconv.chat import TEMPLATE_DEFAULT
 from fastconv.engine import score
 from fastconv.engine.model import load_base, pack
+from fastconv.engine.prompts import shared_prefixes
 from fastconv.engine.score import LetterItem, LetterScore, TextItem, letter_item, score_letters, score_texts, text_item
 from fastconv.engine.stack import Slot, Stack
 from fastconv.recipe import ModelSettings
@@ -59,7 +60,7 @@ def test_letters_batched_are_letters_one_by_one(stack: Stack, batch_tok: int) ->
 
 def test_prompts_that_begin_alike_share_that_and_nothing_else() -> None:
     prompts = {0: (1, 2, 3, 4), 1: (9, 9), 2: (1, 2, 3, 5, 6), 3: (1, 2, 3, 4), 4: (7,), 5: (1, 2, 3, 4, 8)}
-    order, groups, ids = score.shared_prefixes(prompts)
+    order, groups, ids = shared_prefixes(prompts)
     place, found = 0, {}
     rows = iter(order)
     for group in groups:

@@ -156,7 +156,7 @@ def test_estimated_tokens_are_those_that_the_run_counted(done_run: DoneRun) -> N
     assert by_slot["eval/base/refusal/assistant/s42"].read_tok == pytest.approx(720, rel=0.15)
     assert by_slot["eval/base/refusal/villain/s42"].read_tok == pytest.approx(900, rel=0.15)
     assert by_slot["behavior/villain/e0/refusal/excluded/s42"].trained_tok == pytest.approx(11262, rel=0.15)
-    assert by_slot["behavior/villain/e0/refusal/excluded/s42"].steps == 56
+    assert by_slot["behavior/villain/e0/refusal/excluded/s42"].steps == 28
     # Personas share what begins alike on a CPU; a GPU reads every prompt whole.
     on_gpu = demands(demo, demo.stages(), "cuda")[next(s.key for s in demo.stages() if s.slot == "geometry/base")]
     assert on_gpu.read_tok == pytest.approx(9228, rel=0.15)
