@@ -65,6 +65,9 @@ def _n_of_other_content(db: sqlite3.Connection, table: str) -> int:
     if table not in _CONTENT:
         return 0
     columns, is_sound = _CONTENT[table]
+    held = {row[1] for row in db.execute(f'PRAGMA table_info("{table}")')}
+    if not held.issuperset(columns.replace('"', "").split(", ")):
+        return 0  # `doctor` names the column that is not there
     return sum(not _read_soundly(is_sound, row) for row in db.execute(f"SELECT {columns} FROM {table}"))
 
 
