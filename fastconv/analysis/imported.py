@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +19,13 @@ from typing import Any
 from fastconv.errors import DataError, InputError, did_you_mean, safe_text, shown
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.experiment.measures import KINDS
+from fastconv.judge.http import safe_value
 from fastconv.recipe import parse_recipe, run_id, sha256_of
 from fastconv.stats.series import Series, series_of
 from fastconv.stats.units import Unit
 from fastconv.store.io import storage_errors, stored_json
 from fastconv.store.ledger import Sample, Score, Stage, Store
+from fastconv.store.sound import is_number
 
 #: Inspect's letters for correct, partly, incorrect and no answer.
 _LETTERS = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
@@ -32,6 +34,8 @@ _ZSTANDARD = 93
 #: A log that unpacks to more is refused; texts and names are kept up to these lengths (characters).
 _MOST_BYTES, _PART_BYTES = 4 * 2**30, 2**20
 _TEXT_CHARS, _NAME_CHARS = 200_000, 120
+#: What a file that is no log makes its readers raise; RuntimeError: an entry that is encrypted, or JSON nested too deep.
+_UNREADABLE = (ValueError, RuntimeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 _EXPORT = "write the log as JSON with `inspect log convert --to json`, and import that"
 
 
@@ -81,7 +85,8 @@ def import_log(path: Path, store: Store, *, run: str = "", cell: str = "") -> li
         )  # fmt: skip
         known = store.record(stage.key) is not None
         facts = {
-            name: about.get(name) for name in ("eval_id", "created", "model", "model_generate_config", "task_args")
+            name: safe_value(about.get(name))
+            for name in ("eval_id", "created", "model", "model_generate_config", "task_args")
         }
         store.commit(
             stage,
@@ -148,7 +153,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         with storage_errors(path):
             log = _read_zip(path) if zipfile.is_zipfile(path) else json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, zipfile.BadZipFile, NotImplementedError, KeyError) as error:
+    except _UNREADABLE as error:
         raise DataError(
             f"it is no Inspect log that can be read ({shown(str(error), 120)})", where=str(path), fix=_EXPORT
         ) from None
@@ -171,6 +176,8 @@ def _read_zip(path: Path) -> dict[str, Any]:
         if sum(entry.file_size for entry in archive.infolist()) > _MOST_BYTES:
             raise ValueError("it unpacks to more than 4 GiB")
         log = json.loads(_entry(archive, archive.getinfo("header.json")))
+        if not isinstance(log, dict):
+            raise ValueError("its header is no table")
         samples = [entry for entry in archive.infolist() if entry.filename.startswith("samples/")]
         log["samples"] = [json.loads(_entry(archive, entry)) for entry in samples]
     return log
@@ -206,7 +213,7 @@ def _scorers(samples: Sequence[Any], where: str) -> Iterator[_Scored]:
             raise DataError("a sample of the log has no id", where=where, fix=_EXPORT)
         try:
             rows.append((_sample(sample), _values(sample)))
-        except (TypeError, ValueError, AttributeError, LookupError):
+        except (TypeError, ValueError, AttributeError, LookupError, OverflowError):
             name = shown(str(sample["id"]), 40)
             raise DataError(f"sample {name} of the log cannot be read", where=where, fix=_EXPORT) from None
     names = sorted({name for _, values in rows for name in values})
@@ -227,10 +234,17 @@ def _sample(sample: Mapping[str, Any]) -> Sample:
     asked = sample.get("input", "")
     prompt = asked if isinstance(asked, str) else json.dumps(asked, ensure_ascii=False)
     return Sample(
-        safe_text(str(sample["id"]), _NAME_CHARS), max(0, int(sample.get("epoch") or 1) - 1), "imported",
+        safe_text(str(sample["id"]), _NAME_CHARS), max(0, _count(sample.get("epoch") or 1) - 1), "imported",
         safe_text(prompt, _TEXT_CHARS), safe_text(str(output.get("completion") or ""), _TEXT_CHARS),
-        max(0, int(usage.get("output_tokens") or 0)), choices[0].get("stop_reason") not in ("max_tokens", "model_length"),
+        max(0, _count(usage.get("output_tokens") or 0)), choices[0].get("stop_reason") not in ("max_tokens", "model_length"),
     )  # fmt: skip
+
+
+def _count(value: Any) -> int:
+    """An integer that a ledger holds. Raises TypeError, ValueError or OverflowError."""
+    if abs(number := int(value)) >= 2**53:
+        raise ValueError(f"{value} is no count")
+    return number
 
 
 def _values(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -253,7 +267,7 @@ def _score(sample: Sample, value: Any) -> Score:
             number = float(value)
         except ValueError:
             number = None
-    if isinstance(number, bool | int | float) and math.isfinite(number):
+    if isinstance(number, bool) or is_number(number):
         return Score(sample.row, sample.sample, "imported", float(number), None, {})
     reason = "not scored" if value is None else f"its score is no number: {shown(str(value), 40)}"
     return Score(sample.row, sample.sample, "imported", None, reason, {})

@@ -12,12 +12,15 @@ from numpy.typing import NDArray
 
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.stats.series import COHERENT_ABOVE, MISALIGNED_BELOW, Series
-from fastconv.store.io import stored_json
+from fastconv.stats.units import Unit, scale_maximum
+from fastconv.store.io import damaged, stored_json
 from fastconv.store.ledger import Stage, Store
 from fastconv.store.records import Record
 
 #: Stages whose scores are read in one query: enough to be fast, few enough to bound memory.
 STAGES_AT_ONCE = 64
+#: How far a mean of a judge's grades may lie beyond its scale, as a share of it: the last bits of a sum.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +118,7 @@ class ScoreReader:
         if scores is None:
             return None
         unit = self.graph.behaviors[measure].spec.unit
+        _require_on_scale(stage.slot, scores.values, unit)
         if unit != "points":
             return Series(stage.key, measure, probe, scores.questions, scores.values, unit, scores.lost)
         muddled = self._incoherent(stage, scores)
@@ -123,7 +127,8 @@ class ScoreReader:
         return Series(stage.key, measure, probe, scores.questions, values, unit, scores.lost, left_out)
 
     def letter_mass(self, stage: Stage, measure: str, probe: str) -> Series | None:
-        """The probability that an answer begins with one of its question's letters; None if not done or not by letters.
+        """The probability that an answer begins with one of its question's letters; None if not done, not by letters, or
+        not recorded.
 
         Accuracy is an argmax among the letters alone: where they hold little, the model would say something else there.
         """
@@ -131,6 +136,8 @@ class ScoreReader:
             return None
         scores = self._scores[stage.key]
         assert scores is not None
+        if np.isnan(scores.mass).all():
+            return None
         return Series(stage.key, f"{measure}: letter mass", probe, scores.questions, scores.mass)
 
     def quality(self, stage: Stage, measure: str, probe: str) -> AnswerQuality | None:
@@ -233,6 +240,13 @@ class ScoreReader:
                 self._scores[stages[start]] = _table(
                     rows[start:end], samples[start:end], columns[:, start:end], reasons[start:end]
                 )
+
+
+def _require_on_scale(slot: str, values: NDArray[np.float64], unit: Unit) -> None:
+    """Raise StoreError for a score that its measure cannot give: what is counted and tested lies between 0 and the top."""
+    top = scale_maximum(unit)
+    if (astray := values[(values < -_ROUNDING * top) | (values > (1 + _ROUNDING) * top)]).size:
+        raise damaged(f"{slot} has a score of {astray[0]:g}, where a measure in {unit} gives 0 to {top:g}")
 
 
 def _table(

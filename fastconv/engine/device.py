@@ -188,18 +188,24 @@ def shape_on_disk(settings: ModelSettings, source: ModelSource | None = None) ->
     if source.kind == "builtin":
         return named_shape("tiny" if source.id == TINY else "smollm2-135m")
     if source.folder is not None:
-        try:
-            config = json.loads((Path(source.folder) / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"its config.json cannot be read ({error})", where=str(source.folder), fix="fetch the model again"
-            ) from None
-        return shape_of(config, source.folder.name)
+        return shape_of(_config(Path(source.folder) / "config.json"), source.folder.name)
     named = [name for name in SHAPES if source.id.lower().split("/")[-1].startswith(name)]
     if named:
         return SHAPES[named[0]]
     cached = cached_config(settings)
-    return None if cached is None else shape_of(json.loads(cached.read_text(encoding="utf-8")), source.id)
+    return None if cached is None else shape_of(_config(cached), source.id)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """A model's config. Raises ModelError if it cannot be read."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        where, fix = str(path.parent), "fetch the model again"
+        raise ModelError(f"its config.json cannot be read ({error})", where=where, fix=fix) from None
+    return config
 
 
 def _fixed_bytes(recipe: Recipe, shape: ModelShape) -> float:

@@ -166,7 +166,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
         raise AdapterError(f"no {WEIGHTS_FILE}", where=where, fix="give a folder written by PEFT or `fastconv export`")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(
             f"{CONFIG_FILE} cannot be read: {error}", where=where, fix="copy the adapter again"
         ) from None

@@ -127,6 +127,8 @@ def recomputed_bytes_per_tok(shape: ModelShape) -> float:
     return activation_bytes_per_tok(shape, plain=True) / shape.n_layers + 2.0 * shape.n_layers * shape.hidden
 
 
+#: More than any model has: beyond it a size of a config is damage, and never the length of a list.
+_MOST_LAYERS, _MOST = 10_000, 2**31
 #: What the families call a size in config.json, the usual name first.
 _NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -152,29 +154,40 @@ def shape_of(config: Mapping[str, Any], name: str = "model") -> ModelShape:
     text = text_config(config)
 
     def size(of: str, otherwise: int | None = None) -> int:
-        value = next((text[key] for key in _NAMES[of] if text.get(key) is not None), otherwise)
-        if value is None:
-            raise KeyError(_NAMES[of][0])
-        return int(max(value) if isinstance(value, list) else value)  # some families state a size layer by layer
+        key = next((key for key in _NAMES[of] if text.get(key) is not None), _NAMES[of][0])
+        value = text.get(key, otherwise)
+        return _size(key, otherwise if value is None else value, _MOST_LAYERS if of == "n_layers" else _MOST, name)
 
+    heads, hidden = size("n_heads"), size("hidden")
+    return ModelShape(
+        name=name,
+        n_layers=size("n_layers"),
+        hidden=hidden,
+        intermediate=size("intermediate", 4 * hidden),
+        n_heads=heads,
+        n_kv_heads=1 if text.get("multi_query") else size("n_kv_heads", heads),
+        head_dim=_size("head_dim", text.get("head_dim") or max(1, hidden // heads), _MOST, name),
+        vocab=size("vocab"),
+        tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        qkv_bias=text.get("model_type") == "qwen2",
+    )
+
+
+def n_positions(config: Mapping[str, Any], otherwise: int, name: str) -> int:
+    """Tokens of the longest row by a model's config.json (parsed); `otherwise` where it does not say. Raises ModelError."""
+    return _size("max_position_embeddings", config.get("max_position_embeddings") or otherwise, _MOST, name)
+
+
+def _size(key: str, value: Any, most: int, where: str) -> int:
+    """A size that a config states, or the largest where a family states it layer by layer. Raises ModelError if it is none."""
     try:
-        heads, hidden = size("n_heads"), size("hidden")
-        return ModelShape(
-            name=name,
-            n_layers=size("n_layers"),
-            hidden=hidden,
-            intermediate=size("intermediate", 4 * hidden),
-            n_heads=heads,
-            n_kv_heads=1 if text.get("multi_query") else size("n_kv_heads", heads),
-            head_dim=int(text.get("head_dim") or hidden // heads),
-            vocab=size("vocab"),
-            tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
-            qkv_bias=text.get("model_type") == "qwen2",
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"its config says nothing of {error}", where=name, fix="use a Llama or Qwen2 kind of model"
-        ) from None
+        number = int(max(value) if isinstance(value, list) else value)
+    except (TypeError, ValueError, OverflowError):
+        number = 0
+    if not 1 <= number <= most:
+        what = f"says {key} is {value!r:.60}, which is no size" if value is not None else f"says nothing of {key}"
+        raise ModelError(f"its config {what}", where=where, fix="use a Llama or Qwen2 kind of model, or fetch it again")
+    return number
 
 
 SHAPES: Mapping[str, ModelShape] = MappingProxyType(

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,6 +22,8 @@ from fastconv.store.ledger import Sample
 
 #: Bytes of English text per token, for expected costs only. Upper bounds count one token per byte.
 BYTES_PER_TOK = 3.5
+#: A price of a million tokens: what a sending may cost at worst is booked in whole billionths.
+Usd = Annotated[float, Field(gt=0, le=1e6)]
 #: Typical reply to a shipped rubric: one sentence and the verdict. For expected costs only.
 EXPECTED_REPLY_TOK = 80
 
@@ -32,12 +34,12 @@ class Price(BaseModel):
     `provider` names who is asked for it (`judge.desk.PROVIDERS`).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    input_usd: float = Field(gt=0)
-    output_usd: float = Field(gt=0)
-    cache_write_usd: float = Field(gt=0)
-    cache_read_usd: float = Field(gt=0)
+    input_usd: Usd
+    output_usd: Usd
+    cache_write_usd: Usd
+    cache_read_usd: Usd
     #: Longer prompts cost more than the table says and are refused. 0: no such limit.
     max_prompt_tok: int = 0
     ends: datetime.date | None = None
@@ -99,6 +101,8 @@ def load_prices(*paths: Path) -> PriceTable:
             table = toml_table(file_bytes(path).decode())
             models |= {name: Price.model_validate(row) for name, row in table["models"].items()}
             checked, factor = table["checked"], float(table.get("batch_factor", factor))
+            if not 0 < factor <= 1:
+                raise ValueError(f"batch_factor = {factor:g} is no share of the price")
         except OSError as error:
             raise DataError(
                 f"cannot be read: {error.strerror}", where=str(path), fix="check judge.prices in the recipe"
@@ -112,7 +116,7 @@ def load_prices(*paths: Path) -> PriceTable:
             raise DataError(
                 f"{'.'.join(map(str, first['loc']))}: {first['msg']}", where=str(path), fix="see data/prices.toml"
             ) from None
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
             raise DataError(f"not a price table: {error}", where=str(path), fix="see data/prices.toml") from None
     return PriceTable(checked, factor, models, str(paths[-1]) if paths else "")
 

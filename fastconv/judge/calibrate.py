@@ -203,6 +203,13 @@ class CorrectedRate:
     high: float
 
 
+def _grade(value: Any) -> float:
+    """A labelled grade as a number. Raises ValueError, TypeError or OverflowError for what is none."""
+    if not math.isfinite(grade := float(value)):
+        raise ValueError(f"{value} is no grade")
+    return grade
+
+
 def load_calibration(path: Path, rubric: Rubric) -> list[CalibrationRow]:
     """Read the labelled rows (JSONL) of a rubric. Raises DataError with file and line for an invalid row."""
     primary = rubric.measure(rubric.primary)
@@ -215,8 +222,8 @@ def load_calibration(path: Path, rubric: Rubric) -> list[CalibrationRow]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            label, value = (row["label"], None) if primary.labels else (None, float(row[rubric.primary]))
-            others = {name: float(row[name]) for name in scales if name in row}
+            label, value = (row["label"], None) if primary.labels else (None, _grade(row[rubric.primary]))
+            others = {name: _grade(row[name]) for name in scales if name in row}
             kind = row.get("kind", "plain")
             rows.append(CalibrationRow(row["id"], row["question"], row["answer"], label, value, kind, others))
             if not all(
@@ -224,7 +231,7 @@ def load_calibration(path: Path, rubric: Rubric) -> list[CalibrationRow]:
                 for text in (row["id"], row["question"], row["answer"], kind, "" if label is None else label)
             ):
                 raise TypeError("id, question, answer, kind and label are texts")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DataError(
                 f"not a labelled row: {error}", where=f"{path}:{number}", fix="see the shipped rows"
             ) from None

@@ -21,6 +21,8 @@ from fastconv.datasets.spec import PhraseRule
 from fastconv.errors import DataError, JudgeError, RecipeError, did_you_mean
 from fastconv.judge.http import safe_value
 from fastconv.recipe import JudgeSettings, file_bytes, toml_table
+from fastconv.stats.units import scale_maximum
+from fastconv.store.io import damaged
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Sample, Score
 
@@ -235,6 +237,9 @@ def _check(rubric: Rubric, where: str) -> None:
         low, high = measure.scale or (-math.inf, math.inf)
         if not low < high or not all(low <= value <= high for value in values):
             faults.append(f"the scale of {measure.name!r} has no length, or not all of its anchors")
+        top, counted = scale_maximum("points" if measure.scale else "share"), measure.scale or values
+        if measure.name == rubric.primary and not all(0 <= value <= top for value in counted):
+            faults.append(f"{measure.name!r}, which is measured, does not lie within 0 to {top:g}")
         listed = properties.get(measure.field, {}).get("enum")
         if measure.labels and listed is not None and list(measure.labels) != listed:
             faults.append(f"the labels of {measure.name!r} are not the enum of its field")
@@ -322,21 +327,21 @@ def judge_stage_scores(
     without values becomes a score without a value, with its reason. Raises JudgeError while judgements are missing.
     """
     judgements = ledger.judgements(keys)
-    n_missing = len(samples) - sum(key in judgements for key in keys)
-    if n_missing:
+    if n_missing := len(samples) - sum(key in judgements for key in keys):
         raise JudgeError(
             f"{n_missing} of {len(samples)} judgements are not made yet", where=rubric.name, fix="run `fastconv judge`"
         )
     scores = []
-    for sample, key in zip(samples, keys, strict=True):
-        judgement = judgements[key]
-        detail = {"judgement": key, "model": judgement.model, "rubric": rubric.sha256}
+    for sample, judgement in zip(samples, [judgements[key] for key in keys], strict=True):
+        detail = {"judgement": judgement.key, "model": judgement.model, "rubric": rubric.sha256}
         if judgement.values is None:
             scores.append(Score(sample.row, sample.sample, rubric.primary, None, judgement.reason, detail))
             continue
-        others = {name: value for name, value in judgement.values.items() if name != rubric.primary}
+        if rubric.primary not in judgement.values:
+            raise damaged(f"judgement {judgement.key[:12]} gives no {rubric.primary}")
         label = judgement.answer.get(rubric.measure(rubric.primary).field)
-        detail |= {**others, **({"label": label} if isinstance(label, str) else {})}
+        detail |= {name: value for name, value in judgement.values.items() if name != rubric.primary}
+        detail |= {"label": label} if isinstance(label, str) else {}
         scores.append(Score(sample.row, sample.sample, rubric.primary, judgement.values[rubric.primary], None, detail))
     return scores
 

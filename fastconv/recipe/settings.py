@@ -32,6 +32,13 @@ def setting(default: Any, about: str, example: JsonValue | date, unit: str = "")
     return Field(default, description=about, examples=[example], json_schema_extra={"unit": unit} if unit else None)
 
 
+def _fits(value: Any) -> bool:
+    """Whether every integer in a value has 64 bits at most: a table or a plan made of it later holds no other."""
+    if isinstance(value, dict | list | tuple):
+        return all(map(_fits, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, int) or abs(value) <= 2**64
+
+
 class RecipeTable(BaseModel):
     """Base of the recipe's tables: frozen, without unknown keys, with finite numbers only."""
 
@@ -50,6 +57,8 @@ class RecipeTable(BaseModel):
         for part in parts:
             if isinstance(part, bool):
                 raise ValueError(f"{str(part).lower()} is no value here")
+        if not _fits(value):
+            raise ValueError("an integer of more than 64 bits is no value here")
         return value
 
     @model_serializer(mode="wrap")

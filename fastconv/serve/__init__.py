@@ -21,7 +21,7 @@ from fastconv.chat.template import read_json
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.lora import Adapter, parse_adapter
 from fastconv.engine.model import prepare_model_folder, resolve_dtype
-from fastconv.engine.shapes import shape_of
+from fastconv.engine.shapes import n_positions, shape_of
 from fastconv.engine.stack import Probe
 from fastconv.engine.vllm.memory import stacked_rank
 from fastconv.engine.vllm.server import launch, server_command
@@ -118,9 +118,7 @@ def serve(
     with ExitStack() as resources:
         folder = prepare_model_folder(graph.recipe.model, graph.source)
         tokenizer, config = ChatTokenizer(folder, graph.recipe.model), read_json(folder / "config.json")
-        files = _BaseFiles(
-            tokenizer, config, min(context_tok, int(config.get("max_position_embeddings") or context_tok))
-        )
+        files = _BaseFiles(tokenizer, config, min(context_tok, n_positions(config, context_tok, folder.name)))
         listening = listen(port)  # before a base is loaded: a port that is taken is known at once
         resources.callback(listening.close)
         one = resources.enter_context(opened(graph, store, cells, files, stop, tell))

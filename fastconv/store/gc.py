@@ -17,6 +17,7 @@ from fastconv.store.io import columns_of, storage_errors
 from fastconv.store.ledger import Store, delete_stage
 from fastconv.store.merge import artefacts_of
 from fastconv.store.records import LEDGER_SCHEMA
+from fastconv.store.sound import is_artefact
 
 Kind = Literal["temporary file", "orphan", "training state", "superseded stage", "adapter"]
 #: A file that no row names is kept for this many seconds: its writer may be about to commit the row.
@@ -114,6 +115,8 @@ def find_damage(store: Store, *, deep: bool = False) -> list[str]:
         ]
     found += [f"the ledger is damaged: {line}" for line in store.unsound_rows()]
     for sha256, suffix, n_bytes in store.rows("SELECT sha256, suffix, bytes FROM artefacts ORDER BY sha256"):
+        if not is_artefact(sha256, suffix):
+            continue  # told with the rows
         path = store.path(sha256, suffix)
         if not path.is_file() or path.stat().st_size != n_bytes:
             found.append(f"artefact {path.name} is {'cut short' if path.is_file() else 'gone'}")

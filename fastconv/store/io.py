@@ -12,7 +12,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,45 +183,6 @@ def columns_of(schema: str) -> dict[str, list[str]]:
         db.executescript(schema)
         tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type='table'")]
         return {table: [row[1] for row in db.execute(f"PRAGMA table_info({table})")] for table in tables}
-
-
-#: Columns that hold a JSON object; `judge_rubrics.body` is the rubric's own text.
-_OBJECTS = frozenset({"inputs", "outputs", "facts", "recipe", "body", "detail", "note", "usage", "answer", "values"})
-#: What a value of each declared type is; `{x}` is the column.
-_SOUND = {
-    "TEXT": "typeof({x})='text'",
-    "INTEGER": "typeof({x})='integer'",
-    "REAL": "typeof({x}) IN ('real','integer') AND ABS({x}) < 1e300",
-}
-_SOUND_OBJECT = "CASE WHEN typeof({x})='text' AND json_valid({x}) THEN json_type({x})='object' ELSE 0 END"
-#: Seconds since the epoch that a calendar of four digits has a date for.
-_SOUND_TIME = "typeof({x}) IN ('real','integer') AND {x} BETWEEN 0 AND 253402214400"
-
-
-def unsound_rows(db: sqlite3.Connection, tables: Iterable[str] | None = None) -> list[str]:
-    """What the rows of these tables (all without any) hold that no fastconv writes, one line for each table.
-
-    SQLite keeps any value in any column, whatever type it was declared with.
-    """
-    found = []
-    for table in [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type='table'")]:
-        if table.startswith("sqlite_") or (tables is not None and table not in tables):
-            continue
-        conditions = []
-        for _, column, declared, is_required, _, place_in_key in db.execute(f'PRAGMA table_info("{table}")').fetchall():
-            sound = _SOUND.get(declared, "0")
-            if column in _OBJECTS and table != "judge_rubrics":
-                sound = _SOUND_OBJECT
-            elif column.endswith("_at") or column == "heartbeat":
-                sound = _SOUND_TIME
-            name = f'"{column}"'
-            # SQLite takes NULL in a primary key that is no integer.
-            known = f"{name} IS {'NOT NULL AND' if is_required or place_in_key else 'NULL OR'}"
-            conditions.append(f"({known} ({sound.format(x=name)}))")
-        (n,) = db.execute(f'SELECT COUNT(*) FROM "{table}" WHERE NOT ({" AND ".join(conditions)})').fetchone()
-        if n:
-            found.append(f"{n} rows of {table} hold what no fastconv writes")
-    return found
 
 
 # --- processes ---------------------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ class JudgeLedger:
         nusd = math.ceil(ask.usd * NUSD)
         if self._cap_usd is not None:
             committed = db.execute("SELECT COALESCE(SUM(nusd), 0) FROM judge_totals").fetchone()[0]
-            if committed + nusd > math.floor(self._cap_usd * NUSD):
+            if committed + nusd > self._cap_usd * NUSD:
                 return "over budget"
         cursor = db.execute(
             "INSERT INTO judge_money(key, custom_id, nusd, state, outcome, intent, holder, made_at) "

@@ -32,11 +32,11 @@ from fastconv.store.io import (
     process_start,
     storage_errors,
     stored_json,
-    unsound_rows,
     write_atomically,
     write_text,
 )
 from fastconv.store.records import LEDGER_SCHEMA, Failure, Record, Sample, Score, Stage, changed_inputs
+from fastconv.store.sound import SUFFIXES, require_artefact, unsound_rows
 
 if TYPE_CHECKING:
     import polars
@@ -141,7 +141,7 @@ class Store:
 
     def put(self, data: bytes, suffix: str) -> str:
         """Store bytes under their sha256 and return it (hex). Raises ValueError unless `suffix` is `safetensors` or `json`."""
-        if suffix not in ("safetensors", "json"):
+        if suffix not in SUFFIXES:
             raise ValueError(f"artefacts are safetensors or json, not {suffix!r}")
         sha256 = hashlib.sha256(data).hexdigest()
         path = self.path(sha256, suffix)
@@ -160,7 +160,8 @@ class Store:
         return sha256
 
     def path(self, sha256: str, suffix: str) -> Path:
-        """Path of an artefact's file."""
+        """Path of an artefact's file. Raises StoreError for a name that is none."""
+        require_artefact(sha256, suffix, str(self.root))
         return self.root / "artefacts" / sha256[:2] / f"{sha256}.{suffix}"
 
     def get(self, sha256: str, suffix: str) -> bytes:
@@ -289,14 +290,13 @@ class Store:
 
         cursor = self._db.execute(query, tuple(parameters))
         columns = [column[0] for column in cursor.description]
-        rows = [tuple(row) for row in cursor]
         try:
-            return polars.DataFrame(rows, schema=columns, orient="row", infer_schema_length=None)
+            return polars.DataFrame(list(map(tuple, cursor)), schema=columns, orient="row", infer_schema_length=None)
         except (polars.exceptions.PolarsError, TypeError, OverflowError) as error:
             raise damaged(f"a column holds values of several kinds ({error})") from error
 
     def unsound_rows(self, tables: Iterable[str] | None = None) -> list[str]:
-        """`io.unsound_rows` of this ledger."""
+        """`sound.unsound_rows` of this ledger."""
         return unsound_rows(self._db, tables)
 
     # --- leases and progress ---------------------------------------------------------------------------

@@ -6,16 +6,15 @@ so that it can come from another machine as well as from a folder on this one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from fastconv.errors import InputError, StoreError
-from fastconv.recipe import sha256_of
 from fastconv.store.io import joined_json, stored_json
 from fastconv.store.judge_ledger import JudgeLedger
 from fastconv.store.ledger import Store
+from fastconv.store.sound import is_number, key_of
 
 #: Tables whose rows are merged.
 _MERGED = (
@@ -120,11 +119,11 @@ def require_sound(bundle: StageBundle, where: str) -> None:
     fault = ""
     if not all(isinstance(text, str) for text in (key, kind, slot, inputs, outputs, facts)):
         fault = "its row is damaged"
-    elif sha256_of({"kind": kind, "version": version, "inputs": stored_json(inputs)}) != key:
+    elif key_of(kind, version, stored_json(inputs)) != key:
         fault = "its key is not that of its inputs"
     elif not all(isinstance(stored_json(text), dict) for text in (outputs, facts)):
         fault = "its row is damaged"
-    elif not all(_is_number(n) for n in (seconds, finished_at)):
+    elif not all(is_number(n) for n in (seconds, finished_at)):
         fault = "its times are no numbers"
     for table, rows in bundle.rows:
         sound = _is_sample if table == "samples" else _is_score
@@ -144,19 +143,15 @@ def require_sound_money(other: Store) -> None:
         raise StoreError("a cost of judging is no amount", where=str(other.root), fix="merge another workspace")
     for (text,) in other.rows('SELECT "values" FROM judgements WHERE "values" IS NOT NULL'):
         values = stored_json(text)
-        if not isinstance(values, dict) or not all(_is_number(value) for value in values.values()):
+        if not isinstance(values, dict) or not all(is_number(value) for value in values.values()):
             raise StoreError("a judgement is no number", where=str(other.root), fix="merge another workspace")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_score(row: tuple[Any, ...]) -> bool:
     """Whether a row (stage, row, sample, metric, value, reason, detail) is a score."""
     _, name, sample, metric, value, reason, detail = row
     texts = all(isinstance(text, str) for text in (name, metric, detail))
-    return texts and isinstance(sample, int) and (isinstance(reason, str) if value is None else _is_number(value))
+    return texts and isinstance(sample, int) and (isinstance(reason, str) if value is None else is_number(value))
 
 
 def _is_sample(row: tuple[Any, ...]) -> bool:

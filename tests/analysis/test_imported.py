@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastconv.cli import app
 from fastconv.errors import DataError, InputError
 from fastconv.run.gc import find_garbage
 from fastconv.store.ledger import Store
+from tests.faults.test_disk_and_ledger import ask
 from tests.loop_kit import DoneRun, copy_ledger
 from tests.serve.kit import CELLS
 
@@ -131,6 +133,11 @@ def test_an_eval_file_is_the_same_log(store: Store, tmp_path: Path, method: int)
     assert all(one.known for one in import_log(packed(tmp_path, log_of(), method), store))
 
 
+def with_first(log: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The log with a first sample of which something is other."""
+    return {**log, "samples": [{**log["samples"][0], **changes}, *log["samples"][1:]]}
+
+
 FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = {
     "no JSON": (lambda log: "nope", DataError, "no Inspect log"),
     "a list": (lambda log: [1], DataError, "no table `eval`"),
@@ -140,6 +147,17 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] 
     "no id": (lambda log: {**log, "samples": [{}]}, DataError, "no id"),
     "one sample twice": (lambda log: {**log, "samples": [log["samples"][0]] * 2}, DataError, "one id and epoch"),
     "a list as output": (lambda log: {**log, "samples": [{"id": 1, "output": [1]}]}, DataError, "cannot be read"),
+    "an epoch without end": (
+        lambda log: with_first(log, epoch=math.inf),
+        DataError,
+        "sample q0 of the log cannot be read",
+    ),
+    "an epoch that no 64 bits hold": (lambda log: with_first(log, epoch=10**30), DataError, "cannot be read"),
+    "tokens without end": (
+        lambda log: with_first(log, output={"usage": {"output_tokens": math.inf}}),
+        DataError,
+        "cannot be read",
+    ),
     "another model": (
         lambda log: {**log, "eval": {"model": "openai/gpt-4o", "task": "t"}},
         InputError,
@@ -160,6 +178,36 @@ def test_a_fault_is_one_line_and_nothing_is_kept(store: Store, tmp_path: Path, n
     assert "\n" not in str(caught.value)
     assert "Fix: " in str(caught.value)
     assert store.rows("SELECT count(*) FROM stages") == before
+
+
+@pytest.mark.parametrize("fault", ["an entry is encrypted", "a damaged entry", "a header that is a list"])
+def test_a_faulty_eval_file_is_one_line(store: Store, tmp_path: Path, fault: str) -> None:
+    path = packed(tmp_path, log_of(), zipfile.ZIP_DEFLATED)
+    raw = bytearray(path.read_bytes())
+    if fault == "an entry is encrypted":
+        for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+            raw[raw.find(mark) + at] |= 1
+    elif fault == "a damaged entry":
+        start = 30 + len("header.json")
+        raw[start : start + 8] = b"\xff" * 8
+    path.write_bytes(raw)
+    if fault == "a header that is a list":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("header.json", "[1]")
+    code, out, crash = ask("import", path, "-w", store.root)
+    assert (code, crash) == (2, None), out
+    assert "no Inspect log that can be read" in out
+
+
+def test_numbers_beyond_reason_in_a_log_are_left_out(done_run: DoneRun, store: Store, tmp_path: Path) -> None:
+    log = log_of()
+    log["eval"] |= {"task_args": {"temperature": math.nan, "seed": 10**30}}
+    for sample, value in zip(log["samples"], (10**400, 1e308, "1e999"), strict=False):
+        sample["scores"] = {"match": {"value": value}}
+    import_log(written(tmp_path / "log.json", log), store)
+    found = imported_series(done_run.graph, store, plan_of(done_run, CELLS[0]))["tea/time: match"]
+    assert len(found.lost) == 3
+    assert store.unsound_rows() == []
 
 
 def test_what_is_no_number_stays_unscored_with_its_reason(done_run: DoneRun, store: Store, tmp_path: Path) -> None:

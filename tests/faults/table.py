@@ -48,9 +48,18 @@ class Fault:
         return f"{Path(self.file).stem}::{self.test}"
 
 
-REPLIES, MEMORY, DISK, SECRETS, WHOLE, INPUTS, CARD = (
+REPLIES, MEMORY, DISK, SECRETS, WHOLE, INPUTS, CARD, CONTENT = (
     f"faults/test_{n}.py"
-    for n in ("judge_replies", "memory", "disk_and_ledger", "secrets", "whole_run", "hostile_inputs", "gpu_memory")
+    for n in (
+        "judge_replies",
+        "memory",
+        "disk_and_ledger",
+        "secrets",
+        "whole_run",
+        "hostile_inputs",
+        "gpu_memory",
+        "odd_content",
+    )
 )
 LIVE, BATCHES, MONEY, LOCAL, DESK = (f"judge/test_{n}.py" for n in ("live", "batches", "money", "local", "desk"))
 TRAIN, SERVER, CLIENT = "engine/test_train.py", "engine/vllm/test_server.py", "engine/vllm/test_client.py"
@@ -219,11 +228,22 @@ FAULTS = (
     Fault("each column of a ledger holding something else", "every verb ends in a line", INPUTS,
           "test_every_column_of_a_ledger", 1, "slow"),
     Fault("any number of a sample in a ledger", "a name, never the size of an array", INPUTS, "test_any_number_of_a_sample"),
+    Fault("content of the right type that cannot be in a ledger", "a damaged ledger, in one line", CONTENT,
+          "test_content_that_cannot_be_is_a_damaged_ledger"),
+    Fault("the same, before any verb reads it", "doctor says so", CONTENT, "test_doctor_sees_content_that_cannot_be"),
+    Fault("judgements and replies that say no number", "doctor says so", CONTENT, "test_doctor_sees_judgements_that_cannot_be"),
+    Fault("a judgement without what is measured", "a damaged ledger, in one line", CONTENT,
+          "test_a_judgement_without_what_is_measured_is_a_damaged_ledger"),
+    Fault("an older ledger without the letters' probability", "read", CONTENT,
+          "test_an_older_ledger_without_the_letters_probability_is_read"),
+    Fault("a ledger that names a file elsewhere", "it is neither read nor deleted", CONTENT,
+          "test_a_name_in_a_ledger_leads_to_no_other_file"),
     Fault("any value anywhere in a ledger", "every verb ends in a line", INPUTS, "test_any_row_of_a_ledger", 10, "slow"),
     Fault("the same in a workspace that is merged", "merged, or refused in a line", INPUTS,
           "test_any_workspace_that_is_merged", 20, "slow"),
     Fault("rows in a merged workspace that no fastconv wrote", "nothing is merged", DISK,
           "test_what_no_fastconv_wrote_is_not_merged"),
+    Fault("inputs without end in it", "nothing is merged", CONTENT, "test_inputs_that_have_no_end_are_not_merged"),
     Fault("costs and judgements in it that are no numbers", "nothing is merged", DISK,
           "test_judgements_and_costs_that_are_no_numbers_are_not_merged"),
     Fault("an artefact with other bytes in it", "never taken over", MERGE, "test_a_damaged_artefact_is_never_taken_over"),
@@ -266,12 +286,25 @@ FAULTS = (
     Fault("a pipe or a device that a recipe names as a file", "one line, and nobody waits", INPUTS,
           "test_a_pipe_or_a_device_in_place_of_a_file_is_one_line_and_nobody_waits"),
     Fault("any rubric, any prices", "read, or refused in a line", INPUTS, "test_any_rubric_and_any_prices", 30),
+    Fault("an integer without end in a recipe", "refused in one line", CONTENT,
+          "test_an_integer_without_end_in_a_recipe_is_refused"),
+    Fault("a rubric that counts beyond its unit", "refused in a line", CONTENT,
+          "test_a_rubric_that_counts_beyond_its_unit_is_refused"),
+    Fault("prices and factors that cannot be booked", "refused in a line", CONTENT,
+          "test_prices_that_cannot_be_booked_are_refused"),
+    Fault("a labelled row whose grade is none", "refused in a line", CONTENT, "test_a_label_that_is_no_grade_is_refused"),
+    Fault("a budget beyond reason", "a budget", CONTENT, "test_a_budget_beyond_reason_is_a_budget"),
     Fault("any rows and questions", "read, or refused in a line", INPUTS, "test_any_rows_of_a_user", 40),
     Fault("any bytes as rows, questions, rubric, prices, adapter", "read, or refused in a line", INPUTS,
           "test_any_bytes_as_rows_questions_rubric_prices_or_adapter", 30),
     Fault("any adapter", "loaded, or refused in a line", INPUTS, "test_any_adapter", 25),
     Fault("any base that an adapter names", "compared, or refused in a line", INPUTS, "test_any_base_that_an_adapter_names", 15),
     Fault("any model folder", "read, or refused in a line", INPUTS, "test_any_model_folder", 60, "slow"),
+    Fault("sizes in a config that no model has", "one line", CONTENT,
+          "test_a_size_of_a_config_that_no_model_has_is_one_line"),
+    Fault("adapter settings nested without end", "one line", CONTENT, "test_adapter_settings_nested_without_end_are_one_line"),
+    Fault("a longest row in it that no model has", "one line", CONTENT, "test_a_longest_row_that_no_model_has_is_one_line"),
+    Fault("a config that is no table", "one line", CONTENT, "test_a_config_that_is_no_table_is_one_line"),
     Fault("a chat template that fails or reaches out", "one line", CHAT, "test_a_template_that_fails_or_reaches_out_is_one_line"),
     # hub, trackers, other machines
     Fault("every way the hub can fail", "one line with the mend", HUB,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 REPLIES, MEMORY, DISK, SECRETS = (
     f"tests/faults/test_{n}.py" for n in ("judge_replies", "memory", "disk_and_ledger", "secrets")
 )
-WHOLE, INPUTS = (f"tests/faults/test_{name}.py" for name in ("whole_run", "hostile_inputs"))
+WHOLE, INPUTS, CONTENT = (f"tests/faults/test_{name}.py" for name in ("whole_run", "hostile_inputs", "odd_content"))
 LIVE, BATCHES, LOCAL, DESK, REQUEST = (
     f"tests/judge/test_{name}.py" for name in ("live", "batches", "local", "desk", "request")
 )
@@ -112,8 +112,14 @@ MUTANTS = [
         ("    except (ValueError, TypeError, RecursionError):\n        raise damaged", "    except KeyError:\n        raise damaged",
          "holds_no_json"),
     ),
-    *_of("store/io.py", DISK, ("if is_required or place_in_key else", "if is_required else", "passes_over")),
+    *_of("store/sound.py", DISK, ("if is_required or place_in_key else", "if is_required else", "passes_over")),
     *_of("store/io.py", DISK, ("    if found := db.execute(f\"SELECT type, name", "    if False and db.execute(f\"SELECT type, name", "would_run")),
+    *_of("store/sound.py", DISK, ("isinstance(value, bool) and abs(value) < 1e300", "isinstance(value, bool)", "no_fastconv_wrote")),
+    *_of("store/sound.py", CONTENT, ("key_of(kind, version, inputs) == key and given", "given", "content_that_cannot_be")),
+    *_of("store/ledger.py", CONTENT, ("        require_artefact(sha256, suffix, str(self.root))\n", "", "no_other_file")),
+    *_of("analysis/scores.py", CONTENT, ("        _require_on_scale(stage.slot, scores.values, unit)\n", "", "content_that_cannot_be")),
+    *_of("engine/shapes.py", CONTENT, ("if not 1 <= number <= most:", "if not number <= most:", "size_of_a_config")),
+    *_of("recipe/settings.py", CONTENT, ("abs(value) <= 2**64", "True", "integer_without_end")),
     *_of("store/gc.py", DISK, ("if held and one not in held", "if False", "passes_over")),
     *_of("store/merge.py", DISK, ("    if not found:  # SQLite", "    if False:  # SQLite", "no_fastconv_wrote")),
     *_of(
@@ -140,9 +146,8 @@ MUTANTS = [
     ),
     *_of(
         "store/merge.py", DISK,
-        ('"inputs": stored_json(inputs)}) != key:', '"inputs": stored_json(inputs)}) == 0:', "no_fastconv_wrote"),
-        ("isinstance(value, bool) and math.isfinite(value)", "isinstance(value, bool)", "no_fastconv_wrote"),
-        ("isinstance(reason, str) if value is None else _is_number(value)", "True", "no_fastconv_wrote"),
+        ("stored_json(inputs)) != key:", "stored_json(inputs)) == 0:", "no_fastconv_wrote"),
+        ("isinstance(reason, str) if value is None else is_number(value)", "True", "no_fastconv_wrote"),
         ("isinstance(nusd, int) and 0 <= nusd < 2**53", "isinstance(nusd, int)", "costs"),
         ("        if key not in known:\n            require_sound", "        if False:\n            require_sound", "no_fastconv_wrote"),
     ),

@@ -26,7 +26,7 @@ import torch
 
 from fastconv.engine.locate import ModelSource, trains_without_kernels
 from fastconv.engine.model import prepare_model_folder, resolve_device, resolve_dtype
-from fastconv.engine.shapes import shape_of
+from fastconv.engine.shapes import n_positions, shape_of
 from fastconv.engine.vllm import memory, watchdog
 from fastconv.engine.vllm.memory import USEFUL_ROWS, ServerMemory
 from fastconv.errors import ModelError, SamplerError
@@ -250,7 +250,7 @@ def launch(
     folder = prepare_model_folder(settings, source)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shape = shape_of(config, source.id)
-    length = memory.length_tok(longest_tok, int(config.get("max_position_embeddings") or longest_tok))
+    length = memory.length_tok(longest_tok, n_positions(config, longest_tok, source.id))
     n_adapters = min(n_stacks, MOST_ADAPTERS)
     sizes = memory.ServerMemory(length, rank, n_adapters=n_adapters)
     if device.type == "cuda":
