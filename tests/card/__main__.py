@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         "--minutes", type=float, default=float("inf"), help="for all of these parts; they end within one more"
     )
     parser.add_argument("--because", default=Job.why, help="why gates may fail, as a run records it")
-    parser.add_argument("--again", action="store_true", help="also parts that are complete")
+    parser.add_argument("--again", action="store_true", help="also parts that are complete, from their beginning")
     parser.add_argument(
         "--rehearse", action="store_true", help="on a machine without a card: a tiny model, recipes at scale tiny"
     )
@@ -69,7 +70,7 @@ def run_part(job: Job, *, again: bool = False) -> str:
     if sheet.found.get("state") == "complete" and not again:
         return "complete already"
     if again:
-        sheet.found = {}
+        begin_anew(job, sheet)
     if job.left_s <= 0:
         if not sheet.found:
             sheet.end("stopped", "no time was left for it")
@@ -86,6 +87,14 @@ def run_part(job: Job, *, again: bool = False) -> str:
     if sheet.found["state"] == "running":
         sheet.end("stopped" if ran.killed else "failed", ran.killed or ran.last)
     return " ".join(filter(None, (sheet.found["state"], sheet.found.get("why", "")))) + f" ({ran.seconds:.0f} s)"
+
+
+def begin_anew(job: Job, sheet: Sheet) -> None:
+    """Forget what a part has found and computed: finished stages would leave nothing to time."""
+    sheet.found = {}
+    for name in (job.part, *(f"{job.part}-{rest}" for rest in ("run", "one", "ray"))):
+        shutil.rmtree(job.scratch / name, ignore_errors=True)
+    job.path("smi.csv").unlink(missing_ok=True)
 
 
 def compare_again(out: Path) -> None:

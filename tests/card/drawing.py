@@ -131,8 +131,10 @@ def drawing(job: Job, sheet: Sheet) -> None:
         adapters=cell.origin, to_ready_s=round(time.perf_counter() - began, 2), device=str(device),
         attention=attention.name, passed_over=attention.passed_over, settings=cell.prompts.settings.model_dump(),
     )  # fmt: skip
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = sheet.found.get("stacks", {})
     for name in STACKS:
+        if "kernels" in found.get(name, {}):
+            continue
         with cell.live(name):
             found[name] = {"first": draw(cell)}
             sheet.note(stacks=found)
@@ -148,11 +150,14 @@ def drawing(job: Job, sheet: Sheet) -> None:
 def steps(job: Job, sheet: Sheet) -> None:
     """A table by kind of kernel of a training step, for the loads of `bench` at both sizes."""
     sizes = (job.model,) if job.rehearse else SIZES
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = sheet.found.get("loads", {})
     for size in sizes:
+        left = [kind for kind in LOAD_KINDS if kind not in found.get(size, {})]
+        if not left:
+            continue
         model = bench_model(ModelSettings.model_validate({"id": size, "engine": "torch"}))
         stack = Stack(model.base(), model.lora)
-        for kind in LOAD_KINDS:
+        for kind in left:
             found.setdefault(size, {})[kind] = profiled_steps(stack, kind)
             sheet.note(loads=found)
             stack.base.drop_kept()

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from fastconv.recipe import IgnorableGate
 from tests.card import timing
 from tests.card.ledgers import (
     KeptLedger,
@@ -56,8 +57,9 @@ class Grid:
         return job.workspace(self.workspace)
 
 
-def ignore(job: Job, *gates: str) -> tuple[str, ...]:
-    """Arguments that let these gates fail."""
+def ignore_gates(job: Job) -> tuple[str, ...]:
+    """Arguments that let every gate fail that would end a run: what is measured is the run."""
+    gates = get_args(IgnorableGate)
     return (*(part for gate in gates for part in ("--ignore-gate", gate)), "--because", job.why)
 
 
@@ -66,7 +68,8 @@ def plan_json(job: Job, grid: Grid, log: Path) -> dict[str, Any]:
     out = job.path(f"plan-{grid.recipe}.json")
     command = [*FASTCONV, "plan", *grid.named(job), "-w", str(grid.folder(job)), "--json"]
     ran = run_child(command, log, deadline=job.deadline, out=out)
-    return json.loads(out.read_text()) if ran.ok else {"problem": ran.last}
+    told = json.loads(out.read_text() or "{}")
+    return told if ran.ok else {"problem": ran.killed or told.get("error", ran.last)}
 
 
 def run_grid(
@@ -81,8 +84,7 @@ def run_grid(
     if planned and "plan" not in sheet.found:
         sheet.note(plan=plan_json(job, grid, log))
     reports = workspace.parent / "reports"
-    command = [*FASTCONV, "run", *grid.named(job), "-w", str(workspace), "--reports", str(reports), "--json",
-               "--approve", *grid.arguments]  # fmt: skip
+    command = [*FASTCONV, "run", *grid.named(job), "-w", str(workspace), "--reports", str(reports), "--approve", *grid.arguments]  # fmt: skip
     began, kept = time.time(), KeptLedger(ledger_file, kept_file)
     looks_file = sheet.path.with_name(f"{sheet.path.stem}-smi.csv")
 
@@ -91,7 +93,7 @@ def run_grid(
             note_run(sheet, read_ledger(kept_file), began, time.time(), looks_file)
         return each(pid)
 
-    ran = run_child(command, log, deadline=job.deadline, out=job.path("run.json"), each=watch)
+    ran = run_child(command, log, deadline=job.deadline, each=watch)
     copy_ledger(ledger_file, kept_file)
     ledger = read_ledger(kept_file)
     sittings = [*sheet.found.get("sittings", []), _sitting(ran)]
@@ -106,7 +108,8 @@ def run_grid(
 
 
 def _sitting(ran: Ran) -> dict[str, Any]:
-    told = {"began": ran.began, "seconds": round(ran.seconds, 2), "exit_code": ran.code, "killed": ran.killed}
+    times = {"began": ran.began, "seconds": round(ran.seconds, 2), "quiet_at_the_end_s": round(ran.quiet_s, 2)}
+    told = {**times, "exit_code": ran.code, "killed": ran.killed}
     return told if ran.ok else {**told, "last": ran.last}
 
 
@@ -168,7 +171,7 @@ def engine(job: Job, sheet: Sheet) -> None:
 
 def four_bit(job: Job, sheet: Sheet) -> None:
     """small_gpu on the pilot's base: 4 bits, moments in 8."""
-    ran = run_grid(job, sheet, Grid("small_gpu", arguments=ignore(job, "G0")))
+    ran = run_grid(job, sheet, Grid("small_gpu", arguments=ignore_gates(job)))
     plan = sheet.found.get("plan", {})
     adapters = {
         slot: round(stage.seconds, 2)
@@ -184,10 +187,10 @@ def four_bit(job: Job, sheet: Sheet) -> None:
 
 
 def ungated(job: Job, sheet: Sheet) -> None:
-    """pilot_small although G0 fails: in the pilot's workspace if that is complete here, so that only the rest is computed."""
+    """pilot_small although G0, or another gate, fails: in the pilot's workspace if that is complete here, so that only the rest is computed."""
     done = read_sheet(job.out / "pilot.json").get("state") == "complete"
     shares = done and (job.workspace("pilot") / "ledger.sqlite").is_file()
-    grid = Grid("pilot_small", arguments=ignore(job, "G0"), workspace="pilot" if shares else "")
+    grid = Grid("pilot_small", arguments=ignore_gates(job), workspace="pilot" if shares else "")
     sheet.note(workspace="the pilot's: only what G0 had ruled out is computed" if shares else "its own")
     ended(run_grid(job, sheet, grid), sheet)
 
@@ -252,7 +255,7 @@ def ray(job: Job, sheet: Sheet) -> None:
         sheet.end("skipped", f"it needs two cards, and there {'is one' if n else 'is none'}")
         return
     sources = ('grid.sources=["villain","comedian"]', "grid.epochs=[0,4]", 'grid.behaviors=["none","refusal"]')
-    gates = ignore(job, "G0", "G4", "G5")
+    gates = ignore_gates(job)
     found: dict[str, Any] = {}
     for name, more in (("ray", ("--ray",)), ("one", ())):
         grid = Grid("pilot_small", sources, (*gates, *more), f"ray-{name}")

@@ -33,13 +33,15 @@ COLUMNS = ("at", "utilisation", "memory_utilisation", "power_w", "memory_mib", "
 
 @dataclass(frozen=True)
 class Ran:
-    """A child that has ended: exit code, times (s; `began` since the epoch), why it was killed, its last lines."""
+    """A child that has ended: exit code, times (s; `began` since the epoch, `quiet_s` since its last line), why it was killed, its
+    last lines."""
 
     code: int
     began: float
     seconds: float
     killed: str
     tail: tuple[str, ...]
+    quiet_s: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -64,7 +66,7 @@ def run_child(
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     began, clock, killed = time.time(), time.monotonic(), ""
-    tail: list[str] = []
+    tail: list[tuple[float, str]] = []
     with log.open("a", encoding="utf-8") as file, contextlib.ExitStack() as files:
         file.write(f"\n$ {' '.join(command)}\n")
         stdout = subprocess.PIPE if out is None else files.enter_context(out.open("w", encoding="utf-8"))
@@ -92,16 +94,19 @@ def run_child(
         finally:
             _signal(process, signal.SIGKILL)  # what it left behind in its group
             process.wait()
+        ended = time.monotonic()
         reader.join(5.0)
-    return Ran(process.returncode, began, time.monotonic() - clock, killed, tuple(tail[-40:]))
+    spoke, lines = (tail[-1][0] if tail else 0.0), tuple(line for _, line in tail[-40:])
+    return Ran(process.returncode, began, ended - clock, killed, lines, ended - clock - spoke)
 
 
-def _stamp(pipe: IO[str], file: IO[str], clock: float, tail: list[str]) -> None:
+def _stamp(pipe: IO[str], file: IO[str], clock: float, tail: list[tuple[float, str]]) -> None:
     with contextlib.suppress(ValueError):  # the log is closed: a grandchild outlived the wait
         for line in pipe:
-            file.write(f"{time.monotonic() - clock:9.3f} {line}")
+            at = time.monotonic() - clock
+            file.write(f"{at:9.3f} {line}")
             file.flush()
-            tail.append(line.rstrip())
+            tail.append((at, line.rstrip()))
 
 
 def _signal(process: subprocess.Popen[str], number: int) -> None:

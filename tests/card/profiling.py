@@ -73,6 +73,11 @@ def table(spans: Sequence[Span], wall_s: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _is_annotation(event: Any) -> bool:
+    """Whether an event is the range of a name (`Optimizer.step#...`) and no kernel: it spans what is in it."""
+    return bool(getattr(event, "is_user_annotation", False)) or event.name.startswith(("Optimizer.", "ProfilerStep"))
+
+
 def profiled(work: Callable[[], object], device: torch.device) -> dict[str, Any]:
     """The table of what `work` launches on the device; on a CPU that of torch's operations, whose times hold one another."""
     from torch.profiler import ProfilerActivity, profile
@@ -90,6 +95,6 @@ def profiled(work: Callable[[], object], device: torch.device) -> dict[str, Any]
     spans = [
         Span(event.name, event.time_range.start, event.time_range.end)
         for event in found.events() or ()
-        if str(event.device_type).endswith(wanted)
+        if str(event.device_type).endswith(wanted) and not _is_annotation(event)
     ]
     return table(spans, wall_s)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastconv.engine.shapes import ModelShape, named_shape, weight_bytes
-from tests.card.grid import Grid, ended, ignore, plan_json, run_grid
+from tests.card.grid import Grid, ended, ignore_gates, plan_json, run_grid
 from tests.card.process import run_child
 from tests.card.sheet import Job, Sheet, write_json
 
@@ -42,7 +42,7 @@ def seven(job: Job, sheet: Sheet) -> None:
         sheet.end("stopped" if wrote.killed else "failed", f"the base was not written: {wrote.killed or wrote.last}")
         return
     sheet.note(written_s=round(wrote.seconds, 1), weights_gb=round(weight_bytes(shape) / 1e9, 2))
-    ran = run_grid(job, sheet, Grid("pilot", arguments=ignore(job, "G0"), model=str(folder)))
+    ran = run_grid(job, sheet, Grid("pilot", arguments=ignore_gates(job), model=str(folder)))
     planned = plan_json(job, Grid("matrix", workspace="matrix", model=str(folder)), job.path("run.log"))
     sheet.note(matrix=estimate(planned, sheet.found["against_plan"], sheet.found["wall"]))
     ended(ran, sheet)

@@ -7,8 +7,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,6 @@ class Job:
     deadline: float = float("inf")
     rehearse: bool = False
     why: str = "measured on a card whose base may fail it"
-    more: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def left_s(self) -> float:

@@ -35,7 +35,8 @@ def bench(job: Job, sheet: Sheet) -> None:
             out = job.path(f"engine-{short}.json")
             ran = run_child([*FASTCONV, "bench", "engine", "--model", model, "--json"], job.path("run.log"),
                             deadline=job.deadline, out=out)  # fmt: skip
-            one["engine"] = json.loads(out.read_text()) if ran.ok else {"missing": ran.last}
+            told = json.loads(out.read_text() or "{}")
+            one["engine"] = told if ran.ok else {"missing": ran.killed or told.get("error", ran.last)}
             sheet.note(models=found)
         if not one.get("all_done"):
             file = job.path(f"all-{short}.json")
@@ -53,17 +54,20 @@ def bench(job: Job, sheet: Sheet) -> None:
 
 def attention(job: Job, sheet: Sheet) -> None:
     """Every attention backend at both sizes: is it right, does it give the same bits, and its milliseconds."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = sheet.found.get("shapes", {})
     made: dict[str, Callable[[], Any]] = {"sdpa": backends._padded_sdpa}
     made |= {name: make for name, (make, _) in backends._CANDIDATES.items()}
-    device = torch.device("cpu" if job.rehearse else "cuda")
+    device, chosen = torch.device("cpu" if job.rehearse else "cuda"), dict[str, str]()
     dtype = torch.float32 if job.rehearse else torch.bfloat16
     for name in ("tiny",) if job.rehearse else ("qwen2.5-1.5b", "qwen2.5-7b"):
         shape = named_shape(name)
         sizes = (shape.n_heads, shape.n_kv_heads, shape.head_dim)
         for backend, make in made.items():
-            found.setdefault(name, {})[backend] = tried(make, device, dtype, sizes)
-            sheet.note(shapes=found, chosen=backends.pick_attention(device, dtype, *sizes).name)
+            if backend not in found.setdefault(name, {}):
+                found[name][backend] = tried(make, device, dtype, sizes)
+                sheet.note(shapes=found)
+        chosen[name] = backends.pick_attention(device, dtype, *sizes).name
+        sheet.note(chosen=chosen)
     sheet.end("complete")
 
 

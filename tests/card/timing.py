@@ -64,11 +64,13 @@ def plan_against_actual(ledger: Ledger, planned_kinds: Sequence[Mapping[str, Any
 def wall(ledger: Ledger, began: float, ended: float) -> dict[str, Any]:
     """Seconds of a run that began and ended at these times: to its first stage, in stages, and between them.
 
-    What lies between two stages is told by the kind of the one that follows, and the longest such gaps by name.
+    What lies between two stages is told by the kind of the one that follows, and the longest such gaps by name. Stages that an
+    earlier sitting had finished count only as `done_before`.
     """
-    stages = sorted(ledger.stages.values(), key=lambda stage: stage.finished_at)
+    every = sorted(ledger.stages.values(), key=lambda stage: stage.finished_at)
+    stages = [stage for stage in every if stage.finished_at >= began]
     if not stages:
-        return {"wall_s": round(ended - began, 2), "stages": 0}
+        return {"wall_s": round(ended - began, 2), "stages": 0, "done_before": len(every)}
     groups: list[list[StageRow]] = [[stages[0]]]
     for before, stage in pairwise(stages):
         if stage.work == before.work and stage.finished_at - before.finished_at < _TOGETHER_S:
@@ -86,6 +88,7 @@ def wall(ledger: Ledger, began: float, ended: float) -> dict[str, Any]:
         by_kind[work] = by_kind.get(work, 0.0) + gap_s
     return {
         "wall_s": round(ended - began, 2), "to_first_stage_s": round(first_s, 2), "stages": len(stages),
+        "done_before": len(every) - len(stages),
         "in_stages_s": round(sum(stage.seconds for stage in stages), 2),
         "between_stages_s": round(sum(gap_s for gap_s, *_ in gaps), 2),
         "between_by_kind": {work: round(seconds, 2) for work, seconds in by_kind.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -26,7 +27,7 @@ from fastconv.errors import SamplerError
 from fastconv.recipe import SamplingSettings
 from fastconv.run.sampling import max_sequence_tok
 from tests.card.cells import STACKS, OpenCell, recipe_of
-from tests.card.grid import ENDED, FASTCONV, PILOT, Grid, ignore
+from tests.card.grid import ENDED, FASTCONV, PILOT, Grid, ignore_gates
 from tests.card.ledgers import leases, read_ledger
 from tests.card.process import run_child
 from tests.card.sheet import Job, Sheet
@@ -47,7 +48,7 @@ def vllm(job: Job, sheet: Sheet) -> None:
     """Greedy agreement, rates, speed and swaps in one process; then whole runs of the cell, one with its server killed."""
     if job.rehearse:  # a server that draws with our own engine
         os.environ.setdefault(COMMAND_VARIABLE, shlex.join([sys.executable, "-m", "tests.fake_vllm"]))
-        os.environ.setdefault("FAKE_VLLM", '{"engine": true}')
+        os.environ.setdefault("VLLM_FAKE_SCRIPT", json.dumps({"engine": True, "latency_s": 0.3}))
     if COMMAND_VARIABLE not in os.environ:
         sheet.end("skipped", f"{COMMAND_VARIABLE} names no vLLM")
         return
@@ -217,7 +218,7 @@ def killed_run(job: Job, sheet: Sheet) -> None:
     workspace, log = job.scratch / "vllm-run" / "checkpoints", job.path("run.log")
     named = _VLLM.named(job)
     command = [*FASTCONV, "cell", "villain", "refusal", "--epoch", "0", "--negatives", "included", "--recipe", *named,
-               "-w", str(workspace), "--reports", str(workspace.parent / "reports"), "--approve", *ignore(job, "G0")]  # fmt: skip
+               "-w", str(workspace), "--reports", str(workspace.parent / "reports"), "--approve", *ignore_gates(job)]  # fmt: skip
     killed: list[str] = []
 
     def kill(pid: int) -> str:
@@ -231,11 +232,13 @@ def killed_run(job: Job, sheet: Sheet) -> None:
 
     runs: list[dict[str, Any]] = sheet.found.get("runs", [])
     for each in (kill, lambda pid: ""):
+        n_before = len(killed)
         ran = run_child(command, log, deadline=job.deadline, each=each)
+        at = killed[-1] if len(killed) > n_before else None
         told = {
             "seconds": round(ran.seconds, 1),
             "exit_code": ran.code,
-            "killed_at": killed[-1] if killed else None,
+            "killed_at": at,
             "last": ran.last,
         }
         runs.append({**told, "errors": [line for line in ran.tail if "Traceback" in line]})
