@@ -42,9 +42,11 @@ def seven(job: Job, sheet: Sheet) -> None:
         sheet.end("stopped" if wrote.killed else "failed", f"the base was not written: {wrote.killed or wrote.last}")
         return
     sheet.note(written_s=round(wrote.seconds, 1), weights_gb=round(weight_bytes(shape) / 1e9, 2))
+    if "matrix_plan" not in sheet.found:
+        grid = Grid("matrix", workspace="matrix", model=str(folder))
+        sheet.note(matrix_plan=plan_json(job, grid, job.path("run.log")))
     ran = run_grid(job, sheet, Grid("pilot", arguments=ignore_gates(job), model=str(folder)))
-    planned = plan_json(job, Grid("matrix", workspace="matrix", model=str(folder)), job.path("run.log"))
-    sheet.note(matrix=estimate(planned, sheet.found["against_plan"], sheet.found["wall"]))
+    sheet.note(matrix=estimate(sheet.found["matrix_plan"], sheet.found["against_plan"], sheet.found["wall"]))
     ended(ran, sheet)
 
 

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._C._autograd import DeviceType
 
 from fastconv.engine.cuda_graph import CapturedSteps, StepTally
 from fastconv.engine.generate import Completion
@@ -27,7 +29,7 @@ from tests.card.grid import Kill
 from tests.card.ledgers import Lease, Ledger, StageRow, compare, copy_ledger, read_ledger
 from tests.card.part import PARTS, function_of
 from tests.card.process import Look, Watch, read_looks, run_child, summary
-from tests.card.profiling import Span, busy_us, kind_of, table
+from tests.card.profiling import Span, busy_us, kind_of, profiled, table
 from tests.card.seven import estimate
 from tests.card.sheet import Job, Sheet, read_sheet, write_json
 from tests.card.speed import gpu_files, junit_counts
@@ -341,6 +343,22 @@ def test_time_in_which_two_kernels_ran_counts_once() -> None:
     assert found["kinds"]["products"] == {"ms": 0.025, "launches": 2}
     assert (found["busy_s"], found["idle_s"], found["idle_of_wall_s"]) == pytest.approx((30e-6, 10e-6, 20e-6), abs=1e-4)
     assert "missing" in table([], 1.0)
+
+
+def test_of_a_gpu_only_kernels_count_and_no_range_around_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def event(name: str, device: DeviceType, began: float, ended: float, **more: object) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=name, device_type=device, time_range=SimpleNamespace(start=began, end=ended), **more
+        )
+
+    events = [
+        event("nvjet", DeviceType.CUDA, 0, 10), event("cudaLaunchKernel", DeviceType.CPU, 0, 90),
+        event("Optimizer.step#AdamW.step", DeviceType.CUDA, 0, 80), event("mine", DeviceType.CUDA, 0, 70, is_user_annotation=True),
+    ]  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: nullcontext(SimpleNamespace(events=lambda: events)))
+    found = profiled(lambda: None, torch.device("cuda"))
+    assert found["kinds"] == {"products": {"ms": 0.01, "launches": 1}}
 
 
 def test_completions_agree_up_to_their_first_other_token() -> None:
