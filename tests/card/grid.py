@@ -254,7 +254,8 @@ def ray(job: Job, sheet: Sheet) -> None:
     if (n := n_cards()) < 2:
         sheet.end("skipped", f"it needs two cards, and there {'is one' if n else 'is none'}")
         return
-    sources = ('grid.sources=["villain","comedian"]', "grid.epochs=[0,4]", 'grid.behaviors=["none","refusal"]')
+    epochs = "grid.epochs=[0,1]" if job.rehearse else "grid.epochs=[0,4]"
+    sources = ('grid.sources=["villain","comedian"]', epochs, 'grid.behaviors=["none","refusal"]')
     gates = ignore_gates(job)
     found: dict[str, Any] = {}
     for name, more in (("ray", ("--ray",)), ("one", ())):
