@@ -99,6 +99,11 @@ def _run(sheet: Sheet) -> list[tuple[str, str]]:
         rows.append(
             ("tokens a second", ", ".join(f"{work} {_number(one['tok_per_s'])}" for work, one in rates.items()))
         )
+    words = [
+        f"{name.removeprefix('PILOT ')}: {word}" for name, word in (sheet.get("gates") or {}).items() if "PILOT" in name
+    ]
+    if words:
+        rows.append(("verdicts", _cell(", ".join(words))))
     if graphs := sheet.get("captures"):
         told = [
             f"{kind} {one.get('captures', 0):.0f} in {_number(one.get('capture_s'))} s" for kind, one in graphs.items()
