@@ -1,7 +1,7 @@
 """A server that speaks as much of vLLM's HTTP API as fastconv uses, and refuses what vLLM refuses.
 
-Run as `python -m tests.fake_vllm serve MODEL --flags`, in place of `vllm`. What it does is a JSON object in FAKE_VLLM
-(see `Script`). Completions are drawn by fastconv's own engine (`engine`), or are a hash of what was asked.
+Run as `python -m tests.fake_vllm serve MODEL --flags`, in place of `vllm`. What it does is a JSON object in
+VLLM_FAKE_SCRIPT (see `Script`). Completions are drawn by fastconv's own engine (`engine`), or are a hash of what was asked.
 """
 
 from __future__ import annotations

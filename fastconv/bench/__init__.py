@@ -156,7 +156,7 @@ _MAKE_ONE = "make both with `fastconv bench all --out FILE`, with one model"
 def bench_all(model: str, *, size: int | None = None, device: str = "auto", out: Path | None = None) -> dict[str, Any]:
     """Every comparison of `ALL_KINDS` one after another, with the card, the versions and the time (s since the epoch).
 
-    Written as JSON to `out` if it is named. A comparison that this machine cannot do stands under `left_out` with its reason.
+    Written as JSON to `out` if it is named, after each comparison. A comparison that this machine cannot do stands under `left_out` with its reason.
     """
     settings = ModelSettings.model_validate({"id": model, "device": device, "engine": "torch"})
     measured_on, facts = resolve_device(settings), run_facts()
@@ -172,8 +172,8 @@ def bench_all(model: str, *, size: int | None = None, device: str = "auto", out:
         except ModelError as error:
             found["left_out"][kind] = error.what
         free_memory()
-    if out is not None:
-        write_text(out, json.dumps(found, indent=1) + "\n")
+        if out is not None:  # after each: some take minutes, and what was measured is not to be lost
+            write_text(out, json.dumps(found, indent=1) + "\n")
     return found
 
 

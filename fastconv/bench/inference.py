@@ -103,7 +103,7 @@ def bench_sample(model: BenchModel, n_rows: int) -> BenchResult:
     warm_up = SamplingSettings(max_new_tok=2)
     our_clock, usual_clock, our_peak, usual_peak = Clock(device), Clock(device), Peak(device), Peak(device)
     stops = stack.base.tokenizer.stop_ids
-    sample(stack.base, prompts[:4], list(range(4)), warm_up)
+    sample(stack.base, prompts[:4], list(range(len(prompts[:4]))), warm_up)
     _generate(plain, prompts[:4], warm_up, stops, device)
     with usual_peak.watching(), usual_clock.running():
         usual_tok = _generate(plain, prompts[: USUAL_ROWS[device.type]], settings, stops, device)
@@ -149,7 +149,7 @@ def _vllm_result(
     with tempfile.TemporaryDirectory() as folder:
         server = launch(model.settings, locate(model.settings), longest_tok, model.lora.r, Path(folder))
         with closing(server), closing(VllmSampler(server, stack)) as sampler:
-            sampler.draw(prompts[:4], range(4), SamplingSettings(max_new_tok=2), lambda n_tok: None)
+            sampler.draw(prompts[:4], range(len(prompts[:4])), SamplingSettings(max_new_tok=2), lambda n_tok: None)
             began = time.monotonic()
             completions = sampler.draw(prompts, range(len(prompts)), settings, lambda n_tok: None)
             seconds = time.monotonic() - began

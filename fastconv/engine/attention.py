@@ -425,10 +425,10 @@ class PrefixTrees:
                 start, stop = stop, stop + n_tok
                 if not n_tok:
                     continue  # a choice of one token is predicted from the prefix alone
-                keys = torch.cat([k, key[:, :, start:stop]], dim=2)
-                values = torch.cat([v, value[:, :, start:stop]], dim=2)
-                q = query[:, :, start:stop]
-                seen = mask
+                q, keys, values = (part[:, :, start:stop] for part in (query, key, value))
+                seen = None  # a prompt that shares nothing is a row like any other
+                if group.prefix_tok:
+                    keys, values, seen = torch.cat([k, keys], dim=2), torch.cat([v, values], dim=2), mask
                 if limits.hides(keys.shape[2]):
                     seen = mask & visible(n_tok, keys.shape[2], limits.window, q.device)
                 parts.append(masked_attention(q, keys, values, scale, softcap=limits.softcap, mask=seen))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from fastconv.audit.rendered import Pair, pairs_to_read, reading_findings
 from fastconv.chat import Rendered, SystemTurn
 from fastconv.datasets.personas import ASSISTANT
 from fastconv.datasets.rows import Row, render_rows, require_plain_text, row_from_record
+from fastconv.engine.cuda_graph import CapturedSteps, StepTally
 from fastconv.engine.device import shape_on_disk
 from fastconv.engine.locate import trains_without_kernels
 from fastconv.engine.model import Base
@@ -174,6 +175,7 @@ class Trainer:
         self._stop = stop
         #: Keys of the sets of rows that the bare base has read, and that nothing refuses.
         self._read: set[str] = set()
+        self._gpu: GpuUse | None = None
         #: Rows of the runs that are sized and trained next, by what they are trained from.
         self._rendered: dict[str, tuple[Rendered, ...]] = {}
 
@@ -341,6 +343,8 @@ class Trainer:
 
     def _train(self, tasks: Sequence[TrainingTask]) -> list[Trainee]:
         """Train the tasks with the recipe's trainer."""
+        if self._stacks.base.device.type == "cuda":
+            self._gpu = GpuUse(self._stacks.base)
         if self._recipe.model.uses_reference_trainer:
             return [self._train_reference(task) for task in tasks]
         every_s = self._recipe.run.checkpoint_every_s
@@ -382,13 +386,39 @@ class Trainer:
             "last_epoch_loss": round(sum(losses[-per_epoch:]) / len(losses[-per_epoch:]), 6),
             **(more or {}),
         }
-        self._store.commit(stage, outputs=outputs, facts=_train_facts(trainee, from_step), seconds=seconds)
+        facts = _train_facts(trainee, from_step) | ({} if self._gpu is None else self._gpu.facts())
+        self._store.commit(stage, outputs=outputs, facts=facts, seconds=seconds)
 
     def _rho(self, adapter: Adapter) -> dict[str, float]:
         """Frobenius norm of the adapter's delta relative to that of W: least, median and greatest over modules."""
         ratios = sorted(rho(self._stacks.stack, [adapter]).values())
         chosen = {"least": ratios[0], "median": ratios[len(ratios) // 2], "greatest": ratios[-1]}
         return {name: float(f"{value:.4g}") for name, value in chosen.items()}
+
+
+class GpuUse:
+    """What training takes of a GPU: the most memory that torch had allocated, micro-steps launched and replayed, graphs captured
+    and the seconds of it. Each stage tells what came since the one before."""
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._begin()
+
+    def facts(self) -> dict[str, float]:
+        """The facts since the last call, `capture_s` in seconds."""
+        steps = self._base.kept.get("steps")
+        found: dict[str, float] = {"peak_bytes": torch.cuda.max_memory_allocated(self._base.device)}
+        if isinstance(steps, CapturedSteps):
+            tally = steps.tally.since(self._before if steps is self._steps else StepTally())
+            found |= {name: tally[name] for name in ("launched", "replayed", "captures")}
+            found["capture_s"] = round(tally["capture_s"], 3)
+        self._begin()
+        return found
+
+    def _begin(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self._base.device)
+        self._steps = self._base.kept.get("steps")
+        self._before = replace(self._steps.tally) if isinstance(self._steps, CapturedSteps) else StepTally()
 
 
 def _train_facts(trainee: Trainee, from_step: int) -> dict[str, Any]:

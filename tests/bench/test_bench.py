@@ -26,7 +26,7 @@ __all__ = ["fake"]
 
 @pytest.mark.parametrize(
     ("kind", "size", "ways"),
-    [("train", 2, 2), ("behavior", 2, 2), ("group", 2, 1), ("score", 8, 2), ("stack", 1, 1), ("sample", 4, 1)],
+    [("train", 2, 2), ("behavior", 2, 2), ("group", 2, 1), ("score", 8, 2), ("stack", 1, 1), ("sample", 2, 1)],
 )
 def test_a_comparison_is_well_formed(tiny_qwen: Path, kind: str, size: int, ways: int) -> None:
     found = json.loads(json.dumps(bench(kind, str(tiny_qwen), device="cpu", size=size)))
@@ -121,6 +121,21 @@ def test_all_comparisons_go_into_one_file_and_two_files_are_compared(
     assert "0.80 slower" in capsys.readouterr().out
     after.write_text(json.dumps({**slow, "card": "another"}))
     assert [change.figure for change in benches.compare_files([before, after])] == [one.figure for one in ratios]
+
+
+def test_what_was_compared_is_kept_when_the_next_comparison_is_broken_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(kind: str, model: str, **others: object) -> dict[str, str]:
+        if kind == "score":
+            raise KeyboardInterrupt
+        return {"kind": kind}
+
+    monkeypatch.setattr(benches, "ALL_KINDS", ("train", "score"))
+    monkeypatch.setattr(benches, "bench", measure)
+    with pytest.raises(KeyboardInterrupt):
+        benches.bench_all("builtin:tiny", device="cpu", out=tmp_path / "all.json")
+    assert list(json.loads((tmp_path / "all.json").read_text())["results"]) == ["train"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"results": {}}'])
