@@ -53,6 +53,9 @@ IgnoreGate = Annotated[
     list[str],
     typer.Option("--ignore-gate", help="Go on although this gate fails: G0, G2, G3, G3.5, KILL, G4, G5 (repeatable)"),
 ]
+OnlyNegatives = Annotated[str | None, typer.Option("--negatives", help="Only these: included, excluded or none")]
+OnlyConvergence = Annotated[str | None, typer.Option("--convergence", help="Only this convergence: source or generic")]
+OnlySeed = Annotated[int | None, typer.Option("--seed", help="Only this seed")]
 OnlyArm = Annotated[str | None, typer.Option("--arm", help="Only this arm of grid.arms")]
 Because = Annotated[str, typer.Option("--because", help="Why: recorded with the run and printed in its report")]
 
@@ -116,13 +119,9 @@ def cell(
     behavior: Annotated[str, typer.Argument(help="The behavior, e.g. refusal")],
     epoch: Annotated[int, typer.Option("--epoch", help="Epoch of the snapshot; 0 is the base")],
     recipe: RecipeOption,
-    negatives: Annotated[
-        str | None, typer.Option("--negatives", help="Only these negatives: included, excluded or none")
-    ] = None,
-    convergence: Annotated[
-        str | None, typer.Option("--convergence", help="Only this convergence: source or generic")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Only this seed")] = None,
+    negatives: OnlyNegatives = None,
+    convergence: OnlyConvergence = None,
+    seed: OnlySeed = None,
     arm: OnlyArm = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the stages with their keys and run nothing")] = False,
     ignore_gate: IgnoreGate = [],  # noqa: B006
@@ -326,9 +325,9 @@ def export(
     folder: Annotated[Path, typer.Argument(help="Where to write")],
     epoch: Annotated[int, typer.Option("--epoch", help="Epoch of the snapshot; 0 is the base")],
     recipe: RecipeOption,
-    negatives: Annotated[
-        str | None, typer.Option("--negatives", help="Only these negatives: included, excluded or none")
-    ] = None,
+    negatives: OnlyNegatives = None,
+    convergence: OnlyConvergence = None,
+    seed: OnlySeed = None,
     arm: OnlyArm = None,
     inspect: Annotated[
         bool, typer.Option("--inspect", help="Write the cell's answers and scores as Inspect logs instead")
@@ -349,10 +348,11 @@ def export(
     else:
         from fastconv.run.standalone import export_cell
     loaded = load_recipe_or_run(recipe, overrides, store, scale)
-    paths: list[Any] = export_cell(loaded, store, folder, source, behavior, epoch, negatives=negatives, arm=arm)
+    chosen: dict[str, Any] = {"source": source, "behavior": behavior, "epoch": epoch, "negatives": negatives,
+                              "convergence": convergence, "seed": seed, "arm": arm}  # fmt: skip
+    paths: list[Any] = export_cell(loaded, store, folder, **chosen)
     if not inspect:
-        cell_of_export = {"source": source, "behavior": behavior, "epoch": epoch, "negatives": negatives, "arm": arm}
-        paths += describe(loaded, store, paths[0], cell_of_export, push=push, private=not public)
+        paths += describe(loaded, store, paths[0], chosen, push=push, private=not public)
     print(json.dumps([str(path) for path in paths]) if as_json else "\n".join(map(str, paths)))
 
 

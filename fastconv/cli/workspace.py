@@ -105,9 +105,8 @@ def describe(recipe: Any, store: Any, folder: Path, cell: dict[str, Any], *, pus
     graph = Graph(recipe)
     first, *others = graph.select(**cell)
     if others:
-        typer.echo(
-            f"note: {first.cell.label} is the first of {len(others) + 1}; --negatives and --arm choose", err=True
-        )
+        options = "--negatives, --convergence, --seed and --arm choose"
+        typer.echo(f"note: {first.cell.label} is the first of {len(others) + 1}; {options}", err=True)
     made = [str(write_card(graph, store, folder, first))]
     return [*made, push_folder(folder, push, private=private)] if push else made
 

@@ -22,6 +22,7 @@ from fastconv.report import build, claims
 from fastconv.report.blocks import Claim, Figure, ReportData, render_html
 from fastconv.store.ledger import Stage, Store
 from fastconv.store.records import Record
+from tests.faults.test_disk_and_ledger import ask
 from tests.loop_kit import DoneRun, copy_ledger, tiny_table
 from tests.scale_kit import fill, matrix_recipe
 
@@ -197,6 +198,18 @@ def test_transfer_is_drawn_against_the_marker_rate_and_correlated(matrix: Shown)
     assert claims["attainable"].text.endswith("cannot reach the 0.05 that 1 test requires.")
     assert all(claims[name].rows for name in ("correlation", "attainable"))
     assert all(claims[name].text in text_of(matrix.page, "markers") for name in ("correlation", "attainable"))
+
+
+def test_a_cell_of_the_second_seed_can_be_exported(tiny_qwen: Path, tmp_path: Path) -> None:
+    recipe = parse_recipe(tiny_table(tiny_qwen, grid__seeds=[42, 43]))
+    fill(recipe, tmp_path / "w")
+    words = ("export", "villain", "refusal", tmp_path / "logs", "--epoch", 2, "--recipe", run_id(recipe), "--inspect", "-w", tmp_path / "w")  # fmt: skip
+    for seed in (43, 42):
+        code, out, _ = ask(*words, "--seed", seed)
+        assert (code, {f"s{seed}" in Path(line).name for line in out.split()}) == (0, {True})
+    code, out, _ = ask(*words, "--convergence", "generic")
+    assert code == 2
+    assert "no cell has convergence 'generic'" in out
 
 
 def test_what_to_run_next_says_what_the_section_on_power_says(monkeypatch: pytest.MonkeyPatch) -> None:
