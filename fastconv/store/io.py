@@ -113,6 +113,9 @@ def _storage_error(root: Path, code: int | None, text: str, option: str = "--wor
         return StoreError(
             "no space left on the disk", where=where, fix="free some space, then the same command goes on"
         )
+    if code == errno.EFBIG:
+        fix = "raise `ulimit -f`, or take a disk that holds larger files; then the same command goes on"
+        return StoreError("a file may not grow as large as this one", where=where, fix=fix)
     if code in (errno.EROFS, errno.EACCES, errno.EPERM):
         return StoreError("the folder cannot be written", where=where, fix=f"make it writable or give another {option}")
     if code in (errno.ENOTDIR, errno.EEXIST):

@@ -333,6 +333,22 @@ def test_an_artefact_that_finds_no_space_leaves_no_trace(store: Store, monkeypat
     assert store.frame("SELECT * FROM artefacts").is_empty()
 
 
+def test_a_file_that_may_not_grow_is_told_as_that_and_leaves_no_trace(tmp_path: Path) -> None:
+    """`ulimit -f` as a shell sets it: the kernel refuses the write itself."""
+    script = (
+        "import resource, sys, pathlib; from fastconv.store.ledger import Store\n"
+        "from fastconv.errors import StoreError\n"
+        "store = Store.open(pathlib.Path(sys.argv[1]))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+        "try:\n    store.put(b'x' * 400_000, 'safetensors')\n"
+        "except StoreError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "w"], capture_output=True, text=True, check=True)
+    assert "a file may not grow as large as this one" in done.stdout
+    assert "ulimit -f" in done.stdout
+    assert not [path for path in (tmp_path / "w" / "artefacts").rglob("*") if path.is_file()]
+
+
 def test_another_schema_is_refused_with_the_mend(store: Store) -> None:
     store._db.execute("PRAGMA user_version=99")
     with pytest.raises(StoreError, match="schema 99"):
