@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastconv.bench.training import free_memory
 from fastconv.chat import ChatTokenizer
 from fastconv.engine.generate import Completion, sample
 from fastconv.engine.model import prepare_model_folder
@@ -54,6 +55,7 @@ def vllm(job: Job, sheet: Sheet) -> None:
         return
     if "draws" not in sheet.found or "killed_in_a_draw" not in sheet.found:
         side_by_side(job, sheet)
+        free_memory()  # the runs below size their server by what is free
     if not job.rehearse and job.left_s < _LEAST_S:
         sheet.end("stopped", "no time left for the run whose server is killed")
         return
