@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,21 +69,35 @@ def plan_json(job: Job, grid: Grid, log: Path) -> dict[str, Any]:
     out = job.path(f"plan-{grid.recipe}.json")
     command = [*FASTCONV, "plan", *grid.named(job), "-w", str(grid.folder(job)), "--json"]
     ran = run_child(command, log, deadline=job.deadline, out=out)
-    told = json.loads(out.read_text() or "{}")
+    told = read_sheet(out)
     return told if ran.ok else {"problem": ran.killed or told.get("error", ran.last)}
 
 
+@contextlib.contextmanager
+def planned_beside(job: Job, sheet: Sheet, plans: Mapping[str, Grid]) -> Iterator[None]:
+    """Plans grids while the block runs, which is what waits for the card: a plan alone hashes the base several times.
+
+    Each is noted at the block's end under its name, unless it stands there already.
+    """
+    left = {name: grid for name, grid in plans.items() if "kinds" not in sheet.found.get(name, {})}
+    with ThreadPoolExecutor(max(1, len(left))) as beside:
+        made = {name: beside.submit(plan_json, job, grid, job.path(f"{name}.log")) for name, grid in left.items()}
+        yield
+        for name, plan in made.items():
+            sheet.note(**{name: plan.result()})
+
+
 def run_grid(
-    job: Job, sheet: Sheet, grid: Grid, *, each: Callable[[int], str] = lambda pid: "", planned: bool = True
+    job: Job, sheet: Sheet, grid: Grid, *, each: Callable[[int], str] = lambda pid: "",
+    plans: Mapping[str, Grid] | None = None,
 ) -> Ran:  # fmt: skip
     """Run a grid to its report, or on from where it was killed, and note all that the run tells.
 
     Each sitting stands under `sittings`; walls and looks are of the last one, which is the whole run if there was one.
+    `plans` are made meanwhile and noted by name; by default the grid's own as `plan`.
     """
     workspace, log = grid.folder(job), job.path("run.log")
     ledger_file, kept_file = workspace / "ledger.sqlite", job.path("ledger.sqlite")
-    if planned and "plan" not in sheet.found:
-        sheet.note(plan=plan_json(job, grid, log))
     reports = workspace.parent / "reports"
     command = [*FASTCONV, "run", *grid.named(job), "-w", str(workspace), "--reports", str(reports), "--approve", *grid.arguments]  # fmt: skip
     began, kept = time.time(), KeptLedger(ledger_file, kept_file)
@@ -93,7 +108,8 @@ def run_grid(
             note_run(sheet, read_ledger(kept_file), began, time.time(), looks_file)
         return each(pid)
 
-    ran = run_child(command, log, deadline=job.deadline, each=watch)
+    with planned_beside(job, sheet, {"plan": grid} if plans is None else plans):
+        ran = run_child(command, log, deadline=job.deadline, each=watch)
     copy_ledger(ledger_file, kept_file)
     ledger = read_ledger(kept_file)
     sittings = [*sheet.found.get("sittings", []), _sitting(ran)]
@@ -230,7 +246,7 @@ def killed(job: Job, sheet: Sheet) -> None:
             seen += [lease] if lease is not None else []
             return f"kill -9 in {least.where}" if lease is not None else ""
 
-        ran = run_grid(job, sheet, PILOT, each=each, planned=False)
+        ran = run_grid(job, sheet, PILOT, each=each, plans={})
         if ran.killed == "out of time":
             ended(ran, sheet)
             return
@@ -241,7 +257,7 @@ def killed(job: Job, sheet: Sheet) -> None:
         sheet.note(kills=kills)
         if not seen:
             break  # the run has ended, there is nothing left to kill
-    ran = run_grid(job, sheet, PILOT, planned=False)
+    ran = run_grid(job, sheet, PILOT, plans={})
     sheet.note(against_pilot=compare_with_pilot(job.out, job.part))
     ended(ran, sheet)
 
@@ -260,7 +276,7 @@ def ray(job: Job, sheet: Sheet) -> None:
     found: dict[str, Any] = {}
     for name, more in (("ray", ("--ray",)), ("one", ())):
         grid = Grid("pilot_small", sources, (*gates, *more), f"ray-{name}")
-        ran = run_grid(job.named(f"ray-{name}"), sheet, grid, planned=False)
+        ran = run_grid(job.named(f"ray-{name}"), sheet, grid, plans={})
         found[name] = {"seconds": round(ran.seconds, 2), "exit_code": ran.code, "wall": sheet.found["wall"]}
         sheet.note(runs=found)
         if ran.killed or ran.code not in ENDED:

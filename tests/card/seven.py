@@ -6,12 +6,12 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from fastconv.engine.shapes import ModelShape, named_shape, weight_bytes
-from tests.card.grid import Grid, ended, ignore_gates, plan_json, run_grid
+from tests.card.grid import Grid, ended, ignore_gates, run_grid
 from tests.card.process import run_child
 from tests.card.sheet import Job, Sheet, write_json
 
@@ -42,10 +42,9 @@ def seven(job: Job, sheet: Sheet) -> None:
         sheet.end("stopped" if wrote.killed else "failed", f"the base was not written: {wrote.killed or wrote.last}")
         return
     sheet.note(written_s=round(wrote.seconds, 1), weights_gb=round(weight_bytes(shape) / 1e9, 2))
-    if "matrix_plan" not in sheet.found:
-        grid = Grid("matrix", workspace="matrix", model=str(folder))
-        sheet.note(matrix_plan=plan_json(job, grid, job.path("run.log")))
-    ran = run_grid(job, sheet, Grid("pilot", arguments=ignore_gates(job), model=str(folder)))
+    grid, matrix = (Grid(name, model=str(folder)) for name in ("pilot", "matrix"))
+    plans = {"plan": grid, "matrix_plan": replace(matrix, workspace="matrix")}
+    ran = run_grid(job, sheet, replace(grid, arguments=ignore_gates(job)), plans=plans)
     sheet.note(matrix=estimate(sheet.found["matrix_plan"], sheet.found["against_plan"], sheet.found["wall"]))
     ended(ran, sheet)
 

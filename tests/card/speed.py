@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from xml.etree import ElementTree
 
 import torch
 
+import fastconv.bench as benchmarks
+from fastconv.bench import kernels
+from fastconv.bench.measure import Clock
 from fastconv.engine import attention_backends as backends
+from fastconv.engine.attention import Padded
 from fastconv.engine.shapes import named_shape
 from tests.card.grid import FASTCONV
 from tests.card.process import run_child
-from tests.card.sheet import NO_CARD, Job, Sheet, has_card
+from tests.card.sheet import NO_CARD, Job, Sheet, has_card, read_sheet, write_json
 
 MODELS = ("random:qwen2.5-1.5b", "random:qwen2.5-7b")
 #: Row lengths (tokens) of a convergence step and of a behavior step, as `bench` has them.
@@ -26,45 +30,66 @@ _REPEATS = 20
 
 
 def bench(job: Job, sheet: Sheet) -> None:
-    """`fastconv bench engine` and `bench all` at both sizes; a comparison that was made already is not made again."""
+    """What `fastconv bench all` compares at both sizes, `stack` last (it writes 15 GB three times), and `bench engine`.
+
+    Each comparison is noted when it is made, and not made again.
+    """
     found: dict[str, Any] = sheet.found.get("models", {})
+    kinds = sorted(benchmarks.ALL_KINDS, key=lambda kind: kind == "stack")
     for model in (job.model,) if job.rehearse else MODELS:
         one = found.setdefault(model, {})
         short = model.rpartition(".")[2] if ":" in model else "model"
-        if "engine" not in one:
+        if "ours" not in one.get("engine", {}):
             out = job.path(f"engine-{short}.json")
             ran = run_child([*FASTCONV, "bench", "engine", "--model", model, "--json"], job.path("run.log"),
                             deadline=job.deadline, out=out)  # fmt: skip
-            told = json.loads(out.read_text() or "{}")
+            told = read_sheet(out)
             one["engine"] = told if ran.ok else {"missing": ran.killed or told.get("error", ran.last)}
             sheet.note(models=found)
-        if not one.get("all_done"):
-            file = job.path(f"all-{short}.json")
-            size = ["--size", "2"] if job.rehearse else []
-            ran = run_child([*FASTCONV, "bench", "all", "--model", model, "--out", str(file), *size], job.path("run.log"),
-                            deadline=job.deadline)  # fmt: skip
-            one["all"] = json.loads(file.read_text()) if file.is_file() else {"missing": ran.last}
-            one |= {"all_done": ran.ok, "seconds": round(ran.seconds, 1)}
-            sheet.note(models=found)
-            if not ran.ok:
-                sheet.end("stopped" if ran.killed else "failed", ran.killed or ran.last)
+        for kind in kinds:
+            made = {**_get(one, "all", "results"), **_get(one, "all", "left_out")}
+            if kind in made:
+                continue
+            if job.left_s <= 0:
+                sheet.end("stopped", "out of time; the same command goes on")
                 return
+            one["all"] = _with_kind(_get(one, "all"), kind, model, 2 if job.rehearse else None)
+            write_json(job.path(f"all-{short}.json"), one["all"])  # as `bench all --out` writes it
+            sheet.note(models=found)
     sheet.end("complete")
+
+
+def _get(found: Any, *path: str) -> dict[str, Any]:
+    for name in path:
+        found = found.get(name, {})
+    return found
+
+
+def _with_kind(before: Mapping[str, Any], kind: str, model: str, size: int | None) -> dict[str, Any]:
+    """What `bench all` found before, and one more comparison; one that fails leaves the others be."""
+    try:
+        with patch.object(benchmarks, "ALL_KINDS", (kind,)):
+            now = benchmarks.bench_all(model, size=size)
+    except Exception as error:
+        now = {"left_out": {kind: " ".join(f"{type(error).__name__}: {error}".split())[:300]}}
+    finally:
+        benchmarks.free_memory()
+    both = {name: {**before.get(name, {}), **now.get(name, {})} for name in ("results", "left_out")}
+    return {**before, **now, **both}
 
 
 def attention(job: Job, sheet: Sheet) -> None:
     """Every attention backend at both sizes: is it right, does it give the same bits, and its milliseconds."""
     found: dict[str, Any] = sheet.found.get("shapes", {})
-    made: dict[str, Callable[[], Any]] = {"sdpa": backends._padded_sdpa}
-    made |= {name: make for name, (make, _) in backends._CANDIDATES.items()}
+    made: dict[str, tuple[Callable[[], Any], bool]] = {"sdpa": (backends._padded_sdpa, True), **backends._CANDIDATES}
     device, chosen = torch.device("cpu" if job.rehearse else "cuda"), dict[str, str]()
     dtype = torch.float32 if job.rehearse else torch.bfloat16
     for name in ("tiny",) if job.rehearse else ("qwen2.5-1.5b", "qwen2.5-7b"):
         shape = named_shape(name)
         sizes = (shape.n_heads, shape.n_kv_heads, shape.head_dim)
-        for backend, make in made.items():
+        for backend, (make, captures) in made.items():
             if backend not in found.setdefault(name, {}):
-                found[name][backend] = tried(make, device, dtype, sizes)
+                found[name][backend] = tried(make, device, dtype, sizes, captures=captures)
                 sheet.note(shapes=found)
         chosen[name] = backends.pick_attention(device, dtype, *sizes).name
         sheet.note(chosen=chosen)
@@ -72,7 +97,7 @@ def attention(job: Job, sheet: Sheet) -> None:
 
 
 def tried(
-    make: Callable[[], Any], device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]
+    make: Callable[[], Any], device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int], *, captures: bool
 ) -> dict[str, Any]:
     """One backend: its distance from SDPA in fp32, whether it repeats, seconds of its first call, and milliseconds forward and
     backward by load."""
@@ -82,7 +107,11 @@ def tried(
         distance = backends._distance(kernel, device, dtype, *sizes)
         first_s = time.perf_counter() - began
         repeats = backends._repeats(kernel, device, dtype, *sizes)
-        took = {load: milliseconds(kernel, lengths, device, dtype, sizes) for load, lengths in ROWS.items()}
+        pads = make is backends._padded_sdpa
+        took = {
+            load: milliseconds(kernel, lengths, device, dtype, sizes, captures=captures, pads=pads)
+            for load, lengths in ROWS.items()
+        }
     except backends._DOES_NOT_WORK as error:
         return {"missing": " ".join(f"{type(error).__name__}: {error}".split())[:200]}
     right = distance <= backends._TOLERANCE[dtype]
@@ -96,33 +125,50 @@ def tried(
 
 
 def milliseconds(
-    kernel: Any, lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]
-) -> dict[str, float]:
-    """Milliseconds of a layer's attention over rows of these lengths, forward, and forward and backward; the best of some."""
+    kernel: Any, lengths: tuple[int, ...], device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int], *,
+    captures: bool, pads: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Milliseconds of a layer's attention over rows of these lengths, forward, and forward and backward; the best of some.
+
+    On a card as a graph, as steps run, else the host's launches are what is timed: those stand under `launched`. With `pads`
+    the rows are laid out before, as a step does it once for all of its layers.
+    """
     rows, inputs = backends._trial(lengths, sum(lengths), kernel, device, *sizes)
     parts = [part.to(dtype).requires_grad_() for part in inputs]
     scale = sizes[2] ** -0.5
+    padded = Padded.of(list(lengths))
+    padded = padded.with_inputs([part.to(device) for part in padded.inputs])
 
     def forward() -> torch.Tensor:
-        return kernel(*parts, rows, scale)
+        return padded.attend(0, parts[0], parts[1], parts[2], scale) if pads else kernel(*parts, rows, scale)
 
     def both() -> None:
         out = forward()
         torch.autograd.grad(out, parts, torch.ones_like(out))
 
-    found = {}
-    for name, work in (("forward", forward), ("forward_and_backward", both)):
-        best = float("inf")
-        for _ in range(3 if device.type == "cpu" else _REPEATS):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - began)
-        found[name] = round(1000 * best, 4)
+    found: dict[str, Any] = {}
+    ways: dict[str, Callable[[], Any]] = {"forward": forward, "forward_and_backward": both}
+    for name, work in ways.items():
+        launched = found[name] = best_of(work, device)
+        if device.type == "cuda":
+            found.setdefault("launched", {})[name] = launched
+            if captures:
+                try:
+                    found[name] = best_of(kernels._replayed(work), device)
+                except backends._DOES_NOT_WORK as error:
+                    found["not_captured"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return found
+
+
+def best_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of some work, the best of some tries."""
+    best = float("inf")
+    for _ in range(3 if device.type == "cpu" else _REPEATS):
+        clock = Clock(device)
+        with clock.running():
+            work()
+        best = min(best, clock.seconds)
+    return round(1000 * best, 4)
 
 
 PYTEST = (sys.executable, "-m", "pytest", "--no-header", "-p", "no:cacheprovider")

@@ -220,7 +220,7 @@ def _kernels(found: Sheet) -> str:
 
 def _steps(sheet: Sheet) -> list[tuple[str, str]]:
     return [
-        (f"{model} {kind}", f"{_number(one['tok_per_s'])} tokens/s under the profiler; a step, ms: "
+        (f"{model} {kind}", f"{_number(one['tok_per_s'])} tokens/s; under the profiler a step, ms: "
          f"{', '.join(f'{name} {_number(ms)}' for name, ms in one['ms_a_step'].items())}; "
          f"idle {_number(1000 * _get(one, 'kernels', 'idle_of_wall_s') / one['steps']) if 'kinds' in one['kernels'] else '?'}")
         for model, kinds in (sheet.get("loads") or {}).items()

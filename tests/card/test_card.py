@@ -23,7 +23,7 @@ from torch._C._autograd import DeviceType
 from fastconv.engine.cuda_graph import CapturedSteps, StepTally
 from fastconv.engine.generate import Completion
 from fastconv.run.training import GpuUse
-from tests.card import timing
+from tests.card import profiling, timing
 from tests.card.__main__ import main, run_part
 from tests.card.grid import Kill
 from tests.card.ledgers import Lease, Ledger, StageRow, compare, copy_ledger, read_ledger
@@ -325,6 +325,9 @@ def test_a_kill_waits_for_a_living_process_and_a_share() -> None:
         ("_decode", "attention"),
         ("_rope_joined", "attention"),
         ("flash_fwd_kernel", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_knob_7_64x128x128_4x1x1_kernel0_0", "attention"),
+        ("void cudnn::fusion::compute_dot_do_o_specialized<true, 128, 128>", "attention"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>", "products"),
         ("_swiglu_backward", "swiglu"),
         ("_cross_entropy", "loss"),
         ("Memcpy DtoD (Device -> Device)", "copies"),
@@ -354,11 +357,14 @@ def test_of_a_gpu_only_kernels_count_and_no_range_around_them(monkeypatch: pytes
     events = [
         event("nvjet", DeviceType.CUDA, 0, 10), event("cudaLaunchKernel", DeviceType.CPU, 0, 90),
         event("Optimizer.step#AdamW.step", DeviceType.CUDA, 0, 80), event("mine", DeviceType.CUDA, 0, 70, is_user_annotation=True),
+        event("hypot_kernel_cuda", DeviceType.CUDA, 0, 3), event("nvjet", DeviceType.CUDA, -1e9, 5),
     ]  # fmt: skip
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(profiling, "_launch_head", lambda device: None)
     monkeypatch.setattr(torch.profiler, "profile", lambda **_: nullcontext(SimpleNamespace(events=lambda: events)))
     found = profiled(lambda: None, torch.device("cuda"))
     assert found["kinds"] == {"products": {"ms": 0.01, "launches": 1}}
+    assert (found["lost_of_head"], found["without_times"]) == (255, 1)
 
 
 def test_completions_agree_up_to_their_first_other_token() -> None:

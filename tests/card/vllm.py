@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from fastconv.bench.training import free_memory
 from fastconv.chat import ChatTokenizer
 from fastconv.engine.generate import Completion, sample
 from fastconv.engine.model import prepare_model_folder
@@ -54,6 +55,7 @@ def vllm(job: Job, sheet: Sheet) -> None:
         return
     if "draws" not in sheet.found or "killed_in_a_draw" not in sheet.found:
         side_by_side(job, sheet)
+        free_memory()  # the runs below size their server by what is free
     if not job.rehearse and job.left_s < _LEAST_S:
         sheet.end("stopped", "no time left for the run whose server is killed")
         return
@@ -205,7 +207,7 @@ def killed_in_a_draw(cell: OpenCell, server: Server, sampler: VllmSampler) -> di
         return {
             "told": told[:600],
             "lines": len(told.splitlines()),
-            "after_s": round(time.perf_counter() - killed_at[0], 2),
+            "after_s": round(time.perf_counter() - killed_at[0], 2) if killed_at else None,  # None: it died by itself
         }
     return {"told": "", "missed": "all was drawn before the kill" if not killed_at else "the draw ended all the same"}
 
@@ -271,15 +273,18 @@ def kill_servers(pid: int, *, itself: bool = True) -> list[int]:
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """Ids of all processes below this one."""
-    for task in Path("/proc").glob(f"{pid}/task/*/children"):
+    """Ids of all processes below this one. By every process's parent: not every kernel lists a task's children."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            children = [int(word) for word in task.read_text().split()]
-        except OSError:
+            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
+        except (OSError, IndexError, ValueError):  # it has just ended
             continue
-        for child in children:
-            yield child
-            yield from descendants(child)
+        children.setdefault(parent, []).append(int(stat.parent.name))
+    below = list(children.get(pid, ()))
+    for child in below:  # grows
+        yield child
+        below += children.get(child, ())
 
 
 def _command(pid: int) -> str:
