@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from hashlib import file_digest
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,24 @@ def test_a_folder_is_known_by_its_content_and_not_by_its_path(tiny_qwen: Path, t
         (copy / name).write_bytes(whole)
     (copy / "results.json").write_text("{}")
     assert locate(ModelSettings(id=str(copy))).identity == here
+
+
+def test_weights_are_read_once_in_a_process_unless_they_are_written_again(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_qwen, folder := tmp_path / "model")
+    settings, read = ModelSettings(id=str(folder)), []
+    monkeypatch.setattr(
+        locating.hashlib, "file_digest", lambda file, kind: read.append(Path(file.name).name) or file_digest(file, kind)
+    )
+    first = locate(settings)
+    assert locate(settings) == first
+    assert read.count("model.safetensors") == 1
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    assert locate(settings) != first
+    assert read.count("model.safetensors") == 2
 
 
 @pytest.mark.parametrize(
