@@ -81,12 +81,13 @@ def _kill_group(group: int, number: int) -> None:
 
 def _children() -> list[int]:
     """Process ids of this process's children, adopted ones included."""
-    me = os.getpid()
-    try:
-        with open(f"/proc/{me}/task/{me}/children") as file:
-            return [int(pid) for pid in file.read().split()]
-    except OSError:
-        return []  # not Linux: only the process group can be ended
+    found, me = [], str(os.getpid())
+    # By each process's parent: a list of children (/proc/PID/task/TID/children) is an option of the kernel.
+    for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:  # it may have ended
+            if file.read().rpartition(")")[2].split()[1] == me:
+                found.append(int(name))
+    return found  # none where there is no /proc: only the process group can be ended
 
 
 def _prctl(option: int, value: int) -> None:
