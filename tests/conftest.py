@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from fastconv.store import io
 from tests.loop_kit import done_run, recipe, server, whole
@@ -20,9 +20,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 io.SYNCHRONOUS = "OFF"
 # No test may need a network: what tries one fails at once instead of waiting.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The same examples each time: whether a commit is good must not depend on luck. FASTCONV_EXAMPLES=500 looks for new ones.
-settings.register_profile("repeatable", derandomize="FASTCONV_EXAMPLES" not in os.environ)
-settings.load_profile("repeatable")
+if find_spec("hypothesis"):  # the environment of `make test-fused` has none
+    from hypothesis import settings
+
+    # The same examples each time: whether a commit is good must not depend on luck. FASTCONV_EXAMPLES=500 looks for new ones.
+    settings.register_profile("repeatable", derandomize="FASTCONV_EXAMPLES" not in os.environ)
+    settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
