@@ -17,7 +17,7 @@ from fastconv.run.sampling import SamplingRequests, sampling_requests
 from fastconv.run.stacks import Stacks
 from fastconv.store.ledger import Store
 from fastconv.store.records import Stage
-from tests.card.grid import Grid
+from tests.card.grid import PILOT, Grid
 from tests.card.sheet import Job
 
 #: Standard deviation of what stands in for trained weights where there are none.
@@ -81,6 +81,12 @@ class OpenCell:
                     self.store, self.origin = store, f"trained, of the workspace {folder.parent.name}"
                     break
         self.stacks = Stacks(self.graph, self.store)
+
+    @classmethod
+    def of(cls, job: Job) -> OpenCell:
+        """The cell for a part, with the adapters of whichever part has trained the grid."""
+        trained = [job.workspace(name) for name in ("pilot", "killed", "engine")]
+        return cls(recipe_of(job, PILOT), trained, job.workspace())
 
     @staticmethod
     def _has(store: Store, stage: Stage) -> bool:

@@ -20,8 +20,7 @@ from fastconv.engine.cuda_graph import CudaDevice
 from fastconv.engine.stack import Stack
 from fastconv.engine.train import Hooks, captured_steps, start, train
 from fastconv.recipe import ModelSettings
-from tests.card.cells import STACKS, OpenCell, recipe_of
-from tests.card.grid import PILOT
+from tests.card.cells import STACKS, OpenCell
 from tests.card.profiling import profiled
 from tests.card.sheet import Job, Sheet
 
@@ -145,9 +144,7 @@ def profiled_draw(cell: OpenCell) -> dict[str, Any]:
 def drawing(job: Job, sheet: Sheet) -> None:
     """1,500 prompts of pilot_small on the base, one adapter and two: with captures, without, under the profiler, and all at once."""
     began = time.perf_counter()
-    cell = OpenCell(
-        recipe_of(job, PILOT), [job.workspace(name) for name in ("pilot", "killed", "engine")], job.workspace()
-    )
+    cell = OpenCell.of(job)
     device, attention = cell.stack.base.device, cell.stack.base.attention
     sheet.note(
         adapters=cell.origin, to_ready_s=round(time.perf_counter() - began, 2), device=str(device),

@@ -24,11 +24,12 @@ from fastconv.engine.generate import Completion, sample
 from fastconv.engine.model import prepare_model_folder
 from fastconv.engine.vllm.sampler import VllmSampler
 from fastconv.engine.vllm.server import COMMAND_VARIABLE, Server, start_server
+from fastconv.engine.vllm.watchdog import children_of
 from fastconv.errors import SamplerError
 from fastconv.recipe import SamplingSettings
 from fastconv.run.sampling import max_sequence_tok
 from tests.card.cells import STACKS, OpenCell, recipe_of
-from tests.card.grid import ENDED, FASTCONV, PILOT, Grid, ignore_gates
+from tests.card.grid import ENDED, FASTCONV, Grid, ignore_gates
 from tests.card.ledgers import leases, read_ledger
 from tests.card.process import run_child
 from tests.card.sheet import Job, Sheet
@@ -68,10 +69,8 @@ def vllm(job: Job, sheet: Sheet) -> None:
 def side_by_side(job: Job, sheet: Sheet) -> None:
     """The server and the resident base on one card, each asked the same under no, one and two adapters."""
     recipe = recipe_of(job, _VLLM)
-    # Keys name the sampler where it decides what is drawn: the adapters are looked for under the resident recipe's.
-    cell = OpenCell(
-        recipe_of(job, PILOT), [job.workspace(name) for name in ("pilot", "killed", "engine")], job.workspace()
-    )
+    # Keys name the sampler where it decides what is drawn: this cell, and so its adapters, is the resident recipe's.
+    cell = OpenCell.of(job)
     tokenizer = ChatTokenizer(prepare_model_folder(recipe.model, cell.graph.source), recipe.model)
     stages = [stage.needs["eval"] for stage in cell.base_cell.scores.values() if "eval" in stage.needs]
     before = memory_free()
@@ -273,18 +272,11 @@ def kill_servers(pid: int, *, itself: bool = True) -> list[int]:
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """Ids of all processes below this one. By every process's parent: not every kernel lists a task's children."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
-        except (OSError, IndexError, ValueError):  # it has just ended
-            continue
-        children.setdefault(parent, []).append(int(stat.parent.name))
-    below = list(children.get(pid, ()))
+    """Ids of all processes below this one."""
+    below = children_of(pid)
     for child in below:  # grows
         yield child
-        below += children.get(child, ())
+        below += children_of(child)
 
 
 def _command(pid: int) -> str:

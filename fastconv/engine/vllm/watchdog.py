@@ -64,7 +64,7 @@ def _end(server: subprocess.Popen[bytes]) -> int:
     _kill_group(server.pid, signal.SIGKILL)
     deadline = time.monotonic() + _GRACE_S
     while time.monotonic() < deadline:
-        for child in _children():
+        for child in children_of(os.getpid()):
             os.kill(child, signal.SIGKILL)
         try:
             if os.waitpid(-1, os.WNOHANG) == (0, 0):
@@ -79,15 +79,18 @@ def _kill_group(group: int, number: int) -> None:
         os.killpg(group, number)
 
 
-def _children() -> list[int]:
-    """Process ids of this process's children, adopted ones included."""
-    found, me = [], str(os.getpid())
-    # By each process's parent: a list of children (/proc/PID/task/TID/children) is an option of the kernel.
+def children_of(parent: int) -> list[int]:
+    """Ids of the processes whose parent this is, adopted ones included; none where there is no /proc.
+
+    By each process's parent: a list of children (/proc/PID/task/TID/children) is an option of the kernel.
+    """
+    found = []
     for name in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc") else ()):
-        with contextlib.suppress(OSError), open(f"/proc/{name}/stat") as file:  # it may have ended
-            if file.read().rpartition(")")[2].split()[1] == me:
+        # A process may have ended meanwhile; its name, in brackets, is any bytes.
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+            if file.read().rpartition(b")")[2].split()[1:2] == [b"%d" % parent]:
                 found.append(int(name))
-    return found  # none where there is no /proc: only the process group can be ended
+    return found
 
 
 def _prctl(option: int, value: int) -> None:

@@ -17,6 +17,7 @@ from fastconv.engine.vllm.server import (
     server_command,
     server_environment,
 )
+from fastconv.engine.vllm.watchdog import children_of
 from fastconv.errors import ModelError, SamplerError
 from tests.loop_kit import exit_of, forked, kill, until
 from tests.serve_kit import Fake, end, fake, running
@@ -158,6 +159,22 @@ def test_adapters_go_where_there_is_room(tmp_path: Path, monkeypatch: pytest.Mon
     assert adapter_folder(10**8, workspace, tmp_path / "none").parent == workspace
     with pytest.raises(SamplerError, match="fit neither"):
         adapter_folder(10**13, workspace, shared)
+
+
+def test_a_child_is_found_whatever_its_name_is(tmp_path: Path) -> None:
+    """A process's name stands in brackets among what the kernel tells of it, and is any bytes."""
+
+    def named() -> None:
+        Path("/proc/self/comm").write_bytes(b"\xff) S 1 (x")
+        (tmp_path / "named").touch()
+        time.sleep(60.0)
+
+    child = forked(named)
+    try:
+        until((tmp_path / "named").exists)
+        assert child in children_of(os.getpid())
+    finally:
+        kill(child)
 
 
 def test_which_vllm_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
