@@ -153,8 +153,10 @@ SLOWER = 0.9
 _MAKE_ONE = "make both with `fastconv bench all --out FILE`, with one model"
 
 
-def bench_all(model: str, *, size: int | None = None, device: str = "auto", out: Path | None = None) -> dict[str, Any]:
-    """Every comparison of `ALL_KINDS` one after another, with the card, the versions and the time (s since the epoch).
+def bench_all(
+    model: str, *, size: int | None = None, device: str = "auto", out: Path | None = None, kinds: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Every comparison of `ALL_KINDS`, or those named, one after another, with the card, the versions and the time (s since the epoch).
 
     Written as JSON to `out` if it is named, after each comparison. A comparison that this machine cannot do stands under `left_out` with its reason.
     """
@@ -166,7 +168,7 @@ def bench_all(model: str, *, size: int | None = None, device: str = "auto", out:
         **{name: facts[name] for name in ("python", "versions", "machine", "git")},
         "model": model, "results": {}, "left_out": {},
     }  # fmt: skip
-    for kind in ALL_KINDS:
+    for kind in kinds or ALL_KINDS:
         try:
             found["results"][kind] = bench(kind, model, device=device, size=size)
         except ModelError as error:

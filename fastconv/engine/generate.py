@@ -176,18 +176,17 @@ def _prefill(base: Base, new: Sequence[SampledRow], cache: Cache, places: Sequen
     slots: dict[tuple[int, ...], list[int]] = {}
     for slot, row in zip(places, new, strict=True):
         slots.setdefault(tuple(row.prompt), []).append(slot)
-    packed = pack_prompts(base, dict(enumerate(slots)))
+    packed = pack_prompts(base, {sharing[0]: prompt for prompt, sharing in slots.items()})
     fill = [
         (token + i, slot, position + i)
-        for key, sharing in enumerate(slots.values())
+        for sharing in slots.values()
         for slot in sharing
-        for token, position, n_tok in packed.pieces[key]
+        for token, position, n_tok in packed.pieces[sharing[0]]
         for i in range(n_tok)
     ]
     tokens, to_slots, to_positions = to_device(torch.tensor(fill).t().contiguous(), base.device)
     prefill = Prefill(packed.layout, cache, tokens, to_slots, to_positions)
-    keys = {prompt: key for key, prompt in enumerate(slots)}
-    last = packed.last([keys[tuple(row.prompt)] for row in new])
+    last = packed.last([slots[tuple(row.prompt)][0] for row in new])
     return base.hidden(packed.ids, packed.positions, prefill)[last]
 
 

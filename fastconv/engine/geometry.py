@@ -56,7 +56,8 @@ def last_token_states(
 
     def compute(batch: Sequence[int]) -> tuple[list[int], torch.Tensor]:
         packed = pack_prompts(base, {i: rows[i] for i in batch})
-        order, take = list(packed.pieces), packed.last([*packed.pieces])
+        order = list(packed.pieces)
+        take = packed.last(order)
         with _captured_states(base, [layer for layer in layers if layer < n_layers(base)], take) as captured:
             final = base.hidden(packed.ids, packed.positions, packed.layout)[take]
         return order, torch.stack([captured.get(layer, final).float() for layer in layers], dim=1).cpu()

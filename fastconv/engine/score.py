@@ -204,7 +204,8 @@ def _letters(
 ) -> list[LetterScore]:
     def compute(batch: Sequence[int]) -> tuple[list[int], list[list[float]]]:
         packed = pack_prompts(base, {i: items[i].prompt for i in batch})
-        order, take = list(packed.pieces), packed.last([*packed.pieces])
+        order = list(packed.pieces)
+        take = packed.last(order)
         if precise:
             logprobs = logprobs_fp32(base, hidden_fp32(base, packed.ids, packed.positions, packed.layout)[take])
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import sqlite3
 import time
@@ -169,12 +168,8 @@ class KeptLedger:
 # --- comparing -------------------------------------------------------------------------------------------------------
 
 
-def _sha(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _plain(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Outputs beside the adapter, without distances that name another process's logits."""
+    """Outputs beside the adapter and its losses."""
     return {name: value for name, value in outputs.items() if name not in ("adapter", "weights_sha256", "losses")}
 
 
@@ -194,8 +189,7 @@ def difference(first: StageRow, second: StageRow) -> dict[str, Any]:
     ):
         losses = zip(first.outputs.get("losses", ()), second.outputs.get("losses", ()), strict=False)
         found["adapter"] = {"first_step": next((step for step, (a, b) in enumerate(losses) if a != b), None)}
-    elif _sha(_plain(first.outputs)) != _sha(_plain(second.outputs)):
-        before, now = _plain(first.outputs), _plain(second.outputs)
+    elif (before := _plain(first.outputs)) != (now := _plain(second.outputs)):
         found["outputs"] = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     return found
 

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fastconv.store.io import write_text
+
 #: Packages whose versions a sheet names.
 PACKAGES = (
     "torch",
@@ -102,11 +104,8 @@ def read_sheet(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON by way of a second file, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-    beside.replace(path)
+    """Write JSON so that a reader never sees half of it."""
+    write_text(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
 def has_card() -> bool:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 from xml.etree import ElementTree
 
 import torch
@@ -47,29 +46,23 @@ def bench(job: Job, sheet: Sheet) -> None:
             one["engine"] = told if ran.ok else {"missing": ran.killed or told.get("error", ran.last)}
             sheet.note(models=found)
         for kind in kinds:
-            made = {**_get(one, "all", "results"), **_get(one, "all", "left_out")}
+            all_found = one.get("all", {})
+            made = {**all_found.get("results", {}), **all_found.get("left_out", {})}
             if kind in made:
                 continue
             if job.left_s <= 0:
                 sheet.end("stopped", "out of time; the same command goes on")
                 return
-            one["all"] = _with_kind(_get(one, "all"), kind, model, 2 if job.rehearse else None)
+            one["all"] = _with_kind(all_found, kind, model, 2 if job.rehearse else None)
             write_json(job.path(f"all-{short}.json"), one["all"])  # as `bench all --out` writes it
             sheet.note(models=found)
     sheet.end("complete")
 
 
-def _get(found: Any, *path: str) -> dict[str, Any]:
-    for name in path:
-        found = found.get(name, {})
-    return found
-
-
 def _with_kind(before: Mapping[str, Any], kind: str, model: str, size: int | None) -> dict[str, Any]:
     """What `bench all` found before, and one more comparison; one that fails leaves the others be."""
     try:
-        with patch.object(benchmarks, "ALL_KINDS", (kind,)):
-            now = benchmarks.bench_all(model, size=size)
+        now = benchmarks.bench_all(model, size=size, kinds=(kind,))
     except Exception as error:
         now = {"left_out": {kind: " ".join(f"{type(error).__name__}: {error}".split())[:300]}}
     finally:
