@@ -13,8 +13,8 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
+from fastconv.engine.same_bits import dot_product_attention
 from fastconv.errors import ModelError
 
 #: Name under which `attend` is registered with transformers.
@@ -131,8 +131,7 @@ def masked_attention(
     causal with n = m. A row that sees nothing gives zeros with SDPA's rule for it.
     """
     if not softcap:
-        causal = mask is None
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+        return dot_product_attention(query, key, value, mask, scale)
     if mask is None:
         mask = visible(query.shape[-2], key.shape[-2], 0, query.device)
     scores = query @ key.transpose(-1, -2) * scale
@@ -350,8 +349,7 @@ class Padded:
             mask = visible(self.longest, self.longest, limits.window, q.device)
             out = masked_attention(q, k, v, scale, softcap=limits.softcap, mask=mask)
         else:
-            gqa = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+            out = dot_product_attention(q, k, v, None, scale)
         out = out.transpose(1, 2).reshape(-1, out.shape[1], out.shape[3])
         return _gather_rows(out, self.place, self.source)
 

@@ -24,6 +24,7 @@ from fastconv.engine.cuda_graph import CapturedSteps
 from fastconv.engine.family import Head
 from fastconv.engine.micro_batch import Item, MicroBatch, make_micro_batch, no_padding, split
 from fastconv.engine.model import Base
+from fastconv.engine.same_bits import settings_kept
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.trainee import Job, Trainee, lr_at, save_state, start
 from fastconv.errors import TrainingError
@@ -281,7 +282,8 @@ def _forward_backward(stack: Stack, batch: MicroBatch, totals: torch.Tensor) -> 
     loss, losses = weighted_cross_entropy(
         hidden.index_select(0, batch.take), stack.base.readout, batch.targets, batch.weights
     )
-    loss.backward()
+    with settings_kept():
+        loss.backward()
     add_by_owner(totals, batch.owners, losses * batch.weights, ordered=totals.is_cuda)
 
 

@@ -13,6 +13,7 @@ import torch
 from fastconv.bench import bench, kernels
 from fastconv.chat import SystemTurn
 from fastconv.engine import train as loop
+from fastconv.engine.attention import Padded
 from fastconv.engine.cuda_graph import CapturedSteps, StepTimes
 from fastconv.engine.generate import sample
 from fastconv.engine.kernels.lora import StackedKernel
@@ -155,6 +156,32 @@ def test_the_recorded_losses_are_the_same_bits_again(tiny_qwen: Path) -> None:
         train(stack, [trainee], Hooks())
         found.append(trainee.losses)
     assert all(torch.equal(found[0], losses) for losses in found[1:])
+
+
+def test_attention_gives_the_same_gradients_whatever_runs_beside_it() -> None:
+    """Blocks end in another order where the card has other work; cuDNN's gradients of queries then have other bits."""
+    padded = Padded.of([400, 390, 301, 412, 188, 333])
+    padded = padded.with_inputs([part.cuda() for part in padded.inputs])
+    generator = torch.Generator().manual_seed(0)
+    parts = [
+        torch.randn(heads, padded.n_tok, 128, generator=generator).to("cuda", torch.bfloat16).requires_grad_()
+        for heads in (12, 2, 2)
+    ]
+    others = [torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for n in (256, 700, 1500, 2100)]
+    side = torch.cuda.Stream()
+
+    def gradients(turn: int) -> list[torch.Tensor]:
+        with torch.cuda.stream(side):
+            for other in others[turn % 4 :]:
+                torch.matmul(other, other)
+        out = padded.attend(0, parts[0], parts[1], parts[2], 128**-0.5)
+        found = torch.autograd.grad(out.float().square().sum(), parts)
+        torch.cuda.synchronize()
+        return list(found)
+
+    first = gradients(3)
+    differing = [turn for turn in range(200) if not all(map(torch.equal, first, gradients(turn)))]
+    assert not differing
 
 
 def test_a_graph_of_decoding_follows_the_stack_that_is_live(tiny_qwen: Path) -> None:
