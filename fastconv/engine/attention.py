@@ -19,7 +19,7 @@ from fastconv.errors import ModelError
 
 #: Name under which `attend` is registered with transformers.
 ATTENTION = "fastconv"
-#: The width of a padded batch is a multiple of this: cuDNN plans its attention again, about 60 ms, for each new shape.
+#: The width of a padded batch is a multiple of this: batches of nearly the same width share a graph.
 _WIDTH_STEP = 64
 #: What helps where a family computes something that fastconv does not.
 OTHER_BASE = "use a base of a family that docs/FAMILIES.md lists as equal, for example Qwen2.5, Qwen3 or Llama 3"
