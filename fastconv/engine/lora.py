@@ -45,6 +45,7 @@ class Adapter:
         #: Rank and scale of each module.
         self.ranks = {module: shape.rank(module) for module in self.sizes}
         self.scales = {module: shape.scale(module) for module in self.sizes}
+        self._grad: torch.Tensor | None = None
         offset = 0
         for module, (n_in, n_out) in self.sizes.items():
             r = self.ranks[module]
@@ -63,7 +64,9 @@ class Adapter:
 
     def train(self, grad: torch.Tensor | None) -> None:
         """Accumulate gradients into `grad` (fp32, shaped as `flat`); None makes the adapter frozen again."""
-        offset = 0
+        if grad is not None and grad is self._grad:
+            return
+        self._grad, offset = grad, 0
         for pair in self.weights.values():
             for weight in pair:
                 weight.requires_grad_(grad is not None)
