@@ -149,14 +149,15 @@ class Decode:
         """Write the new keys and values to the cache, then attend to all tokens of the row so far."""
         n_heads, n_rows, head_dim = query.shape
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        rows = torch.arange(n_rows, device=keys.device)
-        keys[rows, :, self.lengths] = key.transpose(0, 1)
-        values[rows, :, self.lengths] = value.transpose(0, 1)
         plain = keys.shape == values.shape and not limits.softcap and not limits.hides(keys.shape[2])
         if keys.is_cuda and plain:
             from fastconv.engine.kernels.elementwise import decode_attention
 
-            return decode_attention(query.transpose(0, 1), keys, values, self.lengths, scale)
+            new = (part.transpose(0, 1) for part in (query, key, value))
+            return decode_attention(*new, keys, values, self.lengths, scale)
+        rows = torch.arange(n_rows, device=keys.device)
+        keys[rows, :, self.lengths] = key.transpose(0, 1)
+        values[rows, :, self.lengths] = value.transpose(0, 1)
         # The query heads of one kv head become query positions: grouped-query attention without copying the cache.
         grouped = query.transpose(0, 1).reshape(n_rows, keys.shape[1], n_heads // keys.shape[1], head_dim)
         n_keys = keys.shape[2] if keys.is_cuda else self.longest + 1  # a captured step reads the whole cache

@@ -315,10 +315,11 @@ def cross_entropy_in_place(logits: torch.Tensor, targets: torch.Tensor, weights:
 
 @triton.jit
 def _decode(
-    query, keys, values, lengths, out, scale, row_stride, head_stride, n_groups,
+    query, key, value, keys, values, lengths, out, scale, row_stride, head_stride, new_row, new_head, n_groups,
     GROUP: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax (Milakov and Gimelshein 2018) for the query heads of one kv head of one row."""
+    """Online softmax (Milakov and Gimelshein 2018) for the query heads of one kv head of one row: the new token first, which
+    goes to the cache, then those before it."""
     row, kv = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     heads, lanes, block = tl.arange(0, GROUP), tl.arange(0, WIDTH), tl.arange(0, KEYS)
     n_kv = tl.num_programs(1)
@@ -326,10 +327,14 @@ def _decode(
     valid = heads[:, None] < n_groups
     q = tl.load(query + own, mask=valid, other=0.0)
     start = row * row_stride + kv * head_stride
-    n_keys = tl.load(lengths + row) + 1
-    best = tl.full((GROUP,), float("-inf"), tl.float32)
-    total = tl.zeros((GROUP,), tl.float32)
-    summed = tl.zeros((GROUP, WIDTH), tl.float32)
+    n_keys = tl.load(lengths + row)
+    new_key = tl.load(key + row * new_row + kv * new_head + lanes)
+    new_value = tl.load(value + row * new_row + kv * new_head + lanes)
+    tl.store(keys + start + n_keys * WIDTH + lanes, new_key)
+    tl.store(values + start + n_keys * WIDTH + lanes, new_value)
+    best = tl.sum(q.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
+    total = tl.full((GROUP,), 1.0, tl.float32)
+    summed = tl.zeros((GROUP, WIDTH), tl.float32) + new_value.to(tl.float32)[None, :]
     for begin in range(0, n_keys, KEYS):
         at = begin + block
         inside = at < n_keys
@@ -348,20 +353,23 @@ def _decode(
 
 
 def decode_attention(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, lengths: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """query [n, heads, d] over cache slots keys, values [>= n, kv heads, L, d] up to lengths [n] -> [n, heads, d].
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+    lengths: torch.Tensor, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Attention of query [n, heads, d] to the first lengths [n] int64 tokens of cache slots keys, values [>= n, kv heads, L, d]
+    and to the new token's key, value [n, kv heads, d], which are written behind them -> [n, heads, d].
 
-    lengths [n] int64: position `lengths[i]` of row i is its newest token, included. Query heads of one group share a kv
-    head, as in Llama.
+    Query heads of one group share a kv head, as in Llama.
     """
     n_rows, n_heads, width = query.shape
     n_kv = keys.shape[1]
     query = query.contiguous()
+    if key.stride() != value.stride() or key.stride(2) != 1:
+        key, value = key.contiguous(), value.contiguous()
     out = torch.empty_like(query)
     group = max(16, triton.next_power_of_2(n_heads // n_kv))  # tl.dot needs at least 16 rows
     _decode[(n_rows, n_kv)](
-        query, keys, values, lengths, out, scale, keys.stride(0), keys.stride(1), n_heads // n_kv,
-        GROUP=group, WIDTH=width, KEYS=_KEYS, num_warps=4, num_stages=2,
+        query, key, value, keys, values, lengths, out, scale, keys.stride(0), keys.stride(1), key.stride(0), key.stride(1),
+        n_heads // n_kv, GROUP=group, WIDTH=width, KEYS=_KEYS, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

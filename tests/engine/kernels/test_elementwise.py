@@ -99,17 +99,23 @@ def test_a_logit_that_is_no_number_makes_the_loss_none() -> None:
     assert losses.isnan().tolist() == [True, False]
 
 
-def test_decoding_sees_each_rows_own_length() -> None:
+def test_decoding_sees_each_rows_own_length_and_keeps_the_new_token() -> None:
     from fastconv.engine.kernels.elementwise import decode_attention
 
     query, keys, values = drawn(3, 6, 16), drawn(4, 2, 200, 16, seed=1), drawn(4, 2, 200, 16, seed=2)
-    lengths = torch.tensor([0, 70, 150])
+    key, value = (drawn(2, 3, 16, seed=seed).transpose(0, 1) for seed in (3, 4))
+    lengths = torch.tensor([0, 70, 128])
+    before = keys.detach().clone()
     with torch.no_grad():
-        out = decode_attention(query, keys, values, lengths, 0.25)
+        out = decode_attention(query, key, value, keys, values, lengths, 0.25)
         for row, newest in enumerate(lengths.tolist()):
+            assert torch.equal(keys[row, :, newest], key[row])
+            assert torch.equal(values[row, :, newest], value[row])
+            before[row, :, newest] = key[row]
             k, v = (cache[row, :, : newest + 1].repeat_interleave(3, 0) for cache in (keys, values))
             alone = F.scaled_dot_product_attention(query[row][:, None], k, v, scale=0.25)[:, 0]
             assert torch.allclose(out[row], alone, atol=2e-6)
+    assert torch.equal(keys, before)  # nothing else is written
 
 
 def flat_logits(n_rows: int, vocab: int, sharpness: float) -> torch.Tensor:
