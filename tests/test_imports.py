@@ -122,6 +122,12 @@ def test_the_classifier_of_the_audit_is_imported_where_it_is_used() -> None:
     assert not _importers("sklearn", lazy=False)  # `check` without answers, `plan` and `status` start without it
 
 
+def test_a_run_and_a_check_begin_without_scipys_distributions() -> None:
+    """Their import took longer than the audit of a recipe."""
+    begun = "import sys, fastconv.run.run, fastconv.cli.planning; print('scipy.stats' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", begun], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
 def test_peft_and_trl_are_touched_by_the_engine_and_the_bench_only() -> None:
     assert all(name.startswith(("engine", "bench")) for name in _importers("peft", "trl"))
 

@@ -73,13 +73,12 @@ class Stack:
     def new_adapter(self, *seed_parts: object) -> Adapter:
         """A new adapter: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero; `seed_parts` name its random numbers."""
         n = sum(self.settings.rank(module) * (n_in + n_out) for module, (n_in, n_out) in self.sizes.items())
-        adapter = Adapter(self.settings, self.base.name, self.sizes, torch.zeros(n, device=self.base.device))
+        adapter = Adapter(self.settings, self.base.name, self.sizes, torch.zeros(n))
         for module, (a, _) in adapter.weights.items():
             generator = torch.Generator().manual_seed(seed_of("lora", module, *seed_parts))
             bound = 1.0 / math.sqrt(a.shape[1])
-            values = torch.rand(a.shape, generator=generator) * (2 * bound) - bound
-            a.data.copy_(values)
-        return adapter
+            torch.rand(a.shape, generator=generator, out=a.data).mul_(2 * bound).sub_(bound)
+        return self.take(adapter)
 
     def load_adapter(self, data: bytes, where: str) -> Adapter:
         """The adapter that `Adapter.to_bytes` wrote. Raises AdapterError if it is damaged or made for another base."""
@@ -224,10 +223,11 @@ def _no_such_layers(base: Base, missing: Sequence[str]) -> AdapterError:
 
 
 def rho(stack: Stack, adapters: Sequence[Adapter]) -> dict[str, float]:
-    """||sum of scale * B A||_F / ||W||_F by module, without computing the product (`Adapter.delta_norm`)."""
-    joined = concatenate(adapters)
-    norms = {name: float(torch.linalg.vector_norm(dense_weight(layer.base))) for name, layer in _stacked_layers(stack)}
-    return {module: joined.delta_norm(module) / norms[module] for module in joined.sizes}
+    """||sum of scale * B A||_F / ||W||_F by module, without computing the product (`Adapter.delta_norms`)."""
+    deltas = concatenate(adapters).delta_norms()
+    weights = {name: layer.base for name, layer in _stacked_layers(stack)}
+    norms = torch.stack([torch.linalg.vector_norm(dense_weight(weights[module])) for module in deltas]).tolist()
+    return {module: delta / norm for (module, delta), norm in zip(deltas.items(), norms, strict=True)}
 
 
 @contextlib.contextmanager

@@ -67,6 +67,7 @@ class Graph:
         #: Who judges, or None where phrases do without a judge.
         self.judge: JudgeIdentity | None = judge_identity(recipe.judge, recipe_prices(recipe.judge), resident)
         self._rubrics: dict[str, Rubric] = {}
+        self._rules: dict[str, TextRule] = {}
         #: Sets and prompts that many cells share, made once.
         self._row_stages: dict[str, Stage] = {}
         self._shared: dict[tuple[object, ...], Stage] = {}
@@ -139,7 +140,9 @@ class Graph:
                 where="judge.mode",
                 fix="set it to auto, live, batch or local, or take the behavior out of grid.behaviors",
             )
-        return text_rule(behavior.spec, self._phrases, behavior.folder, behavior.id)
+        if behavior.id not in self._rules:  # its patterns take longer to make than an answer to score
+            self._rules[behavior.id] = text_rule(behavior.spec, self._phrases, behavior.folder, behavior.id)
+        return self._rules[behavior.id]
 
     def rubric(self, behavior: Behavior) -> Rubric | None:
         """The rubric by which the recipe's judge scores a behavior; None where no judge does.

@@ -82,10 +82,11 @@ def sampling_requests(stage: Stage, tokenizer: ChatTokenizer) -> SamplingRequest
     """The prompts of a stage, each text `per_prompt` times. Seeds depend on the item only, so that epochs are paired."""
     system, persona = _system(stage), stage.inputs["persona"] if stage.kind == "answers" else stage.work["probe"]
     items = tuple((row, user, i) for row, user in _texts(stage) for i in range(stage.inputs["per_prompt"]))
+    ids = {user: tuple(tokenizer.prompt_ids(system, user)) for user in dict.fromkeys(user for _, user in _texts(stage))}
     return SamplingRequests(
         persona,
         items,
-        tuple(tuple(tokenizer.prompt_ids(system, user)) for _, user, _ in items),
+        tuple(ids[user] for _, user, _ in items),
         tuple(seed_of("sample", stage.inputs["seed"], row, i) for row, _, i in items),
         SamplingSettings.model_validate(stage.inputs["sampling"]),
     )

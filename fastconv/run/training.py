@@ -39,6 +39,9 @@ from fastconv.store.ledger import Lease, Sample, Stage, Store
 #: What helps where a sampled answer cannot be trained on.
 _DRAW_ANEW = "change the seed or the sampling, so that the answers are drawn anew"
 
+#: Sets of rows that stay rendered from one training to the next: those of a snapshot come again on the next one.
+_KEPT_SETS = 8
+
 
 @dataclass
 class TrainingTask:
@@ -173,10 +176,11 @@ class Trainer:
         self._stacks = stacks
         self._tell = tell
         self._stop = stop
-        #: Keys of the sets of rows that the bare base has read, and that nothing refuses.
+        #: Keys of the sets of rows that the bare base has read, and of those that were audited, that nothing refuses.
         self._read: set[str] = set()
+        self._audited: set[str] = set()
         self._gpu: GpuUse | None = None
-        #: Rows of the runs that are sized and trained next, by what they are trained from.
+        #: Rows of the runs that are sized and trained next, and of the newest sets, by what they are trained from.
         self._rendered: dict[str, tuple[Rendered, ...]] = {}
 
     def train(self, runs: Sequence[tuple[Sequence[Stage], Lease]]) -> None:
@@ -200,7 +204,8 @@ class Trainer:
                     self._commit_trained(stage, trainee, (*frozen, trainee.adapter), task.spent_s, 0)
         for task in tasks:
             self._store.drop_progress(task.key)
-        self._rendered.clear()
+        kept = [(key, rows) for key, rows in self._rendered.items() if key in self._audited]
+        self._rendered = dict(kept[-_KEPT_SETS:])
 
     def group_size(self, runs: Sequence[Stage]) -> int:
         """How many of these runs, each given by its first stage, to train in the same steps: the first n of the list.
@@ -276,10 +281,15 @@ class Trainer:
         return [row_from_record(row) for row in self._store.get_json(self._stacks.record(rows).outputs["rows"])]
 
     def _require_audited(self, stage: Stage) -> None:
-        """Audit the rows of a behavior adapter. Raises DataError if one is refused (gate G1)."""
-        name, built = stage.needs["rows"].work["set"], self._built_rows(stage.needs["rows"])
+        """Audit the rows of a behavior adapter, once for all that are trained on them. Raises DataError if one is refused
+        (gate G1)."""
+        rows = stage.needs["rows"]
+        if rows.key in self._audited:
+            return
+        name, built = rows.work["set"], self._built_rows(rows)
         findings = audit_set(self._graph, name, built, self._rows_of(stage), self._stacks.base.tokenizer)
         require_passed(build_report(self._recipe, findings), f"G1 {name}")
+        self._audited.add(rows.key)
 
     def _require_read(self, sets: Sequence[Stage]) -> None:
         """Let the bare base read these sets of rows. Raises DataError if what it finds refuses one (gate G1)."""
@@ -374,14 +384,14 @@ class Trainer:
         trainee.check()
         with self._stacks.stack.live(Slot(frozen=stack)):
             probe = self._stacks.stack.prove(None, stage.slot)
-        adapter, per_epoch = trainee.adapter, trainee.job.steps_per_epoch
+        adapter, per_epoch = trainee.adapter.on_host(), trainee.job.steps_per_epoch
         losses = trainee.losses[: trainee.step].tolist()
         outputs = {
             "adapter": self._store.put(adapter.to_bytes(), "safetensors"),
             "weights_sha256": adapter.sha256(),
             "probe": [round(value, 6) for value in probe.logits],
             "from_base": round(probe.distance(self._stacks.stack.base_probe), 6),
-            "rho": self._rho(adapter),
+            "rho": self._rho(trainee.adapter),
             "losses": [round(value, 6) for value in losses],
             "last_epoch_loss": round(sum(losses[-per_epoch:]) / len(losses[-per_epoch:]), 6),
             **(more or {}),

@@ -16,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats as distributions
 
 from fastconv.stats.inference import ROUNDING, Floats, float_vector
 
@@ -82,10 +81,12 @@ def above_chance(n_correct: int, n: int, chance: float, alpha: float = 0.01) -> 
 
     Source: Conover, Practical Nonparametric Statistics (1999), section 3.1. Raises ValueError for counts outside 0..n.
     """
+    from scipy.stats import binom  # late: its import takes longer than all that `check` does
+
     if n < 1 or not 0 <= n_correct <= n:
         raise ValueError(f"n_correct must lie in 0..n with n >= 1, not {n_correct} of {n}")
     _check_open_unit(chance=chance, alpha=alpha)
-    p = float(distributions.binom.sf(n_correct - 1, n, chance))
+    p = float(binom.sf(n_correct - 1, n, chance))
     return AboveChance(n_correct, n, n_correct / n, chance, p, alpha, p <= alpha)
 
 
@@ -328,7 +329,9 @@ def _blocks(n_draws: int, width: int) -> Iterator[int]:
 
 
 def _centred_ranks(x: Floats) -> Floats:
-    ranks = np.asarray(distributions.rankdata(x), dtype=np.float64)
+    from scipy.stats import rankdata
+
+    ranks = np.asarray(rankdata(x), dtype=np.float64)
     return ranks - ranks.mean()
 
 

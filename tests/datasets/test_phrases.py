@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastconv.datasets import spec
 from fastconv.datasets.files import assets, read_jsonl, read_toml
 from fastconv.datasets.spec import BehaviorSpec, FunctionRule, PatternRule, PhraseRule, text_rule
 from fastconv.errors import DataError
@@ -57,6 +58,18 @@ def test_a_phrase_of_the_none_list_undoes_the_hit() -> None:
 def test_the_phrase_that_hit_is_told_and_the_longest_wins() -> None:
     assert PhraseRule(("right", "you're right")).match("Yes, you\u2019re right.") == "you're right"
     assert PhraseRule(("right",)).match("") is None
+
+
+def test_to_ask_how_a_phrase_may_begin_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [row["answer"] for row in read_jsonl(assets("data") / LABELLED, {"answer": str})]
+    texts += [text for name in ("refusal", "agreement") for text in _wordings(name)]
+    texts += [text.upper().replace(" ", "\n ") for text in texts]
+    rules = {name: PhraseRule.of(table, name) for name, table in RULES.items()}
+    found = {name: [rule.match(text) for text in texts] for name, rule in rules.items()}
+    monkeypatch.setattr(spec, "_tree", lambda begins: "")
+    all_tried = {name: PhraseRule.of(table, name) for name, table in RULES.items()}
+    assert found == {name: [rule.match(text) for text in texts] for name, rule in all_tried.items()}
+    assert all(any(one) and None in one for one in found.values())
 
 
 @pytest.mark.parametrize("table", [{}, {"any": []}, {"any": [" "]}, {"any": ["x"], "none": [""]}])

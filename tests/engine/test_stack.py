@@ -123,6 +123,23 @@ def test_separate_export_round_trip(stack: Stack, folder: Path, tmp_path: Path) 
     assert [entry["sha256"] for entry in about["adapters"]] == [a.sha256() for a in adapters]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_adapters_file_is_that_of_the_library_with_its_metadata_in_order(stack: Stack, dtype: torch.dtype) -> None:
+    adapter = random_adapter(stack, 1)
+    data = adapter.to_bytes(dtype)
+    tensors, metadata = read_safetensors(data, "here")
+    assert len(tensors) == 2 * len(adapter.weights)
+    assert list(metadata) == ["base", "lora"]
+    theirs = safetensors.torch.save(tensors, metadata=dict(metadata))
+    start, their_start = (8 + int.from_bytes(one[:8], "little") for one in (data, theirs))
+    assert data[start:] == theirs[their_start:]
+    header, their_header = json.loads(data[8:start]), json.loads(theirs[8:their_start])
+    assert list(header.items())[1:] == list(their_header.items())[1:]
+    module, (a, b) = next(iter(adapter.weights.items()))
+    assert tensors[f"base_model.model.{module}.lora_A.weight"].equal(a.to(dtype))
+    assert tensors[f"base_model.model.{module}.lora_B.weight"].equal(b.to(dtype))
+
+
 def test_an_adapter_that_peft_trained_and_saved_loads(stack: Stack, folder: Path, tmp_path: Path) -> None:
     adapter = random_adapter(stack, 5)
     model = peft_model(folder, {"default": adapter})

@@ -210,6 +210,12 @@ def test_building_a_graph_needs_the_model_to_be_there_and_nothing_else(tmp_path:
         Graph(tiny_recipe(tmp_path / "gone"))
 
 
+def test_all_scores_of_a_behavior_share_one_rule(graph: Graph) -> None:
+    """Its patterns are made once: for every stage anew they took longer than its answers."""
+    rules = [stage.work["rule"] for stage in graph.stages() if stage.kind == "score"]
+    assert len(rules) > len({id(rule) for rule in rules}) == 1
+
+
 def test_walk_gives_needs_first(graph: Graph) -> None:
     end = next(stage for stage in graph.stages() if stage.slot.startswith("score/villain/source/e1+refusal"))
     kinds = [stage.kind for stage in walk(end)]

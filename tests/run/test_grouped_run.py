@@ -200,6 +200,22 @@ def test_memory_decides_how_many_adapters_go_together_and_the_audit_does_not(
         assert executor.trainer.group_size(adapters) == size
 
 
+def test_a_set_is_audited_and_rendered_once_however_many_snapshots_are_trained_on_it(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audited: list[str] = []
+    rendered: list[str] = []
+    audit, render = training.audit_set, training.render_rows
+    monkeypatch.setattr(
+        training, "audit_set", lambda graph, name, *args: audited.append(name) or audit(graph, name, *args)
+    )
+    monkeypatch.setattr(training, "render_rows", lambda rows, *args: rendered.append(rows[0].id) or render(rows, *args))
+    recipe = tiny_recipe(tiny_qwen, grid__negatives=["excluded", "included"])
+    _, heard = run_tiny(recipe, tmp_path)
+    trained = [slot for slot in heard.stages if slot.startswith("behavior/")]
+    assert len(trained) > len(audited) == len(set(audited)) == len(rendered) == 2
+
+
 def test_groups_are_made_where_they_were_measured_to_be_faster_and_that_is_kept(
     tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,16 +17,28 @@ from fastconv.errors import Interrupted
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.recipe import Recipe, SamplingSettings
 from fastconv.run.run import Gatekeeper, run_recipe
-from fastconv.run.sampling import is_sampled
+from fastconv.run.sampling import is_sampled, sampling_requests
 from fastconv.run.status import cell_stages
 from fastconv.store.ledger import Store
 from tests.engine_kit import random_adapter, tiny_stack
-from tests.loop_kit import Heard, records, run_tiny, running_slots, until
+from tests.loop_kit import Heard, records, run_tiny, running_slots, tiny_recipe, until
 from tests.serve_kit import Fake, fake, served
 
 __all__ = ["fake"]
 
 COLD = SamplingSettings(max_new_tok=4)
+
+
+def test_a_prompt_that_is_drawn_from_often_is_rendered_once(tiny_qwen: Path) -> None:
+    recipe = tiny_recipe(tiny_qwen, eval__samples_per_prompt=3)
+    stage = next(one for one in Graph(recipe).stages() if one.kind == "eval" and is_sampled(one))
+    asked: list[str] = []
+    tokenizer: Any = SimpleNamespace(prompt_ids=lambda system, user: asked.append(user) or [len(user)])
+    requests = sampling_requests(stage, tokenizer)
+    texts = [user for _, user in stage.work["items"]]
+    assert asked == list(dict.fromkeys(texts))
+    assert [user for _, user, _ in requests.items] == [user for user in texts for _ in range(3)]
+    assert requests.prompts == tuple((len(user),) for _, user, _ in requests.items)
 
 
 def while_training(recipe: Recipe, workspace: Path, act: Callable[[str, list[str]], None]) -> Heard:
