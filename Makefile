@@ -31,7 +31,7 @@ test-fused: .venv-fused/ready
 	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused tests/engine/test_fused.py
 	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused tests/engine/test_fused_quantised.py
 	TRITON_INTERPRET=1 .venv-fused/bin/pytest -m fused tests/engine/kernels/test_lora.py tests/engine/kernels/test_elementwise.py \
-	  tests/engine/kernels/test_layers.py tests/engine/kernels/test_joined.py
+	  tests/engine/kernels/test_layers.py tests/engine/kernels/test_joined.py tests/engine/kernels/test_draw.py
 
 # vLLM itself as the sampler, its CPU build; in a virtual environment of its own, as it pins torch exactly.
 test-vllm: .venv/ready .venv-vllm/ready

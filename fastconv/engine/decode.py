@@ -21,8 +21,6 @@ from fastconv.recipe import SamplingSettings
 
 #: A nucleus of up to this many tokens is found without sorting the vocabulary.
 _TOP_K = 512
-#: On a GPU a nucleus of tokens with at least one part in as many of the probability is.
-_LIKELY = 1024
 #: Graphs are captured for these numbers of rows; a pass runs on the smallest that holds its rows.
 _GRAPH_ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
@@ -345,14 +343,11 @@ def sample_tokens(logits: torch.Tensor, uniform: torch.Tensor, settings: Samplin
 
 
 def _sampled_on_device(logits: torch.Tensor, uniform: torch.Tensor, settings: SamplingSettings) -> torch.Tensor:
-    from fastconv.engine.kernels.draw import draw_wide, likeliest
+    from fastconv.engine.kernels.draw import draw
 
     if not settings.temperature:
         return logits.argmax(-1)
-    ranked, tokens, drawn = likeliest(logits, settings.temperature, _LIKELY)
-    chosen = _from_ranked(ranked, tokens, uniform, settings.top_p)
-    draw_wide(drawn, uniform, ranked.sum(-1) < settings.top_p, settings.top_p, chosen)
-    return chosen
+    return draw(logits, uniform, settings.temperature, settings.top_p)
 
 
 def _probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 #: Kinds of kernels by parts of their names, the first that fits. Ours are named in fastconv/engine/kernels, Unsloth's beside.
 KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("adapters", ("finish_shrink", "shrink", "expand", "input_side", "output_side", "add_up")),
-    ("draw", ("likeliest", "draw_wide", "topk", "sort", "searchsorted", "cumsum", "tensor_kernel_scan", "argmax", "radix")),
+    ("draw", ("nucleus_draw", "topk", "sort", "searchsorted", "cumsum", "tensor_kernel_scan", "argmax", "radix")),
     ("loss", ("cross_entropy", "log_softmax", "logsumexp")),
     ("norms", ("_rms", "rmsnorm", "layernorm", "layer_norm")),
     # cuDNN computes nothing but attention here: its backward pass has kernels that name neither (compute_dot_do_o, convert_dq).

@@ -319,7 +319,7 @@ def test_a_kill_waits_for_a_living_process_and_a_share() -> None:
         ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>", "products"),
         ("shrink", "adapters"),
         ("finish_shrink", "adapters"),
-        ("_likeliest", "draw"),
+        ("_nucleus_draw", "draw"),
         ("void at::native::tensor_kernel_scan_innermost_dim<float>", "draw"),
         ("_rms_forward", "norms"),
         ("_decode", "attention"),

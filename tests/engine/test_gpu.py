@@ -15,6 +15,7 @@ from fastconv.chat import SystemTurn
 from fastconv.engine import train as loop
 from fastconv.engine.attention import Padded
 from fastconv.engine.cuda_graph import CapturedSteps, StepTimes
+from fastconv.engine.decode import sample_tokens
 from fastconv.engine.generate import sample
 from fastconv.engine.kernels.lora import StackedKernel
 from fastconv.engine.locate import locate
@@ -25,6 +26,7 @@ from fastconv.engine.train import Hooks, Job, Trainee, save_state, start, train,
 from fastconv.engine.vllm.sampler import VllmSampler
 from fastconv.engine.vllm.server import launch
 from fastconv.recipe import LoraSettings, ModelSettings, SamplingSettings
+from tests.engine.draw_reference import nucleus
 from tests.engine_kit import SNAPSHOT, ragged_rows, random_adapter, train_settings
 
 pytestmark = [
@@ -207,6 +209,22 @@ def test_letters_and_samples_are_the_cpus(tiny_qwen: Path) -> None:
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-3)
     same = sum(one == other for one, other in zip(*drawn, strict=True))
     assert same >= 15  # a draw within rounding of a boundary may differ
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_tokens_are_drawn_from_the_nucleus_of_a_large_vocabulary(dtype: torch.dtype) -> None:
+    """Peaked rows, wide ones and such as have more tokens in their nucleus than are copied aside."""
+    drawn, sizes = torch.Generator().manual_seed(0), (0.0, 0.5, 1.0, 2.0, 2.5, 3.0, 4.0, 8.0)
+    logits = torch.stack([torch.randn(151_936, generator=drawn) * size for size in sizes]).to(dtype)
+    uniforms = torch.rand(len(sizes), 32, generator=drawn) * 0.999
+    uniforms[:, 0] = 0
+    settings = SamplingSettings(temperature=1.0, top_p=0.95)
+    rows, numbers = logits.cuda().repeat_interleave(32, 0), uniforms.flatten().cuda()
+    tokens = sample_tokens(rows, numbers, settings)
+    assert torch.equal(tokens, sample_tokens(rows, numbers, settings))
+    for row, theirs, given in zip(logits, tokens.reshape(-1, 32).tolist(), uniforms.tolist(), strict=True):
+        found = nucleus(row, 1.0, 0.95)
+        assert all(found.takes(token, uniform) for token, uniform in zip(theirs, given, strict=True))
 
 
 def test_a_bf16_base_trains_fp32_adapters(tiny_qwen: Path) -> None:

@@ -115,6 +115,7 @@ def test_decoding_sees_each_rows_own_length_and_keeps_the_new_token() -> None:
             k, v = (cache[row, :, : newest + 1].repeat_interleave(3, 0) for cache in (keys, values))
             alone = F.scaled_dot_product_attention(query[row][:, None], k, v, scale=0.25)[:, 0]
             assert torch.allclose(out[row], alone, atol=2e-6)
+<<<<<<< HEAD
     assert torch.equal(keys, before)  # nothing else is written
 
 
@@ -160,3 +161,5 @@ def test_a_wide_nucleus_is_drawn_from_as_if_it_were_sorted(top_p: float, sharpne
         place = int(torch.nonzero(tokens == chosen[row]))
         target = float(uniforms[row]) * total
         assert float(before[place]) - 1e-5 <= target <= float(before[place] + ranked[place]) + 1e-5, row
+=======
+>>>>>>> wA
