@@ -127,7 +127,15 @@ def test_peft_and_trl_are_touched_by_the_engine_and_the_bench_only() -> None:
 
 
 def test_the_upper_levels_import_only_the_torch_free_part_of_the_engine() -> None:
-    free = {"engine", "engine.locate", "engine.device", "engine.shapes", "engine.vllm", "engine.vllm.memory"}
+    free = {
+        "engine",
+        "engine.folder",
+        "engine.locate",
+        "engine.device",
+        "engine.shapes",
+        "engine.vllm",
+        "engine.vllm.memory",
+    }
     for name in free:
         path = next(path for path in MODULES if _name(path) == name)
         assert not any(n.split(".")[0] in ("torch", "transformers") for n in _imports(path, lazy=False)), name
