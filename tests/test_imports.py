@@ -19,7 +19,7 @@ TORCH_MODULES = ("engine", "bench", "run.executor", "run.stacks", "run.training"
 #: Every folder and every module of the root, the lowest first. A module imports from lower levels and from its own folder.
 LEVELS = (
     ("errors",),
-    ("recipe", "seeding", "hub"),
+    ("recipe", "seeding", "hub", "startup"),
     ("store", "chat"),
     ("datasets", "engine", "stats"),
     ("judge", "audit"),
