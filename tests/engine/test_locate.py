@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from hashlib import file_digest
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from fastconv.engine import folder as folders
 from fastconv.engine import locate as locating
 from fastconv.engine.builtin import _embedded
+from fastconv.engine.folder import _read_and_hashed as read_and_hashed
 from fastconv.engine.locate import (
     BUILTIN,
     builtin_gguf,
@@ -62,7 +63,7 @@ def test_weights_are_read_once_in_a_process_unless_they_are_written_again(
     shutil.copytree(tiny_qwen, folder := tmp_path / "model")
     settings, read = ModelSettings(id=str(folder)), []
     monkeypatch.setattr(
-        folders.hashlib, "file_digest", lambda file, kind: read.append(Path(file.name).name) or file_digest(file, kind)
+        folders, "_read_and_hashed", lambda file, n: read.append(Path(file.name).name) or read_and_hashed(file, n)
     )
     first = locate(settings)
     assert locate(settings) == first
@@ -80,13 +81,13 @@ def test_a_local_base_is_hashed_beside_the_block_and_then_not_again(
     shutil.copytree(tiny_qwen, folder := tmp_path / "model")
     settings, began, go_on, read = ModelSettings(id=str(folder)), threading.Event(), threading.Event(), []
 
-    def waiting(file: Any, kind: str) -> Any:
+    def waiting(file: Any, n: int) -> str:
         began.set()
         assert go_on.wait(20)
         read.append(threading.current_thread())
-        return file_digest(file, kind)
+        return read_and_hashed(file, n)
 
-    monkeypatch.setattr(folders.hashlib, "file_digest", waiting)
+    monkeypatch.setattr(folders, "_read_and_hashed", waiting)
     with hashed_beside(settings):
         assert began.wait(20), "the block waits for the hash"
         go_on.set()
@@ -114,6 +115,15 @@ def test_a_folder_that_is_no_model_is_refused_where_it_is_asked_for(tmp_path: Pa
         locate(ModelSettings(id=str(tmp_path)))
 
 
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 64, 100])
+def test_the_sum_is_of_every_byte_whatever_is_read_at_once(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(content := bytes(range(size)))
+    monkeypatch.setattr(folders, "_AT_ONCE", 8)
+    assert folders.file_sha256(tmp_path / "file") == sha256(content).hexdigest()
+
+
 def test_shards_are_hashed_beside_one_another_and_the_sum_is_of_the_same_bytes(
     tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,12 +135,12 @@ def test_shards_are_hashed_beside_one_another_and_the_sum_is_of_the_same_bytes(
     monkeypatch.setattr(folders, "_SHARDS_AT_ONCE", 4)
     both = threading.Barrier(2)
 
-    def meeting(file: Any, kind: str) -> Any:
+    def meeting(file: Any, n: int) -> str:
         if file.name.endswith(".safetensors"):
             both.wait(20)  # breaks where they come one after another
-        return file_digest(file, kind)
+        return read_and_hashed(file, n)
 
-    monkeypatch.setattr(folders.hashlib, "file_digest", meeting)
+    monkeypatch.setattr(folders, "_read_and_hashed", meeting)
     assert locate(ModelSettings(id=str(folder))).identity == one_by_one
 
 
