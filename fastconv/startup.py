@@ -45,7 +45,7 @@ class StartTimes:
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
     """Within the block Python looks for no cycles: imports of thousands of modules make objects that stay, and walking
-    them again and again is a third of the time of importing Unsloth."""
+    them again and again is a fifth of the time of importing Unsloth."""
     was_on = gc.isenabled()
     gc.disable()
     try:
