@@ -19,7 +19,7 @@ TORCH_MODULES = ("engine", "bench", "run.executor", "run.stacks", "run.training"
 #: Every folder and every module of the root, the lowest first. A module imports from lower levels and from its own folder.
 LEVELS = (
     ("errors",),
-    ("recipe", "seeding", "hub"),
+    ("recipe", "seeding", "hub", "startup"),
     ("store", "chat"),
     ("datasets", "engine", "stats"),
     ("judge", "audit"),
@@ -133,7 +133,15 @@ def test_peft_and_trl_are_touched_by_the_engine_and_the_bench_only() -> None:
 
 
 def test_the_upper_levels_import_only_the_torch_free_part_of_the_engine() -> None:
-    free = {"engine", "engine.locate", "engine.device", "engine.shapes", "engine.vllm", "engine.vllm.memory"}
+    free = {
+        "engine",
+        "engine.folder",
+        "engine.locate",
+        "engine.device",
+        "engine.shapes",
+        "engine.vllm",
+        "engine.vllm.memory",
+    }
     for name in free:
         path = next(path for path in MODULES if _name(path) == name)
         assert not any(n.split(".")[0] in ("torch", "transformers") for n in _imports(path, lazy=False)), name

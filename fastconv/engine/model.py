@@ -22,6 +22,7 @@ from fastconv.engine.family import NO_RULES, Head, Rules, refuse_beyond, rules_o
 from fastconv.engine.locate import (
     TINY,
     ModelSource,
+    downloaded_weights,
     engine_identity,
     locate,
     model_folder,
@@ -31,6 +32,7 @@ from fastconv.engine.optim import load_four_bit
 from fastconv.engine.shapes import shape_of
 from fastconv.errors import ModelError, shown
 from fastconv.recipe import ModelSettings, sha256_of
+from fastconv.startup import StartTimes, reading_ahead, uncollected
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -123,25 +125,41 @@ def resolve_dtype(settings: ModelSettings) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[engine_identity(settings)["dtype"]]
 
 
-def load_base(settings: ModelSettings, source: ModelSource | None = None) -> Base:
+def load_base(settings: ModelSettings, source: ModelSource | None = None, times: StartTimes | None = None) -> Base:
     """Load the recipe's base model, frozen and in evaluation mode, proven against transformers (`engine.proof`).
 
-    Raises ModelError if it cannot be loaded, or if what fastconv computes with it is not what transformers computes.
+    The seconds of it are added to `times`. Raises ModelError if it cannot be loaded, or if what fastconv computes with it is not what transformers computes.
     Raises TrainingError if its logits are not finite.
     """
     from fastconv.engine.proof import require_proof
 
-    source = source or locate(settings)
+    source, times = source or locate(settings), times or StartTimes()
+    times.hash_s = source.hash_s
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if source.id == TINY:
         torch.set_num_threads(1)  # two threads would mostly wait for each other on so small a model
-    model = _load_for_engine(settings, source)
-    tokenizer = ChatTokenizer(model_folder(source, settings), settings)
-    require_rows_for_tokens(tokenizer.vocab_size, next(model.get_input_embeddings().parameters()).shape[0], source.id)
-    _set_pad_token(model, tokenizer, source.id)
-    base = make_base(model, tokenizer, sha256_of(dict(source.identity)))
-    require_proof(base, engine_identity(settings))
+    with times.part("import_s"), reading_ahead(downloaded_weights(source, settings)), uncollected():
+        _import_libraries(settings)
+    with times.part("load_s"):
+        model = _load_for_engine(settings, source)
+        tokenizer = ChatTokenizer(model_folder(source, settings), settings)
+        n_rows = next(model.get_input_embeddings().parameters()).shape[0]
+        require_rows_for_tokens(tokenizer.vocab_size, n_rows, source.id)
+        _set_pad_token(model, tokenizer, source.id)
+        base = make_base(model, tokenizer, sha256_of(dict(source.identity)))
+    with times.part("proof_s"):
+        require_proof(base, engine_identity(settings))
     return base
+
+
+def _import_libraries(settings: ModelSettings) -> None:
+    """Import what the recipe's engine loads a base with: Unsloth before transformers, which it patches."""
+    if engine_identity(settings)["engine"] == "unsloth":
+        unsloth.require_usable(resolve_device(settings), resolve_dtype(settings))
+        unsloth.import_unsloth()
+    import transformers
+
+    _ = transformers.AutoModelForCausalLM  # imported when it is first asked for
 
 
 def _load_for_engine(settings: ModelSettings, source: ModelSource) -> PreTrainedModel:
@@ -149,9 +167,6 @@ def _load_for_engine(settings: ModelSettings, source: ModelSource) -> PreTrained
     dtype, device = resolve_dtype(settings), resolve_device(settings)
     four_bit = settings.weights == "4bit"
     through_unsloth = engine_identity(settings)["engine"] == "unsloth"
-    if through_unsloth:
-        unsloth.require_usable(device, dtype)
-        unsloth.import_unsloth()  # before anything below, which imports transformers
     folder = prepare_model_folder(settings, source)
     if not (through_unsloth or four_bit):
         return load_model(settings, source, attention.ATTENTION)

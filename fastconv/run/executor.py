@@ -38,6 +38,7 @@ from fastconv.run.sampling import (
 )
 from fastconv.run.stacks import Stacks
 from fastconv.run.training import Trainer
+from fastconv.startup import StartTimes
 from fastconv.store.ledger import Lease, Sample, Score, Stage, Store
 
 #: How each measure of snapshots (`experiment.measures.SNAPSHOT_MEASURES`) is computed under the live stack.
@@ -66,7 +67,8 @@ class PendingStage:
 class Executor:
     """Computes stages on one resident base. `tell` is called with progress, `stop` returns whether to end.
 
-    `wanted` are the keys of the stages to compute; they decide whether a sampling server is started.
+    `wanted` are the keys of the stages to compute; they decide whether a sampling server is started. The seconds of the
+    start are added to `times`.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Executor:
         tell: Callable[[Progress], None] = lambda progress: None,
         stop: Callable[[], bool] = lambda: False,
         wanted: Collection[str] = (),
+        times: StartTimes | None = None,
     ) -> None:
         self._wanted = wanted
         self._graph = graph
@@ -85,7 +88,7 @@ class Executor:
         self._stop = stop
         self._server: Server | None = None
         self._n_halved = 0
-        self.stacks = Stacks(graph, store)
+        self.stacks = Stacks(graph, store, times)
         self.trainer = Trainer(graph, store, self.stacks, tell, stop)
 
     def prepare(self) -> None:

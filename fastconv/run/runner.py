@@ -18,6 +18,7 @@ from fastconv.judge.desk import DeskStatus
 from fastconv.run.judging import JudgeQueue
 from fastconv.run.sampling import SamplingQueue, SamplingStatus, commit_together, in_one_pass, is_sampled
 from fastconv.run.status import FailureLog, cell_stages, reason_to_run
+from fastconv.startup import StartTimes, uncollected
 from fastconv.stats.gates import GateVerdict
 from fastconv.store.ledger import Stage, Store
 from fastconv.store.records import Record
@@ -296,16 +297,16 @@ class Runner:
     def _engine(self) -> Any:
         """The executor, created on first use. A base that fails its self-tests raises here and ends the run."""
         if self._executor is None:
-            began = time.monotonic()
-            from fastconv.run.executor import Executor  # imports torch, so only when something is computed
-
-            self._executor = Executor(self._graph, self._store, self._tell, self._stop.is_set, self._wanted)
+            began, times = time.monotonic(), StartTimes()
+            with times.part("import_s"), uncollected():
+                from fastconv.run.executor import Executor  # imports torch, so only when something is computed
+            self._executor = Executor(self._graph, self._store, self._tell, self._stop.is_set, self._wanted, times)
             self._executor.prepare()
             self._executor.prove()
             start_s = time.monotonic() - began
             self.tally.seconds += start_s
             facts = self._executor.facts()
-            self._store.add_run_facts(self._run, {**facts, "start_s": round(start_s, 3)})
+            self._store.add_run_facts(self._run, {**facts, "start_s": round(start_s, 3), **times.facts()})
             self._watcher.engine(facts["engine"])
         return self._executor
 

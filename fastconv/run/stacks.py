@@ -16,19 +16,22 @@ from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack, folded
 from fastconv.errors import TrainingError
 from fastconv.experiment.graph import Graph
+from fastconv.startup import StartTimes
 from fastconv.store.ledger import Record, Stage, Store
 
 
 class Stacks:
     """One base per process, loaded when it is first needed, and the stacks of a recipe on it.
 
-    `proven` holds the self-tests passed on a GPU, each with the relative difference it measured.
+    `proven` holds the self-tests passed on a GPU, each with the relative difference it measured. The seconds of loading
+    and testing are added to `times`.
     """
 
-    def __init__(self, graph: Graph, store: Store) -> None:
+    def __init__(self, graph: Graph, store: Store, times: StartTimes | None = None) -> None:
         self._graph = graph
         self._recipe = graph.recipe
         self._store = store
+        self._times = times or StartTimes()
         self._cached: dict[str, Adapter] = {}
         self.proven: dict[str, float] = {}
 
@@ -39,14 +42,16 @@ class Stacks:
             require_fit(query_gpu(torch.cuda, torch.version.cuda), self._recipe, shape_on_disk(self._recipe.model))
         else:
             require_ram(self._recipe, shape_on_disk(self._recipe.model))
-        return load_base(self._recipe.model, self._graph.source)
+        return load_base(self._recipe.model, self._graph.source, self._times)
 
     @cached_property
     def stack(self) -> Stack:
         """The stack on the base. On a GPU, the self-tests run before anything is computed with it."""
         stack = Stack(self.base, self._recipe.lora)
         if self.base.device.type == "cuda":
-            self.proven |= self_test(stack, {self._recipe.convergence.optimizer, self._recipe.behavior.optimizer})
+            optimizers = {self._recipe.convergence.optimizer, self._recipe.behavior.optimizer}
+            with self._times.part("self_tests_s"):
+                self.proven |= self_test(stack, optimizers)
         return stack
 
     def adapters(self, needs: Mapping[str, Stage]) -> list[Adapter]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fastconv.startup import StartTimes
 from tests.card.ledgers import Ledger, StageRow
 from tests.card.process import Look, summary
 
@@ -53,12 +55,20 @@ def plan_against_actual(ledger: Ledger, planned_kinds: Sequence[Mapping[str, Any
     whole_s = sum(float(kind["seconds"]) for kind in planned_kinds)
     return {
         "machine": plan.get("machine"), "origin": plan.get("origin"),
-        "start": {"planned_s": plan.get("start_s"), "taken_s": ledger.facts.get("start_s")},
+        "start": {"planned_s": plan.get("start_s"), "taken_s": ledger.facts.get("start_s"), **start_parts(ledger)},
         "kinds": kinds, "stages": stages,
         "all": {"planned_s": round(planned_s, 2), "taken_s": round(taken_s, 2), "ratio": _ratio(taken_s, planned_s)},
         "before_the_run": {kind["kind"]: {"n": kind["n"], "seconds": round(kind["seconds"], 2)} for kind in planned_kinds},
         "not_run_s": round(whole_s - planned_s, 2) if planned_kinds else None,
     }  # fmt: skip
+
+
+def start_parts(ledger: Ledger) -> dict[str, float]:
+    """Seconds of the parts of a start, as far as the run recorded them; what is missing to `taken_s` is in no part.
+
+    `hash_s` is beside it: a local base is read before the start.
+    """
+    return {one.name: ledger.facts[one.name] for one in fields(StartTimes) if one.name in ledger.facts}
 
 
 def wall(ledger: Ledger, began: float, ended: float) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from fastconv.engine.stack import Stack
 from fastconv.errors import ModelError, TrainingError
 from fastconv.recipe import parse_recipe
 from fastconv.run import stacks
+from fastconv.startup import StartTimes
 from tests.engine_kit import tiny_stack
 
 
@@ -43,7 +44,8 @@ def test_a_good_engine_passes_and_is_left_as_it_was(folder: str, dtype: str, req
 def test_every_load_on_a_gpu_is_tested(device: str, tested: list[set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     recipe = parse_recipe({"name": "x", "behavior": {"optimizer": "adamw8bit"}})
-    loaded = stacks.Stacks(SimpleNamespace(recipe=recipe), SimpleNamespace())  # type: ignore[arg-type]
+    times = StartTimes()
+    loaded = stacks.Stacks(SimpleNamespace(recipe=recipe), SimpleNamespace(), times)  # type: ignore[arg-type]
     vars(loaded)["base"] = SimpleNamespace(device=torch.device(device))
     monkeypatch.setattr(stacks, "Stack", lambda base, settings: "stack")
 
@@ -54,6 +56,7 @@ def test_every_load_on_a_gpu_is_tested(device: str, tested: list[set[str]], monk
     monkeypatch.setattr(stacks, "self_test", noted)
     assert loaded.stack == "stack"
     assert asked == tested
+    assert (times.self_tests_s > 0) == bool(tested)
 
 
 def test_unsloth_after_what_it_patches_is_refused(monkeypatch: pytest.MonkeyPatch, stack: Stack) -> None:

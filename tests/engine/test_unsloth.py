@@ -19,7 +19,9 @@ from tests import ROOT
 
 #: As the real one: refuses nothing, patches what it imports, and quantizes unless told not to.
 FAKE = """
+import gc
 import sys
+COLLECTED = gc.isenabled()
 print("fake banner")
 from unsloth import first_part
 LATE = [name for name in ("transformers", "peft", "trl") if name in sys.modules]
@@ -96,6 +98,34 @@ def test_the_base_comes_through_unsloth_before_anything_it_patches(site: Path, t
         str(tiny_qwen),
     )
     assert said == "[] False 4096 True\ncpu torch.bfloat16\n"  # and the banner did not come through
+
+
+def test_the_start_is_told_by_parts_and_the_import_is_not_slowed_by_collections(site: Path, tiny_qwen: Path) -> None:
+    said = run(
+        site,
+        """
+        import contextlib, gc
+        unsloth_path.require_usable = lambda device, dtype: None
+        unsloth_path.adopt = lambda model: None
+        ahead = []
+
+        @contextlib.contextmanager
+        def reading_ahead(files):
+            ahead.append((files, "unsloth" in sys.modules))
+            yield
+            ahead.append("unsloth" in sys.modules)
+
+        model.reading_ahead, model.downloaded_weights = reading_ahead, lambda source, settings: ["weights"]
+        from fastconv.startup import StartTimes
+        times = StartTimes()
+        model.load_base(ModelSettings(id=sys.argv[1], engine="unsloth", device="cpu", dtype="bfloat16"), None, times)
+        import unsloth
+        print(unsloth.COLLECTED, gc.isenabled(), ahead)
+        print([name for name, seconds in times.facts().items() if seconds > 0])
+        """,
+        str(tiny_qwen),
+    )
+    assert said == "False True [(['weights'], False), True]\n['import_s', 'hash_s', 'load_s', 'proof_s']\n"
 
 
 @pytest.mark.parametrize("early", ["transformers", "peft"])

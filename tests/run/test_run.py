@@ -201,6 +201,15 @@ def test_every_snapshot_of_one_training_counts_as_computed_by_this_run(tiny_qwen
     assert finished.tally.n_stages == len(done)
 
 
+def test_the_start_of_a_run_is_recorded_by_parts(done_run: DoneRun) -> None:
+    facts = done_run.store.run_facts(done_run.finished.run)
+    parts = {name: facts[name] for name in ("import_s", "load_s", "proof_s", "self_tests_s")}
+    assert parts["load_s"] > 0
+    assert facts["hash_s"] > 0  # of a local folder, before the start
+    assert parts["self_tests_s"] == 0  # no GPU
+    assert 0 < sum(parts.values()) <= facts["start_s"] + 0.01
+
+
 def test_a_snapshot_does_not_depend_on_which_other_epochs_are_kept(tiny_qwen: Path, tmp_path: Path) -> None:
     alone, beside = tiny_recipe(tiny_qwen, grid__epochs=[0, 2]), tiny_recipe(tiny_qwen)
     for name, recipe in (("alone", alone), ("beside", beside)):
