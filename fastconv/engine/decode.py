@@ -151,8 +151,8 @@ class Decode:
         if keys.is_cuda and plain:
             from fastconv.engine.kernels.elementwise import decode_attention
 
-            new = (part.transpose(0, 1) for part in (query, key, value))
-            return decode_attention(*new, keys, values, self.lengths, scale)
+            query, key, value = (part.transpose(0, 1) for part in (query, key, value))
+            return decode_attention(query, key, value, keys, values, self.lengths, scale)
         rows = torch.arange(n_rows, device=keys.device)
         keys[rows, :, self.lengths] = key.transpose(0, 1)
         values[rows, :, self.lengths] = value.transpose(0, 1)

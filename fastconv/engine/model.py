@@ -128,8 +128,8 @@ def resolve_dtype(settings: ModelSettings) -> torch.dtype:
 def load_base(settings: ModelSettings, source: ModelSource | None = None, times: StartTimes | None = None) -> Base:
     """Load the recipe's base model, frozen and in evaluation mode, proven against transformers (`engine.proof`).
 
-    The seconds of it are added to `times`. Raises ModelError if it cannot be loaded, or if what fastconv computes with it is not what transformers computes.
-    Raises TrainingError if its logits are not finite.
+    The seconds of it are added to `times`. Raises ModelError if it cannot be loaded, or if what fastconv computes with it is
+    not what transformers computes. Raises TrainingError if its logits are not finite.
     """
     from fastconv.engine.proof import require_proof
 
