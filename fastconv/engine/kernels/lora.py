@@ -35,9 +35,8 @@ _TABLES_KEPT = 8
 #: Low-rank values of a token over all modules of a call: with more, sums and weights do not fit into the registers and the
 #: shared memory of a block (compiled for compute capability 8.9 and 9.0: at most 80 and 128 KiB).
 _MOST_TOGETHER = 192
-#: Multiplications of a base's product from which on it is launched beside the branches' kernels: 1,000 tokens of 7B, whose
-#: step keeps an H100 longer than the host needs to launch it.
-_LONG = 12_000_000_000
+#: Passes over this many tokens are launched on two streams: 1.5B then keeps an H100 longer than the host needs for them.
+_LONG_TOK = 4096
 
 
 @dataclass
@@ -93,7 +92,7 @@ class StackedKernel:
         call = LayerCall(
             weight, bias, found[0], self._routing(route, len(flat)), live, route.dropout_seeds if live.drops else None,
             tuple(layer.base.out_features for layer in layers), tuple(layer.salt for layer in layers), self.tiling, found[1],
-            self._beside(len(flat) * weight.numel()),
+            self._beside(len(flat)),
         )  # fmt: skip
         trained = [
             weight
@@ -105,10 +104,10 @@ class StackedKernel:
         ]
         return stacked_linear(flat, call, trained).view(*x.shape[:-1], -1)
 
-    def _beside(self, n_products: int) -> torch.cuda.Stream | None:
-        """A second stream for a base's product of so many multiplications, where a graph will hold it or it keeps the device
-        longer than the host takes to launch it: elsewhere two streams would only be more to launch. The numbers are the same."""
-        if self.device.type != "cuda" or not (n_products >= _LONG or torch.cuda.is_current_stream_capturing()):
+    def _beside(self, n_tok: int) -> torch.cuda.Stream | None:
+        """A second stream for a pass over `n_tok` tokens that a graph will hold, or that keeps the device longer than the host
+        takes to launch it: elsewhere two streams would only be more to launch. The numbers are the same."""
+        if self.device.type != "cuda" or not (n_tok >= _LONG_TOK or torch.cuda.is_current_stream_capturing()):
             return None
         self._side = self._side or torch.cuda.Stream(self.device)
         return self._side
