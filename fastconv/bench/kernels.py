@@ -27,7 +27,7 @@ BASE, PLAIN, STACKED = "base product alone", "torch's operations", "stacked kern
 #: Tilings of the kernel by name; a `Stack` uses the first.
 TILINGS: Mapping[str, Tiling] = MappingProxyType({
     STACKED: Tiling(),
-    f"{STACKED}, branches first": Tiling(order="branches_first"),
+    f"{STACKED}, base first": Tiling(order="base_first"),
     f"{STACKED}, small blocks": Tiling(shrink_m=32, shrink_split=1024, expand_n=64, chunk=128),
     f"{STACKED}, large blocks": Tiling(shrink_split=1024, shrink_splits=4, expand_m=128, chunk=512, chunk_n=128),
 })  # fmt: skip

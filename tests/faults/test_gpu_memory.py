@@ -57,7 +57,7 @@ def test_a_pass_on_a_card_that_is_nearly_full_gives_the_same(stack: Stack, name:
     """Values in fp32 to 1e-3: passes of other shapes are summed in another order. Tokens and likeliest letters exactly."""
     read: Callable[..., list[Any]] = probed if name == "probe" else PASSES[name]
     halved: list[int] = []
-    with stack.live(Slot((random_adapter(stack, 1, size=0.01),))):
+    with stack.live(Slot((stack.take(random_adapter(stack, 1, size=0.01)),))):
         plenty = read(stack, lambda: halved.append(0), 512)
         assert not halved
         stack.base.drop_kept()

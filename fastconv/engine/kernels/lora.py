@@ -35,8 +35,6 @@ _TABLES_KEPT = 8
 #: Low-rank values of a token over all modules of a call: with more, sums and weights do not fit into the registers and the
 #: shared memory of a block (compiled for compute capability 8.9 and 9.0: at most 80 and 128 KiB).
 _MOST_TOGETHER = 192
-#: Passes over this many tokens are launched on two streams: 1.5B then keeps an H100 longer than the host needs for them.
-_LONG_TOK = 4096
 
 
 @dataclass
@@ -58,7 +56,6 @@ class StackedKernel:
     _tables: dict[Any, tuple[torch.Tensor, dict[str, WeightTable]]] = field(default_factory=dict, repr=False)
     _live: LiveSlots | None = None
     _rows: dict[Any, TokenRouting] = field(default_factory=dict, repr=False)
-    _side: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if (reason := why_unusable(self.device)) is not None:
@@ -92,7 +89,6 @@ class StackedKernel:
         call = LayerCall(
             weight, bias, found[0], self._routing(route, len(flat)), live, route.dropout_seeds if live.drops else None,
             tuple(layer.base.out_features for layer in layers), tuple(layer.salt for layer in layers), self.tiling, found[1],
-            self._beside(len(flat)),
         )  # fmt: skip
         trained = [
             weight
@@ -103,14 +99,6 @@ class StackedKernel:
             if weight.requires_grad
         ]
         return stacked_linear(flat, call, trained).view(*x.shape[:-1], -1)
-
-    def _beside(self, n_tok: int) -> torch.cuda.Stream | None:
-        """A second stream for a pass over `n_tok` tokens that a graph will hold, or that keeps the device longer than the host
-        takes to launch it: elsewhere two streams would only be more to launch. The numbers are the same."""
-        if self.device.type != "cuda" or not (n_tok >= _LONG_TOK or torch.cuda.is_current_stream_capturing()):
-            return None
-        self._side = self._side or torch.cuda.Stream(self.device)
-        return self._side
 
     def refresh(self) -> None:
         """Cast the live adapters' weights again, to the same addresses. The host does not wait."""

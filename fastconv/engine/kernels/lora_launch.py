@@ -5,8 +5,7 @@ Import it only where triton is installed and a GPU or its interpreter can run it
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -34,19 +33,13 @@ class _Stacked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, call: LayerCall, *trained: torch.Tensor) -> torch.Tensor:
+        xa = _shrink_input(x, call)
         ctx.call, ctx.n_trained = call, len(trained)
-        if call.tiling.order == "base_first":
-            with beside(call.side):
-                xa = _shrink_input(x, call)
-            y = F.linear(x, call.weight, call.bias)
-            meet(call.side)
-            _expand(xa, y, None, call, adds=True)
-        else:
-            xa = _shrink_input(x, call)
-            y = _expand(xa, x.new_empty(len(x), call.weight.shape[0]), call.bias, call, adds=False)
-            y.addmm_(x, call.weight.t())
         ctx.save_for_backward(x, xa)
-        return y
+        if call.tiling.order == "base_first":
+            return _expand(xa, F.linear(x, call.weight, call.bias), None, call, adds=True)
+        y = _expand(xa, x.new_empty(len(x), call.weight.shape[0]), call.bias, call, adds=False)
+        return y.addmm_(x, call.weight.t())
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -54,39 +47,15 @@ class _Stacked(torch.autograd.Function):
         x, xa = ctx.saved_tensors
         dy = dy.contiguous()
         wants_x, wants_weights = ctx.needs_input_grad[0], ctx.n_trained > 0 and call.weights.rank_t > 0
+        dxa = _shrink_output(dy, call)
         first = call.tiling.order == "base_first"
-        with beside(call.side if first else None):
-            dxa = _shrink_output(dy, call)
-            of_b = _output_side(dy, xa, call) if wants_weights else None
         dx = (dy @ call.weight if first else torch.empty_like(x)) if wants_x else None
-        meet(call.side if first else None)
         of_a = _input_side(x, dxa, dx, call, wants_a=wants_weights, adds=first)
         if dx is not None and not first:
             dx.addmm_(dy, call.weight)
-        if of_b is not None:
-            _add_up(of_a, of_b, x.shape[1], call)
+        if wants_weights:
+            _add_up(of_a, _output_side(dy, xa, call), x.shape[1], call)
         return dx, None, *[None] * ctx.n_trained
-
-
-@contextlib.contextmanager
-def beside(side: torch.cuda.Stream | None) -> Iterator[None]:
-    """Launch what is in the block on `side`, after all that was launched before it; None launches it as any other.
-
-    What it allocates may be used on the other stream after `meet`, and freed at any time: the next block begins only when all
-    that was launched before is done, so that no memory is taken again while it is read.
-    """
-    if side is None:
-        yield
-        return
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        yield
-
-
-def meet(side: torch.cuda.Stream | None) -> None:
-    """What is launched from here on waits for what was launched on `side`."""
-    if side is not None:
-        torch.cuda.current_stream().wait_stream(side)
 
 
 def _shrink_input(x: torch.Tensor, call: LayerCall) -> torch.Tensor:

@@ -25,8 +25,8 @@ class Tiling:
     and at most `shrink_splits` partial sums. `expand`: `expand_m` tokens x `expand_n` output channels. Weight
     gradients: chunks of at most `chunk` tokens (`wide_chunk` for modules of `wide_from` channels, which give work enough:
     every chunk's sums are written and read once more), `chunk_m` at a time, and `chunk_n` channels. `order` says whether
-    the branches are added to the base's product (which then need not wait for them, and a part of theirs runs beside it) or
-    it to them (their sum is then written once, and read while the product is computed).
+    the base's product is added to the branches (their sum is then written once, and read while the product is
+    computed) or they to it.
     """
 
     shrink_m: int = 64
@@ -38,7 +38,7 @@ class Tiling:
     chunk: int = 256
     chunk_m: int = 64
     chunk_n: int = 64
-    order: Order = "base_first"
+    order: Order = "branches_first"
     wide_chunk: int = 1024
     wide_from: int = 8192
 
@@ -216,8 +216,6 @@ class LayerCall:
     salts: tuple[int, ...]
     tiling: Tiling
     scales: torch.Tensor
-    #: A second stream, for what can run beside the base's product.
-    side: torch.cuda.Stream | None = None
 
     @property
     def n_modules(self) -> int:
