@@ -17,13 +17,9 @@ _AT_ONCE = 2**24
 
 @dataclass
 class StartTimes:
-    """Seconds of the parts of a start. A run that goes on overwrites all of them, so each is told even where it is none.
-
-    `hash_s` are those in which a local base was read for its identity, which may be before the start begins.
-    """
+    """Seconds of the parts of a start. A run that goes on overwrites all of them, so each is told even where it is none."""
 
     import_s: float = 0.0
-    hash_s: float = 0.0
     load_s: float = 0.0
     proof_s: float = 0.0
     self_tests_s: float = 0.0

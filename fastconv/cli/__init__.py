@@ -400,18 +400,16 @@ def _run(
     recipe: Any, workspace: Path, reports: Path, *, as_json: bool, quiet: bool, plans: Any, ignored: dict[str, str],
     approve: bool, ray: str = "",
 ) -> None:  # fmt: skip
-    from fastconv.engine.locate import hashed_beside
+    from fastconv import show
+    from fastconv.experiment.graph import Graph
+    from fastconv.report import write_report
+    from fastconv.run.run import run_recipe
+    from fastconv.show.progress import watching
+    from fastconv.show.trackers import tracking
+    from fastconv.store.ledger import Store
 
     for folder, option in ((workspace, "--workspace"), (reports, "--reports")):
         require_writable(folder, option)  # found before the computing, not after it
-    with hashed_beside(recipe.model):  # stage keys need the hash; the modules take a second
-        from fastconv import show
-        from fastconv.experiment.graph import Graph
-        from fastconv.report import write_report
-        from fastconv.run.run import run_recipe
-        from fastconv.show.progress import watching
-        from fastconv.show.trackers import tracking
-        from fastconv.store.ledger import Store
     with tracking(recipe, workspace) as tracked:
         try:
             with watching(quiet=quiet or as_json, stream=sys.stderr) as watcher:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -101,16 +99,12 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A located base model: kind, id, identity for stage keys, and the folder if it is a local model.
-
-    `hash_s` are the seconds in which this process read the folder for its sha256.
-    """
+    """A located base model: kind, id, identity for stage keys, and the folder if it is a local model."""
 
     kind: Literal["builtin", "local", "hub"]
     id: str
     identity: Mapping[str, str]
     folder: Path | None = None
-    hash_s: float = field(default=0.0, compare=False)
 
 
 def base_name(settings: ModelSettings) -> str:
@@ -125,8 +119,7 @@ def locate(settings: ModelSettings) -> ModelSource:
         return _builtin(settings.id)
     folder = folder_called(settings.id)
     if folder is not None:
-        sha256, hash_s = folder_sha256(folder)
-        return ModelSource("local", settings.id, {"id": "local", "sha256": sha256}, folder, hash_s)
+        return ModelSource("local", settings.id, {"id": "local", "sha256": folder_sha256(folder)}, folder)
     if _names_folder(settings):
         raise ModelError(
             "no such model folder",
@@ -390,17 +383,6 @@ def _page(repo: str) -> str:
     from huggingface_hub import constants
 
     return f"{constants.ENDPOINT}/{repo}"
-
-
-@contextmanager
-def hashed_beside(settings: ModelSettings) -> Iterator[None]:
-    """Within the block a thread reads and hashes a local base, which holds no lock of Python's: who asks for it after the
-    block has it at once. What is wrong with the folder is raised there."""
-    folder = None if settings.id.startswith("builtin:") else folder_called(settings.id)
-    with ThreadPoolExecutor(1) as thread:
-        if folder is not None:
-            thread.submit(folder_sha256, folder)
-        yield
 
 
 def downloaded_weights(source: ModelSource, settings: ModelSettings) -> list[Path]:

@@ -134,7 +134,6 @@ def load_base(settings: ModelSettings, source: ModelSource | None = None, times:
     from fastconv.engine.proof import require_proof
 
     source, times = source or locate(settings), times or StartTimes()
-    times.hash_s = source.hash_s
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if source.id == TINY:
         torch.set_num_threads(1)  # two threads would mostly wait for each other on so small a model

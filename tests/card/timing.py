@@ -64,10 +64,7 @@ def plan_against_actual(ledger: Ledger, planned_kinds: Sequence[Mapping[str, Any
 
 
 def start_parts(ledger: Ledger) -> dict[str, float]:
-    """Seconds of the parts of a start, as far as the run recorded them; what is missing to `taken_s` is in no part.
-
-    `hash_s` is beside it: a local base is read before the start.
-    """
+    """Seconds of the parts of a start, as far as the run recorded them; what is missing to `taken_s` is in no part."""
     return {one.name: ledger.facts[one.name] for one in fields(StartTimes) if one.name in ledger.facts}
 
 

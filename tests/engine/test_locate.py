@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import threading
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,11 @@ import pytest
 from fastconv.engine import folder as folders
 from fastconv.engine import locate as locating
 from fastconv.engine.builtin import _embedded
-from fastconv.engine.folder import _read_and_hashed as read_and_hashed
 from fastconv.engine.locate import (
     BUILTIN,
     builtin_gguf,
     downloaded_weights,
     engine_identity,
-    hashed_beside,
     locate,
     model_folder,
     numbers_inputs,
@@ -63,7 +62,7 @@ def test_weights_are_read_once_in_a_process_unless_they_are_written_again(
     shutil.copytree(tiny_qwen, folder := tmp_path / "model")
     settings, read = ModelSettings(id=str(folder)), []
     monkeypatch.setattr(
-        folders, "_read_and_hashed", lambda file, n: read.append(Path(file.name).name) or read_and_hashed(file, n)
+        hashlib, "file_digest", lambda file, kind: read.append(Path(file.name).name) or file_digest(file, kind)
     )
     first = locate(settings)
     assert locate(settings) == first
@@ -73,55 +72,6 @@ def test_weights_are_read_once_in_a_process_unless_they_are_written_again(
     (folder / "model.safetensors").write_bytes(weights)
     assert locate(settings) != first
     assert read.count("model.safetensors") == 2
-
-
-def test_a_local_base_is_hashed_beside_the_block_and_then_not_again(
-    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(tiny_qwen, folder := tmp_path / "model")
-    settings, began, go_on, read = ModelSettings(id=str(folder)), threading.Event(), threading.Event(), []
-
-    def waiting(file: Any, n: int) -> str:
-        began.set()
-        assert go_on.wait(20)
-        read.append(threading.current_thread())
-        return read_and_hashed(file, n)
-
-    monkeypatch.setattr(folders, "_read_and_hashed", waiting)
-    with hashed_beside(settings):
-        assert began.wait(20), "the block waits for the hash"
-        go_on.set()
-    n_read = len(read)
-    assert n_read
-    source = locate(settings)
-    assert len(read) == n_read
-    assert source.hash_s == locate(settings).hash_s > 0
-    assert source == locate(settings)
-
-
-@pytest.mark.parametrize("name", ["builtin:tiny", "some/model", "./gone"])
-def test_nothing_is_asked_of_other_bases_beside_the_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Path] = []
-    monkeypatch.setattr(locating, "folder_sha256", asked.append)
-    with hashed_beside(ModelSettings(id=name)):
-        pass
-    assert not asked
-
-
-def test_a_folder_that_is_no_model_is_refused_where_it_is_asked_for(tmp_path: Path) -> None:
-    with hashed_beside(ModelSettings(id=str(tmp_path))):
-        pass
-    with pytest.raises(ModelError, match="not a model folder"):
-        locate(ModelSettings(id=str(tmp_path)))
-
-
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 64, 100])
-def test_the_sum_is_of_every_byte_whatever_is_read_at_once(
-    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_bytes(content := bytes(range(size)))
-    monkeypatch.setattr(folders, "_AT_ONCE", 8)
-    assert folders.file_sha256(tmp_path / "file") == sha256(content).hexdigest()
 
 
 def test_shards_are_hashed_beside_one_another_and_the_sum_is_of_the_same_bytes(
@@ -135,12 +85,12 @@ def test_shards_are_hashed_beside_one_another_and_the_sum_is_of_the_same_bytes(
     monkeypatch.setattr(folders, "_SHARDS_AT_ONCE", 4)
     both = threading.Barrier(2)
 
-    def meeting(file: Any, n: int) -> str:
+    def meeting(file: Any, kind: str) -> Any:
         if file.name.endswith(".safetensors"):
             both.wait(20)  # breaks where they come one after another
-        return read_and_hashed(file, n)
+        return file_digest(file, kind)
 
-    monkeypatch.setattr(folders, "_read_and_hashed", meeting)
+    monkeypatch.setattr(hashlib, "file_digest", meeting)
     assert locate(ModelSettings(id=str(folder))).identity == one_by_one
 
 

@@ -125,7 +125,7 @@ def test_the_start_is_told_by_parts_and_the_import_is_not_slowed_by_collections(
         """,
         str(tiny_qwen),
     )
-    assert said == "False True [(['weights'], False), True]\n['import_s', 'hash_s', 'load_s', 'proof_s']\n"
+    assert said == "False True [(['weights'], False), True]\n['import_s', 'load_s', 'proof_s']\n"
 
 
 @pytest.mark.parametrize("early", ["transformers", "peft"])
