@@ -148,7 +148,7 @@ class Machine:
     """Rates of one device.
 
     FLOP/s for training (`train`), prefill (`read`) and decoding (`draw`), memory bandwidth in bytes/s, and the fixed
-    seconds of each optimizer step, decoding pass, stage and model load.
+    seconds of each training pass (micro-batch), decoding pass, stage and model load.
     """
 
     name: str
@@ -175,7 +175,7 @@ class Machine:
         if demand.trained_tok:
             work = Work(demand.length_tok, demand.share, recipe.lora.r)
             total_s += demand.trained_tok * train_flops_per_tok(shape, work) / self.train_flops_s
-            total_s += demand.steps * self.step_s
+            total_s += demand.micro_steps * self.step_s
         forward = forward_flops_per_tok(shape, Work(demand.length_tok, 0.0, recipe.lora.r))
         total_s += demand.read_tok * forward / self.read_flops_s
         if demand.new_tok:
@@ -193,15 +193,15 @@ def _gpu(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machin
     """A GPU from its dense bf16 TFLOP/s, memory bandwidth (TB/s) and memory (GiB), as large operations reach them.
 
     Fractions of that which the engine reaches, from `fastconv bench` on one H100 (docs/MEASURED.md): training 0.6
-    plus 15 ms a step (`train`, `behavior` and `group` take 0.9 to 1.1 of the measured time), prefill 0.6 (`score`),
-    decoding 0.7 plus 8 ms a pass (`sample`). Held on 27 November 2026 (torch 2.11.0, unsloth 2026.10.7, one H100) against
-    the beginning of `pilot_small` on a real 1.5B, time taken over time planned: behavior adapters 1.3 (the first one compiles, the
-    next took 11.1 s of 10.7), snapshots 0.9, start-up 0.9, evaluations 0.9 and answers 0.7.
+    plus 15 ms a micro-batch (`train`, `behavior` and `group` take 0.9 to 1.1 of the measured time), prefill 0.6 (`score`),
+    decoding 0.7 plus 5 ms a pass. Held on 27 November 2026 (torch 2.11.0, unsloth 2026.10.7, one H100) against the whole of
+    `pilot_small` on a real 1.5B whose kernels had never been compiled, time taken over time planned: see PILOT in
+    tests/planning/test_plan.py.
     """
     peak = tflops * 1e12
     return Machine(
         name, f"known card: {tflops:g} TFLOP/s, {memory_tbytes_s:g} TB/s", "cuda", 0.6 * peak, 0.6 * peak, 0.7 * peak,
-        memory_tbytes_s * 1e12, step_s=0.015, pass_s=0.008, stage_s=0.5, load_s=60.0, memory_bytes=gib * 2**30,
+        memory_tbytes_s * 1e12, step_s=0.015, pass_s=0.005, stage_s=0.5, load_s=40.0, memory_bytes=gib * 2**30,
     )  # fmt: skip
 
 

@@ -121,21 +121,21 @@ def test_work_is_counted_by_the_protocols_numbers() -> None:
 
 def test_seconds_follow_from_the_formula() -> None:
     machine, shape, recipe = KNOWN_GPUS["h200"], named_shape("qwen2.5-7b"), load("pilot", [])
-    trained = Demand(trained_tok=1e6, steps=100, length_tok=300.0, share=0.8)
+    trained = Demand(trained_tok=1e6, micro_steps=100, length_tok=300.0, share=0.8)
     # 28.1 GFLOP a token (STACK.md) at 788 TFLOP/s x 0.6
     assert machine.seconds(trained, shape, recipe) == pytest.approx(1e6 * 28.1e9 / (0.6 * 788e12) + 1.5 + 0.5, rel=0.02)
     assert machine.seconds(Demand(), shape, recipe) == 0.0
     drawn = Demand(new_tok=1000.0, decode_steps=100, length_tok=100.0)
     more = Demand(new_tok=1000.0, decode_steps=200, length_tok=100.0)
-    assert machine.seconds(more, shape, recipe) - machine.seconds(drawn, shape, recipe) == pytest.approx(100 * 0.008)
+    assert machine.seconds(more, shape, recipe) - machine.seconds(drawn, shape, recipe) == pytest.approx(100 * 0.005)
 
 
 @pytest.mark.parametrize(
     ("demand", "measured_s"),
     [
-        (Demand(trained_tok=57_280, steps=48, length_tok=300, share=0.6), 4.26),
-        (Demand(trained_tok=228_989, steps=48, length_tok=300, share=0.6), 13.81),
-        (Demand(trained_tok=347_508, steps=48, length_tok=300, share=0.6), 19.81),
+        (Demand(trained_tok=57_280, micro_steps=48, length_tok=300, share=0.6), 4.26),
+        (Demand(trained_tok=228_989, micro_steps=48, length_tok=300, share=0.6), 13.81),
+        (Demand(trained_tok=347_508, micro_steps=48, length_tok=300, share=0.6), 19.81),
         (Demand(read_tok=64_447, length_tok=110), 1.78),
         (Demand(read_tok=151_200, new_tok=552_960, decode_steps=768, length_tok=198), 24.06),
     ],
@@ -145,6 +145,29 @@ def test_the_rates_of_an_h100_give_what_bench_measured_on_one(demand: Demand, me
     machine = KNOWN_GPUS["h100"]
     planned_s = machine.seconds(demand, named_shape("qwen2.5-7b"), load("pilot", [])) - machine.stage_s
     assert planned_s == pytest.approx(measured_s, rel=0.2)
+
+
+#: Seconds that the stages of `pilot_small` took on one H100, as many of each kind, on a real 1.5B on engine unsloth with kernels
+#: that had never been compiled: 27 November 2026, torch 2.11.0, commit 1d35420 (docs/MEASURED.md). Gate G0 had ruled the rest out.
+PILOT = {
+    "letters": (3, 3.67), "completions": (36, 93.05), "geometry": (4, 2.37), "answers": (6, 5.85), "behavior": (8, 105.11),
+    "snapshot": (3, 41.31),
+}  # fmt: skip
+
+
+def test_each_kind_of_a_whole_pilot_on_a_card_is_planned_within_half_as_much_again() -> None:
+    recipe, machine = load("pilot_small", []), KNOWN_GPUS["h100"]
+    graph = Sketch(recipe)
+    ran = [stage for stage in graph.stages() if "capability" not in stage.slot or stage.slot.startswith("eval/base/")]
+    found = demands(graph, ran, "cuda")
+    planned: dict[str, list[float]] = {}
+    for stage in ran:
+        kind = ("completions" if "sampling" in stage.inputs else "letters") if stage.kind == "eval" else stage.kind
+        planned.setdefault(kind, []).append(machine.seconds(found[stage.key], named_shape("qwen2.5-1.5b"), recipe))
+    for kind, (n, taken_s) in PILOT.items():
+        assert len(planned[kind]) == n, kind
+        assert 1 / 1.5 <= sum(planned[kind]) / taken_s <= 1.5, (kind, sum(planned[kind]))
+    assert 1 / 1.5 <= machine.load_s / 50.2 <= 1.5
 
 
 def test_estimated_tokens_are_those_that_the_run_counted(done_run: DoneRun) -> None:
@@ -300,7 +323,7 @@ def test_disk_is_counted_by_what_lies_there_at_once(overrides: tuple[str, ...], 
     assert disk["training_state"] == 3 * 4 * ADAPTER_PARAMS
     drawn = sum(kind.demand.new_tok for kind in found["plan"].kinds)
     rows = sum(kind.demand.samples + kind.demand.judged for kind in found["plan"].kinds)
-    assert disk["ledger"] == drawn * 5 + rows * 260
+    assert disk["ledger"] == pytest.approx(drawn * 5 + rows * 260)
 
 
 def test_a_models_files_are_counted_only_while_they_are_not_here(
@@ -402,7 +425,7 @@ def test_the_command_line_refuses_with_3_runs_with_approve_and_the_report_says_s
 
 def test_the_report_sets_the_plan_beside_what_it_took(tiny_qwen: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tiny_qwen, grid__epochs=[0, 1])
-    graph = Graph(recipe)
+    graph = Sketch(recipe)
     run_tiny(recipe, tmp_path)
     store = Store.open(tmp_path)
     assert not [section for section in collect(graph, store).sections if section.id == "planned"]
