@@ -152,8 +152,8 @@ def make_jobs(stack: Stack, load: Load, n_steps: int) -> list[Job]:
     """The jobs of a load, the same on every engine: rows, order and initial weights follow from the job's index."""
     settings = TrainSettings(lr=5e-5, epochs=_EPOCHS, batch_rows=load.batch_rows, dropout=load.dropout)
     frozen = tuple(stack.new_adapter("frozen", place) for place in range(load.n_frozen))
-    for adapter in frozen:
-        adapter.flat.normal_(0.0, 0.01)
+    for place, adapter in enumerate(frozen):
+        adapter.flat.normal_(0.0, 0.01, generator=torch.Generator(adapter.flat.device).manual_seed(place))
     vocab = stack.base.head.weight.shape[0]
     return [
         Job(
