@@ -13,6 +13,7 @@ from fastconv import bench as benches
 from fastconv import show
 from fastconv.bench import bench
 from fastconv.bench.measure import Clock, Peak, bench_model, paired_ratio
+from fastconv.bench.training import LOADS, make_jobs
 from fastconv.cli import app
 from fastconv.engine import train as training
 from fastconv.engine.cuda_graph import MicroBatch, StepTally
@@ -169,3 +170,12 @@ def test_the_kernel_is_compared_on_a_gpu_only(tiny_qwen: Path, monkeypatch: pyte
     with pytest.raises(ModelError, match=r"cannot run: (triton is not installed|it needs a GPU)") as error:
         bench("kernel", str(tiny_qwen), device="cpu")
     assert "\n" not in str(error.value)
+
+
+def test_the_jobs_of_a_load_are_the_same_each_time(tiny_qwen: Path) -> None:
+    """Two engines, or two ways, are compared on the same frozen adapters."""
+    made = bench_model(ModelSettings.model_validate({"id": str(tiny_qwen), "device": "cpu"}))
+    stack = Stack(made.base(), made.lora)
+    first, second = (make_jobs(stack, LOADS["behavior", "cpu"], 2) for _ in range(2))
+    assert first[0].frozen[0].sha256() == second[0].frozen[0].sha256()
+    assert [job.rows for job in first] == [job.rows for job in second]

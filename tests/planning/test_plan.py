@@ -156,7 +156,7 @@ PILOT = {
 
 
 def test_each_kind_of_a_whole_pilot_on_a_card_is_planned_within_half_as_much_again() -> None:
-    recipe, machine = load("pilot_small", []), KNOWN_GPUS["h100"]
+    recipe, machine = load("pilot_small", ["behavior.micro_batch_tok=2048"]), KNOWN_GPUS["h100"]
     graph = Sketch(recipe)
     ran = [stage for stage in graph.stages() if "capability" not in stage.slot or stage.slot.startswith("eval/base/")]
     found = demands(graph, ran, "cuda")
