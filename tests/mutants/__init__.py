@@ -13,6 +13,7 @@ LIVE, BATCHES, LOCAL, DESK, REQUEST = (
 )
 SERVE, HOSTILE, VLLM = (f"tests/serve/test_{name}.py" for name in ("serve", "hostile", "vllm"))
 TRAIN, CHAT, LOCATE = "tests/engine/test_train.py", "tests/test_chat.py", "tests/engine/test_locate.py"
+SAME_BITS = "tests/engine/test_same_bits.py"
 
 
 @dataclass(frozen=True)
@@ -202,9 +203,15 @@ MUTANTS = [
     *_of("run/executor.py", MEMORY, ('halved = {"halved": self._n_halved} if', "halved = {} if", "little_memory")),
     *_of("report/record.py", MEMORY, ('if n_halved := record.facts.get("halved"):', "if n_halved := 0:", "little_memory")),
     *_of(
-        "engine/locate.py", LOCATE,
+        "engine/same_bits.py", SAME_BITS,
+        ("        _IN_ORDER.set()\n", "        pass\n", "backward_pass_alone"),
+        ("            self._before.set()\n", "            pass\n", "backward_pass_alone"),
+        ("        if _Settings.now() != before:", "        if False:", "no_memory"),
+    ),
+    *_of(
+        "engine/folder.py", LOCATE,
         ('"special_tokens_map.json",\n', "\n", "may_decide"),
-        ("*(path for name in _indexed(folder) if", "*(path for name in () if", "below_the_folder"),
+        ("*(path for name in indexed(folder) if", "*(path for name in () if", "below_the_folder"),
     ),
     *_of(
         "store/ledger.py", WHOLE,
