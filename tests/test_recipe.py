@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,8 @@ def test_set_overrides_numbers_texts_lists_and_nested_keys(
         ("convergence.lr=", "convergence.lr = ''"),
         ("foo.bar=1", "unknown key 'foo'"),
         ("a..b=1", "unknown key 'a'"),
+        (f"model.template_kwargs.{'.'.join('a' * 3000)}=1", "a key of so many parts"),
+        (f"audit.accept={'[' * 40}{']' * 40}", "audit.accept"),
     ],
 )
 def test_a_set_that_cannot_be_is_refused(tmp_path: Path, override: str, says: str) -> None:
@@ -453,3 +456,21 @@ def test_editors_find_the_schema_by_a_shipped_recipes_first_line(name: str) -> N
     word, place = first.split()
     assert word == "#:schema"
     assert (folder / place).is_file()
+
+
+@pytest.mark.parametrize(
+    "where", ["", "[model.template_kwargs]", "[lora.rank_pattern]", "[judge.prices]", "[audit.accept]"]
+)
+@pytest.mark.parametrize(
+    "value", [".".join("a" * 3000) + " = 1", "a = " + "[" * 40 + "]" * 40], ids=["a key", "arrays"]
+)
+def test_a_recipe_that_is_nested_without_end_is_refused(tmp_path: Path, where: str, value: str) -> None:
+    """Tables whose keys are free are walked by several hands, each of which would end in a RecursionError."""
+    with pytest.raises(RecipeError, match="not valid TOML: nested too deeply"):
+        load_recipe(_file(tmp_path, f'name = "x"\n{where}\n{value}\n'))
+
+
+def test_what_settings_need_is_not_nested_too_deeply(tmp_path: Path) -> None:
+    nested = "{ a = " * 20 + "1" + " }" * 20
+    found = load_recipe(_file(tmp_path, f'name = "x"\n[model.template_kwargs]\nx = {nested}\n'))
+    assert found.model.template_kwargs["x"] == tomllib.loads(f"x = {nested}")["x"]

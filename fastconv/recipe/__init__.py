@@ -56,6 +56,7 @@ from fastconv.recipe.settings import (
     TrainSettings,
     setting,
 )
+from fastconv.recipe.toml import DEEPEST, toml_table
 
 __all__ = [
     "BASE_SIDE", "OWN_ROLES", "TRAINED", "ArmSettings", "AuditSettings", "BehaviorSettings", "ConvergenceKind", "ConvergenceSettings", "DataSettings", "EvalSettings", "GateSettings", "GridSettings", "HUB", "IgnorableGate", "JudgeSettings", "LoraSettings", "ModelSettings", "Name", "Names", "NegativesKind", "Points", "Positive", "PositiveInt", "ProbeSettings", "Rate", "Recipe", "RecipeKey", "RecipeTable", "RunSettings", "SHIPPED", "SamplingSettings", "SeedPart", "Share", "StoppingGate", "TrainSettings", "canonical_json", "find_keys", "first_fault", "keys_page", "load_recipe", "map_paths", "model_settings", "parse_recipe", "recipe_keys", "recipe_schema", "recipe_sha256", "require_chosen", "run_id", "sha256_of", "toml_table", "toml_value", "with_overrides",
@@ -176,18 +177,6 @@ def file_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def toml_table(text: str) -> dict[str, Any]:
-    """TOML text as a table. Raises TOMLDecodeError for all that cannot be read; tomllib itself lets other errors out."""
-    try:
-        return tomllib.loads(text)
-    except RecursionError:
-        raise tomllib.TOMLDecodeError("nested too deeply") from None
-    except tomllib.TOMLDecodeError:
-        raise
-    except ValueError as error:  # an integer of thousands of digits
-        raise tomllib.TOMLDecodeError(str(error).partition(";")[0]) from None
-
-
 def with_overrides(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     """A recipe with `a.b=c` overrides applied. Raises RecipeError as `load_recipe` does."""
     return _overridden(recipe.model_dump(mode="json"), overrides, where=recipe.name)
@@ -224,6 +213,8 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string
     *parents, last = key.strip().split(".")
+    if len(parents) >= DEEPEST:
+        raise RecipeError("a key of so many parts names no setting", where="--set", fix="check the key's path")
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):

@@ -34,9 +34,14 @@ def setting(default: Any, about: str, example: JsonValue | date, unit: str = "")
 
 def _fits(value: Any) -> bool:
     """Whether every integer in a value has 64 bits at most: a table or a plan made of it later holds no other."""
-    if isinstance(value, dict | list | tuple):
-        return all(map(_fits, value.values() if isinstance(value, dict) else value))
-    return not isinstance(value, int) or abs(value) <= 2**64
+    left = [value]
+    while left:  # no recursion: a key may have thousands of parts
+        one = left.pop()
+        if isinstance(one, dict | list | tuple):
+            left += one.values() if isinstance(one, dict) else one
+        elif isinstance(one, int) and abs(one) > 2**64:
+            return False
+    return True
 
 
 class RecipeTable(BaseModel):
