@@ -13,7 +13,7 @@ LIVE, BATCHES, LOCAL, DESK, REQUEST = (
 )
 SERVE, HOSTILE, VLLM = (f"tests/serve/test_{name}.py" for name in ("serve", "hostile", "vllm"))
 TRAIN, CHAT, LOCATE = "tests/engine/test_train.py", "tests/test_chat.py", "tests/engine/test_locate.py"
-SAME_BITS = "tests/engine/test_same_bits.py"
+SAME_BITS, RECIPE = "tests/engine/test_same_bits.py", "tests/test_recipe.py"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ MUTANTS = [
     *_of("store/ledger.py", CONTENT, ("        require_artefact(sha256, suffix, str(self.root))\n", "", "no_other_file")),
     *_of("analysis/scores.py", CONTENT, ("        _require_on_scale(stage.slot, scores.values, unit)\n", "", "content_that_cannot_be")),
     *_of("engine/shapes.py", CONTENT, ("if not 1 <= number <= most:", "if not number <= most:", "size_of_a_config")),
-    *_of("recipe/settings.py", CONTENT, ("abs(value) <= 2**64", "True", "integer_without_end")),
+    *_of("recipe/settings.py", CONTENT, ("abs(one) > 2**64", "False", "integer_without_end")),
     *_of("store/gc.py", DISK, ("if held and one not in held", "if False", "passes_over")),
     *_of("store/merge.py", DISK, ("    if not found:  # SQLite", "    if False:  # SQLite", "no_fastconv_wrote")),
     *_of(
@@ -162,9 +162,13 @@ MUTANTS = [
     ),
     *_of("cli/__init__.py", DISK, ("        require_writable(folder, option)", "        pass", "reports_that")),
     *_of(
-        "recipe/__init__.py", DISK,
+        "recipe/toml.py", DISK,
         ("    except RecursionError:\n", "    except KeyError:\n", "beyond_reason"),
         ("    except ValueError as error:  # an", "    except KeyError as error:  # an", "beyond_reason"),
+    ),
+    *_of(
+        "recipe/toml.py", RECIPE,
+        ("    if level:\n", "    if False:\n", "without_end"),
     ),
     *_of(
         "engine/score.py", MEMORY,
