@@ -23,7 +23,6 @@ from fastconv.cli.common import (
     Scale,
     Workspace,
     exit_code_of,
-    ignored_gates,
     load,
     load_recipe_or_run,
     open_existing,
@@ -34,7 +33,7 @@ from fastconv.cli.planning import Approve, cost_gate, recipe_app
 from fastconv.cli.planning import register as register_plan
 from fastconv.cli.workspace import Public, Push, describe
 from fastconv.cli.workspace import register as register_workspace
-from fastconv.errors import EXIT_CODES, CostStop, FastconvError, GateStop
+from fastconv.errors import EXIT_CODES, FastconvError
 from fastconv.store.io import require_writable
 
 _CODES = "  \n".join(f"{code}  {meaning}" for code, meaning in EXIT_CODES.items())
@@ -107,7 +106,7 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Run a recipe to its verdict and report. What is done already is not done again. Exit code 3 if a gate stops it."""
-    loaded, ignored = load(recipe, overrides, scale, workspace), ignored_gates(ignore_gate, because)
+    loaded, ignored = load(recipe, overrides, scale, workspace), _ignored(ignore_gate, because)
     _run(
         loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=None, ignored=ignored, approve=approve, ray=ray
     )
@@ -153,7 +152,7 @@ def cell(
             for stage in stages:
                 print(f"{stage.key[:12]}  {stage.slot}")
         return
-    ignored = ignored_gates(ignore_gate, because)
+    ignored = _ignored(ignore_gate, because)
     _run(loaded, workspace, reports, as_json=as_json, quiet=quiet, plans=plans, ignored=ignored, approve=approve)
 
 
@@ -195,6 +194,7 @@ def gate(
     """Decide the gates again from the ledger. Exit code 3 as for `run`: if a gate ends it there; a PILOT only answers."""
     from fastconv import show
     from fastconv.analysis.gates import decide_gates
+    from fastconv.errors import GateStop
     from fastconv.experiment.graph import Graph
     from fastconv.run.run import replay_gates
     from fastconv.store.ledger import Store
@@ -396,11 +396,18 @@ def main() -> None:
     sys.exit(exit_code_of(app))
 
 
+def _ignored(codes: list[str], because: str) -> dict[str, str]:
+    from fastconv.run.run import parse_ignored_gates
+
+    return parse_ignored_gates(codes, because)
+
+
 def _run(
     recipe: Any, workspace: Path, reports: Path, *, as_json: bool, quiet: bool, plans: Any, ignored: dict[str, str],
     approve: bool, ray: str = "",
 ) -> None:  # fmt: skip
     from fastconv import show
+    from fastconv.errors import CostStop, GateStop
     from fastconv.experiment.graph import Graph
     from fastconv.report import write_report
     from fastconv.run.run import run_recipe

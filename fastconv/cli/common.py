@@ -291,15 +291,3 @@ def open_existing(workspace: Path) -> Any:
     if workspace.exists() and not workspace.is_dir():
         raise StoreError("this is a file", where=str(workspace), fix="give the workspace's folder as --workspace")
     return Store.open(workspace, create=False) if (workspace / "ledger.sqlite").is_file() else None
-
-
-def ignored_gates(codes: list[str], because: str) -> dict[str, str]:
-    """The gates to ignore, with the reason; where there are none, nothing is imported for it.
-
-    Raises what `parse_ignored_gates` raises.
-    """
-    if not codes and not because:
-        return {}
-    from fastconv.run.run import parse_ignored_gates
-
-    return parse_ignored_gates(codes, because)
