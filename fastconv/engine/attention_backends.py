@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastconv.engine.attention import Kernel, Padded, Ragged, attend_by_row, repeat_heads
+from fastconv.engine.same_bits import settings_kept
 
 #: Largest relative difference from SDPA in fp32, by precision.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -216,5 +217,6 @@ def _results(
     """(output, gradients of query, key and value) in this dtype, as fp32."""
     parts = [part.to(dtype).requires_grad_() for part in inputs]
     out = attention(*parts)
-    gradients = torch.autograd.grad(out.float().square().sum(), parts)
+    with settings_kept():
+        gradients = torch.autograd.grad(out.float().square().sum(), parts)
     return [tensor.detach().float() for tensor in (out, *gradients)]

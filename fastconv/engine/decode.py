@@ -83,11 +83,9 @@ class Cache:
             if layer not in held:
                 held[layer] = part.new_zeros(self.n_slots, part.shape[0], self.max_length_tok, part.shape[2])
 
-    def move(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Copy the first `length` positions of each slot in `sources` to the slot in `targets` at the same place; no slot is
-        in both. All rows at once: a launch for each row and layer took the host longer than the passes between."""
-        device = next(iter(self.keys.values())).device
-        source, target = (to_device(torch.tensor(slots), device) for slots in (sources, targets))
+    def move(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
+        """Copy the first `length` positions of each slot in `source` [n] int64 to the slot in `target` at the same place; no
+        slot is in both. All rows at once: a launch for each row and layer took the host longer than the passes between."""
         for layers in (self.keys, self.values):
             for layer in layers.values():
                 kept = layer[:, :, :length]
@@ -197,7 +195,11 @@ class Decoder:
 
     def move(self, sources: list[int], targets: list[int], length: int) -> None:
         """Move rows of at most `length` tokens to other slots."""
-        self.cache.move(sources, targets, length)
+        source, target = (to_device(torch.tensor(slots), self._base.device) for slots in (sources, targets))
+        self._move(source, target, length)
+
+    def _move(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
+        self.cache.move(source, target, length)
 
 
 class DeviceDecoder(Decoder):
@@ -260,10 +262,9 @@ class DeviceDecoder(Decoder):
             self._run(size)
         return _on_host(self._state[0, : len(slots)])
 
-    def move(self, sources: list[int], targets: list[int], length: int) -> None:
-        """As `Decoder.move`, with the rows' state; a pass under way may have added a token to each."""
-        super().move(sources, targets, min(length + self.lag, self.cache.max_length_tok))
-        source, target = (to_device(torch.tensor(slots), self._base.device) for slots in (sources, targets))
+    def _move(self, source: torch.Tensor, target: torch.Tensor, length: int) -> None:
+        """With the rows' state; a pass under way may have added a token to each."""
+        super()._move(source, target, min(length + self.lag, self.cache.max_length_tok))
         self._state[:, target] = self._state[:, source]
         self._uniforms[target] = self._uniforms[source]
         self._state[:, source] = 0

@@ -305,11 +305,7 @@ def is_on_disk(source: ModelSource, settings: ModelSettings) -> bool:
         return True
     if source.kind == "builtin":
         return (model_folder(source, settings) / BUILTIN_DONE).is_file()
-    config = cached_config(settings)
-    if config is None:
-        return False
-    folder = config.parent
-    return all((folder / name).is_file() for name in indexed(folder) or {"model.safetensors"})
+    return bool(_downloaded(settings))
 
 
 def builtin_gguf() -> Path:
@@ -388,6 +384,12 @@ def _page(repo: str) -> str:
 def downloaded_weights(source: ModelSource, settings: ModelSettings) -> list[Path]:
     """The weight files of a hub model that is on this disk; none of other models, which are read whole when they are
     located or written."""
-    if source.kind != "hub" or not is_on_disk(source, settings) or (config := cached_config(settings)) is None:
+    return _downloaded(settings) if source.kind == "hub" else []
+
+
+def _downloaded(settings: ModelSettings) -> list[Path]:
+    """The weight files of a hub model, by name; none unless all are on this disk."""
+    if (config := cached_config(settings)) is None:
         return []
-    return sorted(config.parent / name for name in indexed(config.parent) or {"model.safetensors"})
+    files = sorted(config.parent / name for name in indexed(config.parent) or {"model.safetensors"})
+    return files if all(path.is_file() for path in files) else []

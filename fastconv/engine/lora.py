@@ -25,8 +25,6 @@ from fastconv.recipe import LoraSettings, canonical_json
 from fastconv.seeding import seed_of
 
 _PREFIX = "base_model.model."
-#: Names of the dtypes that a safetensors file of ours holds.
-_STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class Adapter:
@@ -75,35 +73,25 @@ class Adapter:
                 weight.grad = None if grad is None else grad[offset : offset + weight.numel()].view_as(weight)
                 offset += weight.numel()
 
-    def on_host(self) -> Adapter:
-        """The same adapter on the CPU: its weights come from a device in one piece, and there is one wait for it."""
-        return Adapter(self.shape, self.base, self.sizes, self.flat.detach().cpu())
+    def to(self, device: torch.device) -> Adapter:
+        """The adapter on a device, copied in one piece; itself if it is there."""
+        if self.flat.device == device:
+            return self
+        return Adapter(self.shape, self.base, self.sizes, self.flat.detach().to(device))
 
     def sha256(self) -> str:
         """sha256 (hex) of the weights' bytes."""
         return hashlib.sha256(self.flat.detach().cpu().numpy().data).hexdigest()
 
     def to_bytes(self, dtype: torch.dtype = torch.float32) -> bytes:
-        """A safetensors file with PEFT's tensor names in `dtype`; LoRA shape and base are in its metadata.
-
-        The library's `save` copies all weights three times more, and orders the metadata differently each time: a file that
-        is named by its sha256 must have the same bytes for the same weights.
-        """
-        lora = canonical_json(self.shape.model_dump(mode="json"))
-        header: dict[str, Any] = {"__metadata__": {"base": self.base, "lora": lora}}
+        """A safetensors file with PEFT's tensor names in `dtype`; LoRA shape and base are in its metadata."""
         tensors = {
             f"{_PREFIX}{module}.lora_{letter}.weight": weight.detach().to(dtype)
-            for module, pair in self.on_host().weights.items()
+            for module, pair in self.to(torch.device("cpu")).weights.items()
             for letter, weight in zip("AB", pair, strict=True)
         }
-        parts, stop = [], 0
-        for name, tensor in sorted(tensors.items()):
-            start, stop = stop, stop + tensor.nbytes
-            header[name] = {"dtype": _STORED[dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
-            parts.append(tensor.view(torch.uint8).numpy())
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
-        return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+        metadata = {"lora": canonical_json(self.shape.model_dump(mode="json")), "base": self.base}
+        return _ordered_metadata(safetensors.torch.save(tensors, metadata=metadata))
 
     def delta_norms(self) -> dict[str, float]:
         """Frobenius norm of scale * B A by module, without computing the product and with one wait for a device.
@@ -246,6 +234,17 @@ def read_safetensors(data: bytes, where: str) -> tuple[dict[str, torch.Tensor], 
             f"not a whole safetensors file: {error}", where=where, fix="copy or train it again"
         ) from None
     return tensors, safetensors_metadata(data)
+
+
+def _ordered_metadata(data: bytes) -> bytes:
+    """The same safetensors file with sorted metadata: the library's order varies, and a file that is named by its
+    sha256 must have the same bytes for the same weights."""
+    n = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + n])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + n :]
 
 
 def safetensors_metadata(data: bytes) -> dict[str, str]:

@@ -29,6 +29,7 @@ from fastconv.engine.decode import Cache, Decode, Prefill
 from fastconv.engine.family import rope_tables, rules_of, small_config
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import dense_weight, is_four_bit
+from fastconv.engine.same_bits import settings_kept
 from fastconv.engine.selftest import changed_embeddings, in_last_bits, require_tokens
 from fastconv.engine.train import weighted_cross_entropy
 from fastconv.errors import FastconvError, ModelError, TrainingError
@@ -210,7 +211,8 @@ class _Comparison:
         with changed_embeddings(self.base.model, _keep_in(kept)):
             hidden = self.base.hidden(ids, positions, layout)
         loss, _ = weighted_cross_entropy(hidden[at], self.base.readout, ids[at + 1], weights)
-        (gradient,) = torch.autograd.grad(loss, kept)
+        with settings_kept():
+            (gradient,) = torch.autograd.grad(loss, kept)
         logits = self.base.logits(hidden.detach())[: sum(lengths)].split(lengths)
         return list(logits), float(loss.detach()), gradient[0, : sum(lengths)].float()
 

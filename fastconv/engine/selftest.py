@@ -19,6 +19,7 @@ from torch import nn
 from fastconv.engine.lora import Adapter, StackedLinear
 from fastconv.engine.model import Base, pack
 from fastconv.engine.optim import dense_weight, make_optimizer, moment_names
+from fastconv.engine.same_bits import settings_kept
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import weighted_cross_entropy
 from fastconv.errors import TemplateError, TrainingError
@@ -89,7 +90,7 @@ class SelfTestSetup:
         self.trainable.train(grad)
         changed = contextlib.nullcontext() if change is None else changed_embeddings(self.base.model, change)
         try:
-            with changed, self.stack.live(Slot((self.frozen,), self.trainable)):
+            with changed, self.stack.live(Slot((self.frozen,), self.trainable)), settings_kept():
                 hidden = self.base.hidden(ids, positions, layout)
                 weights = torch.full((len(ids) - 1,), 1.0 / len(ids), device=ids.device)
                 loss, _ = weighted_cross_entropy(hidden[:-1], self.base.readout, ids[1:], weights)

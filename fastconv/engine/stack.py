@@ -87,9 +87,7 @@ class Stack:
 
     def take(self, adapter: Adapter) -> Adapter:
         """The adapter on the base's device; a copy if it is elsewhere."""
-        if adapter.flat.device == self.base.device:
-            return adapter
-        return Adapter(adapter.shape, adapter.base, adapter.sizes, adapter.flat.to(self.base.device))
+        return adapter.to(self.base.device)
 
     @contextlib.contextmanager
     def live(

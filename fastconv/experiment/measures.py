@@ -42,7 +42,8 @@ GEOMETRY_DEPTHS = (0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Demand:
-    """What a stage works through: optimizer `steps` in `micro_steps` passes. `new_tok` are drawn one after another in `decode_steps` passes, at most `worst_tok`.
+    """What a stage works through: optimizer `steps` in `micro_steps` passes. `new_tok` are drawn one after another in
+    `decode_steps` passes, at most `worst_tok`.
 
     `length_tok` is the mean length of a row, `share` the part of its tokens that carries loss.
     """

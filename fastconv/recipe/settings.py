@@ -35,7 +35,7 @@ def setting(default: Any, about: str, example: JsonValue | date, unit: str = "")
 def _fits(value: Any) -> bool:
     """Whether every integer in a value has 64 bits at most: a table or a plan made of it later holds no other."""
     left = [value]
-    while left:  # no recursion: a key may have thousands of parts
+    while left:  # no recursion: a table that does not come from TOML may be nested without end
         one = left.pop()
         if isinstance(one, dict | list | tuple):
             left += one.values() if isinstance(one, dict) else one

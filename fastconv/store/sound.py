@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from fastconv.errors import StoreError, shown
 from fastconv.recipe import sha256_of
+from fastconv.startup import StartTimes
 from fastconv.store.io import damaged, stored_json
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ _RUN_FACTS: _Kinds = {
     **dict.fromkeys(
         ("git", "template", "machine", "engine", "versions", "judging", "workers", "ignored_gates"), _is_object
     ),
-    **dict.fromkeys(("start_s", "import_s", "load_s", "proof_s", "self_tests_s"), is_number),
+    **dict.fromkeys(("start_s", *StartTimes().facts()), is_number),
     "approved": lambda value: isinstance(value, dict) and _is_text(value.get("beyond")),
     "plan": lambda value: isinstance(value, dict) and _holds(value, _PLAN) and _PLAN.keys() <= value.keys(),
 }
