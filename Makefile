@@ -30,6 +30,7 @@ test-gpu: .venv/ready
 test-fused: .venv-fused/ready
 	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused tests/engine/test_fused.py
 	FASTCONV_FUSED=1 .venv-fused/bin/pytest -m fused tests/engine/test_fused_quantised.py
+	.venv-fused/bin/pytest -m fused tests/engine/kernels/test_ahead.py
 	TRITON_INTERPRET=1 .venv-fused/bin/pytest -m fused tests/engine/kernels/test_lora.py tests/engine/kernels/test_elementwise.py \
 	  tests/engine/kernels/test_layers.py tests/engine/kernels/test_joined.py tests/engine/kernels/test_draw.py
 

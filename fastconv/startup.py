@@ -22,10 +22,11 @@ class StartTimes:
     import_s: float = 0.0
     load_s: float = 0.0
     proof_s: float = 0.0
+    compile_s: float = 0.0
     self_tests_s: float = 0.0
 
     @contextlib.contextmanager
-    def part(self, name: Literal["import_s", "load_s", "proof_s", "self_tests_s"]) -> Iterator[None]:
+    def part(self, name: Literal["import_s", "load_s", "proof_s", "compile_s", "self_tests_s"]) -> Iterator[None]:
         """Add the seconds of the block to a part, also where it raises."""
         began = time.monotonic()
         try:

@@ -72,13 +72,17 @@ class Stack:
 
     def new_adapter(self, *seed_parts: object) -> Adapter:
         """A new adapter: A uniform as in PEFT (Kaiming, a = sqrt 5), B zero; `seed_parts` name its random numbers."""
-        n = sum(self.settings.rank(module) * (n_in + n_out) for module, (n_in, n_out) in self.sizes.items())
-        adapter = Adapter(self.settings, self.base.name, self.sizes, torch.zeros(n))
+        adapter = self.zero_adapter(torch.device("cpu"))
         for module, (a, _) in adapter.weights.items():
             generator = torch.Generator().manual_seed(seed_of("lora", module, *seed_parts))
             bound = 1.0 / math.sqrt(a.shape[1])
             torch.rand(a.shape, generator=generator, out=a.data).mul_(2 * bound).sub_(bound)
         return self.take(adapter)
+
+    def zero_adapter(self, device: torch.device) -> Adapter:
+        """An adapter of zeros, of the settings' shape."""
+        n = sum(self.settings.rank(module) * (n_in + n_out) for module, (n_in, n_out) in self.sizes.items())
+        return Adapter(self.settings, self.base.name, self.sizes, torch.zeros(n, device=device))
 
     def load_adapter(self, data: bytes, where: str) -> Adapter:
         """The adapter that `Adapter.to_bytes` wrote. Raises AdapterError if it is damaged or made for another base."""

@@ -203,7 +203,7 @@ def _gradients(stack: Stack, active: Sequence[Trainee], work: Sequence[Item]) ->
                 if captured is not None:
                     captured.run(batch, totals)
                 else:
-                    _micro_step(stack, batch, totals)
+                    micro_step(stack, batch, totals)
     except torch.OutOfMemoryError:
         return None  # leaving this frame frees the traceback, and with it the step's tensors
     return totals
@@ -270,7 +270,7 @@ def captured_steps(stack: Stack) -> CapturedSteps | None:
     return kept["steps"]
 
 
-def _micro_step(stack: Stack, batch: MicroBatch, totals: torch.Tensor) -> None:
+def micro_step(stack: Stack, batch: MicroBatch, totals: torch.Tensor) -> None:
     """Forward and backward of one packed micro-batch; adds each trainee's share of the loss to `totals`."""
     with stack.live(*batch.slots, spans=batch.spans, dropout_seeds=batch.seeds):
         _forward_backward(stack, batch, totals)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastconv.engine.ahead import compile_ahead
 from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.model import Base, load_base
@@ -49,6 +50,9 @@ class Stacks:
         """The stack on the base. On a GPU, the self-tests run before anything is computed with it."""
         stack = Stack(self.base, self._recipe.lora)
         if self.base.device.type == "cuda":
+            phases = (self._recipe.convergence, self._recipe.behavior)
+            with self._times.part("compile_s"):
+                compile_ahead(stack, phases, self._recipe.eval.sampling)
             optimizers = {self._recipe.convergence.optimizer, self._recipe.behavior.optimizer}
             with self._times.part("self_tests_s"):
                 self.proven |= self_test(stack, optimizers)

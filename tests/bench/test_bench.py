@@ -45,14 +45,14 @@ def test_padding_and_captures_of_the_timed_steps_are_told_apart(
 ) -> None:
     """With a tally that grows by the same in every micro-step: what the warm-up did is no part of it."""
     tally = StepTally()
-    step = training._micro_step
+    step = training.micro_step
 
     def counted(stack: Stack, batch: MicroBatch, totals: torch.Tensor) -> None:
         for name, more in (("n_tok", 100), ("padded_tok", 104), ("launched", 1), ("captures", 2), ("capture_s", 0.5)):
             setattr(tally, name, getattr(tally, name) + more)
         step(stack, batch, totals)
 
-    monkeypatch.setattr(training, "_micro_step", counted)
+    monkeypatch.setattr(training, "micro_step", counted)
     monkeypatch.setattr("fastconv.bench.training.captured_steps", lambda stack: SimpleNamespace(tally=tally))
     found = bench("group", str(tiny_qwen), device="cpu", size=3)
     extra = found["extra"]

@@ -267,7 +267,7 @@ def test_memory_that_runs_out_in_training_first_costs_what_is_kept_for_speed(
     stack, limits = tiny_stack(tiny_qwen), []
     trainee = start(stack, Job("a", ragged_rows(8), train_settings(batch_rows=4, epochs=1), ("a",)))
     stack.base.kept["steps"] = [1, 2]  # anything that has a length
-    plain = loop._micro_step
+    plain = loop.micro_step
 
     def short_of_memory(stack: Stack, batch: MicroBatch, totals: torch.Tensor) -> None:
         limits.append(trainee.micro_batch_tok)
@@ -275,7 +275,7 @@ def test_memory_that_runs_out_in_training_first_costs_what_is_kept_for_speed(
             raise torch.OutOfMemoryError("no room")
         plain(stack, batch, totals)
 
-    monkeypatch.setattr(loop, "_micro_step", short_of_memory)
+    monkeypatch.setattr(loop, "micro_step", short_of_memory)
     train(stack, [trainee], Hooks())
     assert limits[0] == limits[1] > limits[2]
     assert not stack.base.kept

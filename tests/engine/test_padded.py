@@ -10,7 +10,7 @@ import torch
 from fastconv.engine.attention import Packed, Padded, Ragged
 from fastconv.engine.micro_batch import PaddedSizes, make_micro_batch, no_padding, rounded_sizes
 from fastconv.engine.stack import Slot
-from fastconv.engine.train import Job, _items, _micro_step, start
+from fastconv.engine.train import Job, _items, micro_step, start
 from tests.engine_kit import ragged_rows, random_adapter, tiny_stack, train_settings
 
 LENGTHS = [3, 5, 2]
@@ -83,7 +83,7 @@ def test_a_padded_micro_step_has_the_loss_and_gradient_of_the_plain_one(tiny_qwe
         if sizes_for is rounded_sizes:  # on the CPU the rows themselves stay packed; where the loss is gets padded
             assert batch.take.shape[0] % 64 == 0
         total = torch.zeros(1)
-        _micro_step(stack, batch, total)
+        micro_step(stack, batch, total)
         results.append((float(total), trainee.grad.clone()))
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-6)
     assert torch.allclose(results[0][1], results[1][1], atol=1e-6)

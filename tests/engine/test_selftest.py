@@ -43,6 +43,7 @@ def test_a_good_engine_passes_and_is_left_as_it_was(folder: str, dtype: str, req
 @pytest.mark.parametrize(("device", "tested"), [("cuda", [{"adamw", "adamw8bit"}]), ("cpu", [])])
 def test_every_load_on_a_gpu_is_tested(device: str, tested: list[set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
+    compiled: list[int] = []
     recipe = parse_recipe({"name": "x", "behavior": {"optimizer": "adamw8bit"}})
     times = StartTimes()
     loaded = stacks.Stacks(SimpleNamespace(recipe=recipe), SimpleNamespace(), times)  # type: ignore[arg-type]
@@ -54,8 +55,10 @@ def test_every_load_on_a_gpu_is_tested(device: str, tested: list[set[str]], monk
         return {"swap": 0.01}
 
     monkeypatch.setattr(stacks, "self_test", noted)
+    monkeypatch.setattr(stacks, "compile_ahead", lambda stack, phases, sampling: compiled.append(len(phases)))
     assert loaded.stack == "stack"
     assert asked == tested
+    assert compiled == [2] * len(tested)
     assert (times.self_tests_s > 0) == bool(tested)
 
 
