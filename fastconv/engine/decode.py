@@ -21,8 +21,9 @@ from fastconv.recipe import SamplingSettings
 
 #: A nucleus of up to this many tokens is found without sorting the vocabulary.
 _TOP_K = 512
-#: Graphs are captured for these numbers of rows; a pass runs on the smallest that holds its rows.
-_GRAPH_ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+#: Graphs are captured for these numbers of rows; a pass runs on the smallest that holds its rows. Close to one another where
+#: a pass takes the longer the more rows it has: a capture takes as long as a few passes.
+_GRAPH_ROWS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, *range(640, 1537, 128))
 
 
 def slots_for(n_rows: int, n_fit: int) -> int:

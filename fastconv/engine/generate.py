@@ -25,6 +25,8 @@ from fastconv.recipe import SamplingSettings
 
 #: Rows decoded at once; a data-centre GPU is compute-bound well below this, a CPU gains nothing beyond 64.
 MAX_ROWS = {"cuda": 1024, "cpu": 64}
+#: Rows decoded at once where their cache is small: the fewer waves, the fewer passes over the last rows of one.
+_MANY_ROWS = 1536
 #: Share of the free GPU memory that the cache may take.
 _CACHE_SHARE = 0.7
 #: Prompt tokens in one prefill pass.
@@ -65,7 +67,7 @@ def sample(
         SampledRow(place, prompt, torch.rand(n, generator=torch.Generator().manual_seed(seed)))
         for place, (prompt, seed, n) in enumerate(zip(prompts, seeds, numbers, strict=True))
     ]
-    max_rows, unfinished = MAX_ROWS[base.device.type], rows
+    max_rows, unfinished = _rows_at_once(base, rows), rows
     while unfinished:
         if with_memory(partial(_sample_rows, base, unfinished, settings, on_token, watch, max_rows)):
             break
@@ -83,6 +85,17 @@ def sample(
     return [Completion(tuple(row.tokens), row.ended) for row in rows]
 
 
+def _rows_at_once(base: Base, rows: Sequence[SampledRow]) -> int:
+    """The most rows that are decoded at once. It follows from them and the card, not from what is free."""
+    most = MAX_ROWS[base.device.type]
+    small = base.device.type == "cuda" and rows and _is_small(base, _MANY_ROWS, _length_tok(rows))
+    return max(most, _MANY_ROWS) if small else most
+
+
+def _length_tok(rows: Sequence[SampledRow]) -> int:
+    return max(len(row.prompt) + len(row.uniforms) for row in rows)
+
+
 def _sample_rows(
     base: Base, rows: Sequence[SampledRow], settings: SamplingSettings, on_token: Callable[[int], None], watch: Watch,
     max_rows: int,
@@ -90,9 +103,8 @@ def _sample_rows(
     """Sample rows to their ends, at most `max_rows` at a time. Returns True."""
     waiting = sorted(rows, key=lambda row: (len(row.prompt), -row.place))  # popped from the end: the longest first
     n_waves = math.ceil(len(rows) / max_rows)
-    longest_tok = max(len(row.prompt) + len(row.uniforms) for row in rows)
     n_wanted = math.ceil(len(rows) / n_waves)
-    decoder = _decoder(base, n_wanted, longest_tok, settings)
+    decoder = _decoder(base, n_wanted, _length_tok(rows), settings)
     # Not all slots of a decoder that was kept: a row's bits follow from this call, not from those before it.
     n_slots, slots = min(decoder.cache.n_slots, n_wanted), Slots()
     under_way: deque[tuple[Slots, Callable[[], list[int]]]] = deque()
@@ -110,7 +122,11 @@ def _sample_rows(
             _append_tokens(base, [token for _, token in pairs], [row for row, _ in pairs], on_token)
             watch([row for row, _ in pairs])
         slots = _compacted(decoder, [row if row is not None and row.active else None for row in slots])
-    if isinstance(decoder, DeviceDecoder) and decoder.route is not None and _is_small(base, decoder.cache):
+    if (
+        isinstance(decoder, DeviceDecoder)
+        and decoder.route is not None
+        and _is_small(base, decoder.cache.n_slots, decoder.cache.max_length_tok)
+    ):
         base.kept["decoder"] = decoder
     return True
 
@@ -126,7 +142,7 @@ def _decoder(base: Base, n_rows: int, max_length_tok: int, settings: SamplingSet
     if kept is not None:
         del base.kept["decoder"], kept
         torch.cuda.empty_cache()
-    max_length_tok = -(-max_length_tok // 64) * 64  # so that it is kept for prompts that are a little longer
+    max_length_tok = _rounded(max_length_tok)  # so that it is kept for prompts that are a little longer
     free, _ = torch.cuda.mem_get_info(base.device)
     n_fit = max(1, int(free * _CACHE_SHARE) // (_kv_bytes_per_tok(base) * max_length_tok))
     n_slots = slots_for(n_rows, n_fit)
@@ -137,10 +153,14 @@ def _kv_bytes_per_tok(base: Base) -> int:
     return shape_of(base.model.config.to_dict(), base.name).kv_bytes_per_tok(base.head.weight.element_size())
 
 
-def _is_small(base: Base, cache: Cache) -> bool:
+def _rounded(n_tok: int) -> int:
+    return -(-n_tok // 64) * 64
+
+
+def _is_small(base: Base, n_slots: int, max_length_tok: int) -> bool:
     """Whether a cache leaves enough memory to be kept beside training."""
     _, total = torch.cuda.mem_get_info(base.device)
-    return cache.n_slots * cache.max_length_tok * _kv_bytes_per_tok(base) < _KEPT_SHARE * total
+    return n_slots * _rounded(max_length_tok) * _kv_bytes_per_tok(base) < _KEPT_SHARE * total
 
 
 def _admit(base: Base, waiting: list[SampledRow], n_free: int) -> list[SampledRow]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,6 +130,21 @@ def test_more_rows_than_slots_go_in_balanced_waves(stack: Stack, monkeypatch: py
     assert made == [7]
 
 
+@pytest.mark.parametrize(
+    ("device", "gib", "prompt_tok", "rows"),
+    [("cuda", 80, 100, 1536), ("cuda", 80, 2000, 1024), ("cuda", 24, 100, 1024), ("cpu", 80, 100, 64)],
+)
+def test_more_rows_are_decoded_at_once_where_their_cache_is_small(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch, device: str, gib: int, prompt_tok: int, rows: int
+) -> None:
+    """28 layers of Qwen2.5-1.5B hold 28 KiB a token: 1,536 rows of 384 tokens are 16 GiB, of 2,304 they are 97."""
+    base = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr(module, "_kv_bytes_per_tok", lambda base: 28 * 1024)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, gib * 2**30))
+    row = decode.SampledRow(0, [1] * prompt_tok, torch.zeros(256))
+    assert module._rows_at_once(base, [row]) == rows  # type: ignore[arg-type]
+
+
 # --- with the state on the device ------------------------------------------------------------------------------------
 
 
@@ -174,7 +190,7 @@ def test_a_decoder_that_was_kept_makes_the_passes_of_a_new_one(stack: Stack, mon
 
 def test_slots_follow_from_the_rows_wherever_these_fit() -> None:
     assert {decode.slots_for(500, n_fit) for n_fit in (512, 600, 1024, 10**6)} == {512}
-    assert decode.slots_for(500, 511) == 384
+    assert decode.slots_for(500, 511) == 448
     assert decode.slots_for(500, 5) == 5
     assert decode.slots_for(3000, 10**6) == 3000
 

@@ -460,7 +460,7 @@ def test_a_decoder_that_is_kept_samples_the_next_stack_with_its_graphs(
         return kept
 
     monkeypatch.setattr(generate, "_decoder", serving)
-    monkeypatch.setattr(generate, "_is_small", lambda base, cache: True)
+    monkeypatch.setattr(generate, "_is_small", lambda *given: True)
     assert drawn() == expected
     assert device.calls.count("capture") == 1, "the second stack is decoded with the graph of the first"
     assert not kept.serves(3, 16, settings) or kept.most_slots == 2
