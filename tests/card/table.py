@@ -199,13 +199,11 @@ def _vllm(sheet: Sheet) -> list[tuple[str, str]]:
 def _drawing(sheet: Sheet) -> list[tuple[str, str]]:
     rows = []
     for name, one in (sheet.get("stacks") or {}).items():
-        first, second, at_once, kernels = (
-            one.get(part) or {} for part in ("first", "second", "all_at_once", "kernels")
-        )
+        first, second, in_waves, kernels = (one.get(part) or {} for part in ("first", "second", "in_waves", "kernels"))
         rows.append((
             name,
             f"{_number(first.get('tok_per_s'))} tokens/s with {first.get('captures')} captures ({_number(first.get('capture_s'))} s), "
-            f"{_number(second.get('tok_per_s'))} without, {_number(at_once.get('tok_per_s'))} all at once; prefills {_number(second.get('prefill_s'))} s, {second.get('passes')} passes",
+            f"{_number(second.get('tok_per_s'))} without, {_number(in_waves.get('tok_per_s'))} in waves of at most 1,024; prefills {_number(second.get('prefill_s'))} s, {second.get('passes')} passes",
         ))  # fmt: skip
         rows.append((f"{name}, by kernels", _kernels(kernels)))
     return rows
