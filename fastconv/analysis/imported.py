@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastconv.errors import DataError, InputError, did_you_mean, safe_text, shown
-from fastconv.experiment.graph import CellPlan, Graph
+from fastconv.experiment.graph import CellPlan, Graph, graph_of_run
 from fastconv.experiment.measures import KINDS
 from fastconv.judge.http import safe_value
 from fastconv.recipe import parse_recipe, run_id, sha256_of
@@ -130,7 +130,7 @@ def _cell_of(store: Store, run: str, model: str, where: str) -> tuple[Graph, Cel
     found: dict[str, tuple[Graph, CellPlan]] = {}
     names: list[str] = []
     for row in runs:
-        graph = Graph(parse_recipe(stored_json(row["recipe"]), where=row["id"]))
+        graph = graph_of_run(parse_recipe(stored_json(row["recipe"]), where=row["id"]), store)
         names += [plan.cell.name for plan in graph.cells]
         for plan in graph.cells:
             if plan.cell.name == "-".join(model.split()):

@@ -167,7 +167,7 @@ def status(
 ) -> None:
     """Show where a run stands: every stage done, running, to do, stale (and why) or skipped. Without RUN: all runs."""
     from fastconv import show
-    from fastconv.experiment.graph import Graph
+    from fastconv.experiment.graph import Graph, graph_of_run
     from fastconv.run.status import status_of
 
     store = open_existing(workspace)
@@ -175,7 +175,8 @@ def status(
         show.runs(store, as_json=as_json)
         return
     loaded = load_recipe_or_run(recipe, overrides, store, scale)
-    show.status(status_of(Graph(loaded), store), as_json=as_json)
+    graph = Graph(loaded) if store is None else graph_of_run(loaded, store)
+    show.status(status_of(graph, store), as_json=as_json)
 
 
 @app.command()
@@ -195,12 +196,12 @@ def gate(
     from fastconv import show
     from fastconv.analysis.gates import decide_gates
     from fastconv.errors import GateStop
-    from fastconv.experiment.graph import Graph
+    from fastconv.experiment.graph import graph_of_run
     from fastconv.run.run import replay_gates
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    graph = Graph(load_recipe_or_run(recipe, overrides, store, scale))
+    graph = graph_of_run(load_recipe_or_run(recipe, overrides, store, scale), store)
     verdicts = decide_gates(graph, store, graph.cells)
     show.gates(verdicts, as_json=as_json)
     try:
@@ -226,12 +227,12 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write the report of a run again: one HTML page, its Markdown twin, figures and tables."""
-    from fastconv.experiment.graph import Graph
+    from fastconv.experiment.graph import graph_of_run
     from fastconv.report import write_report
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
-    paths = write_report(Graph(load_recipe_or_run(recipe, overrides, store, scale)), store, reports)
+    paths = write_report(graph_of_run(load_recipe_or_run(recipe, overrides, store, scale), store), store, reports)
     places = {"html": str(paths.html), "markdown": str(paths.markdown), "folder": str(paths.folder)}
     print(json.dumps(places) if as_json else paths.html)
 

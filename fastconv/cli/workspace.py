@@ -98,11 +98,11 @@ def gc(
 
 def describe(recipe: Any, store: Any, folder: Path, cell: dict[str, Any], *, push: str, private: bool) -> list[str]:
     """Write an exported cell's model card, and push the folder if a repository is named; returns what was made."""
-    from fastconv.experiment.graph import Graph
+    from fastconv.experiment.graph import graph_of_run
     from fastconv.hub import push_folder
     from fastconv.report.export import write_card
 
-    graph = Graph(recipe)
+    graph = graph_of_run(recipe, store)
     first, *others = graph.select(**cell)
     if others:
         options = "--negatives, --convergence, --seed and --arm choose"
@@ -349,14 +349,14 @@ def published(
 
 def _analysis_of(name: str, workspace: Path, overrides: Sequence[str], scale: str) -> Analysis:
     from fastconv.analysis.analysis import Analysis
-    from fastconv.experiment.graph import Graph
+    from fastconv.experiment.graph import graph_of_run
     from fastconv.experiment.schedule import fitting_cells
     from fastconv.store.ledger import Store
 
     store = Store.open(workspace, create=False)
     run, found, pattern = name.rpartition(":")
     whole = not found or Path(name).exists()
-    graph = Graph(load_recipe_or_run(name if whole else run, overrides, store, scale))
+    graph = graph_of_run(load_recipe_or_run(name if whole else run, overrides, store, scale), store)
     if not whole:
         graph.cells = list(fitting_cells(graph, [pattern]).values())
     return Analysis(graph, store)

@@ -27,8 +27,8 @@ from fastconv.datasets.personas import ASSISTANT, Personas, canary_of, load_pers
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.datasets.rows import rows_sha256
 from fastconv.datasets.spec import TextRule, text_rule
-from fastconv.engine.locate import engine_identity, locate, numbers_inputs
-from fastconv.errors import RecipeError, did_you_mean
+from fastconv.engine.locate import ModelSource, engine_identity, locate, numbers_inputs
+from fastconv.errors import ModelError, RecipeError, did_you_mean
 from fastconv.experiment.cells import (
     Cell,
     CellPlan,
@@ -42,30 +42,66 @@ from fastconv.experiment.cells import (
 from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, SnapshotMeasure
 from fastconv.judge.budget import JudgeIdentity, judge_identity, recipe_prices
 from fastconv.judge.rubric import Rubric, find_rubric
-from fastconv.recipe import NegativesKind, Recipe, SamplingSettings, sha256_of
-from fastconv.store.ledger import Stage
+from fastconv.recipe import ModelSettings, NegativesKind, Recipe, SamplingSettings, run_id, sha256_of
+from fastconv.store.io import stored_json
+from fastconv.store.ledger import Stage, Store
+
+
+def graph_of_run(recipe: Recipe, store: Store) -> Graph:
+    """The graph of a recipe whose run is to be read: with the keys that it was computed with, on whatever machine.
+
+    A laptop, or a cluster's login node, has another engine, and perhaps not the base. A recipe that was not run, as one with
+    another judge, is read as the last run of its model. What this machine has computed is keyed as this machine does.
+    """
+    recorded = _recorded_engines(recipe, store)
+    if not recorded:
+        return Graph(recipe)
+    try:
+        computed_here = engine_inputs(recipe.model, locate(recipe.model)) in recorded
+    except ModelError:  # the base's folder is not here
+        computed_here = False
+    return Graph(recipe) if computed_here else Graph(recipe, recorded[0])
+
+
+def _recorded_engines(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
+    """The inputs that name an engine, of the recipe's run or else of the newest run of its model settings."""
+    model = recipe.model.model_dump(mode="json")
+    runs = sorted(store.runs(), key=lambda row: -row["started_at"])
+    alike = [row["id"] for row in runs if stored_json(row["recipe"]).get("model") == model]
+    found = (store.engines_of_run(run, ENGINE_INPUTS) for run in (run_id(recipe), *alike))
+    return next((engines for engines in found if engines), [])
+
+
+#: Inputs of a stage that name what computes it.
+ENGINE_INPUTS = ("base", "engine", "template", "computed_as")
+
+
+def engine_inputs(settings: ModelSettings, source: ModelSource) -> dict[str, Any]:
+    """What names base, engine and template on this machine in the inputs of every stage that uses them (`ENGINE_INPUTS`)."""
+    return {
+        "base": dict(source.identity),
+        "engine": engine_identity(settings),
+        **settings.template_inputs,
+        **numbers_inputs(source, settings),
+    }
 
 
 class Graph:
-    """The stages of a recipe. Building it reads data files and nothing else."""
+    """The stages of a recipe. Building it reads data files and nothing else.
 
-    def __init__(self, recipe: Recipe) -> None:
+    `engine` are the inputs that name what computes it, this machine's unless given.
+    """
+
+    def __init__(self, recipe: Recipe, engine: Mapping[str, Any] | None = None) -> None:
         self.recipe = recipe
         self.personas: Personas = load_personas(recipe)
         self.behaviors: dict[str, Behavior] = load_behaviors(recipe)
-        self.source = locate(recipe.model)
-        self._engine = {
-            "base": dict(self.source.identity),
-            "engine": engine_identity(recipe.model),
-            **recipe.model.template_inputs,
-            **numbers_inputs(self.source, recipe.model),
-        }
+        self._engine = engine_inputs(recipe.model, self.source) if engine is None else dict(engine)
         self._conditions: dict[str, Condition] = conditions_of(recipe)
         self._filter = answer_filter(recipe.convergence)
         self._phrases = read_toml(assets("data") / "phrases.toml")
-        resident = f"{self.source.id}@{sha256_of(self._engine)[:8]}"
         #: Who judges, or None where phrases do without a judge.
-        self.judge: JudgeIdentity | None = judge_identity(recipe.judge, recipe_prices(recipe.judge), resident)
+        self.judge: JudgeIdentity | None = judge_identity(recipe.judge, recipe_prices(recipe.judge), self._resident)
         self._rubrics: dict[str, Rubric] = {}
         self._rules: dict[str, TextRule] = {}
         #: Sets and prompts that many cells share, made once.
@@ -84,6 +120,16 @@ class Graph:
                     f"has other wordings of no question that is asked, {next(iter(one.texts))!r} say",
                     where=f"eval.probes.{name}.texts", fix="give each line the id of its question",
                 )  # fmt: skip
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """Where the base is. Raises ModelError where it is not."""
+        return locate(self.recipe.model)
+
+    @property
+    def _resident(self) -> str:
+        """The name of the base as a judge."""
+        return f"{self.recipe.model.id}@{sha256_of(self._engine)[:8]}"
 
     @property
     def engine_inputs(self) -> Mapping[str, Any]:

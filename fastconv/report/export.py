@@ -18,7 +18,7 @@ from fastconv.analysis.contrasts import role_of, subject_of
 from fastconv.analysis.gates import group_name
 from fastconv.engine.vllm.memory import LORA_RANKS
 from fastconv.errors import InputError
-from fastconv.experiment.graph import CellPlan, Graph
+from fastconv.experiment.graph import CellPlan, Graph, graph_of_run
 from fastconv.experiment.measures import SNAPSHOT_MEASURES, SnapshotMeasure, snapshot_stages
 from fastconv.recipe import Recipe, run_id
 from fastconv.report.measures import roles_of
@@ -138,7 +138,7 @@ def export_inspect(
     recipe: Recipe, store: Store, folder: Path, source: str, behavior: str, epoch: int, **others: Any
 ) -> list[Path]:
     """Write one log for each measure and probe of the cells. Raises InputError if nothing was measured."""
-    graph = Graph(recipe)
+    graph = graph_of_run(recipe, store)
     paths = []
     for plan in graph.select(source, behavior, epoch, **others):
         for (measure, probe), stage in plan.scores.items():

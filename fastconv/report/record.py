@@ -225,7 +225,7 @@ def _tables(analysis: Analysis) -> dict[str, Mapping[str, str]]:
             **{f"git {name}": value for name, value in facts.get("git", {}).items()},
         },
         "Base model": {
-            **dict(graph.source.identity),
+            **graph.engine_inputs["base"],
             **{f"template {name}": value for name, value in facts.get("template", {}).items()},
         },
         "Judge": _judge(analysis),

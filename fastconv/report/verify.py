@@ -19,12 +19,13 @@ from typing import Any
 
 from fastconv.analysis.analysis import Analysis
 from fastconv.errors import InputError, RecipeError
-from fastconv.experiment.graph import Graph
+from fastconv.experiment.graph import graph_of_run
 from fastconv.recipe import Recipe, parse_recipe, run_id
 from fastconv.report import build, strangers
 from fastconv.report.blocks import Claim, ReportData, render_html, render_markdown, visible
 from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.published import TABLES_FILE, judge_published, published_names, published_report, read_published
+from fastconv.stats.series import NoRowsError
 from fastconv.store.io import stored_json
 from fastconv.store.ledger import Store
 
@@ -95,7 +96,7 @@ def verify(report: Path, store: Store) -> Verified:
     """
     text = _read(report)
     run = _run_of(text, report)
-    analysis = Analysis(Graph(_recipe_of(run, text, report, store)), store)
+    analysis = Analysis(graph_of_run(_recipe_of(run, text, report, store), store), store)
     return _compared(
         report, text, build(analysis), lambda page_claim: ask(analysis, page_claim.query, **page_claim.arguments)
     )
@@ -245,7 +246,7 @@ def _asked_again(
     for page_claim in claims:
         try:
             claim = ask_again(page_claim)
-        except NoSuchClaimError as error:
+        except (NoSuchClaimError, NoRowsError) as error:
             yield Difference("missing", page_claim.id, page_claim.text, f"nothing supports it: {error.args[0]}")
             continue
         yield from _compare(page_claim, claim)

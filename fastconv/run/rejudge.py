@@ -11,7 +11,7 @@ from fastconv.datasets.behaviors import load_behaviors
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.spec import PhraseRule
 from fastconv.errors import InputError, JudgeError, RecipeError
-from fastconv.experiment.graph import Graph
+from fastconv.experiment.graph import Graph, graph_of_run
 from fastconv.judge.access import check_judge, open_desk
 from fastconv.judge.budget import JudgeIdentity
 from fastconv.judge.calibrate import (
@@ -100,12 +100,12 @@ def finish_judging(
     judged live in `auto` mode. `before` is an earlier recipe (with another rubric, for example) whose scores are compared
     with the new ones. Raises RecipeError without a judge, JudgeError if it cannot be asked, Interrupted on Ctrl-C.
     """
-    graph = Graph(recipe)
+    store = Store.open(workspace, create=False)
+    graph = graph_of_run(recipe, store)
     if graph.judge is None:
         raise RecipeError(
             "the recipe has no judge", where="judge.mode", fix="set it, e.g. --set judge.mode=auto with judge.model"
         )
-    store = Store.open(workspace, create=False)
     run = run_id(recipe)
     stages = judge_stages(graph.stages())
     if again:
@@ -209,7 +209,7 @@ def _phrase_agreement(rubric: Rubric, rule: str, labelled: Sequence[CalibrationR
 def _agreement(graph: Graph, store: Store, before: Recipe | None) -> dict[str, dict[str, Agreement]]:
     """By measure: the agreement of the judge's scores with the phrase rule's, and with the earlier recipe's judge."""
     comparisons: dict[str, list[tuple[str, Stage, Stage]]] = {}
-    old_plans = {plan.cell: plan for plan in Graph(before).cells} if before is not None else {}
+    old_plans = {plan.cell: plan for plan in graph_of_run(before, store).cells} if before is not None else {}
     for plan in graph.cells:
         for pair, stage in plan.scores.items():
             if stage.kind != "judge":

@@ -24,7 +24,7 @@ from fastconv.engine.model import Base, load_base
 from fastconv.engine.score import letter_item, memory_errors, score_letters, score_texts, text_item
 from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import AdapterError, InputError
-from fastconv.experiment.graph import Graph
+from fastconv.experiment.graph import Graph, graph_of_run
 from fastconv.recipe import LoraSettings, ModelSettings, Recipe
 from fastconv.run.audit import READ_BY_CHECK
 from fastconv.run.stacks import Stacks
@@ -125,7 +125,7 @@ def export_cell(
 
     Returns both folders. Raises InputError if the cell is not trained, StoreError if the folder cannot be written.
     """
-    graph = Graph(recipe)
+    graph = graph_of_run(recipe, store)
     plan = graph.select(source, behavior, epoch, **others)[0]
     if plan.snapshot is None and plan.adapter is None:
         raise InputError(

@@ -26,7 +26,8 @@ def noncentrality(df: float, alpha: float, power: float) -> float:
     """The noncentrality at which t with `df` degrees of freedom exceeds its two-sided critical value with `power`.
 
     In the true direction only: a rejection with the wrong sign is no success, and its probability is about 1e-6 at 80 %
-    power. Relative error below 1e-8 (tests hold it against scipy). Raises ValueError unless alpha < power and df >= 1.
+    power. Relative error below 1e-8 (tests hold it against scipy). Rounded to ten decimals: those after them depend on the
+    processor, and a report is verified on others than wrote it. Raises ValueError unless alpha < power and df >= 1.
     """
     if power <= alpha or df < 1:
         raise ValueError(f"power must exceed alpha and df be at least 1, not {power}, {alpha} and {df}")
@@ -50,7 +51,7 @@ def noncentrality(df: float, alpha: float, power: float) -> float:
         delta -= step
         if abs(step) < 1e-10 * delta:
             break
-    return delta
+    return round(delta, 10)
 
 
 def _critical(df: float, tail: float) -> float:

@@ -408,6 +408,17 @@ class Store:
         """Rows (key, slot, reused) of every stage that a run uses."""
         return self._db.execute("SELECT key, slot, reused FROM run_stages WHERE run=?", (run,)).fetchall()
 
+    def engines_of_run(self, run: str, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Each set of inputs of these names with which stages of a run were computed, the newest first."""
+        query = """SELECT stages.inputs FROM run_stages JOIN stages USING (key) WHERE run=? ORDER BY finished_at DESC"""
+        found: list[dict[str, Any]] = []
+        for (text,) in self.rows(query, (run,)):
+            inputs = stored_json(text)
+            engine = {name: inputs[name] for name in names if name in inputs}
+            if "engine" in engine and engine not in found:
+                found.append(engine)
+        return found
+
     def put_verdict(self, run: str, gate: str, subject: str, verdict: str, body: Mapping[str, Any]) -> None:
         """Record a gate's verdict with its evidence (`body`, JSON); the newest stands."""
         with self.transaction() as db:

@@ -200,6 +200,17 @@ def test_one_changed_or_missing_score_is_caught(
     assert what in {one.what for one in found.differences}
 
 
+def test_a_report_whose_rows_are_all_gone_differs_in_every_claim(
+    done_run: DoneRun, report: Path, tmp_path: Path
+) -> None:
+    workspace = copy_ledger(done_run.workspace, tmp_path / "emptied")
+    with sqlite3.connect(workspace / "ledger.sqlite") as db:
+        for table in ("scores", "samples", "stages"):
+            db.execute(f"DELETE FROM {table}")
+    found = verify(report, Store.open(workspace, create=False))
+    assert any("nothing supports it" in one.ledger for one in found.differences)
+
+
 def test_exit_codes_and_json(done_run: DoneRun, report: Path, tmp_path: Path) -> None:
     runner, where = CliRunner(), ["-w", str(done_run.workspace)]
     good = runner.invoke(app, ["verify", str(report), *where, "--json"])
