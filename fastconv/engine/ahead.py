@@ -20,6 +20,8 @@ from fastconv.engine.decode import Cache, Decode, Prefill, sample_tokens
 from fastconv.engine.lora import Adapter
 from fastconv.engine.micro_batch import Item, make_micro_batch, no_padding
 from fastconv.engine.model import pack
+from fastconv.engine.score import hidden_fp32
+from fastconv.engine.selftest import SelfTestSetup
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import micro_step
 from fastconv.recipe import SamplingSettings, TrainSettings
@@ -33,8 +35,11 @@ _ROWS_TOK = (48, 80)
 Noted = dict[tuple[str, str], Any]
 
 
-def compile_ahead(stack: Stack, phases: Sequence[TrainSettings], sampling: SamplingSettings) -> int:
-    """Compile the kernels of training with these settings, and of scoring and sampling what was trained; their number.
+def compile_ahead(
+    stack: Stack, phases: Sequence[TrainSettings], sampling: SamplingSettings, *, letters: bool = False
+) -> int:
+    """Compile the kernels of the self-tests, of training with these settings, and of scoring and sampling what was trained;
+    with `letters` also those of near ties, which are scored again in fp32. Returns their number.
 
     None where the stack does without kernels of ours. No adapter may be live. Kernels that are noted here and never
     launched cost a second of a core, kernels that are not noted are compiled when they are launched.
@@ -42,13 +47,17 @@ def compile_ahead(stack: Stack, phases: Sequence[TrainSettings], sampling: Sampl
     if stack.route.kernel is None:
         return 0
     with noted() as found:
+        tests = SelfTestSetup(stack)
+        tests.gradient()
+        for adapters in ((tests.frozen,), (tests.frozen, tests.trainable)):
+            tests.logits(tests.rows, *adapters)
         for settings in phases:
             for frozen in ((), (_zeros(stack),)):
                 _train(stack, Slot(frozen, _zeros(stack), settings.dropout))
         one, other = _zeros(stack), _zeros(stack)
         for slots in ((), (Slot((one,)),), (Slot((one, other)),)):
             with stack.live(*slots), torch.no_grad():
-                _read(stack)
+                _read(stack, precise=letters)
                 _decode(stack, sampling)
     compile_noted(found)
     return len(found)
@@ -101,18 +110,21 @@ def _train(stack: Stack, slot: Slot) -> None:
         slot.trainable.train(None)
 
 
-def _read(stack: Stack) -> None:
-    """A pass over rows, as scores and prefills take it."""
+def _read(stack: Stack, *, precise: bool) -> None:
+    """A pass over rows, as scores and prefills take it; with `precise` again in fp32."""
     ids, positions, layout = pack([[1] * n_tok for n_tok in _ROWS_TOK], stack.base)
     stack.base.logits(stack.base.hidden(ids, positions, layout)[-1:])
+    if precise and stack.base.dtype != torch.float32:
+        hidden_fp32(stack.base, ids, positions, layout)
 
 
 def _decode(stack: Stack, settings: SamplingSettings) -> None:
-    """A pass that decodes one token of each row, and their draw."""
+    """A pass that decodes one token of each row, and the draws."""
     base, n_rows = stack.base, _ROWS_TOK[0]
     cache, rows = Cache(n_rows, 64), torch.arange(n_rows, device=base.device)
     ids, positions, layout = pack([[1]] * n_rows, base)
     base.hidden(ids, positions, Prefill(layout, cache, rows, rows, torch.zeros_like(rows)))
     at = torch.ones_like(rows)
     hidden = base.hidden(at, at, Decode(cache, at, cache.max_length_tok - 1))
-    sample_tokens(base.logits(hidden), torch.zeros(n_rows, device=base.device), settings)
+    for logits in (base.logits(hidden), base.readout.logits(hidden)):  # of the first token, and of the others
+        sample_tokens(logits, torch.zeros(n_rows, device=base.device), settings)

@@ -122,13 +122,18 @@ def _sample_rows(
             _append_tokens(base, [token for _, token in pairs], [row for row, _ in pairs], on_token)
             watch([row for row, _ in pairs])
         slots = _compacted(decoder, [row if row is not None and row.active else None for row in slots])
-    if (
-        isinstance(decoder, DeviceDecoder)
-        and decoder.route is not None
-        and _is_small(base, decoder.cache.n_slots, decoder.cache.max_length_tok)
-    ):
-        base.kept["decoder"] = decoder
+    if isinstance(decoder, DeviceDecoder):
+        _keep(base, decoder)
     return True
+
+
+def _keep(base: Base, decoder: DeviceDecoder) -> None:
+    """Keep a decoder with its graphs for the next stack, unless a larger one is kept: that of the evaluations, between which
+    a few answers are drawn."""
+    kept, cache = base.kept.get("decoder"), decoder.cache
+    smaller = kept is not None and cache.n_tok < kept.cache.n_tok
+    if decoder.route is not None and not smaller and _is_small(base, cache.n_slots, cache.max_length_tok):
+        base.kept["decoder"] = decoder
 
 
 def _decoder(base: Base, n_rows: int, max_length_tok: int, settings: SamplingSettings) -> Decoder:
@@ -139,14 +144,20 @@ def _decoder(base: Base, n_rows: int, max_length_tok: int, settings: SamplingSet
     kept = base.kept.get("decoder")
     if kept is not None and kept.serves(n_rows, max_length_tok, settings):
         return kept
-    if kept is not None:
+    max_length_tok = _rounded(max_length_tok)  # so that it is kept for prompts that are a little longer
+    n_fit = _n_fit(base, max_length_tok)
+    if kept is not None and slots_for(n_rows, n_fit) < slots_for(n_rows, 2 * n_rows):  # there is no room beside it
         del base.kept["decoder"], kept
         torch.cuda.empty_cache()
-    max_length_tok = _rounded(max_length_tok)  # so that it is kept for prompts that are a little longer
-    free, _ = torch.cuda.mem_get_info(base.device)
-    n_fit = max(1, int(free * _CACHE_SHARE) // (_kv_bytes_per_tok(base) * max_length_tok))
+        n_fit = _n_fit(base, max_length_tok)
     n_slots = slots_for(n_rows, n_fit)
     return DeviceDecoder(base, Cache(n_slots, max_length_tok), settings, max(n_slots, slots_for(n_fit, n_fit)))
+
+
+def _n_fit(base: Base, max_length_tok: int) -> int:
+    """Slots of this length for which memory is free, at least one."""
+    free, _ = torch.cuda.mem_get_info(base.device)
+    return max(1, int(free * _CACHE_SHARE) // (_kv_bytes_per_tok(base) * max_length_tok))
 
 
 def _kv_bytes_per_tok(base: Base) -> int:

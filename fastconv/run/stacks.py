@@ -52,7 +52,8 @@ class Stacks:
         if self.base.device.type == "cuda":
             phases = (self._recipe.convergence, self._recipe.behavior)
             with self._times.part("compile_s"):
-                compile_ahead(stack, phases, self._recipe.eval.sampling)
+                letters = any(behavior.spec.measure == "letters" for behavior in self._graph.behaviors.values())
+                compile_ahead(stack, phases, self._recipe.eval.sampling, letters=letters)
             optimizers = {self._recipe.convergence.optimizer, self._recipe.behavior.optimizer}
             with self._times.part("self_tests_s"):
                 self.proven |= self_test(stack, optimizers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -188,9 +189,59 @@ def test_a_decoder_that_was_kept_makes_the_passes_of_a_new_one(stack: Stack, mon
     assert max(passes[0]) == 16
 
 
+class _Card:
+    """A base on a card with this much free memory (tokens of its cache), whose decoders stand in for real ones."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free_tok: int) -> None:
+        self.kept: dict[str, DeviceDecoder] = {}
+        self.made: list[tuple[int, int]] = []
+        monkeypatch.setattr(module, "_kv_bytes_per_tok", lambda base: 1)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self._free(free_tok), free_tok))
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(module, "DeviceDecoder", self._decoder)
+
+    def _free(self, free_tok: int) -> int:
+        return free_tok - sum(decoder.cache.n_tok for decoder in self.kept.values())
+
+    def require_length(self, n_tok: int) -> None:
+        """Every length will do."""
+
+    def _decoder(self, base: Any, cache: decode.Cache, settings: SamplingSettings, most_slots: int) -> Any:
+        self.made.append((cache.n_slots, cache.max_length_tok))
+        same = (settings.temperature, cache.n_slots, cache.max_length_tok)
+
+        def serves(n_rows: int, n_tok: int, asked: SamplingSettings) -> bool:
+            return asked.temperature == same[0] and n_rows <= same[1] and n_tok <= same[2]
+
+        return SimpleNamespace(cache=cache, settings=settings, route=object(), serves=serves)
+
+    def draw(self, n_rows: int, n_tok: int, temperature: float) -> None:
+        """What `sample` does with decoders."""
+        settings = SamplingSettings(temperature=temperature)
+        module._keep(self, module._decoder(self, n_rows, n_tok, settings))  # type: ignore[arg-type]
+
+
+def test_a_few_answers_between_evaluations_leave_their_decoder_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = _Card(monkeypatch, 2_000_000)
+    for n_rows, n_tok, temperature in [(40, 300, 0.7), (1000, 300, 1.0), (200, 500, 0.7), (1000, 300, 1.0)]:
+        card.draw(n_rows, n_tok, temperature)
+    assert card.made == [(128, 320), (1024, 320), (256, 512)]
+
+
+def test_a_decoder_goes_where_there_is_no_room_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots follow from the call alone, whatever was kept before it."""
+    card = _Card(monkeypatch, 400_000)
+    card.draw(384, 300, 1.0)
+    card.draw(512, 500, 0.7)
+    assert card.made == [(384, 320), (512, 512)]
+    assert "decoder" not in card.kept
+
+
 def test_slots_follow_from_the_rows_wherever_these_fit() -> None:
     assert {decode.slots_for(500, n_fit) for n_fit in (512, 600, 1024, 10**6)} == {512}
-    assert decode.slots_for(500, 511) == 448
+    assert decode.slots_for(500, 511) == 384
     assert decode.slots_for(500, 5) == 5
     assert decode.slots_for(3000, 10**6) == 3000
 

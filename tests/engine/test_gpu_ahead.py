@@ -11,6 +11,8 @@ import torch
 from fastconv.engine.ahead import compile_ahead
 from fastconv.engine.generate import sample
 from fastconv.engine.model import load_base, pack
+from fastconv.engine.score import hidden_fp32
+from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import Hooks, Job, start, train
 from fastconv.recipe import LoraSettings, ModelSettings, SamplingSettings
@@ -47,6 +49,7 @@ def _work(stack: Stack) -> list[torch.Tensor]:
     for slots in ((), (Slot((one,)),), (Slot((one, other)),)):
         with stack.live(*slots), torch.no_grad():
             found.append(stack.base.logits(stack.base.hidden(ids, positions, layout)))
+            found.append(hidden_fp32(stack.base, ids, positions, layout))
             drawn = sample(stack.base, [[1, 2, 3]] * 9, list(range(9)), SAMPLING)
         found += [torch.tensor(one.ids) for one in drawn]
     return found
@@ -64,9 +67,10 @@ def test_what_a_run_launches_is_compiled_ahead_and_gives_the_same_bits(
 
     stack = _stack(tiny_qwen)
     before = stack.probe()
-    n = compile_ahead(stack, PHASES, SAMPLING)
+    n = compile_ahead(stack, PHASES, SAMPLING, letters=True)
     assert stack.probe() == before
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", told)
+    self_test(stack)
     computed = _work(stack)
     assert not late, f"{n} compiled ahead"
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", None)

@@ -46,7 +46,7 @@ def test_every_load_on_a_gpu_is_tested(device: str, tested: list[set[str]], monk
     compiled: list[int] = []
     recipe = parse_recipe({"name": "x", "behavior": {"optimizer": "adamw8bit"}})
     times = StartTimes()
-    loaded = stacks.Stacks(SimpleNamespace(recipe=recipe), SimpleNamespace(), times)  # type: ignore[arg-type]
+    loaded = stacks.Stacks(SimpleNamespace(recipe=recipe, behaviors={}), SimpleNamespace(), times)  # type: ignore[arg-type]
     vars(loaded)["base"] = SimpleNamespace(device=torch.device(device))
     monkeypatch.setattr(stacks, "Stack", lambda base, settings: "stack")
 
@@ -55,7 +55,7 @@ def test_every_load_on_a_gpu_is_tested(device: str, tested: list[set[str]], monk
         return {"swap": 0.01}
 
     monkeypatch.setattr(stacks, "self_test", noted)
-    monkeypatch.setattr(stacks, "compile_ahead", lambda stack, phases, sampling: compiled.append(len(phases)))
+    monkeypatch.setattr(stacks, "compile_ahead", lambda stack, phases, sampling, letters: compiled.append(len(phases)))
     assert loaded.stack == "stack"
     assert asked == tested
     assert compiled == [2] * len(tested)

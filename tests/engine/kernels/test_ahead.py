@@ -15,6 +15,8 @@ from fastconv.chat import Rendered
 from fastconv.engine import ahead, stack
 from fastconv.engine.kernels import lora
 from fastconv.engine.model import load_base, pack
+from fastconv.engine.score import hidden_fp32
+from fastconv.engine.selftest import SelfTestSetup
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import Hooks, Job, start, train
 from fastconv.recipe import LoraSettings, ModelSettings, SamplingSettings
@@ -82,19 +84,23 @@ def _work(stack: Stack) -> None:
             ids, positions, layout = pack([[1] * n_tok for n_tok in lengths], stack.base)
             with stack.live(*slots), torch.no_grad():
                 stack.base.hidden(ids, positions, layout)
+                hidden_fp32(stack.base, ids, positions, layout)
 
 
 def test_what_a_run_launches_was_compiled_ahead(
     tiny_qwen: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack = _stack(tiny_qwen)
-    compiled = ahead.compile_ahead(stack, PHASES, SAMPLING)
+    compiled = ahead.compile_ahead(stack, PHASES, SAMPLING, letters=True)
     assert compiled > 20
     assert not launched
     assert not stack.route.slots
     monkeypatch.setattr(torch, "isfinite", lambda values: torch.ones_like(values, dtype=torch.bool))  # nothing computed
     with ahead.noted() as late:
         _work(stack)
+        tests = SelfTestSetup(stack)
+        tests.gradient()
+        tests.logits(tests.rows, tests.frozen, tests.trainable)
     assert not late
     assert {"shrink", "finish_shrink", "expand", "input_side", "output_side", "add_up"} <= set(launched)
 
