@@ -74,7 +74,7 @@ def drawn(stack: Stack, on_halved: Callable[[], None], n: int = 12) -> list[list
 
 
 def probed(stack: Stack, on_halved: Callable[[], None], n: int = 0) -> list[list[float]]:
-    with stack.live(Slot((random_adapter(stack, 1),))):
+    with stack.live(Slot((stack.take(random_adapter(stack, 1)),))):
         return [list(stack.probe().logits)]
 
 
