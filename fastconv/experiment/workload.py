@@ -56,11 +56,12 @@ def demands(graph: Graph, stages: Iterable[Stage], device: str) -> dict[str, Dem
 
 def _alike(stage: Stage) -> tuple[str, ...]:
     """Equal for stages of one recipe with equal demand: adapters train the same rows on every snapshot, and probes are
-    asked the same prompts on every stack."""
+    asked the same prompts on every stack, where near ties are letters above an adapter."""
     if stage.kind == "behavior":
         return stage.kind, stage.needs["rows"].key
     if stage.kind == "eval":
-        return stage.kind, stage.inputs["measure"], stage.inputs["prompts_sha256"], *stage.inputs["system"]
+        stack = "above an adapter" if stage.needs else "base"
+        return stage.kind, stage.inputs["measure"], stack, stage.inputs["prompts_sha256"], *stage.inputs["system"]
     if stage.kind == "judge":
         return stage.kind, stage.work["rubric"].sha256, *_alike(stage.needs["eval"])
     return stage.kind, stage.key

@@ -143,6 +143,10 @@ class TimeLeft:
         return (own_s + self._kind_weight_s * every) / (planned_s + self._kind_weight_s)
 
 
+#: How many times as long a GPU takes in 4 bits, and in fp32. Measured on an H100 with a real 1.5B, as `KNOWN_GPUS`.
+_FOUR_BIT_FACTOR, _FP32_FACTOR = 2.7, 9.0
+
+
 @dataclass(frozen=True)
 class Machine:
     """Rates of one device.
@@ -170,18 +174,21 @@ class Machine:
         Decoding: each pass reads all weights and takes at least `pass_s`; each token adds its own FLOPs.
         """
         bytes_factor = 2 if self.device == "cpu" else 1
-        weights = weight_bytes(shape, four_bit=recipe.model.weights == "4bit") * bytes_factor
+        four_bit = recipe.model.weights == "4bit"
+        slower = _FOUR_BIT_FACTOR if four_bit else 1.0
+        weights = weight_bytes(shape, four_bit=four_bit) * bytes_factor
         total_s = self.stage_s if demand.trained_tok or demand.read_tok or demand.new_tok else 0.0
         if demand.trained_tok:
             work = Work(demand.length_tok, demand.share, recipe.lora.r)
-            total_s += demand.trained_tok * train_flops_per_tok(shape, work) / self.train_flops_s
+            total_s += slower * demand.trained_tok * train_flops_per_tok(shape, work) / self.train_flops_s
             total_s += demand.micro_steps * self.step_s
         forward = forward_flops_per_tok(shape, Work(demand.length_tok, 0.0, recipe.lora.r))
-        total_s += demand.read_tok * forward / self.read_flops_s
+        read_tok = slower * demand.read_tok + _FP32_FACTOR * demand.precise_tok
+        total_s += read_tok * forward / self.read_flops_s
         if demand.new_tok:
             drawing = forward_flops_per_tok(shape, Work(demand.length_tok, 1.0, recipe.lora.r))
             total_s += demand.new_tok * drawing / self.draw_flops_s
-            total_s += demand.decode_steps * max(self.pass_s, weights / self.memory_bytes_s)
+            total_s += slower * demand.decode_steps * max(self.pass_s, weights / self.memory_bytes_s)
         return total_s
 
     def to_json(self) -> dict[str, Any]:
@@ -194,14 +201,14 @@ def _gpu(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machin
 
     Fractions of that which the engine reaches, from `fastconv bench` on one H100 (docs/MEASURED.md): training 0.6
     plus 15 ms a micro-batch (`train`, `behavior` and `group` take 0.9 to 1.1 of the measured time), prefill 0.6 (`score`),
-    decoding 0.7 plus 5 ms a pass. Held on 27 November 2026 (torch 2.11.0, unsloth 2026.10.7, one H100) against the whole of
-    `pilot_small` on a real 1.5B whose kernels had never been compiled, time taken over time planned: see PILOT in
+    decoding 0.7 plus 5 ms a pass. Held on 28 November 2026 (torch 2.11.0, unsloth 2026.10.7, one H100) against the whole of
+    `pilot_small` on a real 1.5B whose kernels had never been compiled, time taken over time planned: see MEASURED in
     tests/planning/test_plan.py.
     """
     peak = tflops * 1e12
     return Machine(
         name, f"known card: {tflops:g} TFLOP/s, {memory_tbytes_s:g} TB/s", "cuda", 0.6 * peak, 0.6 * peak, 0.7 * peak,
-        memory_tbytes_s * 1e12, step_s=0.015, pass_s=0.005, stage_s=0.5, load_s=40.0, memory_bytes=gib * 2**30,
+        memory_tbytes_s * 1e12, step_s=0.015, pass_s=0.005, stage_s=0.5, load_s=50.0, memory_bytes=gib * 2**30,
     )  # fmt: skip
 
 

@@ -147,27 +147,46 @@ def test_the_rates_of_an_h100_give_what_bench_measured_on_one(demand: Demand, me
     assert planned_s == pytest.approx(measured_s, rel=0.2)
 
 
-#: Seconds that the stages of `pilot_small` took on one H100, as many of each kind, on a real 1.5B on engine unsloth with kernels
-#: that had never been compiled: 27 November 2026, torch 2.11.0, commit 1d35420 (docs/MEASURED.md). Gate G0 had ruled the rest out.
-PILOT = {
-    "letters": (3, 3.67), "completions": (36, 93.05), "geometry": (4, 2.37), "answers": (6, 5.85), "behavior": (8, 105.11),
-    "snapshot": (3, 41.31),
+#: Seconds that stages took on one H100, as many of each kind, on a real 1.5B on engine unsloth with kernels that had never been
+#: compiled: 28 November 2026, torch 2.11.0, commit e2d2805 (docs/MEASURED.md). "pilot" is what G0 lets `pilot_small` run there, "ungated"
+#: what `--ignore-gate` adds, "4 bits" the whole of `small_gpu`.
+MEASURED = {
+    "pilot": ("pilot_small", {
+        "letters": (3, 2.73), "completions": (36, 75.3), "geometry": (4, 3.02), "answers": (6, 5.01), "behavior": (8, 76.6),
+        "snapshot": (3, 44.9),
+    }),
+    "ungated": ("pilot_small", {"letters": (33, 77.1), "behavior": (8, 40.7)}),
+    "4 bits": ("small_gpu", {
+        "letters": (36, 95.9), "geometry": (4, 3.59), "answers": (1, 5.81), "behavior": (8, 151.0), "snapshot": (3, 70.9),
+    }),
 }  # fmt: skip
 
 
-def test_each_kind_of_a_whole_pilot_on_a_card_is_planned_within_half_as_much_again() -> None:
-    recipe, machine = load("pilot_small", ["behavior.micro_batch_tok=2048"]), KNOWN_GPUS["h100"]
+def _ran(what: str, slot: str) -> bool:
+    capability = "capability" in slot and not slot.startswith("eval/base/")
+    return what == "4 bits" or capability == (what == "ungated")
+
+
+@pytest.mark.parametrize(("what", "within"), [("pilot", 1.5), ("ungated", 1.5), ("4 bits", 1.75)])
+def test_each_kind_of_a_whole_run_on_a_card_is_planned_within_half_as_much_again(what: str, within: float) -> None:
+    """4 bits within three quarters: what they cost depends on more than their number of tokens."""
+    (name, taken), machine = MEASURED[what], KNOWN_GPUS["h100"]
+    recipe = load(name, [])
     graph = Sketch(recipe)
-    ran = [stage for stage in graph.stages() if "capability" not in stage.slot or stage.slot.startswith("eval/base/")]
+    ran = [stage for stage in graph.stages() if _ran(what, stage.slot)]
     found = demands(graph, ran, "cuda")
     planned: dict[str, list[float]] = {}
     for stage in ran:
         kind = ("completions" if "sampling" in stage.inputs else "letters") if stage.kind == "eval" else stage.kind
         planned.setdefault(kind, []).append(machine.seconds(found[stage.key], named_shape("qwen2.5-1.5b"), recipe))
-    for kind, (n, taken_s) in PILOT.items():
+    for kind, (n, taken_s) in taken.items():
         assert len(planned[kind]) == n, kind
-        assert 1 / 1.5 <= sum(planned[kind]) / taken_s <= 1.5, (kind, sum(planned[kind]))
-    assert 1 / 1.5 <= machine.load_s / 50.2 <= 1.5
+        assert 1 / within <= sum(planned[kind]) / taken_s <= within, (kind, sum(planned[kind]))
+
+
+@pytest.mark.parametrize("start_s", [72.6, 47.8, 35.5])
+def test_a_start_with_and_without_compiling_is_planned_within_half_as_much_again(start_s: float) -> None:
+    assert 1 / 1.5 <= KNOWN_GPUS["h100"].load_s / start_s <= 1.5
 
 
 def test_estimated_tokens_are_those_that_the_run_counted(done_run: DoneRun) -> None:
