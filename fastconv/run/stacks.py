@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fastconv.engine.ahead import compile_ahead
 from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.model import Base, load_base
+from fastconv.engine.score import with_memory
 from fastconv.engine.selftest import self_test
 from fastconv.engine.stack import Adapter, Probe, Slot, Stack, folded
 from fastconv.errors import TrainingError
@@ -53,7 +54,10 @@ class Stacks:
             phases = (self._recipe.convergence, self._recipe.behavior)
             with self._times.part("compile_s"):
                 letters = any(behavior.spec.measure == "letters" for behavior in self._graph.behaviors.values())
-                compile_ahead(stack, phases, self._recipe.eval.sampling, letters=letters)
+                sampling = self._recipe.eval.sampling
+                with_memory(
+                    partial(compile_ahead, stack, phases, sampling, letters=letters)
+                )  # else when they are needed
             optimizers = {self._recipe.convergence.optimizer, self._recipe.behavior.optimizer}
             with self._times.part("self_tests_s"):
                 self.proven |= self_test(stack, optimizers)

@@ -62,6 +62,19 @@ def test_every_load_on_a_gpu_is_tested(device: str, tested: list[set[str]], monk
     assert (times.self_tests_s > 0) == bool(tested)
 
 
+def test_a_card_without_room_to_compile_ahead_compiles_when_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any, **named: Any) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    recipe = parse_recipe({"name": "x"})
+    loaded = stacks.Stacks(SimpleNamespace(recipe=recipe, behaviors={}), SimpleNamespace())  # type: ignore[arg-type]
+    vars(loaded)["base"] = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(stacks, "Stack", lambda base, settings: "stack")
+    monkeypatch.setattr(stacks, "self_test", lambda stack, optimizers: {})
+    monkeypatch.setattr(stacks, "compile_ahead", full)
+    assert loaded.stack == "stack"
+
+
 def test_unsloth_after_what_it_patches_is_refused(monkeypatch: pytest.MonkeyPatch, stack: Stack) -> None:
     monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))  # comes last in the order of imports
     with pytest.raises(ModelError, match="was imported before unsloth"):
