@@ -14,7 +14,8 @@ from fastconv.analysis.contrasts import role_of
 from fastconv.analysis.gates import decide_gates, stage_series
 from fastconv.engine.locate import locate, model_folder
 from fastconv.errors import InputError, did_you_mean
-from fastconv.experiment.graph import CellPlan, graph_of_run
+from fastconv.experiment.graph import CellPlan
+from fastconv.experiment.recorded import graph_of_run
 from fastconv.experiment.scale import named_recipe, scaled
 from fastconv.recipe import Recipe, model_settings, parse_recipe, run_id
 from fastconv.run.run import run_recipe as _run_recipe

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from fastconv.errors import DataError, InputError, did_you_mean, safe_text, shown
-from fastconv.experiment.graph import CellPlan, Graph, graph_of_run
+from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.experiment.measures import KINDS
+from fastconv.experiment.recorded import graph_of_run
 from fastconv.judge.http import safe_value
 from fastconv.recipe import parse_recipe, run_id, sha256_of
 from fastconv.stats.series import Series, series_of

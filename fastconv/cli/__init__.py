@@ -167,7 +167,7 @@ def status(
 ) -> None:
     """Show where a run stands: every stage done, running, to do, stale (and why) or skipped. Without RUN: all runs."""
     from fastconv import show
-    from fastconv.experiment.graph import Graph, graph_of_run
+    from fastconv.experiment.graph import Graph
     from fastconv.run.status import status_of
 
     store = open_existing(workspace)
@@ -175,8 +175,7 @@ def status(
         show.runs(store, as_json=as_json)
         return
     loaded = load_recipe_or_run(recipe, overrides, store, scale)
-    graph = Graph(loaded) if store is None else graph_of_run(loaded, store)
-    show.status(status_of(graph, store), as_json=as_json)
+    show.status(status_of(Graph(loaded), store), as_json=as_json)
 
 
 @app.command()
@@ -196,7 +195,7 @@ def gate(
     from fastconv import show
     from fastconv.analysis.gates import decide_gates
     from fastconv.errors import GateStop
-    from fastconv.experiment.graph import graph_of_run
+    from fastconv.experiment.recorded import graph_of_run
     from fastconv.run.run import replay_gates
     from fastconv.store.ledger import Store
 
@@ -227,7 +226,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write the report of a run again: one HTML page, its Markdown twin, figures and tables."""
-    from fastconv.experiment.graph import graph_of_run
+    from fastconv.experiment.recorded import graph_of_run
     from fastconv.report import write_report
     from fastconv.store.ledger import Store
 

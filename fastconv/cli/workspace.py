@@ -98,7 +98,7 @@ def gc(
 
 def describe(recipe: Any, store: Any, folder: Path, cell: dict[str, Any], *, push: str, private: bool) -> list[str]:
     """Write an exported cell's model card, and push the folder if a repository is named; returns what was made."""
-    from fastconv.experiment.graph import graph_of_run
+    from fastconv.experiment.recorded import graph_of_run
     from fastconv.hub import push_folder
     from fastconv.report.export import write_card
 
@@ -349,7 +349,7 @@ def published(
 
 def _analysis_of(name: str, workspace: Path, overrides: Sequence[str], scale: str) -> Analysis:
     from fastconv.analysis.analysis import Analysis
-    from fastconv.experiment.graph import graph_of_run
+    from fastconv.experiment.recorded import graph_of_run
     from fastconv.experiment.schedule import fitting_cells
     from fastconv.store.ledger import Store
 

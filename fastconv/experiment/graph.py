@@ -28,7 +28,7 @@ from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.datasets.rows import rows_sha256
 from fastconv.datasets.spec import TextRule, text_rule
 from fastconv.engine.locate import ModelSource, engine_identity, locate, numbers_inputs
-from fastconv.errors import ModelError, RecipeError, did_you_mean
+from fastconv.errors import RecipeError, did_you_mean
 from fastconv.experiment.cells import (
     Cell,
     CellPlan,
@@ -42,35 +42,8 @@ from fastconv.experiment.cells import (
 from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, SnapshotMeasure
 from fastconv.judge.budget import JudgeIdentity, judge_identity, recipe_prices
 from fastconv.judge.rubric import Rubric, find_rubric
-from fastconv.recipe import ModelSettings, NegativesKind, Recipe, SamplingSettings, run_id, sha256_of
-from fastconv.store.io import stored_json
-from fastconv.store.ledger import Stage, Store
-
-
-def graph_of_run(recipe: Recipe, store: Store) -> Graph:
-    """The graph of a recipe whose run is to be read: with the keys that it was computed with, on whatever machine.
-
-    A laptop, or a cluster's login node, has another engine, and perhaps not the base. A recipe that was not run, as one with
-    another judge, is read as the last run of its model. What this machine has computed is keyed as this machine does.
-    """
-    recorded = _recorded_engines(recipe, store)
-    if not recorded:
-        return Graph(recipe)
-    try:
-        computed_here = engine_inputs(recipe.model, locate(recipe.model)) in recorded
-    except ModelError:  # the base's folder is not here
-        computed_here = False
-    return Graph(recipe) if computed_here else Graph(recipe, recorded[0])
-
-
-def _recorded_engines(recipe: Recipe, store: Store) -> list[dict[str, Any]]:
-    """The inputs that name an engine, of the recipe's run or else of the newest run of its model settings."""
-    model = recipe.model.model_dump(mode="json")
-    runs = sorted(store.runs(), key=lambda row: -row["started_at"])
-    alike = [row["id"] for row in runs if stored_json(row["recipe"]).get("model") == model]
-    found = (store.engines_of_run(run, ENGINE_INPUTS) for run in (run_id(recipe), *alike))
-    return next((engines for engines in found if engines), [])
-
+from fastconv.recipe import ModelSettings, NegativesKind, Recipe, SamplingSettings, sha256_of
+from fastconv.store.ledger import Stage
 
 #: Inputs of a stage that name what computes it.
 ENGINE_INPUTS = ("base", "engine", "template", "computed_as")

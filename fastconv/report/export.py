@@ -18,8 +18,9 @@ from fastconv.analysis.contrasts import role_of, subject_of
 from fastconv.analysis.gates import group_name
 from fastconv.engine.vllm.memory import LORA_RANKS
 from fastconv.errors import InputError
-from fastconv.experiment.graph import CellPlan, Graph, graph_of_run
+from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.experiment.measures import SNAPSHOT_MEASURES, SnapshotMeasure, snapshot_stages
+from fastconv.experiment.recorded import graph_of_run
 from fastconv.recipe import Recipe, run_id
 from fastconv.report.measures import roles_of
 from fastconv.stats.series import series_of

@@ -19,7 +19,7 @@ from typing import Any
 
 from fastconv.analysis.analysis import Analysis
 from fastconv.errors import InputError, RecipeError
-from fastconv.experiment.graph import graph_of_run
+from fastconv.experiment.recorded import graph_of_run
 from fastconv.recipe import Recipe, parse_recipe, run_id
 from fastconv.report import build, strangers
 from fastconv.report.blocks import Claim, ReportData, render_html, render_markdown, visible

@@ -37,6 +37,7 @@ from fastconv.engine.locate import (
 from fastconv.errors import DataError, ModelError, RecipeError, did_you_mean
 from fastconv.experiment.cells import answer_filter, conditions_of
 from fastconv.experiment.graph import Graph
+from fastconv.experiment.recorded import graph_of_run
 from fastconv.experiment.workload import Sketch
 from fastconv.recipe import LoraSettings, Recipe, require_chosen
 from fastconv.seeding import seeded_order
@@ -226,7 +227,7 @@ def peek_recipe(
     recipe: Recipe, store: Store | None, names: Sequence[str], n_rows: int
 ) -> Iterator[tuple[str, Sequence[RenderableType]]]:
     """Yield each training set (or those in `names`) with `n_rows` rendered rows; a placeholder replaces unsampled answers."""
-    graph = Graph(recipe)
+    graph = Graph(recipe) if store is None else graph_of_run(recipe, store)
     sets = {stage.work["set"]: stage for stage in _row_stages(graph)}
     for name in names:
         if name not in sets:

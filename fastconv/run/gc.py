@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastconv.errors import FastconvError, InputError, did_you_mean
-from fastconv.experiment.graph import CellPlan, Graph, graph_of_run, lineage_of, walk
+from fastconv.experiment.graph import CellPlan, Graph, lineage_of, walk
+from fastconv.experiment.recorded import graphs_of_run
 from fastconv.recipe import canonical_json, parse_recipe, run_id
 from fastconv.store.gc import Garbage, artefact_bytes, stray_files, unnamed_artefacts
 from fastconv.store.io import stored_json
@@ -81,8 +82,9 @@ def _needed_by_unfinished(store: Store) -> tuple[set[str], list[str]]:
         if row["finished_at"] is not None:
             continue
         try:
-            graph = graph_of_run(parse_recipe(stored_json(row["recipe"]), where=row["id"]), store)
-            keys |= {stage.key for stage in graph.stages()}
+            recipe = parse_recipe(stored_json(row["recipe"]), where=row["id"])
+            graphs = graphs_of_run(recipe, store) or [Graph(recipe)]
+            keys |= {stage.key for graph in graphs for stage in graph.stages()}
         except FastconvError as error:
             unreadable.append(f"superseded stages, as unfinished {row['id']} may need them ({error.what})")
     return keys, unreadable

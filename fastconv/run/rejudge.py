@@ -11,7 +11,8 @@ from fastconv.datasets.behaviors import load_behaviors
 from fastconv.datasets.files import assets, read_toml
 from fastconv.datasets.spec import PhraseRule
 from fastconv.errors import InputError, JudgeError, RecipeError
-from fastconv.experiment.graph import Graph, graph_of_run
+from fastconv.experiment.graph import Graph
+from fastconv.experiment.recorded import graph_of_run
 from fastconv.judge.access import check_judge, open_desk
 from fastconv.judge.budget import JudgeIdentity
 from fastconv.judge.calibrate import (
@@ -100,18 +101,22 @@ def finish_judging(
     judged live in `auto` mode. `before` is an earlier recipe (with another rubric, for example) whose scores are compared
     with the new ones. Raises RecipeError without a judge, JudgeError if it cannot be asked, Interrupted on Ctrl-C.
     """
-    store = Store.open(workspace, create=False)
-    graph = graph_of_run(recipe, store)
-    if graph.judge is None:
+    if recipe.judge.mode == "substring":
         raise RecipeError(
             "the recipe has no judge", where="judge.mode", fix="set it, e.g. --set judge.mode=auto with judge.model"
         )
+    store = Store.open(workspace, create=False)
+    graph = graph_of_run(recipe, store)
+    if graph.judge is not None and graph.judge.family == "resident":
+        graph = Graph(recipe)  # it judges with this machine's engine, whoever drew the answers
+    judge = graph.judge
+    assert judge is not None
     run = run_id(recipe)
     stages = judge_stages(graph.stages())
     if again:
-        _reopen(graph.judge, store, stages, again)
+        _reopen(judge, store, stages, again)
     todo = [s for s in stages if store.record(s.key) is None and store.record(s.needs["eval"].key) is not None]
-    access = check_judge(graph.judge, store) if todo else None
+    access = check_judge(judge, store) if todo else None
     if store.run(run) is None:
         begin_run(store, recipe, run_facts())
     watcher.begin(run, len(todo), len(todo))

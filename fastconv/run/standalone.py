@@ -24,7 +24,8 @@ from fastconv.engine.model import Base, load_base
 from fastconv.engine.score import letter_item, memory_errors, score_letters, score_texts, text_item
 from fastconv.engine.stack import Slot, Stack
 from fastconv.errors import AdapterError, InputError
-from fastconv.experiment.graph import Graph, graph_of_run
+from fastconv.experiment.graph import Graph
+from fastconv.experiment.recorded import graph_of_run
 from fastconv.recipe import LoraSettings, ModelSettings, Recipe
 from fastconv.run.audit import READ_BY_CHECK
 from fastconv.run.stacks import Stacks

@@ -9,14 +9,16 @@ import pytest
 
 from fastconv.errors import ModelError
 from fastconv.experiment import graph as module
-from fastconv.experiment.graph import Graph, graph_of_run
-from fastconv.recipe import Recipe, parse_recipe
+from fastconv.experiment.graph import Graph
+from fastconv.experiment.recorded import graph_of_run
+from fastconv.recipe import Recipe, canonical_json, parse_recipe
 from fastconv.report import write_report
 from fastconv.report.verify import verify
 from fastconv.run.gc import find_garbage
+from fastconv.run.rejudge import finish_judging
 from fastconv.run.status import status_of
 from fastconv.store.ledger import Store
-from tests.loop_kit import DoneRun
+from tests.loop_kit import DoneRun, Heard, copy_ledger
 
 OTHER = {"engine": "unsloth", "device": "cuda", "dtype": "bfloat16"}
 
@@ -93,6 +95,69 @@ def test_a_recipe_of_another_base_is_not_read_with_this_ones_keys(done_run: Done
     assert "done" not in _states(graph_of_run(other, store), store)
 
 
-def test_nothing_of_an_unfinished_run_is_garbage_elsewhere(done_run: DoneRun, elsewhere: None) -> None:
-    store = Store.open(done_run.workspace, create=False)
+def _as_computed_by_both(done_run: DoneRun, folder: Path) -> Store:
+    """The run's ledger after the other engine has computed all of it again, as the newest, and has not finished."""
+    store = Store.open(copy_ledger(done_run.workspace, folder), create=False)
+    own, other = (
+        Graph(done_run.recipe),
+        Graph(done_run.recipe, {**Graph(done_run.recipe).engine_inputs, "engine": OTHER}),
+    )
+    new_key = {a.key: b.key for a, b in zip(own.stages(), other.stages(), strict=True)}
+    inputs = {a.key: canonical_json(b.inputs) for a, b in zip(own.stages(), other.stages(), strict=True)}
+    with store.transaction() as db:
+        for key in [key for (key,) in store.rows("SELECT key FROM stages") if key in new_key]:
+            columns = "kind, slot, version, outputs, facts, seconds"
+            db.execute(
+                f"INSERT OR IGNORE INTO stages (key, inputs, finished_at, {columns}) SELECT ?, ?, finished_at + 1e6, {columns} "
+                "FROM stages WHERE key=?", (new_key[key], inputs[key], key),
+            )  # fmt: skip
+            db.execute("UPDATE run_stages SET key=? WHERE key=?", (new_key[key], key))
+        db.execute("UPDATE runs SET finished_at=NULL")
+    return store
+
+
+def test_where_both_engines_have_computed_it_each_machine_reads_its_own(done_run: DoneRun, tmp_path: Path) -> None:
+    store = _as_computed_by_both(done_run, tmp_path / "both")
+    assert graph_of_run(done_run.recipe, store).engine_inputs["engine"]["device"] == "cpu"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "engine_identity", lambda settings: OTHER)
+        assert graph_of_run(done_run.recipe, store).engine_inputs["engine"] == OTHER
+
+
+def test_nothing_of_an_unfinished_run_is_garbage_on_any_machine(done_run: DoneRun, tmp_path: Path) -> None:
+    store = _as_computed_by_both(done_run, tmp_path / "both")
     assert not [item for item in find_garbage(store).garbage if item.kind == "superseded stage"]
+
+
+def test_a_run_that_was_hardly_begun_elsewhere_is_read_as_it_was_computed(done_run: DoneRun, tmp_path: Path) -> None:
+    """On a third machine: of two engines the one that has computed most."""
+    store = Store.open(copy_ledger(done_run.workspace, tmp_path / "begun"), create=False)
+    first = Graph(done_run.recipe, {**Graph(done_run.recipe).engine_inputs, "engine": OTHER}).stages()[0]
+    store.commit(first, outputs={}, facts={}, seconds=1.0)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(module, "engine_identity", lambda settings: {**OTHER, "engine": "torch"})
+        assert graph_of_run(done_run.recipe, store).engine_inputs["engine"]["device"] == "cpu"
+
+
+def test_rows_of_other_runs_that_are_damaged_do_not_matter(done_run: DoneRun, elsewhere: None, tmp_path: Path) -> None:
+    store = Store.open(copy_ledger(done_run.workspace, tmp_path / "damaged"), create=False)
+    bad = Graph(done_run.recipe).stages()[0]
+    with store.transaction() as db:
+        db.execute(
+            "INSERT INTO runs (id, recipe, recipe_sha256, source, started_at, facts) VALUES ('x', '[]', '', '', 1.0, '{}')"
+        )
+        for key, inputs in (("a", '{"engine": 5}'), ("b", '{"engine": {}, "base": "z"}'), ("c", "[]")):
+            db.execute(
+                "INSERT INTO stages SELECT ?, kind, slot || 'x', version, ?, outputs, facts, seconds, finished_at FROM stages WHERE key=?",
+                (key, inputs, bad.key),
+            )
+    assert len(store.engines(module.ENGINE_INPUTS)) == 1
+    assert graph_of_run(done_run.recipe, store).engine_inputs["engine"]["device"] == "cpu"
+
+
+def test_a_base_that_judges_itself_does_so_as_this_machine(done_run: DoneRun, elsewhere: None, tmp_path: Path) -> None:
+    """Its judgements would be kept under the other engine's name."""
+    resident = _changed(done_run.recipe, judge={"mode": "local", "model": "", "base_url": ""})
+    workspace = copy_ledger(done_run.workspace, tmp_path / "judged")
+    result = finish_judging(resident, workspace, Heard())
+    assert result.n_committed == 0
