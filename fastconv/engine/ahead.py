@@ -8,6 +8,7 @@ compiled yet: it is noted, and what it would have written stays undefined.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from fastconv.recipe import SamplingSettings, TrainSettings
 # pyright: reportMissingImports=false
 # Triton comes with torch's CUDA builds alone.
 
+_log = logging.getLogger(__name__)
 #: Tokens of the rows of a pass. What is compiled depends neither on their number nor on that of the rows.
 _ROWS_TOK = (48, 80)
 #: A kernel as Triton names it (its function, and all that it is compiled for as JSON), and what compiles it.
@@ -84,13 +86,18 @@ def noted() -> Iterator[Noted]:
 
 
 def compile_noted(found: Noted) -> None:
-    """Compile what was noted, or read it from Triton's cache on disk; on all cores."""
+    """Compile what was noted, or read it from Triton's cache on disk; on all cores. What cannot be is left to its launch, which
+    will say why if it comes."""
     import triton
+    from triton.errors import TritonError
 
     cores = len(os.sched_getaffinity(0))
-    with ThreadPoolExecutor(cores) as pool, triton.AsyncCompileMode(pool):
-        for (_, data), function in found.items():
-            function.preload(data)
+    try:
+        with ThreadPoolExecutor(cores) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+            for (_, data), function in found.items():
+                function.preload(data)
+    except (RuntimeError, TritonError) as error:
+        _log.warning("kernels are compiled when they are launched: %s", error)
 
 
 def _zeros(stack: Stack) -> Adapter:

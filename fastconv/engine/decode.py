@@ -224,6 +224,7 @@ class DeviceDecoder(Decoder):
     ) -> None:
         super().__init__(base, cache, settings)
         self.most_slots = most_slots
+        self.passed_over = 0
         self.route = shared_route(base.model, base.dtype)
         self._device = device or CudaDevice()
         self._graphs: dict[Hashable, tuple[Callable[[], None], Any] | None] = {}

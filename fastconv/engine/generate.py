@@ -33,6 +33,8 @@ _CACHE_SHARE = 0.7
 _PREFILL_TOK = {"cuda": 32768, "cpu": 4096}
 #: Share of all GPU memory up to which a cache is kept, with its graphs, for the next stack.
 _KEPT_SHARE = 0.33
+#: Times in a row that a kept decoder may be passed over for a smaller one.
+_PASSED_OVER = 2
 #: Prompts are admitted when this part of the slots is free: at once, but not each in a pass of its own.
 _REFILL_PART = 8
 
@@ -129,11 +131,15 @@ def _sample_rows(
 
 def _keep(base: Base, decoder: DeviceDecoder) -> None:
     """Keep a decoder with its graphs for the next stack, unless a larger one is kept: that of the evaluations, between which
-    a few answers are drawn."""
+    a few answers are drawn. One that is not asked any more goes after a few of these."""
     kept, cache = base.kept.get("decoder"), decoder.cache
-    smaller = kept is not None and cache.n_tok < kept.cache.n_tok
-    if decoder.route is not None and not smaller and _is_small(base, cache.n_slots, cache.max_length_tok):
+    if decoder.route is None or not _is_small(base, cache.n_slots, cache.max_length_tok):
+        return
+    if kept is None or kept is decoder or cache.n_tok >= kept.cache.n_tok or kept.passed_over >= _PASSED_OVER:
         base.kept["decoder"] = decoder
+        decoder.passed_over = 0
+    else:
+        kept.passed_over += 1
 
 
 def _decoder(base: Base, n_rows: int, max_length_tok: int, settings: SamplingSettings) -> Decoder:
@@ -145,19 +151,16 @@ def _decoder(base: Base, n_rows: int, max_length_tok: int, settings: SamplingSet
     if kept is not None and kept.serves(n_rows, max_length_tok, settings):
         return kept
     max_length_tok = _rounded(max_length_tok)  # so that it is kept for prompts that are a little longer
-    n_fit = _n_fit(base, max_length_tok)
-    if kept is not None and slots_for(n_rows, n_fit) < slots_for(n_rows, 2 * n_rows):  # there is no room beside it
+    free, _ = torch.cuda.mem_get_info(base.device)
+    row_bytes = _kv_bytes_per_tok(base) * max_length_tok
+    held = 0 if kept is None else kept.cache.n_tok * _kv_bytes_per_tok(base)
+    # Slots follow from what is free without the kept one: a killed run that goes on has none.
+    n_fit = max(1, int((free + held) * _CACHE_SHARE) // row_bytes)
+    n_slots = slots_for(n_rows, n_fit)
+    if kept is not None and n_slots * row_bytes > free * _CACHE_SHARE:  # not beside it
         del base.kept["decoder"], kept
         torch.cuda.empty_cache()
-        n_fit = _n_fit(base, max_length_tok)
-    n_slots = slots_for(n_rows, n_fit)
     return DeviceDecoder(base, Cache(n_slots, max_length_tok), settings, max(n_slots, slots_for(n_fit, n_fit)))
-
-
-def _n_fit(base: Base, max_length_tok: int) -> int:
-    """Slots of this length for which memory is free, at least one."""
-    free, _ = torch.cuda.mem_get_info(base.device)
-    return max(1, int(free * _CACHE_SHARE) // (_kv_bytes_per_tok(base) * max_length_tok))
 
 
 def _kv_bytes_per_tok(base: Base) -> int:

@@ -131,7 +131,8 @@ def _eval(graph: Graph, stage: Stage, device: str) -> Demand:
     if choices := stage.work.get("choices"):
         own = [tok + sum(map(text_tok, choices[row])) for tok, (row, _) in zip(own, stage.work["items"], strict=True)]
     read = _read([stage.inputs["system"]], own, graph.recipe.eval.batch_tok, device)
-    rescored = device == "cuda" and stage.inputs["measure"] == "letters" and bool(stage.needs)
+    in_16_bits = device == "cuda" and graph.recipe.model.dtype != "float32"
+    rescored = in_16_bits and stage.inputs["measure"] == "letters" and bool(stage.needs)
     near = NEAR_TIES * read if rescored else 0.0
     return Demand(read_tok=read, precise_tok=near, samples=len(own), length_tok=read / max(1, len(own)))
 

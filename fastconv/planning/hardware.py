@@ -167,6 +167,8 @@ class Machine:
     stage_s: float
     load_s: float
     memory_bytes: float | None = None
+    #: Times the work that 4 bits take; 1 where rates were measured with the recipe's own base.
+    four_bit_factor: float = 1.0
 
     def seconds(self, demand: Demand, shape: ModelShape, recipe: Recipe) -> float:
         """Seconds of a stage: training, prefill (also multiple choice and judging) and decoding, one after another.
@@ -175,7 +177,7 @@ class Machine:
         """
         bytes_factor = 2 if self.device == "cpu" else 1
         four_bit = recipe.model.weights == "4bit"
-        slower = _FOUR_BIT_FACTOR if four_bit else 1.0
+        slower = self.four_bit_factor if four_bit else 1.0
         weights = weight_bytes(shape, four_bit=four_bit) * bytes_factor
         total_s = self.stage_s if demand.trained_tok or demand.read_tok or demand.new_tok else 0.0
         if demand.trained_tok:
@@ -209,6 +211,7 @@ def _gpu(name: str, tflops: float, memory_tbytes_s: float, gib: float) -> Machin
     return Machine(
         name, f"known card: {tflops:g} TFLOP/s, {memory_tbytes_s:g} TB/s", "cuda", 0.6 * peak, 0.6 * peak, 0.7 * peak,
         memory_tbytes_s * 1e12, step_s=0.015, pass_s=0.005, stage_s=0.5, load_s=50.0, memory_bytes=gib * 2**30,
+        four_bit_factor=_FOUR_BIT_FACTOR,
     )  # fmt: skip
 
 

@@ -215,7 +215,7 @@ class _Card:
         def serves(n_rows: int, n_tok: int, asked: SamplingSettings) -> bool:
             return asked.temperature == same[0] and n_rows <= same[1] and n_tok <= same[2]
 
-        return SimpleNamespace(cache=cache, settings=settings, route=object(), serves=serves)
+        return SimpleNamespace(cache=cache, settings=settings, route=object(), serves=serves, passed_over=0)
 
     def draw(self, n_rows: int, n_tok: int, temperature: float) -> None:
         """What `sample` does with decoders."""
@@ -228,6 +228,26 @@ def test_a_few_answers_between_evaluations_leave_their_decoder_where_it_is(monke
     for n_rows, n_tok, temperature in [(40, 300, 0.7), (1000, 300, 1.0), (200, 500, 0.7), (1000, 300, 1.0)]:
         card.draw(n_rows, n_tok, temperature)
     assert card.made == [(128, 320), (1024, 320), (256, 512)]
+
+
+def test_a_decoder_that_is_not_asked_any_more_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = _Card(monkeypatch, 2_000_000)
+    card.draw(1000, 300, 1.0)
+    for _ in range(5):
+        card.draw(200, 300, 0.7)
+    assert card.made == [(1024, 320), *[(256, 320)] * 3]
+
+
+@pytest.mark.parametrize("n_rows", [1, 9, 40, 100, 384])
+def test_slots_do_not_depend_on_what_was_kept(monkeypatch: pytest.MonkeyPatch, n_rows: int) -> None:
+    slots = set()
+    for before in ([], [(384, 300, 1.0)], [(384, 300, 1.0), (8, 300, 0.7)], [(256, 500, 0.7)]):
+        card = _Card(monkeypatch, 200_000)
+        for draw in before:
+            card.draw(*draw)
+        card.draw(n_rows, 500, 0.5)
+        slots.add(card.made[-1])
+    assert len(slots) == 1
 
 
 def test_a_decoder_goes_where_there_is_no_room_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
