@@ -88,7 +88,7 @@ class Executor:
         self._stop = stop
         self._server: Server | None = None
         self._n_halved = 0
-        self.stacks = Stacks(graph, store, times)
+        self.stacks = Stacks(graph, store, times, trains=True)
         self.trainer = Trainer(graph, store, self.stacks, tell, stop)
 
     def prepare(self) -> None:

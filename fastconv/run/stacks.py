@@ -26,14 +26,15 @@ class Stacks:
     """One base per process, loaded when it is first needed, and the stacks of a recipe on it.
 
     `proven` holds the self-tests passed on a GPU, each with the relative difference it measured. The seconds of loading
-    and testing are added to `times`.
+    and testing are added to `times`. Where stages are computed (`trains`), their kernels are compiled ahead.
     """
 
-    def __init__(self, graph: Graph, store: Store, times: StartTimes | None = None) -> None:
+    def __init__(self, graph: Graph, store: Store, times: StartTimes | None = None, *, trains: bool = False) -> None:
         self._graph = graph
         self._recipe = graph.recipe
         self._store = store
         self._times = times or StartTimes()
+        self._trains = trains
         self._cached: dict[str, Adapter] = {}
         self.proven: dict[str, float] = {}
 
@@ -51,17 +52,19 @@ class Stacks:
         """The stack on the base. On a GPU, the self-tests run before anything is computed with it."""
         stack = Stack(self.base, self._recipe.lora)
         if self.base.device.type == "cuda":
-            phases = (self._recipe.convergence, self._recipe.behavior)
-            with self._times.part("compile_s"):
-                letters = any(behavior.spec.measure == "letters" for behavior in self._graph.behaviors.values())
-                sampling = self._recipe.eval.sampling
-                with_memory(
-                    partial(compile_ahead, stack, phases, sampling, letters=letters)
-                )  # else when they are needed
+            if self._trains:
+                with self._times.part("compile_s"):
+                    self._compile_ahead(stack)
             optimizers = {self._recipe.convergence.optimizer, self._recipe.behavior.optimizer}
             with self._times.part("self_tests_s"):
                 self.proven |= self_test(stack, optimizers)
         return stack
+
+    def _compile_ahead(self, stack: Stack) -> None:
+        """Compile what the recipe's stages launch; where there is no room, they compile it."""
+        phases = (self._recipe.convergence, self._recipe.behavior)
+        letters = any(behavior.spec.measure == "letters" for behavior in self._graph.behaviors.values())
+        with_memory(partial(compile_ahead, stack, phases, self._recipe.eval.sampling, letters=letters))
 
     def adapters(self, needs: Mapping[str, Stage]) -> list[Adapter]:
         """The adapters of a stack in order (snapshot, behavior), verified against the ledger.

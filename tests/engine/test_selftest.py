@@ -40,13 +40,16 @@ def test_a_good_engine_passes_and_is_left_as_it_was(folder: str, dtype: str, req
     assert not stack.route.slots
 
 
+@pytest.mark.parametrize("trains", [True, False])
 @pytest.mark.parametrize(("device", "tested"), [("cuda", [{"adamw", "adamw8bit"}]), ("cpu", [])])
-def test_every_load_on_a_gpu_is_tested(device: str, tested: list[set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_load_on_a_gpu_is_tested_and_compiles_ahead_what_it_trains(
+    device: str, tested: list[set[str]], trains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[Any] = []
     compiled: list[int] = []
     recipe = parse_recipe({"name": "x", "behavior": {"optimizer": "adamw8bit"}})
     times = StartTimes()
-    loaded = stacks.Stacks(SimpleNamespace(recipe=recipe, behaviors={}), SimpleNamespace(), times)  # type: ignore[arg-type]
+    loaded = stacks.Stacks(SimpleNamespace(recipe=recipe, behaviors={}), SimpleNamespace(), times, trains=trains)  # type: ignore[arg-type]
     vars(loaded)["base"] = SimpleNamespace(device=torch.device(device))
     monkeypatch.setattr(stacks, "Stack", lambda base, settings: "stack")
 
@@ -58,7 +61,7 @@ def test_every_load_on_a_gpu_is_tested(device: str, tested: list[set[str]], monk
     monkeypatch.setattr(stacks, "compile_ahead", lambda stack, phases, sampling, letters: compiled.append(len(phases)))
     assert loaded.stack == "stack"
     assert asked == tested
-    assert compiled == [2] * len(tested)
+    assert compiled == [2] * (len(tested) * trains)
     assert (times.self_tests_s > 0) == bool(tested)
 
 
@@ -67,7 +70,7 @@ def test_a_card_without_room_to_compile_ahead_compiles_when_it_is_needed(monkeyp
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     recipe = parse_recipe({"name": "x"})
-    loaded = stacks.Stacks(SimpleNamespace(recipe=recipe, behaviors={}), SimpleNamespace())  # type: ignore[arg-type]
+    loaded = stacks.Stacks(SimpleNamespace(recipe=recipe, behaviors={}), SimpleNamespace(), trains=True)  # type: ignore[arg-type]
     vars(loaded)["base"] = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(stacks, "Stack", lambda base, settings: "stack")
     monkeypatch.setattr(stacks, "self_test", lambda stack, optimizers: {})
