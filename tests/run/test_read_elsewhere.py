@@ -11,7 +11,7 @@ from fastconv.errors import ModelError
 from fastconv.experiment import graph as module
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.recorded import graph_of_run
-from fastconv.recipe import Recipe, canonical_json, parse_recipe
+from fastconv.recipe import Recipe, canonical_json, parse_recipe, recipe_sha256, run_id
 from fastconv.report import write_report
 from fastconv.report.verify import verify
 from fastconv.run.gc import find_garbage
@@ -20,7 +20,7 @@ from fastconv.run.status import status_of
 from fastconv.store.ledger import Store
 from tests.loop_kit import DoneRun, Heard, copy_ledger
 
-OTHER = {"engine": "unsloth", "device": "cuda", "dtype": "bfloat16"}
+OTHER = {"engine": "unsloth", "device": "cpu", "dtype": "bfloat16"}
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def _as_computed_by_both(done_run: DoneRun, folder: Path) -> Store:
 
 def test_where_both_engines_have_computed_it_each_machine_reads_its_own(done_run: DoneRun, tmp_path: Path) -> None:
     store = _as_computed_by_both(done_run, tmp_path / "both")
-    assert graph_of_run(done_run.recipe, store).engine_inputs["engine"]["device"] == "cpu"
+    assert graph_of_run(done_run.recipe, store).engine_inputs["engine"]["dtype"] == "float32"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "engine_identity", lambda settings: OTHER)
         assert graph_of_run(done_run.recipe, store).engine_inputs["engine"] == OTHER
@@ -136,7 +136,30 @@ def test_a_run_that_was_hardly_begun_elsewhere_is_read_as_it_was_computed(done_r
     store.commit(first, outputs={}, facts={}, seconds=1.0)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(module, "engine_identity", lambda settings: {**OTHER, "engine": "torch"})
-        assert graph_of_run(done_run.recipe, store).engine_inputs["engine"]["device"] == "cpu"
+        assert graph_of_run(done_run.recipe, store).engine_inputs["engine"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"engine": "unsloth"}, {"engine": "unsloth"}), ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+        ({"weights": "4bit"}, {"weights": "4bit", "dtype": "bfloat16"}),
+    ],
+)  # fmt: skip
+def test_what_other_settings_computed_is_not_read_as_this_recipes(
+    done_run: DoneRun, elsewhere: None, tmp_path: Path, change: dict[str, str], named: dict[str, str]
+) -> None:
+    """Neither before it is run nor after, however little it has of its own."""
+    store = Store.open(copy_ledger(done_run.workspace, tmp_path / "settings"), create=False)
+    other = _changed(done_run.recipe, model=change)
+    assert graph_of_run(other, store).engine_inputs["engine"] == OTHER
+    engine = {"engine": "torch", "device": "cpu", "dtype": "float32", **named}
+    first = Graph(other, {**Graph(other).engine_inputs, "engine": engine}).stages()[0]
+    run = run_id(other)
+    store.start_run(run, canonical_json(other.model_dump(mode="json")), recipe_sha256(other), "", {})
+    store.commit(first, outputs={}, facts={}, seconds=1.0)
+    store.note_stage_of_run(run, first, reused=False)
+    assert graph_of_run(other, store).engine_inputs["engine"] == engine
 
 
 def test_rows_of_other_runs_that_are_damaged_do_not_matter(done_run: DoneRun, elsewhere: None, tmp_path: Path) -> None:
@@ -152,7 +175,7 @@ def test_rows_of_other_runs_that_are_damaged_do_not_matter(done_run: DoneRun, el
                 (key, inputs, bad.key),
             )
     assert len(store.engines(module.ENGINE_INPUTS)) == 1
-    assert graph_of_run(done_run.recipe, store).engine_inputs["engine"]["device"] == "cpu"
+    assert graph_of_run(done_run.recipe, store).engine_inputs["engine"]["dtype"] == "float32"
 
 
 def test_a_base_that_judges_itself_does_so_as_this_machine(done_run: DoneRun, elsewhere: None, tmp_path: Path) -> None:
