@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastconv.chat.template import ChatTemplate, named_tokens, read_json
 from fastconv.engine.folder import file_sha256, folder_sha256, indexed
@@ -223,6 +223,20 @@ def engine_identity(settings: ModelSettings) -> dict[str, str]:
         dtype = "bfloat16" if device == "cuda" or settings.weights == "4bit" else "float32"
     identity = {"engine": _engine(settings, device, dtype), "device": device, "dtype": dtype}
     return identity if settings.weights == "full" else identity | {"weights": settings.weights}
+
+
+#: Inputs of a stage that name what computes it.
+ENGINE_INPUTS = ("base", "engine", "template", "computed_as")
+
+
+def engine_inputs(settings: ModelSettings, source: ModelSource) -> dict[str, Any]:
+    """What names base, engine and template on this machine in the inputs of every stage that uses them (`ENGINE_INPUTS`)."""
+    return {
+        "base": dict(source.identity),
+        "engine": engine_identity(settings),
+        **settings.template_inputs,
+        **numbers_inputs(source, settings),
+    }
 
 
 def gpu_is_visible() -> bool:

@@ -27,7 +27,7 @@ from fastconv.datasets.personas import ASSISTANT, Personas, canary_of, load_pers
 from fastconv.datasets.questions import QuestionSet, load_questions
 from fastconv.datasets.rows import rows_sha256
 from fastconv.datasets.spec import TextRule, text_rule
-from fastconv.engine.locate import ModelSource, engine_identity, locate, numbers_inputs
+from fastconv.engine.locate import ModelSource, engine_inputs, locate
 from fastconv.errors import RecipeError, did_you_mean
 from fastconv.experiment.cells import (
     Cell,
@@ -42,21 +42,8 @@ from fastconv.experiment.cells import (
 from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, SnapshotMeasure
 from fastconv.judge.budget import JudgeIdentity, judge_identity, recipe_prices
 from fastconv.judge.rubric import Rubric, find_rubric
-from fastconv.recipe import ModelSettings, NegativesKind, Recipe, SamplingSettings, sha256_of
+from fastconv.recipe import NegativesKind, Recipe, SamplingSettings, sha256_of
 from fastconv.store.ledger import Stage
-
-#: Inputs of a stage that name what computes it.
-ENGINE_INPUTS = ("base", "engine", "template", "computed_as")
-
-
-def engine_inputs(settings: ModelSettings, source: ModelSource) -> dict[str, Any]:
-    """What names base, engine and template on this machine in the inputs of every stage that uses them (`ENGINE_INPUTS`)."""
-    return {
-        "base": dict(source.identity),
-        "engine": engine_identity(settings),
-        **settings.template_inputs,
-        **numbers_inputs(source, settings),
-    }
 
 
 class Graph:

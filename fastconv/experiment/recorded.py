@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fastconv.engine.locate import ENGINE_INPUTS
 from fastconv.errors import ModelError, StoreError
-from fastconv.experiment.graph import ENGINE_INPUTS, Graph
+from fastconv.experiment.graph import Graph
 from fastconv.recipe import ModelSettings, Recipe, run_id
 from fastconv.store.io import stored_json
 from fastconv.store.ledger import Store
@@ -19,28 +20,57 @@ def graph_of_run(recipe: Recipe, store: Store) -> Graph:
     These are this machine's if it has computed, tried or begun any of them, else those of the engine that computed most.
     Raises ModelError where the base is not here and nothing was computed with it either.
     """
-    graphs = graphs_of_run(recipe, store)
+    own = _own_graph(recipe)
+    done = {key for (key,) in store.rows("SELECT key FROM stages")}
+    if own is not None:
+        touched = done | set(store.live_leases()) | set(store.failures())
+        if any(stage.key in touched for stage in own.stages()):
+            return own
+    graphs = [*filter(None, [own]), *_graphs_of_others(recipe, store, own)]
     if not graphs:
         return Graph(recipe)  # which says what is missing
-    done = {key for (key,) in store.rows("SELECT key FROM stages")}
-    touched = done | set(store.live_leases()) | set(store.failures())
-    if any(stage.key in touched for stage in graphs[0].stages()):
-        return graphs[0]
     return max(graphs, key=lambda graph: sum(stage.key in done for stage in graph.stages()))
 
 
 def graphs_of_run(recipe: Recipe, store: Store) -> list[Graph]:
     """The graph of a recipe as this machine keys it, if its base is here, and as every engine does that may have computed it
     in this workspace: with this base, where the settings leave the engine open, if runs with the same model settings are here."""
+    own = _own_graph(recipe)
+    return [*filter(None, [own]), *_graphs_of_others(recipe, store, own)]
+
+
+def _own_graph(recipe: Recipe) -> Graph | None:
+    """The graph as this machine keys it; None where the base is not here."""
     try:
-        own = [Graph(recipe)]
+        return Graph(recipe)
     except ModelError:
-        own = []
-    here, bases = [graph.engine_inputs for graph in own], _bases_of_model(recipe, store)
-    if own and bases:
-        bases = [here[0]["base"]]
-    others = [engine for engine in store.engines(ENGINE_INPUTS) if engine not in here and engine["base"] in bases]
-    return own + [Graph(recipe, engine) for engine in others if _is_open_to(recipe.model, engine)]
+        return None
+
+
+def _graphs_of_others(recipe: Recipe, store: Store, own: Graph | None) -> list[Graph]:
+    bases = _bases_of_model(recipe, store)
+    if bases and own is not None:
+        bases = [own.engine_inputs["base"]]
+    return [
+        Graph(recipe, engine)
+        for engine in _engines(store)
+        if engine["base"] in bases
+        and (own is None or engine != own.engine_inputs)
+        and _is_open_to(recipe.model, engine)
+    ]
+
+
+def _engines(store: Store, run: str = "") -> list[dict[str, Any]]:
+    """Each set of `ENGINE_INPUTS`, `base` and `engine` among them, with which stages were computed: all, or a run's."""
+    query = "SELECT inputs FROM stages" + (" WHERE key IN (SELECT key FROM run_stages WHERE run=?)" if run else "")
+    found: list[dict[str, Any]] = []
+    for (text,) in store.rows(query, (run,) if run else ()):
+        inputs = stored_json(text)
+        engine = {name: inputs[name] for name in ENGINE_INPUTS if name in inputs} if isinstance(inputs, dict) else {}
+        named = isinstance(engine.get("base"), dict) and isinstance(engine.get("engine"), dict)
+        if named and engine not in found:
+            found.append(engine)
+    return found
 
 
 def _is_open_to(settings: ModelSettings, engine: Mapping[str, Any]) -> bool:
@@ -61,5 +91,5 @@ def _bases_of_model(recipe: Recipe, store: Store) -> list[Mapping[str, Any]]:
         except StoreError:
             continue
         if row["id"] == run_id(recipe) or (isinstance(table, dict) and table.get("model") == model):
-            found += [engine["base"] for engine in store.engines(ENGINE_INPUTS, row["id"])]
+            found += [engine["base"] for engine in _engines(store, row["id"])]
     return found

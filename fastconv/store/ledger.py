@@ -408,18 +408,6 @@ class Store:
         """Rows (key, slot, reused) of every stage that a run uses."""
         return self._db.execute("SELECT key, slot, reused FROM run_stages WHERE run=?", (run,)).fetchall()
 
-    def engines(self, names: Sequence[str], run: str = "") -> list[dict[str, Any]]:
-        """Each set of inputs of these names, `base` and `engine` among them, with which stages were computed: all, or a run's."""
-        query = "SELECT inputs FROM stages" + (" WHERE key IN (SELECT key FROM run_stages WHERE run=?)" if run else "")
-        found: list[dict[str, Any]] = []
-        for (text,) in self.rows(query, (run,) if run else ()):
-            inputs = stored_json(text)
-            engine = {name: inputs[name] for name in names if name in inputs} if isinstance(inputs, dict) else {}
-            named = isinstance(engine.get("base"), dict) and isinstance(engine.get("engine"), dict)
-            if named and engine not in found:
-                found.append(engine)
-        return found
-
     def put_verdict(self, run: str, gate: str, subject: str, verdict: str, body: Mapping[str, Any]) -> None:
         """Record a gate's verdict with its evidence (`body`, JSON); the newest stands."""
         with self.transaction() as db:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from fastconv.engine import locate as located
 from fastconv.errors import ModelError
 from fastconv.experiment import graph as module
+from fastconv.experiment import recorded
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.recorded import graph_of_run
 from fastconv.recipe import Recipe, canonical_json, parse_recipe, recipe_sha256, run_id
@@ -26,7 +28,7 @@ OTHER = {"engine": "unsloth", "device": "cpu", "dtype": "bfloat16"}
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine would compute with another engine."""
-    monkeypatch.setattr(module, "engine_identity", lambda settings: OTHER)
+    monkeypatch.setattr(located, "engine_identity", lambda settings: OTHER)
 
 
 def _no_base(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +122,7 @@ def test_where_both_engines_have_computed_it_each_machine_reads_its_own(done_run
     store = _as_computed_by_both(done_run, tmp_path / "both")
     assert graph_of_run(done_run.recipe, store).engine_inputs["engine"]["dtype"] == "float32"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, "engine_identity", lambda settings: OTHER)
+        patched.setattr(located, "engine_identity", lambda settings: OTHER)
         assert graph_of_run(done_run.recipe, store).engine_inputs["engine"] == OTHER
 
 
@@ -129,13 +131,21 @@ def test_nothing_of_an_unfinished_run_is_garbage_on_any_machine(done_run: DoneRu
     assert not [item for item in find_garbage(store).garbage if item.kind == "superseded stage"]
 
 
-def test_a_run_that_was_hardly_begun_elsewhere_is_read_as_it_was_computed(done_run: DoneRun, tmp_path: Path) -> None:
-    """On a third machine: of two engines the one that has computed most."""
+@pytest.mark.parametrize("engine", ["unsloth", "another"])
+@pytest.mark.parametrize("has_base", [True, False])
+def test_a_run_that_was_hardly_begun_elsewhere_is_read_as_it_was_computed(
+    done_run: DoneRun, tmp_path: Path, has_base: bool, engine: str
+) -> None:
+    """On a third machine: of two engines the one that has computed most, whatever their order and also where the base is not."""
     store = Store.open(copy_ledger(done_run.workspace, tmp_path / "begun"), create=False)
-    first = Graph(done_run.recipe, {**Graph(done_run.recipe).engine_inputs, "engine": OTHER}).stages()[0]
+    first = Graph(
+        done_run.recipe, {**Graph(done_run.recipe).engine_inputs, "engine": {**OTHER, "engine": engine}}
+    ).stages()[0]
     store.commit(first, outputs={}, facts={}, seconds=1.0)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(module, "engine_identity", lambda settings: {**OTHER, "engine": "torch"})
+        patched.setattr(located, "engine_identity", lambda settings: {**OTHER, "engine": "torch"})
+        if not has_base:
+            _no_base(patched)
         assert graph_of_run(done_run.recipe, store).engine_inputs["engine"]["dtype"] == "float32"
 
 
@@ -174,7 +184,7 @@ def test_rows_of_other_runs_that_are_damaged_do_not_matter(done_run: DoneRun, el
                 "INSERT INTO stages SELECT ?, kind, slot || 'x', version, ?, outputs, facts, seconds, finished_at FROM stages WHERE key=?",
                 (key, inputs, bad.key),
             )
-    assert len(store.engines(module.ENGINE_INPUTS)) == 1
+    assert len(recorded._engines(store)) == 1
     assert graph_of_run(done_run.recipe, store).engine_inputs["engine"]["dtype"] == "float32"
 
 
