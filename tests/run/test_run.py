@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from fastconv.datasets.personas import load_personas
 from fastconv.datasets.questions import load_questions
+from fastconv.engine.locate import engine_inputs
 from fastconv.errors import RecipeError
 from fastconv.experiment import graph as graphs
 from fastconv.experiment.graph import Graph
@@ -90,8 +91,8 @@ def test_engines_start_from_the_same_weights_and_see_their_rows_in_the_same_orde
     """Another engine is another key, and the same training: what is left between two engines is their rounding."""
     here, there = tiny_recipe(tiny_qwen), tiny_recipe(tiny_qwen, eval__geometry=False)
     run_tiny(here, tmp_path / "one")
-    real = graphs.engine_identity
-    monkeypatch.setattr(graphs, "engine_identity", lambda settings: {**real(settings), "engine": "another"})
+    another = {**Graph(there).engine_inputs["engine"], "engine": "another"}
+    monkeypatch.setattr(graphs, "engine_inputs", lambda *of: {**engine_inputs(*of), "engine": another})
     run_tiny(there, tmp_path / "other")
     theirs, trained = Graph(there), adapters(there, tmp_path / "other")
     monkeypatch.undo()
