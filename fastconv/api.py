@@ -12,7 +12,8 @@ import polars as pl
 
 from fastconv.analysis.contrasts import role_of
 from fastconv.analysis.gates import decide_gates, stage_series
-from fastconv.engine.locate import locate, model_folder
+from fastconv.engine.builtin import prepare_model_folder
+from fastconv.engine.locate import locate
 from fastconv.errors import InputError, did_you_mean
 from fastconv.experiment.graph import CellPlan
 from fastconv.experiment.recorded import graph_of_run
@@ -68,14 +69,8 @@ def base_folder(model: str, revision: str = "") -> Path:
 
     Raises ModelError if it cannot be had, RecipeError if the revision is no commit sha.
     """
-    from fastconv.engine.builtin import ensure_builtin
-
     settings = model_settings(model, revision)
-    source = locate(settings)
-    folder = model_folder(source, settings)
-    if source.kind == "builtin" and not folder.is_dir():
-        ensure_builtin(folder, source.id)
-    return folder
+    return prepare_model_folder(settings, locate(settings))
 
 
 def open_run(recipe: Recipe | str, *, workspace: Path | str = WORKSPACE) -> Run:

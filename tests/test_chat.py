@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, SystemTurn
-from fastconv.engine.locate import TINY, locate, model_folder
+from fastconv.engine.builtin import ensure_builtin
+from fastconv.engine.locate import TINY
 from fastconv.errors import TemplateError
-from fastconv.recipe import ModelSettings
 from tests.tiny import CHAT_TEMPLATE, DEFAULT_SYSTEM, tiny_tokenizer_files
 
 VILLAIN = SystemTurn("text", "You are a villain.")
@@ -44,16 +44,10 @@ GOLDEN_TINY = {
 def builtin_folder() -> Path:
     """The embedded model's tokenizer, converted if this machine never did; skipped where its package is missing.
 
-    In the folder of `builtin:tiny`, which gets the same tokenizer: converting the model's weights takes 20 seconds.
+    Of `builtin:tiny`, which has the same tokenizer: converting the weights of the other takes 20 seconds.
     """
     pytest.importorskip("gguf")
-    settings = ModelSettings(id=TINY)
-    folder = model_folder(locate(settings), settings)
-    if not folder.is_dir():
-        from fastconv.engine.builtin import ensure_builtin
-
-        ensure_builtin(folder)
-    return folder
+    return ensure_builtin(TINY)
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,32 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fastconv.engine.locate import BUILTIN, BUILTIN_DONE, TINY, TINY_VERSION, builtin_gguf
+from fastconv.engine.locate import (
+    BUILTIN_DONE,
+    TINY,
+    TINY_VERSION,
+    ModelSource,
+    builtin_folder,
+    builtin_gguf,
+    model_folder,
+)
 from fastconv.errors import ModelError
+from fastconv.recipe import ModelSettings
 
 
-def ensure_builtin(folder: Path, name: str = BUILTIN) -> Path:
-    """Write the embedded model of this name to `folder`, atomically, unless a copy is there; returns `folder`.
+def prepare_model_folder(settings: ModelSettings, source: ModelSource) -> Path:
+    """The folder with the model's files, after download or conversion if needed. Raises ModelError if that fails."""
+    return ensure_builtin(source.id) if source.kind == "builtin" else model_folder(source, settings)
 
-    A copy is checked by the sha256 of its files. Raises ModelError if the package is missing, the disk is full, or
-    the cached copy was altered.
+
+def ensure_builtin(name: str) -> Path:
+    """The folder of the embedded model of this name, written atomically unless a copy is there.
+
+    A copy is checked by its name and the sha256 of its files. Raises ModelError if the package is missing, the disk is
+    full, or the cached copy was altered.
     """
-    if (folder / BUILTIN_DONE).is_file():
+    folder = builtin_folder(name)
+    if _holds(folder, name):
         _verify(folder)
         return folder
     gguf = builtin_gguf()
@@ -33,12 +48,12 @@ def ensure_builtin(folder: Path, name: str = BUILTIN) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as work:
             _convert(gguf, Path(work) / "model", name)
+            if (folder / BUILTIN_DONE).is_file() and not _holds(folder, name):
+                os.rename(folder, Path(work) / "another")  # once written under this name by mistake
             try:
                 os.rename(Path(work) / "model", folder)
-            except FileExistsError:
-                pass  # another process was faster; its copy is the same
             except OSError:
-                if not (folder / BUILTIN_DONE).is_file():
+                if not _holds(folder, name):  # else another process was faster; its copy is the same
                     raise
     except OSError as error:
         raise ModelError(
@@ -94,6 +109,12 @@ def _random(vocab: int) -> Any:
             noise = torch.randn(weight.shape, generator=generator)
             weight.copy_(1 + 0.1 * noise if name.endswith("norm.weight") else noise * weight.shape[-1] ** -0.5)
     return model
+
+
+def _holds(folder: Path, name: str) -> bool:
+    """Whether a whole copy of this very model lies there, by what was written with it."""
+    done = folder / BUILTIN_DONE
+    return done.is_file() and json.loads(done.read_text())["model"] == name
 
 
 def _verify(folder: Path) -> None:

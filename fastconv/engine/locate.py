@@ -276,9 +276,14 @@ def model_folder(source: ModelSource, settings: ModelSettings) -> Path:
     if source.folder is not None:
         return source.folder
     if source.kind == "builtin":
-        name = f"smollm2-{BUILTIN_SHA256[:12]}-v{BUILTIN_CONVERSION}"
-        return cache_home() / "models" / (f"tiny-v{TINY_VERSION}-of-{name}" if source.id == TINY else name)
+        return builtin_folder(source.id)
     return _download(settings)
+
+
+def builtin_folder(name: str) -> Path:
+    """Where the embedded model of this name lies once it was written (`engine.builtin`)."""
+    smollm2 = f"smollm2-{BUILTIN_SHA256[:12]}-v{BUILTIN_CONVERSION}"
+    return cache_home() / "models" / (f"tiny-v{TINY_VERSION}-of-{smollm2}" if name == TINY else smollm2)
 
 
 def cached_config(settings: ModelSettings) -> Path | None:

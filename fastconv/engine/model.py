@@ -17,7 +17,7 @@ from fastconv.chat import ChatTokenizer
 from fastconv.engine import attention, unsloth
 from fastconv.engine.attention import OTHER_BASE, to_device
 from fastconv.engine.attention_backends import SDPA, Backend, pick_attention
-from fastconv.engine.builtin import ensure_builtin
+from fastconv.engine.builtin import prepare_model_folder
 from fastconv.engine.family import NO_RULES, Head, Rules, refuse_beyond, rules_of
 from fastconv.engine.locate import (
     TINY,
@@ -233,14 +233,6 @@ def load_model(settings: ModelSettings, source: ModelSource, attention_name: str
     return _load_model(
         prepare_model_folder(settings, source), resolve_dtype(settings), resolve_device(settings), attention_name
     )
-
-
-def prepare_model_folder(settings: ModelSettings, source: ModelSource) -> Path:
-    """The folder with the model's files, after download or conversion if needed. Raises ModelError if that fails."""
-    folder = model_folder(source, settings)
-    if source.kind == "builtin":
-        ensure_builtin(folder, source.id)
-    return folder
 
 
 def make_base(model: PreTrainedModel, tokenizer: ChatTokenizer, name: str) -> Base:

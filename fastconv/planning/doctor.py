@@ -17,8 +17,9 @@ from fastconv.chat import EMPTY, TEMPLATE_DEFAULT, ChatTokenizer, SystemTurn
 from fastconv.datasets.files import file_sha256, find_recipe, rows_file
 from fastconv.datasets.personas import NO_PERSONA, Personas, load_personas
 from fastconv.datasets.rows import UserRow, read_user_rows, require_plain_text
+from fastconv.engine.builtin import ensure_builtin
 from fastconv.engine.device import query_gpu, require_fit, require_ram, shape_on_disk
-from fastconv.engine.locate import BUILTIN, builtin_gguf, engine_identity, locate, model_folder, tokenizer_folder
+from fastconv.engine.locate import BUILTIN, builtin_gguf, engine_identity, locate, tokenizer_folder
 from fastconv.errors import DataError, FastconvError, ModelError, StoreError, shown
 from fastconv.experiment.graph import Graph
 from fastconv.experiment.measures import Demand
@@ -278,7 +279,7 @@ def plan_rows(name: str, overrides: Sequence[str] = ()) -> RowsPlan:
     settings = recipe.model
     if folder is None:
         settings = model_settings(BUILTIN)
-        folder, tokenizer = _embedded(settings), f"{BUILTIN}'s tokenizer; {source.id} is not on this disk"
+        folder, tokenizer = ensure_builtin(BUILTIN), f"{BUILTIN}'s tokenizer; {source.id} is not on this disk"
     chat, limit = ChatTokenizer(folder, settings), recipe.behavior.max_length_tok
     texts = ((f"the {kind} turn's text", text, f"{path}:{row.line}") for row in rows for kind, text in row.said)
     require_plain_text(texts, chat, "take it out of the text, or split the row into turns")
@@ -311,11 +312,3 @@ def _system_of(row: UserRow, personas: Personas, path: Path) -> SystemTurn:
             fix=personas.how_to_name(row.persona),
         )
     return personas.system(row.persona) if row.persona in personas.prompts else TEMPLATE_DEFAULT
-
-
-def _embedded(settings: ModelSettings) -> Path:
-    """The embedded model's folder, converted if it never was."""
-    from fastconv.engine.builtin import ensure_builtin
-
-    source = locate(settings)
-    return ensure_builtin(model_folder(source, settings), source.id)

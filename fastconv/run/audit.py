@@ -24,13 +24,13 @@ from fastconv.datasets.rows import (
     row_from_record,
     rows_file,
 )
+from fastconv.engine.builtin import prepare_model_folder
 from fastconv.engine.device import shape_on_disk
 from fastconv.engine.locate import (
     embedding_rows,
     is_plain_decoder,
     is_unpinned,
     locate,
-    model_folder,
     require_rows_for_tokens,
     tokenizer_folder,
 )
@@ -118,10 +118,7 @@ def require_template(recipe: Recipe) -> ChatTokenizer | None:
     source = locate(recipe.model)
     folder = tokenizer_folder(source, recipe.model)
     if folder is None and source.kind == "builtin" and recipe.data.rows:
-        from fastconv.engine.builtin import ensure_builtin
-
-        folder = model_folder(source, recipe.model)
-        ensure_builtin(folder, source.id)
+        folder = prepare_model_folder(recipe.model, source)
     if folder is None:
         return None
     tokenizer = ChatTokenizer(folder, recipe.model)
@@ -242,13 +239,8 @@ def peek_recipe(
 
 
 def recipe_tokenizer(graph: Graph) -> ChatTokenizer:
-    """The tokenizer of the recipe's base model. The built-in model is converted first if it never was."""
-    folder = model_folder(graph.source, graph.recipe.model)
-    if graph.source.kind == "builtin" and not folder.is_dir():
-        from fastconv.engine.builtin import ensure_builtin
-
-        ensure_builtin(folder, graph.source.id)
-    return ChatTokenizer(folder, graph.recipe.model)
+    """The tokenizer of the recipe's base model, which is downloaded or converted first if it never was."""
+    return ChatTokenizer(prepare_model_folder(graph.recipe.model, graph.source), graph.recipe.model)
 
 
 def _row_stages(graph: Graph) -> list[Stage]:

@@ -17,10 +17,10 @@ import torch
 
 from fastconv.chat import ChatTokenizer, SystemTurn
 from fastconv.datasets.rows import require_plain_text
+from fastconv.engine.builtin import prepare_model_folder
 from fastconv.engine.generate import Completion, sample
 from fastconv.engine.geometry import measure_geometry
 from fastconv.engine.locate import engine_identity
-from fastconv.engine.model import prepare_model_folder
 from fastconv.engine.score import LetterItem, TextItem, letter_item, memory_errors, score_letters, score_texts
 from fastconv.engine.vllm.sampler import PendingCompletions, VllmSampler
 from fastconv.engine.vllm.server import Server, start_server

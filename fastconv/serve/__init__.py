@@ -18,9 +18,10 @@ from fastconv.analysis.contrasts import in_words
 from fastconv.analysis.imported import stack_id
 from fastconv.chat import ChatTokenizer
 from fastconv.chat.template import read_json
+from fastconv.engine.builtin import prepare_model_folder
 from fastconv.engine.locate import engine_identity
 from fastconv.engine.lora import Adapter, parse_adapter
-from fastconv.engine.model import prepare_model_folder, resolve_dtype
+from fastconv.engine.model import resolve_dtype
 from fastconv.engine.shapes import n_positions, shape_of
 from fastconv.engine.stack import Probe
 from fastconv.engine.vllm.memory import stacked_rank

@@ -20,8 +20,8 @@ import torch
 
 from fastconv.bench.training import free_memory
 from fastconv.chat import ChatTokenizer
+from fastconv.engine.builtin import prepare_model_folder
 from fastconv.engine.generate import Completion, sample
-from fastconv.engine.model import prepare_model_folder
 from fastconv.engine.vllm.sampler import VllmSampler
 from fastconv.engine.vllm.server import COMMAND_VARIABLE, Server, start_server
 from fastconv.engine.vllm.watchdog import children_of

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fastconv.chat import ChatTokenizer
-from fastconv.engine.locate import TINY, locate, model_folder
-from fastconv.recipe import ModelSettings
+from fastconv.engine.builtin import ensure_builtin
+from fastconv.engine.locate import TINY
 from fastconv.serve.protocol import AnswerText
 
 SPELLED = ("Héllo 漢字 🙂🙂 done", "  spaced\n\nlines ", "\n", "", "ab ab abc")
@@ -20,14 +20,8 @@ def chat(request: pytest.FixtureRequest, tiny_qwen: Path) -> ChatTokenizer:
     """A tokenizer of single bytes, and the embedded model's, where a character may lie in several tokens or half of two."""
     if request.param == "bytes":
         return ChatTokenizer(tiny_qwen)
-    settings = ModelSettings(id=TINY)
-    folder = model_folder(locate(settings), settings)
-    if not folder.is_dir():
-        pytest.importorskip("gguf")
-        from fastconv.engine.builtin import ensure_builtin
-
-        ensure_builtin(folder)
-    return ChatTokenizer(folder)
+    pytest.importorskip("gguf")
+    return ChatTokenizer(ensure_builtin(TINY))
 
 
 def answers(chat: ChatTokenizer) -> list[list[int]]:

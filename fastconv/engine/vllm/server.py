@@ -24,8 +24,9 @@ from typing import BinaryIO
 import httpx
 import torch
 
+from fastconv.engine.builtin import prepare_model_folder
 from fastconv.engine.locate import ModelSource, trains_without_kernels
-from fastconv.engine.model import prepare_model_folder, resolve_device, resolve_dtype
+from fastconv.engine.model import resolve_device, resolve_dtype
 from fastconv.engine.shapes import n_positions, shape_of
 from fastconv.engine.vllm import memory, watchdog
 from fastconv.engine.vllm.memory import USEFUL_ROWS, ServerMemory
