@@ -135,6 +135,7 @@ def test_peft_and_trl_are_touched_by_the_engine_and_the_bench_only() -> None:
 def test_the_upper_levels_import_only_the_torch_free_part_of_the_engine() -> None:
     free = {
         "engine",
+        "engine.builtin",
         "engine.folder",
         "engine.locate",
         "engine.device",
