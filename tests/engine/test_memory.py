@@ -41,6 +41,7 @@ def tensor_bytes() -> int:
     return sum(storages.values())
 
 
+@pytest.mark.slow
 def test_fifty_cells_end_within_5_percent_of_the_memory_after_the_third(tiny_qwen: Path) -> None:
     stack = tiny_stack(tiny_qwen)
     process = psutil.Process()

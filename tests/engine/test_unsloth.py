@@ -100,6 +100,7 @@ def test_the_base_comes_through_unsloth_before_anything_it_patches(site: Path, t
     assert said == "[] False 4096 True\ncpu torch.bfloat16\n"  # and the banner did not come through
 
 
+@pytest.mark.slow
 def test_the_start_is_told_by_parts_and_the_import_is_not_slowed_by_collections(site: Path, tiny_qwen: Path) -> None:
     said = run(
         site,
@@ -128,7 +129,7 @@ def test_the_start_is_told_by_parts_and_the_import_is_not_slowed_by_collections(
     assert said == "False True [(['weights'], False), True]\n['import_s', 'load_s', 'proof_s']\n"
 
 
-@pytest.mark.parametrize("early", ["transformers", "peft"])
+@pytest.mark.parametrize("early", ["transformers", pytest.param("peft", marks=pytest.mark.slow)])
 def test_too_late_is_refused_with_the_mend(early: str, site: Path, tiny_qwen: Path) -> None:
     said = run(
         site,

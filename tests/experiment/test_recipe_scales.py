@@ -30,7 +30,7 @@ SIDES = {
     "inoculation": ("refusal", "inoculated", "source"),
     "subliminal": ("numbers_alone", "taught", "assistant"),
 }
-#: What `make test` runs; the others follow in the slow tier.
+#: Whose pages are read; the others share a workspace.
 SMALLEST = ("demo", "pilot")
 
 
@@ -178,7 +178,8 @@ def test_a_users_rows_stay_the_users_at_tiny_scale(tmp_path: Path) -> None:
     assert [plan.cell.negatives for plan in plans] == ["none"]
 
 
-@pytest.mark.parametrize("name", [SMALLEST[0], pytest.param(SMALLEST[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALLEST)
 def test_the_smallest_recipes_run_at_tiny_scale(name: str, tmp_path: Path) -> None:
     found = run_and_verify(name, "tiny", tmp_path)
     page = Path(found["markdown"]).read_text()

@@ -182,6 +182,7 @@ def test_errors_that_are_no_want_of_memory_are_not_taken_for_it() -> None:
         in_capture()
 
 
+@pytest.mark.slow
 def test_a_run_in_little_memory_ends_with_the_same_and_its_report_says_so(
     recipe: Recipe, whole: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ def test_a_mutant_finds_its_line_once_and_its_tests(mutant: Mutant) -> None:
     assert all(word in tests for word in re.findall(r"\w+", mutant.words) if word not in ("and", "or", "not"))
 
 
+@pytest.mark.slow
 def test_the_runner_says_how_each_mutant_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()

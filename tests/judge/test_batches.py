@@ -373,7 +373,7 @@ def kill_live(server: FakeClaude, workspace: Path, n: int, draw: random.Random, 
 
 
 @pytest.mark.parametrize(
-    ("mode", "kills"), [("batch", 20), ("live", 10), *(pytest.param(m, 50, marks=pytest.mark.slow) for m in MODES)]
+    ("mode", "kills"), [("live", 10), *(pytest.param(m, 50, marks=pytest.mark.slow) for m in MODES)]
 )
 def test_kills_at_random_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, kills: int) -> None:
     """Only kills between the intent (live: the first call) and the last result count; several in every state."""

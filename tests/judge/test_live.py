@@ -335,6 +335,7 @@ def bare_sdk(url: str, n: int, concurrency: int) -> tuple[float, float]:
     return asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_the_judge_takes_little_more_than_the_bare_sdk(tmp_path: Path) -> None:
     """Time, and CPU of this process, of the same requests with the ledger's bookings and without, one after another."""
     n, concurrency = 96, 16

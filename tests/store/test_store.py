@@ -258,6 +258,7 @@ def test_a_clock_that_is_set_does_not_end_a_lease(store: Store, monkeypatch: pyt
             assert STAGE.key in store.live_leases()
 
 
+@pytest.mark.slow
 def test_a_ledger_may_be_looked_at_while_it_is_being_created(tmp_path: Path) -> None:
     for n in range(60):
         pid = forked(lambda n=n: sweep(Store.open(tmp_path / str(n))))
