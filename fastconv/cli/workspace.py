@@ -156,7 +156,7 @@ def serve(
     A persona is the system message that the client sends. What a request leaves out is taken from the run's eval.sampling.
     """
     from fastconv.errors import InputError, did_you_mean
-    from fastconv.experiment.graph import Graph
+    from fastconv.experiment.recorded import graph_of_run
     from fastconv.run.runner import stop_on_sigint
     from fastconv.serve import Service, chosen_cells
     from fastconv.serve import serve as serve_cells
@@ -166,7 +166,7 @@ def serve(
     if engine not in engines:
         raise InputError(f"there is no engine {engine!r}", where="--engine", fix=did_you_mean(engine, engines))
     store = Store.open(workspace, create=False)
-    graph = Graph(load_recipe_or_run(run, overrides, store, scale))
+    graph = graph_of_run(load_recipe_or_run(run, overrides, store, scale), store)
 
     def ready(service: Service) -> None:
         if as_json:

@@ -31,7 +31,9 @@ _PROBE_ROWS, _PROBE_TOK = 3, 8
 #: Logits kept of each probe row: enough to tell two stacks apart, few enough to store.
 _PROBE_KEPT = 16
 #: Largest difference between two probes of the same stack (logits), by the base's dtype.
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+_PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
+#: Kernels other than those that recorded a probe round otherwise, in every logit that is compared.
+_OTHER_KERNELS = 2.0
 
 #: Below this ||delta|| / ||W||, folding in bf16 loses over 10 % of the delta to rounding.
 RHO_MIN = 0.017
@@ -133,11 +135,11 @@ class Stack:
         finally:
             self.route.spans = spans
 
-    def prove(self, recorded: Probe | None, where: str) -> Probe:
+    def prove(self, recorded: Probe | None, where: str, recorded_as: Mapping[str, str] | None = None) -> Probe:
         """Check that the live stack takes effect: its logits differ from the base's and match the recorded ones.
 
-        Raises TrainingError otherwise, with `where`. If `recorded` is None only the first is checked. Returns the
-        probe.
+        `recorded_as` is the engine that recorded them (`engine_identity`) where it is another one. Raises TrainingError
+        otherwise, with `where`. If `recorded` is None only the first is checked. Returns the probe.
         """
         probe = self.probe()
         if not all(math.isfinite(value) for value in probe.logits):
@@ -152,12 +154,19 @@ class Stack:
                 where=where,
                 fix="train for more than the warm-up's steps (at the first one the lr is 0); if it was, report this",
             )
-        if recorded is not None and probe.distance(recorded) > PROBE_TOLERANCE[self.base.dtype]:
+        if recorded is not None and probe.distance(recorded) > probe_tolerance(self.base.dtype, recorded_as):
             raise TrainingError(
                 f"the stack's logits are {probe.distance(recorded):.2g} away from those recorded for it", where=where,
                 fix="the adapters or the base are not the recorded ones; run `fastconv doctor`",
             )  # fmt: skip
         return probe
+
+
+def probe_tolerance(dtype: torch.dtype, recorded_as: Mapping[str, str] | None) -> float:
+    """Largest difference (logits) of a stack's probe from its record: by the base's dtype, and the coarser of both where
+    another engine recorded it."""
+    own = _PROBE_TOLERANCE[str(dtype).removeprefix("torch.")]
+    return own if recorded_as is None else _OTHER_KERNELS * max(own, _PROBE_TOLERANCE[recorded_as["dtype"]])
 
 
 def probe_tokens(vocab: int) -> tuple[list[list[int]], list[int]]:

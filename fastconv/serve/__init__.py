@@ -117,6 +117,12 @@ def serve(
     """
     opened = _vllm if pick_engine(graph, engine) == "vllm" else _resident
     with ExitStack() as resources:
+        here, there = engine_identity(graph.recipe.model), graph.engine_inputs["engine"]
+        if here != there:
+            tell(
+                f"computed by {_named(there)}; here {_named(here)} draws, which rounds otherwise: "
+                "an answer may part from the recorded one where two tokens are nearly as likely"
+            )
         folder = prepare_model_folder(graph.recipe.model, graph.source)
         tokenizer, config = ChatTokenizer(folder, graph.recipe.model), read_json(folder / "config.json")
         files = _BaseFiles(tokenizer, config, min(context_tok, n_positions(config, context_tok, folder.name)))
@@ -182,7 +188,8 @@ def _vllm(
     )
     try:
         vocab = shape_of(files.config, settings.id).vocab
-        model = VllmModel(server, resolve_dtype(settings), files.tokenizer, vocab)
+        recorded_as = graph.engine_inputs["engine"]
+        model = VllmModel(server, resolve_dtype(settings), recorded_as, files.tokenizer, vocab)
         work = partial(model.work, stop.is_set, stop.wait)
         yield _Opened(model, lambda name: model.prove(name, stacks[name]), work, files.context_tok)
     finally:
@@ -229,6 +236,12 @@ def _about(graph: Graph, plan: CellPlan) -> dict[str, Any]:
             "base": graph.recipe.model.id, "defaults": sampling, "personas": personas, **({"around": around} if around else {}),
         }
     }  # fmt: skip
+
+
+def _named(engine: Mapping[str, str]) -> str:
+    return " ".join(
+        [f"engine {engine['engine']} on {engine['device']} in {engine['dtype']}", engine.get("weights", "")]
+    ).strip()
 
 
 def _in_words(proof: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ import httpx
 from fastconv.chat import ChatTokenizer
 from fastconv.engine.export import BaseReference, export_adapter
 from fastconv.engine.lora import Adapter, concatenate
-from fastconv.engine.stack import PROBE_TOLERANCE, Probe, probe_tokens
+from fastconv.engine.stack import Probe, probe_tokens, probe_tolerance
 from fastconv.engine.vllm.client import Client
 from fastconv.engine.vllm.server import BASE_NAME, Server
 from fastconv.errors import TrainingError
@@ -24,8 +24,6 @@ from fastconv.recipe import SamplingSettings
 from fastconv.serve.protocol import ApiError, refusal_of
 from fastconv.serve.resident import Piece
 
-#: A GPU's kernels round otherwise than the base that recorded a probe, in every logit that is compared.
-_OTHER_KERNELS = 2.0
 _CONNECT_S = 10.0
 
 
@@ -40,9 +38,11 @@ class VllmCell:
 class VllmModel:
     """The cells of a run on a vLLM server, each loaded under a name of its own when it is proven."""
 
-    def __init__(self, server: Server, dtype: Any, tokenizer: ChatTokenizer, vocab: int) -> None:
-        """`dtype` is the base's, `vocab` the rows of its head."""
-        self._server, self._dtype, self._tokenizer = server, dtype, tokenizer
+    def __init__(
+        self, server: Server, dtype: Any, recorded_as: Mapping[str, str], tokenizer: ChatTokenizer, vocab: int
+    ) -> None:
+        """`dtype` is the base's, `vocab` the rows of its head, `recorded_as` the engine that recorded the stacks' logits."""
+        self._server, self._dtype, self._recorded_as, self._tokenizer = server, dtype, recorded_as, tokenizer
         self._names: dict[str, str] = {}
         self._folders: dict[tuple[int, ...], str] = {}
         self._base: Probe | None = None
@@ -72,7 +72,7 @@ class VllmModel:
         assert stack.recorded is not None, "a trained stack has a recorded probe"
         recorded = _centred(stack.recorded, len(self._columns))
         distance = found.distance(recorded)
-        if distance > _OTHER_KERNELS * PROBE_TOLERANCE[self._dtype]:
+        if distance > probe_tolerance(self._dtype, self._recorded_as):
             raise TrainingError(
                 f"vLLM's logits are {distance:.2g} away from those recorded for the stack", where=cell,
                 fix="the adapters or the base are not the recorded ones (`fastconv doctor`), or serve it with --engine resident",

@@ -250,7 +250,7 @@ MUTANTS = [
     *_of("serve/protocol.py", HOSTILE, ("    if room < (wanted or 1):", "    if False:", "cannot_be_honoured"), ("or _asks_nothing(name, value))", "or True)", "cannot_be_honoured")),
     *_of(
         "serve/vllm.py", VLLM,
-        ("if distance > _OTHER_KERNELS * PROBE_TOLERANCE[self._dtype]:", "if False:", "not_the_recorded"),
+        ("if distance > probe_tolerance(self._dtype, self._recorded_as):", "if False:", "not_the_recorded"),
         ("        if found.distance(base) == 0.0:", "        if False:", "not_the_recorded"),
         ("ids[:-1] if finish == \"stop\" and ids and ids[-1] in stops else ids", "ids", "those_of_the_ledger"),
     ),

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from fastconv.experiment.graph import CellPlan, Graph
+from fastconv.experiment.recorded import graph_of_run
 from fastconv.recipe import Recipe
 from fastconv.seeding import seed_of
 from fastconv.serve import Service, chosen_cells, serve
@@ -68,7 +69,8 @@ def endpoint(
 
     def work() -> None:
         try:
-            graph, store = Graph(recipe), Store.open(workspace, create=False)  # SQLite stays with its thread
+            store = Store.open(workspace, create=False)  # SQLite stays with its thread
+            graph = graph_of_run(recipe, store)
             chosen: dict[str, CellPlan] = chosen_cells(graph, store, cells)
             serve(
                 graph, store, chosen, engine=engine, port=0, context_tok=options.get("context_tok", 256),
@@ -82,7 +84,8 @@ def endpoint(
         ready.wait()
         try:
             if services:
-                yield Running(services[0], Graph(recipe), Store.open(workspace, create=False), told)
+                store = Store.open(workspace, create=False)
+                yield Running(services[0], graph_of_run(recipe, store), store, told)
         finally:
             stop.set()
             served.result()

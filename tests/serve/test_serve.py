@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,15 +25,16 @@ from fastconv.cli import app
 from fastconv.cli.common import load
 from fastconv.engine import generate
 from fastconv.engine.generate import SampledRow
-from fastconv.errors import InputError
+from fastconv.errors import InputError, TrainingError
 from fastconv.experiment.graph import Graph
-from fastconv.recipe import SamplingSettings
+from fastconv.recipe import SamplingSettings, canonical_json
 from fastconv.run.stacks import Stacks
 from fastconv.seeding import seed_of
 from fastconv.serve import _about, chosen_cells
 from fastconv.serve.endpoint import listen
 from fastconv.serve.protocol import ApiError
 from fastconv.serve.resident import Piece, ResidentModel, _Waiting
+from fastconv.store.ledger import Store
 from tests import ROOT
 from tests.loop_kit import DoneRun, until
 from tests.serve.kit import CELLS, Running, endpoint, refused
@@ -229,6 +233,46 @@ def test_what_waits_when_the_endpoint_ends_is_told(done_run: DoneRun) -> None:
             await asyncio.wait_for(waiting, 5.0)
 
     asyncio.run(asked())
+
+
+def as_computed_by(engine: dict[str, str], done_run: DoneRun, folder: Path) -> Path:
+    """A copy of the run's workspace as if that engine had computed it."""
+    shutil.copytree(done_run.workspace, folder)
+    own = Graph(done_run.recipe)
+    theirs = Graph(done_run.recipe, {**own.engine_inputs, "engine": engine})
+    with Store.open(folder, create=False).transaction() as db:
+        for old, new in zip(own.stages(), theirs.stages(), strict=True):
+            for table, column in (("stages", "key"), ("run_stages", "key"), ("samples", "stage"), ("scores", "stage")):
+                db.execute(f"UPDATE {table} SET {column}=? WHERE {column}=?", (new.key, old.key))
+            db.execute("UPDATE stages SET inputs=? WHERE key=?", (canonical_json(new.inputs), new.key))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "proven"),
+    [("bfloat16", 0.4, True), ("bfloat16", 0.6, False), ("float32", 0.0015, True), ("float32", 0.003, False)],
+)
+def test_cells_that_another_engine_computed_are_served_and_proven_within_its_rounding(
+    done_run: DoneRun, tmp_path: Path, dtype: str, off: float, proven: bool
+) -> None:
+    """It offered the bare base alone: the stacks have keys of the engine that trained them."""
+    engine = {"engine": "unsloth", "device": "cpu", "dtype": dtype}
+    workspace = as_computed_by(engine, done_run, tmp_path / "theirs")
+    store = Store.open(workspace, create=False)
+    with store.transaction() as db:
+        for key, text in store.rows("SELECT key, outputs FROM stages WHERE kind IN ('snapshot', 'behavior')"):
+            first, *others = (outputs := json.loads(text))["probe"]
+            changed = canonical_json({**outputs, "probe": [first + off, *others]})
+            db.execute("UPDATE stages SET outputs=? WHERE key=?", (changed, key))
+    refuses = contextlib.nullcontext() if proven else pytest.raises(TrainingError, match="away from those recorded")
+    with refuses, endpoint(done_run.recipe, workspace, *CELLS) as running:
+        assert (
+            f"computed by engine unsloth on cpu in {dtype}; here engine torch on cpu in float32 draws"
+            in running.told[0]
+        )
+        assert list(running.service.proofs) == list(CELLS)
+        asked, sample = next(running.sampled(CELLS[2]))
+        assert running.post(asked).json()["choices"][0]["message"]["content"] == sample.completion
 
 
 def test_a_client_is_told_the_conditions_that_a_cell_was_asked_under() -> None:
