@@ -13,11 +13,13 @@ import safetensors.numpy
 from fastconv.datasets.personas import load_personas
 from fastconv.datasets.questions import load_questions
 from fastconv.engine.locate import engine_inputs
+from fastconv.engine.stack import Stack
 from fastconv.errors import RecipeError
 from fastconv.experiment import graph as graphs
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe
 from fastconv.report import write_report
+from fastconv.run.stacks import Stacks
 from fastconv.run.status import status_of
 from fastconv.run.training import seed_parts
 from fastconv.store.ledger import Store
@@ -83,6 +85,22 @@ def test_two_workspaces_give_the_same_bits(tiny_qwen: Path, tmp_path: Path) -> N
     for name in ("one", "two"):
         run_tiny(recipe, tmp_path / name)
     assert results(recipe, tmp_path / "one") == results(recipe, tmp_path / "two")
+
+
+def test_an_adapter_that_was_just_trained_is_not_read_back_and_gives_the_bits_of_one_that_is(
+    tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(tiny_qwen, grid__epochs=[0, 1])
+    load, read = Stack.load_adapter, list[str]()
+    monkeypatch.setattr(
+        Stack, "load_adapter", lambda self, data, where: (read.append(where), load(self, data, where))[1]
+    )
+    run_tiny(recipe, tmp_path / "kept")
+    assert read == [SNAPSHOT_SLOT + "/e1/s42"]
+    monkeypatch.setattr(Stacks, "keep_newest", lambda self, sha256, adapter: None)
+    run_tiny(recipe, tmp_path / "read")
+    assert len(read) == 1 + 1 + 2
+    assert results(recipe, tmp_path / "kept") == results(recipe, tmp_path / "read")
 
 
 def test_engines_start_from_the_same_weights_and_see_their_rows_in_the_same_order(
