@@ -49,7 +49,7 @@ def ensure_builtin(name: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as work:
             _convert(gguf, Path(work) / "model", name)
             if (folder / BUILTIN_DONE).is_file() and not _holds(folder, name):
-                os.rename(folder, Path(work) / "another")  # once written under this name by mistake
+                os.rename(folder, Path(work) / "another")  # written under this name by mistake, or damaged
             try:
                 os.rename(Path(work) / "model", folder)
             except OSError:
@@ -113,8 +113,11 @@ def _random(vocab: int) -> Any:
 
 def _holds(folder: Path, name: str) -> bool:
     """Whether a whole copy of this very model lies there, by what was written with it."""
-    done = folder / BUILTIN_DONE
-    return done.is_file() and json.loads(done.read_text())["model"] == name
+    try:
+        done = json.loads((folder / BUILTIN_DONE).read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    return isinstance(done, dict) and done.get("model") == name and isinstance(done.get("sha256"), dict)
 
 
 def _verify(folder: Path) -> None:

@@ -54,6 +54,15 @@ def test_another_model_in_a_models_folder_is_replaced(converted: list[str], tmp_
     assert list(tmp_path.joinpath("models").iterdir()) == [builtin_folder(TINY)]  # nothing is left beside it
 
 
+@pytest.mark.parametrize("said", ["", "[]", "{", '{"model": "builtin:tiny"}', b"\xff"])
+def test_a_copy_that_does_not_say_what_it_is_is_replaced(converted: list[str], said: str | bytes) -> None:
+    folder = builtin_folder(TINY)
+    write(folder, TINY)
+    (folder / BUILTIN_DONE).write_bytes(said.encode() if isinstance(said, str) else said)
+    assert (builtin.ensure_builtin(TINY) / "weights").read_text() == TINY
+    assert json.loads((folder / BUILTIN_DONE).read_text())["sha256"]
+
+
 def test_a_copy_that_was_altered_is_refused(converted: list[str]) -> None:
     folder = builtin.ensure_builtin(TINY)
     (folder / "weights").write_text("edited")
