@@ -115,7 +115,7 @@ def _holds(folder: Path, name: str) -> bool:
     """Whether a whole copy of this very model lies there, by what was written with it."""
     try:
         done = json.loads((folder / BUILTIN_DONE).read_text())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         return False
     return isinstance(done, dict) and done.get("model") == name and isinstance(done.get("sha256"), dict)
 
