@@ -49,7 +49,8 @@ def ensure_builtin(name: str) -> Path:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".converting-") as work:
             _convert(gguf, Path(work) / "model", name)
             if (folder / BUILTIN_DONE).is_file() and not _holds(folder, name):
-                os.rename(folder, Path(work) / "another")  # written under this name by mistake, or damaged
+                with contextlib.suppress(FileNotFoundError):  # another process has moved it
+                    os.rename(folder, Path(work) / "another")  # written under this name by mistake, or damaged
             try:
                 os.rename(Path(work) / "model", folder)
             except OSError:
@@ -76,7 +77,7 @@ def _convert(gguf: Path, folder: Path, name: str) -> None:
     model.save_pretrained(folder)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.save_pretrained(folder)
-    sums = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     (folder / BUILTIN_DONE).write_text(json.dumps({"model": name, "sha256": sums}, indent=1))
 
 
@@ -120,11 +121,16 @@ def _holds(folder: Path, name: str) -> bool:
     return isinstance(done, dict) and done.get("model") == name and isinstance(done.get("sha256"), dict)
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _verify(folder: Path) -> None:
     sums = json.loads((folder / BUILTIN_DONE).read_text())["sha256"]
     for name, expected in sums.items():
         path = folder / name
-        actual = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "nothing"
+        actual = _sha256(path) if path.is_file() else "nothing"
         if actual != expected:
             raise ModelError(
                 "the cached copy of the embedded model was altered",
