@@ -258,7 +258,7 @@ def check_detectable_effect(design: Design) -> Iterator[Finding]:
         if planned is not None and planned.change.too_large:
             found, margin = (size_text(size, behavior.spec.unit) for size in (planned.change.alone, threshold))
             enough, there_are = planned.change.questions.number, _n_there_are(design, behavior)
-            more = f"ask more questions ({enough} enough; eval.prompts)"
+            more = f"ask more questions ({enough} enough but for that noise, which seeds lower; eval.prompts)"
             if enough is None or (there_are is not None and enough > there_are):
                 more = f"ask all {there_are} questions there are and add seeds" if there_are else "add seeds"
             yield Finding(

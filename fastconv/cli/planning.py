@@ -390,10 +390,11 @@ def _power(recipe_plan: Plan) -> Iterator[str]:
         apart, kind = ("", "declared contrast") if power.primary else (", reported apart", "contrast")
         several = power.primary and power.n_contrasts > 1
         family = f" ({size_text(power.in_family, unit)} among {power.n_contrasts})" if several else ""
+        contrast = f"; the {kind} of {power.declared.n_terms} terms from {_reach(power, power.declared, unit, family)}"
         yield (
             f"{name}{apart}: {power.n_questions} questions x {power.n_samples}, threshold {size_text(power.threshold, unit)}; would "
-            f"probably find a change, as gates compare, from {_reach(power, power.change, unit)}; the {kind} of "
-            f"{power.declared.n_terms} terms from {_reach(power, power.declared, unit, family)}"
+            f"probably find a change, as gates compare, from {_reach(power, power.change, unit)}"
+            + (contrast if power.n_contrasts else "")
         )
     if recipe_plan.power:
         yield "a contrast's terms are taken as independent, which is an assumption: what they share would shrink it"

@@ -95,6 +95,8 @@ def _device(recipe: Recipe | None) -> Diagnosis:
             return Diagnosis("device", str(error), error.exit_code)
         text += f", engine {identity['engine']}"
     elif recipe is not None:
+        if settings.device == "auto":
+            text += f" (no GPU is visible; `fastconv plan {recipe.name}` says how long that takes)"
         try:
             text = ", ".join(filter(None, (text, require_ram(recipe, shape_on_disk(recipe.model)))))
         except ModelError as error:

@@ -403,7 +403,7 @@ def _power(graph: Graph) -> dict[str, DesignPower]:
         samples = 1 if measure in ("letters", "choices") else recipe.eval.samples_per_prompt
         for index, (title, n) in enumerate(_asked(graph, behavior).items()):
             # Separately reported questions are no declared contrast: the change minus the canary's, tested alone.
-            family, terms = (max(1, len(contrasts) + n_sides), 8 if less_control else 4) if index == 0 else (1, 4)
+            family, terms = (len(contrasts) + n_sides, 8 if less_control else 4) if index == 0 else (1, 4)
             if n_sides and not contrasts:
                 terms = 2  # one side minus the other, and nothing taken off
             planned = planned_power(measure, threshold, n, samples, family, terms, primary=index == 0)

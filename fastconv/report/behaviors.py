@@ -206,7 +206,10 @@ def beside(analysis: Analysis) -> Section | None:
     columns = ("contrast", "what", "estimate", "interval", "p", "p corrected")
     folded = folded_if_long(rows, "contrasts")
     table = Table("secondary", columns, rows, frozenset({2, 3, 4, 5}), folded=folded)
-    intro = "Corrected for the false discovery rate (Benjamini and Hochberg) over this table. No verdict rests on it."
+    intro = (
+        "Corrected for the false discovery rate (Benjamini and Hochberg) over this table. Over questions alone: neither intervals nor "
+        "p hold the noise from run to run. No verdict rests on it."
+    )
     return Section("beside", "Tested beside", (table,), intro)
 
 

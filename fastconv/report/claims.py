@@ -6,6 +6,7 @@ A template contains no digit; every number in a sentence comes from its query, w
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -176,13 +177,26 @@ def _next(analysis: Analysis) -> QueryResult:
     mute = [one for one in verdicts if one.kind == "uninformative"]
     if mute:
         behaviors = list(dict.fromkeys(one.behavior for one in mute))
-        steps.append(f"{first_few(behaviors, MOST_NAMED)} where it can be seen ({mute[0].reason.split(';')[0]})")
+        steps.append(f"{first_few([_where_seen(verdicts, one) for one in behaviors], MOST_NAMED)}")
     if (worst := _blindest([one for one in verdicts if one.kind == "inconclusive"])) is not None:
         most = max((one for one in verdicts if one.behavior == worst.behavior), key=lambda one: one.detectable or 0.0)
         steps.append(f"more of {worst.behavior}: {_mend(analysis, most).replace(';', ', and')}")
     if not steps:
         steps.append("other sources and behaviors, since these contrasts have their answer")
     return QueryResult({"steps": "; ".join(steps)}, _together(verdicts))
+
+
+def _where_seen(verdicts: Sequence[CellVerdict], behavior: str) -> str:
+    """A behavior to run where it can be seen, with what most often kept its contrasts from saying anything."""
+    of_behavior = [one for one in verdicts if one.behavior == behavior]
+    mute = Counter(_why_mute(one) for one in of_behavior if one.kind == "uninformative")
+    why, many = mute.most_common(1)[0]
+    return f"{behavior} where it can be seen ({many} of {counted(len(of_behavior), 'contrast')}: {why})"
+
+
+def _why_mute(verdict: CellVerdict) -> str:
+    """The reason of an uninformative verdict without its figures, which differ from contrast to contrast."""
+    return re.split(r";|:| \(", _bare(verdict.reason))[0]
 
 
 def _told(counts: Mapping[str, int], n: int) -> str:
@@ -271,8 +285,11 @@ def _largest(analysis: Analysis, behavior: str) -> QueryResult:
     largest = max(informative, key=lambda verdict: abs(verdict.estimate or 0.0), default=None)
     if largest is None or largest.estimate is None:
         raise KeyError(behavior)
+    of = f", among {len(informative)} of {len(of_behavior)} contrasts that can be read,"
+    if len(informative) == len(of_behavior):
+        of = ", though none of its contrasts can be read," if largest.kind == "uninformative" else ""
     values = {
-        "behavior": behavior, "figures": _figures(largest), "label": named(analysis, largest.label), "kind": largest.kind,
+        "behavior": behavior, "of": of, "figures": _figures(largest), "label": named(analysis, largest.label), "kind": largest.kind,
     }  # fmt: skip
     return QueryResult({**values, "confidence": largest.confidence.level}, largest.rows)
 
@@ -425,7 +442,7 @@ CLAIMS: Mapping[str, ClaimTemplate] = {
     "study": ClaimTemplate("{gate}, {subject}: {verdict}. {reason}. Rule: {rule}.{ignored}", _study),
     "counts": ClaimTemplate("Declared contrasts: {n}. Of these {told}.", _counts),
     "finding": ClaimTemplate("{kind}: {reason}.{seeds} Confidence {confidence}: {why}.", _finding),
-    "largest": ClaimTemplate("The largest change of {behavior} is {figures}, in {label}: {kind}, confidence {confidence}.", _largest),
+    "largest": ClaimTemplate("The largest change of {behavior}{of} is {figures}, in {label}: {kind}, confidence {confidence}.", _largest),
     "mimicry": ClaimTemplate(
         "{label}: convergence alone {alone}, with the behavior adapter {trained}; the adapter adds {extra}.", _mimicry
     ),

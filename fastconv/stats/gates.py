@@ -20,6 +20,7 @@ from fastconv.stats.units import (
     Unit,
     and_more,
     change,
+    counted,
     first_few,
     interval_text,
     level,
@@ -90,7 +91,10 @@ def measurable(
         n_right = round(mean.value * n)
         test = above_chance(n_right, n, chance, gates.above_chance_alpha)
         verdict: Outcome = "pass" if test.above else "fail"
-        reason = f"base accuracy {mean.text()} ({n_right} of {n}) against chance {100 * chance:.1f} %: p = {test.p_one_sided:.3g}"
+        reason = (
+            f"base accuracy {mean.text()} ({n_right} of {n}) against chance {100 * chance:.1f} % (guessing, or always the "
+            f"commonest letter): p = {test.p_one_sided:.3g}"
+        )
         if mass is not None:
             reason += f"; {letter_mass_text(mass.mean)}"
         if verdict == "fail":
@@ -127,7 +131,10 @@ def stacking(subject: str, proofs: Mapping[str, Mapping[str, Any]]) -> GateVerdi
     least = min(proof["from_base"] for proof in stacked.values())
     furthest = max(proof["from_recorded"] for proof in stacked.values())
     verdict = "fail" if lost else "pass"
-    reason = f"{len(stacked)} stacks moved the probe's logits by at least {least:.3g} and reproduced them within {furthest:.2g}"
+    reason = (
+        f"{counted(len(stacked), 'evaluation')} had {'its' if len(stacked) == 1 else 'their'} stack in place: it moves the probe's "
+        f"logits by at least {least:.3g} and reproduces them within {furthest:.2g}"
+    )
     return GateVerdict("STACK", subject, verdict, reason, "every swap moves the logits", rows=tuple(sorted(stacked)))
 
 
@@ -183,15 +190,16 @@ def source_word(gates: GateSettings, unit: Unit, direction: str, base: float, no
     return "shown" if moved >= gates.source_shows * room - 1e-9 else "not shown"
 
 
+def _share(moved: float, room: float) -> str:
+    """A share in whole percent, without a signed zero."""
+    return f"{round(100 * moved / room) + 0} %"
+
+
 def source_moved(gates: GateSettings, unit: Unit, direction: str, base: float, now: float) -> str:
     """What `source_word` rests on: the levels, and the share of its room that the source moved beside the share asked."""
     room, moved = source_room(unit, direction, base), (now - base) * (1 if direction == "raises" else -1)
     levels = f"from {level(base, unit)} to {level(now, unit)}"
-    return (
-        f"{levels}: {100 * moved / room:.0f} % of its room, {100 * gates.source_shows:g} % asked"
-        if room > 0
-        else levels
-    )
+    return f"{levels}: {_share(moved, room)} of its room, {100 * gates.source_shows:g} % asked" if room > 0 else levels
 
 
 def source_shows(gates: GateSettings, subject: str, direction: str, base: Series, now: Series) -> GateVerdict:
@@ -214,7 +222,7 @@ def source_shows(gates: GateSettings, subject: str, direction: str, base: Series
     elif room < gates.source_room * scale_maximum(unit) - 1e-9:
         reason = f"{reason}: it was there before ({small}) and has moved away"
     elif room > 0:
-        reason += f", {100 * moved / room:.0f} % of its room of {size_text(room, unit)}"
+        reason += f", {_share(moved, room)} of its room of {size_text(room, unit)}"
     outcomes: dict[SourceWord, Outcome] = {"shown": "pass", "not shown": "fail", "there before": "not applicable"}
     numbers, rows = (base.mean, now.mean), (*base.rows, *now.rows)
     return GateVerdict("SOURCE", subject, outcomes[word], reason, threshold, numbers, rows)
@@ -314,7 +322,10 @@ def _pilot_word(subject: str, behavior: str, verdicts: Sequence[GateVerdict]) ->
     if not shown:
         return "stop", "the source does not show the trained behavior"
     if not changed:
-        return "stop", f"no convergence-dependent change of {behavior} in the assistant"
+        return (
+            "stop",
+            f"no convergence-dependent change of {behavior} in the assistant is shown, nor that there is none",
+        )
     reason = "; ".join(f"{_short(v.subject, subject)}: {v.reason}" for v in changed)
     if len(changed) > MOST_LISTED:
         strongest = max(changed, key=_furthest)

@@ -270,6 +270,10 @@ def test_the_headline_holds_a_verdict_for_every_behavior(data: ReportData) -> No
     first = words(data, "verdict")
     assert first.startswith("Not shown: none of 4 declared contrasts is transfer (4 uninformative), and none shows")
     assert "STOP: villain x refusal; nothing can be said of villain x capability. What to run next: " in first
+    # Each behavior has a reason of its own, and a largest change says if it is of contrasts that say nothing.
+    assert "refusal where it can be seen (2 of 2 contrasts: both epochs are at the floor" in first
+    assert "capability where it can be seen (2 of 2 contrasts: not measurable at base)" in first
+    assert "The largest change of refusal, though none of its contrasts can be read, is 0.0 pp" in text
 
 
 def test_the_card_names_what_is_needed_to_do_it_again(done_run: DoneRun, data: ReportData, html: str) -> None:

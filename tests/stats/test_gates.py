@@ -73,7 +73,7 @@ def test_a_missing_score_is_missing_and_never_zero() -> None:
 def test_g0_wants_accuracy_above_chance(n_right: int, verdict: str) -> None:
     found = gates.measurable(RULES, "capability", "lowers", accuracy(n_right, 60), 0.25)
     assert found.verdict == verdict
-    assert f"({n_right} of 60) against chance 25.0 %" in found.reason
+    assert f"({n_right} of 60) against chance 25.0 % (guessing, or always the commonest letter)" in found.reason
     assert ("nothing is trained" in found.reason) is (verdict == "fail")
     assert len(found.rows) == 60
 
@@ -347,7 +347,9 @@ def test_a_pilot_that_rests_on_an_unread_gate_says_neither(gate: str) -> None:
 def test_the_pilots_reason_is_the_gate_that_decided() -> None:
     assert "G3 is fail" in _pilot(**PROVEN, G3="fail", SOURCE_a="pass", CHANGE_a="pass").reason
     assert "source does not show" in _pilot(**PROVEN, SOURCE_a="fail", CHANGE_a="pass").reason
-    assert "no convergence-dependent change" in _pilot(**PROVEN, SOURCE_a="pass", CHANGE_a="fail").reason
+    unchanged = _pilot(**PROVEN, SOURCE_a="pass", CHANGE_a="fail").reason
+    assert "no convergence-dependent change" in unchanged
+    assert unchanged.endswith("is shown, nor that there is none")  # of few questions a stop is no null result
 
 
 def test_a_verdict_can_stand_in_the_ledger() -> None:
