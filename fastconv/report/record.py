@@ -226,10 +226,14 @@ def _tables(analysis: Analysis) -> dict[str, Mapping[str, str]]:
         },
         "Base model": {
             **graph.engine_inputs["base"],
+            **({"folder": graph.recipe.model.id} if graph.engine_inputs["base"]["id"] == "local" else {}),
             **{f"template {name}": value for name, value in facts.get("template", {}).items()},
         },
         "Judge": _judge(analysis),
-        "Machine": {name: str(v) for name, v in {**facts.get("machine", {}), **facts.get("engine", {})}.items()},
+        "Machine": {
+            "engine" if name == "name" else name: str(value)
+            for name, value in {**facts.get("machine", {}), **facts.get("engine", {})}.items()
+        },
         "Versions": {"python": facts.get("python", "not recorded"), **facts.get("versions", {})},
         "Sets trained on (sha256)": sets,
         "Data files (sha256)": data,

@@ -290,6 +290,7 @@ def test_the_card_names_what_is_needed_to_do_it_again(done_run: DoneRun, data: R
     }
     assert {"torch", "transformers", "fastconv", "python", "git commit", "command", "recipe sha256"} <= set(card)
     assert card["sha256"] == done_run.graph.source.identity["sha256"]
+    assert (card["id"], card["folder"], card["engine"]) == ("local", done_run.recipe.model.id, "torch")
     assert len(card["template sha256"]) == 64
     assert "personas.toml" in card
     assert {row[0].text for row in table(data, "stages").rows} == set(done)
