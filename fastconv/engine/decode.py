@@ -24,16 +24,22 @@ _TOP_K = 512
 #: Graphs are captured for these numbers of rows; a pass runs on the smallest that holds its rows. A capture takes as long as
 #: some 20 passes (0.2 s on an H100), and below 256 rows a pass takes as long with fewer.
 _GRAPH_ROWS = (8, 32, 128, 256, 384, 512, 640, 768, 1024, 1280, 1536)
+#: Slots where memory does not hold those of the next larger graph: in finer steps, for rows that wait take whole waves. Such
+#: a decoder has a graph for all of its slots beside those for fewer.
+_SHORT_SLOTS = tuple(sorted({*_GRAPH_ROWS, 16, 48, 64, 96, 192}))
 
 
 def slots_for(n_rows: int, n_fit: int) -> int:
     """Slots for decoding `n_rows` at once where `n_fit` of them fit in memory: as many as the next larger graph has.
 
-    Where they fit, this follows from the rows alone, and so does every pass over them; where they do not, the largest
-    graph that does.
+    Where they fit, this follows from the rows alone, and so does every pass over them; where they do not, the fewest of
+    `_SHORT_SLOTS` that hold the rows, or the most that fit.
     """
     wanted = next((size for size in _GRAPH_ROWS if size >= n_rows), n_rows)
-    return wanted if wanted <= n_fit else max((size for size in _GRAPH_ROWS if size <= n_fit), default=n_fit)
+    if wanted <= n_fit:
+        return wanted
+    short = [size for size in _SHORT_SLOTS if size <= n_fit] or [n_fit]
+    return next((size for size in short if size >= n_rows), short[-1])
 
 
 @dataclass

@@ -263,6 +263,8 @@ def test_slots_follow_from_the_rows_wherever_these_fit() -> None:
     assert {decode.slots_for(500, n_fit) for n_fit in (512, 600, 1024, 10**6)} == {512}
     assert decode.slots_for(500, 511) == 384
     assert decode.slots_for(500, 5) == 5
+    assert [decode.slots_for(1500, n_fit) for n_fit in (20, 60, 122, 200)] == [16, 48, 96, 192]
+    assert decode.slots_for(40, 122) == 48, "no more than the rows need"
     assert decode.slots_for(3000, 10**6) == 3000
 
 
