@@ -530,6 +530,24 @@ def test_a_probe_is_kept_in_the_workspace_and_found_again(tmp_path: Path) -> Non
     assert "measured here" in found.origin
 
 
+def test_a_probe_of_a_base_in_4_bits_counts_them_once(tiny_qwen: Path, tmp_path: Path) -> None:
+    """Where it loaded the recipe's own. A hub's model is measured with random weights in 16 bits; so is another recipe's."""
+    shape, store = named_shape("qwen2.5-7b"), Store.open(tmp_path)
+    hub, own = load("small_gpu", []), load("small_gpu", [f"model.id={tiny_qwen}", "model.revision="])
+    full = load("pilot", [])
+    factors, rates = [], {"train_flops_s": 1e14, "read_flops_s": 1e14, "draw_flops_s": 1e14}
+    for at, recipe in enumerate((hub, own)):
+        stage = probe_stage(recipe, shape, "cuda", float(at))
+        with store.lease(stage):
+            store.commit(stage, outputs={**rates, "load_s": 1.0 + at}, facts={}, seconds=20.0)
+        found = [find_machine(one, shape, "cuda", store) for one in (own, full)]
+        factors.append([(one.four_bit_factor, one.load_s) for one in found])
+    known = KNOWN_GPUS["a100"].four_bit_factor
+    assert factors == [[(known, 1.0), (known, 1.0)], [(1.0, 2.0), (known, 1.0)]]
+    trained = Demand(trained_tok=1e6, length_tok=300.0, share=0.8)
+    assert found[0].seconds(trained, shape, own) == found[1].seconds(trained, shape, full)
+
+
 def test_the_probe_measures_every_rate(tiny_qwen: Path, tmp_path: Path) -> None:
     words = ["plan", str(write_tiny_recipe(tmp_path / "recipe.toml", tiny_qwen)), "--measure", "--json"]
     answer = CliRunner().invoke(app, [*words, "-w", str(tmp_path / "ws")])
