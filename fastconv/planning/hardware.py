@@ -16,10 +16,10 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from fastconv.engine.device import ram_bytes
-from fastconv.engine.locate import gpu_is_visible, locate
+from fastconv.engine.locate import engine_identity, gpu_is_visible, locate
 from fastconv.engine.shapes import ModelShape, Work, forward_flops_per_tok, train_flops_per_tok, weight_bytes
 from fastconv.errors import InputError, did_you_mean
-from fastconv.experiment.measures import Demand
+from fastconv.experiment.measures import Demand, Target
 from fastconv.recipe import Recipe
 from fastconv.store.io import child_environment
 from fastconv.store.ledger import Store
@@ -192,6 +192,12 @@ class Machine:
             total_s += demand.new_tok * drawing / self.draw_flops_s
             total_s += slower * demand.decode_steps * max(self.pass_s, weights / self.memory_bytes_s)
         return total_s
+
+    def target(self, recipe: Recipe, shape: ModelShape) -> Target:
+        """What the recipe's stages are counted for here."""
+        placed = recipe.model.model_copy(update={"device": self.device})
+        value_bytes = 4 if engine_identity(placed)["dtype"] == "float32" else 2
+        return Target(self.device, self.memory_bytes or 0.0, shape.kv_bytes_per_tok(value_bytes))
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON."""
