@@ -31,13 +31,13 @@ from fastconv.bench.measure import (
 )
 from fastconv.bench.training import WARM_UP, Load, bench_engine, bench_train, free_memory, make_jobs, time_jobs
 from fastconv.engine.generate import sample
-from fastconv.engine.locate import engine_identity, locate
+from fastconv.engine.locate import engine_identity
 from fastconv.engine.model import Base, resolve_device
 from fastconv.engine.score import LetterItem, score_letters
 from fastconv.engine.shapes import ModelShape, Work, forward_flops_per_tok, train_flops_per_tok, weight_bytes
 from fastconv.engine.stack import Stack
 from fastconv.errors import InputError, ModelError, did_you_mean
-from fastconv.planning.hardware import probe_stage
+from fastconv.planning.hardware import probe_stage, probes_own_model
 from fastconv.planning.plan import known_shape
 from fastconv.recipe import ModelSettings, Recipe, SamplingSettings
 from fastconv.run.status import run_facts
@@ -275,8 +275,7 @@ def probe(model: BenchModel) -> dict[str, float]:
 
 def _probe_model(recipe: Recipe, model_shape: ModelShape) -> BenchModel:
     """The recipe's own model where it is on this disk, else random weights of its shape."""
-    is_local = locate(recipe.model).kind in ("builtin", "local")
-    name = recipe.model.id if is_local else f"{RANDOM}{model_shape.name}"
+    name = recipe.model.id if probes_own_model(recipe) else f"{RANDOM}{model_shape.name}"
     return bench_model(recipe.model.model_copy(update={"id": name}))
 
 

@@ -24,16 +24,22 @@ _TOP_K = 512
 #: Graphs are captured for these numbers of rows; a pass runs on the smallest that holds its rows. A capture takes as long as
 #: some 20 passes (0.2 s on an H100), and below 256 rows a pass takes as long with fewer.
 _GRAPH_ROWS = (8, 32, 128, 256, 384, 512, 640, 768, 1024, 1280, 1536)
+#: Slots where memory does not hold those of the next larger graph: in finer steps, for rows that wait take whole waves. Such
+#: a decoder has a graph for all of its slots beside those for fewer.
+_SHORT_SLOTS = tuple(sorted({*_GRAPH_ROWS, 16, 48, 64, 96, 192}))
 
 
 def slots_for(n_rows: int, n_fit: int) -> int:
     """Slots for decoding `n_rows` at once where `n_fit` of them fit in memory: as many as the next larger graph has.
 
-    Where they fit, this follows from the rows alone, and so does every pass over them; where they do not, the largest
-    graph that does.
+    Where they fit, this follows from the rows alone, and so does every pass over them; where they do not, the fewest of
+    `_SHORT_SLOTS` that hold the rows, or the most that fit.
     """
     wanted = next((size for size in _GRAPH_ROWS if size >= n_rows), n_rows)
-    return wanted if wanted <= n_fit else max((size for size in _GRAPH_ROWS if size <= n_fit), default=n_fit)
+    if wanted <= n_fit:
+        return wanted
+    short = [size for size in _SHORT_SLOTS if size <= n_fit] or [n_fit]
+    return next((size for size in short if size >= n_rows), short[-1])
 
 
 @dataclass
@@ -77,6 +83,8 @@ class Cache:
         self.n_slots, self.max_length_tok = n_slots, max_length_tok
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
+        #: Whether some layer's attention was computed over its whole length: what rows then get depends on that length.
+        self.read_whole = False
 
     @property
     def n_tok(self) -> int:
@@ -157,6 +165,7 @@ class Decode:
 
             query, key, value = (part.transpose(0, 1) for part in (query, key, value))
             return decode_attention(query, key, value, keys, values, self.lengths, scale)
+        self.cache.read_whole |= not plain
         rows = torch.arange(n_rows, device=keys.device)
         keys[rows, :, self.lengths] = key.transpose(0, 1)
         values[rows, :, self.lengths] = value.transpose(0, 1)
@@ -179,6 +188,8 @@ class Decoder:
 
     def __init__(self, base: Base, cache: Cache, settings: SamplingSettings) -> None:
         self.cache = cache
+        #: Slots that its rows take; a cache that was kept may have more.
+        self.n_slots = cache.n_slots
         self._base = base
         self.settings = settings
 
@@ -219,17 +230,13 @@ class DeviceDecoder(Decoder):
 
     lag = 1
 
-    def __init__(
-        self, base: Base, cache: Cache, settings: SamplingSettings, most_slots: int, device: Device | None = None
-    ) -> None:
+    def __init__(self, base: Base, cache: Cache, settings: SamplingSettings, device: Device | None = None) -> None:
         super().__init__(base, cache, settings)
-        self.most_slots = most_slots
         self.passed_over = 0
         self.route = shared_route(base.model, base.dtype)
         self._device = device or CudaDevice()
         self._graphs: dict[Hashable, tuple[Callable[[], None], Any] | None] = {}
         self._loaded: set[Hashable] = set()
-        self._sizes = [n for n in _GRAPH_ROWS if n < cache.n_slots] + [cache.n_slots]
         self._state = torch.zeros(5, cache.n_slots, dtype=torch.int64, device=base.device)
         self._uniforms = torch.zeros(cache.n_slots, cache.max_length_tok, device=base.device)
         self._stops = to_device(torch.tensor(base.tokenizer.stop_ids, dtype=torch.int64), base.device)
@@ -237,19 +244,23 @@ class DeviceDecoder(Decoder):
     def __len__(self) -> int:
         return 1
 
-    def serves(self, n_rows: int, max_length_tok: int, settings: SamplingSettings) -> bool:
-        """Whether it can decode these rows as fast as a new one; begins anew if so, under what is live now."""
-        fits = self.cache.max_length_tok >= max_length_tok and self.cache.n_slots >= min(n_rows, self.most_slots)
+    def serves(self, n_slots: int, max_length_tok: int, settings: SamplingSettings) -> bool:
+        """Whether it can make the passes of a new one of so many slots and tokens; begins anew as that one if so, under
+        what is live now."""
+        cache = self.cache
+        longer = cache.max_length_tok > max_length_tok and not cache.read_whole
+        fits = cache.n_slots >= n_slots and (longer or cache.max_length_tok == max_length_tok)
         drawn_alike = (settings.temperature, settings.top_p) == (self.settings.temperature, self.settings.top_p)
         if not fits or not drawn_alike:
             return False
+        self.n_slots = n_slots
         self._state.zero_()
         self._loaded.clear()
         return True
 
     def size(self, n: int) -> int:
-        """The smallest size of a graph that holds `n` rows."""
-        return next(size for size in self._sizes if size >= n) if n else 0
+        """The smallest size of a graph that holds `n` rows: one of `_GRAPH_ROWS`, or all slots."""
+        return next((size for size in _GRAPH_ROWS if n <= size < self.n_slots), self.n_slots) if n else 0
 
     def place(self, slots: Sequence[int], rows: Sequence[SampledRow]) -> None:
         """Write the rows' state to the device; a row that is done already stays out."""

@@ -30,7 +30,7 @@ from fastconv.recipe import ModelSettings, Recipe
 #: The first compute capability with bfloat16 in hardware (Ampere).
 MIN_CAPABILITY = (8, 0)
 #: Allowance for the CUDA context, the cuBLAS workspace and allocator fragmentation; an estimate, not a measurement.
-_OVERHEAD_BYTES = 1.2 * 2**30
+OVERHEAD_BYTES = 1.2 * 2**30
 _GIB = 2**30
 
 
@@ -212,7 +212,7 @@ def _fixed_bytes(recipe: Recipe, shape: ModelShape) -> float:
     eight_bit = {recipe.convergence.optimizer, recipe.behavior.optimizer} == {"adamw8bit"}
     scale = 2 if engine_identity(recipe.model)["dtype"] == "float32" else 1
     weights = weight_bytes(shape, four_bit=recipe.model.weights == "4bit") * scale
-    return weights + adapter_bytes(shape, recipe.lora.most_r, eight_bit=eight_bit) + _OVERHEAD_BYTES
+    return weights + adapter_bytes(shape, recipe.lora.most_r, eight_bit=eight_bit) + OVERHEAD_BYTES
 
 
 def halving_note(recipe: Recipe, shape: ModelShape, room_bytes: float) -> str:

@@ -17,22 +17,17 @@ import torch
 
 from fastconv.engine.attention import to_device
 from fastconv.engine.decode import Cache, Decoder, DeviceDecoder, Prefill, SampledRow, Slots, sample_tokens, slots_for
+from fastconv.engine.device import OVERHEAD_BYTES
 from fastconv.engine.model import Base
 from fastconv.engine.prompts import pack_prompts
 from fastconv.engine.score import ignore_halving, no_memory, with_memory
-from fastconv.engine.shapes import shape_of
+from fastconv.engine.shapes import MAX_ROWS, cached_tok, is_small_cache, rows_at_once, shape_of
 from fastconv.recipe import SamplingSettings
 
-#: Rows decoded at once; a data-centre GPU is compute-bound well below this, a CPU gains nothing beyond 64.
-MAX_ROWS = {"cuda": 1024, "cpu": 64}
-#: Rows decoded at once where their cache is small: the fewer waves, the fewer passes over the last rows of one.
-_MANY_ROWS = 1536
-#: Share of the free GPU memory that the cache may take.
-_CACHE_SHARE = 0.7
+#: Share of the GPU memory beside the weights that the cache may take, and of what other programs leave of it.
+_CACHE_SHARE, _SHARED_CARD_SHARE = 0.7, 0.9
 #: Prompt tokens in one prefill pass.
 _PREFILL_TOK = {"cuda": 32768, "cpu": 4096}
-#: Share of all GPU memory up to which a cache is kept, with its graphs, for the next stack.
-_KEPT_SHARE = 0.33
 #: Times in a row that a kept decoder may be passed over for a smaller one.
 _PASSED_OVER = 2
 #: Prompts are admitted when this part of the slots is free: at once, but not each in a pass of its own.
@@ -89,9 +84,10 @@ def sample(
 
 def _rows_at_once(base: Base, rows: Sequence[SampledRow]) -> int:
     """The most rows that are decoded at once. It follows from them and the card, not from what is free."""
-    most = MAX_ROWS[base.device.type]
-    small = base.device.type == "cuda" and rows and _is_small(base, _MANY_ROWS, _length_tok(rows))
-    return max(most, _MANY_ROWS) if small else most
+    if base.device.type != "cuda" or not rows:
+        return MAX_ROWS[base.device.type]
+    row_bytes = cached_tok(_length_tok(rows)) * _kv_bytes_per_tok(base)
+    return rows_at_once(base.device.type, row_bytes, torch.cuda.mem_get_info(base.device)[1])
 
 
 def _length_tok(rows: Sequence[SampledRow]) -> int:
@@ -107,8 +103,7 @@ def _sample_rows(
     n_waves = math.ceil(len(rows) / max_rows)
     n_wanted = math.ceil(len(rows) / n_waves)
     decoder = _decoder(base, n_wanted, _length_tok(rows), settings)
-    # Not all slots of a decoder that was kept: a row's bits follow from this call, not from those before it.
-    n_slots, slots = min(decoder.cache.n_slots, n_wanted), Slots()
+    n_slots, slots = min(decoder.n_slots, n_wanted), Slots()
     under_way: deque[tuple[Slots, Callable[[], list[int]]]] = deque()
     while waiting or under_way or slots:
         n_free = n_slots - sum(row is not None for row in slots)
@@ -133,7 +128,7 @@ def _keep(base: Base, decoder: DeviceDecoder) -> None:
     """Keep a decoder with its graphs for the next stack, unless a larger one is kept: that of the evaluations, between which
     a few answers are drawn. One that is not asked any more goes after a few of these."""
     kept, cache = base.kept.get("decoder"), decoder.cache
-    if decoder.route is None or not _is_small(base, cache.n_slots, cache.max_length_tok):
+    if decoder.route is None or not _is_small(base, cache):
         return
     if kept is None or kept is decoder or cache.n_tok >= kept.cache.n_tok or kept.passed_over >= _PASSED_OVER:
         base.kept["decoder"] = decoder
@@ -143,38 +138,43 @@ def _keep(base: Base, decoder: DeviceDecoder) -> None:
 
 
 def _decoder(base: Base, n_rows: int, max_length_tok: int, settings: SamplingSettings) -> Decoder:
-    """A decoder of `n_rows` slots, fewer if memory is short; on a GPU the one that was kept, if it will do."""
+    """A decoder of `n_rows` slots, fewer if memory is short; on a GPU the one that was kept, if it will do.
+
+    Its slots follow from the rows and the card, whatever was kept: they decide which rows share a pass, and a killed run
+    that goes on has nothing that was kept.
+    """
     base.require_length(max_length_tok)
     if base.device.type != "cuda":
         return Decoder(base, Cache(n_rows, max_length_tok), settings)
+    max_length_tok = cached_tok(max_length_tok)
+    room_tok = _room_bytes(base) // _kv_bytes_per_tok(base)
+    n_slots = slots_for(n_rows, max(1, room_tok // max_length_tok))
     kept = base.kept.get("decoder")
-    if kept is not None and kept.serves(n_rows, max_length_tok, settings):
+    if kept is not None and kept.serves(n_slots, max_length_tok, settings):
         return kept
-    max_length_tok = _rounded(max_length_tok)  # so that it is kept for prompts that are a little longer
-    free, _ = torch.cuda.mem_get_info(base.device)
-    row_bytes = _kv_bytes_per_tok(base) * max_length_tok
-    held = 0 if kept is None else kept.cache.n_tok * _kv_bytes_per_tok(base)
-    # Slots follow from what is free without the kept one: a killed run that goes on has none.
-    n_fit = max(1, int((free + held) * _CACHE_SHARE) // row_bytes)
-    n_slots = slots_for(n_rows, n_fit)
-    if kept is not None and n_slots * row_bytes > free * _CACHE_SHARE:  # not beside it
+    if kept is not None and n_slots * max_length_tok + kept.cache.n_tok > room_tok:  # not beside it
         del base.kept["decoder"], kept
         torch.cuda.empty_cache()
-    return DeviceDecoder(base, Cache(n_slots, max_length_tok), settings, max(n_slots, slots_for(n_fit, n_fit)))
+    return DeviceDecoder(base, Cache(n_slots, max_length_tok), settings)
+
+
+def _room_bytes(base: Base) -> int:
+    """Bytes that a cache may take: a share of what the weights leave of the card, whatever torch holds beside them now.
+
+    Only where other programs hold more of the card than that share spares does it follow from what is free.
+    """
+    free, total = torch.cuda.mem_get_info(base.device)
+    weights = sum(weight.numel() * weight.element_size() for weight in base.model.parameters())
+    left_by_others = free + torch.cuda.memory_reserved(base.device) - weights
+    return int(min(_CACHE_SHARE * (total - weights - OVERHEAD_BYTES), _SHARED_CARD_SHARE * left_by_others))
 
 
 def _kv_bytes_per_tok(base: Base) -> int:
     return shape_of(base.model.config.to_dict(), base.name).kv_bytes_per_tok(base.head.weight.element_size())
 
 
-def _rounded(n_tok: int) -> int:
-    return -(-n_tok // 64) * 64
-
-
-def _is_small(base: Base, n_slots: int, max_length_tok: int) -> bool:
-    """Whether a cache leaves enough memory to be kept beside training."""
-    _, total = torch.cuda.mem_get_info(base.device)
-    return n_slots * _rounded(max_length_tok) * _kv_bytes_per_tok(base) < _KEPT_SHARE * total
+def _is_small(base: Base, cache: Cache) -> bool:
+    return is_small_cache(cache.n_tok * _kv_bytes_per_tok(base), torch.cuda.mem_get_info(base.device)[1])
 
 
 def _admit(base: Base, waiting: list[SampledRow], n_free: int) -> list[SampledRow]:

@@ -127,6 +127,30 @@ def recomputed_bytes_per_tok(shape: ModelShape) -> float:
     return activation_bytes_per_tok(shape, plain=True) / shape.n_layers + 2.0 * shape.n_layers * shape.hidden
 
 
+#: Rows decoded at once; a data-centre GPU is compute-bound well below this, a CPU gains nothing beyond 64.
+MAX_ROWS = {"cuda": 1024, "cpu": 64}
+#: Rows decoded at once on a GPU where their cache is small: the fewer waves, the fewer passes over the last rows of one.
+MANY_ROWS = 1536
+#: Share of all GPU memory up to which a cache is small.
+_SMALL_SHARE = 0.33
+
+
+def rows_at_once(device: str, row_bytes: float, memory_bytes: float) -> int:
+    """The most rows that are decoded at once, each with `row_bytes` of cache, on a device with so much memory."""
+    small = device == "cuda" and is_small_cache(MANY_ROWS * row_bytes, memory_bytes)
+    return max(MAX_ROWS[device], MANY_ROWS) if small else MAX_ROWS[device]
+
+
+def is_small_cache(n_bytes: float, memory_bytes: float) -> bool:
+    """Whether a key-value cache leaves enough of a GPU's memory to be kept beside training."""
+    return n_bytes < _SMALL_SHARE * memory_bytes
+
+
+def cached_tok(n_tok: int) -> int:
+    """Tokens of a row's cache on a GPU: of some more than it has, so that a cache serves rows that are a little longer."""
+    return -(-n_tok // 64) * 64
+
+
 #: More than any model has: beyond it a size of a config is damage, and never the length of a list.
 _MOST_LAYERS, _MOST = 10_000, 2**31
 #: What the families call a size in config.json, the usual name first.

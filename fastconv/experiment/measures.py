@@ -19,6 +19,7 @@ from fastconv.datasets.behaviors import (
     open_questions,
 )
 from fastconv.datasets.personas import ASSISTANT
+from fastconv.engine.shapes import cached_tok, rows_at_once
 from fastconv.recipe import Recipe, TrainSettings
 from fastconv.store.records import Stage
 
@@ -34,8 +35,6 @@ LABEL_TOK = 2
 #: An answer ends by itself after about as many tokens, at any of them alike: that gives 221 under a limit of 512 and 162 under
 #: 256, where a real 1.5B drew 222 and 155 (1,500 and 1,200 answers, 27 November 2026).
 EXPECTED_ANSWER_TOK = 256
-#: Prompts that are in the model at once while sampling, by device: what `engine.sample` takes at most.
-SAMPLED_ROWS = {"cpu": 64, "cuda": 1536}
 #: Share of the letters above an adapter that are near ties: with it 33 probes of a real 1.5B, whose letters hold little of the probability,
 #: are planned at 0.7 of what they took on an H100. A base that answers in letters has fewer.
 NEAR_TIES = 0.25
@@ -66,14 +65,27 @@ class Demand:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What stages are counted for: a device (`cpu` or `cuda`), its memory, and the bytes that a token takes in the cache."""
+
+    device: str
+    memory_bytes: float = 0.0
+    kv_tok_bytes: int = 1
+
+    def rows_at_once(self, length_tok: float) -> int:
+        """Prompts that are in the model at once while sampling, where the longest row has so many tokens."""
+        return rows_at_once(self.device, cached_tok(math.ceil(length_tok)) * self.kv_tok_bytes, self.memory_bytes)
+
+
+@dataclass(frozen=True)
 class StageKind:
     """One kind of stage. Raise `version` when its results change for the same inputs: what was computed becomes stale.
 
-    `demand(graph, stage, device)` is the work of one stage on a device (`cpu` or `cuda`); None where it is next to nothing.
+    `demand(graph, stage, target)` is the work of one stage; None where it is next to nothing.
     """
 
     version: int
-    demand: Callable[[Graph, Stage, str], Demand] | None = None
+    demand: Callable[[Graph, Stage, Target], Demand] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,31 +119,32 @@ def expected_tok(max_new_tok: int) -> float:
     return EXPECTED_ANSWER_TOK * -math.expm1(-max_new_tok / EXPECTED_ANSWER_TOK)
 
 
-def _completions(stage: Stage, device: str) -> Demand:
+def _completions(stage: Stage, target: Target) -> Demand:
     """Completions: `per_prompt` of each item; equal prompts are read once. On a GPU the probes of a stack are drawn together,
     and so are the answers to be made: a stage is taken for a third of what shares its passes."""
-    at_once, shared = SAMPLED_ROWS[device], 1 if device == "cpu" else 3
     items = stage.work["prompts"] if stage.kind == "answers" else stage.work["items"]
     n, limit = len(items) * stage.inputs["per_prompt"], stage.inputs["sampling"]["max_new_tok"]
-    read = sum(prompt_tok(stage.inputs["system"], user) for _, user in items)
+    prompts = [prompt_tok(stage.inputs["system"], user) for _, user in items]
+    at_once, shared = target.rows_at_once(max(prompts, default=0.0) + limit), 1 if target.device == "cpu" else 3
+    read = sum(prompts)
     return Demand(
         read_tok=read, new_tok=n * expected_tok(limit), worst_tok=float(n * limit),
         decode_steps=limit * math.ceil(shared * n / at_once) / shared, samples=n, length_tok=read / max(1, len(items)) + limit / 2,
     )  # fmt: skip
 
 
-def _answers(graph: Graph, stage: Stage, device: str) -> Demand:
-    return _completions(stage, device)
+def _answers(graph: Graph, stage: Stage, target: Target) -> Demand:
+    return _completions(stage, target)
 
 
-def _eval(graph: Graph, stage: Stage, device: str) -> Demand:
+def _eval(graph: Graph, stage: Stage, target: Target) -> Demand:
     if "sampling" in stage.inputs:
-        return _completions(stage, device)
+        return _completions(stage, target)
     own = [text_tok(user) + LABEL_TOK * user.count("\n") + TEMPLATE_TOK / 2 for _, user in stage.work["items"]]
     if choices := stage.work.get("choices"):
         own = [tok + sum(map(text_tok, choices[row])) for tok, (row, _) in zip(own, stage.work["items"], strict=True)]
-    read = _read([stage.inputs["system"]], own, graph.recipe.eval.batch_tok, device)
-    in_16_bits = device == "cuda" and graph.recipe.model.dtype != "float32"
+    read = _read([stage.inputs["system"]], own, graph.recipe.eval.batch_tok, target.device)
+    in_16_bits = target.device == "cuda" and graph.recipe.model.dtype != "float32"
     rescored = in_16_bits and stage.inputs["measure"] == "letters" and bool(stage.needs)
     near = NEAR_TIES * read if rescored else 0.0
     return Demand(read_tok=read, precise_tok=near, samples=len(own), length_tok=read / max(1, len(own)))
@@ -147,7 +160,7 @@ def _read(systems: Sequence[Sequence[str]], own_tok: Sequence[float], batch_tok:
     return whole if device == "cuda" else own + min(len(own_tok), max(1.0, whole / batch_tok)) * begins
 
 
-def _snapshot(graph: Graph, stage: Stage, device: str) -> Demand:
+def _snapshot(graph: Graph, stage: Stage, target: Target) -> Demand:
     """The epochs between the snapshot before it and this one: one training gives them all."""
     settings, answers = graph.recipe.convergence, stage.needs["answers"]
     earlier = [s.inputs["epoch"] for s in graph.lineage(stage) if s.inputs["epoch"] < stage.inputs["epoch"]]
@@ -159,7 +172,7 @@ def _snapshot(graph: Graph, stage: Stage, device: str) -> Demand:
     return _trained(n_rows, n_epochs, length, drawn / length, settings)
 
 
-def _behavior(graph: Graph, stage: Stage, device: str) -> Demand:
+def _behavior(graph: Graph, stage: Stage, target: Target) -> Demand:
     rows: Sequence[Row] = stage.needs["rows"].work["rows"]
     settings = graph.recipe.behavior
     drawn = expected_tok(settings.sampling.max_new_tok)
@@ -181,9 +194,9 @@ def _trained(n_rows: int, n_epochs: int, length_tok: float, share: float, settin
     return Demand(n_rows * n_epochs * length_tok, steps, micro_steps, length_tok=length_tok, share=share)
 
 
-def _judge(graph: Graph, stage: Stage, device: str) -> Demand:
+def _judge(graph: Graph, stage: Stage, target: Target) -> Demand:
     """Judgements of an evaluation's completions. The resident base reads them itself, the rubric once for a batch."""
-    drawn = _completions(stage.needs["eval"], device)
+    drawn = _completions(stage.needs["eval"], target)
     rubric = stage.work["rubric"]
     if graph.judges_outside:
         return Demand(judged=drawn.samples)
@@ -208,11 +221,11 @@ def _geometry_inputs(graph: Graph) -> dict[str, Any]:
     }
 
 
-def _geometry_demand(graph: Graph, stage: Stage, device: str) -> Demand:
+def _geometry_demand(graph: Graph, stage: Stage, target: Target) -> Demand:
     """Every persona reads every question."""
     systems = [system for _, *system in stage.inputs["personas"]]
     own = [text_tok(user) + TEMPLATE_TOK / 2 for _, user in stage.work["items"]]
-    read = _read(systems, own, graph.recipe.eval.batch_tok, device)
+    read = _read(systems, own, graph.recipe.eval.batch_tok, target.device)
     return Demand(read_tok=read, length_tok=read / max(1, len(own) * len(systems)))
 
 

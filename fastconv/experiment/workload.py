@@ -12,7 +12,7 @@ from typing import Any
 
 from fastconv.datasets.questions import HUB_FILE, Question, QuestionSet, load_questions, read_split
 from fastconv.experiment.graph import Graph
-from fastconv.experiment.measures import KINDS, Demand
+from fastconv.experiment.measures import KINDS, Demand, Target
 from fastconv.hub import cached_file
 from fastconv.store.records import Stage
 
@@ -41,15 +41,15 @@ class Sketch(Graph):
         return QuestionSet(training, held_out, split.left_out)
 
 
-def demands(graph: Graph, stages: Iterable[Stage], device: str) -> dict[str, Demand]:
-    """The demand of each stage on a device (`cpu` or `cuda`), by key."""
+def demands(graph: Graph, stages: Iterable[Stage], target: Target) -> dict[str, Demand]:
+    """The demand of each stage, by key."""
     found: dict[tuple[str, ...], Demand] = {}
     by_stage: dict[str, Demand] = {}
     for stage in stages:
         alike = _alike(stage)
         if alike not in found:
             count = KINDS[stage.kind].demand
-            found[alike] = count(graph, stage, device) if count is not None else Demand()
+            found[alike] = count(graph, stage, target) if count is not None else Demand()
         by_stage[stage.key] = found[alike]
     return by_stage
 

@@ -16,10 +16,10 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from fastconv.engine.device import ram_bytes
-from fastconv.engine.locate import gpu_is_visible
+from fastconv.engine.locate import engine_identity, gpu_is_visible, locate
 from fastconv.engine.shapes import ModelShape, Work, forward_flops_per_tok, train_flops_per_tok, weight_bytes
 from fastconv.errors import InputError, did_you_mean
-from fastconv.experiment.measures import Demand
+from fastconv.experiment.measures import Demand, Target
 from fastconv.recipe import Recipe
 from fastconv.store.io import child_environment
 from fastconv.store.ledger import Store
@@ -193,6 +193,12 @@ class Machine:
             total_s += slower * demand.decode_steps * max(self.pass_s, weights / self.memory_bytes_s)
         return total_s
 
+    def target(self, recipe: Recipe, shape: ModelShape) -> Target:
+        """What the recipe's stages are counted for here."""
+        placed = recipe.model.model_copy(update={"device": self.device})
+        value_bytes = 4 if engine_identity(placed)["dtype"] == "float32" else 2
+        return Target(self.device, self.memory_bytes or 0.0, shape.kv_bytes_per_tok(value_bytes))
+
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON."""
         return asdict(self)
@@ -268,9 +274,13 @@ def find_machine(recipe: Recipe, shape: ModelShape, device: str, store: Store | 
             )
         return KNOWN_GPUS[name]
     here = _this_machine(device)
-    probe = store.latest_in_slot(_slot(here, shape)) if store else None
-    if probe is not None and probe.version == PROBE_VERSION:
-        here = replace(here, **probe.outputs, origin="measured here by `fastconv plan --measure`")
+    for four_bit in (True, False) if recipe.model.weights == "4bit" else (False,):
+        probe = store.latest_in_slot(_slot(here, shape, four_bit=four_bit)) if store else None
+        if probe is not None and probe.version == PROBE_VERSION:
+            factor = 1.0 if four_bit else here.four_bit_factor
+            origin = "measured here by `fastconv plan --measure`"
+            here = replace(here, **probe.outputs, four_bit_factor=factor, origin=origin)
+            break
     if device == "cpu" and recipe.model.device != "cpu" and shape.total_params > LARGE_PARAMS:
         origin = f"{here.origin}; no GPU is visible here, --machine plans for one"
         return replace(here, name=f"{here.name} (no GPU is visible)", origin=origin)
@@ -280,11 +290,20 @@ def find_machine(recipe: Recipe, shape: ModelShape, device: str, store: Store | 
 def probe_stage(recipe: Recipe, shape: ModelShape, device: str, at_s: float) -> Stage:
     """The stage that stores a probe of this machine; `at_s` (seconds since the epoch) makes each one unique."""
     here = _this_machine(device)
-    return Stage("probe", _slot(here, shape), PROBE_VERSION, {"machine": here.name, "shape": shape.name, "at": at_s})
+    slot = _slot(here, shape, four_bit=recipe.model.weights == "4bit" and probes_own_model(recipe))
+    return Stage("probe", slot, PROBE_VERSION, {"machine": here.name, "shape": shape.name, "at": at_s})
 
 
-def _slot(machine: Machine, shape: ModelShape) -> str:
-    return f"probe/{machine.name.replace(' ', '-')}/{shape.name}"
+def probes_own_model(recipe: Recipe) -> bool:
+    """Whether a probe loads the recipe's own model, with its weights in 4 bits if it has them so: where it is on this disk.
+
+    Elsewhere it takes random weights of that shape in full.
+    """
+    return locate(recipe.model).kind != "hub"
+
+
+def _slot(machine: Machine, shape: ModelShape, *, four_bit: bool) -> str:
+    return f"probe/{machine.name.replace(' ', '-')}/{shape.name}{'/4bit' if four_bit else ''}"
 
 
 def _this_machine(device: str) -> Machine:

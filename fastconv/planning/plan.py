@@ -151,7 +151,7 @@ def make_plan(
     wanted = _wanted(graph, store, cells)
     done = {stage.key for stage in wanted if store is not None and store.record(stage.key) is not None}
     todo = [stage for stage in wanted if stage.key not in done]
-    work = demands(graph, todo, machine.device)
+    work = demands(graph, todo, machine.target(recipe, shape))
     by_stage = {key: machine.seconds(demand, shape, recipe) for key, demand in work.items()}
     start_s = machine.load_s if any(by_stage.values()) else 0.0
     by_kind: dict[str, list[Stage]] = {}

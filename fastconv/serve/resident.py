@@ -12,8 +12,9 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastconv.engine.generate import MAX_ROWS, SampledRow, sample
+from fastconv.engine.generate import SampledRow, sample
 from fastconv.engine.score import memory_errors
+from fastconv.engine.shapes import MAX_ROWS
 from fastconv.errors import FastconvError, Interrupted, stopped
 from fastconv.recipe import SamplingSettings
 from fastconv.run.stacks import Stacks

@@ -15,7 +15,7 @@ import torch
 from fastconv.bench import bench_model
 from fastconv.bench.measure import Clock
 from fastconv.bench.training import LOADS, WARM_UP, free_memory, make_jobs
-from fastconv.engine import decode, generate
+from fastconv.engine import decode, generate, shapes
 from fastconv.engine.cuda_graph import CudaDevice
 from fastconv.engine.stack import Stack
 from fastconv.engine.train import Hooks, captured_steps, start, train
@@ -122,7 +122,7 @@ def draw(cell: OpenCell, n: int | None = None, most_tok: int | None = None) -> d
 
 def draw_in_waves(cell: OpenCell) -> dict[str, Any]:
     """The same with at most 1,024 rows at once, captures aside: are larger passes faster?"""
-    with patch.object(generate, "_MANY_ROWS", 0):
+    with patch.object(shapes, "MANY_ROWS", 0):
         cell.stack.base.drop_kept()
         draw(cell)
         found = draw(cell)

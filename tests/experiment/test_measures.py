@@ -9,7 +9,7 @@ import pytest
 
 from fastconv.engine.geometry import MeasuredSnapshot
 from fastconv.experiment.graph import Graph
-from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, Demand, SnapshotMeasure
+from fastconv.experiment.measures import KINDS, SNAPSHOT_MEASURES, Demand, SnapshotMeasure, Target
 from fastconv.experiment.workload import demands
 from fastconv.report import write_report
 from fastconv.run.executor import SNAPSHOT_COMPUTE
@@ -19,7 +19,7 @@ from tests.loop_kit import run_tiny, tiny_recipe
 
 LENGTHS = SnapshotMeasure(
     version=3,
-    demand=lambda graph, stage, device: Demand(read_tok=7.0),
+    demand=lambda graph, stage, target: Demand(read_tok=7.0),
     name="lengths",
     inputs=lambda graph: {"unit": "tok"},
     items=lambda graph: [("q1", "How long is this?"), ("q2", "And this, which is longer?")],
@@ -51,7 +51,7 @@ def test_a_new_measure_is_planned_computed_and_reported_by_its_row_alone(
     graph = Graph(recipe)
     stages = [stage for stage in graph.stages() if stage.kind == "lengths"]
     assert [stage.version for stage in stages] == [3] * len(stages)
-    assert {demand.read_tok for demand in demands(graph, stages, "cpu").values()} == {7.0}
+    assert {demand.read_tok for demand in demands(graph, stages, Target("cpu")).values()} == {7.0}
     run_tiny(recipe, tmp_path / "workspace")
     store = Store.open(tmp_path / "workspace")
     try:

@@ -22,6 +22,7 @@ from fastconv.engine.locate import BUILTIN, locate, model_folder
 from fastconv.engine.shapes import named_shape
 from fastconv.errors import GateStop, InputError, ModelError
 from fastconv.experiment.graph import Graph
+from fastconv.experiment.measures import Target
 from fastconv.experiment.workload import Demand, Sketch, demands
 from fastconv.planning.hardware import KNOWN_GPUS, cpu_machine, find_machine, probe_stage
 from fastconv.planning.plan import Plan, make_plan, plan_recipe, require_approved
@@ -174,7 +175,7 @@ def test_each_kind_of_a_whole_run_on_a_card_is_planned_within_half_as_much_again
     recipe = load(name, [])
     graph = Sketch(recipe)
     ran = [stage for stage in graph.stages() if _ran(what, stage.slot)]
-    found = demands(graph, ran, "cuda")
+    found = demands(graph, ran, machine.target(recipe, named_shape("qwen2.5-1.5b")))
     planned: dict[str, list[float]] = {}
     for stage in ran:
         kind = ("completions" if "sampling" in stage.inputs else "letters") if stage.kind == "eval" else stage.kind
@@ -182,6 +183,18 @@ def test_each_kind_of_a_whole_run_on_a_card_is_planned_within_half_as_much_again
     for kind, (n, taken_s) in taken.items():
         assert len(planned[kind]) == n, kind
         assert 1 / within <= sum(planned[kind]) / taken_s <= within, (kind, sum(planned[kind]))
+
+
+@pytest.mark.parametrize(
+    ("machine", "shape", "n_waves"),
+    [("h100", "qwen2.5-1.5b", 1), ("4090", "qwen2.5-1.5b", 2), ("h100", "qwen2.5-7b", 2)],
+)
+def test_as_many_rows_are_planned_at_once_as_are_sampled(machine: str, shape: str, n_waves: int) -> None:
+    """Three stages of 400 answers drawn together: 1,200 rows are one wave only where the cache of 1,536 is small."""
+    graph = Sketch(load("markers", ["eval.samples_per_prompt=20"]))
+    found = demands(graph, graph.stages(), KNOWN_GPUS[machine].target(graph.recipe, named_shape(shape)))
+    stage = next(s for s in graph.stages() if s.kind == "eval" and "sampling" in s.inputs)
+    assert found[stage.key].decode_steps == 512 * n_waves / 3
 
 
 @pytest.mark.parametrize("start_s", [72.6, 47.8, 35.5])
@@ -193,20 +206,22 @@ def test_estimated_tokens_are_those_that_the_run_counted(done_run: DoneRun) -> N
     graph, store = done_run.graph, done_run.store
     demo = Graph(load("demo", []))
     # The demo's own counts on the embedded model: prompts of the base evaluations and the rows of a refusal adapter.
-    counted = demands(demo, demo.stages(), "cpu")
+    counted = demands(demo, demo.stages(), Target("cpu"))
     by_slot = {stage.slot: counted[stage.key] for stage in demo.stages()}
     assert by_slot["eval/base/refusal/assistant/s42"].read_tok == pytest.approx(720, rel=0.15)
     assert by_slot["eval/base/refusal/villain/s42"].read_tok == pytest.approx(900, rel=0.15)
     assert by_slot["behavior/villain/e0/refusal/excluded/s42"].trained_tok == pytest.approx(11262, rel=0.15)
     assert by_slot["behavior/villain/e0/refusal/excluded/s42"].steps == 28
     # Personas share what begins alike on a CPU; a GPU reads every prompt whole.
-    on_gpu = demands(demo, demo.stages(), "cuda")[next(s.key for s in demo.stages() if s.slot == "geometry/base")]
+    on_gpu = demands(demo, demo.stages(), Target("cuda"))[
+        next(s.key for s in demo.stages() if s.slot == "geometry/base")
+    ]
     assert on_gpu.read_tok == pytest.approx(9228, rel=0.15)
     assert by_slot["geometry/base"].read_tok < 0.6 * on_gpu.read_tok
     for stage in graph.stages():
         record = store.record(stage.key)
         if record is not None and stage.kind in ("snapshot", "behavior"):
-            assert demands(graph, [stage], "cpu")[stage.key].steps == record.facts["steps"], stage.slot
+            assert demands(graph, [stage], Target("cpu"))[stage.key].steps == record.facts["steps"], stage.slot
 
 
 def test_what_is_done_costs_nothing_and_what_g0_ruled_out_neither(done_run: DoneRun) -> None:
@@ -528,6 +543,24 @@ def test_a_probe_is_kept_in_the_workspace_and_found_again(tmp_path: Path) -> Non
     found = find_machine(recipe, shape, "cpu", store)
     assert (found.train_flops_s, found.pass_s) == (2e9, 0.1)
     assert "measured here" in found.origin
+
+
+def test_a_probe_of_a_base_in_4_bits_counts_them_once(tiny_qwen: Path, tmp_path: Path) -> None:
+    """Where it loaded the recipe's own. A hub's model is measured with random weights in 16 bits; so is another recipe's."""
+    shape, store = named_shape("qwen2.5-7b"), Store.open(tmp_path)
+    hub, own = load("small_gpu", []), load("small_gpu", [f"model.id={tiny_qwen}", "model.revision="])
+    full = load("pilot", [])
+    found, factors, rates = [], [], {"train_flops_s": 1e14, "read_flops_s": 1e14, "draw_flops_s": 1e14}
+    for at, recipe in enumerate((hub, own)):
+        stage = probe_stage(recipe, shape, "cuda", float(at))
+        with store.lease(stage):
+            store.commit(stage, outputs={**rates, "load_s": 1.0 + at}, facts={}, seconds=20.0)
+        found = [find_machine(one, shape, "cuda", store) for one in (own, full)]
+        factors.append([(one.four_bit_factor, one.load_s) for one in found])
+    known = KNOWN_GPUS["a100"].four_bit_factor
+    assert factors == [[(known, 1.0), (known, 1.0)], [(1.0, 2.0), (known, 1.0)]]
+    trained = Demand(trained_tok=1e6, length_tok=300.0, share=0.8)
+    assert found[0].seconds(trained, shape, own) == found[1].seconds(trained, shape, full)
 
 
 def test_the_probe_measures_every_rate(tiny_qwen: Path, tmp_path: Path) -> None:
