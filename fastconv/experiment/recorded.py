@@ -11,25 +11,25 @@ from fastconv.errors import ModelError, StoreError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import ModelSettings, Recipe, run_id
 from fastconv.store.io import stored_json
-from fastconv.store.ledger import Store
+from fastconv.store.ledger import Stage, Store
 
 
 def graph_of_run(recipe: Recipe, store: Store) -> Graph:
     """The graph of a recipe with the keys that its stages here were computed with.
 
-    These are this machine's if it has computed, tried or begun any of them, else those of the engine that computed most.
+    These are this machine's if it has computed or begun any that its engine names, else those of the engine that computed most.
     Raises ModelError where the base is not here and nothing was computed with it either.
     """
     own = _own_graph(recipe)
     done = {key for (key,) in store.rows("SELECT key FROM stages")}
     if own is not None:
-        touched = done | set(store.live_leases()) | set(store.failures())
-        if any(stage.key in touched for stage in own.stages()):
+        begun = done | set(store.live_leases())
+        if any(stage.key in begun for stage in _of_engine(own)):
             return own
     graphs = [*filter(None, [own]), *_graphs_of_others(recipe, store, own)]
     if not graphs:
         return Graph(recipe)  # which says what is missing
-    return max(graphs, key=lambda graph: sum(stage.key in done for stage in graph.stages()))
+    return max(graphs, key=lambda graph: sum(stage.key in done for stage in _of_engine(graph)))
 
 
 def graphs_of_run(recipe: Recipe, store: Store) -> list[Graph]:
@@ -37,6 +37,11 @@ def graphs_of_run(recipe: Recipe, store: Store) -> list[Graph]:
     in this workspace: with this base, where the settings leave the engine open, if runs with the same model settings are here."""
     own = _own_graph(recipe)
     return [*filter(None, [own]), *_graphs_of_others(recipe, store, own)]
+
+
+def _of_engine(graph: Graph) -> list[Stage]:
+    """The stages whose inputs name the engine: others, as rows of multiple-choice sets, have one key on every machine."""
+    return [stage for stage in graph.stages() if "engine" in stage.inputs]
 
 
 def _own_graph(recipe: Recipe) -> Graph | None:
