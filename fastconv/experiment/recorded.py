@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastconv.engine.locate import ENGINE_INPUTS
+from fastconv.engine.locate import ENGINE_INPUTS, identities_on
 from fastconv.errors import ModelError, StoreError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import ModelSettings, Recipe, run_id
@@ -80,11 +80,9 @@ def _engines(store: Store, run: str = "") -> list[dict[str, Any]]:
 
 def _is_open_to(settings: ModelSettings, engine: Mapping[str, Any]) -> bool:
     """Whether these settings are computed with such inputs on some machine."""
-    named = engine["engine"]
-    asked = {"engine": settings.engine, "device": settings.device, "dtype": settings.dtype}
-    fits = all(value in ("auto", named.get(name)) for name, value in asked.items())
-    same_weights = named.get("weights", "full") == settings.weights
-    return fits and same_weights and engine.get("template") == settings.template_inputs.get("template")
+    devices = ("cpu", "cuda") if settings.device == "auto" else (settings.device,)
+    identities = [identity for device in devices for identity in identities_on(device, settings)]
+    return engine["engine"] in identities and engine.get("template") == settings.template_inputs.get("template")
 
 
 def _bases_of_model(recipe: Recipe, store: Store) -> list[Mapping[str, Any]]:
