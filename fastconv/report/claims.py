@@ -27,6 +27,7 @@ from fastconv.report.blocks import Claim
 from fastconv.stats.gates import GateVerdict
 from fastconv.stats.inference import FEWEST_SEEDS, Interval
 from fastconv.stats.power import QuestionSupply, remedy_text
+from fastconv.stats.series import NoRowsError
 from fastconv.stats.units import Unit, change, counted, first_few, interval_text, level, size_text
 from fastconv.stats.verdicts import CellVerdict, count_by_kind
 from fastconv.stats.words import Kind
@@ -79,9 +80,9 @@ def ask(analysis: Analysis, query: str, **arguments: str) -> Claim:
         raise NoSuchClaimError(f"no claim is made by {query!r}")
     try:
         result = claim_template.query(analysis, **arguments)
-    except (KeyError, StopIteration, TypeError) as error:
+        return Claim(query, arguments, claim_template.template.format_map(result.values), result.rows, result.word)
+    except (KeyError, StopIteration, TypeError, NoRowsError) as error:
         raise NoSuchClaimError(f"{query} of {', '.join(arguments.values()) or 'the run'}: no rows") from error
-    return Claim(query, arguments, claim_template.template.format_map(result.values), result.rows, result.word)
 
 
 def _answer(analysis: Analysis) -> QueryResult:
@@ -299,10 +300,8 @@ def _edited_finding(analysis: Analysis, label: str) -> QueryResult:
 
 
 def _power(analysis: Analysis, behavior: str) -> QueryResult:
-    verdicts = [
-        verdict for verdict in analysis.verdicts if verdict.behavior == behavior and verdict.detectable is not None
-    ]
-    worst = max(verdicts, key=lambda verdict: verdict.detectable or 0.0)
+    verdicts = [one for one in analysis.verdicts if one.behavior == behavior and one.detectable is not None]
+    rows, worst = _together(verdicts), max(verdicts, key=lambda verdict: verdict.detectable or 0.0)
     unit, margin = worst.unit, worst.margin or 0.0
     detectable, family = worst.detectable or 0.0, worst.detectable_in_family or 0.0
     mend = (
@@ -312,10 +311,9 @@ def _power(analysis: Analysis, behavior: str) -> QueryResult:
     )
     values = {
         "behavior": behavior, "margin": size_text(margin, unit), "seen": size_text(detectable, unit), "family": size_text(family, unit),
-        "m": str(len(analysis.declared)), "n": str(worst.n_questions),
-        "mend": mend,
+        "m": str(len(analysis.declared)), "n": str(worst.n_questions), "mend": mend,
     }  # fmt: skip
-    return QueryResult(values, _together(verdicts), "" if detectable <= margin else "withheld")
+    return QueryResult(values, rows, "" if detectable <= margin else "withheld")
 
 
 def _mend(analysis: Analysis, verdict: CellVerdict) -> str:
@@ -349,10 +347,8 @@ def _questions_there_are(analysis: Analysis, behavior: str) -> int:
 def _sign_flips(analysis: Analysis, behavior: str) -> QueryResult:
     """The warning for a behavior whose fewest questions cannot reach the corrected level by sign flips."""
     verdicts = [verdict for verdict in analysis.verdicts if verdict.behavior == behavior and verdict.sign_flip_warning]
-    fewest = min((verdict.n_questions, verdict.sign_flip_warning or "") for verdict in verdicts) if verdicts else None
-    if fewest is None:
-        raise KeyError(behavior)
-    return QueryResult({"behavior": behavior, "why": fewest[1]}, _together(verdicts), "withheld")
+    rows, fewest = _together(verdicts), min((one.n_questions, one.sign_flip_warning or "") for one in verdicts)
+    return QueryResult({"behavior": behavior, "why": fewest[1]}, rows, "withheld")
 
 
 def _correlation(analysis: Analysis, behavior: str, correlate: str = MARKER_RATE) -> QueryResult:
@@ -412,6 +408,9 @@ def _interval(interval: Interval, unit: Unit) -> str:
 
 
 def _together(verdicts: Sequence[CellVerdict]) -> tuple[str, ...]:
+    """The rows behind verdicts. KeyError if there is no verdict."""
+    if not verdicts:
+        raise KeyError("verdicts")
     return tuple(dict.fromkeys(row for verdict in verdicts for row in verdict.rows))
 
 

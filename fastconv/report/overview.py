@@ -147,7 +147,7 @@ def _level(
 def numbers(analysis: Analysis) -> Section | None:
     """Counts, the largest change of each behavior, study gates and pilot gates."""
     blocks: list[Block] = []
-    pilots = [gate for gate in analysis.gates if gate.gate == "PILOT"]
+    pilots = [gate for gate in analysis.gates if gate.gate == "PILOT" and gate.rows]
     if any(verdict.rows for verdict in analysis.verdicts):
         blocks.append(ask(analysis, "counts"))
     behaviors = dict.fromkeys(verdict.behavior for verdict in analysis.verdicts if verdict.estimate is not None)
