@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from fastconv.store import io
-from tests.loop_kit import done_run, recipe, server, whole
+from tests.loop_kit import done_run, letters_run, recipe, server, whole
 from tests.tiny import tiny_model_folder
 
-__all__ = ["done_run", "recipe", "server", "tiny_llama", "tiny_qwen", "whole"]
+__all__ = ["done_run", "letters_run", "recipe", "server", "tiny_llama", "tiny_qwen", "whole"]
 
 # A tiny model gains nothing from a second thread, and a forked child of a process with OpenMP threads never ends.
 os.environ["OMP_NUM_THREADS"] = "1"

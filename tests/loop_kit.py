@@ -22,7 +22,7 @@ from fastconv.audit.checks import CheckReport
 from fastconv.errors import DataError, FastconvError
 from fastconv.experiment.graph import CellPlan, Graph
 from fastconv.judge.desk import DeskStatus
-from fastconv.recipe import Recipe, canonical_json, parse_recipe
+from fastconv.recipe import Recipe, canonical_json, parse_recipe, recipe_sha256, run_id
 from fastconv.run.run import RunResult, run_recipe
 from fastconv.run.sampling import SamplingStatus
 from fastconv.stats.gates import GateVerdict
@@ -217,6 +217,41 @@ def done_run(tiny_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> DoneR
     workspace = tmp_path_factory.mktemp("done") / "checkpoints"
     recipe = tiny_recipe(tiny_qwen, grid__behaviors=["none", "refusal", "capability"])
     return DoneRun(recipe, workspace, *run_tiny(recipe, workspace))
+
+
+@pytest.fixture(scope="session")
+def letters_run(done_run: DoneRun, tmp_path_factory: pytest.TempPathFactory) -> DoneRun:
+    """The same with capability trained too, whose multiple-choice sets name no engine: G0, which ruled it out, is ignored."""
+    workspace, heard = tmp_path_factory.mktemp("letters") / "checkpoints", Heard()
+    shutil.copytree(done_run.workspace, workspace)
+    finished = run_recipe(done_run.recipe, workspace, heard, ignore_gates={"G0": "random weights know nothing"})
+    return DoneRun(done_run.recipe, workspace, finished, heard)
+
+
+def with_model(recipe: Recipe, workspace: Path, **model: Any) -> Recipe:
+    """Make a workspace's run of the recipe one with these model settings, over the same stages; returns its recipe."""
+    table = recipe.model_dump(mode="json")
+    changed = parse_recipe({**table, "model": {**table["model"], **model}})
+    text = canonical_json(changed.model_dump(mode="json"))
+    old, new = run_id(recipe), run_id(changed)
+    with Store.open(workspace, create=False).transaction() as db:
+        db.execute(
+            "UPDATE runs SET id=?, recipe=?, recipe_sha256=? WHERE id=?", (new, text, recipe_sha256(changed), old)
+        )
+        for name in ("run_stages", "verdicts"):
+            db.execute(f"UPDATE {name} SET run=? WHERE run=?", (new, old))
+    return changed
+
+
+def as_computed_by(engine: dict[str, str], recipe: Recipe, workspace: Path) -> None:
+    """Give the stages that this machine has computed the keys as if that engine had."""
+    own = Graph(recipe)
+    theirs = Graph(recipe, {**own.engine_inputs, "engine": engine})
+    with Store.open(workspace, create=False).transaction() as db:
+        for old, new in zip(own.stages(), theirs.stages(), strict=True):
+            for table, column in (("stages", "key"), ("run_stages", "key"), ("samples", "stage"), ("scores", "stage")):
+                db.execute(f"UPDATE {table} SET {column}=? WHERE {column}=?", (new.key, old.key))
+            db.execute("UPDATE stages SET inputs=? WHERE key=?", (canonical_json(new.inputs), new.key))
 
 
 def refuse_sets(monkeypatch: pytest.MonkeyPatch, behavior: str) -> None:

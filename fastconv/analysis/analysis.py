@@ -48,8 +48,13 @@ class Analysis:
 
     @cached_property
     def measured(self) -> list[CellPlan]:
-        """Cells with at least one finished scoring stage."""
-        return [p for p in self.graph.cells if any(self.reading.record(stage) for stage in p.scores.values())]
+        """Cells with the scores of at least one finished stage."""
+        series = self.reading.series
+        return [
+            plan
+            for plan in self.graph.cells
+            if any(series(stage, *pair) is not None for pair, stage in plan.scores.items())
+        ]
 
     @cached_property
     def gates(self) -> tuple[GateVerdict, ...]:

@@ -218,11 +218,22 @@ def engine_identity(settings: ModelSettings) -> dict[str, str]:
     device = settings.device
     if device == "auto":
         device = "cuda" if gpu_is_visible() else "cpu"
+    plain, *faster = identities_on(device, settings)
+    return faster[0] if faster and is_installed((*UNSLOTH, *BITSANDBYTES)) else plain
+
+
+def identities_on(device: str, settings: ModelSettings) -> list[dict[str, str]]:
+    """What a recipe can resolve to on this device: with engine "auto" torch, and Unsloth where its kernels can run (GPU,
+    16 bits), which is taken where it is installed."""
     dtype = settings.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" or settings.weights == "4bit" else "float32"
-    identity = {"engine": _engine(settings, device, dtype), "device": device, "dtype": dtype}
-    return identity if settings.weights == "full" else identity | {"weights": settings.weights}
+    engines = [settings.engine]
+    if settings.engine == "auto":
+        can_run = device == "cuda" and dtype == "bfloat16" and not settings.uses_reference_trainer
+        engines = ["torch", "unsloth"] if can_run else ["torch"]
+    weights = {} if settings.weights == "full" else {"weights": settings.weights}
+    return [{"engine": engine, "device": device, "dtype": dtype, **weights} for engine in engines]
 
 
 #: Inputs of a stage that name what computes it.
@@ -250,14 +261,6 @@ def gpu_is_visible() -> bool:
         return False
     nodes = Path("/dev")
     return (nodes / "dxg").exists() or any(re.fullmatch(r"nvidia\d+", node.name) for node in nodes.glob("nvidia*"))
-
-
-def _engine(settings: ModelSettings, device: str, dtype: str) -> str:
-    """The engine of the settings; for "auto", unsloth if it is installed and its kernels can run (GPU, 16 bits)."""
-    if settings.engine != "auto":
-        return settings.engine
-    can_run = device == "cuda" and dtype == "bfloat16" and not settings.uses_reference_trainer
-    return "unsloth" if can_run and is_installed((*UNSLOTH, *BITSANDBYTES)) else "torch"
 
 
 def trains_without_kernels(settings: ModelSettings) -> bool:

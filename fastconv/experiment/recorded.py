@@ -6,30 +6,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastconv.engine.locate import ENGINE_INPUTS
+from fastconv.engine.locate import ENGINE_INPUTS, identities_on
 from fastconv.errors import ModelError, StoreError
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import ModelSettings, Recipe, run_id
 from fastconv.store.io import stored_json
-from fastconv.store.ledger import Store
+from fastconv.store.ledger import Stage, Store
 
 
 def graph_of_run(recipe: Recipe, store: Store) -> Graph:
     """The graph of a recipe with the keys that its stages here were computed with.
 
-    These are this machine's if it has computed, tried or begun any of them, else those of the engine that computed most.
+    These are this machine's if it has computed or begun any that its engine names, else those of the engine that computed most.
     Raises ModelError where the base is not here and nothing was computed with it either.
     """
     own = _own_graph(recipe)
     done = {key for (key,) in store.rows("SELECT key FROM stages")}
     if own is not None:
-        touched = done | set(store.live_leases()) | set(store.failures())
-        if any(stage.key in touched for stage in own.stages()):
+        begun = done | set(store.live_leases())
+        if any(stage.key in begun for stage in _of_engine(own)):
             return own
     graphs = [*filter(None, [own]), *_graphs_of_others(recipe, store, own)]
     if not graphs:
         return Graph(recipe)  # which says what is missing
-    return max(graphs, key=lambda graph: sum(stage.key in done for stage in graph.stages()))
+    return max(graphs, key=lambda graph: sum(stage.key in done for stage in _of_engine(graph)))
 
 
 def graphs_of_run(recipe: Recipe, store: Store) -> list[Graph]:
@@ -37,6 +37,11 @@ def graphs_of_run(recipe: Recipe, store: Store) -> list[Graph]:
     in this workspace: with this base, where the settings leave the engine open, if runs with the same model settings are here."""
     own = _own_graph(recipe)
     return [*filter(None, [own]), *_graphs_of_others(recipe, store, own)]
+
+
+def _of_engine(graph: Graph) -> list[Stage]:
+    """The stages whose inputs name the engine: others, as rows of multiple-choice sets, have one key on every machine."""
+    return [stage for stage in graph.stages() if "engine" in stage.inputs]
 
 
 def _own_graph(recipe: Recipe) -> Graph | None:
@@ -75,11 +80,9 @@ def _engines(store: Store, run: str = "") -> list[dict[str, Any]]:
 
 def _is_open_to(settings: ModelSettings, engine: Mapping[str, Any]) -> bool:
     """Whether these settings are computed with such inputs on some machine."""
-    named = engine["engine"]
-    asked = {"engine": settings.engine, "device": settings.device, "dtype": settings.dtype}
-    fits = all(value in ("auto", named.get(name)) for name, value in asked.items())
-    same_weights = named.get("weights", "full") == settings.weights
-    return fits and same_weights and engine.get("template") == settings.template_inputs.get("template")
+    devices = ("cpu", "cuda") if settings.device == "auto" else (settings.device,)
+    identities = [identity for device in devices for identity in identities_on(device, settings)]
+    return engine["engine"] in identities and engine.get("template") == settings.template_inputs.get("template")
 
 
 def _bases_of_model(recipe: Recipe, store: Store) -> list[Mapping[str, Any]]:

@@ -5,11 +5,8 @@ A template contains no digit; every number in a sentence comes from its query, w
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -23,11 +20,11 @@ from fastconv.analysis.correlates import (
     measure_agreement,
 )
 from fastconv.analysis.sides import effect_words
-from fastconv.datasets.behaviors import n_eval_prompts_there_are
 from fastconv.report.blocks import Claim
+from fastconv.report.wording import LEADING_KINDS, OPENINGS, bare, blindest, leading, mend, named, where_seen
 from fastconv.stats.gates import GateVerdict
 from fastconv.stats.inference import FEWEST_SEEDS, Interval
-from fastconv.stats.power import QuestionSupply, remedy_text
+from fastconv.stats.series import NoRowsError
 from fastconv.stats.units import Unit, change, counted, first_few, interval_text, level, size_text
 from fastconv.stats.verdicts import CellVerdict, count_by_kind
 from fastconv.stats.words import Kind
@@ -41,13 +38,6 @@ PILOT_WORDS = {
     "no contrast": ("NO CONTRAST", "the grid has epoch zero alone, so nothing is decided for"),
 }  # fmt: skip
 MOST_NAMED = 4
-#: In a verdict's reason: an estimate with its interval, a corrected p-value, the interval over seeds.
-_ROW_FIGURES = re.compile(
-    r" [+-]?[\d.]+ (?:pp|points) \[[^\]]*\]| \(corrected p = [^)]*\)| \(over \d+ seeds \[[^\]]*\]\)"
-)
-#: What a report opens with, if there is any.
-_OPENINGS = {"transfer": "Yes", "reverse": "The other way", "stronger": "Stronger", "weaker": "Weaker"}
-LEADING_KINDS = tuple(_OPENINGS)
 #: From so many contrasts of one behavior on, a reason that they share is said once, where they say nothing either way.
 FEWEST_ALIKE, SILENT_KINDS = 3, ("inconclusive", "uninformative", "withheld")
 
@@ -80,9 +70,9 @@ def ask(analysis: Analysis, query: str, **arguments: str) -> Claim:
         raise NoSuchClaimError(f"no claim is made by {query!r}")
     try:
         result = claim_template.query(analysis, **arguments)
-    except (KeyError, StopIteration, TypeError) as error:
+        return Claim(query, arguments, claim_template.template.format_map(result.values), result.rows, result.word)
+    except (KeyError, StopIteration, TypeError, NoRowsError) as error:
         raise NoSuchClaimError(f"{query} of {', '.join(arguments.values()) or 'the run'}: no rows") from error
-    return Claim(query, arguments, claim_template.template.format_map(result.values), result.rows, result.word)
 
 
 def _answer(analysis: Analysis) -> QueryResult:
@@ -114,7 +104,7 @@ def _found(analysis: Analysis) -> str:
     if best.kind in LEADING_KINDS:
         verb = "is" if counts[best.kind] == 1 else "are"
         return (
-            f"{_OPENINGS[best.kind]}: {counts[best.kind]} of {of} {verb} {best.kind}, the surest {named(analysis, best.label)}: "
+            f"{OPENINGS[best.kind]}: {counts[best.kind]} of {of} {verb} {best.kind}, the surest {named(analysis, best.label)}: "
             f"{_figures(best)}"
         )
     if counts.get("equivalent", 0) == n:
@@ -122,21 +112,6 @@ def _found(analysis: Analysis) -> str:
     meaning = "only those called equivalent show" if counts.get("equivalent") else "none shows"
     effects = effect_words(analysis.declared.values())
     return f"Not shown: none of {of} is {effects} ({_told(counts, n)}), and {meaning} that nothing happened"
-
-
-def leading(verdicts: Sequence[CellVerdict]) -> CellVerdict:
-    """The verdict that a report opens with: the surest transfer, else reverse, else the surest of all. KeyError if none."""
-    if not verdicts:
-        raise KeyError("verdicts")
-    kinds = [kind for kind in LEADING_KINDS if any(verdict.kind == kind for verdict in verdicts)]
-    return max((verdict for verdict in verdicts if not kinds or verdict.kind == kinds[0]), key=_certainty)
-
-
-def named(analysis: Analysis, label: str) -> str:
-    """A contrast in words, with its question set if that is reported apart."""
-    subject = analysis.subject(label)
-    part = analysis.found.main(subject.behavior).name
-    return analysis.words(label) + (f", {part} questions" if part else "")
 
 
 def _figures(verdict: CellVerdict) -> str:
@@ -152,17 +127,11 @@ def _sure(analysis: Analysis) -> QueryResult:
         limits.append(
             f"the noise from run to run is assumed (SD {size_text(best.run_spread.sd, best.unit)}), nobody measured it"
         )
-    if (worst := _blindest(analysis.answers)) is not None:
+    if (worst := blindest(analysis.answers)) is not None:
         detectable, margin = (size_text(size or 0.0, worst.unit) for size in (worst.detectable, worst.margin))
         limits.append(f"a change of {worst.behavior} under {detectable} is easily missed, the threshold is {margin}")
     why = f" Not surer, because {'; '.join(limits)}." if limits else ""
     return QueryResult({"level": best.confidence.level, "why": why}, _together(analysis.answers))
-
-
-def _blindest(verdicts: Sequence[CellVerdict]) -> CellVerdict | None:
-    """The verdict whose detectable effect exceeds its threshold by most; None if none does."""
-    blind = [verdict for verdict in verdicts if (verdict.detectable or 0.0) > (verdict.margin or 0.0)]
-    return max(blind, key=lambda verdict: (verdict.detectable or 0.0) / (verdict.margin or 1.0), default=None)
 
 
 def _next(analysis: Analysis) -> QueryResult:
@@ -177,26 +146,13 @@ def _next(analysis: Analysis) -> QueryResult:
     mute = [one for one in verdicts if one.kind == "uninformative"]
     if mute:
         behaviors = list(dict.fromkeys(one.behavior for one in mute))
-        steps.append(f"{first_few([_where_seen(verdicts, one) for one in behaviors], MOST_NAMED)}")
-    if (worst := _blindest([one for one in verdicts if one.kind == "inconclusive"])) is not None:
+        steps.append(f"{first_few([where_seen(verdicts, one) for one in behaviors], MOST_NAMED)}")
+    if (worst := blindest([one for one in verdicts if one.kind == "inconclusive"])) is not None:
         most = max((one for one in verdicts if one.behavior == worst.behavior), key=lambda one: one.detectable or 0.0)
-        steps.append(f"more of {worst.behavior}: {_mend(analysis, most).replace(';', ', and')}")
+        steps.append(f"more of {worst.behavior}: {mend(analysis, most).replace(';', ', and')}")
     if not steps:
         steps.append("other sources and behaviors, since these contrasts have their answer")
     return QueryResult({"steps": "; ".join(steps)}, _together(verdicts))
-
-
-def _where_seen(verdicts: Sequence[CellVerdict], behavior: str) -> str:
-    """A behavior to run where it can be seen, with what most often kept its contrasts from saying anything."""
-    of_behavior = [one for one in verdicts if one.behavior == behavior]
-    mute = Counter(_why_mute(one) for one in of_behavior if one.kind == "uninformative")
-    why, many = mute.most_common(1)[0]
-    return f"{behavior} where it can be seen ({many} of {counted(len(of_behavior), 'contrast')}: {why})"
-
-
-def _why_mute(verdict: CellVerdict) -> str:
-    """The reason of an uninformative verdict without its figures, which differ from contrast to contrast."""
-    return re.split(r";|:| \(", _bare(verdict.reason))[0]
 
 
 def _told(counts: Mapping[str, int], n: int) -> str:
@@ -205,11 +161,6 @@ def _told(counts: Mapping[str, int], n: int) -> str:
     return ", ".join(f"{many} {kind}" for kind in KINDS if (many := counts.get(kind))) + (
         f", {waiting} not measured" if waiting else ""
     )
-
-
-def _certainty(verdict: CellVerdict) -> tuple[int, float]:
-    in_thresholds = abs(verdict.estimate or 0.0) / (verdict.margin or 1.0)  # points and shares side by side
-    return ("LOW", "MODERATE", "HIGH").index(verdict.confidence.level), in_thresholds
 
 
 def _pilot(analysis: Analysis, subject: str) -> QueryResult:
@@ -253,7 +204,7 @@ def _alike(analysis: Analysis, label: str) -> QueryResult:
     one = group[0]
     total = sum(verdict.behavior == one.behavior for verdict in analysis.verdicts)
     values = {
-        "n": str(len(group)), "total": str(total), "behavior": one.behavior, "kind": one.kind, "reason": _bare(one.reason),
+        "n": str(len(group)), "total": str(total), "behavior": one.behavior, "kind": one.kind, "reason": bare(one.reason),
         "confidence": one.confidence.level, "why": one.confidence.reason,
     }  # fmt: skip
     return QueryResult(values, _together(group), one.kind)
@@ -269,12 +220,7 @@ def alike(analysis: Analysis) -> dict[str, list[CellVerdict]]:
 
 
 def _reason_of(verdict: CellVerdict) -> tuple[str, ...]:
-    return verdict.behavior, verdict.kind, _bare(verdict.reason), verdict.confidence.level, verdict.confidence.reason
-
-
-def _bare(reason: str) -> str:
-    """A verdict's reason without the figures that its row has anyway."""
-    return _ROW_FIGURES.sub("", reason)
+    return verdict.behavior, verdict.kind, bare(verdict.reason), verdict.confidence.level, verdict.confidence.reason
 
 
 def _largest(analysis: Analysis, behavior: str) -> QueryResult:
@@ -316,35 +262,18 @@ def _edited_finding(analysis: Analysis, label: str) -> QueryResult:
 
 
 def _power(analysis: Analysis, behavior: str) -> QueryResult:
-    verdicts = [
-        verdict for verdict in analysis.verdicts if verdict.behavior == behavior and verdict.detectable is not None
-    ]
-    worst = max(verdicts, key=lambda verdict: verdict.detectable or 0.0)
+    verdicts = [one for one in analysis.verdicts if one.behavior == behavior and one.detectable is not None]
+    rows, worst = _together(verdicts), max(verdicts, key=lambda verdict: verdict.detectable or 0.0)
     unit, margin = worst.unit, worst.margin or 0.0
     detectable, family = worst.detectable or 0.0, worst.detectable_in_family or 0.0
-    mend = (
-        "so a null result says something"
-        if detectable <= margin
-        else f"so a null result says little; {_mend(analysis, worst)}"
-    )
+    says = "so a null result says something"
+    if detectable > margin:
+        says = f"so a null result says little; {mend(analysis, worst)}"
     values = {
         "behavior": behavior, "margin": size_text(margin, unit), "seen": size_text(detectable, unit), "family": size_text(family, unit),
-        "m": str(len(analysis.declared)), "n": str(worst.n_questions),
-        "mend": mend,
+        "m": str(len(analysis.declared)), "n": str(worst.n_questions), "mend": says,
     }  # fmt: skip
-    return QueryResult(values, _together(verdicts), "" if detectable <= margin else "withheld")
-
-
-def _mend(analysis: Analysis, verdict: CellVerdict) -> str:
-    """What would bring a verdict's detectable effect down to its threshold, of what there is."""
-    there_are = _questions_there_are(analysis, verdict.behavior)
-    supply = QuestionSupply(
-        there_are,
-        partial(verdict.would_find, max(there_are, verdict.n_questions)),
-        lambda size: size_text(size, verdict.unit),
-        max(1, verdict.n_seeds),
-    )
-    return remedy_text(verdict.mend, supply)
+    return QueryResult(values, rows, "" if detectable <= margin else "withheld")
 
 
 def _runs(analysis: Analysis, behavior: str) -> QueryResult:
@@ -355,21 +284,11 @@ def _runs(analysis: Analysis, behavior: str) -> QueryResult:
     return QueryResult({"behavior": behavior, "runs": first_few(texts, 2, "; ")}, _together(verdicts))
 
 
-def _questions_there_are(analysis: Analysis, behavior: str) -> int:
-    """Number of questions that there are for a behavior's verdicts, asked or not."""
-    about = analysis.graph.behaviors[behavior]
-    if about.spec.measure == "letters":
-        return len(analysis.graph.questions.eval)
-    return next(iter(n_eval_prompts_there_are(about)), 0)
-
-
 def _sign_flips(analysis: Analysis, behavior: str) -> QueryResult:
     """The warning for a behavior whose fewest questions cannot reach the corrected level by sign flips."""
     verdicts = [verdict for verdict in analysis.verdicts if verdict.behavior == behavior and verdict.sign_flip_warning]
-    fewest = min((verdict.n_questions, verdict.sign_flip_warning or "") for verdict in verdicts) if verdicts else None
-    if fewest is None:
-        raise KeyError(behavior)
-    return QueryResult({"behavior": behavior, "why": fewest[1]}, _together(verdicts), "withheld")
+    rows, fewest = _together(verdicts), min((one.n_questions, one.sign_flip_warning or "") for one in verdicts)
+    return QueryResult({"behavior": behavior, "why": fewest[1]}, rows, "withheld")
 
 
 def _correlation(analysis: Analysis, behavior: str, correlate: str = MARKER_RATE) -> QueryResult:
@@ -429,6 +348,9 @@ def _interval(interval: Interval, unit: Unit) -> str:
 
 
 def _together(verdicts: Sequence[CellVerdict]) -> tuple[str, ...]:
+    """The rows behind verdicts. KeyError if there is no verdict."""
+    if not verdicts:
+        raise KeyError("verdicts")
     return tuple(dict.fromkeys(row for verdict in verdicts for row in verdict.rows))
 
 

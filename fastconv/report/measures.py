@@ -16,8 +16,9 @@ from fastconv.experiment.graph import CellPlan
 from fastconv.experiment.measures import snapshot_stages
 from fastconv.judge.rubric import figures_of_rule, labelled_figures
 from fastconv.report.blocks import Answer, Block, Figure, Figures, Note, Section, Table, TableCell, folded_if_long
-from fastconv.report.claims import NoSuchClaimError, ask, named
+from fastconv.report.claims import NoSuchClaimError, ask
 from fastconv.report.figures import Point, lines, scatter
+from fastconv.report.wording import named
 from fastconv.stats.bounds import effective_sample_size
 from fastconv.stats.inference import Interval, clustered_interval, mean_present
 from fastconv.stats.series import (

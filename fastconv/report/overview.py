@@ -11,9 +11,10 @@ from fastconv.analysis.sides import SideContrast
 from fastconv.datasets.behaviors import NO_BEHAVIOR
 from fastconv.experiment.graph import CellPlan
 from fastconv.report.blocks import OPEN_ROWS, Block, Figure, Note, Section, Table, TableCell
-from fastconv.report.claims import NoSuchClaimError, alike, ask, leading, named
+from fastconv.report.claims import NoSuchClaimError, alike, ask
 from fastconv.report.figures import heatmap, lines
 from fastconv.report.measures import ROLES, axis_of, role_points
+from fastconv.report.wording import leading, named
 from fastconv.stats.units import Unit, p_value, scale, signed, size_text
 from fastconv.stats.verdicts import CellVerdict
 
@@ -147,7 +148,7 @@ def _level(
 def numbers(analysis: Analysis) -> Section | None:
     """Counts, the largest change of each behavior, study gates and pilot gates."""
     blocks: list[Block] = []
-    pilots = [gate for gate in analysis.gates if gate.gate == "PILOT"]
+    pilots = [gate for gate in analysis.gates if gate.gate == "PILOT" and gate.rows]
     if any(verdict.rows for verdict in analysis.verdicts):
         blocks.append(ask(analysis, "counts"))
     behaviors = dict.fromkeys(verdict.behavior for verdict in analysis.verdicts if verdict.estimate is not None)

@@ -221,7 +221,7 @@ def test_what_to_run_next_says_what_the_section_on_power_says(monkeypatch: pytes
             n_seeds=1, estimate=0.0, confidence=SimpleNamespace(level="LOW"), rows=(),
         )  # fmt: skip
 
-    monkeypatch.setattr(claims, "_mend", lambda analysis, verdict: f"mended for {verdict.label}")
+    monkeypatch.setattr(claims, "mend", lambda analysis, verdict: f"mended for {verdict.label}")
     verdicts = (verdict("inconclusive", 0.10), verdict("uninformative", 0.12))
     analysis: Any = SimpleNamespace(answers=verdicts, asked=verdicts)
     assert "more of refusal: mended for uninformative 0.12" in claims._next(analysis).values["steps"]

@@ -200,15 +200,38 @@ def test_one_changed_or_missing_score_is_caught(
     assert what in {one.what for one in found.differences}
 
 
-def test_a_report_whose_rows_are_all_gone_differs_in_every_claim(
-    done_run: DoneRun, report: Path, tmp_path: Path
+@pytest.fixture(scope="module")
+def letters_report(letters_run: DoneRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page that says, beside all else, what of multiple-choice answers would be found (power)."""
+    return write_report(letters_run.graph, letters_run.store, tmp_path_factory.mktemp("letters")).html
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ["DELETE FROM scores", "DELETE FROM samples", "DELETE FROM stages"],
+        ["DELETE FROM scores"],
+        ["DELETE FROM scores WHERE stage IN (SELECT key FROM stages WHERE slot LIKE '%assistant%')"],
+    ],
+    ids=["everything", "scores", "scores of the assistant"],
+)
+def test_a_report_whose_rows_are_gone_differs_in_its_claims_and_a_new_one_has_nothing_measured(
+    letters_run: DoneRun, letters_report: Path, tmp_path: Path, lost: list[str]
 ) -> None:
-    workspace = copy_ledger(done_run.workspace, tmp_path / "emptied")
+    workspace = copy_ledger(letters_run.workspace, tmp_path / "emptied")
     with sqlite3.connect(workspace / "ledger.sqlite") as db:
-        for table in ("scores", "samples", "stages"):
-            db.execute(f"DELETE FROM {table}")
-    found = verify(report, Store.open(workspace, create=False))
-    assert any("nothing supports it" in one.ledger for one in found.differences)
+        for statement in lost:
+            assert db.execute(statement).rowcount
+    found = verify(letters_report, Store.open(workspace, create=False))
+    unsupported = {one.where.partition(":")[0] for one in found.differences if "nothing supports it" in one.ledger}
+    assert {"power", "answer", "sure", "next", "counts", "largest", "pilot"} <= unsupported
+    runner, where = CliRunner(), ["-w", str(workspace)]
+    assert runner.invoke(app, ["verify", str(letters_report), *where]).exit_code == VerifyError.exit_code
+    again = runner.invoke(app, ["report", letters_run.finished.run, *where, "--reports", str(tmp_path / "reports")])
+    assert again.exit_code == 0, again.output
+    page = tmp_path / "reports" / letters_report.name
+    assert "No declared contrast was measured yet." in page.read_text()
+    assert verify(page, Store.open(workspace, create=False)).holds
 
 
 def test_exit_codes_and_json(done_run: DoneRun, report: Path, tmp_path: Path) -> None:

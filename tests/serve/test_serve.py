@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from fastconv.cli import app
 from fastconv.cli.common import load
-from fastconv.engine import generate
+from fastconv.engine import generate, locate
 from fastconv.engine.generate import SampledRow
 from fastconv.errors import InputError, TrainingError
 from fastconv.experiment.graph import Graph
@@ -36,7 +36,7 @@ from fastconv.serve.protocol import ApiError
 from fastconv.serve.resident import Piece, ResidentModel, _Waiting
 from fastconv.store.ledger import Store
 from tests import ROOT
-from tests.loop_kit import DoneRun, until
+from tests.loop_kit import DoneRun, as_computed_by, until, with_model
 from tests.serve.kit import CELLS, Running, endpoint, refused
 
 
@@ -235,29 +235,20 @@ def test_what_waits_when_the_endpoint_ends_is_told(done_run: DoneRun) -> None:
     asyncio.run(asked())
 
 
-def as_computed_by(engine: dict[str, str], done_run: DoneRun, folder: Path) -> Path:
-    """A copy of the run's workspace as if that engine had computed it."""
-    shutil.copytree(done_run.workspace, folder)
-    own = Graph(done_run.recipe)
-    theirs = Graph(done_run.recipe, {**own.engine_inputs, "engine": engine})
-    with Store.open(folder, create=False).transaction() as db:
-        for old, new in zip(own.stages(), theirs.stages(), strict=True):
-            for table, column in (("stages", "key"), ("run_stages", "key"), ("samples", "stage"), ("scores", "stage")):
-                db.execute(f"UPDATE {table} SET {column}=? WHERE {column}=?", (new.key, old.key))
-            db.execute("UPDATE stages SET inputs=? WHERE key=?", (canonical_json(new.inputs), new.key))
-    return folder
-
-
 @pytest.mark.parametrize(
     ("dtype", "off", "proven"),
     [("bfloat16", 0.4, True), ("bfloat16", 0.6, False), ("float32", 0.0015, True), ("float32", 0.003, False)],
 )
 def test_cells_that_another_engine_computed_are_served_and_proven_within_its_rounding(
-    done_run: DoneRun, tmp_path: Path, dtype: str, off: float, proven: bool
+    done_run: DoneRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, off: float, proven: bool
 ) -> None:
     """It offered the bare base alone: the stacks have keys of the engine that trained them."""
-    engine = {"engine": "unsloth", "device": "cpu", "dtype": dtype}
-    workspace = as_computed_by(engine, done_run, tmp_path / "theirs")
+    monkeypatch.setattr(locate, "gpu_is_visible", lambda: False)
+    workspace = shutil.copytree(done_run.workspace, tmp_path / "theirs")
+    # What "auto" is on a CPU has to be asked for on a GPU.
+    engine, settings = ("unsloth", {}) if dtype == "bfloat16" else ("torch", {"dtype": dtype})
+    recipe = with_model(done_run.recipe, workspace, device="auto", **settings)
+    as_computed_by({"engine": engine, "device": "cuda", "dtype": dtype}, recipe, workspace)
     store = Store.open(workspace, create=False)
     with store.transaction() as db:
         for key, text in store.rows("SELECT key, outputs FROM stages WHERE kind IN ('snapshot', 'behavior')"):
@@ -265,9 +256,9 @@ def test_cells_that_another_engine_computed_are_served_and_proven_within_its_rou
             changed = canonical_json({**outputs, "probe": [first + off, *others]})
             db.execute("UPDATE stages SET outputs=? WHERE key=?", (changed, key))
     refuses = contextlib.nullcontext() if proven else pytest.raises(TrainingError, match="away from those recorded")
-    with refuses, endpoint(done_run.recipe, workspace, *CELLS) as running:
+    with refuses, endpoint(recipe, workspace, *CELLS) as running:
         assert (
-            f"computed by engine unsloth on cpu in {dtype}; here engine torch on cpu in float32 draws"
+            f"computed by engine {engine} on cuda in {dtype}; here engine torch on cpu in float32 draws"
             in running.told[0]
         )
         assert list(running.service.proofs) == list(CELLS)
