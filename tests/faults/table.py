@@ -198,7 +198,7 @@ FAULTS = (
     Fault("no memory in a later step of sampling", "the same completions", MEMORY,
           "test_memory_that_runs_out_while_sampling_keeps_what_is_finished", 3),
     Fault("a whole run in little memory", "the same completions; the report says what was halved", MEMORY,
-          "test_a_run_in_little_memory_ends_with_the_same_and_its_report_says_so"),
+          "test_a_run_in_little_memory_ends_with_the_same_and_its_report_says_so", 1, "slow"),
     Fault("an error that only looks like want of memory", "raised as it is", MEMORY,
           "test_errors_that_are_no_want_of_memory_are_not_taken_for_it"),
     Fault("no memory in training", "smaller micro-batches, the same result", TRAIN,
