@@ -21,7 +21,7 @@ from fastconv.engine.device import OVERHEAD_BYTES
 from fastconv.engine.model import Base
 from fastconv.engine.prompts import pack_prompts
 from fastconv.engine.score import ignore_halving, no_memory, with_memory
-from fastconv.engine.shapes import MAX_ROWS, cached_tok, is_small_cache, rows_at_once, shape_of
+from fastconv.engine.shapes import MAX_ROWS, SMALL_SHARE, cached_tok, is_small_cache, rows_at_once, shape_of
 from fastconv.recipe import SamplingSettings
 
 #: Share of the GPU memory beside the weights that the cache may take, and of what other programs leave of it.
@@ -163,10 +163,21 @@ def _room_bytes(base: Base) -> int:
 
     Only where other programs hold more of the card than that share spares does it follow from what is free.
     """
+    of_card, left_by_others = _beside_weights(base)
+    return int(min(_CACHE_SHARE * of_card, _SHARED_CARD_SHARE * left_by_others))
+
+
+def training_room_bytes(base: Base) -> float:
+    """Bytes of a GPU that training may take. A decoder is counted as kept whether one is, so that a run that goes on trains as
+    many adapters in the same steps as it would have."""
+    return min(_beside_weights(base)) - SMALL_SHARE * torch.cuda.mem_get_info(base.device)[1]
+
+
+def _beside_weights(base: Base) -> tuple[float, float]:
+    """Bytes that the weights leave of the GPU, and of what other programs leave of it."""
     free, total = torch.cuda.mem_get_info(base.device)
     weights = sum(weight.numel() * weight.element_size() for weight in base.model.parameters())
-    left_by_others = free + torch.cuda.memory_reserved(base.device) - weights
-    return int(min(_CACHE_SHARE * (total - weights - OVERHEAD_BYTES), _SHARED_CARD_SHARE * left_by_others))
+    return total - weights - OVERHEAD_BYTES, free + torch.cuda.memory_reserved(base.device) - weights
 
 
 def _kv_bytes_per_tok(base: Base) -> int:

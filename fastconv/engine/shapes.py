@@ -132,7 +132,7 @@ MAX_ROWS = {"cuda": 1024, "cpu": 64}
 #: Rows decoded at once on a GPU where their cache is small: the fewer waves, the fewer passes over the last rows of one.
 MANY_ROWS = 1536
 #: Share of all GPU memory up to which a cache is small.
-_SMALL_SHARE = 0.33
+SMALL_SHARE = 0.33
 
 
 def rows_at_once(device: str, row_bytes: float, memory_bytes: float) -> int:
@@ -143,7 +143,7 @@ def rows_at_once(device: str, row_bytes: float, memory_bytes: float) -> int:
 
 def is_small_cache(n_bytes: float, memory_bytes: float) -> bool:
     """Whether a key-value cache leaves enough of a GPU's memory to be kept beside training."""
-    return n_bytes < _SMALL_SHARE * memory_bytes
+    return n_bytes < SMALL_SHARE * memory_bytes
 
 
 def cached_tok(n_tok: int) -> int:

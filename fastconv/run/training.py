@@ -21,6 +21,7 @@ from fastconv.datasets.personas import ASSISTANT
 from fastconv.datasets.rows import Row, render_rows, require_plain_text, row_from_record
 from fastconv.engine.cuda_graph import CapturedSteps, StepTally
 from fastconv.engine.device import shape_on_disk
+from fastconv.engine.generate import training_room_bytes
 from fastconv.engine.locate import trains_without_kernels
 from fastconv.engine.model import Base
 from fastconv.engine.score import TextItem, memory_errors, score_texts
@@ -219,10 +220,10 @@ class Trainer:
         if self._stacks.base.device.type != "cuda" or shape is None:
             return 1
         phase = self._phase(runs[0])
-        free, _ = torch.cuda.mem_get_info(self._stacks.base.device)
+        room = training_room_bytes(self._stacks.base)
         step_tok = (phase.batch_rows * self._mean_tok(stage) for stage in runs)
         plain = trains_without_kernels(self._recipe.model)
-        size = group_size(shape, self._recipe.lora.most_r, step_tok, phase.micro_batch_tok, free, plain=plain)
+        size = group_size(shape, self._recipe.lora.most_r, step_tok, phase.micro_batch_tok, room, plain=plain)
         return size if size > 1 and self._is_faster_together(runs[:size]) else 1
 
     def _is_faster_together(self, runs: Sequence[Stage]) -> bool:

@@ -254,6 +254,20 @@ def test_a_decoder_that_is_not_asked_any_more_goes(monkeypatch: pytest.MonkeyPat
     assert card.made == [(1024, 320), *[(256, 320)] * 3]
 
 
+def test_room_for_training_does_not_depend_on_what_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many adapters share their steps follows from it, and their bits from that."""
+    card = _Card(monkeypatch, 2_000_000)
+    alone = module.training_room_bytes(card)  # type: ignore[arg-type]
+    card.cached_tok = 150_000
+    card.draw(1000, 300, 1.0)
+    assert card.kept
+    assert module.training_room_bytes(card) == alone  # type: ignore[arg-type]
+    held = max(decoder.cache.n_tok for decoder in card.kept.values())
+    assert 0 < alone <= 2_000_000 - held  # what is kept fits beside it
+    card.others_tok = 1_900_000
+    assert module.training_room_bytes(card) < alone - 1_800_000 + 100_000  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize(("n_rows", "n_tok"), [(1, 500), (9, 500), (100, 500), (384, 300), (384, 500), (1500, 1000)])
 def test_slots_do_not_depend_on_what_was_kept(

@@ -192,7 +192,9 @@ def test_memory_decides_how_many_adapters_go_together_and_the_audit_does_not(
     executor = Executor(Graph(recipe), Store.open(tmp_path))
     monkeypatch.setattr(executor.trainer, "_is_faster_together", lambda runs: True)
     tokenizer = executor.stacks.base.tokenizer
-    vars(executor.stacks)["base"] = SimpleNamespace(device=torch.device("cuda"), tokenizer=tokenizer)
+    model = SimpleNamespace(parameters=lambda: [torch.empty(10)])
+    vars(executor.stacks)["base"] = SimpleNamespace(device=torch.device("cuda"), tokenizer=tokenizer, model=model)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 40)
     refuse_sets(monkeypatch, "sycophancy")
     adapters = [stage for stage in Graph(recipe).stages() if stage.kind == "behavior"]
     for free, size in ((10**12, 2), (1, 1)):
