@@ -73,7 +73,7 @@ def test_what_is_shipped() -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("scale", ["", *SCALES])
+@pytest.mark.parametrize("scale", ["", *(pytest.param(one, marks=pytest.mark.slow) for one in SCALES)])
 def test_the_audit_passes_and_every_accepted_warning_has_its_reason(name: str, scale: str, done_run: DoneRun) -> None:
     # In a workspace that holds something, offline: the questions of ARC-Challenge are not at hand, and need not be.
     words = ["check", name, "--json", "-w", str(done_run.workspace), *(["--scale", scale] if scale else [])]
