@@ -27,7 +27,14 @@ __all__ = ["fake"]
 
 @pytest.mark.parametrize(
     ("kind", "size", "ways"),
-    [("train", 2, 2), pytest.param("behavior", 2, 2, marks=pytest.mark.slow), ("group", 2, 1), ("score", 8, 2), ("stack", 1, 1), ("sample", 2, 1)],
+    [
+        ("train", 2, 2),
+        pytest.param("behavior", 2, 2, marks=pytest.mark.slow),
+        ("group", 2, 1),
+        ("score", 8, 2),
+        ("stack", 1, 1),
+        ("sample", 2, 1),
+    ],
 )
 def test_a_comparison_is_well_formed(tiny_qwen: Path, kind: str, size: int, ways: int) -> None:
     found = json.loads(json.dumps(bench(kind, str(tiny_qwen), device="cpu", size=size)))
