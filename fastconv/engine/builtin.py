@@ -7,7 +7,6 @@ machine.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -15,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from fastconv.engine.folder import file_sha256
 from fastconv.engine.locate import (
     BUILTIN_DONE,
     TINY,
@@ -77,7 +77,7 @@ def _convert(gguf: Path, folder: Path, name: str) -> None:
     model.save_pretrained(folder)
     tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
     tokenizer.save_pretrained(folder)
-    sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    sums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
     (folder / BUILTIN_DONE).write_text(json.dumps({"model": name, "sha256": sums}, indent=1))
 
 
@@ -121,16 +121,11 @@ def _holds(folder: Path, name: str) -> bool:
     return isinstance(done, dict) and done.get("model") == name and isinstance(done.get("sha256"), dict)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _verify(folder: Path) -> None:
     sums = json.loads((folder / BUILTIN_DONE).read_text())["sha256"]
     for name, expected in sums.items():
         path = folder / name
-        actual = _sha256(path) if path.is_file() else "nothing"
+        actual = file_sha256(path) if path.is_file() else "nothing"
         if actual != expected:
             raise ModelError(
                 "the cached copy of the embedded model was altered",

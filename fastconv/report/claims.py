@@ -146,7 +146,7 @@ def _next(analysis: Analysis) -> QueryResult:
     mute = [one for one in verdicts if one.kind == "uninformative"]
     if mute:
         behaviors = list(dict.fromkeys(one.behavior for one in mute))
-        steps.append(f"{first_few([where_seen(verdicts, one) for one in behaviors], MOST_NAMED)}")
+        steps.append(first_few([where_seen(verdicts, one) for one in behaviors], MOST_NAMED))
     if (worst := blindest([one for one in verdicts if one.kind == "inconclusive"])) is not None:
         most = max((one for one in verdicts if one.behavior == worst.behavior), key=lambda one: one.detectable or 0.0)
         steps.append(f"more of {worst.behavior}: {mend(analysis, most).replace(';', ', and')}")

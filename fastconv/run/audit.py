@@ -240,7 +240,10 @@ def peek_recipe(
 
 def recipe_tokenizer(graph: Graph) -> ChatTokenizer:
     """The tokenizer of the recipe's base model, which is downloaded or converted first if it never was."""
-    return ChatTokenizer(prepare_model_folder(graph.recipe.model, graph.source), graph.recipe.model)
+    settings = graph.recipe.model
+    # What is there is enough for its tokens: preparing an embedded model hashes all of its weights.
+    folder = tokenizer_folder(graph.source, settings) or prepare_model_folder(settings, graph.source)
+    return ChatTokenizer(folder, settings)
 
 
 def _row_stages(graph: Graph) -> list[Stage]:

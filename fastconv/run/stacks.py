@@ -108,15 +108,18 @@ class Stacks:
         stage = stage.needs.get("eval", stage)
         top = stage.needs.get("behavior") or stage.needs.get("snapshot")
         recorded = Probe(tuple(self.record(top).outputs["probe"])) if top else None
-        recorded_as = self._graph.engine_inputs["engine"]
-        if recorded_as == engine_identity(self._recipe.model):
-            recorded_as = None
         with self.in_place(stage.needs) as adapters, self.stack.live(*([Slot(frozen=adapters)] if adapters else [])):
-            probe = self.stack.prove(recorded, stage.slot, recorded_as)
+            probe = self.stack.prove(recorded, stage.slot, self._recorded_as)
             proof = {"from_base": round(probe.distance(self.stack.base_probe), 6)}
             if recorded is not None:
                 proof["from_recorded"] = round(probe.distance(recorded), 6)
             yield proof
+
+    @cached_property
+    def _recorded_as(self) -> Mapping[str, str] | None:
+        """The engine that computed the run, where it is another than this one."""
+        engine = self._graph.engine_inputs["engine"]
+        return None if engine == engine_identity(self._recipe.model) else engine
 
     def record(self, stage: Stage) -> Record:
         """The record of a finished stage. Raises TrainingError if it is not done."""
