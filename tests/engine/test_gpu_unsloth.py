@@ -117,6 +117,21 @@ def test_unsloth_in_bf16_passes_the_self_tests_and_trains_as_the_plain_engine(
 
 
 @needs_unsloth
+def test_trl_is_left_as_it_is(tiny_qwen: Path) -> None:
+    """Unsloth would write its trainers anew and compile them, a quarter of the time of its import."""
+    told = ask(
+        """
+        stack_of(engine="unsloth", dtype="bfloat16")
+        import trl
+        print(json.dumps({"trainer": trl.SFTTrainer.__module__, "source": sys.modules[trl.SFTTrainer.__module__].__file__}))
+        """,
+        str(tiny_qwen),
+    )
+    assert told["trainer"].startswith("trl.")
+    assert "/trl/" in told["source"]
+
+
+@needs_unsloth
 def test_unsloth_trains_with_recomputed_activations_and_samples(tiny_qwen: Path) -> None:
     answer = ask(
         """
