@@ -22,7 +22,7 @@ from fastconv.engine.lora import Adapter
 from fastconv.engine.micro_batch import Item, make_micro_batch, no_padding
 from fastconv.engine.model import pack
 from fastconv.engine.score import hidden_fp32
-from fastconv.engine.selftest import SelfTestSetup
+from fastconv.engine.selftest import SelfTestSetup, plainly
 from fastconv.engine.stack import Slot, Stack
 from fastconv.engine.train import micro_step
 from fastconv.recipe import SamplingSettings, TrainSettings
@@ -53,6 +53,9 @@ def compile_ahead(
         tests.gradient()
         for adapters in ((tests.frozen,), (tests.frozen, tests.trainable)):
             tests.logits(tests.rows, *adapters)
+        with plainly(stack):
+            tests.logits(tests.rows, tests.frozen, tests.trainable)
+            tests.gradient()
         for settings in phases:
             for frozen in ((), (_zeros(stack),)):
                 _train(stack, Slot(frozen, _zeros(stack), settings.dropout))

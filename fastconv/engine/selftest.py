@@ -182,12 +182,12 @@ def fused_kernels(setup: SelfTestSetup) -> float:
     """Logits and gradients of the fused kernels are those of the layers' own forward, up to rounding."""
     both = (setup.frozen, setup.trainable)
     bare, fused, gradient = setup.logits(setup.rows), setup.logits(setup.rows, *both), setup.gradient()
-    with _plainly(setup.stack):
+    with plainly(setup.stack):
         plain, expected = setup.logits(setup.rows, *both), setup.gradient()
     difference = _compare("the fused kernels' logits", fused, plain, bare, setup.tolerance)
     gradient_difference = _gap(gradient, expected)
     if not gradient_difference <= setup.tolerance:
-        with _plainly(setup.stack):
+        with plainly(setup.stack):
             rounding = _gap(setup.gradient(in_last_bits), expected)
         if not gradient_difference <= min(_ROUNDINGS * rounding, _MOST_ROUNDED):
             raise _failed(
@@ -197,7 +197,7 @@ def fused_kernels(setup: SelfTestSetup) -> float:
 
 
 @contextlib.contextmanager
-def _plainly(stack: Stack) -> Iterator[None]:
+def plainly(stack: Stack) -> Iterator[None]:
     """Within the block, layers run their own forward instead of the fused kernels."""
     stack.route.plain = True
     try:
