@@ -222,17 +222,23 @@ def _prefill(base: Base, new: Sequence[SampledRow], cache: Cache, places: Sequen
     for slot, row in zip(places, new, strict=True):
         slots.setdefault(tuple(row.prompt), []).append(slot)
     packed = pack_prompts(base, {sharing[0]: prompt for prompt, sharing in slots.items()})
-    fill = [
-        (token + i, slot, position + i)
+    pieces = [
+        (n_tok, token, slot, at)
         for sharing in slots.values()
         for slot in sharing
-        for token, position, n_tok in packed.pieces[sharing[0]]
-        for i in range(n_tok)
+        for token, at, n_tok in packed.pieces[sharing[0]]
     ]
-    tokens, to_slots, to_positions = to_device(torch.tensor(fill).t().contiguous(), base.device)
-    prefill = Prefill(packed.layout, cache, tokens, to_slots, to_positions)
+    prefill = Prefill(packed.layout, cache, *to_device(_by_token(torch.tensor(pieces)), base.device))
     last = packed.last([slots[tuple(row.prompt)][0] for row in new])
     return base.hidden(packed.ids, packed.positions, prefill)[last]
+
+
+def _by_token(pieces: torch.Tensor) -> torch.Tensor:
+    """(token of the pass, slot, position) [3, n] int64 of each token of pieces [p, 4], each (its tokens, token, slot, position)."""
+    lengths = pieces[:, 0]
+    token, slot, position = pieces[:, 1:].repeat_interleave(lengths, 0).unbind(1)
+    within = torch.arange(len(token)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    return torch.stack([token + within, slot, position + within])
 
 
 def _append_tokens(
