@@ -21,6 +21,9 @@ from fastconv.experiment.graph import Graph
 from fastconv.startup import StartTimes
 from fastconv.store.ledger import Record, Stage, Store
 
+#: Bytes of RAM for adapters that were just committed: the three snapshots of a pilot and two behaviors on one, at 1.5B and 7B.
+_NEWEST_BYTES = 2**31
+
 
 class Stacks:
     """One base per process, loaded when it is first needed, and the stacks of a recipe on it.
@@ -36,7 +39,7 @@ class Stacks:
         self._times = times or StartTimes()
         self._trains = trains
         self._cached: dict[str, Adapter] = {}
-        #: The behavior adapter that was committed last, on the CPU, by its sha256, until the next stack is asked for.
+        #: The adapters that were committed last, on the CPU, by sha256; the oldest first.
         self._newest: dict[str, Adapter] = {}
         self.proven: dict[str, float] = {}
 
@@ -78,19 +81,22 @@ class Stacks:
         before, self._cached = self._cached, {}
         for sha256, stage in zip(hashes, stages, strict=True):
             self._cached[sha256] = before.get(sha256) or self._taken(sha256, stage.slot)
-        self._newest = {}
         return [self._cached[sha256] for sha256 in hashes]
 
     def _taken(self, sha256: str, slot: str) -> Adapter:
-        """An adapter that no stack had before: as it was committed just now, or read from its file."""
+        """An adapter that the stack before had not: as it was committed a while ago, or read from its file."""
         if sha256 in self._newest:
             return self.stack.take(self._newest[sha256])
         return self.stack.load_adapter(self._store.get(sha256, "safetensors"), slot)
 
     def keep_newest(self, sha256: str, adapter: Adapter) -> None:
-        """Keep an adapter on the CPU that was just committed, and will not be trained on: the stages of its cell come next,
-        and reading it back takes half of the time between two stages."""
-        self._newest = {sha256: Adapter(adapter.shape, adapter.base, adapter.sizes, adapter.flat.detach())}
+        """Keep an adapter on the CPU that was just committed: those of one snapshot are evaluated soon, and reading one back takes
+        half of the time between two stages. On a CPU it may be the very one that is trained on, so a copy is kept."""
+        flat = adapter.flat.detach()
+        flat = flat.clone() if self.base.device.type == "cpu" else flat
+        self._newest[sha256] = Adapter(adapter.shape, adapter.base, adapter.sizes, flat)
+        while sum(kept.flat.nbytes for kept in self._newest.values()) > _NEWEST_BYTES and len(self._newest) > 1:
+            self._newest.pop(next(iter(self._newest)))
 
     @contextlib.contextmanager
     def in_place(self, needs: Mapping[str, Stage]) -> Iterator[tuple[Adapter, ...]]:

@@ -399,8 +399,7 @@ class Trainer:
         }
         facts = _train_facts(trainee, from_step) | ({} if self._gpu is None else self._gpu.facts())
         self._store.commit(stage, outputs=outputs, facts=facts, seconds=seconds)
-        if stage.kind == "behavior":
-            self._stacks.keep_newest(outputs["adapter"], adapter)
+        self._stacks.keep_newest(outputs["adapter"], adapter)
 
     def _rho(self, adapter: Adapter) -> dict[str, float]:
         """Frobenius norm of the adapter's delta relative to that of W: least, median and greatest over modules."""

@@ -19,6 +19,7 @@ from fastconv.experiment import graph as graphs
 from fastconv.experiment.graph import Graph
 from fastconv.recipe import Recipe
 from fastconv.report import write_report
+from fastconv.run import stacks
 from fastconv.run.stacks import Stacks
 from fastconv.run.status import status_of
 from fastconv.run.training import seed_parts
@@ -90,17 +91,22 @@ def test_two_workspaces_give_the_same_bits(tiny_qwen: Path, tmp_path: Path) -> N
 def test_an_adapter_that_was_just_trained_is_not_read_back_and_gives_the_bits_of_one_that_is(
     tiny_qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tiny_recipe(tiny_qwen, grid__epochs=[0, 1])
+    recipe = tiny_recipe(tiny_qwen, grid__epochs=[0, 1, 2])
     load, read = Stack.load_adapter, list[str]()
     monkeypatch.setattr(
         Stack, "load_adapter", lambda self, data, where: (read.append(where), load(self, data, where))[1]
     )
     run_tiny(recipe, tmp_path / "kept")
-    assert read == [SNAPSHOT_SLOT + "/e1/s42"]
+    assert not read
+    monkeypatch.setattr(stacks, "_NEWEST_BYTES", 0)
+    run_tiny(recipe, tmp_path / "newest")
+    assert read == [f"{SNAPSHOT_SLOT}/e{epoch}/s42" for epoch in (1, 2)]  # what came after each is newer
     monkeypatch.setattr(Stacks, "keep_newest", lambda self, sha256, adapter: None)
     run_tiny(recipe, tmp_path / "read")
-    assert len(read) == 1 + 1 + 2
-    assert results(recipe, tmp_path / "kept") == results(recipe, tmp_path / "read")
+    assert len(read) == 2 + 2 + 3
+    assert (
+        results(recipe, tmp_path / "kept") == results(recipe, tmp_path / "newest") == results(recipe, tmp_path / "read")
+    )
 
 
 def test_engines_start_from_the_same_weights_and_see_their_rows_in_the_same_order(
