@@ -50,7 +50,7 @@ def test_its_environment_sends_nothing_and_holds_a_key() -> None:
     env = server_environment("secret", {"HOME": "/h"})
     assert env == {
         "HOME": "/h", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1", "VLLM_API_KEY": "secret",
+        "HF_HUB_OFFLINE": "1", "VLLM_API_KEY": "secret", "VLLM_USE_FLASHINFER_SAMPLER": "0",
     }  # fmt: skip
 
 
