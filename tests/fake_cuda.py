@@ -14,7 +14,7 @@ from typing import Any
 _ENVIRONMENT = {
     "UNSLOTH_ALLOW_CPU": "1",  # import without a GPU
     "TRITON_INTERPRET": "1",  # kernels as Python over CPU tensors
-    "UNSLOTH_COMPILE_DISABLE": "1",  # no generated trainers
+    "UNSLOTH_COMPILE_DISABLE": "1",  # no compiled copies of modules
     "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
     "HF_DEACTIVATE_ASYNC_LOAD": "1",  # the mode below holds in one thread only

@@ -37,10 +37,8 @@ _log = logging.getLogger(__name__)
 _WITHOUT = "set model.engine = 'torch'"
 #: Packages that Unsloth patches; if imported before it, they keep their old functions, in part silently.
 PATCHED = ("transformers", "peft", "trl")
-#: What is said to Unsloth before it is imported; `UNSLOTH_ALLOW_CPU`, where it may be said, makes it leave TRL's trainers
-#: alone, which it would otherwise write anew and compile (a quarter of its import on an H100's host).
 _ENVIRONMENT = {
-    "UNSLOTH_COMPILE_DISABLE": "1",  # it would generate trainers and patch PEFT for the whole process, which we do not use
+    "UNSLOTH_COMPILE_DISABLE": "1",  # it would write compiled copies of modules for the whole process, which we do not use
     "UNSLOTH_DISABLE_STATISTICS": "1",  # it would call the hub at every load
 }
 
@@ -63,7 +61,9 @@ def import_unsloth() -> ModuleType:
     require_versions((*UNSLOTH, *BITSANDBYTES), "model.engine", _WITHOUT)
     if "unsloth" not in sys.modules:
         assert_imported_first(about_to_import=True)
-        if torch.version.hip is None:  # told so, it takes an AMD card for one of NVIDIA's
+        if torch.cuda.is_available() and torch.version.hip is None:
+            # Its switch for tests without a GPU. On an NVIDIA card it only leaves TRL's trainers alone, which would be rewritten
+            # and compiled, a quarter of the import; every other device it would take for such a card.
             os.environ.setdefault("UNSLOTH_ALLOW_CPU", "1")
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)

@@ -21,8 +21,9 @@ from fastconv.experiment.graph import Graph
 from fastconv.startup import StartTimes
 from fastconv.store.ledger import Record, Stage, Store
 
-#: Bytes of RAM for adapters that were just committed: the three snapshots of a pilot and two behaviors on one, at 1.5B and 7B.
-_NEWEST_BYTES = 2**31
+#: Bytes of the host's memory for adapters that were just committed, beside the newest: the three snapshots of a pilot and two
+#: behaviors on one, at 1.5B and 7B. On a CPU the base lies in that memory, and reading back takes little of a training.
+_NEWEST_BYTES = {"cuda": 2**31, "cpu": 0}
 
 
 class Stacks:
@@ -72,7 +73,8 @@ class Stacks:
         with_memory(partial(compile_ahead, stack, phases, self._recipe.eval.sampling, letters=letters))
 
     def adapters(self, needs: Mapping[str, Stage]) -> list[Adapter]:
-        """The adapters of a stack in order (snapshot, behavior), verified against the ledger.
+        """The adapters of a stack in order (snapshot, behavior): as they were committed by this process, or read from their files
+        and verified against the ledger.
 
         The previous stack's adapters stay cached, because the probes of one cell follow one another.
         """
@@ -84,18 +86,19 @@ class Stacks:
         return [self._cached[sha256] for sha256 in hashes]
 
     def _taken(self, sha256: str, slot: str) -> Adapter:
-        """An adapter that the stack before had not: as it was committed a while ago, or read from its file."""
+        """An adapter that the previous stack did not hold: kept since it was committed, or read from its file."""
         if sha256 in self._newest:
             return self.stack.take(self._newest[sha256])
         return self.stack.load_adapter(self._store.get(sha256, "safetensors"), slot)
 
     def keep_newest(self, sha256: str, adapter: Adapter) -> None:
-        """Keep an adapter on the CPU that was just committed: those of one snapshot are evaluated soon, and reading one back takes
-        half of the time between two stages. On a CPU it may be the very one that is trained on, so a copy is kept."""
-        flat = adapter.flat.detach()
-        flat = flat.clone() if self.base.device.type == "cpu" else flat
+        """Keep an adapter on the CPU that was just committed: those of one snapshot are evaluated soon. On a CPU it may be the very
+        one that is trained on, so a copy is kept."""
+        flat, device = adapter.flat.detach(), self.base.device.type
+        flat = flat.clone() if device == "cpu" else flat
+        self._newest.pop(sha256, None)
         self._newest[sha256] = Adapter(adapter.shape, adapter.base, adapter.sizes, flat)
-        while sum(kept.flat.nbytes for kept in self._newest.values()) > _NEWEST_BYTES and len(self._newest) > 1:
+        while sum(kept.flat.nbytes for kept in self._newest.values()) > _NEWEST_BYTES[device] and len(self._newest) > 1:
             self._newest.pop(next(iter(self._newest)))
 
     @contextlib.contextmanager

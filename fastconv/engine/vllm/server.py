@@ -96,8 +96,8 @@ def serve_arguments(model: Path, port: int, sizes: ServerMemory, dtype: str) -> 
 def server_environment(key: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Environment of the server process: adapters loaded at run time, no telemetry, no downloads, its own API key, no other.
 
-    Every prompt has a seed of its own, for which vLLM never draws by FlashInfer; its warm-up would all the same compile that
-    sampler, for minutes and with a CUDA compiler that few machines have.
+    Every prompt has a seed of its own, and vLLM never draws such a prompt by FlashInfer; its warm-up would compile that sampler
+    all the same, with a CUDA compiler that few machines have. So it is off, whatever the environment says.
     """
     return child_environment(
         environ, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", HF_HUB_OFFLINE="1",
