@@ -73,11 +73,11 @@ class Adapter:
                 weight.grad = None if grad is None else grad[offset : offset + weight.numel()].view_as(weight)
                 offset += weight.numel()
 
-    def to(self, device: torch.device) -> Adapter:
-        """The adapter on a device, copied in one piece; itself if it is there."""
-        if self.flat.device == device:
+    def to(self, device: torch.device, *, copy: bool = False) -> Adapter:
+        """The adapter on a device, copied in one piece; itself if it is there, unless a `copy` is asked for."""
+        if self.flat.device == device and not copy:
             return self
-        return Adapter(self.shape, self.base, self.sizes, self.flat.detach().to(device))
+        return Adapter(self.shape, self.base, self.sizes, self.flat.detach().to(device, copy=copy))
 
     def sha256(self) -> str:
         """sha256 (hex) of the weights' bytes."""

@@ -21,8 +21,8 @@ from fastconv.experiment.graph import Graph
 from fastconv.startup import StartTimes
 from fastconv.store.ledger import Record, Stage, Store
 
-#: Bytes of the host's memory for adapters that were just committed, beside the newest: the three snapshots of a pilot and two
-#: behaviors on one, at 1.5B and 7B. On a CPU the base lies in that memory, and reading back takes little of a training.
+#: Bytes of the host's memory for adapters that were just committed, of which the newest stays whatever its size: the three
+#: snapshots of a pilot and two behaviors on one, at 1.5B and 7B. On a CPU, whose base lies in that memory, the newest alone.
 _NEWEST_BYTES = {"cuda": 2**31, "cpu": 0}
 
 
@@ -92,13 +92,11 @@ class Stacks:
         return self.stack.load_adapter(self._store.get(sha256, "safetensors"), slot)
 
     def keep_newest(self, sha256: str, adapter: Adapter) -> None:
-        """Keep an adapter on the CPU that was just committed: those of one snapshot are evaluated soon. On a CPU it may be the very
-        one that is trained on, so a copy is kept."""
-        flat, device = adapter.flat.detach(), self.base.device.type
-        flat = flat.clone() if device == "cpu" else flat
+        """Keep an adapter that was just committed, on the CPU and nobody else's: those of one snapshot are evaluated soon."""
         self._newest.pop(sha256, None)
-        self._newest[sha256] = Adapter(adapter.shape, adapter.base, adapter.sizes, flat)
-        while sum(kept.flat.nbytes for kept in self._newest.values()) > _NEWEST_BYTES[device] and len(self._newest) > 1:
+        self._newest[sha256] = adapter
+        most = _NEWEST_BYTES[self.base.device.type]
+        while len(self._newest) > 1 and sum(kept.flat.nbytes for kept in self._newest.values()) > most:
             self._newest.pop(next(iter(self._newest)))
 
     @contextlib.contextmanager

@@ -385,7 +385,8 @@ class Trainer:
         trainee.check()
         with self._stacks.stack.live(Slot(frozen=stack)):
             probe = self._stacks.stack.prove(None, stage.slot)
-        adapter, per_epoch = trainee.adapter.to(torch.device("cpu")), trainee.job.steps_per_epoch
+        adapter = trainee.adapter.to(torch.device("cpu"), copy=True)  # it is kept, and this one may be trained on
+        per_epoch = trainee.job.steps_per_epoch
         losses = trainee.losses[: trainee.step].tolist()
         outputs = {
             "adapter": self._store.put(adapter.to_bytes(), "safetensors"),
